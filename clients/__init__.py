@@ -1,0 +1,1 @@
+"""What runs at a hospital: data, features, training, and one round at a site."""

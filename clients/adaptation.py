@@ -1,0 +1,58 @@
+"""LMMD: the distance, class by class, between labelled source and unlabelled target features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+KERNELS = 5
+"""Gaussian kernels of bandwidth b, 2b, ..., 2^(KERNELS-1) b."""
+
+
+def lmmd(source: Tensor, source_labels: Tensor, target: Tensor, target_probabilities: Tensor) -> Tensor:
+    """Local maximum mean discrepancy (DSAN, arXiv 2106.09388; the form in FACMIC's code, facmic.md 1.2).
+
+    The mean, over classes c that occur among the source labels and among the target's most probable classes, of
+    sum_ij [w_i w_j k(s_i,s_j) + v_i v_j k(t_i,t_j) - 2 w_i v_j k(s_i,t_j)], with w_i = 1[y_i = c] / n_c and
+    v_j = p_j(c) / sum_j p_j(c). The kernel k sums ``KERNELS`` Gaussians exp(-|u-v|^2 / (b 2^m)); b is a quarter
+    of the mean squared distance between two different rows of both batches, taken as a constant.
+
+    Args:
+        source: adapted features, [m, d].
+        source_labels: [m] int64.
+        target: features [n, d]; not adapted, as in the paper's code. n may differ from m.
+        target_probabilities: [n, K], rows sum to 1; no gradient should hang on them.
+
+    Returns:
+        A scalar, 0 or more but for rounding; exactly 0, with a gradient of zeros, if no class is common.
+    """
+    classes = target_probabilities.shape[1]
+    indicator = one_hot(source_labels, classes).to(source.dtype)
+    counts = indicator.sum(0)
+    common = (counts > 0) & (one_hot(target_probabilities.argmax(1), classes).sum(0) > 0)
+    if not bool(common.any()):
+        return source.sum() * 0
+    ours = indicator[:, common] / counts[common]
+    theirs = target_probabilities[:, common] / target_probabilities[:, common].sum(0)
+    # With signed weights the three sums are one quadratic form in the kernel matrix of both batches.
+    weights = torch.cat((ours, -theirs))
+    return (weights @ weights.T * _kernel(torch.cat((source, target)))).sum() / weights.shape[1]
+
+
+def _kernel(points: Tensor) -> Tensor:
+    # Distances do not change with the origin; at the mean, |u|^2 + |v|^2 - 2uv loses fewest digits.
+    points = points - points.mean(0).detach()
+    squares = (points * points).sum(1)
+    distances = (squares[:, None] + squares[None, :] - 2 * points @ points.T).clamp_min(0)
+    distances = distances - torch.diag(torch.diagonal(distances))
+    count = len(points)
+    bandwidth = distances.detach().sum() / (count * (count - 1)) / 4
+    # Equal points only: every kernel is 1 whatever the bandwidth.
+    widest = bandwidth.clamp_min(1e-12) * 2 ** (KERNELS - 1)
+    power = torch.exp(-distances / widest)
+    total = power
+    for _ in range(KERNELS - 1):
+        power = power * power  # half the bandwidth squares the exponential
+        total = total + power
+    return total

@@ -1,0 +1,555 @@
+"""One round at a site: take the journal's new records, apply them, train, and seal the update.
+
+Knows nothing of Flower. Everything that must survive a crash lies in the site's state folder:
+
+``keys/EPOCH.sealed``           the study's sealed keys
+``run``                         id of the current run
+``runs/RUN/journal/``           the site's own copy of the records
+``runs/RUN/pins/ROUND``         digest of the one aggregate of a round that may be decrypted
+``runs/RUN/refused/ROUND``      marks an aggregate that was refused after decryption
+``runs/RUN/outbox/ROUND.*``     the round's integers, then the envelope made of them
+``runs/RUN/adapter.safetensors`` the adapter after the journal's last record (rebuilt if lost)
+``features.sqlite``             the feature cache, shared by all runs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+
+from clients.data import read_data
+from clients.features import FeatureCache, SiteFeatures, load_features
+from clients.sitefile import SiteFile, read_site_file
+from clients.training import predict, train_round, zero_shot
+from privacy.ckks import Cipher, StudySecret
+from privacy.keys import attestation_key, check_sealed_key, load_identity, open_sealed_key
+from privacy.lanes import Binding, Contribution, PlainSealer, Sealer
+from secure_fed import codec
+from secure_fed.codec import Parameters
+from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
+from secure_fed.errors import (
+    AdapterMismatchError,
+    AggregateRefused,
+    EnvelopeError,
+    KeyDeadError,
+    KeyFileError,
+    ProtocolError,
+    RecordError,
+    SiteFileError,
+)
+from secure_fed.evaluation import metrics
+from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
+from secure_fed.records import Chain, Record, RecordFolder, read_header
+from secure_fed.signed import ZERO_DIGEST, parse_header, split_frame
+from secure_fed.storage import make_folder, write_durable
+from secure_fed.study import AgreedStudy, load_study
+
+log = logging.getLogger(__name__)
+
+MAX_REFUSALS = 8
+"""Refused aggregates after which a key decrypts nothing more: each is one answer to a forger."""
+
+SATURATION_WARNING = 0.001
+"""Share of saturated coordinates above which the site warns: the value bound is then too small."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation counts of a round's cohort, summed under encryption: of the adapter it trained on."""
+
+    images: int
+    correct: int
+
+
+class Site:
+    """One hospital in a study.
+
+    Args:
+        file: its ``site.toml``, paths absolute (:func:`clients.sitefile.read_site_file`).
+        agreed: the study; must be the one that ``file`` names.
+
+    Raises:
+        SiteFileError: the site is not in the study, its identity is another, or its policy refuses the study.
+        RecordError: the state folder does not verify.
+
+    Attributes:
+        parameters: the global adapter, float64, after the last applied record.
+        validation: counts that came with the last aggregate, None before the first or if not shared.
+    """
+
+    def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
+        file.refuse_study(agreed.study)
+        self.name = file.site
+        self._file = file
+        self._agreed = agreed
+        self._member = agreed.study.site(file.site)
+        self._identity = load_identity(Path(file.identity), file.site)
+        if self._identity.keys != self._member.keys:
+            raise SiteFileError(
+                f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder "
+                "whose public file went to the coordinator"
+            )
+        self._state = Path(file.state)
+        make_folder(self._state / "keys", 0o700)
+        make_folder(self._state / "runs")
+        encoding = agreed.study.encoding
+        self._bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)
+        self._features: SiteFeatures | None = None
+        self._secret_of = ZERO_DIGEST
+        self._chain = Chain(agreed)
+        self._digests: dict[str, str] = {}
+        self.parameters: Parameters = dict(agreed.initial.adapter)
+        self.validation: Validation | None = None
+        run = self._current_run()
+        if run is not None:
+            self._enter_run(run)
+
+    @classmethod
+    def open(cls, path: Path) -> Site:
+        """A site from its ``site.toml``."""
+        file = read_site_file(path)
+        return cls(file, load_study(Path(file.study)))
+
+    @property
+    def run(self) -> str:
+        """Id of the current run, empty before the first genesis."""
+        return self._chain.run if self._chain.length else ""
+
+    @property
+    def position(self) -> int:
+        """How many records of the run the site has."""
+        return self._chain.length
+
+    @property
+    def adapter_digest(self) -> str:
+        """SHA-256 of the adapter it holds; for the site's own eyes."""
+        return codec.adapter_digest(self.parameters)
+
+    def accept_key(self, sealed: bytes) -> str:
+        """Store the study's sealed key after checking maker, study and epoch.
+
+        Returns:
+            The key's id.
+
+        Raises:
+            KeyFileError: refused; what the site held stays.
+        """
+        header = check_sealed_key(sealed, self._agreed)
+        epoch, key = self.newest_key
+        if header.epoch < epoch or (header.epoch == epoch and header.key != key):
+            raise KeyFileError(
+                f"sealed key: epoch {header.epoch}, key {header.key[:16]}; this site holds epoch {epoch}, "
+                f"key {key[:16]}; an older or a second key of an epoch is refused"
+            )
+        open_sealed_key(sealed, self._agreed, self._identity)
+        write_durable(self._state / "keys" / f"{header.epoch:06d}.sealed", sealed, 0o600)
+        return header.key
+
+    @property
+    def newest_key(self) -> tuple[int, str]:
+        """Epoch and id of the newest key the site holds; 0 and zeros before the first."""
+        held = self._sealed_keys()
+        newest = max(held, default=0)
+        return newest, held.get(newest, ZERO_DIGEST)
+
+    def features(self, progress: Progress | None = None) -> SiteFeatures:
+        """The site's image features, encoded once and cached.
+
+        Raises:
+            DataError, ManifestError, LabelError, UnreadableImageError, BackboneError: what the data lack.
+        """
+        if self._features is None:
+            data, study = self._file.data, self._agreed.study
+            images = read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed)
+            checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
+            with FeatureCache(self._state / "features.sqlite") as cache:
+                self._features = load_features(
+                    images, self._agreed, cache, checkpoint, self._file.skip_unreadable, progress
+                )
+        return self._features
+
+    def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> dict[str, float | None]:
+        """Metrics on the site's test images; an observer, which trains on nothing, tests on all its labelled ones.
+
+        Args:
+            parameters: an adapter; None for zero-shot.
+            agreed: the study whose method the adapter is of, if not the site's own.
+        """
+        features = self.features()
+        tests = [features.test]
+        if self._member.role == "observer":
+            tests = [features.train, features.val, features.test]
+        images = np.concatenate([test.x for test in tests])
+        labels = np.concatenate([test.y for test in tests])
+        return metrics(self._predict(images, parameters, agreed or self._agreed), labels)
+
+    def train_alone(self, agreed: AgreedStudy) -> Parameters:
+        """An adapter trained here alone: as many rounds, steps and settings as in the federation.
+
+        Args:
+            agreed: the study, or one like it with another method.
+        """
+        torch.set_num_threads(self._file.threads)
+        parameters = dict(agreed.initial.adapter)
+        for round_number in range(1, agreed.study.rounds + 1):
+            seed = training_seed(agreed.study.seed, self.name, round_number)
+            parameters = train_round(agreed, parameters, self.features(), seed)
+        return parameters
+
+    def _predict(
+        self, images: NDArray[np.float32], parameters: Parameters | None, agreed: AgreedStudy
+    ) -> NDArray[np.float64]:
+        if parameters is None:
+            return zero_shot(agreed, images)
+        features = self.features()
+        # Batch norm's statistics: of all images that the site may learn from, labelled or not.
+        own = np.concatenate([features.train.x, features.unlabelled])
+        return predict(agreed, parameters, None, images, own)
+
+    def respond(self, request: RoundRequest) -> RoundReply:
+        """Take a request: apply its records, compare adapters, and train if a round is due.
+
+        Raises:
+            RecordError: a record is refused; the adapter is as it was.
+            AdapterMismatchError: another site holds another adapter.
+            KeyDeadError: the key has refused too many aggregates.
+            NonFiniteUpdateError: training diverged; nothing is sent.
+            SecfacmicError: others, for the site's own data and disk.
+        """
+        torch.set_num_threads(self._file.threads)
+        for data in request.records:
+            self._take(data)
+        if self._refused(self._chain.open_round):
+            return self._reply(ReplyCode.REFUSED_AGGREGATE)
+        self._compare(request)
+        if request.more:
+            return self._reply(ReplyCode.MORE)
+        if not self._chain.length or request.round != self._chain.due.round:
+            raise ProtocolError(
+                f"asked for round {request.round}; the journal here ends after round {self._chain.round}"
+            )
+        if self._chain.finished or self._member.role == "observer":
+            return self._reply(ReplyCode.APPLIED)
+        return self._reply(ReplyCode.UPDATE, self._envelope(request.attempt))
+
+    def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
+        attested = codec.attestation(self._attestation_key(), self.name, self._chain.head, self.adapter_digest)
+        return RoundReply(self.name, code, self.run, self.position, attested, envelope)
+
+    # --- records ---
+
+    def _take(self, data: bytes) -> None:
+        _, header = read_header(data, self._agreed)
+        if header.kind == "genesis" and header.run != self.run:
+            self._begin_run(header.run, header.key, data)
+            return
+        if header.run == self.run and header.seq < self._chain.length:
+            if data != self._records.read(header.seq):
+                self._keep_evidence(data)
+                raise RecordError(
+                    f"a second record {header.seq}, different from the one applied here; both are signed by the "
+                    f"coordinator and kept in {self._run_folder / 'evidence'}: tell the other sites"
+                )
+            return
+        record = self._chain.check(data)
+        self._check_void(record)
+        if record.header.kind == "aggregate":
+            self._pin(record)
+        self._records.append(record)
+        self._apply(record)
+        self._store_adapter()
+
+    def _apply(self, record: Record) -> None:
+        """Advance by a record of the site's own journal; the adapter changes only if the aggregate holds."""
+        due = self._chain.due
+        round_number = record.header.round
+        if record.header.kind == "aggregate" and not self._refused(round_number):
+            if self._refusals() >= MAX_REFUSALS:
+                raise KeyDeadError(
+                    f"key {due.key[:16]} has refused {MAX_REFUSALS} aggregates and decrypts nothing more; "
+                    "the coordinator or the network forges: make a new key"
+                )
+            try:
+                sums = self._sealer().open(
+                    record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort
+                )
+            except AggregateRefused:
+                make_folder(self._run_folder / "refused")
+                write_durable(self._run_folder / "refused" / f"{round_number:08d}", record.id.encode())
+                log.warning("round %d: the aggregate was refused", round_number)
+            else:
+                self._add(sums, [self._agreed.study.site(entry.site).weight for entry in record.cohort])
+        self._chain.advance(record)
+
+    def _add(self, sums: NDArray[np.int64], weights: list[float]) -> None:
+        lanes = self._agreed.parameters
+        size = self._bounds.size
+        update = codec.average_update(sums[:size], self._bounds, weights, lanes.max_integer)
+        flat = codec.flatten(self.parameters) + update
+        self.parameters = codec.unflatten(flat, self._agreed.initial.shapes)
+        if self._agreed.study.encoding.share_validation:
+            self.validation = Validation(*codec.decode_counts(sums[size:], lanes.bits))
+
+    def _check_void(self, record: Record) -> None:
+        """A void may only withdraw what was refused here; and what was refused here must be withdrawn."""
+        open_round = self._chain.open_round
+        if record.header.kind == "void" and not self._refused(open_round):
+            raise RecordError(f"void of round {open_round}, which was applied here; only a refused round can be voided")
+        if record.header.kind != "void" and self._refused(open_round):
+            raise RecordError(f"record {record.header.seq}: round {open_round} was refused here; expected its void")
+
+    def _pin(self, record: Record) -> None:
+        """Fix the one candidate of a round before anything is decrypted."""
+        folder = self._run_folder / "pins"
+        make_folder(folder)
+        path = folder / f"{record.header.round:08d}"
+        digest = hashlib.sha256(record.data).hexdigest()
+        if not path.exists():
+            write_durable(path, digest.encode())
+        elif path.read_text() != digest:
+            self._keep_evidence(record.data)
+            raise RecordError(
+                f"a second aggregate for round {record.header.round}; one candidate a round is decrypted, never another"
+            )
+
+    def _keep_evidence(self, data: bytes) -> None:
+        folder = self._run_folder / "evidence"
+        make_folder(folder)
+        write_durable(folder / f"{hashlib.sha256(data).hexdigest()}.record", data)
+
+    def _refused(self, round_number: int | None) -> bool:
+        return round_number is not None and (self._run_folder / "refused" / f"{round_number:08d}").exists()
+
+    def _refusals(self) -> int:
+        """Refusals under this key. A key belongs to one run, so that the run's marks are the key's."""
+        folder = self._run_folder / "refused"
+        return len(os.listdir(folder)) if folder.exists() else 0
+
+    # --- runs ---
+
+    def _current_run(self) -> str | None:
+        path = self._state / "run"
+        return path.read_text(encoding="ascii").strip() if path.exists() else None
+
+    def _begin_run(self, run: str, key: str, data: bytes) -> None:
+        """Enter the run of a genesis, unless its key belongs to another run."""
+        chain = Chain(self._agreed)
+        record = chain.check(data)
+        folder = self._state / "runs" / run
+        if self._agreed.study.mode == "he":
+            if key not in self._sealed_keys().values():
+                raise KeyFileError(
+                    f"genesis of run {run[:16]} names key {key[:16]}, which this site does not hold; "
+                    "take the sealed key file first"
+                )
+            for other in (self._state / "runs").iterdir():
+                if other.name != run and self._key_of_run(other) == key:
+                    raise RecordError(
+                        f"genesis of run {run[:16]} names key {key[:16]}, already used in run {other.name[:16]}; "
+                        "every run has a new key"
+                    )
+        records = RecordFolder(folder / "journal")
+        records.append(record)
+        write_durable(self._state / "run", run.encode())
+        self._enter_run(run)
+
+    def _key_of_run(self, folder: Path) -> str | None:
+        first = RecordFolder(folder / "journal").file(0)
+        return read_header(first.read_bytes(), self._agreed)[1].key if first.exists() else None
+
+    def _enter_run(self, run: str) -> None:
+        """Rebuild the state from the run's journal, from the stored adapter on if it is there."""
+        self._run_folder = self._state / "runs" / run
+        self._records = RecordFolder(self._run_folder / "journal")
+        self._chain = Chain(self._agreed)
+        self.parameters = dict(self._agreed.initial.adapter)
+        self.validation = None
+        self._digests = {}
+        checking = Chain(self._agreed)
+        records = list(self._records.replay(checking))
+        start = self._load_adapter([record.id for record in records])
+        for record in records[:start]:
+            self._chain.advance(record)
+        for record in records[start:]:
+            self._apply(record)
+        self._store_adapter()
+
+    def _load_adapter(self, ids: list[str]) -> int:
+        """Take the stored adapter if it stands at one of these records; how many records it has applied."""
+        try:
+            data = (self._run_folder / "adapter.safetensors").read_bytes()
+            metadata = _metadata(data)
+            start = ids.index(metadata["head"]) + 1
+            tensors = safetensors.numpy.load(data)
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+            return 0
+        if codec.adapter_digest(tensors) != metadata["digest"]:
+            return 0
+        self.parameters = tensors
+        self._digests = json.loads(metadata["digests"])
+        counts = json.loads(metadata["validation"])
+        self.validation = Validation(*counts) if counts else None
+        return start
+
+    def _store_adapter(self) -> None:
+        digest = self.adapter_digest
+        self._digests[self._chain.head] = digest
+        for old in list(self._digests)[:-2]:
+            del self._digests[old]
+        counts = [self.validation.images, self.validation.correct] if self.validation else []
+        metadata = {
+            "head": self._chain.head,
+            "digest": digest,
+            "digests": json.dumps(self._digests),
+            "validation": json.dumps(counts),
+        }
+        data = safetensors.numpy.save(self.parameters, metadata)
+        write_durable(self._run_folder / "adapter.safetensors", bytes(data))
+
+    # --- keys ---
+
+    def _sealed_keys(self) -> dict[int, str]:
+        """Key ids that the site holds, by epoch."""
+        headers = [
+            check_sealed_key(path.read_bytes(), self._agreed)
+            for path in sorted((self._state / "keys").glob("*.sealed"))
+        ]
+        return {header.epoch: header.key for header in headers}
+
+    def _sealer(self) -> Sealer:
+        if self._agreed.study.mode == "plain":
+            return PlainSealer(self._agreed.parameters)
+        return Cipher(self._agreed.parameters, self._secret())
+
+    def _secret(self) -> StudySecret:
+        """The run's secret, opened once and kept in memory only."""
+        if self._secret_of != self._chain.key:
+            epochs = [epoch for epoch, key in self._sealed_keys().items() if key == self._chain.key]
+            if not epochs:
+                raise KeyFileError(f"key {self._chain.key[:16]} is not here; take the sealed key file again")
+            sealed = (self._state / "keys" / f"{epochs[0]:06d}.sealed").read_bytes()
+            self._opened = open_sealed_key(sealed, self._agreed, self._identity)
+            self._secret_of = self._chain.key
+        return self._opened
+
+    def _attestation_key(self) -> bytes:
+        if self._agreed.study.mode == "plain":
+            return self._agreed.study.id.encode()  # the server sees the adapter anyway
+        return attestation_key(self._secret())
+
+    def _compare(self, request: RoundRequest) -> None:
+        """Compare the adapter with the other sites' at a head that this site has had too."""
+        digest = self._digests.get(request.attested_head) if self._chain.length else None
+        if digest is None:
+            return
+        for site, attested in sorted(request.attestations.items()):
+            expected = codec.attestation(self._attestation_key(), site, request.attested_head, digest)
+            if not hmac.compare_digest(expected, attested):
+                raise AdapterMismatchError(
+                    f"site {site} attests another adapter than the one here after record {request.attested_head[:16]}; "
+                    "either the server garbles attestations or one of the two is damaged: compare by phone"
+                )
+
+    # --- the update ---
+
+    def _envelope(self, attempt: int) -> bytes:
+        """The envelope of the round that is due: stored bytes if they fit, else the stored integers sealed anew."""
+        due = self._chain.due
+        outbox = self._run_folder / "outbox"
+        make_folder(outbox, 0o700)
+        path = outbox / f"{due.round:08d}.envelope"
+        if path.exists():
+            data = path.read_bytes()
+            header = parse_header(
+                split_frame(ENVELOPE_MAGIC, data, MAX_HEADER, EnvelopeError).header,
+                EnvelopeHeader,
+                EnvelopeError,
+            )
+            if header.attempt > attempt:
+                raise ProtocolError(
+                    f"asked for attempt {attempt} of round {due.round}, but attempt {header.attempt} was sent already"
+                )
+            if header.attempt == attempt:
+                check_position(header, due)
+                return data
+        integers = self._integers(outbox / f"{due.round:08d}.integers")
+        contribution = Contribution(site=self.name, attempt=attempt)
+        binding = Binding(run=due.run, head=due.head, round=due.round)
+        payload = self._sealer().seal(integers, binding, contribution)
+        data = seal_envelope(self._agreed, due, contribution, (0, ZERO_DIGEST), payload, self._identity.signing)
+        write_durable(path, data, 0o600)
+        return data
+
+    def _integers(self, path: Path) -> NDArray[np.int64]:
+        """The round's integers: those stored, else trained, rounded once and stored before they are used."""
+        if path.exists():
+            stored: NDArray[np.int64] = safetensors.numpy.load(path.read_bytes())["integers"]
+            return stored
+        for old in path.parent.iterdir():
+            old.unlink()
+        integers = self._train()
+        write_durable(path, bytes(safetensors.numpy.save({"integers": integers})), 0o600)
+        return integers
+
+    def _train(self) -> NDArray[np.int64]:
+        study = self._agreed.study
+        round_number = self._chain.due.round
+        features = self.features()
+        trained = train_round(
+            self._agreed, self.parameters, features, training_seed(study.seed, self.name, round_number)
+        )
+        update = codec.flatten(trained) - codec.flatten(self.parameters)
+        lanes = self._agreed.parameters
+        draws = codec.rounding_draws(study.seed, self.name, round_number, update.size)
+        quantised = codec.quantise(update, self._bounds, self._member.weight, lanes.max_integer, draws)
+        log.info(
+            "round %d: saturated share %.2g, quantisation error %.3g rms",
+            round_number,
+            quantised.saturated,
+            quantised.error,
+        )
+        if quantised.saturated > SATURATION_WARNING:
+            log.warning(
+                "round %d: %.2f %% of the update exceeds its value bound and is cut; expected at most %.1f %%: "
+                "raise encoding.value_bound or lower the learning rate in the next study",
+                round_number,
+                100 * quantised.saturated,
+                100 * SATURATION_WARNING,
+            )
+        if not study.encoding.share_validation:
+            return quantised.integers
+        images, labels = features.val
+        correct = 0
+        if len(labels):
+            predicted = self._predict(images, self.parameters, self._agreed).argmax(axis=1)
+            correct = int(np.count_nonzero(predicted == labels))
+        counts = codec.encode_counts((len(labels), correct), study.encoding.bits)
+        return np.concatenate([quantised.integers, counts])
+
+
+def training_seed(seed: int, site: str, round_number: int) -> int:
+    """Seed of one site's training in one round, in [0, 2**63)."""
+    context = f"secfacmic training 1\n{seed}\n{site}\n{round_number}".encode()
+    return int.from_bytes(hashlib.sha256(context).digest()[:8], "big") >> 1
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file (its numpy interface reads only tensors)."""
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    return {str(key): str(value) for key, value in metadata.items()}

@@ -1,0 +1,92 @@
+"""``site.toml``: what one site decides for itself. No message from the server can change any of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from secure_fed.errors import SiteFileError
+from secure_fed.study import MIN_SITES_HE, Name, Shares, Study, Text
+from secure_fed.tomlfile import FileModel, read_toml
+
+
+class SiteData(FileModel):
+    """The site's images.
+
+    Attributes:
+        folder: with ``manifest.csv``, or one folder a class (and perhaps ``unlabelled``).
+        kind: ``patients`` unless the images are public or simulated.
+        unit: what counts as one patient; ``image`` only for data without patient ids.
+        shares: how a folder without a split column is split.
+    """
+
+    folder: Text
+    kind: Literal["patients", "public", "simulated"] = "patients"
+    unit: Literal["patient", "image"] = "patient"
+    shares: Shares | None = None
+
+
+class SiteFile(FileModel):
+    """``site.toml``; relative paths start at its folder.
+
+    Attributes:
+        site: the name under which the site is in the study.
+        study: path of ``study.toml``.
+        state: folder of the site's journal copy, outbox, feature cache and keys.
+        identity: folder of its private keys.
+        checkpoint: the backbone's weights on this node, for sites without internet.
+        allow_plain: whether a study without encryption is joined; never with patients' data.
+        min_sites: fewest contributors this site asks of an aggregate; a study that asks for less is refused.
+        threads: CPU threads of training; other counts give other rounding.
+        skip_unreadable: go on without images that cannot be decoded.
+    """
+
+    format: Literal[1]
+    site: Name
+    study: Text
+    state: Text
+    identity: Text
+    checkpoint: Text | None = None
+    data: SiteData
+    allow_plain: bool = False
+    min_sites: Annotated[int, Field(ge=1, le=4096)] = MIN_SITES_HE
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    skip_unreadable: bool = False
+
+    @field_validator("allow_plain")
+    @classmethod
+    def _patients_are_encrypted(cls, allowed: bool, info: ValidationInfo) -> bool:
+        data = info.data.get("data")
+        if allowed and data is not None and data.kind == "patients":
+            raise ValueError('patients\' data are never sent in plain; expected false, or data.kind "public"')
+        return allowed
+
+    def refuse_study(self, study: Study) -> None:
+        """Check a study against this site's own policy.
+
+        Raises:
+            SiteFileError: naming everything that the site does not allow.
+        """
+        reasons = []
+        if study.mode == "plain" and not self.allow_plain:
+            reasons.append('study mode = "plain": updates would leave unencrypted; allow_plain is false here')
+        if study.mode == "he" and study.min_sites < self.min_sites:
+            reasons.append(f"study min_sites = {study.min_sites}; this site asks for at least {self.min_sites}")
+        if reasons:
+            raise SiteFileError(f"site {self.site} refuses study {study.name}:\n  " + "\n  ".join(reasons))
+
+
+def read_site_file(path: Path) -> SiteFile:
+    """Read ``site.toml`` with its paths made absolute.
+
+    Raises:
+        SiteFileError: with every error of the file.
+    """
+    file = read_toml(path, SiteFile, SiteFileError)
+    base = path.resolve().parent
+    paths = {name: str(base / getattr(file, name)) for name in ("study", "state", "identity")}
+    checkpoint = None if file.checkpoint is None else str(base / file.checkpoint)
+    data = file.data.model_copy(update={"folder": str(base / file.data.folder)})
+    return file.model_copy(update={**paths, "checkpoint": checkpoint, "data": data})

@@ -1,0 +1,23 @@
+"""Studies, sites and model configurations that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+MODELS = FOLDER / "models"
+
+
+def find(path: Path) -> Path:
+    """The path itself if it exists, else the packaged config of that name.
+
+    ``configs/demo.toml``, ``demo.toml`` and ``demo`` all find the packaged demo when there is no such file here.
+    """
+    if path.exists():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    packaged = FOLDER.joinpath(*parts)
+    for candidate in (packaged, packaged.with_name(packaged.name + ".toml")):
+        if candidate.is_file():
+            return candidate
+    return path

@@ -1,0 +1,1 @@
+"""Encryption, keys and differential privacy."""

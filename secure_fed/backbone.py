@@ -1,0 +1,241 @@
+"""The frozen CLIP: loaded through open_clip, known by the digest of its weights, asked for features only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+import configs
+from secure_fed.errors import BackboneDigestError, BackboneError
+from secure_fed.storage import write_durable
+from secure_fed.study import Backbone
+
+BATCH = 32
+"""Images or texts encoded at once; smaller batches are padded to it."""
+
+_HUB = "hf-hub:"
+_SHARED_KEYS = ("mean", "std", "interpolation", "resize_mode")
+
+
+class LoadedBackbone:
+    """A frozen CLIP on the CPU in float32, always in evaluation mode.
+
+    Attributes:
+        digest: SHA-256 (64 hex digits) of the weights' content: names, shapes and float32 values. How they are
+            stored (PyTorch, TorchScript, safetensors; float16 counts by its value) makes no difference.
+        dim: width of the features.
+        logit_scale: exp of CLIP's learned log temperature, about 100 for a trained CLIP.
+        preprocessing: canonical JSON of what happens to an image first: size, mean, std, interpolation, resizing.
+        description: model, source of the weights and size, for reports.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        name: str,
+    ) -> None:
+        self._model = model.float().eval().requires_grad_(False)
+        self._preprocess = preprocess
+        self._tokenizer = tokenizer
+        self.digest = _digest(model)
+        self.logit_scale = float(np.exp(np.float64(self._model.logit_scale.item())))
+        config = open_clip.get_model_preprocess_cfg(model)
+        self.preprocessing = json.dumps(config, sort_keys=True)
+        self.dim = int(self.encode_texts([""]).shape[1])
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        self.description = f"{name}, {weights / 1e6:.1f} M weights, {self.dim} features, digest {self.digest[:12]}"
+
+    def encode_images(self, batch: list[Image.Image]) -> NDArray[np.float32]:
+        """Unit image features, [n, dim]; any Pillow mode that converts to RGB, any size."""
+        return self._encode(len(batch), lambda i: self._preprocess(batch[i]), self._model.encode_image)
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit text features, [n, dim]. A text longer than the model's context is cut off there."""
+        return self._encode(len(texts), lambda i: self._tokenizer([texts[i]])[0], self._model.encode_text)
+
+    @torch.inference_mode()
+    def _encode(
+        self, count: int, item: Callable[[int], Tensor], encode: Callable[[Tensor], Tensor]
+    ) -> NDArray[np.float32]:
+        rows = []
+        for start in range(0, count, BATCH):
+            inputs = torch.stack([item(i) for i in range(start, min(start + BATCH, count))])
+            # Matrix kernels are chosen by size and may round differently, so the size is always the same.
+            padded = inputs.new_zeros((BATCH, *inputs.shape[1:]))
+            padded[: len(inputs)] = inputs
+            features = encode(padded)[: len(inputs)]
+            rows.append(nn.functional.normalize(features.float(), dim=-1).numpy())
+        return np.concatenate(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
+
+
+def make_random_checkpoint(model: str, seed: int, path: Path) -> None:
+    """Write an open_clip model with seeded random weights as a safetensors file, durably.
+
+    The global random state stays as it was. Weights drawn on different kinds of CPU can differ in the last
+    bits: make the file once and pass it on.
+
+    Args:
+        model: name of an open_clip model, builtin or of ours in ``configs/models``.
+        seed: 0 or more, below 2**64.
+        path: the file to write; its folder exists.
+
+    Raises:
+        BackboneError: there is no model of that name.
+        StorageError: the file cannot be written.
+    """
+    _known_model(model)
+    with torch.random.fork_rng(devices=[]), _without_warnings():
+        torch.manual_seed(seed)
+        network = open_clip.create_model(model, pretrained_text=False)
+    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+    write_durable(path, safetensors.torch.save(tensors))
+
+
+def load_backbone(backbone: Backbone, checkpoint: Path | None) -> LoadedBackbone:
+    """Load the study's backbone through open_clip's own loader.
+
+    Args:
+        backbone: the study's table. A ``model`` that begins with ``hf-hub:`` names a repository of that hub; its
+            ``tag`` is then ignored, as open_clip does.
+        checkpoint: where the weights lie at this site, if not where the study says. open_clip's PyTorch and
+            safetensors forms and OpenAI's TorchScript archives are read.
+
+    Raises:
+        BackboneError: no such model or tag, or weights that are missing, unreadable or of another model.
+        BackboneDigestError: the weights are not those that the study names.
+    """
+    if not backbone.model.startswith(_HUB):
+        _known_model(backbone.model)
+    path = _checkpoint_path(backbone, checkpoint)
+    if path is None:
+        name = f"{backbone.model} ({backbone.tag})"
+        pretrained = None if backbone.model.startswith(_HUB) else backbone.tag
+        options: dict[str, Any] = {}
+    else:
+        name = f"{backbone.model} ({path.name})"
+        pretrained = str(path)
+        options = _local_preprocessing(backbone.model)
+        if _is_torchscript(path):
+            if not open_clip.get_model_config(backbone.model).get("quick_gelu", False):
+                raise BackboneError(
+                    f"{path}: an OpenAI archive, trained with QuickGELU, but model {backbone.model} has none; "
+                    f"expected a model such as {backbone.model}-quickgelu: name that one in the study"
+                )
+            options["weights_only"] = False  # torch.load reads a TorchScript archive no other way.
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*TorchScript")
+            network, preprocess = open_clip.create_model_from_pretrained(backbone.model, pretrained, **options)
+            tokenizer = open_clip.get_tokenizer(backbone.model)
+    except Exception as error:  # the readers of four file formats and a download raise of every kind
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BackboneError(
+            f"{path or name}: not loaded as {backbone.model} ({reason}); expected that model's weights: "
+            "check the study's backbone table, or fetch the file again"
+        ) from error
+    loaded = LoadedBackbone(network, preprocess, tokenizer, name)
+    if backbone.digest is not None and loaded.digest != backbone.digest:
+        raise BackboneDigestError(
+            f"{path or name}: weights have digest {loaded.digest}, but the study names {backbone.digest}; "
+            "get the checkpoint that the study was made with"
+        )
+    return loaded
+
+
+@cache
+def _register_models() -> None:
+    open_clip.add_model_config(configs.MODELS)
+
+
+def _known_model(model: str) -> None:
+    _register_models()
+    if model not in open_clip.list_models():
+        ours = ", ".join(sorted(path.stem for path in configs.MODELS.glob("*.json")))
+        raise BackboneError(
+            f"model {model!r}: open_clip {open_clip.__version__} has none of that name; expected one of "
+            f"open_clip.list_models(), {_HUB}OWNER/NAME, or of ours: {ours}"
+        )
+
+
+def _checkpoint_path(backbone: Backbone, checkpoint: Path | None) -> Path | None:
+    """Where the weights lie; None if open_clip fetches them."""
+    path = checkpoint
+    if path is None and backbone.file is not None:
+        path = Path(backbone.file)
+        if not path.exists() and path.name == backbone.file:
+            path = configs.MODELS / path
+    if path is None:
+        if backbone.weights == "pretrained":
+            return None
+        raise BackboneError(
+            f"backbone {backbone.model}: random weights, but no checkpoint was given; make it once with "
+            "secfacmic backbone random, pass it to all sites and say where it lies"
+        )
+    if not path.is_file():
+        raise BackboneError(f"{path}: no such file; expected the weights of {backbone.model} there")
+    return path.resolve()
+
+
+def _local_preprocessing(model: str) -> dict[str, Any]:
+    """Options for open_clip, which knows the preprocessing of its tags but not of a local file.
+
+    If all the tags published for a model agree, then a file of that model is treated alike; otherwise, and
+    for models of our own, open_clip's default (OpenAI's) holds. The image size is always the model's.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    found = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    known = [{f"image_{key}": tag[key] for key in _SHARED_KEYS} for tag in found]
+    return dict(known[0]) if known and all(entry == known[0] for entry in known) else {}
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def _digest(model: nn.Module) -> str:
+    state = model.state_dict()
+    total = hashlib.sha256(b"secfacmic backbone 1\n")
+    for name in sorted(state):
+        values = state[name].cpu().contiguous().numpy()
+        if values.dtype.kind == "f":
+            values = values.astype("<f4", copy=False)
+        total.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
+        total.update(np.ascontiguousarray(values).tobytes())
+    return total.hexdigest()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence open_clip's warning, on the root logger, that weights are random: here they should be."""
+
+    def errors_only(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    root = logging.getLogger()
+    root.addFilter(errors_only)
+    try:
+        yield
+    finally:
+        root.removeFilter(errors_only)

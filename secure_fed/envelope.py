@@ -1,0 +1,183 @@
+"""Envelopes: a site's signed, encrypted update for one round.
+
+The header is all that a site tells in clear; :class:`EnvelopeHeader` is the allow-list of its fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privacy.lanes import Contribution
+from secure_fed.errors import EnvelopeError
+from secure_fed.signed import (
+    Count,
+    SignedHeader,
+    check_payload,
+    parse_header,
+    payload_fields,
+    sign_frame,
+    split_frame,
+    verify_signature,
+)
+from secure_fed.study import AgreedStudy, Hex64, Name
+
+MAGIC = b"SFE1"
+MAX_HEADER = 2048
+
+
+@dataclass(frozen=True)
+class RoundPosition:
+    """Where in which run an envelope belongs.
+
+    Attributes:
+        run: run id.
+        head: journal head on which the site trained.
+        key: key id; zeros in ``plain`` mode.
+        amendment: number of the last amendment in force.
+        round: from 1.
+    """
+
+    run: str
+    head: str
+    key: str
+    amendment: int
+    round: int
+
+
+class EnvelopeHeader(SignedHeader):
+    """Everything that an envelope says in clear.
+
+    Attributes:
+        version: of the format.
+        study: study id.
+        run, head, key, amendment, round: see :class:`RoundPosition`.
+        attempt: from 1; a later attempt carries the same stored integers.
+        site: the sender.
+        values: integers carried, validation counts included, tags excluded.
+        ledger_seq, ledger_head: the site's privacy ledger; 0 and zeros without DP.
+    """
+
+    version: Literal[1]
+    study: Hex64
+    run: Hex64
+    head: Hex64
+    key: Hex64
+    amendment: Count
+    round: Count
+    attempt: Count
+    site: Name
+    values: Count
+    ledger_seq: Count
+    ledger_head: Hex64
+
+    @property
+    def position(self) -> RoundPosition:
+        """Where the envelope belongs."""
+        return RoundPosition(self.run, self.head, self.key, self.amendment, self.round)
+
+    @property
+    def contribution(self) -> Contribution:
+        """Site and attempt, to which the tags are bound."""
+        return Contribution(self.site, self.attempt)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A checked envelope."""
+
+    header: EnvelopeHeader
+    header_text: bytes
+    signature: bytes
+    payload: bytes
+    size: int
+
+
+def seal_envelope(
+    agreed: AgreedStudy,
+    position: RoundPosition,
+    contribution: Contribution,
+    ledger: tuple[int, str],
+    payload: bytes,
+    key: Ed25519PrivateKey,
+) -> bytes:
+    """Sign a payload for one round and attempt."""
+    header = EnvelopeHeader(
+        version=1,
+        study=agreed.study.id,
+        run=position.run,
+        head=position.head,
+        key=position.key,
+        amendment=position.amendment,
+        round=position.round,
+        attempt=contribution.attempt,
+        site=contribution.site,
+        values=agreed.parameters.values,
+        ledger_seq=ledger[0],
+        ledger_head=ledger[1],
+        **payload_fields(payload),
+    )
+    return sign_frame(MAGIC, header, key, payload)
+
+
+def open_envelope(data: bytes, agreed: AgreedStudy, payload_bytes: int) -> Envelope:
+    """Check an envelope as far as the study alone allows: caps, version, pinned key, signature, payload digest.
+
+    Round, run and head are checked by whoever knows which are due: :func:`check_position`.
+
+    Args:
+        data: hostile bytes.
+        agreed: the study.
+        payload_bytes: size of a payload under the study's parameters.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    limit = 8 + MAX_HEADER + 64 + payload_bytes
+    if len(data) > limit:
+        raise EnvelopeError(f"envelope: {len(data)} bytes; expected at most {limit}")
+    frame = split_frame(MAGIC, data, MAX_HEADER, EnvelopeError)
+    header = verify_contribution(frame.header, frame.signature, agreed)
+    if header.size != payload_bytes:
+        raise EnvelopeError(f"envelope: a payload of {header.size} bytes; the study's parameters give {payload_bytes}")
+    check_payload(frame, header, EnvelopeError)
+    return Envelope(header, frame.header, frame.signature, bytes(frame.payload), len(data))
+
+
+def verify_contribution(text: bytes, signature: bytes, agreed: AgreedStudy) -> EnvelopeHeader:
+    """Read a signed envelope header, on its own or in a record, and check signature, study and sender.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    if len(text) > MAX_HEADER:
+        raise EnvelopeError(f"envelope header: {len(text)} bytes; expected at most {MAX_HEADER}")
+    header = parse_header(text, EnvelopeHeader, EnvelopeError)
+    member = {site.name: site for site in agreed.study.sites}.get(header.site)
+    if member is None or member.keys is None:
+        raise EnvelopeError(f"envelope of {header.site!r}, which is no site of the study")
+    verify_signature(MAGIC, text, signature, member.keys.signing, EnvelopeError)
+    if header.study != agreed.study.id:
+        raise EnvelopeError(f"envelope of {header.site}: for study {header.study}, expected {agreed.study.id}")
+    if member.role != "train":
+        raise EnvelopeError(f"envelope of {header.site}, an observer; only training sites send updates")
+    if header.values != agreed.parameters.values:
+        raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {agreed.parameters.values}")
+    return header
+
+
+def check_position(header: EnvelopeHeader, due: RoundPosition) -> None:
+    """Check that a header belongs to the round that is due.
+
+    Raises:
+        EnvelopeError: naming every field that differs.
+    """
+    wrong = [
+        f"{field} {getattr(header, field)}, expected {getattr(due, field)}"
+        for field in ("run", "head", "key", "amendment", "round")
+        if getattr(header, field) != getattr(due, field)
+    ]
+    if wrong:
+        raise EnvelopeError(f"envelope of {header.site}: {'; '.join(wrong)}: not of this round")

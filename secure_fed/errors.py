@@ -1,0 +1,146 @@
+"""Every way in which secfacmic refuses, as one class each with its own exit code.
+
+A message says what was found, what was expected and what to do. Exit codes go by range:
+10-19 study and site files, 20-29 data, 30-39 backbone, 40-59 encryption, journal and protocol,
+60-69 storage, 70-79 rounds. Codes 1 and 2 stay Python's and typer's own.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SecfacmicError(Exception):
+    """Base of all refusals.
+
+    Attributes:
+        exit_code: process exit status of this class; unique, so that scripts can tell refusals apart.
+    """
+
+    exit_code: ClassVar[int] = 3
+
+
+class StudyError(SecfacmicError):
+    """A study file that does not hold together, or two that should agree and do not."""
+
+    exit_code = 10
+
+
+class SiteFileError(SecfacmicError):
+    """A site.toml that does not hold together, or a site whose own policy refuses the study."""
+
+    exit_code = 11
+
+
+class OutputError(SecfacmicError):
+    """An output folder that belongs to something else."""
+
+    exit_code = 12
+
+
+class DataError(SecfacmicError):
+    """A missing data folder, or one without usable images."""
+
+    exit_code = 20
+
+
+class UnreadableImageError(SecfacmicError):
+    """Images that cannot be decoded."""
+
+    exit_code = 21
+
+
+class ManifestError(SecfacmicError):
+    """A manifest.csv whose rows do not fit the files or the columns."""
+
+    exit_code = 22
+
+
+class LabelError(SecfacmicError):
+    """A label or class folder outside the study's classes."""
+
+    exit_code = 23
+
+
+class BackboneError(SecfacmicError):
+    """A backbone that cannot be loaded."""
+
+    exit_code = 30
+
+
+class BackboneDigestError(SecfacmicError):
+    """A backbone whose weights are not those that the study names."""
+
+    exit_code = 31
+
+
+class LanesError(SecfacmicError):
+    """Sites, bits, lanes and number of values that no exact CKKS packing holds."""
+
+    exit_code = 40
+
+
+class SealFormatError(SecfacmicError):
+    """Bytes that are not the known SEAL serialisation."""
+
+    exit_code = 41
+
+
+class KeyFileError(SecfacmicError):
+    """An identity, key or sealed key file that cannot be used."""
+
+    exit_code = 42
+
+
+class EnvelopeError(SecfacmicError):
+    """An envelope that is malformed, unsigned, or not for this round."""
+
+    exit_code = 43
+
+
+class RecordError(SecfacmicError):
+    """A journal record that does not verify, or does not continue the chain."""
+
+    exit_code = 44
+
+
+class AggregateRefused(SecfacmicError):
+    """An aggregate that was decrypted and refused. Deliberately opaque: it never says why."""
+
+    exit_code = 45
+
+
+class KeyDeadError(SecfacmicError):
+    """A key that has seen too many refused aggregates and decrypts nothing more."""
+
+    exit_code = 46
+
+
+class ProtocolError(SecfacmicError):
+    """A message between server and site that does not fit the state of the receiver."""
+
+    exit_code = 47
+
+
+class AdapterMismatchError(SecfacmicError):
+    """Sites that hold different adapters after the same round."""
+
+    exit_code = 48
+
+
+class NonFiniteUpdateError(SecfacmicError):
+    """An update with NaN or infinite values."""
+
+    exit_code = 50
+
+
+class StorageError(SecfacmicError):
+    """A file that could not be written durably (disk full, permissions)."""
+
+    exit_code = 60
+
+
+class NotEnoughSitesError(SecfacmicError):
+    """Fewer sites than min_sites can ever train again."""
+
+    exit_code = 70

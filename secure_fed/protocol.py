@@ -1,0 +1,60 @@
+"""What passes between server and site, whatever carries it. Both messages are allow-lists of fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+PAGE_BYTES = 16 * 2**20
+"""Most bytes of records in one request; a site that lacks more asks again."""
+
+
+class ReplyCode(StrEnum):
+    """All that a reply can say in words: flwr would otherwise carry exception texts to the server."""
+
+    UPDATE = "update"
+    APPLIED = "applied"
+    MORE = "more"
+    REFUSED_AGGREGATE = "refused-aggregate"
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """From the server to one site.
+
+    Attributes:
+        round: the round that is due; beyond the study's rounds there is nothing left to train.
+        attempt: from 1.
+        records: journal records that the site lacks, in order, at most 16 MiB (or one record).
+        more: whether further records follow; then nothing is trained yet.
+        attested_head: the head at which the sites made the attestations; empty when there are none.
+        attestations: keyed adapter digests of the sites at that head, by site name.
+    """
+
+    round: int
+    attempt: int
+    records: tuple[bytes, ...]
+    more: bool
+    attested_head: str = ""
+    attestations: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundReply:
+    """From a site to the server.
+
+    Attributes:
+        site: the sender.
+        code: what happened.
+        run: the run the site is in; empty before its first genesis.
+        position: number of records of that run that the site has.
+        attestation: keyed digest of its adapter at that position.
+        envelope: its update, for code ``update``; else empty.
+    """
+
+    site: str
+    code: ReplyCode
+    run: str
+    position: int
+    attestation: str
+    envelope: bytes

@@ -1,0 +1,327 @@
+"""A whole study in one process: the same sites and coordinator as in a deployment, encryption included."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from clients.site import Site
+from clients.sitefile import SiteData, SiteFile, read_site_file
+from privacy.keys import Identity, create_identity, create_sealed_key, load_identity
+from secure_fed.adapters import initial_parameters
+from secure_fed.codec import Parameters, adapter_digest
+from secure_fed.errors import AdapterMismatchError, OutputError, StudyError
+from secure_fed.new_study import COORDINATOR_KEY, RANDOM_CHECKPOINT, new_study
+from secure_fed.phantoms import PhantomSite, make_phantoms
+from secure_fed.protocol import ReplyCode
+from secure_fed.signed import ZERO_DIGEST, load_signing_key
+from secure_fed.storage import make_folder, write_durable
+from secure_fed.study import AgreedStudy, Method, Simulation, Study, as_template, load_study
+from secure_fed.tomlfile import to_toml, write_toml
+from server.coordinator import Coordinator, current_run
+from server.journal import JournalEntry
+
+Metrics = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """One finished round, for display.
+
+    Attributes:
+        round: from 1.
+        sites_in: contributors.
+        bytes_up: all accepted envelopes as sent, summed.
+        bytes_down: the record's size times all sites that receive it.
+        seconds: from the round's opening to its record.
+        validation: share of correct validation images of the adapter that the round trained on, if shared.
+    """
+
+    round: int
+    sites_in: tuple[str, ...]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    validation: float | None
+
+
+@dataclass
+class Listener:
+    """What a simulation tells while it runs."""
+
+    encoding: Callable[[str, int, int], None]
+    """Site, images done, images in all."""
+    round: Callable[[RoundFacts], None]
+    stage: Callable[[str], None]
+
+
+def simulate(
+    template: Study, out: Path, data: Path | None, listener: Listener, *, skip_unreadable: bool = False
+) -> dict[str, Any]:
+    """Run a study on one machine and write its results.
+
+    With a folder that already holds this study, an unfinished run goes on; a finished one is followed by a new run
+    with a new key, journal and run id.
+
+    Args:
+        template: with a ``[simulation]`` table.
+        out: gets ``study.toml, study.safetensors, summary.json, adapter.safetensors, server/, sites/SITE/``.
+        data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
+        listener: is told what happens.
+        skip_unreadable: leave out images that cannot be decoded.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        SecfacmicError: whatever a site or the coordinator refuses.
+    """
+    start = time.monotonic()
+    listener.stage("preparing the study")
+    agreed = prepare(template, out, data)
+    sites = []
+    for member in agreed.study.sites:
+        file = read_site_file(out / "sites" / member.name / "site.toml")
+        sites.append(Site(file.model_copy(update={"skip_unreadable": skip_unreadable}), agreed))
+    listener.stage("encoding images")
+    for site in sites:
+        site.features(lambda done, total, name=site.name: listener.encoding(name, done, total))  # type: ignore[misc]
+    listener.stage("training")
+    coordinator = _open_run(agreed, out, sites)
+    _run_rounds(agreed, coordinator, sites, listener)
+    digests = {site.adapter_digest for site in sites}
+    if len(digests) > 1:
+        raise AdapterMismatchError(f"the sites hold {len(digests)} different adapters; expected one")
+    listener.stage("evaluating")
+    final = sites[0].parameters
+    save_adapter(out / "adapter.safetensors", agreed, final)
+    summary = {
+        "study_id": agreed.study.id,
+        "backbone": {"model": agreed.study.backbone.model, "digest": agreed.study.backbone.digest},
+        "method": agreed.study.method.adapter,
+        "mode": agreed.study.mode,
+        "seed": agreed.study.seed,
+        "sites": [site.name for site in agreed.study.sites if site.role == "train"],
+        "adapter_digest": adapter_digest(final),
+        "rounds": [_round_summary(agreed, entry) for entry in coordinator.rounds],
+        "metrics": evaluate(agreed, sites, final),
+        "seconds_total": time.monotonic() - start,
+    }
+    write_durable(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def prepare(template: Study, out: Path, data: Path | None) -> AgreedStudy:
+    """Write study, keys and site folders into a folder, or check that what is there is the same study.
+
+    Raises:
+        StudyError: the template cannot be simulated.
+        OutputError: the folder holds another study, or sites with other data.
+    """
+    plan = template.simulation
+    if plan is None:
+        raise StudyError(
+            f"study {template.name}: no [simulation] table; expected one that says where the sites' data are"
+        )
+    if data is None and not plan.phantoms:
+        raise StudyError(f"study {template.name}: it has no phantoms; give its data folder with --data")
+    make_folder(out)
+    if (out / "study.toml").exists():
+        agreed = load_study(out / "study.toml")
+        here, wanted = as_template(agreed.study), as_template(template)
+        differing = sorted(key for key in wanted if here[key] != wanted[key])
+        if differing:
+            raise OutputError(
+                f"{out}: holds study {agreed.study.name} with other {', '.join(differing)}; "
+                "expected the same study: choose another --out"
+            )
+    else:
+        identities = [_identity(out, site.name) for site in template.sites]
+        new_study(template, [identity.public for identity in identities], out)
+        agreed = load_study(out / "study.toml")
+    data = data or out / "data"
+    _write_site_files(agreed, plan, out, data)
+    _make_phantoms(plan, out / "data", data)
+    return agreed
+
+
+def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> dict[str, Any]:
+    """Zero-shot, local-only, locally trained text head and federated, on each training site's test images and on
+    the observers' (held out).
+
+    A locally trained adapter's ``held_out`` is the mean over the sites that trained one.
+    """
+    members = {site.name: site for site in agreed.study.sites}
+    training = [site for site in sites if members[site.name].role == "train"]
+    observers = [site for site in sites if members[site.name].role == "observer"]
+
+    def shared(parameters: Parameters | None) -> dict[str, Any]:
+        return {
+            "per_site": {site.name: site.evaluate(parameters) for site in training},
+            "held_out": _mean([site.evaluate(parameters) for site in observers]),
+        }
+
+    def local(method: AgreedStudy) -> dict[str, Any]:
+        per_site, held_out = {}, {}
+        for site in training:
+            parameters = site.train_alone(method)
+            per_site[site.name] = site.evaluate(parameters, method)
+            held_out[site.name] = _mean([observer.evaluate(parameters, method) for observer in observers])
+        return {"per_site": per_site, "held_out": _mean(list(held_out.values())), "held_out_per_site": held_out}
+
+    return {
+        "zero_shot": shared(None),
+        "local_only": local(agreed),
+        "text_head": local(_with_method(agreed, Method(adapter="text_head", loss=agreed.study.method.loss))),
+        "federated": shared(final),
+    }
+
+
+def save_adapter(path: Path, agreed: AgreedStudy, parameters: Parameters) -> None:
+    """Write the adapter with all that its use needs besides the backbone.
+
+    Tensors: ``adapter.NAME`` (float64), ``prompt_features`` (float32 [classes, d]), ``logit_scale``. Batch norm's
+    statistics are no part of it: they stay at each site.
+    """
+    study = agreed.study
+    metadata = {
+        "study": study.id,
+        "backbone": json.dumps({"model": study.backbone.model, "digest": study.backbone.digest}),
+        "classes": json.dumps(study.class_names),
+        "prompts": json.dumps([entry.prompts for entry in study.classes]),
+        "method": study.method.model_dump_json(),
+        "adapter_digest": adapter_digest(parameters),
+    }
+    state = replace(agreed.initial, adapter=parameters)
+    tensors = safetensors.numpy.load(state.to_bytes())
+    write_durable(path, bytes(safetensors.numpy.save(tensors, metadata)))
+
+
+def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
+    """The same study with another method, for baselines that never leave a site."""
+    initial = agreed.initial
+    prompts = initial.prompt_features
+    adapter = initial_parameters(method, prompts.shape[1], prompts, agreed.study.seed)
+    return AgreedStudy(agreed.study.model_copy(update={"method": method}), replace(initial, adapter=adapter))
+
+
+def _mean(results: Sequence[Metrics]) -> Metrics:
+    """Mean of each metric over the results that define it."""
+    means: Metrics = {}
+    for name in ("balanced_accuracy", "accuracy", "macro_f1", "auroc"):
+        values = [value for result in results if (value := result[name]) is not None]
+        means[name] = float(np.mean(values)) if values else None
+    return means
+
+
+def _identity(out: Path, name: str) -> Identity:
+    folder = out / "sites" / name / "identity"
+    return load_identity(folder, name) if (folder / "signing.key").exists() else create_identity(folder, name)
+
+
+def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Path) -> None:
+    """Write each site's ``site.toml``; one that is there must be the same."""
+    random = agreed.study.backbone.weights == "random"
+    for played in plan.sites:
+        file = SiteFile(
+            format=1,
+            site=played.name,
+            study="../../study.toml",
+            state="state",
+            identity="identity",
+            checkpoint=f"../../{RANDOM_CHECKPOINT}" if random else None,
+            data=SiteData(
+                folder=str((data / played.folder).resolve()), kind=plan.kind, unit=plan.unit, shares=plan.shares
+            ),
+            allow_plain=agreed.study.mode == "plain",
+            min_sites=agreed.study.min_sites,
+        )
+        path = out / "sites" / played.name / "site.toml"
+        if not path.exists():
+            make_folder(path.parent)
+            write_toml(path, file)
+        elif path.read_text(encoding="utf-8") != to_toml(file):
+            raise OutputError(
+                f"{path}: not what this template and data folder give; expected the same data as before, "
+                "or another --out"
+            )
+
+
+def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
+    missing = [group for group in plan.phantoms if not (own / group.name / "manifest.csv").exists()]
+    if data == own and missing:
+        groups = [PhantomSite(**group.model_dump()) for group in missing]
+        make_phantoms(own, groups, plan.phantom_seed)
+
+
+def _open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinator:
+    """Go on with an unfinished run, or begin a new one with a new key."""
+    folder = out / "server"
+    signing = load_signing_key(out / COORDINATOR_KEY)
+    if current_run(folder) is not None:
+        coordinator = Coordinator(agreed, folder, signing)
+        if not coordinator.finished:
+            return coordinator
+    key_id = ZERO_DIGEST
+    if agreed.study.mode == "he":
+        maker = next(site for site in sites if site.name == agreed.study.key_maker)
+        epoch, previous = maker.newest_key
+        identity = load_identity(out / "sites" / maker.name / "identity", maker.name)
+        sealed = create_sealed_key(agreed, identity, epoch + 1, previous)
+        for site in sites:
+            key_id = site.accept_key(sealed)
+    return Coordinator.begin(agreed, folder, signing, key_id)
+
+
+def _run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Site], listener: Listener) -> None:
+    told = 0
+    while True:
+        refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
+        for entry in coordinator.rounds[told:]:
+            listener.round(_round_facts(agreed, entry, sites[0] if entry is coordinator.rounds[-1] else None))
+        told = len(coordinator.rounds)
+        if refused:
+            coordinator.void_round()
+        elif coordinator.finished:
+            return
+        elif coordinator.close_round() is None:
+            coordinator.require_enough(len(coordinator.sites_in))
+
+
+def _bring_up(coordinator: Coordinator, site: Site) -> ReplyCode:
+    """Pass requests to a site until it lacks no record; its last reply's code."""
+    while True:
+        reply = site.respond(coordinator.request(site.run, site.position))
+        coordinator.receive(reply)
+        if reply.code != ReplyCode.MORE:
+            return reply.code
+
+
+def _round_facts(agreed: AgreedStudy, entry: JournalEntry, site: Site | None) -> RoundFacts:
+    counts = site.validation if site is not None else None
+    return RoundFacts(
+        round=entry.header.round,
+        sites_in=entry.sites,
+        bytes_up=entry.bytes_up,
+        bytes_down=entry.size * len(agreed.study.sites),
+        seconds=(entry.header.closed_ms - entry.header.opened_ms) / 1000,
+        validation=counts.correct / counts.images if counts is not None and counts.images else None,
+    )
+
+
+def _round_summary(agreed: AgreedStudy, entry: JournalEntry) -> dict[str, Any]:
+    facts = _round_facts(agreed, entry, None)
+    return {
+        "round": facts.round,
+        "sites_in": len(facts.sites_in),
+        "bytes_up": facts.bytes_up,
+        "bytes_down": facts.bytes_down,
+        "seconds": facts.seconds,
+    }

@@ -1,0 +1,1 @@
+"""What runs at the coordinator. Imports no torch, open_clip, opacus or tenseal: it holds no key."""

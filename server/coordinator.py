@@ -1,0 +1,250 @@
+"""One round at the server: collect envelopes, add ciphertexts that it cannot open, append the record.
+
+Knows nothing of Flower, and holds no key but the one it signs with. Memory does not grow with the number of sites:
+envelopes are spooled to disk until their round's record is durable, and added into one running sum.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privacy.lanes import Wire, wire
+from secure_fed.envelope import Envelope, check_position, open_envelope
+from secure_fed.errors import EnvelopeError, NotEnoughSitesError, ProtocolError, RecordError, StudyError
+from secure_fed.protocol import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
+from secure_fed.signed import public_hex
+from secure_fed.storage import make_folder, write_durable
+from secure_fed.study import AgreedStudy
+from server.journal import Journal, JournalEntry, now_ms
+
+
+class Coordinator:
+    """One run of a study at the server.
+
+    Args:
+        agreed: the study.
+        folder: the server's state folder; holds one folder a run, and the name of the current one.
+        key: the coordinator's signing key, whose public half the study names.
+
+    Raises:
+        StudyError: the signing key is not the study's, or no run was ever begun.
+        RecordError: the journal does not verify.
+
+    Attributes:
+        run: the run's id, 64 hex digits.
+        attempt: of the current round; a new one asks the sites for their stored integers anew.
+    """
+
+    def __init__(self, agreed: AgreedStudy, folder: Path, key: Ed25519PrivateKey) -> None:
+        if public_hex(key) != agreed.study.coordinator:
+            raise StudyError(
+                f"the signing key's public half is {public_hex(key)}; the study names {agreed.study.coordinator}; "
+                "start the server with the key that study new made"
+            )
+        run = current_run(folder)
+        if run is None:
+            raise StudyError(f"{folder}: no run has begun; begin one with a key's id")
+        self.run = run
+        self._agreed = agreed
+        self._wire: Wire = wire(agreed.study.mode, agreed.parameters)
+        self._folder = folder / "runs" / run
+        self.journal = Journal(agreed, self._folder / "journal", key)
+        if not self.journal.records:
+            raise RecordError(f"{self._folder}: no genesis; the run was not begun whole: begin a new one")
+        self._attestations: dict[str, dict[str, str]] = {}
+        self._open_round()
+        self._take_spool()
+
+    @classmethod
+    def begin(cls, agreed: AgreedStudy, folder: Path, key: Ed25519PrivateKey, key_id: str) -> Coordinator:
+        """Begin a new run: a random run id and a genesis that names the key's id (zeros in ``plain`` mode)."""
+        run = secrets.token_hex(32)
+        make_folder(folder / "runs" / run)
+        Journal(agreed, folder / "runs" / run / "journal", key).append_genesis(run, key_id)
+        # Named only when its genesis is durable, so that a crash in between leaves the old run current.
+        write_durable(folder / "run", run.encode())
+        return cls(agreed, folder, key)
+
+    @property
+    def round(self) -> int:
+        """The round that is due, from 1; one more than the study's rounds when it is finished."""
+        return self.journal.chain.round + 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round has its record."""
+        return self.journal.chain.finished
+
+    @property
+    def sites_in(self) -> tuple[str, ...]:
+        """Sites whose envelope for the current round was accepted, by name."""
+        return tuple(sorted(self._envelopes))
+
+    @property
+    def rounds(self) -> list[JournalEntry]:
+        """The aggregates so far, in order."""
+        return [entry for entry in self.journal.records if entry.header.kind == "aggregate"]
+
+    def request(self, run: str, position: int) -> RoundRequest:
+        """What to send to a site.
+
+        Args:
+            run: the run the site says it is in.
+            position: how many of its records the site says it has; ignored when it is in another run.
+        """
+        start = position if run == self.run else 0
+        records: list[bytes] = []
+        total = 0
+        for seq in range(start, len(self.journal.records)):
+            total += self.journal.records[seq].size
+            if records and total > PAGE_BYTES:
+                break
+            records.append(self.journal.read(seq))
+        head = self._attested_head()
+        return RoundRequest(
+            round=self.round,
+            attempt=self.attempt,
+            records=tuple(records),
+            more=start + len(records) < len(self.journal.records),
+            attested_head=head,
+            attestations=dict(self._attestations.get(head, {})),
+        )
+
+    def receive(self, reply: RoundReply) -> None:
+        """Take a site's reply: its attestation, and its envelope if it has one.
+
+        Raises:
+            EnvelopeError: the envelope is refused; the state is as it was.
+            ProtocolError: the reply is of no member, or claims more records than there are.
+        """
+        members = {site.name for site in self._agreed.study.sites}
+        if reply.site not in members:
+            raise ProtocolError(f"a reply of {reply.site!r}; expected one of {', '.join(sorted(members))}")
+        if reply.run != self.run or not 0 < reply.position <= len(self.journal.records):
+            raise ProtocolError(
+                f"{reply.site} is at record {reply.position} of run {reply.run[:16]}; the journal has "
+                f"{len(self.journal.records)} records of run {self.run[:16]}"
+            )
+        head = self.journal.records[reply.position - 1].id
+        self._attestations.setdefault(head, {})[reply.site] = reply.attestation
+        for old in list(self._attestations)[:-2]:
+            del self._attestations[old]
+        if reply.code == ReplyCode.UPDATE:
+            self._accept(reply.envelope, reply.site)
+
+    def close_round(self) -> JournalEntry | None:
+        """Append the current round's record if enough sites are in; else change nothing and return None.
+
+        Afterwards the spooled envelopes are erased: their sum is durable.
+        """
+        if self.finished or len(self._envelopes) < self._agreed.study.min_sites:
+            return None
+        envelopes = [self._envelopes[site] for site in self.sites_in]
+        tails = [self._wire.tail(self._spooled(site)) for site in self.sites_in]
+        self.journal.append_aggregate(envelopes, self._wire.record(self._total, tails), self._opened_ms)
+        self._open_round()
+        return self.journal.records[-1]
+
+    def void_round(self) -> None:
+        """Withdraw the last aggregate, which sites refused. Its updates are lost.
+
+        Raises:
+            RecordError: the last record is no aggregate.
+        """
+        self.journal.append_void()
+        self._open_round()
+
+    def require_enough(self, able: int) -> None:
+        """Refuse to wait for ever.
+
+        Args:
+            able: how many training sites can still send updates.
+
+        Raises:
+            NotEnoughSitesError: fewer than ``min_sites``.
+        """
+        if able < self._agreed.study.min_sites:
+            raise NotEnoughSitesError(
+                f"round {self.round}: {able} sites can still train; expected at least min_sites = "
+                f"{self._agreed.study.min_sites}; the study ends here with {self.journal.chain.round} rounds"
+            )
+
+    def _open_round(self) -> None:
+        self.attempt = 1
+        self._opened_ms = now_ms()
+        self._clear_sum()
+        for folder in (self._folder / "spool").glob("*"):
+            if folder.name != f"{self.round:08d}":
+                shutil.rmtree(folder)
+
+    def _clear_sum(self) -> None:
+        self._envelopes: dict[str, Envelope] = {}
+        self._total = self._wire.zero()
+
+    def _spool(self) -> Path:
+        return self._folder / "spool" / f"{self.round:08d}" / f"{self.attempt:04d}"
+
+    def _spooled(self, site: str) -> bytes:
+        data = (self._spool() / f"{site}.envelope").read_bytes()
+        return data[len(data) - self._wire.envelope_bytes :]
+
+    def _take_spool(self) -> None:
+        """After a restart: add what was accepted before. A damaged spool costs an attempt, never a wrong sum."""
+        folder = self._spool().parent
+        attempts = sorted(int(path.name) for path in folder.glob("*")) if folder.exists() else []
+        if not attempts:
+            return
+        self.attempt = attempts[-1]
+        try:
+            for path in sorted(self._spool().glob("*.envelope")):
+                self._add(self._check(path.read_bytes(), path.stem))
+        except EnvelopeError:
+            self._clear_sum()
+            self.attempt += 1
+            make_folder(self._spool())
+
+    def _accept(self, data: bytes, site: str) -> None:
+        envelope = self._check(data, site)
+        known = self._envelopes.get(site)
+        if known is not None:
+            if (known.header_text, known.signature) != (envelope.header_text, envelope.signature):
+                raise EnvelopeError(f"a second, different envelope of {site} for round {self.round}; the first counts")
+            return
+        make_folder(self._spool())
+        write_durable(self._spool() / f"{site}.envelope", data, 0o600)
+        self._add(envelope)
+
+    def _check(self, data: bytes, site: str) -> Envelope:
+        if self.finished:
+            raise EnvelopeError(f"an envelope of {site}, but the study's {self.round - 1} rounds are over")
+        envelope = open_envelope(data, self._agreed, self._wire.envelope_bytes)
+        if envelope.header.site != site:
+            raise EnvelopeError(f"an envelope of {envelope.header.site} in a reply of {site}")
+        check_position(envelope.header, self.journal.chain.due)
+        if envelope.header.attempt != self.attempt:
+            raise EnvelopeError(f"envelope of {site}: attempt {envelope.header.attempt}, expected {self.attempt}")
+        self._wire.check(envelope.payload)
+        return envelope
+
+    def _add(self, envelope: Envelope) -> None:
+        self._wire.add(self._total, envelope.payload)
+        # The payload stays in the spool; keeping it here would make memory grow with the sites.
+        self._envelopes[envelope.header.site] = Envelope(
+            envelope.header, envelope.header_text, envelope.signature, b"", envelope.size
+        )
+
+    def _attested_head(self) -> str:
+        """The newest head at which sites attested; a pair that misses each other here meets in the next round."""
+        return next(reversed(self._attestations), "")
+
+
+def current_run(folder: Path) -> str | None:
+    """Id of the run that a server's state folder is in, None before the first."""
+    try:
+        return (folder / "run").read_text(encoding="ascii").strip()
+    except OSError:
+        return None

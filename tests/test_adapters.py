@@ -1,0 +1,186 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, normalize
+
+from secure_fed.adapters import build_adapter, class_prompt_loss, contrastive_loss, initial_parameters
+from secure_fed.study import Method
+
+METHODS = [
+    Method(),
+    Method(norm="batch"),
+    Method(adapter="low_rank", rank=3),
+    Method(adapter="text_head"),
+]
+DIM, CLASSES, SCALE = 24, 5, 20.0
+
+
+def unit(rows, seed=0, dim=DIM):
+    values = np.random.default_rng(seed).normal(size=(rows, dim))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+PROMPTS = unit(CLASSES, seed=100)
+
+
+def build(method, seed=0, change=0.0):
+    parameters = initial_parameters(method, DIM, PROMPTS, seed)
+    rng = np.random.default_rng(1)
+    moved = {name: value + change * rng.normal(size=value.shape) for name, value in parameters.items()}
+    return build_adapter(method, PROMPTS, SCALE, moved)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_shapes_units_and_gradients(method, rows):
+    adapter = build(method, change=0.1)
+    x = torch.from_numpy(unit(rows))
+    adapted, logits = adapter.adapt(x), adapter.logits(x)
+    assert adapted.shape == (rows, DIM)
+    assert logits.shape == (rows, CLASSES)
+    torch.testing.assert_close(adapted.norm(dim=1), torch.ones(rows))
+    torch.testing.assert_close(adapter.class_vectors().norm(dim=1), torch.ones(CLASSES))
+    torch.testing.assert_close(logits, SCALE * adapted @ adapter.class_vectors().T)
+    cross_entropy(logits, torch.zeros(rows, dtype=torch.long)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.shared_parameters().values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_that_is_trained_is_shared_and_nothing_else_exists(method):
+    adapter = build(method)
+    adapter.set_statistics(torch.from_numpy(unit(9)))
+    shared = adapter.shared_parameters()
+    initial = initial_parameters(method, DIM, PROMPTS, 0)
+    assert list(shared) == list(initial) == sorted(initial)
+    assert {name: tuple(value.shape) for name, value in shared.items()} == {
+        name: value.shape for name, value in initial.items()
+    }
+    assert list(adapter.buffers()) == []
+    assert set(adapter.state_dict()) == set(shared)
+
+
+def test_sizes_are_those_of_the_paper():
+    prompts = unit(4, dim=512)
+    sizes = [sum(v.size for v in initial_parameters(m, 512, prompts, 0).values()) for m in METHODS]
+    assert sizes == [526_336, 526_336, 2 * 3 * 512, 4 * 512]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_initial_parameters_depend_on_the_seed_alone(method):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = initial_parameters(method, DIM, PROMPTS, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again = initial_parameters(method, DIM, PROMPTS, 7)
+    other = initial_parameters(method, DIM, PROMPTS, 8)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert all(value.dtype == np.float64 for value in first.values())
+    if method.adapter != "text_head":
+        assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_gate_starts_near_zero_shot(norm):
+    # facmic.md 1.1: cos(I, a(I) * I) is about 0.92 at the start.
+    method = Method(norm=norm)
+    x = unit(64, dim=512)
+    prompts = unit(4, seed=3, dim=512)
+    adapter = build_adapter(method, prompts, SCALE, initial_parameters(method, 512, prompts, 3))
+    cosine = (adapter.adapt(torch.from_numpy(x)).detach().numpy() * x).sum(axis=1)
+    assert cosine.min() > 0.85
+    assert cosine.max() < 0.999
+
+
+@pytest.mark.parametrize("method", METHODS[2:])
+def test_low_rank_and_text_head_start_at_zero_shot(method):
+    x = unit(11)
+    logits = build(method).logits(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(logits, SCALE * x @ PROMPTS.T, atol=1e-4)
+
+
+def test_layer_gate_is_the_papers_layers():
+    adapter = build(METHODS[0], change=0.1)
+    p = adapter.shared_parameters()
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(DIM, DIM),
+        torch.nn.LayerNorm(DIM),
+        torch.nn.LeakyReLU(0.01),
+        torch.nn.Linear(DIM, DIM),
+        torch.nn.Softmax(dim=1),
+    )
+    names = ["first_weight", "first_bias", "norm_weight", "norm_bias", "second_weight", "second_bias"]
+    with torch.no_grad():
+        for target, name in zip(layers.parameters(), names, strict=True):
+            target.copy_(p[name])
+    x = torch.from_numpy(unit(6))
+    torch.testing.assert_close(adapter.adapt(x), normalize(layers(x) * x, dim=1))
+
+
+def test_batch_gate_normalises_as_torch_does_and_takes_a_batch_of_one():
+    adapter = build(METHODS[1], change=0.1)
+    p = adapter.shared_parameters()
+    x = torch.from_numpy(unit(6))
+    hidden = x @ p["first_weight"].T + p["first_bias"]
+    expected = torch.nn.functional.batch_norm(hidden, None, None, p["norm_weight"], p["norm_bias"], training=True)
+    torch.testing.assert_close(adapter._batch_norm(hidden), expected)
+    alone = adapter._batch_norm(hidden[:1])
+    torch.testing.assert_close(alone, p["norm_bias"].expand(1, -1))
+
+
+def test_batch_gate_evaluates_by_the_sites_own_statistics():
+    adapter = build(METHODS[1], change=0.1)
+    x, site = torch.from_numpy(unit(6)), torch.from_numpy(unit(40, seed=9))
+    adapter.train()
+    in_training = adapter.logits(x)
+    adapter.eval()
+    with pytest.raises(RuntimeError, match="set_statistics"):
+        adapter.logits(x)
+    adapter.set_statistics(x)
+    torch.testing.assert_close(adapter.logits(x), in_training)
+    adapter.set_statistics(site)
+    rows = torch.cat([adapter.logits(row[None]) for row in x])
+    torch.testing.assert_close(rows, adapter.logits(x))
+    assert not torch.allclose(rows, in_training)
+
+
+def test_class_prompt_loss_adjusts_by_the_prior():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.1, 9.0]], requires_grad=True)
+    prior = torch.tensor([0.25, 0.75, 0.0])
+    losses = class_prompt_loss(logits, torch.tensor([0, 1]), torch.log(prior))
+    for row, label, loss in zip(logits.tolist(), (0, 1), losses.tolist(), strict=True):
+        weights = [share * math.exp(value) for share, value in zip(prior.tolist(), row, strict=True)]
+        assert loss == pytest.approx(-math.log(weights[label] / sum(weights)), rel=1e-5)
+    losses.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[:, 2].tolist() == [0, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 1000))
+def test_contrastive_loss_is_the_papers_and_its_image_half_a_prior_adjusted_loss(rows, classes, seed):
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.integers(0, classes, rows))
+    adapted = torch.from_numpy(unit(rows, seed=seed))
+    prompts = torch.from_numpy(unit(classes, seed=seed + 1))
+    losses = contrastive_loss(adapted, labels, prompts, SCALE)
+    similarity = SCALE * adapted @ prompts[labels].T
+    index = torch.arange(rows)
+    paper = (cross_entropy(similarity, index) + cross_entropy(similarity.T, index)) / 2
+    torch.testing.assert_close(losses.mean(), paper)
+    # facmic.md T4: the image-to-text half is CE(logits + log n_c) + log n_y.
+    counts = torch.bincount(labels, minlength=classes)
+    adjusted = class_prompt_loss(SCALE * adapted @ prompts.T, labels, torch.log(counts)) + torch.log(counts[labels])
+    image_half = 2 * losses - cross_entropy(similarity.T, index, reduction="none")
+    torch.testing.assert_close(image_half, adjusted, atol=2e-4, rtol=1e-4)
+
+
+def test_contrastive_loss_of_a_perfect_classifier_is_log_of_its_classes_images():
+    prompts = torch.eye(4)
+    labels = torch.arange(4).repeat(8)
+    loss = contrastive_loss(prompts[labels], labels, prompts, 100.0).mean()
+    assert loss.item() == pytest.approx(math.log(8), abs=1e-3)

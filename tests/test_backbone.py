@@ -1,0 +1,201 @@
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import configs
+from secure_fed.backbone import BATCH, load_backbone, make_random_checkpoint
+from secure_fed.errors import BackboneDigestError, BackboneError
+from secure_fed.study import Backbone
+
+RANDOM = Backbone(model="random-small", weights="random", seed=5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    make_random_checkpoint("random-small", 5, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_backbone(RANDOM, checkpoint)
+
+
+def pictures(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_checkpoint_is_a_function_of_the_seed_and_leaves_global_randomness_alone(checkpoint, tmp_path):
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    make_random_checkpoint("random-small", 5, tmp_path / "same")
+    make_random_checkpoint("random-small", 6, tmp_path / "other")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (tmp_path / "same").read_bytes() == checkpoint.read_bytes()
+    assert (tmp_path / "other").read_bytes() != checkpoint.read_bytes()
+
+
+def test_weights_come_back_through_open_clips_loader(checkpoint, loaded):
+    stored = safetensors.torch.load_file(checkpoint)
+    network = loaded._model.state_dict()
+    assert sorted(stored) == sorted(network)
+    assert all(torch.equal(stored[name], network[name]) for name in stored)
+    assert not loaded._model.training
+    assert not any(parameter.requires_grad for parameter in loaded._model.parameters())
+    assert loaded.logit_scale == pytest.approx(100, rel=1e-5)
+    assert loaded.dim == 128
+
+
+def test_digest_is_of_the_content_not_of_the_file(checkpoint, tmp_path):
+    # All forms hold values that float16 holds exactly, as OpenAI's archives do.
+    half = {name: value.half() for name, value in safetensors.torch.load_file(checkpoint).items()}
+    full = {name: value.float() for name, value in half.items()}
+    paths = [tmp_path / name for name in ("full.safetensors", "half.safetensors", "full.pt", "half.pt", "train.pt")]
+    safetensors.torch.save_file(full, paths[0])
+    safetensors.torch.save_file(half, paths[1])
+    torch.save(full, paths[2])
+    torch.save(dict(reversed(half.items())), paths[3])
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in full.items()}}, paths[4])
+    digests = {load_backbone(RANDOM, path).digest for path in paths}
+    assert len(digests) == 1
+    assert digests != {load_backbone(RANDOM, checkpoint).digest}
+
+
+class _Archive(torch.nn.Module):
+    """As OpenAI's: CLIP's tensors by name, and three integers beside them."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        for name, value in tensors.items():
+            *parents, leaf = name.split(".")
+            module = self
+            for parent in parents:
+                if not hasattr(module, parent):
+                    module.add_module(parent, _Archive({}))
+                module = getattr(module, parent)
+            module.register_buffer(leaf, value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_openai_archive_loads_and_must_meet_a_quickgelu_model(checkpoint, tmp_path, monkeypatch):
+    half = {name: value.half() for name, value in safetensors.torch.load_file(checkpoint).items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    sizes = {"input_resolution": 96, "context_length": 77, "vocab_size": 49408}
+    archive = _Archive(half | {name: torch.tensor(size) for name, size in sizes.items()})
+    archive.forward = lambda: 0
+    torch.jit.trace_module(_Archive({}), {}) if False else None
+    scripted = torch.jit.script(_Scriptable(archive))
+    torch.jit.save(scripted.inner, tmp_path / "openai.pt")
+    with pytest.raises(BackboneError, match="random-small-quickgelu"):
+        load_backbone(RANDOM, tmp_path / "openai.pt")
+    config = json.loads((configs.MODELS / "random-small.json").read_text()) | {"quick_gelu": True}
+    (tmp_path / "random-small-quickgelu.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "random-small-quickgelu.json")
+    quick = RANDOM.model_copy(update={"model": "random-small-quickgelu"})
+    archived = load_backbone(quick, tmp_path / "openai.pt")
+    assert archived.digest == load_backbone(RANDOM, tmp_path / "half.safetensors").digest
+
+
+def test_other_weights_than_the_studys_are_refused(checkpoint, loaded, tmp_path):
+    named = RANDOM.model_copy(update={"digest": loaded.digest})
+    assert load_backbone(named, checkpoint).digest == loaded.digest
+    tensors = safetensors.torch.load_file(checkpoint)
+    tensors["visual.proj"][3, 4] += 1e-6
+    safetensors.torch.save_file(tensors, tmp_path / "changed.safetensors")
+    with pytest.raises(BackboneDigestError, match=loaded.digest):
+        load_backbone(named, tmp_path / "changed.safetensors")
+
+
+def test_unusable_checkpoints_are_refused(checkpoint, tmp_path):
+    with pytest.raises(BackboneError, match="no checkpoint was given"):
+        load_backbone(RANDOM, None)
+    with pytest.raises(BackboneError, match="no such file"):
+        load_backbone(RANDOM, tmp_path / "absent.pt")
+    (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:1000])
+    (tmp_path / "text.pt").write_text("not weights")
+    torch.save({"visual.proj": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    for name in ("cut.safetensors", "text.pt", "other.pt"):
+        with pytest.raises(BackboneError, match=f"{name}: not loaded as random-small"):
+            load_backbone(RANDOM, tmp_path / name)
+    with pytest.raises(BackboneError, match="has none of that name"):
+        load_backbone(RANDOM.model_copy(update={"model": "ViT-Z-99"}), checkpoint)
+    with pytest.raises(BackboneError, match="random-small"):
+        make_random_checkpoint("ViT-Z-99", 0, tmp_path / "x")
+    unknown = Backbone(model="ViT-B-32", weights="pretrained", tag="nowhere")
+    with pytest.raises(BackboneError, match=r"nowhere.*not a known tag"):
+        load_backbone(unknown, None)
+
+
+def test_a_file_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    torch.save({"visual.proj": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(BackboneError):
+        load_backbone(RANDOM, tmp_path / "evil.pt")
+    assert not (tmp_path / "written").exists()
+
+
+def test_bare_file_names_are_looked_up_in_the_package(checkpoint, loaded, tmp_path, monkeypatch):
+    shutil.copy(configs.MODELS / "random-small.json", tmp_path)
+    shutil.copy(checkpoint, tmp_path / "packaged.safetensors")
+    monkeypatch.setattr(configs, "MODELS", tmp_path)
+    backbone = Backbone(model="random-small", weights="file", file="packaged.safetensors")
+    assert load_backbone(backbone, None).digest == loaded.digest
+    with pytest.raises(BackboneError, match="no such file"):
+        load_backbone(backbone.model_copy(update={"file": "sub/packaged.safetensors"}), None)
+
+
+def test_preprocessing_has_the_models_size_and_its_tags_mean(loaded):
+    config = json.loads(loaded.preprocessing)
+    size = config["size"]
+    assert size in (96, [96, 96])
+    assert config["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
+    assert config["interpolation"] == "bicubic"
+
+
+def test_a_local_file_is_prepared_as_the_tags_of_its_model():
+    # SigLIP's own preprocessing, not open_clip's default for local files.
+    from secure_fed.backbone import _local_preprocessing
+
+    assert _local_preprocessing("ViT-B-16-SigLIP")["image_mean"] == (0.5, 0.5, 0.5)
+    assert _local_preprocessing("ViT-B-16-SigLIP")["image_resize_mode"] == "squash"
+    assert _local_preprocessing("ViT-B-32")["image_mean"] == open_clip.OPENAI_DATASET_MEAN
+    assert _local_preprocessing("random-small") == {}
+
+
+def test_features_are_unit_rows_and_do_not_depend_on_the_batch(loaded):
+    images = pictures(BATCH + 3)
+    features = loaded.encode_images(images)
+    assert features.dtype == np.float32
+    assert features.shape == (BATCH + 3, 128)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+    alone = np.concatenate([loaded.encode_images([image]) for image in images])
+    assert np.array_equal(features, alone)
+    assert np.array_equal(loaded.encode_images(images[::-1])[::-1], features)
+    assert loaded.encode_images([]).shape == (0, 128)
+
+
+def test_features_are_open_clips(checkpoint, loaded):
+    network, _, preprocess = open_clip.create_model_and_transforms("random-small", pretrained=str(checkpoint))
+    network.eval()
+    images, texts = pictures(4), ["a head without a tumour", "a glioma"]
+    with torch.inference_mode():
+        expected = network.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+        described = network.encode_text(open_clip.get_tokenizer("random-small")(texts), normalize=True)
+    np.testing.assert_allclose(loaded.encode_images(images), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_texts(texts), described.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
+def test_images_of_any_mode_are_encoded(loaded, mode):
+    assert loaded.encode_images([pictures(1)[0].convert(mode)]).shape == (1, 128)
