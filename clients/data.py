@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -117,7 +118,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit) -> list[_Row
             f"{folder}: class folders carry no patient ids; expected a {MANIFEST} with a patient column, or "
             'unit = "image" if every image may count as its own patient'
         )
-    entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    entries = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
     if strangers:
         counts = Counter({name: sum(1 for _ in _files(folder / name)) for name in strangers})
@@ -244,7 +245,7 @@ def _draw_splits(rows: Sequence[_Row], ids: dict[str, int], shares: Shares, seed
 
 def _largest_remainder(total: int, shares: Sequence[float]) -> list[int]:
     """Whole numbers that add up to ``total``, each within one of its share; ties go to the earlier."""
-    exact = [round(total * share, 9) for share in shares]  # 0.29 * 100 is not quite 29
+    exact = [total * Fraction(str(share)) for share in shares]  # as floats, 0.29 * 100 is not 29
     counts = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: total - sum(counts)]:

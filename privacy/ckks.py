@@ -2,7 +2,7 @@
 
 A site seals bounded integers and two linear tags over them; a site that holds the same secret opens a
 sum and accepts it only if every slot is an integer up to noise and the tags are those of the signed
-cohort (docs: DESIGN 5). What leaves this module is envelope bytes and exact integers, never a CKKS
+cohort. What leaves this module is envelope bytes and exact integers, never a CKKS
 float: its noise would give the key away (Li and Micciancio, EUROCRYPT 2021).
 """
 
@@ -47,6 +47,7 @@ TAG_KEY_BYTES: Final = 32
 """Length of the tags' key."""
 
 _PRIME_BITS: Final = (54, 55)
+# 7.36 standard deviations of a full cohort's noise: an honest component is refused once in 5e12.
 _TOLERANCE: Final = 0.4
 _KEY_MAGIC: Final = b"secfacmic-ckks-1"
 _KEY_LENGTH: Final = struct.Struct(">I")

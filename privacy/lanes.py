@@ -45,7 +45,8 @@ REFUSAL: Final = (
 _COEFFICIENT_NOISE: Final = 3.25
 # A slot is decoded wrongly when its noise passes D/2, here 9.2 standard deviations: 4e-20 a component.
 _NOISE_MARGIN: Final = 9.2
-# Doubles are exact to 2^53 and so is q/2, up to 2^-36 of it, which the lanes' own margin covers.
+# A coefficient must stay below q/2 and be exact as a double. q/2 is short of 2^53 by a part in 2^36;
+# a sum is short of its bound by a part in 2^bits (max_integer is not 2^(bits-1)), which is far more.
 _CAPACITY_BITS: Final = 53
 _COEFFICIENT_BITS: Final = 54
 _COEFFICIENT_MASK: Final = np.uint64(2**_COEFFICIENT_BITS - 1)
@@ -92,7 +93,7 @@ def lane_parameters(max_sites: int, bits: int, lanes: int, values: int) -> LaneP
 
     The scale is the least D >= 2 * 9.2 * sigma, where sigma = 3.25 * sqrt(N * K / 2) is the standard
     deviation of a slot's noise in a sum of K ciphertexts; a sum fits while
-    D * sqrt(2) * 2^(lanes * lane_bits - 1) < 2^53 (docs: DESIGN 5).
+    D * sqrt(2) * 2^(lanes * lane_bits - 1) < 2^53.
 
     Args:
         max_sites: most sites a round may sum, >= 1.

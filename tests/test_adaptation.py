@@ -10,6 +10,9 @@ from secure_fed.adapters import build_adapter, initial_parameters
 from secure_fed.study import Method
 
 
+torch.set_num_threads(1)
+
+
 def by_loops(source, labels, target, probabilities):
     """The formula of facmic.md 1.2, term by term."""
     points = [*source, *target]
@@ -134,8 +137,5 @@ def test_steps_on_this_term_alone_lower_it_under_a_scanner_shift():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        # Same-scanner data are the measure of what no shift looks like.
-        assert values[10] < values[0]
+        assert values[1] < values[0], method
         assert values[-1] < 0.7 * values[0], method
-    unshifted, _ = scan(45, 0)
-    assert values[0] > 0

@@ -13,6 +13,8 @@ from secure_fed.backbone import BATCH, load_backbone, make_random_checkpoint
 from secure_fed.errors import BackboneDigestError, BackboneError
 from secure_fed.study import Backbone
 
+torch.set_num_threads(1)
+
 RANDOM = Backbone(model="random-small", weights="random", seed=5)
 
 
@@ -83,17 +85,17 @@ class _Archive(torch.nn.Module):
                 module = getattr(module, parent)
             module.register_buffer(leaf, value)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
 
 @pytest.mark.filterwarnings("ignore")
-def test_openai_archive_loads_and_must_meet_a_quickgelu_model(checkpoint, tmp_path, monkeypatch):
+def test_openai_archive_loads_and_must_meet_a_quickgelu_model(checkpoint, tmp_path):
     half = {name: value.half() for name, value in safetensors.torch.load_file(checkpoint).items()}
     safetensors.torch.save_file(half, tmp_path / "half.safetensors")
     sizes = {"input_resolution": 96, "context_length": 77, "vocab_size": 49408}
     archive = _Archive(half | {name: torch.tensor(size) for name, size in sizes.items()})
-    archive.forward = lambda: 0
-    torch.jit.trace_module(_Archive({}), {}) if False else None
-    scripted = torch.jit.script(_Scriptable(archive))
-    torch.jit.save(scripted.inner, tmp_path / "openai.pt")
+    torch.jit.save(torch.jit.script(archive), tmp_path / "openai.pt")
     with pytest.raises(BackboneError, match="random-small-quickgelu"):
         load_backbone(RANDOM, tmp_path / "openai.pt")
     config = json.loads((configs.MODELS / "random-small.json").read_text()) | {"quick_gelu": True}
@@ -179,8 +181,8 @@ def test_features_are_unit_rows_and_do_not_depend_on_the_batch(loaded):
     assert features.dtype == np.float32
     assert features.shape == (BATCH + 3, 128)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
-    alone = np.concatenate([loaded.encode_images([image]) for image in images])
-    assert np.array_equal(features, alone)
+    for i in (0, 7, BATCH - 1, BATCH + 2):
+        assert np.array_equal(features[i], loaded.encode_images([images[i]])[0])
     assert np.array_equal(loaded.encode_images(images[::-1])[::-1], features)
     assert loaded.encode_images([]).shape == (0, 128)
 

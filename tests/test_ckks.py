@@ -386,11 +386,12 @@ def test_padding_is_not_a_place_to_write() -> None:
     refused(pack_coefficients(polynomials) + b"".join(seed for site in seeds for seed in site), cohort)
 
 
-def test_a_sum_beyond_what_the_cohort_can_send(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "by"), [("most", 1), ("least", -1)])
+def test_a_sum_beyond_what_the_cohort_can_send(monkeypatch: pytest.MonkeyPatch, kind: str, by: int) -> None:
     cohort = cohort_of(2)
-    record = record_of(seal_all(updates_of(2, kind="most"), cohort))
+    record = record_of(seal_all(updates_of(2, kind=kind), cohort))
     offset = np.zeros(PARAMETERS.integers, np.int64)
-    offset[5] = 1
+    offset[5] = by
     forged = with_added(record, offset, 2)
     monkeypatch.setattr(Cipher, "_tags_hold", lambda *_: True)
     cipher().open(record, BINDING, cohort)

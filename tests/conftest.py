@@ -1,0 +1,144 @@
+"""A small study with real images, real keys and a real (random) backbone, made once and copied for each test."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clients.site import Site
+from clients.sitefile import read_site_file
+from privacy.keys import create_sealed_key, load_identity
+from secure_fed.new_study import COORDINATOR_KEY
+from secure_fed.signed import load_signing_key
+from secure_fed.simulation import prepare
+from secure_fed.study import AgreedStudy, Study, load_study
+from secure_fed.tomlfile import parse_table
+from server.coordinator import Coordinator
+
+CLASSES = ("dark", "light", "striped")
+TRAINING = ("ash", "birch", "cedar")
+OBSERVER = "dogwood"
+
+
+def template_table(**changes: Any) -> dict[str, Any]:
+    """The small study as the table that its TOML file would give."""
+    sites = [{"name": name} for name in TRAINING] + [{"name": OBSERVER, "role": "observer"}]
+    table: dict[str, Any] = {
+        "format": 1,
+        "name": "small",
+        "mode": "he",
+        "seed": 3,
+        "rounds": 3,
+        "max_sites": 4,
+        "min_sites": 3,
+        "key_maker": "ash",
+        "classes": [{"name": name, "prompts": [f"a {name} image", f"a picture that is {name}"]} for name in CLASSES],
+        "backbone": {"model": "random-small", "weights": "random", "seed": 1},
+        "method": {"adapter": "facmic", "lmmd_weight": 1.0},
+        "training": {"steps": 4, "learning_rate": 0.003, "batch_size": 8},
+        "encoding": {"bits": 16, "lanes": 2, "value_bound": 0.1},
+        "sites": sites,
+        "simulation": {
+            "kind": "simulated",
+            "unit": "image",
+            "shares": {"train": 0.5, "val": 0.2, "test": 0.2, "unlabelled": 0.1},
+            "sites": [{"name": site["name"], "folder": site["name"]} for site in sites],
+        },
+    }
+    return table | changes
+
+
+def make_template(**changes: Any) -> Study:
+    """The small study's template."""
+    return parse_table(template_table(**changes), Study, ValueError, "template")  # type: ignore[type-var]
+
+
+def make_images(root: Path, per_class: int = 10) -> None:
+    """Folders of 32-pixel images whose classes differ at a glance."""
+    rng = np.random.default_rng(0)
+    for site in (*TRAINING, OBSERVER):
+        for index, name in enumerate(CLASSES):
+            (root / site / name).mkdir(parents=True)
+            for number in range(per_class):
+                picture = rng.normal(60 + 120 * (index == 1), 20, (32, 32))
+                if index == 2:
+                    picture[:, ::4] += 150
+                Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(root / site / name / f"{number}.png")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    make_images(root)
+    return root
+
+
+class Federation:
+    """One prepared study in a folder: its sites and its coordinator, to be driven message by message."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.agreed: AgreedStudy = load_study(folder / "study.toml")
+
+    @property
+    def signing(self) -> Any:
+        return load_signing_key(self.folder / COORDINATOR_KEY)
+
+    def site(self, name: str) -> Site:
+        """Open a site from its folder, as a new process would."""
+        return Site(read_site_file(self.folder / "sites" / name / "site.toml"), self.agreed)
+
+    def sites(self) -> list[Site]:
+        return [self.site(member.name) for member in self.agreed.study.sites]
+
+    def seal_key(self, epoch: int, previous: str = "0" * 64) -> bytes:
+        maker = self.agreed.study.key_maker
+        identity = load_identity(self.folder / "sites" / maker / "identity", maker)
+        return create_sealed_key(self.agreed, identity, epoch, previous)
+
+    def begin(self, sites: list[Site]) -> Coordinator:
+        """Hand a new key to the sites and begin a run."""
+        epoch, previous = sites[0].newest_key
+        sealed = self.seal_key(epoch + 1, previous)
+        key = [site.accept_key(sealed) for site in sites][0]
+        return Coordinator.begin(self.agreed, self.folder / "server", self.signing, key)
+
+    def reopen(self) -> Coordinator:
+        """The coordinator as a new process would find it."""
+        return Coordinator(self.agreed, self.folder / "server", self.signing)
+
+
+def exchange(coordinator: Coordinator, site: Site) -> Any:
+    """One request and reply."""
+    reply = site.respond(coordinator.request(site.run, site.position))
+    coordinator.receive(reply)
+    return reply
+
+
+def run_round(coordinator: Coordinator, sites: list[Site]) -> None:
+    """Bring all sites up and append the round's record."""
+    for site in sites:
+        exchange(coordinator, site)
+    assert coordinator.close_round() is not None
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """A prepared study whose sites have cached their features."""
+    folder = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(make_template(), folder, images)
+    for site in Federation(folder).sites():
+        site.features()
+    return folder
+
+
+@pytest.fixture
+def federation(prepared: Path, tmp_path: Path) -> Federation:
+    """A fresh copy of the prepared study."""
+    shutil.copytree(prepared, tmp_path / "out", symlinks=True)
+    return Federation(tmp_path / "out")

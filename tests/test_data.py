@@ -1,0 +1,246 @@
+import csv
+import os
+from collections import Counter, defaultdict
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clients.data import _largest_remainder, read_data
+from secure_fed.errors import DataError, LabelError, ManifestError
+from secure_fed.study import Shares
+
+CLASSES = ("zebra", "ant", "mole")  # not in alphabetical order
+SHARES = Shares(train=0.6, val=0.1, test=0.1, unlabelled=0.2)
+
+
+def folders(root, counts):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"{i:03}.png").touch()
+    return root
+
+
+def manifest(root, rows, columns=("path", "patient", "label", "split"), files=True):
+    root.mkdir(exist_ok=True)
+    for row in rows:
+        if files and row[0]:
+            (root / row[0]).parent.mkdir(parents=True, exist_ok=True)
+            (root / row[0]).touch()
+    with (root / "manifest.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return root
+
+
+def test_class_ids_come_from_the_study(tmp_path):
+    folders(tmp_path, {"mole": 10, "zebra": 10, "ant": 10})
+    images = read_data(tmp_path, CLASSES, "image", SHARES, 0)
+    assert all(image.label == CLASSES.index(image.path.parent.name) for image in images if image.label is not None)
+    assert {image.label for image in images} == {0, 1, 2, None}
+    assert [image.path for image in images] == sorted(image.path for image in images)
+    assert all(image.patient == image.path.relative_to(tmp_path).as_posix() for image in images)
+
+
+def test_a_class_may_be_missing_and_unlabelled_images_may_lie_beside(tmp_path):
+    folders(tmp_path, {"ant": 10, "unlabelled": 4})
+    images = read_data(tmp_path, CLASSES, "image", Shares(train=0.5, val=0.5, test=0, unlabelled=0), 0)
+    assert Counter((image.label, image.split) for image in images) == {
+        (1, "train"): 5,
+        (1, "val"): 5,
+        (None, "unlabelled"): 4,
+    }
+
+
+def test_hidden_and_housekeeping_files_are_passed_over_and_subfolders_searched(tmp_path):
+    folders(tmp_path, {"ant": 2, "ant/deeper": 1, ".cache": 3, "ant/.thumbs": 2})
+    (tmp_path / "ant" / ".DS_Store").touch()
+    (tmp_path / "ant" / "Thumbs.db").touch()
+    (tmp_path / "README.txt").touch()
+    images = read_data(tmp_path, CLASSES, "image", SHARES, 0)
+    assert [image.path.relative_to(tmp_path).as_posix() for image in images] == [
+        "ant/000.png",
+        "ant/001.png",
+        "ant/deeper/000.png",
+    ]
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        read_data(tmp_path / "absent", CLASSES, "image", SHARES, 0)
+    with pytest.raises(DataError, match="no image"):
+        read_data(tmp_path, CLASSES, "image", SHARES, 0)
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(DataError, match="no image"):
+        read_data(tmp_path, CLASSES, "image", SHARES, 0)
+    with pytest.raises(DataError, match="no image"):
+        read_data(manifest(tmp_path / "m", []), CLASSES, "patient", None, 0)
+
+
+def test_class_folders_need_shares_and_images_as_the_unit(tmp_path):
+    folders(tmp_path, {"ant": 3})
+    with pytest.raises(DataError, match="no patient ids"):
+        read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+    with pytest.raises(DataError, match="no shares"):
+        read_data(tmp_path, CLASSES, "image", None, 0)
+
+
+def test_strange_folders_are_all_named(tmp_path):
+    folders(tmp_path, {"ant": 1, "Zebra": 2, "bee": 3})
+    with pytest.raises(LabelError, match=r"'Zebra' \(2 images\), 'bee' \(3 images\); expected 'zebra', 'ant', 'mole'"):
+        read_data(tmp_path, CLASSES, "image", SHARES, 0)
+
+
+def test_manifest_with_splits(tmp_path):
+    rows = [
+        ("b/1.png", "p1", "ant", "train"),
+        ("a/2.png", "p1", "zebra", "train"),
+        ("c.png", "p2", "mole", "test"),
+        ("d.png", "p3", "", "unlabelled"),
+        ("e.png", "p4", "ant", "unlabelled"),
+    ]
+    images = read_data(manifest(tmp_path, rows), CLASSES, "patient", None, 0)
+    assert [(i.path.relative_to(tmp_path).as_posix(), i.patient, i.label, i.split) for i in images] == [
+        ("a/2.png", "p1", 0, "train"),
+        ("b/1.png", "p1", 1, "train"),
+        ("c.png", "p2", 2, "test"),
+        ("d.png", "p3", None, "unlabelled"),
+        ("e.png", "p4", None, "unlabelled"),
+    ]
+    # A split column holds even if shares are set; images count as patients if the site says so.
+    same = read_data(tmp_path, CLASSES, "image", SHARES, 5)
+    assert [i.split for i in same] == [i.split for i in images]
+    assert [i.patient for i in same] == ["a/2.png", "b/1.png", "c.png", "d.png", "e.png"]
+
+
+def test_a_spreadsheets_byte_order_mark_and_spaces_do_no_harm(tmp_path):
+    manifest(tmp_path, [("a.png", " p1", "ant ", "train")])
+    text = (tmp_path / "manifest.csv").read_text()
+    (tmp_path / "manifest.csv").write_text(text, encoding="utf-8-sig")
+    assert read_data(tmp_path, CLASSES, "patient", None, 0)[0].label == 1
+
+
+def test_manifest_columns(tmp_path):
+    manifest(tmp_path, [("a.png", "ant")], columns=("path", "label"))
+    with pytest.raises(ManifestError, match="no column patient, split; found path, label"):
+        read_data(tmp_path, CLASSES, "patient", None, 0)
+    with pytest.raises(ManifestError, match="no column patient;"):
+        read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+    (tmp_path / "manifest.csv").write_bytes(b"path,patient,label,split\n\xff\xfe\n")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_data(tmp_path, CLASSES, "patient", None, 0)
+    (tmp_path / "manifest.csv").write_bytes(b"")
+    with pytest.raises(ManifestError, match="found none"):
+        read_data(tmp_path, CLASSES, "patient", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (("gone.png", "p", "ant", "train"), "line 3: path 'gone.png': no such file"),
+        (("../out.png", "p", "ant", "train"), "leads out of the data folder"),
+        (("/etc/hostname", "p", "ant", "train"), "leads out of the data folder"),
+        (("link.png", "p", "ant", "train"), "leads out of the data folder"),
+        (("b.png", "", "ant", "train"), "has no patient"),
+        (("b.png", "p", "ant", "Train"), "split 'Train'; expected one of train, val, test, unlabelled"),
+        (("b.png", "p", "ant", ""), "split ''"),
+        (("b.png", "p", "", "val"), "no label but split 'val'"),
+        (("", "p", "ant", "train"), "no path"),
+        (("./a.png", "p", "ant", "train"), "is also on line 2"),
+        (("b.png", "first", "ant", "test"), "patient 'first' is in split 'test', but on line 2 in 'train'"),
+    ],
+)
+def test_faulty_rows_are_named(tmp_path, row, fault):
+    folder = tmp_path / "site"
+    manifest(folder, [("a.png", "first", "ant", "train"), ("b.png", "p", "ant", "train")])
+    (tmp_path / "out.png").touch()
+    (folder / "link.png").symlink_to(tmp_path / "out.png")
+    manifest(folder, [("a.png", "first", "ant", "train"), row], files=False)
+    with pytest.raises(ManifestError) as caught:
+        read_data(folder, CLASSES, "patient", None, 0)
+    assert "1 row does not fit" in str(caught.value)
+    assert fault in str(caught.value)
+
+
+def test_many_faulty_rows_are_counted_and_the_first_ten_named(tmp_path):
+    manifest(tmp_path, [(f"{i}.png", f"p{i}", "ant", "train") for i in range(23)], files=False)
+    with pytest.raises(ManifestError) as caught:
+        read_data(tmp_path, CLASSES, "patient", None, 0)
+    text = str(caught.value)
+    assert "23 rows do not fit" in text
+    assert text.count("no such file") == 10
+    assert "and 13 more" in text
+
+
+def test_strange_labels_of_a_manifest_are_all_named(tmp_path):
+    rows = [("a", "1", "bee", "train"), ("b", "2", "Ant", "train"), ("c", "3", "bee", "val")]
+    with pytest.raises(LabelError, match=r"'Ant' \(1 rows\), 'bee' \(2 rows\)"):
+        read_data(manifest(tmp_path, rows), CLASSES, "patient", None, 0)
+
+
+def by_definition(total, shares):
+    """Largest remainder with exact fractions."""
+    exact = [total * Fraction(str(share)) for share in shares]
+    counts = [value.__floor__() for value in exact]
+    while sum(counts) < total:
+        counts[max(range(len(counts)), key=lambda i: (exact[i] - counts[i], -i))] += 1
+    return counts
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 300), st.lists(st.integers(0, 100), min_size=3, max_size=3).filter(lambda s: sum(s) <= 100))
+def test_largest_remainder(total, percents):
+    shares = [percent / 100 for percent in (*percents, 100 - sum(percents))]
+    found = _largest_remainder(total, shares)
+    assert found == by_definition(total, shares)
+    assert sum(found) == total
+
+
+def test_shares_are_drawn_by_patient_and_by_class(tmp_path):
+    rows = []
+    for name, patients in {"zebra": 37, "ant": 10, "mole": 1}.items():
+        for patient in range(patients):
+            rows += [(f"{name}/{patient}-{i}.png", f"{name}{patient}", name) for i in range(1 + patient % 4)]
+    # One patient has two images of one class and one of another; another's second image has no label.
+    rows += [("x/1", "both", "ant"), ("x/2", "both", "mole"), ("x/3", "both", "ant")]
+    rows += [("y/1", "half", "ant"), ("y/2", "half", "")]
+    manifest(tmp_path, rows, columns=("path", "patient", "label"))
+    images = read_data(tmp_path, CLASSES, "patient", SHARES, 11)
+    splits = defaultdict(set)
+    for image in images:
+        splits[image.patient].add(image.split)
+        assert (image.label is None) == (image.split == "unlabelled")
+    assert all(len(found) == 1 for found in splits.values())
+    assert splits.pop("half") == {"unlabelled"}
+    counts = Counter((patient.rstrip("0123456789"), *found) for patient, found in splits.items())
+    both = counts.pop(("both", *splits["both"]))
+    assert both == 1
+    counts[("ant", *splits["both"])] += 1  # ant is what most of its images show
+    for name, patients in {"zebra": 37, "ant": 11, "mole": 1}.items():
+        found = [counts[(name, split)] for split in ("train", "val", "test", "unlabelled")]
+        assert found == by_definition(patients, (0.6, 0.1, 0.1, 0.2))
+
+
+def test_splits_follow_the_seed_and_not_the_order_of_the_listing(tmp_path, monkeypatch):
+    folders(tmp_path, {"mole": 12, "zebra": 30})
+    first = read_data(tmp_path, CLASSES, "image", SHARES, 4)
+    assert read_data(tmp_path, CLASSES, "image", SHARES, 5) != first
+    walk, listdir = os.walk, os.listdir
+
+    def backwards(top):
+        for parent, names, files in walk(top):
+            yield parent, names, files[::-1]
+
+    monkeypatch.setattr(os, "walk", backwards)
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
+    assert read_data(tmp_path, CLASSES, "image", SHARES, 4) == first
+
+
+def test_splits_do_not_depend_on_the_order_of_the_rows(tmp_path):
+    rows = [(f"{i}.png", f"p{i % 17}", "ant") for i in range(40)]
+    first = read_data(manifest(tmp_path, rows, ("path", "patient", "label")), CLASSES, "patient", SHARES, 1)
+    again = read_data(manifest(tmp_path, rows[::-1], ("path", "patient", "label")), CLASSES, "patient", SHARES, 1)
+    assert again == first

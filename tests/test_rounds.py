@@ -1,0 +1,565 @@
+"""Rounds between real sites and a real coordinator: sums, restarts, forgeries, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clients.site import MAX_REFUSALS, Site
+from privacy.lanes import CipherWire
+from secure_fed import codec
+from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.envelope import EnvelopeHeader, open_envelope
+from secure_fed.errors import (
+    AdapterMismatchError,
+    EnvelopeError,
+    KeyDeadError,
+    KeyFileError,
+    ProtocolError,
+    RecordError,
+)
+from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
+from secure_fed.records import RecordHeader, SignedContribution, new_header, sign_record
+from secure_fed.signed import payload_fields, sign_frame, split_frame
+from secure_fed.simulation import prepare
+from server.coordinator import Coordinator
+from tests.conftest import Federation, exchange, make_template, run_round
+
+
+def test_every_site_applies_exactly_the_weighted_mean_of_the_integers(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    stored = []
+    for site in sites[:3]:
+        import safetensors.numpy
+
+        path = next((Path(site._file.state) / "runs" / coordinator.run / "outbox").glob("*.integers"))
+        stored.append(safetensors.numpy.load(path.read_bytes())["integers"])
+    for site in sites:
+        exchange(coordinator, site)
+    initial = codec.flatten(federation.agreed.initial.adapter)
+    size = initial.size
+    # The oracle is plain rational arithmetic on the integers that the sites stored.
+    total = sum(array.astype(object) for array in stored)
+    lanes = federation.agreed.parameters
+    expected = initial + np.array([float(int(value)) for value in total[:size]]) * 0.1 / (lanes.max_integer * 3.0)
+    for site in sites:
+        assert np.array_equal(codec.flatten(site.parameters), expected)
+        counts = total[size:].astype(np.int64)
+        assert (site.validation.images, site.validation.correct) == codec.decode_counts(counts, 16)  # type: ignore[union-attr]
+        assert site.validation.images == 3 * 6  # type: ignore[union-attr]
+
+
+def test_arrival_order_changes_no_byte_of_the_sum(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    replies = [site.respond(coordinator.request(site.run, site.position)) for site in sites[:3]]
+    payloads = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        folder = federation.folder.parent / f"server{order[0]}"
+        shutil.copytree(federation.folder / "server", folder)
+        other = Coordinator(federation.agreed, folder, federation.signing)
+        for index in order:
+            other.receive(replies[index])
+        other.close_round()
+        payloads.append(other.journal.read(1)[-other._wire.record_bytes(3) :])
+    assert payloads[0] == payloads[1]
+
+
+def test_a_restarted_coordinator_keeps_what_it_accepted(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    replies = [site.respond(coordinator.request(site.run, site.position)) for site in sites[:3]]
+    coordinator.receive(replies[0])
+    again = federation.reopen()
+    assert again.sites_in == ("ash",)
+    again.receive(replies[0])  # the same bytes once more count once
+    for reply in replies[1:]:
+        again.receive(reply)
+    assert again.close_round() is not None
+    for site in sites:
+        exchange(again, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+    assert sites[0].validation.images == 18  # type: ignore[union-attr]
+
+
+def test_a_damaged_spool_costs_an_attempt_and_never_a_retraining(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    for site in sites:
+        exchange(coordinator, site)
+    spooled = next(federation.folder.glob("server/runs/*/spool/*/*/birch.envelope"))
+    spooled.write_bytes(spooled.read_bytes()[:-1])
+    again = federation.reopen()
+    assert again.attempt == 2
+    assert again.sites_in == ()
+    integers = {path: path.read_bytes() for path in federation.folder.glob("sites/*/state/runs/*/outbox/*.integers")}
+    assert len(integers) == 3
+    run_round(again, sites)
+    for path, content in integers.items():
+        assert path.read_bytes() == content
+    for site in sites:
+        exchange(again, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+
+
+def test_an_older_attempt_is_refused_and_the_same_one_gives_the_same_bytes(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    request = coordinator.request("", 0)
+    first = sites[0].respond(request).envelope
+    assert federation.site("ash").respond(replace(request, records=())).envelope == first
+    second = sites[0].respond(replace(request, attempt=2)).envelope
+    assert second != first
+    with pytest.raises(ProtocolError, match="attempt 2 was sent already"):
+        sites[0].respond(request)
+
+
+def test_a_late_site_replays_the_journal_in_pages(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    for _ in range(3):
+        run_round(coordinator, sites[:3])
+    monkeypatch.setattr("server.coordinator.PAGE_BYTES", 200_000)
+    codes = []
+    while not codes or codes[-1] == ReplyCode.MORE:
+        codes.append(exchange(coordinator, sites[3]).code)
+    assert codes.count(ReplyCode.MORE) >= 1
+    assert codes[-1] == ReplyCode.APPLIED
+    exchange(coordinator, sites[0])
+    assert sites[3].adapter_digest == sites[0].adapter_digest
+
+
+def test_a_site_rebuilds_its_adapter_from_its_own_journal(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    exchange(coordinator, sites[3])
+    stored = next((federation.folder / "sites" / "dogwood" / "state" / "runs").glob("*/adapter.safetensors"))
+    whole = stored.read_bytes()
+    for damage in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        stored.write_bytes(damage)
+        assert federation.site("dogwood").adapter_digest == sites[3].adapter_digest
+
+
+def test_sites_with_different_adapters_notice(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    for site in sites[:2]:
+        exchange(coordinator, site)
+    name = sorted(sites[2].parameters)[0]
+    request = coordinator.request(sites[2].run, sites[2].position)
+    applied = Site.respond(sites[2], replace(request, attestations={}))
+    assert applied.code == ReplyCode.UPDATE
+    sites[2].parameters[name].flat[0] += 2.0**-40
+    sites[2]._store_adapter()
+    with pytest.raises(AdapterMismatchError, match="site ash attests another adapter"):
+        sites[2].respond(replace(request, records=()))
+
+
+# --- what a hostile network or site may send to the server ---
+
+
+@pytest.fixture
+def envelope(federation: Federation) -> tuple[Federation, Coordinator, RoundReply]:
+    site = federation.site("ash")
+    coordinator = federation.begin(federation.sites())
+    return federation, coordinator, site.respond(coordinator.request("", 0))
+
+
+def test_a_flipped_bit_anywhere_in_an_envelope_is_refused(
+    envelope: tuple[Federation, Coordinator, RoundReply],
+) -> None:
+    federation, coordinator, reply = envelope
+    data = bytearray(reply.envelope)
+    header_end = 8 + int.from_bytes(data[4:8], "big") + 64
+    rng = np.random.default_rng(5)
+    positions = [*range(header_end), *rng.integers(header_end, len(data), 60)]
+    for position in positions:
+        data[position] ^= 1 << int(rng.integers(8))
+        with pytest.raises(EnvelopeError):
+            coordinator.receive(replace(reply, envelope=bytes(data)))
+        data[:] = reply.envelope
+    assert coordinator.sites_in == ()
+    assert not list(federation.folder.glob("server/runs/*/spool/*/*/*"))
+    coordinator.receive(reply)
+    assert coordinator.sites_in == ("ash",)
+
+
+def _resigned(
+    federation: Federation, data: bytes, signer: str = "ash", payload: bytes | None = None, **fields: object
+) -> bytes:
+    """The envelope with other header fields, signed with a site's true key."""
+    from privacy.keys import load_identity
+
+    frame = split_frame(ENVELOPE_MAGIC, data, 4096, EnvelopeError)
+    header = EnvelopeHeader.model_validate_json(frame.header)
+    body = bytes(frame.payload) if payload is None else payload
+    changed = header.model_copy(update={**payload_fields(body), **fields})
+    return sign_frame(ENVELOPE_MAGIC, changed, load_identity(federation.folder / "sites" / signer / "identity", signer).signing, body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"study": "1" * 64}, "for study"),
+        ({"run": "1" * 64}, "run 1"),
+        ({"head": "1" * 64}, "head 1"),
+        ({"key": "1" * 64}, "key 1"),
+        ({"amendment": 1}, "amendment 1"),
+        ({"round": 2}, "round 2"),
+        ({"attempt": 2}, "attempt 2"),
+        ({"values": 5}, "5 values"),
+        ({"site": "birch"}, "signature"),
+        ({"site": "nobody"}, "no site of the study"),
+        ({"site": "dogwood"}, "signature"),
+        ({"version": 2}, "wrong: version"),
+    ],
+)
+def test_an_honestly_signed_envelope_of_another_place_is_refused(
+    envelope: tuple[Federation, Coordinator, RoundReply], fields: dict[str, object], match: str
+) -> None:
+    federation, coordinator, reply = envelope
+    with pytest.raises(EnvelopeError, match=match):
+        coordinator.receive(replace(reply, envelope=_resigned(federation, reply.envelope, **fields)))
+    assert coordinator.sites_in == ()
+
+
+def test_other_hostile_envelopes_are_refused(envelope: tuple[Federation, Coordinator, RoundReply]) -> None:
+    federation, coordinator, reply = envelope
+    honest = open_envelope(reply.envelope, federation.agreed, coordinator._wire.envelope_bytes)
+    too_big = honest.payload[:-27] + b"\xff" * 27  # coefficients of 2^54 - 1, above q
+    hostile = {
+        "below 2|modulus|coefficient|q": _resigned(federation, reply.envelope, payload=too_big),
+        "payload of": _resigned(federation, reply.envelope, payload=honest.payload[:-1]),
+        "at most": reply.envelope + bytes(4096),
+        "truncated": reply.envelope[:50],
+        "declares a header": reply.envelope[:4] + b"\xff\xff\xff\xff" + reply.envelope[8:],
+        "not this kind": b"SFE2" + reply.envelope[4:],
+        "starts with": b"",
+    }
+    for match, data in hostile.items():
+        with pytest.raises(EnvelopeError, match=match):
+            coordinator.receive(replace(reply, envelope=data))
+    with pytest.raises(EnvelopeError, match="in a reply of"):
+        coordinator.receive(replace(reply, site="birch"))
+    with pytest.raises(ProtocolError, match="expected one of"):
+        coordinator.receive(replace(reply, site="nobody"))
+    with pytest.raises(ProtocolError, match="run"):
+        coordinator.receive(replace(reply, run="2" * 64))
+    with pytest.raises(ProtocolError, match="record 7"):
+        coordinator.receive(replace(reply, position=7))
+    coordinator.receive(reply)
+    with pytest.raises(EnvelopeError, match="the first counts"):
+        coordinator.receive(replace(reply, envelope=_resigned(federation, reply.envelope, ledger_seq=1)))
+
+
+def test_an_observer_or_a_non_canonical_header_is_refused(
+    envelope: tuple[Federation, Coordinator, RoundReply],
+) -> None:
+    federation, coordinator, reply = envelope
+    with pytest.raises(EnvelopeError, match="an observer"):
+        coordinator.receive(
+            replace(reply, site="dogwood", envelope=_resigned(federation, reply.envelope, "dogwood", site="dogwood"))
+        )
+    frame = split_frame(ENVELOPE_MAGIC, reply.envelope, 4096, EnvelopeError)
+    spaced = frame.header.replace(b'":', b'": ', 1)
+    from privacy.keys import load_identity
+
+    signing = load_identity(federation.folder / "sites" / "ash" / "identity", "ash").signing
+    data = b"SFE1" + len(spaced).to_bytes(4, "big") + spaced + signing.sign(b"SFE1" + spaced) + bytes(frame.payload)
+    with pytest.raises(EnvelopeError, match="canonical"):
+        coordinator.receive(replace(reply, envelope=data))
+
+
+# --- what a malicious server may send to a site; it holds the coordinator's true signing key ---
+
+
+class Forger:
+    """The server itself, after one honest round's envelopes are in."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation = federation
+        self.sites = federation.sites()
+        self.coordinator = federation.begin(self.sites)
+        for site in self.sites:
+            exchange(self.coordinator, site)
+        self.wire = CipherWire(federation.agreed.parameters)
+        self.envelopes = [self.coordinator._envelopes[name] for name in self.coordinator.sites_in]
+        self.payloads = [self.coordinator._spooled(name) for name in self.coordinator.sites_in]
+
+    def record(self, payload: bytes, contributors: list[int] | None = None, **fields: object) -> bytes:
+        """A record with the true signature over whatever it says."""
+        chosen = [0, 1, 2] if contributors is None else contributors
+        chain = self.coordinator.journal.chain
+        header = new_header(
+            chain,
+            "aggregate",
+            run=chain.run,
+            key=chain.key,
+            round_number=chain.round + 1,
+            contributors=tuple(
+                SignedContribution(
+                    header=self.envelopes[index].header_text.decode(), signature=self.envelopes[index].signature.hex()
+                )
+                for index in chosen
+            ),
+            times_ms=(1, 2),
+            payload=payload,
+        )
+        return sign_record(header.model_copy(update=fields), payload, self.federation.signing)
+
+    def summed(self, indices: list[int], tails: list[int] | None = None) -> bytes:
+        """The payload of a sum of these envelopes, with the seeds of those."""
+        total = self.wire.zero()
+        for index in indices:
+            self.wire.add(total, self.payloads[index])
+        return self.wire.record(total, [self.wire.tail(self.payloads[i]) for i in (tails or indices)])
+
+    def give(self, record: bytes, site: int = 0) -> RoundReply:
+        request = RoundRequest(round=2, attempt=1, records=(record,), more=False)
+        return self.sites[site].respond(request)
+
+
+@pytest.fixture
+def forger(federation: Federation) -> Forger:
+    return Forger(federation)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[0], [0, 1], [0, 0, 1], [0, 0, 0], [0, 1, 2, 2]],
+    ids=["one site alone", "one left out", "one twice", "one thrice", "one added again"],
+)
+def test_a_sum_of_other_envelopes_than_signed_is_refused_and_changes_nothing(
+    forger: Forger, indices: list[int]
+) -> None:
+    before = forger.sites[0].adapter_digest
+    reply = forger.give(forger.record(forger.summed(indices, tails=(indices + [0, 0])[:3])))
+    assert reply.code == ReplyCode.REFUSED_AGGREGATE
+    assert reply.envelope == b""
+    assert forger.sites[0].adapter_digest == before
+
+
+def test_the_honest_sum_is_accepted_by_the_same_path(forger: Forger) -> None:
+    assert forger.give(forger.record(forger.summed([0, 1, 2]))).code == ReplyCode.UPDATE
+
+
+@pytest.mark.parametrize(
+    ("contributors", "fields", "match"),
+    [
+        ([0, 1], {}, "2 contributors; expected at least 3"),
+        ([0, 0, 1], {}, "each site once"),
+        ([1, 0, 2], {}, "each site once, sorted"),
+        ([0, 1, 2], {"round": 2}, "aggregate of round 2, expected 1"),
+        ([0, 1, 2], {"previous": "3" * 64}, "has 1 records"),
+        ([0, 1, 2], {"seq": 3}, "has 1 records"),
+        ([0, 1, 2], {"run": "3" * 64}, "another run"),
+        ([0, 1, 2], {"key": "3" * 64}, "another run or key"),
+        ([0, 1, 2], {"study": "3" * 64}, "a study never changes after its genesis"),
+        ([0, 1, 2], {"kind": "void"}, "only the aggregate just before"),
+        ([0, 1, 2], {"kind": "genesis"}, "a second genesis"),
+    ],
+)
+def test_a_record_out_of_place_is_refused_before_any_decryption(
+    forger: Forger, contributors: list[int], fields: dict[str, object], match: str
+) -> None:
+    record = forger.record(forger.summed([0, 1, 2]), contributors, **fields)
+    with pytest.raises(RecordError, match=match):
+        forger.give(record)
+    assert not list(forger.federation.folder.glob("sites/ash/state/runs/*/pins/*"))
+    assert forger.give(forger.record(forger.summed([0, 1, 2]))).code == ReplyCode.UPDATE
+
+
+def test_a_flipped_bit_anywhere_in_a_record_is_refused(forger: Forger) -> None:
+    record = bytearray(forger.record(forger.summed([0, 1, 2])))
+    whole = bytes(record)
+    rng = np.random.default_rng(6)
+    header_end = 8 + int.from_bytes(record[4:8], "big") + 64
+    for position in [*range(0, header_end, 5), *rng.integers(header_end, len(record), 40)]:
+        record[position] ^= 1 << int(rng.integers(8))
+        with pytest.raises(RecordError):
+            forger.give(bytes(record))
+        record[:] = whole
+    assert forger.give(whole).code == ReplyCode.UPDATE
+
+
+def test_only_the_first_candidate_of_a_round_is_ever_decrypted(forger: Forger) -> None:
+    assert forger.give(forger.record(forger.summed([0, 1, 1]))).code == ReplyCode.REFUSED_AGGREGATE
+    with pytest.raises(RecordError, match="a second record 1, different"):
+        forger.give(forger.record(forger.summed([0, 1, 2])))
+    # Not even a site that lost its journal copy, but not its pins, decrypts a second one.
+    for path in forger.federation.folder.glob("sites/ash/state/runs/*/journal/00000001.record"):
+        path.unlink()
+    forger.sites[0] = forger.federation.site("ash")
+    with pytest.raises(RecordError, match="a second aggregate for round 1"):
+        forger.give(forger.record(forger.summed([0, 1, 2])))
+    assert list(forger.federation.folder.glob("sites/ash/state/runs/*/evidence/*.record"))
+
+
+def test_a_second_record_for_an_applied_round_is_kept_as_evidence(forger: Forger) -> None:
+    forger.give(forger.record(forger.summed([0, 1, 2])))
+    other = forger.record(forger.summed([0, 1, 2]), closed_ms=9)
+    digest = forger.sites[0].adapter_digest
+    with pytest.raises(RecordError, match="tell the other sites"):
+        forger.give(other)
+    kept = list(forger.federation.folder.glob("sites/ash/state/runs/*/evidence/*.record"))
+    assert [path.read_bytes() for path in kept] == [other]
+    assert forger.sites[0].adapter_digest == digest
+
+
+def _append(forger: Forger, record: bytes) -> None:
+    journal = forger.coordinator.journal
+    journal._folder.append(checked := journal.chain.check(record))
+    journal.chain.advance(checked)
+    from server.journal import JournalEntry
+
+    journal.records.append(JournalEntry(checked))
+    forger.coordinator._open_round()
+
+
+def test_a_refused_round_is_voided_and_the_study_goes_on(forger: Forger) -> None:
+    before = forger.sites[0].adapter_digest
+    _append(forger, forger.record(forger.summed([0, 1, 1])))
+    codes = [exchange(forger.coordinator, site).code for site in forger.sites]
+    assert codes == [ReplyCode.REFUSED_AGGREGATE] * 4
+    forger.coordinator.void_round()
+    assert forger.coordinator.round == 2
+    run_round(forger.coordinator, forger.sites)
+    restarted = forger.federation.sites()
+    for site in restarted:
+        exchange(forger.coordinator, site)
+    assert len({site.adapter_digest for site in restarted}) == 1
+    assert restarted[0].adapter_digest != before
+
+
+def test_a_void_for_an_applied_round_is_refused(forger: Forger) -> None:
+    coordinator = forger.coordinator
+    coordinator.close_round()
+    for site in forger.sites:
+        exchange(coordinator, site)
+    coordinator.void_round()
+    with pytest.raises(RecordError, match="which was applied here"):
+        exchange(coordinator, forger.sites[0])
+
+
+def test_nothing_but_its_void_follows_a_refused_round(forger: Forger) -> None:
+    _append(forger, forger.record(forger.summed([0, 1, 1])))
+    exchange(forger.coordinator, forger.sites[0])
+    chain = forger.coordinator.journal.chain
+    envelopes = []
+    for envelope in forger.envelopes:  # true signatures for round 2, as colluding sites could give
+        site = envelope.header.site
+        data = (next(forger.federation.folder.glob(f"sites/{site}/state/runs/*/outbox/*.envelope"))).read_bytes()
+        resigned = _resigned(forger.federation, data, site, round=2, head=chain.head)
+        envelopes.append(open_envelope(resigned, forger.federation.agreed, forger.wire.envelope_bytes))
+    forger.envelopes = envelopes
+    with pytest.raises(RecordError, match="round 1 was refused here; expected its void"):
+        forger.give(forger.record(forger.summed([0, 1, 2])))
+
+
+def test_after_eight_refusals_the_key_is_dead(tmp_path: Path, images: Path) -> None:
+    prepare(make_template(rounds=MAX_REFUSALS + 1), tmp_path / "out", images)
+    forger = Forger(Federation(tmp_path / "out"))
+    for number in range(1, MAX_REFUSALS + 2):
+        _append(forger, forger.record(forger.summed([0, 1, 1])))
+        if number > MAX_REFUSALS:
+            with pytest.raises(KeyDeadError, match="decrypts nothing more"):
+                exchange(forger.coordinator, forger.sites[0])
+            return
+        for site in forger.sites:
+            assert exchange(forger.coordinator, site).code == ReplyCode.REFUSED_AGGREGATE
+        forger.coordinator.void_round()
+        for site in forger.sites:
+            exchange(forger.coordinator, site)
+        forger.envelopes = [forger.coordinator._envelopes[name] for name in forger.coordinator.sites_in]
+        forger.payloads = [forger.coordinator._spooled(name) for name in forger.coordinator.sites_in]
+
+
+def test_a_scaled_sum_and_another_runs_envelopes_are_refused(forger: Forger) -> None:
+    total = forger.wire.zero()
+    for payload in forger.payloads:
+        forger.wire.add(total, payload)
+    from privacy.lanes import MODULUS
+
+    scaled = np.array([int(value) * 1024 % MODULUS for value in total.ravel()], dtype=np.uint64).reshape(total.shape)
+    tails = [forger.wire.tail(payload) for payload in forger.payloads]
+    assert forger.give(forger.record(forger.wire.record(scaled, tails))).code == ReplyCode.REFUSED_AGGREGATE
+    # The same sites' envelopes of this run, under a new run and key.
+    federation = forger.federation
+    old = list(forger.payloads)
+    second = Forger(federation)
+    second.payloads = old
+    assert second.give(second.record(second.summed([0, 1, 2])), site=1).code == ReplyCode.REFUSED_AGGREGATE
+
+
+# --- runs and keys ---
+
+
+def test_a_key_serves_one_run_only(federation: Federation) -> None:
+    sites = federation.sites()
+    first = federation.begin(sites)
+    exchange(first, sites[0])
+    key = first.journal.chain.key
+    second = Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, key)
+    with pytest.raises(RecordError, match="every run has a new key"):
+        exchange(second, sites[0])
+    assert sites[0].run == first.run
+
+
+def test_a_run_under_an_unknown_key_is_refused(federation: Federation) -> None:
+    sites = federation.sites()
+    federation.begin(sites)
+    unknown = Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "4" * 64)
+    with pytest.raises(KeyFileError, match="does not hold"):
+        exchange(unknown, sites[0])
+
+
+def test_plain_genesis_in_he_mode_is_refused(federation: Federation) -> None:
+    with pytest.raises(RecordError, match="does not fit mode he"):
+        Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+
+
+def test_another_signing_key_cannot_continue_the_journal(federation: Federation) -> None:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from secure_fed.errors import StudyError
+
+    federation.begin(federation.sites())
+    with pytest.raises(StudyError, match="the study names"):
+        Coordinator(federation.agreed, federation.folder / "server", Ed25519PrivateKey.generate())
+
+
+def test_a_changed_journal_file_is_noticed_by_the_server(federation: Federation) -> None:
+    sites = federation.sites()
+    run_round(federation.begin(sites), sites)
+    path = next(federation.folder.glob("server/runs/*/journal/00000001.record"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RecordError, match="payload"):
+        federation.reopen()
+    path.unlink()
+    next(federation.folder.glob("server/runs/*/journal/00000000.record")).rename(path)
+    with pytest.raises(RecordError, match="expected all from 0 on"):
+        federation.reopen()
+
+
+def test_what_leaves_a_site_is_on_the_allow_list() -> None:
+    assert set(RoundReply.__dataclass_fields__) == {"site", "code", "run", "position", "attestation", "envelope"}
+    assert set(EnvelopeHeader.model_fields) == {
+        *("version", "study", "run", "head", "key", "amendment", "round", "attempt", "site", "values"),
+        *("ledger_seq", "ledger_head", "size", "payload"),
+    }
+    assert {code.value for code in ReplyCode} >= {"update", "applied", "more", "refused-aggregate"}
+    assert set(RecordHeader.model_fields) == {
+        *("version", "kind", "seq", "previous", "study", "run", "key", "round", "contributors"),
+        *("opened_ms", "closed_ms", "size", "payload"),
+    }
+

@@ -1,0 +1,223 @@
+import numpy as np
+import pytest
+import torch
+
+from clients import training as module
+from clients.features import Labelled, SiteFeatures
+from clients.training import predict, train_round, zero_shot
+from secure_fed.adapters import build_adapter, initial_parameters
+from secure_fed.errors import DataError
+from secure_fed.evaluation import metrics
+from secure_fed.study import AgreedStudy, InitialState, Method, Study, Training
+
+torch.set_num_threads(1)
+
+DIM, CLASSES, SCALE = 32, 4, 20.0
+METHODS = {
+    "facmic": Method(lmmd_weight=1.0),
+    "facmic without LMMD": Method(),
+    "batch": Method(norm="batch", lmmd_weight=1.0),
+    "contrastive": Method(loss="contrastive", lmmd_weight=1.0),
+    "low_rank": Method(adapter="low_rank", rank=4),
+    "text_head": Method(adapter="text_head"),
+    "text_head contrastive": Method(adapter="text_head", loss="contrastive"),
+}
+
+
+def unit(values):
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def clusters(labels, seed=0):
+    centres = np.random.default_rng(42).normal(size=(CLASSES, DIM))
+    noise = np.random.default_rng(seed).normal(size=(len(labels), DIM))
+    return unit(centres[labels] + 0.8 * noise)
+
+
+def features(train=80, unlabelled=50, classes=range(CLASSES), seed=0):
+    rng = np.random.default_rng(seed)
+    y, hidden = rng.choice(list(classes), train), rng.choice(list(classes), unlabelled)
+    test = np.arange(200) % CLASSES
+    held = Labelled(clusters(test, 1000), test)
+    return SiteFeatures(Labelled(clusters(y, seed + 1), y), held, held, clusters(hidden, seed + 2), 0, 0)
+
+
+def agreed(method, **settings):
+    # Prompts that say little about the classes, as with a CLIP that has not seen such images.
+    prompts = unit(
+        np.random.default_rng(42).normal(size=(CLASSES, DIM)) + 2 * np.random.default_rng(7).normal(size=(CLASSES, DIM))
+    )
+    options = {"steps": 150, "learning_rate": 5e-3, "batch_size": 16} | settings
+    study = Study.model_construct(method=method, training=Training(**options), seed=3)
+    return AgreedStudy(study, InitialState(initial_parameters(method, DIM, prompts, 3), prompts, SCALE))
+
+
+def same(first, second):
+    return list(first) == list(second) and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def loss_of(study, parameters, site):
+    p = predict(study, parameters, None, site.train.x, site.train.x)
+    return -np.log(p[np.arange(len(p)), site.train.y]).mean()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_training_learns(method):
+    site, study = features(), agreed(method)
+    start = study.initial.adapter
+    trained = train_round(study, start, site, 1)
+    assert list(trained) == sorted(start)
+    assert all(value.dtype == np.float64 and value.shape == start[name].shape for name, value in trained.items())
+    assert loss_of(study, trained, site) < 0.6 * loss_of(study, start, site)
+    accuracy = [
+        metrics(predict(study, parameters, None, site.test.x, site.train.x), site.test.y)["accuracy"]
+        for parameters in (start, trained)
+    ]
+    assert accuracy[1] > accuracy[0] + 0.1
+    assert accuracy[1] > 0.7
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_training_is_a_function_of_its_arguments(method):
+    site, study = features(), agreed(method, steps=9)
+    before = {name: value.copy() for name, value in study.initial.adapter.items()}
+    torch.manual_seed(1)
+    np.random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = train_round(study, study.initial.adapter, site, 5)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    torch.manual_seed(2)
+    assert same(first, train_round(study, study.initial.adapter, site, 5))
+    assert not same(first, train_round(study, study.initial.adapter, site, 6))
+    assert same(before, study.initial.adapter)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(
+    ("train", "unlabelled", "classes"),
+    [
+        (80, 50, (0, 2, 3)),  # a class that the site lacks
+        (80, 50, (1,)),
+        (5, 3, range(CLASSES)),  # fewer images than a batch
+        (1, 1, (2,)),
+        (17, 33, range(CLASSES)),  # last batches of one
+        (40, 0, range(CLASSES)),
+    ],
+)
+def test_awkward_sites_train(method, train, unlabelled, classes):
+    site, study = features(train, unlabelled, classes), agreed(method, steps=8)
+    trained = train_round(study, study.initial.adapter, site, 1)
+    assert all(np.isfinite(value).all() for value in trained.values())
+    assert np.isfinite(predict(study, trained, None, site.test.x, site.train.x)).all()
+
+
+def test_the_absent_class_is_not_pushed_down():
+    # Logit adjustment: a site that lacks a class must not teach the others to forget it.
+    study = agreed(Method(adapter="text_head"))
+    trained = train_round(study, study.initial.adapter, features(classes=(0, 1, 3)), 1)
+    assert np.array_equal(trained["offsets"][2], np.zeros(DIM))
+    assert (np.abs(trained["offsets"][[0, 1, 3]]).sum(axis=1) > 0).all()
+
+
+def test_without_training_images_it_refuses():
+    study = agreed(Method())
+    with pytest.raises(DataError, match="no labelled training image"):
+        train_round(study, study.initial.adapter, features(train=0), 1)
+
+
+def test_each_pass_takes_every_image_once_and_ends_with_what_is_left():
+    batches = module._batches(7, 3, np.random.default_rng(0))
+    passes = [[next(batches) for _ in range(3)] for _ in range(4)]
+    for taken in passes:
+        assert [len(batch) for batch in taken] == [3, 3, 1]
+        assert sorted(torch.cat(taken).tolist()) == list(range(7))
+    assert len({tuple(torch.cat(taken).tolist()) for taken in passes}) > 1
+
+
+def test_unlabelled_images_only_matter_with_lmmd_and_never_change_the_order():
+    study = agreed(Method(), steps=5)
+    few, many = features(unlabelled=2), features(unlabelled=40)
+    assert same(train_round(study, study.initial.adapter, few, 1), train_round(study, study.initial.adapter, many, 1))
+    aligned = agreed(Method(lmmd_weight=1.0), steps=5)
+    none = features(unlabelled=0)
+    start = study.initial.adapter
+    assert same(train_round(aligned, start, none, 1), train_round(study, start, none, 1))
+    assert not same(train_round(aligned, start, many, 1), train_round(study, start, many, 1))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_optimizer_is_torchs_with_l2_in_the_gradient(optimizer):
+    settings = {
+        "steps": 3,
+        "learning_rate": 0.01,
+        "batch_size": 1000,
+        "optimizer": optimizer,
+        "weight_decay": 0.02,
+        "betas": (0.9, 0.98),
+        "epsilon": 1e-6,
+        "momentum": 0.8,
+    }
+    study, site = agreed(Method(), **settings), features(train=20)
+    found = train_round(study, study.initial.adapter, site, 1)
+    initial = study.initial
+    adapter = build_adapter(Method(), initial.prompt_features, SCALE, initial.adapter).double()
+    adapter.prompts = adapter.prompts.double()
+    values = list(adapter.shared_parameters().values())
+    moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in values]
+    x, y = torch.from_numpy(site.train.x).double(), torch.from_numpy(site.train.y)
+    prior = torch.log(torch.bincount(y, minlength=CLASSES) / len(y))
+    for step in range(1, 4):
+        loss = torch.nn.functional.cross_entropy(adapter.logits(x) + prior, y)
+        gradients = torch.autograd.grad(loss, values)
+        with torch.no_grad():
+            for value, gradient, (first, second) in zip(values, gradients, moments, strict=True):
+                gradient = gradient + 0.02 * value
+                if optimizer == "sgd":
+                    first.copy_(0.8 * first + gradient)
+                    value -= 0.01 * first
+                else:
+                    first.copy_(0.9 * first + 0.1 * gradient)
+                    second.copy_(0.98 * second + 0.02 * gradient**2)
+                    corrected = (second / (1 - 0.98**step)).sqrt() + 1e-6
+                    value -= 0.01 * first / (1 - 0.9**step) / corrected
+    for name, value in adapter.shared_parameters().items():
+        np.testing.assert_allclose(found[name], value.detach().numpy(), atol=2e-5)
+
+
+def test_values_that_do_not_move_come_back_exactly():
+    # 1/3 is no float32: without care its rounding would be sent as an update.
+    study = agreed(Method(adapter="text_head"), steps=3)
+    start = {"offsets": np.full((CLASSES, DIM), 1 / 3)}
+    trained = train_round(study, start, features(classes=(0, 1)), 1)
+    assert np.array_equal(trained["offsets"][2:], start["offsets"][2:])
+
+
+def test_another_method_can_be_trained_beside_the_studys():
+    study, site = agreed(Method(lmmd_weight=1.0)), features()
+    head = Method(adapter="text_head")
+    start = initial_parameters(head, DIM, study.initial.prompt_features, 0)
+    assert np.allclose(predict(study, start, head, site.test.x, None), zero_shot(study, site.test.x), atol=1e-5)
+    trained = train_round(study, start, site, 1, head)
+    assert same(trained, train_round(agreed(head), start, site, 1))
+    found = metrics(predict(study, trained, head, site.test.x, None), site.test.y)["accuracy"]
+    assert found > metrics(zero_shot(study, site.test.x), site.test.y)["accuracy"]
+
+
+def test_zero_shot_is_the_softmax_of_scaled_cosines():
+    study, site = agreed(Method()), features()
+    logits = SCALE * site.test.x @ study.initial.prompt_features.T
+    expected = torch.softmax(torch.from_numpy(logits), dim=1).numpy()
+    found = zero_shot(study, site.test.x)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert zero_shot(study, site.test.x[:0]).shape == (0, CLASSES)
+
+
+def test_probabilities_of_a_row_do_not_depend_on_the_others():
+    study, site = agreed(Method(norm="batch"), steps=5), features()
+    trained = train_round(study, study.initial.adapter, site, 1)
+    every = predict(study, trained, None, site.test.x, site.train.x)
+    one = predict(study, trained, None, site.test.x[3:4], site.train.x)
+    np.testing.assert_allclose(one[0], every[3], atol=1e-5)
+    np.testing.assert_allclose(every.sum(axis=1), 1)
