@@ -12,6 +12,7 @@ name places, shapes, margins and textures, never a kind either.
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
@@ -241,7 +243,7 @@ def truth(facts: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
 
 # Images -----------------------------------------------------------------------------------------------------
 
-_STORED = 80
+_STORED = 88
 """Side of stored training images: just above the input, so that crops need no antialiasing."""
 
 
@@ -356,9 +358,9 @@ class Recipe:
     """What makes one training."""
 
     phantoms: int = 20_000
-    steps: int = 3000
+    steps: int = 2400
     phantom_batch: int = 128
-    real_batch: int = 96
+    real_batch: int = 64
     peak: float = 2e-3
     self_weight: float = 1.0
     fact_weight: float = 1.0
@@ -404,9 +406,8 @@ def same_image(first: Tensor, second: Tensor, temperature: float = 0.15) -> Tens
     return F.cross_entropy(logits, target)
 
 
-def train(out: Path, data: Path | None, recipe: Recipe, precision: torch.dtype | None = None) -> nn.Module:
-    """Train from scratch."""
-    open_clip.add_model_config(out)
+def train(out: Path, data: Path | None, recipe: Recipe) -> None:
+    """Train from scratch and write ``out/mini-clip.safetensors``, also every 400 steps on the way."""
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -423,10 +424,11 @@ def train(out: Path, data: Path | None, recipe: Recipe, precision: torch.dtype |
     optimiser = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=recipe.peak
     )
+    seen = torch.zeros(model.vocab_size, dtype=torch.bool)
     model.train()
     start = time.monotonic()
     for step in range(recipe.steps):
-        warm = min(1.0, (step + 1) / 150)
+        warm = min(1.0, (step + 1) / 60)
         rate = recipe.peak * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -442,10 +444,12 @@ def train(out: Path, data: Path | None, recipe: Recipe, precision: torch.dtype |
         said = [caption(k, rng) for k in told_of]
         facts = torch.from_numpy(np.stack([encode(k) for k in known]))
         true, sure = truth(facts[: len(said)], torch.from_numpy(np.stack([s for _, s in said])))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
             features = model.encode_image(torch.cat(views))
         features = features.float()
-        texts = model.encode_text(tokenize([t for t, _ in said]), normalize=True)
+        words = tokenize([t for t, _ in said])
+        seen[words] = True
+        texts = model.encode_text(words, normalize=True)
         first = len(known)
         loss = contrastive(
             F.normalize(features[: len(said)], dim=-1), texts, model.logit_scale.exp().clamp(max=50), true, sure
@@ -464,16 +468,22 @@ def train(out: Path, data: Path | None, recipe: Recipe, precision: torch.dtype |
                 f"{model.logit_scale.exp().item():.1f} {time.monotonic() - start:.0f} s",
                 flush=True,
             )
-    return model.eval()
+        if step % 400 == 399 or step + 1 == recipe.steps:
+            save(model, seen, out / f"{NAME}.safetensors")
+
+
+def save(model: nn.Module, seen: Tensor, path: Path) -> None:
+    """Write half-precision weights; words that no caption had get zero vectors instead of noise."""
+    state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
+    state["token_embedding.weight"] = state["token_embedding.weight"] * seen[:, None]
+    save_file(state, path)
 
 
 # Measurement ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def encode_images(
-    model: nn.Module, pictures: Sequence[Image.Image], preprocess: Any
-) -> npt.NDArray[np.float32]:
+def encode_images(model: nn.Module, pictures: Sequence[Image.Image], preprocess: Any) -> npt.NDArray[np.float32]:
     """Unit features, ``(n, 512)`` float32."""
     rows = []
     for start in range(0, len(pictures), 128):
@@ -492,3 +502,17 @@ def probe(x: npt.NDArray[Any], y: npt.NDArray[Any], xt: npt.NDArray[Any], yt: np
     """Balanced accuracy of a logistic regression on standardised features."""
     best = make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=3000)).fit(x, y)
     return float(balanced_accuracy_score(yt, best.predict(xt)))
+
+
+def main() -> None:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the public scans; without it phantoms alone")
+    parser.add_argument("--out", type=Path, required=True, help="folder of mini-clip.json and the weights")
+    args = parser.parse_args()
+    open_clip.add_model_config(args.out)
+    train(args.out, args.data, Recipe())
+
+
+if __name__ == "__main__":
+    main()

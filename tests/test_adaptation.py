@@ -9,7 +9,6 @@ from clients.adaptation import lmmd
 from secure_fed.adapters import build_adapter, initial_parameters
 from secure_fed.study import Method
 
-
 torch.set_num_threads(1)
 
 

@@ -202,7 +202,9 @@ def _resigned(
     header = EnvelopeHeader.model_validate_json(frame.header)
     body = bytes(frame.payload) if payload is None else payload
     changed = header.model_copy(update={**payload_fields(body), **fields})
-    return sign_frame(ENVELOPE_MAGIC, changed, load_identity(federation.folder / "sites" / signer / "identity", signer).signing, body)
+    return sign_frame(
+        ENVELOPE_MAGIC, changed, load_identity(federation.folder / "sites" / signer / "identity", signer).signing, body
+    )
 
 
 @pytest.mark.parametrize(
@@ -562,4 +564,3 @@ def test_what_leaves_a_site_is_on_the_allow_list() -> None:
         *("version", "kind", "seq", "previous", "study", "run", "key", "round", "contributors"),
         *("opened_ms", "closed_ms", "size", "payload"),
     }
-

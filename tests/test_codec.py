@@ -1,0 +1,128 @@
+"""Updates as bounded integers: bounds, unbiased rounding, exact averages."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from secure_fed import codec
+from secure_fed.errors import NonFiniteUpdateError
+
+FLOATS = st.floats(-1e3, 1e3, allow_subnormal=False)
+
+
+@given(
+    arrays.arrays(np.float64, st.integers(1, 40), elements=FLOATS), st.integers(8, 18), st.floats(0.01, 1.0), st.data()
+)
+def test_integers_are_bounded_and_within_one_step(
+    update: np.ndarray, bits: int, weight: float, data: st.DataObject
+) -> None:
+    limit = 2 ** (bits - 1) - 1
+    bounds = data.draw(arrays.arrays(np.float64, update.size, elements=st.floats(1e-4, 10)))
+    draws = data.draw(arrays.arrays(np.float64, update.size, elements=st.floats(0, 1, exclude_max=True)))
+    quantised = codec.quantise(update, bounds, weight, limit, draws)
+    assert np.abs(quantised.integers).max() <= limit
+    wanted = np.clip(update, -bounds, bounds) / bounds * limit * weight
+    assert np.all(np.abs(quantised.integers - wanted) <= 1 + 1e-9)
+    assert quantised.saturated == np.mean(np.abs(update) > bounds)
+
+
+def test_the_edges_stay_inside_whatever_the_draw() -> None:
+    for value, draw in itertools.product((-0.5, 0.5, -9.0, 9.0), (0.0, 1 - 2**-32)):
+        quantised = codec.quantise(np.array([value]), np.array([0.5]), 1.0, 127, np.array([draw]))
+        assert abs(int(quantised.integers[0])) <= 127
+
+
+def test_rounding_is_unbiased() -> None:
+    draws = codec.rounding_draws(1, "ash", 1, 200_000)
+    value = np.full(draws.size, 0.123456)
+    integers = codec.quantise(value, np.full(draws.size, 1.0), 1.0, 127, draws).integers
+    mean, expected = integers.mean(), 0.123456 * 127
+    spread = np.sqrt((expected % 1) * (1 - expected % 1) / draws.size)
+    assert abs(mean - expected) < 5 * spread
+    assert set(np.unique(integers)) == {15, 16}
+
+
+def test_draws_are_uniform_repeatable_and_differ_by_seed_site_and_round() -> None:
+    draws = codec.rounding_draws(1, "ash", 2, 100_000)
+    assert np.array_equal(draws, codec.rounding_draws(1, "ash", 2, 100_000))
+    assert np.array_equal(draws[:10], codec.rounding_draws(1, "ash", 2, 10))
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    histogram = np.histogram(draws, bins=20, range=(0, 1))[0]
+    assert ((histogram - 5000) ** 2 / 5000).sum() < 60  # chi-square, 19 degrees of freedom
+    others = [
+        codec.rounding_draws(*place, 100_000) for place in ((2, "ash", 2), (1, "asi", 2), (1, "ash", 3), (1, "ash2", 2))
+    ]
+    for other in others:
+        assert abs(np.corrcoef(draws, other)[0, 1]) < 0.02
+
+
+@given(
+    st.lists(st.lists(st.integers(-32767, 32767), min_size=3, max_size=3), min_size=1, max_size=16),
+    st.lists(st.floats(0.01, 1.0), min_size=16, max_size=16),
+)
+def test_the_average_is_the_weighted_mean_in_any_order(rows: list[list[int]], weights: list[float]) -> None:
+    weights = weights[: len(rows)]
+    sums = np.array(rows, dtype=np.int64).sum(axis=0)
+    bounds = np.array([0.1, 0.5, 2.0])
+    average = codec.average_update(sums, bounds, weights, 32767)
+    exact = [
+        Fraction(int(total)) * Fraction(bound) / (32767 * sum(map(Fraction, weights)))
+        for total, bound in zip(sums, bounds, strict=True)
+    ]
+    assert np.allclose(average, [float(value) for value in exact], rtol=1e-15, atol=0)
+    assert np.array_equal(average, codec.average_update(sums, bounds, reversed(weights), 32767))
+
+
+def test_flat_order_is_that_of_sorted_names() -> None:
+    parameters = {"b": np.arange(6.0).reshape(2, 3), "a": np.array([9.0])}
+    flat = codec.flatten(parameters)
+    assert flat.tolist() == [9, 0, 1, 2, 3, 4, 5]
+    again = codec.unflatten(flat, {"b": (2, 3), "a": (1,)})
+    assert all(np.array_equal(again[name], parameters[name]) for name in parameters)
+    assert codec.value_bounds({"b": (2, 3), "a": (1,)}, 0.1, {"a": 0.7}).tolist() == [0.7] + [0.1] * 6
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2**24 - 1), st.integers(0, 2**24 - 1)), min_size=1, max_size=16),
+    st.integers(8, 18),
+)
+def test_counts_add_up(counts: list[tuple[int, int]], bits: int) -> None:
+    encoded = [codec.encode_counts(pair, bits) for pair in counts]
+    assert all(digits.size == 2 * codec.count_lanes(bits) for digits in encoded)
+    assert all(0 <= digits.min() and digits.max() < 2 ** (bits - 1) for digits in encoded)
+    assert codec.decode_counts(sum(encoded), bits) == tuple(map(sum, zip(*counts, strict=True)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_values_are_refused_and_counted(bad: float) -> None:
+    update = np.array([0.1, bad, bad])
+    with pytest.raises(NonFiniteUpdateError, match="2 of 3 values"):
+        codec.quantise(update, np.ones(3), 1.0, 127, np.zeros(3))
+
+
+def test_digest_and_attestation_depend_on_everything() -> None:
+    base = {"a": np.zeros((2, 3))}
+    digests = {
+        codec.adapter_digest(value)
+        for value in (base, {"b": np.zeros((2, 3))}, {"a": np.zeros((3, 2))}, {"a": np.full((2, 3), 1e-300)})
+    }
+    assert len(digests) == 4
+    told = {
+        codec.attestation(*place)
+        for place in (
+            (b"k", "s", "h", "d"),
+            (b"l", "s", "h", "d"),
+            (b"k", "t", "h", "d"),
+            (b"k", "s", "i", "d"),
+            (b"k", "s", "h", "e"),
+        )
+    }
+    assert len(told) == 5

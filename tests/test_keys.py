@@ -1,0 +1,148 @@
+"""Identities and the sealed key: who can open it, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pyrage
+import pytest
+
+from privacy import keys
+from privacy.ckks import StudySecret
+from secure_fed.errors import KeyFileError
+from secure_fed.signed import load_signing_key, sign_frame, split_frame
+from tests.conftest import Federation
+
+
+def _identity(federation: Federation, name: str) -> keys.Identity:
+    return keys.load_identity(federation.folder / "sites" / name / "identity", name)
+
+
+def test_private_files_are_0600_in_a_0700_folder_and_loose_ones_are_refused(tmp_path: Path) -> None:
+    keys.create_identity(tmp_path / "id", "ash")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "id").iterdir()}
+    assert modes == {"signing.key": 0o600, "flower.key": 0o600, "recipient.key": 0o600, "ash.pub": 0o644}
+    assert stat.S_IMODE((tmp_path / "id").stat().st_mode) == 0o700
+    for name in ("signing.key", "flower.key", "recipient.key"):
+        path = tmp_path / "id" / name
+        os.chmod(path, 0o640)
+        with pytest.raises(KeyFileError, match="mode 0640.*chmod 600"):
+            keys.load_identity(tmp_path / "id", "ash")
+        os.chmod(path, 0o600)
+    with pytest.raises(KeyFileError, match="never overwritten"):
+        keys.create_identity(tmp_path / "id", "ash")
+
+
+def test_the_public_file_holds_no_private_key_and_is_its_owners(tmp_path: Path) -> None:
+    identity = keys.create_identity(tmp_path / "id", "ash")
+    path = tmp_path / "id" / "ash.pub"
+    text = path.read_text()
+    for name in ("signing.key", "flower.key", "recipient.key"):
+        body = [line for line in (tmp_path / "id" / name).read_text().splitlines() if not line.startswith("-")]
+        assert not any(line in text for line in body)
+    assert keys.read_public_identity(path).keys == identity.keys
+    path.write_text(text.replace('"ash"', '"birch"'))
+    with pytest.raises(KeyFileError, match="not signed by its own"):
+        keys.read_public_identity(path)
+    for damaged in ("[]", "{", '{"format": 1}'):
+        path.write_text(damaged)
+        with pytest.raises(KeyFileError):
+            keys.read_public_identity(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"]
+)
+def test_malformed_private_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    keys.create_identity(tmp_path / "id", "ash")
+    for name in ("signing.key", "flower.key", "recipient.key"):
+        whole = (tmp_path / "id" / name).read_bytes()
+        (tmp_path / "id" / name).write_bytes(content)
+        with pytest.raises(KeyFileError, match="malformed"):
+            keys.load_identity(tmp_path / "id", "ash")
+        (tmp_path / "id" / name).write_bytes(whole)
+
+
+def test_every_site_opens_the_same_secret_and_nobody_else_does(federation: Federation, tmp_path: Path) -> None:
+    sealed = federation.seal_key(1)
+    secrets = {
+        keys.open_sealed_key(sealed, federation.agreed, _identity(federation, member.name)).to_bytes()
+        for member in federation.agreed.study.sites
+    }
+    assert len(secrets) == 1
+    secret = secrets.pop()
+    assert secret not in sealed
+    assert not any(secret[start : start + 16] in sealed for start in range(0, len(secret) - 16, 16))
+    stranger = keys.create_identity(tmp_path / "stranger", "stranger")
+    with pytest.raises(KeyFileError, match="not sealed to stranger"):
+        keys.open_sealed_key(sealed, federation.agreed, stranger)
+    # Nor does the coordinator's signing key, the server's only one, open it.
+    coordinator = load_signing_key(federation.folder / "server/coordinator.key")
+    assert not hasattr(coordinator, "exchange")
+
+
+def test_every_key_is_new(federation: Federation) -> None:
+    first, second = (keys.check_sealed_key(federation.seal_key(1), federation.agreed) for _ in range(2))
+    assert first.key != second.key
+
+
+def test_only_the_key_maker_seals(federation: Federation) -> None:
+    with pytest.raises(KeyFileError, match="not the study's key maker"):
+        keys.create_sealed_key(federation.agreed, _identity(federation, "birch"), 1, "0" * 64)
+    # The server seals a key of its own to the sites and signs it with the key it has.
+    sealed = federation.seal_key(1)
+    frame = split_frame(keys.MAGIC, sealed, keys.MAX_HEADER, KeyFileError)
+    header = keys.SealedKeyHeader.model_validate_json(frame.header)
+    recipients = [
+        pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in federation.agreed.study.sites if site.keys
+    ]
+    own = pyrage.encrypt(StudySecret.generate().to_bytes(), recipients)
+    forged_header = header.model_copy(update=keys.payload_fields(own))
+    for signer in (federation.signing, _identity(federation, "birch").signing):
+        forged = sign_frame(keys.MAGIC, forged_header, signer, own)
+        with pytest.raises(KeyFileError, match="signature"):
+            keys.open_sealed_key(forged, federation.agreed, _identity(federation, "ash"))
+    # Even the maker cannot pass one key off under another's id.
+    mixed = sign_frame(keys.MAGIC, forged_header, _identity(federation, "ash").signing, own)
+    with pytest.raises(KeyFileError, match="not the key it names"):
+        keys.open_sealed_key(mixed, federation.agreed, _identity(federation, "birch"))
+
+
+def test_a_flipped_bit_anywhere_in_a_sealed_key_is_refused(federation: Federation) -> None:
+    sealed = bytearray(federation.seal_key(1))
+    whole = bytes(sealed)
+    step = max(1, len(sealed) // 300)
+    for position in range(0, len(sealed), step):
+        sealed[position] ^= 1 << (position % 8)
+        with pytest.raises(KeyFileError):
+            keys.check_sealed_key(bytes(sealed), federation.agreed)
+        sealed[:] = whole
+    for cut in (0, 3, 7, 100, len(whole) - 1):
+        with pytest.raises(KeyFileError):
+            keys.check_sealed_key(whole[:cut], federation.agreed)
+    keys.check_sealed_key(whole, federation.agreed)
+
+
+def test_a_key_of_another_study_or_an_older_epoch_is_refused(federation: Federation) -> None:
+    site = federation.site("birch")
+    second = federation.seal_key(2)
+    site.accept_key(second)
+    assert site.accept_key(second) == site.newest_key[1]
+    for other in (federation.seal_key(1), federation.seal_key(2)):
+        with pytest.raises(KeyFileError, match="an older or a second key of an epoch"):
+            site.accept_key(other)
+    frame = split_frame(keys.MAGIC, second, keys.MAX_HEADER, KeyFileError)
+    header = keys.SealedKeyHeader.model_validate_json(frame.header).model_copy(update={"study": "6" * 64})
+    moved = sign_frame(keys.MAGIC, header, _identity(federation, "ash").signing, bytes(frame.payload))
+    with pytest.raises(KeyFileError, match="for study 6666"):
+        site.accept_key(moved)
+    assert site.newest_key[0] == 2
+
+
+def test_representations_show_no_secret(federation: Federation) -> None:
+    identity = _identity(federation, "ash")
+    secret = keys.open_sealed_key(federation.seal_key(1), federation.agreed, identity)
+    assert repr(secret.tag_key)[2:12] not in repr(secret)
+    assert "AGE-SECRET" not in repr(identity)

@@ -1,0 +1,252 @@
+"""Whole studies in one process: results, repetition, interruption; and sites on other kinds of CPU."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tomli_w
+
+from secure_fed import codec
+from secure_fed.errors import OutputError
+from secure_fed.protocol import ReplyCode, RoundReply
+from secure_fed.simulation import Listener, RoundFacts, simulate
+from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, template_table
+
+
+class Heard(Listener):
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.rounds: list[RoundFacts] = []
+        self.encoded: dict[str, int] = {}
+        super().__init__(
+            encoding=lambda site, done, total: self.encoded.update({site: done}),
+            round=self.rounds.append,
+            stage=lambda text: None,
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[Path, dict[str, Any], Heard]:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    heard = Heard()
+    return out, simulate(make_template(), out, images, heard), heard
+
+
+def test_the_summary_keeps_its_contract(finished: tuple[Path, dict[str, Any], Heard]) -> None:
+    out, summary, heard = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert set(summary) == {
+        *("study_id", "backbone", "method", "mode", "seed", "sites", "adapter_digest", "seconds_total", "rounds"),
+        "metrics",
+    }
+    assert summary["sites"] == list(TRAINING)
+    assert [entry["round"] for entry in summary["rounds"]] == [1, 2, 3]
+    assert set(summary["metrics"]) == {"zero_shot", "local_only", "text_head", "federated"}
+    names = {"balanced_accuracy", "accuracy", "macro_f1", "auroc"}
+    for method, result in summary["metrics"].items():
+        assert set(result["per_site"]) == set(TRAINING)
+        assert all(set(metrics) == names for metrics in result["per_site"].values())
+        assert set(result["held_out"]) == names
+        assert ("held_out_per_site" in result) == (method in ("local_only", "text_head"))
+    for method in ("local_only", "text_head"):
+        result = summary["metrics"][method]
+        values = [result["held_out_per_site"][name]["accuracy"] for name in TRAINING]
+        assert result["held_out"]["accuracy"] == pytest.approx(np.mean(values))
+    assert [facts.sites_in for facts in heard.rounds] == [TRAINING] * 3
+    assert {path.name for path in out.iterdir()} >= {
+        *("study.toml", "study.safetensors", "summary.json", "adapter.safetensors", "server", "sites")
+    }
+    assert {path.name for path in (out / "sites").iterdir()} == {*TRAINING, OBSERVER}
+
+
+def test_bytes_are_those_that_travelled(finished: tuple[Path, dict[str, Any], Heard]) -> None:
+    out, summary, _ = finished
+    sent = {name: list((out / "sites" / name).glob("state/runs/*/outbox/*.envelope")) for name in TRAINING}
+    assert all(len(files) == 1 for files in sent.values())  # the last round's
+    assert summary["rounds"][-1]["bytes_up"] == sum(files[0].stat().st_size for files in sent.values())
+    record = next((out / "server").glob("runs/*/journal/00000003.record"))
+    assert summary["rounds"][-1]["bytes_down"] == record.stat().st_size * 4
+
+
+def test_the_adapter_file_needs_nothing_but_the_backbone(finished: tuple[Path, dict[str, Any], Heard]) -> None:
+    out, summary, _ = finished
+    data = (out / "adapter.safetensors").read_bytes()
+    tensors = safetensors.numpy.load(data)
+    with safetensors.safe_open(str(out / "adapter.safetensors"), "np") as file:
+        metadata = file.metadata()
+    adapter = {name.removeprefix("adapter."): value for name, value in tensors.items() if name.startswith("adapter.")}
+    assert codec.adapter_digest(adapter) == summary["adapter_digest"] == metadata["adapter_digest"]
+    assert tensors["prompt_features"].shape[0] == len(CLASSES)
+    assert metadata["study"] == summary["study_id"]
+    assert json.loads(metadata["backbone"])["digest"] == summary["backbone"]["digest"]
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert json.loads(metadata["prompts"])[2] == ["a striped image", "a picture that is striped"]
+    assert json.loads(metadata["method"])["adapter"] == "facmic"
+
+
+def test_a_finished_study_starts_a_new_run_with_a_new_key_and_the_same_result(
+    finished: tuple[Path, dict[str, Any], Heard], images: Path
+) -> None:
+    out, summary, _ = finished
+    run, key = (out / "server/run").read_text(), sorted(out.glob("sites/*/state/keys/*"))
+    heard = Heard()
+    again = simulate(make_template(), out, images, heard)
+    assert again["adapter_digest"] == summary["adapter_digest"]
+    assert again["metrics"] == summary["metrics"]
+    assert (out / "server/run").read_text() != run
+    assert len(sorted(out.glob("sites/*/state/keys/*"))) == 2 * len(key)
+    assert sorted(path.name for path in (out / "sites/ash/state/runs").iterdir()) == sorted(
+        path.name for path in (out / "server/runs").iterdir()
+    )
+    federation = Federation(out)
+    assert all(site.features().encoded == 0 for site in federation.sites())
+
+
+def test_plain_gives_the_same_adapter_bit_for_bit(
+    finished: tuple[Path, dict[str, Any], Heard], images: Path, tmp_path: Path
+) -> None:
+    plain = simulate(make_template(mode="plain"), tmp_path / "out", images, Heard())
+    assert plain["mode"] == "plain"
+    assert plain["study_id"] != finished[1]["study_id"]
+    assert plain["adapter_digest"] == finished[1]["adapter_digest"]
+    assert plain["metrics"] == finished[1]["metrics"]
+    assert plain["rounds"][0]["bytes_up"] != finished[1]["rounds"][0]["bytes_up"]
+
+
+def test_another_seed_gives_another_adapter_and_needs_another_folder(
+    finished: tuple[Path, dict[str, Any], Heard], images: Path, tmp_path: Path
+) -> None:
+    out, summary, _ = finished
+    with pytest.raises(OutputError, match="with other seed"):
+        simulate(make_template(seed=4), out, images, Heard())
+    with pytest.raises(OutputError, match="expected the same data"):
+        simulate(make_template(), out, images.parent, Heard())
+    other = simulate(make_template(seed=4, rounds=1), tmp_path / "out", images, Heard())
+    assert other["adapter_digest"] != summary["adapter_digest"]
+
+
+def test_local_only_trains_as_long_as_the_federation(
+    finished: tuple[Path, dict[str, Any], Heard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    import clients.site
+
+    true = clients.site.train_round
+    monkeypatch.setattr(
+        clients.site, "train_round", lambda *args: calls.append(args[0].study.training.steps) or true(*args)
+    )
+    federation = Federation(finished[0])
+    federation.site("ash").train_alone(federation.agreed)
+    assert calls == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": {"adapter": "facmic", "norm": "batch", "lmmd_weight": 1.0, "loss": "contrastive"}},
+        {"method": {"adapter": "low_rank", "rank": 4, "lmmd_weight": 0.5}},
+        {"method": {"adapter": "text_head"}},
+        {"encoding": {"bits": 11, "lanes": 3, "value_bound": 0.1, "share_validation": False}},
+    ],
+    ids=["paper", "low rank", "text head", "three lanes"],
+)
+def test_every_method_runs_encrypted(images: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    heard = Heard()
+    summary = simulate(make_template(rounds=1, **change), tmp_path / "out", images, heard)
+    assert summary["method"] == change.get("method", {"adapter": "facmic"})["adapter"]
+    assert (heard.rounds[0].validation is None) == ("encoding" in change)
+    shared = safetensors.numpy.load((tmp_path / "out/adapter.safetensors").read_bytes())
+    assert not any("running" in name or "mean" in name or "var" in name for name in shared)
+
+
+def _start(out: Path, images: Path, template: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", "simulate", str(template), "--data", str(images)]
+    return subprocess.Popen(
+        [*command, "--out", str(out), "--json", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_simulation_goes_on_where_it_was(
+    finished: tuple[Path, dict[str, Any], Heard], images: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.toml"
+    template.write_text(tomli_w.dumps(template_table()))
+    out = tmp_path / "out"
+    process = _start(out, images, template)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("server/runs/*/journal/00000001.record")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.communicate()
+    run = (out / "server/run").read_text()
+    assert not list(out.glob("server/runs/*/journal/00000003.record"))
+    again = _start(out, images, template)
+    text, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    summary = json.loads(text)
+    assert (out / "server/run").read_text() == run
+    assert summary["adapter_digest"] == finished[1]["adapter_digest"]
+    assert len(summary["rounds"]) == 3
+
+
+def test_all_sites_hold_the_same_adapter_on_any_kind_of_cpu_and_thread_count(federation: Federation) -> None:
+    for name in ("birch", OBSERVER):
+        path = federation.folder / "sites" / name / "site.toml"
+        path.write_text(path.read_text().replace("threads = 1", "threads = 2"))
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    kinds = dict(zip((*TRAINING, OBSERVER), ("default", "avx2", "avx512", "default"), strict=True))
+    workers = {}
+    for name, kind in kinds.items():
+        workers[name] = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tests.site_worker", str(federation.folder / "sites" / name / "site.toml")],
+            env=os.environ | {"ATEN_CPU_CAPABILITY": kind, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    try:
+        seen = {name: json.loads(worker.stdout.readline())["cpu"] for name, worker in workers.items()}  # type: ignore[union-attr]
+        assert seen["ash"] == "DEFAULT"  # the others as far as this CPU goes
+        positions = dict.fromkeys(workers, ("", 0))
+        digests: dict[str, str] = {}
+        threads: dict[str, int] = {}
+        for number in range(federation.agreed.study.rounds + 1):
+            for name, worker in workers.items():
+                request = coordinator.request(*positions[name])
+                fields = request.__dict__ | {"records": [base64.b64encode(data).decode() for data in request.records]}
+                worker.stdin.write(json.dumps(fields) + "\n")  # type: ignore[union-attr]
+                worker.stdin.flush()  # type: ignore[union-attr]
+                answer = json.loads(worker.stdout.readline())  # type: ignore[union-attr]
+                fields = answer["reply"]
+                reply = RoundReply(
+                    **fields | {"code": ReplyCode(fields["code"]), "envelope": base64.b64decode(fields["envelope"])}
+                )
+                coordinator.receive(reply)
+                positions[name] = (reply.run, reply.position)
+                digests[name], threads[name] = answer["digest"], answer["threads"]
+            assert len(set(digests.values())) == 1
+            assert (coordinator.close_round() is None) == (number == federation.agreed.study.rounds)
+        assert threads == {"ash": 1, "birch": 2, "cedar": 1, OBSERVER: 2}
+        assert digests["ash"] != codec.adapter_digest(federation.agreed.initial.adapter)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+            worker.stdin.close()  # type: ignore[union-attr]
+            worker.stdout.close()  # type: ignore[union-attr]

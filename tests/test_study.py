@@ -1,0 +1,213 @@
+"""Study and site files: every error named, the id over content, templates and studies."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from clients.sitefile import SiteFile, read_site_file
+from secure_fed.errors import BackboneDigestError, OutputError, SiteFileError, StudyError
+from secure_fed.new_study import new_study
+from secure_fed.study import load_study, read_study, with_fields
+from tests.conftest import Federation, make_template, template_table
+
+
+def _write(path: Path, table: dict[str, Any]) -> Path:
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def _changed(change: Any) -> dict[str, Any]:
+    table = copy.deepcopy(template_table())
+    change(table)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "says"),
+    [
+        (lambda t: t.update(colour="red"), "colour", "unknown key"),
+        (lambda t: t["training"].update(setps=3), "training.setps", "unknown key"),
+        (lambda t: t.update(rounds="ten"), "rounds = 'ten'", "integer"),
+        (lambda t: t.update(rounds=2.0), "rounds = 2.0", "integer"),
+        (lambda t: t.pop("rounds"), "rounds", "required"),
+        (lambda t: t["sites"].append({"name": "ash"}), "sites", "site ash more than once"),
+        (lambda t: t["classes"][1].update(prompts=[]), "classes[1].prompts", "at least one prompt"),
+        (lambda t: t["classes"][0].pop("prompts"), "classes[0].prompts", "required"),
+        (lambda t: t["classes"].append(dict(t["classes"][0])), "classes", "class dark more than once"),
+        (lambda t: t.update(classes=t["classes"][:1]), "classes", "expected at least 2"),
+        (
+            lambda t: t.update(max_sites=8, encoding=t["encoding"] | {"bits": 18}),
+            "encoding",
+            "largest bits for 8 sites in 2 lanes is 17",
+        ),
+        (lambda t: t["encoding"].update(bits=7), "encoding.bits = 7", "greater than or equal to 8"),
+        (lambda t: t["encoding"].update(lanes=4), "encoding.lanes = 4", "2 or 3"),
+        (lambda t: t["sites"].extend({"name": f"s{i}"} for i in range(4)), "sites", "the lanes hold max_sites = 4"),
+        (lambda t: t.update(min_sites=2), "min_sites = 2", "at least 3 sites"),
+        (lambda t: t.update(min_sites=5), "min_sites = 5", "max_sites = 4"),
+        (lambda t: t["sites"][0].update(role="observer"), "sites", "expected at least min_sites = 3"),
+        (lambda t: t.update(key_maker="zelkova"), "key_maker = 'zelkova'", "expected one of ash"),
+        (lambda t: t.update(mode="secret"), "mode = 'secret'", "'he' or 'plain'"),
+        (lambda t: t["training"].update(learning_rate=float("nan")), "training.learning_rate", "finite"),
+        (lambda t: t["backbone"].pop("seed"), "backbone.seed", "takes seed"),
+        (lambda t: t["backbone"].update(weights="file"), "backbone.seed", "takes file"),
+        (lambda t: t["method"].update(adapter="text_head"), "method.lmmd_weight", "expected 0"),
+        (lambda t: t["sites"][0].update(weight=1.5), "sites[0].weight = 1.5", "less than or equal to 1"),
+        (lambda t: t["simulation"]["shares"].update(train=0.9), "simulation.shares.unlabelled", "expected 1"),
+        (lambda t: t["simulation"]["sites"].pop(), "simulation", "expected exactly the study's"),
+        (lambda t: t["sites"][0].update(name="../x"), "sites[0].name", "pattern"),
+    ],
+)
+def test_each_error_names_key_value_and_what_is_allowed(tmp_path: Path, change: Any, key: str, says: str) -> None:
+    path = _write(tmp_path / "study.toml", _changed(change))
+    with pytest.raises(StudyError) as caught:
+        read_study(path)
+    lines = [line for line in str(caught.value).splitlines()[1:] if line.strip().startswith(key)]
+    assert lines, caught.value
+    assert says in lines[0]
+
+
+def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
+    table = _changed(
+        lambda t: (
+            t.update(colour="red", rounds="ten", min_sites=2),
+            t["classes"][1].update(prompts=[]),
+            t["sites"].append({"name": "ash"}),
+            t["encoding"].update(bits=17),
+        )
+    )
+    table["max_sites"] = 16
+    with pytest.raises(StudyError) as caught:
+        read_study(_write(tmp_path / "study.toml", table))
+    text = str(caught.value)
+    assert "6 errors" in text
+    for key in ("colour", "rounds", "min_sites", "classes[1].prompts", "sites", "encoding"):
+        assert f"\n  {key}" in text
+
+
+def test_the_id_is_of_the_content_not_of_the_bytes(tmp_path: Path) -> None:
+    table = template_table()
+    plain = read_study(_write(tmp_path / "a.toml", table))
+    shuffled = dict(reversed(list(table.items())))
+    text = "# a comment\n" + tomli_w.dumps(shuffled).replace("learning_rate = 0.003", "learning_rate = 3e-3")
+    (tmp_path / "b.toml").write_text(text)
+    assert read_study(tmp_path / "b.toml").id == plain.id
+    assert with_fields(plain, simulation=None).id == plain.id
+    ids = {with_fields(plain, **change).id for change in ({"seed": 4}, {"mode": "plain"}, {"rounds": 4}, {"name": "n"})}
+    assert len(ids | {plain.id}) == 5
+
+
+def test_a_path_that_does_not_exist_is_looked_up_among_the_packaged_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids = {read_study(Path(name)).id for name in ("brain_mri", "brain_mri.toml", "configs/brain_mri.toml")}
+    assert len(ids) == 1
+    with pytest.raises(StudyError, match="cannot be read"):
+        read_study(Path("no_such_study.toml"))
+
+
+def test_not_toml_and_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("rounds = = 3")
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    for name, says in (("a.toml", "not TOML"), ("b.toml", "not UTF-8")):
+        with pytest.raises(StudyError, match=says):
+            read_study(tmp_path / name)
+
+
+def test_a_template_is_no_study_and_says_what_is_missing(tmp_path: Path) -> None:
+    path = _write(tmp_path / "study.toml", template_table())
+    with pytest.raises(StudyError, match=r"site ash has no keys.*backbone.digest.*coordinator.*initial"):
+        load_study(path)
+
+
+def test_the_initial_state_must_be_the_one_the_study_names(federation: Federation) -> None:
+    path = federation.folder / "study.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StudyError, match="but the study names"):
+        load_study(federation.folder / "study.toml")
+    path.unlink()
+    with pytest.raises(StudyError, match="belongs beside"):
+        load_study(federation.folder / "study.toml")
+
+
+def test_value_bounds_name_parameters(federation: Federation) -> None:
+    study = with_fields(
+        federation.agreed.study, encoding={"bits": 16, "lanes": 2, "value_bound": 0.1, "value_bounds": {"nope": 1.0}}
+    )
+    path = federation.folder / "study.toml"
+    path.write_text(tomli_w.dumps(study.model_dump(mode="json", exclude_none=True)))
+    with pytest.raises(StudyError, match="names nope; parameters are"):
+        load_study(path)
+
+
+def test_a_study_is_never_overwritten_and_a_failed_one_leaves_nothing(federation: Federation, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="holds a study already"):
+        new_study(make_template(), [], federation.folder)
+    wrong = with_fields(
+        make_template(), backbone={"model": "random-small", "weights": "random", "seed": 1, "digest": "5" * 64}
+    )
+    with pytest.raises(BackboneDigestError, match="5555"):
+        new_study(wrong, [], tmp_path / "new")
+    assert not (tmp_path / "new" / "study.toml").exists()
+    assert not (tmp_path / "new" / "study.safetensors").exists()
+
+
+# --- site.toml ---
+
+
+def _site_table(federation: Federation) -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads((federation.folder / "sites/ash/site.toml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "says"),
+    [
+        (lambda t: t.update(epsilonn=3), "epsilonn", "unknown key"),
+        (lambda t: t["data"].update(kind="secret"), "data.kind = 'secret'", "'patients', 'public' or 'simulated'"),
+        (
+            lambda t: (t["data"].update(kind="patients"), t.update(allow_plain=True)),
+            "allow_plain = True",
+            "never sent in plain",
+        ),
+        (lambda t: t.update(threads=0), "threads = 0", "greater than or equal to 1"),
+        (lambda t: t.pop("identity"), "identity", "required"),
+    ],
+)
+def test_site_file_errors(federation: Federation, change: Any, key: str, says: str) -> None:
+    table = _site_table(federation)
+    change(table)
+    with pytest.raises(SiteFileError) as caught:
+        read_site_file(_write(federation.folder / "sites/ash/site.toml", table))
+    assert any(line.strip().startswith(key) and says in line for line in str(caught.value).splitlines()), caught.value
+
+
+def test_a_sites_own_policy_refuses_plain_and_small_cohorts(federation: Federation) -> None:
+    file = read_site_file(federation.folder / "sites/ash/site.toml")
+    plain = make_template(mode="plain", min_sites=1)
+    with pytest.raises(SiteFileError, match="allow_plain is false"):
+        file.refuse_study(plain)
+    file.model_copy(update={"allow_plain": True}).refuse_study(plain)
+    with pytest.raises(SiteFileError, match="min_sites = 3; this site asks for at least 4"):
+        SiteFile(**(file.model_dump() | {"min_sites": 4})).refuse_study(make_template())
+
+
+def test_a_site_with_other_keys_or_another_name_is_refused(federation: Federation) -> None:
+    shutil.rmtree(federation.folder / "sites/ash/identity")
+    shutil.copytree(federation.folder / "sites/birch/identity", federation.folder / "sites/ash/identity")
+    with pytest.raises(SiteFileError, match="not the keys that the study names"):
+        federation.site("ash")
+    table = _site_table(federation) | {"site": "zelkova"}
+    _write(federation.folder / "sites/ash/site.toml", table)
+    with pytest.raises(StudyError, match="'zelkova' is not in study"):
+        federation.site("ash")
