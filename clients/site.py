@@ -136,6 +136,16 @@ class Site:
         return self._chain.length
 
     @property
+    def round(self) -> int:
+        """The last round that is applied here (or was refused here); 0 before the first."""
+        return self._chain.round
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round of the study is applied here."""
+        return self._chain.finished
+
+    @property
     def adapter_digest(self) -> str:
         """SHA-256 of the adapter it holds; for the site's own eyes."""
         return codec.adapter_digest(self.parameters)
@@ -181,6 +191,9 @@ class Site:
                 self._features = load_features(
                     images, self._agreed, cache, checkpoint, self._file.skip_unreadable, progress
                 )
+            left_out = self._features.unreadable
+            if left_out:
+                log.warning("%s: left out %d unreadable image%s", self.name, left_out, "s" * (left_out > 1))
         return self._features
 
     def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> dict[str, float | None]:
@@ -219,7 +232,7 @@ class Site:
         features = self.features()
         # Batch norm's statistics: of all images that the site may learn from, labelled or not.
         own = np.concatenate([features.train.x, features.unlabelled])
-        return predict(agreed, parameters, None, images, own)
+        return predict(agreed, parameters, images, own)
 
     def respond(self, request: RoundRequest) -> RoundReply:
         """Take a request: apply its records, compare adapters, and train if a round is due.
@@ -248,7 +261,9 @@ class Site:
         return self._reply(ReplyCode.UPDATE, self._envelope(request.attempt))
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
-        attested = codec.attestation(self._attestation_key(), self.name, self._chain.head, self.adapter_digest)
+        attested = ""  # before the first genesis there is neither key nor head
+        if self._chain.length:
+            attested = codec.attestation(self._attestation_key(), self.name, self._chain.head, self.adapter_digest)
         return RoundReply(self.name, code, self.run, self.position, attested, envelope)
 
     # --- records ---
@@ -348,14 +363,19 @@ class Site:
 
     def _begin_run(self, run: str, key: str, data: bytes) -> None:
         """Enter the run of a genesis, unless its key belongs to another run."""
-        chain = Chain(self._agreed)
-        record = chain.check(data)
+        record = Chain(self._agreed).check(data)
         folder = self._state / "runs" / run
         if self._agreed.study.mode == "he":
+            epoch, newest = self.newest_key
             if key not in self._sealed_keys().values():
                 raise KeyFileError(
                     f"genesis of run {run[:16]} names key {key[:16]}, which this site does not hold; "
                     "take the sealed key file first"
+                )
+            if key != newest:
+                raise RecordError(
+                    f"genesis of run {run[:16]} names key {key[:16]}, older than key {newest[:16]} of epoch {epoch} "
+                    "here; a site never goes back to an older key"
                 )
             for other in (self._state / "runs").iterdir():
                 if other.name != run and self._key_of_run(other) == key:
@@ -364,6 +384,8 @@ class Site:
                         "every run has a new key"
                     )
         records = RecordFolder(folder / "journal")
+        if records.file(0).exists() and records.read(0) != data:
+            raise RecordError(f"a second genesis of run {run[:16]}, different from the one known here")
         records.append(record)
         write_durable(self._state / "run", run.encode())
         self._enter_run(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
 from secure_fed.errors import SiteFileError
 from secure_fed.study import MIN_SITES_HE, Name, Shares, Study, Text
@@ -28,6 +28,18 @@ class SiteData(FileModel):
     shares: Shares | None = None
 
 
+class SiteServer(FileModel):
+    """How the site reaches the server.
+
+    Attributes:
+        address: ``host:port``; the host must be one of the names in the server's certificate.
+        authority: certificate of the study's authority, ``ca.crt``; no other is trusted.
+    """
+
+    address: Annotated[str, StringConstraints(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+    authority: Text
+
+
 class SiteFile(FileModel):
     """``site.toml``; relative paths start at its folder.
 
@@ -37,6 +49,7 @@ class SiteFile(FileModel):
         state: folder of the site's journal copy, outbox, feature cache and keys.
         identity: folder of its private keys.
         checkpoint: the backbone's weights on this node, for sites without internet.
+        server: how the site reaches the server; not needed to simulate.
         allow_plain: whether a study without encryption is joined; never with patients' data.
         min_sites: fewest contributors this site asks of an aggregate; a study that asks for less is refused.
         threads: CPU threads of training; other counts give other rounding.
@@ -49,6 +62,7 @@ class SiteFile(FileModel):
     state: Text
     identity: Text
     checkpoint: Text | None = None
+    server: SiteServer | None = None
     data: SiteData
     allow_plain: bool = False
     min_sites: Annotated[int, Field(ge=1, le=4096)] = MIN_SITES_HE
@@ -89,4 +103,7 @@ def read_site_file(path: Path) -> SiteFile:
     paths = {name: str(base / getattr(file, name)) for name in ("study", "state", "identity")}
     checkpoint = None if file.checkpoint is None else str(base / file.checkpoint)
     data = file.data.model_copy(update={"folder": str(base / file.data.folder)})
-    return file.model_copy(update={**paths, "checkpoint": checkpoint, "data": data})
+    server = file.server
+    if server is not None:
+        server = server.model_copy(update={"authority": str(base / server.authority)})
+    return file.model_copy(update={**paths, "checkpoint": checkpoint, "data": data, "server": server})

@@ -24,7 +24,6 @@ def train_round(
     parameters: Parameters,
     features: SiteFeatures,
     seed: int,
-    method: Method | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Train for ``training.steps`` mini-batches, from a fresh optimiser state.
 
@@ -34,11 +33,10 @@ def train_round(
     machine with one number of threads give the same bits; the global random state is not used.
 
     Args:
-        agreed: training settings, prompts, and the method unless ``method`` is given.
+        agreed: method, training settings and prompts.
         parameters: where to start, by name; left as they are.
         features: the site's.
         seed: of the order of the images; another one for each round.
-        method: trains this instead of the study's, for baselines.
 
     Returns:
         The parameters after training, by sorted name; a value that training did not move is exactly the one
@@ -47,13 +45,12 @@ def train_round(
     Raises:
         DataError: the site has no training image.
     """
-    chosen = method or agreed.study.method
-    initial = agreed.initial
+    method, initial = agreed.study.method, agreed.initial
     if len(features.train.y) == 0:
         raise DataError("no labelled training image; expected at least one: add some, or join the study as an observer")
-    adapter = build_adapter(chosen, initial.prompt_features, initial.logit_scale, parameters)
+    adapter = build_adapter(method, initial.prompt_features, initial.logit_scale, parameters)
     before = {name: value.detach().clone() for name, value in adapter.shared_parameters().items()}
-    _descend(adapter, chosen, agreed.study.training, features, seed)
+    _descend(adapter, method, agreed.study.training, features, seed)
     after = adapter.shared_parameters()
     # Training is in float32; only the difference comes back, so that rounding the start is no update.
     return {name: parameters[name] + (after[name].detach().double() - before[name].double()).numpy() for name in after}
@@ -62,21 +59,19 @@ def train_round(
 def predict(
     agreed: AgreedStudy,
     parameters: Parameters,
-    method: Method | None,
     x: NDArray[np.float32],
     statistics_from: NDArray[np.float32] | None,
 ) -> NDArray[np.float64]:
     """Probabilities [n, K] that an adapter gives to features x [n, d].
 
     Args:
-        agreed: prompts, and the method unless ``method`` is given.
+        agreed: method and prompts.
         parameters: of the adapter, by name.
-        method: of the adapter, if not the study's.
         x: unit rows [n, d].
         statistics_from: the site's own training features, for batch norm; others need none.
     """
     initial = agreed.initial
-    adapter = build_adapter(method or agreed.study.method, initial.prompt_features, initial.logit_scale, parameters)
+    adapter = build_adapter(agreed.study.method, initial.prompt_features, initial.logit_scale, parameters)
     adapter.eval()
     with torch.inference_mode():
         if statistics_from is not None:

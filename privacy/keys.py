@@ -92,9 +92,7 @@ def create_identity(folder: Path, name: str) -> Identity:
         KeyFileError: the folder already holds an identity.
     """
     if (folder / "signing.key").exists():
-        raise KeyFileError(
-            f"{folder}: holds an identity already; keys are never overwritten: choose another folder"
-        )
+        raise KeyFileError(f"{folder}: holds an identity already; keys are never overwritten: choose another folder")
     make_folder(folder, 0o700)
     os.chmod(folder, 0o700)
     flower = ec.generate_private_key(ec.SECP384R1())
@@ -117,19 +115,11 @@ def load_identity(folder: Path, name: str) -> Identity:
     signing = load_signing_key(folder / "signing.key")
     try:
         flower = serialization.load_ssh_private_key(read_private(folder / "flower.key"), password=None)
-        recipient = pyrage.x25519.Identity.from_str(
-            read_private(folder / "recipient.key").decode("ascii").strip()
-        )
+        recipient = pyrage.x25519.Identity.from_str(read_private(folder / "recipient.key").decode("ascii").strip())
     except (ValueError, UnsupportedAlgorithm, pyrage.IdentityError) as error:
-        raise KeyFileError(
-            f"{folder}: flower.key or recipient.key is malformed; restore the folder"
-        ) from error
-    openssh = flower.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    keys = SiteKeys(
-        signing=public_hex(signing), flower=openssh.decode("ascii"), recipient=str(recipient.to_public())
-    )
+        raise KeyFileError(f"{folder}: flower.key or recipient.key is malformed; restore the folder") from error
+    openssh = flower.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    keys = SiteKeys(signing=public_hex(signing), flower=openssh.decode("ascii"), recipient=str(recipient.to_public()))
     return Identity(name, signing, recipient, keys)
 
 
@@ -151,9 +141,7 @@ def read_public_identity(path: Path) -> PublicIdentity:
             bytes.fromhex(public.signature), _public_message(public.name, public.keys)
         )
     except (InvalidSignature, ValueError):
-        raise KeyFileError(
-            f"{path}: not signed by its own signing key; ask the site for its file again"
-        ) from None
+        raise KeyFileError(f"{path}: not signed by its own signing key; ask the site for its file again") from None
     return public
 
 
@@ -250,9 +238,7 @@ def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> Stu
         ) from error
     secret = StudySecret.from_bytes(plain)
     if not hmac.compare_digest(_key_id(secret, header.study, header.epoch), header.key):
-        raise KeyFileError(
-            "sealed key: what it holds is not the key it names; ask the key maker for a new one"
-        )
+        raise KeyFileError("sealed key: what it holds is not the key it names; ask the key maker for a new one")
     return secret
 
 
@@ -267,6 +253,4 @@ def _key_id(secret: StudySecret, study: str, epoch: int) -> str:
 
 
 def _public_message(name: str, keys: SiteKeys) -> bytes:
-    return b"secfacmic public identity 1\n" + canonical_json(
-        {"name": name, "keys": keys.model_dump(mode="json")}
-    )
+    return b"secfacmic public identity 1\n" + canonical_json({"name": name, "keys": keys.model_dump(mode="json")})

@@ -27,7 +27,6 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import zstandard
-from tenseal import sealapi
 
 from privacy.lanes import DEGREE, SEED_BYTES, Coefficients
 from secure_fed.errors import SealFormatError

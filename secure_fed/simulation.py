@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from clients.site import Site
-from clients.sitefile import SiteData, SiteFile, read_site_file
+from clients.sitefile import SiteData, SiteFile, SiteServer, read_site_file
 from privacy.keys import Identity, create_identity, create_sealed_key, load_identity
+from secure_fed.adapter_file import save_adapter
 from secure_fed.adapters import initial_parameters
 from secure_fed.codec import Parameters, adapter_digest
-from secure_fed.errors import AdapterMismatchError, OutputError, StudyError
+from secure_fed.errors import AdapterMismatchError, OutputError, SiteFileError, StudyError
 from secure_fed.new_study import COORDINATOR_KEY, RANDOM_CHECKPOINT, new_study
 from secure_fed.phantoms import PhantomSite, make_phantoms
 from secure_fed.protocol import ReplyCode
 from secure_fed.signed import ZERO_DIGEST, load_signing_key
-from secure_fed.storage import make_folder, write_durable
+from secure_fed.storage import exclusive, make_folder, write_durable
 from secure_fed.study import AgreedStudy, Method, Simulation, Study, as_template, load_study
-from secure_fed.tomlfile import to_toml, write_toml
+from secure_fed.tomlfile import read_toml, write_toml
 from server.coordinator import Coordinator, current_run
 from server.journal import JournalEntry
 
@@ -83,19 +83,50 @@ def simulate(
     Raises:
         SecfacmicError: whatever a site or the coordinator refuses.
     """
+    plan_of(template, data)
+    make_folder(out)
+    with exclusive(out):
+        return _simulate(template, out, data, listener, skip_unreadable)
+
+
+def _simulate(
+    template: Study, out: Path, data: Path | None, listener: Listener, skip_unreadable: bool
+) -> dict[str, Any]:
     start = time.monotonic()
     listener.stage("preparing the study")
     agreed = prepare(template, out, data)
-    sites = []
-    for member in agreed.study.sites:
-        file = read_site_file(out / "sites" / member.name / "site.toml")
-        sites.append(Site(file.model_copy(update={"skip_unreadable": skip_unreadable}), agreed))
+    sites = open_sites(agreed, out, skip_unreadable=skip_unreadable)
     listener.stage("encoding images")
     for site in sites:
         site.features(lambda done, total, name=site.name: listener.encoding(name, done, total))  # type: ignore[misc]
     listener.stage("training")
-    coordinator = _open_run(agreed, out, sites)
+    coordinator = open_run(agreed, out, sites)
     _run_rounds(agreed, coordinator, sites, listener)
+    return finish(agreed, out, sites, coordinator.rounds, start, listener)
+
+
+def open_sites(agreed: AgreedStudy, out: Path, *, skip_unreadable: bool = False) -> list[Site]:
+    """The sites of a folder that :func:`prepare` has written."""
+    sites = []
+    for member in agreed.study.sites:
+        file = read_site_file(out / "sites" / member.name / "site.toml")
+        sites.append(Site(file.model_copy(update={"skip_unreadable": skip_unreadable}), agreed))
+    return sites
+
+
+def finish(
+    agreed: AgreedStudy,
+    out: Path,
+    sites: Sequence[Site],
+    rounds: Sequence[JournalEntry],
+    start: float,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Compare and evaluate what the sites hold after the last round, and write adapter and summary.
+
+    Raises:
+        AdapterMismatchError: they hold different adapters.
+    """
     digests = {site.adapter_digest for site in sites}
     if len(digests) > 1:
         raise AdapterMismatchError(f"the sites hold {len(digests)} different adapters; expected one")
@@ -110,7 +141,7 @@ def simulate(
         "seed": agreed.study.seed,
         "sites": [site.name for site in agreed.study.sites if site.role == "train"],
         "adapter_digest": adapter_digest(final),
-        "rounds": [_round_summary(agreed, entry) for entry in coordinator.rounds],
+        "rounds": [_round_summary(agreed, entry) for entry in rounds],
         "metrics": evaluate(agreed, sites, final),
         "seconds_total": time.monotonic() - start,
     }
@@ -118,20 +149,20 @@ def simulate(
     return summary
 
 
-def prepare(template: Study, out: Path, data: Path | None) -> AgreedStudy:
+def prepare(template: Study, out: Path, data: Path | None, server: SiteServer | None = None) -> AgreedStudy:
     """Write study, keys and site folders into a folder, or check that what is there is the same study.
+
+    Args:
+        template: with a ``[simulation]`` table.
+        out: the folder.
+        data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
+        server: how the sites are to reach the server, if by network.
 
     Raises:
         StudyError: the template cannot be simulated.
         OutputError: the folder holds another study, or sites with other data.
     """
-    plan = template.simulation
-    if plan is None:
-        raise StudyError(
-            f"study {template.name}: no [simulation] table; expected one that says where the sites' data are"
-        )
-    if data is None and not plan.phantoms:
-        raise StudyError(f"study {template.name}: it has no phantoms; give its data folder with --data")
+    plan = plan_of(template, data)
     make_folder(out)
     if (out / "study.toml").exists():
         agreed = load_study(out / "study.toml")
@@ -147,9 +178,25 @@ def prepare(template: Study, out: Path, data: Path | None) -> AgreedStudy:
         new_study(template, [identity.public for identity in identities], out)
         agreed = load_study(out / "study.toml")
     data = data or out / "data"
-    _write_site_files(agreed, plan, out, data)
+    _write_site_files(agreed, plan, out, data, server)
     _make_phantoms(plan, out / "data", data)
     return agreed
+
+
+def plan_of(template: Study, data: Path | None) -> Simulation:
+    """The template's ``[simulation]`` table, if it can be played with this data folder.
+
+    Raises:
+        StudyError: it cannot.
+    """
+    plan = template.simulation
+    if plan is None:
+        raise StudyError(
+            f"study {template.name}: no [simulation] table; expected one that says where the sites' data are"
+        )
+    if data is None and not plan.phantoms:
+        raise StudyError(f"study {template.name}: it has no phantoms; give its data folder with --data")
+    return plan
 
 
 def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> dict[str, Any]:
@@ -184,26 +231,6 @@ def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> d
     }
 
 
-def save_adapter(path: Path, agreed: AgreedStudy, parameters: Parameters) -> None:
-    """Write the adapter with all that its use needs besides the backbone.
-
-    Tensors: ``adapter.NAME`` (float64), ``prompt_features`` (float32 [classes, d]), ``logit_scale``. Batch norm's
-    statistics are no part of it: they stay at each site.
-    """
-    study = agreed.study
-    metadata = {
-        "study": study.id,
-        "backbone": json.dumps({"model": study.backbone.model, "digest": study.backbone.digest}),
-        "classes": json.dumps(study.class_names),
-        "prompts": json.dumps([entry.prompts for entry in study.classes]),
-        "method": study.method.model_dump_json(),
-        "adapter_digest": adapter_digest(parameters),
-    }
-    state = replace(agreed.initial, adapter=parameters)
-    tensors = safetensors.numpy.load(state.to_bytes())
-    write_durable(path, bytes(safetensors.numpy.save(tensors, metadata)))
-
-
 def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
     """The same study with another method, for baselines that never leave a site."""
     initial = agreed.initial
@@ -226,8 +253,10 @@ def _identity(out: Path, name: str) -> Identity:
     return load_identity(folder, name) if (folder / "signing.key").exists() else create_identity(folder, name)
 
 
-def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Path) -> None:
-    """Write each site's ``site.toml``; one that is there must be the same."""
+def _write_site_files(
+    agreed: AgreedStudy, plan: Simulation, out: Path, data: Path, server: SiteServer | None
+) -> None:
+    """Write each site's ``site.toml``; one that is there must be the same, but for how to reach the server."""
     random = agreed.study.backbone.weights == "random"
     for played in plan.sites:
         file = SiteFile(
@@ -244,14 +273,17 @@ def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Pa
             min_sites=agreed.study.min_sites,
         )
         path = out / "sites" / played.name / "site.toml"
-        if not path.exists():
-            make_folder(path.parent)
-            write_toml(path, file)
-        elif path.read_text(encoding="utf-8") != to_toml(file):
-            raise OutputError(
-                f"{path}: not what this template and data folder give; expected the same data as before, "
-                "or another --out"
-            )
+        if path.exists():
+            known = read_toml(path, SiteFile, SiteFileError)
+            if known.model_copy(update={"server": None}) != file:
+                raise OutputError(
+                    f"{path}: not what this template and data folder give; expected the same data as before, "
+                    "or another --out"
+                )
+            if server is None or known.server == server:
+                continue
+        make_folder(path.parent)
+        write_toml(path, file.model_copy(update={"server": server}))
 
 
 def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
@@ -261,7 +293,7 @@ def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
         make_phantoms(own, groups, plan.phantom_seed)
 
 
-def _open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinator:
+def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinator:
     """Go on with an unfinished run, or begin a new one with a new key."""
     folder = out / "server"
     signing = load_signing_key(out / COORDINATOR_KEY)
@@ -285,7 +317,7 @@ def _run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[S
     while True:
         refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
         for entry in coordinator.rounds[told:]:
-            listener.round(_round_facts(agreed, entry, sites[0] if entry is coordinator.rounds[-1] else None))
+            listener.round(round_facts(agreed, entry, sites[0] if entry is coordinator.rounds[-1] else None))
         told = len(coordinator.rounds)
         if refused:
             coordinator.void_round()
@@ -304,7 +336,8 @@ def _bring_up(coordinator: Coordinator, site: Site) -> ReplyCode:
             return reply.code
 
 
-def _round_facts(agreed: AgreedStudy, entry: JournalEntry, site: Site | None) -> RoundFacts:
+def round_facts(agreed: AgreedStudy, entry: JournalEntry, site: Site | None) -> RoundFacts:
+    """What a record tells of its round, and a site that has applied it of the validation counts."""
     counts = site.validation if site is not None else None
     return RoundFacts(
         round=entry.header.round,
@@ -317,7 +350,7 @@ def _round_facts(agreed: AgreedStudy, entry: JournalEntry, site: Site | None) ->
 
 
 def _round_summary(agreed: AgreedStudy, entry: JournalEntry) -> dict[str, Any]:
-    facts = _round_facts(agreed, entry, None)
+    facts = round_facts(agreed, entry, None)
     return {
         "round": facts.round,
         "sites_in": len(facts.sites_in),

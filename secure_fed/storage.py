@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from secure_fed.errors import StorageError
@@ -50,6 +52,21 @@ def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:
             f"{path}: not written ({error.strerror}); expected a writable place with {len(data)} bytes free; "
             "what was there before is unchanged"
         ) from error
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; the kernel lets go of it however the process ends.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(f"{folder}: another process is using it; wait for it, or stop it") from error
+        yield
 
 
 def sync_folder(folder: Path) -> None:

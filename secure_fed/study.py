@@ -57,7 +57,7 @@ class Backbone(FileModel):
         model: name of an open_clip model, builtin or of ours in ``configs/models``.
         weights: ``random`` (made from ``seed``), ``pretrained`` (open_clip's tag) or ``file`` (each site has
             the checkpoint; a bare file name is also looked up in ``configs/models``).
-        tag: open_clip's tag, for ``pretrained``.
+        tag: open_clip's tag, for ``pretrained``; a model ``hf-hub:...`` needs none.
         file: path of the checkpoint, for ``file``.
         seed: for ``random``.
         mirrored: whether training also uses mirrored images.
@@ -78,6 +78,8 @@ class Backbone(FileModel):
         # Declared after weights, tag and file, so that all four are known here.
         given = {"tag": info.data.get("tag"), "file": info.data.get("file"), "seed": seed}
         needed = {"random": "seed", "pretrained": "tag", "file": "file"}.get(info.data.get("weights", ""))
+        if needed == "tag" and str(info.data.get("model")).startswith("hf-hub:"):
+            given.pop("tag")  # the model's name says it all
         if needed is not None:
             wrong = [key for key, value in given.items() if (value is not None) != (key == needed)]
             if wrong:

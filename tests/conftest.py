@@ -105,7 +105,7 @@ class Federation:
         """Hand a new key to the sites and begin a run."""
         epoch, previous = sites[0].newest_key
         sealed = self.seal_key(epoch + 1, previous)
-        key = [site.accept_key(sealed) for site in sites][0]
+        (key,) = {site.accept_key(sealed) for site in sites}
         return Coordinator.begin(self.agreed, self.folder / "server", self.signing, key)
 
     def reopen(self) -> Coordinator:

@@ -97,7 +97,7 @@ def test_flat_order_is_that_of_sorted_names() -> None:
 def test_counts_add_up(counts: list[tuple[int, int]], bits: int) -> None:
     encoded = [codec.encode_counts(pair, bits) for pair in counts]
     assert all(digits.size == 2 * codec.count_lanes(bits) for digits in encoded)
-    assert all(0 <= digits.min() and digits.max() < 2 ** (bits - 1) for digits in encoded)
+    assert all(digits.min() >= 0 and digits.max() < 2 ** (bits - 1) for digits in encoded)
     assert codec.decode_counts(sum(encoded), bits) == tuple(map(sum, zip(*counts, strict=True)))
 
 

@@ -28,7 +28,7 @@ def test_private_files_are_0600_in_a_0700_folder_and_loose_ones_are_refused(tmp_
     for name in ("signing.key", "flower.key", "recipient.key"):
         path = tmp_path / "id" / name
         os.chmod(path, 0o640)
-        with pytest.raises(KeyFileError, match="mode 0640.*chmod 600"):
+        with pytest.raises(KeyFileError, match=r"mode 0640.*chmod 600"):
             keys.load_identity(tmp_path / "id", "ash")
         os.chmod(path, 0o600)
     with pytest.raises(KeyFileError, match="never overwritten"):

@@ -343,7 +343,7 @@ def test_a_sum_of_other_envelopes_than_signed_is_refused_and_changes_nothing(
     forger: Forger, indices: list[int]
 ) -> None:
     before = forger.sites[0].adapter_digest
-    reply = forger.give(forger.record(forger.summed(indices, tails=(indices + [0, 0])[:3])))
+    reply = forger.give(forger.record(forger.summed(indices, tails=[*indices, 0, 0][:3])))
     assert reply.code == ReplyCode.REFUSED_AGGREGATE
     assert reply.envelope == b""
     assert forger.sites[0].adapter_digest == before
@@ -513,6 +513,28 @@ def test_a_key_serves_one_run_only(federation: Federation) -> None:
     with pytest.raises(RecordError, match="every run has a new key"):
         exchange(second, sites[0])
     assert sites[0].run == first.run
+
+
+def test_a_site_never_goes_back_to_an_older_run_or_a_second_genesis(federation: Federation) -> None:
+    sites = federation.sites()
+    first = federation.begin(sites)
+    run_round(first, sites)
+    old = first.journal.read(0)
+    other = sign_record(
+        RecordHeader.model_validate_json(split_frame(b"SFR1", old, 10**6, RecordError).header).model_copy(
+            update={"closed_ms": 1}
+        ),
+        b"",
+        federation.signing,
+    )
+    with pytest.raises(RecordError, match="a second record 0, different"):
+        sites[0].respond(RoundRequest(round=1, attempt=1, records=(other,), more=False))
+    second = federation.begin(sites)
+    exchange(second, sites[0])
+    for record in (old, other):
+        with pytest.raises(RecordError, match="never goes back to an older key"):
+            sites[0].respond(RoundRequest(round=1, attempt=1, records=(record,), more=False))
+    assert sites[0].run == second.run
 
 
 def test_a_run_under_an_unknown_key_is_refused(federation: Federation) -> None:

@@ -18,9 +18,10 @@ import safetensors.numpy
 import tomli_w
 
 from secure_fed import codec
-from secure_fed.errors import OutputError
+from secure_fed.errors import OutputError, StorageError
 from secure_fed.protocol import ReplyCode, RoundReply
 from secure_fed.simulation import Listener, RoundFacts, simulate
+from secure_fed.storage import exclusive
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, template_table
 
 
@@ -135,6 +136,12 @@ def test_another_seed_gives_another_adapter_and_needs_another_folder(
         simulate(make_template(), out, images.parent, Heard())
     other = simulate(make_template(seed=4, rounds=1), tmp_path / "out", images, Heard())
     assert other["adapter_digest"] != summary["adapter_digest"]
+
+
+def test_two_simulations_never_share_a_folder(images: Path, tmp_path: Path) -> None:
+    with exclusive(tmp_path), pytest.raises(StorageError, match="another process is using it"):
+        simulate(make_template(), tmp_path, images, Heard())
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"}
 
 
 def test_local_only_trains_as_long_as_the_federation(

@@ -57,7 +57,7 @@ def same(first, second):
 
 
 def loss_of(study, parameters, site):
-    p = predict(study, parameters, None, site.train.x, site.train.x)
+    p = predict(study, parameters, site.train.x, site.train.x)
     return -np.log(p[np.arange(len(p)), site.train.y]).mean()
 
 
@@ -70,7 +70,7 @@ def test_training_learns(method):
     assert all(value.dtype == np.float64 and value.shape == start[name].shape for name, value in trained.items())
     assert loss_of(study, trained, site) < 0.6 * loss_of(study, start, site)
     accuracy = [
-        metrics(predict(study, parameters, None, site.test.x, site.train.x), site.test.y)["accuracy"]
+        metrics(predict(study, parameters, site.test.x, site.train.x), site.test.y)["accuracy"]
         for parameters in (start, trained)
     ]
     assert accuracy[1] > accuracy[0] + 0.1
@@ -109,7 +109,7 @@ def test_awkward_sites_train(method, train, unlabelled, classes):
     site, study = features(train, unlabelled, classes), agreed(method, steps=8)
     trained = train_round(study, study.initial.adapter, site, 1)
     assert all(np.isfinite(value).all() for value in trained.values())
-    assert np.isfinite(predict(study, trained, None, site.test.x, site.train.x)).all()
+    assert np.isfinite(predict(study, trained, site.test.x, site.train.x)).all()
 
 
 def test_the_absent_class_is_not_pushed_down():
@@ -193,17 +193,6 @@ def test_values_that_do_not_move_come_back_exactly():
     assert np.array_equal(trained["offsets"][2:], start["offsets"][2:])
 
 
-def test_another_method_can_be_trained_beside_the_studys():
-    study, site = agreed(Method(lmmd_weight=1.0)), features()
-    head = Method(adapter="text_head")
-    start = initial_parameters(head, DIM, study.initial.prompt_features, 0)
-    assert np.allclose(predict(study, start, head, site.test.x, None), zero_shot(study, site.test.x), atol=1e-5)
-    trained = train_round(study, start, site, 1, head)
-    assert same(trained, train_round(agreed(head), start, site, 1))
-    found = metrics(predict(study, trained, head, site.test.x, None), site.test.y)["accuracy"]
-    assert found > metrics(zero_shot(study, site.test.x), site.test.y)["accuracy"]
-
-
 def test_zero_shot_is_the_softmax_of_scaled_cosines():
     study, site = agreed(Method()), features()
     logits = SCALE * site.test.x @ study.initial.prompt_features.T
@@ -217,7 +206,7 @@ def test_zero_shot_is_the_softmax_of_scaled_cosines():
 def test_probabilities_of_a_row_do_not_depend_on_the_others():
     study, site = agreed(Method(norm="batch"), steps=5), features()
     trained = train_round(study, study.initial.adapter, site, 1)
-    every = predict(study, trained, None, site.test.x, site.train.x)
-    one = predict(study, trained, None, site.test.x[3:4], site.train.x)
+    every = predict(study, trained, site.test.x, site.train.x)
+    one = predict(study, trained, site.test.x[3:4], site.train.x)
     np.testing.assert_allclose(one[0], every[3], atol=1e-5)
     np.testing.assert_allclose(every.sum(axis=1), 1)

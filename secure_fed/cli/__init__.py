@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 import typer
 
-from secure_fed.cli import backbone, phantoms, simulate, site, study
-from secure_fed.cli.output import console
+from secure_fed.cli import backbone, client, phantoms, server, simulate, site, study
+from secure_fed.cli.output import ConsoleHandler, console
 from secure_fed.errors import SecfacmicError, StorageError
 
 app = typer.Typer(
@@ -25,11 +24,14 @@ app.add_typer(site.app, name="site")
 app.add_typer(backbone.app, name="backbone")
 app.add_typer(phantoms.app, name="phantoms")
 app.command()(simulate.simulate)
+app.command()(server.server)
+app.command()(client.client)
 
 
 def main() -> None:
     """Entry point of ``secfacmic``."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    for package in ("secure_fed", "privacy", "clients", "server"):
+        logging.getLogger(package).handlers = [ConsoleHandler()]
     try:
         app()
     except SecfacmicError as error:
@@ -46,5 +48,4 @@ def main() -> None:
 
 def _end(message: str, code: int) -> None:
     console.print(f"secfacmic: {message}", markup=False, highlight=False, soft_wrap=True)
-    sys.stderr.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    sys.exit(code)

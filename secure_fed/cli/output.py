@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,14 @@ console = Console(stderr=True)
 out = Console()
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records through the console, so that a live table and a warning do not overwrite each other."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        console.print(f"{record.levelname} {record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:
