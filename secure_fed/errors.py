@@ -2,7 +2,7 @@
 
 A message says what was found, what was expected and what to do. Exit codes go by range:
 10-19 study and site files, 20-29 data, 30-39 backbone, 40-59 encryption, journal and protocol,
-60-69 storage, 70-79 rounds. Codes 1 and 2 stay Python's and typer's own.
+60-69 storage, 70-79 rounds, 80-89 the network. Codes 1 and 2 stay Python's and typer's own.
 """
 
 from __future__ import annotations
@@ -144,3 +144,51 @@ class NotEnoughSitesError(SecfacmicError):
     """Fewer sites than min_sites can ever train again."""
 
     exit_code = 70
+
+
+class AddressError(SecfacmicError):
+    """An address that cannot be listened on: in use, not ours, or not an address."""
+
+    exit_code = 80
+
+
+class CertificateError(SecfacmicError):
+    """A certificate that is missing, or a server that does not prove to be the one meant."""
+
+    exit_code = 81
+
+
+class ClockError(SecfacmicError):
+    """A clock too far from the server's: Flower refuses what is signed in its future or long ago."""
+
+    exit_code = 82
+
+
+class BundleError(SecfacmicError):
+    """A server that offers anything but the study's contract: a site runs its own code only."""
+
+    exit_code = 83
+
+
+class NotAdmittedError(SecfacmicError):
+    """A site whose key the server does not know."""
+
+    exit_code = 84
+
+
+class ServerAppError(SecfacmicError):
+    """A round loop that ends again and again without progress."""
+
+    exit_code = 85
+
+
+class RoundFailedError(SecfacmicError):
+    """A round that failed at a site in a way that nobody foresaw."""
+
+    exit_code = 86
+
+
+class DemoError(SecfacmicError):
+    """A process of the demonstration that ended before the study did."""
+
+    exit_code = 87

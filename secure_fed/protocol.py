@@ -16,6 +16,13 @@ class ReplyCode(StrEnum):
     APPLIED = "applied"
     MORE = "more"
     REFUSED_AGGREGATE = "refused-aggregate"
+    REFUSED_BUNDLE = "refused-bundle"
+    FAILED_POLICY = "failed-policy"
+    FAILED_DATA = "failed-data"
+    FAILED_BACKBONE = "failed-backbone"
+    FAILED_PROTOCOL = "failed-protocol"
+    FAILED_STORAGE = "failed-storage"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)

@@ -317,7 +317,8 @@ def _run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[S
     while True:
         refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
         for entry in coordinator.rounds[told:]:
-            listener.round(round_facts(agreed, entry, sites[0] if entry is coordinator.rounds[-1] else None))
+            share = validation_share(sites[0]) if entry is coordinator.rounds[-1] else None
+            listener.round(round_facts(agreed, entry, share))
         told = len(coordinator.rounds)
         if refused:
             coordinator.void_round()
@@ -336,16 +337,21 @@ def _bring_up(coordinator: Coordinator, site: Site) -> ReplyCode:
             return reply.code
 
 
-def round_facts(agreed: AgreedStudy, entry: JournalEntry, site: Site | None) -> RoundFacts:
-    """What a record tells of its round, and a site that has applied it of the validation counts."""
-    counts = site.validation if site is not None else None
+def validation_share(site: Site) -> float | None:
+    """Share of correct validation images that came with the last aggregate, None if none are shared."""
+    counts = site.validation
+    return counts.correct / counts.images if counts is not None and counts.images else None
+
+
+def round_facts(agreed: AgreedStudy, entry: JournalEntry, validation: float | None) -> RoundFacts:
+    """What a record tells of its round, and a site that has applied it of the validation."""
     return RoundFacts(
         round=entry.header.round,
         sites_in=entry.sites,
         bytes_up=entry.bytes_up,
         bytes_down=entry.size * len(agreed.study.sites),
         seconds=(entry.header.closed_ms - entry.header.opened_ms) / 1000,
-        validation=counts.correct / counts.images if counts is not None and counts.images else None,
+        validation=validation,
     )
 
 

@@ -49,9 +49,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def pixels(folder: Path) -> tuple[npt.NDArray[np.float64], list[str], list[str]]:
     rows = [row for row in rows_of(folder) if row["label"]]
-    images = [
-        np.asarray(Image.open(folder / row["path"]).resize((20, 20), Image.Resampling.BOX)) for row in rows
-    ]
+    images = [np.asarray(Image.open(folder / row["path"]).resize((20, 20), Image.Resampling.BOX)) for row in rows]
     return (
         np.stack(images).reshape(len(rows), -1) / 255.0,
         [r["label"] for r in rows],

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from secure_fed.cli import backbone, client, phantoms, server, simulate, site, study
+from secure_fed.cli import backbone, client, demo, phantoms, server, simulate, site, study
 from secure_fed.cli.output import ConsoleHandler, console
 from secure_fed.errors import SecfacmicError, StorageError
 
@@ -24,6 +24,7 @@ app.add_typer(site.app, name="site")
 app.add_typer(backbone.app, name="backbone")
 app.add_typer(phantoms.app, name="phantoms")
 app.command()(simulate.simulate)
+app.command()(demo.demo)
 app.command()(server.server)
 app.command()(client.client)
 

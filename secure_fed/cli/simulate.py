@@ -33,7 +33,7 @@ def simulate(
     """Run a study with all its sites on this machine, encryption included."""
     from secure_fed.simulation import simulate as run
 
-    with _live() as listener:
+    with live() as listener:
         summary = run(template(study, seed, mode), into, data, listener, skip_unreadable=skip_unreadable)
     if json_:
         print_json(summary)
@@ -58,7 +58,7 @@ def results_table(summary: dict[str, Any]) -> Table:
 
 
 @contextmanager
-def _live() -> Iterator[Any]:
+def live() -> Iterator[Any]:
     """A listener that keeps a table of the rounds up to date on stderr."""
     from secure_fed.simulation import Listener, RoundFacts
 

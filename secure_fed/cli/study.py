@@ -92,3 +92,16 @@ def show(study: StudyPath, json_: Json = False) -> None:
     for entry in found.classes:
         classes.add_row(entry.name, "\n".join(entry.prompts))
     out.print(classes)
+
+
+@app.command()
+def ca(
+    host: Annotated[list[str], typer.Option(help="A name or address by which sites reach the server; once for each.")],
+    into: Annotated[Path, typer.Option("--out", help="Folder for the certificates: tls in the server's state folder.")],
+) -> None:
+    """Make the study's certificate authority and the server's certificate."""
+    from secure_fed.certificates import CA, CA_KEY, create_authority
+
+    create_authority(into, host)
+    out.print(f"give this file to every site: {into / CA}", highlight=False, soft_wrap=True)
+    out.print(f"keep this file offline: {into / CA_KEY}", highlight=False, soft_wrap=True)

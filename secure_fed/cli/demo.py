@@ -1,0 +1,70 @@
+"""``secfacmic demo``: a whole federation on this machine, as real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secure_fed.cli.output import Json, out, print_json
+from secure_fed.cli.simulate import live, results_table
+from secure_fed.cli.study import Mode, Seed, template
+from secure_fed.study import with_fields
+
+
+def demo(
+    study: Annotated[Path, typer.Argument(metavar="[STUDY]", help="A template or a packaged config.")] = Path("demo"),
+    into: Annotated[Path, typer.Option("--out", help="Folder for study, sites, server, logs and results.")] = Path(
+        "secfacmic-demo"
+    ),
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds, if not the study's.")] = None,
+    sites: Annotated[int | None, typer.Option(min=1, help="Training sites, the study's first ones.")] = None,
+    mode: Mode = None,
+    seed: Seed = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the sites' images; else the template's phantoms.")
+    ] = None,
+    prepare: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Only write the folders, to start each process by hand.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Run a server and its sites as processes on this machine, over TLS, and show what federation brings."""
+    from secure_fed.processes import be_quiet_outside, die_with_parent, end_on_sigterm
+
+    die_with_parent()
+    end_on_sigterm()
+    be_quiet_outside()
+    chosen = template(study, seed, mode)
+    if rounds is not None:
+        chosen = with_fields(chosen, rounds=rounds)
+    from secure_fed.demo import prepare_federation, run_demo, with_sites
+
+    if sites is not None:
+        chosen = with_sites(chosen, sites)
+    if prepare is not None:
+        agreed = prepare_federation(chosen, prepare, data)
+        commands = [
+            f"secfacmic server --study {prepare}/study.toml --mode {agreed.study.mode} --state {prepare}/server",
+            *(f"secfacmic client --site {prepare}/sites/{site.name}/site.toml" for site in agreed.study.sites),
+        ]
+        if json_:
+            print_json({"study_id": agreed.study.id, "commands": commands})
+            return
+        out.print("each in a terminal of its own:", highlight=False)
+        for command in commands:
+            out.print(f"  {command}", highlight=False, soft_wrap=True)
+        return
+    with live() as listener:
+        summary = run_demo(chosen, into, data, listener)
+    if json_:
+        print_json(summary)
+        return
+    out.print(results_table(summary))
+    out.print(
+        f"{summary['seconds_total']:.0f} s in all; adapter {into / 'adapter.safetensors'}, figures "
+        f"{into / 'summary.json'}, logs {into / 'logs'}",
+        highlight=False,
+        soft_wrap=True,
+    )

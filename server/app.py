@@ -1,0 +1,386 @@
+"""The server: a Flower ServerApp that runs the rounds over a :class:`server.coordinator.Coordinator`, and the process
+that keeps it and the SuperLink running.
+
+The rounds run in a process of their own, because flwr interrupts a whole process when its run ends. Whatever is
+needed to go on lies in the coordinator's folder: rounds that were killed begin again in a new Flower run and ask the
+sites again, which send the bytes that they sent before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from secure_fed.errors import EnvelopeError, ProtocolError, SecfacmicError, ServerAppError, StudyError
+from secure_fed.messages import ROUND_MESSAGE, contract, read_reply, request_content
+from secure_fed.processes import die_with_parent, end_on_sigterm, log_lines, start, stop
+from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
+from secure_fed.signed import ZERO_DIGEST, load_signing_key
+from secure_fed.study import AgreedStudy, load_study
+from server.coordinator import Coordinator, current_run
+from server.superlink import SuperLink, open_grid
+
+log = logging.getLogger("server.app")  # also in the process where this module is the main one
+
+KEY = "coordinator.key"
+CERTIFICATES = "tls"
+"""Below the state folder: the coordinator's signing key, and the folder of the server's certificate."""
+
+MIN_TTL = 60.0
+LOOK_SECONDS = 1.0
+"""How often the list of connected sites is fetched."""
+
+FASTEST, SLOWEST = 0.05, 0.5
+"""Pause between two looks for replies: short while they come, longer while nothing happens."""
+
+PATIENCE = 10.0
+"""Seconds until a site whose reply could not be used is asked again."""
+
+CRASHES = 5
+CRASH_SECONDS = 10.0
+"""So many rounds' processes in a row that lived no longer than this: something is wrong that time will not mend."""
+
+
+@dataclass
+class _Site:
+    """What the loop knows of one site."""
+
+    name: str
+    node: int
+    trains: bool
+    since: str = ""  # when it connected; empty while it is not
+    asked: str = ""  # id of the message it has not answered yet
+    asked_since: str = ""
+    run: str = ""
+    position: int | None = None  # records it has; None until it says so
+    not_before: float = 0.0
+    told_the_end: bool = False
+
+
+@dataclass
+class RoundLoop:
+    """Asks sites, takes their replies and closes rounds until the study is over.
+
+    Args:
+        coordinator: decides what is accepted.
+        agreed: the study.
+        grid: Flower's.
+        nodes: Flower's node ids, by site.
+    """
+
+    coordinator: Coordinator
+    agreed: AgreedStudy
+    grid: Grid
+    nodes: dict[str, int]
+    _sites: list[_Site] = field(init=False)
+    _opened: float = field(init=False)
+    _absent: set[str] = field(init=False, default_factory=set)
+    _told: str = field(init=False, default="")
+    _looked: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._sites = [
+            _Site(site.name, self.nodes[site.name], site.role == "train") for site in self.agreed.study.sites
+        ]
+        self._opened = time.monotonic()
+
+    def run(self) -> None:
+        """Run the study to its end; every site that is connected then has the last record."""
+        pause = FASTEST
+        while not self._over():
+            moved = self.step()
+            pause = FASTEST if moved else min(SLOWEST, pause * 1.2)
+            time.sleep(pause)
+
+    def step(self) -> bool:
+        """Look once at sites and replies; whether anything came."""
+        self._look()
+        moved = False
+        for site in self._sites:
+            moved |= self._collect(site)
+        self._close_if_due()
+        for site in self._sites:
+            self._ask(site)
+        return moved
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        # A new time means that what the site was asked before is lost.
+        online = {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+        for site in self._sites:
+            since = online.get(site.node, "")
+            if since != site.since:
+                log.info("%s %s", site.name, "connected" if since else "is not connected any more")
+                site.not_before = 0.0
+            site.since = since
+            if since:
+                self._absent.discard(site.name)
+            if site.asked and site.asked_since != since:
+                site.asked = ""  # what it was asked went with its connection
+
+    # --- asking ---
+
+    def _ask(self, site: _Site) -> None:
+        if not site.since or site.asked or time.monotonic() < site.not_before:
+            return
+        request = self._request(site)
+        if request is None:
+            return
+        left = self.agreed.study.round_seconds - (time.monotonic() - self._opened)
+        # Beyond its round a message would only cost the site the training of a round that is over.
+        message = Message(
+            request_content(request),
+            site.node,
+            ROUND_MESSAGE,
+            ttl=max(MIN_TTL, left),
+            group_id=str(request.round),
+        )
+        (identifier,) = self.grid.push_messages([message])
+        site.asked, site.asked_since = identifier, site.since
+
+    def _request(self, site: _Site) -> RoundRequest | None:
+        """What the site lacks; None if nothing."""
+        coordinator = self.coordinator
+        if site.position is None:
+            # Where is it? Without an answer it would be sent the whole journal again.
+            return RoundRequest(coordinator.round, coordinator.attempt, (), more=True)
+        behind = site.run != coordinator.run or site.position < len(coordinator.journal.records)
+        if coordinator.finished:
+            due = behind or not site.told_the_end
+        else:
+            due = behind or (site.trains and site.name not in coordinator.sites_in)
+        return coordinator.request(site.run, site.position) if due else None
+
+    # --- replies ---
+
+    def _collect(self, site: _Site) -> bool:
+        if not site.asked:
+            return False
+        # One reply at a time: an envelope is large, and the store forgets it when it is pulled.
+        try:
+            messages = list(self.grid.pull_messages([site.asked]))
+        except httpx.HTTPError:
+            raise
+        except Exception as error:  # flwr could not put it together; no site may end the study with that
+            log.warning("%s: its reply is malformed (%s)", site.name, type(error).__name__)
+            self._ask_later(site)
+            return False
+        for message in messages:
+            site.asked = ""
+            if message.has_error():
+                # Gone, or too late; it is asked again as soon as it is connected.
+                site.position = None
+                self._looked = 0.0
+                continue
+            try:
+                self._take(site, read_reply(message.content, site.name))
+            except (EnvelopeError, ProtocolError) as error:
+                log.warning("%s: its reply is refused: %s", site.name, error)
+                self._ask_later(site)
+            return True
+        return False
+
+    def _ask_later(self, site: _Site) -> None:
+        site.asked = ""
+        site.position = None
+        site.not_before = time.monotonic() + PATIENCE
+
+    def _take(self, site: _Site, reply: RoundReply) -> None:
+        coordinator = self.coordinator
+        if reply.code.value.startswith(("failed", "refused-bundle")):
+            log.warning("%s: cannot take part: %s; it is asked again", site.name, reply.code)
+            self._ask_later(site)
+            return
+        known = len(coordinator.journal.records)
+        if reply.run == coordinator.run and reply.position:
+            coordinator.receive(reply)
+        site.run, site.position = reply.run, reply.position
+        if reply.code == ReplyCode.REFUSED_AGGREGATE and reply.position == known:
+            if coordinator.journal.records[-1].header.kind == "aggregate":
+                log.warning("%s: refuses the aggregate of round %d; it is void", site.name, coordinator.round - 1)
+                coordinator.void_round()
+                self._open()
+        elif reply.code in (ReplyCode.UPDATE, ReplyCode.APPLIED) and reply.position == known:
+            site.told_the_end = coordinator.finished
+
+    # --- rounds ---
+
+    def _close_if_due(self) -> None:
+        coordinator, study = self.coordinator, self.agreed.study
+        if coordinator.finished:
+            return
+        inside = set(coordinator.sites_in)
+        missing = {site.name for site in self._sites if site.trains} - inside
+        late = time.monotonic() - self._opened >= study.round_seconds
+        enough = len(inside) >= study.min_sites
+        if enough and (late or not missing - self._absent):
+            if missing:
+                log.warning("round %d goes on without %s", coordinator.round, ", ".join(sorted(missing)))
+            # Who is away is not waited for in every round; who is slow is.
+            self._absent |= {site.name for site in self._sites if site.name in missing and not site.since}
+            entry = coordinator.close_round()
+            assert entry is not None  # there are enough
+            seconds = (entry.header.closed_ms - entry.header.opened_ms) / 1000
+            log.info(
+                "round %d of %d: %d sites in, %.2f MB, %.1f s",
+                entry.header.round,
+                study.rounds,
+                len(entry.sites),
+                entry.bytes_up / 1e6,
+                seconds,
+            )
+            self._open()
+            return
+        away = sorted(site.name for site in self._sites if site.name in missing and not site.since)
+        if away and (late or not self._busy(missing)):
+            until = "until there are min_sites" if late else f"for at most {study.round_seconds:g} s"
+            self._tell(
+                f"round {coordinator.round}: {len(inside)} sites in, min_sites {study.min_sites}; waiting {until} for "
+                f"{', '.join(away)}, not connected"
+            )
+
+    def _busy(self, missing: set[str]) -> bool:
+        return any(site.since for site in self._sites if site.name in missing)
+
+    def _open(self) -> None:
+        self._opened = time.monotonic()
+        self._told = ""
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            log.info("%s", text)
+            self._told = text
+
+    def _over(self) -> bool:
+        if not self.coordinator.finished:
+            return False
+        behind = sorted(site.name for site in self._sites if not site.told_the_end)
+        if not behind:
+            return True
+        if time.monotonic() - self._opened >= self.agreed.study.round_seconds:
+            log.warning("%s lack the last rounds; start the server again when they can come", ", ".join(behind))
+            return True
+        away = [site.name for site in self._sites if site.name in behind and not site.since]
+        if away:
+            self._tell(f"the study is over; waiting for {', '.join(away)}, not connected, to take its last rounds")
+        return False
+
+
+def serve(study: Path, mode: str, state: Path, listen: tuple[str, int]) -> None:
+    """Serve a study until it is over.
+
+    Args:
+        study: its ``study.toml``.
+        mode: must be the study's, so that nobody serves in plain by oversight.
+        state: folder of the coordinator's key, certificate, journal and Flower's database.
+        listen: host and port for the sites.
+
+    Raises:
+        StudyError: the study has another mode, or no run was begun.
+        CertificateError, AddressError: the listener cannot be set up.
+        ServerAppError: the rounds' process ends again and again.
+        SecfacmicError: others, of the rounds.
+    """
+    agreed = load_study(study)
+    if agreed.study.mode != mode:
+        raise StudyError(
+            f"{study}: mode = {agreed.study.mode!r}, but --mode {mode} was given; the two must agree: a mode is "
+            "agreed on by all sites and never changes"
+        )
+    _open_coordinator(agreed, state)
+    keys = {site.name: site.keys.flower for site in agreed.study.sites if site.keys is not None}
+    link = SuperLink(state, state / CERTIFICATES, listen, keys)
+    log.info("study %s, %d rounds, mode %s; listening on %s:%d", agreed.study.name, agreed.study.rounds, mode, *listen)
+    try:
+        _supervise(link, contract(agreed.study.id), study, state)
+    finally:
+        link.stop()
+
+
+def _supervise(link: SuperLink, bundle: bytes, study: Path, state: Path) -> None:
+    """Keep the rounds' process running until it ends by itself."""
+    crashes = 0
+    while True:
+        began = time.monotonic()
+        child = start(["-m", "server.app"], stdin=True)
+        try:
+            setup = {
+                "study": str(study.resolve()),
+                "state": str(state.resolve()),
+                "runtime": link.runtime,
+                "token": link.start_run(bundle),
+                "nodes": link.nodes,
+            }
+            _hand_over(child, setup)
+            while child.poll() is None and link.alive:
+                time.sleep(0.1)
+        finally:
+            stop([child])
+        if child.returncode == 0:
+            return
+        if 10 <= child.returncode < 90:
+            raise SystemExit(child.returncode)  # a refusal, which it has explained
+        crashes = crashes + 1 if time.monotonic() - began < CRASH_SECONDS else 1
+        if crashes == CRASHES or not link.alive:
+            raise ServerAppError(
+                f"the rounds' process ended {crashes} times within {CRASH_SECONDS:g} s, last with {child.returncode}; "
+                "expected it to run: free memory, or report it with the log; nothing is lost"
+            )
+        log.warning("the rounds' process ended with %d; it is started again", child.returncode)
+
+
+def _hand_over(child: subprocess.Popen[bytes], setup: Mapping[str, object]) -> None:
+    """By a pipe: command lines and environments can be read by others."""
+    assert child.stdin is not None
+    try:
+        child.stdin.write(json.dumps(setup).encode())
+        child.stdin.close()
+    except BrokenPipeError:
+        pass  # it has ended already; its exit status says why
+
+
+def _open_coordinator(agreed: AgreedStudy, state: Path) -> Coordinator:
+    key = load_signing_key(state / KEY)
+    if current_run(state) is None and agreed.study.mode == "plain":
+        return Coordinator.begin(agreed, state, key, ZERO_DIGEST)
+    return Coordinator(agreed, state, key)
+
+
+def main() -> None:
+    """The rounds' process: its set-up comes on stdin."""
+    die_with_parent()
+    end_on_sigterm()
+    log_lines()
+    setup = json.loads(sys.stdin.read())
+    app = ServerApp()
+
+    @app.main()
+    def rounds(grid: Grid, context: Context) -> None:
+        agreed = load_study(Path(setup["study"]))
+        RoundLoop(_open_coordinator(agreed, Path(setup["state"])), agreed, grid, setup["nodes"]).run()
+
+    try:
+        with open_grid(setup["runtime"], setup["token"]) as (grid, context):
+            app(grid=grid, context=context)
+    except SecfacmicError as error:
+        log.error("%s", error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Flower's SuperLink in our process, and all that we use of flwr beyond its public API at the server.
+
+From outside only the paths of the Fleet API that a site needs and ``/health`` answer, over TLS, and to registered
+keys only. The runtime API, by which the round loop's own process talks to the SuperLink, answers on loopback and to
+that process's token. The control API, which in this flwr version anybody could use to push code, is not served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hashlib
+import logging
+import secrets
+import socket
+import ssl
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Context
+from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
+from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+
+from secure_fed.certificates import SERVER, SERVER_KEY
+from secure_fed.errors import AddressError, CertificateError
+
+log = logging.getLogger(__name__)
+
+FLEET_PATHS = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+"""What a site calls. Registering is not among them: the study says who is in it."""
+
+MAX_BODY = 8 * 2**20
+"""Most bytes of one request from outside; Flower cuts arrays into chunks of 5 MiB."""
+
+HEARTBEAT_SECONDS = 10
+"""Flower's shortest interval; it takes a site for gone after two."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Gate:
+    """Lets through what one listener serves; everything else does not exist (404).
+
+    Args:
+        app: Flower's.
+        paths: whether a path is served.
+        keys: public keys that may call the Fleet API; None for a listener that has none.
+    """
+
+    def __init__(self, app: App, paths: Callable[[str], bool], keys: frozenset[bytes] | None) -> None:
+        self._app = app
+        self._paths = paths
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or pass on one request."""
+        path = scope.get("path", "")
+        if scope["type"] != "http" or not self._paths(path):
+            await _refuse(send, 404)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self._keys is not None and path != "/health":
+            length = headers.get(b"content-length", b"")
+            if not length.isdigit() or int(length) > MAX_BODY:
+                await _refuse(send, 413)
+                return
+            try:
+                key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()], validate=True)
+            except (KeyError, binascii.Error):
+                key = b""
+            if key not in self._keys:
+                await _refuse(send, 403)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _refuse(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+class SuperLink:
+    """The SuperLink with its two listeners.
+
+    Args:
+        state: folder of its database; an earlier one's registrations and online states are taken over.
+        certificates: folder of ``server.crt`` and ``server.key``.
+        listen: host and port for the sites.
+        sites: Flower public keys of the sites, OpenSSH form, by name.
+
+    Raises:
+        CertificateError: no usable certificate there.
+        AddressError: the address cannot be listened on.
+
+    Attributes:
+        nodes: Flower's node ids, by site.
+        runtime: address of the runtime API on loopback.
+    """
+
+    def __init__(self, state: Path, certificates: Path, listen: tuple[str, int], sites: Mapping[str, str]) -> None:
+        context = _tls(certificates)
+        outside = _bind(listen)
+        inside = _bind(("127.0.0.1", 0))
+        self.runtime = f"127.0.0.1:{inside.getsockname()[1]}"
+        config = SuperLinkLifespanConfig(
+            control_address="",
+            health_server_address=None,
+            host="127.0.0.1",
+            port=inside.getsockname()[1],
+            insecure=True,
+            certificates=None,
+            # Nobody knows it: tasks are claimed in this process only.
+            superexec_auth_secret=secrets.token_bytes(32),
+            authn_plugin=NoOpControlAuthnPlugin(),
+            event_log_plugin=None,
+            fleet_event_log_plugin=None,
+            enable_event_log=False,
+            artifact_provider=None,
+            enable_supernode_auth=True,
+            fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+            fleet_api_address=None,
+            simulation=False,
+            ssl_ca_certfile=None,
+            ssl_certfile=None,
+            ssl_keyfile=None,
+            database=str(state / "superlink.db"),
+            isolation=ISOLATION_MODE_PROCESS,
+            runtime_dependency_install=False,
+        )
+        app = create_app(config, SuperLinkLifespan)
+        self._state = app.state.linkstate_factory.state()
+        keys = {name: _key_bytes(key) for name, key in sites.items()}
+        self.nodes = {name: self._register(name, key) for name, key in keys.items()}
+        self._run: int | None = None
+        allowed = frozenset(keys.values())
+        # Flower's own lifespan would start legacy servers; nothing else depends on it.
+        common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False, "ws": "none"}
+        fleet = Gate(app, lambda path: path in FLEET_PATHS or path == "/health", allowed)
+        runtime = Gate(app, lambda path: path.startswith("/v1/runtime/"), None)
+        public = uvicorn.Config(
+            fleet, ssl_context_factory=lambda *_: context, server_header=False, proxy_headers=False, **common
+        )
+        private = uvicorn.Config(runtime, **common)
+        self._servers = [(uvicorn.Server(public), outside), (uvicorn.Server(private), inside)]
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="superlink", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the listeners still answer."""
+        return self._thread.is_alive()
+
+    def start_run(self, bundle: bytes) -> str:
+        """Begin a new Flower run with this bundle, ending the one before, whose messages nobody waits for.
+
+        Returns:
+            The token by which the round loop's process may act for the run.
+        """
+        digest = hashlib.sha256(bundle).hexdigest()
+        for known in self._state.get_run_info(statuses=["pending", "starting", "running"]):
+            self._state.stop_run(known.run_id)
+        self._state.store_fab(Fab(digest, bundle, {}))
+        run = self._state.create_run(
+            "secfacmic/secfacmic", "1", digest, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        task = self._state.get_run_info(run_ids=[run])[0].primary_task_id
+        token = self._state.claim_task(task)
+        assert token is not None  # the task is new, and nobody else claims
+        return str(token)
+
+    def stop(self) -> None:
+        """Stop listening."""
+        for server, _ in self._servers:
+            server.should_exit = True
+        self._thread.join(5)
+
+    async def _serve(self) -> None:
+        await asyncio.gather(*(server.serve(sockets=[bound]) for server, bound in self._servers))
+
+    def _register(self, name: str, key: bytes) -> int:
+        known = self._state.get_node_id_by_public_key(key)
+        if known is not None:
+            return int(known)
+        return int(self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, float(HEARTBEAT_SECONDS), name=name))
+
+
+@contextlib.contextmanager
+def open_grid(runtime: str, token: str) -> Iterator[tuple[HttpGrid, Context]]:
+    """In the round loop's own process: the way to the sites, for as long as the run lives.
+
+    flwr raises SIGINT in this process when the SuperLink has ended the run.
+    """
+    grid = HttpGrid(runtime_api_address=runtime, insecure=True, token=token)
+    client = grid._runtime_client
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    try:
+        task = client.PullTaskInput(PullTaskInputRequest())
+        TaskIdentity.task_id = task.task_id
+        TaskIdentity.run_id = task.run.run_id
+        TaskIdentity.node_id = task.context.node_id
+        grid.set_run(run_from_proto(task.run))
+        yield grid, context_from_proto(task.context)
+    finally:
+        if heartbeat.is_running:
+            heartbeat.stop()
+        grid.close()
+
+
+def _tls(folder: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(folder / SERVER, folder / SERVER_KEY)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
+        raise CertificateError(
+            f"{folder}: {SERVER} and {SERVER_KEY} cannot be used ({reason}); make them with: "
+            f"secfacmic study ca --host NAME --out {folder}"
+        ) from error
+    return context
+
+
+def _bind(address: tuple[str, int]) -> socket.socket:
+    host, port = address
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or error
+        raise AddressError(
+            f"{host}:{port}: cannot be listened on ({reason}); expected a free address of this machine: end what "
+            "listens there, or choose another with --listen (and in each site.toml)"
+        ) from error
+    return bound
+
+
+def _key_bytes(openssh: str) -> bytes:
+    key = load_ssh_public_key(openssh.encode("ascii"))
+    assert isinstance(key, ec.EllipticCurvePublicKey)  # the study's pattern says so
+    return public_key_to_bytes(key)
