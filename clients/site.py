@@ -18,7 +18,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +30,11 @@ from numpy.typing import NDArray
 
 from clients.data import read_data
 from clients.features import FeatureCache, SiteFeatures, load_features
+from clients.keyring import KeyRing
 from clients.sitefile import SiteFile, read_site_file
 from clients.training import predict, train_round, zero_shot
-from privacy.ckks import Cipher, StudySecret
-from privacy.keys import attestation_key, check_sealed_key, load_identity, open_sealed_key
+from privacy.ckks import Cipher
+from privacy.keys import attestation_key, load_identity, open_checkpoint, seal_checkpoint
 from privacy.lanes import Binding, Contribution, PlainSealer, Sealer
 from secure_fed import codec
 from secure_fed.codec import Parameters
@@ -53,7 +53,8 @@ from secure_fed.errors import (
 from secure_fed.evaluation import metrics
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.records import Chain, Record, RecordFolder, read_header
-from secure_fed.signed import ZERO_DIGEST, parse_header, split_frame
+from secure_fed.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader
+from secure_fed.signed import ZERO_DIGEST, parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.storage import make_folder, write_durable
 from secure_fed.study import AgreedStudy, load_study
 
@@ -88,6 +89,7 @@ class Site:
         RecordError: the state folder does not verify.
 
     Attributes:
+        keys: the study's sealed keys at this site.
         parameters: the global adapter, float64, after the last applied record.
         validation: counts that came with the last aggregate, None before the first or if not shared.
     """
@@ -97,22 +99,22 @@ class Site:
         self.name = file.site
         self._file = file
         self._agreed = agreed
-        self._member = agreed.study.site(file.site)
         self._identity = load_identity(Path(file.identity), file.site)
+        self._state = Path(file.state)
+        self.keys = KeyRing(self._state / "keys", agreed, self._identity)
+        self._member = self.keys.joined(file.site) or agreed.study.site(file.site)
         if self._identity.keys != self._member.keys:
             raise SiteFileError(
                 f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder "
                 "whose public file went to the coordinator"
             )
-        self._state = Path(file.state)
-        make_folder(self._state / "keys", 0o700)
         make_folder(self._state / "runs")
         encoding = agreed.study.encoding
         self._bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)
         self._features: SiteFeatures | None = None
-        self._secret_of = ZERO_DIGEST
+        self._blind = False
         self._chain = Chain(agreed)
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, tuple[str, str]] = {}
         self.parameters: Parameters = dict(agreed.initial.adapter)
         self.validation: Validation | None = None
         run = self._current_run()
@@ -149,33 +151,6 @@ class Site:
     def adapter_digest(self) -> str:
         """SHA-256 of the adapter it holds; for the site's own eyes."""
         return codec.adapter_digest(self.parameters)
-
-    def accept_key(self, sealed: bytes) -> str:
-        """Store the study's sealed key after checking maker, study and epoch.
-
-        Returns:
-            The key's id.
-
-        Raises:
-            KeyFileError: refused; what the site held stays.
-        """
-        header = check_sealed_key(sealed, self._agreed)
-        epoch, key = self.newest_key
-        if header.epoch < epoch or (header.epoch == epoch and header.key != key):
-            raise KeyFileError(
-                f"sealed key: epoch {header.epoch}, key {header.key[:16]}; this site holds epoch {epoch}, "
-                f"key {key[:16]}; an older or a second key of an epoch is refused"
-            )
-        open_sealed_key(sealed, self._agreed, self._identity)
-        write_durable(self._state / "keys" / f"{header.epoch:06d}.sealed", sealed, 0o600)
-        return header.key
-
-    @property
-    def newest_key(self) -> tuple[int, str]:
-        """Epoch and id of the newest key the site holds; 0 and zeros before the first."""
-        held = self._sealed_keys()
-        newest = max(held, default=0)
-        return newest, held.get(newest, ZERO_DIGEST)
 
     def features(self, progress: Progress | None = None) -> SiteFeatures:
         """The site's image features, encoded once and cached.
@@ -252,6 +227,19 @@ class Site:
         self._compare(request)
         if request.more:
             return self._reply(ReplyCode.MORE)
+        if self._chain.length and self.name not in self._chain.members:
+            raise SiteFileError(
+                f"site {self.name} left the study with amendment {self._chain.amendment}; it is over here"
+            )
+        if self._chain.awaits_checkpoint and not self._blind:
+            return self._reply(ReplyCode.ACKNOWLEDGED, self._acknowledgement())
+        if self._chain.awaits_checkpoint:
+            return self._reply(ReplyCode.APPLIED)
+        if self._blind:
+            raise KeyFileError(
+                f"the adapter of round {self._chain.round} cannot be opened: its key is not here and no checkpoint "
+                "follows; take the key of this run, or wait for the next rotation"
+            )
         if not self._chain.length or request.round != self._chain.due.round:
             raise ProtocolError(
                 f"asked for round {request.round}; the journal here ends after round {self._chain.round}"
@@ -263,7 +251,10 @@ class Site:
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
         attested = ""  # before the first genesis there is neither key nor head
         if self._chain.length:
-            attested = codec.attestation(self._attestation_key(), self.name, self._chain.head, self.adapter_digest)
+            attested = ""
+        if self._chain.length and not self._blind and self._can_attest(self._chain.key):
+            key = self._attestation_key(self._chain.key)
+            attested = codec.attestation(key, self.name, self._chain.head, self.adapter_digest)
         return RoundReply(self.name, code, self.run, self.position, attested, envelope)
 
     # --- records ---
@@ -283,6 +274,8 @@ class Site:
             return
         record = self._chain.check(data)
         self._check_void(record)
+        if record.amendment is not None:
+            self._check_policy(record.amendment)
         if record.header.kind == "aggregate":
             self._pin(record)
         self._records.append(record)
@@ -293,7 +286,13 @@ class Site:
         """Advance by a record of the site's own journal; the adapter changes only if the aggregate holds."""
         due = self._chain.due
         round_number = record.header.round
-        if record.header.kind == "aggregate" and not self._refused(round_number):
+        if record.amendment is not None and self.name in record.members:
+            self.keys.accept(record.payload)
+        elif record.header.kind == "checkpoint" and self.name in record.members:
+            self._check_point(record)
+        elif record.header.kind == "aggregate" and self._agreed.study.mode == "he" and not self.keys.holds(due.key):
+            self._blind = True  # until a checkpoint
+        elif record.header.kind == "aggregate" and not self._refused(round_number):
             if self._refusals() >= MAX_REFUSALS:
                 raise KeyDeadError(
                     f"key {due.key[:16]} has refused {MAX_REFUSALS} aggregates and decrypts nothing more; "
@@ -305,10 +304,10 @@ class Site:
                 )
             except AggregateRefused:
                 make_folder(self._run_folder / "refused")
-                write_durable(self._run_folder / "refused" / f"{round_number:08d}", record.id.encode())
+                write_durable(self._run_folder / "refused" / f"{round_number:08d}", due.key.encode())
                 log.warning("round %d: the aggregate was refused", round_number)
             else:
-                self._add(sums, [self._agreed.study.site(entry.site).weight for entry in record.cohort])
+                self._add(sums, [self._chain.members[entry.site].weight for entry in record.cohort])
         self._chain.advance(record)
 
     def _add(self, sums: NDArray[np.int64], weights: list[float]) -> None:
@@ -319,6 +318,53 @@ class Site:
         self.parameters = codec.unflatten(flat, self._agreed.initial.shapes)
         if self._agreed.study.encoding.share_validation:
             self.validation = Validation(*codec.decode_counts(sums[size:], lanes.bits))
+
+    def _check_policy(self, amendment: SealedKeyHeader) -> None:
+        """Apply unasked only those amendments that this site's own file allows."""
+        allowed = self._file.amendments
+        unasked = allowed == "all" or (allowed == "removals" and not amendment.added)
+        if not unasked and not self.keys.holds(amendment.key):
+            joining = ", ".join(site.name for site in amendment.added) or "nobody"
+            leaving = ", ".join(amendment.removed) or "nobody"
+            raise SiteFileError(
+                f"an amendment with key {amendment.key[:16]}: {joining} would join, {leaving} leave; site.toml says "
+                f'amendments = "{allowed}"; accept this one by hand (secfacmic keys accept) or change site.toml'
+            )
+
+    def _acknowledgement(self) -> bytes:
+        """The signed word that the amendment is applied; the key maker's carries the checkpoint."""
+        chain = self._chain
+        payload = b""
+        if self.name == self._agreed.study.key_maker:
+            adapter = bytes(safetensors.numpy.save(self.parameters))
+            payload = seal_checkpoint(self.keys.secret(chain.key), chain.head, adapter)
+        header = AcknowledgementHeader(
+            version=1,
+            study=self._agreed.study.id,
+            run=chain.run,
+            head=chain.head,
+            site=self.name,
+            checkpoint=self._checkpoint_digest(self.adapter_digest),
+            **payload_fields(payload),
+        )
+        return sign_frame(ACKNOWLEDGEMENT_MAGIC, header, self._identity.signing, payload)
+
+    def _checkpoint_digest(self, digest: str) -> str:
+        return codec.attestation(self._attestation_key(self._chain.key), "checkpoint", self._chain.head, digest)
+
+    def _check_point(self, record: Record) -> None:
+        """Compare the adapter with what the members acknowledged, or take it from the checkpoint; then the keys
+        before this one are of no more use to anybody, and are destroyed."""
+        if self._blind:
+            adapter = open_checkpoint(self.keys.secret(self._chain.key), self._chain.head, record.payload)
+            self.parameters = safetensors.numpy.load(adapter)
+        if not hmac.compare_digest(self._checkpoint_digest(self.adapter_digest), record.checkpoint):
+            raise AdapterMismatchError(
+                f"the members acknowledged another adapter than the one here after round {self._chain.round}; "
+                "this site is damaged or they are: compare by phone"
+            )
+        self._blind = False
+        self.keys.destroy_before(self._chain.key)
 
     def _check_void(self, record: Record) -> None:
         """A void may only withdraw what was refused here; and what was refused here must be withdrawn."""
@@ -351,9 +397,8 @@ class Site:
         return round_number is not None and (self._run_folder / "refused" / f"{round_number:08d}").exists()
 
     def _refusals(self) -> int:
-        """Refusals under this key. A key belongs to one run, so that the run's marks are the key's."""
-        folder = self._run_folder / "refused"
-        return len(os.listdir(folder)) if folder.exists() else 0
+        """Refusals under the key in force."""
+        return sum(path.read_text() == self._chain.key for path in (self._run_folder / "refused").glob("*"))
 
     # --- runs ---
 
@@ -366,16 +411,16 @@ class Site:
         record = Chain(self._agreed).check(data)
         folder = self._state / "runs" / run
         if self._agreed.study.mode == "he":
-            epoch, newest = self.newest_key
-            if key not in self._sealed_keys().values():
+            epoch, newest = self.keys.newest
+            if not self.keys.headers:
                 raise KeyFileError(
                     f"genesis of run {run[:16]} names key {key[:16]}, which this site does not hold; "
                     "take the sealed key file first"
                 )
-            if key != newest:
+            if not self.keys.may_begin(key):
                 raise RecordError(
-                    f"genesis of run {run[:16]} names key {key[:16]}, older than key {newest[:16]} of epoch {epoch} "
-                    "here; a site never goes back to an older key"
+                    f"genesis of run {run[:16]} names key {key[:16]}; the newest here is key {newest[:16]} of epoch "
+                    f"{epoch}; a site never goes back to an older key, nor to one it does not hold"
                 )
             for other in (self._state / "runs").iterdir():
                 if other.name != run and self._key_of_run(other) == key:
@@ -402,6 +447,7 @@ class Site:
         self.parameters = dict(self._agreed.initial.adapter)
         self.validation = None
         self._digests = {}
+        self._blind = False
         checking = Chain(self._agreed)
         records = list(self._records.replay(checking))
         start = self._load_adapter([record.id for record in records])
@@ -423,14 +469,16 @@ class Site:
         if codec.adapter_digest(tensors) != metadata["digest"]:
             return 0
         self.parameters = tensors
-        self._digests = json.loads(metadata["digests"])
+        self._digests = {head: (digest, key) for head, (digest, key) in json.loads(metadata["digests"]).items()}
         counts = json.loads(metadata["validation"])
         self.validation = Validation(*counts) if counts else None
         return start
 
     def _store_adapter(self) -> None:
+        if self._blind:
+            return  # there is no adapter yet
         digest = self.adapter_digest
-        self._digests[self._chain.head] = digest
+        self._digests[self._chain.head] = (digest, self._chain.key)
         for old in list(self._digests)[:-2]:
             del self._digests[old]
         counts = [self.validation.images, self.validation.correct] if self.validation else []
@@ -445,43 +493,27 @@ class Site:
 
     # --- keys ---
 
-    def _sealed_keys(self) -> dict[int, str]:
-        """Key ids that the site holds, by epoch."""
-        headers = [
-            check_sealed_key(path.read_bytes(), self._agreed)
-            for path in sorted((self._state / "keys").glob("*.sealed"))
-        ]
-        return {header.epoch: header.key for header in headers}
-
     def _sealer(self) -> Sealer:
         if self._agreed.study.mode == "plain":
             return PlainSealer(self._agreed.parameters)
-        return Cipher(self._agreed.parameters, self._secret())
+        return Cipher(self._agreed.parameters, self.keys.secret(self._chain.key))
 
-    def _secret(self) -> StudySecret:
-        """The run's secret, opened once and kept in memory only."""
-        if self._secret_of != self._chain.key:
-            epochs = [epoch for epoch, key in self._sealed_keys().items() if key == self._chain.key]
-            if not epochs:
-                raise KeyFileError(f"key {self._chain.key[:16]} is not here; take the sealed key file again")
-            sealed = (self._state / "keys" / f"{epochs[0]:06d}.sealed").read_bytes()
-            self._opened = open_sealed_key(sealed, self._agreed, self._identity)
-            self._secret_of = self._chain.key
-        return self._opened
-
-    def _attestation_key(self) -> bytes:
+    def _attestation_key(self, key: str) -> bytes:
         if self._agreed.study.mode == "plain":
             return self._agreed.study.id.encode()  # the server sees the adapter anyway
-        return attestation_key(self._secret())
+        return attestation_key(self.keys.secret(key))
+
+    def _can_attest(self, key: str) -> bool:
+        return self._agreed.study.mode == "plain" or self.keys.holds(key)
 
     def _compare(self, request: RoundRequest) -> None:
         """Compare the adapter with the other sites' at a head that this site has had too."""
-        digest = self._digests.get(request.attested_head) if self._chain.length else None
-        if digest is None:
+        digest, key = self._digests.get(request.attested_head, ("", ""))
+        if not digest or not self._can_attest(key):
             return
         for site, attested in sorted(request.attestations.items()):
-            expected = codec.attestation(self._attestation_key(), site, request.attested_head, digest)
-            if not hmac.compare_digest(expected, attested):
+            expected = codec.attestation(self._attestation_key(key), site, request.attested_head, digest)
+            if site != self.name and not hmac.compare_digest(expected, attested):
                 raise AdapterMismatchError(
                     f"site {site} attests another adapter than the one here after record {request.attested_head[:16]}; "
                     "either the server garbles attestations or one of the two is damaged: compare by phone"

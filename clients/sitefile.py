@@ -52,6 +52,8 @@ class SiteFile(FileModel):
         server: how the site reaches the server; not needed to simulate.
         allow_plain: whether a study without encryption is joined; never with patients' data.
         min_sites: fewest contributors this site asks of an aggregate; a study that asks for less is refused.
+        amendments: which rotations of the study's key are applied unasked: all, those by which no site joins, or
+            none; others are accepted by hand.
         threads: CPU threads of training; other counts give other rounding.
         skip_unreadable: go on without images that cannot be decoded.
     """
@@ -66,6 +68,7 @@ class SiteFile(FileModel):
     data: SiteData
     allow_plain: bool = False
     min_sites: Annotated[int, Field(ge=1, le=4096)] = MIN_SITES_HE
+    amendments: Literal["all", "removals", "none"] = "removals"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     skip_unreadable: bool = False
 

@@ -11,43 +11,41 @@ import hashlib
 import hmac
 import json
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pyrage
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import Field, StringConstraints
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from pydantic import StringConstraints
 
 from privacy.ckks import StudySecret
 from secure_fed.errors import KeyFileError
+from secure_fed.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key, members_after
 from secure_fed.signed import (
     PRIVATE,
-    SignedHeader,
-    check_payload,
+    ZERO_DIGEST,
     create_signing_key,
     load_signing_key,
-    parse_header,
     payload_fields,
     public_hex,
     read_private,
     sign_frame,
     split_frame,
-    verify_signature,
 )
 from secure_fed.storage import make_folder, write_durable
-from secure_fed.study import AgreedStudy, Hex64, Name, SiteKeys, canonical_json
+from secure_fed.study import AgreedStudy, Name, SiteKeys, StudySite, canonical_json
 from secure_fed.tomlfile import FileModel, parse_table
-
-MAGIC = b"SFK1"
-MAX_HEADER = 512 * 1024
-MAX_SEALED = 16 * 2**20
 
 _PEM = serialization.Encoding.PEM
 _BARE = serialization.NoEncryption()
+_NONCE_BYTES = 12
 
 
 class PublicIdentity(FileModel):
@@ -145,48 +143,40 @@ def read_public_identity(path: Path) -> PublicIdentity:
     return public
 
 
-class SealedKeyHeader(SignedHeader):
-    """What a sealed key file says in clear.
-
-    Attributes:
-        study: study id; a file for another study is refused.
-        epoch: from 1, one more at each new key; a site refuses one below what it holds.
-        previous: id of the key before, zeros for the first.
-        key: key id, a keyed digest of the secret itself.
-        maker: the site that made and signed it.
-        recipients: the sites it is sealed to.
-    """
-
-    version: Literal[1]
-    study: Hex64
-    epoch: Annotated[int, Field(ge=1, lt=2**53)]
-    previous: Hex64
-    key: Hex64
-    maker: Name
-    recipients: tuple[Name, ...]
-
-
-def create_sealed_key(agreed: AgreedStudy, maker: Identity, epoch: int, previous: str) -> bytes:
-    """Make a new CKKS secret and tag key for a study and seal them to all its sites.
+def create_sealed_key(
+    agreed: AgreedStudy,
+    maker: Identity,
+    epoch: int,
+    previous: str = ZERO_DIGEST,
+    members: Mapping[str, StudySite] | None = None,
+    added: tuple[StudySite, ...] = (),
+    removed: tuple[str, ...] = (),
+) -> bytes:
+    """Make a new CKKS secret and tag key for a study and seal them to all its members.
 
     Args:
         agreed: the study.
         maker: identity of the site that the study names as key maker.
         epoch: one more than the last key's.
-        previous: id of the last key; zeros for none.
+        previous: id of the key that this one replaces in a run; zeros for a new run's key.
+        members: the members so far, if amendments have changed the study's.
+        added: sites that join with the new key.
+        removed: sites that leave with it, and can open nothing later.
 
     Returns:
         The sealed key file, which may travel over the server.
 
     Raises:
-        KeyFileError: ``maker`` is not the study's key maker.
+        KeyFileError: ``maker`` is not the study's key maker, or the members cannot change so.
     """
     study = agreed.study
     member = study.site(study.key_maker)
     if member.keys != maker.keys:
         raise KeyFileError(f"{maker.name} is not the study's key maker; make the key at {study.key_maker}")
+    before = {site.name: site for site in study.sites} if members is None else members
+    after = members_after(before, added, removed, agreed)
     secret = StudySecret.generate()
-    recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in study.sites if site.keys]
+    recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in after.values() if site.keys]
     sealed = pyrage.encrypt(secret.to_bytes(), recipients)
     header = SealedKeyHeader(
         version=1,
@@ -195,31 +185,13 @@ def create_sealed_key(agreed: AgreedStudy, maker: Identity, epoch: int, previous
         previous=previous,
         key=_key_id(secret, study.id, epoch),
         maker=study.key_maker,
-        recipients=tuple(site.name for site in study.sites),
+        recipients=tuple(sorted(after)),
+        added=added,
+        removed=removed,
+        created_ms=time.time_ns() // 1_000_000,
         **payload_fields(sealed),
     )
-    return sign_frame(MAGIC, header, maker.signing, sealed)
-
-
-def check_sealed_key(data: bytes, agreed: AgreedStudy) -> SealedKeyHeader:
-    """Check a sealed key file as far as everybody can: form, study and the key maker's signature.
-
-    Raises:
-        KeyFileError: with what was found and expected.
-    """
-    if len(data) > MAX_SEALED:
-        raise KeyFileError(f"sealed key: {len(data)} bytes; expected at most {MAX_SEALED}")
-    frame = split_frame(MAGIC, data, MAX_HEADER, KeyFileError)
-    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
-    maker = agreed.study.site(agreed.study.key_maker)
-    assert maker.keys is not None  # load_study refuses sites without keys
-    verify_signature(MAGIC, frame.header, frame.signature, maker.keys.signing, KeyFileError)
-    if header.maker != maker.name:
-        raise KeyFileError(f"sealed key: made by {header.maker}; expected the study's key maker {maker.name}")
-    if header.study != agreed.study.id:
-        raise KeyFileError(f"sealed key: for study {header.study}; expected {agreed.study.id}")
-    check_payload(frame, header, KeyFileError)
-    return header
+    return sign_frame(KEY_MAGIC, header, maker.signing, sealed)
 
 
 def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> StudySecret:
@@ -229,7 +201,7 @@ def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> Stu
         KeyFileError: as :func:`check_sealed_key`; or the site is no recipient, or the secret is not the one named.
     """
     header = check_sealed_key(data, agreed)
-    payload = bytes(split_frame(MAGIC, data, MAX_HEADER, KeyFileError).payload)
+    payload = bytes(split_frame(KEY_MAGIC, data, MAX_KEY_HEADER, KeyFileError).payload)
     try:
         plain = pyrage.decrypt(payload, [identity.recipient])
     except pyrage.DecryptError as error:
@@ -245,6 +217,36 @@ def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> Stu
 def attestation_key(secret: StudySecret) -> bytes:
     """Key under which sites attest their adapter to one another; the server lacks it."""
     return hmac.new(secret.tag_key, b"secfacmic attestation key 1", hashlib.sha256).digest()
+
+
+def seal_checkpoint(secret: StudySecret, head: str, adapter: bytes) -> bytes:
+    """Encrypt an adapter for members that come later (ChaCha20-Poly1305 under a key of the study's secret).
+
+    Args:
+        secret: of the key in force.
+        head: the journal head that the adapter belongs to; bound to the ciphertext.
+        adapter: safetensors bytes.
+    """
+    nonce = os.urandom(_NONCE_BYTES)
+    return nonce + ChaCha20Poly1305(_checkpoint_key(secret)).encrypt(nonce, adapter, head.encode())
+
+
+def open_checkpoint(secret: StudySecret, head: str, sealed: bytes) -> bytes:
+    """Undo :func:`seal_checkpoint`.
+
+    Raises:
+        KeyFileError: not sealed under this secret for this head, or damaged.
+    """
+    try:
+        return ChaCha20Poly1305(_checkpoint_key(secret)).decrypt(
+            sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], head.encode()
+        )
+    except (InvalidTag, ValueError):
+        raise KeyFileError("the checkpoint does not open under this key; ask the key maker to rotate again") from None
+
+
+def _checkpoint_key(secret: StudySecret) -> bytes:
+    return hmac.new(secret.tag_key, b"secfacmic checkpoint key 1", hashlib.sha256).digest()
 
 
 def _key_id(secret: StudySecret, study: str, epoch: int) -> str:

@@ -5,6 +5,7 @@ The header is all that a site tells in clear; :class:`EnvelopeHeader` is the all
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ from secure_fed.signed import (
     split_frame,
     verify_signature,
 )
-from secure_fed.study import AgreedStudy, Hex64, Name
+from secure_fed.study import AgreedStudy, Hex64, Name, StudySite
 
 MAGIC = b"SFE1"
 MAX_HEADER = 2048
@@ -122,7 +123,7 @@ def seal_envelope(
     return sign_frame(MAGIC, header, key, payload)
 
 
-def open_envelope(data: bytes, agreed: AgreedStudy, payload_bytes: int) -> Envelope:
+def open_envelope(data: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite], payload_bytes: int) -> Envelope:
     """Check an envelope as far as the study alone allows: caps, version, pinned key, signature, payload digest.
 
     Round, run and head are checked by whoever knows which are due: :func:`check_position`.
@@ -130,6 +131,7 @@ def open_envelope(data: bytes, agreed: AgreedStudy, payload_bytes: int) -> Envel
     Args:
         data: hostile bytes.
         agreed: the study.
+        members: its members now, by name.
         payload_bytes: size of a payload under the study's parameters.
 
     Raises:
@@ -139,14 +141,16 @@ def open_envelope(data: bytes, agreed: AgreedStudy, payload_bytes: int) -> Envel
     if len(data) > limit:
         raise EnvelopeError(f"envelope: {len(data)} bytes; expected at most {limit}")
     frame = split_frame(MAGIC, data, MAX_HEADER, EnvelopeError)
-    header = verify_contribution(frame.header, frame.signature, agreed)
+    header = verify_contribution(frame.header, frame.signature, agreed, members)
     if header.size != payload_bytes:
         raise EnvelopeError(f"envelope: a payload of {header.size} bytes; the study's parameters give {payload_bytes}")
     check_payload(frame, header, EnvelopeError)
     return Envelope(header, frame.header, frame.signature, bytes(frame.payload), len(data))
 
 
-def verify_contribution(text: bytes, signature: bytes, agreed: AgreedStudy) -> EnvelopeHeader:
+def verify_contribution(
+    text: bytes, signature: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite]
+) -> EnvelopeHeader:
     """Read a signed envelope header, on its own or in a record, and check signature, study and sender.
 
     Raises:
@@ -155,7 +159,7 @@ def verify_contribution(text: bytes, signature: bytes, agreed: AgreedStudy) -> E
     if len(text) > MAX_HEADER:
         raise EnvelopeError(f"envelope header: {len(text)} bytes; expected at most {MAX_HEADER}")
     header = parse_header(text, EnvelopeHeader, EnvelopeError)
-    member = {site.name: site for site in agreed.study.sites}.get(header.site)
+    member = members.get(header.site)
     if member is None or member.keys is None:
         raise EnvelopeError(f"envelope of {header.site!r}, which is no site of the study")
     verify_signature(MAGIC, text, signature, member.keys.signing, EnvelopeError)

@@ -15,6 +15,7 @@ class ReplyCode(StrEnum):
     UPDATE = "update"
     APPLIED = "applied"
     MORE = "more"
+    ACKNOWLEDGED = "acknowledged"
     REFUSED_AGGREGATE = "refused-aggregate"
     REFUSED_BUNDLE = "refused-bundle"
     FAILED_POLICY = "failed-policy"
@@ -55,8 +56,9 @@ class RoundReply:
         code: what happened.
         run: the run the site is in; empty before its first genesis.
         position: number of records of that run that the site has.
-        attestation: keyed digest of its adapter at that position.
-        envelope: its update, for code ``update``; else empty.
+        attestation: keyed digest of its adapter at that position; empty while it cannot open the adapter.
+        envelope: its update, for code ``update``; its signed acknowledgement of an amendment, for code
+            ``acknowledged``; else empty.
     """
 
     site: str

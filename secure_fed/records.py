@@ -17,7 +17,8 @@ from pydantic import StringConstraints
 
 from privacy.lanes import Contribution, Wire, wire
 from secure_fed.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
-from secure_fed.errors import EnvelopeError, RecordError, StorageError
+from secure_fed.errors import EnvelopeError, KeyFileError, RecordError, StorageError
+from secure_fed.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
 from secure_fed.signed import (
     ZERO_DIGEST,
     Count,
@@ -39,6 +40,9 @@ HEADER_BASE = 4096
 HEADER_PER_SITE = 4096
 
 
+Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint"]
+
+
 class SignedContribution(FileModel):
     """A contributor's envelope header as it signed it: exact text, and signature in hex."""
 
@@ -51,17 +55,18 @@ class RecordHeader(SignedHeader):
 
     Attributes:
         kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``void`` withdraws the
-            aggregate just before it, which sites refused.
+            aggregate just before it, which sites refused; ``amendment`` brings a new sealed key and perhaps other
+            members; ``checkpoint``, always next, the members' acknowledgements and the adapter sealed under the key.
         seq: 0 for genesis, then one more each.
         previous: id of the record before; zeros for genesis.
-        study, run, key: ids; ``key`` is zeros in ``plain`` mode.
-        round: of an aggregate or void; 0 for genesis.
-        contributors: by site name, for an aggregate.
+        study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
+        round: of an aggregate or void; the first in force for an amendment or checkpoint; 0 for genesis.
+        contributors: by site name; signed envelope headers of an aggregate, acknowledgements of a checkpoint.
         opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
     """
 
     version: Literal[1]
-    kind: Literal["genesis", "aggregate", "void"]
+    kind: Kind
     seq: Count
     previous: Hex64
     study: Hex64
@@ -80,14 +85,20 @@ class Record:
     Attributes:
         header: its header.
         id: SHA-256 of the header, the journal head once it is appended.
-        contributors: the headers of the envelopes in the sum, by site name.
-        payload: encrypted sum and seeds; empty but for an aggregate.
+        contributors: the headers of the envelopes in an aggregate's sum, by site name.
+        checkpoint: the keyed adapter digest that a checkpoint's members agree on; else empty.
+        amendment: header of the sealed key, for an amendment.
+        members: the members after the record.
+        payload: an aggregate's sum and seeds, an amendment's sealed key, a checkpoint's sealed adapter; else empty.
         data: the record's bytes.
     """
 
     header: RecordHeader
     id: str
     contributors: tuple[EnvelopeHeader, ...]
+    checkpoint: str
+    amendment: SealedKeyHeader | None
+    members: Members
     payload: bytes
     data: bytes
 
@@ -108,9 +119,11 @@ class Chain:
     Attributes:
         length: records so far; the next one's ``seq``.
         head: id of the last record; zeros before genesis.
-        run, key: ids that genesis named.
+        run, key: ids that genesis named; an amendment changes the key.
         round: of the last aggregate; 0 before the first.
         amendment: number of the last amendment in force (none yet: 0).
+        members: by name; amendments change them.
+        awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
         open_round: the round of the last record if it is an aggregate, which alone can still be voided.
     """
 
@@ -123,6 +136,8 @@ class Chain:
         self.key = ZERO_DIGEST
         self.round = 0
         self.amendment = 0
+        self.members: Members = {site.name: site for site in agreed.study.sites}
+        self.awaits_checkpoint = False
         self.open_round: int | None = None
 
     @property
@@ -154,16 +169,27 @@ class Chain:
                 raise RecordError(f"genesis: key {header.key[:16]} does not fit mode {self.agreed.study.mode}")
         elif not self.length:
             raise RecordError(f"record 0 is of kind {header.kind}; expected genesis")
-        elif header.run != self.run or header.key != self.key:
+        elif header.run != self.run or (header.key != self.key and header.kind != "amendment"):
             raise RecordError(f"record {header.seq}: of another run or key; expected run {self.run[:16]}")
+        if self.awaits_checkpoint != (header.kind == "checkpoint"):
+            raise RecordError(
+                f"record {header.seq}: a {header.kind}; a checkpoint follows an amendment and nothing else"
+            )
         if header.kind == "void" and header.round != self.open_round:
             raise RecordError(f"void of round {header.round}: only the aggregate just before it can be voided")
-        contributors = self._check_contributors(header)
-        expected = self.wire.record_bytes(len(contributors)) if header.kind == "aggregate" else 0
-        if header.size != expected:
-            raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected {expected}")
+        if header.kind not in ("aggregate", "checkpoint") and header.contributors:
+            raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
+        if header.kind in ("amendment", "checkpoint") and header.round != self.round + 1:
+            raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
+        contributors = self._check_contributors(header) if header.kind == "aggregate" else ()
+        self._check_size(header, len(contributors))
         check_payload(frame, header, RecordError)
-        return Record(header, frame.digest, contributors, bytes(frame.payload), data)
+        payload = bytes(frame.payload)
+        amendment, members = None, self.members
+        if header.kind == "amendment":
+            amendment, members = self._check_amendment(header, payload)
+        checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
+        return Record(header, frame.digest, contributors, checkpoint, amendment, members, payload, data)
 
     def advance(self, record: Record) -> None:
         """Take a checked record into the chain."""
@@ -173,15 +199,60 @@ class Chain:
         self.run = header.run
         self.key = header.key
         self.open_round = None
+        self.members = record.members
+        self.awaits_checkpoint = header.kind == "amendment"
         if header.kind == "aggregate":
             self.round = self.open_round = header.round
+        elif header.kind == "amendment":
+            self.amendment += 1
+
+    def _check_size(self, header: RecordHeader, contributors: int) -> None:
+        if header.kind == "aggregate":
+            expected = self.wire.record_bytes(contributors)
+            if header.size != expected:
+                raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected {expected}")
+            return
+        # A checkpoint is the float64 adapter with its names, sealed.
+        parameters = 8 * self.agreed.parameters.values + 256 * (len(self.agreed.initial.adapter) + 16)
+        most = {"amendment": MAX_SEALED, "checkpoint": parameters}.get(header.kind, 0)
+        if header.size > most:
+            raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")
+
+    def _check_amendment(self, header: RecordHeader, payload: bytes) -> tuple[SealedKeyHeader, Members]:
+        try:
+            sealed, members = check_amendment(payload, self.agreed, self.members, self.key)
+        except KeyFileError as error:
+            raise RecordError(f"record {header.seq}: {error}") from None
+        if sealed.key != header.key or header.key == ZERO_DIGEST:
+            raise RecordError(f"record {header.seq}: names key {header.key[:16]}, but brings {sealed.key[:16]}")
+        return sealed, members
+
+    def _check_acknowledgements(self, header: RecordHeader) -> str:
+        """The keyed adapter digest that all who acknowledged agree on, the key maker and enough others among them."""
+        signed = [
+            verify_acknowledgement(
+                entry.header.encode(), bytes.fromhex(entry.signature), self.agreed, self.members, self.run, self.head
+            )
+            for entry in header.contributors
+        ]
+        names = [entry.site for entry in signed]
+        if names != sorted(set(names)):
+            raise RecordError(f"record {header.seq}: acknowledged by {names}; expected each once, sorted by name")
+        study = self.agreed.study
+        if len(names) < study.min_sites or study.key_maker not in names:
+            raise RecordError(
+                f"record {header.seq}: acknowledged by {', '.join(names) or 'nobody'}; expected at least "
+                f"{study.min_sites} members, {study.key_maker} among them"
+            )
+        if len({entry.checkpoint for entry in signed}) > 1:
+            raise RecordError(f"record {header.seq}: the members acknowledge different adapters")
+        maker = signed[names.index(study.key_maker)]
+        if (maker.size, maker.payload) != (header.size, header.payload):
+            raise RecordError(f"record {header.seq}: its payload is not the checkpoint that {study.key_maker} signed")
+        return maker.checkpoint
 
     def _check_contributors(self, header: RecordHeader) -> tuple[EnvelopeHeader, ...]:
         study = self.agreed.study
-        if header.kind != "aggregate":
-            if header.contributors:
-                raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
-            return ()
         if header.round != self.round + 1 or header.round > study.rounds:
             raise RecordError(
                 f"record {header.seq}: aggregate of round {header.round}, expected {self.round + 1} of {study.rounds}"
@@ -189,7 +260,9 @@ class Chain:
         contributors = []
         for entry in header.contributors:
             try:
-                signed = verify_contribution(entry.header.encode(), bytes.fromhex(entry.signature), self.agreed)
+                signed = verify_contribution(
+                    entry.header.encode(), bytes.fromhex(entry.signature), self.agreed, self.members
+                )
                 check_position(signed, self.due)
             except EnvelopeError as error:
                 raise RecordError(f"record {header.seq}: {error}") from None
@@ -276,7 +349,7 @@ class RecordFolder:
 
 def new_header(
     chain: Chain,
-    kind: Literal["genesis", "aggregate", "void"],
+    kind: Kind,
     *,
     run: str,
     key: str,

@@ -304,11 +304,11 @@ def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinat
     key_id = ZERO_DIGEST
     if agreed.study.mode == "he":
         maker = next(site for site in sites if site.name == agreed.study.key_maker)
-        epoch, previous = maker.newest_key
+        epoch, _ = maker.keys.newest
         identity = load_identity(out / "sites" / maker.name / "identity", maker.name)
-        sealed = create_sealed_key(agreed, identity, epoch + 1, previous)
+        sealed = create_sealed_key(agreed, identity, epoch + 1)
         for site in sites:
-            key_id = site.accept_key(sealed)
+            key_id = site.keys.accept(sealed).key
     return Coordinator.begin(agreed, folder, signing, key_id)
 
 

@@ -16,7 +16,14 @@ from privacy.lanes import Wire, wire
 from secure_fed.envelope import Envelope, check_position, open_envelope
 from secure_fed.errors import EnvelopeError, NotEnoughSitesError, ProtocolError, RecordError, StudyError
 from secure_fed.protocol import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
-from secure_fed.signed import public_hex
+from secure_fed.records import Chain
+from secure_fed.sealed_key import (
+    ACKNOWLEDGEMENT_MAGIC,
+    MAX_ACKNOWLEDGEMENT_HEADER,
+    check_amendment,
+    verify_acknowledgement,
+)
+from secure_fed.signed import Frame, check_payload, public_hex, split_frame
 from secure_fed.storage import make_folder, write_durable
 from secure_fed.study import AgreedStudy
 from server.journal import Journal, JournalEntry, now_ms
@@ -29,6 +36,8 @@ class Coordinator:
         agreed: the study.
         folder: the server's state folder; holds one folder a run, and the name of the current one.
         key: the coordinator's signing key, whose public half the study names.
+        keep_envelopes: where to keep the envelopes of every sum, so that anyone who holds them can recompute it
+            (``RUN/ROUND/SITE.envelope``); None erases them once their sum is durable.
 
     Raises:
         StudyError: the signing key is not the study's, or no run was ever begun.
@@ -39,7 +48,9 @@ class Coordinator:
         attempt: of the current round; a new one asks the sites for their stored integers anew.
     """
 
-    def __init__(self, agreed: AgreedStudy, folder: Path, key: Ed25519PrivateKey) -> None:
+    def __init__(
+        self, agreed: AgreedStudy, folder: Path, key: Ed25519PrivateKey, keep_envelopes: Path | None = None
+    ) -> None:
         if public_hex(key) != agreed.study.coordinator:
             raise StudyError(
                 f"the signing key's public half is {public_hex(key)}; the study names {agreed.study.coordinator}; "
@@ -52,6 +63,7 @@ class Coordinator:
         self._agreed = agreed
         self._wire: Wire = wire(agreed.study.mode, agreed.parameters)
         self._folder = folder / "runs" / run
+        self._keep_envelopes = keep_envelopes
         self.journal = Journal(agreed, self._folder / "journal", key)
         if not self.journal.records:
             raise RecordError(f"{self._folder}: no genesis; the run was not begun whole: begin a new one")
@@ -60,14 +72,21 @@ class Coordinator:
         self._take_spool()
 
     @classmethod
-    def begin(cls, agreed: AgreedStudy, folder: Path, key: Ed25519PrivateKey, key_id: str) -> Coordinator:
+    def begin(
+        cls,
+        agreed: AgreedStudy,
+        folder: Path,
+        key: Ed25519PrivateKey,
+        key_id: str,
+        keep_envelopes: Path | None = None,
+    ) -> Coordinator:
         """Begin a new run: a random run id and a genesis that names the key's id (zeros in ``plain`` mode)."""
         run = secrets.token_hex(32)
         make_folder(folder / "runs" / run)
         Journal(agreed, folder / "runs" / run / "journal", key).append_genesis(run, key_id)
         # Named only when its genesis is durable, so that a crash in between leaves the old run current.
         write_durable(folder / "run", run.encode())
-        return cls(agreed, folder, key)
+        return cls(agreed, folder, key, keep_envelopes)
 
     @property
     def round(self) -> int:
@@ -81,8 +100,9 @@ class Coordinator:
 
     @property
     def sites_in(self) -> tuple[str, ...]:
-        """Sites whose envelope for the current round was accepted, by name."""
-        return tuple(sorted(self._envelopes))
+        """Sites whose envelope for the current round was accepted, by name; those that acknowledged an amendment,
+        while one awaits its checkpoint."""
+        return tuple(sorted(self._acknowledged if self.journal.chain.awaits_checkpoint else self._envelopes))
 
     @property
     def rounds(self) -> list[JournalEntry]:
@@ -121,7 +141,7 @@ class Coordinator:
             EnvelopeError: the envelope is refused; the state is as it was.
             ProtocolError: the reply is of no member, or claims more records than there are.
         """
-        members = {site.name for site in self._agreed.study.sites}
+        members = self.journal.chain.members
         if reply.site not in members:
             raise ProtocolError(f"a reply of {reply.site!r}; expected one of {', '.join(sorted(members))}")
         if reply.run != self.run or not 0 < reply.position <= len(self.journal.records):
@@ -130,24 +150,46 @@ class Coordinator:
                 f"{len(self.journal.records)} records of run {self.run[:16]}"
             )
         head = self.journal.records[reply.position - 1].id
-        self._attestations.setdefault(head, {})[reply.site] = reply.attestation
+        if reply.attestation:
+            self._attestations.setdefault(head, {})[reply.site] = reply.attestation
         for old in list(self._attestations)[:-2]:
             del self._attestations[old]
         if reply.code == ReplyCode.UPDATE:
             self._accept(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.ACKNOWLEDGED:
+            self._acknowledge(reply.envelope, reply.site)
 
     def close_round(self) -> JournalEntry | None:
-        """Append the current round's record if enough sites are in; else change nothing and return None.
+        """Append the record that is due if enough sites are in; else change nothing and return None.
 
-        Afterwards the spooled envelopes are erased: their sum is durable.
+        That is the round's aggregate, after which the spooled envelopes are erased, since their sum is durable. If an
+        amendment waits, it comes first: then the amendment, next its checkpoint, and then a new attempt of the round,
+        for which the sites seal their stored integers under the new key.
         """
-        if self.finished or len(self._envelopes) < self._agreed.study.min_sites:
+        if self.finished or len(self.sites_in) < self._agreed.study.min_sites:
             return None
+        if self.journal.chain.awaits_checkpoint:
+            return self._close_amendment()
+        waiting = self._waiting_amendment()
+        if waiting is not None:
+            # Here, not earlier: who sent an envelope has accepted the last aggregate, which nobody can void any more.
+            self.journal.append_amendment(waiting)
+            self._acknowledged.clear()
+            return self.journal.records[-1]
         envelopes = [self._envelopes[site] for site in self.sites_in]
         tails = [self._wire.tail(self._spooled(site)) for site in self.sites_in]
+        self._keep()
         self.journal.append_aggregate(envelopes, self._wire.record(self._total, tails), self._opened_ms)
         self._open_round()
         return self.journal.records[-1]
+
+    def amend(self, sealed: bytes) -> None:
+        """Leave an amendment for the next round to take force with; it survives a restart.
+
+        Raises:
+            KeyFileError: it does not follow the key in force, or the members cannot change so.
+        """
+        store_amendment(self._agreed, self._folder, self.journal.chain, sealed)
 
     def void_round(self) -> None:
         """Withdraw the last aggregate, which sites refused. Its updates are lost.
@@ -175,11 +217,50 @@ class Coordinator:
 
     def _open_round(self) -> None:
         self.attempt = 1
+        self._acknowledged: dict[str, Frame] = {}
         self._opened_ms = now_ms()
         self._clear_sum()
         for folder in (self._folder / "spool").glob("*"):
             if folder.name != f"{self.round:08d}":
                 shutil.rmtree(folder)
+
+    def _waiting_amendment(self) -> bytes | None:
+        """The amendment that follows the key in force, if one was left."""
+        path = self._folder / "amendments" / f"{self.journal.chain.key}.sealed"
+        return path.read_bytes() if path.exists() else None
+
+    def _acknowledge(self, data: bytes, site: str) -> None:
+        """Keep an acknowledgement for the checkpoint. In memory: after a restart sites give it again."""
+        chain = self.journal.chain
+        if not chain.awaits_checkpoint:
+            return
+        try:
+            frame = split_frame(ACKNOWLEDGEMENT_MAGIC, data, MAX_ACKNOWLEDGEMENT_HEADER, RecordError)
+            header = verify_acknowledgement(
+                frame.header, frame.signature, self._agreed, chain.members, self.run, chain.head
+            )
+            check_payload(frame, header, RecordError)
+        except RecordError as error:
+            raise ProtocolError(f"{site}: {error}") from None
+        if header.site != site:
+            raise ProtocolError(f"an acknowledgement of {header.site} in a reply of {site}")
+        if site != self._agreed.study.key_maker:
+            # Only the key maker's checkpoint counts; the others acknowledge its digest.
+            frame = Frame(frame.magic, frame.header, frame.signature, memoryview(b""))
+        self._acknowledged[site] = frame
+
+    def _close_amendment(self) -> JournalEntry | None:
+        maker = self._acknowledged.get(self._agreed.study.key_maker)
+        if maker is None:
+            return None
+        frames = [self._acknowledged[site] for site in self.sites_in]
+        self.journal.append_checkpoint(frames, bytes(maker.payload))
+        self._acknowledged.clear()
+        # The envelopes so far name the old head and key.
+        self._clear_sum()
+        self.attempt += 1
+        make_folder(self._spool())
+        return self.journal.records[-1]
 
     def _clear_sum(self) -> None:
         self._envelopes: dict[str, Envelope] = {}
@@ -191,6 +272,15 @@ class Coordinator:
     def _spooled(self, site: str) -> bytes:
         data = (self._spool() / f"{site}.envelope").read_bytes()
         return data[len(data) - self._wire.envelope_bytes :]
+
+    def _keep(self) -> None:
+        """Keep the round's envelopes before its record, so that there is no record without them."""
+        if self._keep_envelopes is None:
+            return
+        folder = self._keep_envelopes / self.run / f"{self.round:08d}"
+        make_folder(folder, 0o700)
+        for site in self.sites_in:
+            write_durable(folder / f"{site}.envelope", (self._spool() / f"{site}.envelope").read_bytes(), 0o600)
 
     def _take_spool(self) -> None:
         """After a restart: add what was accepted before. A damaged spool costs an attempt, never a wrong sum."""
@@ -221,7 +311,7 @@ class Coordinator:
     def _check(self, data: bytes, site: str) -> Envelope:
         if self.finished:
             raise EnvelopeError(f"an envelope of {site}, but the study's {self.round - 1} rounds are over")
-        envelope = open_envelope(data, self._agreed, self._wire.envelope_bytes)
+        envelope = open_envelope(data, self._agreed, self.journal.chain.members, self._wire.envelope_bytes)
         if envelope.header.site != site:
             raise EnvelopeError(f"an envelope of {envelope.header.site} in a reply of {site}")
         check_position(envelope.header, self.journal.chain.due)
@@ -240,6 +330,17 @@ class Coordinator:
     def _attested_head(self) -> str:
         """The newest head at which sites attested; a pair that misses each other here meets in the next round."""
         return next(reversed(self._attestations), "")
+
+
+def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed: bytes) -> None:
+    """Leave an amendment in a run's folder, where its coordinator finds it, running or not.
+
+    Raises:
+        KeyFileError: it does not follow the key in force, or the members cannot change so.
+    """
+    check_amendment(sealed, agreed, chain.members, chain.key)
+    make_folder(run_folder / "amendments")
+    write_durable(run_folder / "amendments" / f"{chain.key}.sealed", sealed)
 
 
 def current_run(folder: Path) -> str | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secure_fed.envelope import Envelope
-from secure_fed.records import Chain, Record, RecordFolder, SignedContribution, new_header, sign_record
+from secure_fed.errors import KeyFileError, RecordError
+from secure_fed.records import Chain, Kind, Record, RecordFolder, SignedContribution, new_header, sign_record
+from secure_fed.sealed_key import check_sealed_key
+from secure_fed.signed import Frame
 from secure_fed.study import AgreedStudy
 
 
@@ -44,7 +46,7 @@ class Journal:
     def append_genesis(self, run: str, key_id: str) -> None:
         """Open a run."""
         now = now_ms()
-        self._append("genesis", run=run, key_id=key_id, round_number=0, envelopes=(), opened_ms=now, payload=b"")
+        self._append("genesis", run=run, key_id=key_id, round_number=0, signed=(), opened_ms=now, payload=b"")
 
     def append_aggregate(self, envelopes: Sequence[Envelope], payload: bytes, opened_ms: int) -> None:
         """Append one round's encrypted sum.
@@ -60,9 +62,47 @@ class Journal:
             run=chain.run,
             key_id=chain.key,
             round_number=chain.round + 1,
-            envelopes=envelopes,
+            signed=[(envelope.header_text, envelope.signature) for envelope in envelopes],
             opened_ms=opened_ms,
             payload=payload,
+        )
+
+    def append_amendment(self, sealed: bytes) -> None:
+        """Append a new sealed key, and with it a change of members.
+
+        Raises:
+            RecordError: it does not follow the key in force, or the members cannot change so.
+        """
+        chain = self.chain
+        try:
+            header = check_sealed_key(sealed, chain.agreed)
+        except KeyFileError as error:
+            raise RecordError(f"amendment: {error}") from None
+        self._append(
+            "amendment",
+            run=chain.run,
+            key_id=header.key,
+            round_number=chain.round + 1,
+            signed=(),
+            opened_ms=now_ms(),
+            payload=sealed,
+        )
+
+    def append_checkpoint(self, acknowledgements: Sequence[Frame], checkpoint: bytes) -> None:
+        """Append what the members acknowledged the amendment with, and the key maker's checkpoint.
+
+        Raises:
+            RecordError: too few, without the key maker, or they hold different adapters.
+        """
+        chain = self.chain
+        self._append(
+            "checkpoint",
+            run=chain.run,
+            key_id=chain.key,
+            round_number=chain.round + 1,
+            signed=[(frame.header, frame.signature) for frame in acknowledgements],
+            opened_ms=now_ms(),
+            payload=checkpoint,
         )
 
     def append_void(self) -> None:
@@ -77,7 +117,7 @@ class Journal:
             run=chain.run,
             key_id=chain.key,
             round_number=chain.round,
-            envelopes=(),
+            signed=(),
             opened_ms=now_ms(),
             payload=b"",
         )
@@ -88,12 +128,12 @@ class Journal:
 
     def _append(
         self,
-        kind: Literal["genesis", "aggregate", "void"],
+        kind: Kind,
         *,
         run: str,
         key_id: str,
         round_number: int,
-        envelopes: Sequence[Envelope],
+        signed: Sequence[tuple[bytes, bytes]],
         opened_ms: int,
         payload: bytes,
     ) -> None:
@@ -104,8 +144,7 @@ class Journal:
             key=key_id,
             round_number=round_number,
             contributors=tuple(
-                SignedContribution(header=envelope.header_text.decode("ascii"), signature=envelope.signature.hex())
-                for envelope in envelopes
+                SignedContribution(header=text.decode("ascii"), signature=signature.hex()) for text, signature in signed
             ),
             times_ms=(opened_ms, max(opened_ms, now_ms())),
             payload=payload,
@@ -135,6 +174,7 @@ class JournalEntry:
         # An envelope is magic, length, header, signature and payload.
         self.bytes_up = sum(
             8 + len(entry.header) + len(entry.signature) // 2 + contributor.size
-            for entry, contributor in zip(record.header.contributors, record.contributors, strict=True)
+            # A checkpoint has acknowledgements in their place, which are no contributors.
+            for entry, contributor in zip(record.header.contributors, record.contributors, strict=False)
         )
         self.size = len(record.data)

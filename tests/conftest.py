@@ -96,16 +96,15 @@ class Federation:
     def sites(self) -> list[Site]:
         return [self.site(member.name) for member in self.agreed.study.sites]
 
-    def seal_key(self, epoch: int, previous: str = "0" * 64) -> bytes:
+    def seal_key(self, epoch: int, previous: str = "0" * 64, **changes: Any) -> bytes:
         maker = self.agreed.study.key_maker
         identity = load_identity(self.folder / "sites" / maker / "identity", maker)
-        return create_sealed_key(self.agreed, identity, epoch, previous)
+        return create_sealed_key(self.agreed, identity, epoch, previous, **changes)
 
     def begin(self, sites: list[Site]) -> Coordinator:
         """Hand a new key to the sites and begin a run."""
-        epoch, previous = sites[0].newest_key
-        sealed = self.seal_key(epoch + 1, previous)
-        (key,) = {site.accept_key(sealed) for site in sites}
+        sealed = self.seal_key(sites[0].keys.newest[0] + 1)
+        (key,) = {site.keys.accept(sealed).key for site in sites}
         return Coordinator.begin(self.agreed, self.folder / "server", self.signing, key)
 
     def reopen(self) -> Coordinator:

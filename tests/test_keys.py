@@ -12,7 +12,8 @@ import pytest
 from privacy import keys
 from privacy.ckks import StudySecret
 from secure_fed.errors import KeyFileError
-from secure_fed.signed import load_signing_key, sign_frame, split_frame
+from secure_fed.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key
+from secure_fed.signed import load_signing_key, payload_fields, sign_frame, split_frame
 from tests.conftest import Federation
 
 
@@ -84,7 +85,7 @@ def test_every_site_opens_the_same_secret_and_nobody_else_does(federation: Feder
 
 
 def test_every_key_is_new(federation: Federation) -> None:
-    first, second = (keys.check_sealed_key(federation.seal_key(1), federation.agreed) for _ in range(2))
+    first, second = (check_sealed_key(federation.seal_key(1), federation.agreed) for _ in range(2))
     assert first.key != second.key
 
 
@@ -93,19 +94,19 @@ def test_only_the_key_maker_seals(federation: Federation) -> None:
         keys.create_sealed_key(federation.agreed, _identity(federation, "birch"), 1, "0" * 64)
     # The server seals a key of its own to the sites and signs it with the key it has.
     sealed = federation.seal_key(1)
-    frame = split_frame(keys.MAGIC, sealed, keys.MAX_HEADER, KeyFileError)
-    header = keys.SealedKeyHeader.model_validate_json(frame.header)
+    frame = split_frame(KEY_MAGIC, sealed, MAX_KEY_HEADER, KeyFileError)
+    header = SealedKeyHeader.model_validate_json(frame.header)
     recipients = [
         pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in federation.agreed.study.sites if site.keys
     ]
     own = pyrage.encrypt(StudySecret.generate().to_bytes(), recipients)
-    forged_header = header.model_copy(update=keys.payload_fields(own))
+    forged_header = header.model_copy(update=payload_fields(own))
     for signer in (federation.signing, _identity(federation, "birch").signing):
-        forged = sign_frame(keys.MAGIC, forged_header, signer, own)
+        forged = sign_frame(KEY_MAGIC, forged_header, signer, own)
         with pytest.raises(KeyFileError, match="signature"):
             keys.open_sealed_key(forged, federation.agreed, _identity(federation, "ash"))
     # Even the maker cannot pass one key off under another's id.
-    mixed = sign_frame(keys.MAGIC, forged_header, _identity(federation, "ash").signing, own)
+    mixed = sign_frame(KEY_MAGIC, forged_header, _identity(federation, "ash").signing, own)
     with pytest.raises(KeyFileError, match="not the key it names"):
         keys.open_sealed_key(mixed, federation.agreed, _identity(federation, "birch"))
 
@@ -117,28 +118,28 @@ def test_a_flipped_bit_anywhere_in_a_sealed_key_is_refused(federation: Federatio
     for position in range(0, len(sealed), step):
         sealed[position] ^= 1 << (position % 8)
         with pytest.raises(KeyFileError):
-            keys.check_sealed_key(bytes(sealed), federation.agreed)
+            check_sealed_key(bytes(sealed), federation.agreed)
         sealed[:] = whole
     for cut in (0, 3, 7, 100, len(whole) - 1):
         with pytest.raises(KeyFileError):
-            keys.check_sealed_key(whole[:cut], federation.agreed)
-    keys.check_sealed_key(whole, federation.agreed)
+            check_sealed_key(whole[:cut], federation.agreed)
+    check_sealed_key(whole, federation.agreed)
 
 
 def test_a_key_of_another_study_or_an_older_epoch_is_refused(federation: Federation) -> None:
     site = federation.site("birch")
     second = federation.seal_key(2)
-    site.accept_key(second)
-    assert site.accept_key(second) == site.newest_key[1]
+    site.keys.accept(second)
+    assert site.keys.accept(second).key == site.keys.newest[1]
     for other in (federation.seal_key(1), federation.seal_key(2)):
         with pytest.raises(KeyFileError, match="an older or a second key of an epoch"):
-            site.accept_key(other)
-    frame = split_frame(keys.MAGIC, second, keys.MAX_HEADER, KeyFileError)
-    header = keys.SealedKeyHeader.model_validate_json(frame.header).model_copy(update={"study": "6" * 64})
-    moved = sign_frame(keys.MAGIC, header, _identity(federation, "ash").signing, bytes(frame.payload))
+            site.keys.accept(other)
+    frame = split_frame(KEY_MAGIC, second, MAX_KEY_HEADER, KeyFileError)
+    header = SealedKeyHeader.model_validate_json(frame.header).model_copy(update={"study": "6" * 64})
+    moved = sign_frame(KEY_MAGIC, header, _identity(federation, "ash").signing, bytes(frame.payload))
     with pytest.raises(KeyFileError, match="for study 6666"):
-        site.accept_key(moved)
-    assert site.newest_key[0] == 2
+        site.keys.accept(moved)
+    assert site.keys.newest[0] == 2
 
 
 def test_representations_show_no_secret(federation: Federation) -> None:

@@ -18,7 +18,6 @@ from secure_fed.errors import (
     AdapterMismatchError,
     EnvelopeError,
     KeyDeadError,
-    KeyFileError,
     ProtocolError,
     RecordError,
 )
@@ -235,7 +234,9 @@ def test_an_honestly_signed_envelope_of_another_place_is_refused(
 
 def test_other_hostile_envelopes_are_refused(envelope: tuple[Federation, Coordinator, RoundReply]) -> None:
     federation, coordinator, reply = envelope
-    honest = open_envelope(reply.envelope, federation.agreed, coordinator._wire.envelope_bytes)
+    honest = open_envelope(
+        reply.envelope, federation.agreed, coordinator.journal.chain.members, coordinator._wire.envelope_bytes
+    )
     too_big = honest.payload[:-27] + b"\xff" * 27  # coefficients of 2^54 - 1, above q
     hostile = {
         "below 2|modulus|coefficient|q": _resigned(federation, reply.envelope, payload=too_big),
@@ -460,7 +461,7 @@ def test_nothing_but_its_void_follows_a_refused_round(forger: Forger) -> None:
         site = envelope.header.site
         data = (next(forger.federation.folder.glob(f"sites/{site}/state/runs/*/outbox/*.envelope"))).read_bytes()
         resigned = _resigned(forger.federation, data, site, round=2, head=chain.head)
-        envelopes.append(open_envelope(resigned, forger.federation.agreed, forger.wire.envelope_bytes))
+        envelopes.append(open_envelope(resigned, forger.federation.agreed, chain.members, forger.wire.envelope_bytes))
     forger.envelopes = envelopes
     with pytest.raises(RecordError, match="round 1 was refused here; expected its void"):
         forger.give(forger.record(forger.summed([0, 1, 2])))
@@ -541,7 +542,7 @@ def test_a_run_under_an_unknown_key_is_refused(federation: Federation) -> None:
     sites = federation.sites()
     federation.begin(sites)
     unknown = Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "4" * 64)
-    with pytest.raises(KeyFileError, match="does not hold"):
+    with pytest.raises(RecordError, match="nor to one it does not hold"):
         exchange(unknown, sites[0])
 
 

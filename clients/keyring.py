@@ -1,0 +1,123 @@
+"""The study's sealed keys at one site: taking them, opening them, destroying them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from privacy.ckks import StudySecret
+from privacy.keys import Identity, open_sealed_key
+from secure_fed.errors import KeyFileError
+from secure_fed.sealed_key import SealedKeyHeader, check_sealed_key
+from secure_fed.signed import PRIVATE, ZERO_DIGEST
+from secure_fed.storage import make_folder, sync_folder, write_durable
+from secure_fed.study import AgreedStudy, StudySite
+
+
+class KeyRing:
+    """Sealed key files in a folder, one an epoch; what they hold is opened in memory only.
+
+    Args:
+        folder: made if missing, 0700.
+        agreed: the study.
+        identity: the site's.
+
+    """
+
+    def __init__(self, folder: Path, agreed: AgreedStudy, identity: Identity) -> None:
+        make_folder(folder, 0o700)
+        self._folder = folder
+        self._agreed = agreed
+        self._identity = identity
+        self._opened: dict[str, StudySecret] = {}
+        self._read: list[Path] = []
+        self._headers: dict[int, SealedKeyHeader] = {}
+
+    @property
+    def headers(self) -> dict[int, SealedKeyHeader]:
+        """Headers of the keys held, by epoch in ascending order; a key may arrive while the site runs.
+
+        Raises:
+            KeyFileError: a file is damaged or of another study.
+        """
+        paths = sorted(self._folder.glob("*.sealed"))
+        if paths != self._read:
+            headers = [check_sealed_key(path.read_bytes(), self._agreed) for path in paths]
+            self._headers = {header.epoch: header for header in headers}
+            self._read = paths
+        return self._headers
+
+    @property
+    def newest(self) -> tuple[int, str]:
+        """Epoch and id of the newest key; 0 and zeros before the first."""
+        epoch = max(self.headers, default=0)
+        return epoch, self.headers[epoch].key if epoch else ZERO_DIGEST
+
+    def accept(self, sealed: bytes) -> SealedKeyHeader:
+        """Store a sealed key after checking maker, study, epoch, and that this site can open it.
+
+        Raises:
+            KeyFileError: refused; what the site held stays.
+        """
+        header = check_sealed_key(sealed, self._agreed)
+        epoch, key = self.newest
+        if header.epoch < epoch or (header.epoch == epoch and header.key != key):
+            raise KeyFileError(
+                f"sealed key: epoch {header.epoch}, key {header.key[:16]}; this site holds epoch {epoch}, "
+                f"key {key[:16]}; an older or a second key of an epoch is refused"
+            )
+        self._opened[header.key] = open_sealed_key(sealed, self._agreed, self._identity)
+        write_durable(self._file(header.epoch), sealed, PRIVATE)
+        return header
+
+    def holds(self, key: str) -> bool:
+        """Whether the key of that id is here."""
+        return any(header.key == key for header in self.headers.values())
+
+    def secret(self, key: str) -> StudySecret:
+        """Open the key of that id.
+
+        Raises:
+            KeyFileError: it is not here.
+        """
+        if key not in self._opened:
+            epochs = [epoch for epoch, header in self.headers.items() if header.key == key]
+            if not epochs:
+                raise KeyFileError(f"key {key[:16]} is not here; take its sealed key file: secfacmic keys accept")
+            sealed = self._file(epochs[0]).read_bytes()
+            self._opened[key] = open_sealed_key(sealed, self._agreed, self._identity)
+        return self._opened[key]
+
+    def may_begin(self, key: str) -> bool:
+        """Whether a run may begin under a key: the newest, or one that the newest replaced in its run.
+
+        A site that joins late lacks the older keys; it may still follow their run, without opening anything.
+        """
+        newest = max(self.headers, default=0)
+        known = {header.key: header for header in self.headers.values()}
+        current = self.headers[newest].key if newest else ZERO_DIGEST
+        while current in known:
+            if current == key:
+                return True
+            current = known[current].previous
+        return current != ZERO_DIGEST and not self.holds(key)
+
+    def destroy_before(self, key: str) -> None:
+        """Destroy all keys older than this one."""
+        held = dict(self.headers)
+        (newest,) = (epoch for epoch, header in held.items() if header.key == key)
+        for epoch, header in held.items():
+            if epoch < newest:
+                self._opened.pop(header.key, None)
+                self._file(epoch).unlink()
+        sync_folder(self._folder)
+
+    def joined(self, name: str) -> StudySite | None:
+        """The site of that name as a key held here lets it join, if one does."""
+        for header in reversed(list(self.headers.values())):
+            for site in header.added:
+                if site.name == name:
+                    return site
+        return None
+
+    def _file(self, epoch: int) -> Path:
+        return self._folder / f"{epoch:06d}.sealed"
