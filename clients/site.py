@@ -53,7 +53,7 @@ from secure_fed.errors import (
 from secure_fed.evaluation import metrics
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.records import Chain, Record, RecordFolder, read_header
-from secure_fed.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader
+from secure_fed.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, Members, SealedKeyHeader
 from secure_fed.signed import ZERO_DIGEST, parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.storage import make_folder, write_durable
 from secure_fed.study import AgreedStudy, load_study
@@ -102,7 +102,8 @@ class Site:
         self._identity = load_identity(Path(file.identity), file.site)
         self._state = Path(file.state)
         self.keys = KeyRing(self._state / "keys", agreed, self._identity)
-        self._member = self.keys.joined(file.site) or agreed.study.site(file.site)
+        listed = {site.name: site for site in agreed.study.sites}
+        self._member = listed.get(file.site) or self.keys.joined(file.site) or agreed.study.site(file.site)
         if self._identity.keys != self._member.keys:
             raise SiteFileError(
                 f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder "
@@ -146,6 +147,16 @@ class Site:
     def finished(self) -> bool:
         """Whether every round of the study is applied here."""
         return self._chain.finished
+
+    @property
+    def members(self) -> Members:
+        """The study's members now, by name; amendments change them."""
+        return self._chain.members
+
+    @property
+    def key_in_force(self) -> str:
+        """Id of the run's key; zeros before the first genesis and in ``plain`` mode."""
+        return self._chain.key
 
     @property
     def adapter_digest(self) -> str:

@@ -7,12 +7,14 @@ signed, because age names no sender: an unsigned one would let the server seal a
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import hmac
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,8 +33,6 @@ from secure_fed.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, ch
 from secure_fed.signed import (
     PRIVATE,
     ZERO_DIGEST,
-    create_signing_key,
-    load_signing_key,
     payload_fields,
     public_hex,
     read_private,
@@ -43,8 +43,7 @@ from secure_fed.storage import make_folder, write_durable
 from secure_fed.study import AgreedStudy, Name, SiteKeys, StudySite, canonical_json
 from secure_fed.tomlfile import FileModel, parse_table
 
-_PEM = serialization.Encoding.PEM
-_BARE = serialization.NoEncryption()
+_LOCKED = b"age-encryption.org/"
 _NONCE_BYTES = 12
 
 
@@ -64,12 +63,14 @@ class Identity:
     Attributes:
         name: the site.
         signing: signs its envelopes.
+        flower: opens its connection.
         recipient: opens what is sealed to it.
         keys: the public halves.
     """
 
     name: str
     signing: Ed25519PrivateKey
+    flower: ec.EllipticCurvePrivateKey
     recipient: pyrage.x25519.Identity
     keys: SiteKeys
 
@@ -83,8 +84,13 @@ class Identity:
         return PublicIdentity(format=1, name=self.name, keys=self.keys, signature=signature)
 
 
-def create_identity(folder: Path, name: str) -> Identity:
+def create_identity(folder: Path, name: str, passphrase: str = "") -> Identity:
     """Make a site's keys in a folder of its own (0700; files 0600), and its public file beside them.
+
+    Args:
+        folder: where the private keys stay.
+        name: the site's name in the study.
+        passphrase: encrypts the private keys; empty for none.
 
     Raises:
         KeyFileError: the folder already holds an identity.
@@ -93,32 +99,59 @@ def create_identity(folder: Path, name: str) -> Identity:
         raise KeyFileError(f"{folder}: holds an identity already; keys are never overwritten: choose another folder")
     make_folder(folder, 0o700)
     os.chmod(folder, 0o700)
-    flower = ec.generate_private_key(ec.SECP384R1())
-    openssh = serialization.PrivateFormat.OpenSSH
-    write_durable(folder / "flower.key", flower.private_bytes(_PEM, openssh, _BARE), PRIVATE)
-    write_durable(folder / "recipient.key", f"{pyrage.x25519.Identity.generate()}\n".encode(), PRIVATE)
-    create_signing_key(folder / "signing.key")  # last: its presence marks the identity as whole
-    identity = load_identity(folder, name)
+    pem, openssh = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
+    pkcs8, bare = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    texts = {
+        "flower": ec.generate_private_key(ec.SECP384R1()).private_bytes(pem, openssh, bare),
+        "recipient": f"{pyrage.x25519.Identity.generate()}\n".encode(),
+        "signing": Ed25519PrivateKey.generate().private_bytes(pem, pkcs8, bare),
+    }
+    for kind, text in texts.items():  # signing.key last: its presence marks the identity as whole
+        locked = pyrage.passphrase.encrypt(text, passphrase) if passphrase else text
+        write_durable(folder / f"{kind}.key", locked, PRIVATE)
+    identity = load_identity(folder, name, lambda: passphrase)
     public = json.dumps(identity.public.model_dump(mode="json"), indent=2) + "\n"
     write_durable(folder / f"{name}.pub", public.encode())
     return identity
 
 
-def load_identity(folder: Path, name: str) -> Identity:
+def load_identity(folder: Path, name: str, ask: Callable[[], str] | None = None) -> Identity:
     """Read a site's private keys.
 
+    Args:
+        folder: where they lie.
+        name: the site's name in the study.
+        ask: gives the passphrase, if the keys have one; by default the variable ``SECFACMIC_PASSPHRASE``, else a
+            question at the terminal.
+
     Raises:
-        KeyFileError: a file is missing, malformed or readable by others.
+        KeyFileError: a file is missing, malformed or readable by others, or the passphrase is wrong.
     """
-    signing = load_signing_key(folder / "signing.key")
+    texts = {kind: read_private(folder / f"{kind}.key") for kind in ("signing", "flower", "recipient")}
+    passphrase = (ask or _ask_passphrase)() if texts["signing"].startswith(_LOCKED) else None
     try:
-        flower = serialization.load_ssh_private_key(read_private(folder / "flower.key"), password=None)
-        recipient = pyrage.x25519.Identity.from_str(read_private(folder / "recipient.key").decode("ascii").strip())
-    except (ValueError, UnsupportedAlgorithm, pyrage.IdentityError) as error:
-        raise KeyFileError(f"{folder}: flower.key or recipient.key is malformed; restore the folder") from error
+        if passphrase is not None:
+            texts = {kind: pyrage.passphrase.decrypt(text, passphrase) for kind, text in texts.items()}
+        signing = serialization.load_pem_private_key(texts["signing"], password=None)
+        flower = serialization.load_ssh_private_key(texts["flower"], password=None)
+        recipient = pyrage.x25519.Identity.from_str(texts["recipient"].decode("ascii").strip())
+    except (ValueError, TypeError, UnsupportedAlgorithm, pyrage.IdentityError, pyrage.DecryptError) as error:
+        reason = "malformed" if passphrase is None else "malformed, or the passphrase is wrong"
+        raise KeyFileError(f"{folder}: its keys are {reason}; try again, or restore the folder") from error
+    if not isinstance(signing, Ed25519PrivateKey) or not isinstance(flower, ec.EllipticCurvePrivateKey):
+        raise KeyFileError(f"{folder}: malformed: keys of another kind; restore the folder")
     openssh = flower.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     keys = SiteKeys(signing=public_hex(signing), flower=openssh.decode("ascii"), recipient=str(recipient.to_public()))
-    return Identity(name, signing, recipient, keys)
+    return Identity(name, signing, flower, recipient, keys)
+
+
+def _ask_passphrase() -> str:
+    found = os.environ.get("SECFACMIC_PASSPHRASE")
+    if found is not None:
+        return found
+    if not sys.stdin.isatty():
+        raise KeyFileError("the site's keys have a passphrase; set SECFACMIC_PASSPHRASE, or start at a terminal")
+    return getpass.getpass("passphrase of the site's keys: ")
 
 
 def read_public_identity(path: Path) -> PublicIdentity:

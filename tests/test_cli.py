@@ -23,7 +23,8 @@ from secure_fed import errors
 from secure_fed.cli import main
 from secure_fed.codec import Parameters
 from secure_fed.study import AgreedStudy
-from tests.conftest import Federation, template_table
+from server.coordinator import Coordinator
+from tests.conftest import Federation, exchange, run_round, template_table
 
 
 @dataclass
@@ -244,6 +245,65 @@ def test_study_commands_by_hand(secfacmic: Run, tmp_path: Path) -> None:
         "zelkova: no site of the template",
     )
     refused(secfacmic("study", "check", "none.toml", cwd=tmp_path), errors.StudyError, "cannot be read")
+
+
+def test_keys_by_hand(secfacmic: Run, federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(federation.folder)
+    ash, birch = "sites/ash/site.toml", "sites/birch/site.toml"
+    made = secfacmic("keys", "create", "study.toml", "--site", ash, "--out", "key-1")
+    assert made.returncode == 0, made.stderr
+    line = next(line for line in made.stdout.splitlines() if "fingerprint" in line)
+    for name in ("birch", "cedar", "dogwood"):
+        assert line in secfacmic("keys", "accept", "key-1", "--site", f"sites/{name}/site.toml").stdout
+    shown = json.loads(secfacmic("keys", "show", "--site", birch, "--json").stdout)
+    assert [(row["epoch"], row["sites"]) for row in shown] == [(1, ["ash", "birch", "cedar", "dogwood"])]
+    assert line.split("fingerprint ")[1].replace(" ", "") == shown[0]["key"][:32]
+    wrong = secfacmic("keys", "create", "study.toml", "--site", birch, "--out", "key-x")
+    refused(wrong, errors.KeyFileError, "make the key at ash")
+    assert not Path("key-x").exists()
+    refused(
+        secfacmic("study", "amend", "study.toml", "key-1", "--state", "server"), errors.StudyError, "no run has begun"
+    )
+
+    coordinator = Coordinator.begin(
+        federation.agreed, federation.folder / "server", federation.signing, shown[0]["key"]
+    )
+    sites = federation.sites()
+    run_round(coordinator, sites)
+    refused(
+        secfacmic("study", "amend", "study.toml", "key-1", "--state", "server"), errors.KeyFileError, "follows key 0000"
+    )
+    for path in federation.folder.glob("sites/*/site.toml"):
+        path.write_text(path.read_text().replace('kind = "simulated"', 'kind = "public"'))
+    gone = secfacmic("keys", "rotate", "study.toml", "--site", ash, "--remove", "dogwood", "--out", "key-2")
+    assert gone.returncode == 0, gone.stderr
+    assert "sealed to ash, birch, cedar\n" in gone.stdout
+    assert secfacmic("study", "amend", "study.toml", "key-2", "--state", "server").returncode == 0
+    for site in sites:
+        exchange(coordinator, site)
+    assert coordinator.close_round().header.kind == "amendment"  # type: ignore[union-attr]
+
+
+def test_sites_are_added_until_a_run_begins(secfacmic: Run, federation: Federation, tmp_path: Path) -> None:
+    (tmp_path / "template.toml").write_text(tomli_w.dumps(template_table()))
+    assert secfacmic("study", "new", "template.toml", "--out", "study", cwd=tmp_path).returncode == 0
+    for name in ("ash", "birch", "cedar", "dogwood", "elm"):
+        secfacmic("site", "init", name, "--out", f"{name}-keys")
+        added = secfacmic("study", "add-site", "study/study.toml", f"{name}-keys/{name}.pub", "--role", "observer")
+        assert added.returncode == 0, added.stderr
+    assert "still missing" not in added.stdout
+    shown = json.loads(secfacmic("study", "show", "study/study.toml", "--json").stdout)
+    assert [(site["name"], site["role"]) for site in shown["sites"]][2:] == [
+        *(("cedar", "train"), ("dogwood", "observer"), ("elm", "observer"))
+    ]
+    refused(
+        secfacmic("study", "add-site", "study/study.toml", "ash-keys/ash.pub"),
+        errors.StudyError,
+        "ash has keys already",
+    )
+    federation.begin(federation.sites())
+    begun = secfacmic("study", "add-site", federation.folder / "study.toml", tmp_path / "elm-keys/elm.pub")
+    refused(begun, errors.StudyError, "a run has begun")
 
 
 def test_random_backbones_are_repeatable(secfacmic: Run, tmp_path: Path) -> None:

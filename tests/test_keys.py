@@ -147,3 +147,18 @@ def test_representations_show_no_secret(federation: Federation) -> None:
     secret = keys.open_sealed_key(federation.seal_key(1), federation.agreed, identity)
     assert repr(secret.tag_key)[2:12] not in repr(secret)
     assert "AGE-SECRET" not in repr(identity)
+
+
+def test_a_passphrase_locks_every_private_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = keys.create_identity(tmp_path / "id", "ash", "correct horse")
+    for name in ("signing.key", "flower.key", "recipient.key"):
+        text = (tmp_path / "id" / name).read_bytes()
+        assert b"AGE-SECRET-KEY" not in text
+        assert b"BEGIN PRIVATE KEY" not in text
+    monkeypatch.delenv("SECFACMIC_PASSPHRASE", raising=False)
+    with pytest.raises(KeyFileError, match="set SECFACMIC_PASSPHRASE"):
+        keys.load_identity(tmp_path / "id", "ash")
+    with pytest.raises(KeyFileError, match="or the passphrase is wrong"):
+        keys.load_identity(tmp_path / "id", "ash", lambda: "wrong")
+    monkeypatch.setenv("SECFACMIC_PASSPHRASE", "correct horse")
+    assert keys.load_identity(tmp_path / "id", "ash").keys == made.keys

@@ -82,7 +82,9 @@ def live() -> Iterator[Any]:
             )
             live.refresh()
 
-        yield Listener(
-            encoding=lambda site, done, total: tell(f"encoding {site}: {done} of {total}"), round=add, stage=tell
-        )
-        status.plain = ""
+        try:
+            yield Listener(
+                encoding=lambda site, done, total: tell(f"encoding {site}: {done} of {total}"), round=add, stage=tell
+            )
+        finally:
+            status.plain = ""

@@ -21,9 +21,11 @@ def _noun() -> None:
 def init(
     name: Annotated[str, typer.Argument(help="The site's name in the study.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the keys; they never leave it.")] = Path("identity"),
+    passphrase: Annotated[bool, typer.Option(help="Ask for a passphrase that encrypts the private keys.")] = False,
 ) -> None:
     """Make the site's keys and the public file to send to the coordinator."""
     from privacy.keys import create_identity
 
-    create_identity(folder, name)
+    chosen = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True) if passphrase else ""
+    create_identity(folder, name, chosen)
     out.print(f"send this file to the coordinator: {folder / name}.pub", highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from secure_fed.cli.output import Json, out, print_json
 from secure_fed.study import Study, load_study, read_study, with_fields
+from secure_fed.tomlfile import write_toml
 
 app = typer.Typer(help="Make, check and show study files.", no_args_is_help=True)
 
@@ -105,3 +106,62 @@ def ca(
     create_authority(into, host)
     out.print(f"give this file to every site: {into / CA}", highlight=False, soft_wrap=True)
     out.print(f"keep this file offline: {into / CA_KEY}", highlight=False, soft_wrap=True)
+
+
+@app.command("add-site")
+def add_site(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study.toml of which no run has begun.")],
+    public: Annotated[Path, typer.Argument(metavar="NAME.pub", help="The site's public file.")],
+    role: Annotated[
+        Literal["train", "observer"], typer.Option(help="Of a site that the study does not list.")
+    ] = "train",
+    weight: Annotated[float, typer.Option(help="Its public weight in the average, in (0, 1].")] = 1.0,
+) -> None:
+    """Put a site's public keys into a study before its first run."""
+    from privacy.keys import read_public_identity
+    from secure_fed.errors import StudyError
+    from secure_fed.study import SiteKeys, StudySite
+
+    found = read_study(study)
+    identity = read_public_identity(public)
+    if (study.parent / "server" / "run").exists():
+        raise StudyError(
+            f"{study}: a run has begun, and a study never changes then; "
+            "let the site join by: secfacmic keys rotate --add"
+        )
+    listed = {member.name: member for member in found.sites}
+    member = listed.get(identity.name, StudySite(name=identity.name, role=role, weight=weight))
+    if member.keys is not None:
+        raise StudyError(f"{study}: site {identity.name} has keys already; expected a site without: remove them first")
+    listed[identity.name] = member.model_copy(update={"keys": SiteKeys(**identity.keys.model_dump())})
+    changed = with_fields(found, sites=[entry.model_dump(mode="json", exclude_none=True) for entry in listed.values()])
+    write_toml(study, changed)
+    out.print(f"{study}: site {identity.name} added; study id {changed.id}", highlight=False, soft_wrap=True)
+    for line in changed.missing():
+        out.print(f"still missing: {line}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def amend(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml.")],
+    sealed: Annotated[Path, typer.Argument(metavar="FILE", help="The sealed key file of: secfacmic keys rotate.")],
+    state: Annotated[Path, typer.Option(help="The server's state folder.")],
+) -> None:
+    """Bring a rotated key into force with the next round, whether the server is running or not."""
+    from secure_fed.errors import KeyFileError, StudyError
+    from secure_fed.records import Chain, RecordFolder
+    from server.coordinator import current_run, store_amendment
+
+    agreed = load_study(study)
+    run = current_run(state)
+    if run is None:
+        raise StudyError(f"{state}: no run has begun; a key can be rotated only in a run")
+    try:
+        data = sealed.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"{sealed}: cannot be read ({error.strerror}); expected a sealed key file") from error
+    chain = Chain(agreed)
+    for _ in RecordFolder(state / "runs" / run / "journal").replay(chain):
+        pass
+    store_amendment(agreed, state / "runs" / run, chain, data)
+    out.print(f"in force from round {chain.round + 1} or the next", highlight=False, soft_wrap=True)
