@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.site import Site
-from secure_fed.errors import BundleError, RoundFailedError, SecfacmicError
+from secure_fed.errors import BundleError, ProtocolError, RoundFailedError, SecfacmicError
 from secure_fed.messages import contract, read_request, reply_content
 from secure_fed.protocol import ReplyCode, RoundReply
 
@@ -74,6 +74,10 @@ class SiteApp:
             return self._fail(message, ReplyCode.REFUSED_BUNDLE)
         try:
             return self._app(message, context)
+        except ProtocolError as error:
+            # Asked for what does not fit: nothing is wrong here, and the next message may fit.
+            log.warning("%s: a message is refused: %s", self.site.name, error)
+            return self._fail(message, ReplyCode.FAILED_PROTOCOL)
         except SecfacmicError as error:
             self.failure = error
             return self._fail(message, _CODES.get(error.exit_code // 10, ReplyCode.FAILED))

@@ -6,13 +6,14 @@ import hashlib
 import io
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,8 @@ class SiteFeatures:
         unlabelled: unit rows [n, d] for domain adaptation, mirrored ones likewise.
         unreadable: images that were left out because they cannot be decoded.
         encoded: features that were computed in this call; the others came from the cache.
+        patients: whose each row is, by split.
+        digests: SHA-256 of all images' files, by patient.
     """
 
     train: Labelled
@@ -65,6 +68,8 @@ class SiteFeatures:
     unlabelled: NDArray[np.float32]
     unreadable: int
     encoded: int
+    patients: Mapping[Split, tuple[str, ...]] = field(default_factory=dict)
+    digests: Mapping[str, frozenset[bytes]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,14 @@ class Encoded:
         features: their unit features, [len(images), d] float32; [0, 0] without any.
         unreadable: number of images left out.
         encoded: number of features computed in this call.
+        digests: SHA-256 of the images' files, in the same order.
     """
 
     images: list[SiteImage]
     features: NDArray[np.float32]
     unreadable: int
     encoded: int
+    digests: list[bytes]
 
 
 class FeatureCache:
@@ -199,19 +206,20 @@ class _Encoding:
         self._loaded: LoadedBackbone | None = None
         self._recipe = _recipe(backbone)
         self._found: dict[int, NDArray[np.float32]] = {}
+        self._digests: dict[int, bytes] = {}
         self._batch: list[tuple[int, bytes, Image.Image]] = []
         self._pending: list[tuple[bytes, NDArray[np.float32]]] = []
         self._encoded = 0
 
     def run(self, skip_unreadable: bool) -> Encoded:
         if not self._images:
-            return Encoded([], np.empty((0, 0), dtype=np.float32), 0, 0)
+            return Encoded([], np.empty((0, 0), dtype=np.float32), 0, 0, [])
         self._space = self._find_space()
         unreadable = []
         for index, image in enumerate(self._images):
             try:
                 content = image.path.read_bytes()
-                digest = hashlib.sha256(content).digest()
+                digest = self._digests[index] = hashlib.sha256(content).digest()
                 feature = self._cache.get(digest, self._space)
                 if feature is not None:
                     self._found[index] = feature
@@ -236,7 +244,13 @@ class _Encoding:
         kept = sorted(self._found)
         rows = [self._found[index] for index in kept]
         features = np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
-        return Encoded([self._images[index] for index in kept], features, len(unreadable), self._encoded)
+        return Encoded(
+            [self._images[index] for index in kept],
+            features,
+            len(unreadable),
+            self._encoded,
+            [self._digests[index] for index in kept],
+        )
 
     def _find_space(self) -> bytes:
         preprocessing = self._cache.preprocessing(self._recipe)
@@ -329,6 +343,13 @@ def load_features(
         known = [-1 if label is None else label for label in labels]
         return Labelled(np.concatenate(rows), np.array(known, dtype=np.int64))
 
+    owners: dict[Split, tuple[str, ...]] = {
+        split: tuple(image.patient for one in passes for image in one.images if image.split == split)
+        for split in get_args(Split)
+    }
+    digests: defaultdict[str, set[bytes]] = defaultdict(set)
+    for image, digest in zip(plain.images, plain.digests, strict=True):
+        digests[image.patient].add(digest)
     return SiteFeatures(
         train=gather("train"),
         val=gather("val"),
@@ -336,6 +357,8 @@ def load_features(
         unlabelled=gather("unlabelled").x,
         unreadable=plain.unreadable,
         encoded=sum(one.encoded for one in passes),
+        patients=owners,
+        digests={patient: frozenset(found) for patient, found in digests.items()},
     )
 
 

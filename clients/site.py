@@ -10,6 +10,8 @@ Knows nothing of Flower. Everything that must survive a crash lies in the site's
 ``runs/RUN/outbox/ROUND.*``     the round's integers, then the envelope made of them
 ``runs/RUN/adapter.safetensors`` the adapter after the journal's last record (rebuilt if lost)
 ``features.sqlite``             the feature cache, shared by all runs
+``privacy/``                    the privacy ledger (:mod:`privacy.ledger`), if the site has a budget
+``ledger_heads.json``           the newest privacy-ledger head of every site
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 from clients.data import read_data
 from clients.features import FeatureCache, SiteFeatures, load_features
 from clients.keyring import KeyRing
+from clients.private_round import private_rounds
 from clients.sitefile import SiteFile, read_site_file
 from clients.training import predict, train_round, zero_shot
 from privacy.ckks import Cipher
@@ -43,6 +46,7 @@ from secure_fed.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal
 from secure_fed.errors import (
     AdapterMismatchError,
     AggregateRefused,
+    BudgetError,
     EnvelopeError,
     KeyDeadError,
     KeyFileError,
@@ -51,6 +55,7 @@ from secure_fed.errors import (
     SiteFileError,
 )
 from secure_fed.evaluation import metrics
+from secure_fed.ledger_heads import LedgerHeads
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.records import Chain, Record, RecordFolder, read_header
 from secure_fed.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, Members, SealedKeyHeader
@@ -113,6 +118,9 @@ class Site:
         encoding = agreed.study.encoding
         self._bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)
         self._features: SiteFeatures | None = None
+        self._heads = LedgerHeads(self._state / "ledger_heads.json")
+        trains = self._member.role == "train"
+        self._private = private_rounds(file, agreed, self._heads) if trains else None
         self._blind = False
         self._chain = Chain(agreed)
         self._digests: dict[str, tuple[str, str]] = {}
@@ -255,9 +263,15 @@ class Site:
             raise ProtocolError(
                 f"asked for round {request.round}; the journal here ends after round {self._chain.round}"
             )
+        if self._chain.finished and self._private is not None:
+            self._private.finish()
         if self._chain.finished or self._member.role == "observer":
             return self._reply(ReplyCode.APPLIED)
-        return self._reply(ReplyCode.UPDATE, self._envelope(request.attempt))
+        try:
+            return self._reply(ReplyCode.UPDATE, self._envelope(request.attempt))
+        except BudgetError as error:
+            log.warning("%s: %s", self.name, error)
+            return self._reply(ReplyCode.APPLIED)
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
         attested = ""  # before the first genesis there is neither key nor head
@@ -285,10 +299,14 @@ class Site:
             return
         record = self._chain.check(data)
         self._check_void(record)
+        heads = {entry.site: (entry.ledger_seq, entry.ledger_head) for entry in record.contributors}
+        for name, head in heads.items():
+            self._heads.check(name, *head)
         if record.amendment is not None:
             self._check_policy(record.amendment)
         if record.header.kind == "aggregate":
             self._pin(record)
+        self._heads.keep(heads)
         self._records.append(record)
         self._apply(record)
         self._store_adapter()
@@ -552,24 +570,32 @@ class Site:
             if header.attempt == attempt:
                 check_position(header, due)
                 return data
-        integers = self._integers(outbox / f"{due.round:08d}.integers")
+        integers, ledger = self._integers(outbox / f"{due.round:08d}.integers")
         contribution = Contribution(site=self.name, attempt=attempt)
         binding = Binding(run=due.run, head=due.head, round=due.round)
         payload = self._sealer().seal(integers, binding, contribution)
-        data = seal_envelope(self._agreed, due, contribution, (0, ZERO_DIGEST), payload, self._identity.signing)
+        data = seal_envelope(self._agreed, due, contribution, ledger, payload, self._identity.signing)
         write_durable(path, data, 0o600)
+        if self._private is not None:
+            self._private.at_step(9)
         return data
 
-    def _integers(self, path: Path) -> NDArray[np.int64]:
-        """The round's integers: those stored, else trained, rounded once and stored before they are used."""
+    def _integers(self, path: Path) -> tuple[NDArray[np.int64], tuple[int, str]]:
+        """The round's integers: those stored, else trained, rounded once and stored before they are used.
+
+        With them the head of the privacy ledger that paid for them; zeros without a budget.
+        """
+        if self._private is not None:
+            integers = self._private.integers(self._chain.due, self.parameters, path, self.features, self._quantise)
+            return integers, self._private.head
         if path.exists():
             stored: NDArray[np.int64] = safetensors.numpy.load(path.read_bytes())["integers"]
-            return stored
+            return stored, (0, ZERO_DIGEST)
         for old in path.parent.iterdir():
             old.unlink()
         integers = self._train()
         write_durable(path, bytes(safetensors.numpy.save({"integers": integers})), 0o600)
-        return integers
+        return integers, (0, ZERO_DIGEST)
 
     def _train(self) -> NDArray[np.int64]:
         study = self._agreed.study
@@ -579,8 +605,20 @@ class Site:
             self._agreed, self.parameters, features, training_seed(study.seed, self.name, round_number)
         )
         update = codec.flatten(trained) - codec.flatten(self.parameters)
-        lanes = self._agreed.parameters
+        counts = (0, 0)
+        if study.encoding.share_validation and len(features.val.y):
+            predicted = self._predict(features.val.x, self.parameters, self._agreed).argmax(axis=1)
+            counts = len(features.val.y), int(np.count_nonzero(predicted == features.val.y))
         draws = codec.rounding_draws(study.seed, self.name, round_number, update.size)
+        return self._quantise(update, draws, counts)
+
+    def _quantise(
+        self, update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int] = (0, 0)
+    ) -> NDArray[np.int64]:
+        """The integers of an update and, if the study shares them, of validation counts (zeros unless given)."""
+        study = self._agreed.study
+        round_number = self._chain.due.round
+        lanes = self._agreed.parameters
         quantised = codec.quantise(update, self._bounds, self._member.weight, lanes.max_integer, draws)
         log.info(
             "round %d: saturated share %.2g, quantisation error %.3g rms",
@@ -598,13 +636,7 @@ class Site:
             )
         if not study.encoding.share_validation:
             return quantised.integers
-        images, labels = features.val
-        correct = 0
-        if len(labels):
-            predicted = self._predict(images, self.parameters, self._agreed).argmax(axis=1)
-            correct = int(np.count_nonzero(predicted == labels))
-        counts = codec.encode_counts((len(labels), correct), study.encoding.bits)
-        return np.concatenate([quantised.integers, counts])
+        return np.concatenate([quantised.integers, codec.encode_counts(counts, study.encoding.bits)])
 
 
 def training_seed(seed: int, site: str, round_number: int) -> int:

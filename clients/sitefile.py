@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
 from secure_fed.errors import SiteFileError
 from secure_fed.study import MIN_SITES_HE, Name, Shares, Study, Text
-from secure_fed.tomlfile import FileModel, read_toml
+from secure_fed.tomlfile import FileModel, parse_table, read_toml
 
 
 class SiteData(FileModel):
@@ -40,6 +40,21 @@ class SiteServer(FileModel):
     authority: Text
 
 
+class SitePrivacy(FileModel):
+    """The site's privacy budget. Once a ledger is begun, only epsilon can change, and only fall.
+
+    Attributes:
+        epsilon: budget of each patient over the life of the ledger.
+        delta: its other half; far below one over the number of patients.
+        n_ref: declared number of training patients, by which noisy sums are divided; public, so never the count;
+            the study's if not set.
+    """
+
+    epsilon: Annotated[float, Field(gt=0, le=100)]
+    delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
+    n_ref: Annotated[int, Field(ge=1, le=10**9)] | None = None
+
+
 class SiteFile(FileModel):
     """``site.toml``; relative paths start at its folder.
 
@@ -50,6 +65,8 @@ class SiteFile(FileModel):
         identity: folder of its private keys.
         checkpoint: the backbone's weights on this node, for sites without internet.
         server: how the site reaches the server; not needed to simulate.
+        privacy: the budget under which the site trains; without one, and without a ledger that remembers one, it
+            trains without differential privacy.
         allow_plain: whether a study without encryption is joined; never with patients' data.
         min_sites: fewest contributors this site asks of an aggregate; a study that asks for less is refused.
         amendments: which rotations of the study's key are applied unasked: all, those by which no site joins, or
@@ -65,6 +82,7 @@ class SiteFile(FileModel):
     identity: Text
     checkpoint: Text | None = None
     server: SiteServer | None = None
+    privacy: SitePrivacy | None = None
     data: SiteData
     allow_plain: bool = False
     min_sites: Annotated[int, Field(ge=1, le=4096)] = MIN_SITES_HE
@@ -93,6 +111,20 @@ class SiteFile(FileModel):
             reasons.append(f"study min_sites = {study.min_sites}; this site asks for at least {self.min_sites}")
         if reasons:
             raise SiteFileError(f"site {self.site} refuses study {study.name}:\n  " + "\n  ".join(reasons))
+
+
+def with_budget(file: SiteFile, epsilon: float | None, delta: float | None) -> SiteFile:
+    """The site file with the budget that the command line gives, if it gives one.
+
+    Raises:
+        SiteFileError: a figure out of range, or a delta without epsilon.
+    """
+    if epsilon is None and delta is None:
+        return file
+    content = {} if file.privacy is None else file.privacy.model_dump(exclude_none=True)
+    content |= {name: value for name, value in (("epsilon", epsilon), ("delta", delta)) if value is not None}
+    privacy = parse_table(content, SitePrivacy, SiteFileError, "--epsilon, --delta")
+    return file.model_copy(update={"privacy": privacy})
 
 
 def read_site_file(path: Path) -> SiteFile:

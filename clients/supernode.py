@@ -66,7 +66,7 @@ FASTEST, SLOWEST = 0.05, 1.0
 """Pause between two looks for messages: short after one came, longer while nothing happens."""
 
 RETRY_FIRST, RETRY_MOST = 0.2, 5.0
-REJOIN_SECONDS = 90.0
+REJOIN_SECONDS = 60.0
 """How long Flower's refusal of a node that it takes for online can last; beyond that it means something else."""
 
 FAREWELL_SECONDS = 5.0
@@ -123,14 +123,17 @@ def _answer_messages(app: SiteApp, connection: _Connection) -> None:
             received = connection.pull()
         if received is None:
             time.sleep(pause)
-            pause = min(SLOWEST, pause * 1.2)
+            pause = min(SLOWEST, pause * 1.1)
             continue
         pause = FASTEST
         message, bundle = received
         context = Context(message.metadata.run_id, connection.node.node_id, {}, RecordDict(), {})
         began = time.monotonic()
+        answer = app.answer(message, context, bundle)
+        seconds = time.monotonic() - began
+        log.info("round %s: answered in %.2f s", message.metadata.group_id, seconds)
         with contextlib.suppress(_Stale):
-            connection.push(app.answer(message, context, bundle), time.monotonic() - began)
+            connection.push(answer, seconds)
         app.after_reply()
     connection.stay(FAREWELL_SECONDS)
 
@@ -171,11 +174,11 @@ class _Connection:
                     raise
                 if refused_since is None:
                     refused_since = time.monotonic()
-                    log.info("waiting to rejoin: the server still takes this site for connected, for up to 60 s")
+                    log.info("waiting to rejoin: the server takes this site for connected until 20 s after a crash")
                 elif time.monotonic() - refused_since > REJOIN_SECONDS:
                     raise NotAdmittedError(
                         f"{self._address}: the server refuses this site for {REJOIN_SECONDS:g} s; expected at most "
-                        "60 s after a crash: does the site run on another computer too?"
+                        "20 s after a crash: does the site run on another computer too?"
                     ) from None
                 time.sleep(1.0)
                 continue

@@ -162,7 +162,7 @@ def read_public_identity(path: Path) -> PublicIdentity:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise KeyFileError(f"{path}: cannot be read as a site's public file ({error})") from error
     if not isinstance(content, dict):
         raise KeyFileError(f"{path}: not a site's public file; expected a JSON object")
@@ -235,6 +235,10 @@ def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> Stu
     """
     header = check_sealed_key(data, agreed)
     payload = bytes(split_frame(KEY_MAGIC, data, MAX_KEY_HEADER, KeyFileError).payload)
+    # age takes time quadratic in the lines of its header: two a recipient, and a few of chaff.
+    lines, most = payload.partition(b"\n---")[0].count(b"\n"), 4 * len(header.recipients) + 64
+    if lines > most:
+        raise KeyFileError(f"sealed key: a header of {lines} lines; expected at most {most}; ask the key maker again")
     try:
         plain = pyrage.decrypt(payload, [identity.recipient])
     except pyrage.DecryptError as error:

@@ -142,8 +142,7 @@ class SeededForm:
                 f"a seeded ciphertext with other fields than SEAL {_version(SEAL_VERSION)} writes for this "
                 "study; install the tenseal version that secfacmic names"
             )
-        words = np.frombuffer(body, "<u8", DEGREE, _POLYNOMIAL_AT)
-        return body[-SEED_BYTES:], words.astype(np.uint64)
+        return body[-SEED_BYTES:], np.frombuffer(body, "<u8", DEGREE, _POLYNOMIAL_AT)
 
     def _before(self) -> bytes:
         fields = _FIELDS.pack(*self.parms_id, 1, _POLYNOMIALS, DEGREE, _DATA_PRIMES, self.scale, 1)

@@ -40,7 +40,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def adapt(self, features: Tensor) -> Tensor:
-        """Adapted unit features, [n, d], of unit features [n, d]."""
+        """Adapted unit features, [..., d], of unit features [..., d]."""
 
     def class_vectors(self) -> Tensor:
         """The unit vector of each class, [K, d]."""
@@ -49,6 +49,10 @@ class Adapter(nn.Module, ABC):
     def logits(self, features: Tensor) -> Tensor:
         """Logits [n, K]: logit_scale times the cosine of adapted feature and class vector."""
         return self.compare(self.adapt(features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The logits, under the name by which torch modules are called; Opacus' hooks need it."""
+        return self.logits(features)
 
     def compare(self, adapted: Tensor) -> Tensor:
         """Logits [n, K] of features that are already adapted."""
@@ -97,9 +101,9 @@ class AttentionGate(Adapter):
         if self._by_batch:
             hidden = self._batch_norm(hidden)
         else:
-            hidden = nn.functional.layer_norm(hidden, hidden.shape[1:], self.norm_weight, self.norm_bias, NORM_EPSILON)
-        gate = softmax(linear(leaky_relu(hidden, 0.01), self.second_weight, self.second_bias), dim=1)
-        return normalize(gate * features, dim=1)
+            hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:], self.norm_weight, self.norm_bias, NORM_EPSILON)
+        gate = softmax(linear(leaky_relu(hidden, 0.01), self.second_weight, self.second_bias), dim=-1)
+        return normalize(gate * features, dim=-1)
 
     @torch.no_grad()
     def set_statistics(self, features: Tensor) -> None:
@@ -125,7 +129,7 @@ class LowRank(Adapter):
 
     def adapt(self, features: Tensor) -> Tensor:
         """As in :class:`Adapter`."""
-        return normalize(features + linear(linear(features, self.down), self.up), dim=1)
+        return normalize(features + linear(linear(features, self.down), self.up), dim=-1)
 
 
 class TextHead(Adapter):

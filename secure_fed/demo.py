@@ -15,7 +15,17 @@ from secure_fed.certificates import CA, create_authority
 from secure_fed.errors import DemoError, StudyError
 from secure_fed.processes import start, stop
 from secure_fed.records import Chain, RecordFolder
-from secure_fed.simulation import Listener, RoundFacts, finish, open_run, open_sites, plan_of, prepare, round_facts
+from secure_fed.simulation import (
+    Budget,
+    Listener,
+    RoundFacts,
+    finish,
+    open_run,
+    open_sites,
+    plan_of,
+    prepare,
+    round_facts,
+)
 from secure_fed.storage import exclusive, make_folder
 from secure_fed.study import AgreedStudy, Study, with_fields
 from server.coordinator import current_run
@@ -53,7 +63,9 @@ def with_sites(template: Study, count: int) -> Study:
     return with_fields(template, **changes)
 
 
-def prepare_federation(template: Study, out: Path, data: Path | None, port: int = PORT) -> AgreedStudy:
+def prepare_federation(
+    template: Study, out: Path, data: Path | None, port: int = PORT, budget: Budget | None = None
+) -> AgreedStudy:
     """Write study, authority, keys and site folders, and begin a run, but start nothing.
 
     Args:
@@ -61,12 +73,13 @@ def prepare_federation(template: Study, out: Path, data: Path | None, port: int 
         out: the folder.
         data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
         port: where the sites will find the server, on loopback.
+        budget: privacy budget of each site.
 
     Raises:
         SecfacmicError: as :func:`secure_fed.simulation.prepare`.
     """
     server = SiteServer(address=f"{HOST}:{port}", authority=f"../../{CERTIFICATES}/{CA}")
-    agreed = prepare(template, out, data, server)
+    agreed = prepare(template, out, data, server, budget)
     if not (out / CERTIFICATES).exists():
         create_authority(out / CERTIFICATES, [HOST, "localhost"])
     # Sites open keys and journals, which must be closed again before their own processes do.
@@ -74,7 +87,9 @@ def prepare_federation(template: Study, out: Path, data: Path | None, port: int 
     return agreed
 
 
-def run_demo(template: Study, out: Path, data: Path | None, listener: Listener) -> dict[str, Any]:
+def run_demo(
+    template: Study, out: Path, data: Path | None, listener: Listener, budget: Budget | None = None
+) -> dict[str, Any]:
     """Run a study as processes of this machine and write its results, as :func:`secure_fed.simulation.simulate` does.
 
     Args:
@@ -83,6 +98,7 @@ def run_demo(template: Study, out: Path, data: Path | None, listener: Listener) 
         out: gets what ``simulate`` writes, and ``logs/``.
         data: folder of the sites' data; without it the template's phantoms.
         listener: is told what happens.
+        budget: privacy budget of each site.
 
     Returns:
         The content of ``summary.json``.
@@ -97,7 +113,7 @@ def run_demo(template: Study, out: Path, data: Path | None, listener: Listener) 
         begun = time.monotonic()
         listener.stage("preparing the study, its keys and its authority")
         port = _free_port()
-        agreed = prepare_federation(template, out, data, port)
+        agreed = prepare_federation(template, out, data, port, budget)
         make_folder(out / LOGS)
         processes: dict[str, subprocess.Popen[bytes]] = {}
         try:

@@ -134,10 +134,46 @@ class NonFiniteUpdateError(SecfacmicError):
     exit_code = 50
 
 
+class BudgetError(SecfacmicError):
+    """A privacy budget that cannot pay, or that somebody tries to raise."""
+
+    exit_code = 51
+
+
+class PrivateMethodError(SecfacmicError):
+    """A method, loss or norm that differential privacy does not hold for."""
+
+    exit_code = 52
+
+
+class GuardError(SecfacmicError):
+    """Training code that failed its check on synthetic data; no budget was touched."""
+
+    exit_code = 53
+
+
+class AuditFailedError(SecfacmicError):
+    """An audit that refuted the claimed epsilon."""
+
+    exit_code = 54
+
+
 class StorageError(SecfacmicError):
     """A file that could not be written durably (disk full, permissions)."""
 
     exit_code = 60
+
+
+class LedgerError(SecfacmicError):
+    """A privacy ledger that does not verify, or is not there although it was."""
+
+    exit_code = 61
+
+
+class LedgerRollbackError(SecfacmicError):
+    """A privacy ledger older than the one that server or other sites have seen."""
+
+    exit_code = 62
 
 
 class NotEnoughSitesError(SecfacmicError):

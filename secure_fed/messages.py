@@ -27,6 +27,7 @@ RECORD_TYPE = "secfacmic.record"
 ENVELOPE_TYPE = "secfacmic.envelope"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
+WITH_ENVELOPE = frozenset({ReplyCode.UPDATE, ReplyCode.ACKNOWLEDGED})
 
 Fields = TypeVar("Fields", bound=FileModel)
 
@@ -113,8 +114,8 @@ def read_reply(content: RecordDict, site: str) -> RoundReply:
     """
     fields, arrays = _parts(content, "reply", "envelope")
     parsed = _parse(fields, _ReplyFields)
-    if set(arrays) - {"envelope"} or (parsed.code == ReplyCode.UPDATE) != bool(arrays):
-        raise ProtocolError(f"{len(arrays)} envelopes with code {parsed.code}; expected one with update, else none")
+    if set(arrays) - {"envelope"} or (parsed.code in WITH_ENVELOPE) != bool(arrays):
+        raise ProtocolError(f"{len(arrays)} envelopes with code {parsed.code}; expected one with an update, else none")
     envelope = _bytes(arrays["envelope"], ENVELOPE_TYPE) if arrays else b""
     return RoundReply(site, parsed.code, parsed.run, parsed.position, parsed.attestation, envelope)
 

@@ -282,9 +282,9 @@ def read_header(data: bytes, agreed: AgreedStudy) -> tuple[Frame, RecordHeader]:
         RecordError: with what was found and expected.
     """
     frame = split_frame(MAGIC, data, HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites, RecordError)
-    header = parse_header(frame.header, RecordHeader, RecordError)
     assert agreed.study.coordinator is not None  # load_study refuses a study without one
     verify_signature(MAGIC, frame.header, frame.signature, agreed.study.coordinator, RecordError)
+    header = parse_header(frame.header, RecordHeader, RecordError)
     if header.study != agreed.study.id:
         raise RecordError(
             f"record {header.seq}: of study {header.study}, but the study here is {agreed.study.id}; "

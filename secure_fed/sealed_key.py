@@ -85,10 +85,10 @@ def check_sealed_key(data: bytes, agreed: AgreedStudy) -> SealedKeyHeader:
     if len(data) > MAX_SEALED:
         raise KeyFileError(f"sealed key: {len(data)} bytes; expected at most {MAX_SEALED}")
     frame = split_frame(KEY_MAGIC, data, MAX_KEY_HEADER, KeyFileError)
-    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
     maker = agreed.study.site(agreed.study.key_maker)
     assert maker.keys is not None  # load_study refuses sites without keys
     verify_signature(KEY_MAGIC, frame.header, frame.signature, maker.keys.signing, KeyFileError)
+    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
     if header.maker != maker.name:
         raise KeyFileError(f"sealed key: made by {header.maker}; expected the study's key maker {maker.name}")
     if header.study != agreed.study.id:

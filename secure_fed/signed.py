@@ -8,7 +8,6 @@ Hostile bytes are checked cheapest first, and nothing is parsed beyond the heade
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from dataclasses import dataclass
@@ -103,7 +102,8 @@ def parse_header(text: bytes, model: type[Header], refusal: type[SecfacmicError]
     """
     try:
         header = model.model_validate_json(text)
-        if canonical_json(json.loads(text)) != text:
+        # Against the parsed header: 1.0 is read as version 1 and is canonical JSON, but not of this header.
+        if canonical_json(header.model_dump(mode="json")) != text:
             raise refusal("its header is not in canonical form")
     except (ValidationError, ValueError, RecursionError) as error:
         fields = (

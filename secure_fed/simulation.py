@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from clients.data import read_data
+from clients.private_round import ledger_folder
 from clients.site import Site
-from clients.sitefile import SiteData, SiteFile, SiteServer, read_site_file
+from clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file
 from privacy.keys import Identity, create_identity, create_sealed_key, load_identity
+from privacy.ledger import Ledger, opened
 from secure_fed.adapter_file import save_adapter
 from secure_fed.adapters import initial_parameters
 from secure_fed.codec import Parameters, adapter_digest
@@ -29,6 +32,13 @@ from server.coordinator import Coordinator, current_run
 from server.journal import JournalEntry
 
 Metrics = dict[str, float | None]
+
+
+class Budget(NamedTuple):
+    """A privacy budget: ``epsilon`` above 0, ``delta`` in (0, 1e-3]."""
+
+    epsilon: float
+    delta: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,13 @@ class Listener:
 
 
 def simulate(
-    template: Study, out: Path, data: Path | None, listener: Listener, *, skip_unreadable: bool = False
+    template: Study,
+    out: Path,
+    data: Path | None,
+    listener: Listener,
+    *,
+    skip_unreadable: bool = False,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Run a study on one machine and write its results.
 
@@ -76,6 +92,7 @@ def simulate(
         data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
         listener: is told what happens.
         skip_unreadable: leave out images that cannot be decoded.
+        budget: privacy budget of each site, as in :func:`prepare`.
 
     Returns:
         The content of ``summary.json``.
@@ -86,15 +103,15 @@ def simulate(
     plan_of(template, data)
     make_folder(out)
     with exclusive(out):
-        return _simulate(template, out, data, listener, skip_unreadable)
+        return _simulate(template, out, data, listener, skip_unreadable, budget)
 
 
 def _simulate(
-    template: Study, out: Path, data: Path | None, listener: Listener, skip_unreadable: bool
+    template: Study, out: Path, data: Path | None, listener: Listener, skip_unreadable: bool, budget: Budget | None
 ) -> dict[str, Any]:
     start = time.monotonic()
     listener.stage("preparing the study")
-    agreed = prepare(template, out, data)
+    agreed = prepare(template, out, data, budget=budget)
     sites = open_sites(agreed, out, skip_unreadable=skip_unreadable)
     listener.stage("encoding images")
     for site in sites:
@@ -145,11 +162,20 @@ def finish(
         "metrics": evaluate(agreed, sites, final),
         "seconds_total": time.monotonic() - start,
     }
+    spent = _privacy_summary(agreed, out)
+    if spent:
+        summary["privacy"] = spent
     write_durable(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 
-def prepare(template: Study, out: Path, data: Path | None, server: SiteServer | None = None) -> AgreedStudy:
+def prepare(
+    template: Study,
+    out: Path,
+    data: Path | None,
+    server: SiteServer | None = None,
+    budget: Budget | None = None,
+) -> AgreedStudy:
     """Write study, keys and site folders into a folder, or check that what is there is the same study.
 
     Args:
@@ -157,6 +183,7 @@ def prepare(template: Study, out: Path, data: Path | None, server: SiteServer | 
         out: the folder.
         data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
         server: how the sites are to reach the server, if by network.
+        budget: privacy budget of each site; without one, that of its ``site.toml`` or ledger, if any.
 
     Raises:
         StudyError: the template cannot be simulated.
@@ -180,6 +207,8 @@ def prepare(template: Study, out: Path, data: Path | None, server: SiteServer | 
     data = data or out / "data"
     _write_site_files(agreed, plan, out, data, server)
     _make_phantoms(plan, out / "data", data)
+    if budget is not None:
+        _set_budgets(agreed, plan, out, budget)
     return agreed
 
 
@@ -275,15 +304,36 @@ def _write_site_files(
         path = out / "sites" / played.name / "site.toml"
         if path.exists():
             known = read_toml(path, SiteFile, SiteFileError)
-            if known.model_copy(update={"server": None}) != file:
+            if known.model_copy(update={"server": None, "privacy": None}) != file:
                 raise OutputError(
                     f"{path}: not what this template and data folder give; expected the same data as before, "
                     "or another --out"
                 )
             if server is None or known.server == server:
                 continue
+            file = file.model_copy(update={"privacy": known.privacy})
         make_folder(path.parent)
         write_toml(path, file.model_copy(update={"server": server}))
+
+
+def _set_budgets(agreed: AgreedStudy, plan: Simulation, out: Path, budget: Budget) -> None:
+    """Write the budget into each ``site.toml``; a site's ledger refuses a higher one than before.
+
+    The declared number of patients comes from the images, which is right for public and simulated data alone.
+    """
+    study = agreed.study
+    for played in plan.sites:
+        path = out / "sites" / played.name / "site.toml"
+        file = read_toml(path, SiteFile, SiteFileError)
+        if file.privacy is not None:
+            n_ref = file.privacy.n_ref
+        else:
+            images = read_data(Path(file.data.folder), study.class_names, plan.unit, plan.shares, study.seed)
+            count = len({image.patient for image in images if image.split == "train"})
+            n_ref = max(10, round(count, -1))
+        privacy = SitePrivacy(epsilon=budget.epsilon, delta=budget.delta, n_ref=n_ref)
+        if file.privacy != privacy:
+            write_toml(path, file.model_copy(update={"privacy": privacy}))
 
 
 def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
@@ -353,6 +403,19 @@ def round_facts(agreed: AgreedStudy, entry: JournalEntry, validation: float | No
         seconds=(entry.header.closed_ms - entry.header.opened_ms) / 1000,
         validation=validation,
     )
+
+
+def _privacy_summary(agreed: AgreedStudy, out: Path) -> dict[str, Any]:
+    """Epsilon by site, for those that have a ledger; labelled simulated, as all of it is here."""
+    spent = {}
+    for member in agreed.study.sites:
+        folder = ledger_folder(read_site_file(out / "sites" / member.name / "site.toml"))
+        if Ledger.exists(folder):
+            with opened(folder) as ledger:
+                facts = ledger.summary()
+            names = ("epsilon_spent", "epsilon_budget", "delta", "unit", "simulated")
+            spent[member.name] = {name: facts[name] for name in names}
+    return spent
 
 
 def _round_summary(agreed: AgreedStudy, entry: JournalEntry) -> dict[str, Any]:

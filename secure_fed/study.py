@@ -146,6 +146,36 @@ class Encoding(FileModel):
     share_validation: bool = True
 
 
+class PrivateTraining(FileModel):
+    """Public constants of training under differential privacy; sites without a budget use none of them.
+
+    Attributes:
+        clip: most that one patient moves a sum of gradients (L2 norm).
+        steps: noisy steps of one round, over all patients unless ``sampling_rate`` says otherwise.
+        learning_rate: of the optimiser, which sees noisy mean gradients only.
+        optimizer: ``sgd`` with ``momentum``, or ``adam``.
+        momentum: of ``sgd``.
+        sampling_rate: share of the patients that each step draws at random; below 1 only to save time.
+        n_ref: declared number of training patients of a site that declares none itself.
+        images_per_patient: at most so many images of a patient are trained on, the first by path.
+        prior: shares of the classes that logits are adjusted by; uniform if empty.
+        lmmd_centre: public point that features are taken relative to in the released means; the origin if empty.
+        lmmd_radius: bound on a feature's distance from it; unit features lie within 1 of the origin.
+    """
+
+    clip: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 4
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.1
+    optimizer: Literal["adam", "sgd"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n_ref: Annotated[int, Field(ge=1, le=10**9)] = 500
+    images_per_patient: Annotated[int, Field(ge=1, le=4096)] = 8
+    prior: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    lmmd_centre: tuple[Annotated[float, Field(ge=-1, le=1)], ...] = ()
+    lmmd_radius: Annotated[float, Field(gt=0, le=2)] = 1.0
+
+
 class SiteKeys(FileModel):
     """The public half of a site's identity.
 
@@ -239,6 +269,7 @@ class Study(FileModel):
     method: Method
     training: Training
     encoding: Encoding
+    privacy: PrivateTraining = PrivateTraining()
     sites: tuple[StudySite, ...]
     key_maker: Name
     coordinator: Hex64 | None = None
@@ -261,6 +292,17 @@ class Study(FileModel):
             raise ValueError(f"{len(classes)} classes; expected at least 2")
         _refuse_duplicates("class", [entry.name for entry in classes])
         return classes
+
+    @field_validator("privacy")
+    @classmethod
+    def _prior_of_each_class(cls, privacy: PrivateTraining, info: ValidationInfo) -> PrivateTraining:
+        count = len(info.data.get("classes", ()))
+        if privacy.prior and count and (len(privacy.prior) != count or abs(sum(privacy.prior) - 1) > 1e-9):
+            raise ValueError(
+                f"prior has {len(privacy.prior)} shares that add up to {sum(privacy.prior):g}; "
+                f"expected one for each of {count} classes, adding up to 1, or none"
+            )
+        return privacy
 
     @field_validator("encoding")
     @classmethod
@@ -314,8 +356,12 @@ class Study(FileModel):
 
     @cached_property
     def id(self) -> str:
-        """SHA-256 of the parsed content without ``[simulation]``, as 64 hex digits."""
-        content = self.model_dump(mode="json", exclude={"simulation"})
+        """SHA-256 of the parsed content without ``[simulation]``, as 64 hex digits.
+
+        Fields at their defaults are left out, so that a later version's new fields do not change the id of a study
+        that lacks them. A default, once released, never changes.
+        """
+        content = self.model_dump(mode="json", exclude={"simulation"}, exclude_defaults=True)
         return hashlib.sha256(b"secfacmic study 1\n" + canonical_json(content)).hexdigest()
 
     @property

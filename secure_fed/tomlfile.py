@@ -39,6 +39,8 @@ def parse_toml(text: str, model: type[Model], refusal: type[SecfacmicError], whe
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise refusal(f"{where}: not TOML: {error}; mend that line") from error
+    except RecursionError:
+        raise refusal(f"{where}: nested too deeply to be read; expected a few levels") from None
     return parse_table(content, model, refusal, where)
 
 
@@ -51,6 +53,8 @@ def parse_table(content: dict[str, Any], model: type[Model], refusal: type[Secfa
         lines = [_line(entry["loc"], entry) for entry in error.errors()]
         count = f"{len(lines)} errors" if len(lines) > 1 else "1 error"
         raise refusal(f"{where}: {count}\n" + "\n".join(lines)) from None
+    except RecursionError:
+        raise refusal(f"{where}: nested too deeply to be read; expected a few levels") from None
 
 
 def read_toml(path: Path, model: type[Model], refusal: type[SecfacmicError]) -> Model:

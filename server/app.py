@@ -21,13 +21,23 @@ import httpx
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from secure_fed.errors import EnvelopeError, ProtocolError, SecfacmicError, ServerAppError, StudyError
+from secure_fed.errors import (
+    EnvelopeError,
+    KeyFileError,
+    ProtocolError,
+    RecordError,
+    SecfacmicError,
+    ServerAppError,
+    StudyError,
+)
 from secure_fed.messages import ROUND_MESSAGE, contract, read_reply, request_content
 from secure_fed.processes import die_with_parent, end_on_sigterm, log_lines, start, stop
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
+from secure_fed.sealed_key import check_sealed_key
 from secure_fed.signed import ZERO_DIGEST, load_signing_key
-from secure_fed.study import AgreedStudy, load_study
+from secure_fed.study import AgreedStudy, StudySite, load_study
 from server.coordinator import Coordinator, current_run
+from server.journal import JournalEntry
 from server.superlink import SuperLink, open_grid
 
 log = logging.getLogger("server.app")  # also in the process where this module is the main one
@@ -45,6 +55,9 @@ FASTEST, SLOWEST = 0.05, 0.5
 
 PATIENCE = 10.0
 """Seconds until a site whose reply could not be used is asked again."""
+
+MEMBERS_CHANGED = 100
+"""Exit status of the rounds' process when sites have joined or left."""
 
 CRASHES = 5
 CRASH_SECONDS = 10.0
@@ -65,6 +78,7 @@ class _Site:
     position: int | None = None  # records it has; None until it says so
     not_before: float = 0.0
     told_the_end: bool = False
+    passed: tuple[int, int] = (0, 0)  # round and attempt for which it has no update
 
 
 @dataclass
@@ -75,7 +89,7 @@ class RoundLoop:
         coordinator: decides what is accepted.
         agreed: the study.
         grid: Flower's.
-        nodes: Flower's node ids, by site.
+        nodes: Flower's node ids, by site; the members of the study.
     """
 
     coordinator: Coordinator
@@ -89,18 +103,28 @@ class RoundLoop:
     _looked: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
+        members = self.coordinator.journal.chain.members
         self._sites = [
-            _Site(site.name, self.nodes[site.name], site.role == "train") for site in self.agreed.study.sites
+            _Site(site.name, self.nodes[site.name], site.role == "train")
+            for site in members.values()
+            if site.name in self.nodes
         ]
         self._opened = time.monotonic()
 
-    def run(self) -> None:
-        """Run the study to its end; every site that is connected then has the last record."""
+    def run(self) -> bool:
+        """Run the study to its end; every site that is connected then has the last record.
+
+        Returns:
+            Whether it has ended; else the members have changed, and the sites must be registered anew.
+        """
         pause = FASTEST
         while not self._over():
+            if set(self.coordinator.journal.chain.members) != set(self.nodes):
+                return False
             moved = self.step()
-            pause = FASTEST if moved else min(SLOWEST, pause * 1.2)
+            pause = FASTEST if moved else min(SLOWEST, pause * 1.1)
             time.sleep(pause)
+        return True
 
     def step(self) -> bool:
         """Look once at sites and replies; whether anything came."""
@@ -161,8 +185,11 @@ class RoundLoop:
         if coordinator.finished:
             due = behind or not site.told_the_end
         else:
-            due = behind or (site.trains and site.name not in coordinator.sites_in)
+            due = behind or (site.trains and site.name not in coordinator.sites_in and not self._passes(site))
         return coordinator.request(site.run, site.position) if due else None
+
+    def _passes(self, site: _Site) -> bool:
+        return site.passed == (self.coordinator.round, self.coordinator.attempt)
 
     # --- replies ---
 
@@ -187,7 +214,7 @@ class RoundLoop:
                 continue
             try:
                 self._take(site, read_reply(message.content, site.name))
-            except (EnvelopeError, ProtocolError) as error:
+            except (EnvelopeError, ProtocolError, RecordError) as error:
                 log.warning("%s: its reply is refused: %s", site.name, error)
                 self._ask_later(site)
             return True
@@ -213,8 +240,14 @@ class RoundLoop:
                 log.warning("%s: refuses the aggregate of round %d; it is void", site.name, coordinator.round - 1)
                 coordinator.void_round()
                 self._open()
-        elif reply.code in (ReplyCode.UPDATE, ReplyCode.APPLIED) and reply.position == known:
+        elif reply.code != ReplyCode.MORE and reply.position == known:
             site.told_the_end = coordinator.finished
+            if reply.code == ReplyCode.APPLIED and site.trains and not coordinator.journal.chain.awaits_checkpoint:
+                # It has the head, was asked for an update and has none to give, now or later.
+                site.passed = (coordinator.round, coordinator.attempt)
+                if not coordinator.finished:
+                    log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
+                    coordinator.require_enough(sum(site.trains and not self._passes(site) for site in self._sites))
 
     # --- rounds ---
 
@@ -223,27 +256,14 @@ class RoundLoop:
         if coordinator.finished:
             return
         inside = set(coordinator.sites_in)
-        missing = {site.name for site in self._sites if site.trains} - inside
+        missing = {site.name for site in self._sites if site.trains and not self._passes(site)} - inside
         late = time.monotonic() - self._opened >= study.round_seconds
         enough = len(inside) >= study.min_sites
         if enough and (late or not missing - self._absent):
-            if missing:
-                log.warning("round %d goes on without %s", coordinator.round, ", ".join(sorted(missing)))
-            # Who is away is not waited for in every round; who is slow is.
-            self._absent |= {site.name for site in self._sites if site.name in missing and not site.since}
             entry = coordinator.close_round()
-            assert entry is not None  # there are enough
-            seconds = (entry.header.closed_ms - entry.header.opened_ms) / 1000
-            log.info(
-                "round %d of %d: %d sites in, %.2f MB, %.1f s",
-                entry.header.round,
-                study.rounds,
-                len(entry.sites),
-                entry.bytes_up / 1e6,
-                seconds,
-            )
-            self._open()
-            return
+            if entry is not None:
+                self._closed(entry, missing)
+                return
         away = sorted(site.name for site in self._sites if site.name in missing and not site.since)
         if away and (late or not self._busy(missing)):
             until = "until there are min_sites" if late else f"for at most {study.round_seconds:g} s"
@@ -251,6 +271,25 @@ class RoundLoop:
                 f"round {coordinator.round}: {len(inside)} sites in, min_sites {study.min_sites}; waiting {until} for "
                 f"{', '.join(away)}, not connected"
             )
+
+    def _closed(self, entry: JournalEntry, missing: set[str]) -> None:
+        header = entry.header
+        if header.kind != "aggregate":
+            log.info("%s appended before round %d", header.kind, self.coordinator.round)
+            return
+        if missing:
+            log.warning("round %d goes on without %s", header.round, ", ".join(sorted(missing)))
+        # Who is away is not waited for in every round; who is slow is.
+        self._absent |= {site.name for site in self._sites if site.name in missing and not site.since}
+        log.info(
+            "round %d of %d: %d sites in, %.2f MB, %.1f s",
+            header.round,
+            self.agreed.study.rounds,
+            len(entry.sites),
+            entry.bytes_up / 1e6,
+            (header.closed_ms - header.opened_ms) / 1000,
+        )
+        self._open()
 
     def _busy(self, missing: set[str]) -> bool:
         return any(site.since for site in self._sites if site.name in missing)
@@ -279,14 +318,33 @@ class RoundLoop:
         return False
 
 
-def serve(study: Path, mode: str, state: Path, listen: tuple[str, int]) -> None:
+@dataclass(frozen=True)
+class ServerFolders:
+    """What a server works with.
+
+    Attributes:
+        study: its ``study.toml``.
+        state: folder of the coordinator's key, certificate and journal.
+        keep_envelopes: where to keep the envelopes of every sum, if they are to be kept.
+    """
+
+    study: Path
+    state: Path
+    keep_envelopes: Path | None = None
+
+    def coordinator(self, agreed: AgreedStudy) -> Coordinator:
+        """The run's coordinator."""
+        return Coordinator(agreed, self.state, load_signing_key(self.state / KEY), self.keep_envelopes)
+
+
+def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None) -> None:
     """Serve a study until it is over.
 
     Args:
-        study: its ``study.toml``.
+        folders: study and state.
         mode: must be the study's, so that nobody serves in plain by oversight.
-        state: folder of the coordinator's key, certificate, journal and Flower's database.
         listen: host and port for the sites.
+        key: a sealed key file with which a run is to begin, if it has not yet.
 
     Raises:
         StudyError: the study has another mode, or no run was begun.
@@ -294,32 +352,70 @@ def serve(study: Path, mode: str, state: Path, listen: tuple[str, int]) -> None:
         ServerAppError: the rounds' process ends again and again.
         SecfacmicError: others, of the rounds.
     """
-    agreed = load_study(study)
+    agreed = load_study(folders.study)
     if agreed.study.mode != mode:
         raise StudyError(
-            f"{study}: mode = {agreed.study.mode!r}, but --mode {mode} was given; the two must agree: a mode is "
-            "agreed on by all sites and never changes"
+            f"{folders.study}: mode = {agreed.study.mode!r}, but --mode {mode} was given; the two must agree: a mode "
+            "is agreed on by all sites and never changes"
         )
-    _open_coordinator(agreed, state)
-    keys = {site.name: site.keys.flower for site in agreed.study.sites if site.keys is not None}
-    link = SuperLink(state, state / CERTIFICATES, listen, keys)
+    _begin_if_asked(agreed, folders, key)
+    members = folders.coordinator(agreed).journal.chain.members
+    link = SuperLink(folders.state / CERTIFICATES, listen, _flower_keys(members))
     log.info("study %s, %d rounds, mode %s; listening on %s:%d", agreed.study.name, agreed.study.rounds, mode, *listen)
     try:
-        _supervise(link, contract(agreed.study.id), study, state)
+        _supervise(link, agreed, folders)
     finally:
         link.stop()
 
 
-def _supervise(link: SuperLink, bundle: bytes, study: Path, state: Path) -> None:
+def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | None) -> None:
+    """Begin the study's run, or the next one once a run is over."""
+    signing = load_signing_key(folders.state / KEY)
+    begun = current_run(folders.state) is not None
+    key_id = ZERO_DIGEST
+    if agreed.study.mode == "he":
+        if key is None:
+            if not begun:
+                raise StudyError(
+                    f"{folders.state}: no run has begun; begin one with --key FILE, the sealed key file that the key "
+                    f"maker, {agreed.study.key_maker}, makes with: secfacmic keys create"
+                )
+            return
+        try:
+            key_id = check_sealed_key(key.read_bytes(), agreed).key
+        except OSError as error:
+            raise KeyFileError(f"{key}: cannot be read ({error.strerror}); expected a sealed key file") from error
+    elif begun:
+        return
+    if begun:
+        coordinator = folders.coordinator(agreed)
+        if coordinator.journal.records[0].header.key == key_id:
+            return
+        if not coordinator.finished:
+            raise StudyError(
+                f"{key}: not the key of the run that goes on here, which is in round {coordinator.round}; let it end, "
+                "or replace its key with: secfacmic keys rotate"
+            )
+    Coordinator.begin(agreed, folders.state, signing, key_id)
+
+
+def _flower_keys(members: Mapping[str, StudySite]) -> dict[str, str]:
+    return {site.name: site.keys.flower for site in members.values() if site.keys is not None}
+
+
+def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> None:
     """Keep the rounds' process running until it ends by itself."""
+    bundle = contract(agreed.study.id)
     crashes = 0
     while True:
         began = time.monotonic()
         child = start(["-m", "server.app"], stdin=True)
         try:
+            keep = folders.keep_envelopes
             setup = {
-                "study": str(study.resolve()),
-                "state": str(state.resolve()),
+                "study": str(folders.study.resolve()),
+                "state": str(folders.state.resolve()),
+                "keep_envelopes": None if keep is None else str(keep.resolve()),
                 "runtime": link.runtime,
                 "token": link.start_run(bundle),
                 "nodes": link.nodes,
@@ -331,6 +427,11 @@ def _supervise(link: SuperLink, bundle: bytes, study: Path, state: Path) -> None
             stop([child])
         if child.returncode == 0:
             return
+        if child.returncode == MEMBERS_CHANGED:
+            members = folders.coordinator(agreed).journal.chain.members
+            link.register(_flower_keys(members))
+            log.info("the members are now %s", ", ".join(sorted(members)))
+            continue
         if 10 <= child.returncode < 90:
             raise SystemExit(child.returncode)  # a refusal, which it has explained
         crashes = crashes + 1 if time.monotonic() - began < CRASH_SECONDS else 1
@@ -352,13 +453,6 @@ def _hand_over(child: subprocess.Popen[bytes], setup: Mapping[str, object]) -> N
         pass  # it has ended already; its exit status says why
 
 
-def _open_coordinator(agreed: AgreedStudy, state: Path) -> Coordinator:
-    key = load_signing_key(state / KEY)
-    if current_run(state) is None and agreed.study.mode == "plain":
-        return Coordinator.begin(agreed, state, key, ZERO_DIGEST)
-    return Coordinator(agreed, state, key)
-
-
 def main() -> None:
     """The rounds' process: its set-up comes on stdin."""
     die_with_parent()
@@ -367,19 +461,28 @@ def main() -> None:
     setup = json.loads(sys.stdin.read())
     app = ServerApp()
 
+    ended = False
+
     @app.main()
     def rounds(grid: Grid, context: Context) -> None:
-        agreed = load_study(Path(setup["study"]))
-        RoundLoop(_open_coordinator(agreed, Path(setup["state"])), agreed, grid, setup["nodes"]).run()
+        nonlocal ended
+        keep = setup["keep_envelopes"]
+        folders = ServerFolders(Path(setup["study"]), Path(setup["state"]), None if keep is None else Path(keep))
+        agreed = load_study(folders.study)
+        ended = RoundLoop(folders.coordinator(agreed), agreed, grid, setup["nodes"]).run()
 
     try:
         with open_grid(setup["runtime"], setup["token"]) as (grid, context):
             app(grid=grid, context=context)
+        sys.exit(0 if ended else MEMBERS_CHANGED)
     except SecfacmicError as error:
         log.error("%s", error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # in one line, and started again
+        log.error("the rounds failed with %s: %s", type(error).__name__, error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

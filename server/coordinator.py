@@ -14,7 +14,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privacy.lanes import Wire, wire
 from secure_fed.envelope import Envelope, check_position, open_envelope
-from secure_fed.errors import EnvelopeError, NotEnoughSitesError, ProtocolError, RecordError, StudyError
+from secure_fed.errors import (
+    EnvelopeError,
+    LedgerRollbackError,
+    NotEnoughSitesError,
+    ProtocolError,
+    RecordError,
+    StudyError,
+)
+from secure_fed.ledger_heads import LedgerHeads
 from secure_fed.protocol import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
 from secure_fed.records import Chain
 from secure_fed.sealed_key import (
@@ -68,6 +76,7 @@ class Coordinator:
         if not self.journal.records:
             raise RecordError(f"{self._folder}: no genesis; the run was not begun whole: begin a new one")
         self._attestations: dict[str, dict[str, str]] = {}
+        self._heads = LedgerHeads(folder / "ledger_heads.json")
         self._open_round()
         self._take_spool()
 
@@ -305,6 +314,8 @@ class Coordinator:
                 raise EnvelopeError(f"a second, different envelope of {site} for round {self.round}; the first counts")
             return
         make_folder(self._spool())
+        # Before the spool: a restart must not take an envelope that it would not have taken again.
+        self._heads.keep({site: (envelope.header.ledger_seq, envelope.header.ledger_head)})
         write_durable(self._spool() / f"{site}.envelope", data, 0o600)
         self._add(envelope)
 
@@ -318,6 +329,10 @@ class Coordinator:
         if envelope.header.attempt != self.attempt:
             raise EnvelopeError(f"envelope of {site}: attempt {envelope.header.attempt}, expected {self.attempt}")
         self._wire.check(envelope.payload)
+        try:
+            self._heads.check(site, envelope.header.ledger_seq, envelope.header.ledger_head)
+        except LedgerRollbackError as error:
+            raise EnvelopeError(f"envelope of {error}") from None
         return envelope
 
     def _add(self, envelope: Envelope) -> None:

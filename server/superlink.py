@@ -3,6 +3,10 @@
 From outside only the paths of the Fleet API that a site needs and ``/health`` answer, over TLS, and to registered
 keys only. The runtime API, by which the round loop's own process talks to the SuperLink, answers on loopback and to
 that process's token. The control API, which in this flwr version anybody could use to push code, is not served.
+
+Flower's own state is in memory only. What must survive lies in the coordinator's journal and spool and in the sites'
+outboxes; a database file would hold every envelope again, without erasing what it deletes, and make a round with four
+sites a second slower.
 """
 
 from __future__ import annotations
@@ -28,7 +32,12 @@ from flwr.app import Context
 from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    TaskType,
+)
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -79,10 +88,10 @@ class Gate:
     Args:
         app: Flower's.
         paths: whether a path is served.
-        keys: public keys that may call the Fleet API; None for a listener that has none.
+        keys: public keys that may call the Fleet API, and may change; None for a listener that has none.
     """
 
-    def __init__(self, app: App, paths: Callable[[str], bool], keys: frozenset[bytes] | None) -> None:
+    def __init__(self, app: App, paths: Callable[[str], bool], keys: set[bytes] | None) -> None:
         self._app = app
         self._paths = paths
         self._keys = keys
@@ -118,7 +127,6 @@ class SuperLink:
     """The SuperLink with its two listeners.
 
     Args:
-        state: folder of its database; an earlier one's registrations and online states are taken over.
         certificates: folder of ``server.crt`` and ``server.key``.
         listen: host and port for the sites.
         sites: Flower public keys of the sites, OpenSSH form, by name.
@@ -132,7 +140,7 @@ class SuperLink:
         runtime: address of the runtime API on loopback.
     """
 
-    def __init__(self, state: Path, certificates: Path, listen: tuple[str, int], sites: Mapping[str, str]) -> None:
+    def __init__(self, certificates: Path, listen: tuple[str, int], sites: Mapping[str, str]) -> None:
         context = _tls(certificates)
         outside = _bind(listen)
         inside = _bind(("127.0.0.1", 0))
@@ -158,19 +166,20 @@ class SuperLink:
             ssl_ca_certfile=None,
             ssl_certfile=None,
             ssl_keyfile=None,
-            database=str(state / "superlink.db"),
+            database=FLWR_IN_MEMORY_DB_NAME,
             isolation=ISOLATION_MODE_PROCESS,
             runtime_dependency_install=False,
         )
         app = create_app(config, SuperLinkLifespan)
         self._state = app.state.linkstate_factory.state()
-        keys = {name: _key_bytes(key) for name, key in sites.items()}
-        self.nodes = {name: self._register(name, key) for name, key in keys.items()}
-        self._run: int | None = None
-        allowed = frozenset(keys.values())
+        self._allowed: set[bytes] = set()
+        self.nodes: dict[str, int] = {}
+        self.register(sites)
         # Flower's own lifespan would start legacy servers; nothing else depends on it.
         common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False, "ws": "none"}
-        fleet = Gate(app, lambda path: path in FLEET_PATHS or path == "/health", allowed)
+        # Idle connections of sites must not hold up the end.
+        common["timeout_graceful_shutdown"] = 1
+        fleet = Gate(app, lambda path: path in FLEET_PATHS or path == "/health", self._allowed)
         runtime = Gate(app, lambda path: path.startswith("/v1/runtime/"), None)
         public = uvicorn.Config(
             fleet, ssl_context_factory=lambda *_: context, server_header=False, proxy_headers=False, **common
@@ -184,6 +193,17 @@ class SuperLink:
     def alive(self) -> bool:
         """Whether the listeners still answer."""
         return self._thread.is_alive()
+
+    def register(self, sites: Mapping[str, str]) -> None:
+        """Let in these sites, and no others.
+
+        Args:
+            sites: Flower public keys, OpenSSH form, by name.
+        """
+        keys = {name: _key_bytes(key) for name, key in sites.items()}
+        self.nodes = {name: self._node(name, key) for name, key in keys.items()}
+        self._allowed.intersection_update(keys.values())
+        self._allowed.update(keys.values())
 
     def start_run(self, bundle: bytes) -> str:
         """Begin a new Flower run with this bundle, ending the one before, whose messages nobody waits for.
@@ -212,7 +232,7 @@ class SuperLink:
     async def _serve(self) -> None:
         await asyncio.gather(*(server.serve(sockets=[bound]) for server, bound in self._servers))
 
-    def _register(self, name: str, key: bytes) -> int:
+    def _node(self, name: str, key: bytes) -> int:
         known = self._state.get_node_id_by_public_key(key)
         if known is not None:
             return int(known)

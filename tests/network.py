@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -18,6 +19,18 @@ from secure_fed.demo import prepare_federation
 from secure_fed.study import Study, load_study
 from server.coordinator import current_run
 
+AUDIT = """
+import os, sys
+file = os.open(os.environ["SOCKET_AUDIT"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.bind", "socket.sendto"):
+        os.write(file, f"{os.getpid()} {event} {arguments[-1]!r}\\n".encode())
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        os.write(file, f"{os.getpid()} {event} {arguments[0]!r}\\n".encode())
+sys.addaudithook(hook)
+"""
+"""Written as ``sitecustomize.py``: every process notes whom it calls, from its first line on."""
+
 
 class Network:
     """Study, sites and server in a folder, and the processes started there."""
@@ -30,6 +43,9 @@ class Network:
         self.agreed = prepare_federation(template, folder, images, self.port)
         self.names = [site.name for site in load_study(folder / "study.toml").study.sites]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.audit_file = folder / "sockets.log"
+        (folder / "audit").mkdir()
+        (folder / "audit" / "sitecustomize.py").write_text(AUDIT)
 
     def start(self, *names: str) -> None:
         """Start the server ("server") or sites, each with a log of its own."""
@@ -45,6 +61,7 @@ class Network:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    env=os.environ | {"PYTHONPATH": str(self.folder / "audit"), "SOCKET_AUDIT": str(self.audit_file)},
                 )
 
     def site_folder(self, name: str) -> Path:
@@ -55,6 +72,16 @@ class Network:
 
     def log(self, name: str) -> str:
         return self.log_file(name).read_text()
+
+    def called(self) -> dict[int, set[str]]:
+        """Hosts that each process has looked up, connected to or listened on."""
+        found: dict[int, set[str]] = {}
+        for line in self.audit_file.read_text().splitlines():
+            pid, _, argument = line.split(" ", 2)
+            value = ast.literal_eval(argument)
+            host = value[0] if isinstance(value, tuple) else value
+            found.setdefault(int(pid), set()).add(host.decode() if isinstance(host, bytes) else str(host))
+        return found
 
     def summary(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.site_folder(name) / "state" / "summary.json").read_text())
@@ -130,23 +157,3 @@ def memory_holds(pid: int, secrets: dict[str, bytes]) -> set[str]:
 def loaded_files(pid: int) -> str:
     """Paths of everything that a process has mapped."""
     return Path(f"/proc/{pid}/maps").read_text()
-
-
-def connections(pid: int) -> set[str]:
-    """Remote addresses, and addresses listened on, of a process's TCP and UDP sockets."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = os.readlink(entry)
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6", "udp", "udp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[9] in inodes:
-                listening = fields[3] == "0A" or set(fields[2].split(":")[0]) == {"0"}
-                found.add(fields[1].split(":")[0] if listening else fields[2].split(":")[0])
-    return found

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from secure_fed.cli import backbone, client, demo, phantoms, server, simulate, site, study
+from secure_fed.cli import audit, backbone, client, demo, journal, keys, ledger, phantoms, server, simulate, site, study
 from secure_fed.cli.output import ConsoleHandler, console
 from secure_fed.errors import SecfacmicError, StorageError
 
@@ -22,15 +22,24 @@ app = typer.Typer(
 app.add_typer(study.app, name="study")
 app.add_typer(site.app, name="site")
 app.add_typer(backbone.app, name="backbone")
+app.add_typer(keys.app, name="keys")
+app.add_typer(journal.app, name="journal")
+app.add_typer(ledger.app, name="ledger")
 app.add_typer(phantoms.app, name="phantoms")
 app.command()(simulate.simulate)
 app.command()(demo.demo)
 app.command()(server.server)
 app.command()(client.client)
+app.command()(audit.audit)
+
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, which typer turns into it."""
 
 
 def main() -> None:
     """Entry point of ``secfacmic``."""
+    logging.getLogger().addHandler(logging.NullHandler())  # Opacus sets up a root handler where there is none
     for package in ("secure_fed", "privacy", "clients", "server"):
         logging.getLogger(package).handlers = [ConsoleHandler()]
     try:
@@ -43,8 +52,10 @@ def main() -> None:
             f"{where}{error.strerror or error}; check that the place exists, is yours and has room",
             StorageError.exit_code,
         )
-    except KeyboardInterrupt:
-        _end("interrupted; the same command goes on from here", 130)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        _end("interrupted; the same command goes on from here", INTERRUPTED)
 
 
 def _end(message: str, code: int) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from secure_fed.cli.output import Delta, Epsilon
+
 if TYPE_CHECKING:
     from clients.site import Site
     from clients.sitefile import SiteFile
@@ -17,7 +19,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def client(site: Annotated[Path, typer.Option(help="The site's site.toml.")]) -> None:
+def client(
+    site: Annotated[Path, typer.Option(help="The site's site.toml.")],
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+) -> None:
     """Take part in a study until it is over; started again, it goes on.
 
     After each round STATE has adapter.safetensors and summary.json.
@@ -29,14 +35,14 @@ def client(site: Annotated[Path, typer.Option(help="The site's site.toml.")]) ->
     be_quiet_outside()
     from clients.app import SiteApp
     from clients.site import Site
-    from clients.sitefile import read_site_file
+    from clients.sitefile import read_site_file, with_budget
     from clients.supernode import run_site
     from secure_fed.errors import SiteFileError
     from secure_fed.storage import exclusive, make_folder
     from secure_fed.study import load_study
 
     log_lines()
-    file = read_site_file(site)
+    file = with_budget(read_site_file(site), epsilon, delta)
     if file.server is None:
         raise SiteFileError(f"{site}: no [server] table; expected address and authority of the study's server")
     agreed = load_study(Path(file.study))
@@ -47,12 +53,13 @@ def client(site: Annotated[Path, typer.Option(help="The site's site.toml.")]) ->
         log.info("%s: study %s, %d rounds, mode %s", file.site, facts.name, facts.rounds, facts.mode)
         features = member.features()
         log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
-        app = SiteApp(member, facts.id, lambda done: _write_results(file, agreed, done))
+        before = member.evaluate(None)
+        app = SiteApp(member, facts.id, lambda done: _write_results(file, agreed, done, before))
         run_site(app, file.server.address, Path(file.server.authority), Path(file.identity))
         log.info("%s: the study is over after %d rounds", file.site, member.round)
 
 
-def _write_results(file: SiteFile, agreed: AgreedStudy, site: Site) -> None:
+def _write_results(file: SiteFile, agreed: AgreedStudy, site: Site, before: dict[str, float | None]) -> None:
     """The adapter after the last round and what it does on this site's test images; both stay here."""
     from secure_fed.adapter_file import save_adapter
     from secure_fed.storage import write_durable
@@ -70,7 +77,7 @@ def _write_results(file: SiteFile, agreed: AgreedStudy, site: Site) -> None:
         "rounds": agreed.study.rounds,
         "adapter_digest": site.adapter_digest,
         "validation": counts.correct / counts.images if counts is not None and counts.images else None,
-        "metrics": {"zero_shot": site.evaluate(None), "federated": site.evaluate(site.parameters)},
+        "metrics": {"zero_shot": before, "federated": site.evaluate(site.parameters)},
     }
     write_durable(state / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     log.info("%s: round %d of %d applied", site.name, site.round, agreed.study.rounds)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from secure_fed.cli.output import Json, out, print_json
-from secure_fed.cli.simulate import live, results_table
+from secure_fed.cli.output import Delta, Epsilon, Json, out, print_json
+from secure_fed.cli.simulate import budget_of, live, privacy_lines, results_table
 from secure_fed.cli.study import Mode, Seed, template
 from secure_fed.study import with_fields
 
@@ -28,6 +28,8 @@ def demo(
     prepare: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Only write the folders, to start each process by hand.")
     ] = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
     json_: Json = False,
 ) -> None:
     """Run a server and its sites as processes on this machine, over TLS, and show what federation brings."""
@@ -44,7 +46,7 @@ def demo(
     if sites is not None:
         chosen = with_sites(chosen, sites)
     if prepare is not None:
-        agreed = prepare_federation(chosen, prepare, data)
+        agreed = prepare_federation(chosen, prepare, data, budget=budget_of(epsilon, delta))
         commands = [
             f"secfacmic server --study {prepare}/study.toml --mode {agreed.study.mode} --state {prepare}/server",
             *(f"secfacmic client --site {prepare}/sites/{site.name}/site.toml" for site in agreed.study.sites),
@@ -57,11 +59,13 @@ def demo(
             out.print(f"  {command}", highlight=False, soft_wrap=True)
         return
     with live() as listener:
-        summary = run_demo(chosen, into, data, listener)
+        summary = run_demo(chosen, into, data, listener, budget_of(epsilon, delta))
     if json_:
         print_json(summary)
         return
     out.print(results_table(summary))
+    for line in privacy_lines(summary):
+        out.print(line, highlight=False, soft_wrap=True)
     out.print(
         f"{summary['seconds_total']:.0f} s in all; adapter {into / 'adapter.safetensors'}, figures "
         f"{into / 'summary.json'}, logs {into / 'logs'}",

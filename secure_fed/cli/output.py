@@ -12,6 +12,10 @@ from rich.console import Console
 console = Console(stderr=True)
 out = Console()
 
+Epsilon = Annotated[
+    float | None, typer.Option(help="Privacy budget of each patient; once set, it can only be lowered.")
+]
+Delta = Annotated[float | None, typer.Option(help="The budget's delta; 1e-5 unless site.toml says otherwise.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 
 

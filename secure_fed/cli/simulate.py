@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from secure_fed.cli.output import Json, console, out, print_json
+from secure_fed.cli.output import Delta, Epsilon, Json, console, out, print_json
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
 
 METHODS = {"zero_shot": "zero-shot", "local_only": "local only", "text_head": "text head", "federated": "federated"}
@@ -28,18 +29,51 @@ def simulate(
     seed: Seed = None,
     mode: Mode = None,
     skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
     json_: Json = False,
 ) -> None:
     """Run a study with all its sites on this machine, encryption included."""
     from secure_fed.simulation import simulate as run
 
     with live() as listener:
-        summary = run(template(study, seed, mode), into, data, listener, skip_unreadable=skip_unreadable)
+        chosen, budget = template(study, seed, mode), budget_of(epsilon, delta)
+        summary = run(chosen, into, data, listener, skip_unreadable=skip_unreadable, budget=budget)
     if json_:
         print_json(summary)
     else:
         out.print(results_table(summary))
+        for line in privacy_lines(summary):
+            out.print(line, highlight=False, soft_wrap=True)
         out.print(f"adapter: {into / 'adapter.safetensors'}", highlight=False, soft_wrap=True)
+
+
+def budget_of(epsilon: float | None, delta: float | None) -> Any:
+    """The budget that the command line gives each site, if it gives one; from now on plans and spending are told.
+
+    Raises:
+        SiteFileError: a figure out of range, or a delta without epsilon.
+    """
+    if epsilon is None and delta is None:
+        return None
+    from clients.sitefile import SitePrivacy
+    from secure_fed.errors import SiteFileError
+    from secure_fed.simulation import Budget
+    from secure_fed.tomlfile import parse_table
+
+    content = {name: value for name, value in (("epsilon", epsilon), ("delta", delta)) if value is not None}
+    checked = parse_table(content, SitePrivacy, SiteFileError, "--epsilon, --delta")
+    logging.getLogger("clients.private_round").setLevel(logging.INFO)
+    return Budget(checked.epsilon, checked.delta)
+
+
+def privacy_lines(summary: dict[str, Any]) -> list[str]:
+    """What each site spent, one line each; none without differential privacy."""
+    return [
+        f"{site}: simulated epsilon {spent['epsilon_spent']:.3f} of {spent['epsilon_budget']:g} spent at delta "
+        f"{spent['delta']:g}, unit {spent['unit']}"
+        for site, spent in summary.get("privacy", {}).items()
+    ]
 
 
 def results_table(summary: dict[str, Any]) -> Table:

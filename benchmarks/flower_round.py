@@ -1,0 +1,120 @@
+"""What Flower adds to a round: four sites with updates of 2 MB over TLS, as real processes on loopback.
+
+Prints one JSON document: per round its seconds from opening to record, those of the slowest site's own work
+(applying, training, encrypting), and what is left, which is transport and waiting; and the peak memory of the
+server's two processes and of a site.
+
+    python benchmarks/flower_round.py [--rounds 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from secure_fed.records import Chain, RecordFolder
+from secure_fed.simulation import open_sites
+from secure_fed.study import Study
+from secure_fed.tomlfile import parse_table
+from server.coordinator import current_run
+from server.journal import JournalEntry
+from tests.conftest import make_images, template_table
+from tests.network import Network
+
+SITES = ("ash", "birch", "cedar", "dogwood")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), arguments.rounds), indent=2))
+
+
+def template(rounds: int) -> Study:
+    """Four training sites; a CLIP of width 512 makes 0.53 million values."""
+    table = template_table(rounds=rounds, round_seconds=600)
+    table["sites"] = [{"name": name} for name in SITES]
+    table["encoding"] = {"bits": 16, "lanes": 2, "value_bound": 0.1}
+    table["backbone"] = {"model": "mini-clip", "weights": "random", "seed": 1}
+    table["training"] = {"steps": 1, "learning_rate": 0.003, "batch_size": 8}
+    return parse_table(table, Study, ValueError, "template")  # type: ignore[type-var]
+
+
+def measure(folder: Path, rounds: int) -> dict[str, Any]:
+    """Run the study and take the figures from journal, logs and /proc."""
+    make_images(folder / "images", per_class=4)
+    network = Network(folder / "out", template(rounds), folder / "images")
+    for site in open_sites(network.agreed, network.folder):
+        site.features()  # so that no process needs the backbone
+    memory: dict[str, int] = {}
+    processor: dict[str, float] = {}
+    try:
+        network.start("server", *network.names)
+        network.wait_until(lambda: network.records >= 2, 300)
+        pids = {name: network.processes[name].pid for name in ("server", "ash")} | {"rounds": network.rounds_process()}
+        while network.processes["server"].poll() is None:
+            for name, pid in pids.items():
+                memory[name] = max(memory.get(name, 0), peak(pid))
+                processor[name] = max(processor.get(name, 0.0), busy(pid))
+            time.sleep(0.2)
+        network.wait(60)
+    finally:
+        network.close()
+    chain = Chain(network.agreed)
+    run = current_run(network.folder / "server")
+    records = RecordFolder(network.folder / "server" / "runs" / str(run) / "journal")
+    entries = [JournalEntry(record) for record in records.replay(chain) if record.header.kind == "aggregate"]
+    work = {name: answers(network.log(name)) for name in network.names}
+    table = []
+    for entry in entries[1:]:  # the first contains the sites' start
+        seconds = (entry.header.closed_ms - entry.header.opened_ms) / 1000
+        slowest = max(work[name][entry.header.round] for name in network.names)
+        table.append({"seconds": seconds, "slowest_site": slowest, "overhead": seconds - slowest})
+    return {
+        "sites": len(SITES),
+        "envelope_mb": entries[0].bytes_up / len(SITES) / 1e6,
+        "record_mb": entries[0].size / 1e6,
+        "median": {key: statistics.median(row[key] for row in table) for key in table[0]},
+        "rounds": table,
+        "processor_seconds": processor,
+        "peak_memory_mb": {name: kilobytes / 1000 for name, kilobytes in memory.items()},
+    }
+
+
+def answers(log: str) -> dict[int, float]:
+    """Seconds of a site's last answer in each round."""
+    return {int(number): float(seconds) for number, seconds in re.findall(r"round (\d+): answered in ([0-9.]+) s", log)}
+
+
+def busy(pid: int) -> float:
+    """Seconds of processor time so far, 0 once the process has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak(pid: int) -> int:
+    """Peak resident memory in kB, 0 once the process has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,572 @@
+"""What one encrypted round costs on the wire and in time, ours beside others', in turns in one run.
+
+    python benchmarks/wire.py --nvflare-python /tmp/nvflare-venv/bin/python --json wire.json
+    python benchmarks/wire.py --memory             the server's peak memory, 256 sites against 4
+    python benchmarks/wire.py --lanes 1000000000   how many of so many lanes come out wrong
+
+Every role runs in a process of its own: the coordinator's (with our real Coordinator: signatures, spool, fsync and
+journal), the sites', and a site that opens the record. Times are medians over all sites and turns, wall clock; every
+row runs once a turn, so that what else the machine does falls on all rows alike. Bytes are those of one envelope with
+header and signature, and of one record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.console import Console
+from rich.table import Table
+
+from privacy.lanes import MIN_BITS, Binding, largest_bits
+from secure_fed import codec
+from secure_fed.envelope import RoundPosition, seal_envelope
+from secure_fed.errors import AggregateRefused, LanesError
+from secure_fed.protocol import ReplyCode, RoundReply
+from secure_fed.records import Chain
+from secure_fed.signed import public_hex
+from secure_fed.study import AgreedStudy, InitialState, Study
+from secure_fed.tomlfile import parse_table
+from server.coordinator import Coordinator
+
+VALUES = 526_336
+"""Values of FACMIC's 512-wide adapter with layer norm."""
+
+BOUND = 0.01
+MOST_BITS = 18
+REACH_SITES = 16
+OURS = {"ours-two-lanes": 2, "ours-three-lanes": 3}
+ROWS = (*OURS, "tenseal-8192", "nvflare", "float32")
+SECONDS = ("encrypt_s", "server_s_per_site", "decrypt_s")
+MOST_MEMORY = 1.2
+
+console = Console(stderr=True)
+out = Console(width=170)
+
+
+@dataclass
+class Samples:
+    """What one row at one number of sites has given so far."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in SECONDS})
+    peak_rss_bytes: list[int] = field(default_factory=list)
+    max_error: float = 0.0
+    wrong_integers: int | None = None
+    refused: str | None = None
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Take one turn's figures."""
+        self.bytes_up, self.bytes_down = result["bytes_up"], result["bytes_down"]
+        for name, key in zip(SECONDS, ("encrypt", "server", "decrypt"), strict=True):
+            self.seconds[name] += result[key]
+        self.peak_rss_bytes.append(result["peak_rss_bytes"])
+        self.max_error = max(self.max_error, result["max_error"])
+        if result.get("wrong_integers") is not None:
+            self.wrong_integers = (self.wrong_integers or 0) + result["wrong_integers"]
+
+    def row(self, name: str, sites: int, values: int) -> dict[str, Any]:
+        """One row of the report."""
+        measured = self.refused is None
+        return {
+            "name": name,
+            "sites": sites,
+            "values": values,
+            "bytes_up": self.bytes_up if measured else None,
+            "bytes_down": self.bytes_down if measured else None,
+            **{key: statistics.median(self.seconds[key]) if measured else None for key in SECONDS},
+            "peak_rss_bytes": max(self.peak_rss_bytes) if measured else None,
+            "max_error": self.max_error if measured else None,
+            "wrong_integers": self.wrong_integers,
+            "refused": self.refused,
+        }
+
+
+def update_of(site: int, values: int) -> npt.NDArray[np.float64]:
+    """A site's update; nvflare_round.py makes the same."""
+    update: npt.NDArray[np.float64] = np.random.default_rng([7, site]).normal(0, 1e-3, values).clip(-BOUND, BOUND)
+    return update
+
+
+def _child(pipe: Any, role: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    # TenSEAL writes warnings to stdout.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    pipe.send((role(*arguments), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def in_process(role: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    """Run a role in a process of its own; its result and peak resident memory.
+
+    This process itself stays small (numpy and what the coordinator imports): a child's peak begins with it.
+    """
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=_child, args=(there, role, arguments))
+    process.start()
+    there.close()
+    try:
+        result, peak = here.recv()
+    except EOFError:
+        raise SystemExit(f"wire: {role.__name__} ended without a result; see above") from None
+    process.join()
+    return result, int(peak)
+
+
+# --- ours ---
+
+
+def study_of(sites: int, lanes: int, values: int, keys: Sequence[Ed25519PrivateKey]) -> AgreedStudy:
+    """A study of so many sites at the most bits that its lanes hold.
+
+    Raises:
+        LanesError: fewer than 8 bits fit.
+    """
+    bits = min(MOST_BITS, largest_bits(sites, lanes))
+    if bits < MIN_BITS:
+        raise LanesError(f"{bits} bits are the most for {sites} sites in {lanes} lanes; at least {MIN_BITS} are needed")
+    table = {
+        "format": 1,
+        "name": "wire",
+        "mode": "he",
+        "seed": 1,
+        "rounds": 1,
+        "max_sites": sites,
+        "min_sites": 3,
+        "key_maker": name_of(0),
+        "classes": [{"name": name, "prompts": [name]} for name in ("a", "b")],
+        "backbone": {"model": "none", "weights": "file", "file": "none", "digest": "0" * 64},
+        "method": {"adapter": "facmic"},
+        "training": {"steps": 1, "learning_rate": 0.1},
+        "encoding": {"bits": bits, "lanes": lanes, "value_bound": BOUND, "share_validation": False},
+        "sites": [
+            {
+                "name": name_of(index),
+                "keys": {
+                    "signing": public_hex(key),
+                    # Nobody connects and nothing is sealed to them here: they must only be well-formed and distinct.
+                    "flower": f"ecdsa-sha2-nistp384 {index:020d}",
+                    "recipient": f"age1{index:058d}",
+                },
+            }
+            for index, key in enumerate(keys[:-1])
+        ],
+        "coordinator": public_hex(keys[-1]),
+        "initial": "0" * 64,
+    }
+    study = parse_table(table, Study, LanesError, "wire")
+    return AgreedStudy(study, InitialState({"update": np.zeros(values)}, np.eye(2, dtype=np.float32), 100.0))
+
+
+def name_of(index: int) -> str:
+    """A site's name; they sort as their numbers do."""
+    return f"site-{index:04d}"
+
+
+def signing_keys(count: int) -> list[Ed25519PrivateKey]:
+    """The sites' signing keys and the coordinator's, the last."""
+    return [Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"%d" % index).digest()) for index in range(count + 1)]
+
+
+def begin(folder: Path, shape: tuple[int, int, int]) -> RoundPosition:
+    """Begin a run; where the envelopes of its first round belong."""
+    keys = signing_keys(shape[0])
+    coordinator = Coordinator.begin(study_of(*shape, keys), folder / "server", keys[-1], "1" * 64)
+    return coordinator.journal.chain.due
+
+
+def make_secret() -> bytes:
+    """A study secret; it travels between processes by pipe, never by disk."""
+    from privacy.ckks import StudySecret
+
+    return StudySecret.generate().to_bytes()
+
+
+def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPosition) -> dict[str, Any]:
+    """Every site's envelope as a file, and what the sum must be."""
+    from privacy.ckks import Cipher, StudySecret
+
+    sites, _, values = shape
+    keys = signing_keys(sites)
+    agreed = study_of(*shape, keys)
+    cipher = Cipher(agreed.parameters, StudySecret.from_bytes(secret))
+    binding = Binding(run=due.run, head=due.head, round=due.round)
+    bounds = np.full(values, BOUND)
+    total, mean = np.zeros(values, np.int64), np.zeros(values)
+    seconds, size = [], 0
+    for index in range(sites):
+        update = update_of(index, values)
+        draws = codec.rounding_draws(1, name_of(index), 1, values)
+        integers = codec.quantise(update, bounds, 1.0, agreed.parameters.max_integer, draws).integers
+        contribution = _contribution(index)
+        start = time.perf_counter()
+        payload = cipher.seal(integers, binding, contribution)
+        data = seal_envelope(agreed, due, contribution, (0, "0" * 64), payload, keys[index])
+        seconds.append(time.perf_counter() - start)
+        size = len(data)
+        (folder / f"{index}.up").write_bytes(data)
+        total += integers
+        mean += update / sites
+    np.save(folder / "sum.npy", total)
+    np.save(folder / "mean.npy", mean)
+    return {"bytes_up": size, "encrypt": seconds}
+
+
+def _contribution(index: int) -> Any:
+    from privacy.lanes import Contribution
+
+    return Contribution(name_of(index), 1)
+
+
+def serve(folder: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Receive every envelope and append the record."""
+    keys = signing_keys(shape[0])
+    coordinator = Coordinator(study_of(*shape, keys), folder / "server", keys[-1])
+    seconds = []
+    for index in range(shape[0]):
+        path = folder / f"{index}.up"
+        data = path.read_bytes()
+        path.unlink()
+        reply = RoundReply(name_of(index), ReplyCode.UPDATE, coordinator.run, 1, "", data)
+        start = time.perf_counter()
+        coordinator.receive(reply)
+        seconds.append(time.perf_counter() - start)
+        del data, reply
+    assert coordinator.close_round() is not None
+    assert not {"tenseal", "torch"} & set(sys.modules)
+    return {"bytes_down": coordinator.journal.records[-1].size, "server": seconds}
+
+
+def receive(folder: Path, shape: tuple[int, int, int], secret: bytes) -> dict[str, Any]:
+    """Check and open the record at a site, the other sites' seeds included."""
+    from privacy.ckks import Cipher, StudySecret
+
+    agreed = study_of(*shape, signing_keys(shape[0]))
+    (journal,) = (folder / "server/runs").glob("*/journal")
+    chain = Chain(agreed)
+    chain.advance(chain.check((journal / "00000000.record").read_bytes()))
+    due = chain.due
+    data = (journal / "00000001.record").read_bytes()
+    cipher = Cipher(agreed.parameters, StudySecret.from_bytes(secret))
+    start = time.perf_counter()
+    record = chain.check(data)
+    sums = cipher.open(record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort)
+    update = codec.average_update(sums, np.full(shape[2], BOUND), [1.0] * shape[0], agreed.parameters.max_integer)
+    seconds = time.perf_counter() - start
+    return {
+        "decrypt": [seconds],
+        "wrong_integers": int(np.count_nonzero(sums != np.load(folder / "sum.npy"))),
+        "max_error": float(np.abs(update - np.load(folder / "mean.npy")).max()),
+    }
+
+
+def measure_ours(sites: int, values: int, lanes: int) -> dict[str, Any]:
+    """One round of ours."""
+    shape = (sites, lanes, values)
+    study_of(*shape, signing_keys(sites))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        secret, _ = in_process(make_secret)
+        due, _ = in_process(begin, folder, shape)
+        sent, _ = in_process(send, folder, shape, secret, due)
+        served, peak = in_process(serve, folder, shape)
+        received, _ = in_process(receive, folder, shape, secret)
+    return {**sent, **served, **received, "peak_rss_bytes": peak}
+
+
+# --- others ---
+
+
+def tenseal_send(folder: Path, values: int, sites: int) -> dict[str, Any]:
+    import tenseal
+
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 40, 40, 60])
+    context.global_scale = 2**40
+    public = context.copy()
+    public.make_context_public()
+    (folder / "public").write_bytes(public.serialize())
+    seconds, size = [], 0
+    for index in range(sites):
+        update = update_of(index, values)
+        start = time.perf_counter()
+        data = tenseal.ckks_vector(context, update).serialize()
+        seconds.append(time.perf_counter() - start)
+        size = len(data)
+        (folder / f"{index}.up").write_bytes(data)
+    return {"bytes_up": size, "encrypt": seconds, "context": context.serialize(save_secret_key=True)}
+
+
+def tenseal_serve(folder: Path, sites: int) -> dict[str, Any]:
+    import tenseal
+
+    context = tenseal.context_from((folder / "public").read_bytes())
+    total: Any = None
+    seconds = []
+    for index in range(sites):
+        data = (folder / f"{index}.up").read_bytes()
+        (folder / f"{index}.up").unlink()
+        start = time.perf_counter()
+        vector = tenseal.ckks_vector_from(context, data)
+        total = vector if total is None else total + vector
+        seconds.append(time.perf_counter() - start)
+    data = total.serialize()
+    (folder / "down").write_bytes(data)
+    return {"bytes_down": len(data), "server": seconds}
+
+
+def tenseal_receive(folder: Path, values: int, sites: int, secret: bytes) -> dict[str, Any]:
+    import tenseal
+
+    context = tenseal.context_from(secret)
+    data = (folder / "down").read_bytes()
+    start = time.perf_counter()
+    found = np.asarray(tenseal.ckks_vector_from(context, data).decrypt()) / sites
+    seconds = time.perf_counter() - start
+    expected = sum(update_of(index, values) for index in range(sites)) / sites
+    return {"decrypt": [seconds], "max_error": float(np.abs(found - expected).max())}
+
+
+def measure_tenseal(sites: int, values: int) -> dict[str, Any]:
+    """One round of TenSEAL's own vector, as its tutorials use it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sent, _ = in_process(tenseal_send, folder, values, sites)
+        context = sent.pop("context")
+        served, peak = in_process(tenseal_serve, folder, sites)
+        received, _ = in_process(tenseal_receive, folder, values, sites, context)
+    return {**sent, **served, **received, "peak_rss_bytes": peak}
+
+
+def float32_round(values: int, sites: int) -> dict[str, Any]:
+    encrypt, server = [], []
+    total, expected = np.zeros(values, np.float32), np.zeros(values)
+    for index in range(sites):
+        update = update_of(index, values)
+        start = time.perf_counter()
+        data = update.astype("<f4").tobytes()
+        encrypt.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        total += np.frombuffer(data, "<f4")
+        server.append(time.perf_counter() - start)
+        expected += update / sites
+    down = (total / np.float32(sites)).astype("<f4").tobytes()
+    start = time.perf_counter()
+    found = np.frombuffer(down, "<f4").astype(np.float64)
+    decrypt = [time.perf_counter() - start]
+    times = {"encrypt": encrypt, "server": server, "decrypt": decrypt}
+    return {"bytes_up": len(data), "bytes_down": len(down), **times, "max_error": float(np.abs(found - expected).max())}
+
+
+def measure_float32(sites: int, values: int) -> dict[str, Any]:
+    """One round of plain numbers, without protection of any kind."""
+    result, peak = in_process(float32_round, values, sites)
+    return {**result, "peak_rss_bytes": peak}
+
+
+def measure_nvflare(sites: int, values: int, python: Path) -> dict[str, Any]:
+    """One round of NVFlare's, in its own environment."""
+    script = Path(__file__).with_name("nvflare_round.py")
+    command = [str(python), str(script), "--values", str(values), "--clients", str(sites)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"wire: {' '.join(command)} ended with {result.returncode}:\n{result.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+# --- the report ---
+
+
+def measure(names: Sequence[str], sites: Sequence[int], values: int, turns: int, nvflare: Path | None) -> list[Any]:
+    """All rows at all numbers of sites, in turns."""
+    samples = {(name, count): Samples() for count in sites for name in names}
+    for turn in range(turns):
+        for (name, count), sample in samples.items():
+            if sample.refused is not None:
+                continue
+            console.print(f"turn {turn + 1} of {turns}: {name}, {count} sites", highlight=False)
+            try:
+                if name in OURS:
+                    sample.add(measure_ours(count, values, OURS[name]))
+                elif name == "tenseal-8192":
+                    sample.add(measure_tenseal(count, values))
+                elif name == "nvflare":
+                    assert nvflare is not None
+                    sample.add(measure_nvflare(count, values, nvflare))
+                else:
+                    sample.add(measure_float32(count, values))
+            except LanesError as error:
+                sample.refused = str(error)
+    return [sample.row(name, count, values) for (name, count), sample in samples.items()]
+
+
+def ratio(rows: Sequence[dict[str, Any]], name: str, sites: int, key: str, base: str) -> float | None:
+    """A row's figure against another row's."""
+    found = {(row["name"], row["sites"]): row[key] for row in rows}
+    mine, other = found.get((name, sites)), found.get((base, sites))
+    return mine / other if mine is not None and other else None
+
+
+def show(rows: Sequence[dict[str, Any]], sites: Sequence[int]) -> None:
+    """The table, and the ratios that matter."""
+    table = Table(title=f"one round, {rows[0]['values']:,} values")
+    for column in ("sites", "row", "MB up", "MB down", "up / float32", "down / float32", "encrypt ms"):
+        table.add_column(column, justify="left" if column == "row" else "right")
+    for column in ("server ms a site", "decrypt ms", "server MB", "largest error", "wrong"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [str(row["sites"]), row["name"]]
+        if row["refused"] is not None:
+            table.add_row(*cells, f"refused: {row['refused']}")
+            continue
+        against = [ratio(rows, row["name"], row["sites"], key, "float32") for key in ("bytes_up", "bytes_down")]
+        table.add_row(
+            *cells,
+            f"{row['bytes_up'] / 1e6:.3f}",
+            f"{row['bytes_down'] / 1e6:.3f}",
+            *("-" if value is None else f"{value:.3f}" for value in against),
+            *(f"{1e3 * row[key]:.1f}" for key in SECONDS),
+            f"{row['peak_rss_bytes'] / 1e6:.0f}",
+            f"{row['max_error']:.1e}",
+            "-" if row["wrong_integers"] is None else str(row["wrong_integers"]),
+        )
+    out.print(table)
+    shown = REACH_SITES if REACH_SITES in sites else sites[0]
+    for name in OURS:
+        parts = [
+            f"{label} {value:.3f} x {base}"
+            for label, key, base in (
+                ("up", "bytes_up", "float32"),
+                ("down", "bytes_down", "float32"),
+                ("encrypt + serialise", "encrypt_s", "nvflare"),
+                ("server a site", "server_s_per_site", "nvflare"),
+                ("decrypt", "decrypt_s", "nvflare"),
+            )
+            if (value := ratio(rows, name, shown, key, base)) is not None
+        ]
+        if parts:
+            out.print(f"{name}, {shown} sites: {'; '.join(parts)}", highlight=False, soft_wrap=True)
+
+
+def measure_memory(values: int, turns: int) -> list[dict[str, Any]]:
+    """The coordinator's peak memory with 4 and with 256 sites."""
+    rows = measure(["ours-two-lanes"], [4, 256], values, turns, None)
+    few, many = (row["peak_rss_bytes"] for row in rows)
+    out.print(
+        f"coordinator's peak memory: {few / 1e6:.1f} MB with 4 sites, {many / 1e6:.1f} MB with 256: "
+        f"{many / few:.3f} x, expected at most {MOST_MEMORY} x",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return rows
+
+
+def count_wrong(wanted: int, values: int) -> dict[str, Any]:
+    """Seal, sum and open until so many lanes were compared with the integers' own sum.
+
+    Full cohorts at the most bits, where noise has least room. Of twice a cohort's envelopes every run of neighbours
+    is one sum, so that each sealing serves several sums and no two sums are alike. Two and three lanes take turns, as
+    do random integers and extreme ones.
+    """
+    from privacy.ckks import Cipher, StudySecret
+    from privacy.lanes import CipherWire, lane_parameters
+
+    result = {"lanes": 0, "sums": 0, "wrong": 0, "refused": 0}
+    rng = np.random.default_rng()
+    ciphers = []
+    for sites, lanes in ((4, 2), (4, 3), (16, 2), (16, 3)):
+        parameters = lane_parameters(sites, min(MOST_BITS, largest_bits(sites, lanes)), lanes, values)
+        ciphers.append((parameters, Cipher(parameters, StudySecret.generate()), CipherWire(parameters)))
+    turn, told = 0, time.monotonic()
+    while result["lanes"] < wanted:
+        parameters, cipher, wire = ciphers[turn % len(ciphers)]
+        most, count = parameters.max_integer, 2 * parameters.max_sites
+        if turn // len(ciphers) % 2:
+            integers = rng.choice(np.array([-most, most]), (count, values))
+        else:
+            integers = rng.integers(-most, most + 1, (count, values))
+        binding = Binding(run=os.urandom(32).hex(), head="0" * 64, round=1)
+        contributions = [_contribution(index) for index in range(count)]
+        payloads = [cipher.seal(row, binding, who) for row, who in zip(integers, contributions, strict=True)]
+        for first in range(count):
+            chosen = [(first + step) % count for step in range(parameters.max_sites)]
+            total = wire.zero()
+            for index in chosen:
+                wire.add(total, payloads[index])
+            payload = wire.record(total, [wire.tail(payloads[index]) for index in chosen])
+            try:
+                sums = cipher.open(payload, binding, [contributions[index] for index in chosen])
+                result["wrong"] += int(np.count_nonzero(sums != integers[chosen].sum(axis=0)))
+            except AggregateRefused:
+                result["refused"] += 1
+            result["lanes"] += values
+            result["sums"] += 1
+        turn += 1
+        if time.monotonic() - told > 30:
+            told = time.monotonic()
+            console.print(f"{result}", highlight=False)
+    return result
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--values", type=int, default=VALUES)
+    parser.add_argument("--sites", type=_numbers, default=[4, 16, 64], help="numbers of sites, as 4,16,64")
+    parser.add_argument("--turns", type=int, default=3, help="how often each row is run")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows to run; default all")
+    parser.add_argument("--nvflare-python", type=Path, metavar="PATH", help="Python of an environment with nvflare[HE]")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the rows there")
+    parser.add_argument("--memory", action="store_true", help="only the coordinator's memory, 256 sites against 4")
+    parser.add_argument("--lanes", type=int, metavar="N", help="only count wrong integers in N lanes")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"}
+    failed = False
+    if arguments.lanes is not None:
+        counted = count_wrong(arguments.lanes, arguments.values)
+        report |= counted
+        out.print(
+            f"{counted['wrong']} wrong integers in {counted['lanes']:,} lanes of {counted['sums']} sums; "
+            f"{counted['refused']} sums refused",
+            highlight=False,
+        )
+        failed = bool(counted["wrong"] or counted["refused"])
+    elif arguments.memory:
+        report["rows"] = measure_memory(arguments.values, arguments.turns)
+        few, many = (row["peak_rss_bytes"] for row in report["rows"])
+        failed = many > MOST_MEMORY * few
+    else:
+        names = [name for name in arguments.rows.split(",") if name != "nvflare" or arguments.nvflare_python]
+        unknown = sorted(set(names) - set(ROWS))
+        if unknown:
+            parser.error(f"--rows: {', '.join(unknown)}; expected some of {', '.join(ROWS)}")
+        report["rows"] = measure(names, arguments.sites, arguments.values, arguments.turns, arguments.nvflare_python)
+        show(report["rows"], arguments.sites)
+        failed = any(row["wrong_integers"] for row in report["rows"])
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""``secfacmic journal``: read, verify, recompute and rebuild journals; none of it needs a key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from secure_fed.cli.output import Json, out, print_json
+from secure_fed.errors import RecordError, StudyError
+
+if TYPE_CHECKING:
+    from secure_fed.study import AgreedStudy
+    from server.recompute import RunFolder
+
+app = typer.Typer(help="Journals: verify, show, recompute, rebuild. No key is needed.", no_args_is_help=True)
+
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="A server's or a site's state folder, a run's folder, or a folder of records."),
+]
+StudyFile = Annotated[
+    Path | None, typer.Option("--study", help="The study's study.toml; else looked for in DIR and above it.")
+]
+
+
+@app.command()
+def verify(folder: Folder, study: StudyFile = None, json_: Json = False) -> None:
+    """Check signatures, chain, contributors and payloads of every record; at a site its pins and evidence too."""
+    from server.recompute import find_runs, verify_run
+
+    agreed = _study(study, folder)
+    results: list[dict[str, Any]] = []
+    for run in find_runs(folder):
+        kinds: Counter[str] = Counter()
+        last = None
+        for record in verify_run(run, agreed):
+            kinds[record.header.kind] += 1
+            last = record
+        assert last is not None  # a run without records is refused
+        results.append(
+            {
+                "run": last.header.run,
+                "current": run.current,
+                "records": last.header.seq + 1,
+                "aggregates": kinds["aggregate"],
+                "voids": kinds["void"],
+                "amendments": kinds["amendment"],
+                "rounds": agreed.study.rounds,
+                "head": last.id,
+            }
+        )
+    if json_:
+        print_json({"study_id": agreed.study.id, "runs": results})
+        return
+    for result in results:
+        _say(
+            f"run {result['run'][:16]}{' (current)' if result['current'] else ''}: {result['records']} records, "
+            f"{result['aggregates']} aggregates of {result['rounds']} rounds, {result['voids']} voids, "
+            f"{result['amendments']} amendments; all signatures, contributors and digests hold"
+        )
+        _say(f"head {result['head']}")
+
+
+@app.command()
+def show(folder: Folder, study: StudyFile = None, json_: Json = False) -> None:
+    """List the records of every run, each checked first."""
+    from server.recompute import find_runs, verify_run
+
+    agreed = _study(study, folder)
+    listed: list[tuple[RunFolder, list[dict[str, Any]]]] = []
+    for run in find_runs(folder):
+        rows: list[dict[str, Any]] = [
+            {
+                "seq": record.header.seq,
+                "kind": record.header.kind,
+                "round": record.header.round,
+                "run": record.header.run,
+                "key": record.header.key,
+                "opened_ms": record.header.opened_ms,
+                "closed_ms": record.header.closed_ms,
+                "contributors": [
+                    {"site": header.site, "attempt": header.attempt, "payload": header.payload}
+                    for header in record.contributors
+                ],
+                "bytes": len(record.data),
+                "id": record.id,
+            }
+            for record in verify_run(run, agreed)
+        ]
+        listed.append((run, rows))
+    if json_:
+        runs = [{"run": rows[0]["run"], "current": run.current, "records": rows} for run, rows in listed]
+        print_json({"study_id": agreed.study.id, "runs": runs})
+        return
+    for run, rows in listed:
+        genesis = rows[0]
+        table = Table(
+            title=f"run {genesis['run'][:16]}{' (current)' if run.current else ''}, key {genesis['key'][:16]}"
+        )
+        for column in ("record", "kind", "round"):
+            table.add_column(column)
+        for column in ("contributors", "closed (UTC)", "MB", "id"):
+            table.add_column(column, justify="right" if column == "MB" else "left")
+        for row in rows:
+            table.add_row(
+                str(row["seq"]),
+                row["kind"],
+                str(row["round"] or "-"),
+                ", ".join(entry["site"] for entry in row["contributors"]) or "-",
+                _time(row["closed_ms"]),
+                f"{row['bytes'] / 1e6:.3f}",
+                row["id"][:16],
+            )
+        out.print(table)
+
+
+@app.command()
+def recompute(
+    folder: Folder,
+    envelopes: Annotated[
+        Path, typer.Option(help="Folder of kept envelopes (server --keep-envelopes); searched with all below it.")
+    ],
+    study: StudyFile = None,
+    json_: Json = False,
+) -> None:
+    """Add every aggregate's envelopes again and compare with the record, bit for bit."""
+    from server.recompute import EnvelopeStore, find_runs
+    from server.recompute import recompute as recompute_run
+
+    agreed = _study(study, folder)
+    if not envelopes.is_dir():
+        raise RecordError(f"{envelopes}: no folder; expected the one given to server --keep-envelopes")
+    store = EnvelopeStore(envelopes)
+    found: list[dict[str, Any]] = []
+    for run in find_runs(folder):
+        for result in recompute_run(run, agreed, store):
+            found.append(
+                {
+                    "run": run.journal.parent.name,
+                    "current": run.current,
+                    "seq": result.seq,
+                    "round": result.round,
+                    "same": result.same,
+                    "missing": list(result.missing),
+                }
+            )
+    if json_:
+        print_json({"study_id": agreed.study.id, "aggregates": found})
+    else:
+        for row in found:
+            verdict = "the same, bit for bit" if row["same"] else f"missing {', '.join(row['missing'])}"
+            _say(
+                f"record {row['seq']}, round {row['round']}: {verdict if row['same'] or row['missing'] else 'DIFFERS'}"
+            )
+    wrong = [row["seq"] for row in found if not row["same"] and not row["missing"]]
+    if wrong:
+        raise RecordError(
+            f"records {wrong}: not the sum of the envelopes that their contributors signed; expected the same bytes: "
+            "the coordinator garbled or forged them; show journal and envelopes to the sites"
+        )
+    absent = [row["seq"] for row in found if row["missing"]]
+    if absent or not found:
+        raise RecordError(
+            f"records {absent}: envelopes are missing or damaged in {envelopes}; expected those of every contributor; "
+            f"{len(found) - len(absent)} of {len(found)} aggregates could be added again"
+        )
+
+
+@app.command()
+def rebuild(
+    sites: Annotated[list[Path], typer.Option("--from", help="A site's state folder; once for each site at hand.")],
+    state: Annotated[
+        Path | None, typer.Option(help="The server's state folder; else the folder server beside study.toml.")
+    ] = None,
+    study: StudyFile = None,
+    json_: Json = False,
+) -> None:
+    """Give a server that lost its journal the same head again, from the sites' copies."""
+    from server.recompute import rebuild as rebuild_journal
+
+    path = _study_path(study, sites[0])
+    target = state or path.parent / "server"
+    rebuilt = rebuild_journal(_load(path), sites, target)
+    if json_:
+        print_json({"state": str(target), **rebuilt.__dict__})
+        return
+    _say(f"{target}: run {rebuilt.run[:16]}, {rebuilt.records} records, {rebuilt.added} of them restored")
+    _say(f"head {rebuilt.head}, after round {rebuilt.round}; the next round begins at attempt {rebuilt.attempt}")
+    _say("no site may have more records than these: compare with: secfacmic journal verify STATE, at every site")
+    if not (target / "coordinator.key").exists():
+        _say(f"put the coordinator's signing key back too: {target / 'coordinator.key'}")
+
+
+def _study(given: Path | None, folder: Path) -> AgreedStudy:
+    return _load(_study_path(given, folder))
+
+
+def _load(path: Path) -> AgreedStudy:
+    from secure_fed.study import load_study
+
+    return load_study(path)
+
+
+def _study_path(given: Path | None, folder: Path) -> Path:
+    """The study's file: the one given, else the nearest study.toml in or above a folder."""
+    if given is not None:
+        return given
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: no folder; expected one with a journal")
+    for place in (folder.resolve(), *folder.resolve().parents):
+        if (place / "study.toml").is_file():
+            return place / "study.toml"
+    raise StudyError(f"{folder}: no study.toml in it or above it; expected the journal's study: name it with --study")
+
+
+def _time(milliseconds: int) -> str:
+    """A record's time; it is the server's word, which may be any number."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):
+        return f"{milliseconds} ms"
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,302 @@
+"""What the fuzzer feeds: every decoder of bytes that others made, with a corpus of true ones.
+
+A target takes bytes and either returns or raises a typed error. ``genuine`` are the only inputs of it that may be
+accepted where a signature or digest covers every byte; a target without such cover has None.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from privacy import ckks, keys, seal_format
+from privacy.ckks import StudySecret
+from privacy.lanes import SEED_BYTES, CipherWire, PlainWire, unpack_coefficients
+from secure_fed import messages
+from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.envelope import RoundPosition, check_position, open_envelope
+from secure_fed.errors import EnvelopeError, KeyFileError, RecordError, SecfacmicError
+from secure_fed.records import MAGIC as RECORD_MAGIC
+from secure_fed.records import Chain
+from secure_fed.sealed_key import KEY_MAGIC, check_amendment, check_sealed_key, verify_acknowledgement
+from secure_fed.signed import payload_fields, split_frame
+from secure_fed.study import InitialState, canonical_json, load_study, read_study
+from server.recompute import EnvelopeStore, find_runs, verify_run
+from tests.test_vectors import VECTORS, Version
+
+VERSION = "v1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A decoder.
+
+    Attributes:
+        feed: gives it bytes; raises what it raises.
+        corpus: true inputs, to be mutated.
+        genuine: whether only the corpus may be accepted.
+        errors: the errors it may raise.
+    """
+
+    feed: Callable[[bytes], Any]
+    corpus: tuple[bytes, ...]
+    genuine: bool
+    errors: type[SecfacmicError]
+
+
+@cache
+def world() -> Any:
+    """The golden study and what its receivers hold."""
+
+    class World:
+        version = Version(VERSION)
+        agreed = version.agreed
+        folder = Path(tempfile.mkdtemp())
+        ash = version.identity("ash", folder / "ash")
+        sealed = (VECTORS / VERSION / "epoch-1.sealed").read_bytes()
+        secret = keys.open_sealed_key(sealed, agreed, ash)
+        members = {site.name: site for site in agreed.study.sites}  # noqa: RUF012
+        wire = CipherWire(agreed.parameters)
+
+    return World
+
+
+@cache
+def golden(pattern: str) -> tuple[bytes, ...]:
+    """Golden files."""
+    return tuple(path.read_bytes() for path in sorted((VECTORS / VERSION).glob(pattern)))
+
+
+@cache
+def _chain(length: int) -> Chain:
+    """The golden chain so far; checking changes nothing, so that one serves all."""
+    chain = Chain(world().agreed)
+    for data in golden("journal/*.record")[:length]:
+        chain.advance(chain.check(data))
+    return chain
+
+
+def _position() -> RoundPosition:
+    return _chain(1).due
+
+
+def envelope(data: bytes) -> None:
+    opened = open_envelope(data, world().agreed, world().members, world().wire.envelope_bytes)
+    check_position(opened.header, _position())
+    world().wire.check(opened.payload)
+
+
+def record(data: bytes, length: int = 1) -> None:
+    _chain(length).check(data)
+
+
+def amendment_record(data: bytes) -> None:
+    record(data, 3)
+
+
+def checkpoint_record(data: bytes) -> None:
+    record(data, 4)
+
+
+def sealed(data: bytes) -> None:
+    check_sealed_key(data, world().agreed)
+    keys.open_sealed_key(data, world().agreed, world().ash)
+
+
+def _resigned(magic: bytes, header: bytes, payload: bytes, key: Any) -> bytes:
+    return magic + len(header).to_bytes(4, "big") + header + key.sign(magic + header) + payload
+
+
+def signed_envelope(header: bytes) -> None:
+    """A header that its sender truly signed."""
+    frame = split_frame(ENVELOPE_MAGIC, golden("envelopes/1/ash.envelope")[0], 10**6, EnvelopeError)
+    envelope(_resigned(ENVELOPE_MAGIC, header, bytes(frame.payload), world().ash.signing))
+
+
+def signed_record(header: bytes) -> None:
+    """A header that the coordinator truly signed."""
+    frame = split_frame(RECORD_MAGIC, golden("journal/00000001.record")[0], 10**6, RecordError)
+    record(_resigned(RECORD_MAGIC, header, bytes(frame.payload), world().version.coordinator_key))
+
+
+def signed_amendment(header: bytes) -> None:
+    """A header that the key maker truly signed, as an amendment."""
+    frame = split_frame(KEY_MAGIC, world().sealed, 10**6, KeyFileError)
+    data = _resigned(KEY_MAGIC, header, bytes(frame.payload), world().ash.signing)
+    check_amendment(data, world().agreed, world().members, "0" * 64)
+
+
+def sealed_content(payload: bytes) -> None:
+    """An age file that the key maker truly signed."""
+    frame = split_frame(KEY_MAGIC, world().sealed, 10**6, KeyFileError)
+    header = canonical_json(json.loads(frame.header) | dict(payload_fields(payload)))
+    keys.open_sealed_key(_resigned(KEY_MAGIC, header, payload, world().ash.signing), world().agreed, world().ash)
+
+
+def acknowledgement(header: bytes) -> None:
+    verify_acknowledgement(header, bytes(64), world().agreed, world().members, "0" * 64, "0" * 64)
+
+
+def secret(data: bytes) -> None:
+    StudySecret.from_bytes(data)
+
+
+def seal_key(data: bytes) -> None:
+    """SEAL's own parser, behind our checks."""
+    ckks.Cipher(world().agreed.parameters, StudySecret(secret_key=data, tag_key=bytes(32)))
+
+
+@cache
+def _form() -> seal_format.SeededForm:
+    return ckks.Cipher(world().agreed.parameters, world().secret)._form
+
+
+def seal_ciphertext(data: bytes) -> None:
+    _form().split(data)
+
+
+@cache
+def saved_ciphertexts() -> tuple[bytes, ...]:
+    cipher = ckks.Cipher(world().agreed.parameters, world().secret)
+    plaintext = ckks.sealapi.Plaintext()
+    cipher._encoder.encode([0j] * 2048, world().agreed.parameters.scale, plaintext)
+    compressed = seal_format.save(cipher._encryptor.encrypt_symmetric(plaintext))
+    seed, polynomial = _form().split(compressed)
+    return compressed, _form().build(seed, polynomial)
+
+
+def coefficients(data: bytes) -> None:
+    unpack_coefficients(data, world().agreed.parameters.ciphertexts)
+
+
+def record_payload(data: bytes) -> None:
+    world().wire.split_record(data, 3)
+
+
+def plain_payload(data: bytes) -> None:
+    PlainWire(world().agreed.parameters).check(data)
+
+
+def checkpoint(data: bytes) -> None:
+    keys.open_checkpoint(world().secret, "0" * 64, data)
+
+
+def _file(data: bytes, name: str) -> Path:
+    path = world().folder / name
+    path.write_bytes(data)
+    return path
+
+
+def public_identity(data: bytes) -> None:
+    keys.read_public_identity(_file(data, "site.pub"))
+
+
+def private_key(data: bytes) -> None:
+    path = _file(data, "ash/recipient.key")
+    path.chmod(0o600)
+    keys.load_identity(world().folder / "ash", "ash")
+
+
+def study_file(data: bytes) -> None:
+    read_study(_file(data, "study.toml"))
+
+
+def whole_study(data: bytes) -> None:
+    """A study and what it names, the digest of ``study.safetensors`` checked."""
+    _file((VECTORS / VERSION / "study.toml").read_bytes(), "whole.toml")
+    _file(data, "whole.safetensors")
+    load_study(world().folder / "whole.toml")
+
+
+def initial_state(data: bytes) -> None:
+    InitialState.from_bytes(data)
+
+
+def journal_folder(data: bytes) -> None:
+    """What ``secfacmic journal`` reads: a record of a folder, and a kept envelope."""
+    folder = world().folder / "journal"
+    folder.mkdir(exist_ok=True)
+    (folder / "00000000.record").write_bytes(data)
+    (folder / "x.envelope").write_bytes(data)
+    EnvelopeStore(folder)
+    for run in find_runs(folder):
+        list(verify_run(run, world().agreed))
+
+
+def reply(data: bytes) -> None:
+    """A reply's fields as JSON text, in a message."""
+    try:
+        fields = json.loads(data)
+        config = ConfigRecord(fields)
+    except (ValueError, TypeError, RecursionError, AttributeError):
+        return  # Flower itself carries nothing else
+    arrays = ArrayRecord({"envelope": Array(dtype="bytes", shape=(3,), stype=messages.ENVELOPE_TYPE, data=b"abc")})
+    messages.read_reply(RecordDict({"reply": config, "envelope": arrays}), "ash")
+
+
+def request(data: bytes) -> None:
+    """A request's fields as JSON text, in a message."""
+    try:
+        fields = json.loads(data)
+        config = ConfigRecord(fields)
+    except (ValueError, TypeError, RecursionError, AttributeError):
+        return
+    messages.read_request(RecordDict({"request": config, "records": ArrayRecord({})}))
+
+
+def _headers(pattern: str, magic: bytes) -> tuple[bytes, ...]:
+    return tuple(split_frame(magic, data, 10**6, SecfacmicError).header for data in golden(pattern))
+
+
+def targets() -> dict[str, Target]:
+    """All of them, by name."""
+    envelopes = golden("envelopes/1/*.envelope")
+    journal = golden("journal/*.record")
+    keys_sealed = golden("epoch-1.sealed")
+    payload = bytes(split_frame(RECORD_MAGIC, journal[1], 10**6, RecordError).payload)
+    age = bytes(split_frame(KEY_MAGIC, keys_sealed[0], 10**6, KeyFileError).payload)
+    packed = payload[: -3 * SEED_BYTES]
+    public = json.dumps(world().ash.public.model_dump(mode="json")).encode()
+    private = (world().folder / "ash/recipient.key").read_bytes()
+    reply_text = b'{"code":"update","run":"' + b"0" * 64 + b'","position":1,"attestation":"' + b"0" * 64 + b'"}'
+    request_text = (
+        b'{"round":1,"attempt":1,"more":false,"attested_head":"","sites":["ash"],"attestations":["' + b"0" * 64 + b'"]}'
+    )
+    return {
+        "envelope": Target(envelope, envelopes, True, EnvelopeError),
+        "record": Target(record, journal[1:2], True, RecordError),
+        "amendment record": Target(amendment_record, journal[3:4], True, RecordError),
+        "checkpoint record": Target(checkpoint_record, journal[4:5], True, RecordError),
+        "sealed key": Target(sealed, keys_sealed, True, KeyFileError),
+        "signed envelope header": Target(
+            signed_envelope, _headers("envelopes/1/*.envelope", ENVELOPE_MAGIC), False, EnvelopeError
+        ),
+        "signed record header": Target(signed_record, _headers("journal/*.record", RECORD_MAGIC), False, RecordError),
+        "signed amendment header": Target(signed_amendment, _headers("epoch-*.sealed", KEY_MAGIC), False, KeyFileError),
+        "signed age file": Target(sealed_content, (age,), True, KeyFileError),
+        "acknowledgement": Target(acknowledgement, _headers("journal/*.record", RECORD_MAGIC), False, RecordError),
+        "study secret": Target(secret, (world().secret.to_bytes(),), True, KeyFileError),
+        "SEAL secret key": Target(seal_key, (world().secret.secret_key,), False, SecfacmicError),
+        "SEAL ciphertext": Target(seal_ciphertext, saved_ciphertexts(), False, SecfacmicError),
+        "coefficients": Target(coefficients, (packed,), False, EnvelopeError),
+        "record payload": Target(record_payload, (payload,), False, EnvelopeError),
+        "plain payload": Target(plain_payload, (bytes(4 * world().agreed.parameters.values),), False, EnvelopeError),
+        "checkpoint": Target(
+            checkpoint, (keys.seal_checkpoint(world().secret, "0" * 64, b"adapter" * 9),), True, KeyFileError
+        ),
+        "public identity": Target(public_identity, (public,), False, KeyFileError),
+        "private key": Target(private_key, (private,), False, KeyFileError),
+        "study.toml": Target(study_file, golden("study.toml"), False, SecfacmicError),
+        "study.safetensors with its digest": Target(whole_study, golden("study.safetensors"), True, SecfacmicError),
+        "study.safetensors": Target(initial_state, golden("study.safetensors"), False, SecfacmicError),
+        "journal folder": Target(journal_folder, (journal[0], envelopes[0]), False, RecordError),
+        "reply": Target(reply, (reply_text,), False, SecfacmicError),
+        "request": Target(request, (request_text,), False, SecfacmicError),
+    }

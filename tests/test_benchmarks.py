@@ -1,0 +1,76 @@
+"""The wire benchmark keeps its contract: rows, fields, refusals, ratios that its own figures give."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WIRE = Path(__file__).parent.parent / "benchmarks" / "wire.py"
+FIELDS = {
+    *("name", "sites", "values", "bytes_up", "bytes_down", "encrypt_s", "server_s_per_site", "decrypt_s"),
+    *("peak_rss_bytes", "max_error", "wrong_integers", "refused"),
+}
+
+
+def _run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-P", str(WIRE), "--json", str(file), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return json.loads(file.read_text()), result.stdout
+
+
+def test_rows_and_fields(tmp_path: Path) -> None:
+    report, text = _run(tmp_path, "--values", "40000", "--sites", "4", "--turns", "1")
+    rows = {row["name"]: row for row in report["rows"]}
+    assert set(rows) == {"ours-two-lanes", "ours-three-lanes", "tenseal-8192", "float32"}
+    assert all(set(row) == FIELDS for row in rows.values())
+    assert all(row["refused"] is None for row in rows.values())
+    assert rows["float32"]["bytes_up"] == rows["float32"]["bytes_down"] == 160_000
+    # Five and four ciphertexts of 27,712 bytes, header and signature.
+    for name, ciphertexts in (("ours-two-lanes", 5), ("ours-three-lanes", 4)):
+        row = rows[name]
+        assert row["wrong_integers"] == 0
+        assert 0 < row["bytes_up"] - 27_712 * ciphertexts < 2_000
+        assert 0 < row["bytes_down"] - (27_648 + 4 * 64) * ciphertexts < 10_000
+        assert 0 < row["max_error"] < 1e-4
+        assert min(row["encrypt_s"], row["server_s_per_site"], row["decrypt_s"]) > 0
+        assert row["peak_rss_bytes"] > 2**20
+    assert rows["tenseal-8192"]["wrong_integers"] is None
+    share = rows["ours-two-lanes"]["bytes_up"] / 160_000
+    assert f"up {share:.3f} x float32" in text
+
+
+def test_a_combination_below_eight_bits_is_shown_as_refused(tmp_path: Path) -> None:
+    report, text = _run(tmp_path, "--values", "1000", "--sites", "64", "--turns", "1", "--rows", "ours-three-lanes")
+    (row,) = report["rows"]
+    assert set(row) == FIELDS
+    assert "7 bits are the most for 64 sites in 3 lanes" in row["refused"]
+    assert all(row[name] is None for name in FIELDS - {"name", "sites", "values", "refused"})
+    assert "refused" in text
+
+
+def test_lanes_are_counted_alone(tmp_path: Path) -> None:
+    report, text = _run(tmp_path, "--values", "3000", "--lanes", "60000")
+    assert report["lanes"] >= 60_000
+    assert (report["wrong"], report["refused"]) == (0, 0)
+    assert "0 wrong integers" in text
+
+
+def test_another_number_of_rows_is_named() -> None:
+    command = [sys.executable, "-P", str(WIRE), "--rows", "ours"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "expected some of" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_coordinators_memory_does_not_grow_with_the_sites(tmp_path: Path) -> None:
+    report, text = _run(tmp_path, "--memory", "--turns", "1", "--values", "200000")
+    assert [row["sites"] for row in report["rows"]] == [4, 256]
+    assert "256" in text

@@ -1,0 +1,90 @@
+"""``secfacmic demo``: what it prepares, what it refuses, and (slow) a whole one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from clients.sitefile import read_site_file
+from secure_fed.demo import PORT, prepare_federation, with_sites
+from secure_fed.errors import StudyError
+from secure_fed.simulation import Listener, simulate
+from server.coordinator import current_run
+from tests.conftest import TRAINING, make_template, template_table
+
+
+def test_prepare_writes_everything_and_starts_nothing(tmp_path: Path, images: Path) -> None:
+    out = tmp_path / "out"
+    agreed = prepare_federation(make_template(), out, images)
+    assert current_run(out / "server") is not None
+    for name in ("ca.crt", "ca.key", "server.crt", "server.key"):
+        assert (out / "server" / "tls" / name).exists()
+    for member in agreed.study.sites:
+        file = read_site_file(out / "sites" / member.name / "site.toml")
+        assert file.server is not None
+        assert file.server.address == f"127.0.0.1:{PORT}"
+        assert Path(file.server.authority).exists()
+        assert list((out / "sites" / member.name / "state" / "keys").glob("*.sealed"))
+    # Again, for another port: the same study, keys and run.
+    run = current_run(out / "server")
+    prepare_federation(make_template(), out, images, 9000)
+    assert current_run(out / "server") == run
+    file = read_site_file(out / "sites" / "ash" / "site.toml")
+    assert file.server is not None
+    assert file.server.address == "127.0.0.1:9000"
+
+
+def test_fewer_sites_are_the_first_ones() -> None:
+    template = make_template(mode="plain", min_sites=2, key_maker="cedar")
+    fewer = with_sites(template, 2)
+    assert [site.name for site in fewer.sites] == ["ash", "birch", "dogwood"]
+    assert fewer.key_maker == "ash"
+    assert fewer.simulation is not None
+    assert [site.name for site in fewer.simulation.sites] == ["ash", "birch", "dogwood"]
+    with pytest.raises(StudyError, match="expected 1 to 3"):
+        with_sites(template, 4)
+    with pytest.raises(StudyError, match="min_sites"):
+        with_sites(make_template(), 2)
+
+
+@pytest.mark.slow
+def test_a_demo_gives_what_a_simulation_gives(tmp_path: Path, images: Path) -> None:
+    template = tmp_path / "small.toml"
+    template.write_text(tomli_w.dumps(template_table()))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "secure_fed.cli", "demo", str(template), "--data", str(images), "--out", str(out)]
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary == json.loads((out / "summary.json").read_text())
+    quiet = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
+    expected = simulate(make_template(), tmp_path / "simulated", images, quiet)
+    assert set(summary) == set(expected)
+    for key in ("backbone", "method", "mode", "seed", "sites", "adapter_digest", "metrics"):
+        assert summary[key] == expected[key], key
+    assert [row["sites_in"] for row in summary["rounds"]] == [len(TRAINING)] * 3
+    assert [row["bytes_up"] for row in summary["rounds"]] == [row["bytes_up"] for row in expected["rounds"]]
+    # Again: the study is finished, so that a new run with a new key follows, to the same adapter.
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=180)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["adapter_digest"] == expected["adapter_digest"]
+    assert len(list((out / "server" / "runs").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_demo_whose_site_cannot_work_says_why_and_leaves_no_process(tmp_path: Path, images: Path) -> None:
+    template = tmp_path / "small.toml"
+    table = template_table()
+    table["simulation"]["sites"][1]["folder"] = "nowhere"
+    template.write_text(tomli_w.dumps(table))
+    command = [sys.executable, "-m", "secure_fed.cli", "demo", str(template), "--data", str(images)]
+    result = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 87
+    assert "birch ended with 20" in result.stderr
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,610 @@
+"""Private rounds between real sites: plans, refusals, crashes at every step, restarts, copies and restores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from typer.testing import CliRunner
+
+from clients.private_round import ledger_folder
+from clients.site import Site
+from clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
+from privacy.gaussian import epsilon_of
+from privacy.ledger import Ledger, opened, restore
+from secure_fed import codec
+from secure_fed.cli import app
+from secure_fed.errors import (
+    BudgetError,
+    EnvelopeError,
+    GuardError,
+    LedgerError,
+    LedgerRollbackError,
+    PrivateMethodError,
+    RecordError,
+    SiteFileError,
+    StorageError,
+)
+from secure_fed.protocol import ReplyCode, RoundRequest
+from secure_fed.signed import split_frame
+from secure_fed.simulation import Budget, prepare, simulate
+from secure_fed.tomlfile import read_toml, write_toml
+from server.coordinator import Coordinator
+from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
+from tests.private_worker import serve
+from tests.test_simulation import Heard
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
+
+METHOD = {"adapter": "text_head"}
+
+
+def make_private(folder: Path, images: Path, **changes: Any) -> Federation:
+    """A small study in plain mode, in which ash alone has a budget."""
+    settings = {"mode": "plain", "rounds": 2, "method": METHOD, "privacy": {"steps": 2}} | changes
+    prepare(make_template(**settings), folder, images)
+    set_budget(folder, "ash", 8.0)
+    return Federation(folder)
+
+
+def set_budget(folder: Path, site: str, epsilon: float | None, n_ref: int = 20, **changes: Any) -> None:
+    path = folder / "sites" / site / "site.toml"
+    privacy = None if epsilon is None else SitePrivacy(epsilon=epsilon, delta=1e-5, n_ref=n_ref)
+    file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+    write_toml(path, file.model_copy(update={"privacy": privacy, **changes}))
+
+
+@pytest.fixture(scope="module")
+def prepared_private(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("private") / "out"
+    federation = make_private(folder, images)
+    set_budget(folder, "ash", None)
+    for name in TRAINING:
+        federation.site(name).features()
+    set_budget(folder, "ash", 8.0)
+    return folder
+
+
+@pytest.fixture
+def private(prepared_private: Path, tmp_path: Path) -> Federation:
+    shutil.copytree(prepared_private, tmp_path / "out", symlinks=True)
+    return Federation(tmp_path / "out")
+
+
+def begin(federation: Federation) -> Coordinator:
+    return Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+
+
+def ledger_of(federation: Federation, site: str = "ash") -> Ledger:
+    return Ledger(ledger_folder(read_site_file(federation.folder / "sites" / site / "site.toml")))
+
+
+def play(federation: Federation, sites: list[Site], coordinator: Coordinator | None = None) -> Coordinator:
+    """All rounds to the end."""
+    coordinator = coordinator or begin(federation)
+    while not coordinator.finished:
+        run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    return coordinator
+
+
+def trained_sites(federation: Federation) -> list[Site]:
+    return [federation.site(name) for name in TRAINING]
+
+
+# --- plans and rounds ---
+
+
+def test_a_private_study_runs_and_its_ledger_tells_what_was_done(
+    private: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="clients.private_round")
+    sites = trained_sites(private)
+    coordinator = play(private, sites)
+    assert len({site.adapter_digest for site in sites}) == 1
+    facts = ledger_of(private).summary()
+    assert [event["state"] for event in facts["events"]] == ["sent", "sent"]
+    assert facts["epsilon_spent"] == epsilon_of(sum(event["mu_squared"] for event in facts["events"]), 1e-5)
+    # Planned for three rounds of two steps: two, and one in case of a crash.
+    assert facts["events"][0]["noise_std"] == pytest.approx(np.sqrt(6 / 2.7757), rel=1e-4)
+    assert "noise multiplier 1.47, clipping norm 1; LMMD off" in caplog.text
+    assert f"epsilon spent {facts['epsilon_spent']:.4f} of 8, left {8 - facts['epsilon_spent']:.4f}" in caplog.text
+    # What travelled is the head that the ledger had when the integers were committed, and it grew.
+    heads = []
+    for entry in coordinator.rounds:
+        record = next(private.folder.glob(f"server/runs/*/journal/{entry.header.seq:08d}.record")).read_bytes()
+        texts = json.loads(split_frame(b"SFR1", record, 10**6, RecordError).header)["contributors"]
+        heads += [json.loads(text["header"]) for text in texts]
+    assert all(ledger_of(private).holds(head["ledger_seq"], head["ledger_head"]) for head in heads[::3])
+    assert 0 < heads[0]["ledger_seq"] < heads[3]["ledger_seq"]
+    assert {head["ledger_seq"] for head in heads if head["site"] != "ash"} == {0}
+
+
+def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Federation) -> None:
+    seen = []
+    for _ in range(2):
+        site = private.site("ash")
+        coordinator = begin(private)
+        reply = site.respond(coordinator.request(site.run, site.position))
+        assert reply.code == ReplyCode.UPDATE
+        integers = safetensors.numpy.load(
+            next(private.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers")).read_bytes()
+        )["integers"]
+        lanes = 2 * codec.count_lanes(private.agreed.study.encoding.bits)
+        assert not integers[-lanes:].any()  # validation images and correct ones
+        seen.append(integers)
+    assert np.mean(seen[0] != seen[1]) > 0.5
+
+
+def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) -> None:
+    site = private.site("ash")
+    with mock.patch("secure_fed.codec.rounding_draws", side_effect=AssertionError("seeded")):
+        coordinator = begin(private)
+        assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+
+
+def test_a_spent_site_reads_no_data_and_stays_as_an_observer(private: Federation) -> None:
+    sites = trained_sites(private)
+    play(private, sites)
+    spent = ledger_of(private).epsilon_spent
+    private.folder.joinpath("sites/ash/state/features.sqlite").unlink()
+    set_budget(private.folder, "ash", spent / 2)
+    set_data_folder(private, "ash", "/nowhere")
+    site = private.site("ash")
+    coordinator = begin(private)
+    reply = site.respond(coordinator.request(site.run, site.position))
+    assert reply.code == ReplyCode.APPLIED  # with its data gone, which it did not notice
+    assert reply.envelope == b""
+    assert ledger_of(private).epsilon_spent == spent
+
+
+def set_data_folder(federation: Federation, site: str, folder: str) -> None:
+    path = federation.folder / "sites" / site / "site.toml"
+    file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+    write_toml(path, file.model_copy(update={"data": file.data.model_copy(update={"folder": folder})}))
+
+
+def test_a_site_whose_budget_ends_in_mid_study_goes_on_as_an_observer(private: Federation) -> None:
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    set_budget(private.folder, "ash", ledger_of(private).epsilon_spent + 0.01)  # lowered between two rounds
+    sites[0] = private.site("ash")
+    reply = exchange(coordinator, sites[0])
+    assert reply.code == ReplyCode.APPLIED
+    assert sites[0].round == 1
+
+
+def test_a_new_run_and_a_new_export_spend_the_same_budget(private: Federation, tmp_path: Path) -> None:
+    play(private, trained_sites(private))
+    first = ledger_of(private).epsilon_spent
+    ledger = ledger_of(private)
+    # The same images under other names and in another place: no new block, no new budget.
+    folder = Path(read_site_file(private.folder / "sites/ash/site.toml").data.folder)
+    for path in sorted(folder.rglob("*.png")):
+        target = tmp_path / "export" / path.parent.name / f"renamed-{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    set_data_folder(private, "ash", str(tmp_path / "export"))
+    site = private.site("ash")
+    assert set(ledger.register(site.features().digests).values()) == {1}
+    coordinator = begin(private)
+    codes = [exchange(coordinator, one).code for one in (site, private.site("birch"))]
+    assert codes[1] == ReplyCode.UPDATE
+    again = ledger_of(private)
+    assert again.blocks == [1]
+    assert first <= again.epsilon_spent <= 8.0
+
+
+def test_new_patients_train_on_a_budget_of_their_own(private: Federation) -> None:
+    play(private, trained_sites(private))
+    folder = Path(read_site_file(private.folder / "sites/ash/site.toml").data.folder)
+    copy = private.folder / "grown"
+    shutil.copytree(folder, copy)
+    rng = np.random.default_rng(5)
+    from PIL import Image
+
+    for name in ("dark", "light", "striped"):
+        for number in range(20):
+            Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(copy / name / f"new{number}.png")
+    with opened(ledger_folder(read_site_file(private.folder / "sites/ash/site.toml"))) as ledger:
+        release = ledger.events[0].mechanism
+        while ledger.able(release):
+            ledger.reserve(release, "used up", [1])
+    set_data_folder(private, "ash", str(copy))
+    site = private.site("ash")
+    ledger_of(private).register(site.features().digests)
+    coordinator = begin(private)
+    assert exchange(coordinator, site).code == ReplyCode.UPDATE
+    assert ledger_of(private).events[-1].blocks == (2,)
+
+
+# --- refusals before anything is spent ---
+
+
+def test_the_papers_losses_are_refused_at_once(tmp_path: Path, images: Path) -> None:
+    for method, reason in (({"loss": "contrastive"}, "18 times"), ({"norm": "batch"}, "4.4 times")):
+        folder = tmp_path / next(iter(method))
+        with pytest.raises(PrivateMethodError, match=reason):
+            make_private(folder, images, method=method).site("ash")
+        assert not (folder / "sites/ash/state/privacy").exists()
+
+
+def test_a_failing_guard_spends_nothing(private: Federation) -> None:
+    site = private.site("ash")
+    coordinator = begin(private)
+    with (
+        mock.patch("clients.private_round.check_training", side_effect=GuardError("a seeded bug")),
+        pytest.raises(GuardError),
+    ):
+        site.respond(coordinator.request(site.run, site.position))
+    assert ledger_of(private).events == []
+
+
+def test_a_budget_cannot_be_raised_forgotten_or_changed(private: Federation) -> None:
+    private.site("ash")
+    set_budget(private.folder, "ash", 9.0)
+    with pytest.raises(BudgetError, match="can only be lowered"):
+        private.site("ash")
+    set_budget(private.folder, "ash", None)  # the ledger remembers
+    site = private.site("ash")
+    coordinator = begin(private)
+    exchange(coordinator, site)
+    assert ledger_of(private).epsilon_spent > 0
+    set_budget(private.folder, "ash", 2.0)
+    private.site("ash")
+    set_budget(private.folder, "ash", 8.0)
+    with pytest.raises(BudgetError, match="this site's budget is 2"):
+        private.site("ash")
+
+
+def test_a_lost_ledger_is_missed(private: Federation) -> None:
+    sites = trained_sites(private)
+    play(private, sites)
+    shutil.rmtree(private.folder / "sites/ash/state/privacy")
+    with pytest.raises(LedgerRollbackError, match="no ledger, but the other sites hold"):
+        private.site("ash")
+
+
+def test_data_without_patients_need_unit_image(private: Federation) -> None:
+    file = read_site_file(private.folder / "sites/ash/site.toml")
+    set_budget(private.folder, "ash", 8.0, data=file.data.model_copy(update={"unit": "patient"}))
+    site = private.site("ash")
+    coordinator = begin(private)
+    with pytest.raises(Exception, match='unit = "image"'):
+        site.respond(coordinator.request(site.run, site.position))
+    assert ledger_of(private).events == []
+
+
+def test_the_command_line_gives_a_budget(private: Federation) -> None:
+    file = read_site_file(private.folder / "sites/birch/site.toml")
+    assert with_budget(file, None, None).privacy is None
+    given = with_budget(file, 3.0, None).privacy
+    assert given is not None
+    assert (given.epsilon, given.delta, given.n_ref) == (3.0, 1e-5, None)
+    file = read_site_file(private.folder / "sites/ash/site.toml")
+    assert with_budget(file, 1.0, 1e-6).privacy == SitePrivacy(epsilon=1.0, delta=1e-6, n_ref=20)
+    for wrong in ((-1.0, None), (3.0, 0.5)):
+        with pytest.raises(SiteFileError, match="epsilon, --delta"):
+            with_budget(file, *wrong)
+
+
+# --- older ledgers ---
+
+
+def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation) -> None:
+    sites = trained_sites(private)
+    folder = private.folder / "sites/ash/state/privacy"
+    old = private.folder / "old"
+    shutil.copytree(folder, old)
+    play(private, sites)
+    shutil.rmtree(folder)
+    shutil.copytree(old, folder)
+    site = private.site("ash")
+    second = begin(private)
+    with pytest.raises(LedgerRollbackError, match="an older copy was put back"):
+        site.respond(second.request(site.run, site.position))
+    # A site that does not look is refused by the server,
+    with mock.patch.object(type(site._private), "_confirm"):
+        reply = site.respond(second.request(site.run, site.position))
+    with pytest.raises(EnvelopeError, match="an older copy"):
+        second.receive(reply)
+    # and, if the server lets it pass, by the other sites.
+    with mock.patch.object(type(second._heads), "check"):
+        second.receive(reply)
+    for one in sites[1:]:
+        exchange(second, one)
+    assert second.close_round() is not None
+    with pytest.raises(LedgerRollbackError, match="ash: privacy ledger at entry"):
+        sites[1].respond(second.request(sites[1].run, sites[1].position))
+
+
+def test_a_rolled_back_machine_learns_from_the_journal_that_it_was(private: Federation) -> None:
+    """The whole state goes back, as with a machine's snapshot; the site's own heads with it."""
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    state = private.folder / "sites/ash/state"
+    shutil.copytree(state, private.folder / "snapshot")
+    play(private, sites, coordinator)
+    shutil.rmtree(state)
+    shutil.copytree(private.folder / "snapshot", state)
+    site = private.site("ash")
+    exchange(coordinator, site)
+    second = begin(private)
+    with pytest.raises(LedgerRollbackError, match="an older copy was put back"):
+        site.respond(second.request(site.run, site.position))
+
+
+def test_a_copied_folder_cannot_run_twice(private: Federation) -> None:
+    private.site("ash")
+    copy = private.folder.parent / "copy"
+    shutil.copytree(private.folder, copy, symlinks=True)
+    coordinator = begin(private)
+    exchange(coordinator, private.site("ash"))
+    twin = Federation(copy).site("ash")
+    reply = twin.respond(coordinator.request(twin.run, twin.position))
+    with pytest.raises(EnvelopeError, match=r"runs twice|older copy"):
+        coordinator.receive(reply)
+
+
+def test_a_clock_set_back_changes_nothing(private: Federation) -> None:
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    with mock.patch("time.time", return_value=0.0), mock.patch("time.time_ns", return_value=0):
+        run_round(coordinator, sites)
+    assert [event.state for event in ledger_of(private).events] == ["sent", "committed"]
+
+
+def test_a_ledger_in_use_is_refused(private: Federation) -> None:
+    folder = ledger_folder(read_site_file(private.folder / "sites/ash/site.toml"))
+    site = private.site("ash")
+    coordinator = begin(private)
+    with opened(folder), pytest.raises(StorageError, match="another process"):
+        site.respond(coordinator.request(site.run, site.position))
+    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+
+
+def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Federation) -> None:
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    folder = private.folder / "sites/ash/state/privacy"
+    export = ledger_of(private).export()
+    # The whole state is lost, and the export is put into a new one.
+    shutil.rmtree(folder.parent)
+    restore(folder, export)
+    site = private.site("ash")
+    before = ledger_of(private).epsilon_spent
+    reply = site.respond(coordinator.request(site.run, site.position))  # brings the journal, and with it the head
+    assert reply.code == ReplyCode.UPDATE
+    coordinator.receive(reply)
+    assert ledger_of(private).epsilon_spent > before
+    assert not (folder / "closed").exists()
+
+
+def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newer_one(private: Federation) -> None:
+    private.site("ash")
+    early = ledger_of(private).export()
+    folder = private.folder / "sites/ash/state/privacy"
+    shutil.rmtree(folder)
+    restore(folder, early)
+    site = private.site("ash")
+    coordinator = begin(private)
+    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.APPLIED
+    assert ledger_of(private).events == []
+    (folder / "closed").unlink()
+    sites = trained_sites(private)
+    run_round(coordinator, sites)
+    shutil.rmtree(folder.parent)
+    restore(folder, early)
+    site = private.site("ash")
+    with pytest.raises(LedgerRollbackError, match="older copy"):
+        site.respond(coordinator.request(site.run, site.position))
+    assert (folder / "closed").exists()
+
+
+# --- crashes, in real processes ---
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.private_worker"])
+
+
+class Worker:
+    """The site ash in a process of its own."""
+
+    def __init__(self, federation: Federation, crash_after: int | None = None) -> None:
+        self._pipe, other = FORKSERVER.Pipe()
+        path = federation.folder / "sites" / "ash" / "site.toml"
+        self.process = FORKSERVER.Process(target=serve, args=(other, str(path), crash_after))
+        self.process.start()
+        other.close()
+        self.run, self.position = self._receive()
+
+    def respond(self, request: RoundRequest) -> Any:
+        """The reply; None if the process died."""
+        self._pipe.send(request)
+        try:
+            reply, self.adapter_digest = self._receive()
+        except EOFError:
+            return None
+        self.run, self.position = reply.run, reply.position
+        return reply
+
+    def _receive(self) -> Any:
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def died(self) -> bool:
+        self.process.join(30)
+        return self.process.exitcode == -signal.SIGKILL
+
+    def close(self) -> None:
+        self._pipe.close()
+        self.process.join(30)
+
+
+@pytest.fixture
+def workers() -> Iterator[list[Worker]]:
+    started: list[Worker] = []
+    yield started
+    for worker in started:
+        worker.close()
+
+
+@pytest.mark.parametrize("step", range(1, 11))
+def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
+    private: Federation, workers: list[Worker], step: int
+) -> None:
+    others = [private.site(name) for name in TRAINING[1:]]
+    coordinator = begin(private)
+    worker = Worker(private, crash_after=step)
+    workers.append(worker)
+    if step < 10:
+        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+    else:
+        for _ in range(2):
+            coordinator.receive(worker.respond(coordinator.request(worker.run, worker.position)))
+            for other in others:
+                exchange(coordinator, other)
+            coordinator.close_round()
+        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+    assert worker.died()
+    outbox = private.folder / "sites/ash/state/runs" / coordinator.run / "outbox"
+    kept = {path: path.read_bytes() for path in outbox.glob("[0-9]*")}
+    left = ledger_of(private)
+    reserved, spent = len(left.events), left.epsilon_spent
+    assert reserved == (2 if step == 10 else int(step >= 5))
+    assert {path.suffix for path in kept} == (
+        {".integers", ".envelope"} if step >= 9 else {".integers"} if step >= 7 else set()
+    )
+    again = Worker(private)
+    workers.append(again)
+    reply = again.respond(coordinator.request(again.run, again.position))
+    assert reply is not None
+    if step < 10:
+        coordinator.receive(reply)
+    # What had been drawn is sent, byte for byte; nothing is drawn for its event again.
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    assert all(data == reply.envelope for path, data in kept.items() if path.suffix == ".envelope" and step == 9)
+    while not coordinator.finished:
+        for other in others:
+            exchange(coordinator, other)
+        coordinator.close_round()
+        coordinator.receive(again.respond(coordinator.request(again.run, again.position)))
+    for other in others:
+        exchange(coordinator, other)
+    assert {other.adapter_digest for other in others} == {again.adapter_digest}
+    ledger = ledger_of(private)
+    states = [event.state for event in ledger.events]
+    # A reservation whose output was never stored stays spent; everything else left once.
+    expected = ["reserved", "sent", "sent"] if step in (5, 6) else ["sent", "sent"]
+    assert states == expected
+    assert spent <= ledger.epsilon_spent <= 8.0
+    assert ledger.epsilon_spent == epsilon_of(len(states) * ledger.events[0].mechanism.mu_squared, 1e-5)
+    commits = [line.fields["event"] for line in ledger._entries.lines if line.fields["kind"] == "commit"]
+    assert len(commits) == len(set(commits)) == 2
+    assert len({line.fields["output"] for line in ledger._entries.lines if line.fields["kind"] == "commit"}) == 2
+
+
+def test_too_many_crashes_end_in_an_observer_and_not_in_a_deficit(private: Federation, workers: list[Worker]) -> None:
+    coordinator = begin(private)
+    for _ in range(3):  # two rounds were planned, and one more
+        worker = Worker(private, crash_after=6)
+        workers.append(worker)
+        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+        assert worker.died()
+    worker = Worker(private)
+    workers.append(worker)
+    reply = worker.respond(coordinator.request(worker.run, worker.position))
+    assert reply.code == ReplyCode.APPLIED
+    assert [event.state for event in ledger_of(private).events] == ["reserved"] * 3
+    assert 7.99 < ledger_of(private).epsilon_spent <= 8.0
+
+
+def test_a_full_disk_at_the_reservation_draws_nothing(private: Federation) -> None:
+    site = private.site("ash")
+    coordinator = begin(private)
+    real = Ledger.reserve
+
+    def full(self: Ledger, *arguments: Any) -> Any:
+        with mock.patch("secure_fed.storage.os.fsync", side_effect=OSError(28, "No space left on device")):
+            return real(self, *arguments)
+
+    with mock.patch.object(Ledger, "reserve", full), pytest.raises(StorageError, match="No space left"):
+        site.respond(coordinator.request(site.run, site.position))
+    assert ledger_of(private).events == []
+    assert not list(private.folder.glob("sites/ash/state/runs/*/outbox/*.integers"))
+    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+
+
+def test_integers_of_an_event_that_the_ledger_does_not_know_are_refused(private: Federation) -> None:
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    exchange(coordinator, sites[0])
+    outbox = next(private.folder.glob("sites/ash/state/runs/*/outbox"))
+    next(outbox.glob("*.envelope")).unlink()
+    path = next(outbox.glob("*.integers"))
+    tensors = safetensors.numpy.load(path.read_bytes())
+    for wrong in (tensors | {"event": np.array([77])}, {"integers": tensors["integers"]}):
+        path.write_bytes(safetensors.numpy.save(wrong))
+        with pytest.raises(LedgerError):
+            sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+
+
+# --- with encryption, means and the whole of simulate ---
+
+
+def test_means_are_released_once_and_lead_the_domain_term(tmp_path: Path, images: Path) -> None:
+    federation = make_private(
+        tmp_path / "out", images, method={"adapter": "facmic", "lmmd_weight": 1.0}, privacy={"steps": 2}
+    )
+    set_budget(tmp_path / "out", "ash", 8.0, n_ref=100_000)  # so many that means are worth their cost
+    sites = [federation.site(name) for name in TRAINING]
+    play(federation, sites)
+    facts = ledger_of(federation).summary()
+    assert ["class means" in event["purpose"] for event in facts["events"]] == [True, True, False, False]
+    assert facts["events"][0]["sensitivity"] == pytest.approx(np.sqrt(2))
+    assert facts["epsilon_spent"] <= 8.0
+    assert all(event["state"] == "sent" for event in facts["events"])
+    assert len(list((tmp_path / "out/sites/ash/state/privacy").glob("means-*"))) == 1
+
+
+def test_simulate_with_a_budget_labels_every_figure_simulated(tmp_path: Path, images: Path) -> None:
+    out = tmp_path / "out"
+    template = make_template(rounds=1, method={"adapter": "low_rank", "lmmd_weight": 1.0}, privacy={"steps": 2})
+    summary = simulate(template, out, images, Heard(), budget=Budget(3.0, 1e-5))
+    assert set(summary["privacy"]) == set(TRAINING)
+    assert all(spent["simulated"] and 0 < spent["epsilon_spent"] <= 3 for spent in summary["privacy"].values())
+    shown = CliRunner().invoke(app, ["ledger", "show", str(out / "sites/ash"), "--json"])
+    facts = json.loads(shown.stdout)
+    assert facts["epsilon_spent"] == summary["privacy"]["ash"]["epsilon_spent"]
+    assert facts["simulated"]
+    observer = json.loads(CliRunner().invoke(app, ["ledger", "show", str(out / "sites/dogwood"), "--json"]).stdout)
+    assert observer["events"] == []
+    assert observer["epsilon_spent"] == 0
+    table = CliRunner().invoke(app, ["ledger", "show", str(out / "sites/ash")])
+    assert "simulated epsilon" in table.stdout
+    assert CliRunner().invoke(app, ["ledger", "verify", str(out / "sites/ash")]).exit_code == 0
+    export = tmp_path / "export"
+    CliRunner().invoke(app, ["ledger", "export", str(out / "sites/ash"), "--out", str(export)])
+    assert export.stat().st_mode & 0o077 == 0
+    (out / "sites/ash/state/privacy/ledger.jsonl").unlink()
+    failed = CliRunner().invoke(app, ["ledger", "show", str(out / "sites/ash")])
+    assert isinstance(failed.exception, LedgerError)
+    assert CliRunner().invoke(app, ["ledger", "restore", str(out / "sites/ash"), str(export)]).exit_code == 0
+    assert CliRunner().invoke(app, ["ledger", "verify", str(out / "sites/ash"), "--json"]).exit_code == 0

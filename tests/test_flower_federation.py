@@ -1,0 +1,225 @@
+"""One federation of real processes over TLS on loopback, looked at from every side while it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from clients.supernode import _Connection
+from privacy.ckks import StudySecret
+from privacy.keys import load_identity, open_sealed_key
+from secure_fed.certificates import create_authority
+from secure_fed.errors import CertificateError, NotAdmittedError
+from secure_fed.simulation import Listener, simulate
+from tests.conftest import make_template
+from tests.network import Network, loaded_files, memory_holds
+
+ROUNDS = 4
+
+
+@dataclass
+class Seen:
+    """What one run showed."""
+
+    network: Network
+    statuses: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, Exception | int] = field(default_factory=dict)
+    held: dict[str, set[str]] = field(default_factory=dict)
+    loaded: dict[str, str] = field(default_factory=dict)
+    pids: dict[str, int] = field(default_factory=dict)
+    exits: dict[str, int] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[Seen]:
+    folder = tmp_path_factory.mktemp("federation")
+    network = Network(folder / "out", make_template(rounds=ROUNDS, round_seconds=120), images)
+    facts = Seen(network)
+    try:
+        network.start("server")
+        network.wait_until(lambda: "listening" in network.log("server"), 60)
+        knock(facts, folder)
+        network.start(*network.names)
+        network.wait_until(lambda: network.records >= 2, 90)
+        look(facts)
+        facts.exits = network.wait(90)
+        yield facts
+    finally:
+        network.close()
+
+
+def knock(facts: Seen, folder: Path) -> None:
+    """What an outsider gets from the open port."""
+    network = facts.network
+    base = f"https://127.0.0.1:{network.port}"
+    authority = network.folder / "server" / "tls" / "ca.crt"
+    context = ssl.create_default_context(cafile=str(authority))
+    paths = [
+        "/v1/control/start-run",
+        "/v1/control/register-node",
+        "/v1/runtime/acquire-task",
+        "/v1/runtime/pull-task-input",
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/openapi.json",
+        "/docs",
+        "/",
+    ]
+    with httpx.Client(verify=context) as client:
+        # The port answers before Flower has set up its database.
+        deadline = time.monotonic() + 30
+        while client.get(f"{base}/health").status_code != 200 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for path in [*paths, "/health"]:
+            facts.statuses[f"GET {path}"] = client.get(base + path).status_code
+            facts.statuses[f"POST {path}"] = client.post(base + path, content=b"x").status_code
+        for path in ("activate-node", "pull-messages"):
+            facts.statuses[f"no key {path}"] = client.post(f"{base}/v1/fleet/{path}", content=b"").status_code
+    stranger = ec.generate_private_key(ec.SECP384R1())
+    address = f"127.0.0.1:{network.port}"
+    facts.refused["stranger"] = attempt(lambda: _Connection(address, authority.read_bytes(), stranger).join())
+    create_authority(folder / "foreign", ["127.0.0.1"])
+    foreign = (folder / "foreign" / "ca.crt").read_bytes()
+    member = load_ssh_private_key((network.site_folder("ash") / "identity" / "flower.key").read_bytes(), None)
+    assert isinstance(member, ec.EllipticCurvePrivateKey)
+    facts.refused["foreign authority"] = attempt(lambda: _Connection(address, foreign, member).join())
+    # A member's key in the header, without the key itself: nothing but the signature proves who calls.
+    interceptor = NodeAuthHttpInterceptor(stranger, stranger.public_key())
+    interceptor._public_key_bytes = public_key_to_bytes(member.public_key())
+    with FleetHttpClient.from_server_address(address, False, authority.read_bytes(), [interceptor]) as forger:
+        request = ActivateNodeRequest(public_key=public_key_to_bytes(member.public_key()), heartbeat_interval=30)
+        facts.refused["borrowed key"] = attempt(lambda: forger.ActivateNode(request))
+        facts.refused["registering"] = attempt(lambda: forger.RegisterNode(RegisterNodeFleetRequest(public_key=b"any")))
+
+
+def attempt(call: object) -> Exception | int:
+    try:
+        call()  # type: ignore[operator]
+    except httpx.HTTPStatusError as error:
+        return error.response.status_code
+    except Exception as error:
+        return error
+    return 0
+
+
+def look(facts: Seen) -> None:
+    """Into the processes, after the server has taken envelopes and the sites have opened an aggregate."""
+    network = facts.network
+    rounds = network.rounds_process()
+    pids = {"server": network.processes["server"].pid, "rounds": rounds, "ash": network.processes["ash"].pid}
+    secret = study_secret(network)
+    # Any 24 bytes of the middle tell the whole.
+    wanted = {"tag key": secret.tag_key[:24], "secret key": secret.secret_key[1000:1064]}
+    wanted["control"] = network.agreed.study.id.encode()
+    for name, pid in pids.items():
+        facts.loaded[name] = loaded_files(pid)
+        facts.held[name] = memory_holds(pid, wanted)
+    facts.pids = {name: network.processes[name].pid for name in network.processes} | {"rounds": rounds}
+
+
+def study_secret(network: Network) -> StudySecret:
+    folder = network.site_folder("birch")
+    (sealed,) = (folder / "state" / "keys").glob("*.sealed")
+    return open_sealed_key(sealed.read_bytes(), network.agreed, load_identity(folder / "identity", "birch"))
+
+
+def test_it_ends_with_the_adapter_of_a_simulation(seen: Seen, images: Path, tmp_path: Path) -> None:
+    assert seen.exits == dict.fromkeys([*seen.network.names, "server"], 0)
+    quiet = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
+    template = make_template(rounds=ROUNDS, round_seconds=120)
+    expected = simulate(template, tmp_path / "simulated", images, quiet)["adapter_digest"]
+    for name in seen.network.names:
+        summary = seen.network.summary(name)
+        assert summary["adapter_digest"] == expected
+        assert (summary["round"], summary["site"]) == (ROUNDS, name)
+        assert set(summary["metrics"]) == {"zero_shot", "federated"}
+        assert (seen.network.site_folder(name) / "state" / "adapter.safetensors").exists()
+
+
+def test_every_accepted_envelope_is_in_its_record_once(seen: Seen) -> None:
+    assert seen.network.records == 1 + ROUNDS
+    log = seen.network.log("server")
+    assert log.count("3 sites in") == ROUNDS
+
+
+@pytest.mark.parametrize("path", ["/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/acquire-task"])
+def test_from_outside_control_and_runtime_do_not_exist(seen: Seen, path: str) -> None:
+    assert seen.statuses[f"GET {path}"] == seen.statuses[f"POST {path}"] == 404
+
+
+def test_from_outside_nothing_else_exists_but_health(seen: Seen) -> None:
+    others = {path: status for path, status in seen.statuses.items() if path.startswith(("GET", "POST"))}
+    assert others.pop("GET /health") == 200
+    others.pop("POST /health")
+    assert set(others.values()) == {404}, others
+
+
+def test_callers_without_a_registered_key_are_refused(seen: Seen) -> None:
+    assert seen.statuses["no key activate-node"] == seen.statuses["no key pull-messages"] == 403
+    assert isinstance(seen.refused["stranger"], NotAdmittedError)
+    assert seen.refused["borrowed key"] == 401
+    assert seen.refused["registering"] == 404
+
+
+def test_a_server_of_a_foreign_authority_is_refused(seen: Seen) -> None:
+    error = seen.refused["foreign authority"]
+    assert isinstance(error, CertificateError)
+    assert "authority" in str(error)
+
+
+def test_the_servers_processes_hold_no_key(seen: Seen) -> None:
+    assert seen.held["ash"] == {"tag key", "secret key", "control"}  # the scan finds what is there
+    assert seen.held["server"] == seen.held["rounds"] == {"control"}
+
+
+def test_the_servers_processes_load_nothing_that_trains_or_decrypts(seen: Seen) -> None:
+    assert "torch" in seen.loaded["ash"]
+    assert "tenseal" in seen.loaded["ash"]
+    for name in ("server", "rounds"):
+        for module in ("torch", "tenseal", "open_clip", "opacus", "pyrage"):
+            assert module not in seen.loaded[name], (name, module)
+
+
+def test_nobody_talks_to_anything_but_loopback(seen: Seen) -> None:
+    called = seen.network.called()
+    assert set(seen.pids.values()) <= set(called)  # each process was heard
+    # ::1 is bound once to see whether the machine has IPv6.
+    assert {"127.0.0.1"} <= set().union(*called.values()) <= {"127.0.0.1", "::1"}
+
+
+def test_logs_are_lines_without_paths_or_labels(seen: Seen) -> None:
+    for name in (*seen.network.names, "server"):
+        for line in seen.network.log(name).splitlines():
+            assert line.startswith("20"), (name, line)
+            assert str(seen.network.folder) not in line
+            assert not {"dark", "light", "striped"} & set(line.split()), line
+            assert "Traceback" not in line
+
+
+def test_no_process_is_left_and_the_servers_folder_holds_no_key(seen: Seen) -> None:
+    secret = study_secret(seen.network)
+    for path in (seen.network.folder / "server").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert secret.tag_key not in content
+            assert secret.secret_key[1000:1064] not in content
+    assert not any(os.path.exists(f"/proc/{process.pid}") for process in seen.network.processes.values())
+
+
+def test_the_results_say_nothing_that_json_cannot(seen: Seen) -> None:
+    for name in seen.network.names:
+        json.dumps(seen.network.summary(name), allow_nan=False)

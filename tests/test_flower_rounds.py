@@ -1,0 +1,322 @@
+"""The round loop with real sites and a real coordinator, and a network that does as it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+import server.coordinator
+from clients.app import SiteApp
+from clients.site import Site
+from secure_fed.errors import NotEnoughSitesError
+from secure_fed.messages import contract, read_request
+from secure_fed.protocol import ReplyCode
+from secure_fed.simulation import prepare
+from server.app import RoundLoop
+from server.coordinator import Coordinator
+from tests.conftest import OBSERVER, TRAINING, Federation, make_template
+
+RUN = 7
+
+
+class Wire(Grid):  # type: ignore[misc]
+    """Sites by node id; each can be away, silent, or answer."""
+
+    def __init__(self, federation: Federation, sites: Iterable[Site]) -> None:
+        self.apps = {
+            number: SiteApp(site, federation.agreed.study.id, lambda _: None) for number, site in enumerate(sites, 100)
+        }
+        self.nodes = {app.site.name: number for number, app in self.apps.items()}
+        self.away: set[str] = set()
+        self.silent: set[str] = set()
+        self.since = dict.fromkeys(self.apps, "first")
+        self.bundle = contract(federation.agreed.study.id)
+        self.waiting: dict[str, Message] = {}
+        self.pages: dict[str, list[int]] = {}
+        self.ttls: list[float] = []
+        self._ids = itertools.count()
+
+    @property
+    def run(self) -> Any:
+        return SimpleNamespace(run_id=RUN)
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        raise NotImplementedError("deprecated, and not used")
+
+    def send_and_receive(self, *arguments: Any, **named: Any) -> Any:
+        raise NotImplementedError("holds all replies in memory, and is not used")
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node.node_id for node in self.get_nodes()]
+
+    def get_nodes(self) -> Any:
+        return [
+            SimpleNamespace(node_id=number, last_activated_at=self.since[number])
+            for number, app in self.apps.items()
+            if app.site.name not in self.away
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = []
+        for message in messages:
+            name = f"{next(self._ids):064d}"
+            message.metadata.__dict__["_message_id"] = name
+            content = recorddict_from_proto(recorddict_to_proto(message.content))
+            self.waiting[name] = make_message(metadata=message.metadata, content=content)
+            site = self.apps[message.metadata.dst_node_id].site.name
+            self.pages.setdefault(site, []).append(sum(map(len, read_request(content).records)))
+            self.ttls.append(message.metadata.ttl)
+            names.append(name)
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = []
+        for name in message_ids:
+            message = self.waiting[name]
+            app = self.apps[message.metadata.dst_node_id]
+            if app.site.name in self.away | self.silent:
+                continue
+            del self.waiting[name]
+            context = Context(RUN, message.metadata.dst_node_id, {}, RecordDict(), {})
+            replies.append(app.answer(message, context, self.bundle))
+        return replies
+
+
+@pytest.fixture(autouse=True)
+def _identity() -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN, 1
+
+
+def _begin(federation: Federation) -> tuple[Coordinator, Wire, RoundLoop]:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    wire = Wire(federation, sites)
+    return coordinator, wire, _loop(federation, coordinator, wire)
+
+
+def _loop(federation: Federation, coordinator: Coordinator, wire: Wire) -> RoundLoop:
+    return RoundLoop(coordinator, federation.agreed, wire, wire.nodes)
+
+
+def _steps(loop: RoundLoop, condition: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing of it came"
+        loop._looked = 0.0  # do not wait for the next look at who is connected
+        loop.step()
+
+
+def _federation(folder: Path, images: Path, **changes: Any) -> Federation:
+    prepare(make_template(**changes), folder, images)
+    return Federation(folder)
+
+
+def test_a_study_runs_to_its_end_and_every_site_has_the_same(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    loop.run()
+    assert coordinator.finished
+    assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+    assert all(app.finished for app in wire.apps.values())
+    assert min(wire.ttls) >= 60
+
+
+def test_a_missing_site_is_waited_for_until_the_deadline_and_catches_up(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server")
+    federation = _federation(tmp_path / "out", images, rounds=4, max_sites=4, min_sites=2, mode="plain")
+    federation.agreed.study.__dict__["round_seconds"] = 1.0
+    sites = federation.sites()
+    for site in sites:
+        site.features()  # not within the deadline
+    coordinator = Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+    wire = Wire(federation, sites)
+    loop = _loop(federation, coordinator, wire)
+    wire.away = {"cedar"}
+    began = time.monotonic()
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    assert time.monotonic() - began >= 1.0
+    assert "waiting for at most 1 s for cedar, not connected" in caplog.text
+    assert "round 1 goes on without cedar" in caplog.text
+    # Who missed one deadline and is still away is not waited for again.
+    began = time.monotonic()
+    _steps(loop, lambda: len(coordinator.rounds) == 2)
+    assert time.monotonic() - began < 1.0
+    wire.away = set()
+    _steps(loop, lambda: coordinator.finished)
+    assert [len(entry.sites) for entry in coordinator.rounds] == [2, 2, 3, 3]
+    loop.run()
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+
+
+def test_below_min_sites_the_study_waits_beyond_the_deadline_and_says_so(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server")
+    federation.agreed.study.__dict__["round_seconds"] = 0.2
+    coordinator, wire, loop = _begin(federation)
+    wire.away = {"birch"}
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        loop._looked = 0.0
+        loop.step()
+    assert not coordinator.rounds
+    assert "2 sites in, min_sites 3; waiting until there are min_sites for birch, not connected" in caplog.text
+    wire.away = set()
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+
+
+def test_a_site_that_reconnects_is_asked_again_and_counts_once(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    wire.silent = {"ash"}
+    _steps(loop, lambda: coordinator.sites_in == ("birch", "cedar"))
+    lost = dict(wire.waiting)
+    wire.since[wire.nodes["ash"]] = "second"  # its process was killed; what it was asked is gone
+    wire.silent = set()
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    assert coordinator.rounds[0].sites == TRAINING
+    assert set(lost) <= set(wire.waiting)  # never answered
+
+
+def test_a_new_loop_goes_on_in_mid_round_and_no_envelope_counts_twice(federation: Federation) -> None:
+    _, wire, loop = _begin(federation)
+    wire.silent = {"cedar"}
+    _steps(loop, lambda: loop.coordinator.sites_in == ("ash", "birch"))
+    wire.silent = set()
+    again = federation.reopen()
+    assert again.sites_in == ("ash", "birch")
+    second = _loop(federation, again, wire)
+    second.run()
+    assert [entry.sites for entry in again.rounds] == [TRAINING] * 3
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+
+
+def test_a_site_that_joins_at_round_50_takes_the_journal_in_pages(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"steps": 1, "learning_rate": 0.003, "batch_size": 8}
+    federation = _federation(
+        tmp_path / "out", images, rounds=52, min_sites=2, mode="plain", training=training, method={"adapter": "facmic"}
+    )
+    sites = federation.sites()
+    coordinator = Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+    wire = Wire(federation, sites)
+    loop = _loop(federation, coordinator, wire)
+    wire.away = loop._absent = {"cedar"}
+    _steps(loop, lambda: len(coordinator.rounds) == 50, 120)
+    limit = 3 * coordinator.rounds[0].size
+    monkeypatch.setattr(server.coordinator, "PAGE_BYTES", limit)
+    wire.away = set()
+    _steps(loop, lambda: coordinator.finished, 60)
+    loop.run()
+    pages = [size for size in wire.pages["cedar"] if size]
+    assert len(pages) >= 50 / 3
+    assert max(pages) <= limit
+    assert "cedar" in coordinator.rounds[-1].sites
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+
+
+def test_a_site_that_fails_is_asked_later_and_the_others_go_on(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.app.PATIENCE", 0.05)
+    coordinator, wire, loop = _begin(federation)
+    broken = wire.apps[wire.nodes["birch"]].site
+    respond = broken.respond
+    broken.respond = lambda request: [][1]  # type: ignore[method-assign,assignment]
+    _steps(loop, lambda: coordinator.sites_in == ("ash", "cedar"))
+    assert "birch: cannot take part: failed" in caplog.text
+    broken.respond = respond  # type: ignore[method-assign]
+    loop.run()
+    assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
+
+
+def test_an_envelope_that_is_refused_does_not_end_the_study(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.app.PATIENCE", 0.05)
+    coordinator, wire, loop = _begin(federation)
+    site = wire.apps[wire.nodes["ash"]].site
+    respond = site.respond
+
+    def forged(request: Any) -> Any:
+        reply = respond(request)
+        return dataclasses.replace(reply, envelope=reply.envelope[:-1] + b"\x00" if reply.envelope else b"")
+
+    site.respond = forged  # type: ignore[method-assign]
+    _steps(loop, lambda: coordinator.sites_in == ("birch", "cedar"))
+    _steps(loop, lambda: "ash: its reply is refused" in caplog.text)
+    assert coordinator.sites_in == ("birch", "cedar")
+    site.respond = respond  # type: ignore[method-assign]
+    loop.run()
+    assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
+
+
+def test_a_rotated_key_takes_force_in_mid_study(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "server")
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    sealed = _rotated(federation, coordinator)
+    for app in wire.apps.values():
+        app.site.keys.accept(sealed)
+    assert loop.run()
+    kinds = [entry.header.kind for entry in coordinator.journal.records]
+    assert kinds == ["genesis", "aggregate", "amendment", "checkpoint", "aggregate", "aggregate"]
+    assert "amendment appended before round 2" in caplog.text
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+
+
+def test_when_members_change_the_loop_ends_for_them_to_be_registered(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    sealed = _rotated(federation, coordinator, removed=(OBSERVER,))
+    for app in wire.apps.values():
+        if app.site.name != OBSERVER:
+            app.site.keys.accept(sealed)
+    assert not loop.run()
+    assert OBSERVER not in coordinator.journal.chain.members
+    del wire.nodes[OBSERVER]
+    again = _loop(federation, federation.reopen(), wire)
+    assert again.run()
+    digests = {app.site.name: app.site.adapter_digest for app in wire.apps.values()}
+    assert len({digests[name] for name in TRAINING}) == 1
+
+
+def test_when_too_few_can_train_the_study_ends_with_its_own_code(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    site = wire.apps[wire.nodes["cedar"]].site
+    respond = site.respond
+
+    def spent(request: Any) -> Any:
+        reply = respond(request)
+        return dataclasses.replace(reply, code=ReplyCode.APPLIED, envelope=b"") if reply.envelope else reply
+
+    site.respond = spent  # type: ignore[method-assign]
+    with pytest.raises(NotEnoughSitesError, match="2 sites can still train"):
+        _steps(loop, lambda: False)
+
+
+def _rotated(federation: Federation, coordinator: Coordinator, **changes: Any) -> bytes:
+    """Leave an amendment for the coordinator, as the key maker makes it."""
+    chain = coordinator.journal.chain
+    epoch = federation.site("ash").keys.newest[0] + 1
+    sealed = federation.seal_key(epoch, chain.key, members=chain.members, **changes)
+    coordinator.amend(sealed)
+    return sealed

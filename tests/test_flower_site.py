@@ -1,0 +1,259 @@
+"""A site against its server: bundles, failures as codes, certificates, clocks, keys, ports."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import flwr.supernode.node_auth_http_interceptor as node_auth
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+
+from clients.app import SiteApp
+from clients.supernode import _Connection
+from secure_fed.certificates import create_authority
+from secure_fed.errors import (
+    AddressError,
+    BundleError,
+    CertificateError,
+    ClockError,
+    DataError,
+    RoundFailedError,
+    SecfacmicError,
+    SiteFileError,
+    StorageError,
+    StudyError,
+)
+from secure_fed.messages import contract, read_reply, request_content
+from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
+from secure_fed.signed import ZERO_DIGEST
+from server.superlink import SuperLink
+from tests.conftest import Federation
+
+HELLO = RoundRequest(1, 1, (), more=True)
+STUDY = "a" * 64
+
+
+class OneSite:
+    """As much of a site as the app sees, and a failure to come."""
+
+    name = "ash"
+    position = 0
+    finished = False
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.asked = 0
+
+    def respond(self, request: RoundRequest) -> RoundReply:
+        self.asked += 1
+        if self.failure is not None:
+            raise self.failure
+        return RoundReply(self.name, ReplyCode.MORE, "", 0, "", b"")
+
+
+def _message(request: RoundRequest = HELLO, kind: str = "train.round") -> Message:
+    metadata = Metadata(
+        run_id=7,
+        message_id="1" * 64,
+        src_node_id=1,
+        dst_node_id=2,
+        reply_to_message_id="",
+        group_id="1",
+        created_at=time.time(),
+        ttl=60.0,
+        message_type=kind,
+    )
+    return make_message(metadata=metadata, content=request_content(request))
+
+
+def _answer(site: OneSite, bundle: bytes, message: Message | None = None) -> tuple[SiteApp, RoundReply]:
+    app = SiteApp(site, STUDY, lambda _: None)  # type: ignore[arg-type]
+    reply = app.answer(message or _message(), Context(7, 2, {}, RecordDict(), {}), bundle)
+    assert not reply.has_error()  # flwr's own errors carry texts
+    return app, read_reply(reply.content, "ash")
+
+
+def _with_file(bundle: bytes, name: str, text: str) -> bytes:
+    stream = io.BytesIO(bundle)
+    with zipfile.ZipFile(stream, "a") as files:
+        files.writestr(name, text)
+    return stream.getvalue()
+
+
+def test_the_studys_contract_is_answered() -> None:
+    site = OneSite()
+    app, reply = _answer(site, contract(STUDY))
+    assert (reply.code, site.asked, app.failure) == (ReplyCode.MORE, 1, None)
+
+
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        contract(STUDY)[:-1] + b"x",
+        _with_file(contract(STUDY), "stub.py", "import os; os.system('true')"),
+        contract("b" * 64),
+        b"",
+    ],
+    ids=["modified", "with an extra file", "of another study, as of one in plain mode", "empty"],
+)
+def test_any_other_bundle_is_refused_unread(bundle: bytes) -> None:
+    site = OneSite()
+    app, reply = _answer(site, bundle)
+    assert reply.code == ReplyCode.REFUSED_BUNDLE
+    assert site.asked == 0
+    assert isinstance(app.failure, BundleError)
+
+
+def test_a_message_of_another_kind_is_refused() -> None:
+    site = OneSite()
+    _, reply = _answer(site, contract(STUDY), _message(kind="query"))
+    assert (reply.code, site.asked) == (ReplyCode.FAILED, 0)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "kept"),
+    [
+        (DataError("/data/patients/mueller: gone"), ReplyCode.FAILED_DATA, DataError),
+        (StorageError("/disk: full"), ReplyCode.FAILED_STORAGE, StorageError),
+        (SiteFileError("policy"), ReplyCode.FAILED_POLICY, SiteFileError),
+        (ValueError("patient mueller"), ReplyCode.FAILED, RoundFailedError),
+        (MemoryError(), ReplyCode.FAILED, RoundFailedError),
+    ],
+)
+def test_of_a_failure_only_a_code_leaves(failure: Exception, code: ReplyCode, kept: type[SecfacmicError]) -> None:
+    app, reply = _answer(OneSite(failure), contract(STUDY))
+    assert reply == RoundReply("ash", code, "", 0, "", b"")
+    assert isinstance(app.failure, kept)
+    assert "mueller" not in str(app.failure) or app.failure is failure
+
+
+# --- a real SuperLink in this process ---
+
+
+class Link:
+    """A SuperLink with one registered key."""
+
+    def __init__(self, folder: Path, hosts: list[str]) -> None:
+        create_authority(folder / "tls", hosts)
+        self.key = ec.generate_private_key(ec.SECP384R1())
+        public = self.key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+        self.sites = {"ash": public}
+        self.folder = folder
+        self.link = SuperLink(folder / "tls", ("127.0.0.1", 0), self.sites)
+        (self.server, bound), _ = self.link._servers
+        self.port = bound.getsockname()[1]
+        self.authority = (folder / "tls" / "ca.crt").read_bytes()
+
+    def connect(self) -> _Connection:
+        connection = _Connection(f"127.0.0.1:{self.port}", self.authority, self.key)
+        connection.join()
+        return connection
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> Iterator[Link]:
+    made = Link(tmp_path, ["127.0.0.1"])
+    yield made
+    made.link.stop()
+
+
+def test_a_registered_site_joins_leaves_and_joins_again(link: Link) -> None:
+    connection = link.connect()
+    assert connection.node.node_id == link.link.nodes["ash"]
+    assert connection.pull() is None
+    connection.leave()
+    link.connect().leave()
+
+
+@pytest.mark.slow
+def test_a_node_that_crashed_waits_to_rejoin(link: Link, caplog: pytest.LogCaptureFixture) -> None:
+    crashed = link.connect()
+    crashed._left.set()  # no more heartbeats, no farewell
+    caplog.set_level("INFO", "clients")
+    began = time.monotonic()
+    link.connect().leave()
+    assert "waiting to rejoin" in caplog.text
+    assert 5 < time.monotonic() - began < 25
+
+
+def test_a_clock_too_far_ahead_is_named(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_now = node_auth.now
+    monkeypatch.setattr(node_auth, "now", lambda: true_now() + timedelta(seconds=8))
+    # The check compares with this computer's clock, which is 8 s ahead too.
+    import clients.supernode as supernode
+
+    class Ahead(supernode.datetime):  # type: ignore[misc,name-defined]
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return super().now(tz) + timedelta(seconds=8)
+
+    monkeypatch.setattr(supernode, "datetime", Ahead)
+    with pytest.raises(ClockError, match=r"[789] s ahead of the server's.*NTP"):
+        link.connect()
+
+
+def test_a_name_that_the_certificate_lacks_is_refused(tmp_path: Path) -> None:
+    link = Link(tmp_path, ["fl.example.org"])
+    try:
+        with pytest.raises(CertificateError, match="another name"):
+            link.connect()
+    finally:
+        link.link.stop()
+
+
+def test_a_port_in_use_is_named(link: Link) -> None:
+    with pytest.raises(AddressError, match=rf"127.0.0.1:{link.port}.*in use"):
+        SuperLink(link.folder / "tls", ("127.0.0.1", link.port), link.sites)
+
+
+def test_a_server_without_a_certificate_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CertificateError, match="secfacmic study ca"):
+        SuperLink(tmp_path / "tls", ("127.0.0.1", 0), {})
+
+
+def test_a_modified_bundle_is_refused_over_the_wire(link: Link) -> None:
+    """The bundle that a site checks is the one that came with the run, not one that it was promised."""
+    bundle = _with_file(contract(STUDY), "stub.py", "raise SystemExit")
+    link.link.start_run(bundle)
+    state = link.link._state
+    (run,) = state.get_run_info(statuses=["starting"])
+    state.activate_task(run.primary_task_id)
+    connection = link.connect()
+    assert connection._bundle(run.run_id) == bundle
+    connection.leave()
+
+
+def test_a_site_outside_the_study_cannot_open_it(federation: Federation) -> None:
+    path = federation.folder / "sites" / "ash" / "site.toml"
+    path.write_text(path.read_text().replace('"ash"', '"elm"', 1))
+    with pytest.raises((StudyError, SiteFileError), match="elm"):
+        federation.site("ash")
+
+
+def test_an_authority_is_never_overwritten(tmp_path: Path) -> None:
+    create_authority(tmp_path / "tls", ["127.0.0.1", "fl.example.org", "::1"])
+    assert (tmp_path / "tls" / "ca.key").stat().st_mode & 0o077 == 0
+    with pytest.raises(CertificateError, match="never overwritten"):
+        create_authority(tmp_path / "tls", ["127.0.0.1"])
+    with pytest.raises(CertificateError, match="neither a name nor an address"):
+        create_authority(tmp_path / "other", ["not a host"])
+
+
+def test_the_flower_key_of_an_identity_is_read(federation: Federation) -> None:
+    folder = federation.folder / "sites" / "ash" / "identity"
+    key = load_ssh_private_key((folder / "flower.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    member = federation.agreed.study.site("ash")
+    assert member.keys is not None
+    assert member.keys.flower == public
+    assert federation.agreed.study.id != ZERO_DIGEST

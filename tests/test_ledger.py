@@ -1,0 +1,463 @@
+"""The ledger: what it refuses, what it survives, and that its figures can be recomputed by anyone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privacy import ledger as module
+from privacy.gaussian import Mechanism, epsilon_of
+from privacy.ledger import CLOSED, LEAST_SHARE, Account, Ledger, opened, restore
+from secure_fed.errors import (
+    BudgetError,
+    KeyFileError,
+    LedgerError,
+    LedgerRollbackError,
+    SecfacmicError,
+    StorageError,
+)
+from secure_fed.ledger_heads import LedgerHeads
+
+ACCOUNT = Account(site="ash", unit="patient", data="patients", epsilon=3.0, delta=1e-5)
+ROUND = Mechanism(1.0, 10.0, 4)
+
+
+def patients(*names: str) -> dict[str, frozenset[bytes]]:
+    return {name: frozenset({name.encode() * 8}) for name in names}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Ledger.create(tmp_path / "privacy", ACCOUNT)
+    return tmp_path / "privacy"
+
+
+def spend(folder: Path, times: int = 1, mechanism: Mechanism = ROUND) -> Ledger:
+    ledger = Ledger(folder)
+    ledger.register(patients("a", "b"))
+    for number in range(times):
+        event = ledger.reserve(mechanism, f"round {len(ledger.events)}", [1])
+        ledger.commit(event.seq, b"output %d" % number)
+    return ledger
+
+
+def test_what_is_reserved_is_spent_and_anyone_can_recompute_it(folder: Path) -> None:
+    spend(folder, 3)
+    ledger = Ledger(folder)
+    ledger.reserve(Mechanism(1.5, 30.0, 2), "never finished", [1])
+    document = json.loads(json.dumps(Ledger(folder).summary()))
+    assert {"epsilon_spent", "epsilon_budget", "delta", "unit", "events", "claim"} <= set(document)
+    for event in document["events"]:
+        names = {"seq", "block", "mechanism", "purpose", "sensitivity", "noise_std", "steps", "mu_squared", "state"}
+        assert names <= set(event)
+        assert event["mu_squared"] == event["steps"] * (event["sensitivity"] / event["noise_std"]) ** 2
+    total = math.fsum(event["mu_squared"] for event in document["events"])
+    assert document["epsilon_spent"] == epsilon_of(total, document["delta"]) > 0
+    assert [event["state"] for event in document["events"]] == ["committed"] * 3 + ["reserved"]
+    assert document["epsilon_budget"] == 3.0
+    assert "(3, 1e-05)-differentially private" in document["claim"]
+    assert "any one patient" in document["claim"]
+    assert "imulated" not in document["claim"]
+
+
+def test_figures_on_other_data_than_patients_are_labelled_simulated(tmp_path: Path) -> None:
+    Ledger.create(tmp_path / "privacy", Account("ash", "image", "public", 1.0, 1e-5))
+    document = Ledger(tmp_path / "privacy").summary()
+    assert document["simulated"]
+    assert document["claim"].startswith("Simulated (public data)")
+    assert "any one image" in document["claim"]
+
+
+@given(parts=st.lists(st.tuples(st.floats(0.3, 3), st.floats(3, 60), st.integers(1, 9)), max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_the_budget_is_never_exceeded_and_never_falls(
+    parts: list[tuple[float, float, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("ledger") / "privacy"
+    Ledger.create(folder, ACCOUNT)
+    before = 0.0
+    for part in parts:
+        ledger = Ledger(folder)
+        ledger.register(patients("a"))
+        try:
+            ledger.reserve(Mechanism(*part), "a release", [1])
+        except BudgetError:
+            assert (
+                epsilon_of(sum(e.mechanism.mu_squared for e in ledger.events) + Mechanism(*part).mu_squared, 1e-5) > 3
+            )
+        spent = Ledger(folder).epsilon_spent
+        assert before <= spent <= 3.0
+        before = spent
+
+
+def test_a_budget_can_only_be_lowered(folder: Path) -> None:
+    with opened(folder) as ledger, pytest.raises(BudgetError, match="can only be lowered"):
+        ledger.agree(Account("ash", "patient", "patients", 3.1, 1e-5))
+    with opened(folder) as ledger:
+        ledger.agree(Account("ash", "patient", "patients", 2.0, 1e-5))
+    assert Ledger(folder).account.epsilon == 2.0
+    with opened(folder) as ledger, pytest.raises(BudgetError, match="this site's budget is 2"):
+        ledger.agree(ACCOUNT)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("delta", 1e-6), ("unit", "image"), ("data", "public"), ("site", "birch")]
+)
+def test_an_account_of_another_kind_is_refused(folder: Path, field: str, value: object) -> None:
+    with opened(folder) as ledger, pytest.raises(BudgetError, match="the same for ever"):
+        ledger.agree(Account(**{**ACCOUNT.__dict__, field: value}))
+
+
+# --- blocks ---
+
+
+def test_a_patient_keeps_its_block_and_new_patients_open_a_new_one(folder: Path) -> None:
+    ledger = Ledger(folder)
+    assert ledger.register(patients("a", "b")) == {"a": 1, "b": 1}
+    assert ledger.register(patients("a", "b")) == {"a": 1, "b": 1}
+    length = len((folder / "blocks.jsonl").read_bytes().splitlines())
+    assert length == 1  # the same patients again write nothing
+    assert Ledger(folder).register(patients("b", "c", "d")) == {"b": 1, "c": 2, "d": 2}
+    assert Ledger(folder).register(patients("e")) == {"e": 3}
+
+
+def test_a_new_export_under_new_ids_finds_the_old_block(folder: Path) -> None:
+    spend(folder)
+    renamed = {"x1": frozenset({b"a" * 8}), "x2": frozenset({b"b" * 8, b"a new image"}), "x3": frozenset({b"new"})}
+    assert Ledger(folder).register(renamed) == {"x1": 1, "x2": 1, "x3": 2}
+    # And the ids and the image that came with it are known from now on.
+    assert Ledger(folder).register({"x2": frozenset({b"later"}), "y": frozenset({b"a new image"})}) == {"x2": 1, "y": 1}
+
+
+def test_whoever_is_in_two_blocks_counts_in_the_fuller(folder: Path) -> None:
+    ledger = Ledger(folder)
+    ledger.register(patients("a"))
+    ledger.register(patients("b"))
+    ledger.reserve(ROUND, "block 2 alone", [2])
+    swapped = {"a": frozenset({b"b" * 8})}
+    assert Ledger(folder).register(swapped) == {"a": 2}
+    assert Ledger(folder).register(patients("a", "b")) == {"a": 2, "b": 2}
+
+
+def test_two_new_ids_with_one_image_share_a_block(folder: Path) -> None:
+    ledger = Ledger(folder)
+    twins = {"p": frozenset({b"same"}), "q": frozenset({b"same"})}
+    assert set(ledger.register(twins).values()) == {1}
+
+
+def test_no_patient_id_and_no_digest_stands_in_the_files(folder: Path) -> None:
+    digest = bytes(range(32))
+    Ledger(folder).register({"Jane Doe 1970-01-01": frozenset({digest})})
+    content = b"".join(path.read_bytes() for path in folder.iterdir() if path.is_file())
+    assert b"Jane" not in content
+    assert digest.hex().encode() not in content
+    assert all(path.stat().st_mode & 0o077 == 0 for path in folder.glob("*.jsonl"))
+
+
+def test_each_block_has_a_budget_of_its_own_and_the_fullest_is_told(folder: Path) -> None:
+    ledger = spend(folder, 2)
+    ledger.register(patients("c"))
+    assert ledger.able(Mechanism(1.0, 10.0, 48)) == [2]
+    ledger.reserve(ROUND, "both", [1, 2])
+    assert ledger.spent(1) > ledger.spent(2) > 0
+    assert ledger.summary()["epsilon_spent"] == ledger.spent(1)
+    assert [(row["seq"], row["block"]) for row in ledger.summary()["events"]][-2:] == [(6, 1), (6, 2)]
+    with pytest.raises(BudgetError, match=r"blocks \[1\] cannot pay"):
+        ledger.reserve(Mechanism(1.0, 10.0, 44), "too much", [1, 2])
+
+
+# --- plans ---
+
+
+def test_a_plan_leaves_room_for_one_crash_and_no_more(folder: Path) -> None:
+    ledger = Ledger(folder)
+    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, lambda noise: "off")
+    assert plan.noise_multiplier == pytest.approx(math.sqrt(44 / 0.5171), rel=1e-3)
+    ledger.register(patients("a"))
+    for number in range(11):
+        ledger.require(plan.round_mechanism)
+        ledger.reserve(plan.round_mechanism, f"round {number}", [1])
+    assert 2.999 < ledger.epsilon_spent <= 3.0
+    with pytest.raises(BudgetError, match="expected at most 3"):
+        ledger.require(plan.round_mechanism)
+    assert Ledger(folder).plan("r" * 64) == plan
+
+
+def test_a_new_run_spends_the_same_budget(folder: Path) -> None:
+    ledger = Ledger(folder)
+    ledger.register(patients("a"))
+    plan = ledger.make_plan("r" * 64, 2, 4, 1.0, 1.0, lambda noise: "off")
+    ledger.reserve(plan.round_mechanism, "round 1", [1])
+    second = Ledger(folder).make_plan("s" * 64, 2, 4, 1.0, 1.0, lambda noise: "off")
+    assert second.noise_multiplier == pytest.approx(plan.noise_multiplier / math.sqrt(2 / 3), rel=1e-6)
+    ledger = Ledger(folder)
+    ledger.reserve(plan.round_mechanism, "round 2", [1])
+    ledger.reserve(plan.round_mechanism, "round 2 after a crash", [1])
+    with pytest.raises(BudgetError, match="for a new run"):
+        ledger.make_plan("t" * 64, 2, 4, 1.0, 1.0, lambda noise: "off")
+
+
+def test_new_patients_make_a_new_run_possible_at_full_budget(folder: Path) -> None:
+    ledger = spend(folder, 12)
+    with pytest.raises(BudgetError):
+        ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0, lambda noise: "off")
+    ledger.register(patients("c"))
+    plan = ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0, lambda noise: "off")
+    assert plan.noise_multiplier == pytest.approx(math.sqrt(40 / 0.5171), rel=1e-3)
+    assert ledger.able(plan.round_mechanism) == [2]
+    assert LEAST_SHARE > 0.1
+
+
+def test_released_means_are_planned_for_or_left_out(folder: Path) -> None:
+    ledger = Ledger(folder)
+    asked: list[float] = []
+    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, lambda noise: asked.append(noise))
+    assert asked[0] == pytest.approx(4.01, abs=0.02)  # dp.md 2.5 at epsilon 3: 4
+    assert plan.lmmd_noise_multiplier == asked[0]
+    assert plan.noise_multiplier**-2 * 44 == pytest.approx(0.76 * 0.5171, rel=1e-3)
+    without = Ledger(folder).make_plan("s" * 64, 10, 4, 1.0, 1.0, lambda noise: "off: too few")
+    assert without.lmmd_noise_multiplier is None
+    assert without.lmmd_note == "off: too few"
+    assert without.noise_multiplier < plan.noise_multiplier
+
+
+def test_a_sampled_plan_is_accounted_as_sampled(folder: Path) -> None:
+    ledger = Ledger(folder)
+    ledger.register(patients("a"))
+    plan = ledger.make_plan("r" * 64, 9, 10, 1.0, 0.1, lambda noise: "off")
+    full = Ledger(folder).make_plan("s" * 64, 9, 10, 1.0, 1.0, lambda noise: "off")
+    assert plan.noise_multiplier < full.noise_multiplier / 3
+    for number in range(10):
+        ledger.reserve(plan.round_mechanism, f"round {number}", [1])
+    assert 2.9 < ledger.epsilon_spent <= 3.0
+    assert {row["mechanism"] for row in ledger.summary()["events"]} == {"poisson-gaussian"}
+    with pytest.raises(BudgetError):
+        ledger.reserve(plan.round_mechanism, "one more", [1])
+
+
+# --- tampering ---
+
+
+def test_an_event_has_one_output(folder: Path) -> None:
+    ledger = spend(folder)
+    with pytest.raises(LedgerError, match="one draw an event"):
+        ledger.commit(ledger.events[0].seq, b"another")
+    with pytest.raises(LedgerError, match="not in this ledger"):
+        ledger.commit(99, b"another")
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "blocks.jsonl", "ledger.key"])
+def test_a_flipped_bit_anywhere_is_refused(folder: Path, name: str) -> None:
+    spend(folder, 2)
+    path = folder / name
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for position in {0, len(whole) - 1, *rng.integers(0, len(whole), 120).tolist()}:
+        for bit in (0, 5) if name == "ledger.jsonl" else (int(rng.integers(8)),):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            if name == "ledger.key" and bytes(damaged).lower().strip() == whole.strip():
+                continue  # the same key in capitals, or with other white space at its end
+            with pytest.raises((LedgerError, KeyFileError)):
+                Ledger(folder)
+    path.write_bytes(whole)
+    Ledger(folder)
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "blocks.jsonl", "ledger.key"])
+def test_a_missing_file_is_refused_and_never_begun_anew(folder: Path, name: str) -> None:
+    spend(folder)
+    (folder / name).unlink()
+    with pytest.raises((LedgerError, KeyFileError), match="cannot be read"):
+        Ledger(folder)
+    with pytest.raises(LedgerError, match="never replaced"):
+        Ledger.create(folder, ACCOUNT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[:2] + lines[3:],
+        lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
+        lambda lines: [*lines, lines[-1]],
+        lambda lines: lines[1:],
+        lambda lines: [],
+    ],
+    ids=["one taken out", "two exchanged", "one twice", "the first gone", "emptied"],
+)
+def test_lines_in_another_order_are_refused(folder: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    spend(folder, 2)
+    path = folder / "ledger.jsonl"
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(LedgerError):
+        Ledger(folder)
+
+
+def test_an_older_registry_under_a_newer_ledger_is_refused(folder: Path) -> None:
+    ledger = spend(folder)
+    old = (folder / "blocks.jsonl").read_bytes()
+    ledger.register(patients("c"))
+    ledger.reserve(ROUND, "with c", [1, 2])
+    (folder / "blocks.jsonl").write_bytes(old)
+    with pytest.raises(LedgerError, match="the ledger has seen line 2"):
+        Ledger(folder)
+
+
+def test_the_files_of_another_ledger_are_refused(folder: Path, tmp_path: Path) -> None:
+    spend(folder)
+    Ledger.create(tmp_path / "other", ACCOUNT)
+    for name in ("ledger.jsonl", "ledger.key"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / name)
+    whole = (folder / "ledger.jsonl").read_bytes()
+    shutil.copy(tmp_path / "ledger.jsonl", folder / "ledger.jsonl")
+    with pytest.raises(LedgerError, match="does not verify"):
+        Ledger(folder)
+    (folder / "ledger.jsonl").write_bytes(whole)
+    shutil.copy(tmp_path / "ledger.key", folder / "ledger.key")  # a changed key: of MACs and of patients' hashes
+    with pytest.raises(LedgerError, match="does not verify"):
+        Ledger(folder)
+
+
+def test_a_key_that_others_can_read_is_refused(folder: Path) -> None:
+    os.chmod(folder / "ledger.key", 0o644)
+    with pytest.raises(KeyFileError, match="0600"):
+        Ledger(folder)
+
+
+def test_an_older_copy_is_noticed_by_whoever_keeps_heads(folder: Path, tmp_path: Path) -> None:
+    heads = LedgerHeads(tmp_path / "heads.json")
+    first = spend(folder).head
+    shutil.copytree(folder, tmp_path / "copy")
+    heads.keep({"ash": first})
+    second = spend(folder).head
+    heads.check("ash", *second)
+    heads.keep({"ash": second})
+    reopened = LedgerHeads(tmp_path / "heads.json")
+    reopened.check("ash", *second)
+    with pytest.raises(LedgerRollbackError, match="older copy"):
+        reopened.check("ash", *first)
+    # A copied folder that runs on its own reaches the same number under another head.
+    twin = spend(tmp_path / "copy").head
+    assert twin[0] == second[0]
+    with pytest.raises(LedgerRollbackError, match="runs twice"):
+        reopened.check("ash", *twin)
+    assert not Ledger(tmp_path / "copy").holds(*second)
+    assert Ledger(folder).holds(*second)
+    with pytest.raises(LedgerRollbackError):
+        reopened.check("ash", 0, "0" * 64)  # differential privacy turned off
+    reopened.check("birch", 0, "0" * 64)
+
+
+def test_heads_tell_nothing_of_the_content(tmp_path: Path) -> None:
+    """Two ledgers that did the same have other heads: a salt hides what was written."""
+    found = set()
+    for name in ("one", "two"):
+        Ledger.create(tmp_path / name, ACCOUNT)
+        ledger = Ledger(tmp_path / name)
+        assert ledger.head[0] == 1
+        found.add(ledger.head[1])
+    assert len(found) == 2
+    # New patients change no number that leaves the site.
+    ledger.register(patients("a"))
+    before = ledger.head
+    ledger.register(patients("b", "c"))
+    assert ledger.head == before
+
+
+# --- processes and disks ---
+
+
+def _hold(folder: str, ready: object, done: object) -> None:
+    with opened(Path(folder)):
+        ready.set()  # type: ignore[attr-defined]
+        done.wait(20)  # type: ignore[attr-defined]
+
+
+def test_two_processes_cannot_hold_a_ledger(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(str(folder), ready, done))
+    process.start()
+    assert ready.wait(20)
+    try:
+        with pytest.raises(StorageError, match="another process"), opened(folder):
+            pass
+    finally:
+        done.set()
+        process.join()
+    with opened(folder):
+        pass
+
+
+def test_a_full_disk_spends_nothing_and_changes_nothing(folder: Path) -> None:
+    ledger = spend(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with (
+        mock.patch("secure_fed.storage.os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")),
+        pytest.raises(StorageError, match="No space left"),
+    ):
+        ledger.reserve(ROUND, "round", [1])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(ledger.events) == 1
+    ledger.reserve(ROUND, "round", [1])
+    assert len(Ledger(folder).events) == 2
+
+
+def test_no_clock_is_read() -> None:
+    assert "time" not in vars(module)
+    assert "datetime" not in vars(module)
+
+
+# --- export and restore ---
+
+
+def test_an_export_restores_a_lost_ledger_closed(folder: Path) -> None:
+    ledger = spend(folder, 2)
+    export, head, spent = ledger.export(), ledger.head, ledger.epsilon_spent
+    shutil.rmtree(folder)
+    restored = restore(folder, export)
+    assert (restored.head, restored.epsilon_spent) == (head, spent)
+    assert (folder / CLOSED).exists()
+    assert Ledger(folder).register(patients("a")) == {"a": 1}
+    assert not list(folder.glob(".*"))
+
+
+def test_a_damaged_ledger_is_replaced_and_a_whole_newer_one_is_not(folder: Path) -> None:
+    export = spend(folder).export()
+    spend(folder)
+    with pytest.raises(LedgerError, match="never goes back"):
+        restore(folder, export)
+    assert len(Ledger(folder).events) == 2
+    (folder / "ledger.jsonl").write_bytes(b"broken\n")
+    restore(folder, export)
+    assert len(Ledger(folder).events) == 1
+
+
+@pytest.mark.parametrize("export", [b"", b"{}", b"[1]", b'{"files": {"ledger.jsonl": 3}}', b"\xff"])
+def test_what_is_no_export_is_refused(folder: Path, export: bytes) -> None:
+    with pytest.raises(LedgerError, match="cannot be read"):
+        restore(folder, export)
+    Ledger(folder)
+
+
+def test_a_changed_export_is_refused_and_changes_nothing(folder: Path) -> None:
+    export = spend(folder).export()
+    (folder / "ledger.jsonl").write_bytes(b"broken\n")
+    with pytest.raises(SecfacmicError):
+        restore(folder, export.replace(b"committed", b"x").replace(b'\\"noise_std\\":10', b'\\"noise_std\\":90'))
+    assert (folder / "ledger.jsonl").read_bytes() == b"broken\n"
+    assert not (folder / CLOSED).exists()
+    assert not list(folder.glob(".*"))
