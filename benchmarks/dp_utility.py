@@ -1,6 +1,6 @@
 """Balanced accuracy under differential privacy: methods by budget, on phantoms and on brain MRI.
 
-    python benchmarks/dp_utility.py WORK [--brain-mri DIR] [--seeds 5] [--epsilons 1 3 8]
+    python benchmarks/dp_utility.py WORK [--brain-mri DIR] [--methods ...] [--seeds 5] [--epsilons 1 3 8]
 
 Features come from the committed mini-CLIP, cached in WORK. Three sites train together by federated averaging of what
 Site sends, without encryption (which changes no bit) and without the rounding to integers. Noise is planned as Site
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--brain-mri", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--epsilons", type=float, nargs="*", default=[1.0, 3.0, 8.0])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,7 +161,7 @@ def main() -> None:
         print(
             f"{'method':10}" + "".join(f"{'eps ' + format(e, 'g'):>16}" for e in arguments.epsilons) + f"{'none':>16}"
         )
-        for kind in METHODS:
+        for kind in arguments.methods:
             method = Method.model_validate({"adapter": kind})
             row = f"{kind:10}"
             for epsilon in (*arguments.epsilons, None):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ class PrivateRounds:
         self._heads = heads
         self._folder = ledger_folder(file)
         self._guarded = False
+        self._ledger: Ledger | None = None  # while this object holds it
         declared = file.privacy.n_ref if file.privacy is not None else None
         self._n_ref = declared or agreed.study.privacy.n_ref
         if file.privacy is None:
@@ -127,7 +129,7 @@ class PrivateRounds:
             LedgerError, LedgerRollbackError, StorageError: the ledger cannot be used; nothing was drawn.
         """
         purpose = f"round {position.round} of run {position.run[:16]}"
-        with opened(self._folder) as ledger:
+        with self._opened() as ledger:
             self.at_step(2)
             self._confirm(ledger)
             self.at_step(3)
@@ -142,11 +144,32 @@ class PrivateRounds:
             self.head = ledger.head
         return integers
 
+    def register(self, features: SiteFeatures) -> None:
+        """Give every patient its block; new ones open a new one, with a budget of its own.
+
+        Raises:
+            LedgerError, StorageError: the ledger cannot be used.
+        """
+        if self._ledger is not None:
+            self._ledger.register(features.digests)
+            return
+        with self._opened() as ledger:
+            ledger.register(features.digests)
+
     def finish(self) -> None:
         """Note after the last round that everything was handed over."""
-        with opened(self._folder) as ledger:
+        with self._opened() as ledger:
             ledger.mark_sent(still_open=None)
         self.at_step(10)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Ledger]:
+        with opened(self._folder) as ledger:
+            self._ledger = ledger
+            try:
+                yield ledger
+            finally:
+                self._ledger = None
 
     # --- before the data ---
 

@@ -185,6 +185,8 @@ class Site:
                 self._features = load_features(
                     images, self._agreed, cache, checkpoint, self._file.skip_unreadable, progress
                 )
+            if self._private is not None:
+                self._private.register(self._features)
             left_out = self._features.unreadable
             if left_out:
                 log.warning("%s: left out %d unreadable image%s", self.name, left_out, "s" * (left_out > 1))

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -234,23 +234,24 @@ class Ledger:
         if cls.exists(folder):
             raise LedgerError(f"{folder}: holds a ledger, which is never replaced")
         make_folder(folder.parent)
-        new = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         secret = secrets.token_bytes(32)
-        _ChainFile(new / "ledger.jsonl", _derive(secret, "mac")).append(
-            {
-                "kind": "open",
-                "site": account.site,
-                "unit": account.unit,
-                "adjacency": ADJACENCY,
-                "data": account.data,
-                "delta": account.delta,
-                "epsilon": account.epsilon,
-            }
-        )
-        write_durable(new / "blocks.jsonl", b"", PRIVATE)
-        write_durable(new / "ledger.key", f"{secret.hex()}\n".encode(), PRIVATE)
+        opening = {
+            "kind": "open",
+            "site": account.site,
+            "unit": account.unit,
+            "adjacency": ADJACENCY,
+            "data": account.data,
+            "delta": account.delta,
+            "epsilon": account.epsilon,
+        }
         try:
-            new.rename(folder)
+            with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+                new = Path(name) / "new"
+                make_folder(new, 0o700)
+                _ChainFile(new / "ledger.jsonl", _derive(secret, "mac")).append(opening)
+                write_durable(new / "blocks.jsonl", b"", PRIVATE)
+                write_durable(new / "ledger.key", f"{secret.hex()}\n".encode(), PRIVATE)
+                new.rename(folder)
             sync_folder(folder.parent)
         except OSError as error:
             raise StorageError(f"{folder}: cannot be made ({error.strerror}); is another process making it?") from error

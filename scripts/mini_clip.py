@@ -94,7 +94,7 @@ _LEVEL_WORDS = {
     "ventricles": ("at the level of the ventricles", "through the ventricles", "halfway up the head"),
     "top": ("near the top of the head", "above the ventricles", "high in the head"),
 }
-_BEFORE = {
+_BEFORE: dict[str, dict[str, tuple[str, ...]]] = {
     "size": {
         "small": ("small", "little"),
         "medium": ("medium sized", "middling"),
@@ -110,7 +110,7 @@ _BEFORE = {
         "blurred": ("blurred", "poorly defined", "indistinct"),
     },
 }
-_AFTER = {
+_AFTER: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
         "round": ("of round shape", "with a round outline"),
         "lobed": ("of lobed shape", "with a lobed outline"),
@@ -205,15 +205,14 @@ def caption(known: dict[str, str], rng: np.random.Generator) -> tuple[str, npt.N
     said["tumour"] = known["tumour"]
     if known["tumour"] == "no":
         return f"{opening} {pick(_HEALTHY)}", _mentioned(said)
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     for key in ("size", "shape", "margin", "texture", "oedema", "side", "region"):
         if key in known and rng.random() < 0.45:
             said[key] = known[key]
-            places = [(before, _BEFORE), (after, _AFTER)]
-            chosen, words = places[int(rng.integers(2))]
-            if key not in words:
-                chosen, words = (after, _AFTER) if key in _AFTER else (before, _BEFORE)
-            chosen.append(pick(words[key][known[key]]))
+            places = [(part, words[key]) for part, words in ((before, _BEFORE), (after, _AFTER)) if key in words]
+            part, words_of = places[int(rng.integers(2)) % len(places)]
+            part.append(pick(words_of[known[key]]))
     rng.shuffle(after)
     phrase = " ".join(filter(None, [", ".join(before), pick(_MASS), " and ".join(after)]))
     article = "an" if phrase[0] in "aeiou" else "a"
@@ -358,7 +357,18 @@ def normalise(grey: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes one training."""
+    """What makes one training.
+
+    Attributes:
+        phantoms: number of generated images.
+        steps: optimiser steps.
+        phantom_batch: phantoms a step, one view each.
+        real_batch: real scans a step, two views each.
+        peak: learning rate after warming up, falling to zero as a half cosine.
+        self_weight: weight of the loss that tells real scans apart by two views of each.
+        fact_weight: weight of the loss that names the facts themselves.
+        seed: of everything random.
+    """
 
     phantoms: int = 12_000
     steps: int = 2000
@@ -541,9 +551,9 @@ def measure(out: Path, scans: Path | None) -> dict[str, Any]:
     if scans:
         cases["brain_mri"] = (scan_cases(scans), 3)
     for name, (found, first_test) in cases.items():
-        start = time.perf_counter()
+        start = time.process_time()
         x = _encode(model, preprocess, found.pictures)
-        figures[f"{name}_images_per_second"] = len(x) / (time.perf_counter() - start)
+        figures[f"{name}_images_per_core_second"] = len(x) / (time.process_time() - start)
         test = found.origin >= first_test
         raw = np.stack([np.asarray(p.resize((24, 24), Image.Resampling.BOX)) / 255 for p in found.pictures])
         zero_shot = [float(balanced_accuracy_score(found.y[test], (x[test] @ t.T).argmax(1))) for t in texts]

@@ -163,9 +163,9 @@ class PrivateTraining(FileModel):
         lmmd_radius: bound on a feature's distance from it; unit features lie within 1 of the origin.
     """
 
-    clip: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    clip: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     steps: Annotated[int, Field(ge=1, le=10_000)] = 4
-    learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.5
     optimizer: Literal["adam", "sgd"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -358,10 +358,10 @@ class Study(FileModel):
     def id(self) -> str:
         """SHA-256 of the parsed content without ``[simulation]``, as 64 hex digits.
 
-        Fields at their defaults are left out, so that a later version's new fields do not change the id of a study
-        that lacks them. A default, once released, never changes.
+        Of what the file says, and nothing else: neither a later version's new fields nor its other defaults change
+        the id of an old study. ``study new`` writes every field of its time down.
         """
-        content = self.model_dump(mode="json", exclude={"simulation"}, exclude_defaults=True)
+        content = self.model_dump(mode="json", exclude={"simulation"}, exclude_unset=True, exclude_none=True)
         return hashlib.sha256(b"secfacmic study 1\n" + canonical_json(content)).hexdigest()
 
     @property

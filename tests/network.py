@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.demo import prepare_federation
+from secure_fed.processes import PARENT
 from secure_fed.study import Study, load_study
 from server.coordinator import current_run
 
@@ -61,7 +62,12 @@ class Network:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=os.environ | {"PYTHONPATH": str(self.folder / "audit"), "SOCKET_AUDIT": str(self.audit_file)},
+                    env=os.environ
+                    | {
+                        "PYTHONPATH": str(self.folder / "audit"),
+                        "SOCKET_AUDIT": str(self.audit_file),
+                        PARENT: str(os.getpid()),  # a test that is killed leaves nothing behind
+                    },
                 )
 
     def site_folder(self, name: str) -> Path:

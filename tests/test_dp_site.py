@@ -117,8 +117,8 @@ def test_a_private_study_runs_and_its_ledger_tells_what_was_done(
     assert [event["state"] for event in facts["events"]] == ["sent", "sent"]
     assert facts["epsilon_spent"] == epsilon_of(sum(event["mu_squared"] for event in facts["events"]), 1e-5)
     # Planned for three rounds of two steps: two, and one in case of a crash.
-    assert facts["events"][0]["noise_std"] == pytest.approx(np.sqrt(6 / 2.7757), rel=1e-4)
-    assert "noise multiplier 1.47, clipping norm 1; LMMD off" in caplog.text
+    assert facts["events"][0]["noise_std"] == pytest.approx(4 * np.sqrt(6 / 2.7757), rel=1e-4)
+    assert "noise multiplier 1.47, clipping norm 4; LMMD off" in caplog.text
     assert f"epsilon spent {facts['epsilon_spent']:.4f} of 8, left {8 - facts['epsilon_spent']:.4f}" in caplog.text
     # What travelled is the head that the ledger had when the integers were committed, and it grew.
     heads = []
@@ -224,8 +224,9 @@ def test_new_patients_train_on_a_budget_of_their_own(private: Federation) -> Non
             ledger.reserve(release, "used up", [1])
     set_data_folder(private, "ash", str(copy))
     site = private.site("ash")
-    ledger_of(private).register(site.features().digests)
     coordinator = begin(private)
+    assert exchange(coordinator, site).code == ReplyCode.APPLIED  # it has not looked at its data yet
+    site.features()
     assert exchange(coordinator, site).code == ReplyCode.UPDATE
     assert ledger_of(private).events[-1].blocks == (2,)
 

@@ -147,7 +147,7 @@ def test_noise_of_the_declared_size_is_added_to_every_step() -> None:
         asked.append((size, std))
         return np.full(size, std)
 
-    constants = PrivateTraining(steps=3, learning_rate=0.1)
+    constants = PrivateTraining(clip=1.0, steps=3, learning_rate=0.1)
     plain = flat(clipped_sum(adapter, batch, make_loss(), 1.0))
     assert torch.allclose(flat(Descent(constants, 2.5, 10, noise).noisy_sum(adapter, batch, make_loss())), plain + 2.5)
     asked.clear()

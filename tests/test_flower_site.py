@@ -26,6 +26,7 @@ from secure_fed.errors import (
     CertificateError,
     ClockError,
     DataError,
+    KeyFileError,
     RoundFailedError,
     SecfacmicError,
     SiteFileError,
@@ -35,6 +36,8 @@ from secure_fed.errors import (
 from secure_fed.messages import contract, read_reply, request_content
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.signed import ZERO_DIGEST
+from server.app import ServerFolders, _begin_if_asked, serve
+from server.coordinator import current_run
 from server.superlink import SuperLink
 from tests.conftest import Federation
 
@@ -257,3 +260,32 @@ def test_the_flower_key_of_an_identity_is_read(federation: Federation) -> None:
     assert member.keys is not None
     assert member.keys.flower == public
     assert federation.agreed.study.id != ZERO_DIGEST
+
+
+# --- how a server begins ---
+
+
+def test_a_server_of_another_mode_is_refused(federation: Federation) -> None:
+    folders = ServerFolders(federation.folder / "study.toml", federation.folder / "server")
+    with pytest.raises(StudyError, match="--mode plain"):
+        serve(folders, "plain", ("127.0.0.1", 0))
+
+
+def test_a_server_begins_a_run_with_a_sealed_key_only(federation: Federation, tmp_path: Path) -> None:
+    folders = ServerFolders(federation.folder / "study.toml", federation.folder / "server")
+    with pytest.raises(StudyError, match="secfacmic keys create"):
+        _begin_if_asked(federation.agreed, folders, None)
+    sealed = tmp_path / "study.key"
+    sealed.write_bytes(federation.seal_key(1))
+    _begin_if_asked(federation.agreed, folders, sealed)
+    run = current_run(folders.state)
+    assert run is not None
+    _begin_if_asked(federation.agreed, folders, sealed)  # a restart with the same command
+    _begin_if_asked(federation.agreed, folders, None)
+    assert current_run(folders.state) == run
+    sealed.write_bytes(federation.seal_key(2))
+    with pytest.raises(StudyError, match="keys rotate"):
+        _begin_if_asked(federation.agreed, folders, sealed)
+    sealed.write_bytes(sealed.read_bytes()[:-1])
+    with pytest.raises(KeyFileError):
+        _begin_if_asked(federation.agreed, folders, sealed)

@@ -98,9 +98,20 @@ def test_the_id_is_of_the_content_not_of_the_bytes(tmp_path: Path) -> None:
     text = "# a comment\n" + tomli_w.dumps(shuffled).replace("learning_rate = 0.003", "learning_rate = 3e-3")
     (tmp_path / "b.toml").write_text(text)
     assert read_study(tmp_path / "b.toml").id == plain.id
-    assert with_fields(plain, simulation=None).id == plain.id
+    whole = with_fields(plain)  # every field written down, as study new does
+    assert with_fields(whole, simulation=None).id == whole.id
     ids = {with_fields(plain, **change).id for change in ({"seed": 4}, {"mode": "plain"}, {"rounds": 4}, {"name": "n"})}
     assert len(ids | {plain.id}) == 5
+
+
+def test_new_fields_and_other_defaults_leave_old_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secure_fed.study import Training
+
+    whole = with_fields(read_study(_write(tmp_path / "a.toml", template_table())))
+    again = _write(tmp_path / "b.toml", whole.model_dump(mode="json", exclude_none=True))
+    assert read_study(again).id == whole.id
+    monkeypatch.setattr(Training.model_fields["weight_decay"], "default", 0.5)
+    assert read_study(again).id == whole.id
 
 
 def test_a_path_that_does_not_exist_is_looked_up_among_the_packaged_configs(

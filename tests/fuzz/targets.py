@@ -58,7 +58,8 @@ def world() -> Any:
     class World:
         version = Version(VERSION)
         agreed = version.agreed
-        folder = Path(tempfile.mkdtemp())
+        temporary = tempfile.TemporaryDirectory()
+        folder = Path(temporary.name)
         ash = version.identity("ash", folder / "ash")
         sealed = (VECTORS / VERSION / "epoch-1.sealed").read_bytes()
         secret = keys.open_sealed_key(sealed, agreed, ash)
