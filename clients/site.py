@@ -28,6 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
 from clients.data import read_data
@@ -155,6 +156,11 @@ class Site:
     def finished(self) -> bool:
         """Whether every round of the study is applied here."""
         return self._chain.finished
+
+    @property
+    def connection_key(self) -> ec.EllipticCurvePrivateKey:
+        """The private key that opens its connection."""
+        return self._identity.flower
 
     @property
     def members(self) -> Members:

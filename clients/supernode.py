@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -55,7 +54,6 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from clients.app import SiteApp
 from secure_fed.certificates import read_authority
 from secure_fed.errors import CertificateError, ClockError, NotAdmittedError
-from secure_fed.signed import read_private
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +84,13 @@ class _Forgotten(Exception):
     """The server does not know this node any more: its state is another one."""
 
 
-def run_site(app: SiteApp, address: str, authority: Path, identity: Path) -> None:
+def run_site(app: SiteApp, address: str, authority: Path) -> None:
     """Take part until the study is over.
 
     Args:
         app: the site.
         address: host and port of the server.
         authority: certificate of the study's authority.
-        identity: folder of the site's keys.
 
     Raises:
         CertificateError: the server does not prove to be the one that the study means.
@@ -101,9 +98,7 @@ def run_site(app: SiteApp, address: str, authority: Path, identity: Path) -> Non
         NotAdmittedError: the server does not know this site.
         SecfacmicError: why the site itself cannot go on.
     """
-    key = load_ssh_private_key(read_private(identity / "flower.key"), password=None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)  # load_identity has compared it with the study's
-    connection = _Connection(address, read_authority(authority), key)
+    connection = _Connection(address, read_authority(authority), app.site.connection_key)
     try:
         while not app.finished and app.failure is None:
             connection.join()

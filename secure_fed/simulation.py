@@ -282,9 +282,7 @@ def _identity(out: Path, name: str) -> Identity:
     return load_identity(folder, name) if (folder / "signing.key").exists() else create_identity(folder, name)
 
 
-def _write_site_files(
-    agreed: AgreedStudy, plan: Simulation, out: Path, data: Path, server: SiteServer | None
-) -> None:
+def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Path, server: SiteServer | None) -> None:
     """Write each site's ``site.toml``; one that is there must be the same, but for how to reach the server."""
     random = agreed.study.backbone.weights == "random"
     for played in plan.sites:

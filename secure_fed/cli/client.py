@@ -55,7 +55,7 @@ def client(
         log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
         before = member.evaluate(None)
         app = SiteApp(member, facts.id, lambda done: _write_results(file, agreed, done, before))
-        run_site(app, file.server.address, Path(file.server.authority), Path(file.identity))
+        run_site(app, file.server.address, Path(file.server.authority))
         log.info("%s: the study is over after %d rounds", file.site, member.round)
 
 
