@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint demo mini-clip
+.PHONY: test test-slow lint demo demo-figures fuzz mini-clip
 
 # The environment is made anew when pyproject.toml changes.
 .venv/ready: pyproject.toml
@@ -20,8 +20,19 @@ lint: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
 demo: .venv/ready
 	$(BIN)/secfacmic demo
+
+# The embedded study over three seeds, with and without the domain term.
+demo-figures: .venv/ready
+	$(BIN)/python benchmarks/demo_figures.py
+
+# EXAMPLES: hostile inputs for each decoder.
+fuzz: .venv/ready
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py
 
 # DATA: a folder of public brain MRI, one folder a class; without it phantoms alone are used.
 mini-clip: .venv/ready

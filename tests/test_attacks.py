@@ -39,5 +39,5 @@ def test_log_odds() -> None:
 def test_privacy_takes_the_attack_away() -> None:
     private, plain = attack_with_and_without(3.0, 1e-5, shadows=24)
     assert plain.true_positive_rate > 0.1
-    assert private.true_positive_rate < 0.05
-    assert private.true_positive_rate < plain.true_positive_rate / 3
+    assert private.true_positive_rate < plain.true_positive_rate / 2
+    assert private.auc < plain.auc - 0.1

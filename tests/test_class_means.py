@@ -94,7 +94,7 @@ def test_the_domain_term_pulls_towards_the_target() -> None:
     target = source + shift
     target *= 0.8 / np.linalg.norm(target, axis=1, keepdims=True)
     adapter = make_adapter("low_rank")
-    template = make_template(method={"adapter": "low_rank", "lmmd_weight": 1.0})
+    template = make_template(method={"adapter": "low_rank", "lmmd_weight": 1.0}, privacy={"clip": 1.0})
     agreed = AgreedStudy(template, InitialState({}, adapter.prompts.numpy(), 30.0))
     known = np.ones(3, dtype=bool)
     term = _DomainTerm(agreed, (ClassMeans(source, known), ClassMeans(target, known)))
