@@ -184,6 +184,7 @@ class Site:
             DataError, ManifestError, LabelError, UnreadableImageError, BackboneError: what the data lack.
         """
         if self._features is None:
+            torch.set_num_threads(self._file.threads)
             data, study = self._file.data, self._agreed.study
             images = read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed)
             checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
