@@ -29,8 +29,6 @@ View = Literal["plain", "mirrored"]
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
 
-PRECISION = "float32"
-
 _COMMIT_EVERY = 8 * BATCH
 _LISTED = 10
 _TABLES = """
@@ -371,7 +369,6 @@ def _recipe(backbone: Backbone) -> str:
             "model": backbone.model,
             "tag": backbone.tag,
             "config": hashlib.sha256(ours.read_bytes()).hexdigest() if ours.is_file() else None,
-            "precision": PRECISION,
             "versions": {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "pillow")},
         },
         sort_keys=True,

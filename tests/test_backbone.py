@@ -1,5 +1,6 @@
 import json
 import shutil
+import socket
 
 import numpy as np
 import open_clip
@@ -201,3 +202,40 @@ def test_features_are_open_clips(checkpoint, loaded):
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
 def test_images_of_any_mode_are_encoded(loaded, mode):
     assert loaded.encode_images([pictures(1)[0].convert(mode)]).shape == (1, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_vit_b_16_in_all_three_forms_offline_and_in_bfloat16(tmp_path, monkeypatch):
+    def no_network(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    make_random_checkpoint("ViT-B-16-quickgelu", 0, tmp_path / "made.safetensors")
+    half = {name: value.half() for name, value in safetensors.torch.load_file(tmp_path / "made.safetensors").items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    torch.save({name: value.float() for name, value in half.items()}, tmp_path / "open_clip.pt")
+    sizes = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
+    archive = _Archive(half | {name: torch.tensor(size) for name, size in sizes.items()})
+    torch.jit.save(torch.jit.script(archive), tmp_path / "openai.pt")
+    study = Backbone(model="ViT-B-16-quickgelu", weights="random", seed=0)
+    first = load_backbone(study, tmp_path / "half.safetensors")
+    named = study.model_copy(update={"digest": first.digest})
+    for name in ("open_clip.pt", "openai.pt"):
+        assert load_backbone(named, tmp_path / name).dim == 512
+    with pytest.raises(BackboneDigestError):
+        load_backbone(named, tmp_path / "made.safetensors")
+    capable = torch.cpu.get_capabilities()
+    native = bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+    rng = np.random.default_rng(3)
+    images = [Image.fromarray(rng.integers(0, 256, (80, 100, 3)).astype(np.uint8)) for _ in range(4)]
+    chosen = first.encode_images(images)
+    monkeypatch.setattr("secure_fed.backbone._multiplies_bfloat16", lambda: False)
+    exact = load_backbone(named, tmp_path / "open_clip.pt")
+    assert exact.precision == "float32"
+    assert (chosen * exact.encode_images(images)).sum(axis=1).min() > 0.999
+    assert (first.precision == "bfloat16") == native
+    assert (chosen != exact.encode_images(images)).any() == native
+    monkeypatch.setattr("secure_fed.backbone._multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("secure_fed.backbone._BF16_COSINE", 1.1)  # an accuracy that nothing reaches
+    assert load_backbone(named, tmp_path / "open_clip.pt").precision == "float32"

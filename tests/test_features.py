@@ -74,7 +74,7 @@ def test_only_new_or_changed_images_are_encoded(tmp_path, backbone, loaded):
         assert np.array_equal(later.features[0], loaded.encode_images([Image.open(images[0].path)])[0])
 
 
-@pytest.mark.parametrize("change", ["digest", "model", "view", "version", "precision"])
+@pytest.mark.parametrize("change", ["digest", "model", "view", "version"])
 def test_what_a_feature_depends_on_is_in_the_key(tmp_path, backbone, loaded, monkeypatch, change):
     images = site(tmp_path, 2)
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
@@ -86,10 +86,8 @@ def test_what_a_feature_depends_on_is_in_the_key(tmp_path, backbone, loaded, mon
             backbone = backbone.model_copy(update={"model": "another"})
         elif change == "view":
             view = "mirrored"
-        elif change == "version":
-            monkeypatch.setattr(module, "version", lambda name: "99")
         else:
-            monkeypatch.setattr(module, "PRECISION", "bfloat16")
+            monkeypatch.setattr(module, "version", lambda name: "99")
         assert cache.encode(images, backbone, lambda: loaded, view, False).encoded == 2
 
 
