@@ -118,7 +118,7 @@ def _simulate(
         site.features(lambda done, total, name=site.name: listener.encoding(name, done, total))  # type: ignore[misc]
     listener.stage("training")
     coordinator = open_run(agreed, out, sites)
-    _run_rounds(agreed, coordinator, sites, listener)
+    run_rounds(agreed, coordinator, sites, listener)
     return finish(agreed, out, sites, coordinator.rounds, start, listener)
 
 
@@ -360,7 +360,13 @@ def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinat
     return Coordinator.begin(agreed, folder, signing, key_id)
 
 
-def _run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Site], listener: Listener) -> None:
+def run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Site], listener: Listener) -> None:
+    """Exchange messages until every site has applied the last round.
+
+    Raises:
+        NotEnoughSitesError: fewer than ``min_sites`` can still train.
+        SecfacmicError: whatever a site or the coordinator refuses.
+    """
     told = 0
     while True:
         refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
