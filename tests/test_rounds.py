@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -587,3 +588,18 @@ def test_what_leaves_a_site_is_on_the_allow_list() -> None:
         *("version", "kind", "seq", "previous", "study", "run", "key", "round", "contributors"),
         *("opened_ms", "closed_ms", "size", "payload"),
     }
+
+
+def test_a_saturating_value_bound_warns_with_the_share_and_goes_on(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoding = {"bits": 16, "lanes": 2, "value_bound": 1e-4}
+    prepare(make_template(encoding=encoding), tmp_path / "out", images)
+    federation = Federation(tmp_path / "out")
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    with caplog.at_level("WARNING"):
+        assert exchange(coordinator, sites[0]).code == ReplyCode.UPDATE
+    assert re.search(
+        r"round 1: \d+\.\d\d % of the update exceeds its value bound .* expected at most 0\.1 %", caplog.text
+    )
