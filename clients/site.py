@@ -284,8 +284,6 @@ class Site:
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
         attested = ""  # before the first genesis there is neither key nor head
-        if self._chain.length:
-            attested = ""
         if self._chain.length and not self._blind and self._can_attest(self._chain.key):
             key = self._attestation_key(self._chain.key)
             attested = codec.attestation(key, self.name, self._chain.head, self.adapter_digest)

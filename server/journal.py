@@ -45,8 +45,7 @@ class Journal:
 
     def append_genesis(self, run: str, key_id: str) -> None:
         """Open a run."""
-        now = now_ms()
-        self._append("genesis", run=run, key_id=key_id, round_number=0, signed=(), opened_ms=now, payload=b"")
+        self._append("genesis", 0, run=run, key_id=key_id)
 
     def append_aggregate(self, envelopes: Sequence[Envelope], payload: bytes, opened_ms: int) -> None:
         """Append one round's encrypted sum.
@@ -56,16 +55,8 @@ class Journal:
             payload: sum and seeds.
             opened_ms: when the round began.
         """
-        chain = self.chain
-        self._append(
-            "aggregate",
-            run=chain.run,
-            key_id=chain.key,
-            round_number=chain.round + 1,
-            signed=[(envelope.header_text, envelope.signature) for envelope in envelopes],
-            opened_ms=opened_ms,
-            payload=payload,
-        )
+        signed = [(envelope.header_text, envelope.signature) for envelope in envelopes]
+        self._append("aggregate", self.chain.round + 1, payload, signed, opened_ms=opened_ms)
 
     def append_amendment(self, sealed: bytes) -> None:
         """Append a new sealed key, and with it a change of members.
@@ -73,20 +64,11 @@ class Journal:
         Raises:
             RecordError: it does not follow the key in force, or the members cannot change so.
         """
-        chain = self.chain
         try:
-            header = check_sealed_key(sealed, chain.agreed)
+            header = check_sealed_key(sealed, self.chain.agreed)
         except KeyFileError as error:
             raise RecordError(f"amendment: {error}") from None
-        self._append(
-            "amendment",
-            run=chain.run,
-            key_id=header.key,
-            round_number=chain.round + 1,
-            signed=(),
-            opened_ms=now_ms(),
-            payload=sealed,
-        )
+        self._append("amendment", self.chain.round + 1, sealed, key_id=header.key)
 
     def append_checkpoint(self, acknowledgements: Sequence[Frame], checkpoint: bytes) -> None:
         """Append what the members acknowledged the amendment with, and the key maker's checkpoint.
@@ -94,16 +76,8 @@ class Journal:
         Raises:
             RecordError: too few, without the key maker, or they hold different adapters.
         """
-        chain = self.chain
-        self._append(
-            "checkpoint",
-            run=chain.run,
-            key_id=chain.key,
-            round_number=chain.round + 1,
-            signed=[(frame.header, frame.signature) for frame in acknowledgements],
-            opened_ms=now_ms(),
-            payload=checkpoint,
-        )
+        signed = [(frame.header, frame.signature) for frame in acknowledgements]
+        self._append("checkpoint", self.chain.round + 1, checkpoint, signed)
 
     def append_void(self) -> None:
         """Withdraw the last record, an aggregate that sites refused.
@@ -111,16 +85,7 @@ class Journal:
         Raises:
             RecordError: the last record is no aggregate.
         """
-        chain = self.chain
-        self._append(
-            "void",
-            run=chain.run,
-            key_id=chain.key,
-            round_number=chain.round,
-            signed=(),
-            opened_ms=now_ms(),
-            payload=b"",
-        )
+        self._append("void", self.chain.round)
 
     def read(self, seq: int) -> bytes:
         """A record's bytes."""
@@ -129,24 +94,27 @@ class Journal:
     def _append(
         self,
         kind: Kind,
-        *,
-        run: str,
-        key_id: str,
         round_number: int,
-        signed: Sequence[tuple[bytes, bytes]],
-        opened_ms: int,
-        payload: bytes,
+        payload: bytes = b"",
+        signed: Sequence[tuple[bytes, bytes]] = (),
+        *,
+        run: str | None = None,
+        key_id: str | None = None,
+        opened_ms: int | None = None,
     ) -> None:
+        """Sign, check and store the next record; run, key and times are the chain's and now unless given."""
+        now = now_ms()
+        opened = now if opened_ms is None else opened_ms
         header = new_header(
             self.chain,
             kind,
-            run=run,
-            key=key_id,
+            run=self.chain.run if run is None else run,
+            key=self.chain.key if key_id is None else key_id,
             round_number=round_number,
             contributors=tuple(
                 SignedContribution(header=text.decode("ascii"), signature=signature.hex()) for text, signature in signed
             ),
-            times_ms=(opened_ms, max(opened_ms, now_ms())),
+            times_ms=(opened, max(opened, now)),
             payload=payload,
         )
         # Checked as a site would, so that nothing is published that sites must refuse.
