@@ -89,7 +89,6 @@ class Record:
         checkpoint: the keyed adapter digest that a checkpoint's members agree on; else empty.
         amendment: header of the sealed key, for an amendment.
         members: the members after the record.
-        payload: an aggregate's sum and seeds, an amendment's sealed key, a checkpoint's sealed adapter; else empty.
         data: the record's bytes.
     """
 
@@ -99,8 +98,15 @@ class Record:
     checkpoint: str
     amendment: SealedKeyHeader | None
     members: Members
-    payload: bytes
     data: bytes
+
+    @property
+    def payload(self) -> bytes:
+        """An aggregate's sum and seeds, an amendment's sealed key, a checkpoint's sealed adapter; else empty.
+
+        A copy made when asked for: the server never looks into a sum, and one more of many sites would show.
+        """
+        return self.data[len(self.data) - self.header.size :]
 
     @property
     def cohort(self) -> tuple[Contribution, ...]:
@@ -184,12 +190,11 @@ class Chain:
         contributors = self._check_contributors(header) if header.kind == "aggregate" else ()
         self._check_size(header, len(contributors))
         check_payload(frame, header, RecordError)
-        payload = bytes(frame.payload)
         amendment, members = None, self.members
         if header.kind == "amendment":
-            amendment, members = self._check_amendment(header, payload)
+            amendment, members = self._check_amendment(header, bytes(frame.payload))
         checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
-        return Record(header, frame.digest, contributors, checkpoint, amendment, members, payload, data)
+        return Record(header, frame.digest, contributors, checkpoint, amendment, members, data)
 
     def advance(self, record: Record) -> None:
         """Take a checked record into the chain."""

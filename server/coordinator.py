@@ -6,6 +6,7 @@ envelopes are spooled to disk until their round's record is durable, and added i
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from pathlib import Path
@@ -279,8 +280,9 @@ class Coordinator:
         return self._folder / "spool" / f"{self.round:08d}" / f"{self.attempt:04d}"
 
     def _spooled(self, site: str) -> bytes:
-        data = (self._spool() / f"{site}.envelope").read_bytes()
-        return data[len(data) - self._wire.envelope_bytes :]
+        with (self._spool() / f"{site}.envelope").open("rb") as stream:
+            stream.seek(-self._wire.envelope_bytes, os.SEEK_END)
+            return stream.read()
 
     def _keep(self) -> None:
         """Keep the round's envelopes before its record, so that there is no record without them."""
