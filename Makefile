@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-slow lint demo demo-figures fuzz mini-clip
+.PHONY: test test-slow test-browser lint demo demo-figures fuzz mini-clip test-faults test-network wheelhouse brain-mri sweep-demo
 
 # The environment is made anew when pyproject.toml changes.
 .venv/ready: pyproject.toml
@@ -23,12 +23,40 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
+# The report in Chromium (/usr/bin/chromium and chromedriver, Debian's chromium and chromium-driver).
+test-browser: .venv/ready
+	$(BIN)/python -m pytest -m browser
+
+# Every fault of docs/faults.md, with real processes; needs root for the disks that are full.
+test-faults: .venv/ready
+	$(BIN)/python -m pytest tests/test_faults.py -m 'not network'
+
+# Hosts with addresses of their own, as network namespaces; needs root, and the wheels for the air gap.
+test-network: .venv/ready wheelhouse
+	$(BIN)/python -m pytest -m network
+
+# All that an installation without network needs: pip install --no-index --find-links wheelhouse secfacmic
+wheelhouse: .venv/ready wheelhouse/ready
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir wheelhouse .
+
+wheelhouse/ready: pyproject.toml
+	$(BIN)/python -m pip wheel --quiet --wheel-dir wheelhouse .
+	touch wheelhouse/ready
+
 demo: .venv/ready
 	$(BIN)/secfacmic demo
+
+# A small sweep over epsilon, methods and seeds; go on after Ctrl-C with the same command.
+sweep-demo: .venv/ready
+	$(BIN)/secfacmic sweep demo --out secfacmic-sweep
 
 # The embedded study over three seeds, with and without the domain term.
 demo-figures: .venv/ready
 	$(BIN)/python benchmarks/demo_figures.py
+
+# Methods compared on brain MRI over five seeds; writes docs/results. DATA: client_0 .. client_3/CLASS/*.jpg.
+brain-mri: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/brain_mri.py --data $(or $(DATA),../shared/data/brain_mri)
 
 # EXAMPLES: hostile inputs for each decoder.
 fuzz: .venv/ready

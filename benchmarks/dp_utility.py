@@ -1,44 +1,55 @@
 """Balanced accuracy under differential privacy: methods by budget, on phantoms and on brain MRI.
 
-    python benchmarks/dp_utility.py WORK [--brain-mri DIR] [--methods ...] [--seeds 5] [--epsilons 1 3 8]
+    python benchmarks/dp_utility.py WORK [--brain-mri DIR] [--no-phantoms] [--phantom-seed 11] [--methods ...]
+        [--seeds 5] [--epsilons 1 3 8] [--lmmd] [--json FILE]
 
 Features come from the committed mini-CLIP, cached in WORK. Three sites train together by federated averaging of what
-Site sends, without encryption (which changes no bit) and without the rounding to integers. Noise is planned as Site
-plans it, one round kept for a crash. Prints a table of means and standard errors over seeds of initial adapter and
-noise, and one JSON line a cell.
+Site sends, without encryption (which changes no bit) and without the rounding to integers. Noise is planned by the
+ledger's own plan, one round kept for a crash. Prints a table of means and standard errors over seeds of initial
+adapter and noise, and one JSON line a cell. The constants were chosen on the phantoms of seed 11.
+
+``--lmmd`` compares the uses of released class means instead (``privacy.lmmd_use``): each hospital has labelled images
+of one scanner, and unlabelled and test images of another; balanced accuracy is that on the other scanner.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 
+from clients.adaptation import lmmd
 from clients.features import SiteFeatures
-from clients.site import training_seed
-from clients.training import predict, train_round, zero_shot
+from clients.private_adaptation import PublicTerm, attraction, released_each_round, released_once, witness
+from clients.training import predict, train_round, training_seed, zero_shot
+from privacy import class_means
 from privacy.dp_training import (
     Descent,
+    PatientBatch,
     class_prompt_patient_loss,
     gather_patients,
     public_log_prior,
     to_double,
 )
-from privacy.gaussian import plan_noise
-from secure_fed.adapters import build_adapter, initial_parameters
+from privacy.gaussian import gaussian_noise, mu_squared_of
+from privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases, Plan
+from secure_fed.adapters import Adapter, build_adapter, initial_parameters
 from secure_fed.evaluation import metrics
 from secure_fed.phantoms import CLASSES
 from secure_fed.simulation import open_sites, prepare
-from secure_fed.study import AgreedStudy, Method, PrivateTraining, Study, read_study
+from secure_fed.study import AgreedStudy, Method, Study, read_study
 from secure_fed.tomlfile import parse_table
 
 DELTA = 1e-5
 METHODS = ("text_head", "low_rank", "facmic")
+USES = ("synthesis", "attraction", "witness")
 PATIENTS = 1000
 """A phantom site's patients; 600 of them train."""
 
@@ -50,22 +61,26 @@ PROMPTS = {
 }
 
 
-def phantom_template() -> Study:
-    names = ["north", "east", "south"]
+NAMES = ("north", "east", "south")
+
+
+def phantom_template(seed: int, second_scanner: bool) -> Study:
+    """Three hospitals; with ``second_scanner``, for each one group of patients more, seen by another scanner."""
+    names = [*NAMES, *(f"{name}-new" for name in NAMES)] if second_scanner else list(NAMES)
     table = {
         "format": 1,
         "name": "dp-utility",
         "mode": "plain",
         "seed": 0,
         "rounds": 10,
-        "max_sites": 4,
+        "max_sites": 8 if second_scanner else 4,
         "min_sites": 3,
         "key_maker": "north",
         "classes": [{"name": name, "prompts": PROMPTS[name]} for name in CLASSES],
         "backbone": {"model": "mini-clip", "weights": "file", "file": "mini-clip.safetensors"},
         "method": {"adapter": "facmic"},
         "training": {"steps": 50, "learning_rate": 1e-3},
-        "encoding": {"bits": 16, "lanes": 2, "value_bound": 0.1},
+        "encoding": {"bits": 14, "lanes": 2, "value_bound": 0.1},
         "sites": [{"name": name} for name in names],
         "simulation": {
             "kind": "simulated",
@@ -75,7 +90,7 @@ def phantom_template() -> Study:
                 {"name": name, "patients": PATIENTS, "scanner": index, "class_mix": [0.25] * 4, "unlabelled": 0.0}
                 for index, name in enumerate(names)
             ],
-            "phantom_seed": 11,
+            "phantom_seed": seed,
         },
     }
     return parse_table(table, Study, SystemExit, "template")  # type: ignore[type-var]
@@ -102,14 +117,14 @@ def federate(
     study = agreed.study.model_copy(update={"method": method})
     start = initial_parameters(method, initial.prompt_features.shape[1], initial.prompt_features, seed)
     own = AgreedStudy(study, replace(initial, adapter=start))
+    private = [] if epsilon is None else [PrivateSite(own, one, epsilon) for one in features]
     parameters: dict[str, Any] = dict(start)
     for round_number in range(1, study.rounds + 1):
-        local = []
-        for index, one in enumerate(features):
-            if epsilon is None:
-                local.append(train_round(own, parameters, one, training_seed(seed, str(index), round_number)))
-            else:
-                local.append(private_round(own, parameters, one, epsilon))
+        if private:
+            local = [site.round(parameters) for site in private]
+        else:
+            seeds = [training_seed(seed, str(index), round_number) for index in range(len(features))]
+            local = [train_round(own, parameters, *pair) for pair in zip(features, seeds, strict=True)]
         parameters = {name: np.mean([result[name] for result in local], axis=0) for name in parameters}
     return test(own, parameters, features)
 
@@ -124,53 +139,248 @@ def test(agreed: AgreedStudy, parameters: dict[str, Any] | None, features: list[
     return float(np.mean([score for score in scores if score is not None]))
 
 
-def private_round(
-    agreed: AgreedStudy, parameters: dict[str, Any], features: SiteFeatures, epsilon: float
-) -> dict[str, Any]:
-    constants, initial = agreed.study.privacy, agreed.initial
-    owners = features.patients["train"]
-    batch = gather_patients(features.train.x, features.train.y, owners, constants.images_per_patient)
-    noise = plan_noise([], epsilon, DELTA, constants.steps * (agreed.study.rounds + 1))
-    assert noise is not None
-    adapter = to_double(build_adapter(agreed.study.method, initial.prompt_features, initial.logit_scale, parameters))
-    loss = class_prompt_patient_loss(public_log_prior(constants, len(agreed.study.classes)))
-    Descent(constants, noise * constants.clip, round(len(batch.mask), -1)).run(adapter, batch, loss)
-    return {name: value.detach().numpy().copy() for name, value in adapter.shared_parameters().items()}
+class PrivateSite:
+    """A site's private rounds with the figures of a ledger's plan, without the ledger's entries."""
+
+    def __init__(self, agreed: AgreedStudy, features: SiteFeatures, epsilon: float) -> None:
+        self._agreed = agreed
+        self._settings, self._method = agreed.study.privacy, agreed.study.method
+        self._batch = self._gather(features, "train")
+        self._n_ref = round(len(self._batch.mask), -1)
+        self.epsilon = epsilon
+        self.plan = self._plan(epsilon)
+        self._means = {}
+        if self.plan.lmmd_noise_multiplier is not None:
+            for side in released_once(self._method, self._settings):
+                batch = self._gather(features, "train" if side == "labelled" else side)
+                shares = one_hot(batch.labels, len(agreed.study.classes)).double()
+                if side == "unlabelled":
+                    prompts = torch.from_numpy(agreed.initial.prompt_features).double()
+                    shares = torch.softmax(agreed.initial.logit_scale * batch.features @ prompts.T, dim=-1)
+                noisy = class_means.noisy_sum(batch, shares, self._settings, self.plan.lmmd_noise_multiplier)
+                self._means[side] = class_means.means_of(noisy, self._settings)
+
+    def _gather(self, features: SiteFeatures, split: Any) -> PatientBatch:
+        x = features.train.x if split == "train" else features.unlabelled
+        y = features.train.y if split == "train" else np.zeros(len(x), dtype=np.int64)
+        return gather_patients(x, y, features.patients[split], self._settings.images_per_patient)
+
+    def _plan(self, epsilon: float) -> Plan:
+        method, settings = self._method, self._settings
+        classes, dim = self._agreed.initial.prompt_features.shape
+
+        def why_not(noise_multiplier: float) -> str | None:
+            if not method.lmmd_weight:
+                return "off"
+            return class_means.why_not(settings, noise_multiplier, self._n_ref, classes, dim)
+
+        once, each = len(released_once(method, settings)), released_each_round(method, settings)
+        with tempfile.TemporaryDirectory() as folder:
+            Ledger.create(Path(folder) / "ledger", Account("site", "patient", "simulated", epsilon, DELTA))
+            ledger = Ledger(Path(folder) / "ledger")
+            means = MeanReleases(settings.lmmd_use, once, each, why_not)
+            return ledger.make_plan("0" * 64, self._agreed.study.rounds, settings.steps, settings.clip, 1.0, means)
+
+    def round(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters after a round."""
+        initial, settings, method = self._agreed.initial, self._settings, self._method
+        adapter = to_double(build_adapter(method, initial.prompt_features, initial.logit_scale, parameters))
+        term, public = None, None
+        if self._means and settings.lmmd_use == "attraction":
+            term = attraction(method, settings, self._means["unlabelled"])
+        elif self._means and released_each_round(method, settings):
+            assert self.plan.lmmd_round_noise_multiplier is not None
+            with torch.no_grad():
+                adapted = self._batch._replace(features=adapter.adapt(self._batch.features))
+            shares = one_hot(self._batch.labels, len(self._agreed.study.classes)).double()
+            noisy = class_means.noisy_sum(adapted, shares, settings, self.plan.lmmd_round_noise_multiplier)
+            term = witness(method, settings, class_means.means_of(noisy, settings), self._means["unlabelled"])
+        elif self._means:
+            public = PublicTerm(method, settings, self._means["labelled"], self._means["unlabelled"]).gradient
+        adapter.shows_adapted = term is not None
+        loss = class_prompt_patient_loss(public_log_prior(settings, len(self._agreed.study.classes)), term)
+        descent = Descent(settings, self.plan.noise_multiplier * settings.clip, self._n_ref)
+        descent.run(adapter, self._batch, loss, public)
+        return {name: value.detach().numpy().copy() for name, value in adapter.shared_parameters().items()}
+
+    def exact_direction(self, adapter: Adapter, features: SiteFeatures) -> torch.Tensor:
+        """The flat gradient of LMMD on all labelled and unlabelled images, classes guessed by zero-shot."""
+        source, labels = torch.from_numpy(features.train.x).double(), torch.from_numpy(features.train.y)
+        guesses = torch.from_numpy(zero_shot(self._agreed, features.unlabelled))
+        target = torch.from_numpy(features.unlabelled).double()
+        return flat_gradient(adapter, lmmd(adapter.adapt(source), labels, target, guesses))
+
+    def term_direction(self, adapter: Adapter, features: SiteFeatures, exact_means: bool) -> torch.Tensor:
+        """The flat gradient of the study's use of means that are released now (or exact, to tell noise from bias)."""
+        settings, method, classes = self._settings, self._method, len(self._agreed.study.classes)
+        left = mu_squared_of(self.epsilon, DELTA)
+        once = 0.0 if exact_means else (LMMD_SHARE * left) ** -0.5
+        each = once * (self._agreed.study.rounds + 1) ** 0.5 if released_each_round(method, settings) else once
+        with torch.no_grad():
+            adapted = self._batch._replace(features=adapter.adapt(self._batch.features))
+        labelled = one_hot(self._batch.labels, classes).double()
+        unlabelled = self._gather(features, "unlabelled")
+        prompts = torch.from_numpy(self._agreed.initial.prompt_features).double()
+        shares = torch.softmax(self._agreed.initial.logit_scale * unlabelled.features @ prompts.T, dim=-1)
+
+        def means(batch: PatientBatch, weights: torch.Tensor, multiplier: float) -> class_means.ClassMeans:
+            total = class_means.exact_sum(batch, weights, settings)
+            std = multiplier * class_means.mechanism(settings, 1.0).sensitivity
+            return class_means.means_of(total + gaussian_noise(total.size, std).reshape(total.shape), settings)
+
+        target = means(unlabelled, shares, once)
+        if settings.lmmd_use == "synthesis" or (settings.lmmd_use == "witness" and method.adapter == "low_rank"):
+            public = PublicTerm(method, settings, means(self._batch, labelled, once), target)
+            draws = [public.gradient(adapter) for _ in range(8 if settings.lmmd_use == "synthesis" else 1)]
+            zero = {name: torch.zeros_like(value) for name, value in adapter.shared_parameters().items()}
+            parts = [torch.cat([(zero | one)[name].flatten() for name in sorted(zero)]) for one in draws]
+            return torch.stack(parts).mean(0).detach()
+        if settings.lmmd_use == "attraction":
+            term = attraction(method, settings, target)
+        else:
+            term = witness(method, settings, means(adapted, labelled, each), target)
+        each_image = term(adapter.adapt(self._batch.features), self._batch.labels)
+        shown = torch.where(self._batch.mask, each_image, 0.0).sum(1) / self._batch.mask.sum(1)
+        return flat_gradient(adapter, shown.mean())
 
 
-def with_privacy(agreed: AgreedStudy, constants: PrivateTraining) -> AgreedStudy:
-    return AgreedStudy(agreed.study.model_copy(update={"privacy": constants}), agreed.initial)
+def flat_gradient(adapter: Adapter, value: torch.Tensor) -> torch.Tensor:
+    """The gradient of a value in all shared parameters, flat."""
+    parameters = list(adapter.shared_parameters().values())
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    pairs = zip(parameters, found, strict=True)
+    return torch.cat([(torch.zeros_like(own) if one is None else one).flatten().detach() for own, one in pairs])
+
+
+def with_use(agreed: AgreedStudy, use: str) -> AgreedStudy:
+    settings = agreed.study.privacy.model_copy(update={"lmmd_use": use})
+    return AgreedStudy(agreed.study.model_copy(update={"privacy": settings}), agreed.initial)
+
+
+def second_scanner(features: list[SiteFeatures]) -> list[SiteFeatures]:
+    """Labelled images of the first three sites, unlabelled and test images of the other three."""
+    return [
+        replace(
+            one,
+            test=other.test,
+            unlabelled=other.train.x,
+            patients={**one.patients, "unlabelled": other.patients["train"], "test": other.patients["test"]},
+        )
+        for one, other in zip(features[:3], features[3:], strict=True)
+    ]
+
+
+def show(cells: list[dict[str, Any]], cell: dict[str, Any], scores: list[float]) -> str:
+    """Note a cell and print it as a JSON line; its text in the table."""
+    cell["scores"] = [round(score, 2) for score in scores]
+    cells.append(cell)
+    print(json.dumps(cell), flush=True)
+    error = f" ± {np.std(scores, ddof=1) / np.sqrt(len(scores)):.1f}" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.1f}{error}"
+
+
+def compare_methods(agreed: AgreedStudy, features: list[SiteFeatures], name: str, arguments: Any) -> list[Any]:
+    """Balanced accuracy by method and budget."""
+    cells: list[dict[str, Any]] = []
+    counts = [len(set(one.patients["train"])) for one in features]
+    print(f"\n{name}: training patients {counts}, zero-shot {100 * test(agreed, None, features):.1f}")
+    print(f"{'method':10}" + "".join(f"{'eps ' + format(e, 'g'):>14}" for e in arguments.epsilons) + f"{'none':>14}")
+    for kind in arguments.methods:
+        method = Method.model_validate({"adapter": kind})
+        row = f"{kind:10}"
+        for epsilon in (*arguments.epsilons, None):
+            scores = [100 * federate(agreed, features, method, epsilon, seed) for seed in range(arguments.seeds)]
+            row += f"{show(cells, {'data': name, 'method': kind, 'epsilon': epsilon}, scores):>14}"
+        print(row, flush=True)
+    return cells
+
+
+def compare_uses(agreed: AgreedStudy, features: list[SiteFeatures], arguments: Any) -> list[Any]:
+    """Balanced accuracy on the other scanner by use of the released means."""
+    cells: list[dict[str, Any]] = []
+    print(f"\nLMMD, test images of another scanner: zero-shot {100 * test(agreed, None, features):.1f}")
+    for kind in [kind for kind in arguments.methods if kind != "text_head"]:
+        for epsilon in arguments.epsilons:
+            for use in ("off", *USES):
+                method = Method.model_validate({"adapter": kind, "lmmd_weight": float(use != "off")})
+                own = agreed if use == "off" else with_use(agreed, use)
+                planned = AgreedStudy(own.study.model_copy(update={"method": method}), own.initial)
+                note = PrivateSite(planned, features[0], epsilon).plan.lmmd_note
+                cell = {"data": "scanners", "method": kind, "epsilon": epsilon, "use": use, "plan": note}
+                scores = []
+                if use == "off" or note.startswith("on"):
+                    scores = [100 * federate(own, features, method, epsilon, seed) for seed in range(arguments.seeds)]
+                text = show(cells, cell, scores) if scores else note
+                print(f"{kind:10} epsilon {epsilon:<4g} {use:12} {text}", flush=True)
+    return cells
+
+
+def compare_directions(agreed: AgreedStudy, features: list[SiteFeatures], arguments: Any) -> list[Any]:
+    """Cosine between each use's gradient and that of the exact LMMD on all images of a site, at the first step.
+
+    Mean and standard error over sites and draws of the noise, at the noise that a budget's plan gives ("none": no
+    noise). Each use as if its rule had not turned it off; the plan's word is beside it.
+    """
+    cells: list[dict[str, Any]] = []
+    initial = agreed.initial
+    print("\nCosine of each use's gradient with that of the exact LMMD:")
+    for kind in [kind for kind in arguments.methods if kind != "text_head"]:
+        method = Method.model_validate({"adapter": kind, "lmmd_weight": 1.0})
+        start = initial_parameters(method, initial.prompt_features.shape[1], initial.prompt_features, 0)
+        adapter = to_double(build_adapter(method, initial.prompt_features, initial.logit_scale, start))
+        for epsilon in (*arguments.epsilons, None):
+            for use in USES:
+                own = with_use(AgreedStudy(agreed.study.model_copy(update={"method": method}), initial), use)
+                found = []
+                for one in features:
+                    site = PrivateSite(own, one, epsilon or 100.0)
+                    exact = site.exact_direction(adapter, one)
+                    for _ in range(arguments.seeds):
+                        drawn = site.term_direction(adapter, one, exact_means=epsilon is None)
+                        found.append(float(torch.nn.functional.cosine_similarity(drawn, exact, dim=0)))
+                cell = {"data": "directions", "method": kind, "epsilon": epsilon, "use": use}
+                cell["plan"] = site.plan.lmmd_note if epsilon else "no noise"
+                cell["scores"] = [round(value, 4) for value in found]
+                cells.append(cell)
+                print(json.dumps(cell), flush=True)
+                error = np.std(found, ddof=1) / np.sqrt(len(found)) if len(found) > 1 else 0.0
+                budget = f"epsilon {epsilon:g}" if epsilon else "no noise"
+                print(
+                    f"{kind:10} {budget:10} {use:12} {np.mean(found):.3f} ± {error:.3f}  ({cell['plan']})", flush=True
+                )
+    return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--brain-mri", type=Path)
+    parser.add_argument("--no-phantoms", action="store_true")
+    parser.add_argument("--phantom-seed", type=int, default=11)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--epsilons", type=float, nargs="*", default=[1.0, 3.0, 8.0])
+    parser.add_argument("--lmmd", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data: list[tuple[str, Study, Path | None]] = [("phantoms", phantom_template(), None)]
-    if arguments.brain_mri:
-        data.append(("brain_mri", brain_template(), arguments.brain_mri))
-    for name, template, folder in data:
-        agreed, features = load(template, arguments.work / name, folder)
-        counts = [len(set(one.patients["train"])) for one in features]
-        print(f"\n{name}: training patients {counts}, zero-shot {100 * test(agreed, None, features):.1f}")
-        print(
-            f"{'method':10}" + "".join(f"{'eps ' + format(e, 'g'):>16}" for e in arguments.epsilons) + f"{'none':>16}"
-        )
-        for kind in arguments.methods:
-            method = Method.model_validate({"adapter": kind})
-            row = f"{kind:10}"
-            for epsilon in (*arguments.epsilons, None):
-                scores = [100 * federate(agreed, features, method, epsilon, seed) for seed in range(arguments.seeds)]
-                mean, error = float(np.mean(scores)), float(np.std(scores, ddof=1) / np.sqrt(len(scores)))
-                row += f"{mean:10.1f} ± {error:.1f}"
-                cell = {"data": name, "method": kind, "epsilon": epsilon, "scores": [round(s, 2) for s in scores]}
-                print(json.dumps(cell), flush=True)
-            print(row, flush=True)
+    cells: list[Any] = []
+    seed = arguments.phantom_seed
+    if arguments.lmmd:
+        template = phantom_template(seed, second_scanner=True)
+        agreed, features = load(template, arguments.work / f"scanners-{seed}", None)
+        cells += compare_directions(agreed, second_scanner(features), arguments)
+        cells += compare_uses(agreed, second_scanner(features), arguments)
+    else:
+        if not arguments.no_phantoms:
+            template = phantom_template(seed, second_scanner=False)
+            agreed, features = load(template, arguments.work / f"phantoms-{seed}", None)
+            cells += compare_methods(agreed, features, f"phantoms of seed {seed}", arguments)
+        if arguments.brain_mri:
+            agreed, features = load(brain_template(), arguments.work / "brain_mri", arguments.brain_mri)
+            cells += compare_methods(agreed, features, "brain_mri", arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

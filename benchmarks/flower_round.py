@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from secure_fed.tomlfile import parse_table
 from server.coordinator import current_run
 from server.journal import JournalEntry
 from tests.conftest import make_images, template_table
-from tests.network import Network
+from tests.network import Network, busy, peak
 
 SITES = ("ash", "birch", "cedar", "dogwood")
 
@@ -94,26 +93,6 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 def answers(log: str) -> dict[int, float]:
     """Seconds of a site's last answer in each round."""
     return {int(number): float(seconds) for number, seconds in re.findall(r"round (\d+): answered in ([0-9.]+) s", log)}
-
-
-def busy(pid: int) -> float:
-    """Seconds of processor time so far, 0 once the process has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def peak(pid: int) -> int:
-    """Peak resident memory in kB, 0 once the process has ended."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1])
-    except OSError:
-        pass
-    return 0
 
 
 if __name__ == "__main__":

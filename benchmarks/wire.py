@@ -39,6 +39,7 @@ from privacy.lanes import MIN_BITS, Binding, largest_bits
 from secure_fed import codec
 from secure_fed.envelope import RoundPosition, seal_envelope
 from secure_fed.errors import AggregateRefused, LanesError
+from secure_fed.ledger_heads import NO_LEDGER
 from secure_fed.protocol import ReplyCode, RoundReply
 from secure_fed.records import Chain
 from secure_fed.signed import public_hex
@@ -218,7 +219,7 @@ def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPos
         contribution = _contribution(index)
         start = time.perf_counter()
         payload = cipher.seal(integers, binding, contribution)
-        data = seal_envelope(agreed, due, contribution, (0, "0" * 64), payload, keys[index])
+        data = seal_envelope(agreed, due, contribution, NO_LEDGER, payload, keys[index])
         seconds.append(time.perf_counter() - start)
         size = len(data)
         (folder / f"{index}.up").write_bytes(data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 KERNELS = 5
 """Gaussian kernels of bandwidth b, 2b, ..., 2^(KERNELS-1) b."""
@@ -27,17 +26,18 @@ def lmmd(source: Tensor, source_labels: Tensor, target: Tensor, target_probabili
     Returns:
         A scalar, 0 or more but for rounding; exactly 0, with a gradient of zeros, if no class is common.
     """
-    classes = target_probabilities.shape[1]
-    indicator = one_hot(source_labels, classes).to(source.dtype)
+    numbers = torch.arange(target_probabilities.shape[1], device=source.device)
+    indicator = (source_labels[:, None] == numbers).to(source.dtype)
     counts = indicator.sum(0)
-    common = (counts > 0) & (one_hot(target_probabilities.argmax(1), classes).sum(0) > 0)
+    common = (counts > 0) & (target_probabilities.argmax(1)[:, None] == numbers).any(0)
     if not bool(common.any()):
         return source.sum() * 0
-    ours = indicator[:, common] / counts[common]
-    theirs = target_probabilities[:, common] / target_probabilities[:, common].sum(0)
+    # Picking columns by a mask is slow; weights of 0 take a class out as well.
+    ours = indicator / counts.clamp_min(1)
+    theirs = target_probabilities / target_probabilities.sum(0).clamp_min(1e-30)
     # With signed weights the three sums are one quadratic form in the kernel matrix of both batches.
-    weights = torch.cat((ours, -theirs))
-    return (weights @ weights.T * _kernel(torch.cat((source, target)))).sum() / weights.shape[1]
+    weights = torch.cat((ours, -theirs)) * common
+    return (weights @ weights.T * _kernel(torch.cat((source, target)))).sum() / common.sum()
 
 
 def _kernel(points: Tensor) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.site import Site
 from secure_fed.errors import BundleError, ProtocolError, RoundFailedError, SecfacmicError
 from secure_fed.messages import contract, read_request, reply_content
 from secure_fed.protocol import ReplyCode, RoundReply
+
+if TYPE_CHECKING:
+    from clients.site import Site
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +36,24 @@ class SiteApp:
         site: the site.
         study_id: of its study; the one bundle that is taken is this study's contract.
         after_round: is called after a reply was sent that followed new records.
+        note: is called with each reply and its round before it is sent; what it cannot note is not sent.
 
     Attributes:
         failure: why the site cannot go on; its code was sent, its text stays here.
     """
 
-    def __init__(self, site: Site, study_id: str, after_round: Callable[[Site], None]) -> None:
+    def __init__(
+        self,
+        site: Site,
+        study_id: str,
+        after_round: Callable[[Site], None],
+        note: Callable[[RoundReply, int], None] = lambda reply, round_number: None,
+    ) -> None:
         self.site = site
         self.failure: SecfacmicError | None = None
         self._contract = contract(study_id)
         self._after_round = after_round
+        self._note = note
         self._reported = -1
         self._answered_last = False
         self._app = ClientApp()
@@ -50,6 +62,7 @@ class SiteApp:
         def train(message: Message, context: Context) -> Message:
             request = read_request(message.content)
             reply = site.respond(request)
+            self._note(reply, request.round)
             self._answered_last = site.finished and not request.more
             return Message(reply_content(reply), reply_to=message)
 
@@ -96,4 +109,7 @@ class SiteApp:
 
     def _fail(self, message: Message, code: ReplyCode) -> Message:
         reply = RoundReply(self.site.name, code, run="", position=0, attestation="", envelope=b"")
+        # A code from the fixed list is said even on a full disk.
+        with contextlib.suppress(SecfacmicError):
+            self._note(reply, self.site.round)
         return Message(reply_content(reply), reply_to=message)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,12 +15,15 @@ from types import TracebackType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 import configs
 from clients.data import SiteImage, Split
+from clients.decoding import Decoded, Source, decode_all, identity
 from secure_fed.backbone import BATCH, LoadedBackbone, load_backbone
+from secure_fed.device import Device
 from secure_fed.errors import BackboneError, StorageError, UnreadableImageError
 from secure_fed.study import AgreedStudy, Backbone
 
@@ -29,12 +31,13 @@ View = Literal["plain", "mirrored"]
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
 
-_COMMIT_EVERY = 8 * BATCH
 _LISTED = 10
+_LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow", "pydicom")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS recipes (recipe TEXT PRIMARY KEY, preprocessing TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS features (image BLOB, space BLOB, feature BLOB NOT NULL, PRIMARY KEY (image, space))
     WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fingerprints (image BLOB PRIMARY KEY, content BLOB NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -57,7 +60,7 @@ class SiteFeatures:
         unreadable: images that were left out because they cannot be decoded.
         encoded: features that were computed in this call; the others came from the cache.
         patients: whose each row is, by split.
-        digests: SHA-256 of all images' files, by patient.
+        digests: identities of all images (:func:`clients.decoding.identity`), by patient.
     """
 
     train: Labelled
@@ -79,7 +82,7 @@ class Encoded:
         features: their unit features, [len(images), d] float32; [0, 0] without any.
         unreadable: number of images left out.
         encoded: number of features computed in this call.
-        digests: SHA-256 of the images' files, in the same order.
+        digests: the images' identities, in the same order.
     """
 
     images: list[SiteImage]
@@ -90,11 +93,11 @@ class Encoded:
 
 
 class FeatureCache:
-    """An SQLite file of features, by the image file's SHA-256 and the space the feature lives in.
+    """An SQLite file of features and fingerprints, by the image's identity.
 
-    A space is a digest of everything a feature depends on besides the image: weights, model, preprocessing,
-    precision, view and the versions of the libraries. Several processes may use one file. A process that is
-    killed loses at most the last few hundred images.
+    A feature also depends on the space it lives in: a digest of all else that it depends on: weights, model,
+    preprocessing, precision, device, view and the versions of the libraries. Several processes and several studies may
+    use one file. A process that is killed loses at most the batch that it was at.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,6 +111,7 @@ class FeatureCache:
             self._database = sqlite3.connect(path, timeout=60)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
             self._database.executescript(_TABLES)
 
     def __enter__(self) -> FeatureCache:
@@ -130,8 +134,12 @@ class FeatureCache:
         view: View,
         skip_unreadable: bool,
         progress: Progress | None = None,
+        device: Device = "cpu",
+        barred: Callable[[bytes], bool] = lambda image: False,
     ) -> Encoded:
         """The features of all images; only those that the cache lacks are computed.
+
+        Other processes decode the next images while this one encodes.
 
         Args:
             images: what to encode.
@@ -140,13 +148,15 @@ class FeatureCache:
             view: the image as it is, or mirrored left to right.
             skip_unreadable: leave out images that cannot be decoded instead of refusing.
             progress: told after each batch, and once at the end.
+            device: where the backbone computes.
+            barred: says by its identity whether an image is to be left out as if it were not there.
 
         Raises:
             UnreadableImageError: some images cannot be decoded; the features of all others are kept.
             StorageError: the cache cannot be read or written.
             BackboneError: as ``load``; or the backbone's preprocessing is not what the cached features had.
         """
-        return _Encoding(self, images, backbone, load, view, progress).run(skip_unreadable)
+        return _Encoding(self, images, backbone, load, view, progress, device, barred).run(skip_unreadable)
 
     def preprocessing(self, recipe: str) -> str | None:
         """What the backbone of a recipe does to an image first, if it has ever been loaded for this cache."""
@@ -168,10 +178,34 @@ class FeatureCache:
         return None if row is None else np.frombuffer(row[0], dtype="<f4")
 
     def put(self, space: bytes, rows: Sequence[tuple[bytes, NDArray[np.float32]]]) -> None:
-        """Keep features of a space, by image digest, in one transaction."""
+        """Keep features of a space, by image, in one transaction."""
         content = [(image, space, feature.astype("<f4").tobytes()) for image, feature in rows]
         with self._typed_errors(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", content)
+
+    def get_fingerprint(self, image: bytes) -> bytes | None:
+        """The fingerprint of an image (:mod:`clients.twins`), if it is there; empty if it cannot be decoded."""
+        with self._typed_errors():
+            row = self._database.execute("SELECT content FROM fingerprints WHERE image = ?", (image,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def put_fingerprints(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Keep fingerprints, by image, in one transaction."""
+        with self._typed_errors(), self._database:
+            self._database.executemany("INSERT OR REPLACE INTO fingerprints VALUES (?, ?)", rows)
+
+    def keep_only(self, images: Collection[bytes]) -> int:
+        """Drop all that is of other images, and overwrite it on the disk; how many images were dropped."""
+        with self._typed_errors():
+            known = {row[0] for table in _BY_IMAGE for row in self._database.execute(f"SELECT image FROM {table}")}
+            gone = [(image,) for image in sorted(known - set(images))]
+            with self._database:
+                for table in _BY_IMAGE:
+                    self._database.executemany(f"DELETE FROM {table} WHERE image = ?", gone)
+            self._database.execute("VACUUM")
+            # The log beside the file would still hold the old pages.
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return len(gone)
 
     @contextmanager
     def _typed_errors(self) -> Iterator[None]:
@@ -184,8 +218,11 @@ class FeatureCache:
             ) from error
 
 
+_BY_IMAGE = ("features", "fingerprints")
+
+
 class _Encoding:
-    """One run over a list of images: looks up, decodes, computes in batches, commits now and then."""
+    """One run over a list of images: looks up, has the rest decoded, computes and commits batch by batch."""
 
     def __init__(
         self,
@@ -195,60 +232,76 @@ class _Encoding:
         load: Callable[[], LoadedBackbone],
         view: View,
         progress: Progress | None,
+        device: Device,
+        barred: Callable[[bytes], bool],
     ) -> None:
         self._cache = cache
         self._images = images
         self._load = load
         self._view = view
         self._progress = progress
+        self._barred = barred
         self._loaded: LoadedBackbone | None = None
-        self._recipe = _recipe(backbone)
-        self._found: dict[int, NDArray[np.float32]] = {}
+        self._recipe = _recipe(backbone, device)
+        self._rows: NDArray[np.float32] | None = None
+        self._found = np.zeros(len(images), dtype=bool)
         self._digests: dict[int, bytes] = {}
-        self._batch: list[tuple[int, bytes, Image.Image]] = []
-        self._pending: list[tuple[bytes, NDArray[np.float32]]] = []
+        self._unreadable: list[str] = []
         self._encoded = 0
+        self._told = -1
 
     def run(self, skip_unreadable: bool) -> Encoded:
         if not self._images:
             return Encoded([], np.empty((0, 0), dtype=np.float32), 0, 0, [])
         self._space = self._find_space()
-        unreadable = []
-        for index, image in enumerate(self._images):
-            try:
-                content = image.path.read_bytes()
-                digest = self._digests[index] = hashlib.sha256(content).digest()
-                feature = self._cache.get(digest, self._space)
-                if feature is not None:
-                    self._found[index] = feature
-                else:
-                    self._batch.append((index, digest, _decode(content)))
-            except (_UndecodableError, OSError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error
-                unreadable.append(f"{image.path}: {reason}")
-            if len(self._batch) == BATCH:
-                self._compute()
-                self._tell(index + 1)
-        self._compute()
-        self._commit()
+        missing, left_out = self._look_up()
+        if missing:
+            self._compute(missing, len(self._images) - len(missing))
         self._tell(len(self._images))
+        unreadable = self._unreadable
         if unreadable and not skip_unreadable:
             shown = "".join(f"\n  {line}" for line in unreadable[:_LISTED])
             more = f"\n  and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
             raise UnreadableImageError(
-                f"{len(unreadable)} of {len(self._images)} images cannot be decoded; expected whole 8-bit images: "
-                f"replace or remove them, or leave them out with --skip-unreadable{shown}{more}"
+                f"{len(unreadable)} of {len(self._images) - left_out} images cannot be decoded; expected whole 8-bit "
+                f"images or DICOM: replace or remove them, or leave them out with --skip-unreadable{shown}{more}"
             )
-        kept = sorted(self._found)
-        rows = [self._found[index] for index in kept]
-        features = np.stack(rows) if rows else np.empty((0, 0), dtype=np.float32)
+        kept = [int(index) for index in np.flatnonzero(self._found)]
+        whole = len(kept) == len(self._images)
+        rows = np.empty((0, 0), dtype=np.float32) if self._rows is None else self._rows
         return Encoded(
             [self._images[index] for index in kept],
-            features,
+            rows if whole or not len(rows) else rows[self._found],
             len(unreadable),
             self._encoded,
             [self._digests[index] for index in kept],
         )
+
+    def _look_up(self) -> tuple[list[int], int]:
+        """Take what the cache has; the places of what it lacks, and how many images are barred."""
+        missing, left_out = [], 0
+        for index, image in enumerate(self._images):
+            try:
+                digest = identity(image.path.read_bytes(), image.frame)
+            except OSError as error:
+                self._unreadable.append(f"{image.path}: {error.strerror}")
+                continue
+            if self._barred(digest):
+                left_out += 1
+                continue
+            feature = self._cache.get(digest, self._space)
+            if feature is None:
+                missing.append(index)
+            else:
+                self._keep(index, digest, feature)
+        return missing, left_out
+
+    def _keep(self, index: int, digest: bytes, feature: NDArray[np.float32]) -> None:
+        if self._rows is None:
+            self._rows = np.empty((len(self._images), len(feature)), dtype=np.float32)
+        self._rows[index] = feature
+        self._found[index] = True
+        self._digests[index] = digest
 
     def _find_space(self) -> bytes:
         preprocessing = self._cache.preprocessing(self._recipe)
@@ -263,35 +316,43 @@ class _Encoding:
             self._loaded = self._load()
         return self._loaded
 
-    def _compute(self) -> None:
-        if not self._batch:
-            return
+    def _compute(self, missing: list[int], done: int) -> None:
         backbone = self._backbone()
         if backbone.preprocessing != self._preprocessing:
             raise BackboneError(
                 f"the backbone now prepares images by {backbone.preprocessing}, but the cached features were made "
                 f"by {self._preprocessing}; restore its configuration, or remove the feature cache"
             )
-        images = [image if self._view == "plain" else ImageOps.mirror(image) for _, _, image in self._batch]
-        for (index, digest, _), feature in zip(self._batch, backbone.encode_images(images), strict=True):
-            self._found[index] = feature
-            self._pending.append((digest, feature))
-        self._encoded += len(self._batch)
-        self._batch.clear()
-        if len(self._pending) >= _COMMIT_EVERY:
-            self._commit()
 
-    def _commit(self) -> None:
-        self._cache.put(self._space, self._pending)
-        self._pending.clear()
+        def prepare(image: Image.Image) -> NDArray[np.float32]:
+            return backbone.prepare(image if self._view == "plain" else ImageOps.mirror(image))
+
+        sources = [Source(self._images[index].path, self._images[index].frame) for index in missing]
+        for batch in decode_all(sources, prepare, BATCH, torch.get_num_threads()):
+            self._take(backbone, [missing[one.index] for one in batch], batch)
+            done += len(batch)
+            self._tell(done)
+
+    def _take(self, backbone: LoadedBackbone, places: list[int], batch: list[Decoded[NDArray[np.float32]]]) -> None:
+        prepared, rows = [], []
+        for place, one in zip(places, batch, strict=True):
+            if one.value is None:
+                self._unreadable.append(f"{self._images[place].path}: {one.reason}")
+            else:
+                prepared.append(one.value)
+                rows.append((place, one.identity))
+        if not rows:
+            return
+        features = backbone.encode_prepared(np.stack(prepared))
+        for (place, digest), feature in zip(rows, features, strict=True):
+            self._keep(place, digest, feature)
+        self._cache.put(self._space, [(digest, feature) for (_, digest), feature in zip(rows, features, strict=True)])
+        self._encoded += len(rows)
 
     def _tell(self, done: int) -> None:
-        if self._progress is not None:
+        if self._progress is not None and done != self._told:
             self._progress(done, len(self._images))
-
-
-class _UndecodableError(Exception):
-    """Why an image is no usable image."""
+        self._told = done
 
 
 def load_features(
@@ -301,6 +362,8 @@ def load_features(
     checkpoint: Path | None,
     skip_unreadable: bool,
     progress: Progress | None = None,
+    device: Device = "cpu",
+    barred: Callable[[bytes], bool] = lambda image: False,
 ) -> SiteFeatures:
     """A site's features, from the cache or computed.
 
@@ -311,6 +374,8 @@ def load_features(
         checkpoint: where the weights lie at this site, if not where the study says.
         skip_unreadable: leave out images that cannot be decoded instead of refusing.
         progress: for mirrored images, called for a second pass.
+        device: where the backbone computes.
+        barred: says by its identity whether an image is to be left out as if it were not there.
 
     Raises:
         UnreadableImageError, StorageError, BackboneError: as :meth:`FeatureCache.encode`.
@@ -322,14 +387,14 @@ def load_features(
 
     def load() -> LoadedBackbone:
         if not loaded:
-            loaded.append(load_backbone(backbone, checkpoint))
+            loaded.append(load_backbone(backbone, checkpoint, device))
         return loaded[0]
 
-    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress)
+    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device, barred)
     passes = [plain]
     if backbone.mirrored:
         trained = [image for image in plain.images if image.split in ("train", "unlabelled")]
-        passes.append(cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress))
+        passes.append(cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress, device))
 
     def gather(split: Split) -> Labelled:
         rows, labels = [np.empty((0, dim), dtype=np.float32)], []
@@ -360,7 +425,30 @@ def load_features(
     )
 
 
-def _recipe(backbone: Backbone) -> str:
+def pool_features(several: Sequence[SiteFeatures]) -> SiteFeatures:
+    """Several sites' features as if of one, to train on; only on public or simulated data can anyone have them."""
+    owners: dict[Split, tuple[str, ...]] = {
+        split: tuple(
+            f"{index}/{patient}" for index, each in enumerate(several) for patient in each.patients.get(split, ())
+        )
+        for split in get_args(Split)
+    }
+    train, val, test = (
+        Labelled(*(np.concatenate(parts) for parts in zip(*splits, strict=True)))
+        for splits in zip(*((each.train, each.val, each.test) for each in several), strict=True)
+    )
+    return SiteFeatures(
+        train=train,
+        val=val,
+        test=test,
+        unlabelled=np.concatenate([each.unlabelled for each in several]),
+        unreadable=sum(each.unreadable for each in several),
+        encoded=sum(each.encoded for each in several),
+        patients=owners,
+    )
+
+
+def _recipe(backbone: Backbone, device: Device) -> str:
     """All that a feature depends on and that is known before the weights are loaded."""
     ours = configs.MODELS / f"{backbone.model}.json"
     return json.dumps(
@@ -369,29 +457,8 @@ def _recipe(backbone: Backbone) -> str:
             "model": backbone.model,
             "tag": backbone.tag,
             "config": hashlib.sha256(ours.read_bytes()).hexdigest() if ours.is_file() else None,
-            "versions": {name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "pillow")},
+            "device": device,
+            "versions": {name: version(name) for name in _LIBRARIES},
         },
         sort_keys=True,
     )
-
-
-def _decode(content: bytes) -> Image.Image:
-    """The whole image, decoded.
-
-    Raises:
-        _UndecodableError: it is broken, or Pillow would turn it into something else without a word.
-    """
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except UnidentifiedImageError as error:
-        raise _UndecodableError("no image in a format that Pillow knows") from error
-    except Exception as error:  # Pillow's readers raise of every kind on broken files
-        raise _UndecodableError(str(error) or type(error).__name__) from error
-    if image.mode[0] in "IF":
-        # Pillow cuts these off at 255; which grey values matter is for the site to say.
-        raise _UndecodableError(f"pixels of mode {image.mode}, more than 8 bits; choose a window and convert it")
-    frames = getattr(image, "n_frames", 1)
-    if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews
-        raise _UndecodableError(f"{frames} frames; expected one image a file")
-    return image

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import safetensors
@@ -23,15 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import one_hot, softmax
 
-from clients.adaptation import lmmd
 from clients.features import SiteFeatures
+from clients.private_adaptation import PublicTerm, Side, attraction, released_each_round, released_once, witness
 from clients.sitefile import SiteFile
-from privacy import class_means
+from clients.training import predict
+from privacy import class_means, validation
 from privacy.class_means import ClassMeans
 from privacy.dp_training import (
     Descent,
     Gradients,
+    ImageTerm,
     PatientBatch,
+    PatientLoss,
     class_prompt_patient_loss,
     gather_patients,
     public_log_prior,
@@ -40,23 +44,26 @@ from privacy.dp_training import (
 )
 from privacy.gaussian import Mechanism, uniforms
 from privacy.guard import check_training
-from privacy.ledger import CLOSED, Account, Ledger, Plan, opened
+from privacy.ledger import CLOSED, NO_MEANS, Account, Event, Ledger, MeanReleases, Plan, opened
 from secure_fed import codec
 from secure_fed.adapters import Adapter, build_adapter
 from secure_fed.codec import Parameters
 from secure_fed.envelope import RoundPosition
 from secure_fed.errors import BudgetError, DataError, LedgerError, LedgerRollbackError
-from secure_fed.ledger_heads import LedgerHeads
+from secure_fed.ledger_heads import NO_LEDGER, LedgerHead, LedgerHeads
 from secure_fed.storage import write_durable
 from secure_fed.study import AgreedStudy, canonical_json
 
 log = logging.getLogger(__name__)
 
-MEANS_BATCH = 128
-"""Synthetic features that a step of the domain term draws on each side."""
 
-Quantise = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.int64]]
-"""From a flat update and uniform draws to the round's integers."""
+class Quantise(Protocol):
+    """Makes the round's integers of a flat update, uniform draws and validation counts."""
+
+    def __call__(
+        self, update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int]
+    ) -> NDArray[np.int64]:
+        """The integers, those of the counts last."""
 
 
 def ledger_folder(file: SiteFile) -> Path:
@@ -64,16 +71,20 @@ def ledger_folder(file: SiteFile) -> Path:
     return Path(file.state) / "privacy"
 
 
+def has_budget(file: SiteFile) -> bool:
+    """Whether the site's ``site.toml`` sets a budget or its ledger remembers one."""
+    return file.privacy is not None or Ledger.exists(ledger_folder(file))
+
+
 def private_rounds(file: SiteFile, agreed: AgreedStudy, heads: LedgerHeads) -> PrivateRounds | None:
-    """The site's private rounds, if its ``site.toml`` sets a budget or its ledger remembers one.
+    """The site's private rounds, if it has a budget.
 
     Raises:
         BudgetError: the budget is higher than the ledger's, or of another kind.
         PrivateMethodError: the study's method cannot be made private.
         LedgerError: the ledger does not verify.
     """
-    folder = ledger_folder(file)
-    if file.privacy is None and not Ledger.exists(folder):
+    if not has_budget(file):
         return None
     refuse_method(agreed.study.method)
     return PrivateRounds(file, agreed, heads)
@@ -83,12 +94,12 @@ class PrivateRounds:
     """What :class:`clients.site.Site` asks for when a round is due and the site has a budget.
 
     Attributes:
-        head: number and id of the ledger's last entry when the last integers were stored; travels with them.
+        head: the ledger's entry that committed the last integers, with links to earlier ones; travels with them.
         at_step: is called after each of the ten steps with its number; tests alone set it, to crash there.
     """
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy, heads: LedgerHeads) -> None:
-        self.head: tuple[int, str] = (0, "")
+        self.head: LedgerHead = NO_LEDGER
         self.at_step: Callable[[int], None] = _go_on
         self._file = file
         self._agreed = agreed
@@ -134,15 +145,15 @@ class PrivateRounds:
             self.at_step(2)
             self._confirm(ledger)
             self.at_step(3)
-            ledger.mark_sent(still_open=purpose)
+            ledger.mark_sent(still_open=_purposes(purpose))
             if path.exists():
                 integers = self._stored(ledger, path)
             else:
                 plan = self._plan(ledger, position)
                 ledger.require(plan.round_mechanism)
                 self.at_step(4)
-                integers = self._draw(ledger, plan, purpose, parameters, path, features(), quantise)
-            self.head = ledger.head
+                integers = self._draw(ledger, plan, position.round, purpose, parameters, path, features(), quantise)
+            self.head = ledger.travelling(self._heads.newest(self._file.site)[0])
         return integers
 
     def register(self, features: SiteFeatures) -> None:
@@ -152,15 +163,15 @@ class PrivateRounds:
             LedgerError, StorageError: the ledger cannot be used.
         """
         if self._ledger is not None:
-            self._ledger.register(features.digests)
+            _register(self._ledger, features)
             return
         with self._opened() as ledger:
-            ledger.register(features.digests)
+            _register(ledger, features)
 
     def finish(self) -> None:
         """Note after the last round that everything was handed over."""
         with self._opened() as ledger:
-            ledger.mark_sent(still_open=None)
+            ledger.mark_sent(still_open=())
         self.at_step(10)
 
     @contextmanager
@@ -185,25 +196,45 @@ class PrivateRounds:
                 constants.steps,
                 constants.clip,
                 constants.sampling_rate,
-                self._why_no_means,
+                self._mean_releases(),
+                self._validation_rounds(position.round),
             )
             log.info(
                 "%s: plan for %d rounds of %d steps (and one round in case of a crash): noise multiplier %.3g, "
-                "clipping norm %g; LMMD %s; epsilon spent %.4f of %g at delta %g",
+                "clipping norm %g; LMMD %s; validation counts %s; epsilon spent %.4f of %g at delta %g",
                 *(self._file.site, plan.rounds, plan.steps, plan.noise_multiplier, plan.clip, plan.lmmd_note),
-                *(ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
+                *(plan.validation_note, ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
             )
         self.at_step(1)
         return plan
 
-    def _why_no_means(self, noise_multiplier: float) -> str | None:
+    def _mean_releases(self) -> MeanReleases:
+        """Which class means the study's use of them asks for, and when they are not worth it."""
         study = self._agreed.study
         if study.method.lmmd_weight == 0:
-            return "off: the study has no domain term"
-        if self._released() is not None:
-            return "on: with the means released before, at no further cost"
+            return NO_MEANS
+        each_round = released_each_round(study.method, study.privacy)
+        before = self._released() is not None
+        if before and not each_round:
+            text = f"on ({study.privacy.lmmd_use}): with the means released before, at no further cost"
+            return MeanReleases(study.privacy.lmmd_use, 0, False, lambda noise_multiplier: text)
         classes, dim = self._agreed.initial.prompt_features.shape
-        return class_means.why_not(study.privacy, noise_multiplier, self._n_ref, classes, dim)
+        once = 0 if before else len(released_once(study.method, study.privacy))
+        return MeanReleases(
+            study.privacy.lmmd_use,
+            once,
+            each_round,
+            lambda noise_multiplier: class_means.why_not(study.privacy, noise_multiplier, self._n_ref, classes, dim),
+        )
+
+    def _validation_rounds(self, first: int) -> tuple[int, ...]:
+        """The rounds, from the one that is due, in which the study asks for validation counts."""
+        study = self._agreed.study
+        asked = min(study.privacy.validation_rounds, study.rounds)
+        if not study.encoding.share_validation:
+            return ()
+        every = {study.rounds - place * study.rounds // asked for place in range(asked)}
+        return tuple(sorted(number for number in every if number >= first))
 
     def _confirm(self, ledger: Ledger) -> None:
         """The ledger must hold the newest head that server and peers know; a restored one opens only then."""
@@ -236,14 +267,15 @@ class PrivateRounds:
         data = path.read_bytes()
         try:
             tensors = safetensors.numpy.load(data)
-            event, integers = int(tensors["event"][0]), tensors["integers"]
+            events, integers = [int(seq) for seq in tensors["events"]], tensors["integers"]
         except (safetensors.SafetensorError, KeyError, ValueError):
             raise LedgerError(
                 f"{path}: not the noised integers of a ledger's event; expected them unchanged; remove the file, which "
                 "costs the round's budget again"
             ) from None
-        if ledger.state(event) == "reserved":
-            ledger.commit(event, data)
+        states = {ledger.state(event) for event in events}
+        if "reserved" in states:
+            ledger.commit(events, data)
             self.at_step(8)
         return np.asarray(integers)
 
@@ -253,6 +285,7 @@ class PrivateRounds:
         self,
         ledger: Ledger,
         plan: Plan,
+        round_number: int,
         purpose: str,
         parameters: Parameters,
         path: Path,
@@ -260,39 +293,42 @@ class PrivateRounds:
         quantise: Quantise,
     ) -> NDArray[np.int64]:
         release = plan.round_mechanism
-        adapter = self._adapter(parameters)
-        descent = Descent(self._agreed.study.privacy, release.noise_std, self._n_ref)
-        classes = len(self._agreed.study.classes)
-        loss = class_prompt_patient_loss(public_log_prior(self._agreed.study.privacy, classes))
-        if not self._guarded:
-            check_training(adapter, loss, descent)
-            self._guarded = True
+        study, adapter = self._agreed.study, self._adapter(parameters)
+        descent = Descent(study.privacy, release.noise_std, self._n_ref)
         if not features.patients.get("train"):
             raise DataError("no labelled training patient; expected at least one: join the study as an observer")
-        block_of = ledger.register(features.digests)
-        means = self._means(ledger, plan, features, block_of)
-        able = ledger.able(release)
-        blocks = sorted(set(block_of.values()) & set(able))
+        if not self._guarded:
+            self._guard(descent, parameters)
+            self._guarded = True
+        block_of = _register(ledger, features)
+        learning = {block for patient, block in block_of.items() if patient not in _only_validated(features)}
+        means = self._means(ledger, plan, features, block_of, learning)
+        blocks = sorted(learning & set(ledger.able(release)))
         if not blocks:
             ledger.require(release)
             raise BudgetError("no block of patients in this folder can pay for the round; expected one at least")
         for old in path.parent.iterdir():
             old.unlink()
-        event = ledger.reserve(release, purpose, blocks)
-        self.at_step(5)
+        events = [ledger.reserve(release, purpose, blocks)]
         paying = {patient for patient, block in block_of.items() if block in blocks}
-        batch = _gather(features, "train", paying, self._agreed.study.privacy.images_per_patient)
+        batch = _gather(features, "train", paying, study.privacy.images_per_patient)
+        current = means is not None and self._reserve_current_means(ledger, plan, purpose, blocks, events)
+        counted = self._reserve_validation(ledger, plan, round_number, purpose, features, block_of, events)
+        self.at_step(5)
         before = codec.flatten(_numpy(adapter))
-        public = None if means is None else _DomainTerm(self._agreed, means).gradient
-        descent.run(adapter, batch, loss, public)
+        term, public = self._domain_term(adapter, means, batch if current else None, plan)
+        adapter.shows_adapted = term is not None
+        descent.run(adapter, batch, self._loss(term), public)
         update = codec.flatten(_numpy(adapter)) - before
-        integers = quantise(update, uniforms(update.size))
+        counts = (0, 0) if counted is None else self._noisy_counts(plan, parameters, features, counted)
+        integers = quantise(update, uniforms(update.size), counts)
         self.at_step(6)
-        tensors = {"integers": integers, "event": np.array([event.seq], dtype=np.int64)}
+        numbers = [event.seq for event in events]
+        tensors = {"integers": integers, "events": np.array(numbers, dtype=np.int64)}
         data = bytes(safetensors.numpy.save(tensors))
         write_durable(path, data, 0o600)
         self.at_step(7)
-        ledger.commit(event.seq, data)
+        ledger.commit(numbers, data)
         self.at_step(8)
         log.info(
             "%s: %s: epsilon spent %.4f of %g, left %.4f, at delta %g",
@@ -300,6 +336,63 @@ class PrivateRounds:
             *(ledger.account.epsilon - ledger.epsilon_spent, ledger.account.delta),
         )
         return integers
+
+    def _guard(self, descent: Descent, parameters: Parameters) -> None:
+        """Check the code that is about to train, with a domain term of synthetic means if the study has one."""
+        study, initial = self._agreed.study, self._agreed.initial
+        adapter = self._adapter(parameters)
+        classes, dim = initial.prompt_features.shape
+        term = None
+        if study.method.lmmd_weight:
+            rows = np.random.default_rng(20).standard_normal((2, classes, dim)) / np.sqrt(dim)
+            shares = np.full(classes, 1 / classes)
+            source, target = (ClassMeans(means, np.ones(classes, dtype=bool), shares) for means in rows)
+            term = _image_term(self._agreed, source, target)
+        adapter.shows_adapted = term is not None
+        check_training(adapter, self._loss(term), descent)
+
+    def _loss(self, term: ImageTerm | None) -> PatientLoss:
+        study = self._agreed.study
+        return class_prompt_patient_loss(public_log_prior(study.privacy, len(study.classes)), term)
+
+    # --- validation ---
+
+    def _reserve_validation(
+        self,
+        ledger: Ledger,
+        plan: Plan,
+        round_number: int,
+        purpose: str,
+        features: SiteFeatures,
+        block_of: Mapping[str, int],
+        events: list[Event],
+    ) -> set[str] | None:
+        """Pay for the round's validation counts; the patients to count, or None if it has none.
+
+        Only patients of blocks that never train are counted. The noise comes also without any: that there are none
+        would else be seen.
+        """
+        if plan.validation_noise_multiplier is None or round_number not in plan.validation_rounds:
+            return None
+        release = validation.mechanism(plan.validation_noise_multiplier)
+        validated = {patient: block_of[patient] for patient in _only_validated(features)}
+        blocks = sorted(set(validated.values()) & set(ledger.validation_blocks) & set(ledger.able(release)))
+        if blocks:
+            events.append(ledger.reserve(release, _purposes(purpose)[1], blocks))
+        return {patient for patient, block in validated.items() if block in blocks}
+
+    def _noisy_counts(
+        self, plan: Plan, parameters: Parameters, features: SiteFeatures, counted: set[str]
+    ) -> tuple[int, int]:
+        """Validation counts of the adapter that the round began with."""
+        assert plan.validation_noise_multiplier is not None  # or nobody would be counted
+        owners = features.patients.get("val", ())
+        rows = [row for row, owner in enumerate(owners) if owner in counted]
+        right = np.zeros(0, dtype=bool)
+        if rows:
+            chosen = predict(self._agreed, parameters, features.val.x[rows], None).argmax(axis=1)
+            right = chosen == features.val.y[rows]
+        return validation.noisy_counts(right, [owners[row] for row in rows], plan.validation_noise_multiplier)
 
     def _adapter(self, parameters: Parameters) -> Adapter:
         initial = self._agreed.initial
@@ -309,41 +402,82 @@ class PrivateRounds:
     # --- released means ---
 
     def _means(
-        self, ledger: Ledger, plan: Plan, features: SiteFeatures, block_of: dict[str, int]
-    ) -> tuple[ClassMeans, ClassMeans] | None:
-        """The means of labelled and unlabelled images: those released before, else released now, once a run."""
-        if self._agreed.study.method.lmmd_weight == 0:
+        self, ledger: Ledger, plan: Plan, features: SiteFeatures, block_of: Mapping[str, int], learning: set[int]
+    ) -> Mapping[Side, ClassMeans] | None:
+        """The means that the study's use needs from the start: those released before, else released now, once a run."""
+        study = self._agreed.study
+        if study.method.lmmd_weight == 0:
             return None
-        path, constants = self._means_path(), self._agreed.study.privacy
-        purposes = [f"class means of the {name} images for run {plan.run[:16]}" for name in ("labelled", "unlabelled")]
+        path, constants = self._means_path(), study.privacy
+        sides = released_once(study.method, constants)
+        purposes = [f"class means of the {side} images for run {plan.run[:16]}" for side in sides]
         mine = [event for event in ledger.events if event.purpose in purposes]
         released = self._released()
         if released is not None:
-            for event in mine:
-                if event.state == "reserved":
-                    ledger.commit(event.seq, path.read_bytes())
+            open_ones = [event.seq for event in mine if event.state == "reserved"]
+            if open_ones:
+                ledger.commit(open_ones, path.read_bytes())
             return released
         if plan.lmmd_noise_multiplier is None or mine:
             return None  # off, or a crash came between paying and storing: they are not paid for twice
         release = class_means.mechanism(constants, plan.lmmd_noise_multiplier)
-        blocks = sorted(set(block_of.values()) & set(ledger.able(_twice(release))))
+        together = Mechanism(release.sensitivity, release.noise_std, len(sides))
+        blocks = sorted(learning & set(ledger.able(together)))
         if not blocks:
             return None
         events = [ledger.reserve(release, purpose, blocks) for purpose in purposes]
         paying = {patient for patient, block in block_of.items() if block in blocks}
-        labelled = _gather(features, "train", paying, constants.images_per_patient)
-        unlabelled = _gather(features, "unlabelled", paying, constants.images_per_patient)
-        classes = len(self._agreed.study.classes)
-        weights = one_hot(labelled.labels, classes).double(), self._guesses(unlabelled)
-        sums = [
-            class_means.noisy_sum(batch, share, constants, plan.lmmd_noise_multiplier)
-            for batch, share in zip((labelled, unlabelled), weights, strict=True)
-        ]
-        data = bytes(safetensors.numpy.save({"labelled": sums[0], "unlabelled": sums[1]}))
+        sums: dict[str, NDArray[np.float64]] = {
+            side: self._noisy_sum(features, side, paying, plan.lmmd_noise_multiplier) for side in sides
+        }
+        data = bytes(safetensors.numpy.save(sums))
         write_durable(path, data, 0o600)
-        for event in events:
-            ledger.commit(event.seq, data)
+        ledger.commit([event.seq for event in events], data)
         return self._released()
+
+    def _noisy_sum(
+        self, features: SiteFeatures, side: Side, paying: set[str], noise_multiplier: float
+    ) -> NDArray[np.float64]:
+        constants, classes = self._agreed.study.privacy, len(self._agreed.study.classes)
+        split = "train" if side == "labelled" else side
+        batch = _gather(features, split, paying, constants.images_per_patient)
+        shares = one_hot(batch.labels, classes).double() if side == "labelled" else self._guesses(batch)
+        return class_means.noisy_sum(batch, shares, constants, noise_multiplier)
+
+    def _reserve_current_means(
+        self, ledger: Ledger, plan: Plan, purpose: str, blocks: list[int], events: list[Event]
+    ) -> bool:
+        """Pay for the means of the adapted labelled features, if the use needs them and all who train can pay."""
+        if plan.lmmd_round_noise_multiplier is None:
+            return False
+        release = class_means.mechanism(self._agreed.study.privacy, plan.lmmd_round_noise_multiplier)
+        if not set(blocks) <= set(ledger.able(release)):
+            return False  # the reserve for a crash is used up: the round goes without the term
+        events.append(ledger.reserve(release, _purposes(purpose)[2], blocks))
+        return True
+
+    def _domain_term(
+        self, adapter: Adapter, means: Mapping[Side, ClassMeans] | None, paid: PatientBatch | None, plan: Plan
+    ) -> tuple[ImageTerm | None, Callable[[Adapter], Gradients] | None]:
+        """The domain term, inside the patients' losses or as a public gradient; neither if it is off.
+
+        Args:
+            paid: the patients who have paid for the means of their adapted features, if the use needs them.
+        """
+        study = self._agreed.study
+        if means is None:
+            return None, None
+        if released_each_round(study.method, study.privacy):
+            if paid is None or plan.lmmd_round_noise_multiplier is None:
+                return None, None
+            with torch.no_grad():
+                adapted = PatientBatch(adapter.adapt(paid.features), paid.labels, paid.mask)
+            shares = one_hot(paid.labels, len(study.classes)).double()
+            noisy = class_means.noisy_sum(adapted, shares, study.privacy, plan.lmmd_round_noise_multiplier)
+            return _image_term(self._agreed, class_means.means_of(noisy, study.privacy), means["unlabelled"]), None
+        if study.privacy.lmmd_use == "attraction":
+            return _image_term(self._agreed, means["unlabelled"], means["unlabelled"]), None
+        return None, PublicTerm(study.method, study.privacy, means["labelled"], means["unlabelled"]).gradient
 
     def _guesses(self, batch: PatientBatch) -> Tensor:
         """Zero-shot class shares [n, I, K] of unlabelled images: from the frozen CLIP alone."""
@@ -351,13 +485,13 @@ class PrivateRounds:
         prompts = torch.from_numpy(initial.prompt_features).double()
         return softmax(initial.logit_scale * batch.features @ prompts.T, dim=-1)
 
-    def _released(self) -> tuple[ClassMeans, ClassMeans] | None:
-        path, constants = self._means_path(), self._agreed.study.privacy
+    def _released(self) -> Mapping[Side, ClassMeans] | None:
+        path, study = self._means_path(), self._agreed.study
         if not path.exists():
             return None
         tensors = safetensors.numpy.load(path.read_bytes())
-        labelled, unlabelled = (class_means.means_of(tensors[name], constants) for name in ("labelled", "unlabelled"))
-        return labelled, unlabelled
+        sides = released_once(study.method, study.privacy)
+        return {side: class_means.means_of(tensors[side], study.privacy) for side in sides}
 
     def _means_path(self) -> Path:
         """Named by all that the means depend on besides the patients."""
@@ -367,41 +501,32 @@ class PrivateRounds:
             "prompts": codec.adapter_digest({"prompts": prompts.astype(np.float64)}),
             "radius": study.privacy.lmmd_radius,
             "centre": list(study.privacy.lmmd_centre),
+            "sides": list(released_once(study.method, study.privacy)),
         }
         return self._folder / f"means-{hashlib.sha256(canonical_json(content)).hexdigest()[:16]}.safetensors"
 
 
-class _DomainTerm:
-    """LMMD between features made up around released means (dp.md 2.3, use C): no patient is looked at again."""
+def _image_term(agreed: AgreedStudy, source: ClassMeans, target: ClassMeans) -> ImageTerm | None:
+    """The part of the domain term inside each image's loss, for the uses that have one."""
+    method, settings = agreed.study.method, agreed.study.privacy
+    if settings.lmmd_use == "attraction":
+        return attraction(method, settings, target)
+    return witness(method, settings, source, target) if released_each_round(method, settings) else None
 
-    def __init__(self, agreed: AgreedStudy, means: tuple[ClassMeans, ClassMeans]) -> None:
-        self._weight = agreed.study.method.lmmd_weight
-        self._clip = agreed.study.privacy.clip
-        self._source, self._target = means
-        self._classes = np.flatnonzero(self._source.known & self._target.known)
-        self._generator = np.random.default_rng()
 
-    def gradient(self, adapter: Adapter) -> Gradients:
-        """Of the weighted term, cut to the clipping norm, so that it does not drown the clipped gradients."""
-        if not self._classes.size:
-            return {}
-        labels = torch.from_numpy(self._generator.choice(self._classes, MEANS_BATCH))
-        source, target = (self._around(means, labels.numpy()) for means in (self._source, self._target))
-        classes = one_hot(labels, len(self._source.known)).double()
-        term = self._weight * lmmd(adapter.adapt(source), labels, target, classes)
-        parameters = adapter.shared_parameters()
-        found = torch.autograd.grad(term, list(parameters.values()), allow_unused=True)
-        gradients = {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
-        norm = torch.sqrt(sum((value.square().sum() for value in gradients.values()), torch.zeros(())))
-        factor = self._clip / max(float(norm), self._clip)
-        return {name: value * factor for name, value in gradients.items()}
+def _purposes(purpose: str) -> tuple[str, str, str]:
+    """Of the events that a round can have: training, validation counts, means of the adapted images."""
+    return purpose, f"validation counts of {purpose}", f"class means of the adapted images of {purpose}"
 
-    def _around(self, means: ClassMeans, labels: NDArray[np.int64]) -> Tensor:
-        """Unit features, each its class mean and an isotropic remainder that fills it up to length 1."""
-        chosen = means.means[labels]
-        noise = self._generator.standard_normal(chosen.shape) / np.sqrt(chosen.shape[1])
-        rest = np.sqrt(np.clip(1 - np.sum(chosen * chosen, axis=1, keepdims=True), 0, 1))
-        return torch.nn.functional.normalize(torch.from_numpy(chosen + rest * noise), dim=1)
+
+def _only_validated(features: SiteFeatures) -> set[str]:
+    """The patients of the validation split; a patient is in one split."""
+    return set(features.patients.get("val", ()))
+
+
+def _register(ledger: Ledger, features: SiteFeatures) -> dict[str, int]:
+    """The block of each patient; validation patients have their own."""
+    return ledger.register(features.digests, _only_validated(features))
 
 
 def _gather(features: SiteFeatures, split: str, paying: set[str], images_per_patient: int) -> PatientBatch:
@@ -417,10 +542,6 @@ def _gather(features: SiteFeatures, split: str, paying: set[str], images_per_pat
 
 def _numpy(adapter: Adapter) -> Parameters:
     return {name: value.detach().numpy().copy() for name, value in adapter.shared_parameters().items()}
-
-
-def _twice(release: Mechanism) -> Mechanism:
-    return Mechanism(release.sensitivity, release.noise_std, 2)
 
 
 def _go_on(step: int) -> None:

@@ -8,20 +8,24 @@ Knows nothing of Flower. Everything that must survive a crash lies in the site's
 ``runs/RUN/pins/ROUND``         digest of the one aggregate of a round that may be decrypted
 ``runs/RUN/refused/ROUND``      marks an aggregate that was refused after decryption
 ``runs/RUN/outbox/ROUND.*``     the round's integers, then the envelope made of them
-``runs/RUN/adapter.safetensors`` the adapter after the journal's last record (rebuilt if lost)
+``runs/RUN/adapter.safetensors`` adapter and moments after the journal's last record (rebuilt if lost)
+``runs/RUN/heads/ROUND``        the site's private head after its training in a round, if the study has one
 ``features.sqlite``             the feature cache, shared by all runs
+``forgotten.json``              keyed hashes of patients who are to be forgotten (:mod:`clients.forgotten`)
 ``privacy/``                    the privacy ledger (:mod:`privacy.ledger`), if the site has a budget
 ``ledger_heads.json``           the newest privacy-ledger head of every site
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import hmac
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +35,22 @@ import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
-from clients.data import read_data
+from clients.data import Split
 from clients.features import FeatureCache, SiteFeatures, load_features
+from clients.forgotten import Forgotten, withdrawn
 from clients.keyring import KeyRing
 from clients.private_round import private_rounds
 from clients.sitefile import SiteFile, read_site_file
-from clients.training import predict, train_round, zero_shot
+from clients.training import predict, train_alone, train_round, training_seed, zero_shot
+from clients.twins import fingerprints, site_images
 from privacy.ckks import Cipher
 from privacy.keys import attestation_key, load_identity, open_checkpoint, seal_checkpoint
 from privacy.lanes import Binding, Contribution, PlainSealer, Sealer
-from secure_fed import codec
+from secure_fed import aggregation, codec
+from secure_fed.adapters import PRIVATE_HEAD, check_method
+from secure_fed.backbone import load_backbone
 from secure_fed.codec import Parameters
+from secure_fed.device import choose_device
 from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
 from secure_fed.errors import (
@@ -55,14 +64,15 @@ from secure_fed.errors import (
     RecordError,
     SiteFileError,
 )
-from secure_fed.evaluation import metrics
-from secure_fed.ledger_heads import LedgerHeads
+from secure_fed.evaluation import Metrics, Predictions, balanced_accuracy, metrics
+from secure_fed.ledger_heads import NO_LEDGER, LedgerHead, LedgerHeads
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.records import Chain, Record, RecordFolder, read_header
 from secure_fed.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, Members, SealedKeyHeader
-from secure_fed.signed import ZERO_DIGEST, parse_header, payload_fields, sign_frame, split_frame
+from secure_fed.signed import parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.storage import make_folder, write_durable
 from secure_fed.study import AgreedStudy, load_study
+from secure_fed.text_tower import TextTower
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +93,15 @@ class Validation:
     correct: int
 
 
+@dataclass(frozen=True)
+class RoundState:
+    """What a site held after a round: the adapter, and the validation counts that came with its aggregate."""
+
+    round: int
+    parameters: Parameters
+    validation: Validation | None
+
+
 class Site:
     """One hospital in a study.
 
@@ -91,17 +110,22 @@ class Site:
         agreed: the study; must be the one that ``file`` names.
 
     Raises:
+        DeviceError: its ``site.toml`` asks for a device that is not there.
         SiteFileError: the site is not in the study, its identity is another, or its policy refuses the study.
+        StudyError: the study's method does not hold together.
         RecordError: the state folder does not verify.
 
     Attributes:
         keys: the study's sealed keys at this site.
+        device: where its images are encoded and, without a budget, its adapter is trained.
         parameters: the global adapter, float64, after the last applied record.
         validation: counts that came with the last aggregate, None before the first or if not shared.
     """
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
         file.refuse_study(agreed.study)
+        self.device = choose_device(file.device)
+        check_method(agreed.study.method)
         self.name = file.site
         self._file = file
         self._agreed = agreed
@@ -125,8 +149,8 @@ class Site:
         self._blind = False
         self._chain = Chain(agreed)
         self._digests: dict[str, tuple[str, str]] = {}
-        self.parameters: Parameters = dict(agreed.initial.adapter)
         self.validation: Validation | None = None
+        self._set_state(self._initial_state())
         run = self._current_run()
         if run is not None:
             self._enter_run(run)
@@ -163,6 +187,11 @@ class Site:
         return self._identity.flower
 
     @property
+    def signing_key(self) -> str:
+        """The public half of the key that signs its envelopes, 64 hex digits."""
+        return self._identity.keys.signing
+
+    @property
     def members(self) -> Members:
         """The study's members now, by name; amendments change them."""
         return self._chain.members
@@ -177,6 +206,22 @@ class Site:
         """SHA-256 of the adapter it holds; for the site's own eyes."""
         return codec.adapter_digest(self.parameters)
 
+    @property
+    def _state_digest(self) -> str:
+        """SHA-256 of adapter and moments: what sites compare. Without moments, the adapter's."""
+        return codec.adapter_digest(self._whole_state)
+
+    @property
+    def _whole_state(self) -> Parameters:
+        return self.parameters | self._moments
+
+    def _initial_state(self) -> Parameters:
+        return aggregation.initial_state(self._agreed.study.aggregation, self._agreed.initial.adapter)
+
+    def _set_state(self, state: Parameters) -> None:
+        self.parameters: Parameters = aggregation.adapter_of(state)
+        self._moments: Parameters = {name: value for name, value in state.items() if name not in self.parameters}
+
     def features(self, progress: Progress | None = None) -> SiteFeatures:
         """The site's image features, encoded once and cached.
 
@@ -185,12 +230,23 @@ class Site:
         """
         if self._features is None:
             torch.set_num_threads(self._file.threads)
-            data, study = self._file.data, self._agreed.study
-            images = read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed)
             checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
-            with FeatureCache(self._state / "features.sqlite") as cache:
+            forgotten = Forgotten(self._state)
+            with FeatureCache(self._file.feature_cache) as cache:
+                # After splits are drawn, so that the other patients stay where they are.
+                images = site_images(
+                    self._file, self._agreed, lambda all_: fingerprints(all_, cache, progress, self._file.threads)
+                )
+                images = [image for image in images if not forgotten.patient(image.patient)]
                 self._features = load_features(
-                    images, self._agreed, cache, checkpoint, self._file.skip_unreadable, progress
+                    images,
+                    self._agreed,
+                    cache,
+                    checkpoint,
+                    self._file.skip_unreadable,
+                    progress,
+                    self.device,
+                    forgotten.image,
                 )
             if self._private is not None:
                 self._private.register(self._features)
@@ -199,33 +255,81 @@ class Site:
                 log.warning("%s: left out %d unreadable image%s", self.name, left_out, "s" * (left_out > 1))
         return self._features
 
-    def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> dict[str, float | None]:
-        """Metrics on the site's test images; an observer, which trains on nothing, tests on all its labelled ones.
+    def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Metrics:
+        """Metrics of :meth:`predictions`."""
+        return metrics(*self.predictions(parameters, agreed))
+
+    def predictions(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Predictions:
+        """Probabilities for the site's test images; an observer, which trains on nothing, tests on all labelled ones.
 
         Args:
-            parameters: an adapter; None for zero-shot.
+            parameters: an adapter, perhaps with a private head; None for zero-shot.
             agreed: the study whose method the adapter is of, if not the site's own.
         """
         features = self.features()
-        tests = [features.test]
-        if self._member.role == "observer":
-            tests = [features.train, features.val, features.test]
+        splits: tuple[Split, ...] = ("train", "val", "test") if self._member.role == "observer" else ("test",)
+        tests = [getattr(features, split) for split in splits]
         images = np.concatenate([test.x for test in tests])
         labels = np.concatenate([test.y for test in tests])
-        return metrics(self._predict(images, parameters, agreed or self._agreed), labels)
+        patients = tuple(patient for split in splits for patient in features.patients[split])
+        return Predictions(self._predict(images, parameters, agreed or self._agreed), labels, patients)
+
+    def validate(self, parameters: Parameters) -> float | None:
+        """Balanced accuracy on the site's validation images, by which choices are made; None without any."""
+        probabilities, labels, _ = self.validation_predictions(parameters)
+        return balanced_accuracy(probabilities, labels)
+
+    def validation_predictions(self, parameters: Parameters) -> Predictions:
+        """Probabilities for the site's validation images."""
+        val = self.features().val
+        return Predictions(self._predict(val.x, parameters, self._agreed), val.y, self.features().patients["val"])
 
     def train_alone(self, agreed: AgreedStudy) -> Parameters:
-        """An adapter trained here alone: as many rounds, steps and settings as in the federation.
+        """An adapter (and private head) trained here alone, as :func:`clients.training.train_alone` does.
 
         Args:
             agreed: the study, or one like it with another method.
         """
         torch.set_num_threads(self._file.threads)
-        parameters = dict(agreed.initial.adapter)
-        for round_number in range(1, agreed.study.rounds + 1):
-            seed = training_seed(agreed.study.seed, self.name, round_number)
-            parameters = train_round(agreed, parameters, self.features(), seed)
-        return parameters
+        return train_alone(agreed, self.features(), self.name, self.tower, self.device)
+
+    def personal(self, parameters: Parameters, round_number: int | None = None) -> Parameters:
+        """An adapter with the private head that this site trained for it; the adapter itself if there is none.
+
+        Args:
+            parameters: the global adapter.
+            round_number: the last round to take the head of; by default the last one there is.
+        """
+        if not self._agreed.study.method.private_head or not self.run:
+            return parameters
+        stored = sorted((self._run_folder / "heads").glob("*"))
+        chosen = [path for path in stored if round_number is None or int(path.name) <= round_number]
+        return parameters | safetensors.numpy.load(chosen[-1].read_bytes()) if chosen else parameters
+
+    def history(self) -> Iterator[RoundState]:
+        """The state after each applied round of the run, replayed from the site's own journal.
+
+        Rounds whose key is destroyed here are left out.
+        """
+        if not self.run:
+            return
+        replay = copy.copy(self)
+        replay._chain = Chain(self._agreed)
+        replay._set_state(self._initial_state())
+        replay.validation, replay._blind = None, False
+        for record in list(self._records.replay(Chain(self._agreed))):
+            replay._apply(record)
+            if record.header.kind == "aggregate" and not replay._blind and not self._refused(record.header.round):
+                yield RoundState(record.header.round, replay.parameters, replay.validation)
+
+    @cached_property
+    def tower(self) -> TextTower | None:
+        """The backbone's frozen text tower, for a study whose method trains through it."""
+        tokens = self._agreed.initial.prompt_tokens
+        if tokens is None:
+            return None
+        checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
+        return load_backbone(self._agreed.study.backbone, checkpoint).text_tower(tokens)
 
     def _predict(
         self, images: NDArray[np.float32], parameters: Parameters | None, agreed: AgreedStudy
@@ -235,7 +339,7 @@ class Site:
         features = self.features()
         # Batch norm's statistics: of all images that the site may learn from, labelled or not.
         own = np.concatenate([features.train.x, features.unlabelled])
-        return predict(agreed, parameters, images, own)
+        return predict(agreed, parameters, images, own, self.tower)
 
     def respond(self, request: RoundRequest) -> RoundReply:
         """Take a request: apply its records, compare adapters, and train if a round is due.
@@ -276,6 +380,9 @@ class Site:
             self._private.finish()
         if self._chain.finished or self._member.role == "observer":
             return self._reply(ReplyCode.APPLIED)
+        if withdrawn(self._run_folder / "outbox", request.round, request.attempt):
+            log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
+            return self._reply(ReplyCode.APPLIED)
         try:
             return self._reply(ReplyCode.UPDATE, self._envelope(request.attempt))
         except BudgetError as error:
@@ -286,7 +393,7 @@ class Site:
         attested = ""  # before the first genesis there is neither key nor head
         if self._chain.length and not self._blind and self._can_attest(self._chain.key):
             key = self._attestation_key(self._chain.key)
-            attested = codec.attestation(key, self.name, self._chain.head, self.adapter_digest)
+            attested = codec.attestation(key, self.name, self._chain.head, self._state_digest)
         return RoundReply(self.name, code, self.run, self.position, attested, envelope)
 
     # --- records ---
@@ -306,9 +413,9 @@ class Site:
             return
         record = self._chain.check(data)
         self._check_void(record)
-        heads = {entry.site: (entry.ledger_seq, entry.ledger_head) for entry in record.contributors}
+        heads = {entry.site: entry.ledger for entry in record.contributors}
         for name, head in heads.items():
-            self._heads.check(name, *head)
+            self._heads.check(name, head)
         if record.amendment is not None:
             self._check_policy(record.amendment)
         if record.header.kind == "aggregate":
@@ -350,8 +457,7 @@ class Site:
         lanes = self._agreed.parameters
         size = self._bounds.size
         update = codec.average_update(sums[:size], self._bounds, weights, lanes.max_integer)
-        flat = codec.flatten(self.parameters) + update
-        self.parameters = codec.unflatten(flat, self._agreed.initial.shapes)
+        self._set_state(aggregation.apply(self._agreed.study.aggregation, self._whole_state, update))
         if self._agreed.study.encoding.share_validation:
             self.validation = Validation(*codec.decode_counts(sums[size:], lanes.bits))
 
@@ -372,15 +478,15 @@ class Site:
         chain = self._chain
         payload = b""
         if self.name == self._agreed.study.key_maker:
-            adapter = bytes(safetensors.numpy.save(self.parameters))
-            payload = seal_checkpoint(self.keys.secret(chain.key), chain.head, adapter)
+            state = bytes(safetensors.numpy.save(self._whole_state))
+            payload = seal_checkpoint(self.keys.secret(chain.key), chain.head, state)
         header = AcknowledgementHeader(
             version=1,
             study=self._agreed.study.id,
             run=chain.run,
             head=chain.head,
             site=self.name,
-            checkpoint=self._checkpoint_digest(self.adapter_digest),
+            checkpoint=self._checkpoint_digest(self._state_digest),
             **payload_fields(payload),
         )
         return sign_frame(ACKNOWLEDGEMENT_MAGIC, header, self._identity.signing, payload)
@@ -392,9 +498,9 @@ class Site:
         """Compare the adapter with what the members acknowledged, or take it from the checkpoint; then the keys
         before this one are of no more use to anybody, and are destroyed."""
         if self._blind:
-            adapter = open_checkpoint(self.keys.secret(self._chain.key), self._chain.head, record.payload)
-            self.parameters = safetensors.numpy.load(adapter)
-        if not hmac.compare_digest(self._checkpoint_digest(self.adapter_digest), record.checkpoint):
+            state = open_checkpoint(self.keys.secret(self._chain.key), self._chain.head, record.payload)
+            self._set_state(safetensors.numpy.load(state))
+        if not hmac.compare_digest(self._checkpoint_digest(self._state_digest), record.checkpoint):
             raise AdapterMismatchError(
                 f"the members acknowledged another adapter than the one here after round {self._chain.round}; "
                 "this site is damaged or they are: compare by phone"
@@ -480,7 +586,7 @@ class Site:
         self._run_folder = self._state / "runs" / run
         self._records = RecordFolder(self._run_folder / "journal")
         self._chain = Chain(self._agreed)
-        self.parameters = dict(self._agreed.initial.adapter)
+        self._set_state(self._initial_state())
         self.validation = None
         self._digests = {}
         self._blind = False
@@ -504,7 +610,7 @@ class Site:
             return 0
         if codec.adapter_digest(tensors) != metadata["digest"]:
             return 0
-        self.parameters = tensors
+        self._set_state(tensors)
         self._digests = {head: (digest, key) for head, (digest, key) in json.loads(metadata["digests"]).items()}
         counts = json.loads(metadata["validation"])
         self.validation = Validation(*counts) if counts else None
@@ -513,7 +619,7 @@ class Site:
     def _store_adapter(self) -> None:
         if self._blind:
             return  # there is no adapter yet
-        digest = self.adapter_digest
+        digest = self._state_digest
         self._digests[self._chain.head] = (digest, self._chain.key)
         for old in list(self._digests)[:-2]:
             del self._digests[old]
@@ -524,7 +630,7 @@ class Site:
             "digests": json.dumps(self._digests),
             "validation": json.dumps(counts),
         }
-        data = safetensors.numpy.save(self.parameters, metadata)
+        data = safetensors.numpy.save(self._whole_state, metadata)
         write_durable(self._run_folder / "adapter.safetensors", bytes(data))
 
     # --- keys ---
@@ -587,7 +693,7 @@ class Site:
             self._private.at_step(9)
         return data
 
-    def _integers(self, path: Path) -> tuple[NDArray[np.int64], tuple[int, str]]:
+    def _integers(self, path: Path) -> tuple[NDArray[np.int64], LedgerHead]:
         """The round's integers: those stored, else trained, rounded once and stored before they are used.
 
         With them the head of the privacy ledger that paid for them; zeros without a budget.
@@ -597,24 +703,28 @@ class Site:
             return integers, self._private.head
         if path.exists():
             stored: NDArray[np.int64] = safetensors.numpy.load(path.read_bytes())["integers"]
-            return stored, (0, ZERO_DIGEST)
+            return stored, NO_LEDGER
         for old in path.parent.iterdir():
             old.unlink()
         integers = self._train()
         write_durable(path, bytes(safetensors.numpy.save({"integers": integers})), 0o600)
-        return integers, (0, ZERO_DIGEST)
+        return integers, NO_LEDGER
 
     def _train(self) -> NDArray[np.int64]:
         study = self._agreed.study
         round_number = self._chain.due.round
         features = self.features()
-        trained = train_round(
-            self._agreed, self.parameters, features, training_seed(study.seed, self.name, round_number)
-        )
+        seed = training_seed(study.seed, self.name, round_number)
+        start = self.personal(self.parameters, round_number - 1)
+        trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
+        if PRIVATE_HEAD in trained:
+            head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
+            make_folder(self._run_folder / "heads", 0o700)
+            write_durable(self._run_folder / "heads" / f"{round_number:08d}", bytes(safetensors.numpy.save(head)))
         update = codec.flatten(trained) - codec.flatten(self.parameters)
         counts = (0, 0)
         if study.encoding.share_validation and len(features.val.y):
-            predicted = self._predict(features.val.x, self.parameters, self._agreed).argmax(axis=1)
+            predicted = self._predict(features.val.x, start, self._agreed).argmax(axis=1)
             counts = len(features.val.y), int(np.count_nonzero(predicted == features.val.y))
         draws = codec.rounding_draws(study.seed, self.name, round_number, update.size)
         return self._quantise(update, draws, counts)
@@ -644,12 +754,6 @@ class Site:
         if not study.encoding.share_validation:
             return quantised.integers
         return np.concatenate([quantised.integers, codec.encode_counts(counts, study.encoding.bits)])
-
-
-def training_seed(seed: int, site: str, round_number: int) -> int:
-    """Seed of one site's training in one round, in [0, 2**63)."""
-    context = f"secfacmic training 1\n{seed}\n{site}\n{round_number}".encode()
-    return int.from_bytes(hashlib.sha256(context).digest()[:8], "big") >> 1
 
 
 def _metadata(data: bytes) -> dict[str, str]:

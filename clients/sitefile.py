@@ -7,9 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
+from secure_fed.device import DeviceChoice
 from secure_fed.errors import SiteFileError
 from secure_fed.study import MIN_SITES_HE, Name, Shares, Study, Text
 from secure_fed.tomlfile import FileModel, parse_table, read_toml
+
+FEATURES = "features.sqlite"
+"""Name of the feature cache in the state folder."""
 
 
 class SiteData(FileModel):
@@ -20,12 +24,14 @@ class SiteData(FileModel):
         kind: ``patients`` unless the images are public or simulated.
         unit: what counts as one patient; ``image`` only for data without patient ids.
         shares: how a folder without a split column is split.
+        unlabelled: another folder, of images without labels, as target of domain adaptation.
     """
 
     folder: Text
     kind: Literal["patients", "public", "simulated"] = "patients"
     unit: Literal["patient", "image"] = "patient"
     shares: Shares | None = None
+    unlabelled: Text | None = None
 
 
 class SiteServer(FileModel):
@@ -34,10 +40,12 @@ class SiteServer(FileModel):
     Attributes:
         address: ``host:port``; the host must be one of the names in the server's certificate.
         authority: certificate of the study's authority, ``ca.crt``; no other is trusted.
+        proxy: HTTP proxy on the way, ``http://proxy.example.org:3128``; the environment's ``HTTPS_PROXY`` if not set.
     """
 
     address: Annotated[str, StringConstraints(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
     authority: Text
+    proxy: Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$", max_length=300)] | None = None
 
 
 class SitePrivacy(FileModel):
@@ -69,9 +77,14 @@ class SiteFile(FileModel):
             trains without differential privacy.
         allow_plain: whether a study without encryption is joined; never with patients' data.
         min_sites: fewest contributors this site asks of an aggregate; a study that asks for less is refused.
+        max_epsilon: this site trains under differential privacy only, with at most this epsilon.
+        studies: names or ids of the only studies it takes part in; any if empty.
         amendments: which rotations of the study's key are applied unasked: all, those by which no site joins, or
             none; others are accepted by hand.
         threads: CPU threads of training; other counts give other rounding.
+        device: where images are encoded and the adapter is trained: ``auto`` takes a CUDA card if there is one.
+            Training under differential privacy, in double precision, stays on the CPU.
+        features: file of the feature cache, if not ``STATE/features.sqlite``; studies of one site may share it.
         skip_unreadable: go on without images that cannot be decoded.
     """
 
@@ -86,9 +99,18 @@ class SiteFile(FileModel):
     data: SiteData
     allow_plain: bool = False
     min_sites: Annotated[int, Field(ge=1, le=4096)] = MIN_SITES_HE
+    max_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    studies: tuple[Text, ...] = ()
     amendments: Literal["all", "removals", "none"] = "removals"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+    device: DeviceChoice = "auto"
+    features: Text | None = None
     skip_unreadable: bool = False
+
+    @property
+    def feature_cache(self) -> Path:
+        """Where the feature cache lies."""
+        return Path(self.state) / FEATURES if self.features is None else Path(self.features)
 
     @field_validator("allow_plain")
     @classmethod
@@ -109,8 +131,30 @@ class SiteFile(FileModel):
             reasons.append('study mode = "plain": updates would leave unencrypted; allow_plain is false here')
         if study.mode == "he" and study.min_sites < self.min_sites:
             reasons.append(f"study min_sites = {study.min_sites}; this site asks for at least {self.min_sites}")
+        if self.studies and study.name not in self.studies and study.id not in self.studies:
+            reasons.append(f"study {study.name}, id {study.id}; this site takes part in {', '.join(self.studies)} only")
+        observes = any(member.name == self.site and member.role == "observer" for member in study.sites)
+        if self.max_epsilon is not None and not observes:
+            reasons += self._unprotected(study, self.max_epsilon)
         if reasons:
             raise SiteFileError(f"site {self.site} refuses study {study.name}:\n  " + "\n  ".join(reasons))
+
+    def _unprotected(self, study: Study, most: float) -> list[str]:
+        """What falls short of training under differential privacy with at most that epsilon."""
+        reasons = []
+        if self.privacy is None:
+            reasons.append(
+                f"no privacy budget; this site demands differential privacy with epsilon at most {most:g}: set "
+                "[privacy] epsilon, or give --epsilon"
+            )
+        elif self.privacy.epsilon > most:
+            reasons.append(f"epsilon = {self.privacy.epsilon:g}; this site demands at most {most:g}")
+        if study.method.loss == "contrastive" or (study.method.adapter, study.method.norm) == ("facmic", "batch"):
+            reasons.append(
+                f"study method: loss {study.method.loss}, norm {study.method.norm}, which differential privacy does "
+                'not hold for; this site demands it: loss = "class_prompt", norm = "layer"'
+            )
+        return reasons
 
 
 def with_budget(file: SiteFile, epsilon: float | None, delta: float | None) -> SiteFile:
@@ -127,6 +171,40 @@ def with_budget(file: SiteFile, epsilon: float | None, delta: float | None) -> S
     return file.model_copy(update={"privacy": privacy})
 
 
+def with_device(file: SiteFile, device: DeviceChoice | None) -> SiteFile:
+    """The site file with the device that the command line gives, if it gives one."""
+    return file if device is None else file.model_copy(update={"device": device})
+
+
+def new_site_file(path: Path, name: str, identity: Path, data: Path, kind: str, address: str | None) -> SiteFile:
+    """The ``site.toml`` of a new site, which keeps what the coordinator sends in ``study/`` beside it.
+
+    Args:
+        path: where it is to be; nothing is written.
+        name: the site's.
+        identity: folder of its keys.
+        data: folder of its images.
+        kind: of the data.
+        address: ``host:port`` of the server, if known yet.
+
+    Raises:
+        SiteFileError: a value does not fit, or there is a file already.
+    """
+    if path.exists():
+        raise SiteFileError(f"{path}: exists; expected a folder without one: edit it, or choose another folder")
+    content = {
+        "format": 1,
+        "site": name,
+        "study": "study/study.toml",
+        "state": "state",
+        "identity": str(identity),
+        "data": {"folder": str(data.resolve()), "kind": kind},
+    }
+    if address is not None:
+        content["server"] = {"address": address, "authority": "study/ca.crt"}
+    return parse_table(content, SiteFile, SiteFileError, str(path))
+
+
 def read_site_file(path: Path) -> SiteFile:
     """Read ``site.toml`` with its paths made absolute.
 
@@ -137,8 +215,11 @@ def read_site_file(path: Path) -> SiteFile:
     base = path.resolve().parent
     paths = {name: str(base / getattr(file, name)) for name in ("study", "state", "identity")}
     checkpoint = None if file.checkpoint is None else str(base / file.checkpoint)
-    data = file.data.model_copy(update={"folder": str(base / file.data.folder)})
+    extra = None if file.data.unlabelled is None else str(base / file.data.unlabelled)
+    data = file.data.model_copy(update={"folder": str(base / file.data.folder), "unlabelled": extra})
+    features = None if file.features is None else str(base / file.features)
     server = file.server
     if server is not None:
         server = server.model_copy(update={"authority": str(base / server.authority)})
-    return file.model_copy(update={**paths, "checkpoint": checkpoint, "data": data, "server": server})
+    others = {"checkpoint": checkpoint, "data": data, "server": server, "features": features}
+    return file.model_copy(update={**paths, **others})

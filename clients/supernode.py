@@ -7,6 +7,7 @@ it pulls a message, checks the bundle that its run came with, hands it to the si
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import email.utils
 import logging
@@ -16,7 +17,8 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,6 +31,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -51,9 +54,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from clients.app import SiteApp
 from secure_fed.certificates import read_authority
 from secure_fed.errors import CertificateError, ClockError, NotAdmittedError
+
+if TYPE_CHECKING:
+    from clients.app import SiteApp
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +71,9 @@ FASTEST, SLOWEST = 0.05, 1.0
 RETRY_FIRST, RETRY_MOST = 0.2, 5.0
 REJOIN_SECONDS = 60.0
 """How long Flower's refusal of a node that it takes for online can last; beyond that it means something else."""
+
+CALL_SECONDS = 30.0
+"""Time for one call; a message goes in parts of at most 5 MiB."""
 
 FAREWELL_SECONDS = 5.0
 """How long a site stays after its last reply: Flower drops replies of nodes that have left."""
@@ -84,13 +92,15 @@ class _Forgotten(Exception):
     """The server does not know this node any more: its state is another one."""
 
 
-def run_site(app: SiteApp, address: str, authority: Path) -> None:
+def run_site(app: SiteApp, address: str, authority: Path, proxy: str | None = None) -> None:
     """Take part until the study is over.
 
     Args:
         app: the site.
         address: host and port of the server.
         authority: certificate of the study's authority.
+        proxy: URL of an HTTP proxy through which the server is reached (by CONNECT, so that TLS ends at the server);
+            without one, the one that ``HTTPS_PROXY`` names, unless ``NO_PROXY`` excepts the server.
 
     Raises:
         CertificateError: the server does not prove to be the one that the study means.
@@ -98,7 +108,8 @@ def run_site(app: SiteApp, address: str, authority: Path) -> None:
         NotAdmittedError: the server does not know this site.
         SecfacmicError: why the site itself cannot go on.
     """
-    connection = _Connection(address, read_authority(authority), app.site.connection_key)
+    way = proxy_to(address, proxy)
+    connection = _Connection(address, read_authority(authority), app.site.connection_key, way)
     try:
         while not app.finished and app.failure is None:
             connection.join()
@@ -108,6 +119,25 @@ def run_site(app: SiteApp, address: str, authority: Path) -> None:
         connection.leave()
     if app.failure is not None:
         raise app.failure
+
+
+def proxy_to(address: str, given: str | None) -> str | None:
+    """The proxy on the way to a server: the one given, else the environment's, unless that excepts the server."""
+    if given is not None or proxy_bypass(address):
+        return given
+    return getproxies().get("https")
+
+
+def unsigned_pull(host: str, key: ec.EllipticCurvePrivateKey) -> str:
+    """A request over HTTP/1.1 that names a site's key and is not signed.
+
+    The server refuses it in any case: with 403 and nothing more if it does not know the key.
+    """
+    public = base64.b64encode(public_key_to_bytes(key.public_key())).decode()
+    return (
+        f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"
+        f"{FLEET_HTTP_PUBLIC_KEY_HEADER}: {public}\r\n\r\n"
+    )
 
 
 def _answer_messages(app: SiteApp, connection: _Connection) -> None:
@@ -136,9 +166,13 @@ def _answer_messages(app: SiteApp, connection: _Connection) -> None:
 class _Connection:
     """The Fleet API as one node: every call repeats until the server is there."""
 
-    def __init__(self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey) -> None:
+    def __init__(
+        self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, proxy: str | None = None
+    ) -> None:
         self.node = Node()
         self._address = address
+        # For messages: without user and password.
+        self._through = "" if proxy is None else f" through the proxy {_without_password(proxy)}"
         self._public = public_key_to_bytes(key.public_key())
         self._client = FleetHttpClient.from_server_address(
             address,
@@ -148,6 +182,11 @@ class _Connection:
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(key, key.public_key()),
             ],
+        )
+        # flwr's own would follow redirects, and takes no proxy but the environment's.
+        self._client._client.close()
+        self._client._client = httpx.Client(
+            verify=_trust(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False
         )
         self._bundles: dict[int, bytes] = {}
         self._joined = threading.Event()
@@ -299,14 +338,15 @@ class _Connection:
                     raise
                 reason = f"it answers {status}"
             except httpx.TransportError as error:
-                _check_certificate(error, self._address)
+                _check_certificate(error, f"{self._address}{self._through}")
                 reason = _reason(error)
             else:
                 if told:
                     log.info("the server is there again")
                 return result
             if not told and pause > RETRY_FIRST * 3:
-                log.info("waiting for the server at %s (%s); it is tried again and again", self._address, reason)
+                place = f"{self._address}{self._through}"
+                log.info("waiting for the server at %s (%s); it is tried again and again", place, reason)
                 told = True
             if self._left.wait(pause):
                 raise _Stale  # a worker of flwr's, still trying while we end
@@ -354,11 +394,29 @@ def _check_certificate(error: BaseException, address: str) -> None:
     elif cause.verify_code in (9, 10):
         help_text = "its certificate is not valid at this time; check this computer's clock, or make a new one"
     else:
-        help_text = "it was not issued by the study's authority; expected the server whose ca.crt is in site.toml"
+        help_text = (
+            "it was not issued by the study's authority; expected the server whose ca.crt is in site.toml, and no "
+            "firewall or proxy on the way that opens TLS"
+        )
     raise CertificateError(f"{address}: the server cannot be trusted ({text}): {help_text}") from None
 
 
+def _trust(authority: bytes) -> ssl.SSLContext:
+    """One authority, and no other."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(cadata=authority.decode("ascii"))
+    return context
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
 def _reason(error: httpx.TransportError) -> str:
+    if isinstance(error, httpx.ProxyError):
+        return f"the proxy refuses: {error}"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

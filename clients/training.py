@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -12,9 +13,12 @@ from torch.nn.functional import softmax
 
 from clients.adaptation import lmmd
 from clients.features import SiteFeatures
-from secure_fed.adapters import Adapter, build_adapter, class_prompt_loss, contrastive_loss
+from secure_fed import aggregation, codec
+from secure_fed.adapters import PRIVATE_HEAD, Adapter, build_adapter, class_prompt_loss, contrastive_loss
+from secure_fed.device import Device
 from secure_fed.errors import DataError
 from secure_fed.study import AgreedStudy, Method, Training
+from secure_fed.text_tower import TextTower
 
 Parameters = Mapping[str, NDArray[np.float64]]
 
@@ -24,6 +28,8 @@ def train_round(
     parameters: Parameters,
     features: SiteFeatures,
     seed: int,
+    tower: TextTower | None = None,
+    device: Device = "cpu",
 ) -> dict[str, NDArray[np.float64]]:
     """Train for ``training.steps`` mini-batches, from a fresh optimiser state.
 
@@ -34,13 +40,16 @@ def train_round(
 
     Args:
         agreed: method, training settings and prompts.
-        parameters: where to start, by name; left as they are.
+        parameters: where to start, by name; left as they are. With a private head, it is among them unless it is to
+            start at 0.
         features: the site's.
         seed: of the order of the images; another one for each round.
+        tower: the frozen text tower, for methods that need it; these train on the CPU, where it is.
+        device: where to compute.
 
     Returns:
-        The parameters after training, by sorted name; a value that training did not move is exactly the one
-        given. They may be non-finite if training diverged.
+        The parameters after training, by sorted name, the private head included; a value that training did not move
+        is exactly the one given. They may be non-finite if training diverged.
 
     Raises:
         DataError: the site has no training image.
@@ -48,12 +57,49 @@ def train_round(
     method, initial = agreed.study.method, agreed.initial
     if len(features.train.y) == 0:
         raise DataError("no labelled training image; expected at least one: add some, or join the study as an observer")
-    adapter = build_adapter(method, initial.prompt_features, initial.logit_scale, parameters)
-    before = {name: value.detach().clone() for name, value in adapter.shared_parameters().items()}
-    _descend(adapter, method, agreed.study.training, features, seed)
-    after = adapter.shared_parameters()
+    if method.private_head and PRIVATE_HEAD not in parameters:
+        parameters = {**parameters, PRIVATE_HEAD: np.zeros(initial.prompt_features.shape)}
+    with torch.device(device if tower is None else "cpu"):  # all that is made in here lies there
+        adapter = build_adapter(method, initial.prompt_features, initial.logit_scale, parameters, tower)
+        after = dict(sorted(adapter.named_parameters()))
+        before = {name: value.detach().clone() for name, value in after.items()}
+        _descend(adapter, method, agreed.study.training, features, seed)
     # Training is in float32; only the difference comes back, so that rounding the start is no update.
-    return {name: parameters[name] + (after[name].detach().double() - before[name].double()).numpy() for name in after}
+    moved = {name: after[name].detach().double() - before[name].double() for name in after}
+    return {name: parameters[name] + difference.cpu().numpy() for name, difference in moved.items()}
+
+
+def train_alone(
+    agreed: AgreedStudy, features: SiteFeatures, name: str, tower: TextTower | None = None, device: Device = "cpu"
+) -> dict[str, NDArray[np.float64]]:
+    """An adapter trained on one site's features alone: rounds, steps, settings and aggregation as in the federation.
+
+    Args:
+        agreed: the study, or one like it with another method.
+        features: the site's, or several sites' together.
+        name: whose order of images to take; with a site's own name, the first round is the federation's.
+        tower: the frozen text tower, for methods that need it.
+        device: where to compute.
+
+    Raises:
+        DataError: as :func:`train_round`.
+    """
+    rule = agreed.study.aggregation
+    state = aggregation.initial_state(rule, agreed.initial.adapter)
+    private: dict[str, NDArray[np.float64]] = {}
+    for round_number in range(1, agreed.study.rounds + 1):
+        adapter = aggregation.adapter_of(state)
+        seed = training_seed(agreed.study.seed, name, round_number)
+        trained = train_round(agreed, {**adapter, **private}, features, seed, tower, device)
+        private = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)} if PRIVATE_HEAD in trained else {}
+        state = aggregation.apply(rule, state, codec.flatten(trained) - codec.flatten(adapter))
+    return aggregation.adapter_of(state) | private
+
+
+def training_seed(seed: int, site: str, round_number: int) -> int:
+    """Seed of one site's training in one round, in [0, 2**63)."""
+    context = f"secfacmic training 1\n{seed}\n{site}\n{round_number}".encode()
+    return int.from_bytes(hashlib.sha256(context).digest()[:8], "big") >> 1
 
 
 def predict(
@@ -61,17 +107,19 @@ def predict(
     parameters: Parameters,
     x: NDArray[np.float32],
     statistics_from: NDArray[np.float32] | None,
+    tower: TextTower | None = None,
 ) -> NDArray[np.float64]:
     """Probabilities [n, K] that an adapter gives to features x [n, d].
 
     Args:
         agreed: method and prompts.
-        parameters: of the adapter, by name.
+        parameters: of the adapter, by name; with the site's private head, if it is to take part.
         x: unit rows [n, d].
         statistics_from: the site's own training features, for batch norm; others need none.
+        tower: the frozen text tower, for methods that need it.
     """
     initial = agreed.initial
-    adapter = build_adapter(agreed.study.method, initial.prompt_features, initial.logit_scale, parameters)
+    adapter = build_adapter(agreed.study.method, initial.prompt_features, initial.logit_scale, parameters, tower)
     adapter.eval()
     with torch.inference_mode():
         if statistics_from is not None:
@@ -88,14 +136,16 @@ def zero_shot(agreed: AgreedStudy, x: NDArray[np.float32]) -> NDArray[np.float64
 
 
 def _descend(adapter: Adapter, method: Method, training: Training, features: SiteFeatures, seed: int) -> None:
-    x, y = torch.from_numpy(features.train.x), torch.from_numpy(features.train.y)
-    unlabelled = torch.from_numpy(features.unlabelled)
+    device = adapter.prompts.device
+    x, y = torch.from_numpy(features.train.x).to(device), torch.from_numpy(features.train.y).to(device)
+    unlabelled = torch.from_numpy(features.unlabelled).to(device)
     counts = torch.bincount(y, minlength=len(adapter.prompts))
     log_prior = torch.log(counts / len(y))
     sources = _batches(len(y), training.batch_size, np.random.default_rng([seed, 0]))
     # Their own order, so that unlabelled images do not change that of the labelled ones.
     targets = _batches(len(unlabelled), training.batch_size, np.random.default_rng([seed, 1]))
     aligns = method.lmmd_weight > 0 and len(unlabelled) > 0
+    start = {name: value.detach().clone() for name, value in adapter.shared_parameters().items()}
     optimizer = _optimizer(adapter, training)
     adapter.train()
     for _ in range(training.steps):
@@ -106,6 +156,13 @@ def _descend(adapter: Adapter, method: Method, training: Training, features: Sit
             loss = contrastive_loss(adapted, labels, adapter.class_vectors(), adapter.logit_scale).mean()
         else:
             loss = class_prompt_loss(adapter.compare(adapted), labels, log_prior).mean()
+        if method.private_head:
+            # What is shared must serve sites without this head too, so both logits are trained, in equal parts.
+            personal = adapter.compare(adapted) + adapter.head_logits(adapted)
+            loss = (loss + class_prompt_loss(personal, labels, log_prior).mean()) / 2
+        if training.prox > 0:
+            moved = [(value - start[name]).square().sum() for name, value in adapter.shared_parameters().items()]
+            loss = loss + training.prox / 2 * torch.stack(moved).sum()
         if aligns:
             target = unlabelled[next(targets)]
             with torch.no_grad():
@@ -117,7 +174,7 @@ def _descend(adapter: Adapter, method: Method, training: Training, features: Sit
 
 
 def _optimizer(adapter: Adapter, training: Training) -> torch.optim.Optimizer:
-    parameters = list(adapter.shared_parameters().values())
+    parameters = [value for _, value in sorted(adapter.named_parameters())]
     if training.optimizer == "adam":
         # Adam with L2 in the gradient, as in FACMIC, not AdamW.
         return torch.optim.Adam(

@@ -29,10 +29,12 @@ LEAST_MASS = 5.0
 
 @dataclass(frozen=True)
 class ClassMeans:
-    """Released means: ``means`` float64 [K, d] and ``known`` bool [K], which classes have one."""
+    """Released means: ``means`` float64 [K, d], ``known`` bool [K], which classes have one, and ``shares`` float64
+    [K], the released shares of those classes, 0 for the others."""
 
     means: NDArray[np.float64]
     known: NDArray[np.bool_]
+    shares: NDArray[np.float64]
 
 
 def mechanism(settings: PrivateTraining, noise_multiplier: float) -> Mechanism:
@@ -71,24 +73,33 @@ def noisy_sum(
 def exact_sum(batch: PatientBatch, weights: Tensor, settings: PrivateTraining) -> NDArray[np.float64]:
     """The sum before noise."""
     radius = settings.lmmd_radius
-    unit = torch.nn.functional.normalize(batch.features, dim=-1) - _centre(settings, batch.features.shape[-1])
-    cut = unit * (radius / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(radius))
-    extended = torch.cat((cut, torch.full_like(cut[..., :1], radius)), dim=-1)
+    moved = cut(torch.nn.functional.normalize(batch.features, dim=-1), settings)
+    extended = torch.cat((moved, torch.full_like(moved[..., :1], radius)), dim=-1)
     shares = torch.where(batch.mask, 1.0, 0.0).double() / batch.mask.sum(1, keepdim=True).clamp_min(1)
     each = torch.einsum("ni,nik,nid->nkd", shares, weights.double(), extended)
     finite = torch.isfinite(each).flatten(1).all(1)
     return np.asarray(torch.where(finite[:, None, None], each, 0.0).sum(0).numpy())
 
 
+def cut(unit: Tensor, settings: PrivateTraining) -> Tensor:
+    """psi: unit features [..., d] relative to the public centre, cut to the public radius."""
+    moved = unit - centre(settings, unit.shape[-1])
+    radius = settings.lmmd_radius
+    norms: Tensor = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    return moved * (radius / norms.clamp_min(radius))
+
+
 def means_of(noisy: NDArray[np.float64], settings: PrivateTraining) -> ClassMeans:
     """The means that a noised sum gives."""
     mass = noisy[:, -1] / settings.lmmd_radius
-    centre = _centre(settings, noisy.shape[1] - 1).numpy()
-    means = noisy[:, :-1] / np.maximum(mass, LEAST_MASS)[:, None] + centre
-    return ClassMeans(means, mass >= LEAST_MASS)
+    known = mass >= LEAST_MASS
+    means = noisy[:, :-1] / np.maximum(mass, LEAST_MASS)[:, None] + centre(settings, noisy.shape[1] - 1).numpy()
+    shares = np.where(known, mass, 0.0)
+    return ClassMeans(means, known, shares / max(shares.sum(), LEAST_MASS))
 
 
-def _centre(settings: PrivateTraining, dim: int) -> Tensor:
+def centre(settings: PrivateTraining, dim: int) -> Tensor:
+    """The public centre c0, float64 [d]."""
     if not settings.lmmd_centre:
         return torch.zeros(dim, dtype=torch.float64)
     return torch.tensor(settings.lmmd_centre, dtype=torch.float64)

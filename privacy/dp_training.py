@@ -84,16 +84,25 @@ def gather_patients(
     return PatientBatch(gathered, known, mask)
 
 
-def class_prompt_patient_loss(log_prior: Tensor) -> PatientLoss:
+ImageTerm = Callable[[Tensor, Tensor], Tensor]
+"""A term of each image's loss, [n, I], given adapted features [n, I, d] and labels [n, I]; else it uses constants."""
+
+
+def class_prompt_patient_loss(log_prior: Tensor, term: ImageTerm | None = None) -> PatientLoss:
     """The mean of :func:`secure_fed.adapters.class_prompt_loss` over each patient's images.
 
     Args:
         log_prior: [K], of a public prior; one from the site's own class counts would be a leak (2.8 C, dp.md).
+        term: added to each image's loss; the adapter must then have ``shows_adapted`` set.
     """
+    classes = len(log_prior)
 
     def loss(forward: Callable[[Tensor], Tensor], batch: PatientBatch) -> Tensor:
-        logits = forward(batch.features)
-        each = class_prompt_loss(logits.flatten(0, 1), batch.labels.flatten(), log_prior).view(batch.mask.shape)
+        outputs = forward(batch.features)
+        logits = outputs[..., :classes].flatten(0, 1)
+        each = class_prompt_loss(logits, batch.labels.flatten(), log_prior).view(batch.mask.shape)
+        if term is not None:
+            each = each + term(outputs[..., classes:], batch.labels)
         return torch.where(batch.mask, each, 0.0).sum(1) / batch.mask.sum(1).clamp_min(1)
 
     return loss
@@ -117,6 +126,17 @@ def refuse_method(method: Method) -> None:
             "so one patient changes everybody's gradient: removing one example moved the clipped sum by up to "
             "18 times the clipping norm C (B = 128), and epsilon 3 would in truth be several hundred; expected "
             'loss = "class_prompt", whose gradient is that of the paper\'s image-to-text half'
+        )
+    if method.private_head:
+        raise PrivateMethodError(
+            "method.private_head under differential privacy: the head is trained without noise and stands between "
+            "the images and the adapter's gradient, so one patient moved the clipped sum by 4.4 times the clipping "
+            "norm C; expected false"
+        )
+    if method.adapter == "prompts":
+        raise PrivateMethodError(
+            'method.adapter = "prompts" under differential privacy: gradients pass through the text tower, where they '
+            "cannot be clipped patient by patient; expected text_head, which also trains class vectors"
         )
     if method.adapter == "facmic" and method.norm == "batch":
         raise PrivateMethodError(

@@ -11,7 +11,7 @@ travels with every update, tells nothing of the content. A file is replaced as a
 written. Order is by number; no clock is read.
 
 A block is a set of patients with one budget. A patient stays in its block under any run, study or export; new
-patients open a new block. What is reserved is spent, whatever becomes of it.
+patients open a new block, validation patients one of their own. What is reserved is spent, whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from privacy.gaussian import ROUNDING, Mechanism, epsilon_spent, mu_squared_of, plan_noise
 from secure_fed.errors import BudgetError, KeyFileError, LedgerError, StorageError
+from secure_fed.ledger_heads import MAX_LINKS, SHORT, LedgerHead, Link
 from secure_fed.signed import PRIVATE, ZERO_DIGEST, read_private
 from secure_fed.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.study import canonical_json
@@ -94,8 +95,14 @@ class Plan(FileModel):
         clip: sensitivity of each.
         noise_multiplier: noise over clip.
         sampling_rate: share of the patients in each sum.
-        lmmd_noise_multiplier: noise over sensitivity of each of the two released means; None without LMMD.
+        lmmd_noise_multiplier: noise over sensitivity of each release of class means that is made once; None if none
+            is to be made.
+        lmmd_round_noise_multiplier: likewise of the one that each round makes; None if none does.
         lmmd_note: why LMMD is on or off, in words.
+        validation_rounds: the rounds in which validation counts are released; the budget is that of the validation
+            patients' own block, with one release more in case of a crash.
+        validation_noise_multiplier: noise over sensitivity of each; None if none is to be made.
+        validation_note: why they are released or not, in words.
     """
 
     run: str
@@ -105,12 +112,37 @@ class Plan(FileModel):
     noise_multiplier: float
     sampling_rate: float
     lmmd_noise_multiplier: float | None
+    lmmd_round_noise_multiplier: float | None
     lmmd_note: str
+    validation_rounds: tuple[int, ...]
+    validation_noise_multiplier: float | None
+    validation_note: str
 
     @property
     def round_mechanism(self) -> Mechanism:
-        """What one round releases."""
+        """What the training of one round releases."""
         return Mechanism(self.clip, self.noise_multiplier * self.clip, self.steps, self.sampling_rate)
+
+
+@dataclass(frozen=True)
+class MeanReleases:
+    """The releases of class means that a run asks for.
+
+    Attributes:
+        use: what for, in a word.
+        once: how many are made at its beginning, 0 to 2.
+        each_round: whether every round makes another.
+        why_not: says of the largest noise multiplier among them why they are not worth their cost, None if they are.
+            Without any release, what is to be said of LMMD anyway.
+    """
+
+    use: str
+    once: int
+    each_round: bool
+    why_not: Callable[[float], str | None]
+
+
+NO_MEANS = MeanReleases("", 0, False, lambda noise_multiplier: "off: the study has no domain term")
 
 
 @dataclass(frozen=True)
@@ -287,8 +319,32 @@ class Ledger:
 
     @property
     def head(self) -> tuple[int, str]:
-        """Number and id of the last entry: what travels with an update."""
+        """Number and id of the last entry."""
         return self._entries.head
+
+    def travelling(self, known: int) -> LedgerHead:
+        """What travels with an update: the entry that committed it, with links to entries that others may hold.
+
+        These are the newest that the journal shows, and of each run the last that travelled, the last but one and so
+        on: whoever followed a run to its end, or missed some of its updates, finds the one it holds.
+
+        Args:
+            known: number of the newest head of this site that the journal shows; 0 without any.
+        """
+        lines = self._entries.lines
+        runs: list[list[int]] = [[]]
+        for line in lines:
+            if line.fields["kind"] == "plan":
+                runs.append([])
+            elif line.fields["kind"] == "commit":
+                runs[-1].append(line.seq)
+        newest = max((seq for run in runs for seq in run), default=len(lines))
+        earlier = [[seq for seq in run if seq < newest] for run in reversed(runs)]
+        longest = max(map(len, earlier))
+        named = [known, *(run[-back] for back in range(1, longest + 1) for run in earlier if len(run) >= back)]
+        chosen = [seq for seq in dict.fromkeys(named) if 0 < seq < newest][:MAX_LINKS]
+        links: tuple[Link, ...] = tuple((seq, lines[seq - 1].id[:SHORT]) for seq in sorted(chosen))
+        return LedgerHead(newest, lines[newest - 1].id, links)
 
     def holds(self, seq: int, head: str) -> bool:
         """Whether an entry of that number and id is in this ledger; number 0 always is."""
@@ -325,7 +381,7 @@ class Ledger:
                 elif kind == "budget" and account is not None and fields["epsilon"] < account.epsilon:
                     account = Account(**{**account.__dict__, **fields})
                 elif kind == "plan":
-                    plan = Plan.model_validate(fields)
+                    plan = Plan.model_validate_json(canonical_json(fields))  # JSON has no tuples
                     self._plans[plan.run] = plan
                 elif kind == "reserve":
                     self._check_registry(fields)
@@ -333,7 +389,7 @@ class Ledger:
                     events[line.seq] = Event(line.seq, blocks, purpose, _mechanism(fields), "reserved")
                 elif kind in ("commit", "sent"):
                     state: State = "committed" if kind == "commit" else "sent"
-                    events[fields["event"]] = _with_state(events[fields["event"]], state)
+                    events.update({seq: _with_state(events[seq], state) for seq in fields["events"]})
                 else:
                     raise KeyError(kind)
             except (KeyError, TypeError, ValidationError):
@@ -353,6 +409,8 @@ class Ledger:
             self._images.update((digest, block) for digest in line.fields["images"])
         known = {line.fields["block"] for line in self._registry.lines}
         self.blocks = sorted(known | {block for event in self.events for block in event.blocks})
+        training = {line.fields["block"] for line in self._registry.lines if line.fields["trains"]}
+        self.training_blocks = sorted(training)
 
     def _check_registry(self, fields: Mapping[str, Any]) -> None:
         """An older registry under a newer ledger would open fresh blocks for known patients."""
@@ -366,29 +424,44 @@ class Ledger:
 
     # --- spending ---
 
-    def register(self, patients: Mapping[str, Collection[bytes]]) -> dict[str, int]:
-        """The block of each patient; patients that are new here open a new block together.
+    @property
+    def validation_blocks(self) -> list[int]:
+        """Blocks none of whose patients was ever registered for anything but validation."""
+        return [block for block in self.blocks if block not in self.training_blocks]
+
+    def register(
+        self, patients: Mapping[str, Collection[bytes]], validation: Collection[str] = frozenset()
+    ) -> dict[str, int]:
+        """The block of each patient; patients that are new here open a new block together, those for validation
+        another one.
 
         A patient is known by its id, or by the bytes of any of its images under another id. Who turns up in several
         blocks is counted in the fullest, so that nobody's spending is ever forgotten.
 
         Args:
             patients: SHA-256 digests of each patient's images, by id.
+            validation: those that are only validated on. The block of any other is one that trains, from now on.
 
         Raises:
             StorageError: the blocks cannot be written.
         """
         fullness = {block: self.spent(block) for block in self.blocks}
-        fresh = max(self.blocks, default=0) + 1
+        fresh: dict[bool, int] = {}
         blocks: dict[str, int] = {}
         changes: dict[int, tuple[list[str], list[str]]] = {}
+        training: set[int] = set()
         for patient in sorted(patients):
             unit = self._hash("unit", patient.encode())
             images = [self._hash("image", digest) for digest in sorted(patients[patient])]
             known = [self._images[image] for image in images if image in self._images]
             if unit in self._units:
                 known.append(self._units[unit])
-            block = max(known, key=lambda one: (fullness.get(one, 0.0), -one), default=fresh)
+            trains = patient not in validation
+            if not known:
+                known.append(fresh.setdefault(trains, max([0, *self.blocks, *fresh.values()]) + 1))
+            block = max(known, key=lambda one: (fullness.get(one, 0.0), -one))
+            if trains:
+                training.add(block)
             blocks[patient] = block
             new_units = [unit] if self._units.get(unit) != block else []
             new_images = [image for image in images if self._images.get(image) != block]
@@ -399,18 +472,28 @@ class Ledger:
                 # Two new ids with one image are one patient's: they must meet in one block already here.
                 self._units.update(dict.fromkeys(new_units, block))
                 self._images.update(dict.fromkeys(new_images, block))
+        for block in training.difference(self.training_blocks):
+            changes.setdefault(block, ([], []))
         for block, (units, digests) in sorted(changes.items()):
-            self._registry.append({"block": block, "units": units, "images": digests})
+            trains = block in training or block in self.training_blocks
+            self._registry.append({"block": block, "units": units, "images": digests, "trains": trains})
         self._read()
         return blocks
 
     def make_plan(
-        self, run: str, rounds: int, steps: int, clip: float, sampling_rate: float, lmmd: Callable[[float], str | None]
+        self,
+        run: str,
+        rounds: int,
+        steps: int,
+        clip: float,
+        sampling_rate: float,
+        means: MeanReleases = NO_MEANS,
+        validation: Sequence[int] = (),
     ) -> Plan:
         """Plan and note the noise of a run, for its rounds and one more.
 
-        The noise suits the fullest of the blocks that have ``LEAST_SHARE`` of their budget left; blocks with less
-        enter no plan. A site without any block plans with the whole budget.
+        The noise suits the fullest of the training blocks that have ``LEAST_SHARE`` of their budget left; blocks with
+        less enter no plan. A site without any block plans with the whole budget.
 
         Args:
             run: its id.
@@ -418,7 +501,8 @@ class Ledger:
             steps: noisy sums a round.
             clip: sensitivity of each.
             sampling_rate: share of the patients in each.
-            lmmd: says of a noise multiplier of the released means why it is not worth its cost, or None.
+            means: which class means are to be released.
+            validation: rounds in which validation counts are to be released.
 
         Raises:
             BudgetError: no block has enough left.
@@ -426,41 +510,76 @@ class Ledger:
         """
         account = self.account
         total = (rounds + 1) * steps
-        best = plan_noise([], account.epsilon, account.delta, total, sampling_rate)
-        assert best is not None  # an empty ledger pays for any plan
-        spent = [self.mechanisms(block) for block in self.blocks] or [[]]
-        noises = [(plan_noise(one, account.epsilon, account.delta, total, sampling_rate), one) for one in spent]
-        able = [(noise, one) for noise, one in noises if noise is not None and noise <= best * LEAST_SHARE**-0.5]
-        if not able:
+        found = self._fullest(self.training_blocks, total, sampling_rate)
+        if found is None:
             raise BudgetError(
                 f"epsilon spent {self.epsilon_spent:.4f} of {account.epsilon:g}; expected at least "
                 f"{100 * LEAST_SHARE:.0f} % of the budget (in squared mu) for a new run: this site takes part as an "
                 "observer"
             )
-        fullest, mechanisms = max(able, key=lambda pair: pair[0])
-        left = mu_squared_of(account.epsilon, account.delta) * (best / fullest) ** 2
-        means = (LMMD_SHARE * left) ** -0.5
-        note = lmmd(means)
+        noise, share, mechanisms = found
+        left = mu_squared_of(account.epsilon, account.delta) * share
+        once = (LMMD_SHARE * left) ** -0.5
+        each_round = once * (rounds + 1) ** 0.5
+        note = means.why_not(each_round if means.each_round else once)
         if note is None:
-            both = Mechanism(1.0, means, 2)
-            found = plan_noise([*mechanisms, both], account.epsilon, account.delta, total, sampling_rate)
-            if found is None:
+            costs = [Mechanism(1.0, once, means.once)] if means.once else []
+            costs += [Mechanism(1.0, each_round, rounds + 1)] if means.each_round else []
+            planned = plan_noise([*mechanisms, *costs], account.epsilon, account.delta, total, sampling_rate)
+            if planned is None:
                 note = "off: with sampled steps nothing would be left for them"
             else:
-                fullest = found
+                noise = planned
+        on = note is None
+        said = [f"{means.once} release{'s' * (means.once > 1)} at noise multiplier {once:.2f}"] * (means.once > 0)
+        said += [f"one release a round at noise multiplier {each_round:.2f}"] * means.each_round
+        counts, counts_note = self._plan_validation(validation)
         plan = Plan(
             run=run,
             rounds=rounds,
             steps=steps,
             clip=clip,
-            noise_multiplier=fullest * (1 + 100 * ROUNDING),  # so that the last round fits whatever the rounding
+            noise_multiplier=noise * (1 + 100 * ROUNDING),  # so that the last round fits whatever the rounding
             sampling_rate=sampling_rate,
-            lmmd_noise_multiplier=means if note is None else None,
-            lmmd_note=note or f"on: two releases at noise multiplier {means:.2f}",
+            lmmd_noise_multiplier=once if on and means.once else None,
+            lmmd_round_noise_multiplier=each_round if on and means.each_round else None,
+            lmmd_note=note or f"on ({means.use}): {' and '.join(said)}",
+            validation_rounds=tuple(validation) if counts is not None else (),
+            validation_noise_multiplier=counts,
+            validation_note=counts_note,
         )
         self._entries.append({"kind": "plan", **plan.model_dump(mode="json")})
         self._read()
         return plan
+
+    def _plan_validation(self, rounds: Sequence[int]) -> tuple[float | None, str]:
+        """The noise multiplier of validation counts in these rounds and once more, and what is to be said of it."""
+        if not rounds:
+            return None, "off: the study asks for none"
+        blocks = self.validation_blocks
+        found = self._fullest(blocks, len(rounds) + 1, 1.0) if blocks or not self.blocks else None
+        if found is None:
+            return None, "off: no block of validation patients has enough of its budget left"
+        noise = found[0] * (1 + 100 * ROUNDING)
+        times = ", ".join(map(str, rounds))
+        return noise, f"on: after rounds {times} at noise multiplier {noise:.2f}, from the validation patients' budget"
+
+    def _fullest(
+        self, blocks: Sequence[int], steps: int, sampling_rate: float
+    ) -> tuple[float, float, list[Mechanism]] | None:
+        """Of the blocks that have enough left, the fullest: the noise multiplier at which so many steps use up what
+        it has left, the share of its budget (in squared mu) that this is, and what it has spent. Without any block, an
+        empty one; None if none has enough."""
+        epsilon, delta = self.account.epsilon, self.account.delta
+        best = plan_noise([], epsilon, delta, steps, sampling_rate)
+        assert best is not None  # an empty ledger pays for any plan
+        spent = [self.mechanisms(block) for block in blocks] or [[]]
+        noises = [(plan_noise(one, epsilon, delta, steps, sampling_rate), one) for one in spent]
+        able = [(noise, one) for noise, one in noises if noise is not None and noise <= best * LEAST_SHARE**-0.5]
+        if not able:
+            return None
+        noise, mechanisms = max(able, key=lambda pair: pair[0])
+        return noise, (best / noise) ** 2, mechanisms
 
     def able(self, mechanism: Mechanism) -> list[int]:
         """The blocks that can pay for a release."""
@@ -468,13 +587,14 @@ class Ledger:
         return [block for block in self.blocks if epsilon_spent([*self.mechanisms(block), mechanism], delta) <= limit]
 
     def require(self, mechanism: Mechanism) -> None:
-        """Refuse a release that no block can pay for, before any data are read; known blocks decide.
+        """Refuse training that no block can pay for, before any data are read; known training blocks decide.
 
         Raises:
             BudgetError: none can, though there are some.
         """
-        if self.blocks and not self.able(mechanism):
-            cost = epsilon_spent([*self.mechanisms(max(self.blocks, key=self.spent)), mechanism], self.account.delta)
+        blocks = self.training_blocks
+        if blocks and not set(self.able(mechanism)) & set(blocks):
+            cost = epsilon_spent([*self.mechanisms(max(blocks, key=self.spent)), mechanism], self.account.delta)
             raise BudgetError(
                 f"epsilon spent {self.epsilon_spent:.4f} of {self.account.epsilon:g}; this round would make it "
                 f"{cost:.4f}; expected at most {self.account.epsilon:g}: this site takes part as an observer"
@@ -507,27 +627,28 @@ class Ledger:
         self._read()
         return next(event for event in self.events if event.seq == line.seq)
 
-    def commit(self, seq: int, output: bytes) -> None:
-        """Note that an event's noised output is stored. Once only: an event has one output.
+    def commit(self, events: Sequence[int], output: bytes) -> None:
+        """Note that the noised output of some events is stored. Once only: an event has one output.
 
         Raises:
             LedgerError: no such event, or it has an output already.
         """
-        if self._event(seq).state != "reserved":
-            raise LedgerError(f"event {seq} has an output already; expected one draw an event")
-        self._entries.append({"kind": "commit", "event": seq, "output": hashlib.sha256(output).hexdigest()})
+        for seq in events:
+            if self._event(seq).state != "reserved":
+                raise LedgerError(f"event {seq} has an output already; expected one draw an event")
+        self._entries.append({"kind": "commit", "events": list(events), "output": hashlib.sha256(output).hexdigest()})
         self._read()
 
-    def mark_sent(self, still_open: str | None) -> None:
+    def mark_sent(self, still_open: Collection[str]) -> None:
         """Note that committed outputs were handed over, or their time is over.
 
         Args:
-            still_open: purpose of the event that may not have been sent yet.
+            still_open: purposes of the events that may not have been sent yet.
         """
-        for event in self.events:
-            if event.state == "committed" and event.purpose != still_open:
-                self._entries.append({"kind": "sent", "event": event.seq})
-        self._read()
+        sent = [event.seq for event in self.events if event.state == "committed" and event.purpose not in still_open]
+        if sent:
+            self._entries.append({"kind": "sent", "events": sent})
+            self._read()
 
     def _event(self, seq: int) -> Event:
         for event in self.events:
@@ -589,7 +710,8 @@ class Ledger:
 
 
 LMMD_SHARE = 0.12
-"""Share of what is left (in squared mu) for each of the two released means (dp.md 2.5)."""
+"""Share of what is left (in squared mu) for each set of class means (dp.md 2.5), be it released once or anew in every
+round."""
 
 _FILES = ("ledger.jsonl", "blocks.jsonl", "ledger.key")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import configs
+from secure_fed import backbone_store
+from secure_fed.device import Device
 from secure_fed.errors import BackboneDigestError, BackboneError
 from secure_fed.storage import write_durable
 from secure_fed.study import Backbone
+from secure_fed.text_tower import TextTower
 
 BATCH = 32
 """Images or texts encoded at once; smaller batches are padded to it."""
@@ -35,16 +39,19 @@ _BF16_WEIGHTS = 30e6
 _BF16_COSINE = 0.999
 """Least cosine between a bfloat16 and a float32 feature for bfloat16 to be used."""
 
+_LONGEST = 4096
+"""More tokens than a study's text can have."""
+
 _HUB = "hf-hub:"
 _SHARED_KEYS = ("mean", "std", "interpolation", "resize_mode")
 
 
 class LoadedBackbone:
-    """A frozen CLIP on the CPU, always in evaluation mode.
+    """A frozen CLIP, always in evaluation mode.
 
-    Weights and texts are in float32. Images are encoded in bfloat16 where that is faster (a large image tower, a CPU
-    that multiplies it) and accurate (features of a few test images); the rule measures no time, so that one machine
-    always decides alike.
+    Texts are in float32. The image tower's weights are turned into bfloat16 where that is faster (a large tower, a
+    processor that multiplies it) and accurate (features of a few test images, compared when it is loaded); the rule
+    measures no time, so that one machine always decides alike.
 
     Attributes:
         digest: SHA-256 (64 hex digits) of the weights' content: names, shapes and float32 values. How they are
@@ -54,61 +61,100 @@ class LoadedBackbone:
         precision: ``float32`` or ``bfloat16``, of the image tower's arithmetic.
         preprocessing: canonical JSON of what happens to an image: size, mean, std, interpolation, resizing, precision.
         description: model, source of the weights and size, for reports.
+        device: where it computes.
+        context: tokens that the text tower takes at most.
     """
 
     def __init__(
         self,
         model: Any,
         preprocess: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Callable[..., Tensor],
         name: str,
+        device: Device = "cpu",
     ) -> None:
         self._model = model.float().eval().requires_grad_(False)
         self._preprocess = preprocess
         self._tokenizer = tokenizer
+        self.context = int(tokenizer([""]).shape[1])
         self.digest = _digest(model)
         self.logit_scale = float(np.exp(np.float64(self._model.logit_scale.item())))
         config = open_clip.get_model_preprocess_cfg(model)
         self.precision = "float32"
-        if _multiplies_bfloat16() and sum(weight.numel() for weight in model.visual.parameters()) >= _BF16_WEIGHTS:
-            self.precision = self._choose_precision()
+        self.device = device
+        self._model.to(device)
+        if _multiplies_bfloat16(device) and sum(one.numel() for one in model.visual.parameters()) >= _BF16_WEIGHTS:
+            self._choose_precision()
         self.preprocessing = json.dumps(config | {"precision": self.precision}, sort_keys=True)
         self.dim = int(self.encode_texts([""]).shape[1])
         weights = sum(parameter.numel() for parameter in model.parameters())
         self.description = f"{name}, {weights / 1e6:.1f} M weights, {self.dim} features, digest {self.digest[:12]}"
 
-    def encode_images(self, batch: list[Image.Image]) -> NDArray[np.float32]:
+    def prepare(self, image: Image.Image) -> NDArray[np.float32]:
+        """What the image tower takes, [3, size, size], of any Pillow mode that converts to RGB and any size."""
+        return np.asarray(self._preprocess(image).numpy(), dtype=np.float32)
+
+    def encode_prepared(self, prepared: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Unit image features, [n, dim], of prepared images [n, 3, size, size]."""
+        dtype = next(self._model.visual.parameters()).dtype
+        return self._encode(torch.from_numpy(prepared).to(dtype), self._model.encode_image)
+
+    def encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Unit image features, [n, dim]; any Pillow mode that converts to RGB, any size."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self._encode(len(batch), lambda i: self._preprocess(batch[i]), self._model.encode_image)
+        batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+        rows = [self.encode_prepared(np.stack([self.prepare(image) for image in batch])) for batch in batches]
+        return np.concatenate(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit text features, [n, dim]. A text longer than the model's context is cut off there."""
-        return self._encode(len(texts), lambda i: self._tokenizer([texts[i]])[0], self._model.encode_text)
+        if not texts:
+            return np.empty((0, self.dim), dtype=np.float32)
+        return self._encode(self._tokenizer(list(texts)), self._model.encode_text)
 
-    def _choose_precision(self) -> str:
-        """Compare both on test images: two even ones and some of seeded noise."""
+    def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Tokens of the texts, [n, context length]."""
+        return np.asarray(self._tokenizer(list(texts)).numpy(), dtype=np.int64)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens that a text takes, start and end included; above :attr:`context` it is cut off."""
+        tokens = self._tokenizer([text], context_length=_LONGEST)[0]
+        return int((tokens != tokens[-1]).nonzero().max()) + 1
+
+    def text_tower(self, tokens: NDArray[np.int64]) -> TextTower:
+        """The text tower, bound to the tokens of one text a class.
+
+        Raises:
+            BackboneError: it takes no context vectors.
+        """
+        return TextTower(self._model, tokens)
+
+    def _choose_precision(self) -> None:
+        """Compare both on test images: two even ones and some of seeded noise; keep the tower that is chosen.
+
+        Autocast would turn the frozen weights into bfloat16 again at every batch, which takes longer than it saves.
+        """
         rng = np.random.default_rng(0)
         pixels = [np.zeros((64, 64, 3)), np.full((64, 64, 3), 255), *rng.integers(0, 256, (6, 64, 64, 3))]
         images = [Image.fromarray(picture.astype(np.uint8)) for picture in pixels]
-        exact = self.encode_images(images)
-        self.precision = "bfloat16"
+        exact, tower = self.encode_images(images), self._model.visual
+        self._model.visual = copy.deepcopy(tower).bfloat16()
         cosines = (exact * self.encode_images(images)).sum(axis=1)
-        return "bfloat16" if float(cosines.min()) > _BF16_COSINE else "float32"
+        if float(cosines.min()) > _BF16_COSINE:
+            self.precision = "bfloat16"
+        else:
+            self._model.visual = tower
 
     @torch.inference_mode()
-    def _encode(
-        self, count: int, item: Callable[[int], Tensor], encode: Callable[[Tensor], Tensor]
-    ) -> NDArray[np.float32]:
+    def _encode(self, inputs: Tensor, encode: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
         rows = []
-        for start in range(0, count, BATCH):
-            inputs = torch.stack([item(i) for i in range(start, min(start + BATCH, count))])
+        for start in range(0, len(inputs), BATCH):
+            batch = inputs[start : start + BATCH]
             # Matrix kernels are chosen by size and may round differently, so the size is always the same.
-            padded = inputs.new_zeros((BATCH, *inputs.shape[1:]))
-            padded[: len(inputs)] = inputs
-            features = encode(padded)[: len(inputs)]
-            rows.append(nn.functional.normalize(features.float(), dim=-1).numpy())
-        return np.concatenate(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
+            padded = batch.new_zeros((BATCH, *batch.shape[1:]))
+            padded[: len(batch)] = batch
+            features = encode(padded.to(self.device))[: len(batch)]
+            rows.append(nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+        return np.concatenate(rows)
 
 
 def make_random_checkpoint(model: str, seed: int, path: Path) -> None:
@@ -134,30 +180,36 @@ def make_random_checkpoint(model: str, seed: int, path: Path) -> None:
     write_durable(path, safetensors.torch.save(tensors))
 
 
-def load_backbone(backbone: Backbone, checkpoint: Path | None) -> LoadedBackbone:
+def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = "cpu") -> LoadedBackbone:
     """Load the study's backbone through open_clip's own loader.
 
-    Args:
-        backbone: the study's table. A ``model`` that begins with ``hf-hub:`` names a repository of that hub; its
-            ``tag`` is then ignored, as open_clip does.
-        checkpoint: where the weights lie at this site, if not where the study says. open_clip's PyTorch and
-            safetensors forms and OpenAI's TorchScript archives are read.
-
-    Raises:
-        BackboneError: no such model or tag, or weights that are missing, unreadable or of another model.
-        BackboneDigestError: the weights are not those that the study names.
+        Args:
+            backbone: the study's table. A ``model`` that begins with ``hf-hub:`` names a repository of that hub; its
+                ``tag`` is then ignored, as open_clip does.
+            checkpoint: where the weights lie at this site, if not where the study says. open_clip's PyTorch and
+    safetensors forms and OpenAI's TorchScript archives are read.
+            device: where it is to compute, as :func:`secure_fed.device.choose_device` gives it.
+        Raises:
+            BackboneError: no such model or tag, or weights that are missing, unreadable or of another model.
+            BackboneDigestError: the weights are not those that the study names.
     """
     if not backbone.model.startswith(_HUB):
         _known_model(backbone.model)
+    refuse_other_gelu(backbone)
     path = _checkpoint_path(backbone, checkpoint)
+    options: dict[str, Any] = {}
+    source: AbstractContextManager[str] = nullcontext(backbone.model)
+    pretrained = None
     if path is None:
         name = f"{backbone.model} ({backbone.tag})"
         pretrained = None if backbone.model.startswith(_HUB) else backbone.tag
-        options: dict[str, Any] = {}
+    elif path.is_dir():
+        name = f"{backbone.model} ({path.name})"
+        source = backbone_store.as_open_clip_folder(path)
     else:
         name = f"{backbone.model} ({path.name})"
         pretrained = str(path)
-        options = _local_preprocessing(backbone.model)
+        options = _local_preprocessing(backbone.model, backbone.tag)
         if _is_torchscript(path):
             if not open_clip.get_model_config(backbone.model).get("quick_gelu", False):
                 raise BackboneError(
@@ -166,17 +218,17 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None) -> LoadedBackbone
                 )
             options["weights_only"] = False  # torch.load reads a TorchScript archive no other way.
     try:
-        with warnings.catch_warnings():
+        with source as model, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*TorchScript")
-            network, preprocess = open_clip.create_model_from_pretrained(backbone.model, pretrained, **options)
-            tokenizer = open_clip.get_tokenizer(backbone.model)
+            network, preprocess = open_clip.create_model_from_pretrained(model, pretrained, **options)
+            tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # the readers of four file formats and a download raise of every kind
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BackboneError(
             f"{path or name}: not loaded as {backbone.model} ({reason}); expected that model's weights: "
             "check the study's backbone table, or fetch the file again"
         ) from error
-    loaded = LoadedBackbone(network, preprocess, tokenizer, name)
+    loaded = LoadedBackbone(network, preprocess, tokenizer, name, device)
     if backbone.digest is not None and loaded.digest != backbone.digest:
         raise BackboneDigestError(
             f"{path or name}: weights have digest {loaded.digest}, but the study names {backbone.digest}; "
@@ -185,7 +237,18 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None) -> LoadedBackbone
     return loaded
 
 
-def _multiplies_bfloat16() -> bool:
+def image_size(backbone: Backbone) -> int | None:
+    """Side in pixels of the square that a backbone sees; None for a model of a hub, which is known once it is here."""
+    if backbone.model.startswith(_HUB):
+        return None
+    _known_model(backbone.model)
+    size = open_clip.get_model_config(backbone.model)["vision_cfg"].get("image_size", 224)
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def _multiplies_bfloat16(device: Device) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
@@ -212,6 +275,10 @@ def _checkpoint_path(backbone: Backbone, checkpoint: Path | None) -> Path | None
         path = Path(backbone.file)
         if not path.exists() and path.name == backbone.file:
             path = configs.MODELS / path
+        if not path.exists():
+            path = backbone_store.find(backbone) or path
+    if path is None:
+        path = backbone_store.find(backbone)
     if path is None:
         if backbone.weights == "pretrained":
             return None
@@ -219,18 +286,39 @@ def _checkpoint_path(backbone: Backbone, checkpoint: Path | None) -> Path | None
             f"backbone {backbone.model}: random weights, but no checkpoint was given; make it once with "
             "secfacmic backbone random, pass it to all sites and say where it lies"
         )
-    if not path.is_file():
+    if path.is_dir():
+        path = backbone_store.weights_in(path)
+    elif not path.is_file():
         raise BackboneError(f"{path}: no such file; expected the weights of {backbone.model} there")
     return path.resolve()
 
 
-def _local_preprocessing(model: str) -> dict[str, Any]:
+def refuse_other_gelu(backbone: Backbone) -> None:
+    """Refuse a tag whose weights were trained with another activation than the model has; open_clip only warns.
+
+    Raises:
+        BackboneError: they were.
+    """
+    if backbone.tag is None or backbone.model.startswith(_HUB):
+        return
+    tag = open_clip.get_pretrained_cfg(backbone.model, backbone.tag)
+    if tag.get("quick_gelu") and not open_clip.get_model_config(backbone.model).get("quick_gelu"):
+        raise BackboneError(
+            f"tag {backbone.tag}: trained with QuickGELU, but model {backbone.model} has GELU; expected model "
+            f"{backbone.model}-quickgelu: name that one in the study"
+        )
+
+
+def _local_preprocessing(model: str, known_tag: str | None = None) -> dict[str, Any]:
     """Options for open_clip, which knows the preprocessing of its tags but not of a local file.
 
-    If all the tags published for a model agree, then a file of that model is treated alike; otherwise, and
-    for models of our own, open_clip's default (OpenAI's) holds. The image size is always the model's.
+    That of the tag whose weights the file holds, if the study names one. Else, if all the tags published for a model
+    agree, then a file of that model is treated alike; otherwise, and for models of our own, open_clip's default
+    (OpenAI's) holds. The image size is always the model's.
     """
     tags = open_clip.list_pretrained_tags_by_model(model)
+    if known_tag in tags:
+        tags = [known_tag]
     found = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     known = [{f"image_{key}": tag[key] for key in _SHARED_KEYS} for tag in found]
     return dict(known[0]) if known and all(entry == known[0] for entry in known) else {}

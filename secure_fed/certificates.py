@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +75,100 @@ def create_authority(folder: Path, hosts: Sequence[str]) -> None:
     write_durable(folder / SERVER, certificate.public_bytes(_PEM))
     write_durable(folder / SERVER_KEY, _private(server), PRIVATE)
     write_durable(folder / CA_KEY, _private(authority), PRIVATE)  # last: its presence marks the folder as whole
+
+
+def adopt_certificate(
+    folder: Path, hosts: Sequence[str], certificate: Path, key: Path, authority: Path
+) -> datetime.datetime:
+    """Take a certificate that somebody else has issued, after trying it out as a site would.
+
+    Writes ``ca.crt``, ``server.crt`` and ``server.key``.
+
+    Args:
+        folder: must not hold a certificate yet.
+        hosts: names and addresses by which sites reach the server; it must be valid for each.
+        certificate: PEM, the server's first, then intermediates.
+        key: PEM, its private key, without a passphrase.
+        authority: PEM, the root that sites will trust alone.
+
+    Returns:
+        Until when all of it is valid.
+
+    Raises:
+        CertificateError: with everything that is wrong.
+    """
+    if (folder / SERVER_KEY).exists():
+        raise CertificateError(f"{folder}: holds a certificate already; keys are never overwritten: choose another")
+    read_authority(authority)
+    try:
+        context = server_context(certificate, key)
+        own = certificates(certificate.read_bytes())
+    except (OSError, ssl.SSLError, ValueError) as error:
+        reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
+        raise CertificateError(
+            f"{certificate}, {key}: cannot be used ({reason}); expected PEM files of one pair, the key without a "
+            "passphrase"
+        ) from error
+    faults = [f"{host}: {fault}" for host in hosts if (fault := _fault(context, authority, host)) is not None]
+    if not hosts:
+        faults.append("no host; expected the names or addresses by which sites reach the server")
+    if faults:
+        raise CertificateError(
+            f"{certificate}: sites would refuse it; expected one that {authority} has issued for these hosts:\n  "
+            + "\n  ".join(faults)
+        )
+    make_folder(folder, 0o700)
+    os.chmod(folder, 0o700)
+    write_durable(folder / CA, authority.read_bytes())
+    write_durable(folder / SERVER, certificate.read_bytes())
+    write_durable(folder / SERVER_KEY, key.read_bytes(), PRIVATE)
+    return min(entry.not_valid_after_utc for entry in [*own, *certificates(authority.read_bytes())])
+
+
+def certificates(pem: bytes) -> list[x509.Certificate]:
+    """The certificates in a PEM file, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return x509.load_pem_x509_certificates(pem)
+
+
+def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """The TLS settings of the server.
+
+    Raises:
+        OSError, ssl.SSLError: the files cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key, password=_no_passphrase)
+    return context
+
+
+def _no_passphrase() -> str:
+    return ""  # the key cannot be used then; OpenSSL would ask at the terminal
+
+
+def _fault(context: ssl.SSLContext, authority: Path, host: str) -> str | None:
+    """Why a site that trusts only this authority would refuse the certificate: by a handshake, in memory."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trust.load_verify_locations(cafile=authority)
+    try:
+        ends = (
+            trust.wrap_bio(back, there, server_hostname=host),
+            context.wrap_bio(there, back, server_side=True),
+        )
+        for _ in range(4):
+            for end in ends:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    except (ssl.SSLError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def read_authority(path: Path) -> bytes:

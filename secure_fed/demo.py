@@ -12,6 +12,7 @@ from typing import Any
 
 from clients.sitefile import SiteServer
 from secure_fed.certificates import CA, create_authority
+from secure_fed.device import DeviceChoice
 from secure_fed.errors import DemoError, StudyError
 from secure_fed.processes import start, stop
 from secure_fed.records import Chain, RecordFolder
@@ -88,7 +89,12 @@ def prepare_federation(
 
 
 def run_demo(
-    template: Study, out: Path, data: Path | None, listener: Listener, budget: Budget | None = None
+    template: Study,
+    out: Path,
+    data: Path | None,
+    listener: Listener,
+    budget: Budget | None = None,
+    device: DeviceChoice | None = None,
 ) -> dict[str, Any]:
     """Run a study as processes of this machine and write its results, as :func:`secure_fed.simulation.simulate` does.
 
@@ -99,6 +105,7 @@ def run_demo(
         data: folder of the sites' data; without it the template's phantoms.
         listener: is told what happens.
         budget: privacy budget of each site.
+        device: where the sites compute, if not as each ``site.toml`` says.
 
     Returns:
         The content of ``summary.json``.
@@ -124,7 +131,9 @@ def run_demo(
             )  # fmt: skip
             for site in agreed.study.sites:
                 folder = out / "sites" / site.name
-                processes[site.name] = _start(out, "client", "--site", str(folder / "site.toml"), name=site.name)
+                asked = () if device is None else ("--device", device)
+                command = ("client", "--site", str(folder / "site.toml"), *asked)
+                processes[site.name] = _start(out, *command, name=site.name)
             journal = _Journal(agreed, out)
             while any(process.poll() is None for process in processes.values()):
                 _refuse_failures(processes, out)
@@ -137,7 +146,7 @@ def run_demo(
                 listener.round(facts)
         finally:
             stop(list(processes.values()))
-        return finish(agreed, out, open_sites(agreed, out), journal.entries, begun, listener)
+        return finish(agreed, out, open_sites(agreed, out, device=device), journal.entries, begun, listener)
 
 
 class _Journal:

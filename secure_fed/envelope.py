@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationInfo, field_validator
 
 from privacy.lanes import Contribution
 from secure_fed.errors import EnvelopeError
+from secure_fed.ledger_heads import MAX_LINKS, LedgerHead, Link
 from secure_fed.signed import (
     Count,
     SignedHeader,
@@ -59,6 +62,7 @@ class EnvelopeHeader(SignedHeader):
         site: the sender.
         values: integers carried, validation counts included, tags excluded.
         ledger_seq, ledger_head: the site's privacy ledger; 0 and zeros without DP.
+        ledger_links: earlier entries of it, by rising number (:mod:`secure_fed.ledger_heads`); none without DP.
     """
 
     version: Literal[1]
@@ -73,6 +77,20 @@ class EnvelopeHeader(SignedHeader):
     values: Count
     ledger_seq: Count
     ledger_head: Hex64
+    ledger_links: tuple[Link, ...]
+
+    @field_validator("ledger_links")
+    @classmethod
+    def _rising(cls, links: tuple[Link, ...], info: ValidationInfo) -> tuple[Link, ...]:
+        numbers = [0, *(seq for seq, _ in links), info.data.get("ledger_seq", 0)]
+        if len(links) > MAX_LINKS or (links and any(a >= b for a, b in pairwise(numbers))):
+            raise ValueError(f"links {numbers[1:-1]} before entry {numbers[-1]}; expected at most {MAX_LINKS}, rising")
+        return links
+
+    @property
+    def ledger(self) -> LedgerHead:
+        """Where the site's privacy ledger stands."""
+        return LedgerHead(self.ledger_seq, self.ledger_head, self.ledger_links)
 
     @property
     def position(self) -> RoundPosition:
@@ -100,7 +118,7 @@ def seal_envelope(
     agreed: AgreedStudy,
     position: RoundPosition,
     contribution: Contribution,
-    ledger: tuple[int, str],
+    ledger: LedgerHead,
     payload: bytes,
     key: Ed25519PrivateKey,
 ) -> bytes:
@@ -116,8 +134,9 @@ def seal_envelope(
         attempt=contribution.attempt,
         site=contribution.site,
         values=agreed.parameters.values,
-        ledger_seq=ledger[0],
-        ledger_head=ledger[1],
+        ledger_seq=ledger.seq,
+        ledger_head=ledger.head,
+        ledger_links=ledger.links,
         **payload_fields(payload),
     )
     return sign_frame(MAGIC, header, key, payload)

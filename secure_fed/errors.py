@@ -38,6 +38,42 @@ class OutputError(SecfacmicError):
     exit_code = 12
 
 
+class NotAcceptedError(SecfacmicError):
+    """A study, or a version of it, that nobody at this site has accepted."""
+
+    exit_code = 13
+
+
+class StudyClosedError(SecfacmicError):
+    """A study that was closed here: its keys and outboxes are destroyed."""
+
+    exit_code = 14
+
+
+class ReportError(SecfacmicError):
+    """A folder that a report cannot be made of, or results in it that are malformed."""
+
+    exit_code = 15
+
+
+class SweepFileError(SecfacmicError):
+    """A sweep file that does not hold together, or asks for what no trial can do."""
+
+    exit_code = 16
+
+
+class AdapterFileError(SecfacmicError):
+    """An adapter file that cannot be read, is of another study, or lacks what its use here needs."""
+
+    exit_code = 17
+
+
+class OnnxError(SecfacmicError):
+    """An ONNX file that would not compute what the adapter computes; none was written."""
+
+    exit_code = 18
+
+
 class DataError(SecfacmicError):
     """A missing data folder, or one without usable images."""
 
@@ -62,6 +98,18 @@ class LabelError(SecfacmicError):
     exit_code = 23
 
 
+class DataLeakError(SecfacmicError):
+    """Data whose manifest puts copies of one image, or one patient, into two splits."""
+
+    exit_code = 24
+
+
+class ForgottenError(SecfacmicError):
+    """A site's list of forgotten patients that cannot be read: nothing is read from the data until it can."""
+
+    exit_code = 25
+
+
 class BackboneError(SecfacmicError):
     """A backbone that cannot be loaded."""
 
@@ -72,6 +120,12 @@ class BackboneDigestError(SecfacmicError):
     """A backbone whose weights are not those that the study names."""
 
     exit_code = 31
+
+
+class DeviceError(SecfacmicError):
+    """A device to compute on that is not there."""
+
+    exit_code = 32
 
 
 class LanesError(SecfacmicError):
@@ -158,6 +212,12 @@ class AuditFailedError(SecfacmicError):
     exit_code = 54
 
 
+class EvidenceError(SecfacmicError):
+    """An evidence archive whose parts do not verify, or do not belong together."""
+
+    exit_code = 55
+
+
 class StorageError(SecfacmicError):
     """A file that could not be written durably (disk full, permissions)."""
 
@@ -180,6 +240,18 @@ class NotEnoughSitesError(SecfacmicError):
     """Fewer sites than min_sites can ever train again."""
 
     exit_code = 70
+
+
+class TrialFailedError(SecfacmicError):
+    """A sweep that ran to its end, but some of whose trials failed; the others' results are there."""
+
+    exit_code = 71
+
+
+class WorkersError(SecfacmicError):
+    """Processes for a sweep's trials that cannot be had: no Ray installed, or no cluster that answers."""
+
+    exit_code = 72
 
 
 class AddressError(SecfacmicError):

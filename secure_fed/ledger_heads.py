@@ -1,17 +1,46 @@
-"""The newest privacy-ledger head that was seen of each site: how server and sites notice a ledger put back."""
+"""The newest privacy-ledger head that was seen of each site: how server and sites notice a ledger put back.
+
+A head travels with every update, and with it links: number and id of earlier entries of the same ledger, among them
+the heads that travelled before. A copy of a ledger that was put back, or that runs beside the true one, and has grown
+past the newest head seen, has another entry at that head's number, or does not name it at all. The ids are salted
+digests; they tell nothing of the entries.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import StringConstraints, ValidationError
 
 from secure_fed.errors import LedgerRollbackError, StorageError
 from secure_fed.signed import ZERO_DIGEST, Count
 from secure_fed.storage import write_durable
 from secure_fed.study import Hex64, Name
 from secure_fed.tomlfile import FileModel
+
+MAX_LINKS = 32
+"""Links of one head: an envelope's header stays below its limit."""
+
+SHORT = 16
+"""Hex digits of an id in a link: 64 bits."""
+
+Link = tuple[Count, Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{SHORT}}}$")]]
+"""Number of one entry of a ledger, and how its id begins."""
+
+
+class LedgerHead(NamedTuple):
+    """Where a ledger stands: number and id of its newest entry that travelled, and links to earlier ones."""
+
+    seq: int
+    head: str
+    links: tuple[Link, ...] = ()
+
+
+NO_LEDGER = LedgerHead(0, ZERO_DIGEST)
+"""Of a site without a budget."""
 
 
 class _Heads(FileModel):
@@ -46,26 +75,38 @@ class LedgerHeads:
         """The newest head of a site; 0 and zeros if none was seen."""
         return self._heads.get(site, (0, ZERO_DIGEST))
 
-    def check(self, site: str, seq: int, head: str) -> None:
-        """Check that a head is not older than, nor beside, the newest seen.
+    def check(self, site: str, ledger: LedgerHead) -> None:
+        """Check that a head is the newest seen or continues it: neither older, nor beside it, nor of a copy that
+        has grown past it.
 
         Raises:
             LedgerRollbackError: it is.
         """
         known_seq, known_head = self.newest(site)
+        seq, head, links = ledger
         if seq < known_seq or (seq == known_seq and head != known_head):
             raise LedgerRollbackError(
                 f"{site}: privacy ledger at entry {seq}, head {head[:16]}; expected entry {known_seq}, head "
                 f"{known_head[:16]}, or a later one: an older copy of the ledger was put back, or the site runs twice"
             )
+        if seq > known_seq > 0 and (known_seq, known_head[:SHORT]) not in links:
+            named = dict(links).get(known_seq)
+            found = f"names {named} as its entry {known_seq}" if named else f"does not name its entry {known_seq}"
+            raise LedgerRollbackError(
+                f"{site}: privacy ledger at entry {seq} {found}; expected head {known_head[:16]}, seen before: an "
+                "older copy of the ledger was put back and has grown, or the site runs twice. If this end "
+                f"has missed more than {MAX_LINKS} of its updates, ask it by phone for the SHA-256 of that line of "
+                f"its ledger.jsonl; if it is this head, remove the site from {self._path}"
+            )
 
-    def keep(self, heads: dict[str, tuple[int, str]]) -> None:
+    def keep(self, heads: Mapping[str, LedgerHead]) -> None:
         """Remember heads that were checked, durably.
 
         Raises:
             StorageError: they cannot be written.
         """
-        if any(self._heads.get(site) != head for site, head in heads.items() if head[0]):
-            self._heads.update({site: head for site, head in heads.items() if head[0]})
+        found = {site: (head.seq, head.head) for site, head in heads.items() if head.seq}
+        if any(self._heads.get(site) != head for site, head in found.items()):
+            self._heads.update(found)
             content = {"format": 1, "heads": {site: list(head) for site, head in sorted(self._heads.items())}}
             write_durable(self._path, (json.dumps(content) + "\n").encode())

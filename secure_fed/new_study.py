@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.keys import PublicIdentity
-from secure_fed.adapters import initial_parameters
+from secure_fed.adapters import initial_parameters, needs_tower
 from secure_fed.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.errors import OutputError, StudyError
 from secure_fed.signed import create_signing_key, load_signing_key, public_hex
@@ -42,7 +42,7 @@ def new_study(
 
     Raises:
         OutputError: the folder already holds a study.
-        StudyError: a member is no site of the template.
+        StudyError: a member is no site of the template, its method does not hold together, or a prompt is too long.
         BackboneError, BackboneDigestError: the backbone cannot be loaded, or is not the one named.
         StorageError: the files cannot be written.
     """
@@ -61,8 +61,12 @@ def new_study(
             make_random_checkpoint(template.backbone.model, template.backbone.seed, checkpoint)
     backbone = load_backbone(template.backbone, checkpoint)
     prompts = prompt_features(template, backbone)
-    adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed)
-    tensors = InitialState(adapter, prompts, backbone.logit_scale).to_bytes()
+    tokens = tower = None
+    if needs_tower(template.method):
+        tokens = backbone.tokenize([entry.prompts[0] for entry in template.classes])
+        tower = backbone.text_tower(tokens)
+    adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower)
+    tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens).to_bytes()
     key_path = out / COORDINATOR_KEY
     make_folder(key_path.parent)
     signing = load_signing_key(key_path) if key_path.exists() else create_signing_key(key_path)
@@ -80,7 +84,22 @@ def new_study(
 
 
 def prompt_features(study: Study, backbone: LoadedBackbone) -> NDArray[np.float32]:
-    """Unit text features, float32 [classes, d]: of each class the normalised mean over its prompts."""
+    """Unit text features, float32 [classes, d]: of each class the normalised mean over its prompts.
+
+    Raises:
+        StudyError: prompts that are longer than the backbone's context.
+    """
+    long = [
+        f"{text!r} of class {entry.name!r} has {count}"
+        for entry in study.classes
+        for text in entry.prompts
+        if (count := backbone.count_tokens(text)) > backbone.context
+    ]
+    if long:
+        raise StudyError(
+            f"prompts longer than the {backbone.context} tokens that {study.backbone.model} takes; the rest would be "
+            f"cut off: {'; '.join(long)}; shorten them"
+        )
     rows = []
     for entry in study.classes:
         mean = backbone.encode_texts(list(entry.prompts)).astype(np.float64).mean(axis=0)

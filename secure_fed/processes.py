@@ -30,13 +30,25 @@ _OFFLINE = {
 }
 
 
+_OWN = ("clients", "server", "secure_fed", "privacy")
+
+
+def safe_message(record: logging.LogRecord) -> str:
+    """A message without a stack trace, which would carry paths and what it stopped at; of other libraries, whose
+    messages may too, only that there is one."""
+    if record.name.partition(".")[0] not in _OWN:
+        return f"{record.name} reports an error"
+    text = record.getMessage()
+    if record.exc_info and record.exc_info[0] is not None:
+        text = f"{text} ({record.exc_info[0].__name__})"
+    return text
+
+
 class _OneLine(logging.Formatter):
-    """One line a message, and never a stack trace: it would carry paths, and what it stopped at."""
+    """One line a message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.exc_info and record.exc_info[0] is not None:
-            text = f"{text} ({record.exc_info[0].__name__})"
+        text = safe_message(record)
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         return f"{when} {record.levelname} {' | '.join(text.split(chr(10)))}"
 
@@ -64,7 +76,8 @@ def log_lines(stream: IO[str] | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.ERROR)
-    for name in ("clients", "server", "secure_fed", "privacy"):
+    logging.captureWarnings(True)  # which are none of an operator's business, and may quote what was read
+    for name in _OWN:
         own = logging.getLogger(name)
         own.handlers.clear()
         own.setLevel(logging.INFO)
@@ -73,6 +86,10 @@ def log_lines(stream: IO[str] | None = None) -> None:
     flower = logging.getLogger("flwr")
     flower.handlers.clear()
     flower.setLevel(logging.CRITICAL)
+    # A thread of Flower's that ends would print where, in many lines.
+    threading.excepthook = lambda ended: logging.getLogger(__name__).error(
+        "a thread ended with %s", ended.exc_type.__name__ if ended.exc_type else "no word"
+    )
 
 
 def end_on_sigterm() -> None:

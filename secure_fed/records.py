@@ -217,8 +217,9 @@ class Chain:
             if header.size != expected:
                 raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected {expected}")
             return
-        # A checkpoint is the float64 adapter with its names, sealed.
-        parameters = 8 * self.agreed.parameters.values + 256 * (len(self.agreed.initial.adapter) + 16)
+        # A checkpoint is the float64 adapter with its names, and the moments beside it, sealed.
+        vectors = 1 + self.agreed.study.aggregation.moments
+        parameters = 8 * vectors * self.agreed.parameters.values + 256 * (len(self.agreed.initial.adapter) + 16)
         most = {"amendment": MAX_SEALED, "checkpoint": parameters}.get(header.kind, 0)
         if header.size > most:
             raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")

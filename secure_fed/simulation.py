@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from clients.acceptance import record_acceptance, require_acceptance
+from clients.calibration import calibrate
 from clients.data import read_data
+from clients.features import pool_features
 from clients.private_round import ledger_folder
-from clients.site import Site
-from clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file
+from clients.site import Site, Validation
+from clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
+from clients.training import train_alone
 from privacy.keys import Identity, create_identity, create_sealed_key, load_identity
 from privacy.ledger import Ledger, opened
-from secure_fed.adapter_file import save_adapter
-from secure_fed.adapters import initial_parameters
+from secure_fed.adapter_file import CALIBRATION, save_adapter, save_calibration
+from secure_fed.adapters import PRIVATE_HEAD, initial_parameters
 from secure_fed.codec import Parameters, adapter_digest
-from secure_fed.errors import AdapterMismatchError, OutputError, SiteFileError, StudyError
+from secure_fed.device import DeviceChoice, describe_device
+from secure_fed.errors import AdapterMismatchError, NotAcceptedError, OutputError, SiteFileError, StudyError
+from secure_fed.evaluation import Metrics, mean, metrics, pool
 from secure_fed.new_study import COORDINATOR_KEY, RANDOM_CHECKPOINT, new_study
 from secure_fed.phantoms import PhantomSite, make_phantoms
 from secure_fed.protocol import ReplyCode
@@ -30,8 +34,6 @@ from secure_fed.study import AgreedStudy, Method, Simulation, Study, as_template
 from secure_fed.tomlfile import read_toml, write_toml
 from server.coordinator import Coordinator, current_run
 from server.journal import JournalEntry
-
-Metrics = dict[str, float | None]
 
 
 class Budget(NamedTuple):
@@ -66,20 +68,21 @@ class RoundFacts:
 class Listener:
     """What a simulation tells while it runs."""
 
-    encoding: Callable[[str, int, int], None]
+    encoding: Callable[[str, int, int], None] = lambda site, done, total: None
     """Site, images done, images in all."""
-    round: Callable[[RoundFacts], None]
-    stage: Callable[[str], None]
+    round: Callable[[RoundFacts], None] = lambda facts: None
+    stage: Callable[[str], None] = lambda text: None
 
 
 def simulate(
     template: Study,
     out: Path,
-    data: Path | None,
-    listener: Listener,
+    data: Path | None = None,
+    listener: Listener | None = None,
     *,
     skip_unreadable: bool = False,
     budget: Budget | None = None,
+    device: DeviceChoice | None = None,
 ) -> dict[str, Any]:
     """Run a study on one machine and write its results.
 
@@ -90,9 +93,10 @@ def simulate(
         template: with a ``[simulation]`` table.
         out: gets ``study.toml, study.safetensors, summary.json, adapter.safetensors, server/, sites/SITE/``.
         data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
-        listener: is told what happens.
+        listener: is told what happens, if anybody wants to know.
         skip_unreadable: leave out images that cannot be decoded.
         budget: privacy budget of each site, as in :func:`prepare`.
+        device: where to compute, if not as each ``site.toml`` says.
 
     Returns:
         The content of ``summary.json``.
@@ -103,16 +107,22 @@ def simulate(
     plan_of(template, data)
     make_folder(out)
     with exclusive(out):
-        return _simulate(template, out, data, listener, skip_unreadable, budget)
+        return _simulate(template, out, data, listener or Listener(), skip_unreadable, budget, device)
 
 
 def _simulate(
-    template: Study, out: Path, data: Path | None, listener: Listener, skip_unreadable: bool, budget: Budget | None
+    template: Study,
+    out: Path,
+    data: Path | None,
+    listener: Listener,
+    skip_unreadable: bool,
+    budget: Budget | None,
+    device: DeviceChoice | None,
 ) -> dict[str, Any]:
     start = time.monotonic()
     listener.stage("preparing the study")
     agreed = prepare(template, out, data, budget=budget)
-    sites = open_sites(agreed, out, skip_unreadable=skip_unreadable)
+    sites = open_sites(agreed, out, skip_unreadable=skip_unreadable, device=device)
     listener.stage("encoding images")
     for site in sites:
         site.features(lambda done, total, name=site.name: listener.encoding(name, done, total))  # type: ignore[misc]
@@ -122,11 +132,13 @@ def _simulate(
     return finish(agreed, out, sites, coordinator.rounds, start, listener)
 
 
-def open_sites(agreed: AgreedStudy, out: Path, *, skip_unreadable: bool = False) -> list[Site]:
+def open_sites(
+    agreed: AgreedStudy, out: Path, *, skip_unreadable: bool = False, device: DeviceChoice | None = None
+) -> list[Site]:
     """The sites of a folder that :func:`prepare` has written."""
     sites = []
     for member in agreed.study.sites:
-        file = read_site_file(out / "sites" / member.name / "site.toml")
+        file = with_device(read_site_file(out / "sites" / member.name / "site.toml"), device)
         sites.append(Site(file.model_copy(update={"skip_unreadable": skip_unreadable}), agreed))
     return sites
 
@@ -149,20 +161,25 @@ def finish(
         raise AdapterMismatchError(f"the sites hold {len(digests)} different adapters; expected one")
     listener.stage("evaluating")
     final = sites[0].parameters
+    spent = _privacy_summary(agreed, out)
     save_adapter(out / "adapter.safetensors", agreed, final)
+    training = [site for site in sites if agreed.study.site(site.name).role == "train"]
+    save_calibration(out / CALIBRATION, final, calibrate(agreed, training, final, personal=False))
     summary = {
         "study_id": agreed.study.id,
         "backbone": {"model": agreed.study.backbone.model, "digest": agreed.study.backbone.digest},
         "method": agreed.study.method.adapter,
+        "device": {site.name: describe_device(site.device) for site in sites},
         "mode": agreed.study.mode,
         "seed": agreed.study.seed,
         "sites": [site.name for site in agreed.study.sites if site.role == "train"],
+        "observers": [site.name for site in agreed.study.sites if site.role == "observer"],
+        "values": sum(value.size for value in final.values()),
         "adapter_digest": adapter_digest(final),
-        "rounds": [_round_summary(agreed, entry) for entry in rounds],
+        "rounds": _round_summaries(agreed, sites, rounds, spent),
         "metrics": evaluate(agreed, sites, final),
         "seconds_total": time.monotonic() - start,
     }
-    spent = _privacy_summary(agreed, out)
     if spent:
         summary["privacy"] = spent
     write_durable(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -209,6 +226,7 @@ def prepare(
     _make_phantoms(plan, out / "data", data)
     if budget is not None:
         _set_budgets(agreed, plan, out, budget)
+    _accept(agreed, out)
     return agreed
 
 
@@ -229,34 +247,43 @@ def plan_of(template: Study, data: Path | None) -> Simulation:
 
 
 def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> dict[str, Any]:
-    """Zero-shot, local-only, locally trained text head and federated, on each training site's test images and on
-    the observers' (held out).
+    """Metrics of what may be compared, on each training site's test images and on the observers' (held out).
 
-    A locally trained adapter's ``held_out`` is the mean over the sites that trained one.
+    ``zero_shot``; ``local_only`` and ``text_head``, trained at each site alone; ``pooled``, trained on all sites' data
+    together, which only a simulation can; ``federated``, with each site's private head if the study has one. All
+    train for as many rounds and steps. The observers' images count as one set. A locally trained adapter's
+    ``held_out`` is the mean over the sites that trained one; a private head never leaves its site for it.
     """
     members = {site.name: site for site in agreed.study.sites}
     training = [site for site in sites if members[site.name].role == "train"]
     observers = [site for site in sites if members[site.name].role == "observer"]
 
-    def shared(parameters: Parameters | None) -> dict[str, Any]:
+    def held_out(parameters: Parameters | None, method: AgreedStudy) -> Metrics:
+        return metrics(*pool([site.predictions(parameters, method) for site in observers])) if observers else mean([])
+
+    def shared(at_site: Callable[[Site], Parameters | None], elsewhere: Parameters | None) -> dict[str, Any]:
         return {
-            "per_site": {site.name: site.evaluate(parameters) for site in training},
-            "held_out": _mean([site.evaluate(parameters) for site in observers]),
+            "per_site": {site.name: site.evaluate(at_site(site)) for site in training},
+            "held_out": held_out(elsewhere, agreed),
         }
 
     def local(method: AgreedStudy) -> dict[str, Any]:
-        per_site, held_out = {}, {}
+        per_site, elsewhere = {}, {}
         for site in training:
-            parameters = site.train_alone(method)
-            per_site[site.name] = site.evaluate(parameters, method)
-            held_out[site.name] = _mean([observer.evaluate(parameters, method) for observer in observers])
-        return {"per_site": per_site, "held_out": _mean(list(held_out.values())), "held_out_per_site": held_out}
+            trained = site.train_alone(method)
+            per_site[site.name] = site.evaluate(trained, method)
+            trained.pop(PRIVATE_HEAD, None)
+            elsewhere[site.name] = held_out(trained, method)
+        return {"per_site": per_site, "held_out": mean(list(elsewhere.values())), "held_out_per_site": elsewhere}
 
+    together, first = pool_features([site.features() for site in training]), training[0]
+    pooled = train_alone(agreed, together, "pooled", first.tower, first.device)
     return {
-        "zero_shot": shared(None),
+        "zero_shot": shared(lambda site: None, None),
         "local_only": local(agreed),
         "text_head": local(_with_method(agreed, Method(adapter="text_head", loss=agreed.study.method.loss))),
-        "federated": shared(final),
+        "pooled": shared(lambda site: pooled, pooled),
+        "federated": shared(lambda site: site.personal(final), final),
     }
 
 
@@ -266,15 +293,6 @@ def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
     prompts = initial.prompt_features
     adapter = initial_parameters(method, prompts.shape[1], prompts, agreed.study.seed)
     return AgreedStudy(agreed.study.model_copy(update={"method": method}), replace(initial, adapter=adapter))
-
-
-def _mean(results: Sequence[Metrics]) -> Metrics:
-    """Mean of each metric over the results that define it."""
-    means: Metrics = {}
-    for name in ("balanced_accuracy", "accuracy", "macro_f1", "auroc"):
-        values = [value for result in results if (value := result[name]) is not None]
-        means[name] = float(np.mean(values)) if values else None
-    return means
 
 
 def _identity(out: Path, name: str) -> Identity:
@@ -326,12 +344,25 @@ def _set_budgets(agreed: AgreedStudy, plan: Simulation, out: Path, budget: Budge
         if file.privacy is not None:
             n_ref = file.privacy.n_ref
         else:
-            images = read_data(Path(file.data.folder), study.class_names, plan.unit, plan.shares, study.seed)
+            folder = Path(file.data.folder)
+            images = read_data(folder, study.class_names, plan.unit, plan.shares, study.seed, together=None)
             count = len({image.patient for image in images if image.split == "train"})
             n_ref = max(10, round(count, -1))
         privacy = SitePrivacy(epsilon=budget.epsilon, delta=budget.delta, n_ref=n_ref)
         if file.privacy != privacy:
             write_toml(path, file.model_copy(update={"privacy": privacy}))
+
+
+def _accept(agreed: AgreedStudy, out: Path) -> None:
+    """Accept the study for every site that has not; no patient is in it."""
+    for member in agreed.study.sites:
+        file = read_site_file(out / "sites" / member.name / "site.toml")
+        identity = _identity(out, member.name)
+        try:
+            require_acceptance(file, agreed, identity.keys.signing)
+        except NotAcceptedError:
+            make_folder(Path(file.state))
+            record_acceptance(file, agreed, identity, "simulation")
 
 
 def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
@@ -371,7 +402,7 @@ def run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Si
     while True:
         refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
         for entry in coordinator.rounds[told:]:
-            share = validation_share(sites[0]) if entry is coordinator.rounds[-1] else None
+            share = validation_share(sites[0].validation) if entry is coordinator.rounds[-1] else None
             listener.round(round_facts(agreed, entry, share))
         told = len(coordinator.rounds)
         if refused:
@@ -391,9 +422,8 @@ def _bring_up(coordinator: Coordinator, site: Site) -> ReplyCode:
             return reply.code
 
 
-def validation_share(site: Site) -> float | None:
-    """Share of correct validation images that came with the last aggregate, None if none are shared."""
-    counts = site.validation
+def validation_share(counts: Validation | None) -> float | None:
+    """Share of correct validation images that came with an aggregate, None if none are shared."""
     return counts.correct / counts.images if counts is not None and counts.images else None
 
 
@@ -422,12 +452,35 @@ def _privacy_summary(agreed: AgreedStudy, out: Path) -> dict[str, Any]:
     return spent
 
 
-def _round_summary(agreed: AgreedStudy, entry: JournalEntry) -> dict[str, Any]:
-    facts = round_facts(agreed, entry, None)
-    return {
-        "round": facts.round,
-        "sites_in": len(facts.sites_in),
-        "bytes_up": facts.bytes_up,
-        "bytes_down": facts.bytes_down,
-        "seconds": facts.seconds,
-    }
+def _round_summaries(
+    agreed: AgreedStudy, sites: Sequence[Site], rounds: Sequence[JournalEntry], budgeted: Collection[str]
+) -> list[dict[str, Any]]:
+    """Facts and learning curves by round, the curves from a replay of a site's journal.
+
+    ``validation`` is of the adapter that the round trained on, ``val_balanced_accuracy`` of the one after it; sites
+    with a privacy budget have none, as their ledger has not paid for any.
+    """
+    states = {state.round: state for state in sites[0].history()}
+    training = [site for site in sites if agreed.study.site(site.name).role == "train"]
+    summaries = []
+    for entry in rounds:
+        state = states.get(entry.header.round)
+        facts = round_facts(agreed, entry, None if state is None else validation_share(state.validation))
+        curves = {
+            site.name: None
+            if state is None or site.name in budgeted
+            else site.validate(site.personal(state.parameters, state.round))
+            for site in training
+        }
+        summaries.append(
+            {
+                "round": facts.round,
+                "sites_in": len(facts.sites_in),
+                "bytes_up": facts.bytes_up,
+                "bytes_down": facts.bytes_down,
+                "seconds": facts.seconds,
+                "validation": facts.validation,
+                "val_balanced_accuracy": curves,
+            }
+        )
+    return summaries

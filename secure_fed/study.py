@@ -32,6 +32,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+ADAPTERS = tuple(sorted(path.stem for path in (Path(__file__).parent / "adapters").glob("[!_]*.py")))
+"""Names of the adapters: those of the files in ``secure_fed/adapters``, which are not imported to know them."""
+
 MIN_SITES_HE = 3
 """Fewest contributors of an aggregate in ``he`` mode: of two, each can subtract itself."""
 
@@ -61,6 +64,7 @@ class Backbone(FileModel):
         file: path of the checkpoint, for ``file``.
         seed: for ``random``.
         mirrored: whether training also uses mirrored images.
+        licence: of the weights, as their publisher names it; for the model card of an export.
         digest: SHA-256 of the weights; ``study new`` fills it in.
     """
 
@@ -70,6 +74,7 @@ class Backbone(FileModel):
     file: Text | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     mirrored: bool = False
+    licence: Text | None = None
     digest: Hex64 | None = None
 
     @field_validator("seed")
@@ -90,32 +95,41 @@ class Backbone(FileModel):
 
 
 class Method(FileModel):
-    """What is trained, and by which loss (DESIGN: facmic.md 1.1, 1.2).
+    """What is trained, and by which loss (docs/facmic.md).
 
     Attributes:
-        adapter: ``facmic`` (attention gate), ``low_rank`` (residual of rank ``rank``) or ``text_head``.
-        norm: the gate's norm; ``batch`` is the paper's, its statistics stay at the site.
+        adapter: ``facmic``, ``fedclip`` (attention gates), ``low_rank`` (residual of rank ``rank``), ``text_head`` or
+            ``prompts`` (``context`` vectors before the class's first prompt): a file of ``secure_fed/adapters``.
+        norm: of ``facmic``'s gate; ``batch`` is the paper's, its statistics stay at the site.
         rank: of ``low_rank``.
+        context: number of context vectors of ``prompts``.
+        private_head: whether each site also trains a linear head of its own, which it never shares; not under
+            differential privacy.
         loss: ``class_prompt`` (logit-adjusted cross-entropy) or the paper's in-batch ``contrastive``.
         lmmd_weight: weight of the domain term against the site's own unlabelled images; 0 turns it off.
     """
 
-    adapter: Literal["facmic", "low_rank", "text_head"] = "facmic"
+    adapter: Text = "facmic"
     norm: Literal["layer", "batch"] = "layer"
     rank: Annotated[int, Field(ge=1, le=256)] = 16
+    context: Annotated[int, Field(ge=1, le=64)] = 16
+    private_head: bool = False
     loss: Literal["class_prompt", "contrastive"] = "class_prompt"
     lmmd_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
 
-    @field_validator("lmmd_weight")
+    @field_validator("adapter")
     @classmethod
-    def _has_features_to_move(cls, weight: float, info: ValidationInfo) -> float:
-        if weight > 0 and info.data.get("adapter") == "text_head":
-            raise ValueError("text_head moves no image feature, so there is nothing to align; expected 0")
-        return weight
+    def _known(cls, adapter: str) -> str:
+        if adapter not in ADAPTERS:
+            raise ValueError(f"no such adapter; expected one of {', '.join(ADAPTERS)}")
+        return adapter
 
 
 class Training(FileModel):
-    """One round's local training: ``steps`` mini-batches of ``batch_size``; optimiser state starts anew."""
+    """One round's local training: ``steps`` mini-batches of ``batch_size``; optimiser state starts anew.
+
+    With ``prox`` = mu above 0 the loss has FedProx's term mu/2 |w - w_global|^2 (Li et al., arXiv 1812.06127, eq. 2).
+    """
 
     steps: Annotated[int, Field(ge=1, le=100_000)]
     learning_rate: Annotated[float, Field(gt=0, le=10)]
@@ -125,6 +139,36 @@ class Training(FileModel):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    prox: Annotated[float, Field(ge=0, le=1000)] = 0.0
+
+
+class Aggregation(FileModel):
+    """What every site makes of a round's average update; the others need no server that could read it.
+
+    Attributes:
+        rule: ``average`` (add it), ``fedavgm`` (momentum, Hsu et al., arXiv 1909.06335) or ``fedadam`` (Reddi et al.,
+            arXiv 2003.00295, algorithm 2); see :mod:`secure_fed.aggregation`.
+        learning_rate: eta of ``fedavgm`` and ``fedadam``.
+        betas: decay of the first and, for ``fedadam``, second moment; ``fedavgm`` uses the first.
+        tau: of ``fedadam``: the smaller, the more adaptive.
+    """
+
+    rule: Literal["average", "fedavgm", "fedadam"] = "average"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+
+    @property
+    def moments(self) -> int:
+        """How many vectors of the adapter's size the rule keeps beside it."""
+        return {"average": 0, "fedavgm": 1, "fedadam": 2}[self.rule]
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _average_has_none(cls, rate: float, info: ValidationInfo) -> float:
+        if info.data.get("rule") == "average" and rate != 1:
+            raise ValueError('rule = "average" adds the average as it is; expected 1, or another rule')
+        return rate
 
 
 class Encoding(FileModel):
@@ -161,6 +205,9 @@ class PrivateTraining(FileModel):
         prior: shares of the classes that logits are adjusted by; uniform if empty.
         lmmd_centre: public point that features are taken relative to in the released means; the origin if empty.
         lmmd_radius: bound on a feature's distance from it; unit features lie within 1 of the origin.
+        lmmd_use: what the domain term does with released class means (:mod:`clients.private_adaptation`).
+        validation_rounds: in how many rounds, spread evenly up to the last, validation counts are released; their
+            noise is paid for by the validation patients' own budget. 0: none, and nothing of them leaves.
     """
 
     clip: Annotated[float, Field(gt=0, le=1e6)] = 4.0
@@ -174,6 +221,8 @@ class PrivateTraining(FileModel):
     prior: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     lmmd_centre: tuple[Annotated[float, Field(ge=-1, le=1)], ...] = ()
     lmmd_radius: Annotated[float, Field(gt=0, le=2)] = 1.0
+    lmmd_use: Literal["synthesis", "attraction", "witness"] = "synthesis"
+    validation_rounds: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 
 class SiteKeys(FileModel):
@@ -268,6 +317,7 @@ class Study(FileModel):
     backbone: Backbone
     method: Method
     training: Training
+    aggregation: Aggregation = Aggregation()
     encoding: Encoding
     privacy: PrivateTraining = PrivateTraining()
     sites: tuple[StudySite, ...]
@@ -354,6 +404,11 @@ class Study(FileModel):
             raise ValueError(f"phantoms and folders differ in {strangers}; expected one phantom group a folder")
         return simulation
 
+    @classmethod
+    def read(cls, path: Path | str) -> Study:
+        """As :func:`read_study`, for programs."""
+        return read_study(Path(path))
+
     @cached_property
     def id(self) -> str:
         """SHA-256 of the parsed content without ``[simulation]``, as 64 hex digits.
@@ -401,11 +456,14 @@ class InitialState:
         adapter: initial shared parameters by name, float64; the flat order is that of the sorted names.
         prompt_features: unit text features, float32 [classes, d].
         logit_scale: the frozen CLIP's exp(logit_scale).
+        prompt_tokens: of a method that trains through the text tower, tokens of each class's first prompt, int64
+            [classes, context length]; a site's own tokenizer is not asked.
     """
 
     adapter: dict[str, NDArray[np.float64]]
     prompt_features: NDArray[np.float32]
     logit_scale: float
+    prompt_tokens: NDArray[np.int64] | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -417,6 +475,8 @@ class InitialState:
         tensors: dict[str, NDArray[Any]] = {f"adapter.{name}": value for name, value in self.adapter.items()}
         tensors["prompt_features"] = self.prompt_features
         tensors["logit_scale"] = np.array([self.logit_scale], dtype=np.float64)
+        if self.prompt_tokens is not None:
+            tensors["prompt_tokens"] = self.prompt_tokens
         return bytes(safetensors.numpy.save(tensors))
 
     @classmethod
@@ -431,7 +491,9 @@ class InitialState:
             adapter = {
                 name.removeprefix("adapter."): value for name, value in tensors.items() if name.startswith("adapter.")
             }
-            return cls(adapter, tensors["prompt_features"], float(tensors["logit_scale"][0]))
+            return cls(
+                adapter, tensors["prompt_features"], float(tensors["logit_scale"][0]), tensors.get("prompt_tokens")
+            )
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise StudyError(f"study.safetensors: malformed ({error}); copy it again from the coordinator") from error
 
@@ -484,6 +546,36 @@ def as_template(study: Study) -> dict[str, Any]:
     for site in content["sites"]:
         site.pop("keys")
     return content
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field in which two studies differ; None where one of them has none."""
+
+    field: str
+    before: Any
+    after: Any
+
+
+def differences(before: Study, after: Study) -> list[Difference]:
+    """Every field in which two studies differ, ``[simulation]`` left out; sites and classes are compared by name."""
+    first, second = (_leaves(study.model_dump(mode="json", exclude={"simulation"})) for study in (before, after))
+    return [
+        Difference(field, first.get(field), second.get(field))
+        for field in sorted(set(first) | set(second))
+        if first.get(field) != second.get(field)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {entry["name"]: entry for entry in value}
+    if not isinstance(value, dict):
+        return {path: value}
+    found: dict[str, Any] = {}
+    for name, entry in value.items():
+        found.update(_leaves(entry, f"{path}.{name}" if path else name))
+    return found
 
 
 def load_study(path: Path) -> AgreedStudy:

@@ -13,9 +13,10 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 from flwr.app import Context, Message
@@ -35,9 +36,11 @@ from secure_fed.processes import die_with_parent, end_on_sigterm, log_lines, sta
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.sealed_key import check_sealed_key
 from secure_fed.signed import ZERO_DIGEST, load_signing_key
+from secure_fed.status import StatusFile, keep_log
 from secure_fed.study import AgreedStudy, StudySite, load_study
 from server.coordinator import Coordinator, current_run
 from server.journal import JournalEntry
+from server.metrics import serve_metrics
 from server.superlink import SuperLink, open_grid
 
 log = logging.getLogger("server.app")  # also in the process where this module is the main one
@@ -90,17 +93,21 @@ class RoundLoop:
         agreed: the study.
         grid: Flower's.
         nodes: Flower's node ids, by site; the members of the study.
+        report: is called with where the study stands, when that has changed.
     """
 
     coordinator: Coordinator
     agreed: AgreedStudy
     grid: Grid
     nodes: dict[str, int]
+    report: Callable[[dict[str, Any]], None] = lambda facts: None
     _sites: list[_Site] = field(init=False)
     _opened: float = field(init=False)
     _absent: set[str] = field(init=False, default_factory=set)
     _told: str = field(init=False, default="")
+    _malformed: bool = field(init=False, default=False)
     _looked: float = field(init=False, default=0.0)
+    _reported: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         members = self.coordinator.journal.chain.members
@@ -124,18 +131,46 @@ class RoundLoop:
             moved = self.step()
             pause = FASTEST if moved else min(SLOWEST, pause * 1.1)
             time.sleep(pause)
+        self._report()
         return True
 
     def step(self) -> bool:
         """Look once at sites and replies; whether anything came."""
         self._look()
-        moved = False
-        for site in self._sites:
-            moved |= self._collect(site)
+        moved = self._collect()
         self._close_if_due()
         for site in self._sites:
             self._ask(site)
+        if time.monotonic() - self._reported >= LOOK_SECONDS:
+            self._report()
         return moved
+
+    def _report(self) -> None:
+        self._reported = time.monotonic()
+        coordinator = self.coordinator
+        rounds = coordinator.rounds
+        self.report(
+            {
+                "run": coordinator.run,
+                "round": min(coordinator.round, self.agreed.study.rounds),
+                "finished": coordinator.finished,
+                "attempt": coordinator.attempt,
+                "sites": {
+                    site.name: {
+                        "role": "train" if site.trains else "observer",
+                        "connected": bool(site.since),
+                        "in": site.name in coordinator.sites_in,
+                    }
+                    for site in self._sites
+                },
+                "waiting": self._told,
+                "rounds_closed": len(rounds),
+                "bytes_up": sum(entry.bytes_up for entry in rounds),
+                "last_round_seconds": (
+                    (rounds[-1].header.closed_ms - rounds[-1].header.opened_ms) / 1000 if rounds else None
+                ),
+            }
+        )
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -193,20 +228,28 @@ class RoundLoop:
 
     # --- replies ---
 
-    def _collect(self, site: _Site) -> bool:
-        if not site.asked:
+    def _collect(self) -> bool:
+        asked = {site.asked: site for site in self._sites if site.asked}
+        if not asked:
             return False
-        # One reply at a time: an envelope is large, and the store forgets it when it is pulled.
+        # One call for all sites; the SuperLink hands out one whole reply at a time, since an envelope is large.
         try:
-            messages = list(self.grid.pull_messages([site.asked]))
+            messages = list(self.grid.pull_messages(list(asked)))
         except httpx.HTTPError:
             raise
         except Exception as error:  # flwr could not put it together; no site may end the study with that
-            log.warning("%s: its reply is malformed (%s)", site.name, type(error).__name__)
-            self._ask_later(site)
+            log.warning("a reply is malformed (%s)", type(error).__name__)
+            self._malformed = True
             return False
+        moved = False
         for message in messages:
+            site = asked[message.metadata.reply_to_message_id]
             site.asked = ""
+            if message.has_error() and self._malformed:
+                log.warning("%s: its reply was malformed", site.name)
+                self._malformed = False
+                self._ask_later(site)
+                continue
             if message.has_error():
                 # Gone, or too late; it is asked again as soon as it is connected.
                 site.position = None
@@ -217,8 +260,8 @@ class RoundLoop:
             except (EnvelopeError, ProtocolError, RecordError) as error:
                 log.warning("%s: its reply is refused: %s", site.name, error)
                 self._ask_later(site)
-            return True
-        return False
+            moved = True
+        return moved
 
     def _ask_later(self, site: _Site) -> None:
         site.asked = ""
@@ -232,6 +275,11 @@ class RoundLoop:
             self._ask_later(site)
             return
         known = len(coordinator.journal.records)
+        if reply.run == coordinator.run and reply.position > known:
+            raise ProtocolError(
+                f"it has {reply.position} records, the journal here {known}: this state folder is older than the "
+                "study; end the server and put the newest one back, or use: secfacmic journal rebuild"
+            )
         if reply.run == coordinator.run and reply.position:
             coordinator.receive(reply)
         site.run, site.position = reply.run, reply.position
@@ -337,7 +385,9 @@ class ServerFolders:
         return Coordinator(agreed, self.state, load_signing_key(self.state / KEY), self.keep_envelopes)
 
 
-def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None) -> None:
+def serve(
+    folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None, metrics: int | None = None
+) -> None:
     """Serve a study until it is over.
 
     Args:
@@ -345,6 +395,7 @@ def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path 
         mode: must be the study's, so that nobody serves in plain by oversight.
         listen: host and port for the sites.
         key: a sealed key file with which a run is to begin, if it has not yet.
+        metrics: port on loopback for Prometheus, if it is to be served.
 
     Raises:
         StudyError: the study has another mode, or no run was begun.
@@ -361,6 +412,11 @@ def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path 
     _begin_if_asked(agreed, folders, key)
     members = folders.coordinator(agreed).journal.chain.members
     link = SuperLink(folders.state / CERTIFICATES, listen, _flower_keys(members))
+    study = agreed.study
+    facts = {"study": study.name, "study_id": study.id, "rounds": study.rounds, "min_sites": study.min_sites}
+    StatusFile(folders.state).begin("server", **facts, listen=f"{listen[0]}:{listen[1]}", restarts=0)
+    if metrics is not None:
+        serve_metrics(folders.state, metrics)
     log.info("study %s, %d rounds, mode %s; listening on %s:%d", agreed.study.name, agreed.study.rounds, mode, *listen)
     try:
         _supervise(link, agreed, folders)
@@ -406,7 +462,7 @@ def _flower_keys(members: Mapping[str, StudySite]) -> dict[str, str]:
 def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> None:
     """Keep the rounds' process running until it ends by itself."""
     bundle = contract(agreed.study.id)
-    crashes = 0
+    crashes = restarts = 0
     while True:
         began = time.monotonic()
         child = start(["-m", "server.app"], stdin=True)
@@ -441,6 +497,8 @@ def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> 
                 "expected it to run: free memory, or report it with the log; nothing is lost"
             )
         log.warning("the rounds' process ended with %d; it is started again", child.returncode)
+        restarts += 1
+        StatusFile(folders.state).tell(restarts=restarts)
 
 
 def _hand_over(child: subprocess.Popen[bytes], setup: Mapping[str, object]) -> None:
@@ -459,6 +517,9 @@ def main() -> None:
     end_on_sigterm()
     log_lines()
     setup = json.loads(sys.stdin.read())
+    state = Path(setup["state"])
+    status = StatusFile(state)
+    keep_log(state, "rounds", status)
     app = ServerApp()
 
     ended = False
@@ -467,9 +528,10 @@ def main() -> None:
     def rounds(grid: Grid, context: Context) -> None:
         nonlocal ended
         keep = setup["keep_envelopes"]
-        folders = ServerFolders(Path(setup["study"]), Path(setup["state"]), None if keep is None else Path(keep))
+        folders = ServerFolders(Path(setup["study"]), state, None if keep is None else Path(keep))
         agreed = load_study(folders.study)
-        ended = RoundLoop(folders.coordinator(agreed), agreed, grid, setup["nodes"]).run()
+        loop = RoundLoop(folders.coordinator(agreed), agreed, grid, setup["nodes"], lambda facts: status.tell(**facts))
+        ended = loop.run()
 
     try:
         with open_grid(setup["runtime"], setup["token"]) as (grid, context):

@@ -317,7 +317,7 @@ class Coordinator:
             return
         make_folder(self._spool())
         # Before the spool: a restart must not take an envelope that it would not have taken again.
-        self._heads.keep({site: (envelope.header.ledger_seq, envelope.header.ledger_head)})
+        self._heads.keep({site: envelope.header.ledger})
         write_durable(self._spool() / f"{site}.envelope", data, 0o600)
         self._add(envelope)
 
@@ -332,7 +332,7 @@ class Coordinator:
             raise EnvelopeError(f"envelope of {site}: attempt {envelope.header.attempt}, expected {self.attempt}")
         self._wire.check(envelope.payload)
         try:
-            self._heads.check(site, envelope.header.ledger_seq, envelope.header.ledger_head)
+            self._heads.check(site, envelope.header.ledger)
         except LedgerRollbackError as error:
             raise EnvelopeError(f"envelope of {error}") from None
         return envelope

@@ -21,6 +21,7 @@ import secrets
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from typing import Any
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
 from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLWR_IN_MEMORY_DB_NAME,
@@ -40,6 +43,8 @@ from flwr.supercore.constant import (
 )
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
@@ -47,8 +52,9 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid import HttpGrid
 from flwr.superlink.main import create_app
+from google.protobuf.message import DecodeError
 
-from secure_fed.certificates import SERVER, SERVER_KEY
+from secure_fed.certificates import SERVER, SERVER_KEY, server_context
 from secure_fed.errors import AddressError, CertificateError
 
 log = logging.getLogger(__name__)
@@ -69,6 +75,8 @@ FLEET_PATHS = frozenset(
     )
 )
 """What a site calls. Registering is not among them: the study says who is in it."""
+
+PUSH_MESSAGES = "/v1/fleet/push-messages"
 
 MAX_BODY = 8 * 2**20
 """Most bytes of one request from outside; Flower cuts arrays into chunks of 5 MiB."""
@@ -115,12 +123,89 @@ class Gate:
             if key not in self._keys:
                 await _refuse(send, 403)
                 return
+            if path == PUSH_MESSAGES:
+                body = await _body(receive, int(length))
+                if not _own_replies(body):
+                    await _refuse(send, 403)
+                    return
+                receive = _again(body, receive)
         await self._app(scope, receive, send)
+
+
+def _own_replies(body: bytes) -> bool:
+    """Whether all replies are of the node that sends them; flwr checks only that the node is the caller."""
+    request = PushMessagesRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return False
+    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
+
+
+async def _body(receive: Receive, length: int) -> bytes:
+    parts = []
+    more = True
+    while more and length >= 0:
+        event = await receive()
+        if event["type"] != "http.request":
+            return b""  # hung up
+        parts.append(event.get("body", b""))
+        length -= len(parts[-1])
+        more = event.get("more_body", False)
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A channel on which a body that was read already comes first."""
+    first = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def channel() -> MutableMapping[str, Any]:
+        return first.pop() if first else await receive()
+
+    return channel
 
 
 async def _refuse(send: Send, status: int) -> None:
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
+
+
+class _State(InMemoryLinkState):
+    """Flower's state, which hands out a reply only when all of it has arrived, and one at a time.
+
+    flwr would hand out its head at once, after which whoever pulls it waits for the rest: up to three minutes for a
+    site that was killed in mid-upload, while the other sites' replies wait too.
+    """
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """Replies that are whole, or errors in their place."""
+        with self.lock:
+            answered = {identifier for identifier in message_ids if identifier in self.message_ins_id_to_message_res_id}
+            whole = [identifier for identifier in answered if not self._arriving(identifier)]
+            replies: list[Message] = super().get_message_res((message_ids - answered) | set(whole[:1]), run_id)
+            return replies
+
+    def _check_stored_messages(self, message_ids: set[str], run_id: int | None = None) -> None:
+        """Forget messages beyond their time, and the objects that they brought, which flwr would keep."""
+        known = {identifier for identifier in message_ids if identifier in self.message_ins_store}
+        replies = {identifier: self.message_ins_id_to_message_res_id.get(identifier) for identifier in known}
+        super()._check_stored_messages(message_ids, run_id)
+        for identifier in known - self.message_ins_store.keys():
+            self.object_store.delete(identifier)
+            reply = replies[identifier]
+            if reply is not None:
+                self.object_store.delete(reply)
+
+    def _arriving(self, identifier: str) -> bool:
+        reply = self.message_ins_id_to_message_res_id.get(identifier)
+        asked = self.message_ins_store.get(identifier)
+        if reply is None or asked is None or asked.metadata.created_at + asked.metadata.ttl <= time.time():
+            return False
+        try:
+            parts = iterate_object_tree(self.object_store.get_object_tree(reply))
+            return any(not self.object_store.get(part.object_id) for part in parts)
+        except NoObjectInStoreError:
+            return False
 
 
 class SuperLink:
@@ -171,7 +256,9 @@ class SuperLink:
             runtime_dependency_install=False,
         )
         app = create_app(config, SuperLinkLifespan)
-        self._state = app.state.linkstate_factory.state()
+        factory = app.state.linkstate_factory
+        factory.state_instance = _State(factory.federation_manager, factory.objectstore_factory.store())
+        self._state = factory.state()
         self._allowed: set[bytes] = set()
         self.nodes: dict[str, int] = {}
         self.register(sites)
@@ -263,17 +350,14 @@ def open_grid(runtime: str, token: str) -> Iterator[tuple[HttpGrid, Context]]:
 
 
 def _tls(folder: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(folder / SERVER, folder / SERVER_KEY)
+        return server_context(folder / SERVER, folder / SERVER_KEY)
     except (OSError, ssl.SSLError) as error:
         reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
         raise CertificateError(
             f"{folder}: {SERVER} and {SERVER_KEY} cannot be used ({reason}); make them with: "
             f"secfacmic study ca --host NAME --out {folder}"
         ) from error
-    return context
 
 
 def _bind(address: tuple[str, int]) -> socket.socket:

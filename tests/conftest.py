@@ -15,7 +15,7 @@ from clients.sitefile import read_site_file
 from privacy.keys import create_sealed_key, load_identity
 from secure_fed.new_study import COORDINATOR_KEY
 from secure_fed.signed import load_signing_key
-from secure_fed.simulation import prepare
+from secure_fed.simulation import prepare, simulate
 from secure_fed.study import AgreedStudy, Study, load_study
 from secure_fed.tomlfile import parse_table
 from server.coordinator import Coordinator
@@ -141,3 +141,11 @@ def federation(prepared: Path, tmp_path: Path) -> Federation:
     """A fresh copy of the prepared study."""
     shutil.copytree(prepared, tmp_path / "out", symlinks=True)
     return Federation(tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """What ``simulate`` left of the small study; only to be read."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    simulate(make_template(), out, images)
+    return out

@@ -37,6 +37,7 @@ from privacy.lanes import (
 )
 from secure_fed import codec, envelope, records, sealed_key
 from secure_fed.errors import SecfacmicError
+from secure_fed.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHead
 from secure_fed.protocol import ReplyCode, RoundReply
 from secure_fed.records import SignedContribution, new_header
 from secure_fed.signed import create_signing_key, payload_fields, public_hex, split_frame
@@ -271,14 +272,23 @@ class World:
     def _begin(self) -> Coordinator:
         return Coordinator.begin(self.agreed, Path(tempfile.mkdtemp()), self.coordinator_key, self.key_id)
 
-    def seal(self, coordinator: Coordinator, number: int, site: str, attempt: int = 1) -> bytes:
+    def keep(self, name: str, data: bytes) -> Golden:
+        """A golden record of another run than the honest one."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        return Golden(name, data, records.MAGIC)
+
+    def seal(
+        self, coordinator: Coordinator, number: int, site: str, attempt: int = 1, ledger: LedgerHead = NO_LEDGER
+    ) -> bytes:
         due = coordinator.journal.chain.due
         contribution = Contribution(site, attempt)
         binding = Binding(run=due.run, head=due.head, round=due.round)
         integers = self.integers[number - 1, TRAINING.index(site)]
         payload = self.ciphers[due.key].seal(integers, binding, contribution)
         signing = self.identities[site].signing
-        return envelope.seal_envelope(self.agreed, due, contribution, (0, "0" * 64), payload, signing)
+        return envelope.seal_envelope(self.agreed, due, contribution, ledger, payload, signing)
 
     def _golden_record(self, coordinator: Coordinator, seq: int) -> Golden:
         return Golden(f"journal/{seq:08d}.record", coordinator.journal.read(seq), records.MAGIC)
@@ -434,7 +444,19 @@ def envelope_cases(world: World) -> Cases:
     }.items():
         cases.add(comment, ash.with_fields(key, **changed), "invalid", "WrongPlace")
     later = ash.with_fields(key, ledger_seq=7, ledger_head="5" * 64)
-    cases.add("with a ledger position: the server takes any", later, "valid", "Honest")
+    cases.add("with a ledger position: the server takes any first one", later, "valid", "Honest")
+    for comment, links in {
+        "out of order": [[5, "5" * 16], [3, "3" * 16]],
+        "one number twice": [[5, "5" * 16], [5, "4" * 16]],
+        "to the entry itself": [[7, "5" * 16]],
+        "to a later entry": [[8, "5" * 16]],
+        "to entry 0": [[0, "0" * 16]],
+        "more than there may be": [[number, "5" * 16] for number in range(1, MAX_LINKS + 2)],
+        "with an id cut short": [[5, "5" * 15]],
+        "with three parts": [[5, "5" * 16, 1]],
+    }.items():
+        changed = {"ledger_seq": 99 if "more" in comment else 7, "ledger_head": "7" * 64, "ledger_links": links}
+        cases.add(f"ledger links {comment}", ash.with_fields(key, **changed), "invalid", "Header")
     for comment, pieces, sender in [
         ("birch's, in ash's reply", now["birch"].whole(), "ash"),
         ("names birch, signed by ash", ash.with_fields(key, site="birch"), "birch"),
@@ -663,6 +685,7 @@ def record_cases(world: World) -> Cases:
         Void="A void that withdraws what it must not, or what does.",
         DeadKey="After eight refusals the key decrypts nothing more.",
         Amendment="A new key or its checkpoint, honest or not what the members signed.",
+        Ledger="A contributor whose privacy ledger does, or does not, continue the one seen before.",
     )
     key = world.coordinator_key
     golden = world.records
@@ -982,13 +1005,51 @@ def _headers_at(world: World, chain: records.Chain) -> tuple[SignedContribution,
             world.agreed,
             due,
             Contribution(site, 1),
-            (0, "0" * 64),
+            NO_LEDGER,
             bytes(world.wire.envelope_bytes),
             world.identities[site].signing,
         )
         frame = split_frame(envelope.MAGIC, data, 10**6, SecfacmicError)
         signed.append(SignedContribution(header=frame.header.decode(), signature=frame.signature.hex()))
     return tuple(signed)
+
+
+def _ledger_cases(world: World, cases: Cases) -> None:
+    """Two rounds of a run in which ash has a privacy ledger, and copies of that ledger that went their own way."""
+    run = world._begin()
+    ledgers = {1: LedgerHead(7, "a" * 64), 2: LedgerHead(12, "b" * 64, ((4, "9" * 16), (7, "a" * 16)))}
+    for number, ledger in ledgers.items():
+        for site in TRAINING:
+            data = world.seal(run, number, site, ledger=ledger if site == "ash" else NO_LEDGER)
+            position = len(run.journal.records)
+            run.receive(RoundReply(site, ReplyCode.UPDATE, run.run, position, "", data))
+        assert run.close_round() is not None
+    golden = [world.keep(f"ledger/{seq:08d}.record", run.journal.read(seq)) for seq in range(3)]
+    cases.group(
+        "A site that applied round 1, in which ash's ledger stood at entry 7.",
+        site=OBSERVER,
+        before=[golden[0].whole(), golden[1].whole()],
+    )
+    cases.add("the ledger continues the one seen", golden[2].whole(), "valid", "Ledger", adapter=2)
+    others = json.loads(golden[2].frame.header)["contributors"]
+    header = json.loads(others[0]["header"])
+    signing = world.identities["ash"].signing
+    for comment, fields, result in [
+        ("the same entry as before", {"ledger_seq": 7, "ledger_head": "a" * 64, "ledger_links": []}, "valid"),
+        ("an older entry", {"ledger_seq": 6, "ledger_links": []}, "invalid"),
+        ("no ledger any more", {"ledger_seq": 0, "ledger_head": "0" * 64, "ledger_links": []}, "invalid"),
+        ("another entry of the same number", {"ledger_seq": 7, "ledger_links": []}, "invalid"),
+        ("a copy that has grown and names nothing", {"ledger_links": []}, "invalid"),
+        ("a copy that has grown and names its own entry 7", {"ledger_links": [[7, "c" * 16]]}, "invalid"),
+        ("a copy that has grown and names others", {"ledger_links": [[4, "9" * 16], [9, "c" * 16]]}, "invalid"),
+        ("a copy that has grown far", {"ledger_seq": 2**53 - 1, "ledger_links": [[900, "c" * 16]]}, "invalid"),
+    ]:
+        text = canonical_json(header | fields)
+        signature = signing.sign(envelope.MAGIC + text).hex()
+        contributors = [{"header": text.decode(), "signature": signature}, *others[1:]]
+        pieces = golden[2].with_fields(world.coordinator_key, contributors=contributors)
+        more = {"adapter": 2} if result == "valid" else {"error": "LedgerRollbackError"}
+        cases.add(f"ash's ledger: {comment}", pieces, result, "Ledger", **more)
 
 
 def _forgeries(
@@ -1062,6 +1123,8 @@ def main(version: str) -> None:
     folder.mkdir(parents=True)
     world = World(folder)
     for cases in (envelope_cases(world), sealed_key_cases(world), record_cases(world)):
+        if cases.what == "record":
+            _ledger_cases(world, cases)
         cases.write(folder)
         print(f"{cases.what}: {cases.count} cases")
 

@@ -19,6 +19,8 @@ from secure_fed.demo import prepare_federation
 from secure_fed.processes import PARENT
 from secure_fed.study import Study, load_study
 from server.coordinator import current_run
+from tests import fault_hooks
+from tests.forked import Forked
 
 AUDIT = """
 import os, sys
@@ -34,28 +36,47 @@ sys.addaudithook(hook)
 
 
 class Network:
-    """Study, sites and server in a folder, and the processes started there."""
+    """Study, sites and server in a folder, and the processes started there.
 
-    def __init__(self, folder: Path, template: Study, images: Path) -> None:
+    Args:
+        folder: where.
+        template: the study's.
+        images: its data folder.
+        forked: whether sites are forked from one process that has imported everything, which takes a tenth of time
+            and memory, or started by command.
+    """
+
+    def __init__(self, folder: Path, template: Study, images: Path, *, forked: bool = False) -> None:
         self.folder = folder
+        self.forked = forked
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.agreed = prepare_federation(template, folder, images, self.port)
         self.names = [site.name for site in load_study(folder / "study.toml").study.sites]
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes] | Forked] = {}
+        self.options: dict[str, list[str]] = {}  # further words of a process's command line, by name
         self.audit_file = folder / "sockets.log"
         (folder / "audit").mkdir()
-        (folder / "audit" / "sitecustomize.py").write_text(AUDIT)
+        (folder / "audit" / "sitecustomize.py").write_text(AUDIT + fault_hooks.SITECUSTOMIZE)
 
-    def start(self, *names: str) -> None:
-        """Start the server ("server") or sites, each with a log of its own."""
+    def start(self, *names: str, fault: dict[str, Any] | None = None) -> None:
+        """Start the server ("server") or sites, each with a log of its own.
+
+        Args:
+            names: whom.
+            fault: what is wrong in these processes (:mod:`tests.fault_hooks`).
+        """
         for name in names:
             if name == "server":
                 arguments = ["server", "--study", str(self.folder / "study.toml"), "--mode", self.agreed.study.mode]
                 arguments += ["--state", str(self.folder / "server"), "--listen", f"127.0.0.1:{self.port}"]
             else:
                 arguments = ["client", "--site", str(self.site_folder(name) / "site.toml")]
+            arguments += self.options.get(name, [])
+            if self.forked and name != "server":
+                self.processes[name] = Forked(arguments, self.log_file(name), fault)
+                continue
             with self.log_file(name).open("ab") as log:
                 self.processes[name] = subprocess.Popen(
                     [sys.executable, "-P", "-m", "secure_fed.cli", *arguments],
@@ -64,10 +85,11 @@ class Network:
                     stderr=log,
                     env=os.environ
                     | {
-                        "PYTHONPATH": str(self.folder / "audit"),
+                        "PYTHONPATH": os.pathsep.join([str(self.folder / "audit"), os.environ.get("PYTHONPATH", "")]),
                         "SOCKET_AUDIT": str(self.audit_file),
                         PARENT: str(os.getpid()),  # a test that is killed leaves nothing behind
-                    },
+                    }
+                    | ({fault_hooks.ENVIRONMENT: json.dumps(fault)} if fault else {}),
                 )
 
     def site_folder(self, name: str) -> Path:
@@ -163,3 +185,23 @@ def memory_holds(pid: int, secrets: dict[str, bytes]) -> set[str]:
 def loaded_files(pid: int) -> str:
     """Paths of everything that a process has mapped."""
     return Path(f"/proc/{pid}/maps").read_text()
+
+
+def busy(pid: int) -> float:
+    """Seconds of processor time so far, 0 once the process has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def peak(pid: int) -> int:
+    """Peak resident memory in kB, 0 once the process has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return 0

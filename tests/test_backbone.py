@@ -11,7 +11,8 @@ from PIL import Image
 
 import configs
 from secure_fed.backbone import BATCH, load_backbone, make_random_checkpoint
-from secure_fed.errors import BackboneDigestError, BackboneError
+from secure_fed.device import choose_device, describe_device
+from secure_fed.errors import BackboneDigestError, BackboneError, DeviceError
 from secure_fed.study import Backbone
 
 torch.set_num_threads(1)
@@ -230,12 +231,38 @@ def test_a_vit_b_16_in_all_three_forms_offline_and_in_bfloat16(tmp_path, monkeyp
     rng = np.random.default_rng(3)
     images = [Image.fromarray(rng.integers(0, 256, (80, 100, 3)).astype(np.uint8)) for _ in range(4)]
     chosen = first.encode_images(images)
-    monkeypatch.setattr("secure_fed.backbone._multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("secure_fed.backbone._multiplies_bfloat16", lambda device: False)
     exact = load_backbone(named, tmp_path / "open_clip.pt")
     assert exact.precision == "float32"
     assert (chosen * exact.encode_images(images)).sum(axis=1).min() > 0.999
     assert (first.precision == "bfloat16") == native
     assert (chosen != exact.encode_images(images)).any() == native
-    monkeypatch.setattr("secure_fed.backbone._multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("secure_fed.backbone._multiplies_bfloat16", lambda device: True)
     monkeypatch.setattr("secure_fed.backbone._BF16_COSINE", 1.1)  # an accuracy that nothing reaches
     assert load_backbone(named, tmp_path / "open_clip.pt").precision == "float32"
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [choose_device(choice) for choice in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(DeviceError, match="finds no card it can use"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [choose_device(choice) for choice in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    assert [describe_device(device) for device in ("cpu", "cuda")] == ["cpu", "cuda (A card)"]
+
+
+def test_bfloat16_weights_are_taken_only_if_they_are_accurate(checkpoint, loaded, monkeypatch):
+    monkeypatch.setattr("secure_fed.backbone._multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("secure_fed.backbone._BF16_WEIGHTS", 0)
+    half = load_backbone(RANDOM, checkpoint)
+    assert (half.precision, half.digest) == ("bfloat16", loaded.digest)
+    assert all(value.dtype == torch.bfloat16 for value in half._model.visual.parameters())
+    images, texts = pictures(3), ["a head"]
+    assert (half.encode_images(images) * loaded.encode_images(images)).sum(axis=1).min() > 0.999
+    assert np.array_equal(half.encode_texts(texts), loaded.encode_texts(texts))
+    monkeypatch.setattr("secure_fed.backbone._BF16_COSINE", 1.1)  # an accuracy that nothing reaches
+    exact = load_backbone(RANDOM, checkpoint)
+    assert exact.precision == "float32"
+    assert np.array_equal(exact.encode_images(images), loaded.encode_images(images))

@@ -9,13 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import one_hot
 
-from clients.private_round import _DomainTerm
-from privacy.class_means import ClassMeans, exact_sum, means_of, mechanism, noisy_sum, why_not
+from privacy.class_means import exact_sum, means_of, mechanism, noisy_sum, why_not
 from privacy.dp_training import PatientBatch
 from privacy.gaussian import mu_squared_of
-from secure_fed.study import AgreedStudy, InitialState, PrivateTraining
-from tests.conftest import make_template
-from tests.private_setup import make_adapter, make_batch
+from secure_fed.study import PrivateTraining
+from tests.private_setup import make_batch
 
 
 def shares(batch: PatientBatch, seed: int = 0) -> torch.Tensor:
@@ -62,6 +60,7 @@ def test_means_come_back_from_sums() -> None:
     for label in range(3):
         assert np.allclose(found.means[label], batch.features[labels == label, 0].numpy().mean(0))
     assert found.known.all()
+    assert found.shares == pytest.approx(np.bincount(labels, minlength=3) / 60)
     few = means_of(exact_sum(batch.choose(slice(0, 3)), one_hot(batch.labels[:3], 3), constants), constants)
     assert not few.known.any()
 
@@ -84,38 +83,3 @@ def test_means_are_off_where_they_only_waste_budget() -> None:
     noise = (0.12 * mu_squared_of(1.0, 1e-5)) ** -0.5
     assert why_not(constants, noise, 1500, 4, 512) is not None
     assert why_not(constants, noise, 3000, 4, 512) is None
-
-
-def test_the_domain_term_pulls_towards_the_target() -> None:
-    """Steps on its gradient alone bring adapted features of the source mean nearer to the target mean."""
-    rng = np.random.default_rng(0)
-    source, shift = rng.normal(size=(3, 12)), 0.5 * rng.normal(size=12)
-    source /= np.linalg.norm(source, axis=1, keepdims=True) / 0.8
-    target = source + shift
-    target *= 0.8 / np.linalg.norm(target, axis=1, keepdims=True)
-    adapter = make_adapter("low_rank")
-    template = make_template(method={"adapter": "low_rank", "lmmd_weight": 1.0}, privacy={"clip": 1.0})
-    agreed = AgreedStudy(template, InitialState({}, adapter.prompts.numpy(), 30.0))
-    known = np.ones(3, dtype=bool)
-    term = _DomainTerm(agreed, (ClassMeans(source, known), ClassMeans(target, known)))
-
-    def distance() -> float:
-        with torch.no_grad():
-            moved = adapter.adapt(torch.from_numpy(source / 0.8))
-        return float((moved - torch.from_numpy(target / 0.8)).norm())
-
-    before = distance()
-    for _ in range(150):
-        gradients = term.gradient(adapter)
-        assert sum(float(value.square().sum()) for value in gradients.values()) <= 1 + 1e-9
-        for name, parameter in adapter.shared_parameters().items():
-            parameter.data -= 0.2 * gradients[name]
-    assert distance() < 0.8 * before
-
-
-def test_without_common_classes_there_is_no_domain_term() -> None:
-    adapter = make_adapter("low_rank")
-    agreed = AgreedStudy(make_template(), InitialState({}, adapter.prompts.numpy(), 30.0))
-    means = ClassMeans(np.zeros((3, 12)), np.array([True, False, False]))
-    other = ClassMeans(np.zeros((3, 12)), np.array([False, True, True]))
-    assert _DomainTerm(agreed, (means, other)).gradient(adapter) == {}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from clients.data import _largest_remainder, read_data
 from secure_fed.errors import DataError, LabelError, ManifestError
 from secure_fed.study import Shares
+from tests.test_dicom import RAMP, as_bytes, dicom
 
 CLASSES = ("zebra", "ant", "mole")  # not in alphabetical order
 SHARES = Shares(train=0.6, val=0.1, test=0.1, unlabelled=0.2)
@@ -125,10 +126,11 @@ def test_a_spreadsheets_byte_order_mark_and_spaces_do_no_harm(tmp_path):
 
 def test_manifest_columns(tmp_path):
     manifest(tmp_path, [("a.png", "ant")], columns=("path", "label"))
-    with pytest.raises(ManifestError, match="no column patient, split; found path, label"):
+    with pytest.raises(ManifestError, match="no column split; found path, label"):
         read_data(tmp_path, CLASSES, "patient", None, 0)
-    with pytest.raises(ManifestError, match="no column patient;"):
+    with pytest.raises(ManifestError, match=r"line 2: 'a.png' has no patient; expected an id, a DICOM file"):
         read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+    assert read_data(tmp_path, CLASSES, "image", SHARES, 0)[0].label == 1
     (tmp_path / "manifest.csv").write_bytes(b"path,patient,label,split\n\xff\xfe\n")
     with pytest.raises(ManifestError, match="cannot be read"):
         read_data(tmp_path, CLASSES, "patient", None, 0)
@@ -244,3 +246,126 @@ def test_splits_do_not_depend_on_the_order_of_the_rows(tmp_path):
     first = read_data(manifest(tmp_path, rows, ("path", "patient", "label")), CLASSES, "patient", SHARES, 1)
     again = read_data(manifest(tmp_path, rows[::-1], ("path", "patient", "label")), CLASSES, "patient", SHARES, 1)
     assert again == first
+
+
+def test_free_columns_are_passed_over_and_frames_are_images_of_their_own(tmp_path):
+    rows = [
+        ("a.dcm", "p1", "ant", "0", "GE", "71"),
+        ("a.dcm", "p1", "ant", "12", "GE", "71"),
+        ("b.png", "p2", "", "", "", ""),
+    ]
+    manifest(tmp_path, rows, ("path", "patient", "label", "frame", "scanner", "age"))
+    images = read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+    assert [(image.path.name, image.frame) for image in images] == [("a.dcm", 0), ("a.dcm", 12), ("b.png", None)]
+    as_patients = read_data(tmp_path, CLASSES, "image", SHARES, 0)
+    assert [image.patient for image in as_patients] == ["a.dcm#0", "a.dcm#12", "b.png"]
+
+
+@pytest.mark.parametrize("frame", ["-1", "1.5", "first", "²"])
+def test_a_frame_is_a_number(tmp_path, frame):
+    manifest(tmp_path, [("a.dcm", "p1", "ant", frame)], ("path", "patient", "label", "frame"))
+    with pytest.raises(ManifestError, match="expected a number from 0"):
+        read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+
+
+def test_a_frame_is_listed_once(tmp_path):
+    manifest(tmp_path, [("a.dcm", "p1", "ant", "3")] * 2, ("path", "patient", "label", "frame"))
+    with pytest.raises(ManifestError, match="is also on line 2"):
+        read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+
+
+def dicom_file(path, patient):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(as_bytes(dicom(RAMP, PatientID=patient)))
+
+
+def test_dicom_brings_its_own_patients(tmp_path):
+    for name, patient in (("x/1", "P1"), ("x/2", "P1"), ("x/3", "P2"), ("x/4", "P3")):
+        dicom_file(tmp_path / f"{name}.dcm", patient)
+    rows = [("x/1.dcm", "ant", ""), ("x/2.dcm", "ant", ""), ("x/3.dcm", "mole", ""), ("x/4.dcm", "mole", "known")]
+    manifest(tmp_path, rows, ("path", "label", "patient"), files=False)
+    images = read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+    assert [image.patient for image in images] == ["P1", "P1", "P2", "known"]
+    assert images[0].split == images[1].split
+    (tmp_path / "manifest.csv").unlink()
+    (tmp_path / "x").rename(tmp_path / "ant")
+    assert [image.patient for image in read_data(tmp_path, CLASSES, "patient", SHARES, 0)] == ["P1", "P1", "P2", "P3"]
+    dicom_file(tmp_path / "ant" / "5.dcm", "")
+    with pytest.raises(DataError, match=r"5\.dcm: class folders carry no patient ids"):
+        read_data(tmp_path, CLASSES, "patient", SHARES, 0)
+
+
+def test_unlabelled_images_may_lie_elsewhere(tmp_path):
+    data, extra = tmp_path / "data", tmp_path / "target"
+    manifest(data, [("a.png", "p1", "ant", "train"), ("b.png", "p2", "ant", "test")])
+    dicom_file(extra / "deep" / "c.dcm", "p9")
+    images = read_data(data, CLASSES, "patient", None, 0, extra)
+    found = [(image.path.name, image.patient, image.label, image.split) for image in images]
+    assert found == [("a.png", "p1", 1, "train"), ("b.png", "p2", 1, "test"), ("c.dcm", "p9", None, "unlabelled")]
+    # Its own manifest may name patients; one who is tested elsewhere must not be learnt from here.
+    (extra / "d.png").touch()
+    manifest(extra, [("d.png", "p2")], ("path", "patient"), files=False)
+    with pytest.raises(ManifestError, match=r"patient 'p2' is in split 'unlabelled', but on line 3 in 'test'"):
+        read_data(data, CLASSES, "patient", None, 0, extra)
+    by_image = read_data(data, CLASSES, "image", None, 0, extra)
+    assert [image.patient for image in by_image] == ["a.png", "b.png", (extra / "d.png").as_posix()]
+    with pytest.raises(DataError, match="no such folder"):
+        read_data(data, CLASSES, "patient", None, 0, tmp_path / "absent")
+
+
+def test_groups_follow_their_first_patient_and_nobody_else_moves(tmp_path):
+    folders(tmp_path, {"mole": 20, "zebra": 30, "unlabelled": 2})
+    before = {image.patient: image for image in read_data(tmp_path, CLASSES, "image", SHARES, 4)}
+    splits = {patient: image.split for patient, image in before.items()}
+    group = {next(name for name, split in splits.items() if split == wanted) for wanted in ("test", "train", "val")}
+    lost = {"mole/007.png", "unlabelled/001.png"} - group
+    told = []
+
+    def together(images):
+        told.extend(images)
+        return [group, lost]
+
+    after = read_data(tmp_path, CLASSES, "image", SHARES, 4, together=together)
+    assert [image.path for image in told] == [image.path for image in after]
+    for image in after:
+        if image.patient in group:
+            assert image.split == splits[min(group)]
+            assert image.label == CLASSES.index(image.path.parent.name)
+        elif image.patient in lost:
+            assert (image.split, image.label) == ("unlabelled", None)
+        else:
+            assert image == before[image.patient]
+    given = [("a.png", "p1", "ant", "train"), ("b.png", "p2", "ant", "test")]
+    read_data(manifest(tmp_path / "m", given), CLASSES, "patient", SHARES, 0, together=lambda images: 1 / 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sets(st.integers(0, 199), min_size=2, max_size=60), st.integers(0, 2**31), st.data())
+def test_under_a_budget_no_patient_moves_another(tmp_path_factory, patients, seed, data):
+    def splits(chosen):
+        root = tmp_path_factory.mktemp("data")
+        rows = [[f"{i}.png", f"patient {i}", CLASSES[i % 3]] for i in sorted(chosen)]
+        manifest(root, rows, ("path", "patient", "label"))
+        images = read_data(root, CLASSES, "patient", SHARES, seed, together=None)
+        return {image.patient: image.split for image in images}
+
+    gone = data.draw(st.sampled_from(sorted(patients)))
+    everybody = splits(patients)
+    del everybody[f"patient {gone}"]
+    assert splits(patients - {gone}) == everybody
+
+
+def test_under_a_budget_shares_hold_on_average(tmp_path):
+    folders(tmp_path, {"ant": 1000, "mole": 1000})
+    counts = Counter(image.split for image in read_data(tmp_path, CLASSES, "image", SHARES, 3, together=None))
+    for split, share in SHARES.model_dump().items():
+        assert abs(counts[split] - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5
+    other = Counter(image.split for image in read_data(tmp_path, CLASSES, "image", SHARES, 4, together=None))
+    assert other != counts
+
+
+def test_under_a_budget_a_patient_with_an_unlabelled_image_is_unlabelled_whole(tmp_path):
+    rows = [[f"{i}.png", f"patient {i // 2}", "ant" if i % 4 else ""] for i in range(40)]
+    manifest(tmp_path, rows, ("path", "patient", "label"))
+    for image in read_data(tmp_path, CLASSES, "patient", SHARES, 0, together=None):
+        assert int(image.patient.split()[1]) % 2 or image.split == "unlabelled"

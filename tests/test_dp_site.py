@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from clients.private_round import ledger_folder
 from clients.site import Site
 from clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
-from privacy.gaussian import epsilon_of
+from privacy.gaussian import Mechanism, epsilon_of
 from privacy.ledger import Ledger, opened, restore
 from secure_fed import codec
 from secure_fed.cli import app
+from secure_fed.envelope import RoundPosition
 from secure_fed.errors import (
     BudgetError,
     EnvelopeError,
@@ -147,6 +148,83 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
     assert np.mean(seen[0] != seen[1]) > 0.5
 
 
+# --- validation that is paid for ---
+
+
+def sent_counts(federation: Federation, coordinator: Coordinator) -> tuple[int, int]:
+    """The validation counts among the integers that ash has stored."""
+    path = next(federation.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers"))
+    bits = federation.agreed.study.encoding.bits
+    lanes = safetensors.numpy.load(path.read_bytes())["integers"][-2 * codec.count_lanes(bits) :]
+    return codec.decode_counts(lanes, bits)
+
+
+def test_validation_counts_are_paid_for_by_their_own_patients(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="clients.private_round")
+    federation = make_private(tmp_path / "out", images, privacy={"steps": 2, "validation_rounds": 1})
+    sites = trained_sites(federation)
+    for site in sites:
+        site.features()
+    coordinator = begin(federation)
+    exact = mock.patch("privacy.validation.gaussian_noise", side_effect=lambda size, std: np.zeros(size))
+    with exact as noise:
+        exchange(coordinator, sites[0])
+        assert sent_counts(federation, coordinator) == (0, 0)  # round 1 is not paid for
+        noise.assert_not_called()
+        for site in sites[1:]:
+            exchange(coordinator, site)
+        coordinator.close_round()
+        exchange(coordinator, sites[0])
+        counts = sent_counts(federation, coordinator)
+        noise.assert_called_once()
+    before = sites[0].features()
+    right = sites[0]._predict(before.val.x, sites[0].parameters, federation.agreed).argmax(axis=1) == before.val.y
+    assert counts == (len(before.val.y), round(float(np.mean(right)) * len(before.val.y)))
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    coordinator.close_round()
+    for site in sites:
+        exchange(coordinator, site)
+    assert sites[1].validation is not None
+    assert sites[1].validation.images >= counts[0]  # the aggregate's share is shown, ash's counts among it
+    training, _, validated = ledger_of(federation).events
+    facts = ledger_of(federation).summary()
+    assert [(event["block"], event["steps"]) for event in facts["events"]] == [(1, 2), (1, 2), (2, 1)]
+    assert validated.purpose.startswith("validation counts of round 2 of run")
+    assert validated.mechanism.sensitivity == pytest.approx(np.sqrt(2))
+    # One release and one more in case of a crash would use up the validation patients' budget.
+    assert ledger_of(federation).spent(2) == pytest.approx(epsilon_of(2.7757 / 2, 1e-5), rel=1e-3)
+    assert (training.blocks, validated.blocks) == ((1,), (2,))
+    assert {event["state"] for event in facts["events"]} == {"sent"}
+    assert "validation counts on: after rounds 2 at noise multiplier 0.849, from the" in caplog.text.replace(
+        "0.85", "0.849"
+    )
+
+
+def test_validation_noise_comes_also_without_any_validation_patient(tmp_path: Path, images: Path) -> None:
+    """Zeros would say that there is none."""
+    federation = make_private(tmp_path / "out", images, rounds=1, privacy={"steps": 2, "validation_rounds": 1})
+    site = federation.site("ash")
+    features = site.features()
+    with opened(ledger_folder(read_site_file(federation.folder / "sites/ash/site.toml"))) as ledger:
+        # All of them have been trained on before, under another split.
+        ledger.register(features.digests)
+        assert ledger.validation_blocks == []
+    coordinator = begin(federation)
+    large = mock.patch("privacy.validation.gaussian_noise", side_effect=lambda size, std: np.full(size, 41.0))
+    with large:
+        # Planned before that was known: the plan is an entry, and stays.
+        with mock.patch.object(Ledger, "validation_blocks", [2]):
+            assert site._private is not None
+            with site._private._opened() as ledger:
+                site._private._plan(ledger, RoundPosition(coordinator.run, "", "", 0, 1))
+        exchange(coordinator, site)
+    assert sent_counts(federation, coordinator) == (41, 41)
+    assert [event.purpose.split(" ")[0] for event in ledger_of(federation).events] == ["round"]
+
+
 def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) -> None:
     site = private.site("ash")
     with mock.patch("secure_fed.codec.rounding_draws", side_effect=AssertionError("seeded")):
@@ -198,12 +276,13 @@ def test_a_new_run_and_a_new_export_spend_the_same_budget(private: Federation, t
         shutil.copy(path, target)
     set_data_folder(private, "ash", str(tmp_path / "export"))
     site = private.site("ash")
-    assert set(ledger.register(site.features().digests).values()) == {1}
+    # Block 2 are the validation patients, some of whom the new names have moved to training.
+    assert set(ledger.register(site.features().digests).values()) == {1, 2}
     coordinator = begin(private)
     codes = [exchange(coordinator, one).code for one in (site, private.site("birch"))]
     assert codes[1] == ReplyCode.UPDATE
     again = ledger_of(private)
-    assert again.blocks == [1]
+    assert again.blocks == [1, 2]
     assert first <= again.epsilon_spent <= 8.0
 
 
@@ -220,7 +299,7 @@ def test_new_patients_train_on_a_budget_of_their_own(private: Federation) -> Non
             Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(copy / name / f"new{number}.png")
     with opened(ledger_folder(read_site_file(private.folder / "sites/ash/site.toml"))) as ledger:
         release = ledger.events[0].mechanism
-        while ledger.able(release):
+        while 1 in ledger.able(release):
             ledger.reserve(release, "used up", [1])
     set_data_folder(private, "ash", str(copy))
     site = private.site("ash")
@@ -228,7 +307,9 @@ def test_new_patients_train_on_a_budget_of_their_own(private: Federation) -> Non
     assert exchange(coordinator, site).code == ReplyCode.APPLIED  # it has not looked at its data yet
     site.features()
     assert exchange(coordinator, site).code == ReplyCode.UPDATE
-    assert ledger_of(private).events[-1].blocks == (2,)
+    paying = ledger_of(private).events[-1].blocks
+    assert 1 not in paying
+    assert 3 in paying
 
 
 # --- refusals before anything is spent ---
@@ -358,6 +439,55 @@ def test_a_copied_folder_cannot_run_twice(private: Federation) -> None:
     reply = twin.respond(coordinator.request(twin.run, twin.position))
     with pytest.raises(EnvelopeError, match=r"runs twice|older copy"):
         coordinator.receive(reply)
+
+
+@pytest.mark.parametrize("longer", ["copy", "true one"])
+def test_a_copied_folder_that_has_grown_elsewhere_is_noticed_by_server_and_sites(
+    private: Federation, longer: str
+) -> None:
+    """Both copies have spent past the last head that travelled, and neither checks itself; the other's rounds are
+    taken by another server, so that its own journal shows it nothing."""
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    copy = private.folder.parent / "copy"
+    shutil.copytree(private.folder, copy, symlinks=True)
+    run_round(coordinator, sites)  # the true one travels on, and all see it
+    for site in sites:
+        exchange(coordinator, site)
+    twin = Federation(copy).site("ash")
+    with opened(copy / "sites/ash/state/privacy") as ledger:
+        release = Mechanism(1.0, 1000.0, 1)
+        for number in range(12 if longer == "copy" else 1):
+            ledger.commit([ledger.reserve(release, f"elsewhere {number}", [1]).seq], b"%d" % number)
+        grown = ledger.head[0]
+    assert (grown > ledger_of(private).head[0]) == (longer == "copy")
+    second = begin(private)
+    with mock.patch.object(type(twin._private), "_confirm"):
+        reply = twin.respond(second.request(twin.run, twin.position))
+    assert reply.code == ReplyCode.UPDATE
+    with pytest.raises(EnvelopeError, match=r"older copy of the ledger was put back"):
+        second.receive(reply)
+    # A server that lets it pass does not get it past the other sites.
+    with mock.patch.object(type(second._heads), "check"):
+        second.receive(reply)
+    for one in sites[1:]:
+        exchange(second, one)
+    assert second.close_round() is not None
+    with pytest.raises(LedgerRollbackError, match="ash: privacy ledger at entry"):
+        sites[1].respond(second.request(sites[1].run, sites[1].position))
+
+
+def test_the_true_site_goes_on_after_lost_updates_and_new_runs(private: Federation) -> None:
+    """An update that no record holds, an abandoned run, a budget lowered: nobody takes the site for a copy."""
+    sites = trained_sites(private)
+    first = begin(private)
+    exchange(first, sites[0])  # the server keeps this head; the run ends without a record
+    second = begin(private)
+    run_round(second, sites)
+    set_budget(private.folder, "ash", 7.9)
+    sites[0] = private.site("ash")
+    assert exchange(second, sites[0]).code == ReplyCode.UPDATE
 
 
 def test_a_clock_set_back_changes_nothing(private: Federation) -> None:
@@ -517,7 +647,9 @@ def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
     assert states == expected
     assert spent <= ledger.epsilon_spent <= 8.0
     assert ledger.epsilon_spent == epsilon_of(len(states) * ledger.events[0].mechanism.mu_squared, 1e-5)
-    commits = [line.fields["event"] for line in ledger._entries.lines if line.fields["kind"] == "commit"]
+    commits = [
+        seq for line in ledger._entries.lines if line.fields["kind"] == "commit" for seq in line.fields["events"]
+    ]
     assert len(commits) == len(set(commits)) == 2
     assert len({line.fields["output"] for line in ledger._entries.lines if line.fields["kind"] == "commit"}) == 2
 
@@ -561,7 +693,7 @@ def test_integers_of_an_event_that_the_ledger_does_not_know_are_refused(private:
     next(outbox.glob("*.envelope")).unlink()
     path = next(outbox.glob("*.integers"))
     tensors = safetensors.numpy.load(path.read_bytes())
-    for wrong in (tensors | {"event": np.array([77])}, {"integers": tensors["integers"]}):
+    for wrong in (tensors | {"events": np.array([77])}, {"integers": tensors["integers"]}):
         path.write_bytes(safetensors.numpy.save(wrong))
         with pytest.raises(LedgerError):
             sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
@@ -570,19 +702,59 @@ def test_integers_of_an_event_that_the_ledger_does_not_know_are_refused(private:
 # --- with encryption, means and the whole of simulate ---
 
 
-def test_means_are_released_once_and_lead_the_domain_term(tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize(
+    ("use", "adapter", "once", "each"),
+    [
+        ("synthesis", "facmic", ["labelled", "unlabelled"], 0),
+        ("attraction", "facmic", ["unlabelled"], 0),
+        ("witness", "low_rank", ["labelled", "unlabelled"], 0),
+        ("witness", "facmic", ["unlabelled"], 1),
+    ],
+)
+def test_each_use_releases_the_means_it_needs_and_no_more(
+    tmp_path: Path, images: Path, use: str, adapter: str, once: list[str], each: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="clients.private_round")
     federation = make_private(
-        tmp_path / "out", images, method={"adapter": "facmic", "lmmd_weight": 1.0}, privacy={"steps": 2}
+        tmp_path / "out",
+        images,
+        method={"adapter": adapter, "lmmd_weight": 1.0},
+        privacy={"steps": 2, "lmmd_use": use},
     )
     set_budget(tmp_path / "out", "ash", 8.0, n_ref=100_000)  # so many that means are worth their cost
     sites = [federation.site(name) for name in TRAINING]
     play(federation, sites)
-    facts = ledger_of(federation).summary()
-    assert ["class means" in event["purpose"] for event in facts["events"]] == [True, True, False, False]
-    assert facts["events"][0]["sensitivity"] == pytest.approx(np.sqrt(2))
-    assert facts["epsilon_spent"] <= 8.0
-    assert all(event["state"] == "sent" for event in facts["events"])
+    events = ledger_of(federation).events
+    assert f"LMMD on ({use}): {len(once)} release" in caplog.text
+    assert [event.purpose.split(" images")[0] for event in events if "images for run" in event.purpose] == [
+        f"class means of the {side}" for side in once
+    ]
+    assert sum("of the adapted images of round" in event.purpose for event in events) == 2 * each
+    assert sum(event.purpose.startswith("round") for event in events) == 2
+    assert len(events) == len(once) + 2 * each + 2
+    assert all(event.state == "sent" for event in events)
+    assert all(event.mechanism.sensitivity == pytest.approx(np.sqrt(2)) for event in events if "means" in event.purpose)
+    # Everything planned but the round in reserve: the training's and, if each round has one, the means'.
+    spent = sum(event.mechanism.mu_squared for event in events)
+    assert spent == pytest.approx(2.7757 * (0.12 * len(once) + (1 - 0.12 * len(once)) * 2 / 3), rel=1e-3)
+    # A new run of the same study uses what was released once.
     assert len(list((tmp_path / "out/sites/ash/state/privacy").glob("means-*"))) == 1
+
+
+def test_means_that_only_waste_budget_are_off_for_each_use(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="clients.private_round")
+    for use in ("synthesis", "attraction", "witness"):
+        caplog.clear()
+        folder = tmp_path / use
+        federation = make_private(
+            folder, images, method={"adapter": "facmic", "lmmd_weight": 1.0}, privacy={"steps": 2, "lmmd_use": use}
+        )
+        site = federation.site("ash")
+        exchange(begin(federation), site)
+        assert "LMMD off: with 20 patients declared the class means would be" in caplog.text
+        assert [event.purpose[:7] for event in ledger_of(federation).events] == ["round 1"]
 
 
 def test_simulate_with_a_budget_labels_every_figure_simulated(tmp_path: Path, images: Path) -> None:

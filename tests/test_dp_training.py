@@ -22,7 +22,8 @@ from privacy.dp_training import (
     public_log_prior,
     refuse_method,
 )
-from secure_fed.adapters import Adapter, TextHead, class_prompt_loss
+from secure_fed.adapters import Adapter, class_prompt_loss
+from secure_fed.adapters.text_head import TextHead
 from secure_fed.errors import PrivateMethodError
 from secure_fed.study import Method, PrivateTraining
 from tests.private_setup import ADAPTERS, flat, make_adapter, make_batch, make_loss, patient_gradients, unit_rows

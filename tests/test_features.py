@@ -94,7 +94,7 @@ def test_what_a_feature_depends_on_is_in_the_key(tmp_path, backbone, loaded, mon
 def test_features_of_another_preprocessing_are_not_mixed(tmp_path, backbone, loaded):
     class Changed:
         preprocessing = "other"
-        encode_images = staticmethod(never)
+        encode_prepared = staticmethod(never)
 
     images = site(tmp_path, 2)
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
@@ -105,23 +105,23 @@ def test_features_of_another_preprocessing_are_not_mixed(tmp_path, backbone, loa
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, backbone, loaded, monkeypatch):
     monkeypatch.setattr(module, "BATCH", 2)
-    monkeypatch.setattr(module, "_COMMIT_EVERY", 4)
     images = site(tmp_path, 11)
 
     class Dies:
         preprocessing = loaded.preprocessing
+        prepare = staticmethod(loaded.prepare)
         calls = 0
 
-        def encode_images(self, batch):
+        def encode_prepared(self, batch):
             self.calls += 1
             if self.calls == 4:
                 raise KeyboardInterrupt
-            return loaded.encode_images(batch)
+            return loaded.encode_prepared(batch)
 
     with FeatureCache(tmp_path / "cache.sqlite") as cache, pytest.raises(KeyboardInterrupt):
         cache.encode(images, backbone, Dies, "plain", False)
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
-        assert cache.encode(images, backbone, lambda: loaded, "plain", False).encoded == 11 - 4
+        assert cache.encode(images, backbone, lambda: loaded, "plain", False).encoded == 11 - 6
 
 
 def test_progress_reaches_the_end(tmp_path, backbone, loaded, monkeypatch):
@@ -157,10 +157,10 @@ def test_undecodable_images_are_named_and_counted_and_the_others_kept(tmp_path, 
             "002.jpg: no image in a format",
             "003.jpg: No such file",
             "004.jpg: pixels of mode I;16",
-            "005.jpg: 2 frames",
+            "005.jpg: 2 frames; expected one image a file, or DICOM",
         ):
             assert line in text
-        skipped = cache.encode(images, backbone, never, "plain", True)
+        skipped = cache.encode(images, backbone, lambda: loaded, "plain", True)
     assert skipped.unreadable == 5
     assert skipped.encoded == 0
     assert skipped.images == [images[i] for i in (0, 6, 7)]

@@ -141,7 +141,7 @@ def test_a_missing_site_is_waited_for_until_the_deadline_and_catches_up(
 ) -> None:
     caplog.set_level("INFO", "server")
     federation = _federation(tmp_path / "out", images, rounds=4, max_sites=4, min_sites=2, mode="plain")
-    federation.agreed.study.__dict__["round_seconds"] = 1.0
+    federation.agreed.study.__dict__["round_seconds"] = 4.0
     sites = federation.sites()
     for site in sites:
         site.features()  # not within the deadline
@@ -151,13 +151,13 @@ def test_a_missing_site_is_waited_for_until_the_deadline_and_catches_up(
     wire.away = {"cedar"}
     began = time.monotonic()
     _steps(loop, lambda: len(coordinator.rounds) == 1)
-    assert time.monotonic() - began >= 1.0
-    assert "waiting for at most 1 s for cedar, not connected" in caplog.text
+    assert time.monotonic() - began >= 4.0
+    assert "waiting for at most 4 s for cedar, not connected" in caplog.text
     assert "round 1 goes on without cedar" in caplog.text
     # Who missed one deadline and is still away is not waited for again.
     began = time.monotonic()
     _steps(loop, lambda: len(coordinator.rounds) == 2)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 4.0
     wire.away = set()
     _steps(loop, lambda: coordinator.finished)
     assert [len(entry.sites) for entry in coordinator.rounds] == [2, 2, 3, 3]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -11,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import flwr.supernode.node_auth_http_interceptor as node_auth
+import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
 from flwr.app import Context, Message, Metadata, RecordDict
-from flwr.app.message import make_message
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
 
 from clients.app import SiteApp
 from clients.supernode import _Connection
@@ -33,7 +42,7 @@ from secure_fed.errors import (
     StorageError,
     StudyError,
 )
-from secure_fed.messages import contract, read_reply, request_content
+from secure_fed.messages import contract, read_reply, reply_content, request_content
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.signed import ZERO_DIGEST
 from server.app import ServerFolders, _begin_if_asked, serve
@@ -51,6 +60,7 @@ class OneSite:
     name = "ash"
     position = 0
     finished = False
+    round = 0
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
@@ -235,6 +245,87 @@ def test_a_modified_bundle_is_refused_over_the_wire(link: Link) -> None:
     connection.leave()
 
 
+def _asked(link: Link) -> tuple[HttpGrid, str]:
+    """Begin a run and ask the first site; where its reply will come, and the message's id."""
+    token = link.link.start_run(contract(STUDY))
+    grid = HttpGrid(runtime_api_address=link.link.runtime, insecure=True, token=token)
+    task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, task.run.run_id, 1
+    grid.set_run(run_from_proto(task.run))
+    message = Message(request_content(HELLO), link.link.nodes["ash"], "train.round", ttl=60.0)
+    (identifier,) = grid.push_messages([message])
+    return grid, identifier
+
+
+def _reply(message: Message, code: ReplyCode = ReplyCode.MORE) -> Message:
+    return Message(reply_content(RoundReply("ash", code, "", 0, "", b"")), reply_to=message)
+
+
+def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
+    thief = ec.generate_private_key(ec.SECP384R1())
+    public = thief.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    link.link.register({**link.sites, "birch": public})
+    ash = link.connect()
+    grid, identifier = _asked(link)
+    received = ash.pull()
+    assert received is not None
+    stolen = _Connection(f"127.0.0.1:{link.port}", link.authority, thief)
+    stolen.join()
+    try:
+        # It even knows the question; its own node id and key are in order.
+        with pytest.raises(httpx.HTTPStatusError, match="403"):
+            stolen._client.PushMessages(_first_push(stolen, _reply(received[0], ReplyCode.FAILED)))
+        assert list(grid.pull_messages([identifier])) == []
+        ash.push(_reply(received[0]), 0.1)
+        (message,) = grid.pull_messages([identifier])
+        assert read_reply(message.content, "ash").code == ReplyCode.MORE
+    finally:
+        stolen.leave()
+        ash.leave()
+        grid.close()
+
+
+def _first_push(connection: _Connection, message: Message) -> PushMessagesRequest:
+    """The head of a reply, before its parts."""
+    message.metadata.__dict__["_message_id"] = message.object_id
+    return PushMessagesRequest(
+        node=connection.node,
+        messages_list=[message_to_proto(remove_content_from_message(message))],
+        message_object_trees=[get_object_tree(message)],
+    )
+
+
+def test_half_a_reply_holds_nobody_up_and_is_forgotten_with_its_time(link: Link) -> None:
+    """A site killed in mid-upload: flwr alone would wait three minutes for the rest."""
+    ash = link.connect()
+    grid, identifier = _asked(link)
+    received = ash.pull()
+    assert received is not None
+    reply = _reply(received[0])
+    ash._client.PushMessages(_first_push(ash, reply))
+    began = time.monotonic()
+    assert list(grid.pull_messages([identifier])) == []
+    assert time.monotonic() - began < 5
+    ash.push(reply, 0.1)  # the rest
+    (message,) = grid.pull_messages([identifier])
+    assert read_reply(message.content, "ash").code == ReplyCode.MORE
+
+    store = link.link._state.object_store
+    before = len(store)
+    message = Message(request_content(HELLO), link.link.nodes["ash"], "train.round", ttl=60.0, group_id="2")
+    (identifier,) = grid.push_messages([message])
+    received = ash.pull()
+    assert received is not None
+    ash._client.PushMessages(_first_push(ash, _reply(received[0])))
+    assert len(store) > before
+    link.link._state.message_ins_store[identifier].metadata.__dict__["_ttl"] = 0.0
+    (error,) = grid.pull_messages([identifier])
+    assert error.has_error()
+    assert len(store) == before
+    ash.leave()
+    grid.close()
+
+
 def test_a_site_outside_the_study_cannot_open_it(federation: Federation) -> None:
     path = federation.folder / "sites" / "ash" / "site.toml"
     path.write_text(path.read_text().replace('"ash"', '"elm"', 1))
@@ -289,3 +380,13 @@ def test_a_server_begins_a_run_with_a_sealed_key_only(federation: Federation, tm
     sealed.write_bytes(sealed.read_bytes()[:-1])
     with pytest.raises(KeyFileError):
         _begin_if_asked(federation.agreed, folders, sealed)
+
+
+def test_a_thread_that_fails_says_so_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import threading; from secure_fed.processes import log_lines; log_lines()\n"
+        "one = threading.Thread(target=lambda: [][1]); one.start(); one.join()"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("ERROR a thread ended with IndexError")

@@ -22,7 +22,9 @@ from privacy.dp_training import (
 )
 from privacy.gaussian import gaussian_noise
 from privacy.guard import check_training
-from secure_fed.adapters import Adapter, AttentionGate, TextHead, build_adapter, initial_parameters
+from secure_fed.adapters import Adapter, build_adapter, initial_parameters
+from secure_fed.adapters.facmic import AttentionGate
+from secure_fed.adapters.text_head import TextHead
 from secure_fed.errors import GuardError, PrivateMethodError
 from secure_fed.study import Method, PrivateTraining
 from tests.private_setup import ADAPTERS, make_adapter, make_loss, unit_rows

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from privacy import ledger as module
 from privacy.gaussian import Mechanism, epsilon_of
-from privacy.ledger import CLOSED, LEAST_SHARE, Account, Ledger, opened, restore
+from privacy.ledger import CLOSED, LEAST_SHARE, Account, Ledger, MeanReleases, opened, restore
 from secure_fed.errors import (
     BudgetError,
     KeyFileError,
@@ -28,7 +28,7 @@ from secure_fed.errors import (
     SecfacmicError,
     StorageError,
 )
-from secure_fed.ledger_heads import LedgerHeads
+from secure_fed.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHeads
 
 ACCOUNT = Account(site="ash", unit="patient", data="patients", epsilon=3.0, delta=1e-5)
 ROUND = Mechanism(1.0, 10.0, 4)
@@ -49,7 +49,7 @@ def spend(folder: Path, times: int = 1, mechanism: Mechanism = ROUND) -> Ledger:
     ledger.register(patients("a", "b"))
     for number in range(times):
         event = ledger.reserve(mechanism, f"round {len(ledger.events)}", [1])
-        ledger.commit(event.seq, b"output %d" % number)
+        ledger.commit([event.seq], b"output %d" % number)
     return ledger
 
 
@@ -183,7 +183,7 @@ def test_each_block_has_a_budget_of_its_own_and_the_fullest_is_told(folder: Path
 
 def test_a_plan_leaves_room_for_one_crash_and_no_more(folder: Path) -> None:
     ledger = Ledger(folder)
-    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, lambda noise: "off")
+    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0)
     assert plan.noise_multiplier == pytest.approx(math.sqrt(44 / 0.5171), rel=1e-3)
     ledger.register(patients("a"))
     for number in range(11):
@@ -198,46 +198,103 @@ def test_a_plan_leaves_room_for_one_crash_and_no_more(folder: Path) -> None:
 def test_a_new_run_spends_the_same_budget(folder: Path) -> None:
     ledger = Ledger(folder)
     ledger.register(patients("a"))
-    plan = ledger.make_plan("r" * 64, 2, 4, 1.0, 1.0, lambda noise: "off")
+    plan = ledger.make_plan("r" * 64, 2, 4, 1.0, 1.0)
     ledger.reserve(plan.round_mechanism, "round 1", [1])
-    second = Ledger(folder).make_plan("s" * 64, 2, 4, 1.0, 1.0, lambda noise: "off")
+    second = Ledger(folder).make_plan("s" * 64, 2, 4, 1.0, 1.0)
     assert second.noise_multiplier == pytest.approx(plan.noise_multiplier / math.sqrt(2 / 3), rel=1e-6)
     ledger = Ledger(folder)
     ledger.reserve(plan.round_mechanism, "round 2", [1])
     ledger.reserve(plan.round_mechanism, "round 2 after a crash", [1])
     with pytest.raises(BudgetError, match="for a new run"):
-        ledger.make_plan("t" * 64, 2, 4, 1.0, 1.0, lambda noise: "off")
+        ledger.make_plan("t" * 64, 2, 4, 1.0, 1.0)
 
 
 def test_new_patients_make_a_new_run_possible_at_full_budget(folder: Path) -> None:
     ledger = spend(folder, 12)
     with pytest.raises(BudgetError):
-        ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0, lambda noise: "off")
+        ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0)
     ledger.register(patients("c"))
-    plan = ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0, lambda noise: "off")
+    plan = ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0)
     assert plan.noise_multiplier == pytest.approx(math.sqrt(40 / 0.5171), rel=1e-3)
     assert ledger.able(plan.round_mechanism) == [2]
     assert LEAST_SHARE > 0.1
 
 
-def test_released_means_are_planned_for_or_left_out(folder: Path) -> None:
+@pytest.mark.parametrize(("once", "each_round"), [(2, False), (1, False), (1, True), (0, True)])
+def test_released_means_are_planned_for_or_left_out(folder: Path, once: int, each_round: bool) -> None:
     ledger = Ledger(folder)
     asked: list[float] = []
-    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, lambda noise: asked.append(noise))
-    assert asked[0] == pytest.approx(4.01, abs=0.02)  # dp.md 2.5 at epsilon 3: 4
-    assert plan.lmmd_noise_multiplier == asked[0]
-    assert plan.noise_multiplier**-2 * 44 == pytest.approx(0.76 * 0.5171, rel=1e-3)
-    without = Ledger(folder).make_plan("s" * 64, 10, 4, 1.0, 1.0, lambda noise: "off: too few")
-    assert without.lmmd_noise_multiplier is None
-    assert without.lmmd_note == "off: too few"
-    assert without.noise_multiplier < plan.noise_multiplier
+    means = MeanReleases("any", once, each_round, lambda noise: asked.append(noise))
+    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, means)
+    # dp.md 2.5 at epsilon 3: 4, made once; as much for eleven releases, one a round and one more.
+    assert asked[0] == pytest.approx(4.01 * (11**0.5 if each_round else 1), rel=0.005)
+    assert plan.lmmd_noise_multiplier == (pytest.approx(4.01, abs=0.02) if once else None)
+    assert plan.lmmd_round_noise_multiplier == (asked[0] if each_round else None)
+    assert plan.lmmd_note.startswith("on (any): ")
+    assert plan.noise_multiplier**-2 * 44 == pytest.approx((1 - 0.12 * (once + each_round)) * 0.5171, rel=1e-3)
+    # All of it, and one round more, is paid for; nothing is left.
+    ledger.register(patients("a"))
+    for _ in range(once):
+        ledger.reserve(Mechanism(1.0, plan.lmmd_noise_multiplier or 0, 1), "once", [1])
+    for _ in range(11):
+        ledger.reserve(plan.round_mechanism, "round", [1])
+        if plan.lmmd_round_noise_multiplier is not None:
+            ledger.reserve(Mechanism(1.0, plan.lmmd_round_noise_multiplier, 1), "each round", [1])
+    assert 2.999 < ledger.epsilon_spent <= 3.0
+
+
+def test_means_that_are_not_worth_it_are_left_out(folder: Path) -> None:
+    means = MeanReleases("any", 2, False, lambda noise: "off: too few")
+    plan = Ledger(folder).make_plan("s" * 64, 10, 4, 1.0, 1.0, means)
+    assert (plan.lmmd_noise_multiplier, plan.lmmd_round_noise_multiplier) == (None, None)
+    assert plan.lmmd_note == "off: too few"
+    assert plan.noise_multiplier**-2 * 44 == pytest.approx(0.5171, rel=1e-3)
+
+
+def test_validation_is_planned_on_the_validation_patients_own_budget(folder: Path) -> None:
+    ledger = Ledger(folder)
+    assert ledger.register(patients("a", "b", "v", "w"), {"v", "w"}) == {"a": 1, "b": 1, "v": 2, "w": 2}
+    assert (ledger.training_blocks, ledger.validation_blocks) == ([1], [2])
+    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, validation=(5, 10))
+    assert plan.noise_multiplier**-2 * 44 == pytest.approx(0.5171, rel=1e-3)  # training pays nothing for it
+    assert plan.validation_noise_multiplier == pytest.approx(math.sqrt(3 / 0.5171), rel=1e-3)
+    assert plan.validation_note.startswith("on: after rounds 5, 10 at noise multiplier 2.41")
+    for _ in range(3):
+        ledger.reserve(Mechanism(1.0, plan.validation_noise_multiplier or 0, 1), "counts", [2])
+    assert (ledger.spent(1), 2.999 < ledger.spent(2) <= 3.0) == (0.0, True)
+    # The next run has nothing left to validate with, and trains all the same.
+    second = Ledger(folder).make_plan("s" * 64, 10, 4, 1.0, 1.0, validation=(10,))
+    assert (second.validation_rounds, second.validation_noise_multiplier) == ((), None)
+    assert second.validation_note == "off: no block of validation patients has enough of its budget left"
+    assert Ledger(folder).make_plan("t" * 64, 10, 4, 1.0, 1.0).validation_note == "off: the study asks for none"
+
+
+def test_a_block_whose_patients_train_never_pays_for_validation_again(folder: Path) -> None:
+    ledger = Ledger(folder)
+    ledger.register(patients("a", "v", "w"), {"v", "w"})
+    assert ledger.register(patients("a", "v", "w"), {"a", "w"}) == {"a": 1, "v": 2, "w": 2}  # another split
+    reopened = Ledger(folder)
+    assert (reopened.training_blocks, reopened.validation_blocks) == ([1, 2], [])
+
+
+def test_a_full_training_block_is_refused_though_validation_patients_have_a_budget_left(folder: Path) -> None:
+    ledger = Ledger(folder)
+    ledger.register(patients("a", "v"), {"v"})
+    plan = ledger.make_plan("r" * 64, 1, 4, 1.0, 1.0)
+    for _ in range(2):
+        ledger.reserve(plan.round_mechanism, "round", [1])
+    assert ledger.able(plan.round_mechanism) == [2]
+    with pytest.raises(BudgetError, match="expected at most 3"):
+        ledger.require(plan.round_mechanism)
+    with pytest.raises(BudgetError, match="for a new run"):
+        ledger.make_plan("s" * 64, 1, 4, 1.0, 1.0)
 
 
 def test_a_sampled_plan_is_accounted_as_sampled(folder: Path) -> None:
     ledger = Ledger(folder)
     ledger.register(patients("a"))
-    plan = ledger.make_plan("r" * 64, 9, 10, 1.0, 0.1, lambda noise: "off")
-    full = Ledger(folder).make_plan("s" * 64, 9, 10, 1.0, 1.0, lambda noise: "off")
+    plan = ledger.make_plan("r" * 64, 9, 10, 1.0, 0.1)
+    full = Ledger(folder).make_plan("s" * 64, 9, 10, 1.0, 1.0)
     assert plan.noise_multiplier < full.noise_multiplier / 3
     for number in range(10):
         ledger.reserve(plan.round_mechanism, f"round {number}", [1])
@@ -253,9 +310,9 @@ def test_a_sampled_plan_is_accounted_as_sampled(folder: Path) -> None:
 def test_an_event_has_one_output(folder: Path) -> None:
     ledger = spend(folder)
     with pytest.raises(LedgerError, match="one draw an event"):
-        ledger.commit(ledger.events[0].seq, b"another")
+        ledger.commit([ledger.events[0].seq], b"another")
     with pytest.raises(LedgerError, match="not in this ledger"):
-        ledger.commit(99, b"another")
+        ledger.commit([99], b"another")
 
 
 @pytest.mark.parametrize("name", ["ledger.jsonl", "blocks.jsonl", "ledger.key"])
@@ -337,28 +394,105 @@ def test_a_key_that_others_can_read_is_refused(folder: Path) -> None:
         Ledger(folder)
 
 
+def travel(folder: Path, heads: LedgerHeads, times: int = 1) -> None:
+    """Rounds whose heads a server takes."""
+    for _ in range(times):
+        ledger = spend(folder)
+        sent = ledger.travelling(heads.newest("ash")[0])
+        heads.check("ash", sent)
+        heads.keep({"ash": sent})
+
+
 def test_an_older_copy_is_noticed_by_whoever_keeps_heads(folder: Path, tmp_path: Path) -> None:
     heads = LedgerHeads(tmp_path / "heads.json")
-    first = spend(folder).head
+    first = spend(folder).travelling(0)
     shutil.copytree(folder, tmp_path / "copy")
     heads.keep({"ash": first})
-    second = spend(folder).head
-    heads.check("ash", *second)
+    second = spend(folder).travelling(first.seq)
+    assert second.links == ((first.seq, first.head[:16]),)
+    heads.check("ash", second)
     heads.keep({"ash": second})
     reopened = LedgerHeads(tmp_path / "heads.json")
-    reopened.check("ash", *second)
+    reopened.check("ash", second)
     with pytest.raises(LedgerRollbackError, match="older copy"):
-        reopened.check("ash", *first)
+        reopened.check("ash", first)
     # A copied folder that runs on its own reaches the same number under another head.
-    twin = spend(tmp_path / "copy").head
-    assert twin[0] == second[0]
+    twin = spend(tmp_path / "copy").travelling(first.seq)
+    assert twin.seq == second.seq
     with pytest.raises(LedgerRollbackError, match="runs twice"):
-        reopened.check("ash", *twin)
-    assert not Ledger(tmp_path / "copy").holds(*second)
-    assert Ledger(folder).holds(*second)
+        reopened.check("ash", twin)
+    assert not Ledger(tmp_path / "copy").holds(second.seq, second.head)
+    assert Ledger(folder).holds(second.seq, second.head)
     with pytest.raises(LedgerRollbackError):
-        reopened.check("ash", 0, "0" * 64)  # differential privacy turned off
-    reopened.check("birch", 0, "0" * 64)
+        reopened.check("ash", NO_LEDGER)  # differential privacy turned off
+    reopened.check("birch", NO_LEDGER)
+
+
+@given(
+    shared=st.integers(1, 3), true=st.integers(1, 4), forked=st.integers(1, 6), known=st.booleans(), plans=st.booleans()
+)
+@settings(max_examples=40, deadline=None)
+def test_a_copy_that_has_grown_is_noticed_however_both_have_grown(
+    tmp_path_factory: pytest.TempPathFactory, shared: int, true: int, forked: int, known: bool, plans: bool
+) -> None:
+    """A fork is never taken, whether it is shorter, as long or longer, and whatever its journal shows it."""
+    tmp_path = tmp_path_factory.mktemp("fork")
+    folder, copy = tmp_path / "privacy", tmp_path / "copy"
+    Ledger.create(folder, ACCOUNT)
+    heads = LedgerHeads(tmp_path / "heads.json")
+    small = Mechanism(1.0, 100.0, 1)
+    for _ in range(shared):
+        ledger = spend(folder, 1, small)
+        heads.keep({"ash": ledger.travelling(0)})
+    shutil.copytree(folder, copy)
+    for _ in range(true):
+        ledger = spend(folder, 1, small)
+        sent = ledger.travelling(heads.newest("ash")[0])
+        heads.check("ash", sent)
+        heads.keep({"ash": sent})
+    for number in range(forked):
+        if plans and number == 0:
+            Ledger(copy).make_plan("f" * 64, 3, 1, 1.0, 1.0)
+        ledger = spend(copy, 1, small)
+    with pytest.raises(LedgerRollbackError):
+        heads.check("ash", ledger.travelling(heads.newest("ash")[0] if known else 0))
+
+
+def test_a_restored_export_that_has_grown_is_noticed(folder: Path, tmp_path: Path) -> None:
+    heads = LedgerHeads(tmp_path / "heads.json")
+    travel(folder, heads)
+    export = Ledger(folder).export()
+    travel(folder, heads, 2)
+    shutil.rmtree(folder)
+    restore(folder, export)
+    (folder / CLOSED).unlink()  # by hand, against what it is for
+    grown = spend(folder, 6)
+    assert grown.head[0] > heads.newest("ash")[0]
+    with pytest.raises(LedgerRollbackError, match=r"does not name|names [0-9a-f]{16} as its entry"):
+        heads.check("ash", grown.travelling(heads.newest("ash")[0]))
+
+
+def test_the_true_ledger_is_never_taken_for_a_copy(folder: Path, tmp_path: Path) -> None:
+    """Several servers, each following some of the runs to their end, updates that never arrived, budgets lowered."""
+    servers = [LedgerHeads(tmp_path / f"heads{number}.json") for number in range(3)]
+    small = Mechanism(1.0, 1000.0, 1)
+    own = LedgerHeads(tmp_path / "own.json")
+    for run, server in enumerate([0, 1, 0, 2, 1, 0, 0, 2]):
+        ledger = Ledger(folder)
+        ledger.register(patients("a", "b"))
+        ledger.make_plan(f"{run:064d}", 4, 1, 0.001, 1.0)
+        for number in range(4):
+            ledger = spend(folder, 1, small)
+            if run == 3 and number == 1:
+                ledger.agree(Account(**{**ACCOUNT.__dict__, "epsilon": 2.9}))
+            sent = ledger.travelling(own.newest("ash")[0])
+            assert sent.links == tuple(sorted(sent.links))
+            assert len(sent.links) <= MAX_LINKS
+            servers[server].check("ash", sent)
+            if number == 3 and run in (2, 5):
+                continue  # too late: no server ever took it
+            servers[server].keep({"ash": sent})
+            own.keep({"ash": sent})
 
 
 def test_heads_tell_nothing_of_the_content(tmp_path: Path) -> None:

@@ -581,7 +581,7 @@ def test_what_leaves_a_site_is_on_the_allow_list() -> None:
     assert set(RoundReply.__dataclass_fields__) == {"site", "code", "run", "position", "attestation", "envelope"}
     assert set(EnvelopeHeader.model_fields) == {
         *("version", "study", "run", "head", "key", "amendment", "round", "attempt", "site", "values"),
-        *("ledger_seq", "ledger_head", "size", "payload"),
+        *("ledger_seq", "ledger_head", "ledger_links", "size", "payload"),
     }
     assert {code.value for code in ReplyCode} >= {"update", "applied", "more", "refused-aggregate"}
     assert set(RecordHeader.model_fields) == {

@@ -17,8 +17,11 @@ import pytest
 import safetensors.numpy
 import tomli_w
 
+from clients.features import pool_features
+from clients.training import train_alone
 from secure_fed import codec
 from secure_fed.errors import OutputError, StorageError
+from secure_fed.evaluation import SCALARS
 from secure_fed.protocol import ReplyCode, RoundReply
 from secure_fed.simulation import Listener, RoundFacts, simulate
 from secure_fed.storage import exclusive
@@ -50,12 +53,12 @@ def test_the_summary_keeps_its_contract(finished: tuple[Path, dict[str, Any], He
     assert json.loads((out / "summary.json").read_text()) == summary
     assert set(summary) == {
         *("study_id", "backbone", "method", "mode", "seed", "sites", "adapter_digest", "seconds_total", "rounds"),
-        "metrics",
+        *("metrics", "observers", "values", "device"),
     }
     assert summary["sites"] == list(TRAINING)
     assert [entry["round"] for entry in summary["rounds"]] == [1, 2, 3]
-    assert set(summary["metrics"]) == {"zero_shot", "local_only", "text_head", "federated"}
-    names = {"balanced_accuracy", "accuracy", "macro_f1", "auroc"}
+    assert set(summary["metrics"]) == {"zero_shot", "local_only", "text_head", "pooled", "federated"}
+    names = {*SCALARS, "confusion_matrix", "intervals", "images", "patients"}
     for method, result in summary["metrics"].items():
         assert set(result["per_site"]) == set(TRAINING)
         assert all(set(metrics) == names for metrics in result["per_site"].values())
@@ -65,11 +68,47 @@ def test_the_summary_keeps_its_contract(finished: tuple[Path, dict[str, Any], He
         result = summary["metrics"][method]
         values = [result["held_out_per_site"][name]["accuracy"] for name in TRAINING]
         assert result["held_out"]["accuracy"] == pytest.approx(np.mean(values))
+    assert summary["metrics"]["federated"]["held_out"]["images"] == 27  # 30 but for the unlabelled
+    assert summary["metrics"]["federated"]["per_site"]["ash"]["images"] == 6
     assert [facts.sites_in for facts in heard.rounds] == [TRAINING] * 3
     assert {path.name for path in out.iterdir()} >= {
         *("study.toml", "study.safetensors", "summary.json", "adapter.safetensors", "server", "sites")
     }
     assert {path.name for path in (out / "sites").iterdir()} == {*TRAINING, OBSERVER}
+
+
+def test_learning_curves_are_those_of_each_rounds_adapter(
+    finished: tuple[Path, dict[str, Any], Heard], images: Path, tmp_path: Path
+) -> None:
+    out, summary, _ = finished
+    curves = [entry["val_balanced_accuracy"] for entry in summary["rounds"]]
+    assert all(set(curve) == set(TRAINING) for curve in curves)
+    federation = Federation(out)
+    sites = {site.name: site for site in federation.sites()}
+    assert curves[-1] == {name: sites[name].validate(sites[name].parameters) for name in TRAINING}
+    shorter = simulate(make_template(rounds=1), tmp_path / "out", images, Heard())
+    assert shorter["rounds"][0]["val_balanced_accuracy"] == curves[0]
+    # The shared counts that come with a round are of the adapter before it: for the first, the initial one.
+    correct = images_in_all = 0
+    for name in TRAINING:
+        val = sites[name].features().val
+        probabilities = sites[name]._predict(val.x, federation.agreed.initial.adapter, federation.agreed)
+        correct += int((probabilities.argmax(axis=1) == val.y).sum())
+        images_in_all += len(val.y)
+    assert summary["rounds"][0]["validation"] == pytest.approx(correct / images_in_all)
+
+
+def test_pooled_is_trained_on_all_sites_images_for_as_many_steps(
+    finished: tuple[Path, dict[str, Any], Heard],
+) -> None:
+    out, summary, _ = finished
+    federation = Federation(out)
+    sites = [federation.site(name) for name in TRAINING]
+    everything = pool_features([site.features() for site in sites])
+    assert len(everything.train.y) == sum(len(site.features().train.y) for site in sites) == 45
+    pooled = train_alone(federation.agreed, everything, "pooled")
+    found = federation.site(OBSERVER).evaluate(pooled)
+    assert summary["metrics"]["pooled"]["held_out"] == found
 
 
 def test_bytes_are_those_that_travelled(finished: tuple[Path, dict[str, Any], Heard]) -> None:
@@ -148,11 +187,11 @@ def test_local_only_trains_as_long_as_the_federation(
     finished: tuple[Path, dict[str, Any], Heard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    import clients.site
+    import clients.training
 
-    true = clients.site.train_round
+    true = clients.training.train_round
     monkeypatch.setattr(
-        clients.site, "train_round", lambda *args: calls.append(args[0].study.training.steps) or true(*args)
+        clients.training, "train_round", lambda *args: calls.append(args[0].study.training.steps) or true(*args)
     )
     federation = Federation(finished[0])
     federation.site("ash").train_alone(federation.agreed)

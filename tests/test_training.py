@@ -4,11 +4,12 @@ import torch
 
 from clients import training as module
 from clients.features import Labelled, SiteFeatures
-from clients.training import predict, train_round, zero_shot
-from secure_fed.adapters import build_adapter, initial_parameters
+from clients.training import predict, train_alone, train_round, training_seed, zero_shot
+from secure_fed import aggregation, codec
+from secure_fed.adapters import PRIVATE_HEAD, build_adapter, class_prompt_loss, initial_parameters
 from secure_fed.errors import DataError
 from secure_fed.evaluation import metrics
-from secure_fed.study import AgreedStudy, InitialState, Method, Study, Training
+from secure_fed.study import Aggregation, AgreedStudy, InitialState, Method, Study, Training
 
 torch.set_num_threads(1)
 
@@ -21,6 +22,8 @@ METHODS = {
     "low_rank": Method(adapter="low_rank", rank=4),
     "text_head": Method(adapter="text_head"),
     "text_head contrastive": Method(adapter="text_head", loss="contrastive"),
+    "fedclip": Method(adapter="fedclip"),
+    "private head": Method(private_head=True),
 }
 
 
@@ -66,8 +69,8 @@ def test_training_learns(method):
     site, study = features(), agreed(method)
     start = study.initial.adapter
     trained = train_round(study, start, site, 1)
-    assert list(trained) == sorted(start)
-    assert all(value.dtype == np.float64 and value.shape == start[name].shape for name, value in trained.items())
+    assert list(trained) == sorted([*start, PRIVATE_HEAD] if method.private_head else start)
+    assert all(trained[name].dtype == np.float64 and trained[name].shape == start[name].shape for name in start)
     assert loss_of(study, trained, site) < 0.6 * loss_of(study, start, site)
     accuracy = [
         metrics(predict(study, parameters, site.test.x, site.train.x), site.test.y)["accuracy"]
@@ -210,3 +213,56 @@ def test_probabilities_of_a_row_do_not_depend_on_the_others():
     one = predict(study, trained, site.test.x[3:4], site.train.x)
     np.testing.assert_allclose(one[0], every[3], atol=1e-5)
     np.testing.assert_allclose(every.sum(axis=1), 1)
+
+
+def test_prox_pulls_towards_the_global_adapter():
+    # FedProx, eq. 2: with full batches and plain SGD each step is -lr (gradient + mu (w - w_global)).
+    mu, rate = 3.0, 0.05
+    settings = {"steps": 4, "learning_rate": rate, "batch_size": 1000, "optimizer": "sgd", "momentum": 0.0}
+    study, site = agreed(Method(adapter="text_head"), **settings, prox=mu), features(train=20)
+    start = {"offsets": np.random.default_rng(8).normal(size=(CLASSES, DIM))}
+    found = train_round(study, start, site, 1)["offsets"]
+    adapter = build_adapter(study.study.method, study.initial.prompt_features, SCALE, start)
+    x, y = torch.from_numpy(site.train.x), torch.from_numpy(site.train.y)
+    prior = torch.log(torch.bincount(y, minlength=CLASSES) / len(y))
+    value = adapter.shared_parameters()["offsets"]
+    centre = value.detach().clone()
+    for _ in range(4):
+        (gradient,) = torch.autograd.grad(class_prompt_loss(adapter.logits(x), y, prior).mean(), [value])
+        with torch.no_grad():
+            value -= rate * (gradient + mu * (value - centre))
+    np.testing.assert_allclose(found, value.detach().numpy(), atol=1e-5)
+    free = train_round(agreed(study.study.method, **settings), start, site, 1)["offsets"]
+    assert np.linalg.norm(found - start["offsets"]) < 0.8 * np.linalg.norm(free - start["offsets"])
+
+
+def test_prox_learns():
+    site, study = features(), agreed(Method(), prox=0.1)
+    trained = train_round(study, study.initial.adapter, site, 1)
+    assert loss_of(study, trained, site) < 0.6 * loss_of(study, study.initial.adapter, site)
+
+
+def test_a_private_head_goes_on_from_where_it_was_and_serves_its_own_site():
+    study, site = agreed(Method(private_head=True), steps=20), features()
+    first = train_round(study, study.initial.adapter, site, 1)
+    assert np.abs(first[PRIVATE_HEAD]).max() > 0
+    shared = {name: value for name, value in first.items() if name != PRIVATE_HEAD}
+    assert not same(train_round(study, first, site, 2), train_round(study, shared, site, 2))
+    # Other prompts' confusion is what the head corrects: it must fit its site better than what is shared.
+    assert loss_of(study, first, site) < loss_of(study, shared, site)
+
+
+@pytest.mark.parametrize("rule", ["average", "fedavgm", "fedadam"])
+def test_alone_is_a_federation_of_one(rule):
+    study = agreed(Method(adapter="low_rank", rank=2), steps=4)
+    chosen = Aggregation(rule=rule, learning_rate=1.0 if rule == "average" else 0.1)
+    study = AgreedStudy(study.study.model_copy(update={"rounds": 3, "aggregation": chosen}), study.initial)
+    site = features()
+    found = train_alone(study, site, "oak")
+    state = aggregation.initial_state(chosen, study.initial.adapter)
+    for number in (1, 2, 3):
+        adapter = aggregation.adapter_of(state)
+        trained = train_round(study, adapter, site, training_seed(3, "oak", number))
+        state = aggregation.apply(chosen, state, codec.flatten(trained) - codec.flatten(adapter))
+    assert same(found, aggregation.adapter_of(state))
+    assert not same(found, train_alone(study, site, "elm"))

@@ -21,7 +21,14 @@ from privacy.keys import Identity, load_identity, open_sealed_key
 from privacy.lanes import Binding
 from secure_fed import codec
 from secure_fed.envelope import open_envelope
-from secure_fed.errors import AdapterMismatchError, EnvelopeError, KeyDeadError, KeyFileError, RecordError
+from secure_fed.errors import (
+    AdapterMismatchError,
+    EnvelopeError,
+    KeyDeadError,
+    KeyFileError,
+    LedgerRollbackError,
+    RecordError,
+)
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.records import Chain, RecordFolder
 from secure_fed.study import AgreedStudy, load_study
@@ -34,12 +41,12 @@ NEEDED = {
     "sealed_key": {"BitFlip", "Truncated", "Length", "Header", "Forged", "WrongPlace", "Recipient", "Content", "Epoch"},
     "record": {
         *("BitFlip", "Truncated", "Length", "Header", "WrongPlace", "Signer", "Cohort", "Forgery", "SecondRecord"),
-        *("Void", "DeadKey", "Amendment"),
+        *("Void", "DeadKey", "Amendment", "Ledger"),
     },
 }
 
 
-ERRORS = {error.__name__: error for error in (RecordError, KeyDeadError, AdapterMismatchError)}
+ERRORS = {error.__name__: error for error in (RecordError, KeyDeadError, AdapterMismatchError, LedgerRollbackError)}
 
 
 class Version:

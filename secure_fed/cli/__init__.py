@@ -7,7 +7,31 @@ import sys
 
 import typer
 
-from secure_fed.cli import audit, backbone, client, demo, journal, keys, ledger, phantoms, server, simulate, site, study
+from secure_fed.cli import (
+    attack,
+    audit,
+    backbone,
+    client,
+    data,
+    demo,
+    doctor,
+    evidence,
+    explain,
+    export,
+    journal,
+    keys,
+    ledger,
+    phantoms,
+    plot,
+    predict,
+    report,
+    server,
+    simulate,
+    site,
+    status,
+    study,
+    sweep,
+)
 from secure_fed.cli.output import ConsoleHandler, console
 from secure_fed.errors import SecfacmicError, StorageError
 
@@ -21,15 +45,26 @@ app = typer.Typer(
 )
 app.add_typer(study.app, name="study")
 app.add_typer(site.app, name="site")
+app.add_typer(data.app, name="data")
 app.add_typer(backbone.app, name="backbone")
 app.add_typer(keys.app, name="keys")
 app.add_typer(journal.app, name="journal")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(evidence.app, name="evidence")
 app.add_typer(phantoms.app, name="phantoms")
 app.command()(simulate.simulate)
 app.command()(demo.demo)
+app.command()(sweep.sweep)
+app.command()(attack.attack)
+app.command()(predict.predict)
+app.command()(export.export)
+app.command()(plot.plot)
+app.command()(report.report)
 app.command()(server.server)
 app.command()(client.client)
+app.command()(status.status)
+app.command()(doctor.doctor)
+app.command()(explain.explain)
 app.command()(audit.audit)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from secure_fed.cli.output import out
+from secure_fed.cli.output import Json, out, print_json
 
 app = typer.Typer(help="Weights of the frozen CLIP.", no_args_is_help=True)
 
@@ -28,6 +29,64 @@ def random(
     from secure_fed.study import Backbone
 
     make_random_checkpoint(model, seed, file)
-    backbone = load_backbone(Backbone(model=model, weights="random", seed=seed), file)
-    out.print(f"{file}: {backbone.description}", highlight=False, soft_wrap=True)
+    _tell(file, load_backbone(Backbone(model=model, weights="random", seed=seed), file))
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="MODEL:TAG of open_clip, or hf-hub:OWNER/NAME.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Gets a folder to carry to the sites.")],
+) -> None:
+    """Download weights where there is internet, with all that loads them where there is none; print their digest."""
+    from secure_fed.backbone_fetch import fetch as run
+
+    _tell(*run(name, to))
+
+
+@app.command()
+def add(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, or a folder of backbone fetch.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="MODEL or MODEL:TAG of a checkpoint; a folder says it itself.")
+    ] = None,
+) -> None:
+    """Check that weights load, and copy them to where every study that names them finds them; print their digest."""
+    from secure_fed.backbone_fetch import add as run
+
+    _tell(*run(path, model))
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """The weights on this machine: those added, and those that come with secfacmic."""
+    import configs
+    from secure_fed.backbone_store import entries, store_folder
+
+    store = store_folder()
+    rows: list[dict[str, Any]] = [
+        {"model": entry.model, "tag": entry.tag, "digest": entry.digest, "bytes": entry.bytes, "folder": str(path)}
+        for path, entry in entries(store).items()
+    ]
+    packaged: list[dict[str, Any]] = [
+        {"model": path.stem, "file": path.name, "bytes": path.stat().st_size}
+        for path in sorted(configs.MODELS.glob("*.safetensors"))
+    ]
+    if json_:
+        print_json({"store": str(store), "added": rows, "packaged": packaged})
+        return
+    table = Table("model", "tag", "size", "digest", "where")
+    for row in rows:
+        table.add_row(row["model"], row["tag"] or "-", _size(row["bytes"]), row["digest"][:12], "added")
+    for row in packaged:
+        table.add_row(row["model"], "-", _size(row["bytes"]), "-", f'comes along: file = "{row["file"]}"')
+    out.print(table)
+    out.print(f"added ones lie in {store}", highlight=False, soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _tell(path: Path, backbone: Any) -> None:
+    out.print(f"{path}: {backbone.description}", highlight=False, soft_wrap=True)
     out.print(f"digest = {backbone.digest}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secure_fed.cli.output import Delta, Epsilon, Json, out, print_json
+from secure_fed.cli.output import Delta, Device, Epsilon, Json, out, print_json
 from secure_fed.cli.simulate import budget_of, live, privacy_lines, results_table
 from secure_fed.cli.study import Mode, Seed, template
 from secure_fed.study import with_fields
@@ -30,6 +30,7 @@ def demo(
     ] = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
+    device: Device = None,
     json_: Json = False,
 ) -> None:
     """Run a server and its sites as processes on this machine, over TLS, and show what federation brings."""
@@ -59,7 +60,7 @@ def demo(
             out.print(f"  {command}", highlight=False, soft_wrap=True)
         return
     with live() as listener:
-        summary = run_demo(chosen, into, data, listener, budget_of(epsilon, delta))
+        summary = run_demo(chosen, into, data, listener, budget_of(epsilon, delta), device)
     if json_:
         print_json(summary)
         return

@@ -183,7 +183,7 @@ def rebuild(
     """Give a server that lost its journal the same head again, from the sites' copies."""
     from server.recompute import rebuild as rebuild_journal
 
-    path = _study_path(study, sites[0])
+    path = study_path(study, sites[0])
     target = state or path.parent / "server"
     rebuilt = rebuild_journal(_load(path), sites, target)
     if json_:
@@ -197,7 +197,7 @@ def rebuild(
 
 
 def _study(given: Path | None, folder: Path) -> AgreedStudy:
-    return _load(_study_path(given, folder))
+    return _load(study_path(given, folder))
 
 
 def _load(path: Path) -> AgreedStudy:
@@ -206,7 +206,7 @@ def _load(path: Path) -> AgreedStudy:
     return load_study(path)
 
 
-def _study_path(given: Path | None, folder: Path) -> Path:
+def study_path(given: Path | None, folder: Path) -> Path:
     """The study's file: the one given, else the nearest study.toml in or above a folder."""
     if given is not None:
         return given

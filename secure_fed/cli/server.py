@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from secure_fed.errors import AddressError
+from secure_fed.errors import AddressError, SecfacmicError
 
 
 def server(
@@ -21,22 +21,42 @@ def server(
     keep_envelopes: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the envelopes of every sum, to recompute it.")
     ] = None,
+    metrics: Annotated[
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Serve Prometheus metrics on 127.0.0.1:PORT.")
+    ] = None,
 ) -> None:
-    """Serve a study to its sites until it is over; started again, it goes on."""
+    """Serve a study to its sites until it is over; started again, it goes on.
+
+    STATE/log keeps what it reports; secfacmic status STATE says where it stands.
+    """
     from secure_fed.processes import be_quiet_outside, die_with_parent, end_on_sigterm, log_lines
 
     die_with_parent()
     end_on_sigterm()
     be_quiet_outside()
+    from secure_fed.closing import refuse_closed
+    from secure_fed.status import StatusFile, keep_log
     from secure_fed.storage import exclusive
     from server.app import ServerFolders, serve
 
     log_lines()
     with exclusive(state):
-        serve(ServerFolders(study, state, keep_envelopes), mode, _address(listen), key)
+        refuse_closed(state)
+        status = StatusFile(state)
+        keep_log(state, "server", status)
+        try:
+            serve(ServerFolders(study, state, keep_envelopes), mode, listen_address(listen), key, metrics)
+        except SecfacmicError as error:
+            status.error(str(error))
+            raise
 
 
-def _address(text: str) -> tuple[str, int]:
+def listen_address(text: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``.
+
+    Raises:
+        AddressError: it is none.
+    """
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise AddressError(f"--listen {text}: expected HOST:PORT, as 0.0.0.0:8443")

@@ -14,10 +14,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from secure_fed.cli.output import Delta, Epsilon, Json, console, out, print_json
+from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, console, out, print_json
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
 
-METHODS = {"zero_shot": "zero-shot", "local_only": "local only", "text_head": "text head", "federated": "federated"}
+METHODS = {
+    "zero_shot": "zero-shot",
+    "local_only": "local only",
+    "text_head": "text head",
+    "pooled": "pooled",
+    "federated": "federated",
+}
 
 
 def simulate(
@@ -31,6 +37,7 @@ def simulate(
     skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
     epsilon: Epsilon = None,
     delta: Delta = None,
+    device: Device = None,
     json_: Json = False,
 ) -> None:
     """Run a study with all its sites on this machine, encryption included."""
@@ -38,7 +45,7 @@ def simulate(
 
     with live() as listener:
         chosen, budget = template(study, seed, mode), budget_of(epsilon, delta)
-        summary = run(chosen, into, data, listener, skip_unreadable=skip_unreadable, budget=budget)
+        summary = run(chosen, into, data, listener, skip_unreadable=skip_unreadable, budget=budget, device=device)
     if json_:
         print_json(summary)
     else:
@@ -97,7 +104,7 @@ def live() -> Iterator[Any]:
     from secure_fed.simulation import Listener, RoundFacts
 
     table = Table("round", "sites in", "up", "down", "seconds", "validation")
-    status = Text("starting")
+    status, pace = Text("starting"), Pace()
     with Live(Group(table, status), console=console, refresh_per_second=4) as live:
 
         def tell(text: str) -> None:
@@ -118,7 +125,9 @@ def live() -> Iterator[Any]:
 
         try:
             yield Listener(
-                encoding=lambda site, done, total: tell(f"encoding {site}: {done} of {total}"), round=add, stage=tell
+                encoding=lambda site, done, total: tell(f"encoding {site}: {pace.text(done, total)}"),
+                round=add,
+                stage=tell,
             )
         finally:
             status.plain = ""

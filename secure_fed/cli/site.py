@@ -1,20 +1,24 @@
-"""``secfacmic site``: a site's identity."""
+"""``secfacmic site``: a site's identity, what it agrees to, and what has left it."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
-from secure_fed.cli.output import out
+from secure_fed.cli.output import Delta, Epsilon, Json, out, print_json
 
-app = typer.Typer(help="A site's identity.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from clients.sitefile import SiteFile
+    from privacy.keys import Identity
+    from secure_fed.study import AgreedStudy
 
+app = typer.Typer(help="A site's identity, what it agrees to, and what has left it.", no_args_is_help=True)
 
-@app.callback()
-def _noun() -> None:
-    """A site's identity."""
+SitePath = Annotated[Path, typer.Option("--site", help="This site's site.toml.")]
 
 
 @app.command()
@@ -22,10 +26,155 @@ def init(
     name: Annotated[str, typer.Argument(help="The site's name in the study.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the keys; they never leave it.")] = Path("identity"),
     passphrase: Annotated[bool, typer.Option(help="Ask for a passphrase that encrypts the private keys.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="The site's images; with this, site.toml is written here too.")
+    ] = None,
+    server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the server will be, if known.")] = None,
+    kind: Annotated[Literal["patients", "public", "simulated"], typer.Option(help="Of the data.")] = "patients",
 ) -> None:
-    """Make the site's keys and the public file to send to the coordinator."""
+    """Make the site's keys, the public file to send to the coordinator and, with --data, its site.toml."""
+    from clients.sitefile import new_site_file
     from privacy.keys import create_identity
 
+    site_file = None if data is None else new_site_file(Path("site.toml"), name, folder, data, kind, server)
     chosen = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True) if passphrase else ""
     create_identity(folder, name, chosen)
-    out.print(f"send this file to the coordinator: {folder / name}.pub", highlight=False, soft_wrap=True)
+    if site_file is not None:
+        from secure_fed.tomlfile import write_toml
+
+        write_toml(Path("site.toml"), site_file)
+        _say(f"site.toml: expects what the coordinator sends in {Path(site_file.study).parent}/")
+    _say(f"send this file to the coordinator: {folder / name}.pub")
+
+
+@app.command()
+def accept(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml, as the coordinator sent it.")],
+    site: SitePath,
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who accepts; asked for at a terminal if not given.")
+    ] = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    json_: Json = False,
+) -> None:
+    """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
+    from clients.acceptance import record_acceptance, terms, when
+    from clients.sitefile import with_budget
+    from secure_fed.errors import NotAcceptedError
+
+    file, agreed, identity = _open(study, site)
+    file = with_budget(file, epsilon, delta)
+    file.refuse_study(agreed.study)
+    shown = terms(file, agreed)
+    if json_:
+        print_json(shown)
+    else:
+        _show_terms(shown)
+    if by is None and sys.stdin.isatty():
+        by = typer.prompt("your name, to accept this for the site (empty: do not)", default="", err=True).strip()
+    if not by:
+        raise NotAcceptedError(
+            f"study {agreed.study.name}: not accepted, and nothing was recorded; to accept what is shown above, give "
+            "the name of who does: --by NAME"
+        )
+    path = record_acceptance(file, agreed, identity, by)
+    header = _recorded(path, identity)
+    if not json_:
+        _say(f"accepted by {header.by} at {when(header.accepted_ms)}; recorded and signed in {path}")
+
+
+@app.command()
+def sent(
+    site: Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The site's folder, with its site.toml.")],
+    json_: Json = False,
+) -> None:
+    """List every message that left this site for the server: when, in which round, how many bytes, which digest."""
+    from clients.sent import SentList
+    from clients.sitefile import read_site_file
+
+    file = read_site_file(site / "site.toml")
+    rows = SentList(Path(file.state)).read()
+    if json_:
+        print_json({"site": file.site, "messages": len(rows), "bytes": sum(row.bytes for row in rows),
+                    "sent": [row.model_dump(mode="json", exclude={"previous"}) for row in rows]})  # fmt: skip
+        return
+    table = Table("time (UTC)", "round", "what", "bytes", "digest")
+    for row in rows:
+        table.add_row(row.time, str(row.round), row.code, str(row.bytes), row.digest[:16])
+    out.print(table)
+    _say(f"{file.site}: {len(rows)} messages, {sum(row.bytes for row in rows)} bytes; the list is whole")
+
+
+def _open(study: Path, site: Path) -> tuple[SiteFile, AgreedStudy, Identity]:
+    """Site file, study and identity, which must belong together."""
+    from clients.keyring import KeyRing
+    from clients.sitefile import read_site_file
+    from privacy.keys import load_identity
+    from secure_fed.errors import SiteFileError
+    from secure_fed.study import load_study
+
+    file = read_site_file(site)
+    agreed = load_study(study)
+    if Path(file.study).resolve() != study.resolve() and load_study(Path(file.study)).study.id != agreed.study.id:
+        raise SiteFileError(f"{site}: is for study {file.study}, another than {study}; name the same study in both")
+    identity = load_identity(Path(file.identity), file.site)
+    listed = {member.name: member for member in agreed.study.sites}
+    member = listed.get(file.site) or KeyRing(Path(file.state) / "keys", agreed, identity).joined(file.site)
+    if (member or agreed.study.site(file.site)).keys != identity.keys:
+        raise SiteFileError(
+            f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder whose "
+            "public file went to the coordinator"
+        )
+    return file, agreed, identity
+
+
+def _recorded(path: Path, identity: Identity) -> Any:
+    from clients.acceptance import check_acceptance
+
+    return check_acceptance(path.read_bytes(), identity.keys.signing)[0]
+
+
+def _show_terms(shown: dict[str, Any]) -> None:
+    leaves, budget = shown["leaves"], shown["budget"]
+    _say(f"study {shown['study']}, digest {shown['study_id']}")
+    _say(f"this site: {shown['site']}, role {shown['role']}, mode {shown['mode']}")
+    members = Table("member", "role", "weight", "")
+    for member in shown["members"]:
+        maker = "makes the study's key" if member["key_maker"] else ""
+        members.add_row(member["name"], member["role"], f"{member['weight']:g}", maker)
+    out.print(members)
+    _say(f"no sum of fewer than {shown['min_sites']} sites is opened")
+    _say("")
+    _say("what leaves this site, and nothing else, to the study's server:")
+    if leaves["updates"]:
+        cover = "encrypted and signed" if shown["mode"] == "he" else "signed, NOT encrypted: the server reads it"
+        _say(
+            f"- {leaves['updates']} updates, one a round, {cover}: {leaves['update_bytes']} bytes each "
+            f"({leaves['update_values']} numbers of {leaves['update_bits']} bits) and at most "
+            f"{leaves['update_header_bytes']} bytes around it, which say in clear:"
+        )
+        for name, words in leaves["update_fields"].items():
+            _say(f"    {name}: {words}")
+        if leaves["validation_counts"]:
+            _say("  inside the encrypted numbers: how many validation images, and how many of them are right")
+    else:
+        _say("- no update: an observer")
+    _say("- replies to the server's requests, which have these fields:")
+    for name, words in leaves["reply_fields"].items():
+        _say(f"    {name}: {words}")
+    _say("- that it is connected: its address, its public key, when, and how long it takes to answer")
+    _say(f"never: {leaves['never']}")
+    _say("")
+    if budget is not None:
+        _say(
+            f"budget: all that leaves is ({budget['epsilon']:g}, {budget['delta']:g})-differentially private for each "
+            f"{budget['unit']} of this site, against everybody"
+        )
+    elif leaves["updates"]:
+        _say("budget: none. The sums, which all sites of the study open, are not differentially private")
+    _say("")
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -52,7 +52,10 @@ def new(
 @app.command()
 def check(study: StudyPath, json_: Json = False) -> None:
     """Check a study file or a template; every error at once."""
+    from secure_fed.adapters import check_method
+
     found = read_study(study)
+    check_method(found.method)
     missing = found.missing()
     if not missing and study.with_suffix(".safetensors").exists():
         load_study(study)
@@ -78,6 +81,8 @@ def show(study: StudyPath, json_: Json = False) -> None:
         ("mode", found.mode),
         ("backbone", f"{found.backbone.model}, {found.backbone.weights}, digest {found.backbone.digest or 'not set'}"),
         ("method", f"{method.adapter}, norm {method.norm}, loss {method.loss}, LMMD weight {method.lmmd_weight:g}"),
+        ("head", "one at each site, never shared" if method.private_head else "none of a site's own"),
+        ("aggregation", f"{found.aggregation.rule}, learning rate {found.aggregation.learning_rate:g}"),
         ("rounds", f"{found.rounds} of {training.steps} steps, batch {training.batch_size}, {training.optimizer}"),
         ("sites", f"at least {found.min_sites}, at most {found.max_sites} in a sum; key maker {found.key_maker}"),
         ("values", f"{encoding.bits} bits, {encoding.lanes} lanes, bound {encoding.value_bound:g}"),
@@ -99,13 +104,28 @@ def show(study: StudyPath, json_: Json = False) -> None:
 def ca(
     host: Annotated[list[str], typer.Option(help="A name or address by which sites reach the server; once for each.")],
     into: Annotated[Path, typer.Option("--out", help="Folder for the certificates: tls in the server's state folder.")],
+    cert: Annotated[
+        Path | None, typer.Option(help="The hospital's own certificate for the server (PEM), intermediates after it.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key (PEM, without a passphrase).")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(help="The authority that issued it (PEM): what sites trust.")
+    ] = None,
 ) -> None:
-    """Make the study's certificate authority and the server's certificate."""
-    from secure_fed.certificates import CA, CA_KEY, create_authority
+    """Make the study's certificate authority and the server's certificate, or take the hospital's own."""
+    from secure_fed.certificates import CA, CA_KEY, adopt_certificate, create_authority
 
-    create_authority(into, host)
+    given = [path for path in (cert, key, authority) if path is not None]
+    if not given:
+        create_authority(into, host)
+    elif cert is not None and key is not None and authority is not None:
+        until = adopt_certificate(into, host, cert, key, authority)
+        out.print(f"valid until {until:%Y-%m-%d}", highlight=False)
+    else:
+        raise typer.BadParameter("a certificate of your own takes all of --cert, --key and --authority")
     out.print(f"give this file to every site: {into / CA}", highlight=False, soft_wrap=True)
-    out.print(f"keep this file offline: {into / CA_KEY}", highlight=False, soft_wrap=True)
+    if not given:
+        out.print(f"keep this file offline: {into / CA_KEY}", highlight=False, soft_wrap=True)
 
 
 @app.command("add-site")
@@ -165,3 +185,71 @@ def amend(
         pass
     store_amendment(agreed, state / "runs" / run, chain, data)
     out.print(f"in force from round {chain.round + 1} or the next", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="A", help="A study.toml or template.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another version of it.")],
+    json_: Json = False,
+) -> None:
+    """Show what changed between two versions of a study; exit status 0 whether it did or not."""
+    from secure_fed.study import differences
+
+    first, second = read_study(before), read_study(after)
+    changes = differences(first, second)
+    if json_:
+        ids = {"before": first.id, "after": second.id}
+        rows = [{"field": change.field, "before": change.before, "after": change.after} for change in changes]
+        print_json({**ids, "same": first.id == second.id, "changes": rows})
+        return
+    if not changes:
+        out.print(f"the same study, id {first.id}", highlight=False, soft_wrap=True)
+        return
+    table = Table("field", "before", "after")
+    for change in changes:
+        table.add_row(change.field, _cell(change.before), _cell(change.after))
+    out.print(table)
+    out.print(f"id {first.id}\nis now {second.id}", highlight=False, soft_wrap=True)
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+@app.command()
+def close(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml.")],
+    site: Annotated[Path | None, typer.Option(help="Close it at this site: its site.toml.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Close it at the server: its state folder.")] = None,
+    abandon: Annotated[bool, typer.Option("--abandon", help="Close it though rounds are missing.")] = False,
+    identity: Annotated[
+        bool, typer.Option("--identity", help="Destroy the site's private keys too, if no other study needs them.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Destroy a study's keys and outboxes here, for ever, and say what remains."""
+    from secure_fed.closing import close_server, close_site
+    from secure_fed.errors import SiteFileError
+
+    if (site is None) == (state is None) or (identity and site is None):
+        raise typer.BadParameter("expected --site (perhaps with --identity) or --state, and one of them")
+    agreed = load_study(study)
+    if site is not None:
+        from clients.sitefile import read_site_file
+
+        file = read_site_file(site)
+        if load_study(Path(file.study)).study.id != agreed.study.id:
+            raise SiteFileError(f"{site}: is for study {file.study}, another than {study}; name the same study in both")
+        place = Path(file.state)
+        done = close_site(place, Path(file.identity), agreed, abandon=abandon, destroy_identity=identity)
+    else:
+        assert state is not None
+        done = close_server(state, agreed, abandon=abandon)
+    if json_:
+        print_json({"rounds": done.rounds, "destroyed": done.destroyed, "remains": done.remains})
+        return
+    for what, count in done.destroyed.items():
+        out.print(f"destroyed: {count} files, {what}", highlight=False, soft_wrap=True)
+    for what, words in done.remains.items():
+        out.print(f"remains: {what}: {words}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,125 @@
+"""What a site's data look like before they are trained on: counts, copies, leaks, files that cannot be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from clients.data import SiteImage, Split
+from clients.features import FeatureCache
+from clients.forgotten import Forgotten
+from clients.sitefile import SiteFile
+from clients.twins import Fingerprint, Fingerprints, Progress, exact_copies, fingerprints, near_twins, site_images
+from secure_fed.backbone import image_size
+from secure_fed.storage import make_folder
+from secure_fed.study import AgreedStudy
+
+LISTED = 10
+"""Files of each kind that a report names; the others are counted."""
+
+FAR = 2.0
+"""An image is far from the backbone's size if enlarged by more than this, or if its long side is more than this many
+times the short one, so that cutting out the middle square loses more than half."""
+
+
+def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> dict[str, Any]:
+    """Read, decode and compare all of a site's images; nothing is trained or encoded.
+
+    Fingerprints are kept in the site's feature cache: interrupted, the check goes on where it was, and training
+    finds them there.
+
+    Returns:
+        A JSON document. ``classes``: images by class and split; ``patients``: by split; ``missing_classes``;
+        ``exact_copies`` and ``near_twins``: groups, those that lie in more than one split, and a list of these;
+        ``unreadable`` and ``far_from_size``: count and list; ``backbone_size``: side of the square, None if unknown;
+        ``leaks``: what is wrong, in words; empty if nothing is.
+
+    Raises:
+        DataError, LabelError, ManifestError: the data cannot be read at all, or a patient is in two splits.
+        StorageError: the cache cannot be used.
+    """
+    state = Path(file.state)
+    make_folder(state)
+    forgotten = Forgotten(state)
+    with FeatureCache(file.feature_cache) as cache:
+        looks: list[Fingerprints] = []
+
+        def look(images: Sequence[SiteImage]) -> Fingerprints:
+            looks.append(fingerprints(images, cache, progress, file.threads))
+            return looks[-1]
+
+        every = site_images(file, agreed, look)
+        look_of_every = looks[0] if looks else look(every)
+    kept = [index for index, image in enumerate(every) if not forgotten.patient(image.patient)]
+    images = [every[index] for index in kept]
+    found = [look_of_every.found[index] for index in kept]
+    reasons = look_of_every.unreadable
+    unreadable = {place: reasons[index] for place, index in enumerate(kept) if index in reasons}
+    classes, size = agreed.study.class_names, image_size(agreed.study.backbone)
+    counts = Counter((image.label, image.split) for image in images)
+    patients = {split: len({image.patient for image in images if image.split == split}) for split in get_args(Split)}
+    exact = exact_copies(found)
+    far = [index for index, one in enumerate(found) if one is not None and size is not None and _is_far(one, size)]
+    return {
+        "site": file.site,
+        "images": len(images),
+        "classes": {
+            name: {split: counts[label, split] for split in get_args(Split) if split != "unlabelled"}
+            for label, name in enumerate(classes)
+        },
+        "unlabelled": counts[None, "unlabelled"],
+        "patients": patients | {"all": len({image.patient for image in images})},
+        "missing_classes": [
+            name for label, name in enumerate(classes) if not any(image.label == label for image in images)
+        ],
+        "exact_copies": _groups(images, exact),
+        "near_twins": _groups(images, _more_than_copies(near_twins(found), found)),
+        "unreadable": _files(f"{images[index].path}: {reason}" for index, reason in sorted(unreadable.items())),
+        "far_from_size": _files(_describe(images[index], found[index]) for index in far),
+        "backbone_size": size,
+        "leaks": [
+            f"the same picture in splits {', '.join(sorted({images[index].split for index in group}))}: "
+            + ", ".join(str(images[index].path) for index in group[:LISTED])
+            for group in exact
+            if _is_separated(images, group)
+        ],
+    }
+
+
+def _groups(images: Sequence[SiteImage], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """How many groups and images, how many groups lie in several splits, and the first of these."""
+    separated = [group for group in groups if _is_separated(images, group)]
+    return {
+        "groups": len(groups),
+        "images": sum(len(group) for group in groups),
+        "across_splits": len(separated),
+        "listed": [
+            [{"path": str(images[index].path), "split": images[index].split} for index in group[:LISTED]]
+            for group in separated[:LISTED]
+        ],
+    }
+
+
+def _is_separated(images: Sequence[SiteImage], group: Sequence[int]) -> bool:
+    return len({images[index].split for index in group}) > 1
+
+
+def _more_than_copies(groups: Sequence[list[int]], found: Sequence[Fingerprint | None]) -> list[list[int]]:
+    """Those groups that are not of one picture alone."""
+    return [group for group in groups if len({one.pixels for index in group if (one := found[index])}) > 1]
+
+
+def _is_far(one: Fingerprint, size: int) -> bool:
+    short, long = sorted((one.width, one.height))
+    return short * FAR < size or long > FAR * short
+
+
+def _describe(image: SiteImage, one: Fingerprint | None) -> str:
+    return f"{image.path}: {one.width} x {one.height}" if one else str(image.path)
+
+
+def _files(lines: Iterable[str]) -> dict[str, Any]:
+    listed = list(lines)
+    return {"count": len(listed), "listed": listed[:LISTED]}

@@ -1,0 +1,71 @@
+"""``secfacmic evidence``: a site's part in a study as one archive that a reviewer checks without network or keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from secure_fed.cli.output import Json, out, print_json
+
+
+class _PackByDefault(TyperGroup):
+    """``evidence DIR`` is ``evidence pack DIR``."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["pack", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    help="A site's part in a study as one archive: evidence DIR --out FILE, evidence verify FILE.",
+    no_args_is_help=True,
+    cls=_PackByDefault,
+)
+
+
+@app.command()
+def pack(
+    site: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder, with its site.toml.")],
+    into: Annotated[Path, typer.Option("--out", help="The archive, a zip file.")],
+    json_: Json = False,
+) -> None:
+    """Pack study, journal, ledger, policy, acceptance, what was sent, versions and a bill of materials, signed.
+
+    The command's name can be left out: secfacmic evidence DIR --out FILE.
+    """
+    from secure_fed.evidence import pack_evidence
+
+    manifest = pack_evidence(site, into)
+    if json_:
+        print_json(manifest)
+        return
+    _say(f"{into}: {len(manifest['files'])} files of site {manifest['site']}, study {manifest['study']}")
+    _say("no private key, image, feature or patient id is in it")
+
+
+@app.command()
+def verify(
+    archive: Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")],
+    json_: Json = False,
+) -> None:
+    """Check an archive offline: digests, signature, journal, ledger, acceptance and the list of what was sent."""
+    from secure_fed.evidence import verify_evidence
+
+    found: dict[str, Any] = verify_evidence(archive)
+    if json_:
+        print_json({"verified": True, **found})
+        return
+    for name, value in found.items():
+        _say(f"{name.replace('_', ' ')}: {value}")
+    _say("all of it verifies; compare the study id with the one that you know")
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,32 @@
+"""``secfacmic plot``: pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secure_fed.cli.output import Json, console, out, print_json
+
+
+def plot(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of a finished simulate or demo, or one with a site.toml.")
+    ],
+    into: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for the pictures; DIR/plots if not given.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Draw learning curves, confusion matrices, calibration and the features before and after the adapter, as PNG."""
+    from secure_fed.plots import plot_run, plot_site
+
+    into = folder / "plots" if into is None else into
+    with console.status("drawing"):
+        written = (plot_site if (folder / "site.toml").exists() else plot_run)(folder, into)
+    if json_:
+        print_json({"files": [str(path) for path in written]})
+        return
+    for path in written:
+        out.print(str(path), highlight=False, soft_wrap=True)

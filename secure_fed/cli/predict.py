@@ -1,0 +1,60 @@
+"""``secfacmic predict``: an adapter at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from secure_fed.cli.output import Json, console, print_json
+
+
+def predict(
+    adapter: Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")],
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of images, DICOM included; searched whole.")],
+    study: Annotated[Path | None, typer.Option(help="A study.toml; refuse an adapter of any other study.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The backbone's weights, if they do not lie where the study says.")
+    ] = None,
+    into: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write to a file, not to stdout.")] = None,
+    form: Annotated[Literal["csv", "json"], typer.Option("--format", help="Of what is written.")] = "csv",
+    skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where images are encoded.")] = "auto",
+    json_: Json = False,
+) -> None:
+    """Calibrated probabilities of each class for every image of a folder."""
+    import json
+
+    from secure_fed.device import choose_device
+    from secure_fed.predict import predict_folder
+    from secure_fed.storage import write_durable
+
+    with console.status("loading the backbone") as status:
+        found = predict_folder(
+            adapter,
+            images,
+            study,
+            checkpoint,
+            skip_unreadable=skip_unreadable,
+            device=choose_device(device),
+            progress=lambda done, total: status.update(f"{done} of {total} images"),
+        )
+    document = found.document()
+    text = found.csv() if form == "csv" else json.dumps(document, indent=2) + "\n"
+    if into is not None:
+        write_durable(into, text.encode())
+    if json_:
+        print_json(document)
+    elif into is None:
+        typer.echo(text, nl=False)
+    for name, reason in found.unreadable.items():
+        console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if not document["calibrated"]:
+        console.print(
+            "not calibrated: there is no calibration.safetensors of this adapter beside it",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if into is not None:
+        console.print(f"{into}: {len(found.images)} images", highlight=False, soft_wrap=True)

@@ -1,0 +1,46 @@
+"""One self-contained page of results: what they are, what they cost, what to choose, and how to make them again.
+
+``results`` reads folders, ``groups`` compares trials, ``figures`` says what is shown, ``chart`` is what a figure is
+made of, ``svg`` and ``png`` draw it, ``page`` lays it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from secure_fed.report.groups import Analysis
+from secure_fed.report.page import as_csv, as_html, as_markdown
+from secure_fed.report.results import read_results
+from secure_fed.storage import write_durable
+
+Format = Literal["html", "md", "csv", "png"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+def write_report(folders: Sequence[Path], out: Path, form: Format, *, local_metrics: bool = False) -> Analysis:
+    """Read folders and write their report. The same folders give the same bytes; png apart from its fonts.
+
+    Args:
+        folders: of ``simulate``, ``demo``, ``sweep``, ``attack`` or a site.
+        out: the file.
+        form: what to write.
+        local_metrics: show a site's own metrics even where it has a privacy budget that did not pay for them.
+
+    Returns:
+        What was written about.
+
+    Raises:
+        ReportError: a folder holds nothing to report, or something malformed.
+        SecfacmicError: others, for files of a study, a site, a sweep or a ledger that do not hold.
+    """
+    analysis = Analysis(read_results(folders, local_metrics=local_metrics))
+    if form == "png":
+        from secure_fed.report.png import as_png
+
+        data = as_png(analysis)
+    else:
+        data = {"html": as_html, "md": as_markdown, "csv": as_csv}[form](analysis).encode()
+    write_durable(out, data)
+    return analysis

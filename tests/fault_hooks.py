@@ -1,0 +1,150 @@
+"""Faults inside a process: installed by tests in a site or server process before it starts, known to no product code.
+
+A fault is a dictionary with one key:
+
+``kill``       ``{"write": PATTERN, "phase": "before" | "during" | "after", "number": N}``: SIGKILL at the Nth durable
+               write whose path and record kind match
+``record``     path of a file that gets one line a durable write
+``upload``     ``"before" | "middle" | "after"``: SIGKILL when the first update is sent
+``hold``       seconds that the first update is kept back
+``duplicate``  every reply is sent three times, twice as it is and once as another message
+``reorder``    the first update is sent after the next one, over a new connection
+``slow``       seconds that training takes longer
+``only``       with ``slow``: in these rounds only
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = "SECFACMIC_TEST_FAULT"
+
+SITECUSTOMIZE = f"""
+import os
+if "{ENVIRONMENT}" in os.environ:
+    from tests.fault_hooks import install_from_environment
+    install_from_environment()
+"""
+
+
+def install_from_environment() -> None:
+    """In a process that was started with a fault; its children get it too."""
+    install(json.loads(os.environ[ENVIRONMENT]))
+
+
+def install(fault: dict[str, Any]) -> None:
+    """Put a fault into this process."""
+    if "kill" in fault or "record" in fault:
+        _install_writes(fault)
+    if {"upload", "hold", "duplicate", "reorder"} & set(fault):
+        _install_push(fault)
+    if "slow" in fault:
+        _install_slow(fault)
+
+
+def die() -> None:
+    """SIGKILL for this process, and for the server if this is the process of its rounds."""
+    parent = os.getppid()
+    command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    if b"secure_fed.cli" in command and b"server" in command:
+        os.kill(parent, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _install_writes(fault: dict[str, Any]) -> None:
+    from secure_fed import storage
+
+    true_write = storage.write_durable
+    seen = 0
+
+    def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+        nonlocal seen
+        kind = re.search(rb'"kind":"([a-z]+)"', bytes(data[:4096]))
+        name = f"{path} {kind.group(1).decode() if kind else ''}".strip()
+        if "record" in fault:
+            with open(fault["record"], "a") as stream:
+                stream.write(name + "\n")
+        kill = fault.get("kill")
+        if kill is None or not re.search(kill["write"], name):
+            true_write(path, data, mode)
+            return
+        seen += 1
+        if seen < kill.get("number", 1):
+            true_write(path, data, mode)
+            return
+        if kill["phase"] == "during":
+            # What a kill inside leaves: half of a temporary file.
+            (path.parent / f".{path.name}.torn").write_bytes(data[: len(data) // 2])
+        elif kill["phase"] == "after":
+            true_write(path, data, mode)
+        die()
+
+    storage.write_durable = write
+    for module in list(sys.modules.values()):
+        if getattr(module, "write_durable", None) is true_write:
+            module.write_durable = write  # type: ignore[attr-defined]
+
+
+def _install_push(fault: dict[str, Any]) -> None:
+    from clients import supernode
+    from clients.supernode import _Connection
+
+    true_push = _Connection.push
+    true_objects = supernode.push_objects
+    done: list[Any] = []
+
+    def is_update(message: Any) -> bool:
+        return bool(message.content.array_records["envelope"])
+
+    def push(self: Any, message: Any, seconds: float) -> None:
+        if fault.get("duplicate"):
+            true_push(self, message, seconds)
+            true_push(self, message, seconds)
+            message.metadata.__dict__["_created_at"] += 0.001
+            true_push(self, message, seconds)
+            return
+        if not is_update(message):
+            true_push(self, message, seconds)
+            return
+        first = not done
+        done.append(message)
+        if first and fault.get("upload") == "before":
+            die()
+        if first and fault.get("upload") == "middle":
+            supernode.push_objects = lambda *_, **__: die()
+        if first and "hold" in fault:
+            time.sleep(fault["hold"])
+        if first and fault.get("reorder"):
+            # A new connection: the server asks again.
+            self._client.DeactivateNode(supernode.DeactivateNodeRequest(node_id=self.node.node_id))
+            self.join()
+            return
+        true_push(self, message, seconds)
+        if first and fault.get("upload") == "after":
+            die()
+        if fault.get("reorder") and len(done) == 2:
+            true_push(self, done[0], seconds)
+
+    _Connection.push = push  # type: ignore[method-assign]
+    assert supernode.push_objects is true_objects
+
+
+def _install_slow(fault: dict[str, Any]) -> None:
+    from clients.site import Site
+
+    train = Site._train
+
+    def slow(self: Site) -> Any:
+        if not fault.get("only") or self._chain.due.round in fault["only"]:
+            time.sleep(fault["slow"])
+        return train(self)
+
+    Site._train = slow  # type: ignore[method-assign]

@@ -1,0 +1,95 @@
+"""Site processes without the seconds and the memory that importing torch takes each of them.
+
+One process imports everything and forks (multiprocessing's fork server). What it forks are processes like others: with
+a pid, a log, an exit status, and death by signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_CLONE_NEWNET = 0x40000000
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.forked_imports"])
+
+
+class Forked:
+    """``secfacmic ARGUMENTS`` in a forked process; the part of :class:`subprocess.Popen` that tests use.
+
+    Args:
+        arguments: of the command.
+        log: where its output goes.
+        fault: what is wrong in it (:mod:`tests.fault_hooks`).
+        space: network namespace that it enters first.
+        environment: changes of its environment.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        fault: dict[str, Any] | None = None,
+        space: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        given = (arguments, str(log), fault or {}, space, dict(environment or {}))
+        self._process = _context.Process(target=_run, args=given, daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("forked", timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run(arguments: list[str], log: str, fault: dict[str, Any], space: str | None, environment: dict[str, str]) -> None:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the fork server, which dies with the test
+    if space is not None:
+        entrance = os.open(f"/run/netns/{space}", os.O_RDONLY)
+        if library.setns(entrance, _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns", space)
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from secure_fed.cli import main
+    from tests.fault_hooks import install
+
+    install(fault)
+    sys.argv = ["secfacmic", *arguments]
+    main()

@@ -1,0 +1,131 @@
+"""Server-free optimisers: closed forms, and that their state is replicated, attested and rebuilt like the adapter."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clients.site import Site
+from secure_fed import aggregation, codec
+from secure_fed.aggregation import MOMENT
+from secure_fed.errors import AdapterMismatchError
+from secure_fed.simulation import Listener, prepare, simulate
+from secure_fed.study import Aggregation
+from tests.conftest import Federation, exchange, make_template, run_round
+
+SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
+ADAM = {"rule": "fedadam", "learning_rate": 0.01, "betas": [0.8, 0.9], "tau": 0.01}
+MOMENTUM = {"rule": "fedavgm", "learning_rate": 0.5, "betas": [0.7, 0.99]}
+
+
+def run(rule: Aggregation, start: list[float], updates: list[list[float]]) -> aggregation.Parameters:
+    state = aggregation.initial_state(rule, {"b": np.array(start[:1]), "w": np.array([start[1:]])})
+    for update in updates:
+        before = {name: value.copy() for name, value in state.items()}
+        following = aggregation.apply(rule, state, np.array(update))
+        assert all(np.array_equal(state[name], before[name]) for name in before)
+        state = following
+    return state
+
+
+@pytest.mark.parametrize("rule", [Aggregation(), Aggregation.model_validate_json('{"rule": "average"}')])
+def test_the_average_is_added_and_keeps_no_state(rule: Aggregation) -> None:
+    state = run(rule, [1.0, 2.0, 3.0], [[0.5, 0.25, -1.0], [1.0, 0.0, 0.5]])
+    assert set(state) == {"b", "w"}
+    assert codec.flatten(state).tolist() == [2.5, 2.25, 2.5]
+    assert state["w"].shape == (1, 2)
+
+
+def test_momentum_and_adam_are_the_papers_formulas() -> None:
+    updates = [[0.1, -0.2, 0.0], [0.3, 0.1, -0.4], [-0.2, 0.1, 0.2]]
+    start = [1.0, -1.0, 0.5]
+    found = run(Aggregation(rule="fedavgm", learning_rate=0.5, betas=(0.7, 0.0)), start, updates)
+    for place, value in enumerate(start):
+        first = 0.0
+        for update in updates:
+            first = 0.7 * first + update[place]
+            value += 0.5 * first
+        assert codec.flatten(aggregation.adapter_of(found))[place] == pytest.approx(value, rel=1e-14)
+    found = run(Aggregation(rule="fedadam", learning_rate=0.01, betas=(0.8, 0.9), tau=0.01), start, updates)
+    for place, value in enumerate(start):
+        first, second = 0.0, 0.01**2
+        for update in updates:
+            first = 0.8 * first + 0.2 * update[place]
+            second = 0.9 * second + 0.1 * update[place] ** 2
+            value += 0.01 * first / (math.sqrt(second) + 0.01)
+        assert codec.flatten(aggregation.adapter_of(found))[place] == pytest.approx(value, rel=1e-14)
+    assert set(found) == {"b", "w", f"{MOMENT}first", f"{MOMENT}second"}
+
+
+@pytest.fixture
+def adam(tmp_path: Path, images: Path) -> Federation:
+    prepare(make_template(aggregation=ADAM), tmp_path / "out", images)
+    return Federation(tmp_path / "out")
+
+
+def moments(site: Site) -> dict[str, Any]:
+    return {name: value for name, value in site._whole_state.items() if name.startswith(MOMENT)}
+
+
+def test_moments_are_replicated_attested_and_rebuilt(adam: Federation) -> None:
+    sites = adam.sites()
+    coordinator = adam.begin(sites)
+    run_round(coordinator, sites)
+    run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    first = moments(sites[0])
+    assert len(first) == 2
+    assert all(np.abs(value).max() > 0 for value in first.values())
+    for site in sites[1:]:
+        assert all(np.array_equal(moments(site)[name], first[name]) for name in first)
+    # From the stored state, and by replay when that is gone: the same bits.
+    state = sites[1]._state_digest
+    assert adam.site("birch")._state_digest == state
+    (stored,) = (adam.folder / "sites/birch/state/runs").glob("*/adapter.safetensors")
+    stored.unlink()
+    assert adam.site("birch")._state_digest == state
+    # Two sites whose moments differ notice it although their adapters are the same.
+    sites[2]._moments[f"{MOMENT}second"] = first[f"{MOMENT}second"] * (1 + 2.0**-50)
+    assert sites[2].adapter_digest == sites[0].adapter_digest
+    sites[2]._store_adapter()
+    with pytest.raises(AdapterMismatchError):
+        exchange(coordinator, sites[2])
+
+
+def test_a_checkpoint_carries_the_moments(adam: Federation) -> None:
+    sites = adam.sites()
+    coordinator = adam.begin(sites)
+    run_round(coordinator, sites)
+    sealed = adam.seal_key(2, coordinator.journal.chain.key, members=coordinator.journal.chain.members)
+    coordinator.amend(sealed)
+    kinds = []
+    while not coordinator.finished:
+        for site in sites:
+            exchange(coordinator, site)
+        entry = coordinator.close_round()
+        assert entry is not None
+        kinds.append(entry.header.kind)
+        for site in sites:
+            exchange(coordinator, site)
+    assert kinds == ["amendment", "checkpoint", "aggregate", "aggregate"]
+    # The key of the first round is destroyed: only the checkpoint can give what came of it.
+    next((adam.folder / "sites/ash/state/runs").glob("*/adapter.safetensors")).unlink()
+    rebuilt = adam.site("ash")
+    assert list(rebuilt.keys.headers) == [2]
+    assert rebuilt._state_digest == sites[1]._state_digest
+    assert all(np.array_equal(value, moments(sites[1])[name]) for name, value in moments(rebuilt).items())
+
+
+@pytest.mark.parametrize("rule", [ADAM, MOMENTUM], ids=["fedadam", "fedavgm"])
+def test_it_learns_and_encryption_changes_no_bit(rule: dict[str, Any], images: Path, tmp_path: Path) -> None:
+    template = make_template(aggregation=rule)
+    encrypted = simulate(template, tmp_path / "he", images, SILENT)
+    plain = simulate(make_template(aggregation=rule, mode="plain"), tmp_path / "plain", images, SILENT)
+    assert encrypted["adapter_digest"] == plain["adapter_digest"]
+    scores = encrypted["metrics"]
+    assert scores["federated"]["held_out"]["accuracy"] > scores["zero_shot"]["held_out"]["accuracy"] + 0.2

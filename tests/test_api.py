@@ -1,0 +1,60 @@
+"""The four names for programs: light to import, and what the notebook shows is so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import secure_fed
+from clients.site import Site
+from secure_fed.simulation import simulate
+from secure_fed.study import Study
+from server.coordinator import Coordinator
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "open_clip", "opacus", "tenseal", "clients", "server", "numpy")
+
+
+def test_the_package_itself_loads_nothing() -> None:
+    program = f"import sys, secure_fed; print(sorted(set(sys.modules) & {set(HEAVY)!r}))"
+    result = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_names_are_those_at_home() -> None:
+    assert secure_fed.__all__ == ["Coordinator", "Site", "Study", "simulate"]
+    found = [getattr(secure_fed, name) for name in secure_fed.__all__]
+    assert found == [Coordinator, Site, Study, simulate]
+    with pytest.raises(AttributeError, match="no attribute 'Sight'"):
+        secure_fed.__getattr__("Sight")
+
+
+def test_a_packaged_study_is_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Study.read("demo").name == "demo"
+    assert Study.read(Path("configs/demo.toml")) == Study.read("demo")
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From anywhere, start to end; what it prints is there."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(ROOT / "examples" / "api.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    for expected in (
+        *("zero_shot 0.", "federated 0.", "training images and feature width: (", ", 512)"),
+        *("round 1 of east, north, south -", "round 2 of east, north, south, west -"),
+        *("['genesis', 'aggregate', 'aggregate']", "'coordinator.key'"),
+    ):
+        assert expected in printed
+
+
+def test_the_notebook_is_kept_without_output() -> None:
+    cells = json.loads((ROOT / "examples" / "api.ipynb").read_text())["cells"]
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)

@@ -1,0 +1,212 @@
+"""``data check``: copies, leaks and unusable files are found; a killed check goes on where it was."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clients.data import SiteImage
+from clients.sitefile import read_site_file
+from clients.twins import Fingerprint, exact_copies, fingerprint, inseparable, near_twins
+from secure_fed.cli import main
+from secure_fed.tomlfile import write_toml
+
+COMMAND = [sys.executable, "-P", "-m", "secure_fed.cli", "data", "check", "--site"]
+
+
+def picture(seed, size=64):
+    """Smooth structure, as in photographs; different ones look different."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (12, 12), dtype=np.uint8))
+    return small.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def looking(bits):
+    return Fingerprint(bytes(32), bytes(bits), 1, 1)
+
+
+def test_fingerprints_know_copies_in_any_form_and_near_twins_by_look(tmp_path):
+    image = picture(0)
+    image.save(tmp_path / "a.bmp")
+    image.convert("RGB").save(tmp_path / "b.png")
+    image.save(tmp_path / "c.jpg", quality=70)
+    first, second, third = (fingerprint(Image.open(tmp_path / name)) for name in ("a.bmp", "b.png", "c.jpg"))
+    other = fingerprint(picture(1))
+    assert first == second
+    assert first.pixels != third.pixels
+    assert exact_copies([first, None, third, second, other]) == [[0, 3]]
+    assert near_twins([first, None, third, second, other]) == [[0, 2, 3]]
+    assert near_twins([None, None]) == near_twins([]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 255), max_size=12), max_size=12), st.integers(0, 20))
+def test_near_twins_are_the_connected_components(flipped, bits):
+    looks = np.zeros((len(flipped), 256), dtype=np.uint8)
+    for row, places in zip(looks, flipped, strict=True):
+        row[list(places)] = 1
+    found = [looking(np.packbits(row)) for row in looks]
+    groups = {index: {index} for index in range(len(looks))}
+    for i, j in combinations(range(len(looks)), 2):
+        if np.count_nonzero(looks[i] != looks[j]) <= bits and groups[i] is not groups[j]:
+            groups[i] |= groups[j]
+            for member in groups[j]:
+                groups[member] = groups[i]
+    expected = sorted({tuple(sorted(group)) for group in groups.values() if len(group) > 1})
+    assert near_twins(found, bits) == [list(group) for group in expected]
+
+
+def test_patients_with_one_anothers_images_are_inseparable_unless_all_look_alike():
+    looks = [looking(np.packbits(np.random.default_rng(i).integers(0, 2, 256))) for i in range(4)]
+    images = [SiteImage(Path(str(i)), name, 0, "train") for i, name in enumerate("abbcde")]
+    found = [looks[0], looks[0], looks[1], looks[1], looks[2], looks[3]]
+    assert inseparable(images, found) == [frozenset("abc")]
+    # Thirty patients whose images the hash does not tell apart, two of whom share a picture.
+    alike = [Fingerprint(bytes([i]) * 32, bytes(32), 1, 1) for i in (*range(30), 29)]
+    owners = [SiteImage(Path(str(i)), f"p{i:02}", 0, "train") for i in range(31)]
+    assert inseparable(owners, alike) == [frozenset({"p29", "p30"})]
+
+
+@pytest.fixture
+def hospital(federation, tmp_path):
+    """Site ash with a folder of its own, to be filled."""
+    path = federation.folder / "sites" / "ash" / "site.toml"
+    file = read_site_file(path)
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    data = file.data.model_copy(update={"folder": str(folder), "unit": "patient"})
+    write_toml(path, file.model_copy(update={"data": data}))
+    return path, folder
+
+
+def write(folder, rows, columns="path,patient,label,split"):
+    (folder / "manifest.csv").write_text("\n".join([columns, *(",".join(row) for row in rows)]) + "\n")
+
+
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """Runs the command as its entry point does; exit code, stdout, stderr."""
+
+    def run(path, *arguments):
+        monkeypatch.setattr(sys, "argv", ["secfacmic", "data", "check", "--site", str(path), *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_a_leaking_manifest_is_reported_and_refused(hospital, check):
+    path, folder = hospital
+    for number in range(6):
+        picture(number).save(folder / f"{number}.png")
+    picture(0).save(folder / "again.bmp")  # the same picture in another format
+    picture(1).save(folder / "near.jpg", quality=60)
+    picture(3).resize((200, 20)).save(folder / "wide.png")
+    (folder / "broken.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    rows = [(f"{number}.png", f"p{number}", "dark", "train") for number in range(6)]
+    rows += [("again.bmp", "q1", "dark", "test"), ("near.jpg", "q2", "light", "val")]
+    rows += [("wide.png", "q3", "", "unlabelled"), ("broken.png", "q4", "light", "test")]
+    write(folder, rows)
+    code, text, errors = check(path, "--json")
+    assert code == 24
+    assert "1 pictures lie in more than one split" in errors
+    report = json.loads(text)
+    assert report["classes"]["dark"] == {"train": 6, "val": 0, "test": 1}
+    assert report["missing_classes"] == ["striped"]
+    assert report["patients"] == {"train": 6, "val": 1, "test": 2, "unlabelled": 1, "all": 10}
+    assert report["exact_copies"]["across_splits"] == report["exact_copies"]["groups"] == 1
+    # The hash does not see proportions: the wide one is a twin of what it was made of.
+    twins = report["near_twins"]["listed"]
+    assert report["near_twins"]["across_splits"] == 2
+    assert [[image["split"] for image in group] for group in twins] == [["train", "val"], ["train", "unlabelled"]]
+    assert report["unreadable"]["count"] == 1
+    assert "broken.png" in report["unreadable"]["listed"][0]
+    assert report["far_from_size"]["listed"] == [f"{folder}/wide.png: 200 x 20"]
+    assert len(report["leaks"]) == 1
+    # Near twins alone are told, not refused.
+    write(folder, [row for row in rows if row[0] != "again.bmp"])
+    code, text, _ = check(path)
+    assert code == 0
+    assert "near twins: 2 groups, 4 images; 2 across splits" in text
+    write(folder, [*rows[:-1], ("broken.png", "p0", "dark", "val")])
+    code, _, errors = check(path)
+    assert code == 22
+    assert "patient 'p0' is in split 'val'" in errors
+
+
+def test_drawn_splits_keep_copies_and_near_twins_together(hospital, federation, check):
+    path, folder = hospital
+    rows = []
+    for number in range(24):
+        picture(number).save(folder / f"{number}.png")
+        picture(number).save(folder / f"{number}-twin.jpg", quality=60)
+        label = "dark" if number % 2 else "light"
+        rows += [(f"{number}.png", f"p{number}", label), (f"{number}-twin.jpg", f"q{number}", label)]
+    write(folder, rows, "path,patient,label")
+    code, text, _ = check(path, "--json")
+    assert code == 0
+    report = json.loads(text)
+    assert (report["near_twins"]["groups"], report["near_twins"]["across_splits"]) == (24, 0)
+    assert report["patients"]["train"] < report["patients"]["all"] == 48
+    assert all(count % 2 == 0 for count in report["patients"].values())
+    features = federation.site("ash").features()
+    assert all(
+        {patient[1:] for patient in features.patients[one]}.isdisjoint(
+            patient[1:] for patient in features.patients[two]
+        )
+        for one, two in combinations(features.patients, 2)
+    )
+
+
+def rows_of(cache, table):
+    try:
+        return sqlite3.connect(f"file:{cache}?mode=ro", uri=True).execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+def killed_midway(command, cache, table):
+    """Kill a process (and what it started dies with it) once it has kept something."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = rows_of(cache, table)
+    deadline = time.monotonic() + 120
+    while rows_of(cache, table) <= before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return rows_of(cache, table) - before
+
+
+def test_a_killed_check_and_a_killed_encoding_go_on(hospital, federation, check):
+    path, folder = hospital
+    count = 1500
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (24, 24), dtype=np.uint8)).save(folder / f"{number}.bmp")
+    write(folder, [(f"{n}.bmp", f"p{n // 3}", "dark" if n % 2 else "light", "train") for n in range(count)])
+    cache = federation.folder / "sites" / "ash" / "state" / "features.sqlite"
+    before = rows_of(cache, "fingerprints")
+    kept = killed_midway([*COMMAND, str(path)], cache, "fingerprints")
+    assert 0 < kept < count
+    assert check(path)[0] == 0
+    assert rows_of(cache, "fingerprints") == before + count
+    code = (
+        "import sys; from pathlib import Path; from clients.site import Site; Site.open(Path(sys.argv[1])).features()"
+    )
+    kept = killed_midway([sys.executable, "-P", "-c", code, str(path)], cache, "features")
+    assert 0 < kept < count
+    features = federation.site("ash").features()
+    assert features.encoded == count - kept
+    assert len(features.train.y) == count

@@ -1,0 +1,221 @@
+"""``data forget``: caches, outboxes and later rounds lose a patient, and the state folder never names one."""
+
+import sqlite3
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clients.decoding import identity
+from clients.forgotten import Forgotten, forget
+from clients.sitefile import read_site_file
+from privacy.ledger import Ledger
+from secure_fed.cli import main
+from secure_fed.errors import ForgottenError
+from secure_fed.protocol import ReplyCode
+from secure_fed.tomlfile import write_toml
+from tests.conftest import TRAINING, exchange, run_round
+
+PATIENT = "MRN-4711-mueller"
+
+
+def picture(seed):
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+    return small.resize((32, 32), Image.Resampling.BICUBIC)
+
+
+def fill(folder, patient=PATIENT, without=()):
+    """Eight patients of two images; the first has the id that is to go."""
+    folder.mkdir(exist_ok=True)
+    rows = ["path,patient,label,split"]
+    for number in range(8):
+        owner = patient if number == 0 else f"other-{number}"
+        if owner in without:
+            continue
+        for slice_ in range(2):
+            picture(10 * number + slice_).save(folder / f"{number}-{slice_}.png")
+            rows.append(
+                f"{number}-{slice_}.png,{owner},{('dark', 'light')[number % 2]},{'train' if number < 6 else 'val'}"
+            )
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture
+def hospital(federation, tmp_path):
+    """Site ash with patients, in a run; the path of its site.toml and its data folder."""
+    path, folder = federation.folder / "sites" / "ash" / "site.toml", tmp_path / "hospital"
+    fill(folder)
+    file = read_site_file(path)
+    data = file.data.model_copy(update={"folder": str(folder), "unit": "patient"})
+    write_toml(path, file.model_copy(update={"data": data}))
+    return path, folder
+
+
+def state_bytes(federation):
+    state = federation.folder / "sites" / "ash" / "state"
+    return {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
+
+
+def forget_now(federation, path):
+    return forget(read_site_file(path), federation.agreed, PATIENT)
+
+
+def cached(federation):
+    cache = federation.folder / "sites" / "ash" / "state" / "features.sqlite"
+    return {row[0] for row in sqlite3.connect(cache).execute("SELECT image FROM features")}
+
+
+def test_a_forgotten_patient_leaves_cache_training_and_every_trace(federation, hospital, monkeypatch, capsys):
+    path, folder = hospital
+    theirs = {identity((folder / f"0-{slice_}.png").read_bytes(), None) for slice_ in range(2)}
+    before = federation.site("ash").features()
+    assert PATIENT in before.patients["train"]
+    assert theirs <= cached(federation)
+    rows = [
+        before.train.x[i].astype("<f4").tobytes() for i, one in enumerate(before.patients["train"]) if one == PATIENT
+    ]
+    monkeypatch.setattr(sys, "argv", ["secfacmic", "data", "forget", PATIENT, "--site", str(path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert "2 images in the data folder" in capsys.readouterr().out
+    assert not theirs & cached(federation)
+    after = federation.site("ash").features()
+    assert (after.encoded, after.unreadable) == (0, 0)
+    kept = [i for i, one in enumerate(before.patients["train"]) if one != PATIENT]
+    assert np.array_equal(after.train.x, before.train.x[kept])
+    assert after.patients["train"] == tuple(before.patients["train"][i] for i in kept)
+    assert after.patients["val"] == before.patients["val"]
+    for file, content in state_bytes(federation).items():
+        assert PATIENT.encode() not in content, file
+        assert not any(row in content for row in rows), file  # overwritten, not only unlinked
+
+
+def test_no_export_brings_a_forgotten_patient_back(federation, hospital):
+    path, folder = hospital
+    federation.site("ash").features()
+    forget_now(federation, path)
+    for renamed in (PATIENT, "new-pseudonym"):
+        fill(folder, patient=renamed)
+        found = federation.site("ash").features()
+        assert renamed not in found.patients["train"]
+        assert len(found.train.y) == 10
+    (folder / "0-0.png").write_bytes((folder / "1-0.png").read_bytes())  # a picture that another patient has too
+    assert len(federation.site("ash").features().train.y) == 11
+
+
+def test_files_that_are_gone_already_are_forgotten_too(federation, hospital):
+    path, folder = hospital
+    federation.site("ash").features()
+    theirs = {identity((folder / f"0-{slice_}.png").read_bytes(), None) for slice_ in range(2)}
+    for slice_ in range(2):
+        (folder / f"0-{slice_}.png").unlink()
+    done = forget_now(federation, path)  # the manifest names files that are not there: the whole cache goes
+    assert "no such file" in done.unread
+    assert not cached(federation)
+    fill(folder, without=(PATIENT,))
+    federation.site("ash").features()
+    assert not theirs & cached(federation)
+    fill(folder)
+    assert PATIENT not in federation.site("ash").features().patients["train"]
+
+
+def outbox(federation):
+    (run,) = (federation.folder / "sites" / "ash" / "state" / "runs").iterdir()
+    return run / "outbox"
+
+
+def test_a_pending_update_is_dropped_and_made_anew_for_another_attempt_only(federation, hospital):
+    path, _ = hospital
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    ash, others = federation.site("ash"), [site for site in sites if site.name != "ash"]
+    first = exchange(coordinator, ash)  # sent, taken by the server
+    assert first.code == ReplyCode.UPDATE
+    stored = (outbox(federation) / "00000002.integers").read_bytes()
+    done = forget_now(federation, path)
+    assert [text.split(", ")[1] for text in done.rounds] == ["round 2"]
+    assert not (outbox(federation) / "00000002.integers").exists()
+    assert not (outbox(federation) / "00000002.envelope").exists()
+    # A second, different update for one attempt would let the server subtract the two.
+    ash = federation.site("ash")
+    assert exchange(coordinator, ash).code == ReplyCode.APPLIED
+    request = coordinator.request(ash.run, ash.position)
+    anew = federation.site("ash").respond(replace(request, attempt=request.attempt + 1))
+    assert anew.code == ReplyCode.UPDATE
+    assert (outbox(federation) / "00000002.integers").read_bytes() != stored
+    assert not list(outbox(federation).glob("*.withdrawn"))
+    for site in others:
+        exchange(coordinator, site)
+    assert coordinator.close_round() is not None
+    run_round(coordinator, [federation.site(name) for name in (*TRAINING, "dogwood")])  # and the study goes on
+
+
+def test_an_update_that_was_never_sealed_is_made_anew_at_once(federation, hospital):
+    path, _ = hospital
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    exchange(coordinator, federation.site("ash"))
+    assert exchange(coordinator, sites[0]).code == ReplyCode.UPDATE
+    stored = (outbox(federation) / "00000001.integers").read_bytes()
+    (outbox(federation) / "00000001.envelope").unlink()  # as if killed before it was sealed
+    forget_now(federation, path)
+    reply = federation.site("ash").respond(federation.reopen().request(sites[0].run, 1))
+    assert reply.code == ReplyCode.UPDATE
+    assert (outbox(federation) / "00000001.integers").read_bytes() != stored
+
+
+def test_under_differential_privacy_what_was_spent_stays_spent(federation, hospital):
+    path, _ = hospital
+    file = read_site_file(path)
+    table = file.model_dump(exclude_none=True) | {"privacy": {"epsilon": 8.0, "delta": 1e-5, "n_ref": 10}}
+    write_toml(path, type(file).model_validate(table))
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    assert exchange(coordinator, federation.site("ash")).code == ReplyCode.UPDATE
+    folder = federation.folder / "sites" / "ash" / "state" / "privacy"
+    (event,) = Ledger(folder).events
+    stored = (outbox(federation) / "00000001.integers").read_bytes()
+    forget_now(federation, path)
+    spent = Ledger(folder)
+    assert [one.seq for one in spent.events] == [event.seq]
+    assert spent.epsilon_spent > 0
+    ash = federation.site("ash")
+    assert exchange(coordinator, ash).code == ReplyCode.APPLIED
+    assert len(Ledger(folder).events) == 1  # sitting out costs nothing
+    request = coordinator.request(ash.run, ash.position)
+    ash = federation.site("ash")
+    assert ash.respond(replace(request, attempt=request.attempt + 1)).code == ReplyCode.UPDATE
+    events = Ledger(folder).events
+    assert len(events) == 2  # made anew, of an event of its own
+    assert events[0].seq == event.seq
+    assert Ledger(folder).epsilon_spent > spent.epsilon_spent
+    assert (outbox(federation) / "00000001.integers").read_bytes() != stored
+    for file_, content in state_bytes(federation).items():
+        assert PATIENT.encode() not in content, file_
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b'{"format": 1, "key": "00", "patients": []}', b"\xff"])
+def test_a_damaged_list_stops_the_site(tmp_path, content):
+    (tmp_path / "forgotten.json").write_bytes(content)
+    with pytest.raises(ForgottenError, match=r"forgotten\.json"):
+        Forgotten(tmp_path)
+
+
+def test_the_list_holds_hashes_under_a_key_of_its_own(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Forgotten(tmp_path / name).add(PATIENT, [b"x" * 32])
+    first, second = (Forgotten(tmp_path / name) for name in ("a", "b"))
+    assert first.patient(PATIENT)
+    assert first.image(b"x" * 32)
+    assert not first.patient("x" * 32)
+    texts = [(tmp_path / name / "forgotten.json") for name in ("a", "b")]
+    assert texts[0].stat().st_mode & 0o777 == 0o600
+    contents = [Forgotten(path.parent)._content for path in texts]
+    assert set(contents[0].patients).isdisjoint(contents[1].patients)
+    assert second.patient(PATIENT)

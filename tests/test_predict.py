@@ -1,0 +1,323 @@
+"""An adapter at work: the same probabilities as at its site, calibrated, for any kind of image; and its refusals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+from clients.data import read_data
+from clients.sitefile import read_site_file
+from clients.training import predict
+from secure_fed.adapter_file import CALIBRATION, Calibration, load_adapter, save_adapter, save_calibration
+from secure_fed.adapters import PRIVATE_HEAD, build_adapter
+from secure_fed.calibration import LEAST, MOST, fit_temperature, tempered
+from secure_fed.cli import main
+from secure_fed.cli.client import _write_results
+from secure_fed.errors import AdapterFileError, DataError, UnreadableImageError
+from secure_fed.predict import predict_folder
+from secure_fed.study import AgreedStudy, Method, load_study
+from tests.conftest import CLASSES, TRAINING, Federation, run_round
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """Adapter, calibration and weights of the finished run, to be changed."""
+    for name in ("adapter.safetensors", CALIBRATION, "backbone.safetensors", "study.toml", "study.safetensors"):
+        shutil.copy(finished_run / name, tmp_path / name)
+    return tmp_path
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+# --- calibration ---
+
+
+def test_the_temperature_is_the_one_by_which_the_labels_were_drawn() -> None:
+    rng = np.random.default_rng(0)
+    for true in (0.4, 1.0, 3.0):
+        logits = 4 * rng.normal(size=(20_000, 4))
+        labels = (logits / true + rng.gumbel(size=logits.shape)).argmax(axis=1)  # drawn from softmax(logits / true)
+        assert fit_temperature(softmax(logits), labels) == pytest.approx(true, rel=0.05)
+
+
+@given(st.integers(1, 40), st.integers(2, 5), st.floats(0.1, 30), st.integers(0, 2**32 - 1))
+def test_no_temperature_on_a_fine_grid_is_better(count: int, classes: int, scale: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    probabilities = softmax(scale * rng.normal(size=(count, classes)))
+    labels = rng.integers(0, classes, count)
+
+    def cost(temperature: float) -> float:
+        chosen = tempered(probabilities, temperature)[np.arange(count), labels]
+        return float(-np.log(np.maximum(chosen, 1e-300)).sum() + np.log(temperature) ** 2 / 2)
+
+    found = fit_temperature(probabilities, labels)
+    assert LEAST <= found <= MOST
+    grid = np.exp(np.linspace(np.log(LEAST), np.log(MOST), 400))
+    assert cost(found) <= min(cost(value) for value in grid) + 1e-3 * count
+
+
+def test_few_faultless_images_do_not_end_at_certainty() -> None:
+    probabilities = np.array([[0.7, 0.3], [0.2, 0.8], [0.6, 0.4]])
+    assert 0.25 < fit_temperature(probabilities, np.array([0, 1, 0])) < 1
+    assert fit_temperature(np.empty((0, 2)), np.empty(0, dtype=np.int64)) == 1
+
+
+@given(st.floats(LEAST, MOST), st.integers(0, 2**32 - 1))
+def test_a_temperature_changes_no_prediction(temperature: float, seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(20, 4))
+    after = tempered(softmax(logits), temperature)
+    assert np.array_equal(after.argmax(axis=1), logits.argmax(axis=1))
+    np.testing.assert_allclose(after, softmax(logits / temperature), atol=1e-9)
+
+
+# --- the whole way ---
+
+
+def test_a_folder_gets_the_probabilities_that_its_site_gives(finished_run: Path) -> None:
+    federation = Federation(finished_run)
+    file = read_site_file(finished_run / "sites/ash/site.toml")
+    study = federation.agreed.study
+    images = read_data(Path(file.data.folder), study.class_names, file.data.unit, file.data.shares, study.seed)
+    paths = [image.path.relative_to(file.data.folder).as_posix() for image in images if image.split == "test"]
+    site = federation.site("ash")
+    expected = site.predictions(site.parameters).probabilities
+    found = predict_folder(
+        finished_run / "adapter.safetensors", Path(file.data.folder), checkpoint=finished_run / "backbone.safetensors"
+    )
+    rows = dict(zip(found.images, found.probabilities, strict=True))
+    temperature = found.adapter.temperature
+    assert len(rows) == len(images)
+    assert temperature != 1
+    np.testing.assert_allclose([rows[path] for path in paths], tempered(expected, temperature), atol=1e-6)
+
+
+def test_the_runs_temperature_is_fitted_on_the_training_sites_validation_images(finished_run: Path) -> None:
+    federation = Federation(finished_run)
+    sites = [federation.site(name) for name in TRAINING]
+    pairs = [site.validation_predictions(site.parameters)[:2] for site in sites]
+    probabilities, labels = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    found = load_adapter(finished_run / "adapter.safetensors").calibration
+    assert found is not None
+    assert found.images == len(labels)
+    assert found.temperature == pytest.approx(fit_temperature(probabilities, labels))
+
+
+def test_a_client_leaves_a_calibration_of_its_own_beside_its_adapter(federation: Federation) -> None:
+    sites = federation.sites()
+    run_round(federation.begin(sites), sites)
+    coordinator = federation.reopen()
+    for site in sites:
+        site.respond(coordinator.request(site.run, site.position))
+    site = sites[0]
+    file = read_site_file(federation.folder / "sites/ash/site.toml")
+    assert site.round == 1
+    _write_results(file, federation.agreed, site, site.evaluate(None))
+    own = load_adapter(Path(file.state) / "adapter.safetensors").calibration
+    assert own is not None
+    assert own.images == len(site.features().val.y) > 0
+    assert (Path(file.state) / CALIBRATION).stat().st_mode & 0o777 == 0o600
+
+
+def write_dicom(path: Path, pixels: np.ndarray) -> None:
+    """A secondary capture of 8-bit grey pixels."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data = Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.PatientID, data.PhotometricInterpretation, data.SamplesPerPixel = "p", "MONOCHROME2", 1
+    data.Rows, data.Columns = pixels.shape
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.PixelRepresentation = 7, 0
+    data.PixelData = pixels.astype(np.uint8).tobytes()
+    pydicom.dcmwrite(path, data, enforce_file_format=True)
+
+
+def test_dicom_and_ordinary_images_alike_wherever_they_lie(run: Path) -> None:
+    folder = run / "images"
+    (folder / "deep" / "er").mkdir(parents=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 32))
+    pixels[0, :2] = 0, 255  # without a window the least and the greatest value are black and white
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / "deep" / "b.png")
+    write_dicom(folder / "deep" / "er" / "a.dcm", pixels)
+    (folder / ".hidden").write_text("not looked at")
+    found = predict_folder(run / "adapter.safetensors", folder, checkpoint=run / "backbone.safetensors")
+    assert found.images == ("deep/b.png", "deep/er/a.dcm")
+    np.testing.assert_allclose(found.probabilities[0], found.probabilities[1], atol=1e-6)
+
+
+# --- what the file needs ---
+
+
+def _with_method(agreed: AgreedStudy, **method: Any) -> AgreedStudy:
+    return replace(agreed, study=agreed.study.model_copy(update={"method": Method(**method)}))
+
+
+def test_batch_norm_predicts_with_its_sites_statistics_and_not_without(finished_run: Path, tmp_path: Path) -> None:
+    agreed = _with_method(load_study(finished_run / "study.toml"), adapter="facmic", norm="batch")
+    rng = np.random.default_rng(0)
+    dim = agreed.initial.prompt_features.shape[1]
+    own, x = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in rng.normal(size=(2, 30, dim)))
+    own, x = own.astype(np.float32), x.astype(np.float32)
+    parameters = {name: value + 0.1 * rng.normal(size=value.shape) for name, value in agreed.initial.adapter.items()}
+    save_adapter(tmp_path / "adapter.safetensors", agreed, parameters)
+    with pytest.raises(AdapterFileError, match=r"statistics.*calibration\.safetensors"):
+        load_adapter(tmp_path / "adapter.safetensors").predict(x)
+    adapter = build_adapter(agreed.study.method, agreed.initial.prompt_features, agreed.initial.logit_scale, parameters)
+    adapter.set_statistics(torch.from_numpy(own))
+    save_calibration(tmp_path / CALIBRATION, parameters, Calibration(None, 0, adapter.statistics()))
+    found = load_adapter(tmp_path / "adapter.safetensors").predict(x)
+    np.testing.assert_allclose(found, predict(agreed, parameters, x, own), atol=1e-6)
+    assert not np.allclose(found, predict(agreed, parameters, x, x), atol=1e-3)
+
+
+def test_the_private_head_of_the_site_takes_part_beside_its_adapter(finished_run: Path, tmp_path: Path) -> None:
+    agreed = _with_method(load_study(finished_run / "study.toml"), adapter="text_head", private_head=True)
+    rng = np.random.default_rng(0)
+    prompts = agreed.initial.prompt_features
+    parameters = {"offsets": 0.1 * rng.normal(size=prompts.shape)}
+    head = 0.1 * rng.normal(size=prompts.shape)
+    x = rng.normal(size=(9, prompts.shape[1])).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, agreed, parameters)
+    shared = load_adapter(path).predict(x)
+    save_calibration(tmp_path / CALIBRATION, parameters, Calibration(2.0, 5, head=head))
+    found = load_adapter(path).predict(x)
+    np.testing.assert_allclose(shared, predict(agreed, parameters, x, None), atol=1e-6)
+    expected = tempered(predict(agreed, {**parameters, PRIVATE_HEAD: head}, x, None), 2.0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert set(safetensors.numpy.load_file(path)) == {"adapter.offsets", "prompt_features", "logit_scale"}
+
+
+def test_a_calibration_of_another_adapter_is_passed_over(run: Path) -> None:
+    file = load_adapter(run / "adapter.safetensors")
+    other = {name: value + 1 for name, value in file.initial.adapter.items()}
+    save_calibration(run / CALIBRATION, other, Calibration(7.0, 3))
+    assert load_adapter(run / "adapter.safetensors").calibration is None
+    save_calibration(run / CALIBRATION, file.initial.adapter, Calibration(7.0, 3))
+    assert load_adapter(run / "adapter.safetensors").temperature == 7
+
+
+def test_damaged_adapters_are_refused(run: Path) -> None:
+    path = run / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    with pytest.raises(AdapterFileError, match="no adapter file"):
+        load_adapter(run / "absent.safetensors")
+    for damaged in (bytes(data[:500]), b"", (run / "backbone.safetensors").read_bytes()):
+        path.write_bytes(damaged)
+        with pytest.raises(AdapterFileError, match="no adapter file"):
+            load_adapter(path)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    start = header["adapter.first_bias"]["data_offsets"][0]
+    data[8 + length + start] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(AdapterFileError, match="damaged"):
+        load_adapter(path)
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def secfacmic(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["secfacmic", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capfd.readouterr())
+
+    return call
+
+
+def test_csv_and_json_say_the_same_and_unreadable_images_are_named(
+    run: Path, images: Path, secfacmic: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = run / "images"
+    shutil.copytree(images / "ash" / CLASSES[0], folder)
+    (folder / "broken.png").write_bytes(b"\x89PNG and no more")
+    (folder / "manifest.csv").write_text("path,patient,label\n")
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", folder]
+    command += ["--checkpoint", run / "backbone.safetensors", "--study", run / "study.toml"]
+    code, out, errors = secfacmic(*command, "--out", run / "p.csv")
+    assert (code, out) == (UnreadableImageError.exit_code, "")
+    assert "1 of 11 images" in errors
+    assert "broken.png: " in errors
+    assert not (run / "p.csv").exists()
+    code, out, errors = secfacmic(*command, "--skip-unreadable")
+    assert code == 0
+    assert "left out: broken.png" in errors
+    rows = list(csv.DictReader(io.StringIO(out)))
+    code, out, _ = secfacmic(*command, "--skip-unreadable", "--json", "--out", run / "p.json", "--format", "json")
+    document = json.loads(out)
+    assert json.loads((run / "p.json").read_text()) == document
+    assert list(document["unreadable"]) == ["broken.png"]
+    assert document["calibrated"] is True
+    assert document["classes"] == list(CLASSES)
+    assert (
+        [row["image"] for row in rows]
+        == [entry["image"] for entry in document["images"]]
+        == sorted(path.name for path in (images / "ash" / CLASSES[0]).iterdir())
+    )
+    for row, entry in zip(rows, document["images"], strict=True):
+        assert sum(entry["probabilities"].values()) == pytest.approx(1)
+        assert row["prediction"] == entry["prediction"] == max(CLASSES, key=entry["probabilities"].__getitem__)
+        for name in CLASSES:
+            assert float(row[f"probability of {name}"]) == pytest.approx(entry["probabilities"][name], abs=1e-6)
+
+
+def test_without_calibration_it_is_said(
+    run: Path, images: Path, secfacmic: Callable[..., tuple[int, str, str]]
+) -> None:
+    (run / CALIBRATION).unlink()
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", images / "ash" / CLASSES[1], "--json"]
+    code, out, errors = secfacmic(*command, "--checkpoint", run / "backbone.safetensors")
+    assert code == 0
+    assert (json.loads(out)["calibrated"], json.loads(out)["temperature"]) == (False, 1)
+    assert "not calibrated" in errors
+
+
+def test_wrong_studies_and_folders_are_refused(run: Path, federation: Federation) -> None:
+    adapter, weights = run / "adapter.safetensors", run / "backbone.safetensors"
+    (run / "empty").mkdir()
+    for folder in (run / "absent", run / "empty"):
+        with pytest.raises(DataError):
+            predict_folder(adapter, folder, checkpoint=weights)
+    other = federation.folder / "study.toml"
+    if load_study(other).study.id != load_adapter(adapter).study:
+        with pytest.raises(AdapterFileError, match="of study"):
+            predict_folder(adapter, run, other, weights)
+    else:
+        pytest.fail("both federations made their own keys, so that their ids differ")

@@ -1,0 +1,196 @@
+"""What a process leaves on its disk for its operator, without any process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from secure_fed import status as module
+from secure_fed.cli import app
+from secure_fed.errors import AddressError, RecordError, StorageError
+from secure_fed.status import StatusFile, is_running, keep_log
+from secure_fed.storage import exclusive
+from server.metrics import serve_metrics
+from tests.conftest import Federation, exchange, run_round
+
+
+@pytest.fixture
+def own_root() -> Iterator[logging.Logger]:
+    root = logging.getLogger()
+    kept = root.handlers[:]
+    ours = logging.getLogger("server")
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    yield root
+    ours.setLevel(level)
+    root.handlers[:] = kept
+
+
+def test_a_status_grows_and_is_written_only_when_it_changes(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path)
+    status.begin("server", study="small", rounds=3)
+    status.tell(round=1)
+    first = (tmp_path / "status.json").stat().st_ino
+    status.tell(round=1)
+    assert (tmp_path / "status.json").stat().st_ino == first
+    status.tell(round=2)
+    status.error("disk full")
+    facts = status.read()
+    assert (facts["role"], facts["study"], facts["round"]) == ("server", "small", 2)
+    assert facts["last_error"]["text"] == "disk full"
+    status.begin("server", study="small")
+    assert status.read()["last_error"] is None
+    assert "round" not in status.read()
+
+
+def test_a_full_disk_does_not_stop_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_root: logging.Logger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = StatusFile(tmp_path)
+    status.begin("server")
+    keep_log(tmp_path, "server", status)
+
+    def full(*arguments: object) -> None:
+        raise StorageError("full")
+
+    monkeypatch.setattr(module, "write_durable", full)
+    stream = tmp_path / "log" / "server.jsonl"
+    stream.symlink_to("/dev/full")
+    logging.getLogger("server.app").warning("a line")
+    assert "Traceback" not in capfd.readouterr().err
+    assert status.read()["role"] == "server"
+
+
+def test_a_damaged_status_is_as_none(tmp_path: Path) -> None:
+    for text in ("", "{", "[1]", "nothing"):
+        (tmp_path / "status.json").write_text(text)
+        assert StatusFile(tmp_path).read() == {}
+
+
+def test_whether_a_process_holds_the_folder(tmp_path: Path) -> None:
+    assert is_running(tmp_path) is False
+    with exclusive(tmp_path):
+        assert is_running(tmp_path) is True
+    assert is_running(tmp_path) is False
+    with exclusive(tmp_path):  # asking does not take it
+        pass
+
+
+def test_logs_keep_our_lines_and_of_others_only_that_there_was_one(tmp_path: Path, own_root: logging.Logger) -> None:
+    own_root.setLevel(logging.WARNING)
+    status = StatusFile(tmp_path)
+    status.begin("server")
+    keep_log(tmp_path, "server", status)
+    logging.getLogger("server.app").info("round 1 of 3")
+    logging.getLogger("server.app").warning("ash: its reply is refused")
+    logging.getLogger("pydicom").error("patient Jane Doe")
+    lines = [json.loads(line) for line in (tmp_path / "log" / "server.jsonl").read_text().splitlines()]
+    assert [(line["level"], line["message"]) for line in lines] == [
+        ("INFO", "round 1 of 3"),
+        ("WARNING", "ash: its reply is refused"),
+        ("ERROR", "pydicom reports an error"),
+    ]
+    facts = status.read()
+    assert facts["last"]["text"] == facts["last_error"]["text"] == "pydicom reports an error"
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o700
+
+
+def test_logs_rotate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_root: logging.Logger) -> None:
+    monkeypatch.setattr(module, "LOG_BYTES", 2000)
+    keep_log(tmp_path, "server", StatusFile(tmp_path))
+    for number in range(300):
+        logging.getLogger("server.app").info("line %d", number)
+    files = sorted(path.name for path in (tmp_path / "log").iterdir())
+    assert files == ["server.jsonl", *(f"server.jsonl.{number}" for number in (1, 2, 3, 4))]
+    assert all(path.stat().st_size <= 2000 for path in (tmp_path / "log").iterdir())
+
+
+def test_without_a_status_file_the_journal_tells(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    for folder, role in ((federation.folder / "server", "server"), (federation.folder / "sites/ash/state", "site")):
+        shown = json.loads(CliRunner().invoke(app, ["status", str(folder), "--json"]).stdout)
+        assert (shown["role"], shown["round"], shown["records"], shown["running"]) == (role, 1, 2, False)
+        with exclusive(folder):
+            text = CliRunner().invoke(app, ["status", str(folder)]).output
+        assert f"{role}: running" in text
+    missing = CliRunner().invoke(app, ["status", str(federation.folder / "nowhere")])
+    assert isinstance(missing.exception, RecordError)
+
+
+def test_the_command_says_who_is_in_and_what_went_wrong(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path)
+    status.begin("server", study="small", study_id="ab" * 32, rounds=3)
+    sites = {
+        "ash": {"role": "train", "connected": True, "in": True},
+        "elm": {"role": "train", "connected": True, "in": False},
+    }
+    status.tell(round=2, sites=sites, waiting="round 2: 1 sites in, min_sites 3; waiting")
+    status.error("elm: its reply is refused")
+    shown = CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    assert "NOT running" in shown
+    assert "round 2 of 3" in shown
+    assert "elm: its reply is refused" in shown
+    assert "waiting" in shown
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["ash"].split("│")[2:5]] == ["train", "no", "yes"]  # nobody is connected to it
+    with exclusive(tmp_path):
+        shown = CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["ash"].split("│")[2:5]] == ["train", "yes", "yes"]
+    assert [cell.strip() for cell in rows["elm"].split("│")[2:5]] == ["train", "yes", "no"]
+
+
+def test_metrics_on_loopback(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path)
+    status.begin("server", study="small", rounds=3, min_sites=3, restarts=1)
+    sites = {
+        "ash": {"role": "train", "connected": True, "in": True},
+        "elm": {"role": "train", "connected": False, "in": False},
+    }
+    status.tell(round=2, sites=sites, rounds_closed=1, bytes_up=4200, last_round_seconds=1.5, finished=False)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    serve_metrics(tmp_path, port)
+    text = fetch(port)
+    for line in (
+        "secfacmic_round 2.0",
+        "secfacmic_rounds 3.0",
+        "secfacmic_sites_in 1.0",
+        'secfacmic_site_connected{site="ash"} 1.0',
+        'secfacmic_site_connected{site="elm"} 0.0',
+        "secfacmic_rounds_closed_total 1.0",
+        "secfacmic_bytes_up_total 4200.0",
+        "secfacmic_restarts_total 1.0",
+        "secfacmic_round_seconds 1.5",
+    ):
+        assert f"\n{line}\n" in text, line
+    status.tell(round=3)
+    assert "\nsecfacmic_round 3.0\n" in fetch(port)  # read anew each time
+    # On no other address of this machine.
+    with pytest.raises(OSError):
+        socket.create_connection((own_address(), port), 5)
+    with pytest.raises(AddressError, match="choose another with --metrics"):
+        serve_metrics(tmp_path, port)
+    assert threading.active_count() < 50
+
+
+def fetch(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def own_address() -> str:
+    """Another address of this machine; on Linux all of 127/8 is."""
+    return "127.0.0.2"
