@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clients.dicom import is_dicom, read_slice
 from secure_fed.errors import StorageError
+from secure_fed.processes import die_with
 
 T = TypeVar("T")
 
@@ -114,6 +116,8 @@ def decode_all(
         collate_fn=_as_they_are,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
+        # torch's workers look for their parent only when idle, and a full pipe keeps them for ever.
+        worker_init_fn=partial(_die_with, os.getpid()),
         generator=torch.Generator(),  # else it draws a seed from torch's global state
     )
     try:
@@ -144,6 +148,10 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
         except (UndecodableError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             return Decoded(index, known, None, str(reason))
+
+
+def _die_with(parent: int, worker: int) -> None:
+    die_with(parent)
 
 
 def _as_they_are(results: list[Decoded[T]]) -> list[Decoded[T]]:

@@ -21,6 +21,7 @@ from clients.data import read_data
 from clients.decoding import identity
 from clients.features import FeatureCache
 from clients.sitefile import SiteFile
+from secure_fed.adapter_file import CALIBRATION
 from secure_fed.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.errors import EnvelopeError, ForgottenError, SecfacmicError
 from secure_fed.signed import PRIVATE, parse_header, split_frame
@@ -149,6 +150,8 @@ def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
         unread, others = str(error), []
     forgotten.add(patient, sorted(set(theirs) - set(others)))
     rounds, heads = _withdraw(state / "runs")
+    # Its temperature was fitted to validation images, and statistics in it may be of training images.
+    (state / CALIBRATION).unlink(missing_ok=True)
     dropped = 0
     if file.feature_cache.exists():
         with FeatureCache(file.feature_cache) as cache:

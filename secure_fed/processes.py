@@ -104,9 +104,12 @@ def end_on_sigterm() -> None:
 def die_with_parent() -> None:
     """In a child started by :func:`start`: be killed when the parent ends, however it ends. Else do nothing."""
     given = os.environ.pop(PARENT, None)
-    if given is None:
-        return
-    parent = int(given)
+    if given is not None:
+        die_with(int(given))
+
+
+def die_with(parent: int) -> None:
+    """In a child: be killed when the parent of this process id ends, however it ends."""
     if sys.platform == "linux":
         # None loads what is already in the process.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -107,7 +107,7 @@ class SweepListener:
 @cache
 def code_digest() -> str:
     """SHA-256, 64 hex digits, of all that results depend on besides study and data: the sources of the installed
-    packages without the command line, the model configurations and weights among them, and the libraries' versions."""
+    packages without command line and report, our model configurations and weights, and the libraries' versions."""
     import clients
     import privacy
     import secure_fed
@@ -116,7 +116,7 @@ def code_digest() -> str:
     digest = hashlib.sha256(json.dumps(_versions(), sort_keys=True).encode())
     for package in (secure_fed, privacy, clients, server):
         folder = Path(package.__path__[0])
-        sources = [path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] != "cli"]
+        sources = [path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] not in ("cli", "report")]
         _add_files(digest, folder, sources)
     _add_files(digest, configs.MODELS, [*configs.MODELS.glob("*.json"), *configs.MODELS.glob("*.safetensors")])
     return digest.hexdigest()
@@ -653,7 +653,7 @@ def _assessment(facts: dict[str, Any], epsilon: float | None, best: Compared, ch
         else f"It is the cheapest within one standard error of the best, {best.sites} %."
     )
     return (
-        f"{claim} Among {tried} settings tried on {facts['data_kind']} data at this budget we chose {what}: balanced "
+        f"{claim} Of {tried} tried on {facts['data_kind']} data at this budget we chose {what}: balanced "
         f"accuracy {chosen.sites} % on the training sites' test images"
         + (f" and {chosen.held_out} % at sites that did not train" if chosen.held_out is not None else "")
         + f" ({over}). {least} A run sends {chosen.bytes / 1e6:.1f} MB in all. The choice was made on "

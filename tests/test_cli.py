@@ -12,17 +12,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tomli_w
 
 import clients.site
-from clients.features import SiteFeatures
 from secure_fed import errors
 from secure_fed.cli import main
 from secure_fed.codec import Parameters
-from secure_fed.study import AgreedStudy
 from server.coordinator import Coordinator
 from tests.conftest import Federation, exchange, run_round, template_table
 
@@ -149,8 +148,8 @@ def test_training_that_diverges_sends_nothing(
 ) -> None:
     true = clients.site.train_round
 
-    def diverging(agreed: AgreedStudy, parameters: Parameters, features: SiteFeatures, seed: int) -> Parameters:
-        trained = true(agreed, parameters, features, seed)
+    def diverging(*arguments: Any) -> Parameters:
+        trained = true(*arguments)
         trained[min(trained)].flat[0] = np.nan
         return trained
 
