@@ -17,6 +17,8 @@ from secure_fed.errors import BudgetError
 from tests.conftest import OBSERVER, TRAINING, make_template
 from tests.network import Network
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 3
 BUDGET = ["--epsilon", "3", "--delta", "1e-5"]
 

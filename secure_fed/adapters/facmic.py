@@ -105,9 +105,11 @@ class AttentionGate(Adapter):
     def _batch_norm(self, hidden: Tensor) -> Tensor:
         if self.training:
             # The kernel under nn.functional.batch_norm, which would refuse a batch of one; twice as fast as by hand.
-            return torch.batch_norm(
-                hidden, self.norm_weight, self.norm_bias, None, None, True, 0.0, NORM_EPSILON, False
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            normed = torch.batch_norm(
+                rows, self.norm_weight, self.norm_bias, None, None, True, 0.0, NORM_EPSILON, False
             )
+            return normed.reshape(hidden.shape)
         if self._statistics is not None:
             mean, variance = self._statistics
         else:
