@@ -41,6 +41,7 @@ def test_a_packaged_study_is_read_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert Study.read(Path("configs/demo.toml")) == Study.read("demo")
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From anywhere, start to end; what it prints is there."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

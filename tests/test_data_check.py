@@ -189,6 +189,7 @@ def killed_midway(command, cache, table):
     return rows_of(cache, table) - before
 
 
+@pytest.mark.slow
 def test_a_killed_check_and_a_killed_encoding_go_on(hospital, federation, check):
     path, folder = hospital
     count = 1500
