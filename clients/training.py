@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -59,7 +60,9 @@ def train_round(
         raise DataError("no labelled training image; expected at least one: add some, or join the study as an observer")
     if method.private_head and PRIVATE_HEAD not in parameters:
         parameters = {**parameters, PRIVATE_HEAD: np.zeros(initial.prompt_features.shape)}
-    with torch.device(device if tower is None else "cpu"):  # all that is made in here lies there
+    # All that is made in here lies there. Only where it is needed: it passes every call through Python.
+    elsewhere = tower is None and device != "cpu"
+    with torch.device(device) if elsewhere else nullcontext():
         adapter = build_adapter(method, initial.prompt_features, initial.logit_scale, parameters, tower)
         after = dict(sorted(adapter.named_parameters()))
         before = {name: value.detach().clone() for name, value in after.items()}
