@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -79,7 +78,7 @@ class LoadedBackbone:
         self.context = int(tokenizer([""]).shape[1])
         self.digest = _digest(model)
         self.logit_scale = float(np.exp(np.float64(self._model.logit_scale.item())))
-        config = open_clip.get_model_preprocess_cfg(model)
+        config = _open_clip().get_model_preprocess_cfg(model)
         self.precision = "float32"
         self.device = device
         self._model.to(device)
@@ -175,7 +174,7 @@ def make_random_checkpoint(model: str, seed: int, path: Path) -> None:
     _known_model(model)
     with torch.random.fork_rng(devices=[]), _without_warnings():
         torch.manual_seed(seed)
-        network = open_clip.create_model(model, pretrained_text=False)
+        network = _open_clip().create_model(model, pretrained_text=False)
     tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
     write_durable(path, safetensors.torch.save(tensors))
 
@@ -211,7 +210,7 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = 
         pretrained = str(path)
         options = _local_preprocessing(backbone.model, backbone.tag)
         if _is_torchscript(path):
-            if not open_clip.get_model_config(backbone.model).get("quick_gelu", False):
+            if not _open_clip().get_model_config(backbone.model).get("quick_gelu", False):
                 raise BackboneError(
                     f"{path}: an OpenAI archive, trained with QuickGELU, but model {backbone.model} has none; "
                     f"expected a model such as {backbone.model}-quickgelu: name that one in the study"
@@ -220,8 +219,8 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = 
     try:
         with source as model, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*TorchScript")
-            network, preprocess = open_clip.create_model_from_pretrained(model, pretrained, **options)
-            tokenizer = open_clip.get_tokenizer(model)
+            network, preprocess = _open_clip().create_model_from_pretrained(model, pretrained, **options)
+            tokenizer = _open_clip().get_tokenizer(model)
     except Exception as error:  # the readers of four file formats and a download raise of every kind
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BackboneError(
@@ -242,7 +241,7 @@ def image_size(backbone: Backbone) -> int | None:
     if backbone.model.startswith(_HUB):
         return None
     _known_model(backbone.model)
-    size = open_clip.get_model_config(backbone.model)["vision_cfg"].get("image_size", 224)
+    size = _open_clip().get_model_config(backbone.model)["vision_cfg"].get("image_size", 224)
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
@@ -254,16 +253,19 @@ def _multiplies_bfloat16(device: Device) -> bool:
 
 
 @cache
-def _register_models() -> None:
+def _open_clip() -> Any:
+    """open_clip, which knows our models too. Imported here: it takes seconds, and cached features need none of it."""
+    import open_clip
+
     open_clip.add_model_config(configs.MODELS)
+    return open_clip
 
 
 def _known_model(model: str) -> None:
-    _register_models()
-    if model not in open_clip.list_models():
+    if model not in _open_clip().list_models():
         ours = ", ".join(sorted(path.stem for path in configs.MODELS.glob("*.json")))
         raise BackboneError(
-            f"model {model!r}: open_clip {open_clip.__version__} has none of that name; expected one of "
+            f"model {model!r}: open_clip {_open_clip().__version__} has none of that name; expected one of "
             f"open_clip.list_models(), {_HUB}OWNER/NAME, or of ours: {ours}"
         )
 
@@ -301,8 +303,8 @@ def refuse_other_gelu(backbone: Backbone) -> None:
     """
     if backbone.tag is None or backbone.model.startswith(_HUB):
         return
-    tag = open_clip.get_pretrained_cfg(backbone.model, backbone.tag)
-    if tag.get("quick_gelu") and not open_clip.get_model_config(backbone.model).get("quick_gelu"):
+    tag = _open_clip().get_pretrained_cfg(backbone.model, backbone.tag)
+    if tag.get("quick_gelu") and not _open_clip().get_model_config(backbone.model).get("quick_gelu"):
         raise BackboneError(
             f"tag {backbone.tag}: trained with QuickGELU, but model {backbone.model} has GELU; expected model "
             f"{backbone.model}-quickgelu: name that one in the study"
@@ -316,10 +318,10 @@ def _local_preprocessing(model: str, known_tag: str | None = None) -> dict[str, 
     agree, then a file of that model is treated alike; otherwise, and for models of our own, open_clip's default
     (OpenAI's) holds. The image size is always the model's.
     """
-    tags = open_clip.list_pretrained_tags_by_model(model)
+    tags = _open_clip().list_pretrained_tags_by_model(model)
     if known_tag in tags:
         tags = [known_tag]
-    found = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    found = [_open_clip().get_pretrained_cfg(model, tag) for tag in tags]
     known = [{f"image_{key}": tag[key] for key in _SHARED_KEYS} for tag in found]
     return dict(known[0]) if known and all(entry == known[0] for entry in known) else {}
 
