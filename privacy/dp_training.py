@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus import GradSampleModule
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -183,6 +182,8 @@ def clipped_sum_by_hooks(adapter: Adapter, batch: PatientBatch, loss: PatientLos
 
     Needs n times the adapter's size in memory: for small adapters, and to check the other one.
     """
+    from opacus import GradSampleModule  # seconds, which a site without a budget need not wait for
+
     model = GradSampleModule(copy.deepcopy(adapter), loss_reduction="sum")
     loss(model, batch).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {name: value.grad_sample.double() for name, value in model._module.named_parameters()}

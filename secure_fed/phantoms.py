@@ -12,8 +12,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import multiprocessing
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -24,6 +28,7 @@ from PIL import Image
 from scipy import ndimage
 
 from secure_fed.errors import DataError, OutputError
+from secure_fed.processes import die_with
 from secure_fed.storage import make_folder, write_durable
 
 Level = Literal["base", "ventricles", "top"]
@@ -301,8 +306,17 @@ def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int) -> None:
         folder = root / site.name
         if folder.exists() and any(folder.iterdir()):
             raise OutputError(f"{folder} is not empty; expected a new folder; remove it or choose another root")
-    for site in sites:
-        _make_site(root / site.name, site, seed)
+    longest_first = sorted(sites, key=lambda site: -site.patients)
+    work = partial(_make_site, root, seed)
+    workers = min(len(sites), len(os.sched_getaffinity(0)))
+    if workers < 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
+        for site in longest_first:
+            work(site)
+        return
+    context = multiprocessing.get_context("fork")  # which has loaded all it needs
+    with ProcessPoolExecutor(workers, context, initializer=die_with, initargs=(os.getpid(),)) as pool:
+        for _ in pool.map(work, longest_first):
+            pass
 
 
 def default_sites(count: int) -> list[PhantomSite]:
@@ -346,7 +360,8 @@ def _check(site: PhantomSite) -> None:
         )
 
 
-def _make_site(folder: Path, site: PhantomSite, seed: int) -> None:
+def _make_site(root: Path, seed: int, site: PhantomSite) -> None:
+    folder = root / site.name
     digest = hashlib.sha256(repr((seed, site)).encode()).digest()
     rng = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
     labels = np.repeat(CLASSES, _apportion(site.patients, site.class_mix))
