@@ -1,35 +1,23 @@
 """One round at a site: take the journal's new records, apply them, train, and seal the update.
 
-Knows nothing of Flower. Everything that must survive a crash lies in the site's state folder:
+Knows nothing of Flower. Everything that must survive a crash lies in the site's state folder, beside what
+:class:`clients.replica.Replica` keeps there:
 
-``keys/EPOCH.sealed``           the study's sealed keys
-``run``                         id of the current run
-``runs/RUN/journal/``           the site's own copy of the records
-``runs/RUN/pins/ROUND``         digest of the one aggregate of a round that may be decrypted
-``runs/RUN/refused/ROUND``      marks an aggregate that was refused after decryption
 ``runs/RUN/outbox/ROUND.*``     the round's integers, then the envelope made of them
-``runs/RUN/adapter.safetensors`` adapter and moments after the journal's last record (rebuilt if lost)
 ``runs/RUN/heads/ROUND``        the site's private head after its training in a round, if the study has one
 ``features.sqlite``             the feature cache, shared by all runs
 ``forgotten.json``              keyed hashes of patients who are to be forgotten (:mod:`clients.forgotten`)
 ``privacy/``                    the privacy ledger (:mod:`privacy.ledger`), if the site has a budget
-``ledger_heads.json``           the newest privacy-ledger head of every site
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import hmac
-import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -38,46 +26,29 @@ from numpy.typing import NDArray
 from clients.data import Split
 from clients.features import FeatureCache, SiteFeatures, load_features
 from clients.forgotten import Forgotten, withdrawn
-from clients.keyring import KeyRing
 from clients.private_round import private_rounds
+from clients.replica import Replica
 from clients.sitefile import SiteFile, read_site_file
 from clients.training import predict, train_alone, train_round, training_seed, zero_shot
 from clients.twins import fingerprints, site_images
-from privacy.ckks import Cipher
-from privacy.keys import attestation_key, load_identity, open_checkpoint, seal_checkpoint
-from privacy.lanes import Binding, Contribution, PlainSealer, Sealer
-from secure_fed import aggregation, codec
+from privacy.lanes import Binding, Contribution
+from secure_fed import codec
 from secure_fed.adapters import PRIVATE_HEAD, check_method
 from secure_fed.backbone import load_backbone
 from secure_fed.codec import Parameters
 from secure_fed.device import choose_device
 from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
-from secure_fed.errors import (
-    AdapterMismatchError,
-    AggregateRefused,
-    BudgetError,
-    EnvelopeError,
-    KeyDeadError,
-    KeyFileError,
-    ProtocolError,
-    RecordError,
-    SiteFileError,
-)
+from secure_fed.errors import BudgetError, EnvelopeError, KeyFileError, ProtocolError, SiteFileError
 from secure_fed.evaluation import Metrics, Predictions, balanced_accuracy, metrics
-from secure_fed.ledger_heads import NO_LEDGER, LedgerHead, LedgerHeads
+from secure_fed.ledger_heads import NO_LEDGER, LedgerHead
 from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.records import Chain, Record, RecordFolder, read_header
-from secure_fed.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, Members, SealedKeyHeader
-from secure_fed.signed import parse_header, payload_fields, sign_frame, split_frame
+from secure_fed.signed import parse_header, split_frame
 from secure_fed.storage import make_folder, write_durable
 from secure_fed.study import AgreedStudy, load_study
 from secure_fed.text_tower import TextTower
 
 log = logging.getLogger(__name__)
-
-MAX_REFUSALS = 8
-"""Refused aggregates after which a key decrypts nothing more: each is one answer to a forger."""
 
 SATURATION_WARNING = 0.001
 """Share of saturated coordinates above which the site warns: the value bound is then too small."""
@@ -85,25 +56,8 @@ SATURATION_WARNING = 0.001
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Validation counts of a round's cohort, summed under encryption: of the adapter it trained on."""
-
-    images: int
-    correct: int
-
-
-@dataclass(frozen=True)
-class RoundState:
-    """What a site held after a round: the adapter, and the validation counts that came with its aggregate."""
-
-    round: int
-    parameters: Parameters
-    validation: Validation | None
-
-
-class Site:
-    """One hospital in a study.
+class Site(Replica):
+    """One hospital in a study: a replica of its journal that also learns from images.
 
     Args:
         file: its ``site.toml``, paths absolute (:func:`clients.sitefile.read_site_file`).
@@ -116,70 +70,23 @@ class Site:
         RecordError: the state folder does not verify.
 
     Attributes:
-        keys: the study's sealed keys at this site.
         device: where its images are encoded and, without a budget, its adapter is trained.
-        parameters: the global adapter, float64, after the last applied record.
-        validation: counts that came with the last aggregate, None before the first or if not shared.
     """
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
         file.refuse_study(agreed.study)
         self.device = choose_device(file.device)
         check_method(agreed.study.method)
-        self.name = file.site
-        self._file = file
-        self._agreed = agreed
-        self._identity = load_identity(Path(file.identity), file.site)
-        self._state = Path(file.state)
-        self.keys = KeyRing(self._state / "keys", agreed, self._identity)
-        listed = {site.name: site for site in agreed.study.sites}
-        self._member = listed.get(file.site) or self.keys.joined(file.site) or agreed.study.site(file.site)
-        if self._identity.keys != self._member.keys:
-            raise SiteFileError(
-                f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder "
-                "whose public file went to the coordinator"
-            )
-        make_folder(self._state / "runs")
-        encoding = agreed.study.encoding
-        self._bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)
+        super().__init__(file, agreed)
         self._features: SiteFeatures | None = None
-        self._heads = LedgerHeads(self._state / "ledger_heads.json")
         trains = self._member.role == "train"
         self._private = private_rounds(file, agreed, self._heads) if trains else None
-        self._blind = False
-        self._chain = Chain(agreed)
-        self._digests: dict[str, tuple[str, str]] = {}
-        self.validation: Validation | None = None
-        self._set_state(self._initial_state())
-        run = self._current_run()
-        if run is not None:
-            self._enter_run(run)
 
     @classmethod
     def open(cls, path: Path) -> Site:
         """A site from its ``site.toml``."""
         file = read_site_file(path)
         return cls(file, load_study(Path(file.study)))
-
-    @property
-    def run(self) -> str:
-        """Id of the current run, empty before the first genesis."""
-        return self._chain.run if self._chain.length else ""
-
-    @property
-    def position(self) -> int:
-        """How many records of the run the site has."""
-        return self._chain.length
-
-    @property
-    def round(self) -> int:
-        """The last round that is applied here (or was refused here); 0 before the first."""
-        return self._chain.round
-
-    @property
-    def finished(self) -> bool:
-        """Whether every round of the study is applied here."""
-        return self._chain.finished
 
     @property
     def connection_key(self) -> ec.EllipticCurvePrivateKey:
@@ -190,37 +97,6 @@ class Site:
     def signing_key(self) -> str:
         """The public half of the key that signs its envelopes, 64 hex digits."""
         return self._identity.keys.signing
-
-    @property
-    def members(self) -> Members:
-        """The study's members now, by name; amendments change them."""
-        return self._chain.members
-
-    @property
-    def key_in_force(self) -> str:
-        """Id of the run's key; zeros before the first genesis and in ``plain`` mode."""
-        return self._chain.key
-
-    @property
-    def adapter_digest(self) -> str:
-        """SHA-256 of the adapter it holds; for the site's own eyes."""
-        return codec.adapter_digest(self.parameters)
-
-    @property
-    def _state_digest(self) -> str:
-        """SHA-256 of adapter and moments: what sites compare. Without moments, the adapter's."""
-        return codec.adapter_digest(self._whole_state)
-
-    @property
-    def _whole_state(self) -> Parameters:
-        return self.parameters | self._moments
-
-    def _initial_state(self) -> Parameters:
-        return aggregation.initial_state(self._agreed.study.aggregation, self._agreed.initial.adapter)
-
-    def _set_state(self, state: Parameters) -> None:
-        self.parameters: Parameters = aggregation.adapter_of(state)
-        self._moments: Parameters = {name: value for name, value in state.items() if name not in self.parameters}
 
     def features(self, progress: Progress | None = None) -> SiteFeatures:
         """The site's image features, encoded once and cached.
@@ -306,22 +182,6 @@ class Site:
         chosen = [path for path in stored if round_number is None or int(path.name) <= round_number]
         return parameters | safetensors.numpy.load(chosen[-1].read_bytes()) if chosen else parameters
 
-    def history(self) -> Iterator[RoundState]:
-        """The state after each applied round of the run, replayed from the site's own journal.
-
-        Rounds whose key is destroyed here are left out.
-        """
-        if not self.run:
-            return
-        replay = copy.copy(self)
-        replay._chain = Chain(self._agreed)
-        replay._set_state(self._initial_state())
-        replay.validation, replay._blind = None, False
-        for record in list(self._records.replay(Chain(self._agreed))):
-            replay._apply(record)
-            if record.header.kind == "aggregate" and not replay._blind and not self._refused(record.header.round):
-                yield RoundState(record.header.round, replay.parameters, replay.validation)
-
     @cached_property
     def tower(self) -> TextTower | None:
         """The backbone's frozen text tower, for a study whose method trains through it."""
@@ -390,276 +250,7 @@ class Site:
             return self._reply(ReplyCode.APPLIED)
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
-        attested = ""  # before the first genesis there is neither key nor head
-        if self._chain.length and not self._blind and self._can_attest(self._chain.key):
-            key = self._attestation_key(self._chain.key)
-            attested = codec.attestation(key, self.name, self._chain.head, self._state_digest)
-        return RoundReply(self.name, code, self.run, self.position, attested, envelope)
-
-    # --- records ---
-
-    def _take(self, data: bytes) -> None:
-        _, header = read_header(data, self._agreed)
-        if header.kind == "genesis" and header.run != self.run:
-            self._begin_run(header.run, header.key, data)
-            return
-        if header.run == self.run and header.seq < self._chain.length:
-            if data != self._records.read(header.seq):
-                self._keep_evidence(data)
-                raise RecordError(
-                    f"a second record {header.seq}, different from the one applied here; both are signed by the "
-                    f"coordinator and kept in {self._run_folder / 'evidence'}: tell the other sites"
-                )
-            return
-        record = self._chain.check(data)
-        self._check_void(record)
-        heads = {entry.site: entry.ledger for entry in record.contributors}
-        for name, head in heads.items():
-            self._heads.check(name, head)
-        if record.amendment is not None:
-            self._check_policy(record.amendment)
-        if record.header.kind == "aggregate":
-            self._pin(record)
-        self._heads.keep(heads)
-        self._records.append(record)
-        self._apply(record)
-        self._store_adapter()
-
-    def _apply(self, record: Record) -> None:
-        """Advance by a record of the site's own journal; the adapter changes only if the aggregate holds."""
-        due = self._chain.due
-        round_number = record.header.round
-        if record.amendment is not None and self.name in record.members:
-            self.keys.accept(record.payload)
-        elif record.header.kind == "checkpoint" and self.name in record.members:
-            self._check_point(record)
-        elif record.header.kind == "aggregate" and self._agreed.study.mode == "he" and not self.keys.holds(due.key):
-            self._blind = True  # until a checkpoint
-        elif record.header.kind == "aggregate" and not self._refused(round_number):
-            if self._refusals() >= MAX_REFUSALS:
-                raise KeyDeadError(
-                    f"key {due.key[:16]} has refused {MAX_REFUSALS} aggregates and decrypts nothing more; "
-                    "the coordinator or the network forges: make a new key"
-                )
-            try:
-                sums = self._sealer().open(
-                    record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort
-                )
-            except AggregateRefused:
-                make_folder(self._run_folder / "refused")
-                write_durable(self._run_folder / "refused" / f"{round_number:08d}", due.key.encode())
-                log.warning("round %d: the aggregate was refused", round_number)
-            else:
-                self._add(sums, [self._chain.members[entry.site].weight for entry in record.cohort])
-        self._chain.advance(record)
-
-    def _add(self, sums: NDArray[np.int64], weights: list[float]) -> None:
-        lanes = self._agreed.parameters
-        size = self._bounds.size
-        update = codec.average_update(sums[:size], self._bounds, weights, lanes.max_integer)
-        self._set_state(aggregation.apply(self._agreed.study.aggregation, self._whole_state, update))
-        if self._agreed.study.encoding.share_validation:
-            self.validation = Validation(*codec.decode_counts(sums[size:], lanes.bits))
-
-    def _check_policy(self, amendment: SealedKeyHeader) -> None:
-        """Apply unasked only those amendments that this site's own file allows."""
-        allowed = self._file.amendments
-        unasked = allowed == "all" or (allowed == "removals" and not amendment.added)
-        if not unasked and not self.keys.holds(amendment.key):
-            joining = ", ".join(site.name for site in amendment.added) or "nobody"
-            leaving = ", ".join(amendment.removed) or "nobody"
-            raise SiteFileError(
-                f"an amendment with key {amendment.key[:16]}: {joining} would join, {leaving} leave; site.toml says "
-                f'amendments = "{allowed}"; accept this one by hand (secfacmic keys accept) or change site.toml'
-            )
-
-    def _acknowledgement(self) -> bytes:
-        """The signed word that the amendment is applied; the key maker's carries the checkpoint."""
-        chain = self._chain
-        payload = b""
-        if self.name == self._agreed.study.key_maker:
-            state = bytes(safetensors.numpy.save(self._whole_state))
-            payload = seal_checkpoint(self.keys.secret(chain.key), chain.head, state)
-        header = AcknowledgementHeader(
-            version=1,
-            study=self._agreed.study.id,
-            run=chain.run,
-            head=chain.head,
-            site=self.name,
-            checkpoint=self._checkpoint_digest(self._state_digest),
-            **payload_fields(payload),
-        )
-        return sign_frame(ACKNOWLEDGEMENT_MAGIC, header, self._identity.signing, payload)
-
-    def _checkpoint_digest(self, digest: str) -> str:
-        return codec.attestation(self._attestation_key(self._chain.key), "checkpoint", self._chain.head, digest)
-
-    def _check_point(self, record: Record) -> None:
-        """Compare the adapter with what the members acknowledged, or take it from the checkpoint; then the keys
-        before this one are of no more use to anybody, and are destroyed."""
-        if self._blind:
-            state = open_checkpoint(self.keys.secret(self._chain.key), self._chain.head, record.payload)
-            self._set_state(safetensors.numpy.load(state))
-        if not hmac.compare_digest(self._checkpoint_digest(self._state_digest), record.checkpoint):
-            raise AdapterMismatchError(
-                f"the members acknowledged another adapter than the one here after round {self._chain.round}; "
-                "this site is damaged or they are: compare by phone"
-            )
-        self._blind = False
-        self.keys.destroy_before(self._chain.key)
-
-    def _check_void(self, record: Record) -> None:
-        """A void may only withdraw what was refused here; and what was refused here must be withdrawn."""
-        open_round = self._chain.open_round
-        if record.header.kind == "void" and not self._refused(open_round):
-            raise RecordError(f"void of round {open_round}, which was applied here; only a refused round can be voided")
-        if record.header.kind != "void" and self._refused(open_round):
-            raise RecordError(f"record {record.header.seq}: round {open_round} was refused here; expected its void")
-
-    def _pin(self, record: Record) -> None:
-        """Fix the one candidate of a round before anything is decrypted."""
-        folder = self._run_folder / "pins"
-        make_folder(folder)
-        path = folder / f"{record.header.round:08d}"
-        digest = hashlib.sha256(record.data).hexdigest()
-        if not path.exists():
-            write_durable(path, digest.encode())
-        elif path.read_text() != digest:
-            self._keep_evidence(record.data)
-            raise RecordError(
-                f"a second aggregate for round {record.header.round}; one candidate a round is decrypted, never another"
-            )
-
-    def _keep_evidence(self, data: bytes) -> None:
-        folder = self._run_folder / "evidence"
-        make_folder(folder)
-        write_durable(folder / f"{hashlib.sha256(data).hexdigest()}.record", data)
-
-    def _refused(self, round_number: int | None) -> bool:
-        return round_number is not None and (self._run_folder / "refused" / f"{round_number:08d}").exists()
-
-    def _refusals(self) -> int:
-        """Refusals under the key in force."""
-        return sum(path.read_text() == self._chain.key for path in (self._run_folder / "refused").glob("*"))
-
-    # --- runs ---
-
-    def _current_run(self) -> str | None:
-        path = self._state / "run"
-        return path.read_text(encoding="ascii").strip() if path.exists() else None
-
-    def _begin_run(self, run: str, key: str, data: bytes) -> None:
-        """Enter the run of a genesis, unless its key belongs to another run."""
-        record = Chain(self._agreed).check(data)
-        folder = self._state / "runs" / run
-        if self._agreed.study.mode == "he":
-            epoch, newest = self.keys.newest
-            if not self.keys.headers:
-                raise KeyFileError(
-                    f"genesis of run {run[:16]} names key {key[:16]}, which this site does not hold; "
-                    "take the sealed key file first"
-                )
-            if not self.keys.may_begin(key):
-                raise RecordError(
-                    f"genesis of run {run[:16]} names key {key[:16]}; the newest here is key {newest[:16]} of epoch "
-                    f"{epoch}; a site never goes back to an older key, nor to one it does not hold"
-                )
-            for other in (self._state / "runs").iterdir():
-                if other.name != run and self._key_of_run(other) == key:
-                    raise RecordError(
-                        f"genesis of run {run[:16]} names key {key[:16]}, already used in run {other.name[:16]}; "
-                        "every run has a new key"
-                    )
-        records = RecordFolder(folder / "journal")
-        if records.file(0).exists() and records.read(0) != data:
-            raise RecordError(f"a second genesis of run {run[:16]}, different from the one known here")
-        records.append(record)
-        write_durable(self._state / "run", run.encode())
-        self._enter_run(run)
-
-    def _key_of_run(self, folder: Path) -> str | None:
-        first = RecordFolder(folder / "journal").file(0)
-        return read_header(first.read_bytes(), self._agreed)[1].key if first.exists() else None
-
-    def _enter_run(self, run: str) -> None:
-        """Rebuild the state from the run's journal, from the stored adapter on if it is there."""
-        self._run_folder = self._state / "runs" / run
-        self._records = RecordFolder(self._run_folder / "journal")
-        self._chain = Chain(self._agreed)
-        self._set_state(self._initial_state())
-        self.validation = None
-        self._digests = {}
-        self._blind = False
-        checking = Chain(self._agreed)
-        records = list(self._records.replay(checking))
-        start = self._load_adapter([record.id for record in records])
-        for record in records[:start]:
-            self._chain.advance(record)
-        for record in records[start:]:
-            self._apply(record)
-        self._store_adapter()
-
-    def _load_adapter(self, ids: list[str]) -> int:
-        """Take the stored adapter if it stands at one of these records; how many records it has applied."""
-        try:
-            data = (self._run_folder / "adapter.safetensors").read_bytes()
-            metadata = _metadata(data)
-            start = ids.index(metadata["head"]) + 1
-            tensors = safetensors.numpy.load(data)
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError):
-            return 0
-        if codec.adapter_digest(tensors) != metadata["digest"]:
-            return 0
-        self._set_state(tensors)
-        self._digests = {head: (digest, key) for head, (digest, key) in json.loads(metadata["digests"]).items()}
-        counts = json.loads(metadata["validation"])
-        self.validation = Validation(*counts) if counts else None
-        return start
-
-    def _store_adapter(self) -> None:
-        if self._blind:
-            return  # there is no adapter yet
-        digest = self._state_digest
-        self._digests[self._chain.head] = (digest, self._chain.key)
-        for old in list(self._digests)[:-2]:
-            del self._digests[old]
-        counts = [self.validation.images, self.validation.correct] if self.validation else []
-        metadata = {
-            "head": self._chain.head,
-            "digest": digest,
-            "digests": json.dumps(self._digests),
-            "validation": json.dumps(counts),
-        }
-        data = safetensors.numpy.save(self._whole_state, metadata)
-        write_durable(self._run_folder / "adapter.safetensors", bytes(data))
-
-    # --- keys ---
-
-    def _sealer(self) -> Sealer:
-        if self._agreed.study.mode == "plain":
-            return PlainSealer(self._agreed.parameters)
-        return Cipher(self._agreed.parameters, self.keys.secret(self._chain.key))
-
-    def _attestation_key(self, key: str) -> bytes:
-        if self._agreed.study.mode == "plain":
-            return self._agreed.study.id.encode()  # the server sees the adapter anyway
-        return attestation_key(self.keys.secret(key))
-
-    def _can_attest(self, key: str) -> bool:
-        return self._agreed.study.mode == "plain" or self.keys.holds(key)
-
-    def _compare(self, request: RoundRequest) -> None:
-        """Compare the adapter with the other sites' at a head that this site has had too."""
-        digest, key = self._digests.get(request.attested_head, ("", ""))
-        if not digest or not self._can_attest(key):
-            return
-        for site, attested in sorted(request.attestations.items()):
-            expected = codec.attestation(self._attestation_key(key), site, request.attested_head, digest)
-            if site != self.name and not hmac.compare_digest(expected, attested):
-                raise AdapterMismatchError(
-                    f"site {site} attests another adapter than the one here after record {request.attested_head[:16]}; "
-                    "either the server garbles attestations or one of the two is damaged: compare by phone"
-                )
+        return RoundReply(self.name, code, self.run, self.position, self._attestation(), envelope)
 
     # --- the update ---
 
@@ -754,10 +345,3 @@ class Site:
         if not study.encoding.share_validation:
             return quantised.integers
         return np.concatenate([quantised.integers, codec.encode_counts(counts, study.encoding.bits)])
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file (its numpy interface reads only tensors)."""
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    return {str(key): str(value) for key, value in metadata.items()}

@@ -14,7 +14,8 @@ from clients.calibration import calibrate
 from clients.data import read_data
 from clients.features import pool_features
 from clients.private_round import ledger_folder
-from clients.site import Site, Validation
+from clients.replica import Validation
+from clients.site import Site
 from clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
 from clients.training import train_alone
 from privacy.keys import Identity, create_identity, create_sealed_key, load_identity

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clients.site import MAX_REFUSALS, Site
+from clients.replica import MAX_REFUSALS
+from clients.site import Site
 from privacy.lanes import CipherWire
 from secure_fed import codec
 from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
