@@ -298,7 +298,8 @@ def _data(file: SiteFile, agreed: AgreedStudy) -> str:
     from clients.decoding import UndecodableError, decode
 
     data, study = file.data, agreed.study
-    images = read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed)
+    extra = None if data.unlabelled is None else Path(data.unlabelled)
+    images = read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed, extra)
     broken = []
     for image in images:
         try:

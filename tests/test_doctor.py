@@ -267,6 +267,15 @@ def test_images_that_are_broken_missing_or_of_no_class(site: Path, folder: Path,
     finding = only(look(site), "data folder")
     assert f"1 of 30 images cannot be decoded:\n{broken}" in finding.found
     assert "skip_unreadable" in finding.mend
+    extra = folder / "more"
+    extra.mkdir()
+    shutil.move(broken, extra / "0.png")
+    assert look(site)["data folder"].ok
+    file = read_toml(site, type(read_site_file(site)), ValueError)  # type: ignore[type-var]
+    target = file.data.model_copy(update={"unlabelled": str(extra)})
+    write_toml(site, file.model_copy(update={"data": target}))
+    assert f"1 of 30 images cannot be decoded:\n{extra / '0.png'}" in only(look(site), "data folder").found
+    write_toml(site, file)
     shutil.move(folder / "images" / "dark", folder / "images" / "dim")
     assert "dim" in only(look(site), "data folder").found
     shutil.rmtree(folder / "images")

@@ -435,12 +435,18 @@ def test_a_full_disk_at_the_server_ends_it_with_60_and_it_goes_on_when_there_is_
 def test_a_full_disk_at_a_site_ends_it_with_60_and_it_goes_on_when_there_is_room(
     start: Callable[..., Network], images: Path, tmp_path: Path, small_disk: Callable[[Path], Path]
 ) -> None:
-    network = start(round_seconds=240)
+    network = start(rounds=8, round_seconds=240)
     ballast = small_disk(network.site_folder("birch") / "state")
     fill(ballast)
+    network.start("birch")
+    assert network.wait(240, "birch") == {"birch": 60}  # for want of room for its features
+    ballast.unlink()
     network.start("server", *SITES)
-    assert network.wait(240, "birch") == {"birch": 60}
+    network.wait_until(lambda: network.records >= 1 and "connected" in network.log("birch"), 240)
+    fill(ballast)
+    assert network.wait(240, "birch") == {"birch": 60}  # in mid-round
     assert "No space left on device" in network.log("birch")
+    assert "Traceback" not in network.log("birch")
     ballast.unlink()
     network.start("birch")
     ended(network)
