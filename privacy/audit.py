@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from privacy.dp_training import Descent, PatientBatch, class_prompt_patient_loss, public_log_prior
 from privacy.gaussian import plan_noise
 from secure_fed.adapters import Adapter
-from secure_fed.study import PrivateTraining
+from secure_fed.study import Method, PrivateTraining
 
 CONFIDENCE = 0.95
 DIM, CLASSES = 32, 4
@@ -146,10 +146,11 @@ class _Tapped(Adapter):
     tap: Tensor
 
     def __init__(self, generator: torch.Generator, canaries: int) -> None:
-        rank = 4
+        method = Method(adapter="low_rank", rank=4)
         prompts = torch.nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1).numpy()
-        down: NDArray[np.float64] = torch.randn(rank, DIM, generator=generator).double().numpy() / np.sqrt(DIM)
-        super().__init__(prompts, 20.0, {"down": down, "up": np.zeros((DIM, rank)), "tap": np.zeros((1, canaries))})
+        down: NDArray[np.float64] = torch.randn(method.rank, DIM, generator=generator).double().numpy() / np.sqrt(DIM)
+        parameters = {"down": down, "up": np.zeros((DIM, method.rank)), "tap": np.zeros((1, canaries))}
+        super().__init__(method, prompts, 20.0, parameters)
         self.double()
         self.prompts = self.prompts.double()
 

@@ -120,7 +120,7 @@ class Twice(Adapter):
     [(Scaled, {"offsets": np.zeros((3, 12)), "gain": np.ones(12)}), (Twice, {"weight": np.eye(12)})],
 )
 def test_an_adapter_that_cannot_be_clipped_is_refused(kind: type[Adapter], parameters: dict[str, np.ndarray]) -> None:
-    adapter = dp_training.to_double(kind(unit_rows(np.random.default_rng(0), 3, 12), 30.0, parameters))
+    adapter = dp_training.to_double(kind(Method(), unit_rows(np.random.default_rng(0), 3, 12), 30.0, parameters))
     with pytest.raises(PrivateMethodError, match="exactly once"):
         clipped_sum(adapter, make_batch(), make_loss(), 1.0)
 

@@ -64,7 +64,7 @@ class BatchNormed(AttentionGate):
         rng = np.random.default_rng(0)
         prompts = unit_rows(rng, 3, 12)
         parameters = initial_parameters(Method(), 12, prompts, 0)
-        super().__init__(prompts, 30.0, parameters, by_batch=False)
+        super().__init__(Method(), prompts, 30.0, parameters)
         self.norm = nn.BatchNorm1d(12, affine=affine, track_running_stats=track)
 
 
@@ -84,7 +84,7 @@ class NormedByHand(TextHead):
 
 def test_batch_norm_by_hand() -> None:
     prompts = unit_rows(np.random.default_rng(0), 3, 12)
-    adapter = to_double(NormedByHand(prompts, 30.0, {"offsets": np.zeros((3, 12))}))
+    adapter = to_double(NormedByHand(Method(), prompts, 30.0, {"offsets": np.zeros((3, 12))}))
     with pytest.raises(GuardError, match="mixes the patients"):
         check_training(adapter, make_loss(), descent())
 
@@ -121,7 +121,7 @@ class PrivateHead(AttentionGate):
 
     def __init__(self) -> None:
         prompts = unit_rows(np.random.default_rng(0), 3, 12)
-        super().__init__(prompts, 30.0, initial_parameters(Method(), 12, prompts, 0), by_batch=False)
+        super().__init__(Method(), prompts, 30.0, initial_parameters(Method(), 12, prompts, 0))
         self.head = nn.Parameter(torch.zeros(3, 12))
 
     def class_vectors(self) -> Tensor:

@@ -91,7 +91,7 @@ def build_adapter(
         StudyError: as :func:`check_method`.
     """
     check_method(method)
-    return _kind(method).build(method, prompt_features, logit_scale, parameters, tower)
+    return _kind(method)(method, prompt_features, logit_scale, parameters, tower)
 
 
 def _kind(method: Method) -> type[Adapter]:

@@ -49,6 +49,8 @@ class Adapter(nn.Module, ABC):
     """Moves image features, or class vectors, or both; logits are scaled cosines between the two.
 
     Attributes:
+        method: which adapter, and with which settings.
+        tower: the frozen text tower, for adapters that ask for it; else None.
         shows_adapted: whether ``forward`` appends the adapted features, for a loss that needs them.
         moves_features: whether image features are moved; if not, the domain term has nothing to align.
         needs_tower: whether the frozen text tower takes part in training.
@@ -59,29 +61,21 @@ class Adapter(nn.Module, ABC):
 
     def __init__(
         self,
-        prompt_features: NDArray[np.float32],
-        logit_scale: float,
-        parameters: Mapping[str, NDArray[np.float64]],
-    ) -> None:
-        super().__init__()
-        self.prompts = torch.tensor(prompt_features, dtype=torch.float32)
-        self.logit_scale = logit_scale
-        self.shows_adapted = False
-        for name in sorted(parameters):
-            value = torch.tensor(parameters[name], dtype=torch.float32)
-            self.register_parameter(name, nn.Parameter(value))
-
-    @classmethod
-    def build(
-        cls,
         method: Method,
         prompt_features: NDArray[np.float32],
         logit_scale: float,
         parameters: Mapping[str, NDArray[np.float64]],
-        tower: TextTower | None,
-    ) -> Adapter:
-        """The adapter as a study's method says; overridden by those that need more than their parameters."""
-        return cls(prompt_features, logit_scale, parameters)
+        tower: TextTower | None = None,
+    ) -> None:
+        super().__init__()
+        self.method = method
+        self.prompts = torch.tensor(prompt_features, dtype=torch.float32)
+        self.logit_scale = logit_scale
+        self.tower = tower
+        self.shows_adapted = False
+        for name in sorted(parameters):
+            value = torch.tensor(parameters[name], dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(value))
 
     @classmethod
     def initial(cls, method: Method, start: Start) -> dict[str, NDArray[np.float64]]:

@@ -12,7 +12,6 @@ from torch.nn.functional import leaky_relu, linear, normalize, softmax
 
 from secure_fed.adapters._base import Adapter, Start
 from secure_fed.study import Method
-from secure_fed.text_tower import TextTower
 
 NORM_EPSILON = 1e-5
 """Added to a variance before its root, as torch does in both norms."""
@@ -33,28 +32,7 @@ class AttentionGate(Adapter):
     second_weight: Tensor
     second_bias: Tensor
 
-    def __init__(
-        self,
-        prompt_features: NDArray[np.float32],
-        logit_scale: float,
-        parameters: Mapping[str, NDArray[np.float64]],
-        by_batch: bool,
-    ) -> None:
-        super().__init__(prompt_features, logit_scale, parameters)
-        self._by_batch = by_batch
-        self._statistics: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def build(
-        cls,
-        method: Method,
-        prompt_features: NDArray[np.float32],
-        logit_scale: float,
-        parameters: Mapping[str, NDArray[np.float64]],
-        tower: TextTower | None,
-    ) -> Adapter:
-        """As in :class:`Adapter`."""
-        return cls(prompt_features, logit_scale, parameters, by_batch=method.norm == "batch")
+    _statistics: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def initial(cls, method: Method, start: Start) -> dict[str, NDArray[np.float64]]:
@@ -69,6 +47,10 @@ class AttentionGate(Adapter):
             "second_bias": start.uniform(dim),
         }
 
+    @property
+    def _is_batch_norm(self) -> bool:
+        return self.method.norm == "batch"
+
     def adapt(self, features: Tensor) -> Tensor:
         """As in :class:`Adapter`.
 
@@ -76,7 +58,7 @@ class AttentionGate(Adapter):
             RuntimeError: batch norm in evaluation mode before ``set_statistics``.
         """
         hidden = linear(features, self.first_weight, self.first_bias)
-        if self._by_batch:
+        if self._is_batch_norm:
             hidden = self._batch_norm(hidden)
         else:
             hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:], self.norm_weight, self.norm_bias, NORM_EPSILON)
@@ -91,14 +73,14 @@ class AttentionGate(Adapter):
 
     def statistics(self) -> dict[str, NDArray[np.float64]]:
         """As in :class:`Adapter`: mean and variance of the hidden layer, [d] each, of batch norm."""
-        if not self._by_batch or self._statistics is None:
+        if not self._is_batch_norm or self._statistics is None:
             return {}
         mean, variance = (value.double().numpy() for value in self._statistics)
         return {"mean": mean, "variance": variance}
 
     def restore_statistics(self, statistics: Mapping[str, NDArray[np.float64]]) -> None:
         """As in :class:`Adapter`."""
-        if self._by_batch:
+        if self._is_batch_norm:
             mean, variance = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "variance"))
             self._statistics = mean, variance
 

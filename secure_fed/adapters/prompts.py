@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -29,28 +28,6 @@ class PromptContext(Adapter):
 
     context: Tensor
 
-    def __init__(
-        self,
-        prompt_features: NDArray[np.float32],
-        logit_scale: float,
-        parameters: Mapping[str, NDArray[np.float64]],
-        tower: TextTower,
-    ) -> None:
-        super().__init__(prompt_features, logit_scale, parameters)
-        self._tower = tower
-
-    @classmethod
-    def build(
-        cls,
-        method: Method,
-        prompt_features: NDArray[np.float32],
-        logit_scale: float,
-        parameters: Mapping[str, NDArray[np.float64]],
-        tower: TextTower | None,
-    ) -> Adapter:
-        """As in :class:`Adapter`."""
-        return cls(prompt_features, logit_scale, parameters, _given(tower))
-
     @classmethod
     def initial(cls, method: Method, start: Start) -> dict[str, NDArray[np.float64]]:
         """As in :class:`Adapter`: near zero-shot only as far as the text tower makes little of random vectors.
@@ -72,7 +49,7 @@ class PromptContext(Adapter):
 
     def class_vectors(self) -> Tensor:
         """As in :class:`Adapter`."""
-        return self._tower.encode(self.context)
+        return _given(self.tower).encode(self.context)
 
 
 def _given(tower: TextTower | None) -> TextTower:
