@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from clients.site import Site
 from clients.sitefile import read_site_file
 from privacy.keys import create_sealed_key, load_identity
+from secure_fed.cli import main
 from secure_fed.new_study import COORDINATOR_KEY
 from secure_fed.signed import load_signing_key
 from secure_fed.simulation import prepare, simulate
@@ -149,3 +152,33 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path
     out = tmp_path_factory.mktemp("finished") / "out"
     simulate(make_template(), out, images)
     return out
+
+
+class Result(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def secfacmic(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command's own entry point here: importing torch anew for each would take minutes."""
+
+    def run(*arguments: object, cwd: Path | None = None) -> Result:
+        monkeypatch.setattr(sys, "argv", ["secfacmic", *map(str, arguments)])
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        return Result(code, *capfd.readouterr())
+
+    return run

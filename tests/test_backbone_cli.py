@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ import configs
 from secure_fed import backbone_store
 from secure_fed.backbone import load_backbone, make_random_checkpoint
 from secure_fed.backbone_fetch import add, fetch
-from secure_fed.cli import main
 from secure_fed.errors import BackboneDigestError, BackboneError, OutputError, StudyError
 from secure_fed.new_study import new_study
 from secure_fed.predict import predict_folder
 from secure_fed.simulation import simulate
 from secure_fed.study import Backbone, Study, read_study
 from secure_fed.tomlfile import parse_table
-from tests.conftest import CLASSES, make_template, template_table
+from tests.conftest import CLASSES, Run, make_template, template_table
 from tests.test_backbone import _Archive
 
 torch.set_num_threads(1)
@@ -70,30 +68,11 @@ def write_forms(folder: Path, model: str, size: int) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture
-def secfacmic(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["secfacmic", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capfd.readouterr())
-
-    return call
-
-
 # --- add and list ---
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_three_forms_are_one_backbone(
-    forms: dict[str, Path], store: Path, secfacmic: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_all_three_forms_are_one_backbone(forms: dict[str, Path], store: Path, secfacmic: Run) -> None:
     digests = set()
     for path in forms.values():
         code, out, errors = secfacmic("backbone", "add", path, "--model", QUICK)
@@ -139,7 +118,7 @@ def test_what_does_not_load_is_not_kept(forms: dict[str, Path], store: Path, tmp
     ],
 )
 def test_added_weights_go_from_template_to_prediction_without_a_path(
-    form: str, forms: dict[str, Path], images: Path, tmp_path: Path, secfacmic: Callable[..., tuple[int, str, str]]
+    form: str, forms: dict[str, Path], images: Path, tmp_path: Path, secfacmic: Run
 ) -> None:
     add(forms[form], QUICK)
     table = template_table(rounds=1) | {"backbone": {"model": QUICK, "weights": "file", "file": form}}
@@ -188,7 +167,7 @@ def tag(forms: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_tag_is_fetched_carried_over_and_found(
-    tag: str, forms: dict[str, Path], tmp_path: Path, secfacmic: Callable[..., tuple[int, str, str]]
+    tag: str, forms: dict[str, Path], tmp_path: Path, secfacmic: Run
 ) -> None:
     code, out, errors = secfacmic("backbone", "fetch", tag, "--to", tmp_path / "usb")
     assert code == 0, errors
@@ -307,7 +286,7 @@ def test_a_model_of_the_hub_is_fetched_with_all_that_it_needs(hub: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["biomedclip", "vit_b_16_openai", "vit_b_16_laion2b"])
-def test_templates_for_real_weights_hold_together(name: str, secfacmic: Callable[..., tuple[int, str, str]]) -> None:
+def test_templates_for_real_weights_hold_together(name: str, secfacmic: Run) -> None:
     assert secfacmic("study", "check", name)[0] == 0
     backbone = read_study(Path(name)).backbone
     assert backbone.licence

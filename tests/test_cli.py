@@ -9,8 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +18,9 @@ import tomli_w
 
 import clients.site
 from secure_fed import errors
-from secure_fed.cli import main
 from secure_fed.codec import Parameters
 from server.coordinator import Coordinator
-from tests.conftest import Federation, exchange, run_round, template_table
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def secfacmic(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run the command's own entry point here: importing torch anew for each would take minutes."""
-
-    def run(*arguments: object, cwd: Path | None = None) -> Result:
-        monkeypatch.setattr(sys, "argv", ["secfacmic", *map(str, arguments)])
-        if cwd is not None:
-            monkeypatch.chdir(cwd)
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        return Result(code, *capfd.readouterr())
-
-    return run
-
-
-Run = Callable[..., Result]
+from tests.conftest import Federation, Result, Run, exchange, run_round, template_table
 
 
 def refused(result: Result, kind: type[errors.SecfacmicError], *says: str) -> None:

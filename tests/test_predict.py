@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,11 @@ from clients.training import predict
 from secure_fed.adapter_file import CALIBRATION, Calibration, load_adapter, save_adapter, save_calibration
 from secure_fed.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.calibration import LEAST, MOST, fit_temperature, tempered
-from secure_fed.cli import main
 from secure_fed.cli.client import _write_results
 from secure_fed.errors import AdapterFileError, DataError, UnreadableImageError
 from secure_fed.predict import predict_folder
 from secure_fed.study import AgreedStudy, Method, load_study
-from tests.conftest import CLASSES, TRAINING, Federation, run_round
+from tests.conftest import CLASSES, TRAINING, Federation, Run, run_round
 
 torch.set_num_threads(1)
 
@@ -245,26 +243,7 @@ def test_damaged_adapters_are_refused(run: Path) -> None:
 # --- the command ---
 
 
-@pytest.fixture
-def secfacmic(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["secfacmic", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capfd.readouterr())
-
-    return call
-
-
-def test_csv_and_json_say_the_same_and_unreadable_images_are_named(
-    run: Path, images: Path, secfacmic: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_csv_and_json_say_the_same_and_unreadable_images_are_named(run: Path, images: Path, secfacmic: Run) -> None:
     folder = run / "images"
     shutil.copytree(images / "ash" / CLASSES[0], folder)
     (folder / "broken.png").write_bytes(b"\x89PNG and no more")
@@ -298,9 +277,7 @@ def test_csv_and_json_say_the_same_and_unreadable_images_are_named(
             assert float(row[f"probability of {name}"]) == pytest.approx(entry["probabilities"][name], abs=1e-6)
 
 
-def test_without_calibration_it_is_said(
-    run: Path, images: Path, secfacmic: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_without_calibration_it_is_said(run: Path, images: Path, secfacmic: Run) -> None:
     (run / CALIBRATION).unlink()
     command = ["predict", "--adapter", run / "adapter.safetensors", "--images", images / "ash" / CLASSES[1], "--json"]
     code, out, errors = secfacmic(*command, "--checkpoint", run / "backbone.safetensors")
