@@ -49,7 +49,8 @@ class PublicTerm:
 
     Args:
         method: with the term's weight.
-        settings: public constants; the gradient is cut to their clipping norm, lest it drown the clipped ones.
+        settings: public constants; before it is weighted the gradient is cut to their clipping norm, as each patient's
+            is, so that the weight says how it compares with theirs.
         source: means of the frozen labelled features.
         target: means of the unlabelled features.
     """
@@ -67,10 +68,10 @@ class PublicTerm:
             return {}
         term = self._synthesis(adapter) if self._settings.lmmd_use == "synthesis" else self._distance(adapter)
         parameters = adapter.shared_parameters()
-        found = torch.autograd.grad(self._weight * term, list(parameters.values()), allow_unused=True)
+        found = torch.autograd.grad(term, list(parameters.values()), allow_unused=True)
         gradients = {name: value for name, value in zip(parameters, found, strict=True) if value is not None}
         norm = torch.sqrt(sum((value.square().sum() for value in gradients.values()), torch.zeros(())))
-        factor = self._settings.clip / max(float(norm), self._settings.clip)
+        factor = self._weight * self._settings.clip / max(float(norm), self._settings.clip)
         return {name: value * factor for name, value in gradients.items()}
 
     def _synthesis(self, adapter: Adapter) -> Tensor:

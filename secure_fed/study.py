@@ -221,7 +221,7 @@ class PrivateTraining(FileModel):
     prior: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     lmmd_centre: tuple[Annotated[float, Field(ge=-1, le=1)], ...] = ()
     lmmd_radius: Annotated[float, Field(gt=0, le=2)] = 1.0
-    lmmd_use: Literal["synthesis", "attraction", "witness"] = "synthesis"
+    lmmd_use: Literal["synthesis", "attraction", "witness"] = "attraction"
     validation_rounds: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 

@@ -206,6 +206,16 @@ def test_a_public_term_pulls_towards_the_target(use: str) -> None:
     assert distance() < 0.8 * before
 
 
+def test_the_weight_of_a_public_term_counts_after_the_cut() -> None:
+    """So a weight of 0.1 is a tenth of what one patient may do, however steep the term is."""
+    source, target = means_like(0), means_like(0, shift=0.5)
+    adapter = make_adapter("low_rank")
+    for weight in (0.1, 1.0):
+        term = PublicTerm(method_of("low_rank", weight), settings_of("witness", clip=1e-3), source, target)
+        squares = sum(float(value.square().sum()) for value in term.gradient(adapter).values())
+        assert np.sqrt(squares) == pytest.approx(weight * 1e-3)
+
+
 def test_without_common_classes_no_use_does_anything() -> None:
     one, other = means_like(0, (True, False, False)), means_like(1, (False, True, True))
     adapter, batch = make_adapter("facmic"), make_batch()
