@@ -72,6 +72,7 @@ def test_noise_is_added_to_every_value() -> None:
     noise = noisy_sum(batch, weights, constants, 7.0) - exact_sum(batch, weights, constants)
     assert noise.std() == pytest.approx(7 * np.sqrt(2), rel=0.1)
     assert (noise != 0).all()
+    assert np.unique(noise).size == noise.size  # a draw used twice would cancel in a difference
 
 
 def test_means_are_off_where_they_only_waste_budget() -> None:

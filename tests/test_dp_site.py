@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -20,7 +21,10 @@ from typer.testing import CliRunner
 from clients.private_round import ledger_folder
 from clients.site import Site
 from clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
-from privacy.gaussian import Mechanism, epsilon_of
+from privacy import class_means
+from privacy.dp_training import Descent
+from privacy.gaussian import Mechanism, epsilon_of, uniforms
+from privacy.guard import check_training
 from privacy.ledger import Ledger, opened, restore
 from secure_fed import codec
 from secure_fed.cli import app
@@ -178,7 +182,7 @@ def test_validation_counts_are_paid_for_by_their_own_patients(
         coordinator.close_round()
         exchange(coordinator, sites[0])
         counts = sent_counts(federation, coordinator)
-        noise.assert_called_once()
+        noise.assert_called_once_with(2, ledger_of(federation).events[-1].mechanism.noise_std)
     before = sites[0].features()
     right = sites[0]._predict(before.val.x, sites[0].parameters, federation.agreed).argmax(axis=1) == before.val.y
     assert counts == (len(before.val.y), round(float(np.mean(right)) * len(before.val.y)))
@@ -227,9 +231,14 @@ def test_validation_noise_comes_also_without_any_validation_patient(tmp_path: Pa
 
 def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) -> None:
     site = private.site("ash")
-    with mock.patch("secure_fed.codec.rounding_draws", side_effect=AssertionError("seeded")):
+    with (
+        mock.patch("secure_fed.codec.rounding_draws", side_effect=AssertionError("seeded")),
+        mock.patch("clients.private_round.uniforms", side_effect=uniforms) as draws,
+        mock.patch.object(codec, "quantise", side_effect=codec.quantise) as quantise,
+    ):
         coordinator = begin(private)
         assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+    draws.assert_called_once_with(quantise.call_args.args[0].size)
 
 
 def test_a_spent_site_reads_no_data_and_stays_as_an_observer(private: Federation) -> None:
@@ -738,6 +747,55 @@ def test_each_use_releases_the_means_it_needs_and_no_more(
     assert spent == pytest.approx(2.7757 * (0.12 * len(once) + (1 - 0.12 * len(once)) * 2 / 3), rel=1e-3)
     # A new run of the same study uses what was released once.
     assert len(list((tmp_path / "out/sites/ash/state/privacy").glob("means-*"))) == 1
+
+
+def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(tmp_path: Path, images: Path) -> None:
+    """A round with means of both kinds, of patients with three images each, every other one of whom is spent."""
+    federation = make_private(
+        tmp_path / "out",
+        images,
+        rounds=1,
+        method={"adapter": "facmic", "lmmd_weight": 1.0},
+        privacy={"steps": 2, "lmmd_use": "witness", "images_per_patient": 2},
+    )
+    set_budget(tmp_path / "out", "ash", 8.0, n_ref=100_000)
+    site = federation.site("ash")
+    private = site._private
+    assert private is not None
+    with mock.patch.object(private, "register"):
+        found = site.features()
+    patients = dict(found.patients)
+    for split in ("train", "unlabelled"):
+        places = range(len(found.train.x))
+        patients[split] = tuple(f"{('able', 'spent')[place // 3 % 2]} {split} {place // 3}" for place in places)
+    digests = {name: frozenset({name.encode()}) for row in patients.values() for name in row}
+    site._features = dataclasses.replace(found, unlabelled=found.train.x, patients=patients, digests=digests)
+    with private._opened() as ledger:
+        ledger.register({name: own for name, own in digests.items() if name.startswith("spent")})
+        ledger.reserve(Mechanism(1.0, 0.61, 1), "before", [1])
+    private.register(site._features)
+    with (
+        mock.patch("clients.private_round.check_training", side_effect=check_training) as guard,
+        mock.patch.object(class_means, "noisy_sum", side_effect=class_means.noisy_sum) as means,
+        mock.patch.object(Descent, "run", autospec=True, side_effect=Descent.run) as run,
+    ):
+        assert exchange(begin(federation), site).code == ReplyCode.UPDATE
+    _, once, training, current = ledger_of(federation).events
+    assert once.blocks == training.blocks == current.blocks != (1,)
+    descent, _, trained = run.call_args.args[:3]
+    assert (descent.noise_std, descent.n_ref) == (training.mechanism.noise_std, 100_000)
+    checked, _, checked_descent = guard.call_args.args
+    assert (checked.shows_adapted, checked_descent) == (True, descent)
+    sums = [trained]
+    for call, event in zip(means.call_args_list, (once, current), strict=True):
+        batch, _, settings, noise_multiplier = call.args
+        assert class_means.mechanism(settings, noise_multiplier) == event.mechanism
+        sums.append(batch)
+    able = {name for name in patients["train"] if name.startswith("able")}
+    assert 2 <= len(able) < len(set(patients["train"]))
+    for batch in sums:
+        assert len(batch.mask) == len(able)
+        assert batch.mask.sum(1).max() == 2
 
 
 def test_means_that_only_waste_budget_are_off_for_each_use(

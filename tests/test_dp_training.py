@@ -189,6 +189,16 @@ def test_poisson_sampling_draws_each_patient_with_its_rate() -> None:
     assert 4 < np.std(sizes) < 15  # sqrt(75) = 8.7; a fixed batch size is no Poisson sample
 
 
+def test_a_sampled_step_divides_by_the_expected_number_and_never_by_the_number_drawn() -> None:
+    adapter, batch = make_adapter("text_head"), make_batch(6)
+    before = adapter.offsets.detach().clone()
+    total = clipped_sum(adapter, batch.choose(torch.tensor([0, 3])), make_loss(), 0.5)
+    constants = PrivateTraining(clip=0.5, steps=1, learning_rate=0.1, sampling_rate=0.25)
+    with mock.patch.object(dp_training, "uniforms", return_value=np.array([0.2, 0.3, 0.9, 0.1, 0.5, 0.7])):
+        Descent(constants, 1.0, 40, no_noise).run(adapter, batch, make_loss())
+    assert torch.allclose(adapter.offsets, before - 0.1 * total["offsets"] / 10, rtol=1e-12, atol=1e-15)
+
+
 def test_a_public_term_is_added_after_the_noise() -> None:
     adapter, batch = make_adapter("text_head"), make_batch(2).choose(slice(0, 0))
     before = adapter.offsets.detach().clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,6 +83,9 @@ def test_mixed_mechanisms_convert_to_no_less_than_each_part() -> None:
     prv = PRVAccountant()
     prv.history = [(8.0, 1.0, 20), (2.0, 0.05, 200)]
     assert both >= prv.get_epsilon(1e-5) - 0.02
+    # Only noise over sensitivity counts.
+    scaled = [Mechanism(4.0, 32.0, 20), Mechanism(0.5, 1.0, 200, sampling_rate=0.05)]
+    assert epsilon_spent(scaled, 1e-5) == pytest.approx(both, rel=1e-12)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.1])
@@ -107,6 +111,13 @@ def test_noise_has_its_distribution() -> None:
     inner = uniforms(100_000)
     assert 0 < inner.min() < 1e-3
     assert 1 - 1e-3 < inner.max() < 1
+    assert np.unique(inner * 2.0**32 % 1).size > 90_000  # finer than 32 bits, which stop at 5.8 deviations
+
+
+def test_the_operating_system_is_the_only_source_of_randomness() -> None:
+    with mock.patch("os.urandom", side_effect=bytes):  # nothing but zeros
+        assert (uniforms(100) == 2.0**-54).all()
+        assert np.unique(gaussian_noise(100, 1.0)).size == 1
 
 
 def test_no_seed_brings_noise_back() -> None:

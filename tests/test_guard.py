@@ -68,9 +68,17 @@ class BatchNormed(AttentionGate):
         self.norm = nn.BatchNorm1d(12, affine=affine, track_running_stats=track)
 
 
-@pytest.mark.parametrize(("affine", "track"), [(True, True), (False, True), (False, False)])
-def test_batch_norm_modules(affine: bool, track: bool) -> None:
-    with pytest.raises(GuardError, match=r"batch statistics|buffers norm\.running_mean"):
+@pytest.mark.parametrize(
+    ("affine", "track", "says"),
+    [
+        (True, True, r"buffers norm\.running_mean"),
+        (False, True, r"buffers norm\.running_mean"),
+        (True, False, "module norm is a BatchNorm1d"),
+        (False, False, "module norm is a BatchNorm1d"),
+    ],
+)
+def test_batch_norm_modules(affine: bool, track: bool, says: str) -> None:
+    with pytest.raises(GuardError, match=says):
         check_training(to_double(BatchNormed(affine, track)), make_loss(), descent())
 
 
@@ -103,6 +111,17 @@ def test_a_class_prior_from_counts() -> None:
         return class_prompt_patient_loss(torch.log(counts / counts.sum()))(forward, batch)
 
     with pytest.raises(GuardError, match="class counts"):
+        check_training(make_adapter("text_head"), loss, descent())
+
+
+def test_a_class_prior_from_the_classes_that_are_there() -> None:
+    """Without the last patient of a class, all the others' gradients change."""
+
+    def loss(forward: Callable[[Tensor], Tensor], batch: PatientBatch) -> Tensor:
+        there = (torch.bincount(batch.labels[batch.mask], minlength=3) > 0) + 1e-3
+        return class_prompt_patient_loss(torch.log(there / there.sum()))(forward, batch)
+
+    with pytest.raises(GuardError, match="only the other patients change"):
         check_training(make_adapter("text_head"), loss, descent())
 
 
@@ -158,10 +177,36 @@ def clipped_as_a_batch(adapter: Adapter, batch: PatientBatch, loss: PatientLoss,
     return {name: value * min(1.0, float(len(batch.mask) * clip / norm)) for name, value in total.items()}
 
 
-@pytest.mark.parametrize("clipped", [unclipped, clipped_as_a_batch])
-def test_a_missing_clip(clipped: Callable[..., Gradients]) -> None:
-    with pytest.raises(GuardError, match="clip"):
+def with_another_clip(adapter: Adapter, batch: PatientBatch, loss: PatientLoss, clip: float) -> Gradients:
+    return clipped_sum(adapter, batch, loss, clip / 2)
+
+
+@pytest.mark.parametrize(
+    ("clipped", "says"),
+    [
+        (unclipped, "removing one patient moves the clipped sum"),
+        (clipped_as_a_batch, "only the other patients change"),
+        (with_another_clip, "differs by .* from that of Opacus"),
+    ],
+)
+def test_a_missing_or_wrong_clip(clipped: Callable[..., Gradients], says: str) -> None:
+    with pytest.raises(GuardError, match=says):
         check_training(make_adapter("facmic"), make_loss(), descent(), clipped)
+
+
+def test_a_sum_that_remembers_others() -> None:
+    """What it keeps is in every later sum alike, so that no difference of two shows it."""
+    kept: Gradients = {}
+
+    def remembering(adapter: Adapter, batch: PatientBatch, loss: PatientLoss, clip: float) -> Gradients:
+        total = clipped_sum(adapter, batch, loss, clip)
+        found = {name: value + kept.get(name, 0.0) for name, value in total.items()}
+        if batch.labels[batch.mask].unique().numel() == 1:
+            kept.update({name: 0.1 * value + kept.get(name, 0.0) for name, value in total.items()})
+        return found
+
+    with pytest.raises(GuardError, match="state is kept"):
+        check_training(make_adapter("facmic"), make_loss(), descent(), remembering)
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.98, 1.02])
@@ -178,6 +223,19 @@ def test_noise_of_the_wrong_shape() -> None:
 
     with pytest.raises(GuardError, match="not Gaussian"):
         check_training(make_adapter("text_head"), make_loss(), descent(uniform))
+
+
+def test_noise_that_follows_from_the_noise_before() -> None:
+    """Each draw is N(0, s^2), and none comes back; a difference of two has less noise than was paid for."""
+    kept: list[NDArray[np.float64]] = []
+
+    def dependent(size: int, std: float) -> NDArray[np.float64]:
+        fresh = gaussian_noise(size, 1.0)
+        kept.append(0.8 * kept[-1] + 0.6 * fresh if kept else fresh)
+        return kept[-1] * std
+
+    with pytest.raises(GuardError, match="draws of noise are correlated"):
+        check_training(make_adapter("text_head"), make_loss(), descent(dependent))
 
 
 def torch_noise(size: int, std: float) -> NDArray[np.float64]:

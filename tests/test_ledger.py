@@ -110,6 +110,10 @@ def test_a_budget_can_only_be_lowered(folder: Path) -> None:
     assert Ledger(folder).account.epsilon == 2.0
     with opened(folder) as ledger, pytest.raises(BudgetError, match="this site's budget is 2"):
         ledger.agree(ACCOUNT)
+    # Not even by an entry that verifies.
+    Ledger(folder)._entries.append({"kind": "budget", "epsilon": 2.5})
+    with pytest.raises(LedgerError, match="line 3 is of a kind or form"):
+        Ledger(folder)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +161,17 @@ def test_two_new_ids_with_one_image_share_a_block(folder: Path) -> None:
     assert set(ledger.register(twins).values()) == {1}
 
 
-def test_no_patient_id_and_no_digest_stands_in_the_files(folder: Path) -> None:
+def test_no_patient_id_and_no_digest_stands_in_the_files(folder: Path, tmp_path: Path) -> None:
     digest = bytes(range(32))
     Ledger(folder).register({"Jane Doe 1970-01-01": frozenset({digest})})
     content = b"".join(path.read_bytes() for path in folder.iterdir() if path.is_file())
     assert b"Jane" not in content
     assert digest.hex().encode() not in content
+    # Whoever has no key cannot try ids either: another ledger writes the same patient otherwise.
+    Ledger.create(tmp_path / "other", ACCOUNT)
+    Ledger(tmp_path / "other").register({"Jane Doe 1970-01-01": frozenset({digest})})
+    lines = [json.loads((one / "blocks.jsonl").read_bytes()) for one in (folder, tmp_path / "other")]
+    assert not {*lines[0]["units"], *lines[0]["images"]} & {*lines[1]["units"], *lines[1]["images"]}
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.glob("*.jsonl"))
 
 
@@ -218,6 +227,18 @@ def test_new_patients_make_a_new_run_possible_at_full_budget(folder: Path) -> No
     assert plan.noise_multiplier == pytest.approx(math.sqrt(40 / 0.5171), rel=1e-3)
     assert ledger.able(plan.round_mechanism) == [2]
     assert LEAST_SHARE > 0.1
+
+
+def test_a_plan_suits_the_fullest_block_that_has_enough_left(folder: Path) -> None:
+    ledger = Ledger(folder)
+    ledger.register(patients("a"))
+    ledger.reserve(Mechanism(1.0, 2.0, 1), "before", [1])
+    ledger.register(patients("b"))
+    asked: list[float] = []
+    plan = ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0, MeanReleases("any", 1, False, lambda noise: asked.append(noise)))
+    left = 0.5171 - 0.25
+    assert asked == [pytest.approx((0.12 * left) ** -0.5, rel=1e-3)]
+    assert plan.noise_multiplier**-2 * 40 == pytest.approx(0.88 * left, rel=1e-3)
 
 
 @pytest.mark.parametrize(("once", "each_round"), [(2, False), (1, False), (1, True), (0, True)])
@@ -360,6 +381,18 @@ def test_lines_in_another_order_are_refused(folder: Path, change: Callable[[list
     path = folder / "ledger.jsonl"
     path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
     with pytest.raises(LedgerError):
+        Ledger(folder)
+
+
+def test_a_line_of_a_copy_that_ran_beside_does_not_fit(folder: Path, tmp_path: Path) -> None:
+    """Its MAC and its number are right; the line that it names as the one before is another."""
+    spend(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    spend(folder)
+    spend(tmp_path / "copy")
+    own, other = ((one / "ledger.jsonl").read_bytes().splitlines(keepends=True) for one in (folder, tmp_path / "copy"))
+    (folder / "ledger.jsonl").write_bytes(b"".join([*own[:-1], other[-1]]))
+    with pytest.raises(LedgerError, match=f"line {len(own)} does not verify"):
         Ledger(folder)
 
 
@@ -567,6 +600,21 @@ def test_an_export_restores_a_lost_ledger_closed(folder: Path) -> None:
     assert (folder / CLOSED).exists()
     assert Ledger(folder).register(patients("a")) == {"a": 1}
     assert not list(folder.glob(".*"))
+
+
+def test_an_interrupted_restore_leaves_the_ledger_closed(folder: Path) -> None:
+    export = spend(folder).export()
+    shutil.rmtree(folder)
+    real = module.write_durable
+
+    def full(path: Path, data: bytes, mode: int) -> None:
+        if path == folder / "ledger.key":
+            raise StorageError("No space left on device")
+        real(path, data, mode)
+
+    with mock.patch.object(module, "write_durable", full), pytest.raises(StorageError):
+        restore(folder, export)
+    assert (folder / CLOSED).exists()
 
 
 def test_a_damaged_ledger_is_replaced_and_a_whole_newer_one_is_not(folder: Path) -> None:
