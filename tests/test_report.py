@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import csv
 import hashlib
 import io
@@ -72,7 +73,7 @@ class Page(HTMLParser):
             return
         data = data.replace("\xa0", " ")
         self.sections[self._section] = self.sections.get(self._section, "") + data
-        if self._open and self._open[-1] == "caption":
+        if "caption" in self._open:
             self._caption += data
         elif self._open and self._open[-1] in ("td", "th"):
             self._rows[-1][-1] += data
@@ -129,6 +130,43 @@ def test_the_curve_is_the_mean_over_seeds_with_its_standard_error(swept: tuple[P
             assert row["mean"] == f"{mean(values):.1f}"
             assert row["standard error"] == f"{stdev(values) / math.sqrt(len(values)):.2f}"
             assert row["points lost to privacy"] == ("–" if epsilon is None else f"{base - mean(values):.1f}")
+
+
+def test_the_untrained_line_is_shown_where_all_settings_share_it(tmp_path: Path) -> None:
+    lines = make_sweep(tmp_path / "s", failed=2)
+    by_seed = {line["settings"]["seed"]: line["summary"] for line in lines if line["summary"]}
+    zero = mean(100 * over_sites(one, method="zero_shot") for one in by_seed.values())
+    line = f"zero-shot, untrained: {zero:.1f} %"
+    assert line in report([tmp_path / "s"], tmp_path).sections["utility"]
+    last = next(line["summary"] for line in reversed(lines) if line["summary"])
+    last["metrics"]["zero_shot"]["per_site"]["north"]["balanced_accuracy"] /= 2  # as of other images
+    (tmp_path / "s" / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (held_out,) = set(re.findall("zero-shot, untrained: .*? %", report([tmp_path / "s"], tmp_path).sections["utility"]))
+    assert held_out != line
+
+
+def test_what_a_setting_does_is_shown_for_the_held_out_site_too(tmp_path: Path) -> None:
+    lines = make_sweep(tmp_path / "s", methods=("facmic",), epsilons=(None,), seeds=2)
+    more: list[dict[str, Any]] = []
+    for line in lines:
+        more.append(copy.deepcopy(line) | {"trial": f"{len(more):016x}"})
+        more[-1]["settings"]["simulation.phantoms.observer.scanner"] = 3
+        more.append(copy.deepcopy(line) | {"trial": f"{len(more):016x}"})
+        more[-1]["settings"]["simulation.phantoms.observer.scanner"] = 9
+        more[-1]["summary"]["metrics"]["federated"]["held_out"]["balanced_accuracy"] = 0.25
+    (tmp_path / "s" / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in more))
+    about = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    about["trials"] = [{"trial": line["trial"], "settings": line["settings"]} for line in more]
+    (tmp_path / "s" / "sweep.json").write_text(json.dumps(about))
+    page = report([tmp_path / "s"], tmp_path)
+    values = {
+        row["value"]: row["mean"] for row in page.rows("Balanced accuracy on the held-out site against scanner, %")
+    }
+    before = mean(100 * line["summary"]["metrics"]["federated"]["held_out"]["balanced_accuracy"] for line in lines)
+    assert values == {"3": f"{before:.1f}", "9": "25.0"}
+    ours = [row["mean"] for row in page.rows("Mean balanced accuracy over the sites against scanner, %")]
+    assert len(ours) == 2
+    assert len(set(ours)) == 1
 
 
 def test_marks_say_what_they_show(swept: tuple[Path, list[Any], Page]) -> None:
@@ -237,6 +275,9 @@ def test_attacks(swept: tuple[Path, list[Any], Page], tmp_path: Path) -> None:
         assert row["members found at 1 % false alarms, %"] == f"{100 * view['membership']['tpr_at_1_fpr']:.1f}"
     alone = report([tmp_path], tmp_path)
     assert alone.rows("Attacks") == rows
+    assert list(alone.sections) == ["", "attacks"]
+    again = f"secfacmic attack TEMPLATE.toml --data DATA --shadows 16 --epsilon 3 --delta 1e-05 --out {tmp_path.name}"
+    assert again in alone.sections["attacks"]
 
 
 def test_trials_are_listed_the_failed_ones_too(swept: tuple[Path, list[Any], Page]) -> None:
@@ -281,7 +322,8 @@ def test_every_figure_has_a_table_a_name_and_a_way_to_make_it_again(swept: tuple
     assert sum(attrs["tabindex"] == "0" for attrs in marks) == len(charts)  # one stop a chart
     figures = ["utility", "comparison", "fairness", "learning", "confusion", "traffic", "attacks"]
     for key in figures:
-        assert "secfacmic sweep privacy_utility --out pu" in page.sections[key]
+        again = "secfacmic attack TEMPLATE.toml" if key == "attacks" else "secfacmic sweep privacy_utility --out pu"
+        assert again in page.sections[key]
         assert "The numbers as a table" in page.sections[key]
     headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == 1
@@ -315,6 +357,17 @@ def test_csv_has_a_row_a_trial_and_a_row_a_round(swept: tuple[Path, list[Any], P
         pattern = pattern.replace("METRIC", r"\w+").replace("METHOD", r"\w+")
         columns = [column for column in rows[0] if re.fullmatch(f"(setting\\.)?{pattern}", column)]
         assert columns, name
+
+
+def test_facts_of_a_sweep_are_not_those_that_it_changes(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "s", methods=("facmic",), seeds=1)
+    facts = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    write_report([tmp_path / "s"], tmp_path / "r.md", "md")
+    text = (tmp_path / "r.md").read_text()
+    for name in (*facts["axes"], *facts["fixed"]):
+        last = name.rsplit(".", 1)[-1]
+        assert text.count(f"\n- {last.capitalize()}: ") == 0, name
+        assert f"{last} " not in text.partition("\n- Method: ")[2].partition("\n")[0], name
 
 
 def test_markdown_and_picture_show_the_same(swept: tuple[Path, list[Any], Page], tmp_path: Path) -> None:
@@ -523,6 +576,38 @@ def test_a_site_of_a_deployment(federation: Federation, tmp_path: Path, inner: s
     assert "76.5" in page.sections["learning"]
     assert "simulated" not in page.sections[""]
     assert "recommended" not in page.sections
+    assert "81.2 % at ash" in page.sections[""]
+    assert "mean over" not in page.sections[""]
+    assert "Without privacy: 76.5 % in round 1." in page.sections["learning"]
+    assert "Correct validation images of all sites" not in page.text  # of one round there is no curve
+    assert "held_out" not in page.text
+    assert "nothing bounds what the finished adapter tells about a patient" in page.sections["claim"]
+
+
+def test_a_site_is_no_part_of_a_mean_over_sites(federation: Federation, tmp_path: Path) -> None:
+    """Beside a sweep a site is a trial of its own, and what the sweep says of itself stays as it is."""
+    make_sweep(tmp_path / "s", methods=("facmic",), seeds=2)
+    alone = report([tmp_path / "s"], tmp_path)
+    page = report([tmp_path / "s", site_folder(federation, "simulated")], tmp_path)
+    caption = "Mean balanced accuracy over the sites, %"
+    assert page.rows(caption) == alone.rows(caption)
+    for key in ("comparison", "fairness", "confusion"):
+        assert "Held out" in page.sections[key] or "held out" in page.sections[key], key
+        assert "ash" not in page.sections[key].replace("dashed", ""), key
+    (row,) = [row for row in page.rows("Trials") if row["trial"] == "ash"]
+    assert row["at sites, %"] == "–"
+
+
+def test_several_sites_are_told_apart(federation: Federation, tmp_path: Path) -> None:
+    ash = site_folder(federation, "simulated")
+    birch = federation.folder / "sites" / "birch"
+    content = json.loads((ash / "state" / "summary.json").read_text()) | {"site": "birch"}
+    content["metrics"]["federated"]["balanced_accuracy"] = 0.7
+    (birch / "state" / "summary.json").write_text(json.dumps(content))
+    page = report([ash, birch], tmp_path)
+    rows = {row["trial"]: (row["setting"], row["at sites, %"]) for row in page.rows("Trials")}
+    assert rows == {"ash": ("site ash", "81.2"), "birch": ("site birch", "70.0")}
+    assert "mean balanced accuracy" not in page.text.lower()
 
 
 def test_what_no_budget_paid_for_is_left_out(federation: Federation, tmp_path: Path) -> None:
@@ -536,7 +621,10 @@ def test_what_no_budget_paid_for_is_left_out(federation: Federation, tmp_path: P
     assert "keep it on the site's disk" not in page.sections[""]
     for key in ("comparison", "fairness", "learning", "confusion", "utility"):
         assert "the budget paid for the updates alone" in page.sections[key]
-    assert page.rows("Rounds: facmic, without privacy")  # what the journal says is everybody's
+    assert page.rows("Rounds: facmic, epsilon 3")  # what the journal says is everybody's
+    assert "epsilon 3, delta 1e-05: no ledger yet, nothing is spent" in page.sections["facts"]
+    assert "trains without differential privacy" not in page.text
+    assert "claim" not in page.sections
     shown = report([folder], tmp_path, local_metrics=True)
     assert "81.2" in shown.sections["comparison"]
     assert "keep it on the site's disk" in shown.sections[""]

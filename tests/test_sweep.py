@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 
 import configs
 from secure_fed.errors import OutputError, StorageError, StudyError, SweepFileError
+from secure_fed.report.recommendation import Compared, Score, compare, recommend
 from secure_fed.simulation import open_sites, prepare
 from secure_fed.sweep import (
-    Compared,
     Finished,
-    Score,
     Sweep,
     SweepListener,
     _lend_features,
@@ -33,9 +32,7 @@ from secure_fed.sweep import (
     _scratch,
     _task,
     code_digest,
-    compare,
     read_sweep,
-    recommend,
     run_sweep,
 )
 from secure_fed.sweep_file import Trial, plan_trials, read_sweep_file, with_settings
@@ -418,11 +415,27 @@ def test_the_cheapest_within_one_standard_error_is_chosen() -> None:
     words = found[0].words
     for expected in (
         *("epsilon = 3 and delta = 1e-05", "adding or removing any one patient", "65.0 ± 5.0 %", "over 2 seeds"),
-        *("m = private", "Excluded: the declared number of patients", "no patient's budget was spent"),
+        *(
+            "One setting was tried at this privacy budget on",
+            "m = private",
+            "Excluded: the declared number of patients",
+            "no patient's budget was spent",
+        ),
     ):
         assert expected in words
+    assert "Of 4 settings tried without a privacy budget on" in found[1].words
     assert "without differential privacy" in found[1].words
     assert "the cheapest within one standard error of the best, 90.0 ± 2.0 %" in found[1].words
+
+
+def test_data_are_not_chosen() -> None:
+    scanner = "simulation.phantoms.observer.scanner"
+    trials = [
+        line(f"{at}{m}", accuracy=value, m=m, size=1, **{scanner: at})
+        for at, m, value in ((1, "a", 0.9), (1, "b", 0.8), (9, "a", 0.6), (9, "b", 0.7))
+    ]
+    chosen = [entry.chosen.settings for entry in recommend(sweep_of(*trials))]
+    assert [(entry[scanner], entry["m"]) for entry in chosen] == [(1, "a"), (9, "b")]
 
 
 def test_with_one_seed_the_best_is_chosen() -> None:

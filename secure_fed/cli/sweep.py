@@ -23,7 +23,8 @@ def sweep(
 ) -> None:
     """Run a study many times, on public or simulated data, and compare settings."""
     from secure_fed.errors import TrialFailedError
-    from secure_fed.sweep import SweepListener, compare, run_sweep
+    from secure_fed.report.recommendation import compare
+    from secure_fed.sweep import SweepListener, run_sweep
 
     with Progress(
         TextColumn("{task.description}"),
@@ -75,14 +76,14 @@ def _table(facts: dict[str, Any], compared: list[Any]) -> Table:
     """A row a setting: balanced accuracy over seeds, bytes, seconds."""
     table = Table(title=f"{facts['title']}: balanced accuracy, %", caption="mean ± standard error over seeds")
     for axis in facts["axes"]:
-        table.add_column(axis)
-    for column in ("sites", "held out", "seeds", "MB", "seconds"):
+        table.add_column(axis, overflow="fold")
+    for column in ("at sites", "held out", "seeds", "MB", "seconds"):
         table.add_column(column, justify="right")
     for entry in compared:
         values = [entry.settings.get(axis) for axis in facts["axes"]]
         table.add_row(
             *("none" if value is None else str(value) for value in values),
-            *(str(score) for score in (entry.sites, entry.held_out)),
+            *("-" if score is None else str(score) for score in (entry.sites, entry.held_out)),
             str(len(entry.seeds)),
             f"{entry.bytes / 1e6:.1f}",
             f"{entry.seconds:.1f}",

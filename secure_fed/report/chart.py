@@ -80,7 +80,6 @@ class Chart:
     Attributes:
         rows: whether y has one named row a tick; the chart is then as high as they need.
         diagonal: whether the line y = x is drawn, where guessing lies.
-        wide: whether it may take the page's whole width.
     """
 
     title: str

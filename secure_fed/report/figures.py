@@ -78,7 +78,9 @@ AGAIN = "run the study again with this version"
 
 
 def sections(analysis: Analysis) -> list[Section]:
-    """All figures, in the order of the page; of a withheld one, why."""
+    """All figures, in the order of the page; of a withheld one, why. Where nothing but attacks was read, just these."""
+    if not analysis.results.trials:
+        return [_attacks(analysis)]
     made = [
         _utility(analysis),
         _settings(analysis),
@@ -102,10 +104,8 @@ EMPTY = Section("", "")
 
 def _utility(analysis: Analysis) -> Section:
     key, title = "utility", "Privacy and utility"
-    measures = [(analysis.measure, analysis.score(), analysis.score("zero_shot"))]
-    if analysis.held_out:
-        on_held_out = "balanced accuracy on the held-out site"
-        measures.append((on_held_out, balanced("federated", HELD_OUT), balanced("zero_shot", HELD_OUT)))
+    untrained = (analysis.score("zero_shot"), balanced("zero_shot", HELD_OUT))
+    measures = [(*measure, zero) for measure, zero in zip(_measures(analysis), untrained, strict=False)]
     if not analysis.private or not analysis.scored():
         why = "No finished trial has a balanced accuracy."
         if not analysis.private:
@@ -154,7 +154,7 @@ def _curve(analysis: Analysis, what: str, value: Value, untrained: Value) -> tup
             lost = None if base is None or group.epsilon is None else base.value - mean.value
             seeds = Cell(str(mean.seeds), mean.seeds)
             rows.append((Cell(label), _epsilon(group), seeds, cell(mean.value), _error(mean), cell(lost)))
-    zero = mean_of(untrained(summary) for group, _ in scored for summary in group.summaries)
+    zero = _the_same(untrained, [group for group, _ in scored])
     shown = series[:MAX_SERIES]
     references = [one for one in references if one.style in {line.style for line in shown}]
     if zero is not None:
@@ -165,69 +165,97 @@ def _curve(analysis: Analysis, what: str, value: Value, untrained: Value) -> tup
     return chart, Table(f"{_capital(what)}, %", names, tuple(rows))
 
 
+def _the_same(value: Value, groups: Sequence[Group]) -> Mean | None:
+    """What has nothing to do with the settings, over seeds; None if it differs: then they are of other data."""
+    found: dict[int | None, set[float]] = {}
+    for trial in (trial for group in groups for trial in group.trials):
+        if trial.summary is not None and (one := value(trial.summary)) is not None:
+            found.setdefault(trial.seed, set()).add(round(one, 6))
+    return mean_of(one for (one,) in found.values()) if all(len(ones) == 1 for ones in found.values()) else None
+
+
 def _settings(analysis: Analysis) -> Section:
-    """The measure against each setting in which trials differ, besides epsilon."""
-    charts, rows = [], []
+    """What trials reach against each setting in which they differ, besides epsilon."""
+    charts, tables = [], []
     for name in analysis.varied if len(analysis.varied) <= 4 else []:
-        others = [other for other in analysis.varied if other != name]
-        lines: dict[str, list[tuple[Setting, Mean]]] = {}
-        for group, mean in analysis.scored():
-            settings = group.trials[0].settings
-            words = [setting_text(other, settings.get(other), alone=len(others) == 1) for other in others]
-            words += [analysis.at(group)] if analysis.private else []
-            lines.setdefault(", ".join(words) or "all trials", []).append((settings.get(name), mean))
-        lines = {label: line for label, line in lines.items() if len(line) > 1}
-        values = list(dict.fromkeys(value for line in lines.values() for value, _ in line))
-        numbers: dict[Setting, float] = {
-            value: float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        numeric = len(numbers) == len(values)
-        if not lines or (not numeric and analysis.private and not others):
-            continue  # of a few methods the curve against epsilon shows the same
-        places = numbers if numeric else {value: float(index) for index, value in enumerate(values)}
-        short = name.rsplit(".", 1)[-1].replace("_", " ")
-        series = []
-        for style, (label, line) in enumerate(lines.items()):
-            points = sorted(line, key=lambda point: places[point[0]])
-            marks = [
-                Mark(
-                    places[value],
-                    mean.value,
-                    f"{setting_text(name, value)}, {label}: {mean} ({_seeds(mean.seeds)})",
-                    *mean.ends,
-                )
-                for value, mean in points
-            ]
-            series.append(Series(label, tuple(marks), style, line=numeric))
-            for value, mean in points:
-                shown = Cell(setting_text("", value), numbers.get(value) if numeric else None)
-                rows.append(
-                    (Cell(short), shown, Cell(label), Cell(str(mean.seeds), mean.seeds), cell(mean.value), _error(mean))
-                )
-        series = sorted(series, key=lambda one: -max(mark.y for mark in one.marks))[:MAX_SERIES]
-        series = [replace(one, style=style) for style, one in enumerate(series)]
-        ticks = tuple(sorted((place, setting_text("", value)) for value, place in places.items()))
-        margin = 0.05 * (ticks[-1][0] - ticks[0][0]) if numeric else 0.5
-        x = Axis(short, ticks[0][0] - margin, ticks[-1][0] + margin, ticks)
-        y = nice_axis(f"{analysis.measure}, %", extent(series), most=100, span=10)
-        charts.append(Chart(f"{_capital(analysis.measure)} against {short}, %", x, y, tuple(series)))
+        for what, value in _measures(analysis):
+            chart, rows = _against_setting(analysis, name, what, value)
+            if chart is not None:
+                charts.append(chart)
+                names = ("setting", "value", "with", "seeds", "mean", "standard error")
+                tables.append(Table(chart.title, names, tuple(rows)))
     if not charts:
         return Section("settings", "What the settings do")
-    names = ("setting", "value", "with", "seeds", "mean", "standard error")
+    measured = _listed([what for what, _ in _measures(analysis)])
+    verb = "change" if analysis.held_out else "changes"
     return Section(
         "settings",
         "What the settings do",
-        f"How {analysis.measure} changes with each setting in which the trials differ.",
+        f"How {measured} {verb} with each setting in which the trials differ.",
         tuple(charts),
         (),
-        (Table(f"{_capital(analysis.measure)}, %", names, tuple(rows)),),
+        tuple(tables),
         _columns(analysis, "balanced_accuracy"),
     )
 
 
+def _measures(analysis: Analysis) -> list[tuple[str, Value]]:
+    """What adapters are measured by: at the sites, and on the held-out site if there is one."""
+    held_out = [("balanced accuracy on the held-out site", balanced("federated", HELD_OUT))]
+    return [(analysis.measure, analysis.score()), *(held_out if analysis.held_out else ())]
+
+
+def _against_setting(
+    analysis: Analysis, name: str, what: str, value: Value
+) -> tuple[Chart | None, list[tuple[Cell, ...]]]:
+    """A measure against a setting, a line for each combination of the others; None if no line has two points."""
+    others = [other for other in analysis.varied if other != name]
+    lines: dict[str, list[tuple[Setting, Mean]]] = {}
+    for group in analysis.groups:
+        mean = group.mean(value)
+        if mean is None:
+            continue
+        words = [setting_text(other, group.settings.get(other), alone=len(others) == 1) for other in others]
+        words += [analysis.at(group)] if analysis.private else []
+        lines.setdefault(", ".join(words) or "all trials", []).append((group.settings.get(name), mean))
+    lines = {label: line for label, line in lines.items() if len(line) > 1}
+    values = list(dict.fromkeys(at for line in lines.values() for at, _ in line))
+    numbers: dict[Setting, float] = {
+        at: float(at) for at in values if isinstance(at, int | float) and not isinstance(at, bool)
+    }
+    numeric = len(numbers) == len(values)
+    if not lines or (not numeric and analysis.private and not others):
+        return None, []  # of a few methods the curve against epsilon shows the same
+    places = numbers if numeric else {at: float(index) for index, at in enumerate(values)}
+    short = name.rsplit(".", 1)[-1].replace("_", " ")
+    series: list[Series] = []
+    rows: list[tuple[Cell, ...]] = []
+    for style, (label, line) in enumerate(lines.items()):
+        points = sorted(line, key=lambda point: places[point[0]])
+        marks = [
+            Mark(
+                places[at], mean.value, f"{setting_text(name, at)}, {label}: {mean} ({_seeds(mean.seeds)})", *mean.ends
+            )
+            for at, mean in points
+        ]
+        series.append(Series(label, tuple(marks), style, line=numeric))
+        for at, mean in points:
+            shown = Cell(setting_text("", at), numbers.get(at) if numeric else None)
+            seeds = Cell(str(mean.seeds), mean.seeds)
+            rows.append((Cell(short), shown, Cell(label), seeds, cell(mean.value), _error(mean)))
+    series = sorted(series, key=lambda one: -max(mark.y for mark in one.marks))[:MAX_SERIES]
+    series = [replace(one, style=style) for style, one in enumerate(series)]
+    ticks = tuple(sorted((place, setting_text("", at)) for at, place in places.items()))
+    margin = 0.05 * (ticks[-1][0] - ticks[0][0]) if numeric else 0.5
+    x = Axis(short, ticks[0][0] - margin, ticks[-1][0] + margin, ticks)
+    y = nice_axis(f"{what}, %", extent(series), most=100, span=10)
+    return Chart(f"{_capital(what)} against {short}, %", x, y, tuple(series)), rows
+
+
 def _comparison(analysis: Analysis) -> Section:
     key, title = "comparison", "Does the federation pay?"
-    best, places = analysis.best, analysis.places
+    best = analysis.best
+    places = analysis.places_of(best) if best else []
     present = [name for name in METHODS if best and any(name in summary.metrics for summary in best.summaries)]
     if best is None or not present or not places:
         return Section(key, title, missing="These results hold no metrics.")
@@ -242,7 +270,7 @@ def _comparison(analysis: Analysis) -> Section:
             interval = _interval(best, name, place)
             if mean.seeds == 1 and interval is not None:
                 ends, how = interval, f", 95 % interval {interval[0]:.1f} to {interval[1]:.1f}"
-            row = index + (style - (len(present) - 1) / 2) * 0.6 / len(present)
+            row = index + (style - (len(present) - 1) / 2) * 0.9 / len(present)
             marks.append(Mark(mean.value, row, f"{METHODS[name]}, {place}: {mean}{how}", *ends))
         series.append(Series(METHODS[name], tuple(marks), style, line=False, across=True))
     for place in places:
@@ -284,13 +312,15 @@ def _comparison(analysis: Analysis) -> Section:
         notes.append(
             "Pooled is the same method on all sites' images in one place: what federation is measured against."
         )
-    columns = ("epsilon", "seed", *(f"{name}.per_site.SITE.METRIC" for name in present), "METHOD.held_out.METRIC")
+    columns = ("epsilon", "seed", *(f"{name}.per_site.SITE.METRIC" for name in present))
+    columns += ("METHOD.held_out.METRIC",) if analysis.held_out else ()
     return Section(key, title, finding, (chart,), (), (table.without_empty(),), columns, notes=tuple(notes))
 
 
 def _fairness(analysis: Analysis) -> Section:
     key, title = "fairness", "Who pays for privacy?" if analysis.private else "Who is served how well?"
-    best, places = analysis.best, analysis.places
+    best = analysis.best
+    places = analysis.places_of(best) if best else []
     mine = analysis.like(best) if best else []
     if best is None or not places:
         return Section(key, title, missing="These results hold no metrics by site.")
@@ -343,7 +373,7 @@ def _recall_matrices(
     means = {(place, name): [group.mean(value) for group in groups] for place, name, value in cells}
     known = [mean.value for row in means.values() for mean in row if mean is not None]
     low, high = min(known), max(known)
-    heads = tuple("none" if group.epsilon is None else f"ε\u00a0{group.epsilon:g}" for group in groups)
+    heads = tuple(f"ε\u00a0{epsilon_text(group.epsilon)}" for group in groups)
     made = []
     for place in places:
         rows = {name: row for (at, name), row in means.items() if at == place}
@@ -439,15 +469,17 @@ def _learning(analysis: Analysis) -> Section:
         return Section(key, title, missing=_no_curve(analysis))
     line = charts[0].series[-1]
     first, last = line.marks[0], line.marks[-1]
-    finding = (
-        f"{_capital(line.name)}: from {first.y:.1f} % in round {first.x:.0f} to {last.y:.1f} % in round {last.x:.0f}."
-    )
+    start = f"from {first.y:.1f} % in round {first.x:.0f} to " if last is not first else ""
+    finding = f"{_capital(line.name)}: {start}{last.y:.1f} % in round {last.x:.0f}."
     notes = ["A round's value is that of the adapter from which the round starts, on the sites' validation images."]
+    if best is not None and best.trials[0].origin == "site":
+        notes.append("A site keeps the validation share of the last round alone.")
     if shared and len(shared) < len(mine):
         notes.append("Sites with a privacy budget send no validation counts, so that they have no shared curve.")
     table = Table("Validation, %", ("of", "epsilon", "round", "mean", "standard error"), tuple(rows))
     columns = ("epsilon", "seed", "round", "validation", "val_balanced_accuracy.SITE")
-    return Section(key, title, finding, tuple(charts), (), (table,), columns, notes=tuple(notes))
+    drawn = tuple(chart for chart in charts if any(len(one.marks) > 1 for one in chart.series))  # one round is no curve
+    return Section(key, title, finding, drawn, (), (table,), columns, notes=tuple(notes))
 
 
 def _over_rounds(group: Group, name: str, site: str | None, style: int) -> tuple[Series, list[tuple[Cell, ...]]]:
@@ -491,7 +523,7 @@ def _confusion(analysis: Analysis) -> Section:
             for true, row in zip(classes, counts, strict=True):
                 for predicted, count in zip(classes, row, strict=True):
                     rows.append((Cell(place), _epsilon(group), Cell(true), Cell(predicted), cell(count, "{:g}")))
-    place = HELD_OUT if confusion(best, HELD_OUT) is not None else analysis.places[0]
+    place = HELD_OUT if HELD_OUT in analysis.places else analysis.places_of(best)[0]
     names = ("site", "epsilon", "true class", "predicted class", "images")
     return Section(
         key,
@@ -503,7 +535,8 @@ def _confusion(analysis: Analysis) -> Section:
         (
             "epsilon",
             "seed",
-            *(f"federated.{one}.confusion_matrix.TRUE.PREDICTED" for one in ("held_out", "per_site.SITE")),
+            *(("federated.held_out.confusion_matrix.TRUE.PREDICTED",) if analysis.held_out else ()),
+            "federated.per_site.SITE.confusion_matrix.TRUE.PREDICTED",
         ),
         notes=(
             "Rows are true classes, columns predicted ones. Images of all seeds, shaded by their share of the row.",
@@ -681,9 +714,7 @@ def _attacks(analysis: Analysis) -> Section:
     if inverted:
         chance = 100 * fmean(one.chance for _, one in inverted)
         hits = [f"{100 * one.hit_rate:.1f} % from the {name}" for name, one in inverted]
-        finding = (
-            f"So many of an attacker's reconstructions hit a training image: {_listed(hits)}; chance {chance:.1f} %."
-        )
+        finding = f"Of an attacker's reconstructions, {_listed(hits)} hit a training image; by chance {chance:.1f} %."
     notes = tuple(analysis.results.attack_notes) or (
         "What an attack does not find may still be there: attacks catch wrong builds, and are no estimate of epsilon.",
     )
@@ -708,7 +739,7 @@ def _roc(views: Sequence[View], names: Sequence[str]) -> Chart | None:
         return None
     ends = (0.0, 100.0, tuple((float(tick), str(tick)) for tick in range(0, 101, 20)))
     x, y = Axis("false positives, %", *ends), Axis("true positives, %", *ends)
-    return Chart("Membership inference, ROC", x, y, tuple(series[:MAX_SERIES]), diagonal=True)
+    return Chart("Membership inference, ROC: true positives, %", x, y, tuple(series[:MAX_SERIES]), diagonal=True)
 
 
 def _membership(views: Sequence[View], names: Sequence[str]) -> Chart | None:

@@ -13,8 +13,8 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from secure_fed.report.recommendation import Recommendation, recommend
 from secure_fed.report.results import Result, Results, Scores, Setting, Summary, Trial, flat
-from secure_fed.sweep import Recommendation, recommend
 
 HELD_OUT = "held out"
 NONE = "none"
@@ -94,14 +94,17 @@ class Analysis:
         varied: settings in which the trials differ.
         sites: training sites, in the order found.
         held_out: whether every trial was tested on a site that trained nothing.
+        whole: whether some trials were tested at all their sites. What one site of a deployment holds is then no part
+            of a mean over the sites.
         epsilon: what to call one: ``simulated epsilon`` unless patients' data stand behind it.
     """
 
     def __init__(self, results: Results) -> None:
         self.results = results
         trials = results.trials
-        keys = dict.fromkeys(key for trial in trials for key in trial.settings)
-        self.varied = [key for key in keys if len({repr(trial.settings.get(key)) for trial in trials}) > 1]
+        made = [trial for trial in trials if trial.origin != "site"]  # of a site no settings are known
+        keys = dict.fromkeys(key for trial in made for key in trial.settings)
+        self.varied = [key for key in keys if len({repr(trial.settings.get(key)) for trial in made}) > 1]
         self.sites = list(dict.fromkeys(site for trial in trials if trial.summary for site in trial.summary.sites))
         self.epsilon = "epsilon" if results.kinds <= {"patients"} else "simulated epsilon"
         styles: dict[str, int] = {}
@@ -115,13 +118,36 @@ class Analysis:
             groups.values(), key=lambda group: (group.style, math.inf if group.epsilon is None else group.epsilon)
         )
         finished = [summary for group in self.groups for summary in group.summaries]
-        self.held_out = bool(finished) and all(balanced("federated", HELD_OUT)(one) is not None for one in finished)
+        whole = [one for one in finished if not _of_one_site(one)]
+        self.whole = bool(whole)
+        self.held_out = bool(whole) and all(balanced("federated", HELD_OUT)(one) is not None for one in whole)
 
     @property
     def measure(self) -> str:
         """What settings are compared by, in words."""
-        tested = [place for place in self.places if place != HELD_OUT]
-        return f"balanced accuracy at {tested[0]}" if len(tested) == 1 else "mean balanced accuracy over the sites"
+        return f"{'mean ' if self.averaged else ''}balanced accuracy {self.over}"
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the measure is a mean over several sites."""
+        return self.whole and len(self.tested) > 1
+
+    @property
+    def over(self) -> str:
+        """Where the measure is taken, in words."""
+        if len(self.tested) == 1:
+            return f"at {self.tested[0]}"
+        return "over the sites" if self.whole else "at the site itself"
+
+    def places_of(self, group: Group) -> list[str]:
+        """Where a group's adapters were tested, of all places."""
+        tested = {site for summary in group.summaries for site in _tested(summary)} | {HELD_OUT}
+        return [place for place in self.places if place in tested]
+
+    @property
+    def tested(self) -> list[str]:
+        """Sites where adapters were tested, without those held out."""
+        return [place for place in self.places if place != HELD_OUT]
 
     @property
     def places(self) -> list[str]:
@@ -149,6 +175,8 @@ class Analysis:
         """
 
         def value(summary: Summary) -> float | None:
+            if self.whole and _of_one_site(summary):
+                return None
             mean = mean_of(balanced(method, site)(summary) for site in _tested(summary))
             return None if mean is None else mean.value
 
@@ -179,7 +207,8 @@ class Analysis:
             for group in self.groups:
                 if group.epsilon == chosen.epsilon and group.settings == flat(_without_epsilon(chosen.chosen.settings)):
                     return group
-        return next((group for group in self.groups if group.summaries), None)
+        found = [group for group in self.groups if group.summaries]
+        return next((group for group in found if group.mean(self.score()) is not None), found[0] if found else None)
 
     def like(self, group: Group) -> list[Group]:
         """The groups of the same setting at every epsilon, itself included."""
@@ -214,6 +243,8 @@ class Analysis:
     def _label(self, trial: Trial) -> str:
         """A setting in words: what makes it differ from the others."""
         method = trial.summary.method if trial.summary else ""
+        if trial.origin == "site" and len(self.results.trials) > 1:
+            return f"site {trial.name}"
         if not self.varied:
             return method or "this study"
         if len(self.varied) > 4 and "name" in self.varied:  # whole studies differ
@@ -330,6 +361,11 @@ def confusion(group: Group, place: str) -> list[list[float]] | None:
 
 def _tested(summary: Summary) -> list[str]:
     return list(dict.fromkeys(site for result in summary.metrics.values() for site in result.per_site))
+
+
+def _of_one_site(summary: Summary) -> bool:
+    """Whether a summary is what one site of several holds."""
+    return len(_tested(summary)) == 1 < len(summary.sites)
 
 
 def _without_epsilon(settings: dict[str, Any]) -> dict[str, Any]:

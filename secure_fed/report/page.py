@@ -124,7 +124,7 @@ def _csv_text(value: Setting) -> Setting:
 def _content(analysis: Analysis) -> dict[str, Any]:
     results = analysis.results
     return {
-        "title": results.title or "secfacmic",
+        "title": results.title or "Attacks",
         "version": version("secfacmic"),
         "chips": _chips(analysis),
         "warning": LOCAL_WARNING if results.local_only else "",
@@ -134,16 +134,22 @@ def _content(analysis: Analysis) -> dict[str, Any]:
         "trials": _trials(analysis) if len(results.trials) > 1 else None,
         "facts": results.facts,
         "claims": results.claims or _claims(analysis),
+        "unclaimed": UNCLAIMED if results.trials and not analysis.private else "",
         "caveat": CAVEAT if results.sweeps or results.kinds & {"public", "simulated"} else "",
         "notes": results.notes,
         "recommendations": _recommendations(analysis),
         "commands": results.commands,
+        "attack_commands": results.attack_commands,
     }
 
 
 CAVEAT = (
     "Everything here is for choosing on public or simulated data: on patients' data every trial would be a release and "
     "spend budget. Patients' data may give other figures."
+)
+UNCLAIMED = (
+    "None: there is no privacy budget here. Encryption hides single updates from the server, but nothing bounds what "
+    "the finished adapter tells about a patient."
 )
 
 
@@ -191,7 +197,9 @@ def tiles(analysis: Analysis) -> list[Tile]:
     base = analysis.without_privacy(best)
     without = base.mean(analysis.score()) if base else None
     if mean is not None:
-        found.append(Tile("Balanced accuracy", *_figure(mean, "mean over the sites")))
+        found.append(
+            Tile("Balanced accuracy", *_figure(mean, f"mean {analysis.over}" if analysis.averaged else analysis.over))
+        )
     if held_out is not None:
         found.append(Tile("On the held-out site", *_figure(held_out, "which trained nothing")))
     if mean is not None and without is not None:
@@ -207,7 +215,8 @@ def tiles(analysis: Analysis) -> list[Tile]:
         ratio = f"{up.value / plain.value:.2f} × float32" if plain else ""
         found.append(Tile("A site sends a round", size_text(up.value), ratio))
     if took is not None:
-        found.append(Tile("A round", f"{took.value:.1f} s", f"{max(len(one.rounds) for one in best.summaries)} rounds"))
+        rounds = max(len(one.rounds) for one in best.summaries)
+        found.append(Tile("A round", f"{took.value:.1f} s", f"{rounds} round{'s' * (rounds != 1)}"))
     return found
 
 
@@ -336,7 +345,8 @@ def _recommendations(analysis: Analysis) -> dict[str, Any] | None:
             "name": f"{_of(one.chosen.settings, analysis)}, "
             + ("without privacy" if one.epsilon is None else f"{analysis.epsilon} {one.epsilon:g}"),
             "text": one.words,
-            "open": best is not None and one.epsilon == best.epsilon,
+            "open": best is not None
+            and (one.epsilon, _of(one.chosen.settings, analysis)) == (best.epsilon, best.label),
         }
         for one in found
     ]

@@ -34,7 +34,9 @@ def as_png(analysis: Analysis) -> bytes:
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, panel) in zip(axes, panels, strict=False):
-        axis.set_title(_plain(f"{title}: {panel.title}"), fontsize=10, loc="left", wrap=True)
+        axis.set_title(
+            _plain(f"{title}{'' if title.endswith('?') else ':'} {panel.title}"), fontsize=10, loc="left", wrap=True
+        )
         if isinstance(panel, Chart):
             _chart(axis, panel)
         else:
@@ -89,7 +91,7 @@ def _chart(axis: Any, chart: Chart) -> None:
 
 def _matrix(axis: Any, matrix: Matrix) -> None:
     shares = [[math.nan if share is None else share for share in row] for row in matrix.shares]
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=2, aspect="auto")
     axis.set_xticks(range(len(matrix.columns)), [_plain(name, 40) for name in matrix.columns], fontsize=8)
     axis.set_yticks(range(len(matrix.rows)), [_plain(name, 40) for name in matrix.rows], fontsize=8)
     for row, texts in enumerate(matrix.texts):

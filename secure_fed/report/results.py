@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,9 @@ from secure_fed.errors import ReportError, StudyError
 from secure_fed.study import AgreedStudy, Study, as_template, load_study, read_study, with_fields
 from secure_fed.sweep import Finished, Sweep, read_sweep
 from secure_fed.sweep_file import DELTA
+
+if TYPE_CHECKING:
+    from clients.sitefile import SiteFile
 
 Setting = str | float | int | bool | None
 Origin = Literal["simulate", "sweep", "site"]
@@ -177,8 +180,9 @@ class View(_Read):
 
 
 class _Attacks(_Read):
-    study: Any = None
     data_kind: Literal["public", "simulated"] = "simulated"
+    delta: float | None = None
+    shadows: int | None = None
     caveat: str = ""
     notes: tuple[str, ...] = ()
     views: tuple[View, ...] = ()
@@ -196,6 +200,7 @@ class Results:
         commands: that make these results again.
         attacks: attack results, all folders together.
         attack_notes: what they say of themselves.
+        attack_commands: command lines that attack again.
         kinds: of the data: patients, public, simulated.
         claims: what the ledgers of deployed sites claim.
         local_only: the page has figures that nobody paid for and that must stay at the site.
@@ -212,6 +217,7 @@ class Results:
     commands: list[str] = field(default_factory=list)
     attacks: list[View] = field(default_factory=list)
     attack_notes: list[str] = field(default_factory=list)
+    attack_commands: list[str] = field(default_factory=list)
     kinds: set[str] = field(default_factory=set)
     claims: list[str] = field(default_factory=list)
     local_only: bool = False
@@ -324,15 +330,7 @@ def _simulated_kind(folder: Path, study: Study) -> str:
 
 def _simulate_command(study: Study, summary: Summary, folder: Path) -> str:
     """The command that makes the run again, as far as its folder tells."""
-    template = "TEMPLATE.toml"
-    for path in sorted(configs.FOLDER.glob("*.toml")):
-        try:
-            packaged = with_fields(read_study(path), seed=study.seed, mode=study.mode)
-        except StudyError:
-            continue
-        if as_template(packaged) == as_template(study):
-            template = path.stem
-    words = ["secfacmic simulate", template, f"--seed {study.seed} --mode {study.mode}"]
+    words = ["secfacmic simulate", _template(study), f"--seed {study.seed} --mode {study.mode}"]
     if not (folder / "data").is_dir():
         words.append("--data DATA")
     spent = next(iter(summary.privacy.values()), None)
@@ -340,6 +338,18 @@ def _simulate_command(study: Study, summary: Summary, folder: Path) -> str:
         words.append(f"--epsilon {spent.epsilon_budget:g}")
         words.append(f"--delta {spent.delta:g}" if spent.delta is not None else "")
     return " ".join(word for word in (*words, f"--out {folder.name}") if word)
+
+
+def _template(study: Study) -> str:
+    """The packaged template that gives the study but for its seed and mode, if there is one."""
+    for path in sorted(configs.FOLDER.glob("*.toml")):
+        try:
+            packaged = with_fields(read_study(path), seed=study.seed, mode=study.mode)
+        except StudyError:
+            continue
+        if as_template(packaged) == as_template(study):
+            return path.stem
+    return "TEMPLATE.toml"
 
 
 # --- sweep ---
@@ -397,16 +407,21 @@ def _sweep_facts(about: _SweepFacts, sweep: Sweep) -> list[tuple[str, str]]:
         if isinstance(value, list):
             return ", ".join(said(one) for one in value)
         if isinstance(value, dict):
-            return ", ".join(f"{key} {said(one)}" for key, one in value.items())
+            return ", ".join(f"{key.replace('_', ' ')} {said(one)}" for key, one in value.items() if key not in chosen)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
+    chosen = {name.rsplit(".", 1)[-1] for name in (*about.axes, *about.fixed)}
     facts = [("Study", about.study), ("Data", f"{about.data_kind}, unit {about.unit}")]
     facts += [
         ("Trials", f"{len(sweep.trials)} ended, {len(sweep.failed)} of them failed, {len(sweep.missing)} missing")
     ]
     facts += [(f"Varied: {name}", said(values)) for name, values in about.axes.items()]
     facts += [(f"Fixed: {name}", said(value)) for name, value in about.fixed.items()]
-    facts += [(name.replace("_", " ").capitalize(), said(value)) for name, value in about.facts.items()]
+    facts += [
+        (name.replace("_", " ").capitalize(), said(value)) for name, value in about.facts.items() if name not in chosen
+    ]
     return [(label, text) for label, text in facts if text]
 
 
@@ -496,7 +511,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
             origin="site",
             settings={},
             seed=study.seed,
-            epsilon=None if ledger is None else number(ledger["epsilon_budget"]),
+            epsilon=number(ledger["epsilon_budget"]) if ledger else file.privacy.epsilon if file.privacy else None,
             error=None,
             summary=summary,
             raw=metrics,
@@ -509,7 +524,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
     results.facts.setdefault("Study", []).extend(
         () if results.facts.get("Study") else study_facts(agreed, file.data.kind)
     )
-    results.facts[f"Site {file.site}"] = _site_facts(file.site, role, len(rounds), study, ledger)
+    results.facts[f"Site {file.site}"] = _site_facts(file, role, len(rounds), study, ledger)
     results.commands.append(f"secfacmic client --site {path.name}")
     if ledger is not None and ledger["claim"]:
         results.claims.append(ledger["claim"])
@@ -548,9 +563,13 @@ def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[dict[str, Any]]:
 
 
 def _site_facts(
-    site: str, role: str, rounds: int, study: Study, ledger: dict[str, Any] | None
+    file: SiteFile, role: str, rounds: int, study: Study, ledger: dict[str, Any] | None
 ) -> list[tuple[str, str]]:
-    facts = [("Site", site), ("Role", role), ("Rounds applied", f"{rounds} of {study.rounds}")]
+    facts = [("Site", file.site), ("Role", role), ("Rounds applied", f"{rounds} of {study.rounds}")]
+    if ledger is None and file.privacy is not None:
+        label = "" if file.data.kind == "patients" else "simulated "
+        budget = f"{label}epsilon {file.privacy.epsilon:g}, delta {file.privacy.delta:g}"
+        return [*facts, ("Privacy budget", f"{budget}: no ledger yet, nothing is spent")]
     if ledger is None:
         return [*facts, ("Privacy budget", "none: this site trains without differential privacy")]
     label = "simulated " if ledger["simulated"] else ""
@@ -639,7 +658,18 @@ def _read_attacks(folder: Path, results: Results) -> bool:
         note for note in (*found.notes, found.caveat) if note not in ("", *results.attack_notes)
     )
     results.kinds.add(found.data_kind)
+    results.attack_commands.append(_attack_command(found, folder))
     return True
+
+
+def _attack_command(found: _Attacks, folder: Path) -> str:
+    study = folder / "study.toml"
+    words = ["secfacmic attack", _template(read_study(study)) if study.exists() else "TEMPLATE.toml"]
+    words += [] if (folder / "data").is_dir() else ["--data DATA"]
+    words += [f"--shadows {found.shadows}"] if found.shadows is not None else []
+    words += [f"--epsilon {epsilon:g}" for epsilon in dict.fromkeys(view.epsilon for view in found.views) if epsilon]
+    words += [f"--delta {found.delta:g}"] if found.delta is not None else []
+    return " ".join((*words, f"--out {folder.name}"))
 
 
 def _summary(content: Any, where: str) -> Summary:
