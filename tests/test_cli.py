@@ -291,3 +291,12 @@ def test_usage_errors_are_typers(secfacmic: Run, tmp_path: Path) -> None:
     result = secfacmic("simulate", "brain_mri", "--mode", "open", "--out", tmp_path / "out")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+
+
+def test_help_shows_what_is_required_and_what_is_given(secfacmic: Run) -> None:
+    shown = secfacmic("report", "--help")
+    assert shown.returncode == 0
+    assert "Folders of simulate" in shown.stdout
+    assert "[required]" in shown.stdout
+    assert "\\" not in shown.stdout
+    assert "[default: secfacmic-demo]" in secfacmic("demo", "--help").stdout

@@ -1,7 +1,7 @@
 """One self-contained page of results: what they are, what they cost, what to choose, and how to make them again.
 
-``results`` reads folders, ``groups`` compares trials, ``recommendation`` says what to choose of a sweep, ``figures`` what
-is shown, ``chart`` is what a figure is made of, ``svg`` and ``png`` draw it, ``page`` lays it out.
+``results`` reads folders, ``groups`` compares trials, ``recommendation`` says what to choose of a sweep,
+``figures`` what is shown, ``chart`` is what a figure is made of, ``svg`` and ``png`` draw it, ``page`` lays it out.
 """
 
 from __future__ import annotations
