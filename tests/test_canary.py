@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, Metadata, RecordDict
-from flwr.app.message import make_message
+from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from PIL import Image, PngImagePlugin
 
@@ -39,10 +38,11 @@ from secure_fed.errors import (
     StorageError,
     UnreadableImageError,
 )
-from secure_fed.messages import ROUND_MESSAGE, contract, read_reply, request_content
+from secure_fed.messages import contract, read_reply
 from secure_fed.protocol import RoundRequest
 from secure_fed.tomlfile import read_toml, write_toml
 from tests.conftest import CLASSES, Federation, make_template
+from tests.flower_messages import as_message
 from tests.network import AUDIT, Network
 
 CANARY = "cAnArY"
@@ -256,20 +256,8 @@ def test_no_message_of_a_site_has_a_canary(federation: Federation, images: Path,
     messages: list[bytes] = []
 
     def ask(request: RoundRequest, bundle: bytes | None = None) -> Message:
-        metadata = Metadata(
-            run_id=1,
-            message_id="1" * 64,
-            src_node_id=1,
-            dst_node_id=2,
-            reply_to_message_id="",
-            group_id="1",
-            created_at=time.time(),
-            ttl=600.0,
-            message_type=ROUND_MESSAGE,
-        )
-        message = make_message(metadata=metadata, content=request_content(request))
         context = Context(1, 1, {}, RecordDict(), {})
-        answer = app.answer(message, context, contract(federation.agreed.study.id) if bundle is None else bundle)
+        answer = app.answer(as_message(request), context, bundle or contract(federation.agreed.study.id))
         messages.append(message_to_proto(answer).SerializeToString())
         return answer
 

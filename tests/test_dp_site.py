@@ -40,7 +40,7 @@ from secure_fed.errors import (
     SiteFileError,
     StorageError,
 )
-from secure_fed.protocol import ReplyCode, RoundRequest
+from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
 from secure_fed.signed import split_frame
 from secure_fed.simulation import Budget, prepare, simulate
 from secure_fed.tomlfile import read_toml, write_toml
@@ -393,6 +393,17 @@ def test_the_command_line_gives_a_budget(private: Federation) -> None:
 # --- older ledgers ---
 
 
+def refused_by_the_other_sites(coordinator: Coordinator, reply: RoundReply, sites: list[Site]) -> None:
+    """They see the old head in the record of a server that does not look."""
+    with mock.patch.object(type(coordinator._heads), "check"):
+        coordinator.receive(reply)
+    for one in sites[1:]:
+        exchange(coordinator, one)
+    assert coordinator.close_round() is not None
+    with pytest.raises(LedgerRollbackError, match="ash: privacy ledger at entry"):
+        sites[1].respond(coordinator.request(sites[1].run, sites[1].position))
+
+
 def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation) -> None:
     sites = trained_sites(private)
     folder = private.folder / "sites/ash/state/privacy"
@@ -411,13 +422,7 @@ def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation
     with pytest.raises(EnvelopeError, match="an older copy"):
         second.receive(reply)
     # and, if the server lets it pass, by the other sites.
-    with mock.patch.object(type(second._heads), "check"):
-        second.receive(reply)
-    for one in sites[1:]:
-        exchange(second, one)
-    assert second.close_round() is not None
-    with pytest.raises(LedgerRollbackError, match="ash: privacy ledger at entry"):
-        sites[1].respond(second.request(sites[1].run, sites[1].position))
+    refused_by_the_other_sites(second, reply, sites)
 
 
 def test_a_rolled_back_machine_learns_from_the_journal_that_it_was(private: Federation) -> None:
@@ -477,13 +482,7 @@ def test_a_copied_folder_that_has_grown_elsewhere_is_noticed_by_server_and_sites
     with pytest.raises(EnvelopeError, match=r"older copy of the ledger was put back"):
         second.receive(reply)
     # A server that lets it pass does not get it past the other sites.
-    with mock.patch.object(type(second._heads), "check"):
-        second.receive(reply)
-    for one in sites[1:]:
-        exchange(second, one)
-    assert second.close_round() is not None
-    with pytest.raises(LedgerRollbackError, match="ash: privacy ledger at entry"):
-        sites[1].respond(second.request(sites[1].run, sites[1].position))
+    refused_by_the_other_sites(second, reply, sites)
 
 
 def test_the_true_site_goes_on_after_lost_updates_and_new_runs(private: Federation) -> None:

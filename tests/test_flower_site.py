@@ -17,8 +17,8 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
-from flwr.app import Context, Message, Metadata, RecordDict
-from flwr.app.message import make_message, remove_content_from_message
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto, run_from_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
@@ -49,6 +49,7 @@ from server.app import ServerFolders, _begin_if_asked, serve
 from server.coordinator import current_run
 from server.superlink import SuperLink
 from tests.conftest import Federation
+from tests.flower_messages import as_message
 
 HELLO = RoundRequest(1, 1, (), more=True)
 STUDY = "a" * 64
@@ -73,24 +74,9 @@ class OneSite:
         return RoundReply(self.name, ReplyCode.MORE, "", 0, "", b"")
 
 
-def _message(request: RoundRequest = HELLO, kind: str = "train.round") -> Message:
-    metadata = Metadata(
-        run_id=7,
-        message_id="1" * 64,
-        src_node_id=1,
-        dst_node_id=2,
-        reply_to_message_id="",
-        group_id="1",
-        created_at=time.time(),
-        ttl=60.0,
-        message_type=kind,
-    )
-    return make_message(metadata=metadata, content=request_content(request))
-
-
 def _answer(site: OneSite, bundle: bytes, message: Message | None = None) -> tuple[SiteApp, RoundReply]:
     app = SiteApp(site, STUDY, lambda _: None)  # type: ignore[arg-type]
-    reply = app.answer(message or _message(), Context(7, 2, {}, RecordDict(), {}), bundle)
+    reply = app.answer(message or as_message(HELLO), Context(7, 2, {}, RecordDict(), {}), bundle)
     assert not reply.has_error()  # flwr's own errors carry texts
     return app, read_reply(reply.content, "ash")
 
@@ -128,7 +114,7 @@ def test_any_other_bundle_is_refused_unread(bundle: bytes) -> None:
 
 def test_a_message_of_another_kind_is_refused() -> None:
     site = OneSite()
-    _, reply = _answer(site, contract(STUDY), _message(kind="query"))
+    _, reply = _answer(site, contract(STUDY), as_message(HELLO, kind="query"))
     assert (reply.code, site.asked) == (ReplyCode.FAILED, 0)
 
 
