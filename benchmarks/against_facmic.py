@@ -164,13 +164,13 @@ def main() -> None:
         make_random_checkpoint(MODEL, 0, checkpoint)
         paths = make_images(folder, arguments.images)
         study = Backbone(model=MODEL, weights="random", seed=0)
-        choose, backbones._BF16_WEIGHTS = backbones._BF16_WEIGHTS, float("inf")
+        rule, backbones._multiplies_bfloat16 = backbones._multiplies_bfloat16, lambda device: False
         exact = load_backbone(study, checkpoint)
         exact.encode_images([Image.open(paths[0])])  # the first call is slower
         float32_s, features = encode(exact, study, paths, folder)
         rounds = our_round(features, arguments.repeats)
         del exact
-        backbones._BF16_WEIGHTS = choose
+        backbones._multiplies_bfloat16 = rule
         half = load_backbone(study, checkpoint)
         half.encode_images([Image.open(paths[0])])
         half_s, cosine = None, None

@@ -74,11 +74,11 @@ def compare(model: str, count: int, threads: int) -> list[dict[str, Any]]:
         del network
         images = [SiteImage(path, path.name, 0, "train") for path in paths]
         study = Backbone(model=model, weights="random", seed=0)
-        rule = backbones._BF16_WEIGHTS
-        for least in (float("inf"), rule):
-            backbones._BF16_WEIGHTS = least
+        rule = backbones._multiplies_bfloat16
+        for multiplies in (lambda device: False, rule):
+            backbones._multiplies_bfloat16 = multiplies
             loaded = load_backbone(study, checkpoint)
-            if least == rule and loaded.precision == "float32":
+            if multiplies is rule and loaded.precision == "float32":
                 break
             loaded.encode_images([Image.open(paths[0])])
             with FeatureCache(folder / f"{loaded.precision}.sqlite") as cache:
@@ -88,7 +88,7 @@ def compare(model: str, count: int, threads: int) -> list[dict[str, Any]]:
             cosine = float((found.features * expected).sum(axis=1).min())
             row = {"model": model, "name": "ours", "precision": loaded.precision, "seconds": seconds}
             rows.append(row | {"least_cosine": cosine})
-        backbones._BF16_WEIGHTS = rule
+        backbones._multiplies_bfloat16 = rule
     for row in rows:
         row |= {"images": count, "images_per_s": count / row["seconds"]}
         row["times_the_loop"] = rows[0]["seconds"] / row["seconds"]

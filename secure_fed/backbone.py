@@ -32,8 +32,12 @@ from secure_fed.text_tower import TextTower
 BATCH = 32
 """Images or texts encoded at once; smaller batches are padded to it."""
 
-_BF16_WEIGHTS = 30e6
-"""Image towers below this are faster in float32 even where the CPU multiplies bfloat16."""
+_LARGE = 30e6
+"""Weights of an image tower from which on bfloat16 is faster, where the processor multiplies it, and on a CPU small
+batches are no slower."""
+
+_LARGE_BATCH = 8
+"""Encoded at once by a large tower on a CPU: what is padded would take seconds each time that a backbone is loaded."""
 
 _BF16_COSINE = 0.999
 """Least cosine between a bfloat16 and a float32 feature for bfloat16 to be used."""
@@ -82,7 +86,9 @@ class LoadedBackbone:
         self.precision = "float32"
         self.device = device
         self._model.to(device)
-        if _multiplies_bfloat16(device) and sum(one.numel() for one in model.visual.parameters()) >= _BF16_WEIGHTS:
+        large = sum(one.numel() for one in model.visual.parameters()) >= _LARGE
+        self._batch = _LARGE_BATCH if large and device == "cpu" else BATCH
+        if large and _multiplies_bfloat16(device):
             self._choose_precision()
         self.preprocessing = json.dumps(config | {"precision": self.precision}, sort_keys=True)
         self.dim = int(self.encode_texts([""]).shape[1])
@@ -146,10 +152,10 @@ class LoadedBackbone:
     @torch.inference_mode()
     def _encode(self, inputs: Tensor, encode: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
         rows = []
-        for start in range(0, len(inputs), BATCH):
-            batch = inputs[start : start + BATCH]
+        for start in range(0, len(inputs), self._batch):
+            batch = inputs[start : start + self._batch]
             # Matrix kernels are chosen by size and may round differently, so the size is always the same.
-            padded = batch.new_zeros((BATCH, *batch.shape[1:]))
+            padded = batch.new_zeros((self._batch, *batch.shape[1:]))
             padded[: len(batch)] = batch
             features = encode(padded.to(self.device))[: len(batch)]
             rows.append(nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
