@@ -93,7 +93,7 @@ def nodes(folder: Path, port: int, names: list[str]) -> None:
     for name in names:
         site = CannedSite(agreed, folder / "sites" / name, name, payload)
         app = SiteApp(site, agreed.study.id, lambda _: None)  # type: ignore[arg-type]
-        arguments = (app, f"127.0.0.1:{port}", folder / "server" / "tls" / "ca.crt")
+        arguments = (app, f"127.0.0.1:{port}", folder / "server" / "tls" / "ca.crt", len(agreed.study.sites))
         threads.append(threading.Thread(target=run_site, args=arguments, name=name))
     for thread in threads:
         thread.start()

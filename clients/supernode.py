@@ -68,6 +68,11 @@ HEARTBEAT_SECONDS = 10.0
 FASTEST, SLOWEST = 0.05, 1.0
 """Pause between two looks for messages: short after one came, longer while nothing happens."""
 
+FAST_CALLS, SLOW_CALLS = 100.0, 20.0
+"""Looks a second of all sites together in the two cases: each costs the server some milliseconds."""
+
+SLOWING = 1.2
+
 RETRY_FIRST, RETRY_MOST = 0.2, 5.0
 REJOIN_SECONDS = 60.0
 """How long Flower's refusal of a node that it takes for online can last; beyond that it means something else."""
@@ -92,13 +97,14 @@ class _Forgotten(Exception):
     """The server does not know this node any more: its state is another one."""
 
 
-def run_site(app: SiteApp, address: str, authority: Path, proxy: str | None = None) -> None:
+def run_site(app: SiteApp, address: str, authority: Path, sites: int, proxy: str | None = None) -> None:
     """Take part until the study is over.
 
     Args:
         app: the site.
         address: host and port of the server.
         authority: certificate of the study's authority.
+        sites: how many there are in the study; the more, the less often each calls.
         proxy: URL of an HTTP proxy through which the server is reached (by CONNECT, so that TLS ends at the server);
             without one, the one that ``HTTPS_PROXY`` names, unless ``NO_PROXY`` excepts the server.
 
@@ -114,7 +120,7 @@ def run_site(app: SiteApp, address: str, authority: Path, proxy: str | None = No
         while not app.finished and app.failure is None:
             connection.join()
             with contextlib.suppress(_Forgotten):
-                _answer_messages(app, connection)
+                _answer_messages(app, connection, sites)
     finally:
         connection.leave()
     if app.failure is not None:
@@ -140,17 +146,18 @@ def unsigned_pull(host: str, key: ec.EllipticCurvePrivateKey) -> str:
     )
 
 
-def _answer_messages(app: SiteApp, connection: _Connection) -> None:
-    pause = FASTEST
+def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
+    fastest, slowest = max(FASTEST, sites / FAST_CALLS), max(SLOWEST, sites / SLOW_CALLS)
+    pause = fastest
     while app.failure is None and not app.finished:
         received = None
         with contextlib.suppress(_Stale):
             received = connection.pull()
         if received is None:
             time.sleep(pause)
-            pause = min(SLOWEST, pause * 1.1)
+            pause = min(slowest, pause * SLOWING)
             continue
-        pause = FASTEST
+        pause = fastest
         message, bundle = received
         context = Context(message.metadata.run_id, connection.node.node_id, {}, RecordDict(), {})
         began = time.monotonic()

@@ -187,8 +187,8 @@ class RoundLoop:
             site.since = since
             if since:
                 self._absent.discard(site.name)
-            if site.asked and site.asked_since != since:
-                site.asked = ""  # what it was asked went with its connection
+            if since and site.asked and site.asked_since != since:
+                site.asked = ""  # what it was asked went with its connection, if it has not answered before
 
     # --- asking ---
 

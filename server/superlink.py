@@ -17,9 +17,11 @@ import binascii
 import contextlib
 import hashlib
 import logging
+import math
 import secrets
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
@@ -111,6 +113,7 @@ class Gate:
             await _refuse(send, 404)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
+        most = sys.maxsize
         if self._keys is not None and path != "/health":
             length = headers.get(b"content-length", b"")
             if not length.isdigit() or int(length) > MAX_BODY:
@@ -123,13 +126,15 @@ class Gate:
             if key not in self._keys:
                 await _refuse(send, 403)
                 return
-            if path == PUSH_MESSAGES:
-                body = await _body(receive, int(length))
-                if not _own_replies(body):
-                    await _refuse(send, 403)
-                    return
-                receive = _again(body, receive)
-        await self._app(scope, receive, send)
+            most = int(length)
+        # At once: each part would pass all of Flower's middlewares as a task of its own, for ten times the effort.
+        body = await _body(receive, most)
+        if body is None:
+            return
+        if self._keys is not None and path == PUSH_MESSAGES and not _own_replies(body):
+            await _refuse(send, 403)
+            return
+        await self._app(scope, _again(body, receive), send)
 
 
 def _own_replies(body: bytes) -> bool:
@@ -142,13 +147,14 @@ def _own_replies(body: bytes) -> bool:
     return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
 
 
-async def _body(receive: Receive, length: int) -> bytes:
+async def _body(receive: Receive, length: int) -> bytes | None:
+    """The whole body, or of one that is longer than it said a little more; None if the caller hung up."""
     parts = []
     more = True
     while more and length >= 0:
         event = await receive()
         if event["type"] != "http.request":
-            return b""  # hung up
+            return None
         parts.append(event.get("body", b""))
         length -= len(parts[-1])
         more = event.get("more_body", False)
@@ -174,16 +180,31 @@ class _State(InMemoryLinkState):
     """Flower's state, which hands out a reply only when all of it has arrived, and one at a time.
 
     flwr would hand out its head at once, after which whoever pulls it waits for the rest: up to three minutes for a
-    site that was killed in mid-upload, while the other sites' replies wait too.
+    site that was killed in mid-upload, while the other sites' replies wait too. And it would drop a whole reply of a
+    site that has left since: the last one of each, when many wait to be taken.
     """
 
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
         """Replies that are whole, or errors in their place."""
         with self.lock:
             answered = {identifier for identifier in message_ids if identifier in self.message_ins_id_to_message_res_id}
-            whole = [identifier for identifier in answered if not self._arriving(identifier)]
-            replies: list[Message] = super().get_message_res((message_ids - answered) | set(whole[:1]), run_id)
+            whole = [identifier for identifier in answered if not self._arriving(identifier)][:1]
+            with self._taken_for_present(whole):
+                replies: list[Message] = super().get_message_res((message_ids - answered) | set(whole), run_id)
             return replies
+
+    @contextlib.contextmanager
+    def _taken_for_present(self, identifiers: list[str]) -> Iterator[None]:
+        asked = [self.message_ins_store[one] for one in identifiers if one in self.message_ins_store]
+        nodes = [self.nodes[one.metadata.dst_node_id] for one in asked if one.metadata.dst_node_id in self.nodes]
+        before = [node.online_until for node in nodes]
+        for node in nodes:
+            node.online_until = math.inf
+        try:
+            yield
+        finally:
+            for node, until in zip(nodes, before, strict=True):
+                node.online_until = until
 
     def _check_stored_messages(self, message_ids: set[str], run_id: int | None = None) -> None:
         """Forget messages beyond their time, and the objects that they brought, which flwr would keep."""

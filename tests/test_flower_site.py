@@ -312,6 +312,21 @@ def test_half_a_reply_holds_nobody_up_and_is_forgotten_with_its_time(link: Link)
     grid.close()
 
 
+def test_a_whole_reply_is_taken_though_its_site_has_left(link: Link) -> None:
+    """flwr alone would drop it, and the server would wait for a site that has ended."""
+    ash = link.connect()
+    grid, identifier = _asked(link)
+    received = ash.pull()
+    assert received is not None
+    ash.push(_reply(received[0]), 0.1)
+    ash.leave()
+    (message,) = grid.pull_messages([identifier])
+    assert not message.has_error()
+    assert read_reply(message.content, "ash").code == ReplyCode.MORE
+    assert not list(grid.get_nodes())
+    grid.close()
+
+
 def test_a_site_outside_the_study_cannot_open_it(federation: Federation) -> None:
     path = federation.folder / "sites" / "ash" / "site.toml"
     path.write_text(path.read_text().replace('"ash"', '"elm"', 1))

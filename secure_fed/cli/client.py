@@ -84,7 +84,7 @@ def client(
                 status.tell(run=done.run, round=done.round, finished=done.finished)
 
             app = SiteApp(member, facts.id, after_round, SentList(state).add)
-            run_site(app, file.server.address, Path(file.server.authority), file.server.proxy)
+            run_site(app, file.server.address, Path(file.server.authority), len(facts.sites), file.server.proxy)
             log.info("%s: the study is over after %d rounds", file.site, member.round)
 
 
