@@ -72,6 +72,7 @@ FAST_CALLS, SLOW_CALLS = 100.0, 20.0
 """Looks a second of all sites together in the two cases: each costs the server some milliseconds."""
 
 SLOWING = 1.2
+"""How much longer each pause is than the one before."""
 
 RETRY_FIRST, RETRY_MOST = 0.2, 5.0
 REJOIN_SECONDS = 60.0

@@ -21,7 +21,6 @@ import math
 import secrets
 import socket
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
@@ -113,7 +112,6 @@ class Gate:
             await _refuse(send, 404)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        most = sys.maxsize
         if self._keys is not None and path != "/health":
             length = headers.get(b"content-length", b"")
             if not length.isdigit() or int(length) > MAX_BODY:
@@ -126,15 +124,13 @@ class Gate:
             if key not in self._keys:
                 await _refuse(send, 403)
                 return
-            most = int(length)
-        # At once: each part would pass all of Flower's middlewares as a task of its own, for ten times the effort.
-        body = await _body(receive, most)
-        if body is None:
-            return
-        if self._keys is not None and path == PUSH_MESSAGES and not _own_replies(body):
-            await _refuse(send, 403)
-            return
-        await self._app(scope, _again(body, receive), send)
+            if path == PUSH_MESSAGES:
+                body = await _body(receive, int(length))
+                if not _own_replies(body):
+                    await _refuse(send, 403)
+                    return
+                receive = _again(body, receive)
+        await self._app(scope, receive, send)
 
 
 def _own_replies(body: bytes) -> bool:
@@ -147,14 +143,13 @@ def _own_replies(body: bytes) -> bool:
     return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
 
 
-async def _body(receive: Receive, length: int) -> bytes | None:
-    """The whole body, or of one that is longer than it said a little more; None if the caller hung up."""
+async def _body(receive: Receive, length: int) -> bytes:
     parts = []
     more = True
     while more and length >= 0:
         event = await receive()
         if event["type"] != "http.request":
-            return None
+            return b""  # hung up
         parts.append(event.get("body", b""))
         length -= len(parts[-1])
         more = event.get("more_body", False)

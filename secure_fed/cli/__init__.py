@@ -36,7 +36,7 @@ from secure_fed.cli import (
 from secure_fed.cli.output import ConsoleHandler, console
 from secure_fed.errors import SecfacmicError, StorageError
 
-typer.core.HAS_RICH = False  # else brackets are escaped for a markup that is off, and shown as \\[required]
+typer.core.HAS_RICH = False  # else brackets are escaped for a markup that is off, and shown as \[required]
 
 app = typer.Typer(
     name="secfacmic",
