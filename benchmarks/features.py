@@ -8,8 +8,9 @@ a JPEG file, preprocess, a batch of 32 through ``encode_image`` in float32) with
 and, where the processor multiplies it and the tower is large, in bfloat16.
 
 The second makes that many images of 48 pixels, then checks (fingerprints, comparison of all pairs) and encodes them
-with mini-CLIP, each in a process of its own, and reports images a second and the greatest memory of the process and of
-those that decode for it, added up (proportional set size, sampled four times a second).
+with mini-CLIP (and gathers the features), each in a process of its own, and reports images a second and the greatest
+memory of the process and of those that work for it, added up (proportional set size, sampled twice a second): all
+of it, and what is left without the pages of libraries' files, which the system drops when memory is short.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def compare(model: str, count: int, threads: int) -> list[dict[str, Any]]:
                 begun = time.perf_counter()
                 found = cache.encode(images, study, lambda loaded=loaded: loaded, "plain", False)  # type: ignore[misc]
                 seconds = time.perf_counter() - begun
-            cosine = float((found.features * expected).sum(axis=1).min())
+                rows_found = cache.read([(digest, found.space) for digest in found.digests], loaded.dim)
+            cosine = float((rows_found * expected).sum(axis=1).min())
             row = {"model": model, "name": "ours", "precision": loaded.precision, "seconds": seconds}
             rows.append(row | {"least_cosine": cosine})
         backbones._multiplies_bfloat16 = rule
@@ -95,19 +97,22 @@ def compare(model: str, count: int, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _memory(process: int) -> int:
-    """Proportional set size of a process and its descendants, in bytes."""
-    total, waiting = 0, [process]
+def _memory(process: int) -> tuple[int, int]:
+    """Proportional set size of a process and its descendants in bytes: all of it, and without pages of files."""
+    found = {"Pss": 0, "Pss_File": 0}
+    waiting = [process]
     while waiting:
         one = waiting.pop()
         try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()[1:]:
+                kind, size = line.split(":")
+                if kind in found:
+                    found[kind] += 1024 * int(size.split()[0])
             for task in Path(f"/proc/{one}/task").iterdir():
                 waiting += [int(child) for child in (task / "children").read_text().split()]
         except (OSError, ValueError):
             continue
-    return total
+    return found["Pss"], found["Pss"] - found["Pss_File"]
 
 
 def many(count: int) -> list[dict[str, Any]]:
@@ -117,11 +122,12 @@ def many(count: int) -> list[dict[str, Any]]:
         make_images(Path(name) / "images", count, 48, "png")
         for stage in ("check", "encode"):
             command = [sys.executable, "-P", __file__, "--stage", stage, "--folder", name]
-            begun, peak = time.perf_counter(), 0
+            begun, peak, kept = time.perf_counter(), 0, 0
             process = subprocess.Popen(command, stdout=subprocess.PIPE)
             while process.poll() is None:
-                peak = max(peak, _memory(process.pid))
-                time.sleep(0.25)
+                found = _memory(process.pid)
+                peak, kept = max(peak, found[0]), max(kept, found[1])
+                time.sleep(0.5)
             if process.returncode:
                 raise SystemExit(f"stage {stage} ended with {process.returncode}")
             seconds = time.perf_counter() - begun
@@ -132,6 +138,7 @@ def many(count: int) -> list[dict[str, Any]]:
                     "seconds": seconds,
                     "images_per_s": count / seconds,
                     "peak_bytes": peak,
+                    "peak_bytes_without_files": kept,
                 }
             )
     return rows
@@ -139,26 +146,23 @@ def many(count: int) -> list[dict[str, Any]]:
 
 def run_stage(stage: str, folder: Path) -> None:
     """One stage over the folder's images, as ``data check`` and a client's start do it."""
-    import torch
-
     from clients.data import SiteImage
     from clients.features import FeatureCache
     from clients.twins import exact_copies, fingerprints, inseparable
     from secure_fed.backbone import load_backbone
     from secure_fed.study import Backbone
 
-    torch.set_num_threads(1)
     images = [SiteImage(path, path.name, 0, "train") for path in sorted((folder / "images").iterdir())]
     with FeatureCache(folder / "features.sqlite") as cache:
         if stage == "check":
             found = fingerprints(images, cache).found
             inseparable(images, found)
             exact_copies(found)
-        else:
-            study = Backbone(model="mini-clip", weights="file", file="mini-clip.safetensors")
-            assert cache.encode(images, study, lambda: load_backbone(study, None), "plain", False).encoded == len(
-                images
-            )
+            return
+        study = Backbone(model="mini-clip", weights="file", file="mini-clip.safetensors")
+        encoded = cache.encode(images, study, lambda: load_backbone(study, None), "plain", False)
+        assert encoded.encoded == len(images)
+        cache.read([(digest, encoded.space) for digest in encoded.digests], 512)
 
 
 def main() -> None:
@@ -179,7 +183,8 @@ def main() -> None:
         for row in rows:
             print(
                 f"{row['stage']:7} {row['images']:,} images in {row['seconds']:.0f} s, "
-                f"{row['images_per_s']:.0f} a second, greatest memory {row['peak_bytes'] / 2**30:.2f} GiB"
+                f"{row['images_per_s']:.0f} a second, greatest memory {row['peak_bytes'] / 2**30:.2f} GiB, "
+                f"{row['peak_bytes_without_files'] / 2**30:.2f} without libraries' files"
             )
     else:
         rows = [row for model in arguments.models for row in compare(model, arguments.count, arguments.threads)]

@@ -47,7 +47,7 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         looks: list[Fingerprints] = []
 
         def look(images: Sequence[SiteImage]) -> Fingerprints:
-            looks.append(fingerprints(images, cache, progress, file.threads))
+            looks.append(fingerprints(images, cache, progress))
             return looks[-1]
 
         every = site_images(file, agreed, look)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import multiprocessing
@@ -22,7 +23,7 @@ from secure_fed.processes import die_with
 
 T = TypeVar("T")
 
-MOST_WORKERS = 8
+MOST_WORKERS = 16
 _INLINE = 64
 """Fewer images than this are decoded in this process: starting others takes longer."""
 
@@ -92,24 +93,24 @@ def decode(content: bytes, frame: int | None = None) -> Image.Image:
 
 
 def decode_all(
-    sources: Sequence[Source], work: Callable[[Image.Image], T], batch: int, threads: int = 1
+    sources: Sequence[Source], work: Callable[[Iterator[Image.Image]], Sequence[T]], batch: int
 ) -> Iterator[list[Decoded[T]]]:
-    """Decode images and do some work on each, in order, ahead of the caller and beside it.
+    """Decode images and do some work on them, batch by batch, in processes of their own: one a processor.
 
     Processes are forked: they cost no memory for what is loaded already, and end with this one, however it ends. What
     is in flight is bounded by a few batches.
 
     Args:
         sources: what to decode.
-        work: from the picture to what is wanted of it; runs in the other process on one thread.
-        batch: results come in lists of this many; the last one may be shorter.
-        threads: that the caller itself keeps busy.
+        work: from those pictures of a batch that can be decoded, one at a time, to what is wanted of each; runs in
+            the other process on one thread.
+        batch: results come in lists of this many, in order; the last one may be shorter.
 
     Raises:
-        StorageError: a worker process was killed, most likely for want of memory.
+        StorageError: a process was killed, most likely for want of memory.
     """
     inline = len(sources) < _INLINE or multiprocessing.current_process().daemon  # a daemon may have no children
-    workers = 0 if inline else min(MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) - threads + 1))
+    workers = 0 if inline else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     loader: DataLoader[Decoded[T]] = DataLoader(
         _Decoding(sources, work),
         batch_size=batch,
@@ -117,13 +118,13 @@ def decode_all(
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         # torch's workers look for their parent only when idle, and a full pipe keeps them for ever.
-        worker_init_fn=partial(_die_with, os.getpid()),
+        worker_init_fn=partial(_start, os.getpid()),
         generator=torch.Generator(),  # else it draws a seed from torch's global state
     )
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise StorageError(
             f"a process that decodes images was ended ({' '.join(str(error).split())[:160]}); expected memory for "
@@ -132,26 +133,41 @@ def decode_all(
 
 
 class _Decoding(Dataset[Decoded[T]], Generic[T]):
-    def __init__(self, sources: Sequence[Source], work: Callable[[Image.Image], T]) -> None:
+    def __init__(self, sources: Sequence[Source], work: Callable[[Iterator[Image.Image]], Sequence[T]]) -> None:
         self._sources = sources
         self._work = work
 
     def __len__(self) -> int:
         return len(self._sources)
 
-    def __getitem__(self, index: int) -> Decoded[T]:
-        source, known = self._sources[index], b""
-        try:
-            content = source.path.read_bytes()
-            known = identity(content, source.frame)
-            return Decoded(index, known, self._work(decode(content, source.frame)), "")
-        except (UndecodableError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            return Decoded(index, known, None, str(reason))
+    def __getitems__(self, indices: list[int]) -> list[Decoded[T]]:
+        """One batch; by this name the loader asks for it."""
+        identities: dict[int, bytes] = {}
+        reasons: dict[int, str] = {}
+        decoded: list[int] = []
+
+        def pictures() -> Iterator[Image.Image]:
+            for index in indices:
+                source = self._sources[index]
+                try:
+                    content = source.path.read_bytes()
+                    identities[index] = identity(content, source.frame)
+                    picture = decode(content, source.frame)
+                except (UndecodableError, OSError) as error:
+                    reasons[index] = str(error.strerror if isinstance(error, OSError) else error)
+                    continue
+                decoded.append(index)
+                yield picture
+
+        values = dict(zip(decoded, self._work(pictures()), strict=True))
+        return [
+            Decoded(index, identities.get(index, b""), values.get(index), reasons.get(index, "")) for index in indices
+        ]
 
 
-def _die_with(parent: int, worker: int) -> None:
+def _start(parent: int, worker: int) -> None:
     die_with(parent)
+    gc.freeze()  # a collection would write to, and so copy, every object that is shared with the parent
 
 
 def _as_they_are(results: list[Decoded[T]]) -> list[Decoded[T]]:

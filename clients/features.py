@@ -12,22 +12,20 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 import configs
 from clients.data import SiteImage, Split
-from clients.decoding import Decoded, Source, decode_all, identity
-from secure_fed.backbone import BATCH, LoadedBackbone, load_backbone
+from clients.decoding import Source, identity
+from clients.encoding import View, encode_all
+from secure_fed.backbone import LoadedBackbone, load_backbone
 from secure_fed.device import Device
 from secure_fed.errors import BackboneError, StorageError, UnreadableImageError
 from secure_fed.study import AgreedStudy, Backbone
 
-View = Literal["plain", "mirrored"]
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
 
@@ -78,18 +76,18 @@ class Encoded:
     """What :meth:`FeatureCache.encode` found or computed.
 
     Attributes:
-        images: those that can be decoded, in the order given.
-        features: their unit features, [len(images), d] float32; [0, 0] without any.
+        images: those that can be decoded, in the order given; the cache has their features now.
+        digests: their identities, in the same order.
+        space: of their features, for :meth:`FeatureCache.read`.
         unreadable: number of images left out.
         encoded: number of features computed in this call.
-        digests: the images' identities, in the same order.
     """
 
     images: list[SiteImage]
-    features: NDArray[np.float32]
+    digests: list[bytes]
+    space: bytes
     unreadable: int
     encoded: int
-    digests: list[bytes]
 
 
 class FeatureCache:
@@ -137,9 +135,9 @@ class FeatureCache:
         device: Device = "cpu",
         barred: Callable[[bytes], bool] = lambda image: False,
     ) -> Encoded:
-        """The features of all images; only those that the cache lacks are computed.
+        """Have the features of all images in the cache; only those that it lacks are computed.
 
-        Other processes decode the next images while this one encodes.
+        Nothing is held in memory but the images' names and identities.
 
         Args:
             images: what to encode.
@@ -169,13 +167,31 @@ class FeatureCache:
         with self._typed_errors(), self._database:
             self._database.execute("INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe, preprocessing))
 
-    def get(self, image: bytes, space: bytes) -> NDArray[np.float32] | None:
-        """The feature [d] of an image in a space, if it is there."""
+    def has(self, image: bytes, space: bytes) -> bool:
+        """Whether the feature of an image in a space is there."""
+        query = "SELECT 1 FROM features WHERE image = ? AND space = ?"
         with self._typed_errors():
-            row = self._database.execute(
-                "SELECT feature FROM features WHERE image = ? AND space = ?", (image, space)
-            ).fetchone()
-        return None if row is None else np.frombuffer(row[0], dtype="<f4")
+            return self._database.execute(query, (image, space)).fetchone() is not None
+
+    def read(self, keys: Sequence[tuple[bytes, bytes]], dim: int) -> NDArray[np.float32]:
+        """Features, [len(keys), dim], each by its image and space.
+
+        Raises:
+            StorageError: one is not there, or of another width.
+        """
+        rows = np.empty((len(keys), dim), dtype=np.float32)
+        query = "SELECT feature FROM features WHERE image = ? AND space = ?"
+        for index, key in enumerate(keys):
+            with self._typed_errors():
+                found = self._database.execute(query, key).fetchone()
+            if found is None or len(found[0]) != 4 * dim:
+                raise StorageError(
+                    f"{self._path}: the feature of image {key[0].hex()[:16]} is "
+                    f"{'not there any more' if found is None else 'of another width'}; expected {dim} values, as "
+                    "encoded: run again, and keep others from changing the file meanwhile"
+                )
+            rows[index] = np.frombuffer(found[0], dtype="<f4")
+        return rows
 
     def put(self, space: bytes, rows: Sequence[tuple[bytes, NDArray[np.float32]]]) -> None:
         """Keep features of a space, by image, in one transaction."""
@@ -243,16 +259,14 @@ class _Encoding:
         self._barred = barred
         self._loaded: LoadedBackbone | None = None
         self._recipe = _recipe(backbone, device)
-        self._rows: NDArray[np.float32] | None = None
-        self._found = np.zeros(len(images), dtype=bool)
-        self._digests: dict[int, bytes] = {}
+        self._digests: list[bytes | None] = [None] * len(images)
         self._unreadable: list[str] = []
         self._encoded = 0
         self._told = -1
 
     def run(self, skip_unreadable: bool) -> Encoded:
         if not self._images:
-            return Encoded([], np.empty((0, 0), dtype=np.float32), 0, 0, [])
+            return Encoded([], [], b"", 0, 0)
         self._space = self._find_space()
         missing, left_out = self._look_up()
         if missing:
@@ -266,19 +280,17 @@ class _Encoding:
                 f"{len(unreadable)} of {len(self._images) - left_out} images cannot be decoded; expected whole 8-bit "
                 f"images or DICOM: replace or remove them, or leave them out with --skip-unreadable{shown}{more}"
             )
-        kept = [int(index) for index in np.flatnonzero(self._found)]
-        whole = len(kept) == len(self._images)
-        rows = np.empty((0, 0), dtype=np.float32) if self._rows is None else self._rows
+        found = [(image, digest) for image, digest in zip(self._images, self._digests, strict=True) if digest]
         return Encoded(
-            [self._images[index] for index in kept],
-            rows if whole or not len(rows) else rows[self._found],
+            [image for image, _ in found],
+            [digest for _, digest in found],
+            self._space,
             len(unreadable),
             self._encoded,
-            [self._digests[index] for index in kept],
         )
 
     def _look_up(self) -> tuple[list[int], int]:
-        """Take what the cache has; the places of what it lacks, and how many images are barred."""
+        """Find what the cache has; the places of what it lacks, and how many images are barred."""
         missing, left_out = [], 0
         for index, image in enumerate(self._images):
             try:
@@ -289,19 +301,11 @@ class _Encoding:
             if self._barred(digest):
                 left_out += 1
                 continue
-            feature = self._cache.get(digest, self._space)
-            if feature is None:
-                missing.append(index)
+            if self._cache.has(digest, self._space):
+                self._digests[index] = digest
             else:
-                self._keep(index, digest, feature)
+                missing.append(index)
         return missing, left_out
-
-    def _keep(self, index: int, digest: bytes, feature: NDArray[np.float32]) -> None:
-        if self._rows is None:
-            self._rows = np.empty((len(self._images), len(feature)), dtype=np.float32)
-        self._rows[index] = feature
-        self._found[index] = True
-        self._digests[index] = digest
 
     def _find_space(self) -> bytes:
         preprocessing = self._cache.preprocessing(self._recipe)
@@ -324,30 +328,20 @@ class _Encoding:
                 f"by {self._preprocessing}; restore its configuration, or remove the feature cache"
             )
 
-        def prepare(image: Image.Image) -> NDArray[np.float32]:
-            return backbone.prepare(image if self._view == "plain" else ImageOps.mirror(image))
-
         sources = [Source(self._images[index].path, self._images[index].frame) for index in missing]
-        for batch in decode_all(sources, prepare, BATCH, torch.get_num_threads()):
-            self._take(backbone, [missing[one.index] for one in batch], batch)
+        for batch in encode_all(sources, backbone, self._view):
+            rows = []
+            for one in batch:
+                place = missing[one.index]
+                if one.value is None:
+                    self._unreadable.append(f"{self._images[place].path}: {one.reason}")
+                else:
+                    rows.append((one.identity, one.value))
+                    self._digests[place] = one.identity
+            self._cache.put(self._space, rows)
+            self._encoded += len(rows)
             done += len(batch)
             self._tell(done)
-
-    def _take(self, backbone: LoadedBackbone, places: list[int], batch: list[Decoded[NDArray[np.float32]]]) -> None:
-        prepared, rows = [], []
-        for place, one in zip(places, batch, strict=True):
-            if one.value is None:
-                self._unreadable.append(f"{self._images[place].path}: {one.reason}")
-            else:
-                prepared.append(one.value)
-                rows.append((place, one.identity))
-        if not rows:
-            return
-        features = backbone.encode_prepared(np.stack(prepared))
-        for (place, digest), feature in zip(rows, features, strict=True):
-            self._keep(place, digest, feature)
-        self._cache.put(self._space, [(digest, feature) for (_, digest), feature in zip(rows, features, strict=True)])
-        self._encoded += len(rows)
 
     def _tell(self, done: int) -> None:
         if self._progress is not None and done != self._told:
@@ -396,15 +390,16 @@ def load_features(
         trained = [image for image in plain.images if image.split in ("train", "unlabelled")]
         passes.append(cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress, device))
 
+    loaded.clear()  # before the features take its place in memory
+
     def gather(split: Split) -> Labelled:
-        rows, labels = [np.empty((0, dim), dtype=np.float32)], []
+        keys, labels = [], []
         for one in passes:
-            chosen = [i for i, image in enumerate(one.images) if image.split == split]
-            if chosen:
-                rows.append(one.features[chosen])
-                labels += [one.images[i].label for i in chosen]
-        known = [-1 if label is None else label for label in labels]
-        return Labelled(np.concatenate(rows), np.array(known, dtype=np.int64))
+            for image, digest in zip(one.images, one.digests, strict=True):
+                if image.split == split:
+                    keys.append((digest, one.space))
+                    labels.append(-1 if image.label is None else image.label)
+        return Labelled(cache.read(keys, dim), np.array(labels, dtype=np.int64))
 
     owners: dict[Split, tuple[str, ...]] = {
         split: tuple(image.patient for one in passes for image in one.images if image.split == split)

@@ -110,9 +110,7 @@ class Site(Replica):
             forgotten = Forgotten(self._state)
             with FeatureCache(self._file.feature_cache) as cache:
                 # After splits are drawn, so that the other patients stay where they are.
-                images = site_images(
-                    self._file, self._agreed, lambda all_: fingerprints(all_, cache, progress, self._file.threads)
-                )
+                images = site_images(self._file, self._agreed, lambda all_: fingerprints(all_, cache, progress))
                 images = [image for image in images if not forgotten.patient(image.patient)]
                 self._features = load_features(
                     images,

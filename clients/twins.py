@@ -71,16 +71,13 @@ class Fingerprints(NamedTuple):
     unreadable: dict[int, str]
 
 
-def fingerprints(
-    images: Sequence[SiteImage], cache: FeatureCache, progress: Progress | None = None, threads: int = 1
-) -> Fingerprints:
+def fingerprints(images: Sequence[SiteImage], cache: FeatureCache, progress: Progress | None = None) -> Fingerprints:
     """The fingerprints of images, from the cache or, decoded in other processes, computed and cached.
 
     Args:
         images: of the site.
         cache: keeps them by the image's identity; interrupted, all but the last batch is there the next time.
         progress: told the number of images done and of all.
-        threads: that this process itself keeps busy.
 
     Raises:
         StorageError: the cache cannot be used.
@@ -102,7 +99,7 @@ def fingerprints(
     if progress is not None:
         progress(done, len(images))
     sources = [Source(images[index].path, images[index].frame) for index in missing]
-    for batch in decode_all(sources, fingerprint, _BATCH, threads):
+    for batch in decode_all(sources, lambda pictures: [fingerprint(one) for one in pictures], _BATCH):
         cache.put_fingerprints([(one.identity, _FORM.pack(*one.value)) for one in batch if one.value is not None])
         for one in batch:
             _note(one, missing[one.index], found, unreadable)

@@ -66,6 +66,7 @@ class LoadedBackbone:
         description: model, source of the weights and size, for reports.
         device: where it computes.
         context: tokens that the text tower takes at most.
+        batch: images that are encoded at once.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class LoadedBackbone:
         self.precision = "float32"
         self.device = device
         self._model.to(device)
+        self._model.visual.to(memory_format=torch.channels_last)  # convolutions take half the time on a CPU
         large = sum(one.numel() for one in model.visual.parameters()) >= _LARGE
-        self._batch = _LARGE_BATCH if large and device == "cpu" else BATCH
+        self.batch = _LARGE_BATCH if large and device == "cpu" else BATCH
         if large and _multiplies_bfloat16(device):
             self._choose_precision()
         self.preprocessing = json.dumps(config | {"precision": self.precision}, sort_keys=True)
@@ -99,15 +101,17 @@ class LoadedBackbone:
         """What the image tower takes, [3, size, size], of any Pillow mode that converts to RGB and any size."""
         return np.asarray(self._preprocess(image).numpy(), dtype=np.float32)
 
-    def encode_prepared(self, prepared: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Unit image features, [n, dim], of prepared images [n, 3, size, size]."""
+    def encode_prepared(self, prepared: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Unit image features, [n, dim], of prepared images, each [3, size, size]."""
+        if not prepared:
+            return np.empty((0, self.dim), dtype=np.float32)
         dtype = next(self._model.visual.parameters()).dtype
-        return self._encode(torch.from_numpy(prepared).to(dtype), self._model.encode_image)
+        return self._encode(torch.from_numpy(np.stack(prepared)).to(dtype), self._model.encode_image)
 
     def encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Unit image features, [n, dim]; any Pillow mode that converts to RGB, any size."""
         batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-        rows = [self.encode_prepared(np.stack([self.prepare(image) for image in batch])) for batch in batches]
+        rows = [self.encode_prepared([self.prepare(image) for image in batch]) for batch in batches]
         return np.concatenate(rows) if rows else np.empty((0, self.dim), dtype=np.float32)
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -152,10 +156,10 @@ class LoadedBackbone:
     @torch.inference_mode()
     def _encode(self, inputs: Tensor, encode: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
         rows = []
-        for start in range(0, len(inputs), self._batch):
-            batch = inputs[start : start + self._batch]
+        for start in range(0, len(inputs), self.batch):
+            batch = inputs[start : start + self.batch]
             # Matrix kernels are chosen by size and may round differently, so the size is always the same.
-            padded = batch.new_zeros((self._batch, *batch.shape[1:]))
+            padded = batch.new_zeros((self.batch, *batch.shape[1:]))
             padded[: len(batch)] = batch
             features = encode(padded.to(self.device))[: len(batch)]
             rows.append(nn.functional.normalize(features.float(), dim=-1).cpu().numpy())

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from secure_fed.errors import DataError, OutputError
+from secure_fed.errors import DataError, OutputError, StorageError
 from secure_fed.processes import die_with
 from secure_fed.storage import make_folder, write_durable
 
@@ -295,7 +296,7 @@ def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int) -> None:
     Raises:
         DataError: a site's parameters make no sense, or two sites share a name.
         OutputError: a site's folder already exists and is not empty.
-        StorageError: the files cannot be written.
+        StorageError: the files cannot be written, or a process that draws was killed.
     """
     for site in sites:
         _check(site)
@@ -314,9 +315,15 @@ def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int) -> None:
             work(site)
         return
     context = multiprocessing.get_context("fork")  # which has loaded all it needs
-    with ProcessPoolExecutor(workers, context, initializer=die_with, initargs=(os.getpid(),)) as pool:
-        for _ in pool.map(work, longest_first):
-            pass
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=die_with, initargs=(os.getpid(),)) as pool:
+            for _ in pool.map(work, longest_first):
+                pass
+    except BrokenProcessPool as error:
+        raise StorageError(
+            f"{root}: a process that draws phantoms was ended, most likely for want of memory; expected enough for "
+            f"{workers} at once: free some, remove the folder and run again"
+        ) from error
 
 
 def default_sites(count: int) -> list[PhantomSite]:

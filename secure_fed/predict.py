@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from clients.data import MANIFEST, image_files
-from clients.decoding import Source, decode_all
+from clients.decoding import Source
+from clients.encoding import encode_all
 from secure_fed.adapter_file import AdapterFile, load_adapter
-from secure_fed.backbone import BATCH, load_backbone
+from secure_fed.backbone import load_backbone
 from secure_fed.device import Device
 from secure_fed.errors import AdapterFileError, DataError, UnreadableImageError
 from secure_fed.study import load_study
@@ -113,17 +113,14 @@ def predict_folder(
     backbone = load_backbone(file.backbone, checkpoint, device)
     names, features, unreadable = [], [], {}
     sources = [Source(path) for path in paths]
-    for batch in decode_all(sources, backbone.prepare, BATCH, torch.get_num_threads()):
-        prepared = []
+    for batch in encode_all(sources, backbone):
         for one in batch:
             name = paths[one.index].relative_to(folder).as_posix()
             if one.value is None:
                 unreadable[name] = one.reason
             else:
                 names.append(name)
-                prepared.append(one.value)
-        if prepared:
-            features.append(backbone.encode_prepared(np.stack(prepared)))
+                features.append(one.value)
         progress(batch[-1].index + 1, len(paths))
     if unreadable and not skip_unreadable:
         shown = "".join(f"\n  {name}: {reason}" for name, reason in list(unreadable.items())[:_LISTED])
@@ -134,7 +131,7 @@ def predict_folder(
         )
     tokens = file.initial.prompt_tokens
     tower = None if tokens is None else backbone.text_tower(tokens)
-    x = np.concatenate(features) if features else np.empty((0, backbone.dim), dtype=np.float32)
+    x = np.stack(features) if features else np.empty((0, backbone.dim), dtype=np.float32)
     return Probabilities(file, tuple(names), file.predict(x, tower), unreadable)
 
 

@@ -1,3 +1,5 @@
+import os
+import signal
 import sqlite3
 from pathlib import Path
 
@@ -45,6 +47,10 @@ def site(folder, count=6, suffix="png"):
     return images
 
 
+def features(cache, encoded):
+    return cache.read([(digest, encoded.space) for digest in encoded.digests], 128)
+
+
 def agreed(backbone, dim=128):
     study = Study.model_construct(backbone=backbone, method=Method())
     return AgreedStudy(study, InitialState({}, np.zeros((3, dim), dtype=np.float32), 100.0))
@@ -55,13 +61,14 @@ def test_second_run_encodes_nothing_and_does_not_load_the_backbone(tmp_path, bac
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
         first = cache.encode(images, backbone, lambda: loaded, "plain", False)
         assert first.encoded == 6
+        found = features(cache, first)
     expected = loaded.encode_images([Image.open(image.path) for image in images])
-    assert np.array_equal(first.features, expected)
+    assert np.array_equal(found, expected)
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
         second = cache.encode(images[::-1], backbone, never, "plain", False)
+        assert np.array_equal(features(cache, second), found[::-1])
     assert second.encoded == 0
     assert second.images == images[::-1]
-    assert np.array_equal(second.features, first.features[::-1])
 
 
 def test_only_new_or_changed_images_are_encoded(tmp_path, backbone, loaded):
@@ -71,7 +78,7 @@ def test_only_new_or_changed_images_are_encoded(tmp_path, backbone, loaded):
         Image.new("L", (9, 9), 77).save(images[0].path)
         later = cache.encode(images, backbone, lambda: loaded, "plain", False)
         assert later.encoded == 3
-        assert np.array_equal(later.features[0], loaded.encode_images([Image.open(images[0].path)])[0])
+        assert np.array_equal(features(cache, later)[0], loaded.encode_images([Image.open(images[0].path)])[0])
 
 
 @pytest.mark.parametrize("change", ["digest", "model", "view", "version"])
@@ -103,15 +110,22 @@ def test_features_of_another_preprocessing_are_not_mixed(tmp_path, backbone, loa
             cache.encode(images, backbone, Changed, "plain", False)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path, backbone, loaded, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 2)
+class InPairs:
+    """A backbone that encodes two images at a time."""
+
+    def __init__(self, inner, device="cpu"):
+        self._inner = inner
+        self.batch, self.device = 2, device
+        self.calls = 0
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, backbone, loaded):
     images = site(tmp_path, 11)
 
-    class Dies:
-        preprocessing = loaded.preprocessing
-        prepare = staticmethod(loaded.prepare)
-        calls = 0
-
+    class Dies(InPairs):
         def encode_prepared(self, batch):
             self.calls += 1
             if self.calls == 4:
@@ -119,19 +133,91 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, backbone, loaded, mon
             return loaded.encode_prepared(batch)
 
     with FeatureCache(tmp_path / "cache.sqlite") as cache, pytest.raises(KeyboardInterrupt):
-        cache.encode(images, backbone, Dies, "plain", False)
+        cache.encode(images, backbone, lambda: Dies(loaded), "plain", False)
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
         assert cache.encode(images, backbone, lambda: loaded, "plain", False).encoded == 11 - 6
 
 
-def test_progress_reaches_the_end(tmp_path, backbone, loaded, monkeypatch):
-    monkeypatch.setattr(module, "BATCH", 2)
+def test_progress_reaches_the_end(tmp_path, backbone, loaded):
     told = []
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
         images = site(tmp_path, 5)
-        cache.encode(images, backbone, lambda: loaded, "plain", False, lambda done, total: told.append((done, total)))
+        pairs = InPairs(loaded)
+        cache.encode(images, backbone, lambda: pairs, "plain", False, lambda done, total: told.append((done, total)))
         cache.encode(images, backbone, never, "plain", False, lambda done, total: told.append((done, total)))
     assert told == [(2, 5), (4, 5), (5, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_processes_share_the_work_and_nothing_is_mixed_up(tmp_path, backbone, loaded, monkeypatch, device):
+    images = site(tmp_path, 71)
+    spoil(images[5].path)
+    pids = tmp_path / "pids"
+    pids.mkdir()
+
+    class Recorded(InPairs):
+        def prepare(self, image):
+            (pids / f"prepare {os.getpid()}").touch()
+            return loaded.prepare(image)
+
+        def encode_prepared(self, batch):
+            (pids / f"encode {os.getpid()}").touch()
+            return loaded.encode_prepared(batch)
+
+    with FeatureCache(tmp_path / "cache.sqlite") as cache:
+        found = cache.encode(images, backbone, lambda: Recorded(loaded, device), "mirrored", True)
+        kept = images[:5] + images[6:]
+        assert found.images == kept
+        expected = loaded.encode_images([ImageOps.mirror(Image.open(image.path)) for image in kept])
+        assert np.array_equal(features(cache, found), expected)
+    assert (found.encoded, found.unreadable) == (70, 1)
+    by_work = {name: {int(each.name.split()[1]) for each in pids.glob(f"{name} *")} for name in ("prepare", "encode")}
+    assert by_work["prepare"]
+    assert os.getpid() not in by_work["prepare"]
+    assert by_work["encode"] == (by_work["prepare"] if device == "cpu" else {os.getpid()})
+
+
+def test_a_killed_process_loses_only_what_it_was_at(tmp_path, backbone, loaded):
+    images = site(tmp_path, 80)
+    parent = os.getpid()
+
+    class Killed(InPairs):
+        def encode_prepared(self, batch):
+            self.calls += 1
+            if self.calls == 4:
+                assert os.getpid() != parent
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loaded.encode_prepared(batch)
+
+    with FeatureCache(tmp_path / "cache.sqlite") as cache:
+        with pytest.raises(StorageError, match=r"a process that decodes images was ended .*what is done is kept"):
+            cache.encode(images, backbone, lambda: Killed(loaded), "plain", False)
+        left = cache.encode(images, backbone, lambda: loaded, "plain", False).encoded
+    assert 0 < left <= 80
+    if len(os.sched_getaffinity(0)) == 1:
+        assert left == 80 - 6
+
+
+def test_a_fault_of_our_own_is_no_shortage_of_memory(tmp_path, backbone, loaded):
+    class Faulty(InPairs):
+        def encode_prepared(self, batch):
+            raise RuntimeError("the real reason")
+
+    with (
+        FeatureCache(tmp_path / "cache.sqlite") as cache,
+        pytest.raises(RuntimeError, match="the real reason"),
+    ):
+        cache.encode(site(tmp_path, 70), backbone, lambda: Faulty(loaded), "plain", False)
+
+
+def test_a_feature_that_another_process_took_away_is_a_storage_error(tmp_path, backbone, loaded):
+    with FeatureCache(tmp_path / "cache.sqlite") as cache:
+        found = cache.encode(site(tmp_path, 2), backbone, lambda: loaded, "plain", False)
+        with pytest.raises(StorageError, match="of another width; expected 64 values"):
+            cache.read([(digest, found.space) for digest in found.digests], 64)
+        cache.keep_only(found.digests[:1])
+        with pytest.raises(StorageError, match=f"{found.digests[1].hex()[:16]} is not there any more"):
+            features(cache, found)
 
 
 def spoil(path: Path):
@@ -164,7 +250,7 @@ def test_undecodable_images_are_named_and_counted_and_the_others_kept(tmp_path, 
     assert skipped.unreadable == 5
     assert skipped.encoded == 0
     assert skipped.images == [images[i] for i in (0, 6, 7)]
-    assert skipped.features.shape == (3, 128)
+    assert len(skipped.digests) == 3
 
 
 def test_of_many_undecodable_images_ten_are_named(tmp_path, backbone, loaded):

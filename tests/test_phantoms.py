@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import multiprocessing
+import os
+import signal
 import time
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +21,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from secure_fed.errors import DataError, OutputError
+from secure_fed.errors import DataError, OutputError, StorageError
 from secure_fed.phantoms import (
     CLASSES,
     SIZE,
@@ -205,6 +208,18 @@ def test_refuses_repeated_names_and_used_folders(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not empty"):
         make_phantoms(tmp_path, [small], seed=0)
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["notes.txt"]
+
+
+def die(root: Path, seed: int, site: PhantomSite) -> None:
+    assert multiprocessing.parent_process() is not None
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secure_fed.phantoms.os.sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr("secure_fed.phantoms._make_site", die)
+    with pytest.raises(StorageError, match="a process that draws phantoms was ended"):
+        make_phantoms(tmp_path, default_sites(2), 0)
 
 
 @pytest.mark.slow

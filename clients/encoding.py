@@ -1,0 +1,48 @@
+"""From image files to features, in as many processes as there are processors, or on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from clients.decoding import Decoded, Source, decode_all
+from secure_fed.backbone import LoadedBackbone
+
+View = Literal["plain", "mirrored"]
+
+
+def encode_all(
+    sources: Sequence[Source], backbone: LoadedBackbone, view: View = "plain"
+) -> Iterator[list[Decoded[NDArray[np.float32]]]]:
+    """Unit features [dim] of images, in order and in short lists, to be kept as they come.
+
+    On a CPU each process decodes and encodes its own batches on one thread: threads that share a batch wait for each
+    other at every layer, the more so beside others that decode. A GPU belongs to one process, so the others prepare
+    the next batches for this one.
+
+    Args:
+        sources: what to encode.
+        backbone: by what.
+        view: the image as it is, or mirrored left to right.
+
+    Raises:
+        StorageError: a process was killed, most likely for want of memory.
+    """
+
+    def prepared(pictures: Iterator[Image.Image]) -> list[NDArray[np.float32]]:
+        return [backbone.prepare(one if view == "plain" else ImageOps.mirror(one)) for one in pictures]
+
+    def encoded(pictures: Iterator[Image.Image]) -> list[NDArray[np.float32]]:
+        return list(backbone.encode_prepared(prepared(pictures)))
+
+    if backbone.device == "cpu":
+        yield from decode_all(sources, encoded, backbone.batch)
+        return
+    for batch in decode_all(sources, prepared, backbone.batch):
+        features = iter(backbone.encode_prepared([one.value for one in batch if one.value is not None]))
+        yield [one if one.value is None else replace(one, value=next(features)) for one in batch]
