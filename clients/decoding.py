@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import multiprocessing
@@ -118,7 +117,7 @@ def decode_all(
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         # torch's workers look for their parent only when idle, and a full pipe keeps them for ever.
-        worker_init_fn=partial(_start, os.getpid()),
+        worker_init_fn=partial(_die_with, os.getpid()),
         generator=torch.Generator(),  # else it draws a seed from torch's global state
     )
     try:
@@ -165,9 +164,8 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
         ]
 
 
-def _start(parent: int, worker: int) -> None:
+def _die_with(parent: int, worker: int) -> None:
     die_with(parent)
-    gc.freeze()  # a collection would write to, and so copy, every object that is shared with the parent
 
 
 def _as_they_are(results: list[Decoded[T]]) -> list[Decoded[T]]:

@@ -202,7 +202,7 @@ class _Journal:
                 continue
             summary = json.loads(text)
             if summary["run"] == self._chain.run:
-                self._validations[summary["round"]] = summary["validation"]
+                self._validations |= {int(number): share for number, share in summary["validations"].items()}
 
 
 def _start(out: Path, command: str, *arguments: str, name: str | None = None) -> subprocess.Popen[bytes]:

@@ -24,7 +24,9 @@ from PIL import Image
 from report_folders import CLASSES, EPSILONS, METHODS, SITES, VALUES, make_attack, make_sweep, summary
 from typer.testing import CliRunner
 
+from clients.sitefile import read_site_file
 from secure_fed.cli import app
+from secure_fed.cli.client import _write_results
 from secure_fed.errors import ReportError, SecfacmicError
 from secure_fed.report import write_report
 from secure_fed.report.chart import nice_axis
@@ -552,7 +554,7 @@ def site_folder(federation: Federation, kind: str, privacy: str = "") -> Path:
         "round": 1,
         "rounds": 3,
         "adapter_digest": "ab" * 32,
-        "validation": 0.7654,
+        "validations": {"1": 0.7654},
         "metrics": {"zero_shot": metrics | {"balanced_accuracy": 0.4321}, "federated": metrics},
     }
     (folder / "state" / "summary.json").write_text(json.dumps(content))
@@ -582,6 +584,41 @@ def test_a_site_of_a_deployment(federation: Federation, tmp_path: Path, inner: s
     assert "Correct validation images of all sites" not in page.text  # of one round there is no curve
     assert "held_out" not in page.text
     assert "nothing bounds what the finished adapter tells about a patient" in page.sections["claim"]
+
+
+def test_a_sites_page_shows_its_rounds_as_a_curve(federation: Federation, tmp_path: Path) -> None:
+    """Each round as the site noted it, also the rounds before it was started again."""
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    file = read_site_file(federation.folder / "sites/ash/site.toml")
+    expected = {}
+    for _ in range(2):
+        run_round(coordinator, sites)
+        site = federation.site("ash")
+        site.respond(coordinator.request(site.run, site.position))
+        _write_results(file, federation.agreed, site, site.evaluate(None))
+        assert site.validation is not None
+        expected[str(site.round)] = site.validation.correct / site.validation.images
+    assert json.loads((Path(file.state) / "summary.json").read_text())["validations"] == expected
+    assert expected.keys() == {"1", "2"}
+    page = report([federation.folder / "sites/ash"], tmp_path)
+    shares = [f"{100 * share:.1f}" for share in expected.values()]
+    assert [(row["round"], row["mean"]) for row in page.rows("Validation, %")] == list(zip("12", shares, strict=True))
+    assert f"from {shares[0]} % in round 1 to {shares[1]} % in round 2" in page.sections["learning"]
+    assert "Correct validation images of all sites" in page.text
+
+
+def test_what_another_run_noted_is_no_part_of_the_curve(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    site = federation.site("ash")
+    site.respond(coordinator.request(site.run, site.position))
+    file = read_site_file(federation.folder / "sites/ash/site.toml")
+    for left in ('{"run": "another", "validations": {"7": 0.5}}', '{"run": "' + site.run + '"}', "[]", "half of a fi"):
+        (Path(file.state) / "summary.json").write_text(left)
+        _write_results(file, federation.agreed, site, site.evaluate(None))
+        assert list(json.loads((Path(file.state) / "summary.json").read_text())["validations"]) == ["1"]
 
 
 def test_a_site_is_no_part_of_a_mean_over_sites(federation: Federation, tmp_path: Path) -> None:

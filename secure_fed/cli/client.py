@@ -148,6 +148,7 @@ def _write_results(file: SiteFile, agreed: AgreedStudy, site: Site, before: dict
     own = calibrate(agreed, [site], site.parameters, personal=True)
     save_calibration(state / CALIBRATION, site.parameters, own)
     counts = site.validation
+    share = counts.correct / counts.images if counts is not None and counts.images else None
     summary = {
         "study_id": agreed.study.id,
         "site": site.name,
@@ -156,8 +157,17 @@ def _write_results(file: SiteFile, agreed: AgreedStudy, site: Site, before: dict
         "rounds": agreed.study.rounds,
         "device": describe_device(site.device),
         "adapter_digest": site.adapter_digest,
-        "validation": counts.correct / counts.images if counts is not None and counts.images else None,
+        "validations": _validations(state, site) | {str(site.round): share},
         "metrics": {"zero_shot": before, "federated": site.evaluate(site.personal(site.parameters))},
     }
     write_durable(state / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     log.info("%s: round %d of %d applied", site.name, site.round, agreed.study.rounds)
+
+
+def _validations(state: Path, site: Site) -> dict[str, float | None]:
+    """By round, the shares of correct validation images that earlier rounds of this run have noted."""
+    try:
+        content = json.loads((state / "summary.json").read_text(encoding="utf-8"))
+        return dict(content["validations"]) if content["run"] == site.run else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # there is none yet, or it is another version's: the curve starts here

@@ -473,7 +473,7 @@ def _learning(analysis: Analysis) -> Section:
     finding = f"{_capital(line.name)}: {start}{last.y:.1f} % in round {last.x:.0f}."
     notes = ["A round's value is that of the adapter from which the round starts, on the sites' validation images."]
     if best is not None and best.trials[0].origin == "site":
-        notes.append("A site keeps the validation share of the last round alone.")
+        notes.append("Of rounds that a site caught up with later it has no value.")
     if shared and len(shared) < len(mine):
         notes.append("Sites with a privacy budget send no validation counts, so that they have no shared curve.")
     table = Table("Validation, %", ("of", "epsilon", "round", "mean", "standard error"), tuple(rows))

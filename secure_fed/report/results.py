@@ -487,8 +487,10 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
             metrics[name] = (
                 scores if isinstance(scores, dict) and "per_site" in scores else {"per_site": {file.site: scores}}
             )
-        if rounds and rounds[-1]["round"] == content.get("round"):
-            rounds[-1]["validation"] = content.get("validation")
+        validations = content.get("validations")
+        if rounds and rounds[-1]["round"] == content.get("round") and isinstance(validations, dict):
+            for one in rounds:
+                one["validation"] = validations.get(str(one["round"]))
     role = next((member.role for member in study.sites if member.name == file.site), "train")
     summary = _summary(
         {
