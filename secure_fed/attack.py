@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from clients.data import Split
 from clients.features import Labelled, SiteFeatures
@@ -359,11 +360,12 @@ def _view(name: str, members: NDArray[np.bool_], seen: Sequence[_Seen]) -> dict[
 
 
 def _inversion(hits: Sequence[float], guesses: int) -> dict[str, Any] | None:
-    """Mean hit rate and its 95 % interval: guesses of one update are not independent, repetitions are."""
+    """Mean hit rate and its 95 % interval (Student's): guesses of one update are not independent, repetitions are."""
     if len(hits) < 2:
         return None
     mean, error = float(np.mean(hits)), float(np.std(hits, ddof=1) / np.sqrt(len(hits)))
-    interval = [max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)]
+    half = float(stats.t.ppf(0.975, len(hits) - 1)) * error
+    interval = [max(0.0, mean - half), min(1.0, mean + half)]
     return {"hit_rate": mean, "interval": interval, "chance": 0.5, "n": guesses, "updates": len(hits)}
 
 

@@ -22,7 +22,7 @@ from privacy.attacks import (
 )
 from privacy.ckks import StudySecret
 from secure_fed.adapters import build_adapter, initial_parameters
-from secure_fed.attack import _run_shadow, _Shadow, _Target, _view, attack
+from secure_fed.attack import _inversion, _run_shadow, _Shadow, _Target, _view, attack
 from secure_fed.errors import StudyError
 from secure_fed.study import AgreedStudy, InitialState
 from tests.conftest import make_template
@@ -156,6 +156,14 @@ def views() -> dict[str, dict[str, Any]]:
     members = np.stack([chosen for chosen, _ in results])
     assert (members.sum(axis=1) == 30).all()
     return {name: _view(name, members, [seen[name] for _, seen in results]) for name in results[0][1]}
+
+
+def test_few_updates_give_a_wide_interval() -> None:
+    found = _inversion([0.45, 0.55, 0.5, 0.5], 64)
+    assert found is not None
+    # The standard error is 0.0408 / 2; of Student's distribution with three degrees of freedom 97.5 % lie below 3.182.
+    assert found["interval"] == pytest.approx([0.5 - 3.18245 * 0.0204124, 0.5 + 3.18245 * 0.0204124], abs=1e-5)
+    assert _inversion([0.5], 16) is None
 
 
 def sigmas(found: dict[str, Any], name: str, interval: str) -> float:
