@@ -185,10 +185,10 @@ class FeatureCache:
             with self._typed_errors():
                 found = self._database.execute(query, key).fetchone()
             if found is None or len(found[0]) != 4 * dim:
+                what = "not there any more" if found is None else f"{len(found[0]) // 4} values wide"
                 raise StorageError(
-                    f"{self._path}: the feature of image {key[0].hex()[:16]} is "
-                    f"{'not there any more' if found is None else 'of another width'}; expected {dim} values, as "
-                    "encoded: run again, and keep others from changing the file meanwhile"
+                    f"{self._path}: the feature of an image is {what}; expected {dim} values, as the backbone made "
+                    "them: run again, and if that does not help remove the file (features are then computed anew)"
                 )
             rows[index] = np.frombuffer(found[0], dtype="<f4")
         return rows

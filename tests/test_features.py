@@ -213,10 +213,10 @@ def test_a_fault_of_our_own_is_no_shortage_of_memory(tmp_path, backbone, loaded)
 def test_a_feature_that_another_process_took_away_is_a_storage_error(tmp_path, backbone, loaded):
     with FeatureCache(tmp_path / "cache.sqlite") as cache:
         found = cache.encode(site(tmp_path, 2), backbone, lambda: loaded, "plain", False)
-        with pytest.raises(StorageError, match="of another width; expected 64 values"):
+        with pytest.raises(StorageError, match="is 128 values wide; expected 64 values"):
             cache.read([(digest, found.space) for digest in found.digests], 64)
         cache.keep_only(found.digests[:1])
-        with pytest.raises(StorageError, match=f"{found.digests[1].hex()[:16]} is not there any more"):
+        with pytest.raises(StorageError, match="is not there any more; expected 128 values"):
             features(cache, found)
 
 
