@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 KERNELS = 5
 """Gaussian kernels of bandwidth b, 2b, ..., 2^(KERNELS-1) b."""
@@ -37,22 +40,38 @@ def lmmd(source: Tensor, source_labels: Tensor, target: Tensor, target_probabili
     theirs = target_probabilities / target_probabilities.sum(0).clamp_min(1e-30)
     # With signed weights the three sums are one quadratic form in the kernel matrix of both batches.
     weights = torch.cat((ours, -theirs)) * common
-    return (weights @ weights.T * _kernel(torch.cat((source, target)))).sum() / common.sum()
+    return _WeightedKernel.apply(torch.cat((source, target)), weights @ weights.T) / common.sum()  # type: ignore[no-any-return]
 
 
-def _kernel(points: Tensor) -> Tensor:
-    # Distances do not change with the origin; at the mean, |u|^2 + |v|^2 - 2uv loses fewest digits.
-    points = points - points.mean(0).detach()
-    squares = (points * points).sum(1)
-    distances = (squares[:, None] + squares[None, :] - 2 * points @ points.T).clamp_min(0)
-    distances = distances - torch.diag(torch.diagonal(distances))
-    count = len(points)
-    bandwidth = distances.detach().sum() / (count * (count - 1)) / 4
-    # Equal points only: every kernel is 1 whatever the bandwidth.
-    widest = bandwidth.clamp_min(1e-12) * 2 ** (KERNELS - 1)
-    power = torch.exp(-distances / widest)
-    total = power
-    for _ in range(KERNELS - 1):
-        power = power * power  # half the bandwidth squares the exponential
-        total = total + power
-    return total
+class _WeightedKernel(torch.autograd.Function):
+    """sum_ij A_ij k(p_i, p_j) of points p [n, d] and symmetric weights A [n, n], the bandwidth taken as a constant.
+
+    Its gradient has a closed form, 4 sum_j G_ij (p_i - p_j) with G_ij = A_ij dk / d|p_i - p_j|^2: half the time that
+    autograd takes to go back through the many small matrices in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, weights: Tensor) -> Tensor:
+        # Distances do not change with the origin; at the mean, |u|^2 + |v|^2 - 2uv loses fewest digits.
+        points = points - points.mean(0)
+        squares = (points * points).sum(1)
+        distances = torch.addmm(squares[:, None] + squares, points, points.T, alpha=-2).clamp_min_(0)
+        distances.fill_diagonal_(0)
+        count = len(points)
+        bandwidth = distances.sum() / (count * (count - 1)) / 4
+        # Equal points only: every kernel is 1 whatever the bandwidth.
+        widest = bandwidth.clamp_min(1e-12) * 2 ** (KERNELS - 1)
+        power = torch.exp(-distances / widest)
+        kernel, slope = power, power
+        for number in range(1, KERNELS):
+            power = power * power  # half the bandwidth squares the exponential
+            kernel = kernel + power
+            slope = torch.add(slope, power, alpha=2**number)
+        ctx.save_for_backward(points, weights * slope / -widest)
+        return (weights * kernel).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        points, slopes = ctx.saved_tensors
+        return 4 * gradient * torch.addmm(slopes.sum(1, keepdim=True) * points, slopes, points, alpha=-1), None
