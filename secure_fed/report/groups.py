@@ -107,12 +107,14 @@ class Analysis:
         self.varied = [key for key in keys if len({repr(trial.settings.get(key)) for trial in made}) > 1]
         self.sites = list(dict.fromkeys(site for trial in trials if trial.summary for site in trial.summary.sites))
         self.epsilon = "epsilon" if results.kinds <= {"patients"} else "simulated epsilon"
+        # One that failed does not know its method; the same settings with another seed may.
+        self._methods = {_key(trial): trial.summary.method for trial in trials if trial.summary}
         styles: dict[str, int] = {}
         groups: dict[tuple[str, str, float | None], Group] = {}
         for trial in trials:
             label = self._label(trial)
             style = styles.setdefault(label, len(styles))
-            key = (label, repr(sorted(trial.settings.items(), key=str)), trial.epsilon)
+            key = (label, _key(trial), trial.epsilon)
             groups.setdefault(key, Group(label, trial.epsilon, style)).trials.append(trial)
         self.groups = sorted(
             groups.values(), key=lambda group: (group.style, math.inf if group.epsilon is None else group.epsilon)
@@ -242,7 +244,7 @@ class Analysis:
 
     def _label(self, trial: Trial) -> str:
         """A setting in words: what makes it differ from the others."""
-        method = trial.summary.method if trial.summary else ""
+        method = self._methods.get(_key(trial), "")
         if trial.origin == "site" and len(self.results.trials) > 1:
             return f"site {trial.name}"
         if not self.varied:
@@ -357,6 +359,10 @@ def confusion(group: Group, place: str) -> list[list[float]] | None:
     if len({len(matrix) for matrix in found}) != 1 or not any(any(row) for matrix in found for row in matrix):
         return None
     return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*found, strict=True)]
+
+
+def _key(trial: Trial) -> str:
+    return repr(sorted(trial.settings.items(), key=str))
 
 
 def _tested(summary: Summary) -> list[str]:
