@@ -96,7 +96,7 @@ def test_gradient_is_right_and_takes_the_bandwidth_as_a_constant(m, n, classes, 
             v = probabilities[:, c]
             signed = torch.cat((w / w.sum(), -v / v.sum()))
             total = total + signed @ kernel @ signed
-        return total / max(len(common), 1) + 0 * moved.sum()
+        return total / max(len(common), 1) + 0 * moved.sum()  # without a common class it still has a gradient
 
     first, second = source.clone().requires_grad_(), source.clone().requires_grad_()
     # A factor, since the term is weighted.

@@ -6,6 +6,7 @@ over the root of the number of seeds; with one seed there is none.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -108,13 +109,14 @@ class Analysis:
         self.sites = list(dict.fromkeys(site for trial in trials if trial.summary for site in trial.summary.sites))
         self.epsilon = "epsilon" if results.kinds <= {"patients"} else "simulated epsilon"
         # One that failed does not know its method; the same settings with another seed may.
-        self._methods = {_key(trial): trial.summary.method for trial in trials if trial.summary}
+        alike = [json.dumps(trial.settings, sort_keys=True) for trial in trials]
+        methods = {same: trial.summary.method for same, trial in zip(alike, trials, strict=True) if trial.summary}
         styles: dict[str, int] = {}
         groups: dict[tuple[str, str, float | None], Group] = {}
-        for trial in trials:
-            label = self._label(trial)
+        for same, trial in zip(alike, trials, strict=True):
+            label = self._label(trial, methods.get(same, ""))
             style = styles.setdefault(label, len(styles))
-            key = (label, _key(trial), trial.epsilon)
+            key = (label, same, trial.epsilon)
             groups.setdefault(key, Group(label, trial.epsilon, style)).trials.append(trial)
         self.groups = sorted(
             groups.values(), key=lambda group: (group.style, math.inf if group.epsilon is None else group.epsilon)
@@ -242,9 +244,8 @@ class Analysis:
         size, names = sizes.pop(), self.results.class_names
         return names if len(names) == size else tuple(f"class {index}" for index in range(size))
 
-    def _label(self, trial: Trial) -> str:
+    def _label(self, trial: Trial, method: str) -> str:
         """A setting in words: what makes it differ from the others."""
-        method = self._methods.get(_key(trial), "")
         if trial.origin == "site" and len(self.results.trials) > 1:
             return f"site {trial.name}"
         if not self.varied:
@@ -359,10 +360,6 @@ def confusion(group: Group, place: str) -> list[list[float]] | None:
     if len({len(matrix) for matrix in found}) != 1 or not any(any(row) for matrix in found for row in matrix):
         return None
     return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*found, strict=True)]
-
-
-def _key(trial: Trial) -> str:
-    return repr(sorted(trial.settings.items(), key=str))
 
 
 def _tested(summary: Summary) -> list[str]:
