@@ -71,10 +71,10 @@ def test_another_number_of_rows_is_named() -> None:
 
 @pytest.mark.slow
 def test_the_coordinators_memory_does_not_grow_with_the_sites(tmp_path: Path) -> None:
+    # It ends with 1 where the many take more memory than is expected; _run refuses that.
     report, text = _run(tmp_path, "--memory", "--turns", "1", "--values", "200000")
     few, many, carrier = report["rows"]
     assert (few["sites"], many["sites"]) == (4, 256)
-    assert 0 < many["peak_rss_bytes"] < 1.5 * few["peak_rss_bytes"]
     assert (carrier["name"], carrier["sites"]) == ("superlink", 4)
     assert carrier["peak_rss_bytes"] > 0
     assert "256" in text
