@@ -35,14 +35,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from clients.adaptation import lmmd
-from clients.data import SiteImage
-from clients.features import FeatureCache, Labelled, SiteFeatures
-from clients.training import train_round
-from secure_fed import backbone as backbones
-from secure_fed.adapters import initial_parameters
-from secure_fed.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
-from secure_fed.study import AgreedStudy, Backbone, InitialState, Method, Study, Training
+from secure_fed.clients.data import SiteImage
+from secure_fed.clients.features import FeatureCache, Labelled, SiteFeatures
+from secure_fed.clients.lmmd import lmmd
+from secure_fed.clients.training import train_round
+from secure_fed.model import backbone as backbones
+from secure_fed.model.adapters import initial_parameters
+from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method, Study, Training
 
 MODEL, DIM, CLASSES = "ViT-B-16", 512, 4
 SOURCE, TARGET, BATCH, STEPS, ROUNDS = 1000, 1000, 32, 199, 50

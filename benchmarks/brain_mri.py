@@ -31,16 +31,16 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from clients.features import SiteFeatures, pool_features
-from clients.training import predict, train_alone, train_round, training_seed, zero_shot
-from secure_fed import aggregation, codec
-from secure_fed.adapters import PRIVATE_HEAD, initial_parameters, needs_tower
-from secure_fed.backbone import load_backbone
-from secure_fed.codec import Parameters
-from secure_fed.evaluation import SCALARS, Metrics, balanced_accuracy, metrics
-from secure_fed.simulation import open_sites, prepare
-from secure_fed.study import AgreedStudy, InitialState, Study, read_study, with_fields
-from secure_fed.text_tower import TextTower
+from secure_fed.clients.features import SiteFeatures, pool_features
+from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
+from secure_fed.lab.simulation import open_sites, prepare
+from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters, needs_tower
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.evaluation import SCALARS, Metrics, balanced_accuracy, metrics
+from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol import aggregation, codec
+from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.study import AgreedStudy, InitialState, Study, read_study, with_fields
 
 RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates that validation chooses from."""

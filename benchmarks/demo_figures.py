@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from secure_fed.simulation import Listener, simulate
-from secure_fed.study import read_study, with_fields
+from secure_fed.lab.simulation import Listener, simulate
+from secure_fed.protocol.study import read_study, with_fields
 
 SEEDS = (0, 1, 2)
 LMMD_WEIGHTS = (0.0, 1.0)

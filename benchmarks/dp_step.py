@@ -16,9 +16,9 @@ import time
 import numpy as np
 import torch
 
-from privacy.dp_training import Descent, PatientBatch, class_prompt_patient_loss, public_log_prior, to_double
-from secure_fed.adapters import build_adapter, class_prompt_loss, initial_parameters
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.model.adapters import build_adapter, class_prompt_loss, initial_parameters
+from secure_fed.privacy.dp_training import Descent, PatientBatch, class_prompt_patient_loss, public_log_prior, to_double
+from secure_fed.protocol.study import Method, PrivateTraining
 
 DIM, CLASSES, PATIENTS = 512, 4, 1000
 

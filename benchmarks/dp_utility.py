@@ -25,12 +25,18 @@ import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
-from clients.adaptation import lmmd
-from clients.features import SiteFeatures
-from clients.private_adaptation import PublicTerm, attraction, released_each_round, released_once, witness
-from clients.training import predict, train_round, training_seed, zero_shot
-from privacy import class_means
-from privacy.dp_training import (
+from secure_fed.clients.features import SiteFeatures
+from secure_fed.clients.lmmd import lmmd
+from secure_fed.clients.private_lmmd import PublicTerm, attraction, released_each_round, released_once, witness
+from secure_fed.clients.training import predict, train_round, training_seed, zero_shot
+from secure_fed.core.tomlfile import parse_table
+from secure_fed.lab.phantoms import CLASSES
+from secure_fed.lab.simulation import open_sites, prepare
+from secure_fed.model.adapters import Adapter, build_adapter, initial_parameters
+from secure_fed.model.evaluation import metrics
+from secure_fed.privacy import class_means
+from secure_fed.privacy.accounting import gaussian_noise, mu_squared_of
+from secure_fed.privacy.dp_training import (
     Descent,
     PatientBatch,
     class_prompt_patient_loss,
@@ -38,14 +44,8 @@ from privacy.dp_training import (
     public_log_prior,
     to_double,
 )
-from privacy.gaussian import gaussian_noise, mu_squared_of
-from privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases, Plan
-from secure_fed.adapters import Adapter, build_adapter, initial_parameters
-from secure_fed.evaluation import metrics
-from secure_fed.phantoms import CLASSES
-from secure_fed.simulation import open_sites, prepare
-from secure_fed.study import AgreedStudy, Method, Study, read_study
-from secure_fed.tomlfile import parse_table
+from secure_fed.privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases, Plan
+from secure_fed.protocol.study import AgreedStudy, Method, Study, read_study
 
 DELTA = 1e-5
 METHODS = ("text_head", "low_rank", "facmic")

@@ -47,11 +47,11 @@ def compare(model: str, count: int, threads: int) -> list[dict[str, Any]]:
     import open_clip
     import torch
 
-    from clients.data import SiteImage
-    from clients.features import FeatureCache
-    from secure_fed import backbone as backbones
-    from secure_fed.backbone import load_backbone, make_random_checkpoint
-    from secure_fed.study import Backbone
+    from secure_fed.clients.data import SiteImage
+    from secure_fed.clients.features import FeatureCache
+    from secure_fed.model import backbone as backbones
+    from secure_fed.model.backbone import load_backbone, make_random_checkpoint
+    from secure_fed.protocol.study import Backbone
 
     torch.set_num_threads(threads)
     rows = []
@@ -146,11 +146,11 @@ def many(count: int) -> list[dict[str, Any]]:
 
 def run_stage(stage: str, folder: Path) -> None:
     """One stage over the folder's images, as ``data check`` and a client's start do it."""
-    from clients.data import SiteImage
-    from clients.features import FeatureCache
-    from clients.twins import exact_copies, fingerprints, inseparable
-    from secure_fed.backbone import load_backbone
-    from secure_fed.study import Backbone
+    from secure_fed.clients.data import SiteImage
+    from secure_fed.clients.duplicates import exact_copies, fingerprints, inseparable
+    from secure_fed.clients.features import FeatureCache
+    from secure_fed.model.backbone import load_backbone
+    from secure_fed.protocol.study import Backbone
 
     images = [SiteImage(path, path.name, 0, "train") for path in sorted((folder / "images").iterdir())]
     with FeatureCache(folder / "features.sqlite") as cache:

@@ -15,9 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from privacy.lanes import largest_bits
-from secure_fed.simulation import Listener, open_run, open_sites, prepare, run_rounds
-from secure_fed.study import Study, read_study, with_fields
+from secure_fed.lab.simulation import Listener, open_run, open_sites, prepare, run_rounds
+from secure_fed.protocol.packing import largest_bits
+from secure_fed.protocol.study import Study, read_study, with_fields
 
 SEEDS = range(5)
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)

@@ -1,8 +1,9 @@
 """What many sites cost one server: canned sites, which neither train nor decrypt, over TLS on loopback.
 
 Each canned site is a thread that speaks the same protocol through the same client code as a site does
-(``clients.supernode``, ``clients.app``): it takes the records, signs an envelope of the true size for the round that is
-due, and sends it. The encrypted payload is made once and is every site's; header and signature are each site's own.
+(``secure_fed.clients.flower_node``, ``secure_fed.clients.flower_app``): it takes the records, signs an envelope of the
+true size for the round that is due, and sends it. The encrypted payload is made once and is every site's; header and
+signature are each site's own.
 The server is ``secfacmic server``, unchanged.
 
     python benchmarks/load.py [--sites 64] [--rounds 5] [--json FILE]
@@ -27,14 +28,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from privacy.lanes import Contribution
-from secure_fed.envelope import seal_envelope
-from secure_fed.ledger_heads import NO_LEDGER
-from secure_fed.processes import be_quiet_outside
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.records import RoundPosition, read_header
-from secure_fed.signed import ZERO_DIGEST, load_signing_key
-from secure_fed.study import AgreedStudy, load_study
+from secure_fed.core.processes import be_quiet_outside
+from secure_fed.protocol.envelope import seal_envelope
+from secure_fed.protocol.ledger_heads import NO_LEDGER
+from secure_fed.protocol.packing import Contribution
+from secure_fed.protocol.records import RoundPosition, read_header
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
+from secure_fed.protocol.study import AgreedStudy, load_study
 
 NODE_PROCESSES = 2
 PAYLOAD = "payload"
@@ -84,8 +85,8 @@ class CannedSite:
 def nodes(folder: Path, port: int, names: list[str]) -> None:
     """Play these sites in this process until the study is over."""
     be_quiet_outside()  # before flwr is imported
-    from clients.app import SiteApp
-    from clients.supernode import run_site
+    from secure_fed.clients.flower_app import SiteApp
+    from secure_fed.clients.flower_node import run_site
 
     agreed = load_study(folder / "study.toml")
     payload = (folder / PAYLOAD).read_bytes()
@@ -114,10 +115,10 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
     """Keys, authority, run and the canned payload."""
     import numpy as np
 
-    from privacy.ckks import Cipher
-    from privacy.lanes import Binding
-    from secure_fed.demo import prepare_federation
-    from secure_fed.simulation import open_sites
+    from secure_fed.lab.demo import prepare_federation
+    from secure_fed.lab.simulation import open_sites
+    from secure_fed.privacy.ckks import Cipher
+    from secure_fed.protocol.packing import Binding
     from tests.conftest import make_images, make_template
 
     names = [f"site-{number:04d}" for number in range(sites)]
@@ -149,10 +150,10 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
 
 def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     """Serve the study to its canned sites and take figures from journal and /proc."""
-    from secure_fed.demo import _free_port
-    from secure_fed.records import Chain, RecordFolder
-    from server.coordinator import current_run
-    from server.journal import JournalEntry
+    from secure_fed.lab.demo import _free_port
+    from secure_fed.protocol.records import Chain, RecordFolder
+    from secure_fed.server.coordinator import current_run
+    from secure_fed.server.journal import JournalEntry
     from tests.network import busy, peak
 
     values = prepare(folder, sites, rounds)

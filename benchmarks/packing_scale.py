@@ -26,8 +26,8 @@ LINES = {"seal": "#1b6ca8", "server adds": "#c8553d", "open": "#588157"}
 
 def measure(values: int) -> dict[str, Any]:
     """Processor seconds of each step, bytes and peak memory, for one size."""
-    from privacy.ckks import Cipher, StudySecret
-    from privacy.lanes import Binding, CipherWire, Contribution, lane_parameters
+    from secure_fed.privacy.ckks import Cipher, StudySecret
+    from secure_fed.protocol.packing import Binding, CipherWire, Contribution, lane_parameters
 
     parameters = lane_parameters(4, 18, 2, values)
     cipher, wire = Cipher(parameters, StudySecret.generate()), CipherWire(parameters)

@@ -35,17 +35,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
-from privacy.lanes import MIN_BITS, Binding, largest_bits
-from secure_fed import codec
-from secure_fed.envelope import RoundPosition, seal_envelope
-from secure_fed.errors import AggregateRefused, LanesError
-from secure_fed.ledger_heads import NO_LEDGER
-from secure_fed.protocol import ReplyCode, RoundReply
-from secure_fed.records import Chain
-from secure_fed.signed import public_hex
-from secure_fed.study import AgreedStudy, InitialState, Study
-from secure_fed.tomlfile import parse_table
-from server.coordinator import Coordinator
+from secure_fed.core.errors import AggregateRefused, LanesError
+from secure_fed.core.tomlfile import parse_table
+from secure_fed.protocol import codec
+from secure_fed.protocol.envelope import RoundPosition, seal_envelope
+from secure_fed.protocol.ledger_heads import NO_LEDGER
+from secure_fed.protocol.packing import MIN_BITS, Binding, largest_bits
+from secure_fed.protocol.records import Chain
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.protocol.signing import public_hex
+from secure_fed.protocol.study import AgreedStudy, InitialState, Study
+from secure_fed.server.coordinator import Coordinator
 
 VALUES = 526_336
 """Values of FACMIC's 512-wide adapter with layer norm."""
@@ -195,14 +195,14 @@ def begin(folder: Path, shape: tuple[int, int, int]) -> RoundPosition:
 
 def make_secret() -> bytes:
     """A study secret; it travels between processes by pipe, never by disk."""
-    from privacy.ckks import StudySecret
+    from secure_fed.privacy.ckks import StudySecret
 
     return StudySecret.generate().to_bytes()
 
 
 def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPosition) -> dict[str, Any]:
     """Every site's envelope as a file, and what the sum must be."""
-    from privacy.ckks import Cipher, StudySecret
+    from secure_fed.privacy.ckks import Cipher, StudySecret
 
     sites, _, values = shape
     keys = signing_keys(sites)
@@ -231,7 +231,7 @@ def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPos
 
 
 def _contribution(index: int) -> Any:
-    from privacy.lanes import Contribution
+    from secure_fed.protocol.packing import Contribution
 
     return Contribution(name_of(index), 1)
 
@@ -257,7 +257,7 @@ def serve(folder: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 def receive(folder: Path, shape: tuple[int, int, int], secret: bytes) -> dict[str, Any]:
     """Check and open the record at a site, the other sites' seeds included."""
-    from privacy.ckks import Cipher, StudySecret
+    from secure_fed.privacy.ckks import Cipher, StudySecret
 
     agreed = study_of(*shape, signing_keys(shape[0]))
     (journal,) = (folder / "server/runs").glob("*/journal")
@@ -502,8 +502,8 @@ def count_wrong(wanted: int, values: int) -> dict[str, Any]:
     is one sum, so that each sealing serves several sums and no two sums are alike. Two and three lanes take turns, as
     do random integers and extreme ones.
     """
-    from privacy.ckks import Cipher, StudySecret
-    from privacy.lanes import CipherWire, lane_parameters
+    from secure_fed.privacy.ckks import Cipher, StudySecret
+    from secure_fed.protocol.packing import CipherWire, lane_parameters
 
     result = {"lanes": 0, "sums": 0, "wrong": 0, "refused": 0}
     rng = np.random.default_rng()

@@ -15,13 +15,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints
 
-from clients.sitefile import SiteFile
-from privacy.keys import Identity
-from privacy.lanes import wire
-from secure_fed.envelope import MAX_HEADER, EnvelopeHeader
-from secure_fed.errors import NotAcceptedError
-from secure_fed.protocol import RoundReply
-from secure_fed.signed import (
+from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.errors import NotAcceptedError
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.tomlfile import to_toml
+from secure_fed.privacy.keys import Identity
+from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader
+from secure_fed.protocol.packing import wire
+from secure_fed.protocol.rounds import RoundReply
+from secure_fed.protocol.signing import (
     SIGNATURE_BYTES,
     Count,
     SignedHeader,
@@ -32,9 +34,7 @@ from secure_fed.signed import (
     split_frame,
     verify_signature,
 )
-from secure_fed.storage import make_folder, write_durable
-from secure_fed.study import AgreedStudy, Hex64, Name, canonical_json
-from secure_fed.tomlfile import to_toml
+from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json
 
 MAGIC = b"SFP1"
 MAX_ACCEPTANCE_HEADER = 2048

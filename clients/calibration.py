@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from clients.site import Site
-from secure_fed.adapter_file import Calibration
-from secure_fed.adapters import PRIVATE_HEAD, build_adapter
-from secure_fed.calibration import fit_temperature
-from secure_fed.codec import Parameters
-from secure_fed.evaluation import pool
-from secure_fed.study import AgreedStudy
+from secure_fed.clients.site import Site
+from secure_fed.model.adapter_file import Calibration
+from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
+from secure_fed.model.calibration import fit_temperature
+from secure_fed.model.evaluation import pool
+from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.study import AgreedStudy
 
 
 def calibrate(agreed: AgreedStudy, sites: Sequence[Site], parameters: Parameters, *, personal: bool) -> Calibration:

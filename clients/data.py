@@ -17,9 +17,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from clients.dicom import patient_id
-from secure_fed.errors import DataError, LabelError, ManifestError
-from secure_fed.study import Shares
+from secure_fed.clients.dicom import patient_id
+from secure_fed.core.errors import DataError, LabelError, ManifestError
+from secure_fed.protocol.study import Shares
 
 Split = Literal["train", "val", "test", "unlabelled"]
 Unit = Literal["patient", "image"]

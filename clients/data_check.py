@@ -7,14 +7,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from clients.data import SiteImage, Split
-from clients.features import FeatureCache
-from clients.forgotten import Forgotten
-from clients.sitefile import SiteFile
-from clients.twins import Fingerprint, Fingerprints, Progress, exact_copies, fingerprints, near_twins, site_images
-from secure_fed.backbone import image_size
-from secure_fed.storage import make_folder
-from secure_fed.study import AgreedStudy
+from secure_fed.clients.data import SiteImage, Split
+from secure_fed.clients.duplicates import (
+    Fingerprint,
+    Fingerprints,
+    Progress,
+    exact_copies,
+    fingerprints,
+    near_twins,
+    site_images,
+)
+from secure_fed.clients.erasure import Forgotten
+from secure_fed.clients.features import FeatureCache
+from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.storage import make_folder
+from secure_fed.model.backbone import image_size
+from secure_fed.protocol.study import AgreedStudy
 
 LISTED = 10
 """Files of each kind that a report names; the others are counted."""

@@ -16,9 +16,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from clients.dicom import is_dicom, read_slice
-from secure_fed.errors import StorageError
-from secure_fed.processes import die_with
+from secure_fed.clients.dicom import is_dicom, read_slice
+from secure_fed.core.errors import StorageError
+from secure_fed.core.processes import die_with
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from clients.decoding import Decoded, Source, decode_all
-from secure_fed.backbone import LoadedBackbone
+from secure_fed.clients.decoding import Decoded, Source, decode_all
+from secure_fed.model.backbone import LoadedBackbone
 
 View = Literal["plain", "mirrored"]
 

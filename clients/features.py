@@ -17,14 +17,14 @@ from typing import NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-import configs
-from clients.data import SiteImage, Split
-from clients.decoding import Source, identity
-from clients.encoding import View, encode_all
-from secure_fed.backbone import LoadedBackbone, load_backbone
-from secure_fed.device import Device
-from secure_fed.errors import BackboneError, StorageError, UnreadableImageError
-from secure_fed.study import AgreedStudy, Backbone
+from secure_fed import configs
+from secure_fed.clients.data import SiteImage, Split
+from secure_fed.clients.decoding import Source, identity
+from secure_fed.clients.encoding import View, encode_all
+from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError
+from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.model.device import Device
+from secure_fed.protocol.study import AgreedStudy, Backbone
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
@@ -58,7 +58,7 @@ class SiteFeatures:
         unreadable: images that were left out because they cannot be decoded.
         encoded: features that were computed in this call; the others came from the cache.
         patients: whose each row is, by split.
-        digests: identities of all images (:func:`clients.decoding.identity`), by patient.
+        digests: identities of all images (:func:`secure_fed.clients.decoding.identity`), by patient.
     """
 
     train: Labelled
@@ -200,7 +200,7 @@ class FeatureCache:
             self._database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", content)
 
     def get_fingerprint(self, image: bytes) -> bytes | None:
-        """The fingerprint of an image (:mod:`clients.twins`), if it is there; empty if it cannot be decoded."""
+        """The fingerprint of an image (:mod:`secure_fed.clients.duplicates`), if any; empty if it is undecodable."""
         with self._typed_errors():
             row = self._database.execute("SELECT content FROM fingerprints WHERE image = ?", (image,)).fetchone()
         return None if row is None else bytes(row[0])
@@ -362,7 +362,7 @@ def load_features(
     """A site's features, from the cache or computed.
 
     Args:
-        images: as :func:`clients.data.read_data` gives them.
+        images: as :func:`secure_fed.clients.data.read_data` gives them.
         study: whose backbone encodes, whose classes label.
         cache: of this site.
         checkpoint: where the weights lie at this site, if not where the study says.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from privacy.ckks import StudySecret
-from privacy.keys import Identity, open_sealed_key
-from secure_fed.errors import KeyFileError
-from secure_fed.sealed_key import SealedKeyHeader, check_sealed_key
-from secure_fed.signed import PRIVATE, ZERO_DIGEST
-from secure_fed.storage import make_folder, sync_folder, write_durable
-from secure_fed.study import AgreedStudy, StudySite
+from secure_fed.core.errors import KeyFileError
+from secure_fed.core.storage import make_folder, sync_folder, write_durable
+from secure_fed.privacy.ckks import StudySecret
+from secure_fed.privacy.keys import Identity, open_sealed_key
+from secure_fed.protocol.sealed_key import SealedKeyHeader, check_sealed_key
+from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST
+from secure_fed.protocol.study import AgreedStudy, StudySite
 
 
 class KeyRing:

@@ -24,13 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import one_hot, softmax
 
-from clients.features import SiteFeatures
-from clients.private_adaptation import PublicTerm, Side, attraction, released_each_round, released_once, witness
-from clients.sitefile import SiteFile
-from clients.training import predict
-from privacy import class_means, validation
-from privacy.class_means import ClassMeans
-from privacy.dp_training import (
+from secure_fed.clients.features import SiteFeatures
+from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
+from secure_fed.clients.sitefile import SiteFile
+from secure_fed.clients.training import predict
+from secure_fed.core.errors import BudgetError, DataError, LedgerError, LedgerRollbackError
+from secure_fed.core.storage import write_durable
+from secure_fed.model.adapters import Adapter, build_adapter
+from secure_fed.privacy import class_means, validation
+from secure_fed.privacy.accounting import Mechanism, uniforms
+from secure_fed.privacy.class_means import ClassMeans
+from secure_fed.privacy.dp_training import (
     Descent,
     Gradients,
     ImageTerm,
@@ -42,17 +46,13 @@ from privacy.dp_training import (
     refuse_method,
     to_double,
 )
-from privacy.gaussian import Mechanism, uniforms
-from privacy.guard import check_training
-from privacy.ledger import CLOSED, NO_MEANS, Account, Event, Ledger, MeanReleases, Plan, opened
-from secure_fed import codec
-from secure_fed.adapters import Adapter, build_adapter
-from secure_fed.codec import Parameters
-from secure_fed.envelope import RoundPosition
-from secure_fed.errors import BudgetError, DataError, LedgerError, LedgerRollbackError
-from secure_fed.ledger_heads import NO_LEDGER, LedgerHead, LedgerHeads
-from secure_fed.storage import write_durable
-from secure_fed.study import AgreedStudy, canonical_json
+from secure_fed.privacy.guard import check_training
+from secure_fed.privacy.ledger import CLOSED, NO_MEANS, Account, Event, Ledger, MeanReleases, Plan, opened
+from secure_fed.protocol import codec
+from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead, LedgerHeads
+from secure_fed.protocol.study import AgreedStudy, canonical_json
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def private_rounds(file: SiteFile, agreed: AgreedStudy, heads: LedgerHeads) -> P
 
 
 class PrivateRounds:
-    """What :class:`clients.site.Site` asks for when a round is due and the site has a budget.
+    """What :class:`secure_fed.clients.site.Site` asks for when a round is due and the site has a budget.
 
     Attributes:
         head: the ledger's entry that committed the last integers, with links to earlier ones; travels with them.

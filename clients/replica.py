@@ -20,14 +20,9 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from clients.keyring import KeyRing
-from clients.sitefile import SiteFile
-from privacy.ckks import Cipher
-from privacy.keys import attestation_key, load_identity, open_checkpoint, seal_checkpoint
-from privacy.lanes import Binding, PlainSealer, Sealer
-from secure_fed import aggregation, codec
-from secure_fed.codec import Parameters
-from secure_fed.errors import (
+from secure_fed.clients.keyring import KeyRing
+from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.errors import (
     AdapterMismatchError,
     AggregateRefused,
     KeyDeadError,
@@ -35,13 +30,18 @@ from secure_fed.errors import (
     RecordError,
     SiteFileError,
 )
-from secure_fed.ledger_heads import LedgerHeads
-from secure_fed.protocol import RoundRequest
-from secure_fed.records import Chain, Record, RecordFolder, read_header
-from secure_fed.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, Members, SealedKeyHeader
-from secure_fed.signed import payload_fields, sign_frame
-from secure_fed.storage import make_folder, write_durable
-from secure_fed.study import AgreedStudy
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.privacy.ckks import Cipher
+from secure_fed.privacy.keys import attestation_key, load_identity, open_checkpoint, seal_checkpoint
+from secure_fed.protocol import aggregation, codec
+from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.ledger_heads import LedgerHeads
+from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
+from secure_fed.protocol.records import Chain, Record, RecordFolder, read_header
+from secure_fed.protocol.rounds import RoundRequest
+from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, Members, SealedKeyHeader
+from secure_fed.protocol.signing import payload_fields, sign_frame
+from secure_fed.protocol.study import AgreedStudy
 
 log = logging.getLogger(__name__)
 

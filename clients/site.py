@@ -1,13 +1,13 @@
 """One round at a site: take the journal's new records, apply them, train, and seal the update.
 
 Knows nothing of Flower. Everything that must survive a crash lies in the site's state folder, beside what
-:class:`clients.replica.Replica` keeps there:
+:class:`secure_fed.clients.replica.Replica` keeps there:
 
 ``runs/RUN/outbox/ROUND.*``     the round's integers, then the envelope made of them
 ``runs/RUN/heads/ROUND``        the site's private head after its training in a round, if the study has one
 ``features.sqlite``             the feature cache, shared by all runs
-``forgotten.json``              keyed hashes of patients who are to be forgotten (:mod:`clients.forgotten`)
-``privacy/``                    the privacy ledger (:mod:`privacy.ledger`), if the site has a budget
+``forgotten.json``              keyed hashes of patients who are to be forgotten (:mod:`secure_fed.clients.erasure`)
+``privacy/``                    the privacy ledger (:mod:`secure_fed.privacy.ledger`), if the site has a budget
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
-from clients.data import Split
-from clients.features import FeatureCache, SiteFeatures, load_features
-from clients.forgotten import Forgotten, withdrawn
-from clients.private_round import private_rounds
-from clients.replica import Replica
-from clients.sitefile import SiteFile, read_site_file
-from clients.training import predict, train_alone, train_round, training_seed, zero_shot
-from clients.twins import fingerprints, site_images
-from privacy.lanes import Binding, Contribution
-from secure_fed import codec
-from secure_fed.adapters import PRIVATE_HEAD, check_method
-from secure_fed.backbone import load_backbone
-from secure_fed.codec import Parameters
-from secure_fed.device import choose_device
-from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
-from secure_fed.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
-from secure_fed.errors import BudgetError, EnvelopeError, KeyFileError, ProtocolError, SiteFileError
-from secure_fed.evaluation import Metrics, Predictions, balanced_accuracy, metrics
-from secure_fed.ledger_heads import NO_LEDGER, LedgerHead
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.signed import parse_header, split_frame
-from secure_fed.storage import make_folder, write_durable
-from secure_fed.study import AgreedStudy, load_study
-from secure_fed.text_tower import TextTower
+from secure_fed.clients.data import Split
+from secure_fed.clients.duplicates import fingerprints, site_images
+from secure_fed.clients.erasure import Forgotten, withdrawn
+from secure_fed.clients.features import FeatureCache, SiteFeatures, load_features
+from secure_fed.clients.private_round import private_rounds
+from secure_fed.clients.replica import Replica
+from secure_fed.clients.sitefile import SiteFile, read_site_file
+from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
+from secure_fed.core.errors import BudgetError, EnvelopeError, KeyFileError, ProtocolError, SiteFileError
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.model.adapters import PRIVATE_HEAD, check_method
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.device import choose_device
+from secure_fed.model.evaluation import Metrics, Predictions, balanced_accuracy, metrics
+from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol import codec
+from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
+from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
+from secure_fed.protocol.packing import Binding, Contribution
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.signing import parse_header, split_frame
+from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Site(Replica):
     """One hospital in a study: a replica of its journal that also learns from images.
 
     Args:
-        file: its ``site.toml``, paths absolute (:func:`clients.sitefile.read_site_file`).
+        file: its ``site.toml``, paths absolute (:func:`secure_fed.clients.sitefile.read_site_file`).
         agreed: the study; must be the one that ``file`` names.
 
     Raises:
@@ -159,7 +159,7 @@ class Site(Replica):
         return Predictions(self._predict(val.x, parameters, self._agreed), val.y, self.features().patients["val"])
 
     def train_alone(self, agreed: AgreedStudy) -> Parameters:
-        """An adapter (and private head) trained here alone, as :func:`clients.training.train_alone` does.
+        """An adapter (and private head) trained here alone, as :func:`secure_fed.clients.training.train_alone` does.
 
         Args:
             agreed: the study, or one like it with another method.

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
-from secure_fed.device import DeviceChoice
-from secure_fed.errors import SiteFileError
-from secure_fed.study import MIN_SITES_HE, Name, Shares, Study, Text
-from secure_fed.tomlfile import FileModel, parse_table, read_toml
+from secure_fed.core.errors import SiteFileError
+from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
+from secure_fed.model.device import DeviceChoice
+from secure_fed.protocol.study import MIN_SITES_HE, Name, Shares, Study, Text
 
 FEATURES = "features.sqlite"
 """Name of the feature cache in the state folder."""

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from clients.adaptation import lmmd
-from clients.features import SiteFeatures
-from secure_fed import aggregation, codec
-from secure_fed.adapters import PRIVATE_HEAD, Adapter, build_adapter, class_prompt_loss, contrastive_loss
-from secure_fed.device import Device
-from secure_fed.errors import DataError
-from secure_fed.study import AgreedStudy, Method, Training
-from secure_fed.text_tower import TextTower
+from secure_fed.clients.features import SiteFeatures
+from secure_fed.clients.lmmd import lmmd
+from secure_fed.core.errors import DataError
+from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter, class_prompt_loss, contrastive_loss
+from secure_fed.model.device import Device
+from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol import aggregation, codec
+from secure_fed.protocol.study import AgreedStudy, Method, Training
 
 Parameters = Mapping[str, NDArray[np.float64]]
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+if not __name__.startswith("secure_fed."):  # else every module of the folder would exist twice, under two names
+    raise ImportError(f"{__name__}: import it as secure_fed.{__name__}")
+
 FOLDER = Path(__file__).parent
 MODELS = FOLDER / "models"
 

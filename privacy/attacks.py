@@ -20,10 +20,16 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from privacy.dp_training import Descent, class_prompt_patient_loss, gather_patients, public_log_prior, to_double
-from privacy.gaussian import Noise, gaussian_noise, plan_noise
-from secure_fed.adapters import Adapter, build_adapter
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.model.adapters import Adapter, build_adapter
+from secure_fed.privacy.accounting import Noise, gaussian_noise, plan_noise
+from secure_fed.privacy.dp_training import (
+    Descent,
+    class_prompt_patient_loss,
+    gather_patients,
+    public_log_prior,
+    to_double,
+)
+from secure_fed.protocol.study import Method, PrivateTraining
 
 Train = Callable[[NDArray[np.bool_]], NDArray[np.float64]]
 """Trains on the patients that take part [n] and gives the log-odds of every patient's own label [n]."""

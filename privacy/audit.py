@@ -19,10 +19,10 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.functional import linear
 
-from privacy.dp_training import Descent, PatientBatch, class_prompt_patient_loss, public_log_prior
-from privacy.gaussian import plan_noise
-from secure_fed.adapters import Adapter
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.model.adapters import Adapter
+from secure_fed.privacy.accounting import plan_noise
+from secure_fed.privacy.dp_training import Descent, PatientBatch, class_prompt_patient_loss, public_log_prior
+from secure_fed.protocol.study import Method, PrivateTraining
 
 CONFIDENCE = 0.95
 DIM, CLASSES = 32, 4
@@ -155,7 +155,7 @@ class _Tapped(Adapter):
         self.prompts = self.prompts.double()
 
     def adapt(self, features: Tensor) -> Tensor:
-        """As in :class:`secure_fed.adapters.Adapter`, of the first d values."""
+        """As in :class:`secure_fed.model.adapters.Adapter`, of the first d values."""
         own = features[..., :DIM]
         return torch.nn.functional.normalize(own + linear(linear(own, self.down), self.up), dim=-1)
 

@@ -23,8 +23,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher as StreamCipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from tenseal import sealapi
 
-from privacy import seal_format
-from privacy.lanes import (
+from secure_fed.core.errors import AggregateRefused, EnvelopeError, KeyFileError, SealFormatError
+from secure_fed.privacy import seal_format
+from secure_fed.protocol.packing import (
     DEGREE,
     REFUSAL,
     TAG_PRIME,
@@ -41,7 +42,6 @@ from privacy.lanes import (
     pack_lanes,
     unpack_lanes,
 )
-from secure_fed.errors import AggregateRefused, EnvelopeError, KeyFileError, SealFormatError
 
 TAG_KEY_BYTES: Final = 32
 """Length of the tags' key."""

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privacy.dp_training import PatientBatch
-from privacy.gaussian import Mechanism, gaussian_noise
-from secure_fed.study import PrivateTraining
+from secure_fed.privacy.accounting import Mechanism, gaussian_noise
+from secure_fed.privacy.dp_training import PatientBatch
+from secure_fed.protocol.study import PrivateTraining
 
 LARGEST_ERROR = 0.4
 """Expected error of a class mean above which the means are noise and LMMD is turned off (dp.md 2.3: 0.36 was usable

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from privacy.gaussian import Noise, gaussian_noise, uniforms
-from secure_fed.adapters import Adapter, class_prompt_loss
-from secure_fed.errors import PrivateMethodError
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.core.errors import PrivateMethodError
+from secure_fed.model.adapters import Adapter, class_prompt_loss
+from secure_fed.privacy.accounting import Noise, gaussian_noise, uniforms
+from secure_fed.protocol.study import Method, PrivateTraining
 
 CHUNK = 4096
 """Patients whose activations are in memory at once."""
@@ -88,7 +88,7 @@ ImageTerm = Callable[[Tensor, Tensor], Tensor]
 
 
 def class_prompt_patient_loss(log_prior: Tensor, term: ImageTerm | None = None) -> PatientLoss:
-    """The mean of :func:`secure_fed.adapters.class_prompt_loss` over each patient's images.
+    """The mean of :func:`secure_fed.model.adapters.class_prompt_loss` over each patient's images.
 
     Args:
         log_prior: [K], of a public prior; one from the site's own class counts would be a leak (2.8 C, dp.md).

@@ -15,10 +15,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from privacy.dp_training import Descent, Gradients, PatientBatch, PatientLoss, clipped_sum, clipped_sum_by_hooks
-from privacy.gaussian import Noise
-from secure_fed.adapters import Adapter
-from secure_fed.errors import GuardError
+from secure_fed.core.errors import GuardError
+from secure_fed.model.adapters import Adapter
+from secure_fed.privacy.accounting import Noise
+from secure_fed.privacy.dp_training import (
+    Descent,
+    Gradients,
+    PatientBatch,
+    PatientLoss,
+    clipped_sum,
+    clipped_sum_by_hooks,
+)
 
 TOLERANCE = 1e-5
 """Relative to the clipping norm; float64 leaves four orders of magnitude of room."""

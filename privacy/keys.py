@@ -27,10 +27,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from pydantic import StringConstraints
 
-from privacy.ckks import StudySecret
-from secure_fed.errors import KeyFileError
-from secure_fed.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key, members_after
-from secure_fed.signed import (
+from secure_fed.core.errors import KeyFileError
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.tomlfile import FileModel, parse_table
+from secure_fed.privacy.ckks import StudySecret
+from secure_fed.protocol.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key, members_after
+from secure_fed.protocol.signing import (
     PRIVATE,
     ZERO_DIGEST,
     payload_fields,
@@ -39,9 +41,7 @@ from secure_fed.signed import (
     sign_frame,
     split_frame,
 )
-from secure_fed.storage import make_folder, write_durable
-from secure_fed.study import AgreedStudy, Name, SiteKeys, StudySite, canonical_json
-from secure_fed.tomlfile import FileModel, parse_table
+from secure_fed.protocol.study import AgreedStudy, Name, SiteKeys, StudySite, canonical_json
 
 _LOCKED = b"age-encryption.org/"
 _NONCE_BYTES = 12

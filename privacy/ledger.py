@@ -29,13 +29,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from privacy.gaussian import ROUNDING, Mechanism, epsilon_spent, mu_squared_of, plan_noise
-from secure_fed.errors import BudgetError, KeyFileError, LedgerError, StorageError
-from secure_fed.ledger_heads import MAX_LINKS, SHORT, LedgerHead, Link
-from secure_fed.signed import PRIVATE, ZERO_DIGEST, read_private
-from secure_fed.storage import exclusive, make_folder, sync_folder, write_durable
-from secure_fed.study import canonical_json
-from secure_fed.tomlfile import FileModel
+from secure_fed.core.errors import BudgetError, KeyFileError, LedgerError, StorageError
+from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
+from secure_fed.core.tomlfile import FileModel
+from secure_fed.privacy.accounting import ROUNDING, Mechanism, epsilon_spent, mu_squared_of, plan_noise
+from secure_fed.protocol.ledger_heads import MAX_LINKS, SHORT, LedgerHead, Link
+from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST, read_private
+from secure_fed.protocol.study import canonical_json
 
 ADJACENCY = "add or remove one"
 LEAST_SHARE = 0.3

@@ -28,8 +28,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 import zstandard
 
-from privacy.lanes import DEGREE, SEED_BYTES, Coefficients
-from secure_fed.errors import SealFormatError
+from secure_fed.core.errors import SealFormatError
+from secure_fed.protocol.packing import DEGREE, SEED_BYTES, Coefficients
 
 SEAL_VERSION: Final = (4, 3)
 """Version (major, minor) of the SEAL whose format this module knows."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.gaussian import Mechanism, gaussian_noise
+from secure_fed.privacy.accounting import Mechanism, gaussian_noise
 
 SENSITIVITY = math.sqrt(2)
 

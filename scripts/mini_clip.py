@@ -35,8 +35,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from secure_fed.phantoms import CLASSES, SliceFacts, draw_facts, render_slice, scanner_of
-from secure_fed.storage import write_durable
+from secure_fed.core.storage import write_durable
+from secure_fed.lab.phantoms import CLASSES, SliceFacts, draw_facts, render_slice, scanner_of
 
 NAME = "mini-clip"
 SEED = 20

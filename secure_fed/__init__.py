@@ -7,21 +7,28 @@ first asked for, so that a server that imports this package loads nothing that t
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clients.site import Site
-    from secure_fed.simulation import simulate
-    from secure_fed.study import Study
-    from server.coordinator import Coordinator
+    from secure_fed.clients.site import Site
+    from secure_fed.lab.simulation import simulate
+    from secure_fed.protocol.study import Study
+    from secure_fed.server.coordinator import Coordinator
+
+if Path(__file__).with_name("clients").is_file():
+    raise ImportError(
+        "this checkout has no symbolic links: secure_fed/clients is a file, expected a link to the folder clients; "
+        "check out again with git config core.symlinks true (on Windows with developer mode on), or install the wheel"
+    )
 
 __all__ = ["Coordinator", "Site", "Study", "simulate"]
 
 _HOMES = {
-    "Coordinator": "server.coordinator",
-    "Site": "clients.site",
-    "Study": "secure_fed.study",
-    "simulate": "secure_fed.simulation",
+    "Coordinator": "secure_fed.server.coordinator",
+    "Site": "secure_fed.clients.site",
+    "Study": "secure_fed.protocol.study",
+    "simulate": "secure_fed.lab.simulation",
 }
 
 

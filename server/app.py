@@ -1,5 +1,5 @@
-"""The server: a Flower ServerApp that runs the rounds over a :class:`server.coordinator.Coordinator`, and the process
-that keeps it and the SuperLink running.
+"""The server: a Flower ServerApp that runs the rounds over a :class:`secure_fed.server.coordinator.Coordinator`, and
+the process that keeps it and the SuperLink running.
 
 The rounds run in a process of their own, because flwr interrupts a whole process when its run ends. Whatever is
 needed to go on lies in the coordinator's folder: rounds that were killed begin again in a new Flower run and ask the
@@ -22,7 +22,7 @@ import httpx
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from secure_fed.errors import (
+from secure_fed.core.errors import (
     EnvelopeError,
     KeyFileError,
     ProtocolError,
@@ -31,19 +31,19 @@ from secure_fed.errors import (
     ServerAppError,
     StudyError,
 )
-from secure_fed.messages import ROUND_MESSAGE, contract, read_reply, request_content
-from secure_fed.processes import die_with_parent, end_on_sigterm, log_lines, start, stop
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.sealed_key import check_sealed_key
-from secure_fed.signed import ZERO_DIGEST, load_signing_key
-from secure_fed.status import StatusFile, keep_log
-from secure_fed.study import AgreedStudy, StudySite, load_study
-from server.coordinator import Coordinator, current_run
-from server.journal import JournalEntry
-from server.metrics import serve_metrics
-from server.superlink import SuperLink, open_grid
+from secure_fed.core.processes import die_with_parent, end_on_sigterm, log_lines, start, stop
+from secure_fed.core.status import StatusFile, keep_log
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.sealed_key import check_sealed_key
+from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
+from secure_fed.protocol.study import AgreedStudy, StudySite, load_study
+from secure_fed.server.coordinator import Coordinator, current_run
+from secure_fed.server.flower_link import SuperLink, open_grid
+from secure_fed.server.journal import JournalEntry
+from secure_fed.server.metrics import serve_metrics
+from secure_fed.transport.flower_messages import ROUND_MESSAGE, contract, read_reply, request_content
 
-log = logging.getLogger("server.app")  # also in the process where this module is the main one
+log = logging.getLogger("secure_fed.server.app")  # also in the process where this module is the main one
 
 KEY = "coordinator.key"
 CERTIFICATES = "tls"
@@ -465,7 +465,7 @@ def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> 
     crashes = restarts = 0
     while True:
         began = time.monotonic()
-        child = start(["-m", "server.app"], stdin=True)
+        child = start(["-m", "secure_fed.server.app"], stdin=True)
         try:
             keep = folders.keep_envelopes
             setup = {

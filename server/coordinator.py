@@ -13,9 +13,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy.lanes import Wire, wire
-from secure_fed.envelope import Envelope, check_position, open_envelope
-from secure_fed.errors import (
+from secure_fed.core.errors import (
     EnvelopeError,
     LedgerRollbackError,
     NotEnoughSitesError,
@@ -23,19 +21,21 @@ from secure_fed.errors import (
     RecordError,
     StudyError,
 )
-from secure_fed.ledger_heads import LedgerHeads
-from secure_fed.protocol import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
-from secure_fed.records import Chain
-from secure_fed.sealed_key import (
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.protocol.envelope import Envelope, check_position, open_envelope
+from secure_fed.protocol.ledger_heads import LedgerHeads
+from secure_fed.protocol.packing import Wire, wire
+from secure_fed.protocol.records import Chain
+from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.sealed_key import (
     ACKNOWLEDGEMENT_MAGIC,
     MAX_ACKNOWLEDGEMENT_HEADER,
     check_amendment,
     verify_acknowledgement,
 )
-from secure_fed.signed import Frame, check_payload, public_hex, split_frame
-from secure_fed.storage import make_folder, write_durable
-from secure_fed.study import AgreedStudy
-from server.journal import Journal, JournalEntry, now_ms
+from secure_fed.protocol.signing import Frame, check_payload, public_hex, split_frame
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.server.journal import Journal, JournalEntry, now_ms
 
 
 class Coordinator:

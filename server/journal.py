@@ -8,12 +8,12 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secure_fed.envelope import Envelope
-from secure_fed.errors import KeyFileError, RecordError
-from secure_fed.records import Chain, Kind, Record, RecordFolder, SignedContribution, new_header, sign_record
-from secure_fed.sealed_key import check_sealed_key
-from secure_fed.signed import Frame
-from secure_fed.study import AgreedStudy
+from secure_fed.core.errors import KeyFileError, RecordError
+from secure_fed.protocol.envelope import Envelope
+from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, SignedContribution, new_header, sign_record
+from secure_fed.protocol.sealed_key import check_sealed_key
+from secure_fed.protocol.signing import Frame
+from secure_fed.protocol.study import AgreedStudy
 
 
 def now_ms() -> int:

@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from secure_fed.errors import AddressError
-from secure_fed.status import StatusFile
+from secure_fed.core.errors import AddressError
+from secure_fed.core.status import StatusFile
 
 
 def serve_metrics(state: Path, port: int) -> None:

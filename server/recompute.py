@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from privacy.lanes import wire
-from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
-from secure_fed.envelope import MAX_HEADER, EnvelopeHeader
-from secure_fed.errors import EnvelopeError, RecordError, StorageError
-from secure_fed.records import Chain, Record, RecordFolder, SignedContribution, read_header
-from secure_fed.signed import SIGNATURE_BYTES, check_payload, parse_header, split_frame
-from secure_fed.storage import exclusive, make_folder, write_durable
-from secure_fed.study import AgreedStudy
+from secure_fed.core.errors import EnvelopeError, RecordError, StorageError
+from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader
+from secure_fed.protocol.packing import wire
+from secure_fed.protocol.records import Chain, Record, RecordFolder, SignedContribution, read_header
+from secure_fed.protocol.signing import SIGNATURE_BYTES, check_payload, parse_header, split_frame
+from secure_fed.protocol.study import AgreedStudy
 
 ENVELOPES: Final = "*.envelope"
 """Names of kept and spooled envelopes."""

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clients.site import Site
-from clients.sitefile import read_site_file
-from privacy.keys import create_sealed_key, load_identity
 from secure_fed.cli import main
-from secure_fed.new_study import COORDINATOR_KEY
-from secure_fed.signed import load_signing_key
-from secure_fed.simulation import prepare, simulate
-from secure_fed.study import AgreedStudy, Study, load_study
-from secure_fed.tomlfile import parse_table
-from server.coordinator import Coordinator
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.tomlfile import parse_table
+from secure_fed.lab.simulation import prepare, simulate
+from secure_fed.operate.new_study import COORDINATOR_KEY
+from secure_fed.privacy.keys import create_sealed_key, load_identity
+from secure_fed.protocol.signing import load_signing_key
+from secure_fed.protocol.study import AgreedStudy, Study, load_study
+from secure_fed.server.coordinator import Coordinator
 
 CLASSES = ("dark", "light", "striped")
 TRAINING = ("ash", "birch", "cedar")

@@ -60,7 +60,7 @@ def die() -> None:
 
 
 def _install_writes(fault: dict[str, Any]) -> None:
-    from secure_fed import storage
+    from secure_fed.core import storage
 
     true_write = storage.write_durable
     seen = 0
@@ -94,8 +94,8 @@ def _install_writes(fault: dict[str, Any]) -> None:
 
 
 def _install_push(fault: dict[str, Any]) -> None:
-    from clients import supernode
-    from clients.supernode import _Connection
+    from secure_fed.clients import flower_node as supernode
+    from secure_fed.clients.flower_node import _Connection
 
     true_push = _Connection.push
     true_objects = supernode.push_objects
@@ -138,7 +138,7 @@ def _install_push(fault: dict[str, Any]) -> None:
 
 
 def _install_slow(fault: dict[str, Any]) -> None:
-    from clients.site import Site
+    from secure_fed.clients.site import Site
 
     train = Site._train
 

@@ -7,8 +7,8 @@ import time
 from flwr.app import Message, Metadata
 from flwr.app.message import make_message
 
-from secure_fed.messages import ROUND_MESSAGE, request_content
-from secure_fed.protocol import RoundRequest
+from secure_fed.protocol.rounds import RoundRequest
+from secure_fed.transport.flower_messages import ROUND_MESSAGE, request_content
 
 
 def as_message(request: RoundRequest, kind: str = ROUND_MESSAGE) -> Message:

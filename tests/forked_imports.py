@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 
-from secure_fed.processes import be_quiet_outside
+from secure_fed.core.processes import be_quiet_outside
 
 be_quiet_outside()  # before flwr is imported
 for _name in (
     "torch",
-    "clients.app",
-    "clients.site",
-    "clients.supernode",
-    "secure_fed.adapter_file",
+    "secure_fed.clients.flower_app",
+    "secure_fed.clients.site",
+    "secure_fed.clients.flower_node",
+    "secure_fed.model.adapter_file",
     "secure_fed.cli",
     "tests.fault_hooks",
 ):

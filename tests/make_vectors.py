@@ -24,8 +24,12 @@ import pyrage
 import safetensors.numpy
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy import ckks, keys
-from privacy.lanes import (
+from secure_fed.core.errors import SecfacmicError
+from secure_fed.core.tomlfile import parse_table, to_toml
+from secure_fed.privacy import ckks, keys
+from secure_fed.protocol import codec, envelope, records, sealed_key
+from secure_fed.protocol.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHead
+from secure_fed.protocol.packing import (
     DEGREE,
     MODULUS,
     Binding,
@@ -35,15 +39,11 @@ from privacy.lanes import (
     pack_lanes,
     unpack_coefficients,
 )
-from secure_fed import codec, envelope, records, sealed_key
-from secure_fed.errors import SecfacmicError
-from secure_fed.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHead
-from secure_fed.protocol import ReplyCode, RoundReply
-from secure_fed.records import SignedContribution, new_header
-from secure_fed.signed import create_signing_key, payload_fields, public_hex, split_frame
-from secure_fed.study import AgreedStudy, InitialState, Study, canonical_json, load_study
-from secure_fed.tomlfile import parse_table, to_toml
-from server.coordinator import Coordinator
+from secure_fed.protocol.records import SignedContribution, new_header
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.protocol.signing import create_signing_key, payload_fields, public_hex, split_frame
+from secure_fed.protocol.study import AgreedStudy, InitialState, Study, canonical_json, load_study
+from secure_fed.server.coordinator import Coordinator
 
 VECTORS = Path(__file__).parent / "vectors"
 TRAINING = ("ash", "birch", "cedar")

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from secure_fed.demo import prepare_federation
-from secure_fed.processes import PARENT
-from secure_fed.study import Study, load_study
-from server.coordinator import current_run
+from secure_fed.core.processes import PARENT
+from secure_fed.lab.demo import prepare_federation
+from secure_fed.protocol.study import Study, load_study
+from secure_fed.server.coordinator import current_run
 from tests import fault_hooks
 from tests.forked import Forked
 

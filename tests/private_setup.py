@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privacy.dp_training import (
+from secure_fed.model.adapters import Adapter, build_adapter, initial_parameters
+from secure_fed.privacy.dp_training import (
     Gradients,
     PatientBatch,
     PatientLoss,
@@ -16,8 +17,7 @@ from privacy.dp_training import (
     public_log_prior,
     to_double,
 )
-from secure_fed.adapters import Adapter, build_adapter, initial_parameters
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.protocol.study import Method, PrivateTraining
 
 torch.set_num_threads(1)  # as sites do; on tiny arrays two threads mostly wait for each other
 

@@ -7,8 +7,8 @@ import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from clients.site import Site
-from secure_fed.errors import SecfacmicError
+from secure_fed.clients.site import Site
+from secure_fed.core.errors import SecfacmicError
 
 
 def serve(pipe: Connection, site_file: str, crash_after: int | None) -> None:

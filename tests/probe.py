@@ -19,8 +19,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from clients.supernode import _Connection
-from secure_fed.certificates import create_authority
+from secure_fed.clients.flower_node import _Connection
+from secure_fed.transport.certificates import create_authority
 
 CONTROL = ("start-run", "stop-run", "list-runs", "register-node", "unregister-node", "list-nodes", "pull-artifacts")
 RUNTIME = ("acquire-task", "pull-task-input", "push-messages", "get-nodes", "pull-object")

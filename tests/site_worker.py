@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from clients.site import Site
-from secure_fed.protocol import RoundRequest
+from secure_fed.clients.site import Site
+from secure_fed.protocol.rounds import RoundRequest
 
 site = Site.open(Path(sys.argv[1]))
 print(json.dumps({"cpu": torch.backends.cpu.get_cpu_capability()}), flush=True)

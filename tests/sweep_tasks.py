@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from secure_fed.errors import DataError
+from secure_fed.core.errors import DataError
 
 
 def work(task: str) -> str:

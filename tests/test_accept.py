@@ -12,14 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from clients.acceptance import HEADER_WORDS, REPLY_WORDS, check_acceptance, require_acceptance
-from clients.sitefile import read_site_file
-from privacy.keys import create_sealed_key, load_identity
-from privacy.lanes import wire
 from secure_fed.cli import app, main
-from secure_fed.closing import close_site, refuse_closed
-from secure_fed.envelope import EnvelopeHeader
-from secure_fed.errors import (
+from secure_fed.clients.acceptance import HEADER_WORDS, REPLY_WORDS, check_acceptance, require_acceptance
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import (
     CertificateError,
     KeyFileError,
     NotAcceptedError,
@@ -27,9 +23,13 @@ from secure_fed.errors import (
     StudyClosedError,
     StudyError,
 )
-from secure_fed.protocol import RoundReply
-from secure_fed.storage import exclusive
-from secure_fed.study import load_study, read_study
+from secure_fed.core.storage import exclusive
+from secure_fed.operate.closing import close_site, refuse_closed
+from secure_fed.privacy.keys import create_sealed_key, load_identity
+from secure_fed.protocol.envelope import EnvelopeHeader
+from secure_fed.protocol.packing import wire
+from secure_fed.protocol.rounds import RoundReply
+from secure_fed.protocol.study import load_study, read_study
 from tests.conftest import Federation, run_round
 
 
@@ -110,12 +110,12 @@ def test_nobody_named_nothing_recorded(federation: Federation) -> None:
 
 def run_client(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> int:
     """The client's own entry point, up to where it would connect."""
-    import clients.supernode
+    import secure_fed.clients.flower_node
 
     def connected(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clients.supernode, "run_site", connected)
+    monkeypatch.setattr(secure_fed.clients.flower_node, "run_site", connected)
     monkeypatch.setattr(sys, "argv", ["secfacmic", "client", "--site", str(site_toml(federation))])
     path = site_toml(federation)
     if "[server]" not in path.read_text():

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.adaptation import lmmd
-from secure_fed.adapters import build_adapter, initial_parameters
-from secure_fed.study import Method
+from secure_fed.clients.lmmd import lmmd
+from secure_fed.model.adapters import build_adapter, initial_parameters
+from secure_fed.protocol.study import Method
 
 torch.set_num_threads(1)
 

@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, normalize
 
-from secure_fed.adapters import (
+from secure_fed.core.errors import StudyError
+from secure_fed.model.adapters import (
     PRIVATE_HEAD,
     build_adapter,
     class_prompt_loss,
     contrastive_loss,
     initial_parameters,
 )
-from secure_fed.errors import StudyError
-from secure_fed.study import Method
+from secure_fed.protocol.study import Method
 
 METHODS = [
     Method(),

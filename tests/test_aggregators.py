@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clients.site import Site
-from secure_fed import aggregation, codec
-from secure_fed.aggregation import MOMENT
-from secure_fed.errors import AdapterMismatchError
-from secure_fed.simulation import Listener, prepare, simulate
-from secure_fed.study import Aggregation
+from secure_fed.clients.site import Site
+from secure_fed.core.errors import AdapterMismatchError
+from secure_fed.lab.simulation import Listener, prepare, simulate
+from secure_fed.protocol import aggregation, codec
+from secure_fed.protocol.aggregation import MOMENT
+from secure_fed.protocol.study import Aggregation
 from tests.conftest import Federation, exchange, make_template, run_round
 
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)

@@ -12,13 +12,13 @@ import pytest
 from nbclient import NotebookClient
 
 import secure_fed
-from clients.site import Site
-from secure_fed.simulation import simulate
-from secure_fed.study import Study
-from server.coordinator import Coordinator
+from secure_fed.clients.site import Site
+from secure_fed.lab.simulation import simulate
+from secure_fed.protocol.study import Study
+from secure_fed.server.coordinator import Coordinator
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "open_clip", "opacus", "tenseal", "clients", "server", "numpy")
+HEAVY = ("torch", "open_clip", "opacus", "tenseal", "secure_fed.clients", "secure_fed.server", "numpy")
 
 
 def test_the_package_itself_loads_nothing() -> None:

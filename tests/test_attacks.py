@@ -11,7 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from privacy.attacks import (
+from secure_fed.core.errors import StudyError
+from secure_fed.lab.attack import _inversion, _run_shadow, _Shadow, _Target, _view, attack
+from secure_fed.model.adapters import build_adapter, initial_parameters
+from secure_fed.privacy.attacks import (
     PublicFeatures,
     attack_with_and_without,
     hit_rate,
@@ -20,11 +23,8 @@ from privacy.attacks import (
     membership,
     reconstruct,
 )
-from privacy.ckks import StudySecret
-from secure_fed.adapters import build_adapter, initial_parameters
-from secure_fed.attack import _inversion, _run_shadow, _Shadow, _Target, _view, attack
-from secure_fed.errors import StudyError
-from secure_fed.study import AgreedStudy, InitialState
+from secure_fed.privacy.ckks import StudySecret
+from secure_fed.protocol.study import AgreedStudy, InitialState
 from tests.conftest import make_template
 
 torch.set_num_threads(1)  # as the command does

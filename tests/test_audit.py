@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from privacy import dp_training
-from privacy.audit import audit, lower_bound, p_value
-from privacy.dp_training import Descent, Gradients, PatientBatch, clipped_sum
-from privacy.gaussian import gaussian_noise
-from secure_fed.adapters import Adapter
 from secure_fed.cli import app
-from secure_fed.study import PrivateTraining
+from secure_fed.model.adapters import Adapter
+from secure_fed.privacy import dp_training
+from secure_fed.privacy.accounting import gaussian_noise
+from secure_fed.privacy.audit import audit, lower_bound, p_value
+from secure_fed.privacy.dp_training import Descent, Gradients, PatientBatch, clipped_sum
+from secure_fed.protocol.study import PrivateTraining
 
 torch.set_num_threads(1)  # as the command does
 

@@ -16,16 +16,16 @@ import tomli_w
 import torch
 from PIL import Image
 
-import configs
-from secure_fed import backbone_store
-from secure_fed.backbone import load_backbone, make_random_checkpoint
-from secure_fed.backbone_fetch import add, fetch
-from secure_fed.errors import BackboneDigestError, BackboneError, OutputError, StudyError
-from secure_fed.new_study import new_study
-from secure_fed.predict import predict_folder
-from secure_fed.simulation import simulate
-from secure_fed.study import Backbone, Study, read_study
-from secure_fed.tomlfile import parse_table
+from secure_fed import configs
+from secure_fed.core.errors import BackboneDigestError, BackboneError, OutputError, StudyError
+from secure_fed.core.tomlfile import parse_table
+from secure_fed.lab.simulation import simulate
+from secure_fed.model import backbone_store
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
+from secure_fed.model.backbone_fetch import add, fetch
+from secure_fed.operate.new_study import new_study
+from secure_fed.operate.predict import predict_folder
+from secure_fed.protocol.study import Backbone, Study, read_study
 from tests.conftest import CLASSES, Run, make_template, template_table
 from tests.test_backbone import _Archive
 

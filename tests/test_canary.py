@@ -24,12 +24,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from PIL import Image, PngImagePlugin
 
-import clients.supernode
-from clients.app import SiteApp
-from clients.sent import SentList
-from clients.sitefile import SitePrivacy, read_site_file
+import secure_fed.clients.flower_node
 from secure_fed.cli import main
-from secure_fed.errors import (
+from secure_fed.clients.flower_app import SiteApp
+from secure_fed.clients.outgoing_log import SentList
+from secure_fed.clients.sitefile import SitePrivacy, read_site_file
+from secure_fed.core.errors import (
     BundleError,
     DataError,
     LabelError,
@@ -38,9 +38,9 @@ from secure_fed.errors import (
     StorageError,
     UnreadableImageError,
 )
-from secure_fed.messages import contract, read_reply
-from secure_fed.protocol import RoundRequest
-from secure_fed.tomlfile import read_toml, write_toml
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.protocol.rounds import RoundRequest
+from secure_fed.transport.flower_messages import contract, read_reply
 from tests.conftest import CLASSES, Federation, make_template
 from tests.flower_messages import as_message
 from tests.network import AUDIT, Network
@@ -285,7 +285,7 @@ def test_no_message_of_a_site_has_a_canary(federation: Federation, images: Path,
 @pytest.fixture
 def own_logging() -> Iterator[None]:
     """The client sets up logging for its process; this one goes on."""
-    names = ["", "clients", "server", "secure_fed", "privacy", "flwr", "py.warnings"]
+    names = ["", "secure_fed", "flwr", "py.warnings"]
     kept = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).level) for name in names}
     yield
     logging.captureWarnings(False)
@@ -337,8 +337,8 @@ def test_a_refusal_names_names_at_a_terminal_only(
             logging.getLogger("pydicom").error("%s in a header", CANARY)
             raise error
 
-        monkeypatch.setattr("clients.site.Site.features", broken)
-    monkeypatch.setattr(clients.supernode, "run_site", lambda *arguments: None)
+        monkeypatch.setattr("secure_fed.clients.site.Site.features", broken)
+    monkeypatch.setattr(secure_fed.clients.flower_node, "run_site", lambda *arguments: None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "argv", ["secfacmic", "client", "--site", str(site / "site.toml")])
     capfd.readouterr()

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tenseal import sealapi
 
-from privacy import ckks, seal_format
-from privacy.ckks import Cipher, StudySecret
-from privacy.lanes import (
+from secure_fed.core.errors import AggregateRefused, KeyFileError, LanesError
+from secure_fed.privacy import ckks, seal_format
+from secure_fed.privacy.ckks import Cipher, StudySecret
+from secure_fed.protocol.packing import (
     DEGREE,
     MODULUS,
     REFUSAL,
@@ -37,7 +38,6 @@ from privacy.lanes import (
     pack_coefficients,
     pack_lanes,
 )
-from secure_fed.errors import AggregateRefused, KeyFileError, LanesError
 
 SECRET = StudySecret.generate()
 BINDING = Binding(run="aa" * 16, head="bb" * 32, round=7)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from secure_fed import codec
-from secure_fed.errors import NonFiniteUpdateError
+from secure_fed.core.errors import NonFiniteUpdateError
+from secure_fed.protocol import codec
 
 FLOATS = st.floats(-1e3, 1e3, allow_subnormal=False)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.data import _largest_remainder, read_data
-from secure_fed.errors import DataError, LabelError, ManifestError
-from secure_fed.study import Shares
+from secure_fed.clients.data import _largest_remainder, read_data
+from secure_fed.core.errors import DataError, LabelError, ManifestError
+from secure_fed.protocol.study import Shares
 from tests.test_dicom import RAMP, as_bytes, dicom
 
 CLASSES = ("zebra", "ant", "mole")  # not in alphabetical order

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clients.data import SiteImage
-from clients.sitefile import read_site_file
-from clients.twins import Fingerprint, exact_copies, fingerprint, inseparable, near_twins
 from secure_fed.cli import main
-from secure_fed.tomlfile import write_toml
+from secure_fed.clients.data import SiteImage
+from secure_fed.clients.duplicates import Fingerprint, exact_copies, fingerprint, inseparable, near_twins
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.tomlfile import write_toml
 
 COMMAND = [sys.executable, "-P", "-m", "secure_fed.cli", "data", "check", "--site"]
 
@@ -203,9 +203,7 @@ def test_a_killed_check_and_a_killed_encoding_go_on(hospital, federation, check)
     assert 0 < kept < count
     assert check(path)[0] == 0
     assert rows_of(cache, "fingerprints") == before + count
-    code = (
-        "import sys; from pathlib import Path; from clients.site import Site; Site.open(Path(sys.argv[1])).features()"
-    )
+    code = "import sys, pathlib, secure_fed.clients.site as s; s.Site.open(pathlib.Path(sys.argv[1])).features()"
     kept = killed_midway([sys.executable, "-P", "-c", code, str(path)], cache, "features")
     assert 0 < kept < count
     features = federation.site("ash").features()

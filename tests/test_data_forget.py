@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clients.decoding import identity
-from clients.forgotten import Forgotten, forget
-from clients.sitefile import read_site_file
-from privacy.ledger import Ledger
 from secure_fed.cli import main
-from secure_fed.errors import ForgottenError
-from secure_fed.protocol import ReplyCode
-from secure_fed.tomlfile import write_toml
+from secure_fed.clients.decoding import identity
+from secure_fed.clients.erasure import Forgotten, forget
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import ForgottenError
+from secure_fed.core.tomlfile import write_toml
+from secure_fed.privacy.ledger import Ledger
+from secure_fed.protocol.rounds import ReplyCode
 from tests.conftest import TRAINING, exchange, run_round
 
 PATIENT = "MRN-4711-mueller"

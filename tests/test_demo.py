@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from clients.sitefile import read_site_file
-from secure_fed.demo import PORT, prepare_federation, with_sites
-from secure_fed.errors import StudyError
-from secure_fed.simulation import Listener, simulate
-from server.coordinator import current_run
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import StudyError
+from secure_fed.lab.demo import PORT, prepare_federation, with_sites
+from secure_fed.lab.simulation import Listener, simulate
+from secure_fed.server.coordinator import current_run
 from tests.conftest import TRAINING, make_template, template_table
 
 

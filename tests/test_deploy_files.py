@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from secure_fed.cli import app
-from secure_fed.exit_codes import pages
+from secure_fed.core.exit_codes import pages
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clients.features import Labelled, SiteFeatures
-from clients.sitefile import with_device
-from clients.training import _descend
-from secure_fed.adapters import build_adapter, initial_parameters
-from secure_fed.errors import DeviceError
-from secure_fed.study import Method, Training
+from secure_fed.clients.features import Labelled, SiteFeatures
+from secure_fed.clients.sitefile import with_device
+from secure_fed.clients.training import _descend
+from secure_fed.core.errors import DeviceError
+from secure_fed.model.adapters import build_adapter, initial_parameters
+from secure_fed.protocol.study import Method, Training
 
 
 @pytest.mark.parametrize("method", [Method(), Method(norm="batch", loss="contrastive"), Method(adapter="low_rank")])
@@ -37,8 +37,8 @@ def test_a_training_step_stays_on_the_card(method, monkeypatch):
 
 
 def test_a_site_refuses_a_card_that_is_not_there(federation, monkeypatch):
-    from clients.site import Site
-    from clients.sitefile import read_site_file
+    from secure_fed.clients.site import Site
+    from secure_fed.clients.sitefile import read_site_file
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     file = read_site_file(federation.folder / "sites" / "ash" / "site.toml")
@@ -51,7 +51,7 @@ def test_a_site_refuses_a_card_that_is_not_there(federation, monkeypatch):
 
 
 def test_the_device_reaches_backbone_training_and_cache(federation, monkeypatch):
-    from clients import features, site
+    from secure_fed.clients import features, site
 
     seen = []
     member = federation.site("ash")

@@ -11,8 +11,8 @@ from pydicom.pixels.processing import apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, MRImageStorage, RLELossless, generate_uid
 
-from clients.decoding import UndecodableError, decode, identity
-from clients.dicom import is_dicom, patient_id
+from secure_fed.clients.decoding import UndecodableError, decode, identity
+from secure_fed.clients.dicom import is_dicom, patient_id
 
 RAMP = np.arange(-600, 1000, 25, dtype=np.int16).reshape(8, 8)
 

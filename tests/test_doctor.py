@@ -21,15 +21,16 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner
 
-from clients.sitefile import SitePrivacy, SiteServer, read_site_file
-from privacy.ledger import CLOSED
-from secure_fed import certificates, doctor
-from secure_fed.certificates import create_authority
 from secure_fed.cli import app
-from secure_fed.demo import prepare_federation
-from secure_fed.doctor import Finding, examine_server, examine_site
-from secure_fed.storage import exclusive
-from secure_fed.tomlfile import read_toml, write_toml
+from secure_fed.clients.sitefile import SitePrivacy, SiteServer, read_site_file
+from secure_fed.core.storage import exclusive
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.lab.demo import prepare_federation
+from secure_fed.operate import doctor
+from secure_fed.operate.doctor import Finding, examine_server, examine_site
+from secure_fed.privacy.ledger import CLOSED
+from secure_fed.transport import certificates
+from secure_fed.transport.certificates import create_authority
 from tests.conftest import make_template
 from tests.network import Network
 
@@ -286,7 +287,7 @@ def test_the_ledger(site: Path, serve: Serve) -> None:
     serve()
     file = read_toml(site, type(read_site_file(site)), ValueError)  # type: ignore[type-var]
     write_toml(site, file.model_copy(update={"privacy": SitePrivacy(epsilon=3.0)}))
-    from clients.site import Site
+    from secure_fed.clients.site import Site
 
     Site.open(site)  # begins the ledger
     ledger = site.parent / "state" / "privacy"
@@ -514,7 +515,7 @@ def test_keys_and_certificates_of_the_server(folder: Path) -> None:
 
 
 def test_another_coordinators_key_and_a_closed_study(folder: Path, tmp_path: Path) -> None:
-    from secure_fed.signed import create_signing_key
+    from secure_fed.protocol.signing import create_signing_key
 
     key = folder / "server" / "coordinator.key"
     own = key.read_bytes()

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from clients.private_adaptation import PublicTerm, attraction, released_each_round, released_once, witness
-from privacy.class_means import ClassMeans, centre, exact_sum, means_of
-from privacy.dp_training import (
+from secure_fed.clients.private_lmmd import PublicTerm, attraction, released_each_round, released_once, witness
+from secure_fed.core.errors import GuardError
+from secure_fed.model.adapters import Adapter
+from secure_fed.privacy.class_means import ClassMeans, centre, exact_sum, means_of
+from secure_fed.privacy.dp_training import (
     Descent,
     ImageTerm,
     PatientBatch,
@@ -19,10 +21,8 @@ from privacy.dp_training import (
     clipped_sum_by_hooks,
     public_log_prior,
 )
-from privacy.guard import check_training
-from secure_fed.adapters import Adapter
-from secure_fed.errors import GuardError
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.privacy.guard import check_training
+from secure_fed.protocol.study import Method, PrivateTraining
 from tests.private_setup import flat, make_adapter, make_batch, patient_gradients
 
 CENTRED = {"lmmd_centre": (0.2, *[0.0] * 11), "lmmd_radius": 0.9}

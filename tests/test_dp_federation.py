@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from privacy.gaussian import epsilon_of, mu_squared_of
-from secure_fed.errors import BudgetError
+from secure_fed.core.errors import BudgetError
+from secure_fed.privacy.accounting import epsilon_of, mu_squared_of
 from tests.conftest import OBSERVER, TRAINING, make_template
 from tests.network import Network
 

@@ -18,18 +18,11 @@ import pytest
 import safetensors.numpy
 from typer.testing import CliRunner
 
-from clients.private_round import ledger_folder
-from clients.site import Site
-from clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
-from privacy import class_means
-from privacy.dp_training import Descent
-from privacy.gaussian import Mechanism, epsilon_of, uniforms
-from privacy.guard import check_training
-from privacy.ledger import Ledger, opened, restore
-from secure_fed import codec
 from secure_fed.cli import app
-from secure_fed.envelope import RoundPosition
-from secure_fed.errors import (
+from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
+from secure_fed.core.errors import (
     BudgetError,
     EnvelopeError,
     GuardError,
@@ -40,11 +33,18 @@ from secure_fed.errors import (
     SiteFileError,
     StorageError,
 )
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.signed import split_frame
-from secure_fed.simulation import Budget, prepare, simulate
-from secure_fed.tomlfile import read_toml, write_toml
-from server.coordinator import Coordinator
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.lab.simulation import Budget, prepare, simulate
+from secure_fed.privacy import class_means
+from secure_fed.privacy.accounting import Mechanism, epsilon_of, uniforms
+from secure_fed.privacy.dp_training import Descent
+from secure_fed.privacy.guard import check_training
+from secure_fed.privacy.ledger import Ledger, opened, restore
+from secure_fed.protocol import codec
+from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.signing import split_frame
+from secure_fed.server.coordinator import Coordinator
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
 from tests.private_worker import serve
 from tests.test_simulation import Heard
@@ -114,7 +114,7 @@ def trained_sites(federation: Federation) -> list[Site]:
 def test_a_private_study_runs_and_its_ledger_tells_what_was_done(
     private: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="clients.private_round")
+    caplog.set_level(logging.INFO, logger="secure_fed.clients.private_round")
     sites = trained_sites(private)
     coordinator = play(private, sites)
     assert len({site.adapter_digest for site in sites}) == 1
@@ -166,13 +166,13 @@ def sent_counts(federation: Federation, coordinator: Coordinator) -> tuple[int, 
 def test_validation_counts_are_paid_for_by_their_own_patients(
     tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="clients.private_round")
+    caplog.set_level(logging.INFO, logger="secure_fed.clients.private_round")
     federation = make_private(tmp_path / "out", images, privacy={"steps": 2, "validation_rounds": 1})
     sites = trained_sites(federation)
     for site in sites:
         site.features()
     coordinator = begin(federation)
-    exact = mock.patch("privacy.validation.gaussian_noise", side_effect=lambda size, std: np.zeros(size))
+    exact = mock.patch("secure_fed.privacy.validation.gaussian_noise", side_effect=lambda size, std: np.zeros(size))
     with exact as noise:
         exchange(coordinator, sites[0])
         assert sent_counts(federation, coordinator) == (0, 0)  # round 1 is not paid for
@@ -217,7 +217,9 @@ def test_validation_noise_comes_also_without_any_validation_patient(tmp_path: Pa
         ledger.register(features.digests)
         assert ledger.validation_blocks == []
     coordinator = begin(federation)
-    large = mock.patch("privacy.validation.gaussian_noise", side_effect=lambda size, std: np.full(size, 41.0))
+    large = mock.patch(
+        "secure_fed.privacy.validation.gaussian_noise", side_effect=lambda size, std: np.full(size, 41.0)
+    )
     with large:
         # Planned before that was known: the plan is an entry, and stays.
         with mock.patch.object(Ledger, "validation_blocks", [2]):
@@ -232,8 +234,8 @@ def test_validation_noise_comes_also_without_any_validation_patient(tmp_path: Pa
 def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) -> None:
     site = private.site("ash")
     with (
-        mock.patch("secure_fed.codec.rounding_draws", side_effect=AssertionError("seeded")),
-        mock.patch("clients.private_round.uniforms", side_effect=uniforms) as draws,
+        mock.patch("secure_fed.protocol.codec.rounding_draws", side_effect=AssertionError("seeded")),
+        mock.patch("secure_fed.clients.private_round.uniforms", side_effect=uniforms) as draws,
         mock.patch.object(codec, "quantise", side_effect=codec.quantise) as quantise,
     ):
         coordinator = begin(private)
@@ -335,7 +337,7 @@ def test_a_failing_guard_spends_nothing(private: Federation) -> None:
     site = private.site("ash")
     coordinator = begin(private)
     with (
-        mock.patch("clients.private_round.check_training", side_effect=GuardError("a seeded bug")),
+        mock.patch("secure_fed.clients.private_round.check_training", side_effect=GuardError("a seeded bug")),
         pytest.raises(GuardError),
     ):
         site.respond(coordinator.request(site.run, site.position))
@@ -682,7 +684,7 @@ def test_a_full_disk_at_the_reservation_draws_nothing(private: Federation) -> No
     real = Ledger.reserve
 
     def full(self: Ledger, *arguments: Any) -> Any:
-        with mock.patch("secure_fed.storage.os.fsync", side_effect=OSError(28, "No space left on device")):
+        with mock.patch("secure_fed.core.storage.os.fsync", side_effect=OSError(28, "No space left on device")):
             return real(self, *arguments)
 
     with mock.patch.object(Ledger, "reserve", full), pytest.raises(StorageError, match="No space left"):
@@ -721,7 +723,7 @@ def test_integers_of_an_event_that_the_ledger_does_not_know_are_refused(private:
 def test_each_use_releases_the_means_it_needs_and_no_more(
     tmp_path: Path, images: Path, use: str, adapter: str, once: list[str], each: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="clients.private_round")
+    caplog.set_level(logging.INFO, logger="secure_fed.clients.private_round")
     federation = make_private(
         tmp_path / "out",
         images,
@@ -774,7 +776,7 @@ def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(t
         ledger.reserve(Mechanism(1.0, 0.61, 1), "before", [1])
     private.register(site._features)
     with (
-        mock.patch("clients.private_round.check_training", side_effect=check_training) as guard,
+        mock.patch("secure_fed.clients.private_round.check_training", side_effect=check_training) as guard,
         mock.patch.object(class_means, "noisy_sum", side_effect=class_means.noisy_sum) as means,
         mock.patch.object(Descent, "run", autospec=True, side_effect=Descent.run) as run,
     ):
@@ -800,7 +802,7 @@ def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(t
 def test_means_that_only_waste_budget_are_off_for_each_use(
     tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="clients.private_round")
+    caplog.set_level(logging.INFO, logger="secure_fed.clients.private_round")
     for use in ("synthesis", "attraction", "witness"):
         caplog.clear()
         folder = tmp_path / use

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from privacy import dp_training
-from privacy.dp_training import (
+from secure_fed.core.errors import PrivateMethodError
+from secure_fed.model.adapters import Adapter, class_prompt_loss
+from secure_fed.model.adapters.text_head import TextHead
+from secure_fed.privacy import dp_training
+from secure_fed.privacy.dp_training import (
     Descent,
     PatientBatch,
     class_prompt_patient_loss,
@@ -22,10 +25,7 @@ from privacy.dp_training import (
     public_log_prior,
     refuse_method,
 )
-from secure_fed.adapters import Adapter, class_prompt_loss
-from secure_fed.adapters.text_head import TextHead
-from secure_fed.errors import PrivateMethodError
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.protocol.study import Method, PrivateTraining
 from tests.private_setup import ADAPTERS, flat, make_adapter, make_batch, make_loss, patient_gradients, unit_rows
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy.gaussian import epsilon_of
-from privacy.validation import SENSITIVITY, exact_counts, mechanism, noisy_counts
+from secure_fed.privacy.accounting import epsilon_of
+from secure_fed.privacy.validation import SENSITIVITY, exact_counts, mechanism, noisy_counts
 
 IMAGES = st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30)
 
@@ -61,5 +61,5 @@ def test_each_count_has_noise_of_its_own_and_of_the_declared_size_also_over_nobo
     ("noise", "expected"), [((0.0, 0.0), (3, 2)), ((-9.0, 5.0), (0, 0)), ((2.0, 9.0), (5, 5)), ((0.0, -9.0), (3, 0))]
 )
 def test_integers_stay_in_their_range(noise: tuple[float, float], expected: tuple[int, int]) -> None:
-    with mock.patch("privacy.validation.gaussian_noise", return_value=np.array(noise)):
+    with mock.patch("secure_fed.privacy.validation.gaussian_noise", return_value=np.array(noise)):
         assert noisy_counts(np.array([True, True, False]), ["a", "b", "c"], 1.0) == expected

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from clients.sent import FILE, SentList, read_sent
-from clients.sitefile import SitePrivacy, read_site_file
-from privacy.keys import load_identity, open_sealed_key
 from secure_fed.cli import app
-from secure_fed.errors import EvidenceError, SecfacmicError, StorageError
-from secure_fed.evidence import MAGIC, MANIFEST, MAX_HEADER, pack_evidence, verify_evidence
-from secure_fed.protocol import ReplyCode, RoundReply
-from secure_fed.signed import payload_fields, sign_frame, split_frame
-from secure_fed.storage import exclusive
-from secure_fed.study import canonical_json
-from secure_fed.tomlfile import read_toml, write_toml
+from secure_fed.clients.outgoing_log import FILE, SentList, read_sent
+from secure_fed.clients.sitefile import SitePrivacy, read_site_file
+from secure_fed.core.errors import EvidenceError, SecfacmicError, StorageError
+from secure_fed.core.storage import exclusive
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.operate.evidence import MAGIC, MANIFEST, MAX_HEADER, pack_evidence, verify_evidence
+from secure_fed.privacy.keys import load_identity, open_sealed_key
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
+from secure_fed.protocol.study import canonical_json
 from tests.conftest import Federation, exchange
 
 
@@ -153,7 +153,7 @@ def rebuilt(archive: Path, into: Path, change: Change, sign: Path | None = None)
             name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
         }
         payload = canonical_json(manifest)
-        from secure_fed.evidence import _ManifestHeader
+        from secure_fed.operate.evidence import _ManifestHeader
 
         header = json.loads(frame.header) | payload_fields(payload)
         identity = load_identity(sign / "identity", sign.name)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from secure_fed import errors
 from secure_fed.cli import app
-from secure_fed.exit_codes import pages
+from secure_fed.core import errors
+from secure_fed.core.exit_codes import pages
 
 ROOT = Path(__file__).parent.parent
 

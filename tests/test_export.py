@@ -17,20 +17,20 @@ import safetensors
 import safetensors.numpy
 import torch
 
-from clients.site import Site
-from clients.sitefile import read_site_file
-from privacy.ledger import Ledger
-from secure_fed import onnx_export
-from secure_fed.adapter_file import AdapterFile, Calibration, load_adapter
-from secure_fed.adapters import build_adapter, initial_parameters
-from secure_fed.backbone import load_backbone
-from secure_fed.errors import AdapterFileError, BudgetError, OnnxError, OutputError
-from secure_fed.export import export_run, export_site
-from secure_fed.onnx_export import write_onnx
-from secure_fed.predict import predict_folder
-from secure_fed.simulation import Budget, simulate
-from secure_fed.study import Backbone, InitialState, Method, Study
-from secure_fed.tomlfile import parse_table
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import AdapterFileError, BudgetError, OnnxError, OutputError
+from secure_fed.core.tomlfile import parse_table
+from secure_fed.lab.simulation import Budget, simulate
+from secure_fed.model import onnx_export
+from secure_fed.model.adapter_file import AdapterFile, Calibration, load_adapter
+from secure_fed.model.adapters import build_adapter, initial_parameters
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.onnx_export import write_onnx
+from secure_fed.operate.export import export_run, export_site
+from secure_fed.operate.predict import predict_folder
+from secure_fed.privacy.ledger import Ledger
+from secure_fed.protocol.study import Backbone, InitialState, Method, Study
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, run_round, template_table
 
 torch.set_num_threads(1)

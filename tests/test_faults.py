@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
-from secure_fed import codec
-from secure_fed.records import Chain, RecordFolder
-from secure_fed.simulation import open_run, open_sites, prepare
-from secure_fed.study import Study
-from server.coordinator import current_run, store_amendment
+from secure_fed.lab.simulation import open_run, open_sites, prepare
+from secure_fed.protocol import codec
+from secure_fed.protocol.records import Chain, RecordFolder
+from secure_fed.protocol.study import Study
+from secure_fed.server.coordinator import current_run, store_amendment
 from tests.conftest import Federation, exchange, make_template
 from tests.network import Network
 

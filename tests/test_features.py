@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from clients import features as module
-from clients.data import SiteImage
-from clients.features import FeatureCache, load_features
-from secure_fed.backbone import load_backbone, make_random_checkpoint
-from secure_fed.errors import BackboneError, StorageError, UnreadableImageError
-from secure_fed.study import AgreedStudy, Backbone, InitialState, Method, Study
+from secure_fed.clients import features as module
+from secure_fed.clients.data import SiteImage
+from secure_fed.clients.features import FeatureCache, load_features
+from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
+from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method, Study
 
 
 @pytest.fixture(scope="module")

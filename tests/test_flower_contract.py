@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PRIVATE = {"server/superlink.py", "clients/supernode.py"}
+PRIVATE = {"server/flower_link.py", "clients/flower_node.py"}
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
 
 

@@ -19,12 +19,12 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from clients.supernode import _Connection
-from privacy.ckks import StudySecret
-from privacy.keys import load_identity, open_sealed_key
-from secure_fed.certificates import create_authority
-from secure_fed.errors import CertificateError, NotAdmittedError
-from secure_fed.simulation import Listener, simulate
+from secure_fed.clients.flower_node import _Connection
+from secure_fed.core.errors import CertificateError, NotAdmittedError
+from secure_fed.lab.simulation import Listener, simulate
+from secure_fed.privacy.ckks import StudySecret
+from secure_fed.privacy.keys import load_identity, open_sealed_key
+from secure_fed.transport.certificates import create_authority
 from tests.conftest import make_template
 from tests.network import Network, loaded_files, memory_holds
 

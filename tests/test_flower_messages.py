@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from secure_fed.errors import ProtocolError
-from secure_fed.messages import contract, read_reply, read_request, reply_content, request_content
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
+from secure_fed.core.errors import ProtocolError
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.transport.flower_messages import contract, read_reply, read_request, reply_content, request_content
 
 REQUEST = RoundRequest(3, 2, (b"first", b"second"), True, "ab" * 32, {"ash": "00" * 32, "birch": "11" * 32})
 UPDATE = RoundReply("ash", ReplyCode.UPDATE, "cd" * 32, 4, "22" * 32, b"an envelope")
@@ -83,7 +83,7 @@ def test_a_request_with_anything_else_is_refused(change: Change) -> None:
 
 
 def test_a_page_beyond_its_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secure_fed.messages.PAGE_BYTES", 10)
+    monkeypatch.setattr("secure_fed.transport.flower_messages.PAGE_BYTES", 10)
     with pytest.raises(ProtocolError, match="page"):
         read_request(request_content(REQUEST))
 

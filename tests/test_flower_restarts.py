@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from secure_fed.records import Chain, RecordFolder
-from server.coordinator import current_run
+from secure_fed.protocol.records import Chain, RecordFolder
+from secure_fed.server.coordinator import current_run
 from tests.conftest import TRAINING, make_template
 from tests.network import Network
 
@@ -98,8 +98,8 @@ def test_a_demos_processes_die_with_it(tmp_path: Path, images: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
         "from tests.conftest import make_template\n"
-        "from secure_fed.demo import run_demo\n"
-        "from secure_fed.simulation import Listener\n"
+        "from secure_fed.lab.demo import run_demo\n"
+        "from secure_fed.lab.simulation import Listener\n"
         "quiet = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)\n"
         "run_demo(make_template(rounds=500), Path(sys.argv[1]), Path(sys.argv[2]), quiet)\n"
     )

@@ -17,15 +17,15 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-import server.coordinator
-from clients.app import SiteApp
-from clients.site import Site
-from secure_fed.errors import NotEnoughSitesError
-from secure_fed.messages import contract, read_request
-from secure_fed.protocol import ReplyCode
-from secure_fed.simulation import prepare
-from server.app import RoundLoop
-from server.coordinator import Coordinator
+import secure_fed.server.coordinator
+from secure_fed.clients.flower_app import SiteApp
+from secure_fed.clients.site import Site
+from secure_fed.core.errors import NotEnoughSitesError
+from secure_fed.lab.simulation import prepare
+from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.server.app import RoundLoop
+from secure_fed.server.coordinator import Coordinator
+from secure_fed.transport.flower_messages import contract, read_request
 from tests.conftest import OBSERVER, TRAINING, Federation, make_template
 
 RUN = 7
@@ -221,7 +221,7 @@ def test_a_site_that_joins_at_round_50_takes_the_journal_in_pages(
     wire.away = loop._absent = {"cedar"}
     _steps(loop, lambda: len(coordinator.rounds) == 50, 120)
     limit = 3 * coordinator.rounds[0].size
-    monkeypatch.setattr(server.coordinator, "PAGE_BYTES", limit)
+    monkeypatch.setattr(secure_fed.server.coordinator, "PAGE_BYTES", limit)
     wire.away = set()
     _steps(loop, lambda: coordinator.finished, 60)
     loop.run()
@@ -235,7 +235,7 @@ def test_a_site_that_joins_at_round_50_takes_the_journal_in_pages(
 def test_a_site_that_fails_is_asked_later_and_the_others_go_on(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("server.app.PATIENCE", 0.05)
+    monkeypatch.setattr("secure_fed.server.app.PATIENCE", 0.05)
     coordinator, wire, loop = _begin(federation)
     broken = wire.apps[wire.nodes["birch"]].site
     respond = broken.respond
@@ -250,7 +250,7 @@ def test_a_site_that_fails_is_asked_later_and_the_others_go_on(
 def test_an_envelope_that_is_refused_does_not_end_the_study(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("server.app.PATIENCE", 0.05)
+    monkeypatch.setattr("secure_fed.server.app.PATIENCE", 0.05)
     coordinator, wire, loop = _begin(federation)
     site = wire.apps[wire.nodes["ash"]].site
     respond = site.respond

@@ -26,10 +26,9 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from clients.app import SiteApp
-from clients.supernode import _Connection
-from secure_fed.certificates import create_authority
-from secure_fed.errors import (
+from secure_fed.clients.flower_app import SiteApp
+from secure_fed.clients.flower_node import _Connection
+from secure_fed.core.errors import (
     AddressError,
     BundleError,
     CertificateError,
@@ -42,12 +41,13 @@ from secure_fed.errors import (
     StorageError,
     StudyError,
 )
-from secure_fed.messages import contract, read_reply, reply_content, request_content
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.signed import ZERO_DIGEST
-from server.app import ServerFolders, _begin_if_asked, serve
-from server.coordinator import current_run
-from server.superlink import SuperLink
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.signing import ZERO_DIGEST
+from secure_fed.server.app import ServerFolders, _begin_if_asked, serve
+from secure_fed.server.coordinator import current_run
+from secure_fed.server.flower_link import SuperLink
+from secure_fed.transport.certificates import create_authority
+from secure_fed.transport.flower_messages import contract, read_reply, reply_content, request_content
 from tests.conftest import Federation
 from tests.flower_messages import as_message
 
@@ -177,7 +177,7 @@ def test_a_registered_site_joins_leaves_and_joins_again(link: Link) -> None:
 def test_a_node_that_crashed_waits_to_rejoin(link: Link, caplog: pytest.LogCaptureFixture) -> None:
     crashed = link.connect()
     crashed._left.set()  # no more heartbeats, no farewell
-    caplog.set_level("INFO", "clients")
+    caplog.set_level("INFO", "secure_fed")
     began = time.monotonic()
     link.connect().leave()
     assert "waiting to rejoin" in caplog.text
@@ -188,7 +188,7 @@ def test_a_clock_too_far_ahead_is_named(link: Link, monkeypatch: pytest.MonkeyPa
     true_now = node_auth.now
     monkeypatch.setattr(node_auth, "now", lambda: true_now() + timedelta(seconds=8))
     # The check compares with this computer's clock, which is 8 s ahead too.
-    import clients.supernode as supernode
+    import secure_fed.clients.flower_node as supernode
 
     class Ahead(supernode.datetime):  # type: ignore[misc,name-defined]
         @classmethod
@@ -385,7 +385,7 @@ def test_a_server_begins_a_run_with_a_sealed_key_only(federation: Federation, tm
 
 def test_a_thread_that_fails_says_so_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     code = (
-        "import threading; from secure_fed.processes import log_lines; log_lines()\n"
+        "import threading; from secure_fed.core.processes import log_lines; log_lines()\n"
         "one = threading.Thread(target=lambda: [][1]); one.start(); one.join()"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from secure_fed.errors import SecfacmicError
+from secure_fed.core.errors import SecfacmicError
 from tests.fuzz.mutations import bombs, hostile
 from tests.fuzz.targets import Target, targets
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy import stats
 
-from privacy.gaussian import (
+from secure_fed.privacy.accounting import (
     Mechanism,
     epsilon_of,
     epsilon_spent,

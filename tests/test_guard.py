@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from privacy.dp_training import (
+from secure_fed.core.errors import GuardError, PrivateMethodError
+from secure_fed.model.adapters import Adapter, build_adapter, initial_parameters
+from secure_fed.model.adapters.facmic import AttentionGate
+from secure_fed.model.adapters.text_head import TextHead
+from secure_fed.privacy.accounting import gaussian_noise
+from secure_fed.privacy.dp_training import (
     Descent,
     Gradients,
     PatientBatch,
@@ -20,13 +25,8 @@ from privacy.dp_training import (
     clipped_sum,
     to_double,
 )
-from privacy.gaussian import gaussian_noise
-from privacy.guard import check_training
-from secure_fed.adapters import Adapter, build_adapter, initial_parameters
-from secure_fed.adapters.facmic import AttentionGate
-from secure_fed.adapters.text_head import TextHead
-from secure_fed.errors import GuardError, PrivateMethodError
-from secure_fed.study import Method, PrivateTraining
+from secure_fed.privacy.guard import check_training
+from secure_fed.protocol.study import Method, PrivateTraining
 from tests.private_setup import ADAPTERS, make_adapter, make_loss, unit_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")

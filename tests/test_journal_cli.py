@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from clients.site import Site
 from secure_fed.cli import app
-from secure_fed.errors import RecordError, SecfacmicError, StorageError, StudyError
-from secure_fed.records import RecordHeader, sign_record
-from secure_fed.signed import split_frame
-from server.coordinator import Coordinator
+from secure_fed.clients.site import Site
+from secure_fed.core.errors import RecordError, SecfacmicError, StorageError, StudyError
+from secure_fed.protocol.records import RecordHeader, sign_record
+from secure_fed.protocol.signing import split_frame
+from secure_fed.server.coordinator import Coordinator
 from tests.conftest import Federation, exchange, run_round
 
 RUNNER = CliRunner()
@@ -166,7 +166,7 @@ def test_verify_of_no_journal_says_what_was_expected(played: Played, tmp_path: P
 
 
 def test_verify_of_another_study_is_refused(played: Played, tmp_path: Path) -> None:
-    from secure_fed.simulation import prepare
+    from secure_fed.lab.simulation import prepare
     from tests.conftest import make_template
 
     shutil.rmtree(tmp_path / "out" / "kept")
@@ -214,7 +214,7 @@ def test_a_sum_that_is_not_of_its_envelopes_is_named(played: Played) -> None:
     header = RecordHeader.model_validate_json(frame.header)
     forged = bytearray(frame.payload)
     forged[100] ^= 1
-    from secure_fed.signed import payload_fields
+    from secure_fed.protocol.signing import payload_fields
 
     changed = header.model_copy(update=dict(payload_fields(bytes(forged))))
     path.write_bytes(sign_record(changed, bytes(forged), played.federation.signing))
@@ -309,7 +309,7 @@ def test_a_rebuild_never_forks_and_never_shortens(played: Played) -> None:
 
 
 def test_a_rebuild_into_another_run_or_a_folder_in_use_is_refused(played: Played) -> None:
-    from secure_fed.storage import exclusive
+    from secure_fed.core.storage import exclusive
 
     with exclusive(played.server), pytest.raises(StorageError, match="another process"):
         _cli("rebuild", "--from", played.state("ash"))

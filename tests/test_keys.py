@@ -9,11 +9,11 @@ from pathlib import Path
 import pyrage
 import pytest
 
-from privacy import keys
-from privacy.ckks import StudySecret
-from secure_fed.errors import KeyFileError
-from secure_fed.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key
-from secure_fed.signed import load_signing_key, payload_fields, sign_frame, split_frame
+from secure_fed.core.errors import KeyFileError
+from secure_fed.privacy import keys
+from secure_fed.privacy.ckks import StudySecret
+from secure_fed.protocol.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key
+from secure_fed.protocol.signing import load_signing_key, payload_fields, sign_frame, split_frame
 from tests.conftest import Federation
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import lanes
-from privacy.lanes import (
+from secure_fed.core.errors import AggregateRefused, EnvelopeError, LanesError
+from secure_fed.protocol import packing as lanes
+from secure_fed.protocol.packing import (
     DEGREE,
     MODULUS,
     PACKED_BYTES,
@@ -31,7 +32,6 @@ from privacy.lanes import (
     unpack_lanes,
     wire,
 )
-from secure_fed.errors import AggregateRefused, EnvelopeError, LanesError
 
 ROOT = Path(__file__).parents[1]
 BINDING = Binding("ab", "cd", 1)
@@ -326,7 +326,7 @@ def test_sealing_what_does_not_fit_is_a_bug(integers: lanes.Integers) -> None:
 
 
 def test_lanes_imports_neither_tenseal_nor_torch() -> None:
-    code = "import sys, privacy.lanes; print({'tenseal', 'torch', '_sealapi_cpp'} & set(sys.modules))"
+    code = "import sys, secure_fed.protocol.packing; print({'tenseal', 'torch', '_sealapi_cpp'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )

@@ -17,10 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import ledger as module
-from privacy.gaussian import Mechanism, epsilon_of
-from privacy.ledger import CLOSED, LEAST_SHARE, Account, Ledger, MeanReleases, opened, restore
-from secure_fed.errors import (
+from secure_fed.core.errors import (
     BudgetError,
     KeyFileError,
     LedgerError,
@@ -28,7 +25,10 @@ from secure_fed.errors import (
     SecfacmicError,
     StorageError,
 )
-from secure_fed.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHeads
+from secure_fed.privacy import ledger as module
+from secure_fed.privacy.accounting import Mechanism, epsilon_of
+from secure_fed.privacy.ledger import CLOSED, LEAST_SHARE, Account, Ledger, MeanReleases, opened, restore
+from secure_fed.protocol.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHeads
 
 ACCOUNT = Account(site="ash", unit="patient", data="patients", epsilon=3.0, delta=1e-5)
 ROUND = Mechanism(1.0, 10.0, 4)
@@ -573,7 +573,7 @@ def test_a_full_disk_spends_nothing_and_changes_nothing(folder: Path) -> None:
     ledger = spend(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with (
-        mock.patch("secure_fed.storage.os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")),
+        mock.patch("secure_fed.core.storage.os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")),
         pytest.raises(StorageError, match="No space left"),
     ):
         ledger.reserve(ROUND, "round", [1])

@@ -13,18 +13,18 @@ import pytest
 import safetensors.numpy
 import torch
 
-from clients.features import Labelled, SiteFeatures
-from clients.site import Site
-from clients.training import predict, train_round
-from privacy.dp_training import refuse_method
-from privacy.guard import check_structure
-from secure_fed import codec
-from secure_fed.adapters import PRIVATE_HEAD, Adapter, build_adapter, check_method, initial_parameters
-from secure_fed.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
-from secure_fed.errors import BackboneError, GuardError, PrivateMethodError, StudyError
-from secure_fed.simulation import Listener, open_sites, prepare, simulate
-from secure_fed.study import ADAPTERS, AgreedStudy, Backbone, InitialState, Method, Study, Training
-from secure_fed.text_tower import TextTower
+from secure_fed.clients.features import Labelled, SiteFeatures
+from secure_fed.clients.site import Site
+from secure_fed.clients.training import predict, train_round
+from secure_fed.core.errors import BackboneError, GuardError, PrivateMethodError, StudyError
+from secure_fed.lab.simulation import Listener, open_sites, prepare, simulate
+from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter, check_method, initial_parameters
+from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.text_tower import TextTower
+from secure_fed.privacy.dp_training import refuse_method
+from secure_fed.privacy.guard import check_structure
+from secure_fed.protocol import codec
+from secure_fed.protocol.study import ADAPTERS, AgreedStudy, Backbone, InitialState, Method, Study, Training
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
 
 torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def test_every_adapter_is_one_file_with_one_class(tower: TextTower) -> None:
         check_method(method)
         parameters = initial_parameters(method, 128, prompts, 0, tower)
         adapter = build_adapter(method, prompts, 20.0, parameters, tower)
-        assert type(adapter).__module__ == f"secure_fed.adapters.{name}"
+        assert type(adapter).__module__ == f"secure_fed.model.adapters.{name}"
         assert (sys.modules[type(adapter).__module__].__doc__ or "").startswith(f"``{name}``: ")
         assert list(adapter.shared_parameters()) == list(parameters) == sorted(parameters)
         if name != "prompts":  # its frozen tower normalises too, outside of what is trained
@@ -200,7 +200,7 @@ def test_a_crash_between_head_and_integers_changes_no_bit(personal: Federation) 
 
 
 def test_no_other_site_sees_a_private_head(personal: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secure_fed import simulation
+    from secure_fed.lab import simulation
 
     seen: dict[str, list[bool]] = {}
     true = Site.predictions

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import configs
-from secure_fed.backbone import LoadedBackbone, load_backbone
-from secure_fed.study import Backbone
+from secure_fed import configs
+from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.protocol.study import Backbone
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import mini_clip

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-import configs
-from clients.sitefile import SiteFile, SiteServer
-from secure_fed.certificates import create_authority
-from secure_fed.errors import SiteFileError
-from secure_fed.phantoms import PhantomSite, make_phantoms
-from secure_fed.simulation import open_run, open_sites, prepare
-from secure_fed.study import AgreedStudy, Study
-from secure_fed.tomlfile import read_toml, write_toml
+from secure_fed import configs
+from secure_fed.clients.sitefile import SiteFile, SiteServer
+from secure_fed.core.errors import SiteFileError
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.lab.phantoms import PhantomSite, make_phantoms
+from secure_fed.lab.simulation import open_run, open_sites, prepare
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.transport.certificates import create_authority
 from tests.conftest import OBSERVER, TRAINING, make_template
 from tests.forked import Forked
 from tests.namespaces import Host, Hosts, Lan
@@ -296,7 +296,7 @@ def own_hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 def expected(folder: Path, template: Study, images: Path) -> str:
     """The adapter of the same study in one process."""
-    from secure_fed.simulation import Listener, simulate
+    from secure_fed.lab.simulation import Listener, simulate
 
     quiet = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
     return str(simulate(template, folder, images, quiet)["adapter_digest"])

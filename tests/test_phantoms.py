@@ -21,8 +21,8 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from secure_fed.errors import DataError, OutputError, StorageError
-from secure_fed.phantoms import (
+from secure_fed.core.errors import DataError, OutputError, StorageError
+from secure_fed.lab.phantoms import (
     CLASSES,
     SIZE,
     PhantomSite,
@@ -216,8 +216,8 @@ def die(root: Path, seed: int, site: PhantomSite) -> None:
 
 
 def test_a_killed_process_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secure_fed.phantoms.os.sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr("secure_fed.phantoms._make_site", die)
+    monkeypatch.setattr("secure_fed.lab.phantoms.os.sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr("secure_fed.lab.phantoms._make_site", die)
     with pytest.raises(StorageError, match="a process that draws phantoms was ended"):
         make_phantoms(tmp_path, default_sites(2), 0)
 

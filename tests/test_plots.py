@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clients.sitefile import read_site_file
-from secure_fed import plots
-from secure_fed.adapter_file import load_adapter
 from secure_fed.cli import main
-from secure_fed.errors import AdapterFileError
-from secure_fed.evaluation import metrics
-from secure_fed.plots import COLOURS, Run, plot_run, plot_site
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import AdapterFileError
+from secure_fed.model.adapter_file import load_adapter
+from secure_fed.model.evaluation import metrics
+from secure_fed.operate import plots
+from secure_fed.operate.plots import COLOURS, Run, plot_run, plot_site
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation
 
 torch.set_num_threads(1)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from clients.site import Site
-from clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
-from privacy.dp_training import refuse_method
-from secure_fed.errors import PrivateMethodError, SiteFileError
-from secure_fed.study import Method, with_fields
-from secure_fed.tomlfile import parse_toml
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
+from secure_fed.core.errors import PrivateMethodError, SiteFileError
+from secure_fed.core.tomlfile import parse_toml
+from secure_fed.privacy.dp_training import refuse_method
+from secure_fed.protocol.study import Method, with_fields
 from tests.conftest import Federation, make_template
 
 

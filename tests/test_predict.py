@@ -21,16 +21,16 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from clients.data import read_data
-from clients.sitefile import read_site_file
-from clients.training import predict
-from secure_fed.adapter_file import CALIBRATION, Calibration, load_adapter, save_adapter, save_calibration
-from secure_fed.adapters import PRIVATE_HEAD, build_adapter
-from secure_fed.calibration import LEAST, MOST, fit_temperature, tempered
 from secure_fed.cli.client import _write_results
-from secure_fed.errors import AdapterFileError, DataError, UnreadableImageError
-from secure_fed.predict import predict_folder
-from secure_fed.study import AgreedStudy, Method, load_study
+from secure_fed.clients.data import read_data
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.clients.training import predict
+from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError
+from secure_fed.model.adapter_file import CALIBRATION, Calibration, load_adapter, save_adapter, save_calibration
+from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
+from secure_fed.model.calibration import LEAST, MOST, fit_temperature, tempered
+from secure_fed.operate.predict import predict_folder
+from secure_fed.protocol.study import AgreedStudy, Method, load_study
 from tests.conftest import CLASSES, TRAINING, Federation, Run, run_round
 
 torch.set_num_threads(1)

@@ -24,14 +24,14 @@ from PIL import Image
 from report_folders import CLASSES, EPSILONS, METHODS, SITES, VALUES, make_attack, make_sweep, summary
 from typer.testing import CliRunner
 
-from clients.sitefile import read_site_file
 from secure_fed.cli import app
 from secure_fed.cli.client import _write_results
-from secure_fed.errors import ReportError, SecfacmicError
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import ReportError, SecfacmicError
+from secure_fed.lab.simulation import Listener, simulate
 from secure_fed.report import write_report
 from secure_fed.report.chart import nice_axis
 from secure_fed.report.page import SHADES, _source
-from secure_fed.simulation import Listener, simulate
 
 HOSTILE = "</style><script>alert(1)</script>\"' onload=alert(2) ${x} {{ 7*7 }} <img src=http://evil.example/x>"
 

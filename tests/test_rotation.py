@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
-from clients.site import Site
-from clients.sitefile import read_site_file
-from privacy.keys import create_identity, load_identity, open_sealed_key
-from secure_fed.errors import AdapterMismatchError, KeyFileError, ProtocolError, RecordError, SiteFileError
-from secure_fed.protocol import ReplyCode, RoundRequest
-from secure_fed.records import RecordHeader, sign_record
-from secure_fed.sealed_key import KEY_MAGIC, check_sealed_key
-from secure_fed.signed import payload_fields, sign_frame, split_frame
-from secure_fed.study import StudySite
-from server.coordinator import Coordinator
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import AdapterMismatchError, KeyFileError, ProtocolError, RecordError, SiteFileError
+from secure_fed.privacy.keys import create_identity, load_identity, open_sealed_key
+from secure_fed.protocol.records import RecordHeader, sign_record
+from secure_fed.protocol.rounds import ReplyCode, RoundRequest
+from secure_fed.protocol.sealed_key import KEY_MAGIC, check_sealed_key
+from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
+from secure_fed.protocol.study import StudySite
+from secure_fed.server.coordinator import Coordinator
 from tests.conftest import OBSERVER, Federation, exchange, run_round
 
 
@@ -83,7 +83,7 @@ def test_the_second_attempt_carries_the_stored_integers(
         exchange(coordinator, site)
     path = next(federation.folder.glob("sites/ash/state/runs/*/outbox/*.integers"))
     before = path.read_bytes()
-    monkeypatch.delattr("clients.site.train_round")  # whoever trains again fails
+    monkeypatch.delattr("secure_fed.clients.site.train_round")  # whoever trains again fails
     rotate(federation, coordinator)
     coordinator.close_round()
     for site in sites:

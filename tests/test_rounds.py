@@ -10,24 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clients.replica import MAX_REFUSALS
-from clients.site import Site
-from privacy.lanes import CipherWire
-from secure_fed import codec
-from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
-from secure_fed.envelope import EnvelopeHeader, open_envelope
-from secure_fed.errors import (
+from secure_fed.clients.replica import MAX_REFUSALS
+from secure_fed.clients.site import Site
+from secure_fed.core.errors import (
     AdapterMismatchError,
     EnvelopeError,
     KeyDeadError,
     ProtocolError,
     RecordError,
 )
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.records import RecordHeader, SignedContribution, new_header, sign_record
-from secure_fed.signed import payload_fields, sign_frame, split_frame
-from secure_fed.simulation import prepare
-from server.coordinator import Coordinator
+from secure_fed.lab.simulation import prepare
+from secure_fed.protocol import codec
+from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.protocol.envelope import EnvelopeHeader, open_envelope
+from secure_fed.protocol.packing import CipherWire
+from secure_fed.protocol.records import RecordHeader, SignedContribution, new_header, sign_record
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
+from secure_fed.server.coordinator import Coordinator
 from tests.conftest import Federation, exchange, make_template, run_round
 
 
@@ -126,7 +126,7 @@ def test_a_late_site_replays_the_journal_in_pages(federation: Federation, monkey
     coordinator = federation.begin(sites)
     for _ in range(3):
         run_round(coordinator, sites[:3])
-    monkeypatch.setattr("server.coordinator.PAGE_BYTES", 200_000)
+    monkeypatch.setattr("secure_fed.server.coordinator.PAGE_BYTES", 200_000)
     codes = []
     while not codes or codes[-1] == ReplyCode.MORE:
         codes.append(exchange(coordinator, sites[3]).code)
@@ -197,7 +197,7 @@ def _resigned(
     federation: Federation, data: bytes, signer: str = "ash", payload: bytes | None = None, **fields: object
 ) -> bytes:
     """The envelope with other header fields, signed with a site's true key."""
-    from privacy.keys import load_identity
+    from secure_fed.privacy.keys import load_identity
 
     frame = split_frame(ENVELOPE_MAGIC, data, 4096, EnvelopeError)
     header = EnvelopeHeader.model_validate_json(frame.header)
@@ -275,7 +275,7 @@ def test_an_observer_or_a_non_canonical_header_is_refused(
         )
     frame = split_frame(ENVELOPE_MAGIC, reply.envelope, 4096, EnvelopeError)
     spaced = frame.header.replace(b'":', b'": ', 1)
-    from privacy.keys import load_identity
+    from secure_fed.privacy.keys import load_identity
 
     signing = load_identity(federation.folder / "sites" / "ash" / "identity", "ash").signing
     data = b"SFE1" + len(spaced).to_bytes(4, "big") + spaced + signing.sign(b"SFE1" + spaced) + bytes(frame.payload)
@@ -423,7 +423,7 @@ def _append(forger: Forger, record: bytes) -> None:
     journal = forger.coordinator.journal
     journal._folder.append(checked := journal.chain.check(record))
     journal.chain.advance(checked)
-    from server.journal import JournalEntry
+    from secure_fed.server.journal import JournalEntry
 
     journal.records.append(JournalEntry(checked))
     forger.coordinator._open_round()
@@ -491,7 +491,7 @@ def test_a_scaled_sum_and_another_runs_envelopes_are_refused(forger: Forger) -> 
     total = forger.wire.zero()
     for payload in forger.payloads:
         forger.wire.add(total, payload)
-    from privacy.lanes import MODULUS
+    from secure_fed.protocol.packing import MODULUS
 
     scaled = np.array([int(value) * 1024 % MODULUS for value in total.ravel()], dtype=np.uint64).reshape(total.shape)
     tails = [forger.wire.tail(payload) for payload in forger.payloads]
@@ -556,7 +556,7 @@ def test_plain_genesis_in_he_mode_is_refused(federation: Federation) -> None:
 def test_another_signing_key_cannot_continue_the_journal(federation: Federation) -> None:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from secure_fed.errors import StudyError
+    from secure_fed.core.errors import StudyError
 
     federation.begin(federation.sites())
     with pytest.raises(StudyError, match="the study names"):

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tenseal import sealapi
 
-from privacy import ckks, seal_format
-from privacy.lanes import DEGREE, MODULUS, Coefficients
-from privacy.seal_format import SeededForm
-from secure_fed.errors import SealFormatError
+from secure_fed.core.errors import SealFormatError
+from secure_fed.privacy import ckks, seal_format
+from secure_fed.privacy.seal_format import SeededForm
+from secure_fed.protocol.packing import DEGREE, MODULUS, Coefficients
 
 ROOT = Path(__file__).parents[1]
 SCALE = 12345.678
@@ -207,8 +207,8 @@ def test_nothing_else_saves_or_loads_seal_objects() -> None:
 def test_a_whole_round_leaves_no_file(tmp_path: Path) -> None:
     code = """
 import numpy as np
-from privacy.ckks import Cipher, StudySecret
-from privacy.lanes import Binding, Contribution, lane_parameters, wire
+from secure_fed.privacy.ckks import Cipher, StudySecret
+from secure_fed.protocol.packing import Binding, Contribution, lane_parameters, wire
 parameters = lane_parameters(4, 18, 2, 10)
 secret = StudySecret.from_bytes(StudySecret.generate().to_bytes())
 cipher, w, who = Cipher(parameters, secret), wire("he", parameters), Contribution("a", 0)

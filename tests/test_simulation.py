@@ -17,14 +17,14 @@ import pytest
 import safetensors.numpy
 import tomli_w
 
-from clients.features import pool_features
-from clients.training import train_alone
-from secure_fed import codec
-from secure_fed.errors import OutputError, StorageError
-from secure_fed.evaluation import SCALARS
-from secure_fed.protocol import ReplyCode, RoundReply
-from secure_fed.simulation import Listener, RoundFacts, simulate
-from secure_fed.storage import exclusive
+from secure_fed.clients.features import pool_features
+from secure_fed.clients.training import train_alone
+from secure_fed.core.errors import OutputError, StorageError
+from secure_fed.core.storage import exclusive
+from secure_fed.lab.simulation import Listener, RoundFacts, simulate
+from secure_fed.model.evaluation import SCALARS
+from secure_fed.protocol import codec
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, template_table
 
 
@@ -187,11 +187,13 @@ def test_local_only_trains_as_long_as_the_federation(
     finished: tuple[Path, dict[str, Any], Heard], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    import clients.training
+    import secure_fed.clients.training
 
-    true = clients.training.train_round
+    true = secure_fed.clients.training.train_round
     monkeypatch.setattr(
-        clients.training, "train_round", lambda *args: calls.append(args[0].study.training.steps) or true(*args)
+        secure_fed.clients.training,
+        "train_round",
+        lambda *args: calls.append(args[0].study.training.steps) or true(*args),
     )
     federation = Federation(finished[0])
     federation.site("ash").train_alone(federation.agreed)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import tomli_w
 
-from clients.sitefile import SiteFile, read_site_file
-from secure_fed.errors import BackboneDigestError, OutputError, SiteFileError, StudyError
-from secure_fed.new_study import new_study
-from secure_fed.study import load_study, read_study, with_fields
+from secure_fed.clients.sitefile import SiteFile, read_site_file
+from secure_fed.core.errors import BackboneDigestError, OutputError, SiteFileError, StudyError
+from secure_fed.operate.new_study import new_study
+from secure_fed.protocol.study import load_study, read_study, with_fields
 from tests.conftest import Federation, make_template, template_table
 
 
@@ -108,7 +108,7 @@ def test_the_id_is_of_the_content_not_of_the_bytes(tmp_path: Path) -> None:
 
 
 def test_new_fields_and_other_defaults_leave_old_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secure_fed.study import Training
+    from secure_fed.protocol.study import Training
 
     whole = with_fields(read_study(_write(tmp_path / "a.toml", template_table())))
     again = _write(tmp_path / "b.toml", whole.model_dump(mode="json", exclude_none=True))

@@ -18,11 +18,10 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import configs
-from secure_fed.errors import OutputError, StorageError, StudyError, SweepFileError
-from secure_fed.report.recommendation import Compared, Score, compare, recommend
-from secure_fed.simulation import open_sites, prepare
-from secure_fed.sweep import (
+from secure_fed import configs
+from secure_fed.core.errors import OutputError, StorageError, StudyError, SweepFileError
+from secure_fed.lab.simulation import open_sites, prepare
+from secure_fed.lab.sweep import (
     Finished,
     Sweep,
     SweepListener,
@@ -35,7 +34,8 @@ from secure_fed.sweep import (
     read_sweep,
     run_sweep,
 )
-from secure_fed.sweep_file import Trial, plan_trials, read_sweep_file, with_settings
+from secure_fed.lab.sweep_file import Trial, plan_trials, read_sweep_file, with_settings
+from secure_fed.report.recommendation import Compared, Score, compare, recommend
 from tests.conftest import template_table
 
 ROOT = Path(__file__).parents[1]
@@ -316,7 +316,7 @@ def test_a_sweep_is_killed_and_goes_on(small: Path, tmp_path: Path, monkeypatch:
     assert {path: path.stat().st_mtime_ns for path in (out / "features").iterdir()} == features
 
     # Results of other code are refused, and so is another sweep.
-    monkeypatch.setattr("secure_fed.sweep.code_digest", lambda: "0" * 64)
+    monkeypatch.setattr("secure_fed.lab.sweep.code_digest", lambda: "0" * 64)
     with pytest.raises(OutputError, match="1 trials were run by other code"):
         run_sweep(grown, out, SweepListener())
     grown.write_text(tomli_w.dumps({**table, "name": "other"}))

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from clients import training as module
-from clients.features import Labelled, SiteFeatures
-from clients.training import predict, train_alone, train_round, training_seed, zero_shot
-from secure_fed import aggregation, codec
-from secure_fed.adapters import PRIVATE_HEAD, build_adapter, class_prompt_loss, initial_parameters
-from secure_fed.errors import DataError
-from secure_fed.evaluation import metrics
-from secure_fed.study import Aggregation, AgreedStudy, InitialState, Method, Study, Training
+from secure_fed.clients import training as module
+from secure_fed.clients.features import Labelled, SiteFeatures
+from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
+from secure_fed.core.errors import DataError
+from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter, class_prompt_loss, initial_parameters
+from secure_fed.model.evaluation import metrics
+from secure_fed.protocol import aggregation, codec
+from secure_fed.protocol.study import Aggregation, AgreedStudy, InitialState, Method, Study, Training
 
 torch.set_num_threads(1)
 

@@ -13,15 +13,10 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from clients.keyring import KeyRing
-from clients.site import Site
-from clients.sitefile import SiteData, SiteFile
-from privacy.ckks import Cipher
-from privacy.keys import Identity, load_identity, open_sealed_key
-from privacy.lanes import Binding
-from secure_fed import codec
-from secure_fed.envelope import open_envelope
-from secure_fed.errors import (
+from secure_fed.clients.keyring import KeyRing
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteData, SiteFile
+from secure_fed.core.errors import (
     AdapterMismatchError,
     EnvelopeError,
     KeyDeadError,
@@ -29,10 +24,15 @@ from secure_fed.errors import (
     LedgerRollbackError,
     RecordError,
 )
-from secure_fed.protocol import ReplyCode, RoundReply, RoundRequest
-from secure_fed.records import Chain, RecordFolder
-from secure_fed.study import AgreedStudy, load_study
-from server.coordinator import Coordinator
+from secure_fed.privacy.ckks import Cipher
+from secure_fed.privacy.keys import Identity, load_identity, open_sealed_key
+from secure_fed.protocol import codec
+from secure_fed.protocol.envelope import open_envelope
+from secure_fed.protocol.packing import Binding
+from secure_fed.protocol.records import Chain, RecordFolder
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.server.coordinator import Coordinator
 from tests.make_vectors import VECTORS, join
 
 VERSIONS = sorted(path.name for path in VECTORS.iterdir() if path.is_dir())

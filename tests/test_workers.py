@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from secure_fed.errors import WorkersError
-from secure_fed.workers import Outcome, run_locally, run_on_ray
+from secure_fed.core.errors import WorkersError
+from secure_fed.lab.workers import Outcome, run_locally, run_on_ray
 from tests.sweep_tasks import work
 
 TASKS = ["echo a", "refuse", "stumble 0", "die", "echo b", "echo c"]
@@ -55,7 +55,7 @@ def test_closing_ends_what_still_runs(tmp_path: Path) -> None:
 
 def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = (
-        "from pathlib import Path\nfrom secure_fed.workers import run_locally\nfrom tests.sweep_tasks import work\n"
+        "from pathlib import Path\nfrom secure_fed.lab.workers import run_locally\nfrom tests.sweep_tasks import work\n"
         f"if __name__ == '__main__':\n"
         f"    list(run_locally(work, ['sleep {tmp_path}/pid'], 1, Path('{tmp_path}/log')))\n"
     )

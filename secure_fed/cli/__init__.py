@@ -34,7 +34,7 @@ from secure_fed.cli import (
     sweep,
 )
 from secure_fed.cli.output import ConsoleHandler, console
-from secure_fed.errors import SecfacmicError, StorageError
+from secure_fed.core.errors import SecfacmicError, StorageError
 
 typer.core.HAS_RICH = False  # else brackets are escaped for a markup that is off, and shown as \[required]
 
@@ -78,8 +78,7 @@ INTERRUPTED = 130
 def main() -> None:
     """Entry point of ``secfacmic``."""
     logging.getLogger().addHandler(logging.NullHandler())  # Opacus sets up a root handler where there is none
-    for package in ("secure_fed", "privacy", "clients", "server"):
-        logging.getLogger(package).handlers = [ConsoleHandler()]
+    logging.getLogger("secure_fed").handlers = [ConsoleHandler()]
     try:
         app()
     except SecfacmicError as error:

@@ -28,9 +28,9 @@ def attack(
     json_: Json = False,
 ) -> None:
     """Attack a study on public or simulated data: membership inference and inversion, of each view of it."""
-    from secure_fed.attack import attack as run
-    from secure_fed.attack import describe
-    from secure_fed.study import read_study
+    from secure_fed.lab.attack import attack as run
+    from secure_fed.lab.attack import describe
+    from secure_fed.protocol.study import read_study
 
     with Progress(console=console) as progress:
         bar = progress.add_task("training and attacking", total=shadows)

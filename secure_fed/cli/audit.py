@@ -26,10 +26,10 @@ def audit(
     """
     import torch
 
-    from privacy.attacks import attack_with_and_without
-    from privacy.audit import audit as run
-    from secure_fed.errors import AuditFailedError
-    from secure_fed.study import PrivateTraining, read_study
+    from secure_fed.core.errors import AuditFailedError
+    from secure_fed.privacy.attacks import attack_with_and_without
+    from secure_fed.privacy.audit import audit as run
+    from secure_fed.protocol.study import PrivateTraining, read_study
 
     torch.set_num_threads(1)  # on arrays so small, more threads mostly wait for each other
     settings = PrivateTraining() if study is None else read_study(study).privacy

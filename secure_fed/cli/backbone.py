@@ -25,8 +25,8 @@ def random(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
 ) -> None:
     """Write a checkpoint with seeded random weights, and print its digest."""
-    from secure_fed.backbone import load_backbone, make_random_checkpoint
-    from secure_fed.study import Backbone
+    from secure_fed.model.backbone import load_backbone, make_random_checkpoint
+    from secure_fed.protocol.study import Backbone
 
     make_random_checkpoint(model, seed, file)
     _tell(file, load_backbone(Backbone(model=model, weights="random", seed=seed), file))
@@ -38,7 +38,7 @@ def fetch(
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Gets a folder to carry to the sites.")],
 ) -> None:
     """Download weights where there is internet, with all that loads them where there is none; print their digest."""
-    from secure_fed.backbone_fetch import fetch as run
+    from secure_fed.model.backbone_fetch import fetch as run
 
     _tell(*run(name, to))
 
@@ -51,7 +51,7 @@ def add(
     ] = None,
 ) -> None:
     """Check that weights load, and copy them to where every study that names them finds them; print their digest."""
-    from secure_fed.backbone_fetch import add as run
+    from secure_fed.model.backbone_fetch import add as run
 
     _tell(*run(path, model))
 
@@ -59,8 +59,8 @@ def add(
 @app.command("list")
 def list_(json_: Json = False) -> None:
     """The weights on this machine: those added, and those that come with secfacmic."""
-    import configs
-    from secure_fed.backbone_store import entries, store_folder
+    from secure_fed import configs
+    from secure_fed.model.backbone_store import entries, store_folder
 
     store = store_folder()
     rows: list[dict[str, Any]] = [

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secure_fed.cli.output import Delta, Device, Epsilon, Pace
-from secure_fed.errors import RoundFailedError, SecfacmicError, StorageError
+from secure_fed.core.errors import RoundFailedError, SecfacmicError, StorageError
 
 if TYPE_CHECKING:
-    from clients.site import Site
-    from clients.sitefile import SiteFile
-    from secure_fed.status import StatusFile
-    from secure_fed.study import AgreedStudy
+    from secure_fed.clients.site import Site
+    from secure_fed.clients.sitefile import SiteFile
+    from secure_fed.core.status import StatusFile
+    from secure_fed.protocol.study import AgreedStudy
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +39,22 @@ def client(
 
     After each round STATE has adapter.safetensors and summary.json.
     """
-    from secure_fed.processes import be_quiet_outside, die_with_parent, end_on_sigterm, log_lines
+    from secure_fed.core.processes import be_quiet_outside, die_with_parent, end_on_sigterm, log_lines
 
     die_with_parent()
     end_on_sigterm()
     be_quiet_outside()
-    from clients.acceptance import require_acceptance
-    from clients.app import SiteApp
-    from clients.sent import SentList
-    from clients.site import Site
-    from clients.sitefile import read_site_file, with_budget, with_device
-    from clients.supernode import run_site
-    from secure_fed.closing import refuse_closed
-    from secure_fed.errors import SiteFileError
-    from secure_fed.status import StatusFile, keep_log
-    from secure_fed.storage import exclusive, make_folder
-    from secure_fed.study import load_study
+    from secure_fed.clients.acceptance import require_acceptance
+    from secure_fed.clients.flower_app import SiteApp
+    from secure_fed.clients.flower_node import run_site
+    from secure_fed.clients.outgoing_log import SentList
+    from secure_fed.clients.site import Site
+    from secure_fed.clients.sitefile import read_site_file, with_budget, with_device
+    from secure_fed.core.errors import SiteFileError
+    from secure_fed.core.status import StatusFile, keep_log
+    from secure_fed.core.storage import exclusive, make_folder
+    from secure_fed.operate.closing import refuse_closed
+    from secure_fed.protocol.study import load_study
 
     log_lines()
     file = with_device(with_budget(read_site_file(site), epsilon, delta), device)
@@ -136,10 +136,10 @@ def _without_patients(error: Exception, file: SiteFile) -> SecfacmicError:
 
 def _write_results(file: SiteFile, agreed: AgreedStudy, site: Site, before: dict[str, float | None]) -> None:
     """The adapter after the last round and what it does on this site's test images; both stay here."""
-    from clients.calibration import calibrate
-    from secure_fed.adapter_file import CALIBRATION, save_adapter, save_calibration
-    from secure_fed.device import describe_device
-    from secure_fed.storage import write_durable
+    from secure_fed.clients.calibration import calibrate
+    from secure_fed.core.storage import write_durable
+    from secure_fed.model.adapter_file import CALIBRATION, save_adapter, save_calibration
+    from secure_fed.model.device import describe_device
 
     if not site.round:
         return

@@ -27,10 +27,10 @@ def check(site: SiteToml, json_: Json = False) -> None:
 
     Interrupted, the same command goes on from there.
     """
-    from clients.data_check import check_data
-    from clients.sitefile import read_site_file
-    from secure_fed.errors import DataLeakError
-    from secure_fed.study import load_study
+    from secure_fed.clients.data_check import check_data
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.core.errors import DataLeakError
+    from secure_fed.protocol.study import load_study
 
     file = read_site_file(site)
     with progress("checking images") as tell:
@@ -57,10 +57,10 @@ def forget(
 
     What was aggregated, and adapters that were made of it, cannot be taken back: docs/data.md.
     """
-    from clients.forgotten import forget as forget_patient
-    from clients.sitefile import read_site_file
-    from secure_fed.storage import exclusive, make_folder
-    from secure_fed.study import load_study
+    from secure_fed.clients.erasure import forget as forget_patient
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.core.storage import exclusive, make_folder
+    from secure_fed.protocol.study import load_study
 
     file = read_site_file(site)
     agreed = load_study(Path(file.study))

@@ -10,7 +10,7 @@ import typer
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, out, print_json
 from secure_fed.cli.simulate import budget_of, live, privacy_lines, results_table
 from secure_fed.cli.study import Mode, Seed, template
-from secure_fed.study import with_fields
+from secure_fed.protocol.study import with_fields
 
 
 def demo(
@@ -34,7 +34,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Run a server and its sites as processes on this machine, over TLS, and show what federation brings."""
-    from secure_fed.processes import be_quiet_outside, die_with_parent, end_on_sigterm
+    from secure_fed.core.processes import be_quiet_outside, die_with_parent, end_on_sigterm
 
     die_with_parent()
     end_on_sigterm()
@@ -42,7 +42,7 @@ def demo(
     chosen = template(study, seed, mode)
     if rounds is not None:
         chosen = with_fields(chosen, rounds=rounds)
-    from secure_fed.demo import prepare_federation, run_demo, with_sites
+    from secure_fed.lab.demo import prepare_federation, run_demo, with_sites
 
     if sites is not None:
         chosen = with_sites(chosen, sites)

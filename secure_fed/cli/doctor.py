@@ -11,7 +11,7 @@ import typer
 from secure_fed.cli.output import Json, out, print_json
 
 if TYPE_CHECKING:
-    from secure_fed.doctor import Finding
+    from secure_fed.operate.doctor import Finding
 
 MOST = 9
 """Highest exit status: 10 and above are refusals."""
@@ -30,12 +30,12 @@ def doctor(
 
     Ends with the number of failed checks, at most 9.
     """
-    from secure_fed.processes import be_quiet_outside
+    from secure_fed.core.processes import be_quiet_outside
 
     if (site is None) == (server is None):
         raise typer.BadParameter("expected --site or --server, and one of them")
     be_quiet_outside()
-    from secure_fed.doctor import examine_server, examine_site
+    from secure_fed.operate.doctor import examine_server, examine_site
 
     if site is not None:
         findings = _shown(examine_site(site), json_)

@@ -40,7 +40,7 @@ def pack(
 
     The command's name can be left out: secfacmic evidence DIR --out FILE.
     """
-    from secure_fed.evidence import pack_evidence
+    from secure_fed.operate.evidence import pack_evidence
 
     manifest = pack_evidence(site, into)
     if json_:
@@ -56,7 +56,7 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Check an archive offline: digests, signature, journal, ledger, acceptance and the list of what was sent."""
-    from secure_fed.evidence import verify_evidence
+    from secure_fed.operate.evidence import verify_evidence
 
     found: dict[str, Any] = verify_evidence(archive)
     if json_:

@@ -13,7 +13,7 @@ def explain(
     code: Annotated[int, typer.Argument(min=0, max=255, help="An exit code of secfacmic.")], json_: Json = False
 ) -> None:
     """Say what an exit code means, where it comes from and what to do."""
-    from secure_fed.exit_codes import pages
+    from secure_fed.core.exit_codes import pages
 
     found = pages()
     if code not in found:

@@ -27,7 +27,7 @@ def export(
     json_: Json = False,
 ) -> None:
     """Write the adapter as safetensors with a model card: where it comes from, what it claims, what it is not for."""
-    from secure_fed.export import export_run, export_site
+    from secure_fed.operate.export import export_run, export_site
 
     if (site is None) == (run is None):
         raise typer.BadParameter("expected one of --site and --run")

@@ -12,10 +12,10 @@ from rich.table import Table
 from secure_fed.cli.output import Json, out, print_json
 
 if TYPE_CHECKING:
-    from clients.keyring import KeyRing
-    from clients.sitefile import SiteFile
-    from privacy.keys import Identity
-    from secure_fed.study import AgreedStudy
+    from secure_fed.clients.keyring import KeyRing
+    from secure_fed.clients.sitefile import SiteFile
+    from secure_fed.privacy.keys import Identity
+    from secure_fed.protocol.study import AgreedStudy
 
 app = typer.Typer(help="The study's key: make, take, rotate, show.", no_args_is_help=True)
 
@@ -27,7 +27,7 @@ OutFile = Annotated[Path, typer.Option("--out", help="The sealed key file to wri
 @app.command()
 def create(study: StudyFile, site: SitePath, into: OutFile) -> None:
     """Make a key for a new run and seal it to all sites; at the study's key maker only."""
-    from privacy.keys import create_sealed_key
+    from secure_fed.privacy.keys import create_sealed_key
 
     agreed, _, identity, ring = _open(site, study)
     sealed = create_sealed_key(agreed, identity, ring.newest[0] + 1)
@@ -46,9 +46,9 @@ def rotate(
 
     The coordinator brings it into force with: secfacmic study amend STUDY FILE --state DIR
     """
-    from clients.site import Site
-    from privacy.keys import create_sealed_key, read_public_identity
-    from secure_fed.study import StudySite
+    from secure_fed.clients.site import Site
+    from secure_fed.privacy.keys import create_sealed_key, read_public_identity
+    from secure_fed.protocol.study import StudySite
 
     agreed, file, identity, ring = _open(site, study)
     here = Site(file, agreed)
@@ -65,7 +65,7 @@ def accept(
     sealed: Annotated[Path, typer.Argument(metavar="FILE", help="The sealed key file.")], site: SitePath
 ) -> None:
     """Take a sealed key at a site, after checking its maker, study and epoch."""
-    from secure_fed.errors import KeyFileError
+    from secure_fed.core.errors import KeyFileError
 
     *_, ring = _open(site)
     try:
@@ -107,11 +107,11 @@ def fingerprint(key: str) -> str:
 
 def _open(site: Path, study: Path | None = None) -> tuple[AgreedStudy, SiteFile, Identity, KeyRing]:
     """The site's study, file, identity and keys; the study must be the one that its file names."""
-    from clients.keyring import KeyRing
-    from clients.sitefile import read_site_file
-    from privacy.keys import load_identity
-    from secure_fed.errors import SiteFileError
-    from secure_fed.study import load_study
+    from secure_fed.clients.keyring import KeyRing
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.core.errors import SiteFileError
+    from secure_fed.privacy.keys import load_identity
+    from secure_fed.protocol.study import load_study
 
     file = read_site_file(site)
     agreed = load_study(Path(file.study))
@@ -123,7 +123,7 @@ def _open(site: Path, study: Path | None = None) -> tuple[AgreedStudy, SiteFile,
 
 def _keep(ring: KeyRing, sealed: bytes, into: Path) -> None:
     """Write the file for the others first: a key that only the maker holds would be of no use."""
-    from secure_fed.storage import write_durable
+    from secure_fed.core.storage import write_durable
 
     write_durable(into, sealed)
     header = ring.accept(sealed)

@@ -11,7 +11,7 @@ from rich.table import Table
 from secure_fed.cli.output import Json, out, print_json
 
 if TYPE_CHECKING:
-    from clients.sitefile import SiteFile
+    from secure_fed.clients.sitefile import SiteFile
 
 app = typer.Typer(help="What a site has spent of its patients' privacy.", no_args_is_help=True)
 
@@ -74,10 +74,10 @@ def export(
     into: Annotated[Path, typer.Option("--out", help="The export; holds the ledger's key, so keep it as safe.")],
 ) -> None:
     """Write the ledger, its blocks and its key as one file, from which it can be restored."""
-    from clients.private_round import ledger_folder
-    from privacy.ledger import opened
-    from secure_fed.signed import PRIVATE
-    from secure_fed.storage import write_durable
+    from secure_fed.clients.private_round import ledger_folder
+    from secure_fed.core.storage import write_durable
+    from secure_fed.privacy.ledger import opened
+    from secure_fed.protocol.signing import PRIVATE
 
     with opened(_existing(ledger_folder(_site_file(site)))) as ledger:
         write_durable(into, ledger.export(), PRIVATE)
@@ -90,9 +90,9 @@ def restore(
     site: SiteDir, exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="A file made by ledger export.")]
 ) -> None:
     """Put an export in place of a lost or damaged ledger; it opens when the study's journal confirms its head."""
-    from clients.private_round import ledger_folder
-    from privacy.ledger import restore as put_back
-    from secure_fed.errors import LedgerError
+    from secure_fed.clients.private_round import ledger_folder
+    from secure_fed.core.errors import LedgerError
+    from secure_fed.privacy.ledger import restore as put_back
 
     try:
         data = exported.read_bytes()
@@ -108,14 +108,14 @@ def restore(
 
 
 def _site_file(folder: Path) -> SiteFile:
-    from clients.sitefile import read_site_file
+    from secure_fed.clients.sitefile import read_site_file
 
     return read_site_file(folder / "site.toml")
 
 
 def _existing(folder: Path) -> Path:
-    from privacy.ledger import Ledger
-    from secure_fed.errors import LedgerError
+    from secure_fed.core.errors import LedgerError
+    from secure_fed.privacy.ledger import Ledger
 
     if not Ledger.exists(folder):
         raise LedgerError(f"{folder}: no ledger; expected one: this site has spent nothing, or its state is elsewhere")
@@ -124,8 +124,8 @@ def _existing(folder: Path) -> Path:
 
 def _facts(file: SiteFile) -> dict[str, Any]:
     """The ledger as a document; that of a site that never spent is empty."""
-    from clients.private_round import ledger_folder
-    from privacy.ledger import Ledger
+    from secure_fed.clients.private_round import ledger_folder
+    from secure_fed.privacy.ledger import Ledger
 
     folder = ledger_folder(file)
     if Ledger.exists(folder):

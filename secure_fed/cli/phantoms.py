@@ -24,7 +24,7 @@ def make(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the images.")] = 0,
 ) -> None:
     """Generate head-MRI-like slices of several sites, with manifests."""
-    from secure_fed.phantoms import default_sites, make_phantoms
+    from secure_fed.lab.phantoms import default_sites, make_phantoms
 
     made = default_sites(sites)
     make_phantoms(folder, made, seed)

@@ -20,7 +20,7 @@ def plot(
     json_: Json = False,
 ) -> None:
     """Draw learning curves, confusion matrices, calibration and the features before and after the adapter, as PNG."""
-    from secure_fed.plots import plot_run, plot_site
+    from secure_fed.operate.plots import plot_run, plot_site
 
     into = folder / "plots" if into is None else into
     with console.status("drawing"):

@@ -26,9 +26,9 @@ def predict(
     """Calibrated probabilities of each class for every image of a folder."""
     import json
 
-    from secure_fed.device import choose_device
-    from secure_fed.predict import predict_folder
-    from secure_fed.storage import write_durable
+    from secure_fed.core.storage import write_durable
+    from secure_fed.model.device import choose_device
+    from secure_fed.operate.predict import predict_folder
 
     with console.status("loading the backbone") as status:
         found = predict_folder(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from secure_fed.errors import AddressError, SecfacmicError
+from secure_fed.core.errors import AddressError, SecfacmicError
 
 
 def server(
@@ -29,15 +29,15 @@ def server(
 
     STATE/log keeps what it reports; secfacmic status STATE says where it stands.
     """
-    from secure_fed.processes import be_quiet_outside, die_with_parent, end_on_sigterm, log_lines
+    from secure_fed.core.processes import be_quiet_outside, die_with_parent, end_on_sigterm, log_lines
 
     die_with_parent()
     end_on_sigterm()
     be_quiet_outside()
-    from secure_fed.closing import refuse_closed
-    from secure_fed.status import StatusFile, keep_log
-    from secure_fed.storage import exclusive
-    from server.app import ServerFolders, serve
+    from secure_fed.core.status import StatusFile, keep_log
+    from secure_fed.core.storage import exclusive
+    from secure_fed.operate.closing import refuse_closed
+    from secure_fed.server.app import ServerFolders, serve
 
     log_lines()
     with exclusive(state):

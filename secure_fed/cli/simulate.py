@@ -41,7 +41,7 @@ def simulate(
     json_: Json = False,
 ) -> None:
     """Run a study with all its sites on this machine, encryption included."""
-    from secure_fed.simulation import simulate as run
+    from secure_fed.lab.simulation import simulate as run
 
     with live() as listener:
         chosen, budget = template(study, seed, mode), budget_of(epsilon, delta)
@@ -63,14 +63,14 @@ def budget_of(epsilon: float | None, delta: float | None) -> Any:
     """
     if epsilon is None and delta is None:
         return None
-    from clients.sitefile import SitePrivacy
-    from secure_fed.errors import SiteFileError
-    from secure_fed.simulation import Budget
-    from secure_fed.tomlfile import parse_table
+    from secure_fed.clients.sitefile import SitePrivacy
+    from secure_fed.core.errors import SiteFileError
+    from secure_fed.core.tomlfile import parse_table
+    from secure_fed.lab.simulation import Budget
 
     content = {name: value for name, value in (("epsilon", epsilon), ("delta", delta)) if value is not None}
     checked = parse_table(content, SitePrivacy, SiteFileError, "--epsilon, --delta")
-    logging.getLogger("clients.private_round").setLevel(logging.INFO)
+    logging.getLogger("secure_fed.clients.private_round").setLevel(logging.INFO)
     return Budget(checked.epsilon, checked.delta)
 
 
@@ -101,7 +101,7 @@ def results_table(summary: dict[str, Any]) -> Table:
 @contextmanager
 def live() -> Iterator[Any]:
     """A listener that keeps a table of the rounds up to date on stderr."""
-    from secure_fed.simulation import Listener, RoundFacts
+    from secure_fed.lab.simulation import Listener, RoundFacts
 
     table = Table("round", "sites in", "up", "down", "seconds", "validation")
     status, pace = Text("starting"), Pace()

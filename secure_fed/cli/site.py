@@ -12,9 +12,9 @@ from rich.table import Table
 from secure_fed.cli.output import Delta, Epsilon, Json, out, print_json
 
 if TYPE_CHECKING:
-    from clients.sitefile import SiteFile
-    from privacy.keys import Identity
-    from secure_fed.study import AgreedStudy
+    from secure_fed.clients.sitefile import SiteFile
+    from secure_fed.privacy.keys import Identity
+    from secure_fed.protocol.study import AgreedStudy
 
 app = typer.Typer(help="A site's identity, what it agrees to, and what has left it.", no_args_is_help=True)
 
@@ -33,14 +33,14 @@ def init(
     kind: Annotated[Literal["patients", "public", "simulated"], typer.Option(help="Of the data.")] = "patients",
 ) -> None:
     """Make the site's keys, the public file to send to the coordinator and, with --data, its site.toml."""
-    from clients.sitefile import new_site_file
-    from privacy.keys import create_identity
+    from secure_fed.clients.sitefile import new_site_file
+    from secure_fed.privacy.keys import create_identity
 
     site_file = None if data is None else new_site_file(Path("site.toml"), name, folder, data, kind, server)
     chosen = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True) if passphrase else ""
     create_identity(folder, name, chosen)
     if site_file is not None:
-        from secure_fed.tomlfile import write_toml
+        from secure_fed.core.tomlfile import write_toml
 
         write_toml(Path("site.toml"), site_file)
         _say(f"site.toml: expects what the coordinator sends in {Path(site_file.study).parent}/")
@@ -59,9 +59,9 @@ def accept(
     json_: Json = False,
 ) -> None:
     """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
-    from clients.acceptance import record_acceptance, terms, when
-    from clients.sitefile import with_budget
-    from secure_fed.errors import NotAcceptedError
+    from secure_fed.clients.acceptance import record_acceptance, terms, when
+    from secure_fed.clients.sitefile import with_budget
+    from secure_fed.core.errors import NotAcceptedError
 
     file, agreed, identity = _open(study, site)
     file = with_budget(file, epsilon, delta)
@@ -90,8 +90,8 @@ def sent(
     json_: Json = False,
 ) -> None:
     """List every message that left this site for the server: when, in which round, how many bytes, which digest."""
-    from clients.sent import SentList
-    from clients.sitefile import read_site_file
+    from secure_fed.clients.outgoing_log import SentList
+    from secure_fed.clients.sitefile import read_site_file
 
     file = read_site_file(site / "site.toml")
     rows = SentList(Path(file.state)).read()
@@ -108,11 +108,11 @@ def sent(
 
 def _open(study: Path, site: Path) -> tuple[SiteFile, AgreedStudy, Identity]:
     """Site file, study and identity, which must belong together."""
-    from clients.keyring import KeyRing
-    from clients.sitefile import read_site_file
-    from privacy.keys import load_identity
-    from secure_fed.errors import SiteFileError
-    from secure_fed.study import load_study
+    from secure_fed.clients.keyring import KeyRing
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.core.errors import SiteFileError
+    from secure_fed.privacy.keys import load_identity
+    from secure_fed.protocol.study import load_study
 
     file = read_site_file(site)
     agreed = load_study(study)
@@ -130,7 +130,7 @@ def _open(study: Path, site: Path) -> tuple[SiteFile, AgreedStudy, Identity]:
 
 
 def _recorded(path: Path, identity: Identity) -> Any:
-    from clients.acceptance import check_acceptance
+    from secure_fed.clients.acceptance import check_acceptance
 
     return check_acceptance(path.read_bytes(), identity.keys.signing)[0]
 

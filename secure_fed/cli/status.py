@@ -41,13 +41,13 @@ def status(
 
 def _facts(state: Path) -> dict[str, Any]:
     """The status file with whether a process holds the folder; without a file, what the journal says."""
-    from secure_fed.errors import RecordError
-    from secure_fed.status import StatusFile, is_running
+    from secure_fed.core.errors import RecordError
+    from secure_fed.core.status import StatusFile, is_running
 
     found = StatusFile(state).read()
     if found:
         return {**found, "running": is_running(state)}
-    from server.recompute import find_runs
+    from secure_fed.server.recompute import find_runs
 
     if not state.is_dir():
         raise RecordError(f"{state}: no folder; expected the state folder of a server or a site")
@@ -66,9 +66,9 @@ def _facts(state: Path) -> dict[str, Any]:
 
 def _last_round(journal: Path) -> int:
     """The newest round that the journal's records name, unchecked: secfacmic journal verify checks."""
-    from secure_fed.errors import RecordError
-    from secure_fed.records import MAGIC, RecordHeader
-    from secure_fed.signed import parse_header, split_frame
+    from secure_fed.core.errors import RecordError
+    from secure_fed.protocol.records import MAGIC, RecordHeader
+    from secure_fed.protocol.signing import parse_header, split_frame
 
     newest = max(journal.glob("*.record"))
     frame = split_frame(MAGIC, newest.read_bytes(), 2**28, RecordError)

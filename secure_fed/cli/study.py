@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from secure_fed.cli.output import Json, out, print_json
-from secure_fed.study import Study, load_study, read_study, with_fields
-from secure_fed.tomlfile import write_toml
+from secure_fed.core.tomlfile import write_toml
+from secure_fed.protocol.study import Study, load_study, read_study, with_fields
 
 app = typer.Typer(help="Make, check and show study files.", no_args_is_help=True)
 
@@ -38,8 +38,8 @@ def new(
     ] = None,
 ) -> None:
     """Make a study of a template: coordinator's key, initial adapter, prompt features, digests."""
-    from privacy.keys import read_public_identity
-    from secure_fed.new_study import new_study
+    from secure_fed.operate.new_study import new_study
+    from secure_fed.privacy.keys import read_public_identity
 
     members = [read_public_identity(path) for path in site or []]
     made, backbone = new_study(template(study, seed, mode), members, into, checkpoint)
@@ -52,7 +52,7 @@ def new(
 @app.command()
 def check(study: StudyPath, json_: Json = False) -> None:
     """Check a study file or a template; every error at once."""
-    from secure_fed.adapters import check_method
+    from secure_fed.model.adapters import check_method
 
     found = read_study(study)
     check_method(found.method)
@@ -113,7 +113,7 @@ def ca(
     ] = None,
 ) -> None:
     """Make the study's certificate authority and the server's certificate, or take the hospital's own."""
-    from secure_fed.certificates import CA, CA_KEY, adopt_certificate, create_authority
+    from secure_fed.transport.certificates import CA, CA_KEY, adopt_certificate, create_authority
 
     given = [path for path in (cert, key, authority) if path is not None]
     if not given:
@@ -138,9 +138,9 @@ def add_site(
     weight: Annotated[float, typer.Option(help="Its public weight in the average, in (0, 1].")] = 1.0,
 ) -> None:
     """Put a site's public keys into a study before its first run."""
-    from privacy.keys import read_public_identity
-    from secure_fed.errors import StudyError
-    from secure_fed.study import SiteKeys, StudySite
+    from secure_fed.core.errors import StudyError
+    from secure_fed.privacy.keys import read_public_identity
+    from secure_fed.protocol.study import SiteKeys, StudySite
 
     found = read_study(study)
     identity = read_public_identity(public)
@@ -168,9 +168,9 @@ def amend(
     state: Annotated[Path, typer.Option(help="The server's state folder.")],
 ) -> None:
     """Bring a rotated key into force with the next round, whether the server is running or not."""
-    from secure_fed.errors import KeyFileError, StudyError
-    from secure_fed.records import Chain, RecordFolder
-    from server.coordinator import current_run, store_amendment
+    from secure_fed.core.errors import KeyFileError, StudyError
+    from secure_fed.protocol.records import Chain, RecordFolder
+    from secure_fed.server.coordinator import current_run, store_amendment
 
     agreed = load_study(study)
     run = current_run(state)
@@ -194,7 +194,7 @@ def diff(
     json_: Json = False,
 ) -> None:
     """Show what changed between two versions of a study; exit status 0 whether it did or not."""
-    from secure_fed.study import differences
+    from secure_fed.protocol.study import differences
 
     first, second = read_study(before), read_study(after)
     changes = differences(first, second)
@@ -229,14 +229,14 @@ def close(
     json_: Json = False,
 ) -> None:
     """Destroy a study's keys and outboxes here, for ever, and say what remains."""
-    from secure_fed.closing import close_server, close_site
-    from secure_fed.errors import SiteFileError
+    from secure_fed.core.errors import SiteFileError
+    from secure_fed.operate.closing import close_server, close_site
 
     if (site is None) == (state is None) or (identity and site is None):
         raise typer.BadParameter("expected --site (perhaps with --identity) or --state, and one of them")
     agreed = load_study(study)
     if site is not None:
-        from clients.sitefile import read_site_file
+        from secure_fed.clients.sitefile import read_site_file
 
         file = read_site_file(site)
         if load_study(Path(file.study)).study.id != agreed.study.id:

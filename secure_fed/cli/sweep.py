@@ -22,9 +22,9 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Run a study many times, on public or simulated data, and compare settings."""
-    from secure_fed.errors import TrialFailedError
+    from secure_fed.core.errors import TrialFailedError
+    from secure_fed.lab.sweep import SweepListener, run_sweep
     from secure_fed.report.recommendation import compare
-    from secure_fed.sweep import SweepListener, run_sweep
 
     with Progress(
         TextColumn("{task.description}"),

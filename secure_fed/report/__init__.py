@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from secure_fed.core.storage import write_durable
 from secure_fed.report.groups import Analysis
 from secure_fed.report.page import as_csv, as_html, as_markdown
 from secure_fed.report.results import read_results
-from secure_fed.storage import write_durable
 
 Format = Literal["html", "md", "csv", "png"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from privacy.ledger import Account, claim
+from secure_fed.lab.sweep_file import in_words
+from secure_fed.privacy.ledger import Account, claim
 from secure_fed.report import svg
 from secure_fed.report.chart import UNKNOWN, Cell, Chart, Section, Table, cell, size_text
 from secure_fed.report.figures import sections
@@ -37,7 +38,6 @@ from secure_fed.report.groups import (
     setting_text,
 )
 from secure_fed.report.results import Setting, Trial, flat
-from secure_fed.sweep_file import in_words
 
 SHADES = 11
 """Steps from nothing to all in a shaded table."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from secure_fed.sweep import Finished, Sweep
-from secure_fed.sweep_file import Settings, in_words
+from secure_fed.lab.sweep import Finished, Sweep
+from secure_fed.lab.sweep_file import Settings, in_words
 
 
 @dataclass(frozen=True)

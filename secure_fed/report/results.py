@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-import configs
-from secure_fed.errors import ReportError, StudyError
-from secure_fed.study import AgreedStudy, Study, as_template, load_study, read_study, with_fields
-from secure_fed.sweep import Finished, Sweep, read_sweep
-from secure_fed.sweep_file import DELTA
+from secure_fed import configs
+from secure_fed.core.errors import ReportError, StudyError
+from secure_fed.lab.sweep import Finished, Sweep, read_sweep
+from secure_fed.lab.sweep_file import DELTA
+from secure_fed.protocol.study import AgreedStudy, Study, as_template, load_study, read_study, with_fields
 
 if TYPE_CHECKING:
-    from clients.sitefile import SiteFile
+    from secure_fed.clients.sitefile import SiteFile
 
 Setting = str | float | int | bool | None
 Origin = Literal["simulate", "sweep", "site"]
@@ -319,7 +319,7 @@ def _read_run(folder: Path, results: Results) -> None:
 
 
 def _simulated_kind(folder: Path, study: Study) -> str:
-    from clients.sitefile import read_site_file
+    from secure_fed.clients.sitefile import read_site_file
 
     for site in study.sites:
         path = folder / "sites" / site.name / "site.toml"
@@ -467,9 +467,9 @@ def _site_file(folder: Path) -> Path | None:
 
 
 def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
-    from clients.private_round import ledger_folder
-    from clients.sitefile import read_site_file
-    from privacy.ledger import Ledger
+    from secure_fed.clients.private_round import ledger_folder
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.privacy.ledger import Ledger
 
     file = read_site_file(path)
     agreed = load_study(Path(file.study))
@@ -536,8 +536,8 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
 
 def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[dict[str, Any]]:
     """The rounds of the current run, from the site's own verified copy of the journal."""
-    from server.journal import JournalEntry
-    from server.recompute import find_runs, verify_run
+    from secure_fed.server.journal import JournalEntry
+    from secure_fed.server.recompute import find_runs, verify_run
 
     if not (state / "runs").is_dir():
         return []  # nothing arrived yet

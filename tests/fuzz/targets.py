@@ -16,19 +16,19 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from privacy import ckks, keys, seal_format
-from privacy.ckks import StudySecret
-from privacy.lanes import SEED_BYTES, CipherWire, PlainWire, unpack_coefficients
-from secure_fed import messages
-from secure_fed.envelope import MAGIC as ENVELOPE_MAGIC
-from secure_fed.envelope import RoundPosition, check_position, open_envelope
-from secure_fed.errors import EnvelopeError, KeyFileError, RecordError, SecfacmicError
-from secure_fed.records import MAGIC as RECORD_MAGIC
-from secure_fed.records import Chain
-from secure_fed.sealed_key import KEY_MAGIC, check_amendment, check_sealed_key, verify_acknowledgement
-from secure_fed.signed import payload_fields, split_frame
-from secure_fed.study import InitialState, canonical_json, load_study, read_study
-from server.recompute import EnvelopeStore, find_runs, verify_run
+from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, SecfacmicError
+from secure_fed.privacy import ckks, keys, seal_format
+from secure_fed.privacy.ckks import StudySecret
+from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.protocol.envelope import RoundPosition, check_position, open_envelope
+from secure_fed.protocol.packing import SEED_BYTES, CipherWire, PlainWire, unpack_coefficients
+from secure_fed.protocol.records import MAGIC as RECORD_MAGIC
+from secure_fed.protocol.records import Chain
+from secure_fed.protocol.sealed_key import KEY_MAGIC, check_amendment, check_sealed_key, verify_acknowledgement
+from secure_fed.protocol.signing import payload_fields, split_frame
+from secure_fed.protocol.study import InitialState, canonical_json, load_study, read_study
+from secure_fed.server.recompute import EnvelopeStore, find_runs, verify_run
+from secure_fed.transport import flower_messages as messages
 from tests.test_vectors import VECTORS, Version
 
 VERSION = "v1"

@@ -1,0 +1,115 @@
+"""The site's Flower ClientApp: requests in, replies out, and of failures nothing but a code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from secure_fed.core.errors import BundleError, ProtocolError, RoundFailedError, SecfacmicError
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.transport.flower_messages import contract, read_request, reply_content
+
+if TYPE_CHECKING:
+    from secure_fed.clients.site import Site
+
+log = logging.getLogger(__name__)
+
+_CODES = {
+    1: ReplyCode.FAILED_POLICY,
+    2: ReplyCode.FAILED_DATA,
+    3: ReplyCode.FAILED_BACKBONE,
+    4: ReplyCode.FAILED_PROTOCOL,
+    6: ReplyCode.FAILED_STORAGE,
+}
+"""What a failure is called outside, by the tens of its exit code; a finer one could tell of the images."""
+
+
+class SiteApp:
+    """A site as a Flower app that this node has installed; the server's bundle brings none.
+
+    Args:
+        site: the site.
+        study_id: of its study; the one bundle that is taken is this study's contract.
+        after_round: is called after a reply was sent that followed new records.
+        note: is called with each reply and its round before it is sent; what it cannot note is not sent.
+
+    Attributes:
+        failure: why the site cannot go on; its code was sent, its text stays here.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        study_id: str,
+        after_round: Callable[[Site], None],
+        note: Callable[[RoundReply, int], None] = lambda reply, round_number: None,
+    ) -> None:
+        self.site = site
+        self.failure: SecfacmicError | None = None
+        self._contract = contract(study_id)
+        self._after_round = after_round
+        self._note = note
+        self._reported = -1
+        self._answered_last = False
+        self._app = ClientApp()
+
+        @self._app.train("round")
+        def train(message: Message, context: Context) -> Message:
+            request = read_request(message.content)
+            reply = site.respond(request)
+            self._note(reply, request.round)
+            self._answered_last = site.finished and not request.more
+            return Message(reply_content(reply), reply_to=message)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the study is over, for this site and by the server's word."""
+        return self._answered_last
+
+    def answer(self, message: Message, context: Context, bundle: bytes) -> Message:
+        """Answer one message; never raises, sets :attr:`failure` instead.
+
+        Args:
+            message: of the server.
+            context: Flower's; nothing of it is used.
+            bundle: that the server gave for the message's run.
+        """
+        if bundle != self._contract:
+            self.failure = BundleError(
+                f"the server's bundle has {len(bundle)} bytes and is not this study's contract; expected the same "
+                "study and version of secfacmic at the server: compare study ids (secfacmic study show)"
+            )
+            return self._fail(message, ReplyCode.REFUSED_BUNDLE)
+        try:
+            return self._app(message, context)
+        except ProtocolError as error:
+            # Asked for what does not fit: nothing is wrong here, and the next message may fit.
+            log.warning("%s: a message is refused: %s", self.site.name, error)
+            return self._fail(message, ReplyCode.FAILED_PROTOCOL)
+        except SecfacmicError as error:
+            self.failure = error
+            return self._fail(message, _CODES.get(error.exit_code // 10, ReplyCode.FAILED))
+        except Exception as error:  # nothing of it may leave but a code
+            self.failure = RoundFailedError(
+                f"a round failed with {type(error).__name__}, which nobody foresaw; start the site again, and report "
+                "it if it comes back; nothing was sent"
+            )
+            return self._fail(message, ReplyCode.FAILED)
+
+    def after_reply(self) -> None:
+        """Do what need not delay the reply: results on the site's own disk."""
+        if self.site.position != self._reported:
+            self._reported = self.site.position
+            self._after_round(self.site)
+
+    def _fail(self, message: Message, code: ReplyCode) -> Message:
+        reply = RoundReply(self.site.name, code, run="", position=0, attestation="", envelope=b"")
+        # A code from the fixed list is said even on a full disk.
+        with contextlib.suppress(SecfacmicError):
+            self._note(reply, self.site.round)
+        return Message(reply_content(reply), reply_to=message)

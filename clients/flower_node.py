@@ -1,0 +1,432 @@
+"""The site's connection to the server, and all that we use of flwr beyond its public API at a site.
+
+Flower's own SuperNode would install and run what the server sends, open a local port, exit when the server is away,
+and look for messages every three seconds. This one speaks the same Fleet protocol, from one process without a port:
+it pulls a message, checks the bundle that its run came with, hands it to the site's own app and sends the answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import email.utils
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from secure_fed.core.errors import CertificateError, ClockError, NotAdmittedError
+from secure_fed.transport.certificates import read_authority
+
+if TYPE_CHECKING:
+    from secure_fed.clients.flower_app import SiteApp
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 10.0
+"""Flower's shortest; a site that crashed may come back after two of them."""
+
+FASTEST, SLOWEST = 0.05, 1.0
+"""Pause between two looks for messages: short after one came, longer while nothing happens."""
+
+FAST_CALLS, SLOW_CALLS = 100.0, 20.0
+"""Looks a second of all sites together in the two cases: each costs the server some milliseconds."""
+
+SLOWING = 1.2
+"""How much longer each pause is than the one before."""
+
+RETRY_FIRST, RETRY_MOST = 0.2, 5.0
+REJOIN_SECONDS = 60.0
+"""How long Flower's refusal of a node that it takes for online can last; beyond that it means something else."""
+
+CALL_SECONDS = 30.0
+"""Time for one call; a message goes in parts of at most 5 MiB."""
+
+FAREWELL_SECONDS = 5.0
+"""How long a site stays after its last reply: Flower drops replies of nodes that have left."""
+
+AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 305.0
+"""Flower's limits for a site's clock."""
+
+T = TypeVar("T")
+
+
+class _Stale(Exception):
+    """The server no longer waits for this message: its run has ended."""
+
+
+class _Forgotten(Exception):
+    """The server does not know this node any more: its state is another one."""
+
+
+def run_site(app: SiteApp, address: str, authority: Path, sites: int, proxy: str | None = None) -> None:
+    """Take part until the study is over.
+
+    Args:
+        app: the site.
+        address: host and port of the server.
+        authority: certificate of the study's authority.
+        sites: how many there are in the study; the more, the less often each calls.
+        proxy: URL of an HTTP proxy through which the server is reached (by CONNECT, so that TLS ends at the server);
+            without one, the one that ``HTTPS_PROXY`` names, unless ``NO_PROXY`` excepts the server.
+
+    Raises:
+        CertificateError: the server does not prove to be the one that the study means.
+        ClockError: the clocks differ too much.
+        NotAdmittedError: the server does not know this site.
+        SecfacmicError: why the site itself cannot go on.
+    """
+    way = proxy_to(address, proxy)
+    connection = _Connection(address, read_authority(authority), app.site.connection_key, way)
+    try:
+        while not app.finished and app.failure is None:
+            connection.join()
+            with contextlib.suppress(_Forgotten):
+                _answer_messages(app, connection, sites)
+    finally:
+        connection.leave()
+    if app.failure is not None:
+        raise app.failure
+
+
+def proxy_to(address: str, given: str | None) -> str | None:
+    """The proxy on the way to a server: the one given, else the environment's, unless that excepts the server."""
+    if given is not None or proxy_bypass(address):
+        return given
+    return getproxies().get("https")
+
+
+def unsigned_pull(host: str, key: ec.EllipticCurvePrivateKey) -> str:
+    """A request over HTTP/1.1 that names a site's key and is not signed.
+
+    The server refuses it in any case: with 403 and nothing more if it does not know the key.
+    """
+    public = base64.b64encode(public_key_to_bytes(key.public_key())).decode()
+    return (
+        f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"
+        f"{FLEET_HTTP_PUBLIC_KEY_HEADER}: {public}\r\n\r\n"
+    )
+
+
+def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
+    fastest, slowest = max(FASTEST, sites / FAST_CALLS), max(SLOWEST, sites / SLOW_CALLS)
+    pause = fastest
+    while app.failure is None and not app.finished:
+        received = None
+        with contextlib.suppress(_Stale):
+            received = connection.pull()
+        if received is None:
+            time.sleep(pause)
+            pause = min(slowest, pause * SLOWING)
+            continue
+        pause = fastest
+        message, bundle = received
+        context = Context(message.metadata.run_id, connection.node.node_id, {}, RecordDict(), {})
+        began = time.monotonic()
+        answer = app.answer(message, context, bundle)
+        seconds = time.monotonic() - began
+        log.info("round %s: answered in %.2f s", message.metadata.group_id, seconds)
+        with contextlib.suppress(_Stale):
+            connection.push(answer, seconds)
+        app.after_reply()
+    connection.stay(FAREWELL_SECONDS)
+
+
+class _Connection:
+    """The Fleet API as one node: every call repeats until the server is there."""
+
+    def __init__(
+        self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, proxy: str | None = None
+    ) -> None:
+        self.node = Node()
+        self._address = address
+        # For messages: without user and password.
+        self._through = "" if proxy is None else f" through the proxy {_without_password(proxy)}"
+        self._public = public_key_to_bytes(key.public_key())
+        self._client = FleetHttpClient.from_server_address(
+            address,
+            insecure=False,
+            root_certificates=authority,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
+        )
+        # flwr's own would follow redirects, and takes no proxy but the environment's.
+        self._client._client.close()
+        self._client._client = httpx.Client(
+            verify=_trust(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False
+        )
+        self._bundles: dict[int, bytes] = {}
+        self._joined = threading.Event()
+        self._left = threading.Event()
+        self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat.start()
+
+    def join(self) -> None:
+        """Connect, however long it takes until the server is there and takes this node."""
+        self._joined.clear()
+        refused_since: float | None = None
+        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_SECONDS)
+        while True:
+            try:
+                response = self._repeat(lambda: self._client.ActivateNode(request))
+            except httpx.HTTPStatusError as error:
+                code = FlowerError.from_json(error.response.text)
+                if code is None or code.code != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
+                    raise
+                if refused_since is None:
+                    refused_since = time.monotonic()
+                    log.info("waiting to rejoin: the server takes this site for connected until 20 s after a crash")
+                elif time.monotonic() - refused_since > REJOIN_SECONDS:
+                    raise NotAdmittedError(
+                        f"{self._address}: the server refuses this site for {REJOIN_SECONDS:g} s; expected at most "
+                        "20 s after a crash: does the site run on another computer too?"
+                    ) from None
+                time.sleep(1.0)
+                continue
+            self.node = Node(node_id=response.node_id)
+            self._joined.set()
+            log.info("connected to %s", self._address)
+            return
+
+    def leave(self) -> None:
+        """Tell the server, if it is there, so that a new start need not wait."""
+        self._left.set()
+        if self._joined.is_set():
+            with contextlib.suppress(httpx.HTTPError):
+                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
+
+    def stay(self, seconds: float) -> None:
+        """Remain connected for a while, or as long as the server is there."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                self._client.SendNodeHeartbeat(self._beat_request())
+            except httpx.HTTPError:
+                return
+            time.sleep(0.25)
+
+    def pull(self) -> tuple[Message, bytes] | None:
+        """The next message and the bundle of its run, None if there is none."""
+        response = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=self.node)))
+        if not response.messages_list:
+            return None
+        run = message_from_proto(response.messages_list[0]).metadata.run_id
+        bundle = self._bundle(run)
+        tree: ObjectTree = response.message_object_trees[0]
+        try:
+            message: Message = pull_and_inflate_object_from_tree(
+                tree,
+                make_pull_object_fn_protobuf(
+                    lambda request: self._call(lambda: self._client.PullObject(request)), self.node, run
+                ),
+                make_confirm_message_received_fn_protobuf(
+                    lambda request: self._call(lambda: self._client.ConfirmMessageReceived(request)), self.node, run
+                ),
+                return_type=Message,
+            )
+        except ObjectPullError:
+            return None  # withdrawn meanwhile
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message, bundle
+
+    def push(self, message: Message, seconds: float) -> None:
+        """Send an answer; the same again until the server has it.
+
+        Raises:
+            _Stale: nobody waits for it any more.
+        """
+        run = message.metadata.run_id
+        message.metadata.__dict__["_message_id"] = message.object_id
+        with no_object_id_recompute():
+            tree = get_object_tree(message)
+            request = PushMessagesRequest(
+                node=self.node,
+                messages_list=[message_to_proto(remove_content_from_message(message))],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[seconds],
+            )
+            while True:
+                response = self._call(lambda: self._client.PushMessages(request))
+                try:
+                    push_objects(
+                        get_all_nested_objects(message),
+                        make_push_object_fn_protobuf(
+                            lambda request: self._call(lambda: self._client.PushObject(request)),
+                            self.node,
+                            run,
+                            response.session_id,
+                        ),
+                        object_ids_to_push=set(response.objects_to_push),
+                    )
+                    return
+                except ObjectPushError:
+                    log.info("the server was away for too long during a reply; it is sent again")
+
+    def _bundle(self, run: int) -> bytes:
+        if run not in self._bundles:
+            info = self._call(lambda: self._client.GetRun(GetRunRequest(node=self.node, run_id=run))).run
+            request = GetFabRequest(node=self.node, hash_str=info.fab_hash, run_id=run)
+            self._bundles = {run: self._call(lambda: self._client.GetFab(request)).fab.content}
+        return self._bundles[run]
+
+    # --- calls ---
+
+    def _call(self, call: Callable[[], T]) -> T:
+        try:
+            return self._repeat(call)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == 401:
+                raise _Forgotten from None
+            log.info("the server no longer waits for this message; it will ask again")
+            raise _Stale from None
+
+    def _repeat(self, call: Callable[[], T]) -> T:
+        """Call until the server is there.
+
+        Raises:
+            HTTPStatusError: it is there and refuses.
+            CertificateError, ClockError, NotAdmittedError: it never will, as things are.
+        """
+        pause = RETRY_FIRST
+        told = False
+        while True:
+            try:
+                result = call()
+            except httpx.HTTPStatusError as error:
+                status = error.response.status_code
+                if status == 403 and not error.response.content:
+                    raise NotAdmittedError(
+                        f"{self._address}: the server does not know this site's key; expected a server of the same "
+                        "study: compare study ids (secfacmic study show)"
+                    ) from None
+                if status == 401:
+                    _check_clock(error.response)
+                if status not in (502, 503, 504):
+                    raise
+                reason = f"it answers {status}"
+            except httpx.TransportError as error:
+                _check_certificate(error, f"{self._address}{self._through}")
+                reason = _reason(error)
+            else:
+                if told:
+                    log.info("the server is there again")
+                return result
+            if not told and pause > RETRY_FIRST * 3:
+                place = f"{self._address}{self._through}"
+                log.info("waiting for the server at %s (%s); it is tried again and again", place, reason)
+                told = True
+            if self._left.wait(pause):
+                raise _Stale  # a worker of flwr's, still trying while we end
+            pause = min(RETRY_MOST, pause * 1.5)
+
+    def _beat(self) -> None:
+        """Heartbeats, also while the site trains."""
+        while not self._left.wait(HEARTBEAT_SECONDS / 2.5):
+            if self._joined.is_set():
+                # Failures show in the next real call.
+                with contextlib.suppress(httpx.HTTPError, ValueError):
+                    self._client.SendNodeHeartbeat(self._beat_request())
+
+    def _beat_request(self) -> SendNodeHeartbeatRequest:
+        return SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_SECONDS)
+
+
+def _check_clock(response: httpx.Response) -> None:
+    try:
+        there = email.utils.parsedate_to_datetime(response.headers["date"])
+    except (KeyError, ValueError):
+        return
+    ahead = (datetime.now(UTC) - there).total_seconds()
+    # The header has whole seconds.
+    if ahead > AHEAD_SECONDS - 1 or ahead < -BEHIND_SECONDS + 1:
+        side = "ahead of" if ahead > 0 else "behind"
+        raise ClockError(
+            f"this computer's clock is {abs(ahead):.0f} s {side} the server's; Flower refuses more than "
+            f"{AHEAD_SECONDS:g} s ahead and {BEHIND_SECONDS:g} s behind: set both clocks by NTP"
+        ) from None
+
+
+def _check_certificate(error: BaseException, address: str) -> None:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return
+    text = cause.verify_message
+    if cause.verify_code in (62, 64):
+        help_text = (
+            "its certificate is for another name; connect by a name that it has, or make one with: "
+            "secfacmic study ca --host NAME"
+        )
+    elif cause.verify_code in (9, 10):
+        help_text = "its certificate is not valid at this time; check this computer's clock, or make a new one"
+    else:
+        help_text = (
+            "it was not issued by the study's authority; expected the server whose ca.crt is in site.toml, and no "
+            "firewall or proxy on the way that opens TLS"
+        )
+    raise CertificateError(f"{address}: the server cannot be trusted ({text}): {help_text}") from None
+
+
+def _trust(authority: bytes) -> ssl.SSLContext:
+    """One authority, and no other."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(cadata=authority.decode("ascii"))
+    return context
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.rpartition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _reason(error: httpx.TransportError) -> str:
+    if isinstance(error, httpx.ProxyError):
+        return f"the proxy refuses: {error}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    text = cause.strerror if isinstance(cause, OSError) else None
+    return (text or type(error).__name__).lower()

@@ -1,0 +1,1 @@
+"""What every other room stands on: errors and exit codes, durable files, processes. It knows no study."""

@@ -1,0 +1,78 @@
+"""Durable files: whole or absent, never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from secure_fed.core.errors import StorageError
+
+
+def make_folder(path: Path, mode: int = 0o755) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        StorageError: the folder cannot be made.
+    """
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: the folder cannot be made ({error.strerror}); free space or choose another place"
+        ) from error
+
+
+def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file so that a crash leaves either the old content or the new one.
+
+    Writes a temporary file beside ``path``, fsyncs it, renames it and fsyncs the folder.
+
+    Raises:
+        StorageError: the disk is full or the place not writable; ``path`` is as it was.
+    """
+    temporary: str | None = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise StorageError(
+            f"{path}: not written ({error.strerror}); expected a writable place with {len(data)} bytes free; "
+            "what was there before is unchanged"
+        ) from error
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; the kernel lets go of it however the process ends.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(f"{folder}: another process is using it; wait for it, or stop it") from error
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Fsync a folder, so that its names survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Several sites in one process, on public or simulated data: simulation, demo, sweeps, attacks, phantoms."""

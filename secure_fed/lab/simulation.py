@@ -1,0 +1,487 @@
+"""A whole study in one process: the same sites and coordinator as in a deployment, encryption included."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from secure_fed.clients.acceptance import record_acceptance, require_acceptance
+from secure_fed.clients.calibration import calibrate
+from secure_fed.clients.data import read_data
+from secure_fed.clients.features import pool_features
+from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.replica import Validation
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
+from secure_fed.clients.training import train_alone
+from secure_fed.core.errors import AdapterMismatchError, NotAcceptedError, OutputError, SiteFileError, StudyError
+from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.lab.phantoms import PhantomSite, make_phantoms
+from secure_fed.model.adapter_file import CALIBRATION, save_adapter, save_calibration
+from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters
+from secure_fed.model.device import DeviceChoice, describe_device
+from secure_fed.model.evaluation import Metrics, mean, metrics, pool
+from secure_fed.operate.new_study import COORDINATOR_KEY, RANDOM_CHECKPOINT, new_study
+from secure_fed.privacy.keys import Identity, create_identity, create_sealed_key, load_identity
+from secure_fed.privacy.ledger import Ledger, opened
+from secure_fed.protocol.codec import Parameters, adapter_digest
+from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
+from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Study, as_template, load_study
+from secure_fed.server.coordinator import Coordinator, current_run
+from secure_fed.server.journal import JournalEntry
+
+
+class Budget(NamedTuple):
+    """A privacy budget: ``epsilon`` above 0, ``delta`` in (0, 1e-3]."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """One finished round, for display.
+
+    Attributes:
+        round: from 1.
+        sites_in: contributors.
+        bytes_up: all accepted envelopes as sent, summed.
+        bytes_down: the record's size times all sites that receive it.
+        seconds: from the round's opening to its record.
+        validation: share of correct validation images of the adapter that the round trained on, if shared.
+    """
+
+    round: int
+    sites_in: tuple[str, ...]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    validation: float | None
+
+
+@dataclass
+class Listener:
+    """What a simulation tells while it runs."""
+
+    encoding: Callable[[str, int, int], None] = lambda site, done, total: None
+    """Site, images done, images in all."""
+    round: Callable[[RoundFacts], None] = lambda facts: None
+    stage: Callable[[str], None] = lambda text: None
+
+
+def simulate(
+    template: Study,
+    out: Path,
+    data: Path | None = None,
+    listener: Listener | None = None,
+    *,
+    skip_unreadable: bool = False,
+    budget: Budget | None = None,
+    device: DeviceChoice | None = None,
+) -> dict[str, Any]:
+    """Run a study on one machine and write its results.
+
+    With a folder that already holds this study, an unfinished run goes on; a finished one is followed by a new run
+    with a new key, journal and run id.
+
+    Args:
+        template: with a ``[simulation]`` table.
+        out: gets ``study.toml, study.safetensors, summary.json, adapter.safetensors, server/, sites/SITE/``.
+        data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
+        listener: is told what happens, if anybody wants to know.
+        skip_unreadable: leave out images that cannot be decoded.
+        budget: privacy budget of each site, as in :func:`prepare`.
+        device: where to compute, if not as each ``site.toml`` says.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        SecfacmicError: whatever a site or the coordinator refuses.
+    """
+    plan_of(template, data)
+    make_folder(out)
+    with exclusive(out):
+        return _simulate(template, out, data, listener or Listener(), skip_unreadable, budget, device)
+
+
+def _simulate(
+    template: Study,
+    out: Path,
+    data: Path | None,
+    listener: Listener,
+    skip_unreadable: bool,
+    budget: Budget | None,
+    device: DeviceChoice | None,
+) -> dict[str, Any]:
+    start = time.monotonic()
+    listener.stage("preparing the study")
+    agreed = prepare(template, out, data, budget=budget)
+    sites = open_sites(agreed, out, skip_unreadable=skip_unreadable, device=device)
+    listener.stage("encoding images")
+    for site in sites:
+        site.features(lambda done, total, name=site.name: listener.encoding(name, done, total))  # type: ignore[misc]
+    listener.stage("training")
+    coordinator = open_run(agreed, out, sites)
+    run_rounds(agreed, coordinator, sites, listener)
+    return finish(agreed, out, sites, coordinator.rounds, start, listener)
+
+
+def open_sites(
+    agreed: AgreedStudy, out: Path, *, skip_unreadable: bool = False, device: DeviceChoice | None = None
+) -> list[Site]:
+    """The sites of a folder that :func:`prepare` has written."""
+    sites = []
+    for member in agreed.study.sites:
+        file = with_device(read_site_file(out / "sites" / member.name / "site.toml"), device)
+        sites.append(Site(file.model_copy(update={"skip_unreadable": skip_unreadable}), agreed))
+    return sites
+
+
+def finish(
+    agreed: AgreedStudy,
+    out: Path,
+    sites: Sequence[Site],
+    rounds: Sequence[JournalEntry],
+    start: float,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Compare and evaluate what the sites hold after the last round, and write adapter and summary.
+
+    Raises:
+        AdapterMismatchError: they hold different adapters.
+    """
+    digests = {site.adapter_digest for site in sites}
+    if len(digests) > 1:
+        raise AdapterMismatchError(f"the sites hold {len(digests)} different adapters; expected one")
+    listener.stage("evaluating")
+    final = sites[0].parameters
+    spent = _privacy_summary(agreed, out)
+    save_adapter(out / "adapter.safetensors", agreed, final)
+    training = [site for site in sites if agreed.study.site(site.name).role == "train"]
+    save_calibration(out / CALIBRATION, final, calibrate(agreed, training, final, personal=False))
+    summary = {
+        "study_id": agreed.study.id,
+        "backbone": {"model": agreed.study.backbone.model, "digest": agreed.study.backbone.digest},
+        "method": agreed.study.method.adapter,
+        "device": {site.name: describe_device(site.device) for site in sites},
+        "mode": agreed.study.mode,
+        "seed": agreed.study.seed,
+        "sites": [site.name for site in agreed.study.sites if site.role == "train"],
+        "observers": [site.name for site in agreed.study.sites if site.role == "observer"],
+        "values": sum(value.size for value in final.values()),
+        "adapter_digest": adapter_digest(final),
+        "rounds": _round_summaries(agreed, sites, rounds, spent),
+        "metrics": evaluate(agreed, sites, final),
+        "seconds_total": time.monotonic() - start,
+    }
+    if spent:
+        summary["privacy"] = spent
+    write_durable(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def prepare(
+    template: Study,
+    out: Path,
+    data: Path | None,
+    server: SiteServer | None = None,
+    budget: Budget | None = None,
+) -> AgreedStudy:
+    """Write study, keys and site folders into a folder, or check that what is there is the same study.
+
+    Args:
+        template: with a ``[simulation]`` table.
+        out: the folder.
+        data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
+        server: how the sites are to reach the server, if by network.
+        budget: privacy budget of each site; without one, that of its ``site.toml`` or ledger, if any.
+
+    Raises:
+        StudyError: the template cannot be simulated.
+        OutputError: the folder holds another study, or sites with other data.
+    """
+    plan = plan_of(template, data)
+    make_folder(out)
+    if (out / "study.toml").exists():
+        agreed = load_study(out / "study.toml")
+        here, wanted = as_template(agreed.study), as_template(template)
+        differing = sorted(key for key in wanted if here[key] != wanted[key])
+        if differing:
+            raise OutputError(
+                f"{out}: holds study {agreed.study.name} with other {', '.join(differing)}; "
+                "expected the same study: choose another --out"
+            )
+    else:
+        identities = [_identity(out, site.name) for site in template.sites]
+        new_study(template, [identity.public for identity in identities], out)
+        agreed = load_study(out / "study.toml")
+    data = data or out / "data"
+    _write_site_files(agreed, plan, out, data, server)
+    _make_phantoms(plan, out / "data", data)
+    if budget is not None:
+        _set_budgets(agreed, plan, out, budget)
+    _accept(agreed, out)
+    return agreed
+
+
+def plan_of(template: Study, data: Path | None) -> Simulation:
+    """The template's ``[simulation]`` table, if it can be played with this data folder.
+
+    Raises:
+        StudyError: it cannot.
+    """
+    plan = template.simulation
+    if plan is None:
+        raise StudyError(
+            f"study {template.name}: no [simulation] table; expected one that says where the sites' data are"
+        )
+    if data is None and not plan.phantoms:
+        raise StudyError(f"study {template.name}: it has no phantoms; give its data folder with --data")
+    return plan
+
+
+def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> dict[str, Any]:
+    """Metrics of what may be compared, on each training site's test images and on the observers' (held out).
+
+    ``zero_shot``; ``local_only`` and ``text_head``, trained at each site alone; ``pooled``, trained on all sites' data
+    together, which only a simulation can; ``federated``, with each site's private head if the study has one. All
+    train for as many rounds and steps. The observers' images count as one set. A locally trained adapter's
+    ``held_out`` is the mean over the sites that trained one; a private head never leaves its site for it.
+    """
+    members = {site.name: site for site in agreed.study.sites}
+    training = [site for site in sites if members[site.name].role == "train"]
+    observers = [site for site in sites if members[site.name].role == "observer"]
+
+    def held_out(parameters: Parameters | None, method: AgreedStudy) -> Metrics:
+        return metrics(*pool([site.predictions(parameters, method) for site in observers])) if observers else mean([])
+
+    def shared(at_site: Callable[[Site], Parameters | None], elsewhere: Parameters | None) -> dict[str, Any]:
+        return {
+            "per_site": {site.name: site.evaluate(at_site(site)) for site in training},
+            "held_out": held_out(elsewhere, agreed),
+        }
+
+    def local(method: AgreedStudy) -> dict[str, Any]:
+        per_site, elsewhere = {}, {}
+        for site in training:
+            trained = site.train_alone(method)
+            per_site[site.name] = site.evaluate(trained, method)
+            trained.pop(PRIVATE_HEAD, None)
+            elsewhere[site.name] = held_out(trained, method)
+        return {"per_site": per_site, "held_out": mean(list(elsewhere.values())), "held_out_per_site": elsewhere}
+
+    together, first = pool_features([site.features() for site in training]), training[0]
+    pooled = train_alone(agreed, together, "pooled", first.tower, first.device)
+    return {
+        "zero_shot": shared(lambda site: None, None),
+        "local_only": local(agreed),
+        "text_head": local(_with_method(agreed, Method(adapter="text_head", loss=agreed.study.method.loss))),
+        "pooled": shared(lambda site: pooled, pooled),
+        "federated": shared(lambda site: site.personal(final), final),
+    }
+
+
+def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
+    """The same study with another method, for baselines that never leave a site."""
+    initial = agreed.initial
+    prompts = initial.prompt_features
+    adapter = initial_parameters(method, prompts.shape[1], prompts, agreed.study.seed)
+    return AgreedStudy(agreed.study.model_copy(update={"method": method}), replace(initial, adapter=adapter))
+
+
+def _identity(out: Path, name: str) -> Identity:
+    folder = out / "sites" / name / "identity"
+    return load_identity(folder, name) if (folder / "signing.key").exists() else create_identity(folder, name)
+
+
+def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Path, server: SiteServer | None) -> None:
+    """Write each site's ``site.toml``; one that is there must be the same, but for how to reach the server."""
+    random = agreed.study.backbone.weights == "random"
+    for played in plan.sites:
+        file = SiteFile(
+            format=1,
+            site=played.name,
+            study="../../study.toml",
+            state="state",
+            identity="identity",
+            checkpoint=f"../../{RANDOM_CHECKPOINT}" if random else None,
+            data=SiteData(
+                folder=str((data / played.folder).resolve()), kind=plan.kind, unit=plan.unit, shares=plan.shares
+            ),
+            allow_plain=agreed.study.mode == "plain",
+            min_sites=agreed.study.min_sites,
+        )
+        path = out / "sites" / played.name / "site.toml"
+        if path.exists():
+            known = read_toml(path, SiteFile, SiteFileError)
+            if known.model_copy(update={"server": None, "privacy": None}) != file:
+                raise OutputError(
+                    f"{path}: not what this template and data folder give; expected the same data as before, "
+                    "or another --out"
+                )
+            if server is None or known.server == server:
+                continue
+            file = file.model_copy(update={"privacy": known.privacy})
+        make_folder(path.parent)
+        write_toml(path, file.model_copy(update={"server": server}))
+
+
+def _set_budgets(agreed: AgreedStudy, plan: Simulation, out: Path, budget: Budget) -> None:
+    """Write the budget into each ``site.toml``; a site's ledger refuses a higher one than before.
+
+    The declared number of patients comes from the images, which is right for public and simulated data alone.
+    """
+    study = agreed.study
+    for played in plan.sites:
+        path = out / "sites" / played.name / "site.toml"
+        file = read_toml(path, SiteFile, SiteFileError)
+        if file.privacy is not None:
+            n_ref = file.privacy.n_ref
+        else:
+            folder = Path(file.data.folder)
+            images = read_data(folder, study.class_names, plan.unit, plan.shares, study.seed, together=None)
+            count = len({image.patient for image in images if image.split == "train"})
+            n_ref = max(10, round(count, -1))
+        privacy = SitePrivacy(epsilon=budget.epsilon, delta=budget.delta, n_ref=n_ref)
+        if file.privacy != privacy:
+            write_toml(path, file.model_copy(update={"privacy": privacy}))
+
+
+def _accept(agreed: AgreedStudy, out: Path) -> None:
+    """Accept the study for every site that has not; no patient is in it."""
+    for member in agreed.study.sites:
+        file = read_site_file(out / "sites" / member.name / "site.toml")
+        identity = _identity(out, member.name)
+        try:
+            require_acceptance(file, agreed, identity.keys.signing)
+        except NotAcceptedError:
+            make_folder(Path(file.state))
+            record_acceptance(file, agreed, identity, "simulation")
+
+
+def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
+    missing = [group for group in plan.phantoms if not (own / group.name / "manifest.csv").exists()]
+    if data == own and missing:
+        groups = [PhantomSite(**group.model_dump()) for group in missing]
+        make_phantoms(own, groups, plan.phantom_seed)
+
+
+def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinator:
+    """Go on with an unfinished run, or begin a new one with a new key."""
+    folder = out / "server"
+    signing = load_signing_key(out / COORDINATOR_KEY)
+    if current_run(folder) is not None:
+        coordinator = Coordinator(agreed, folder, signing)
+        if not coordinator.finished:
+            return coordinator
+    key_id = ZERO_DIGEST
+    if agreed.study.mode == "he":
+        maker = next(site for site in sites if site.name == agreed.study.key_maker)
+        epoch, _ = maker.keys.newest
+        identity = load_identity(out / "sites" / maker.name / "identity", maker.name)
+        sealed = create_sealed_key(agreed, identity, epoch + 1)
+        for site in sites:
+            key_id = site.keys.accept(sealed).key
+    return Coordinator.begin(agreed, folder, signing, key_id)
+
+
+def run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Site], listener: Listener) -> None:
+    """Exchange messages until every site has applied the last round.
+
+    Raises:
+        NotEnoughSitesError: fewer than ``min_sites`` can still train.
+        SecfacmicError: whatever a site or the coordinator refuses.
+    """
+    told = 0
+    while True:
+        refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
+        for entry in coordinator.rounds[told:]:
+            share = validation_share(sites[0].validation) if entry is coordinator.rounds[-1] else None
+            listener.round(round_facts(agreed, entry, share))
+        told = len(coordinator.rounds)
+        if refused:
+            coordinator.void_round()
+        elif coordinator.finished:
+            return
+        elif coordinator.close_round() is None:
+            coordinator.require_enough(len(coordinator.sites_in))
+
+
+def _bring_up(coordinator: Coordinator, site: Site) -> ReplyCode:
+    """Pass requests to a site until it lacks no record; its last reply's code."""
+    while True:
+        reply = site.respond(coordinator.request(site.run, site.position))
+        coordinator.receive(reply)
+        if reply.code != ReplyCode.MORE:
+            return reply.code
+
+
+def validation_share(counts: Validation | None) -> float | None:
+    """Share of correct validation images that came with an aggregate, None if none are shared."""
+    return counts.correct / counts.images if counts is not None and counts.images else None
+
+
+def round_facts(agreed: AgreedStudy, entry: JournalEntry, validation: float | None) -> RoundFacts:
+    """What a record tells of its round, and a site that has applied it of the validation."""
+    return RoundFacts(
+        round=entry.header.round,
+        sites_in=entry.sites,
+        bytes_up=entry.bytes_up,
+        bytes_down=entry.size * len(agreed.study.sites),
+        seconds=(entry.header.closed_ms - entry.header.opened_ms) / 1000,
+        validation=validation,
+    )
+
+
+def _privacy_summary(agreed: AgreedStudy, out: Path) -> dict[str, Any]:
+    """Epsilon by site, for those that have a ledger; labelled simulated, as all of it is here."""
+    spent = {}
+    for member in agreed.study.sites:
+        folder = ledger_folder(read_site_file(out / "sites" / member.name / "site.toml"))
+        if Ledger.exists(folder):
+            with opened(folder) as ledger:
+                facts = ledger.summary()
+            names = ("epsilon_spent", "epsilon_budget", "delta", "unit", "simulated")
+            spent[member.name] = {name: facts[name] for name in names}
+    return spent
+
+
+def _round_summaries(
+    agreed: AgreedStudy, sites: Sequence[Site], rounds: Sequence[JournalEntry], budgeted: Collection[str]
+) -> list[dict[str, Any]]:
+    """Facts and learning curves by round, the curves from a replay of a site's journal.
+
+    ``validation`` is of the adapter that the round trained on, ``val_balanced_accuracy`` of the one after it; sites
+    with a privacy budget have none, as their ledger has not paid for any.
+    """
+    states = {state.round: state for state in sites[0].history()}
+    training = [site for site in sites if agreed.study.site(site.name).role == "train"]
+    summaries = []
+    for entry in rounds:
+        state = states.get(entry.header.round)
+        facts = round_facts(agreed, entry, None if state is None else validation_share(state.validation))
+        curves = {
+            site.name: None
+            if state is None or site.name in budgeted
+            else site.validate(site.personal(state.parameters, state.round))
+            for site in training
+        }
+        summaries.append(
+            {
+                "round": facts.round,
+                "sites_in": len(facts.sites_in),
+                "bytes_up": facts.bytes_up,
+                "bytes_down": facts.bytes_down,
+                "seconds": facts.seconds,
+                "validation": facts.validation,
+                "val_balanced_accuracy": curves,
+            }
+        )
+    return summaries

@@ -1,0 +1,105 @@
+"""The trained part: small adapters on frozen CLIP features, and the losses that train them.
+
+Features are unit rows [n, d]; prompts are unit rows [K, d], one per class of the study, in its order. There are no
+buffers, so what a site sends is what its optimiser moved. Each file of this folder without a leading underscore is
+one adapter, under the name by which ``method.adapter`` of a study asks for it; docs/add-a-method.md adds one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fed.core.errors import StudyError
+from secure_fed.model.adapters._base import PRIVATE_HEAD, Adapter, Start, class_prompt_loss, contrastive_loss
+from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol.study import Method
+
+__all__ = [
+    "PRIVATE_HEAD",
+    "Adapter",
+    "build_adapter",
+    "check_method",
+    "class_prompt_loss",
+    "contrastive_loss",
+    "initial_parameters",
+    "needs_tower",
+]
+
+
+def check_method(method: Method) -> None:
+    """Refuse a method whose parts do not go together.
+
+    Raises:
+        StudyError: a domain term for an adapter that moves no image feature.
+    """
+    if method.lmmd_weight > 0 and not _kind(method).moves_features:
+        raise StudyError(
+            f"method.lmmd_weight = {method.lmmd_weight:g}: {method.adapter} moves no image feature, so there is "
+            "nothing to align; expected 0: set it, or take another adapter"
+        )
+
+
+def needs_tower(method: Method) -> bool:
+    """Whether the method trains through the frozen text tower."""
+    return _kind(method).needs_tower
+
+
+def initial_parameters(
+    method: Method, dim: int, prompt_features: NDArray[np.float32], seed: int, tower: TextTower | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Where training starts, at or (``facmic``, ``fedclip``, ``prompts``) near zero-shot; shared parameters only.
+
+    Args:
+        method: which adapter.
+        dim: width d of the features.
+        prompt_features: unit rows [K, d].
+        seed: 0 or more, below 2**63; the global random state is not used.
+        tower: the text tower, for adapters that need it.
+
+    Returns:
+        Arrays by sorted name.
+
+    Raises:
+        StudyError: as :func:`check_method`; or the context does not fit into the tower.
+    """
+    check_method(method)
+    parameters = _kind(method).initial(method, Start(dim, prompt_features, seed, tower))
+    return dict(sorted(parameters.items()))
+
+
+def build_adapter(
+    method: Method,
+    prompt_features: NDArray[np.float32],
+    logit_scale: float,
+    parameters: Mapping[str, NDArray[np.float64]],
+    tower: TextTower | None = None,
+) -> Adapter:
+    """The adapter with these parameters, in float32 and training mode.
+
+    Args:
+        method: which adapter.
+        prompt_features: unit rows [K, d].
+        logit_scale: the frozen CLIP's exp(logit_scale).
+        parameters: by name, as :func:`initial_parameters` gives them, and at a site perhaps its private head; copied.
+        tower: the text tower, for adapters that need it.
+
+    Raises:
+        StudyError: as :func:`check_method`.
+    """
+    check_method(method)
+    return _kind(method)(method, prompt_features, logit_scale, parameters, tower)
+
+
+def _kind(method: Method) -> type[Adapter]:
+    """The one class that the adapter's file defines."""
+    module = import_module(f"{__name__}.{method.adapter}")
+    (kind,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Adapter) and value.__module__ == module.__name__
+    )
+    return kind

@@ -1,0 +1,1 @@
+"""What people do beside a run: new studies, the doctor, exports, evidence, closing."""

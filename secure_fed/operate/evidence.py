@@ -1,0 +1,413 @@
+"""A site's part in a study as one archive, and its check by somebody who has nothing else.
+
+The archive is a plain zip file, the same bytes for the same state. ``manifest.signed`` names every other file with size
+and SHA-256 and is signed by the site; what it holds:
+
+``study/``       study.toml and study.safetensors
+``journal/RUN/`` the signed records of every run, amendments among them
+``accepted/``    who accepted the study, when, and what was shown
+``ledger/``      the privacy ledger's entries and its summary, without its key and without the register of patients
+``sent.jsonl``   every message that left the site
+``policy.json``  what the site demands of a study; ``versions.json`` and ``bom.json`` what it ran (CycloneDX 1.5)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from secure_fed.clients.acceptance import check_acceptance, policy, when
+from secure_fed.clients.outgoing_log import FILE as SENT
+from secure_fed.clients.outgoing_log import SentMessage, read_sent
+from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import EvidenceError, RecordError, StorageError
+from secure_fed.core.storage import exclusive, sync_folder
+from secure_fed.core.tomlfile import FileModel
+from secure_fed.privacy.accounting import Mechanism, epsilon_spent
+from secure_fed.privacy.keys import load_identity
+from secure_fed.privacy.ledger import Ledger
+from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.protocol.envelope import EnvelopeHeader
+from secure_fed.protocol.records import Chain, RecordFolder
+from secure_fed.protocol.signing import (
+    ZERO_DIGEST,
+    Count,
+    SignedHeader,
+    check_payload,
+    parse_header,
+    payload_fields,
+    sign_frame,
+    split_frame,
+    verify_signature,
+)
+from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json, load_study
+from secure_fed.server.recompute import find_runs
+
+MAGIC = b"SFX1"
+MAX_HEADER = 2048
+MANIFEST = "manifest.signed"
+_DATE = (1980, 1, 1, 0, 0, 0)
+_BLOCK = 2**20
+
+
+class _ManifestHeader(SignedHeader):
+    version: Literal[1]
+    study: Hex64
+    site: Name
+
+
+class _Listed(FileModel):
+    size: Count
+    sha256: Hex64
+
+
+class _Manifest(FileModel):
+    format: Literal[1]
+    site: Name
+    study: Hex64
+    files: dict[str, _Listed]
+
+
+# --- packing ---
+
+
+def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
+    """Write a site's archive, whole or not at all.
+
+    Args:
+        folder: the site's, with its ``site.toml``; the site must not be running.
+        into: the archive.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        StorageError: the site is running, or the archive cannot be written.
+        EvidenceError, RecordError, LedgerError: what is to be packed does not verify.
+    """
+    file = read_site_file(folder / "site.toml")
+    study_path, state = Path(file.study), Path(file.state)
+    agreed = load_study(study_path)
+    identity = load_identity(Path(file.identity), file.site)
+    if not state.is_dir():
+        raise EvidenceError(f"{state}: no folder; expected the state of a site that took part in the study")
+    with exclusive(state):
+        parts: dict[str, Path | bytes] = {
+            "study/study.toml": study_path,
+            "study/study.safetensors": study_path.with_suffix(".safetensors"),
+            "policy.json": _json(policy(file)),
+            "versions.json": _json(_versions()),
+            "bom.json": _json(bill_of_materials()),
+        }
+        for path in sorted((state / "accepted").glob("*")):
+            parts[f"accepted/{path.name}"] = path
+        for run in find_runs(state) if (state / "run").exists() else []:
+            for path in sorted(run.journal.glob("*.record")):
+                parts[f"journal/{run.folder.name}/{path.name}"] = path
+        ledger = ledger_folder(file)
+        if Ledger.exists(ledger):
+            parts["ledger/summary.json"] = _json(Ledger(ledger).summary())
+            parts["ledger/ledger.jsonl"] = ledger / "ledger.jsonl"
+        if (state / SENT).exists():
+            data = (state / SENT).read_bytes()
+            parts[SENT] = data[: data.rfind(b"\n") + 1]
+        listed = {name: _listed(part) for name, part in sorted(parts.items())}
+        manifest = _Manifest(format=1, site=file.site, study=agreed.study.id, files=listed).model_dump(mode="json")
+        payload = canonical_json(manifest)
+        header = _ManifestHeader(version=1, study=agreed.study.id, site=file.site, **payload_fields(payload))
+        parts[MANIFEST] = sign_frame(MAGIC, header, identity.signing, payload)
+        _write(into, parts)
+    return manifest
+
+
+def _write(into: Path, parts: dict[str, Path | bytes]) -> None:
+    temporary: str | None = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=into.absolute().parent, prefix=f".{into.name}.")
+        with os.fdopen(descriptor, "wb") as stream:
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+                for name in sorted(parts):
+                    info = zipfile.ZipInfo(name, _DATE)
+                    info.external_attr = 0o644 << 16
+                    part = parts[name]
+                    with archive.open(info, "w", force_zip64=True) as member:
+                        if isinstance(part, bytes):
+                            member.write(part)
+                        else:
+                            with part.open("rb") as source:
+                                shutil.copyfileobj(source, member, _BLOCK)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, into)
+        sync_folder(into.absolute().parent)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise StorageError(f"{into}: not written ({error.strerror}); free space or choose another place") from error
+
+
+def _listed(part: Path | bytes) -> _Listed:
+    if isinstance(part, bytes):
+        return _Listed(size=len(part), sha256=hashlib.sha256(part).hexdigest())
+    with part.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _Listed(size=part.stat().st_size, sha256=digest)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "secfacmic": importlib.metadata.version("secfacmic"),
+        "python": sys.version.split()[0],
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def bill_of_materials() -> dict[str, Any]:
+    """Every Python package of this environment, as a CycloneDX 1.5 document without serial number and time."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        facts = distribution.metadata.json
+        name, version = distribution.name, distribution.version
+        component = {"type": "library", "name": name, "version": version}
+        component["purl"] = component["bom-ref"] = f"pkg:pypi/{name.lower().replace('_', '-')}@{version}"
+        terms = str(facts.get("license_expression") or facts.get("license") or "")
+        entry: dict[str, Any] = dict(component)
+        if terms and "\n" not in terms and len(terms) < 100:
+            entry["licenses"] = [{"license": {"name": terms}}]
+        found[component["purl"]] = entry
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "version": 1,
+        "components": [found[name] for name in sorted(found)],
+    }
+
+
+# --- checking ---
+
+
+@dataclass(frozen=True)
+class _Journals:
+    """What the archive's journals say of the site.
+
+    Attributes:
+        runs, records, rounds: how many, in all.
+        keys: signing keys that the site has had as a member.
+        own: headers of its updates in sums, with the digest by which the list of sent messages names each.
+    """
+
+    runs: int
+    records: int
+    rounds: int
+    keys: set[str]
+    own: list[tuple[EnvelopeHeader, str]]
+
+
+def verify_evidence(path: Path) -> dict[str, Any]:
+    """Check an archive: every digest, the site's signature, journal, acceptance, ledger, and the list of what was sent
+    against the updates that the journal names.
+
+    Who holds the archive alone learns that all of it belongs together and that nobody but the site and the coordinator
+    made it; whether the study is the one meant says its id.
+
+    Returns:
+        What was found, in words and figures.
+
+    Raises:
+        EvidenceError: the first thing that does not hold.
+        StudyError, RecordError, NotAcceptedError: likewise, of the parts.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        frame, header, manifest = _unpack(path, folder)
+        agreed = load_study(folder / "study" / "study.toml")
+        if (agreed.study.id, agreed.study.id) != (manifest.study, header.study) or manifest.site != header.site:
+            raise EvidenceError(
+                f"{path}: is of study {manifest.study[:16]}, but holds study {agreed.study.id[:16]}; expected one study"
+            )
+        site = manifest.site
+        journals = _journals(folder, agreed, site)
+        keys = {key for key in journals.keys if _signed_by(key, frame)}
+        if not keys:
+            raise EvidenceError(f"{path}: its manifest is not signed by the key that the study names for site {site}")
+        (key,) = keys
+        accepted, shown = check_acceptance(_read(folder, f"accepted/{agreed.study.id}.signed"), key)
+        if (accepted.study, accepted.site) != (agreed.study.id, site):
+            raise EvidenceError(f"{path}: its acceptance is of another study or site")
+        sent = _sent(folder, journals, site)
+        return {
+            "site": site,
+            "study": agreed.study.name,
+            "study_id": agreed.study.id,
+            "accepted_by": accepted.by,
+            "accepted": when(accepted.accepted_ms),
+            "budget_accepted": shown["budget"],
+            "runs": journals.runs,
+            "records": journals.records,
+            "rounds": journals.rounds,
+            "updates_in_sums": len(journals.own),
+            "messages_sent": len(sent),
+            "bytes_sent": sum(row.bytes for row in sent),
+            "ledger": _ledger(folder, agreed, journals, site),
+            "software": json.loads(_read(folder, "versions.json")),
+            "packages": len(json.loads(_read(folder, "bom.json"))["components"]),
+        }
+
+
+def _unpack(path: Path, folder: Path) -> tuple[Any, _ManifestHeader, _Manifest]:
+    """Take the archive apart into a folder, checking every file against the manifest."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            names = [info.filename for info in infos]
+            if MANIFEST not in names or len(set(names)) != len(names):
+                raise EvidenceError(
+                    f"{path}: no {MANIFEST}, or a file twice; expected a file made by secfacmic evidence"
+                )
+            if any(info.compress_type != zipfile.ZIP_STORED or not _plain(info.filename) for info in infos):
+                raise EvidenceError(
+                    f"{path}: compressed files or strange names; expected a file made by secfacmic evidence"
+                )
+            frame = split_frame(MAGIC, archive.read(MANIFEST), MAX_HEADER, EvidenceError)
+            header = parse_header(frame.header, _ManifestHeader, EvidenceError)
+            check_payload(frame, header, EvidenceError)
+            manifest = _Manifest.model_validate_json(bytes(frame.payload))
+            strangers = sorted(set(names) ^ {MANIFEST, *manifest.files})
+            if strangers:
+                raise EvidenceError(
+                    f"{path}: {', '.join(strangers[:5])}: in the archive or its manifest, but not in both"
+                )
+            for info in infos:
+                if info.filename == MANIFEST:
+                    continue
+                target = folder / info.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source, target.open("wb") as copy:
+                    shutil.copyfileobj(source, copy, _BLOCK)
+                if _listed(target) != manifest.files[info.filename]:
+                    raise EvidenceError(f"{path}: {info.filename} is not the file that the manifest names")
+    except ValidationError:
+        raise EvidenceError(f"{path}: its manifest is malformed; expected a file made by secfacmic evidence") from None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise EvidenceError(f"{path}: cannot be read ({reason}); expected a file made by secfacmic evidence") from None
+    return frame, header, manifest
+
+
+def _plain(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return "\\" not in name and not name.startswith("/") and ".." not in parts and not name.endswith("/")
+
+
+def _signed_by(key: str, frame: Any) -> bool:
+    try:
+        verify_signature(MAGIC, frame.header, frame.signature, key, EvidenceError)
+    except EvidenceError:
+        return False
+    return True
+
+
+def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
+    listed = {member.name: member for member in agreed.study.sites}
+    keys = {keys.signing for member in [listed.get(site)] if member is not None and (keys := member.keys) is not None}
+    own: list[tuple[EnvelopeHeader, str]] = []
+    runs = records = rounds = 0
+    for run in sorted((folder / "journal").glob("*")):
+        chain = Chain(agreed)
+        for record in RecordFolder(run).replay(chain):
+            for entry, header in zip(record.header.contributors, record.contributors, strict=False):
+                if header.site == site:
+                    digest = hashlib.sha256(ENVELOPE_MAGIC + entry.header.encode()).hexdigest()
+                    own.append((header, digest))
+            member = record.members.get(site)
+            if member is not None and member.keys is not None:
+                keys.add(member.keys.signing)
+        if chain.run != run.name:
+            raise RecordError(f"journal/{run.name}: its records are of run {chain.run[:16]}")
+        runs, records, rounds = runs + 1, records + chain.length, rounds + chain.round
+    return _Journals(runs, records, rounds, keys, own)
+
+
+def _sent(folder: Path, journals: _Journals, site: str) -> list[SentMessage]:
+    path = folder / SENT
+    if not path.exists():
+        return []  # nothing went over a network: a simulation
+    rows = read_sent(path.read_bytes(), SENT)
+    listed = {row.envelope for row in rows}
+    for header, digest in journals.own:
+        if digest not in listed:
+            raise EvidenceError(
+                f"{SENT}: lacks the update of round {header.round} in run {header.run[:16]}, which the journal has of "
+                f"{site}; expected every message that left: the list was cut, or the site ran elsewhere too"
+            )
+    return rows
+
+
+def _ledger(folder: Path, agreed: AgreedStudy, journals: _Journals, site: str) -> str:
+    """Chain and sums of the ledger, and that every head which travelled is in it."""
+    ids = [ZERO_DIGEST]
+    path = folder / "ledger" / "ledger.jsonl"
+    travelled = {(header.ledger_seq, header.ledger_head) for header, _ in journals.own}
+    if not path.exists():
+        if any(seq for seq, _ in travelled):
+            raise EvidenceError(f"ledger: not in the archive, but {site} sent updates that a ledger paid for")
+        return "none"
+    delta = 0.0
+    blocks: dict[int, list[Mechanism]] = {}
+    for fields, digest in _ledger_lines(path.read_bytes()):
+        ids.append(digest)
+        delta = fields.get("delta", delta) if fields["kind"] == "open" else delta
+        if fields["kind"] == "reserve":
+            release = Mechanism(fields["sensitivity"], fields["noise_std"], fields["steps"], fields["sampling_rate"])
+            for block in fields["blocks"]:
+                blocks.setdefault(block, []).append(release)
+    for seq, head in travelled:
+        if seq >= len(ids) or ids[seq] != head:
+            raise EvidenceError(f"ledger: has no entry {seq} with head {head[:16]}, which {site} sent with an update")
+    summary = json.loads(_read(folder, "ledger/summary.json"))
+    spent = max((epsilon_spent(releases, delta) for releases in blocks.values()), default=0.0)
+    if abs(spent - summary["epsilon_spent"]) > 1e-9:
+        raise EvidenceError(
+            f"ledger: its entries add up to epsilon {spent}, its summary says {summary['epsilon_spent']}"
+        )
+    return f"{len(ids) - 1} entries, epsilon {spent:.4f} of {summary['epsilon_budget']:g} spent at delta {delta:g}"
+
+
+def _ledger_lines(data: bytes) -> Iterator[tuple[dict[str, Any], str]]:
+    """Entries with their ids; the MACs are for whoever has the key."""
+    previous = ZERO_DIGEST
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            right = (fields["seq"], fields["previous"]) == (number, previous) and isinstance(fields["kind"], str)
+        except (ValueError, KeyError, TypeError):
+            right = False
+        if not right:
+            raise EvidenceError(f"ledger: line {number} does not follow the one before; expected an unbroken chain")
+        previous = hashlib.sha256(line).hexdigest()
+        yield fields, previous
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError:
+        raise EvidenceError(f"{name}: not in the archive; expected it in a file made by secfacmic evidence") from None

@@ -1,0 +1,346 @@
+"""Handing an adapter on: a safetensors file, a model card that says where it comes from, and ONNX if asked for.
+
+What goes into an export leaves the site for good. The adapter is the sum that every site holds already. What is made of
+one site's own images (temperature, batch norm's statistics, metrics) goes in if the data are public or simulated; of
+patients only when the site asks for it, and never under a privacy budget, which has not paid for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from secure_fed.clients.calibration import calibrate
+from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile, read_site_file
+from secure_fed.core.errors import AdapterFileError, BudgetError, OutputError
+from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.model.adapter_file import CALIBRATION, AdapterFile, Calibration, load_adapter, save_adapter
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.text_tower import TextTower
+from secure_fed.privacy.ledger import Ledger, opened
+from secure_fed.protocol.ledger_heads import NO_LEDGER
+from secure_fed.protocol.records import Chain, Record, RecordFolder
+from secure_fed.protocol.study import AgreedStudy, load_study
+
+ADAPTER = "adapter.safetensors"
+CARD = "MODEL_CARD.md"
+ONNX = "adapter.onnx"
+
+_METRICS = {
+    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "auroc": "AUROC",
+    "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
+    "expected_calibration_error": "expected calibration error",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from and what may be told of it.
+
+    Attributes:
+        exporter: the site, or None of a whole simulation.
+        kind: of the data.
+        rounds: that are in it.
+        contributors: how many sites' updates each of these rounds summed.
+        privacy: claims of ledgers with the epsilon spent, one text each.
+        results: metrics by what was tested where, in the order of the card's table.
+        no_results: why there are none.
+        validation: share of correct validation images over all contributors, all of whom paid for it.
+        calibration: what may go into the file.
+    """
+
+    exporter: str | None
+    kind: str
+    rounds: int
+    contributors: tuple[int, ...]
+    privacy: tuple[str, ...]
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    no_results: str = ""
+    validation: float | None = None
+    calibration: Calibration | None = None
+
+
+def export_site(site_file: Path, out: Path, *, onnx: bool, own_results: bool) -> list[Path]:
+    """Export the adapter that a site holds after its last applied round.
+
+    Args:
+        site_file: its ``site.toml``.
+        out: folder that gets ``adapter.safetensors, MODEL_CARD.md`` and perhaps ``adapter.onnx``.
+        onnx: write the latter.
+        own_results: of patients' data, put metrics, temperature and batch norm's statistics into it.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BudgetError: own results of patients under a privacy budget, which has not paid for them.
+        AdapterFileError: no round is applied yet.
+        OnnxError: as :func:`secure_fed.model.onnx_export.write_onnx`.
+        OutputError: the folder holds an export already.
+        SecfacmicError: others, as the site and its data give them.
+    """
+    file = read_site_file(site_file)
+    agreed = load_study(Path(file.study))
+    _refuse_used(out)
+    with exclusive(Path(file.state)):
+        site = Site(file, agreed)
+        if not site.round:
+            raise AdapterFileError(
+                f"{site_file}: no round of study {agreed.study.name} is applied here yet; expected at least one: take "
+                "part first (secfacmic client)"
+            )
+        origin = _origin_of_site(file, agreed, site, own_results)
+        return _write(agreed, site.parameters, origin, site.tower, out, onnx)
+
+
+def export_run(folder: Path, out: Path, *, onnx: bool) -> list[Path]:
+    """Export what ``simulate`` or ``demo`` wrote.
+
+    Args:
+        folder: their ``--out``; its data are public or simulated, so that all results are told.
+        out: as in :func:`export_site`.
+        onnx: likewise.
+
+    Raises:
+        AdapterFileError: there is no finished run, or its data are patients'.
+        SecfacmicError: others, as :func:`export_site`.
+    """
+    _refuse_used(out)
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{folder / 'summary.json'}: cannot be read ({error}); expected a finished run of secfacmic simulate or "
+            "demo: run the same command again, it goes on"
+        ) from error
+    agreed = load_study(folder / "study.toml")
+    files = [read_site_file(folder / "sites" / site.name / "site.toml") for site in agreed.study.sites]
+    kinds = {file.data.kind for file in files}
+    if "patients" in kinds:
+        raise AdapterFileError(f"{folder}: patients' data; expected a simulation: export from a site, with --site")
+    adapter = load_adapter(folder / ADAPTER)
+    results: dict[str, dict[str, Any]] = {}
+    for name, place in (("zero_shot", "zero-shot"), ("federated", "federated")):
+        metrics = summary["metrics"][name]
+        results |= {f"{place}, {site}": values for site, values in metrics["per_site"].items()}
+        if summary["observers"]:
+            results[f"{place}, held out"] = metrics["held_out"]
+    origin = Origin(
+        exporter=None,
+        kind="/".join(sorted(kinds)),
+        rounds=len(summary["rounds"]),
+        contributors=tuple(entry["sites_in"] for entry in summary["rounds"]),
+        privacy=tuple(text for file in files for text in _claim(file)),
+        results=results,
+        calibration=adapter.calibration,
+    )
+    tower = None
+    if onnx and (tokens := adapter.initial.prompt_tokens) is not None:
+        checkpoint = None if files[0].checkpoint is None else Path(files[0].checkpoint)
+        tower = load_backbone(adapter.backbone, checkpoint).text_tower(tokens)
+    return _write(agreed, adapter.initial.adapter, origin, tower, out, onnx)
+
+
+def _origin_of_site(file: SiteFile, agreed: AgreedStudy, site: Site, own_results: bool) -> Origin:
+    records = RecordFolder(Path(file.state) / "runs" / site.run / "journal").replay(Chain(agreed))
+    sums = list(_applied(records))
+    last = sums[-1]
+    budgeted = Ledger.exists(ledger_folder(file))
+    patients = file.data.kind == "patients"
+    if patients and own_results and budgeted:
+        raise BudgetError(
+            f"site {site.name}: its own metrics and temperature are made of patients' images, and its privacy budget "
+            "has not paid for them; expected an export without --own-results"
+        )
+    paid = site.validation is not None and all(entry.ledger != NO_LEDGER for entry in last.contributors)
+    counts = site.validation if paid else None
+    origin = Origin(
+        exporter=site.name,
+        kind=file.data.kind,
+        rounds=site.round,
+        contributors=tuple(len(record.contributors) for record in sums),
+        privacy=tuple(_claim(file)),
+        validation=counts.correct / counts.images if counts is not None and counts.images > 0 else None,
+    )
+    if patients and not own_results:
+        return replace(origin, no_results="they would be of patients, and nobody has asked or paid for them to be here")
+    calibration = calibrate(agreed, [site], site.parameters, personal=False)
+    results = {
+        f"zero-shot, {site.name}": site.evaluate(None),
+        f"federated, {site.name}": site.evaluate(site.parameters),
+    }
+    return replace(origin, results=results, calibration=replace(calibration, head=None))
+
+
+def _applied(records: Iterable[Record]) -> Iterable[Record]:
+    """The aggregates, in order, without those that a void withdrew."""
+    kept: dict[int, Record] = {}
+    for record in records:
+        if record.header.kind == "aggregate":
+            kept[record.header.round] = record
+        elif record.header.kind == "void":
+            kept.pop(record.header.round)
+    return kept.values()
+
+
+def _claim(file: SiteFile) -> list[str]:
+    folder = ledger_folder(file)
+    if not Ledger.exists(folder):
+        return []
+    with opened(folder) as ledger:
+        facts = ledger.summary()
+    return [f"{facts['claim']} Spent so far: epsilon {facts['epsilon_spent']:.3f} at delta {facts['delta']:g}."]
+
+
+def _refuse_used(out: Path) -> None:
+    found = [name for name in (ADAPTER, CARD, ONNX) if (out / name).exists()]
+    if found:
+        raise OutputError(f"{out}: holds {', '.join(found)} already; expected a folder without: choose another --out")
+
+
+def _write(
+    agreed: AgreedStudy,
+    parameters: dict[str, Any],
+    origin: Origin,
+    tower: TextTower | None,
+    out: Path,
+    onnx: bool,
+) -> list[Path]:
+    make_folder(out)
+    study = agreed.study
+    file = AdapterFile(
+        study.id,
+        study.backbone,
+        study.class_names,
+        study.method,
+        replace(agreed.initial, adapter=parameters),
+        origin.calibration,
+    )
+    card = model_card(agreed, file, origin, onnx)
+    written = []
+    if onnx:
+        from secure_fed.model.onnx_export import write_onnx
+
+        facts = {"study": study.id, "backbone": study.backbone.digest or "", "adapter_digest": file.digest}
+        write_onnx(out / ONNX, file, tower, {**facts, "temperature": f"{file.temperature:.6g}", "model_card": card})
+        written.append(out / ONNX)
+    write_durable(out / CARD, card.encode())
+    save_adapter(out / ADAPTER, agreed, parameters, origin.calibration, card)
+    return [out / ADAPTER, out / CARD, *written]
+
+
+def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: bool) -> str:
+    """The model card, in markdown."""
+    study, backbone = agreed.study, agreed.study.backbone
+    values = sum(value.size for value in file.initial.adapter.values())
+    weights = backbone.tag or backbone.file or ("seeded random weights" if backbone.weights == "random" else "its own")
+    few, many = min(origin.contributors, default=0), max(origin.contributors, default=0)
+    training, method = study.training, study.method
+    heading = f"# Adapter of study {study.name}, after round {origin.rounds} of {study.rounds}"
+    facts = {
+        "study": f"{study.name}, digest `{study.id}`",
+        "adapter": f"{method.adapter}, {values:,} values, digest `{file.digest}`",
+        "backbone": f"{backbone.model} ({weights}), digest `{backbone.digest}`",
+        "licence of the backbone": backbone.licence or "not stated in the study: ask its publisher before use",
+        "sites": ", ".join(
+            site.name + (" (observer)" if site.role == "observer" else f" (weight {site.weight:g})")
+            for site in study.sites
+        ),
+        "rounds": f"{origin.rounds}, each the sum of {few} to {many} sites' updates" if few < many else
+        f"{origin.rounds}, each the sum of {many} sites' updates",
+        "training": f"{training.steps} steps a round of batches of {training.batch_size}, {training.optimizer}, "
+        f"learning rate {training.learning_rate:g}; loss {method.loss}; weight of the domain term "
+        f"{method.lmmd_weight:g}; aggregation {study.aggregation.rule}",
+        "encryption": "updates were encrypted (CKKS, exact sums); the server held no key"
+        if study.mode == "he"
+        else "none: updates were sent in plain",
+        "data": f"{origin.kind} images of the sites; none of them is in this file",
+    }  # fmt: skip
+    parts = [heading, "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items())])]
+    classes = "\n".join(f"{i}. {entry.name}: {'; '.join(entry.prompts)}" for i, entry in enumerate(study.classes))
+    parts += [
+        "## Classes",
+        f"In the order of the outputs, from 0, with the prompts that training started at.\n\n{classes}",
+    ]
+    parts += ["## Privacy", "\n\n".join(origin.privacy) or _no_claim(origin)]
+    parts += ["## Results", _results(origin), "## Calibration", _calibration(file)]
+    parts += ["## Use", _use(file, onnx), "## Intended use and limits", _LIMITS]
+    return "\n\n".join(parts) + "\n"
+
+
+_LIMITS = """For research on the task and the classes above, with images like those of the sites. **It is no medical
+device**: not for diagnosis, triage or any decision about a patient. It always names one of its classes, also for images
+that show none of them. Figures hold for the sites that they were measured at; another scanner, population or prevalence
+can change them: measure on images of your own first. Without a privacy claim above, what the adapter may reveal of
+single patients is not bounded; with one, it holds for the sites that make it."""
+
+
+def _no_claim(origin: Origin) -> str:
+    if origin.exporter is None:
+        return "No site trained under differential privacy."
+    return (
+        f"Site {origin.exporter} did not train under differential privacy. Other sites may have; their claims are with "
+        "them."
+    )
+
+
+def _results(origin: Origin) -> str:
+    lines = []
+    if origin.validation is not None:
+        lines.append(
+            f"Correct validation images over all contributing sites, before the last round: "
+            f"{100 * origin.validation:.1f} % (with noise; paid for by the privacy budgets of all of them)."
+        )
+    if not origin.results:
+        return "\n\n".join([*lines, f"No metrics of single sites: {origin.no_results}."])
+    lines.append(
+        f"On test images ({origin.kind}), at temperature 1, with 95 % bootstrap intervals by patient where there are "
+        "any."
+    )
+    head = ["", *_METRICS.values(), "images"]
+    rows = [head, ["---"] * len(head)]
+    for name, found in origin.results.items():
+        rows.append([name, *(_value(found, key) for key in _METRICS), str(found["images"])])
+    lines.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join(lines)
+
+
+def _value(found: Mapping[str, Any], key: str) -> str:
+    if found[key] is None:
+        return "-"
+    interval = (found["intervals"] or {}).get(key)
+    spread = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
+    return f"{found[key]:.3f}{spread}"
+
+
+def _calibration(file: AdapterFile) -> str:
+    own = file.calibration
+    if own is None or own.temperature is None:
+        text = "Probabilities are not calibrated: the temperature is fitted at each site and stays there."
+    else:
+        text = f"Temperature {own.temperature:.4f}, fitted on {own.images} validation images, is in the file."
+    if own is not None and own.statistics:
+        text += " So are batch norm's statistics."
+    elif (file.method.adapter, file.method.norm) == ("facmic", "batch"):
+        text += f" Batch norm's statistics stay at each site, too: without {CALIBRATION} of a site it predicts nothing."
+    return text
+
+
+def _use(file: AdapterFile, onnx: bool) -> str:
+    dim, classes = file.initial.prompt_features.shape[1], len(file.classes)
+    text = f"```\nsecfacmic predict --adapter {ADAPTER} --images DIR\n```"
+    if onnx:
+        text += (
+            f"\n\n`{ONNX}`: input `features` float32 [n, {dim}], image features of the backbone above (of any length); "
+            f"outputs `logits` and `probabilities` float32 [n, {classes}]. Images must be prepared and encoded by that "
+            "very backbone."
+        )
+    return text

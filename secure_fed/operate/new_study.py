@@ -1,0 +1,112 @@
+"""Making a study of a template: everything that is computed once and then never recomputed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fed.core.errors import OutputError, StudyError
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.tomlfile import to_toml
+from secure_fed.model.adapters import initial_parameters, needs_tower
+from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.privacy.keys import PublicIdentity
+from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
+from secure_fed.protocol.study import InitialState, SiteKeys, Study, StudySite, with_fields
+
+RANDOM_CHECKPOINT = "backbone.safetensors"
+"""Name of the checkpoint that a study with random weights gets beside its ``study.toml``."""
+
+COORDINATOR_KEY = "server/coordinator.key"
+"""Where, below the study's folder, the coordinator's signing key lies."""
+
+
+def new_study(
+    template: Study, members: Sequence[PublicIdentity], out: Path, checkpoint: Path | None = None
+) -> tuple[Study, LoadedBackbone]:
+    """Write ``study.toml`` and ``study.safetensors`` into a folder, with the coordinator's signing key.
+
+    Initial adapter and prompt features differ in their last bits between CPU kinds, so that they are computed here
+    once and handed to every site.
+
+    Args:
+        template: the study so far.
+        members: public files of its sites; a site without one stays without keys, and the study incomplete.
+        out: the folder; a coordinator key and a random checkpoint that are already there are used again.
+        checkpoint: the backbone's weights, if they do not lie where the template says.
+
+    Raises:
+        OutputError: the folder already holds a study.
+        StudyError: a member is no site of the template, its method does not hold together, or a prompt is too long.
+        BackboneError, BackboneDigestError: the backbone cannot be loaded, or is not the one named.
+        StorageError: the files cannot be written.
+    """
+    if (out / "study.toml").exists():
+        raise OutputError(f"{out}: holds a study already, and a study never changes: choose another folder")
+    keys = {member.name: member.keys for member in members}
+    strangers = sorted(set(keys) - {site.name for site in template.sites})
+    if strangers:
+        names = ", ".join(site.name for site in template.sites)
+        raise StudyError(f"{', '.join(strangers)}: no site of the template; its sites are {names}")
+    make_folder(out)
+    if template.backbone.weights == "random" and checkpoint is None:
+        checkpoint = out / RANDOM_CHECKPOINT
+        if not checkpoint.exists():
+            assert template.backbone.seed is not None  # the model refuses random weights without a seed
+            make_random_checkpoint(template.backbone.model, template.backbone.seed, checkpoint)
+    backbone = load_backbone(template.backbone, checkpoint)
+    prompts = prompt_features(template, backbone)
+    tokens = tower = None
+    if needs_tower(template.method):
+        tokens = backbone.tokenize([entry.prompts[0] for entry in template.classes])
+        tower = backbone.text_tower(tokens)
+    adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower)
+    tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens).to_bytes()
+    key_path = out / COORDINATOR_KEY
+    make_folder(key_path.parent)
+    signing = load_signing_key(key_path) if key_path.exists() else create_signing_key(key_path)
+    study = with_fields(
+        template,
+        backbone=template.backbone.model_dump(mode="json", exclude_none=True) | {"digest": backbone.digest},
+        sites=[_with_keys(site, keys.get(site.name)) for site in template.sites],
+        coordinator=public_hex(signing),
+        initial=hashlib.sha256(tensors).hexdigest(),
+        simulation=None,
+    )
+    write_durable(out / "study.safetensors", tensors)
+    write_durable(out / "study.toml", to_toml(study).encode())
+    return study, backbone
+
+
+def prompt_features(study: Study, backbone: LoadedBackbone) -> NDArray[np.float32]:
+    """Unit text features, float32 [classes, d]: of each class the normalised mean over its prompts.
+
+    Raises:
+        StudyError: prompts that are longer than the backbone's context.
+    """
+    long = [
+        f"{text!r} of class {entry.name!r} has {count}"
+        for entry in study.classes
+        for text in entry.prompts
+        if (count := backbone.count_tokens(text)) > backbone.context
+    ]
+    if long:
+        raise StudyError(
+            f"prompts longer than the {backbone.context} tokens that {study.backbone.model} takes; the rest would be "
+            f"cut off: {'; '.join(long)}; shorten them"
+        )
+    rows = []
+    for entry in study.classes:
+        mean = backbone.encode_texts(list(entry.prompts)).astype(np.float64).mean(axis=0)
+        rows.append(mean / np.linalg.norm(mean))
+    return np.stack(rows).astype(np.float32)
+
+
+def _with_keys(site: StudySite, keys: SiteKeys | None) -> dict[str, Any]:
+    content = site.model_dump(mode="json", exclude_none=True)
+    return content if keys is None else content | {"keys": keys.model_dump(mode="json")}

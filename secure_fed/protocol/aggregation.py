@@ -1,0 +1,72 @@
+"""What every site makes of a round's average update: server-free optimisers on the decrypted sum.
+
+The usual federated optimisers run at a server that sees the average. Here each site applies the same rule to the same
+average, in elementwise float64 numpy (sums, products, quotients and square roots, which IEEE 754 rounds correctly), so
+that all sites keep the same state, bit for bit, on any CPU. The state is the adapter and the rule's moments; it
+follows from the journal alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fed.protocol import codec
+from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.study import Aggregation
+
+MOMENT = "moment."
+"""What the names of moments begin with in a state; names of an adapter's parameters have no dot."""
+
+_FIRST, _SECOND = f"{MOMENT}first", f"{MOMENT}second"
+
+
+def initial_state(rule: Aggregation, adapter: Mapping[str, NDArray[np.float64]]) -> Parameters:
+    """The state before the first round: the adapter by name and, for rules that keep any, flat moments [values].
+
+    ``fedadam`` starts its second moment at tau^2, the least that algorithm 2 of arXiv 2003.00295 allows.
+    """
+    values = sum(value.size for value in adapter.values())
+    state = dict(adapter)
+    if rule.rule != "average":
+        state[_FIRST] = np.zeros(values)
+    if rule.rule == "fedadam":
+        state[_SECOND] = np.full(values, rule.tau * rule.tau)
+    return state
+
+
+def apply(rule: Aggregation, state: Parameters, update: NDArray[np.float64]) -> Parameters:
+    """The state after a round.
+
+    With the average update D, the adapter x and moments m, v:
+
+    - ``average``: x + D.
+    - ``fedavgm`` (arXiv 1909.06335, section 4.2): m' = beta_1 m + D; x + eta m'.
+    - ``fedadam`` (arXiv 2003.00295, algorithm 2): m' = beta_1 m + (1 - beta_1) D;
+      v' = beta_2 v + (1 - beta_2) D^2; x + eta m' / (sqrt(v') + tau).
+
+    Args:
+        rule: the study's.
+        state: as :func:`initial_state` or this function gave it; left as it is.
+        update: D, float64 [values], in the flat order of the adapter's sorted names.
+    """
+    adapter = adapter_of(state)
+    moments: Parameters = {}
+    step = update
+    if rule.rule == "fedavgm":
+        moments[_FIRST] = rule.betas[0] * state[_FIRST] + update
+        step = rule.learning_rate * moments[_FIRST]
+    elif rule.rule == "fedadam":
+        first, second = rule.betas
+        moments[_FIRST] = first * state[_FIRST] + (1 - first) * update
+        moments[_SECOND] = second * state[_SECOND] + (1 - second) * (update * update)
+        step = rule.learning_rate * moments[_FIRST] / (np.sqrt(moments[_SECOND]) + rule.tau)
+    shapes = {name: value.shape for name, value in adapter.items()}
+    return codec.unflatten(codec.flatten(adapter) + step, shapes) | moments
+
+
+def adapter_of(state: Mapping[str, NDArray[np.float64]]) -> Parameters:
+    """The adapter's parameters in a state."""
+    return {name: value for name, value in state.items() if not name.startswith(MOMENT)}

@@ -1,0 +1,207 @@
+"""Envelopes: a site's signed, encrypted update for one round.
+
+The header is all that a site tells in clear; :class:`EnvelopeHeader` is the allow-list of its fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationInfo, field_validator
+
+from secure_fed.core.errors import EnvelopeError
+from secure_fed.protocol.ledger_heads import MAX_LINKS, LedgerHead, Link
+from secure_fed.protocol.packing import Contribution
+from secure_fed.protocol.signing import (
+    Count,
+    SignedHeader,
+    check_payload,
+    parse_header,
+    payload_fields,
+    sign_frame,
+    split_frame,
+    verify_signature,
+)
+from secure_fed.protocol.study import AgreedStudy, Hex64, Name, StudySite
+
+MAGIC = b"SFE1"
+MAX_HEADER = 2048
+
+
+@dataclass(frozen=True)
+class RoundPosition:
+    """Where in which run an envelope belongs.
+
+    Attributes:
+        run: run id.
+        head: journal head on which the site trained.
+        key: key id; zeros in ``plain`` mode.
+        amendment: number of the last amendment in force.
+        round: from 1.
+    """
+
+    run: str
+    head: str
+    key: str
+    amendment: int
+    round: int
+
+
+class EnvelopeHeader(SignedHeader):
+    """Everything that an envelope says in clear.
+
+    Attributes:
+        version: of the format.
+        study: study id.
+        run, head, key, amendment, round: see :class:`RoundPosition`.
+        attempt: from 1; a later attempt carries the same stored integers.
+        site: the sender.
+        values: integers carried, validation counts included, tags excluded.
+        ledger_seq, ledger_head: the site's privacy ledger; 0 and zeros without DP.
+        ledger_links: earlier entries of it, by rising number (:mod:`secure_fed.protocol.ledger_heads`); none without
+            DP.
+    """
+
+    version: Literal[1]
+    study: Hex64
+    run: Hex64
+    head: Hex64
+    key: Hex64
+    amendment: Count
+    round: Count
+    attempt: Count
+    site: Name
+    values: Count
+    ledger_seq: Count
+    ledger_head: Hex64
+    ledger_links: tuple[Link, ...]
+
+    @field_validator("ledger_links")
+    @classmethod
+    def _rising(cls, links: tuple[Link, ...], info: ValidationInfo) -> tuple[Link, ...]:
+        numbers = [0, *(seq for seq, _ in links), info.data.get("ledger_seq", 0)]
+        if len(links) > MAX_LINKS or (links and any(a >= b for a, b in pairwise(numbers))):
+            raise ValueError(f"links {numbers[1:-1]} before entry {numbers[-1]}; expected at most {MAX_LINKS}, rising")
+        return links
+
+    @property
+    def ledger(self) -> LedgerHead:
+        """Where the site's privacy ledger stands."""
+        return LedgerHead(self.ledger_seq, self.ledger_head, self.ledger_links)
+
+    @property
+    def position(self) -> RoundPosition:
+        """Where the envelope belongs."""
+        return RoundPosition(self.run, self.head, self.key, self.amendment, self.round)
+
+    @property
+    def contribution(self) -> Contribution:
+        """Site and attempt, to which the tags are bound."""
+        return Contribution(self.site, self.attempt)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A checked envelope."""
+
+    header: EnvelopeHeader
+    header_text: bytes
+    signature: bytes
+    payload: bytes
+    size: int
+
+
+def seal_envelope(
+    agreed: AgreedStudy,
+    position: RoundPosition,
+    contribution: Contribution,
+    ledger: LedgerHead,
+    payload: bytes,
+    key: Ed25519PrivateKey,
+) -> bytes:
+    """Sign a payload for one round and attempt."""
+    header = EnvelopeHeader(
+        version=1,
+        study=agreed.study.id,
+        run=position.run,
+        head=position.head,
+        key=position.key,
+        amendment=position.amendment,
+        round=position.round,
+        attempt=contribution.attempt,
+        site=contribution.site,
+        values=agreed.parameters.values,
+        ledger_seq=ledger.seq,
+        ledger_head=ledger.head,
+        ledger_links=ledger.links,
+        **payload_fields(payload),
+    )
+    return sign_frame(MAGIC, header, key, payload)
+
+
+def open_envelope(data: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite], payload_bytes: int) -> Envelope:
+    """Check an envelope as far as the study alone allows: caps, version, pinned key, signature, payload digest.
+
+    Round, run and head are checked by whoever knows which are due: :func:`check_position`.
+
+    Args:
+        data: hostile bytes.
+        agreed: the study.
+        members: its members now, by name.
+        payload_bytes: size of a payload under the study's parameters.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    limit = 8 + MAX_HEADER + 64 + payload_bytes
+    if len(data) > limit:
+        raise EnvelopeError(f"envelope: {len(data)} bytes; expected at most {limit}")
+    frame = split_frame(MAGIC, data, MAX_HEADER, EnvelopeError)
+    header = verify_contribution(frame.header, frame.signature, agreed, members)
+    if header.size != payload_bytes:
+        raise EnvelopeError(f"envelope: a payload of {header.size} bytes; the study's parameters give {payload_bytes}")
+    check_payload(frame, header, EnvelopeError)
+    return Envelope(header, frame.header, frame.signature, bytes(frame.payload), len(data))
+
+
+def verify_contribution(
+    text: bytes, signature: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite]
+) -> EnvelopeHeader:
+    """Read a signed envelope header, on its own or in a record, and check signature, study and sender.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    if len(text) > MAX_HEADER:
+        raise EnvelopeError(f"envelope header: {len(text)} bytes; expected at most {MAX_HEADER}")
+    header = parse_header(text, EnvelopeHeader, EnvelopeError)
+    member = members.get(header.site)
+    if member is None or member.keys is None:
+        raise EnvelopeError(f"envelope of {header.site!r}, which is no site of the study")
+    verify_signature(MAGIC, text, signature, member.keys.signing, EnvelopeError)
+    if header.study != agreed.study.id:
+        raise EnvelopeError(f"envelope of {header.site}: for study {header.study}, expected {agreed.study.id}")
+    if member.role != "train":
+        raise EnvelopeError(f"envelope of {header.site}, an observer; only training sites send updates")
+    if header.values != agreed.parameters.values:
+        raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {agreed.parameters.values}")
+    return header
+
+
+def check_position(header: EnvelopeHeader, due: RoundPosition) -> None:
+    """Check that a header belongs to the round that is due.
+
+    Raises:
+        EnvelopeError: naming every field that differs.
+    """
+    wrong = [
+        f"{field} {getattr(header, field)}, expected {getattr(due, field)}"
+        for field in ("run", "head", "key", "amendment", "round")
+        if getattr(header, field) != getattr(due, field)
+    ]
+    if wrong:
+        raise EnvelopeError(f"envelope of {header.site}: {'; '.join(wrong)}: not of this round")

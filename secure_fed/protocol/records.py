@@ -1,0 +1,381 @@
+"""The journal's records: their format, and the checks of chain and signatures, for server and sites alike.
+
+A record is a signed frame. Its id, the next record's ``previous``, is the SHA-256 of its header, which binds the
+payload. The journal *is* the model: genesis and the decrypted aggregates in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import StringConstraints
+
+from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, StorageError
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.tomlfile import FileModel
+from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
+from secure_fed.protocol.packing import Contribution, Wire, wire
+from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
+from secure_fed.protocol.signing import (
+    ZERO_DIGEST,
+    Count,
+    Frame,
+    SignedHeader,
+    check_payload,
+    parse_header,
+    payload_fields,
+    sign_frame,
+    split_frame,
+    verify_signature,
+)
+from secure_fed.protocol.study import AgreedStudy, Hex64
+
+MAGIC = b"SFR1"
+HEADER_BASE = 4096
+HEADER_PER_SITE = 4096
+
+
+Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint"]
+
+
+class SignedContribution(FileModel):
+    """A contributor's envelope header as it signed it: exact text, and signature in hex."""
+
+    header: Annotated[str, StringConstraints(max_length=2048)]
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+
+class RecordHeader(SignedHeader):
+    """One record.
+
+    Attributes:
+        kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``void`` withdraws the
+            aggregate just before it, which sites refused; ``amendment`` brings a new sealed key and perhaps other
+            members; ``checkpoint``, always next, the members' acknowledgements and the adapter sealed under the key.
+        seq: 0 for genesis, then one more each.
+        previous: id of the record before; zeros for genesis.
+        study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
+        round: of an aggregate or void; the first in force for an amendment or checkpoint; 0 for genesis.
+        contributors: by site name; signed envelope headers of an aggregate, acknowledgements of a checkpoint.
+        opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
+    """
+
+    version: Literal[1]
+    kind: Kind
+    seq: Count
+    previous: Hex64
+    study: Hex64
+    run: Hex64
+    key: Hex64
+    round: Count
+    contributors: tuple[SignedContribution, ...]
+    opened_ms: Count
+    closed_ms: Count
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that the chain has checked.
+
+    Attributes:
+        header: its header.
+        id: SHA-256 of the header, the journal head once it is appended.
+        contributors: the headers of the envelopes in an aggregate's sum, by site name.
+        checkpoint: the keyed adapter digest that a checkpoint's members agree on; else empty.
+        amendment: header of the sealed key, for an amendment.
+        members: the members after the record.
+        data: the record's bytes.
+    """
+
+    header: RecordHeader
+    id: str
+    contributors: tuple[EnvelopeHeader, ...]
+    checkpoint: str
+    amendment: SealedKeyHeader | None
+    members: Members
+    data: bytes
+
+    @property
+    def payload(self) -> bytes:
+        """An aggregate's sum and seeds, an amendment's sealed key, a checkpoint's sealed adapter; else empty.
+
+        A copy made when asked for: the server never looks into a sum, and one more of many sites would show.
+        """
+        return self.data[len(self.data) - self.header.size :]
+
+    @property
+    def cohort(self) -> tuple[Contribution, ...]:
+        """Who is in the sum, and with which attempt."""
+        return tuple(header.contribution for header in self.contributors)
+
+
+def sign_record(header: RecordHeader, payload: bytes, key: Ed25519PrivateKey) -> bytes:
+    """The record's bytes, signed by the coordinator."""
+    return sign_frame(MAGIC, header, key, payload)
+
+
+class Chain:
+    """How far a journal has come; checks that a record continues it.
+
+    Attributes:
+        length: records so far; the next one's ``seq``.
+        head: id of the last record; zeros before genesis.
+        run, key: ids that genesis named; an amendment changes the key.
+        round: of the last aggregate; 0 before the first.
+        amendment: number of the last amendment in force (none yet: 0).
+        members: by name; amendments change them.
+        awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
+        open_round: the round of the last record if it is an aggregate, which alone can still be voided.
+    """
+
+    def __init__(self, agreed: AgreedStudy) -> None:
+        self.agreed = agreed
+        self.wire: Wire = wire(agreed.study.mode, agreed.parameters)
+        self.length = 0
+        self.head = ZERO_DIGEST
+        self.run = ZERO_DIGEST
+        self.key = ZERO_DIGEST
+        self.round = 0
+        self.amendment = 0
+        self.members: Members = {site.name: site for site in agreed.study.sites}
+        self.awaits_checkpoint = False
+        self.open_round: int | None = None
+
+    @property
+    def due(self) -> RoundPosition:
+        """Position of the envelopes that are due."""
+        return RoundPosition(self.run, self.head, self.key, self.amendment, self.round + 1)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round of the study has its record."""
+        return self.round >= self.agreed.study.rounds
+
+    def check(self, data: bytes) -> Record:
+        """Check a record's signature, its place in the chain, and its contributors. Changes nothing.
+
+        Raises:
+            RecordError: with what was found and expected.
+        """
+        frame, header = read_header(data, self.agreed)
+        if header.seq != self.length or header.previous != self.head:
+            raise RecordError(
+                f"record {header.seq} after {header.previous[:16]}: the journal here has {self.length} records and "
+                f"head {self.head[:16]}; expected record {self.length} after it"
+            )
+        if header.kind == "genesis":
+            if self.length:
+                raise RecordError(f"record {header.seq}: a second genesis; expected one only, at 0")
+            if (header.key == ZERO_DIGEST) != (self.agreed.study.mode == "plain"):
+                raise RecordError(f"genesis: key {header.key[:16]} does not fit mode {self.agreed.study.mode}")
+        elif not self.length:
+            raise RecordError(f"record 0 is of kind {header.kind}; expected genesis")
+        elif header.run != self.run or (header.key != self.key and header.kind != "amendment"):
+            raise RecordError(f"record {header.seq}: of another run or key; expected run {self.run[:16]}")
+        if self.awaits_checkpoint != (header.kind == "checkpoint"):
+            raise RecordError(
+                f"record {header.seq}: a {header.kind}; a checkpoint follows an amendment and nothing else"
+            )
+        if header.kind == "void" and header.round != self.open_round:
+            raise RecordError(f"void of round {header.round}: only the aggregate just before it can be voided")
+        if header.kind not in ("aggregate", "checkpoint") and header.contributors:
+            raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
+        if header.kind in ("amendment", "checkpoint") and header.round != self.round + 1:
+            raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
+        contributors = self._check_contributors(header) if header.kind == "aggregate" else ()
+        self._check_size(header, len(contributors))
+        check_payload(frame, header, RecordError)
+        amendment, members = None, self.members
+        if header.kind == "amendment":
+            amendment, members = self._check_amendment(header, bytes(frame.payload))
+        checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
+        return Record(header, frame.digest, contributors, checkpoint, amendment, members, data)
+
+    def advance(self, record: Record) -> None:
+        """Take a checked record into the chain."""
+        header = record.header
+        self.length += 1
+        self.head = record.id
+        self.run = header.run
+        self.key = header.key
+        self.open_round = None
+        self.members = record.members
+        self.awaits_checkpoint = header.kind == "amendment"
+        if header.kind == "aggregate":
+            self.round = self.open_round = header.round
+        elif header.kind == "amendment":
+            self.amendment += 1
+
+    def _check_size(self, header: RecordHeader, contributors: int) -> None:
+        if header.kind == "aggregate":
+            expected = self.wire.record_bytes(contributors)
+            if header.size != expected:
+                raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected {expected}")
+            return
+        # A checkpoint is the float64 adapter with its names, and the moments beside it, sealed.
+        vectors = 1 + self.agreed.study.aggregation.moments
+        parameters = 8 * vectors * self.agreed.parameters.values + 256 * (len(self.agreed.initial.adapter) + 16)
+        most = {"amendment": MAX_SEALED, "checkpoint": parameters}.get(header.kind, 0)
+        if header.size > most:
+            raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")
+
+    def _check_amendment(self, header: RecordHeader, payload: bytes) -> tuple[SealedKeyHeader, Members]:
+        try:
+            sealed, members = check_amendment(payload, self.agreed, self.members, self.key)
+        except KeyFileError as error:
+            raise RecordError(f"record {header.seq}: {error}") from None
+        if sealed.key != header.key or header.key == ZERO_DIGEST:
+            raise RecordError(f"record {header.seq}: names key {header.key[:16]}, but brings {sealed.key[:16]}")
+        return sealed, members
+
+    def _check_acknowledgements(self, header: RecordHeader) -> str:
+        """The keyed adapter digest that all who acknowledged agree on, the key maker and enough others among them."""
+        signed = [
+            verify_acknowledgement(
+                entry.header.encode(), bytes.fromhex(entry.signature), self.agreed, self.members, self.run, self.head
+            )
+            for entry in header.contributors
+        ]
+        names = [entry.site for entry in signed]
+        if names != sorted(set(names)):
+            raise RecordError(f"record {header.seq}: acknowledged by {names}; expected each once, sorted by name")
+        study = self.agreed.study
+        if len(names) < study.min_sites or study.key_maker not in names:
+            raise RecordError(
+                f"record {header.seq}: acknowledged by {', '.join(names) or 'nobody'}; expected at least "
+                f"{study.min_sites} members, {study.key_maker} among them"
+            )
+        if len({entry.checkpoint for entry in signed}) > 1:
+            raise RecordError(f"record {header.seq}: the members acknowledge different adapters")
+        maker = signed[names.index(study.key_maker)]
+        if (maker.size, maker.payload) != (header.size, header.payload):
+            raise RecordError(f"record {header.seq}: its payload is not the checkpoint that {study.key_maker} signed")
+        return maker.checkpoint
+
+    def _check_contributors(self, header: RecordHeader) -> tuple[EnvelopeHeader, ...]:
+        study = self.agreed.study
+        if header.round != self.round + 1 or header.round > study.rounds:
+            raise RecordError(
+                f"record {header.seq}: aggregate of round {header.round}, expected {self.round + 1} of {study.rounds}"
+            )
+        contributors = []
+        for entry in header.contributors:
+            try:
+                signed = verify_contribution(
+                    entry.header.encode(), bytes.fromhex(entry.signature), self.agreed, self.members
+                )
+                check_position(signed, self.due)
+            except EnvelopeError as error:
+                raise RecordError(f"record {header.seq}: {error}") from None
+            contributors.append(signed)
+        names = [contributor.site for contributor in contributors]
+        if names != sorted(set(names)):
+            raise RecordError(f"record {header.seq}: contributors {names}; expected each site once, sorted by name")
+        if len(names) < study.min_sites:
+            raise RecordError(f"record {header.seq}: {len(names)} contributors; expected at least {study.min_sites}")
+        return tuple(contributors)
+
+
+def read_header(data: bytes, agreed: AgreedStudy) -> tuple[Frame, RecordHeader]:
+    """Take a record apart and check version, signature and study, but not its place in a chain.
+
+    Raises:
+        RecordError: with what was found and expected.
+    """
+    frame = split_frame(MAGIC, data, HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites, RecordError)
+    assert agreed.study.coordinator is not None  # load_study refuses a study without one
+    verify_signature(MAGIC, frame.header, frame.signature, agreed.study.coordinator, RecordError)
+    header = parse_header(frame.header, RecordHeader, RecordError)
+    if header.study != agreed.study.id:
+        raise RecordError(
+            f"record {header.seq}: of study {header.study}, but the study here is {agreed.study.id}; "
+            "a study never changes after its genesis: restore study.toml, or start anew in another folder"
+        )
+    return frame, header
+
+
+class RecordFolder:
+    """The records of one run on disk, one file each, so that a file is whole or absent.
+
+    Args:
+        path: the folder; made if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        make_folder(path)
+
+    def append(self, record: Record) -> None:
+        """Store a checked record durably.
+
+        Raises:
+            StorageError: it cannot be written; the folder is as it was.
+        """
+        write_durable(self.file(record.header.seq), record.data)
+
+    def file(self, seq: int) -> Path:
+        """Where the record of that number lies."""
+        return self.path / f"{seq:08d}.record"
+
+    def read(self, seq: int) -> bytes:
+        """A record's bytes, unchecked.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        try:
+            return self.file(seq).read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"{self.file(seq)}: cannot be read ({error.strerror}); restore it from another site's copy"
+            ) from error
+
+    def replay(self, chain: Chain) -> Iterator[Record]:
+        """Check and yield all records in order, advancing the chain.
+
+        Raises:
+            RecordError: a record does not verify, or one in the middle is missing.
+        """
+        numbers = sorted(int(path.stem) for path in self.path.iterdir() if re.fullmatch(r"\d{8}\.record", path.name))
+        if numbers != list(range(len(numbers))):
+            raise RecordError(f"{self.path}: records {numbers}; expected all from 0 on; restore the missing ones")
+        for number in numbers:
+            try:
+                record = chain.check(self.read(number))
+            except RecordError as error:
+                raise RecordError(f"{self.file(number)}: {error}") from None
+            chain.advance(record)
+            yield record
+
+
+def new_header(
+    chain: Chain,
+    kind: Kind,
+    *,
+    run: str,
+    key: str,
+    round_number: int,
+    contributors: tuple[SignedContribution, ...],
+    times_ms: tuple[int, int],
+    payload: bytes,
+) -> RecordHeader:
+    """The header of the record that would continue a chain."""
+    return RecordHeader(
+        version=1,
+        kind=kind,
+        seq=chain.length,
+        previous=chain.head,
+        study=chain.agreed.study.id,
+        run=run,
+        key=key,
+        round=round_number,
+        contributors=contributors,
+        opened_ms=times_ms[0],
+        closed_ms=times_ms[1],
+        **payload_fields(payload),
+    )

@@ -1,0 +1,168 @@
+"""Sealed key files and checkpoints, as far as everybody can check them: no key opens anything here.
+
+A sealed key file holds a study's CKKS secret and tag key, sealed to its members and signed by the key maker. One with
+a predecessor is an *amendment*: it may name sites that join or leave, and takes force when the coordinator appends it
+to the journal. Members then *acknowledge* it, and the key maker adds a checkpoint for those who come later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from secure_fed.core.errors import KeyFileError, RecordError
+from secure_fed.protocol.signing import (
+    Count,
+    SignedHeader,
+    check_payload,
+    parse_header,
+    split_frame,
+    verify_signature,
+)
+from secure_fed.protocol.study import AgreedStudy, Hex64, Name, StudySite
+
+KEY_MAGIC = b"SFK1"
+MAX_KEY_HEADER = 512 * 1024
+MAX_SEALED = 16 * 2**20
+ACKNOWLEDGEMENT_MAGIC = b"SFC1"
+MAX_ACKNOWLEDGEMENT_HEADER = 1024
+
+Members = dict[str, StudySite]
+
+
+class SealedKeyHeader(SignedHeader):
+    """What a sealed key file says in clear.
+
+    Attributes:
+        study: study id; a file for another study is refused.
+        epoch: from 1, one more at each new key; a site refuses one below what it holds.
+        previous: id of the key before; zeros for the first key and for that of a new run.
+        key: key id, a keyed digest of the secret itself.
+        maker: the site that made and signed it.
+        recipients: the members it is sealed to, after joining and leaving.
+        added, removed: sites that join and leave with it.
+        created_ms: the key maker's clock, milliseconds since 1970; for information.
+    """
+
+    version: Literal[1]
+    study: Hex64
+    epoch: Annotated[int, Field(ge=1, lt=2**53)]
+    previous: Hex64
+    key: Hex64
+    maker: Name
+    recipients: tuple[Name, ...]
+    added: tuple[StudySite, ...]
+    removed: tuple[Name, ...]
+    created_ms: Count
+
+
+class AcknowledgementHeader(SignedHeader):
+    """A member's word that it has applied an amendment.
+
+    Attributes:
+        study, run: ids.
+        head: the amendment's record id.
+        site: the member.
+        checkpoint: keyed digest of the adapter it holds there; the server lacks the key.
+    """
+
+    version: Literal[1]
+    study: Hex64
+    run: Hex64
+    head: Hex64
+    site: Name
+    checkpoint: Hex64
+
+
+def check_sealed_key(data: bytes, agreed: AgreedStudy) -> SealedKeyHeader:
+    """Check a sealed key file as far as everybody can: form, study and the key maker's signature.
+
+    Raises:
+        KeyFileError: with what was found and expected.
+    """
+    if len(data) > MAX_SEALED:
+        raise KeyFileError(f"sealed key: {len(data)} bytes; expected at most {MAX_SEALED}")
+    frame = split_frame(KEY_MAGIC, data, MAX_KEY_HEADER, KeyFileError)
+    maker = agreed.study.site(agreed.study.key_maker)
+    assert maker.keys is not None  # load_study refuses sites without keys
+    verify_signature(KEY_MAGIC, frame.header, frame.signature, maker.keys.signing, KeyFileError)
+    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
+    if header.maker != maker.name:
+        raise KeyFileError(f"sealed key: made by {header.maker}; expected the study's key maker {maker.name}")
+    if header.study != agreed.study.id:
+        raise KeyFileError(f"sealed key: for study {header.study}; expected {agreed.study.id}")
+    check_payload(frame, header, KeyFileError)
+    return header
+
+
+def members_after(
+    members: Mapping[str, StudySite], added: tuple[StudySite, ...], removed: tuple[str, ...], agreed: AgreedStudy
+) -> Members:
+    """The members once some have joined and left.
+
+    Raises:
+        KeyFileError: nobody of that name, a name or key twice, the key maker leaves, or too few or too many train.
+    """
+    study = agreed.study
+    strangers = sorted(set(removed) - set(members))
+    if strangers:
+        raise KeyFileError(f"{', '.join(strangers)} cannot leave: not among the members {', '.join(sorted(members))}")
+    if study.key_maker in removed:
+        raise KeyFileError(f"{study.key_maker} cannot leave: it makes the keys; begin a new study without it")
+    after = {name: site for name, site in members.items() if name not in removed}
+    for site in added:
+        if site.name in members:
+            raise KeyFileError(f"{site.name} cannot join: a member has that name already")
+        if site.keys is None or any(
+            other.keys is not None and set(site.keys.model_dump().values()) & set(other.keys.model_dump().values())
+            for other in after.values()
+        ):
+            raise KeyFileError(f"{site.name} cannot join: it has no keys, or one that a member has already")
+        after[site.name] = site
+    training = sum(site.role == "train" for site in after.values())
+    if not study.min_sites <= training <= study.max_sites:
+        raise KeyFileError(
+            f"{training} training sites would be left; expected {study.min_sites} to {study.max_sites} of this study"
+        )
+    return after
+
+
+def check_amendment(
+    data: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite], key: str
+) -> tuple[SealedKeyHeader, Members]:
+    """Check a sealed key file as the amendment that follows a key, and the members after it.
+
+    Raises:
+        KeyFileError: with what was found and expected.
+    """
+    header = check_sealed_key(data, agreed)
+    if header.previous != key:
+        raise KeyFileError(f"sealed key: follows key {header.previous[:16]}; the key in force is {key[:16]}")
+    after = members_after(members, header.added, header.removed, agreed)
+    if header.recipients != tuple(sorted(after)):
+        raise KeyFileError(
+            f"sealed key: sealed to {', '.join(header.recipients)}; the members would be {', '.join(sorted(after))}"
+        )
+    return header, after
+
+
+def verify_acknowledgement(
+    text: bytes, signature: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite], run: str, head: str
+) -> AcknowledgementHeader:
+    """Read a signed acknowledgement header and check sender, run and head.
+
+    Raises:
+        RecordError: with what was found and expected.
+    """
+    if len(text) > MAX_ACKNOWLEDGEMENT_HEADER:
+        raise RecordError(f"acknowledgement: a header of {len(text)} bytes")
+    header = parse_header(text, AcknowledgementHeader, RecordError)
+    member = members.get(header.site)
+    if member is None or member.keys is None:
+        raise RecordError(f"acknowledgement of {header.site!r}, which is no member")
+    verify_signature(ACKNOWLEDGEMENT_MAGIC, text, signature, member.keys.signing, RecordError)
+    if (header.study, header.run, header.head) != (agreed.study.id, run, head):
+        raise RecordError(f"acknowledgement of {header.site}: of another study, run or amendment")
+    return header

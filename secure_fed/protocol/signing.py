@@ -1,0 +1,191 @@
+"""Signed frames, the one outer form of envelopes, journal records and sealed key files, and the keys that sign.
+
+``magic (4) | header length (4, big-endian) | header | Ed25519 signature (64) | payload``. The header is canonical
+JSON; the signature covers magic and exact header bytes, and the header carries the payload's size and SHA-256.
+Hostile bytes are checked cheapest first, and nothing is parsed beyond the header before the signature holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypedDict, TypeVar
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field, ValidationError
+
+from secure_fed.core.errors import KeyFileError, SecfacmicError
+from secure_fed.core.storage import write_durable
+from secure_fed.core.tomlfile import FileModel
+from secure_fed.protocol.study import Hex64, canonical_json
+
+PRIVATE = 0o600
+"""Mode of every file that holds a private key."""
+
+SIGNATURE_BYTES = 64
+ZERO_DIGEST = "0" * 64
+"""Stands where a digest is due and there is nothing to digest: no key, no ledger, no predecessor."""
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class SignedHeader(FileModel):
+    """What every header has: the payload's size in bytes and its SHA-256."""
+
+    size: Count
+    payload: Hex64
+
+
+Header = TypeVar("Header", bound=SignedHeader)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame taken apart, not yet verified."""
+
+    magic: bytes
+    header: bytes
+    signature: bytes
+    payload: memoryview
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of magic and header (which binds the payload), as 64 hex digits."""
+        return hashlib.sha256(self.magic + self.header).hexdigest()
+
+
+class PayloadFields(TypedDict):
+    """The header fields that bind a payload."""
+
+    size: int
+    payload: str
+
+
+def payload_fields(payload: bytes) -> PayloadFields:
+    """The header fields that bind this payload."""
+    return {"size": len(payload), "payload": hashlib.sha256(payload).hexdigest()}
+
+
+def sign_frame(magic: bytes, header: SignedHeader, key: Ed25519PrivateKey, payload: bytes) -> bytes:
+    """Build a signed frame around a payload."""
+    text = canonical_json(header.model_dump(mode="json"))
+    return b"".join([magic, len(text).to_bytes(4, "big"), text, key.sign(magic + text), payload])
+
+
+def split_frame(magic: bytes, data: bytes, max_header: int, refusal: type[SecfacmicError]) -> Frame:
+    """Take a frame apart, reading no more than its declared and bounded sizes.
+
+    Raises:
+        SecfacmicError: of class ``refusal``: wrong magic, truncated, or a header beyond ``max_header`` bytes.
+    """
+    if data[:4] != magic:
+        raise refusal(f"starts with {bytes(data[:4])!r}; expected {magic!r}: not this kind of file, or another version")
+    length = int.from_bytes(data[4:8], "big")
+    if len(data) < 8 or length > max_header:
+        raise refusal(f"declares a header of {length} bytes; expected at most {max_header}")
+    start = 8 + length + SIGNATURE_BYTES
+    if len(data) < start:
+        raise refusal(f"{len(data)} bytes, but its header needs {start}: truncated")
+    return Frame(magic, bytes(data[8 : 8 + length]), bytes(data[8 + length : start]), memoryview(data)[start:])
+
+
+def parse_header(text: bytes, model: type[Header], refusal: type[SecfacmicError]) -> Header:
+    """Read a header that must be in canonical form.
+
+    Raises:
+        SecfacmicError: of class ``refusal``.
+    """
+    try:
+        header = model.model_validate_json(text)
+        # Against the parsed header: 1.0 is read as version 1 and is canonical JSON, but not of this header.
+        if canonical_json(header.model_dump(mode="json")) != text:
+            raise refusal("its header is not in canonical form")
+    except (ValidationError, ValueError, RecursionError) as error:
+        fields = (
+            ", ".join(sorted({".".join(map(str, entry["loc"])) for entry in error.errors()}))
+            if isinstance(error, ValidationError)
+            else "JSON"
+        )
+        raise refusal(f"its header does not fit version 1 (wrong: {fields})") from None
+    return header
+
+
+def verify_signature(magic: bytes, header: bytes, signature: bytes, key: str, refusal: type[SecfacmicError]) -> None:
+    """Check the signature over the exact header bytes under a pinned public key (64 hex digits).
+
+    Raises:
+        SecfacmicError: of class ``refusal``.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, magic + header)
+    except (InvalidSignature, ValueError):
+        raise refusal("its signature is not by the key that the study names") from None
+
+
+def check_payload(frame: Frame, header: SignedHeader, refusal: type[SecfacmicError]) -> None:
+    """Check that the payload is the one that the signed header binds.
+
+    Raises:
+        SecfacmicError: of class ``refusal``.
+    """
+    if len(frame.payload) != header.size:
+        raise refusal(f"its payload has {len(frame.payload)} bytes; its header says {header.size}")
+    if hashlib.sha256(frame.payload).hexdigest() != header.payload:
+        raise refusal("its payload is not the one that its header names")
+
+
+def create_signing_key(path: Path) -> Ed25519PrivateKey:
+    """Make an Ed25519 key in a file of mode 0600.
+
+    Raises:
+        KeyFileError: the file exists.
+    """
+    if path.exists():
+        raise KeyFileError(f"{path}: exists; keys are never overwritten: choose another place")
+    key = Ed25519PrivateKey.generate()
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    write_durable(path, text, PRIVATE)
+    return key
+
+
+def load_signing_key(path: Path) -> Ed25519PrivateKey:
+    """Read an Ed25519 key.
+
+    Raises:
+        KeyFileError: missing, malformed or readable by others.
+    """
+    try:
+        key = serialization.load_pem_private_key(read_private(path), password=None)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise KeyFileError(f"{path}: malformed; restore it from a backup") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(f"{path}: not an Ed25519 key; restore it from a backup")
+    return key
+
+
+def public_hex(key: Ed25519PrivateKey) -> str:
+    """The public half, 32 bytes in hex."""
+    return key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw).hex()
+
+
+def read_private(path: Path) -> bytes:
+    """Read a private file, unless others can read it too.
+
+    Raises:
+        KeyFileError: missing, or its mode is looser than 0600.
+    """
+    try:
+        with path.open("rb") as stream:
+            mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+            if mode & 0o077:
+                raise KeyFileError(f"{path}: mode {mode:04o}, so others can read it; expected 0600: chmod 600 {path}")
+            return stream.read()
+    except OSError as error:
+        raise KeyFileError(f"{path}: cannot be read ({error.strerror}); expected a private key there") from error

@@ -1,0 +1,620 @@
+"""The study: what the sites agreed on, as ``study.toml`` and ``study.safetensors``.
+
+A *template* is a study that nobody has signed up to yet: sites without keys, no digests, and perhaps a
+``[simulation]`` table. ``secfacmic study new`` makes a study of it. The study id is a digest of the parsed
+content, so that comments and the order of keys do not matter; ``[simulation]`` is no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+
+from secure_fed import configs
+from secure_fed.core.errors import LanesError, StudyError
+from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
+from secure_fed.protocol.codec import count_lanes
+from secure_fed.protocol.packing import LaneParameters, lane_parameters
+
+Mode = Literal["he", "plain"]
+Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+ADAPTERS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "model" / "adapters").glob("[!_]*.py")))
+"""Names of the adapters: those of the files in ``secure_fed/model/adapters``, which are not imported to know them."""
+
+MIN_SITES_HE = 3
+"""Fewest contributors of an aggregate in ``he`` mode: of two, each can subtract itself."""
+
+
+class StudyClass(FileModel):
+    """One class: its name (a folder or manifest label at the sites) and its reviewed prompts."""
+
+    name: Text
+    prompts: tuple[Text, ...]
+
+    @field_validator("prompts")
+    @classmethod
+    def _some_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if not prompts:
+            raise ValueError("a class needs at least one prompt, a text that describes its images")
+        return prompts
+
+
+class Backbone(FileModel):
+    """The frozen CLIP.
+
+    Attributes:
+        model: name of an open_clip model, builtin or of ours in ``configs/models``.
+        weights: ``random`` (made from ``seed``), ``pretrained`` (open_clip's tag) or ``file`` (each site has
+            the checkpoint; a bare file name is also looked up in ``configs/models``).
+        tag: open_clip's tag, for ``pretrained``; a model ``hf-hub:...`` needs none.
+        file: path of the checkpoint, for ``file``.
+        seed: for ``random``.
+        mirrored: whether training also uses mirrored images.
+        licence: of the weights, as their publisher names it; for the model card of an export.
+        digest: SHA-256 of the weights; ``study new`` fills it in.
+    """
+
+    model: Text
+    weights: Literal["random", "pretrained", "file"]
+    tag: Text | None = None
+    file: Text | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    mirrored: bool = False
+    licence: Text | None = None
+    digest: Hex64 | None = None
+
+    @field_validator("seed")
+    @classmethod
+    def _fits_weights(cls, seed: int | None, info: ValidationInfo) -> int | None:
+        # Declared after weights, tag and file, so that all four are known here.
+        given = {"tag": info.data.get("tag"), "file": info.data.get("file"), "seed": seed}
+        needed = {"random": "seed", "pretrained": "tag", "file": "file"}.get(info.data.get("weights", ""))
+        if needed == "tag" and str(info.data.get("model")).startswith("hf-hub:"):
+            given.pop("tag")  # the model's name says it all
+        if needed is not None:
+            wrong = [key for key, value in given.items() if (value is not None) != (key == needed)]
+            if wrong:
+                raise ValueError(f'weights = "{info.data["weights"]}" takes {needed} and no other of {sorted(given)}')
+        return seed
+
+    model_config = FileModel.model_config | {"validate_default": True}
+
+
+class Method(FileModel):
+    """What is trained, and by which loss (docs/facmic.md).
+
+    Attributes:
+        adapter: ``facmic``, ``fedclip`` (attention gates), ``low_rank`` (residual of rank ``rank``), ``text_head`` or
+            ``prompts`` (``context`` vectors before the class's first prompt): a file of ``secure_fed/model/adapters``.
+        norm: of ``facmic``'s gate; ``batch`` is the paper's, its statistics stay at the site.
+        rank: of ``low_rank``.
+        context: number of context vectors of ``prompts``.
+        private_head: whether each site also trains a linear head of its own, which it never shares; not under
+            differential privacy.
+        loss: ``class_prompt`` (logit-adjusted cross-entropy) or the paper's in-batch ``contrastive``.
+        lmmd_weight: weight of the domain term against the site's own unlabelled images; 0 turns it off.
+    """
+
+    adapter: Text = "facmic"
+    norm: Literal["layer", "batch"] = "layer"
+    rank: Annotated[int, Field(ge=1, le=256)] = 16
+    context: Annotated[int, Field(ge=1, le=64)] = 16
+    private_head: bool = False
+    loss: Literal["class_prompt", "contrastive"] = "class_prompt"
+    lmmd_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+
+    @field_validator("adapter")
+    @classmethod
+    def _known(cls, adapter: str) -> str:
+        if adapter not in ADAPTERS:
+            raise ValueError(f"no such adapter; expected one of {', '.join(ADAPTERS)}")
+        return adapter
+
+
+class Training(FileModel):
+    """One round's local training: ``steps`` mini-batches of ``batch_size``; optimiser state starts anew.
+
+    With ``prox`` = mu above 0 the loss has FedProx's term mu/2 |w - w_global|^2 (Li et al., arXiv 1812.06127, eq. 2).
+    """
+
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+    learning_rate: Annotated[float, Field(gt=0, le=10)]
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 32
+    optimizer: Literal["adam", "sgd"] = "adam"
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    prox: Annotated[float, Field(ge=0, le=1000)] = 0.0
+
+
+class Aggregation(FileModel):
+    """What every site makes of a round's average update; the others need no server that could read it.
+
+    Attributes:
+        rule: ``average`` (add it), ``fedavgm`` (momentum, Hsu et al., arXiv 1909.06335) or ``fedadam`` (Reddi et al.,
+            arXiv 2003.00295, algorithm 2); see :mod:`secure_fed.protocol.aggregation`.
+        learning_rate: eta of ``fedavgm`` and ``fedadam``.
+        betas: decay of the first and, for ``fedadam``, second moment; ``fedavgm`` uses the first.
+        tau: of ``fedadam``: the smaller, the more adaptive.
+    """
+
+    rule: Literal["average", "fedavgm", "fedadam"] = "average"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+
+    @property
+    def moments(self) -> int:
+        """How many vectors of the adapter's size the rule keeps beside it."""
+        return {"average": 0, "fedavgm": 1, "fedadam": 2}[self.rule]
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _average_has_none(cls, rate: float, info: ValidationInfo) -> float:
+        if info.data.get("rule") == "average" and rate != 1:
+            raise ValueError('rule = "average" adds the average as it is; expected 1, or another rule')
+        return rate
+
+
+class Encoding(FileModel):
+    """How an update becomes bounded integers.
+
+    Attributes:
+        bits: width of one value, sign included (8 to 18).
+        lanes: values in one real of a ciphertext, 2 or 3.
+        value_bound: public bound on each coordinate of an update; what exceeds it saturates.
+        value_bounds: other bounds for single tensors, by parameter name.
+        share_validation: whether the encrypted sum also carries the number of validation images and of
+            correct ones (never a single site's; all classes together).
+    """
+
+    bits: Annotated[int, Field(ge=8, le=18)]
+    lanes: Literal[2, 3] = 2
+    value_bound: Annotated[float, Field(gt=0, le=1000)]
+    value_bounds: dict[Text, Annotated[float, Field(gt=0, le=1000)]] = Field(default_factory=dict)
+    share_validation: bool = True
+
+
+class PrivateTraining(FileModel):
+    """Public constants of training under differential privacy; sites without a budget use none of them.
+
+    Attributes:
+        clip: most that one patient moves a sum of gradients (L2 norm).
+        steps: noisy steps of one round, over all patients unless ``sampling_rate`` says otherwise.
+        learning_rate: of the optimiser, which sees noisy mean gradients only.
+        optimizer: ``sgd`` with ``momentum``, or ``adam``.
+        momentum: of ``sgd``.
+        sampling_rate: share of the patients that each step draws at random; below 1 only to save time.
+        n_ref: declared number of training patients of a site that declares none itself.
+        images_per_patient: at most so many images of a patient are trained on, the first by path.
+        prior: shares of the classes that logits are adjusted by; uniform if empty.
+        lmmd_centre: public point that features are taken relative to in the released means; the origin if empty.
+        lmmd_radius: bound on a feature's distance from it; unit features lie within 1 of the origin.
+        lmmd_use: what the domain term does with released class means (:mod:`secure_fed.clients.private_lmmd`).
+        validation_rounds: in how many rounds, spread evenly up to the last, validation counts are released; their
+            noise is paid for by the validation patients' own budget. 0: none, and nothing of them leaves.
+    """
+
+    clip: Annotated[float, Field(gt=0, le=1e6)] = 4.0
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 4
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.5
+    optimizer: Literal["adam", "sgd"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n_ref: Annotated[int, Field(ge=1, le=10**9)] = 500
+    images_per_patient: Annotated[int, Field(ge=1, le=4096)] = 8
+    prior: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    lmmd_centre: tuple[Annotated[float, Field(ge=-1, le=1)], ...] = ()
+    lmmd_radius: Annotated[float, Field(gt=0, le=2)] = 1.0
+    lmmd_use: Literal["synthesis", "attraction", "witness"] = "attraction"
+    validation_rounds: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
+class SiteKeys(FileModel):
+    """The public half of a site's identity.
+
+    Attributes:
+        signing: Ed25519 public key, 32 bytes in hex; signs envelopes.
+        flower: EC P-384 public key in OpenSSH form; opens the connection.
+        recipient: age X25519 recipient; study keys are sealed to it.
+    """
+
+    signing: Hex64
+    flower: Annotated[str, StringConstraints(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+$", max_length=400)]
+    recipient: Annotated[str, StringConstraints(pattern=r"^age1[0-9a-z]{58}$")]
+
+
+class StudySite(FileModel):
+    """A member: ``train`` sites send updates with their public weight, an ``observer`` only applies."""
+
+    name: Name
+    role: Literal["train", "observer"] = "train"
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    keys: SiteKeys | None = None
+
+
+class Shares(FileModel):
+    """Seeded, stratified shares of a site's labelled patients; they add up to 1."""
+
+    train: Share
+    val: Share
+    test: Share
+    unlabelled: Share
+
+    @field_validator("unlabelled")
+    @classmethod
+    def _add_up(cls, unlabelled: float, info: ValidationInfo) -> float:
+        others = [info.data[name] for name in ("train", "val", "test") if name in info.data]
+        if len(others) == 3 and abs(sum(others) + unlabelled - 1) > 1e-9:
+            raise ValueError(f"train, val, test and unlabelled add up to {sum(others) + unlabelled:g}, expected 1")
+        return unlabelled
+
+
+class SimulatedSite(FileModel):
+    """Where ``simulate`` finds one site's images below the data folder."""
+
+    name: Name
+    folder: Text
+
+
+class PhantomGroup(FileModel):
+    """One site's phantoms; see :class:`secure_fed.lab.phantoms.PhantomSite`."""
+
+    name: Name
+    patients: Annotated[int, Field(ge=1, le=100_000)]
+    scanner: Annotated[int, Field(ge=0)]
+    class_mix: tuple[Share, Share, Share, Share]
+    unlabelled: Share
+
+
+class Simulation(FileModel):
+    """How ``simulate`` plays the sites on one machine. No part of the study id.
+
+    Attributes:
+        kind: of the data; patients' data are never simulated on.
+        unit: what counts as one patient; ``image`` where images carry no patient id.
+        shares: how a folder without a manifest is split.
+        sites: each study site's folder below ``--data``.
+        phantoms: what is generated when no ``--data`` is given, one group a folder.
+        phantom_seed: seed of the phantoms.
+    """
+
+    kind: Literal["public", "simulated"]
+    unit: Literal["patient", "image"]
+    shares: Shares | None = None
+    sites: tuple[SimulatedSite, ...]
+    phantoms: tuple[PhantomGroup, ...] = ()
+    phantom_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class Study(FileModel):
+    """``study.toml``. Fields that ``study new`` fills in are optional in a template."""
+
+    format: Literal[1]
+    name: Name
+    mode: Mode
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    max_sites: Annotated[int, Field(ge=1, le=4096)]
+    min_sites: Annotated[int, Field(ge=1, le=4096)]
+    round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
+    classes: tuple[StudyClass, ...]
+    backbone: Backbone
+    method: Method
+    training: Training
+    aggregation: Aggregation = Aggregation()
+    encoding: Encoding
+    privacy: PrivateTraining = PrivateTraining()
+    sites: tuple[StudySite, ...]
+    key_maker: Name
+    coordinator: Hex64 | None = None
+    initial: Hex64 | None = None
+    simulation: Simulation | None = None
+
+    @field_validator("min_sites")
+    @classmethod
+    def _enough_to_hide(cls, minimum: int, info: ValidationInfo) -> int:
+        if info.data.get("mode") == "he" and minimum < MIN_SITES_HE:
+            raise ValueError(f"in he mode a sum needs at least {MIN_SITES_HE} sites: of two, each can subtract itself")
+        if minimum > info.data.get("max_sites", minimum):
+            raise ValueError(f"more than max_sites = {info.data['max_sites']}; expected at most that")
+        return minimum
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct_classes(cls, classes: tuple[StudyClass, ...]) -> tuple[StudyClass, ...]:
+        if len(classes) < 2:
+            raise ValueError(f"{len(classes)} classes; expected at least 2")
+        _refuse_duplicates("class", [entry.name for entry in classes])
+        return classes
+
+    @field_validator("privacy")
+    @classmethod
+    def _prior_of_each_class(cls, privacy: PrivateTraining, info: ValidationInfo) -> PrivateTraining:
+        count = len(info.data.get("classes", ()))
+        if privacy.prior and count and (len(privacy.prior) != count or abs(sum(privacy.prior) - 1) > 1e-9):
+            raise ValueError(
+                f"prior has {len(privacy.prior)} shares that add up to {sum(privacy.prior):g}; "
+                f"expected one for each of {count} classes, adding up to 1, or none"
+            )
+        return privacy
+
+    @field_validator("encoding")
+    @classmethod
+    def _fits_lanes(cls, encoding: Encoding, info: ValidationInfo) -> Encoding:
+        if "max_sites" in info.data:
+            try:
+                lane_parameters(info.data["max_sites"], encoding.bits, encoding.lanes, values=1)
+            except LanesError as error:
+                raise ValueError(str(error)) from None
+        return encoding
+
+    @field_validator("sites")
+    @classmethod
+    def _members_fit(cls, sites: tuple[StudySite, ...], info: ValidationInfo) -> tuple[StudySite, ...]:
+        _refuse_duplicates("site", [site.name for site in sites])
+        for field in SiteKeys.model_fields:
+            _refuse_duplicates(f"{field} key", [getattr(site.keys, field) for site in sites if site.keys])
+        training = sum(site.role == "train" for site in sites)
+        if training > info.data.get("max_sites", training):
+            raise ValueError(
+                f"{training} training sites, but the lanes hold max_sites = {info.data['max_sites']}; raise max_sites"
+            )
+        if training < info.data.get("min_sites", 1):
+            raise ValueError(
+                f"{training} training sites; expected at least min_sites = {info.data.get('min_sites', 1)}"
+            )
+        return sites
+
+    @field_validator("key_maker")
+    @classmethod
+    def _maker_is_member(cls, maker: str, info: ValidationInfo) -> str:
+        names = [site.name for site in info.data.get("sites", ())]
+        if "sites" in info.data and maker not in names:
+            raise ValueError(f"not a site of the study; expected one of {', '.join(names)}")
+        return maker
+
+    @field_validator("simulation")
+    @classmethod
+    def _plays_every_site(cls, simulation: Simulation | None, info: ValidationInfo) -> Simulation | None:
+        if simulation is None or "sites" not in info.data:
+            return simulation
+        members = sorted(site.name for site in info.data["sites"])
+        played = sorted(site.name for site in simulation.sites)
+        if members != played:
+            raise ValueError(f"its sites are {played}; expected exactly the study's, {members}")
+        folders = {site.folder for site in simulation.sites}
+        strangers = sorted({group.name for group in simulation.phantoms} ^ folders) if simulation.phantoms else []
+        if strangers:
+            raise ValueError(f"phantoms and folders differ in {strangers}; expected one phantom group a folder")
+        return simulation
+
+    @classmethod
+    def read(cls, path: Path | str) -> Study:
+        """As :func:`read_study`, for programs."""
+        return read_study(Path(path))
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 of the parsed content without ``[simulation]``, as 64 hex digits.
+
+        Of what the file says, and nothing else: neither a later version's new fields nor its other defaults change
+        the id of an old study. ``study new`` writes every field of its time down.
+        """
+        content = self.model_dump(mode="json", exclude={"simulation"}, exclude_unset=True, exclude_none=True)
+        return hashlib.sha256(b"secfacmic study 1\n" + canonical_json(content)).hexdigest()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; a class id is an index into them."""
+        return tuple(entry.name for entry in self.classes)
+
+    def site(self, name: str) -> StudySite:
+        """The member of that name.
+
+        Raises:
+            StudyError: there is none.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        members = ", ".join(site.name for site in self.sites)
+        raise StudyError(f"site {name!r} is not in study {self.name!r}; its sites are {members}")
+
+    def missing(self) -> list[str]:
+        """What a template still lacks to be a study, one line each; empty for a study."""
+        lines = [f"site {site.name} has no keys" for site in self.sites if site.keys is None]
+        if self.backbone.digest is None:
+            lines.append("backbone.digest is not set")
+        if self.coordinator is None:
+            lines.append("coordinator is not set (the coordinator's signing key)")
+        if self.initial is None:
+            lines.append("initial is not set (the digest of study.safetensors)")
+        return lines
+
+
+@dataclass(frozen=True)
+class InitialState:
+    """What ``study.safetensors`` holds: computed once, by ``study new``, and never again.
+
+    Attributes:
+        adapter: initial shared parameters by name, float64; the flat order is that of the sorted names.
+        prompt_features: unit text features, float32 [classes, d].
+        logit_scale: the frozen CLIP's exp(logit_scale).
+        prompt_tokens: of a method that trains through the text tower, tokens of each class's first prompt, int64
+            [classes, context length]; a site's own tokenizer is not asked.
+    """
+
+    adapter: dict[str, NDArray[np.float64]]
+    prompt_features: NDArray[np.float32]
+    logit_scale: float
+    prompt_tokens: NDArray[np.int64] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the shared parameters, by sorted name."""
+        return {name: self.adapter[name].shape for name in sorted(self.adapter)}
+
+    def to_bytes(self) -> bytes:
+        """The safetensors file."""
+        tensors: dict[str, NDArray[Any]] = {f"adapter.{name}": value for name, value in self.adapter.items()}
+        tensors["prompt_features"] = self.prompt_features
+        tensors["logit_scale"] = np.array([self.logit_scale], dtype=np.float64)
+        if self.prompt_tokens is not None:
+            tensors["prompt_tokens"] = self.prompt_tokens
+        return bytes(safetensors.numpy.save(tensors))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> InitialState:
+        """Read the safetensors file back.
+
+        Raises:
+            StudyError: it is not one of ours.
+        """
+        try:
+            tensors = safetensors.numpy.load(data)
+            adapter = {
+                name.removeprefix("adapter."): value for name, value in tensors.items() if name.startswith("adapter.")
+            }
+            return cls(
+                adapter, tensors["prompt_features"], float(tensors["logit_scale"][0]), tensors.get("prompt_tokens")
+            )
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise StudyError(f"study.safetensors: malformed ({error}); copy it again from the coordinator") from error
+
+
+@dataclass(frozen=True)
+class AgreedStudy:
+    """A complete study with its initial state, as every site and the server hold it."""
+
+    study: Study
+    initial: InitialState
+
+    @cached_property
+    def parameters(self) -> LaneParameters:
+        """The packing that the study's encoding and adapter give."""
+        encoding = self.study.encoding
+        values = sum(int(np.prod(shape)) for shape in self.initial.shapes.values())
+        if encoding.share_validation:
+            values += 2 * count_lanes(encoding.bits)
+        return lane_parameters(self.study.max_sites, encoding.bits, encoding.lanes, values)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study or a template; a path that does not exist is looked up among the packaged configs.
+
+    Raises:
+        StudyError: with every error of the file.
+    """
+    return read_toml(configs.find(path), Study, StudyError)
+
+
+def with_fields(study: Study, **changes: object) -> Study:
+    """The study with some fields changed, checked as a whole again.
+
+    Raises:
+        StudyError: with every error that the changes make.
+    """
+    content = study.model_dump(mode="json", exclude_none=True)
+    for name, value in changes.items():
+        if value is None:
+            content.pop(name, None)
+        else:
+            content[name] = value
+    return parse_table(content, Study, StudyError, f"study {study.name}")
+
+
+def as_template(study: Study) -> dict[str, Any]:
+    """What a study has from its template, without all that ``study new`` fills in, to compare two of them."""
+    content = study.model_dump(mode="json", exclude={"simulation", "coordinator", "initial"})
+    content["backbone"].pop("digest")
+    for site in content["sites"]:
+        site.pop("keys")
+    return content
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field in which two studies differ; None where one of them has none."""
+
+    field: str
+    before: Any
+    after: Any
+
+
+def differences(before: Study, after: Study) -> list[Difference]:
+    """Every field in which two studies differ, ``[simulation]`` left out; sites and classes are compared by name."""
+    first, second = (_leaves(study.model_dump(mode="json", exclude={"simulation"})) for study in (before, after))
+    return [
+        Difference(field, first.get(field), second.get(field))
+        for field in sorted(set(first) | set(second))
+        if first.get(field) != second.get(field)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {entry["name"]: entry for entry in value}
+    if not isinstance(value, dict):
+        return {path: value}
+    found: dict[str, Any] = {}
+    for name, entry in value.items():
+        found.update(_leaves(entry, f"{path}.{name}" if path else name))
+    return found
+
+
+def load_study(path: Path) -> AgreedStudy:
+    """Read a complete study and its ``study.safetensors`` beside it.
+
+    Raises:
+        StudyError: the study is a template, or the initial state is not the one it names.
+    """
+    study = read_toml(path, Study, StudyError)
+    missing = study.missing()
+    if missing:
+        raise StudyError(
+            f"{path}: a template, not yet a study: {'; '.join(missing)}; make one with: secfacmic study new {path}"
+        )
+    tensors = path.with_suffix(".safetensors")
+    try:
+        data = tensors.read_bytes()
+    except OSError as error:
+        raise StudyError(f"{tensors}: cannot be read ({error.strerror}); it belongs beside {path}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != study.initial:
+        raise StudyError(
+            f"{tensors}: initial = {found}, but the study names {study.initial}; "
+            "copy both files again from the coordinator"
+        )
+    agreed = AgreedStudy(study, InitialState.from_bytes(data))
+    unknown = sorted(set(study.encoding.value_bounds) - set(agreed.initial.adapter))
+    if unknown:
+        allowed = ", ".join(sorted(agreed.initial.adapter))
+        raise StudyError(f"{path}: encoding.value_bounds names {', '.join(unknown)}; parameters are {allowed}")
+    return agreed
+
+
+def canonical_json(content: Any) -> bytes:
+    """The one JSON form that we hash and sign: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _refuse_duplicates(what: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{what} {', '.join(twice)} more than once; expected each once")

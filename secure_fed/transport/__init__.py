@@ -1,0 +1,1 @@
+"""What both ends share of Flower's messages and of TLS."""

@@ -1,0 +1,400 @@
+"""Flower's SuperLink in our process, and all that we use of flwr beyond its public API at the server.
+
+From outside only the paths of the Fleet API that a site needs and ``/health`` answer, over TLS, and to registered
+keys only. The runtime API, by which the round loop's own process talks to the SuperLink, answers on loopback and to
+that process's token. The control API, which in this flwr version anybody could use to push code, is not served.
+
+Flower's own state is in memory only. What must survive lies in the coordinator's journal and spool and in the sites'
+outboxes; a database file would hold every envelope again, without erasing what it deletes, and make a round with four
+sites a second slower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hashlib
+import logging
+import math
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Context, Message
+from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
+from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.server.superlink.linkstate import InMemoryLinkState
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLWR_IN_MEMORY_DB_NAME,
+    NOOP_FEDERATION_ID,
+    TaskType,
+)
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid import HttpGrid
+from flwr.superlink.main import create_app
+from google.protobuf.message import DecodeError
+
+from secure_fed.core.errors import AddressError, CertificateError
+from secure_fed.transport.certificates import SERVER, SERVER_KEY, server_context
+
+log = logging.getLogger(__name__)
+
+FLEET_PATHS = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+"""What a site calls. Registering is not among them: the study says who is in it."""
+
+PUSH_MESSAGES = "/v1/fleet/push-messages"
+
+MAX_BODY = 8 * 2**20
+"""Most bytes of one request from outside; Flower cuts arrays into chunks of 5 MiB."""
+
+HEARTBEAT_SECONDS = 10
+"""Flower's shortest interval; it takes a site for gone after two."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Gate:
+    """Lets through what one listener serves; everything else does not exist (404).
+
+    Args:
+        app: Flower's.
+        paths: whether a path is served.
+        keys: public keys that may call the Fleet API, and may change; None for a listener that has none.
+    """
+
+    def __init__(self, app: App, paths: Callable[[str], bool], keys: set[bytes] | None) -> None:
+        self._app = app
+        self._paths = paths
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or pass on one request."""
+        path = scope.get("path", "")
+        if scope["type"] != "http" or not self._paths(path):
+            await _refuse(send, 404)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self._keys is not None and path != "/health":
+            length = headers.get(b"content-length", b"")
+            if not length.isdigit() or int(length) > MAX_BODY:
+                await _refuse(send, 413)
+                return
+            try:
+                key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()], validate=True)
+            except (KeyError, binascii.Error):
+                key = b""
+            if key not in self._keys:
+                await _refuse(send, 403)
+                return
+            if path == PUSH_MESSAGES:
+                body = await _body(receive, int(length))
+                if not _own_replies(body):
+                    await _refuse(send, 403)
+                    return
+                receive = _again(body, receive)
+        await self._app(scope, receive, send)
+
+
+def _own_replies(body: bytes) -> bool:
+    """Whether all replies are of the node that sends them; flwr checks only that the node is the caller."""
+    request = PushMessagesRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return False
+    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
+
+
+async def _body(receive: Receive, length: int) -> bytes:
+    parts = []
+    more = True
+    while more and length >= 0:
+        event = await receive()
+        if event["type"] != "http.request":
+            return b""  # hung up
+        parts.append(event.get("body", b""))
+        length -= len(parts[-1])
+        more = event.get("more_body", False)
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A channel on which a body that was read already comes first."""
+    first = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def channel() -> MutableMapping[str, Any]:
+        return first.pop() if first else await receive()
+
+    return channel
+
+
+async def _refuse(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+class _State(InMemoryLinkState):
+    """Flower's state, which hands out a reply only when all of it has arrived, and one at a time.
+
+    flwr would hand out its head at once, after which whoever pulls it waits for the rest: up to three minutes for a
+    site that was killed in mid-upload, while the other sites' replies wait too. And it would drop a whole reply of a
+    site that has left since: the last one of each, when many wait to be taken.
+    """
+
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """Replies that are whole, or errors in their place."""
+        with self.lock:
+            answered = {identifier for identifier in message_ids if identifier in self.message_ins_id_to_message_res_id}
+            whole = [identifier for identifier in answered if not self._arriving(identifier)][:1]
+            with self._taken_for_present(whole):
+                replies: list[Message] = super().get_message_res((message_ids - answered) | set(whole), run_id)
+            return replies
+
+    @contextlib.contextmanager
+    def _taken_for_present(self, identifiers: list[str]) -> Iterator[None]:
+        asked = [self.message_ins_store[one] for one in identifiers if one in self.message_ins_store]
+        nodes = [self.nodes[one.metadata.dst_node_id] for one in asked if one.metadata.dst_node_id in self.nodes]
+        before = [node.online_until for node in nodes]
+        for node in nodes:
+            node.online_until = math.inf
+        try:
+            yield
+        finally:
+            for node, until in zip(nodes, before, strict=True):
+                node.online_until = until
+
+    def _check_stored_messages(self, message_ids: set[str], run_id: int | None = None) -> None:
+        """Forget messages beyond their time, and the objects that they brought, which flwr would keep."""
+        known = {identifier for identifier in message_ids if identifier in self.message_ins_store}
+        replies = {identifier: self.message_ins_id_to_message_res_id.get(identifier) for identifier in known}
+        super()._check_stored_messages(message_ids, run_id)
+        for identifier in known - self.message_ins_store.keys():
+            self.object_store.delete(identifier)
+            reply = replies[identifier]
+            if reply is not None:
+                self.object_store.delete(reply)
+
+    def _arriving(self, identifier: str) -> bool:
+        reply = self.message_ins_id_to_message_res_id.get(identifier)
+        asked = self.message_ins_store.get(identifier)
+        if reply is None or asked is None or asked.metadata.created_at + asked.metadata.ttl <= time.time():
+            return False
+        try:
+            parts = iterate_object_tree(self.object_store.get_object_tree(reply))
+            return any(not self.object_store.get(part.object_id) for part in parts)
+        except NoObjectInStoreError:
+            return False
+
+
+class SuperLink:
+    """The SuperLink with its two listeners.
+
+    Args:
+        certificates: folder of ``server.crt`` and ``server.key``.
+        listen: host and port for the sites.
+        sites: Flower public keys of the sites, OpenSSH form, by name.
+
+    Raises:
+        CertificateError: no usable certificate there.
+        AddressError: the address cannot be listened on.
+
+    Attributes:
+        nodes: Flower's node ids, by site.
+        runtime: address of the runtime API on loopback.
+    """
+
+    def __init__(self, certificates: Path, listen: tuple[str, int], sites: Mapping[str, str]) -> None:
+        context = _tls(certificates)
+        outside = _bind(listen)
+        inside = _bind(("127.0.0.1", 0))
+        self.runtime = f"127.0.0.1:{inside.getsockname()[1]}"
+        config = SuperLinkLifespanConfig(
+            control_address="",
+            health_server_address=None,
+            host="127.0.0.1",
+            port=inside.getsockname()[1],
+            insecure=True,
+            certificates=None,
+            # Nobody knows it: tasks are claimed in this process only.
+            superexec_auth_secret=secrets.token_bytes(32),
+            authn_plugin=NoOpControlAuthnPlugin(),
+            event_log_plugin=None,
+            fleet_event_log_plugin=None,
+            enable_event_log=False,
+            artifact_provider=None,
+            enable_supernode_auth=True,
+            fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+            fleet_api_address=None,
+            simulation=False,
+            ssl_ca_certfile=None,
+            ssl_certfile=None,
+            ssl_keyfile=None,
+            database=FLWR_IN_MEMORY_DB_NAME,
+            isolation=ISOLATION_MODE_PROCESS,
+            runtime_dependency_install=False,
+        )
+        app = create_app(config, SuperLinkLifespan)
+        factory = app.state.linkstate_factory
+        factory.state_instance = _State(factory.federation_manager, factory.objectstore_factory.store())
+        self._state = factory.state()
+        self._allowed: set[bytes] = set()
+        self.nodes: dict[str, int] = {}
+        self.register(sites)
+        # Flower's own lifespan would start legacy servers; nothing else depends on it.
+        common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False, "ws": "none"}
+        # Idle connections of sites must not hold up the end.
+        common["timeout_graceful_shutdown"] = 1
+        fleet = Gate(app, lambda path: path in FLEET_PATHS or path == "/health", self._allowed)
+        runtime = Gate(app, lambda path: path.startswith("/v1/runtime/"), None)
+        public = uvicorn.Config(
+            fleet, ssl_context_factory=lambda *_: context, server_header=False, proxy_headers=False, **common
+        )
+        private = uvicorn.Config(runtime, **common)
+        self._servers = [(uvicorn.Server(public), outside), (uvicorn.Server(private), inside)]
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="superlink", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the listeners still answer."""
+        return self._thread.is_alive()
+
+    def register(self, sites: Mapping[str, str]) -> None:
+        """Let in these sites, and no others.
+
+        Args:
+            sites: Flower public keys, OpenSSH form, by name.
+        """
+        keys = {name: _key_bytes(key) for name, key in sites.items()}
+        self.nodes = {name: self._node(name, key) for name, key in keys.items()}
+        self._allowed.intersection_update(keys.values())
+        self._allowed.update(keys.values())
+
+    def start_run(self, bundle: bytes) -> str:
+        """Begin a new Flower run with this bundle, ending the one before, whose messages nobody waits for.
+
+        Returns:
+            The token by which the round loop's process may act for the run.
+        """
+        digest = hashlib.sha256(bundle).hexdigest()
+        for known in self._state.get_run_info(statuses=["pending", "starting", "running"]):
+            self._state.stop_run(known.run_id)
+        self._state.store_fab(Fab(digest, bundle, {}))
+        run = self._state.create_run(
+            "secfacmic/secfacmic", "1", digest, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        task = self._state.get_run_info(run_ids=[run])[0].primary_task_id
+        token = self._state.claim_task(task)
+        assert token is not None  # the task is new, and nobody else claims
+        return str(token)
+
+    def stop(self) -> None:
+        """Stop listening."""
+        for server, _ in self._servers:
+            server.should_exit = True
+        self._thread.join(5)
+
+    async def _serve(self) -> None:
+        await asyncio.gather(*(server.serve(sockets=[bound]) for server, bound in self._servers))
+
+    def _node(self, name: str, key: bytes) -> int:
+        known = self._state.get_node_id_by_public_key(key)
+        if known is not None:
+            return int(known)
+        return int(self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, float(HEARTBEAT_SECONDS), name=name))
+
+
+@contextlib.contextmanager
+def open_grid(runtime: str, token: str) -> Iterator[tuple[HttpGrid, Context]]:
+    """In the round loop's own process: the way to the sites, for as long as the run lives.
+
+    flwr raises SIGINT in this process when the SuperLink has ended the run.
+    """
+    grid = HttpGrid(runtime_api_address=runtime, insecure=True, token=token)
+    client = grid._runtime_client
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    try:
+        task = client.PullTaskInput(PullTaskInputRequest())
+        TaskIdentity.task_id = task.task_id
+        TaskIdentity.run_id = task.run.run_id
+        TaskIdentity.node_id = task.context.node_id
+        grid.set_run(run_from_proto(task.run))
+        yield grid, context_from_proto(task.context)
+    finally:
+        if heartbeat.is_running:
+            heartbeat.stop()
+        grid.close()
+
+
+def _tls(folder: Path) -> ssl.SSLContext:
+    try:
+        return server_context(folder / SERVER, folder / SERVER_KEY)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
+        raise CertificateError(
+            f"{folder}: {SERVER} and {SERVER_KEY} cannot be used ({reason}); make them with: "
+            f"secfacmic study ca --host NAME --out {folder}"
+        ) from error
+
+
+def _bind(address: tuple[str, int]) -> socket.socket:
+    host, port = address
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen()  # now, so that a port in use shows here
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or error
+        raise AddressError(
+            f"{host}:{port}: cannot be listened on ({reason}); expected a free address of this machine: end what "
+            "listens there, or choose another with --listen (and in each site.toml)"
+        ) from error
+    return bound
+
+
+def _key_bytes(openssh: str) -> bytes:
+    key = load_ssh_public_key(openssh.encode("ascii"))
+    assert isinstance(key, ec.EllipticCurvePublicKey)  # the study's pattern says so
+    return public_key_to_bytes(key)
