@@ -139,7 +139,7 @@ def test_a_study_runs_to_its_end_and_every_site_has_the_same(federation: Federat
 def test_a_missing_site_is_waited_for_until_the_deadline_and_catches_up(
     tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "server")
+    caplog.set_level("INFO", "secure_fed")
     federation = _federation(tmp_path / "out", images, rounds=4, max_sites=4, min_sites=2, mode="plain")
     federation.agreed.study.__dict__["round_seconds"] = 4.0
     sites = federation.sites()
@@ -168,7 +168,7 @@ def test_a_missing_site_is_waited_for_until_the_deadline_and_catches_up(
 def test_below_min_sites_the_study_waits_beyond_the_deadline_and_says_so(
     federation: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "server")
+    caplog.set_level("INFO", "secure_fed")
     federation.agreed.study.__dict__["round_seconds"] = 0.2
     coordinator, wire, loop = _begin(federation)
     wire.away = {"birch"}
@@ -269,7 +269,7 @@ def test_an_envelope_that_is_refused_does_not_end_the_study(
 
 
 def test_a_rotated_key_takes_force_in_mid_study(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "server")
+    caplog.set_level("INFO", "secure_fed")
     coordinator, wire, loop = _begin(federation)
     _steps(loop, lambda: len(coordinator.rounds) == 1)
     sealed = _rotated(federation, coordinator)
