@@ -205,9 +205,9 @@ def test_a_site_file_with_errors(site: Path) -> None:
 
 def test_another_flwr(site: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     serve()
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.42.0")
-    assert doctor._try("flwr version", doctor._flwr).found == "flwr 1.42.0; expected 1.41.0 exactly"
-    assert "pip install flwr==1.41.0" in doctor._try("flwr version", doctor._flwr).mend
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.43.0")
+    assert doctor._try("flwr version", doctor._flwr).found == "flwr 1.43.0; expected 1.42.0 exactly"
+    assert "pip install flwr==1.42.0" in doctor._try("flwr version", doctor._flwr).mend
 
 
 def test_a_study_that_was_edited_or_refused_by_policy(site: Path, serve: Serve) -> None:

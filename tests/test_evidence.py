@@ -97,7 +97,7 @@ def test_a_reviewer_without_anything_else_checks_it(archive: Path, tmp_path: Pat
         policy = json.loads(content.read("policy.json"))
     assert (bom["bomFormat"], bom["specVersion"]) == ("CycloneDX", "1.5")
     purls = {one["purl"] for one in bom["components"]}
-    assert "pkg:pypi/flwr@1.41.0" in purls
+    assert "pkg:pypi/flwr@1.42.0" in purls
     assert len(purls) == len(bom["components"]) > 50
     assert policy["min_sites"] == 3
     assert not any(isinstance(value, str) and "/" in value for value in policy.values())  # no place on its disk
