@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-slow test-browser lint demo demo-figures fuzz mini-clip test-faults test-network wheelhouse brain-mri sweep-demo
+.PHONY: test test-unit test-slow test-browser lint demo demo-figures fuzz mini-clip test-faults test-network wheelhouse brain-mri sweep-demo
 
 # The environment is made anew when pyproject.toml changes.
 .venv/ready: pyproject.toml
@@ -19,22 +19,26 @@ lint: .venv/ready
 
 # Two files at a time: most of the time goes into waiting and into one thread.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile
+
+# Room by room, without processes and networks.
+test-unit: .venv/ready
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile tests/unit
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -P -m pytest -m slow
 
 # The report in Chromium (/usr/bin/chromium and chromedriver, Debian's chromium and chromium-driver).
 test-browser: .venv/ready
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -P -m pytest -m browser
 
 # Every fault of docs/faults.md, with real processes; needs root for the disks that are full.
 test-faults: .venv/ready
-	$(BIN)/python -m pytest tests/test_faults.py -m 'not network'
+	$(BIN)/python -P -m pytest tests/integration/test_faults.py -m 'not network'
 
 # Hosts with addresses of their own, as network namespaces; needs root, and the wheels for the air gap.
 test-network: .venv/ready wheelhouse
-	$(BIN)/python -m pytest -m network
+	$(BIN)/python -P -m pytest -m network
 
 # All that an installation without network needs: pip install --no-index --find-links wheelhouse secfacmic
 wheelhouse: .venv/ready wheelhouse/ready
@@ -61,7 +65,7 @@ brain-mri: .venv/ready
 
 # EXAMPLES: hostile inputs for each decoder.
 fuzz: .venv/ready
-	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -P -m pytest tests/unit/protocol/test_fuzz.py
 
 # DATA: a folder of public brain MRI, one folder a class; without it phantoms alone are used.
 mini-clip: .venv/ready

@@ -29,7 +29,7 @@ from secure_fed.protocol.signing import payload_fields, split_frame
 from secure_fed.protocol.study import InitialState, canonical_json, load_study, read_study
 from secure_fed.server.recompute import EnvelopeStore, find_runs, verify_run
 from secure_fed.transport import flower_messages as messages
-from tests.test_vectors import VECTORS, Version
+from tests.unit.protocol.test_vectors import VECTORS, Version
 
 VERSION = "v1"
 

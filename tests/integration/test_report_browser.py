@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_folders import make_attack, make_sweep
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -23,6 +22,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from secure_fed.report import write_report
+from tests.report_folders import make_attack, make_sweep
 
 pytestmark = pytest.mark.browser
 

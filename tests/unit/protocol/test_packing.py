@@ -33,7 +33,7 @@ from secure_fed.protocol.packing import (
     wire,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 BINDING = Binding("ab", "cd", 1)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 PRIVATE = {"server/flower_link.py", "clients/flower_node.py"}
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
 

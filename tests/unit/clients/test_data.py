@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from secure_fed.clients.data import _largest_remainder, read_data
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.study import Shares
-from tests.test_dicom import RAMP, as_bytes, dicom
+from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 
 CLASSES = ("zebra", "ant", "mole")  # not in alphabetical order
 SHARES = Shares(train=0.6, val=0.1, test=0.1, unlabelled=0.2)

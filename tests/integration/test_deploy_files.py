@@ -18,7 +18,7 @@ import yaml
 from secure_fed.cli import app
 from secure_fed.core.exit_codes import pages
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 UNITS = ("secfacmic-server.service", "secfacmic-client.service")
 EXECUTABLE = "/opt/secfacmic/bin/secfacmic"

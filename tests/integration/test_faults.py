@@ -536,7 +536,7 @@ def test_a_site_whose_adapter_differs_stops_the_study_until_it_is_mended(
 
 
 def test_every_fault_of_the_page_has_its_test() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     page = (root / "docs" / "faults.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("|") and "::" in line]
     assert len(rows) >= 13
@@ -550,5 +550,5 @@ def test_every_fault_of_the_page_has_its_test() -> None:
     }
     assert named <= collected, named - collected
     # And no fault's test is missing from the page.
-    ours = {name for name in collected if name.startswith("tests/test_faults.py")}
-    assert ours - named == {f"tests/test_faults.py::{test_every_fault_of_the_page_has_its_test.__name__}"}
+    ours = {name for name in collected if name.startswith("tests/integration/test_faults.py")}
+    assert ours - named == {f"tests/integration/test_faults.py::{test_every_fault_of_the_page_has_its_test.__name__}"}

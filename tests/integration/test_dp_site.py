@@ -46,8 +46,8 @@ from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import split_frame
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
+from tests.integration.test_simulation import Heard
 from tests.private_worker import serve
-from tests.test_simulation import Heard
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

@@ -22,7 +22,7 @@ from secure_fed.privacy import ckks, seal_format
 from secure_fed.privacy.seal_format import SeededForm
 from secure_fed.protocol.packing import DEGREE, MODULUS, Coefficients
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SCALE = 12345.678
 CONTEXT = ckks._context()
 KEY = sealapi.KeyGenerator(CONTEXT).secret_key()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-WIRE = Path(__file__).parent.parent / "benchmarks" / "wire.py"
+WIRE = Path(__file__).parents[2] / "benchmarks" / "wire.py"
 FIELDS = {
     *("name", "sites", "values", "bytes_up", "bytes_down", "encrypt_s", "server_s_per_site", "decrypt_s"),
     *("peak_rss_bytes", "max_error", "wrong_integers", "refused"),

@@ -31,7 +31,7 @@ from tests.namespaces import Host, Hosts, Lan
 
 pytestmark = pytest.mark.network
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
 HOSPITALS = ("north", "east", "south")
 PORT = 8443

@@ -98,7 +98,7 @@ def test_native_parsers_take_no_more_than_64_mib() -> None:
             sys.executable,
             "-P",
             "-c",
-            "import sys; sys.path.insert(0, '.'); from tests import test_fuzz; test_fuzz.main()",
+            "import sys; sys.path.insert(0, '.'); from tests.unit.protocol import test_fuzz; test_fuzz.main()",
         ],
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ from secure_fed import configs
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.protocol.study import Backbone
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 import mini_clip
 
 WEIGHTS = configs.MODELS / "mini-clip.safetensors"

@@ -254,7 +254,7 @@ def test_the_comparisons_federation_in_memory_is_the_sites(
     summary = simulate(make_template(**changes), tmp_path / "out", images, SILENT)
     agreed = Federation(tmp_path / "out").agreed
     features = {site.name: site.features() for site in open_sites(agreed, tmp_path / "out") if site.name in TRAINING}
-    path = Path(__file__).parent.parent / "benchmarks" / "brain_mri.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "brain_mri.py"
     spec = importlib.util.spec_from_file_location("brain_mri", path)
     assert spec is not None
     assert spec.loader is not None

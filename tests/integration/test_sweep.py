@@ -38,7 +38,7 @@ from secure_fed.lab.sweep_file import Trial, plan_trials, read_sweep_file, with_
 from secure_fed.report.recommendation import Compared, Score, compare, recommend
 from tests.conftest import template_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def write(folder: Path, table: dict[str, Any] | None = None, **sweep: Any) -> Path:

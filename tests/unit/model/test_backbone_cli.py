@@ -27,7 +27,7 @@ from secure_fed.operate.new_study import new_study
 from secure_fed.operate.predict import predict_folder
 from secure_fed.protocol.study import Backbone, Study, read_study
 from tests.conftest import CLASSES, Run, make_template, template_table
-from tests.test_backbone import _Archive
+from tests.unit.model.test_backbone import _Archive
 
 torch.set_num_threads(1)
 

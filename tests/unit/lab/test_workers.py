@@ -60,7 +60,7 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         f"    list(run_locally(work, ['sleep {tmp_path}/pid'], 1, Path('{tmp_path}/log')))\n"
     )
     (tmp_path / "program.py").write_text(program)
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[3])
     parent = subprocess.Popen(
         [sys.executable, "-P", tmp_path / "program.py"], env={**os.environ, "PYTHONPATH": root}, cwd=tmp_path
     )

@@ -17,11 +17,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from conftest import Federation, make_template, run_round
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from report_folders import CLASSES, EPSILONS, METHODS, SITES, VALUES, make_attack, make_sweep, summary
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
@@ -32,6 +30,8 @@ from secure_fed.lab.simulation import Listener, simulate
 from secure_fed.report import write_report
 from secure_fed.report.chart import nice_axis
 from secure_fed.report.page import SHADES, _source
+from tests.conftest import Federation, make_template, run_round
+from tests.report_folders import CLASSES, EPSILONS, METHODS, SITES, VALUES, make_attack, make_sweep, summary
 
 HOSTILE = "</style><script>alert(1)</script>\"' onload=alert(2) ${x} {{ 7*7 }} <img src=http://evil.example/x>"
 

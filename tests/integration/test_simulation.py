@@ -263,7 +263,7 @@ def test_all_sites_hold_the_same_adapter_on_any_kind_of_cpu_and_thread_count(fed
     for name, kind in kinds.items():
         workers[name] = subprocess.Popen(
             [sys.executable, "-P", "-m", "tests.site_worker", str(federation.folder / "sites" / name / "site.toml")],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": kind, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env=os.environ | {"ATEN_CPU_CAPABILITY": kind, "PYTHONPATH": str(Path(__file__).parents[2])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -16,7 +16,7 @@ from secure_fed.cli import app
 from secure_fed.core import errors
 from secure_fed.core.exit_codes import pages
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def kinds() -> dict[int, type[errors.SecfacmicError]]:

@@ -17,7 +17,7 @@ from secure_fed.lab.simulation import simulate
 from secure_fed.protocol.study import Study
 from secure_fed.server.coordinator import Coordinator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "open_clip", "opacus", "tenseal", "secure_fed.clients", "secure_fed.server", "numpy")
 
 
