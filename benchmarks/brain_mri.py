@@ -6,8 +6,8 @@ DATA holds ``client_0 .. client_3/CLASS/*.jpg``; ``client_3`` is held out and se
 as in ``configs/brain_mri.toml``; what they would send is rounded to the same integers and averaged, without the
 encryption, which changes no bit (``tests/integration/test_methods.py`` shows both). Each seed has its own splits,
 initial adapter and order of images, and chooses each method's learning rate by its own validation images; test images,
-held-out ones included, are looked at once, for the chosen one. The domain term and the variants take the rate that was chosen
-for their method without it; the domain term's weight is chosen likewise. Features are computed once.
+held-out ones included, are looked at once, for the chosen one. The domain term and the variants take the rate that was
+chosen for their method without it; the domain term's weight is chosen likewise. Features are computed once.
 """
 
 from __future__ import annotations
