@@ -67,12 +67,14 @@ class SiteFile(FileModel):
     """``site.toml``; relative paths start at its folder.
 
     Attributes:
+        format: of this file; 1 is the only one so far.
         site: the name under which the site is in the study.
         study: path of ``study.toml``.
         state: folder of the site's journal copy, outbox, feature cache and keys.
         identity: folder of its private keys.
         checkpoint: the backbone's weights on this node, for sites without internet.
         server: how the site reaches the server; not needed to simulate.
+        data: the site's images.
         privacy: the budget under which the site trains; without one, and without a ledger that remembers one, it
             trains without differential privacy.
         allow_plain: whether a study without encryption is joined; never with patients' data.

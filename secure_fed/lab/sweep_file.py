@@ -28,6 +28,7 @@ class SweepFile(FileModel):
     """A sweep file; see ``docs/sweep.md``.
 
     Attributes:
+        format: of this file; 1 is the only one so far.
         name: of the sweep.
         title: what it shows, for people.
         study: packaged name or path of a template.

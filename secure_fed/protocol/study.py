@@ -40,7 +40,12 @@ MIN_SITES_HE = 3
 
 
 class StudyClass(FileModel):
-    """One class: its name (a folder or manifest label at the sites) and its reviewed prompts."""
+    """One class.
+
+    Attributes:
+        name: as a folder or a manifest's label has it at the sites.
+        prompts: texts that describe its images, reviewed by people; the class's feature is the mean of theirs.
+    """
 
     name: Text
     prompts: tuple[Text, ...]
@@ -126,9 +131,19 @@ class Method(FileModel):
 
 
 class Training(FileModel):
-    """One round's local training: ``steps`` mini-batches of ``batch_size``; optimiser state starts anew.
+    """One round's local training; the optimiser's state starts anew.
 
-    With ``prox`` = mu above 0 the loss has FedProx's term mu/2 |w - w_global|^2 (Li et al., arXiv 1812.06127, eq. 2).
+    Attributes:
+        steps: mini-batches of one round.
+        learning_rate: of the optimiser.
+        batch_size: images of one mini-batch.
+        optimizer: ``adam`` with ``betas`` and ``epsilon``, or ``sgd`` with ``momentum``.
+        weight_decay: share of the weights that is added to their gradient.
+        betas: decay of ``adam``'s first and second moment.
+        epsilon: what ``adam`` adds to the root of the second moment.
+        momentum: of ``sgd``.
+        prox: mu of FedProx's term mu/2 |w - w_global|^2 in the loss (Li et al., arXiv 1812.06127, eq. 2); 0 turns it
+            off.
     """
 
     steps: Annotated[int, Field(ge=1, le=100_000)]
@@ -240,7 +255,14 @@ class SiteKeys(FileModel):
 
 
 class StudySite(FileModel):
-    """A member: ``train`` sites send updates with their public weight, an ``observer`` only applies."""
+    """A member of the study.
+
+    Attributes:
+        name: of the site, in every file and message.
+        role: a ``train`` site sends updates, an ``observer`` only applies what others sum.
+        weight: public factor of its updates in the average, relative to the other sites'.
+        keys: public half of its identity; ``study add-site`` and ``study new --site`` fill it in.
+    """
 
     name: Name
     role: Literal["train", "observer"] = "train"
@@ -249,7 +271,14 @@ class StudySite(FileModel):
 
 
 class Shares(FileModel):
-    """Seeded, stratified shares of a site's labelled patients; they add up to 1."""
+    """Seeded, stratified shares of a site's labelled patients; they add up to 1.
+
+    Attributes:
+        train: to train on.
+        val: whose counts of correct answers are shared, if the study shares them.
+        test: for the site's own figures.
+        unlabelled: whose labels are not looked at: the target of the domain term.
+    """
 
     train: Share
     val: Share
@@ -266,14 +295,27 @@ class Shares(FileModel):
 
 
 class SimulatedSite(FileModel):
-    """Where ``simulate`` finds one site's images below the data folder."""
+    """Where ``simulate`` finds one site's images.
+
+    Attributes:
+        name: of a site of the study.
+        folder: its images, below ``--data``.
+    """
 
     name: Name
     folder: Text
 
 
 class PhantomGroup(FileModel):
-    """One site's phantoms; see :class:`secure_fed.lab.phantoms.PhantomSite`."""
+    """One site's phantoms, images of head MRI that belong to nobody.
+
+    Attributes:
+        name: of the folder, below ``--data``; also part of the seed.
+        patients: how many, each with one to four slices.
+        scanner: which scanner took the pictures; each number is another one.
+        class_mix: shares of the patients without a tumour, with glioma, meningioma and pituitary tumour; any scale.
+        unlabelled: share of the patients whose images carry no label.
+    """
 
     name: Name
     patients: Annotated[int, Field(ge=1, le=100_000)]
@@ -303,7 +345,30 @@ class Simulation(FileModel):
 
 
 class Study(FileModel):
-    """``study.toml``. Fields that ``study new`` fills in are optional in a template."""
+    """``study.toml``. Fields that ``study new`` fills in are optional in a template.
+
+    Attributes:
+        format: of this file; 1 is the only one so far.
+        name: of the study.
+        mode: ``he`` encrypts updates; ``plain`` does not, and is for public or simulated data.
+        seed: of splits, initial adapter, training and rounding.
+        rounds: how many aggregates are applied.
+        max_sites: most training sites that the lanes of a ciphertext have room for.
+        min_sites: fewest sites of an aggregate; in ``he`` mode at least 3: of two, each can subtract itself.
+        round_seconds: how long a round waits for missing sites before it goes on with ``min_sites``.
+        classes: at least two; a class's number is its place in this list.
+        backbone: the frozen CLIP.
+        method: what is trained, and by which loss.
+        training: one round's local training.
+        aggregation: what every site makes of a round's average.
+        encoding: how an update becomes bounded integers.
+        privacy: public constants of training under differential privacy.
+        sites: the members.
+        key_maker: name of the site that makes the study's keys.
+        coordinator: Ed25519 public key of the coordinator, in hex; ``study new`` fills it in.
+        initial: SHA-256 of ``study.safetensors``; ``study new`` fills it in.
+        simulation: how ``simulate`` plays the sites; no part of the study id.
+    """
 
     format: Literal[1]
     name: Name
