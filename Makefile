@@ -61,7 +61,7 @@ demo-figures: .venv/ready
 
 # Methods compared on brain MRI over five seeds; writes docs/results. DATA: client_0 .. client_3/CLASS/*.jpg.
 brain-mri: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/brain_mri.py --data $(or $(DATA),../shared/data/brain_mri)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/brain_mri.py --data $(or $(DATA),$(error DATA is not set; expected a folder of brain MRI, client_0 .. client_3/CLASS/*.jpg: make brain-mri DATA=FOLDER))
 
 # EXAMPLES: hostile inputs for each decoder.
 fuzz: .venv/ready

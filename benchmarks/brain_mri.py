@@ -1,6 +1,6 @@
 """Methods compared on brain MRI: five seeds, with and without the domain term, beside the baselines.
 
-    python benchmarks/brain_mri.py [--data ../shared/data/brain_mri] [--out docs/results] [--seeds 5] [--json FILE]
+    python benchmarks/brain_mri.py --data DATA [--out docs/results] [--seeds 5] [--json FILE]
 
 DATA holds ``client_0 .. client_3/CLASS/*.jpg``; ``client_3`` is held out and seen by nobody before the end. Sites train
 as in ``configs/brain_mri.toml``; what they would send is rounded to the same integers and averaged, without the
@@ -365,7 +365,7 @@ each seed's validation chose. A local row's held-out figures are means over the 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/brain_mri"))
+    parser.add_argument("--data", type=Path, required=True, help="client_0 .. client_3/CLASS/*.jpg")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="gets brain_mri.md and its figures")
     parser.add_argument("--work", type=Path, help="keeps features and finished rows, so that a run goes on")
     parser.add_argument("--seeds", type=int, default=5)

@@ -13,7 +13,7 @@ KERNELS = 5
 
 
 def lmmd(source: Tensor, source_labels: Tensor, target: Tensor, target_probabilities: Tensor) -> Tensor:
-    """Local maximum mean discrepancy (DSAN, arXiv 2106.09388; the form in FACMIC's code, facmic.md 1.2).
+    """Local maximum mean discrepancy (DSAN, arXiv 2106.09388; the form in FACMIC's code, docs/facmic.md, LMMD).
 
     The mean, over classes c that occur among the source labels and among the target's most probable classes, of
     sum_ij [w_i w_j k(s_i,s_j) + v_i v_j k(t_i,t_j) - 2 w_i v_j k(s_i,t_j)], with w_i = 1[y_i = c] / n_c and

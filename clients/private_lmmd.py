@@ -1,4 +1,4 @@
-"""LMMD under differential privacy: three uses of released class means (dp.md 2.3).
+"""LMMD under differential privacy: three uses of released class means (docs/privacy.md, The three domain terms).
 
 The domain term compares adapted labelled features with the site's unlabelled ones only through class means that the
 ledger has paid for, so that every use is post-processing of them or part of a patient's own, clipped gradient.

@@ -170,7 +170,7 @@ def gaussian_noise(size: int, std: float) -> NDArray[np.float64]:
     """Independent N(0, std^2) draws, float64 [size], from the operating system's generator; no seed exists.
 
     By the inverse of the distribution function. 53 bits reach 8.2 standard deviations, which costs delta below
-    1e-15 a draw; 32-bit noise stops at 5.8 (dp.md 1g).
+    1e-15 a draw; 32-bit noise stops at 5.8 (docs/privacy.md, Noise).
     """
     draws: NDArray[np.float64] = ndtri(uniforms(size)) * std
     return draws

@@ -1,4 +1,6 @@
-"""Class-conditional means of features, released once with noise (dp.md 2.3); all later use is post-processing.
+"""Class-conditional means of features, released once with noise; all later use is post-processing.
+
+The formulas are in docs/privacy.md, "Class means".
 
 A patient contributes the mean over its images of concat_c p_c(u) (psi(u), kappa), where psi(u) is u relative to a
 public centre, cut to radius R, p are class weights that sum to 1 (one-hot for labels) and kappa = R carries the mass.
@@ -20,8 +22,8 @@ from secure_fed.privacy.dp_training import PatientBatch
 from secure_fed.protocol.study import PrivateTraining
 
 LARGEST_ERROR = 0.4
-"""Expected error of a class mean above which the means are noise and LMMD is turned off (dp.md 2.3: 0.36 was usable
-for 250 patients a class, not so for 50)."""
+"""Expected error of a class mean above which the means are noise and LMMD is turned off: 0.36 for 250 patients a
+class is usable, 1.8 for 50 is not (docs/privacy.md, Class means)."""
 
 LEAST_MASS = 5.0
 """Noisy number of patients below which a class has no mean."""

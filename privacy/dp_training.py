@@ -91,7 +91,8 @@ def class_prompt_patient_loss(log_prior: Tensor, term: ImageTerm | None = None) 
     """The mean of :func:`secure_fed.model.adapters.class_prompt_loss` over each patient's images.
 
     Args:
-        log_prior: [K], of a public prior; one from the site's own class counts would be a leak (2.8 C, dp.md).
+        log_prior: [K], of a public prior; one from the site's own class counts would be a leak
+            (docs/decisions/0007-full-batch-descent.md).
         term: added to each image's loss; the adapter must then have ``shows_adapted`` set.
     """
     classes = len(log_prior)

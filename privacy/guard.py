@@ -1,6 +1,7 @@
 """The run-time guard: the training code that is about to run, checked on synthetic data before any budget is touched.
 
-It treats the adapter, loss, clipping and noise as a black box and measures what the proof needs (dp.md 2.8): a
+It treats the adapter, loss, clipping and noise as a black box and measures what the proof needs (docs/privacy.md,
+"What the guard measures"): a
 patient's clipped gradient depends on that patient alone, no patient moves the sum by more than the clipping norm,
 the noise is what the ledger will be told, and nothing but noised parameters changes or could be shared.
 """

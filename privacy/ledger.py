@@ -710,14 +710,14 @@ class Ledger:
 
 
 LMMD_SHARE = 0.12
-"""Share of what is left (in squared mu) for each set of class means (dp.md 2.5), be it released once or anew in every
-round."""
+"""Share of what is left (in squared mu) for each set of class means, be it released once or anew in every round
+(docs/privacy.md, Cost and budget)."""
 
 _FILES = ("ledger.jsonl", "blocks.jsonl", "ledger.key")
 
 
 def claim(account: Account) -> str:
-    """What the ledger claims, in the words of dp.md section 3."""
+    """What the ledger claims, in the words of docs/privacy.md, "The claim"."""
     unit = f"one {account.unit}"
     text = (
         f"Everything that leaves site {account.site} is ({account.epsilon:g}, {account.delta:g})-differentially "

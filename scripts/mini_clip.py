@@ -283,7 +283,7 @@ def real_images(folder: Path) -> Images:
         pixels.append(_shrink(picture))
         facts.append(known)
     if not pixels:
-        raise SystemExit(f"{folder}: no CLASS/*.jpg found; expected the folder data/brain_mri_public")
+        raise SystemExit(f"{folder}: no CLASS/*.jpg found; expected a folder of public brain MRI, one folder a class")
     return Images(torch.from_numpy(np.stack(pixels)), facts)
 
 
@@ -529,7 +529,7 @@ def scan_cases(folder: Path) -> Cases:
         y.append(kinds.index(path.parent.name))
         origin.append(int(path.parts[-3].removeprefix("client_")))
     if not pictures:
-        raise SystemExit(f"{folder}: no client_N/CLASS/*.jpg found; expected the folder data/brain_mri")
+        raise SystemExit(f"{folder}: no client_N/CLASS/*.jpg found; expected the folder that make brain-mri takes as DATA")
     return Cases(pictures, np.array(y), np.array(origin))
 
 

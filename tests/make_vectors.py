@@ -1060,7 +1060,7 @@ def _forgeries(
     foreign: dict[str, bytes],
     summed: Callable[..., bytes],
 ) -> dict[str, bytes]:
-    """Sums that a server can compute without any key (DESIGN 5)."""
+    """Sums that a server can compute without any key (docs/decisions/0003-linear-tags.md)."""
     wire, parameters = world.wire, world.agreed.parameters
     seeds = b"".join(tails.values())
     _, polynomials = wire.split_record(honest, 3)

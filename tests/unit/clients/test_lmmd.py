@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 def by_loops(source, labels, target, probabilities):
-    """The formula of facmic.md 1.2, term by term."""
+    """The formula of docs/facmic.md, LMMD, term by term."""
     points = [*source, *target]
     distance = [[sum((a - b) ** 2 for a, b in zip(u, v, strict=True)) for v in points] for u in points]
     count, m = len(points), len(source)

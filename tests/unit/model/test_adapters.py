@@ -214,7 +214,7 @@ def test_contrastive_loss_is_the_papers_and_its_image_half_a_prior_adjusted_loss
     index = torch.arange(rows)
     paper = (cross_entropy(similarity, index) + cross_entropy(similarity.T, index)) / 2
     torch.testing.assert_close(losses.mean(), paper)
-    # facmic.md T4: the image-to-text half is CE(logits + log n_c) + log n_y.
+    # docs/facmic.md, The in-batch loss: the image-to-text half is CE(logits + log n_c) + log n_y.
     counts = torch.bincount(labels, minlength=classes)
     adjusted = class_prompt_loss(SCALE * adapted @ prompts.T, labels, torch.log(counts)) + torch.log(counts[labels])
     image_half = 2 * losses - cross_entropy(similarity.T, index, reduction="none")

@@ -32,7 +32,7 @@ def test_the_budgets_of_the_specification(epsilon: float, mu_squared: float) -> 
 
 
 def test_fifty_steps_at_noise_ten() -> None:
-    # dp.md 2.4: exact 2.943, PRV 2.953, RDP 3.189.
+    # docs/privacy.md, Cost and budget: exact 2.943, PRV 2.953, Renyi 3.189.
     mechanism = Mechanism(1.0, 10.0, 50)
     assert mechanism.mu_squared == pytest.approx(0.5)
     assert epsilon_spent([mechanism], 1e-5) == pytest.approx(2.943, abs=5e-4)

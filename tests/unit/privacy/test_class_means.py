@@ -76,11 +76,11 @@ def test_noise_is_added_to_every_value() -> None:
 
 
 def test_means_are_off_where_they_only_waste_budget() -> None:
-    # dp.md 2.3: 250 patients a class at noise 4 and radius 0.7: 0.36, usable; 50 a class: not.
+    # docs/privacy.md, Class means: 250 patients a class at noise 4 and radius 0.7: 0.36, usable; 50 a class: not.
     constants = PrivateTraining(lmmd_radius=0.7)
     assert why_not(constants, 4.0, 1000, 4, 512) is None
     assert "only waste budget" in str(why_not(constants, 4.0, 200, 4, 512))
-    # dp.md 2.5: at epsilon 1 they need some 3,000 patients.
+    # At epsilon 1 they need some 2,400 patients (3,400 at radius 1).
     noise = (0.12 * mu_squared_of(1.0, 1e-5)) ** -0.5
     assert why_not(constants, noise, 1500, 4, 512) is not None
     assert why_not(constants, noise, 3000, 4, 512) is None

@@ -247,7 +247,7 @@ def test_released_means_are_planned_for_or_left_out(folder: Path, once: int, eac
     asked: list[float] = []
     means = MeanReleases("any", once, each_round, lambda noise: asked.append(noise))
     plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, means)
-    # dp.md 2.5 at epsilon 3: 4, made once; as much for eleven releases, one a round and one more.
+    # 12 % of a budget of epsilon 3: 4, made once; as much for eleven releases, one a round and one more.
     assert asked[0] == pytest.approx(4.01 * (11**0.5 if each_round else 1), rel=0.005)
     assert plan.lmmd_noise_multiplier == (pytest.approx(4.01, abs=0.02) if once else None)
     assert plan.lmmd_round_noise_multiplier == (asked[0] if each_round else None)

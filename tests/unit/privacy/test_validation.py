@@ -36,7 +36,7 @@ def test_the_sensitivity_is_reached_and_is_what_the_ledger_is_told() -> None:
     release = mechanism(14.0)
     assert release.mu_squared == pytest.approx(1 / 14**2)
     assert release.noise_std == pytest.approx(14 * 2**0.5)
-    # dp.md 1e: noise of 10 sqrt 2 costs mu 0.1: epsilon 0.34 once, 1.20 for ten rounds.
+    # docs/privacy.md, Validation counts: noise of 10 sqrt 2 costs mu 0.1: epsilon 0.34 once, 1.20 for ten rounds.
     assert epsilon_of(mechanism(10.0).mu_squared, 1e-5) == pytest.approx(0.34, abs=0.01)
     assert epsilon_of(10 * mechanism(10.0).mu_squared, 1e-5) == pytest.approx(1.20, abs=0.01)
 
