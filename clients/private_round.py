@@ -1,8 +1,8 @@
 """A site's rounds under differential privacy: reserve, train, store, commit; in this order and no other.
 
-The steps have the numbers of docs/privacy.md, "Ten steps of a round": 1 plan (under the lock, as the plan is an entry of
-the ledger), 2 lock, 3 verify the ledger, 4 check that the budget pays, 5 reserve, 6 compute with fresh noise, 7 store the
-noised integers, 8 commit, 9 hand the envelope over, 10 note it as sent.
+The steps have the numbers of docs/privacy.md, "Ten steps of a round": 1 plan (under the lock, as the plan is an entry
+of the ledger), 2 lock, 3 verify the ledger, 4 check that the budget pays, 5 reserve, 6 compute with fresh noise, 7
+store the noised integers, 8 commit, 9 hand the envelope over, 10 note it as sent.
 Whatever happens between two of them, a restart spends again or sends the same bytes; it never draws twice for one
 event.
 """

@@ -529,7 +529,9 @@ def scan_cases(folder: Path) -> Cases:
         y.append(kinds.index(path.parent.name))
         origin.append(int(path.parts[-3].removeprefix("client_")))
     if not pictures:
-        raise SystemExit(f"{folder}: no client_N/CLASS/*.jpg found; expected the folder that make brain-mri takes as DATA")
+        raise SystemExit(
+            f"{folder}: no client_N/CLASS/*.jpg found; expected the folder that make brain-mri takes as DATA"
+        )
     return Cases(pictures, np.array(y), np.array(origin))
 
 
