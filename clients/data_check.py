@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from secure_fed.clients.data import SiteImage, Split
-from secure_fed.clients.duplicates import (
-    Fingerprint,
-    Fingerprints,
-    Progress,
-    exact_copies,
-    fingerprints,
-    near_twins,
-    site_images,
-)
-from secure_fed.clients.erasure import Forgotten
-from secure_fed.clients.features import FeatureCache
+from secure_fed.clients.duplicates import Fingerprint, exact_copies, near_twins
+from secure_fed.clients.features import Progress
+from secure_fed.clients.images import compared_images
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.storage import make_folder
 from secure_fed.model.backbone import image_size
@@ -48,23 +40,8 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         DataError, LabelError, ManifestError: the data cannot be read at all, or a patient is in two splits.
         StorageError: the cache cannot be used.
     """
-    state = Path(file.state)
-    make_folder(state)
-    forgotten = Forgotten(state)
-    with FeatureCache(file.feature_cache) as cache:
-        looks: list[Fingerprints] = []
-
-        def look(images: Sequence[SiteImage]) -> Fingerprints:
-            looks.append(fingerprints(images, cache, progress))
-            return looks[-1]
-
-        every = site_images(file, agreed, look)
-        look_of_every = looks[0] if looks else look(every)
-    kept = [index for index, image in enumerate(every) if not forgotten.patient(image.patient)]
-    images = [every[index] for index in kept]
-    found = [look_of_every.found[index] for index in kept]
-    reasons = look_of_every.unreadable
-    unreadable = {place: reasons[index] for place, index in enumerate(kept) if index in reasons}
+    make_folder(Path(file.state))
+    images, (found, unreadable) = compared_images(file, agreed, progress)
     classes, size = agreed.study.class_names, image_size(agreed.study.backbone)
     counts = Counter((image.label, image.split) for image in images)
     patients = {split: len({image.patient for image in images if image.split == split}) for split in get_args(Split)}

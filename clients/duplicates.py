@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import imagehash
@@ -16,12 +15,9 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from secure_fed.clients.data import SiteImage, read_data
+from secure_fed.clients.data import SiteImage
 from secure_fed.clients.decoding import Decoded, Source, decode_all, identity
-from secure_fed.clients.features import FeatureCache
-from secure_fed.clients.private_round import has_budget
-from secure_fed.clients.sitefile import SiteFile
-from secure_fed.protocol.study import AgreedStudy
+from secure_fed.clients.features import FeatureCache, Progress
 
 HASH_BITS = 256
 NEAR_BITS = 16
@@ -33,8 +29,6 @@ ALWAYS_TOGETHER = 10
 _SIDE = 16  # of the hash, squared its bits
 _BATCH = 256
 _BLOCK = 2048
-
-Progress = Callable[[int, int], None]
 
 
 class Fingerprint(NamedTuple):
@@ -113,32 +107,6 @@ def _note(one: Decoded[Fingerprint], index: int, found: list[Fingerprint | None]
     if one.value is None:
         unreadable[index] = one.reason
     found[index] = one.value
-
-
-def site_images(
-    file: SiteFile, agreed: AgreedStudy, look: Callable[[Sequence[SiteImage]], Fingerprints]
-) -> list[SiteImage]:
-    """A site's images; where splits are drawn and not given, copies and near twins stay in one.
-
-    Not so under a privacy budget: there no patient may decide what another one is used for.
-
-    Args:
-        file: the site's.
-        agreed: its study.
-        look: gives the fingerprints; called, with all images in the order of the result, only if splits are drawn
-            and there is no budget.
-
-    Raises:
-        DataError, LabelError, ManifestError: as :func:`secure_fed.clients.data.read_data`.
-    """
-    data, study = file.data, agreed.study
-    extra = None if data.unlabelled is None else Path(data.unlabelled)
-
-    def together(images: Sequence[SiteImage]) -> list[frozenset[str]]:
-        return inseparable(images, look(images).found)
-
-    groups = None if has_budget(file) else together
-    return read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed, extra, groups)
 
 
 def exact_copies(found: Sequence[Fingerprint | None]) -> list[list[int]]:

@@ -1,98 +1,24 @@
-"""Patients who are to be forgotten: whatever the site still can take back of them, and that they stay away.
-
-``STATE/forgotten.json`` keeps keyed hashes alone: of the patient's id, and of the identities of the images that were
-there, so that an export which brings them again, under another name too, brings nothing back. The key lies beside them:
-who has the file and guesses an id can confirm the guess.
-"""
+"""A patient is to be forgotten: whatever the site still can take back of one, and that the patient stays away."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
-
-from secure_fed.clients.data import read_data
 from secure_fed.clients.decoding import identity
 from secure_fed.clients.features import FeatureCache
+from secure_fed.clients.forgotten import Forgotten
+from secure_fed.clients.images import every_image
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import EnvelopeError, ForgottenError, SecfacmicError
-from secure_fed.core.storage import make_folder, sync_folder, write_durable
-from secure_fed.core.tomlfile import FileModel, parse_table
+from secure_fed.core.errors import EnvelopeError, SecfacmicError
+from secure_fed.core.storage import sync_folder, write_durable
 from secure_fed.model.adapter_file import CALIBRATION
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.signing import PRIVATE, parse_header, split_frame
-from secure_fed.protocol.study import AgreedStudy, Hex64
+from secure_fed.protocol.study import AgreedStudy
 
-FILE = "forgotten.json"
 WITHDRAWN = "withdrawn"
 """Suffix, in an outbox, of the note that a round's update was dropped: the last attempt it was sealed for, else 0."""
-
-_Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-
-
-class _Content(FileModel):
-    format: Literal[1]
-    key: Hex64
-    patients: tuple[_Hash, ...]
-    images: tuple[_Hash, ...] = Field(default=())
-
-
-class Forgotten:
-    """The list of a site's forgotten patients; empty where nobody was forgotten.
-
-    Args:
-        state: the site's state folder.
-
-    Raises:
-        ForgottenError: the list cannot be read.
-    """
-
-    def __init__(self, state: Path) -> None:
-        self._path = state / FILE
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            self._content = _Content(format=1, key=secrets.token_hex(32), patients=())
-        except OSError as error:
-            raise ForgottenError(f"{self._path}: cannot be read ({error.strerror}); expected it readable") from error
-        else:
-            try:
-                table = json.loads(data)
-            except ValueError:
-                table = {}
-            if not isinstance(table, dict):
-                table = {}
-            self._content = parse_table(table, _Content, ForgottenError, f"{self._path}: put it back from a backup")
-        self._patients, self._images = set(self._content.patients), set(self._content.images)
-
-    def patient(self, name: str) -> bool:
-        """Whether this patient is to be forgotten."""
-        return bool(self._patients) and self._hash("patient", name.encode()) in self._patients
-
-    def image(self, known_as: bytes) -> bool:
-        """Whether the image of this identity was a forgotten patient's."""
-        return bool(self._images) and self._hash("image", known_as) in self._images
-
-    def add(self, name: str, images: list[bytes]) -> None:
-        """Put a patient and the identities of the images on the list, durably."""
-        patients = self._patients | {self._hash("patient", name.encode())}
-        digests = self._images | {self._hash("image", image) for image in images}
-        content = self._content.model_copy(
-            update={"patients": tuple(sorted(patients)), "images": tuple(sorted(digests))}
-        )
-        make_folder(self._path.parent)
-        write_durable(self._path, content.model_dump_json().encode() + b"\n", PRIVATE)
-        self._content, self._patients, self._images = content, patients, digests
-
-    def _hash(self, what: str, content: bytes) -> str:
-        message = f"secfacmic forgotten 1 {what}\n".encode() + content
-        return hmac.new(bytes.fromhex(self._content.key), message, hashlib.sha256).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -132,10 +58,7 @@ def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     others: list[bytes] = []
     unread, count = "", 0
     try:
-        study, data = agreed.study, file.data
-        extra = None if data.unlabelled is None else Path(data.unlabelled)
-        images = read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed, extra)
-        for image in images:
+        for image in every_image(file, agreed):
             mine = image.patient == patient
             count += mine
             try:

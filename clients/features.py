@@ -133,7 +133,6 @@ class FeatureCache:
         skip_unreadable: bool,
         progress: Progress | None = None,
         device: Device = "cpu",
-        barred: Callable[[bytes], bool] = lambda image: False,
     ) -> Encoded:
         """Have the features of all images in the cache; only those that it lacks are computed.
 
@@ -147,14 +146,13 @@ class FeatureCache:
             skip_unreadable: leave out images that cannot be decoded instead of refusing.
             progress: told after each batch, and once at the end.
             device: where the backbone computes.
-            barred: says by its identity whether an image is to be left out as if it were not there.
 
         Raises:
             UnreadableImageError: some images cannot be decoded; the features of all others are kept.
             StorageError: the cache cannot be read or written.
             BackboneError: as ``load``; or the backbone's preprocessing is not what the cached features had.
         """
-        return _Encoding(self, images, backbone, load, view, progress, device, barred).run(skip_unreadable)
+        return _Encoding(self, images, backbone, load, view, progress, device).run(skip_unreadable)
 
     def preprocessing(self, recipe: str) -> str | None:
         """What the backbone of a recipe does to an image first, if it has ever been loaded for this cache."""
@@ -249,14 +247,12 @@ class _Encoding:
         view: View,
         progress: Progress | None,
         device: Device,
-        barred: Callable[[bytes], bool],
     ) -> None:
         self._cache = cache
         self._images = images
         self._load = load
         self._view = view
         self._progress = progress
-        self._barred = barred
         self._loaded: LoadedBackbone | None = None
         self._recipe = _recipe(backbone, device)
         self._digests: list[bytes | None] = [None] * len(images)
@@ -268,7 +264,7 @@ class _Encoding:
         if not self._images:
             return Encoded([], [], b"", 0, 0)
         self._space = self._find_space()
-        missing, left_out = self._look_up()
+        missing = self._look_up()
         if missing:
             self._compute(missing, len(self._images) - len(missing))
         self._tell(len(self._images))
@@ -277,7 +273,7 @@ class _Encoding:
             shown = "".join(f"\n  {line}" for line in unreadable[:_LISTED])
             more = f"\n  and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
             raise UnreadableImageError(
-                f"{len(unreadable)} of {len(self._images) - left_out} images cannot be decoded; expected whole 8-bit "
+                f"{len(unreadable)} of {len(self._images)} images cannot be decoded; expected whole 8-bit "
                 f"images or DICOM: replace or remove them, or leave them out with --skip-unreadable{shown}{more}"
             )
         found = [(image, digest) for image, digest in zip(self._images, self._digests, strict=True) if digest]
@@ -289,23 +285,20 @@ class _Encoding:
             self._encoded,
         )
 
-    def _look_up(self) -> tuple[list[int], int]:
-        """Find what the cache has; the places of what it lacks, and how many images are barred."""
-        missing, left_out = [], 0
+    def _look_up(self) -> list[int]:
+        """Find what the cache has; the places of what it lacks."""
+        missing = []
         for index, image in enumerate(self._images):
             try:
                 digest = identity(image.path.read_bytes(), image.frame)
             except OSError as error:
                 self._unreadable.append(f"{image.path}: {error.strerror}")
                 continue
-            if self._barred(digest):
-                left_out += 1
-                continue
             if self._cache.has(digest, self._space):
                 self._digests[index] = digest
             else:
                 missing.append(index)
-        return missing, left_out
+        return missing
 
     def _find_space(self) -> bytes:
         preprocessing = self._cache.preprocessing(self._recipe)
@@ -357,19 +350,17 @@ def load_features(
     skip_unreadable: bool,
     progress: Progress | None = None,
     device: Device = "cpu",
-    barred: Callable[[bytes], bool] = lambda image: False,
 ) -> SiteFeatures:
     """A site's features, from the cache or computed.
 
     Args:
-        images: as :func:`secure_fed.clients.data.read_data` gives them.
+        images: as :func:`secure_fed.clients.images.site_images` gives them.
         study: whose backbone encodes, whose classes label.
         cache: of this site.
         checkpoint: where the weights lie at this site, if not where the study says.
         skip_unreadable: leave out images that cannot be decoded instead of refusing.
         progress: for mirrored images, called for a second pass.
         device: where the backbone computes.
-        barred: says by its identity whether an image is to be left out as if it were not there.
 
     Raises:
         UnreadableImageError, StorageError, BackboneError: as :meth:`FeatureCache.encode`.
@@ -384,7 +375,7 @@ def load_features(
             loaded.append(load_backbone(backbone, checkpoint, device))
         return loaded[0]
 
-    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device, barred)
+    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device)
     passes = [plain]
     if backbone.mirrored:
         trained = [image for image in plain.images if image.split in ("train", "unlabelled")]

@@ -6,14 +6,13 @@ Knows nothing of Flower. Everything that must survive a crash lies in the site's
 ``runs/RUN/outbox/ROUND.*``     the round's integers, then the envelope made of them
 ``runs/RUN/heads/ROUND``        the site's private head after its training in a round, if the study has one
 ``features.sqlite``             the feature cache, shared by all runs
-``forgotten.json``              keyed hashes of patients who are to be forgotten (:mod:`secure_fed.clients.erasure`)
+``forgotten.json``              keyed hashes of patients who are to be forgotten (:mod:`secure_fed.clients.forgotten`)
 ``privacy/``                    the privacy ledger (:mod:`secure_fed.privacy.ledger`), if the site has a budget
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
 from secure_fed.clients.data import Split
-from secure_fed.clients.duplicates import fingerprints, site_images
-from secure_fed.clients.erasure import Forgotten, withdrawn
-from secure_fed.clients.features import FeatureCache, SiteFeatures, load_features
+from secure_fed.clients.erasure import withdrawn
+from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
+from secure_fed.clients.images import site_images
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import SiteFile, read_site_file
@@ -52,8 +51,6 @@ log = logging.getLogger(__name__)
 
 SATURATION_WARNING = 0.001
 """Share of saturated coordinates above which the site warns: the value bound is then too small."""
-
-Progress = Callable[[int, int], None]
 
 
 class Site(Replica):
@@ -103,24 +100,15 @@ class Site(Replica):
 
         Raises:
             DataError, ManifestError, LabelError, UnreadableImageError, BackboneError: what the data lack.
+            ForgottenError: the list of the forgotten cannot be read.
         """
         if self._features is None:
             torch.set_num_threads(self._file.threads)
             checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
-            forgotten = Forgotten(self._state)
+            images = site_images(self._file, self._agreed, progress)
             with FeatureCache(self._file.feature_cache) as cache:
-                # After splits are drawn, so that the other patients stay where they are.
-                images = site_images(self._file, self._agreed, lambda all_: fingerprints(all_, cache, progress))
-                images = [image for image in images if not forgotten.patient(image.patient)]
                 self._features = load_features(
-                    images,
-                    self._agreed,
-                    cache,
-                    checkpoint,
-                    self._file.skip_unreadable,
-                    progress,
-                    self.device,
-                    forgotten.image,
+                    images, self._agreed, cache, checkpoint, self._file.skip_unreadable, progress, self.device
                 )
             if self._private is not None:
                 self._private.register(self._features)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
 from secure_fed.clients.calibration import calibrate
-from secure_fed.clients.data import read_data
 from secure_fed.clients.features import pool_features
+from secure_fed.clients.images import site_images
 from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.replica import Validation
 from secure_fed.clients.site import Site
@@ -338,18 +338,17 @@ def _set_budgets(agreed: AgreedStudy, plan: Simulation, out: Path, budget: Budge
 
     The declared number of patients comes from the images, which is right for public and simulated data alone.
     """
-    study = agreed.study
     for played in plan.sites:
         path = out / "sites" / played.name / "site.toml"
         file = read_toml(path, SiteFile, SiteFileError)
+        privacy = SitePrivacy(epsilon=budget.epsilon, delta=budget.delta)
         if file.privacy is not None:
             n_ref = file.privacy.n_ref
         else:
-            folder = Path(file.data.folder)
-            images = read_data(folder, study.class_names, plan.unit, plan.shares, study.seed, together=None)
+            images = site_images(read_site_file(path).model_copy(update={"privacy": privacy}), agreed)
             count = len({image.patient for image in images if image.split == "train"})
             n_ref = max(10, round(count, -1))
-        privacy = SitePrivacy(epsilon=budget.epsilon, delta=budget.delta, n_ref=n_ref)
+        privacy = privacy.model_copy(update={"n_ref": n_ref})
         if file.privacy != privacy:
             write_toml(path, file.model_copy(update={"privacy": privacy}))
 

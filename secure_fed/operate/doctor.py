@@ -294,12 +294,10 @@ def _backbone(file: SiteFile, agreed: AgreedStudy) -> str:
 
 
 def _data(file: SiteFile, agreed: AgreedStudy) -> str:
-    from secure_fed.clients.data import read_data
     from secure_fed.clients.decoding import UndecodableError, decode
+    from secure_fed.clients.images import present_images
 
-    data, study = file.data, agreed.study
-    extra = None if data.unlabelled is None else Path(data.unlabelled)
-    images = read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed, extra)
+    images = present_images(file, agreed)
     broken = []
     for image in images:
         try:
@@ -313,7 +311,7 @@ def _data(file: SiteFile, agreed: AgreedStudy) -> str:
             "replace or remove them, or set skip_unreadable = true in site.toml",
         )
     patients = len({image.patient for image in images})
-    return f"{len(images)} images of {patients} {data.unit}s" + (f", {len(broken)} left out" if broken else "")
+    return f"{len(images)} images of {patients} {file.data.unit}s" + (f", {len(broken)} left out" if broken else "")
 
 
 # --- the way from a site to its server ---

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
+from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.sitefile import SitePrivacy, SiteServer, read_site_file
 from secure_fed.core.storage import exclusive
 from secure_fed.core.tomlfile import read_toml, write_toml
@@ -281,6 +282,17 @@ def test_images_that_are_broken_missing_or_of_no_class(site: Path, folder: Path,
     assert "dim" in only(look(site), "data folder").found
     shutil.rmtree(folder / "images")
     assert "no such folder" in only(look(site), "data folder").found
+
+
+def test_a_forgotten_patients_broken_image_is_no_fault(site: Path, folder: Path, serve: Serve, images: Path) -> None:
+    serve()
+    shutil.copytree(images / "ash", folder / "images")
+    site.write_text(site.read_text().replace(str(images / "ash"), str(folder / "images")))
+    (folder / "images" / "dark" / "0.png").write_bytes(b"broken")
+    Forgotten(Path(read_site_file(site).state)).add("dark/0.png", [])
+    found = look(site)["data folder"]
+    assert found.ok
+    assert "29 images" in found.found
 
 
 def test_the_ledger(site: Path, serve: Serve) -> None:

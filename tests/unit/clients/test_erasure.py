@@ -10,7 +10,8 @@ from PIL import Image
 
 from secure_fed.cli import main
 from secure_fed.clients.decoding import identity
-from secure_fed.clients.erasure import Forgotten, forget
+from secure_fed.clients.erasure import forget
+from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import ForgottenError
 from secure_fed.core.tomlfile import write_toml

@@ -1,0 +1,118 @@
+"""Which images a site has: the same answer for training, checks and doctor, and the forgotten in none of them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from secure_fed.clients.data_check import check_data
+from secure_fed.clients.decoding import identity
+from secure_fed.clients.duplicates import fingerprint
+from secure_fed.clients.forgotten import Forgotten
+from secure_fed.clients.images import compared_images, every_image, present_images, site_images
+from secure_fed.clients.sitefile import SitePrivacy, read_site_file
+from secure_fed.core.errors import ForgottenError
+from secure_fed.protocol.study import Shares
+
+SHARES = Shares(train=0.5, val=0.2, test=0.2, unlabelled=0.1)
+
+
+def picture(seed):
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (12, 12), dtype=np.uint8))
+    return small.resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def fill(folder, numbers=range(24)):
+    """Patients p00, p01... of one picture; each has a near twin of another patient, q00, q01..."""
+    folder.mkdir(exist_ok=True)
+    rows = ["path,patient,label"]
+    for number in numbers:
+        picture(number).save(folder / f"{number:02}.png")
+        picture(number).save(folder / f"{number:02}-twin.jpg", quality=60)
+        label = ("dark", "light")[number % 2]
+        rows += [f"{number:02}.png,p{number:02},{label}", f"{number:02}-twin.jpg,q{number:02},{label}"]
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture
+def file(federation, tmp_path):
+    """The site file of ash, with patients whose splits are drawn, an empty state folder and no cache yet."""
+    fill(tmp_path / "hospital")
+    (tmp_path / "state").mkdir()
+    file = read_site_file(federation.folder / "sites" / "ash" / "site.toml")
+    data = file.data.model_copy(update={"folder": str(tmp_path / "hospital"), "unit": "patient", "shares": SHARES})
+    return file.model_copy(update={"data": data, "state": str(tmp_path / "state")})
+
+
+def with_privacy(file):
+    return file.model_copy(update={"privacy": SitePrivacy(epsilon=8.0)})
+
+
+def splits(images):
+    return {image.patient: image.split for image in images}
+
+
+def test_a_forgotten_patient_takes_nobody_along_and_moves_nobody(file, federation, tmp_path):
+    before = splits(site_images(file, federation.agreed))
+    assert {"train", "val", "test"} <= set(before.values())
+    assert all(before[f"p{number:02}"] == before[f"q{number:02}"] for number in range(24))
+    # Twins follow p, the first by name.
+    gone = {min(name for name, split in before.items() if split == wanted) for wanted in ("train", "val", "test")}
+    for patient in gone:
+        Forgotten(tmp_path / "state").add(patient, [])
+    assert splits(site_images(file, federation.agreed)) == {
+        name: split for name, split in before.items() if name not in gone
+    }
+    assert set(splits(every_image(file, federation.agreed))) == set(before)
+
+
+def test_everybody_gets_the_same_images_and_none_of_the_forgotten_under_any_name(file, federation, tmp_path):
+    folder = tmp_path / "hospital"
+    Forgotten(tmp_path / "state").add("p00", [identity((folder / "01.png").read_bytes(), None)])
+    agreed = federation.agreed
+    used = site_images(file, agreed)
+    assert len(used) == 46
+    assert not {"p00", "p01"} & set(splits(used))
+    compared, looks = compared_images(file, agreed)
+    assert compared == used
+    assert [one.pixels for one in looks.found if one] == [fingerprint(Image.open(one.path)).pixels for one in used]
+    assert [image.path for image in present_images(file, agreed)] == [image.path for image in used]
+    assert check_data(file, agreed)["patients"]["all"] == 46
+    assert len(every_image(file, agreed)) == 48
+
+
+def test_what_cannot_be_read_keeps_its_reason_at_its_place(file, federation, tmp_path):
+    broken = tmp_path / "hospital" / "05.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    Forgotten(tmp_path / "state").add("p00", [])
+    for one in (file, with_privacy(file)):  # fingerprints made for the splits, and for the comparison alone
+        images, looks = compared_images(one, federation.agreed)
+        (place,) = looks.unreadable
+        assert images[place].path == broken
+        assert [index for index, found in enumerate(looks.found) if found is None] == [place]
+
+
+def test_under_a_budget_no_picture_is_looked_at_and_nobody_moves_another(file, federation, tmp_path):
+    file = with_privacy(file)
+    before = splits(site_images(file, federation.agreed))
+    assert any(before[f"p{number:02}"] != before[f"q{number:02}"] for number in range(24))
+    assert not file.feature_cache.exists()
+    Forgotten(tmp_path / "state").add("p03", [])
+    fill(tmp_path / "hospital", range(2, 24))
+    after = splits(site_images(file, federation.agreed))
+    assert after == {name: before[name] for name in before if name[1:] not in ("00", "01") and name != "p03"}
+
+
+def test_whoever_needs_no_splits_decodes_and_writes_nothing(file, federation, tmp_path):
+    Forgotten(tmp_path / "state").add("p00", [])
+    before = set(tmp_path.rglob("*"))
+    assert len(present_images(file, federation.agreed)) == 47
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("ask", [site_images, compared_images, present_images])
+def test_without_the_list_of_the_forgotten_nothing_is_read(file, federation, tmp_path, ask):
+    (tmp_path / "state" / "forgotten.json").write_bytes(b"broken")
+    (tmp_path / "hospital" / "manifest.csv").unlink()
+    with pytest.raises(ForgottenError):
+        ask(file, federation.agreed)
