@@ -102,7 +102,7 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
     """
     study = agreed.study
     payload = wire(study.mode, agreed.parameters).envelope_bytes
-    observes = any(member.name == file.site and member.role == "observer" for member in study.sites)
+    observes = file.observes(study)
     budget = None
     if file.privacy is not None and not observes:
         budget = {"epsilon": file.privacy.epsilon, "delta": file.privacy.delta, "unit": file.data.unit}

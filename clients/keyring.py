@@ -1,13 +1,15 @@
-"""The study's sealed keys at one site: taking them, opening them, destroying them."""
+"""What makes a site a member of a study: its identity, and the study's sealed keys, taken, opened and destroyed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-from secure_fed.core.errors import KeyFileError
+from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.errors import KeyFileError, SiteFileError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.privacy.ckks import StudySecret
-from secure_fed.privacy.keys import Identity, open_sealed_key
+from secure_fed.privacy.keys import Identity, load_identity, open_sealed_key
 from secure_fed.protocol.sealed_key import SealedKeyHeader, check_sealed_key
 from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST
 from secure_fed.protocol.study import AgreedStudy, StudySite
@@ -17,14 +19,12 @@ class KeyRing:
     """Sealed key files in a folder, one an epoch; what they hold is opened in memory only.
 
     Args:
-        folder: made if missing, 0700.
+        folder: made with the first key, 0700.
         agreed: the study.
         identity: the site's.
-
     """
 
     def __init__(self, folder: Path, agreed: AgreedStudy, identity: Identity) -> None:
-        make_folder(folder, 0o700)
         self._folder = folder
         self._agreed = agreed
         self._identity = identity
@@ -66,6 +66,7 @@ class KeyRing:
                 f"key {key[:16]}; an older or a second key of an epoch is refused"
             )
         self._opened[header.key] = open_sealed_key(sealed, self._agreed, self._identity)
+        make_folder(self._folder, 0o700)
         write_durable(self._file(header.epoch), sealed, PRIVATE)
         return header
 
@@ -121,3 +122,41 @@ class KeyRing:
 
     def _file(self, epoch: int) -> Path:
         return self._folder / f"{epoch:06d}.sealed"
+
+
+class Membership(NamedTuple):
+    """A site's place in a study.
+
+    Attributes:
+        identity: its private keys.
+        keys: the study's sealed keys that it holds.
+        site: itself, as the study lists it or as a key that it holds lets it join.
+    """
+
+    identity: Identity
+    keys: KeyRing
+    site: StudySite
+
+
+def membership(file: SiteFile, agreed: AgreedStudy) -> Membership:
+    """Open a site's identity and keys, and find it in a study under this identity. Changes nothing.
+
+    Args:
+        file: its ``site.toml``, paths absolute.
+        agreed: the study.
+
+    Raises:
+        KeyFileError: the identity cannot be read, or a key that the site holds is damaged or of another study.
+        StudyError: neither the study nor a key that it holds has a site of that name.
+        SiteFileError: the study knows that site by another identity.
+    """
+    identity = load_identity(Path(file.identity), file.site)
+    keys = KeyRing(Path(file.state) / "keys", agreed, identity)
+    listed = {site.name: site for site in agreed.study.sites}
+    site = listed.get(file.site) or keys.joined(file.site) or agreed.study.site(file.site)
+    if identity.keys != site.keys:
+        raise SiteFileError(
+            f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder "
+            "whose public file went to the coordinator"
+        )
+    return Membership(identity, keys, site)

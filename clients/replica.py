@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from secure_fed.clients.keyring import KeyRing
+from secure_fed.clients.keyring import membership
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import (
     AdapterMismatchError,
@@ -32,7 +32,7 @@ from secure_fed.core.errors import (
 )
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.privacy.ckks import Cipher
-from secure_fed.privacy.keys import attestation_key, load_identity, open_checkpoint, seal_checkpoint
+from secure_fed.privacy.keys import attestation_key, open_checkpoint, seal_checkpoint
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.ledger_heads import LedgerHeads
@@ -99,16 +99,8 @@ class Replica:
         self.name = file.site
         self._file = file
         self._agreed = agreed
-        self._identity = load_identity(Path(file.identity), file.site)
+        self._identity, self.keys, self._member = membership(file, agreed)
         self._state = Path(file.state)
-        self.keys = KeyRing(self._state / "keys", agreed, self._identity)
-        listed = {site.name: site for site in agreed.study.sites}
-        self._member = listed.get(file.site) or self.keys.joined(file.site) or agreed.study.site(file.site)
-        if self._identity.keys != self._member.keys:
-            raise SiteFileError(
-                f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder "
-                "whose public file went to the coordinator"
-            )
         make_folder(self._state / "runs")
         encoding = agreed.study.encoding
         self._bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)

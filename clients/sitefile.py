@@ -122,6 +122,10 @@ class SiteFile(FileModel):
             raise ValueError('patients\' data are never sent in plain; expected false, or data.kind "public"')
         return allowed
 
+    def observes(self, study: Study) -> bool:
+        """Whether the study lists this site as an observer, which trains on nothing; one that joins later trains."""
+        return any(member.name == self.site and member.role == "observer" for member in study.sites)
+
     def refuse_study(self, study: Study) -> None:
         """Check a study against this site's own policy.
 
@@ -135,8 +139,7 @@ class SiteFile(FileModel):
             reasons.append(f"study min_sites = {study.min_sites}; this site asks for at least {self.min_sites}")
         if self.studies and study.name not in self.studies and study.id not in self.studies:
             reasons.append(f"study {study.name}, id {study.id}; this site takes part in {', '.join(self.studies)} only")
-        observes = any(member.name == self.site and member.role == "observer" for member in study.sites)
-        if self.max_epsilon is not None and not observes:
+        if self.max_epsilon is not None and not self.observes(study):
             reasons += self._unprotected(study, self.max_epsilon)
         if reasons:
             raise SiteFileError(f"site {self.site} refuses study {study.name}:\n  " + "\n  ".join(reasons))

@@ -108,25 +108,16 @@ def sent(
 
 def _open(study: Path, site: Path) -> tuple[SiteFile, AgreedStudy, Identity]:
     """Site file, study and identity, which must belong together."""
-    from secure_fed.clients.keyring import KeyRing
+    from secure_fed.clients.keyring import membership
     from secure_fed.clients.sitefile import read_site_file
     from secure_fed.core.errors import SiteFileError
-    from secure_fed.privacy.keys import load_identity
     from secure_fed.protocol.study import load_study
 
     file = read_site_file(site)
     agreed = load_study(study)
     if Path(file.study).resolve() != study.resolve() and load_study(Path(file.study)).study.id != agreed.study.id:
         raise SiteFileError(f"{site}: is for study {file.study}, another than {study}; name the same study in both")
-    identity = load_identity(Path(file.identity), file.site)
-    listed = {member.name: member for member in agreed.study.sites}
-    member = listed.get(file.site) or KeyRing(Path(file.state) / "keys", agreed, identity).joined(file.site)
-    if (member or agreed.study.site(file.site)).keys != identity.keys:
-        raise SiteFileError(
-            f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder whose "
-            "public file went to the coordinator"
-        )
-    return file, agreed, identity
+    return file, agreed, membership(file, agreed).identity
 
 
 def _recorded(path: Path, identity: Identity) -> Any:

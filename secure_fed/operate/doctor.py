@@ -241,20 +241,11 @@ def _identity(file: SiteFile) -> str:
 
 def _membership(file: SiteFile, agreed: AgreedStudy) -> str:
     from secure_fed.clients.acceptance import require_acceptance, when
-    from secure_fed.clients.keyring import KeyRing
+    from secure_fed.clients.keyring import membership
     from secure_fed.operate.closing import refuse_closed
-    from secure_fed.privacy.keys import load_identity
 
     refuse_closed(Path(file.state))
-    identity = load_identity(Path(file.identity), file.site)
-    ring = KeyRing(Path(file.state) / "keys", agreed, identity)
-    listed = {member.name: member for member in agreed.study.sites}
-    member = listed.get(file.site) or ring.joined(file.site) or agreed.study.site(file.site)
-    if member.keys != identity.keys:
-        raise _Fault(
-            f"{file.identity}: other keys than the study names for {file.site}",
-            "use the identity folder whose public file went to the coordinator",
-        )
+    identity, ring, _ = membership(file, agreed)
     accepted = require_acceptance(file, agreed, identity.keys.signing)
     if agreed.study.mode == "he":
         epoch, key = ring.newest

@@ -29,6 +29,7 @@ from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.demo import prepare_federation
 from secure_fed.operate import doctor
 from secure_fed.operate.doctor import Finding, examine_server, examine_site
+from secure_fed.privacy.keys import create_identity
 from secure_fed.privacy.ledger import CLOSED
 from secure_fed.transport import certificates
 from secure_fed.transport.certificates import create_authority
@@ -249,6 +250,15 @@ def test_no_key_of_the_study(site: Path, serve: Serve) -> None:
     finding = only(look(site), "membership")
     assert "the study's key is not here" in finding.found
     assert "keys accept" in finding.mend
+    assert not (site.parent / "state" / "keys").exists()  # looking changes nothing
+
+
+def test_the_identity_of_somebody_else(site: Path, tmp_path: Path) -> None:
+    create_identity(tmp_path / "new", "ash")
+    site.write_text(site.read_text().replace('identity = "identity"', f'identity = "{tmp_path / "new"}"'))
+    finding = look(site)["membership"]
+    assert not finding.ok
+    assert "not the keys that the study names for site ash; use the identity folder" in finding.found
 
 
 def test_another_backbone(site: Path, folder: Path, serve: Serve) -> None:
