@@ -172,7 +172,7 @@ def federate(
         tower: the text tower, for methods that need it.
         after: is called after each round; its values are the curve.
     """
-    study, lanes = agreed.study, agreed.parameters
+    study, lanes = agreed.study, agreed.lanes
     encoding = study.encoding
     bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)
     state = aggregation.initial_state(study.aggregation, agreed.initial.adapter)

@@ -108,7 +108,7 @@ def prepare(folder: Path, sites: int, rounds: int) -> int:
     """A study of so many sites with keys, in a process of its own since it loads torch; its number of values."""
     command = [sys.executable, "-P", __file__, "--folder", str(folder), "--sites", str(sites), "--rounds", str(rounds)]
     subprocess.run([*command, "--prepare"], check=True)
-    return load_study(folder / "study.toml").parameters.values
+    return load_study(folder / "study.toml").lanes.values
 
 
 def make_study(folder: Path, sites: int, rounds: int) -> None:
@@ -140,9 +140,9 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
     )
     agreed = prepare_federation(template, folder, folder / "images")
     site = open_sites(agreed, folder)[0]
-    integers = np.zeros(agreed.parameters.values, dtype=np.int64)
+    integers = np.zeros(agreed.lanes.values, dtype=np.int64)
     binding = Binding(run="0" * 64, head="0" * 64, round=1)
-    sealed = Cipher(agreed.parameters, site.keys.secret(site.keys.newest[1])).seal(
+    sealed = Cipher(agreed.lanes, site.keys.secret(site.keys.newest[1])).seal(
         integers, binding, Contribution(site=names[0], attempt=1)
     )
     (folder / PAYLOAD).write_bytes(sealed)

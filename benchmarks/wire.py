@@ -207,7 +207,7 @@ def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPos
     sites, _, values = shape
     keys = signing_keys(sites)
     agreed = study_of(*shape, keys)
-    cipher = Cipher(agreed.parameters, StudySecret.from_bytes(secret))
+    cipher = Cipher(agreed.lanes, StudySecret.from_bytes(secret))
     binding = Binding(run=due.run, head=due.head, round=due.round)
     bounds = np.full(values, BOUND)
     total, mean = np.zeros(values, np.int64), np.zeros(values)
@@ -215,7 +215,7 @@ def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPos
     for index in range(sites):
         update = update_of(index, values)
         draws = codec.rounding_draws(1, name_of(index), 1, values)
-        integers = codec.quantise(update, bounds, 1.0, agreed.parameters.max_integer, draws).integers
+        integers = codec.quantise(update, bounds, 1.0, agreed.lanes.max_integer, draws).integers
         contribution = _contribution(index)
         start = time.perf_counter()
         payload = cipher.seal(integers, binding, contribution)
@@ -265,11 +265,11 @@ def receive(folder: Path, shape: tuple[int, int, int], secret: bytes) -> dict[st
     chain.advance(chain.check((journal / "00000000.record").read_bytes()))
     due = chain.due
     data = (journal / "00000001.record").read_bytes()
-    cipher = Cipher(agreed.parameters, StudySecret.from_bytes(secret))
+    cipher = Cipher(agreed.lanes, StudySecret.from_bytes(secret))
     start = time.perf_counter()
     record = chain.check(data)
     sums = cipher.open(record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort)
-    update = codec.average_update(sums, np.full(shape[2], BOUND), [1.0] * shape[0], agreed.parameters.max_integer)
+    update = codec.average_update(sums, np.full(shape[2], BOUND), [1.0] * shape[0], agreed.lanes.max_integer)
     seconds = time.perf_counter() - start
     return {
         "decrypt": [seconds],

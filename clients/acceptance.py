@@ -101,7 +101,7 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
         agreed: the study.
     """
     study = agreed.study
-    payload = wire(study.mode, agreed.parameters).envelope_bytes
+    payload = wire(study.mode, agreed.lanes).envelope_bytes
     observes = file.observes(study)
     budget = None
     if file.privacy is not None and not observes:
@@ -117,7 +117,7 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
             "updates": 0 if observes else study.rounds,
             "update_bytes": payload,
             "update_header_bytes": 8 + MAX_HEADER + SIGNATURE_BYTES,
-            "update_values": agreed.parameters.values,
+            "update_values": agreed.lanes.values,
             "update_bits": study.encoding.bits,
             "validation_counts": study.encoding.share_validation and not observes,
             "reply_fields": {

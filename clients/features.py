@@ -344,7 +344,7 @@ class _Encoding:
 
 def load_features(
     images: Sequence[SiteImage],
-    study: AgreedStudy,
+    agreed: AgreedStudy,
     cache: FeatureCache,
     checkpoint: Path | None,
     skip_unreadable: bool,
@@ -355,7 +355,7 @@ def load_features(
 
     Args:
         images: as :func:`secure_fed.clients.images.site_images` gives them.
-        study: whose backbone encodes, whose classes label.
+        agreed: whose backbone encodes, whose classes label.
         cache: of this site.
         checkpoint: where the weights lie at this site, if not where the study says.
         skip_unreadable: leave out images that cannot be decoded instead of refusing.
@@ -366,8 +366,8 @@ def load_features(
         UnreadableImageError, StorageError, BackboneError: as :meth:`FeatureCache.encode`.
         BackboneDigestError: the weights are not those that the study names.
     """
-    backbone = study.study.backbone
-    dim = study.initial.prompt_features.shape[1]
+    backbone = agreed.study.backbone
+    dim = agreed.initial.prompt_features.shape[1]
     loaded: list[LoadedBackbone] = []
 
     def load() -> LoadedBackbone:

@@ -244,7 +244,7 @@ class Replica:
         self._chain.advance(record)
 
     def _add(self, sums: NDArray[np.int64], weights: list[float]) -> None:
-        lanes = self._agreed.parameters
+        lanes = self._agreed.lanes
         size = self._bounds.size
         update = codec.average_update(sums[:size], self._bounds, weights, lanes.max_integer)
         self._set_state(aggregation.apply(self._agreed.study.aggregation, self._whole_state, update))
@@ -391,15 +391,15 @@ class Replica:
 
     # --- the adapter ---
 
-    def _initial_state(self) -> Parameters:
+    def _initial_state(self) -> aggregation.State:
         return aggregation.initial_state(self._agreed.study.aggregation, self._agreed.initial.adapter)
 
-    def _set_state(self, state: Parameters) -> None:
+    def _set_state(self, state: aggregation.State) -> None:
         self.parameters: Parameters = aggregation.adapter_of(state)
-        self._moments: Parameters = {name: value for name, value in state.items() if name not in self.parameters}
+        self._moments = {name: value for name, value in state.items() if name not in self.parameters}
 
     @property
-    def _whole_state(self) -> Parameters:
+    def _whole_state(self) -> aggregation.State:
         return self.parameters | self._moments
 
     @property
@@ -445,8 +445,8 @@ class Replica:
 
     def _sealer(self) -> Sealer:
         if self._agreed.study.mode == "plain":
-            return PlainSealer(self._agreed.parameters)
-        return Cipher(self._agreed.parameters, self.keys.secret(self._chain.key))
+            return PlainSealer(self._agreed.lanes)
+        return Cipher(self._agreed.lanes, self.keys.secret(self._chain.key))
 
     def _attestation_key(self, key: str) -> bytes:
         if self._agreed.study.mode == "plain":

@@ -312,7 +312,7 @@ class Site(Replica):
         """The integers of an update and, if the study shares them, of validation counts (zeros unless given)."""
         study = self._agreed.study
         round_number = self._chain.due.round
-        lanes = self._agreed.parameters
+        lanes = self._agreed.lanes
         quantised = codec.quantise(update, self._bounds, self._member.weight, lanes.max_integer, draws)
         log.info(
             "round %d: saturated share %.2g, quantisation error %.3g rms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,9 +19,8 @@ from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter, clas
 from secure_fed.model.device import Device
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import aggregation, codec
+from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.study import AgreedStudy, Method, Training
-
-Parameters = Mapping[str, NDArray[np.float64]]
 
 
 def train_round(
@@ -31,7 +30,7 @@ def train_round(
     seed: int,
     tower: TextTower | None = None,
     device: Device = "cpu",
-) -> dict[str, NDArray[np.float64]]:
+) -> Parameters:
     """Train for ``training.steps`` mini-batches, from a fresh optimiser state.
 
     A mini-batch is the next ``batch_size`` images of a shuffled pass over the site's training images, or what is
@@ -74,7 +73,7 @@ def train_round(
 
 def train_alone(
     agreed: AgreedStudy, features: SiteFeatures, name: str, tower: TextTower | None = None, device: Device = "cpu"
-) -> dict[str, NDArray[np.float64]]:
+) -> Parameters:
     """An adapter trained on one site's features alone: rounds, steps, settings and aggregation as in the federation.
 
     Args:
@@ -89,7 +88,7 @@ def train_alone(
     """
     rule = agreed.study.aggregation
     state = aggregation.initial_state(rule, agreed.initial.adapter)
-    private: dict[str, NDArray[np.float64]] = {}
+    private: Parameters = {}
     for round_number in range(1, agreed.study.rounds + 1):
         adapter = aggregation.adapter_of(state)
         seed = training_seed(agreed.study.seed, name, round_number)

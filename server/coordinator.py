@@ -70,7 +70,7 @@ class Coordinator:
             raise StudyError(f"{folder}: no run has begun; begin one with a key's id")
         self.run = run
         self._agreed = agreed
-        self._wire: Wire = wire(agreed.study.mode, agreed.parameters)
+        self._wire: Wire = wire(agreed.study.mode, agreed.lanes)
         self._folder = folder / "runs" / run
         self._keep_envelopes = keep_envelopes
         self.journal = Journal(agreed, self._folder / "journal", key)

@@ -167,25 +167,25 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iter
     Raises:
         RecordError: the journal does not verify.
     """
-    lanes = wire(agreed.study.mode, agreed.parameters)
+    sums = wire(agreed.study.mode, agreed.lanes)
     for record in verify_run(run, agreed):
         if record.header.kind != "aggregate":
             continue
-        total, tails, missing = lanes.zero(), [], []
+        total, tails, missing = sums.zero(), [], []
         for contribution, header in zip(record.header.contributors, record.contributors, strict=True):
             payload = store.payload(contribution, header.size, header.payload)
             if payload is None:
                 missing.append(header.site)
                 continue
             try:
-                lanes.add(total, payload)
-                tails.append(lanes.tail(payload))
+                sums.add(total, payload)
+                tails.append(sums.tail(payload))
             except EnvelopeError as error:
                 raise RecordError(
                     f"record {record.header.seq}: the envelope of {header.site} is in the sum, but {error}; "
                     "the coordinator had to refuse it"
                 ) from None
-        same = not missing and lanes.record(total, tails) == record.payload
+        same = not missing and sums.record(total, tails) == record.payload
         yield Recomputed(record.header.seq, record.header.round, tuple(missing), same)
 
 

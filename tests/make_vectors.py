@@ -219,13 +219,13 @@ class World:
         self.agreed = self._study()
         self.sealed = {epoch: keys.create_sealed_key(self.agreed, self.identities["ash"], epoch) for epoch in (1, 2)}
         self.secret = keys.open_sealed_key(self.sealed[1], self.agreed, self.identities["ash"])
-        self.cipher = ckks.Cipher(self.agreed.parameters, self.secret)
-        self.wire = CipherWire(self.agreed.parameters)
+        self.cipher = ckks.Cipher(self.agreed.lanes, self.secret)
+        self.wire = CipherWire(self.agreed.lanes)
         self.key_id = sealed_key.check_sealed_key(self.sealed[1], self.agreed).key
         self.ciphers = {self.key_id: self.cipher}
         rng = np.random.default_rng(20)
-        most = self.agreed.parameters.max_integer
-        size = (3, len(TRAINING), self.agreed.parameters.values)
+        most = self.agreed.lanes.max_integer
+        size = (3, len(TRAINING), self.agreed.lanes.values)
         self.integers = rng.integers(-most, most + 1, size)
         self.coordinator = self._begin()
         self.envelopes: dict[tuple[int, str], Golden] = {}
@@ -313,7 +313,7 @@ class World:
         journal.append_amendment(sealed)
         self._keep_record()
         self.secret = keys.open_sealed_key(sealed, self.agreed, self.identities["ash"])
-        self.ciphers[journal.chain.key] = ckks.Cipher(self.agreed.parameters, self.secret)
+        self.ciphers[journal.chain.key] = ckks.Cipher(self.agreed.lanes, self.secret)
         adapter = bytes(safetensors.numpy.save({"bias": self.values(2)}))
         self.checkpoint = keys.seal_checkpoint(self.secret, journal.chain.head, adapter)
         journal.append_checkpoint([self.acknowledge(site) for site in TRAINING], self.checkpoint)
@@ -352,7 +352,7 @@ class World:
         for number in range(rounds):
             sums = self.integers[number].sum(axis=0)[:VALUES]
             bounds = np.full(VALUES, 0.1)
-            values = values + codec.average_update(sums, bounds, [1.0] * 3, self.agreed.parameters.max_integer)
+            values = values + codec.average_update(sums, bounds, [1.0] * 3, self.agreed.lanes.max_integer)
         return values
 
     def _write(self) -> None:
@@ -414,7 +414,7 @@ def envelope_cases(world: World) -> Cases:
         before=[["ash", ash.whole()], ["cedar", now["cedar"].whole()]],
     )
     fields = [name for name in envelope.EnvelopeHeader.model_fields if name != "version"]
-    seeds = 64 * world.agreed.parameters.ciphertexts
+    seeds = 64 * world.agreed.lanes.ciphertexts
     size = len(ash.frame.payload)
     places = {"the first seed byte": 0, "the last seed byte": seeds - 1, "the first coefficient": seeds}
     cases.flips(ash, ["version", *fields], places | {"the last coefficient": size - 1})
@@ -474,7 +474,7 @@ def envelope_cases(world: World) -> Cases:
         ),
     ]:
         cases.add(comment, pieces, "invalid", "Sender", sender=sender)
-    polynomials = unpack_coefficients(bytes(ash.frame.payload[seeds:]), world.agreed.parameters.ciphertexts)
+    polynomials = unpack_coefficients(bytes(ash.frame.payload[seeds:]), world.agreed.lanes.ciphertexts)
     for value, result in ((MODULUS - 1, "valid"), (MODULUS, "invalid"), (2**54 - 1, "invalid")):
         for place in (0, DEGREE - 1):
             changed = polynomials.copy()
@@ -698,7 +698,7 @@ def record_cases(world: World) -> Cases:
     refused = {"error": "RecordError"}
     one = golden[1]
     size = len(one.frame.payload)
-    seeds_at = size - 3 * 64 * world.agreed.parameters.ciphertexts
+    seeds_at = size - 3 * 64 * world.agreed.lanes.ciphertexts
     fields = list(records.RecordHeader.model_fields)
     places = {
         "the first coefficient": 0,
@@ -1061,7 +1061,7 @@ def _forgeries(
     summed: Callable[..., bytes],
 ) -> dict[str, bytes]:
     """Sums that a server can compute without any key (docs/decisions/0003-linear-tags.md)."""
-    wire, parameters = world.wire, world.agreed.parameters
+    wire, lanes = world.wire, world.agreed.lanes
     seeds = b"".join(tails.values())
     _, polynomials = wire.split_record(honest, 3)
     alone = wire.zero()
@@ -1072,13 +1072,13 @@ def _forgeries(
         return pack_coefficients(values.reshape(polynomials.shape)) + seeds
 
     def shifted(place: int, by: int) -> bytes:
-        integers = np.zeros(parameters.integers, np.int64)
+        integers = np.zeros(lanes.integers, np.int64)
         integers[place] = by
         plaintext = world.cipher._encoder
         from tenseal import sealapi
 
         encoded = sealapi.Plaintext()
-        plaintext.encode(pack_lanes(integers, parameters)[0].tolist(), parameters.scale, encoded)
+        plaintext.encode(pack_lanes(integers, lanes)[0].tolist(), lanes.scale, encoded)
         added = np.array([encoded.data(index) for index in range(DEGREE)], np.uint64)
         return pack_coefficients((polynomials + added) % np.uint64(MODULUS)) + seeds
 
@@ -1104,8 +1104,8 @@ def _forgeries(
         "negated": scaled(-1),
         "one value more by one": shifted(0, 1),
         "one value less by one": shifted(VALUES - 1, -1),
-        "one digit of a tag more by one": shifted(parameters.values, 1),
-        "the padding written to": shifted(parameters.integers - 1, 0)[:-1] + b"\x01",
+        "one digit of a tag more by one": shifted(lanes.values, 1),
+        "the padding written to": shifted(lanes.integers - 1, 0)[:-1] + b"\x01",
         "a coefficient not below q": bytes(forged_q),
         "seeds in another order": summed(TRAINING, ["birch", "ash", "ash"]),
         "nothing at all": wire.record(zeros, [bytes(64)] * 3),

@@ -231,7 +231,7 @@ def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Itera
     agreed, start = shadow.agreed, shadow.agreed.initial.adapter
     shapes, encoding = agreed.initial.shapes, agreed.study.encoding
     bounds = codec.value_bounds(shapes, encoding.value_bound, encoding.value_bounds)
-    lanes = agreed.parameters
+    lanes = agreed.lanes
     cipher, wire = Cipher(lanes, shadow.secret), CipherWire(lanes)
     binding = Binding(run=secrets.token_hex(32), head=secrets.token_hex(32), round=1)
     views: dict[str, list[tuple[NDArray[np.float64], list[float], int]]] = {"plain_update": [], "server_he": []}

@@ -200,7 +200,7 @@ def _memory(needed: float) -> str:
 
 def _disk(state: Path, agreed: AgreedStudy, updates: int) -> str:
     study = agreed.study
-    sizes = wire(study.mode, agreed.parameters)
+    sizes = wire(study.mode, agreed.lanes)
     record = sizes.record_bytes(study.max_sites)
     needed = study.rounds * record + 2 * updates * sizes.envelope_bytes + SPARE_DISK
     place = next(parent for parent in (state, *state.resolve().parents) if parent.exists())

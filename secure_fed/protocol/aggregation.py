@@ -8,8 +8,6 @@ follows from the journal alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,16 +18,19 @@ from secure_fed.protocol.study import Aggregation
 MOMENT = "moment."
 """What the names of moments begin with in a state; names of an adapter's parameters have no dot."""
 
+State = dict[str, NDArray[np.float64]]
+"""The adapter's parameters and the rule's moments, by name."""
+
 _FIRST, _SECOND = f"{MOMENT}first", f"{MOMENT}second"
 
 
-def initial_state(rule: Aggregation, adapter: Mapping[str, NDArray[np.float64]]) -> Parameters:
+def initial_state(rule: Aggregation, adapter: Parameters) -> State:
     """The state before the first round: the adapter by name and, for rules that keep any, flat moments [values].
 
     ``fedadam`` starts its second moment at tau^2, the least that algorithm 2 of arXiv 2003.00295 allows.
     """
     values = sum(value.size for value in adapter.values())
-    state = dict(adapter)
+    state: State = dict(adapter)
     if rule.rule != "average":
         state[_FIRST] = np.zeros(values)
     if rule.rule == "fedadam":
@@ -37,7 +38,7 @@ def initial_state(rule: Aggregation, adapter: Mapping[str, NDArray[np.float64]])
     return state
 
 
-def apply(rule: Aggregation, state: Parameters, update: NDArray[np.float64]) -> Parameters:
+def apply(rule: Aggregation, state: State, update: NDArray[np.float64]) -> State:
     """The state after a round.
 
     With the average update D, the adapter x and moments m, v:
@@ -53,7 +54,7 @@ def apply(rule: Aggregation, state: Parameters, update: NDArray[np.float64]) -> 
         update: D, float64 [values], in the flat order of the adapter's sorted names.
     """
     adapter = adapter_of(state)
-    moments: Parameters = {}
+    moments: State = {}
     step = update
     if rule.rule == "fedavgm":
         moments[_FIRST] = rule.betas[0] * state[_FIRST] + update
@@ -67,6 +68,6 @@ def apply(rule: Aggregation, state: Parameters, update: NDArray[np.float64]) -> 
     return codec.unflatten(codec.flatten(adapter) + step, shapes) | moments
 
 
-def adapter_of(state: Mapping[str, NDArray[np.float64]]) -> Parameters:
+def adapter_of(state: State) -> Parameters:
     """The adapter's parameters in a state."""
     return {name: value for name, value in state.items() if not name.startswith(MOMENT)}

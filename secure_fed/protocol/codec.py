@@ -22,6 +22,7 @@ COUNT_BITS = 24
 """Width of a validation count: up to 16.7 million images a site."""
 
 Parameters = dict[str, NDArray[np.float64]]
+"""The tensors of an adapter by name, or of an update of it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Quantised:
     error: float
 
 
-def flatten(parameters: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+def flatten(parameters: Parameters) -> NDArray[np.float64]:
     """All parameters as one float64 vector, sorted by name."""
     return np.concatenate([np.asarray(parameters[name], dtype=np.float64).ravel() for name in sorted(parameters)])
 

@@ -134,7 +134,7 @@ def seal_envelope(
         round=position.round,
         attempt=contribution.attempt,
         site=contribution.site,
-        values=agreed.parameters.values,
+        values=agreed.lanes.values,
         ledger_seq=ledger.seq,
         ledger_head=ledger.head,
         ledger_links=ledger.links,
@@ -187,8 +187,8 @@ def verify_contribution(
         raise EnvelopeError(f"envelope of {header.site}: for study {header.study}, expected {agreed.study.id}")
     if member.role != "train":
         raise EnvelopeError(f"envelope of {header.site}, an observer; only training sites send updates")
-    if header.values != agreed.parameters.values:
-        raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {agreed.parameters.values}")
+    if header.values != agreed.lanes.values:
+        raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {agreed.lanes.values}")
     return header
 
 

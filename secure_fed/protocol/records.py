@@ -135,7 +135,7 @@ class Chain:
 
     def __init__(self, agreed: AgreedStudy) -> None:
         self.agreed = agreed
-        self.wire: Wire = wire(agreed.study.mode, agreed.parameters)
+        self.wire: Wire = wire(agreed.study.mode, agreed.lanes)
         self.length = 0
         self.head = ZERO_DIGEST
         self.run = ZERO_DIGEST
@@ -219,8 +219,8 @@ class Chain:
             return
         # A checkpoint is the float64 adapter with its names, and the moments beside it, sealed.
         vectors = 1 + self.agreed.study.aggregation.moments
-        parameters = 8 * vectors * self.agreed.parameters.values + 256 * (len(self.agreed.initial.adapter) + 16)
-        most = {"amendment": MAX_SEALED, "checkpoint": parameters}.get(header.kind, 0)
+        state = 8 * vectors * self.agreed.lanes.values + 256 * (len(self.agreed.initial.adapter) + 16)
+        most = {"amendment": MAX_SEALED, "checkpoint": state}.get(header.kind, 0)
         if header.size > most:
             raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")
 

@@ -571,7 +571,7 @@ class AgreedStudy:
     initial: InitialState
 
     @cached_property
-    def parameters(self) -> LaneParameters:
+    def lanes(self) -> LaneParameters:
         """The packing that the study's encoding and adapter give."""
         encoding = self.study.encoding
         values = sum(int(np.prod(shape)) for shape in self.initial.shapes.values())

@@ -591,7 +591,7 @@ def _site_facts(
 
 def study_facts(agreed: AgreedStudy, kind: str) -> list[tuple[str, str]]:
     """What the sites agreed on, as a reader's list."""
-    study, lanes = agreed.study, agreed.parameters
+    study, lanes = agreed.study, agreed.lanes
     method, training, encoding, private = study.method, study.training, study.encoding, study.privacy
     values = sum(array.size for array in agreed.initial.adapter.values())
     sites = [f"{site.name} (observer)" if site.role == "observer" else site.name for site in study.sites]

@@ -64,7 +64,7 @@ def world() -> Any:
         sealed = (VECTORS / VERSION / "epoch-1.sealed").read_bytes()
         secret = keys.open_sealed_key(sealed, agreed, ash)
         members = {site.name: site for site in agreed.study.sites}  # noqa: RUF012
-        wire = CipherWire(agreed.parameters)
+        wire = CipherWire(agreed.lanes)
 
     return World
 
@@ -151,12 +151,12 @@ def secret(data: bytes) -> None:
 
 def seal_key(data: bytes) -> None:
     """SEAL's own parser, behind our checks."""
-    ckks.Cipher(world().agreed.parameters, StudySecret(secret_key=data, tag_key=bytes(32)))
+    ckks.Cipher(world().agreed.lanes, StudySecret(secret_key=data, tag_key=bytes(32)))
 
 
 @cache
 def _form() -> seal_format.SeededForm:
-    return ckks.Cipher(world().agreed.parameters, world().secret)._form
+    return ckks.Cipher(world().agreed.lanes, world().secret)._form
 
 
 def seal_ciphertext(data: bytes) -> None:
@@ -165,16 +165,16 @@ def seal_ciphertext(data: bytes) -> None:
 
 @cache
 def saved_ciphertexts() -> tuple[bytes, ...]:
-    cipher = ckks.Cipher(world().agreed.parameters, world().secret)
+    cipher = ckks.Cipher(world().agreed.lanes, world().secret)
     plaintext = ckks.sealapi.Plaintext()
-    cipher._encoder.encode([0j] * 2048, world().agreed.parameters.scale, plaintext)
+    cipher._encoder.encode([0j] * 2048, world().agreed.lanes.scale, plaintext)
     compressed = seal_format.save(cipher._encryptor.encrypt_symmetric(plaintext))
     seed, polynomial = _form().split(compressed)
     return compressed, _form().build(seed, polynomial)
 
 
 def coefficients(data: bytes) -> None:
-    unpack_coefficients(data, world().agreed.parameters.ciphertexts)
+    unpack_coefficients(data, world().agreed.lanes.ciphertexts)
 
 
 def record_payload(data: bytes) -> None:
@@ -182,7 +182,7 @@ def record_payload(data: bytes) -> None:
 
 
 def plain_payload(data: bytes) -> None:
-    PlainWire(world().agreed.parameters).check(data)
+    PlainWire(world().agreed.lanes).check(data)
 
 
 def checkpoint(data: bytes) -> None:
@@ -288,7 +288,7 @@ def targets() -> dict[str, Target]:
         "SEAL ciphertext": Target(seal_ciphertext, saved_ciphertexts(), False, SecfacmicError),
         "coefficients": Target(coefficients, (packed,), False, EnvelopeError),
         "record payload": Target(record_payload, (payload,), False, EnvelopeError),
-        "plain payload": Target(plain_payload, (bytes(4 * world().agreed.parameters.values),), False, EnvelopeError),
+        "plain payload": Target(plain_payload, (bytes(4 * world().agreed.lanes.values),), False, EnvelopeError),
         "checkpoint": Target(
             checkpoint, (keys.seal_checkpoint(world().secret, "0" * 64, b"adapter" * 9),), True, KeyFileError
         ),

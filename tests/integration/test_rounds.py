@@ -47,7 +47,7 @@ def test_every_site_applies_exactly_the_weighted_mean_of_the_integers(federation
     size = initial.size
     # The oracle is plain rational arithmetic on the integers that the sites stored.
     total = sum(array.astype(object) for array in stored)
-    lanes = federation.agreed.parameters
+    lanes = federation.agreed.lanes
     expected = initial + np.array([float(int(value)) for value in total[:size]]) * 0.1 / (lanes.max_integer * 3.0)
     for site in sites:
         assert np.array_equal(codec.flatten(site.parameters), expected)
@@ -295,7 +295,7 @@ class Forger:
         self.coordinator = federation.begin(self.sites)
         for site in self.sites:
             exchange(self.coordinator, site)
-        self.wire = CipherWire(federation.agreed.parameters)
+        self.wire = CipherWire(federation.agreed.lanes)
         self.envelopes = [self.coordinator._envelopes[name] for name in self.coordinator.sites_in]
         self.payloads = [self.coordinator._spooled(name) for name in self.coordinator.sites_in]
 

@@ -45,7 +45,7 @@ def features(train=80, unlabelled=50, classes=range(CLASSES), seed=0):
     return SiteFeatures(Labelled(clusters(y, seed + 1), y), held, held, clusters(hidden, seed + 2), 0, 0)
 
 
-def agreed(method, **settings):
+def agreement(method, **settings):
     # Prompts that say little about the classes, as with a CLIP that has not seen such images.
     prompts = unit(
         np.random.default_rng(42).normal(size=(CLASSES, DIM)) + 2 * np.random.default_rng(7).normal(size=(CLASSES, DIM))
@@ -59,21 +59,21 @@ def same(first, second):
     return list(first) == list(second) and all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def loss_of(study, parameters, site):
-    p = predict(study, parameters, site.train.x, site.train.x)
+def loss_of(agreed, parameters, site):
+    p = predict(agreed, parameters, site.train.x, site.train.x)
     return -np.log(p[np.arange(len(p)), site.train.y]).mean()
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_training_learns(method):
-    site, study = features(), agreed(method)
-    start = study.initial.adapter
-    trained = train_round(study, start, site, 1)
+    site, agreed = features(), agreement(method)
+    start = agreed.initial.adapter
+    trained = train_round(agreed, start, site, 1)
     assert list(trained) == sorted([*start, PRIVATE_HEAD] if method.private_head else start)
     assert all(trained[name].dtype == np.float64 and trained[name].shape == start[name].shape for name in start)
-    assert loss_of(study, trained, site) < 0.6 * loss_of(study, start, site)
+    assert loss_of(agreed, trained, site) < 0.6 * loss_of(agreed, start, site)
     accuracy = [
-        metrics(predict(study, parameters, site.test.x, site.train.x), site.test.y)["accuracy"]
+        metrics(predict(agreed, parameters, site.test.x, site.train.x), site.test.y)["accuracy"]
         for parameters in (start, trained)
     ]
     assert accuracy[1] > accuracy[0] + 0.1
@@ -82,18 +82,18 @@ def test_training_learns(method):
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_training_is_a_function_of_its_arguments(method):
-    site, study = features(), agreed(method, steps=9)
-    before = {name: value.copy() for name, value in study.initial.adapter.items()}
+    site, agreed = features(), agreement(method, steps=9)
+    before = {name: value.copy() for name, value in agreed.initial.adapter.items()}
     torch.manual_seed(1)
     np.random.seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = train_round(study, study.initial.adapter, site, 5)
+    first = train_round(agreed, agreed.initial.adapter, site, 5)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     torch.manual_seed(2)
-    assert same(first, train_round(study, study.initial.adapter, site, 5))
-    assert not same(first, train_round(study, study.initial.adapter, site, 6))
-    assert same(before, study.initial.adapter)
+    assert same(first, train_round(agreed, agreed.initial.adapter, site, 5))
+    assert not same(first, train_round(agreed, agreed.initial.adapter, site, 6))
+    assert same(before, agreed.initial.adapter)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -109,24 +109,24 @@ def test_training_is_a_function_of_its_arguments(method):
     ],
 )
 def test_awkward_sites_train(method, train, unlabelled, classes):
-    site, study = features(train, unlabelled, classes), agreed(method, steps=8)
-    trained = train_round(study, study.initial.adapter, site, 1)
+    site, agreed = features(train, unlabelled, classes), agreement(method, steps=8)
+    trained = train_round(agreed, agreed.initial.adapter, site, 1)
     assert all(np.isfinite(value).all() for value in trained.values())
-    assert np.isfinite(predict(study, trained, site.test.x, site.train.x)).all()
+    assert np.isfinite(predict(agreed, trained, site.test.x, site.train.x)).all()
 
 
 def test_the_absent_class_is_not_pushed_down():
     # Logit adjustment: a site that lacks a class must not teach the others to forget it.
-    study = agreed(Method(adapter="text_head"))
-    trained = train_round(study, study.initial.adapter, features(classes=(0, 1, 3)), 1)
+    agreed = agreement(Method(adapter="text_head"))
+    trained = train_round(agreed, agreed.initial.adapter, features(classes=(0, 1, 3)), 1)
     assert np.array_equal(trained["offsets"][2], np.zeros(DIM))
     assert (np.abs(trained["offsets"][[0, 1, 3]]).sum(axis=1) > 0).all()
 
 
 def test_without_training_images_it_refuses():
-    study = agreed(Method())
+    agreed = agreement(Method())
     with pytest.raises(DataError, match="no labelled training image"):
-        train_round(study, study.initial.adapter, features(train=0), 1)
+        train_round(agreed, agreed.initial.adapter, features(train=0), 1)
 
 
 def test_each_pass_takes_every_image_once_and_ends_with_what_is_left():
@@ -139,14 +139,14 @@ def test_each_pass_takes_every_image_once_and_ends_with_what_is_left():
 
 
 def test_unlabelled_images_only_matter_with_lmmd_and_never_change_the_order():
-    study = agreed(Method(), steps=5)
+    agreed = agreement(Method(), steps=5)
     few, many = features(unlabelled=2), features(unlabelled=40)
-    assert same(train_round(study, study.initial.adapter, few, 1), train_round(study, study.initial.adapter, many, 1))
-    aligned = agreed(Method(lmmd_weight=1.0), steps=5)
+    start = agreed.initial.adapter
+    assert same(train_round(agreed, start, few, 1), train_round(agreed, start, many, 1))
+    aligned = agreement(Method(lmmd_weight=1.0), steps=5)
     none = features(unlabelled=0)
-    start = study.initial.adapter
-    assert same(train_round(aligned, start, none, 1), train_round(study, start, none, 1))
-    assert not same(train_round(aligned, start, many, 1), train_round(study, start, many, 1))
+    assert same(train_round(aligned, start, none, 1), train_round(agreed, start, none, 1))
+    assert not same(train_round(aligned, start, many, 1), train_round(agreed, start, many, 1))
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -161,9 +161,9 @@ def test_optimizer_is_torchs_with_l2_in_the_gradient(optimizer):
         "epsilon": 1e-6,
         "momentum": 0.8,
     }
-    study, site = agreed(Method(), **settings), features(train=20)
-    found = train_round(study, study.initial.adapter, site, 1)
-    initial = study.initial
+    agreed, site = agreement(Method(), **settings), features(train=20)
+    found = train_round(agreed, agreed.initial.adapter, site, 1)
+    initial = agreed.initial
     adapter = build_adapter(Method(), initial.prompt_features, SCALE, initial.adapter).double()
     adapter.prompts = adapter.prompts.double()
     values = list(adapter.shared_parameters().values())
@@ -190,27 +190,27 @@ def test_optimizer_is_torchs_with_l2_in_the_gradient(optimizer):
 
 def test_values_that_do_not_move_come_back_exactly():
     # 1/3 is no float32: without care its rounding would be sent as an update.
-    study = agreed(Method(adapter="text_head"), steps=3)
+    agreed = agreement(Method(adapter="text_head"), steps=3)
     start = {"offsets": np.full((CLASSES, DIM), 1 / 3)}
-    trained = train_round(study, start, features(classes=(0, 1)), 1)
+    trained = train_round(agreed, start, features(classes=(0, 1)), 1)
     assert np.array_equal(trained["offsets"][2:], start["offsets"][2:])
 
 
 def test_zero_shot_is_the_softmax_of_scaled_cosines():
-    study, site = agreed(Method()), features()
-    logits = SCALE * site.test.x @ study.initial.prompt_features.T
+    agreed, site = agreement(Method()), features()
+    logits = SCALE * site.test.x @ agreed.initial.prompt_features.T
     expected = torch.softmax(torch.from_numpy(logits), dim=1).numpy()
-    found = zero_shot(study, site.test.x)
+    found = zero_shot(agreed, site.test.x)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert zero_shot(study, site.test.x[:0]).shape == (0, CLASSES)
+    assert zero_shot(agreed, site.test.x[:0]).shape == (0, CLASSES)
 
 
 def test_probabilities_of_a_row_do_not_depend_on_the_others():
-    study, site = agreed(Method(norm="batch"), steps=5), features()
-    trained = train_round(study, study.initial.adapter, site, 1)
-    every = predict(study, trained, site.test.x, site.train.x)
-    one = predict(study, trained, site.test.x[3:4], site.train.x)
+    agreed, site = agreement(Method(norm="batch"), steps=5), features()
+    trained = train_round(agreed, agreed.initial.adapter, site, 1)
+    every = predict(agreed, trained, site.test.x, site.train.x)
+    one = predict(agreed, trained, site.test.x[3:4], site.train.x)
     np.testing.assert_allclose(one[0], every[3], atol=1e-5)
     np.testing.assert_allclose(every.sum(axis=1), 1)
 
@@ -219,10 +219,10 @@ def test_prox_pulls_towards_the_global_adapter():
     # FedProx, eq. 2: with full batches and plain SGD each step is -lr (gradient + mu (w - w_global)).
     mu, rate = 3.0, 0.05
     settings = {"steps": 4, "learning_rate": rate, "batch_size": 1000, "optimizer": "sgd", "momentum": 0.0}
-    study, site = agreed(Method(adapter="text_head"), **settings, prox=mu), features(train=20)
+    agreed, site = agreement(Method(adapter="text_head"), **settings, prox=mu), features(train=20)
     start = {"offsets": np.random.default_rng(8).normal(size=(CLASSES, DIM))}
-    found = train_round(study, start, site, 1)["offsets"]
-    adapter = build_adapter(study.study.method, study.initial.prompt_features, SCALE, start)
+    found = train_round(agreed, start, site, 1)["offsets"]
+    adapter = build_adapter(agreed.study.method, agreed.initial.prompt_features, SCALE, start)
     x, y = torch.from_numpy(site.train.x), torch.from_numpy(site.train.y)
     prior = torch.log(torch.bincount(y, minlength=CLASSES) / len(y))
     value = adapter.shared_parameters()["offsets"]
@@ -232,37 +232,37 @@ def test_prox_pulls_towards_the_global_adapter():
         with torch.no_grad():
             value -= rate * (gradient + mu * (value - centre))
     np.testing.assert_allclose(found, value.detach().numpy(), atol=1e-5)
-    free = train_round(agreed(study.study.method, **settings), start, site, 1)["offsets"]
+    free = train_round(agreement(agreed.study.method, **settings), start, site, 1)["offsets"]
     assert np.linalg.norm(found - start["offsets"]) < 0.8 * np.linalg.norm(free - start["offsets"])
 
 
 def test_prox_learns():
-    site, study = features(), agreed(Method(), prox=0.1)
-    trained = train_round(study, study.initial.adapter, site, 1)
-    assert loss_of(study, trained, site) < 0.6 * loss_of(study, study.initial.adapter, site)
+    site, agreed = features(), agreement(Method(), prox=0.1)
+    trained = train_round(agreed, agreed.initial.adapter, site, 1)
+    assert loss_of(agreed, trained, site) < 0.6 * loss_of(agreed, agreed.initial.adapter, site)
 
 
 def test_a_private_head_goes_on_from_where_it_was_and_serves_its_own_site():
-    study, site = agreed(Method(private_head=True), steps=20), features()
-    first = train_round(study, study.initial.adapter, site, 1)
+    agreed, site = agreement(Method(private_head=True), steps=20), features()
+    first = train_round(agreed, agreed.initial.adapter, site, 1)
     assert np.abs(first[PRIVATE_HEAD]).max() > 0
     shared = {name: value for name, value in first.items() if name != PRIVATE_HEAD}
-    assert not same(train_round(study, first, site, 2), train_round(study, shared, site, 2))
+    assert not same(train_round(agreed, first, site, 2), train_round(agreed, shared, site, 2))
     # Other prompts' confusion is what the head corrects: it must fit its site better than what is shared.
-    assert loss_of(study, first, site) < loss_of(study, shared, site)
+    assert loss_of(agreed, first, site) < loss_of(agreed, shared, site)
 
 
 @pytest.mark.parametrize("rule", ["average", "fedavgm", "fedadam"])
 def test_alone_is_a_federation_of_one(rule):
-    study = agreed(Method(adapter="low_rank", rank=2), steps=4)
+    agreed = agreement(Method(adapter="low_rank", rank=2), steps=4)
     chosen = Aggregation(rule=rule, learning_rate=1.0 if rule == "average" else 0.1)
-    study = AgreedStudy(study.study.model_copy(update={"rounds": 3, "aggregation": chosen}), study.initial)
+    agreed = AgreedStudy(agreed.study.model_copy(update={"rounds": 3, "aggregation": chosen}), agreed.initial)
     site = features()
-    found = train_alone(study, site, "oak")
-    state = aggregation.initial_state(chosen, study.initial.adapter)
+    found = train_alone(agreed, site, "oak")
+    state = aggregation.initial_state(chosen, agreed.initial.adapter)
     for number in (1, 2, 3):
         adapter = aggregation.adapter_of(state)
-        trained = train_round(study, adapter, site, training_seed(3, "oak", number))
+        trained = train_round(agreed, adapter, site, training_seed(3, "oak", number))
         state = aggregation.apply(chosen, state, codec.flatten(trained) - codec.flatten(adapter))
     assert same(found, aggregation.adapter_of(state))
-    assert not same(found, train_alone(study, site, "elm"))
+    assert not same(found, train_alone(agreed, site, "elm"))

@@ -22,7 +22,7 @@ ADAM = {"rule": "fedadam", "learning_rate": 0.01, "betas": [0.8, 0.9], "tau": 0.
 MOMENTUM = {"rule": "fedavgm", "learning_rate": 0.5, "betas": [0.7, 0.99]}
 
 
-def run(rule: Aggregation, start: list[float], updates: list[list[float]]) -> aggregation.Parameters:
+def run(rule: Aggregation, start: list[float], updates: list[list[float]]) -> aggregation.State:
     state = aggregation.initial_state(rule, {"b": np.array(start[:1]), "w": np.array([start[1:]])})
     for update in updates:
         before = {name: value.copy() for name, value in state.items()}

@@ -156,7 +156,7 @@ def test_sealed_key(versions: dict[str, Version], tmp_path: Path, version: str, 
     if case["result"] == "valid":
         header = ring.accept(data)
         assert ring.newest == (header.epoch, header.key)
-        Cipher(vectors.agreed.parameters, ring.secret(header.key))
+        Cipher(vectors.agreed.lanes, ring.secret(header.key))
     else:
         with pytest.raises(KeyFileError):
             ring.accept(data)
@@ -220,7 +220,7 @@ def test_golden_journal_and_keys_are_still_read(versions: dict[str, Version], tm
         if record.amendment is not None:
             secret = open_sealed_key(record.payload, agreed, cedar)
         if record.contributors:
-            cipher = Cipher(agreed.parameters, secret)
+            cipher = Cipher(agreed.lanes, secret)
             first = record.contributors[0]
             binding = Binding(run=first.run, head=first.head, round=first.round)
             sums.append(cipher.open(record.payload, binding, record.cohort).tolist())
