@@ -37,7 +37,7 @@ def server(
     from secure_fed.core.status import StatusFile, keep_log
     from secure_fed.core.storage import exclusive
     from secure_fed.operate.closing import refuse_closed
-    from secure_fed.server.app import ServerFolders, serve
+    from secure_fed.server.supervisor import ServerFolders, serve
 
     log_lines()
     with exclusive(state):

@@ -23,8 +23,8 @@ from secure_fed.clients.site import Site
 from secure_fed.core.errors import NotEnoughSitesError
 from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.rounds import ReplyCode
-from secure_fed.server.app import RoundLoop
 from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.round_loop import RoundLoop
 from secure_fed.transport.flower_messages import contract, read_request
 from tests.conftest import OBSERVER, TRAINING, Federation, make_template
 
@@ -235,7 +235,7 @@ def test_a_site_that_joins_at_round_50_takes_the_journal_in_pages(
 def test_a_site_that_fails_is_asked_later_and_the_others_go_on(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("secure_fed.server.app.PATIENCE", 0.05)
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
     coordinator, wire, loop = _begin(federation)
     broken = wire.apps[wire.nodes["birch"]].site
     respond = broken.respond
@@ -250,7 +250,7 @@ def test_a_site_that_fails_is_asked_later_and_the_others_go_on(
 def test_an_envelope_that_is_refused_does_not_end_the_study(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("secure_fed.server.app.PATIENCE", 0.05)
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
     coordinator, wire, loop = _begin(federation)
     site = wire.apps[wire.nodes["ash"]].site
     respond = site.respond

@@ -43,9 +43,9 @@ from secure_fed.core.errors import (
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST
-from secure_fed.server.app import ServerFolders, _begin_if_asked, serve
 from secure_fed.server.coordinator import current_run
 from secure_fed.server.flower_link import SuperLink
+from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
 from secure_fed.transport.certificates import create_authority
 from secure_fed.transport.flower_messages import contract, read_reply, reply_content, request_content
 from tests.conftest import Federation

@@ -59,6 +59,21 @@ print(len(files) > 60, {file: names for file, names in files.items() if len(name
     assert run(program, ROOT).stdout.strip() == "True {}"
 
 
+def test_the_process_of_the_rounds_holds_no_module_twice() -> None:
+    """What ``-m`` runs has the name ``__main__``; imported beside that, it would be there again under its own."""
+    program = """
+import runpy, sys
+try:
+    runpy.run_module("secure_fed.server.rounds_process", run_name="__main__")
+except ValueError:  # it was given no set-up
+    print("secure_fed.server.round_loop" in sys.modules, "secure_fed.server.rounds_process" in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "True False", result.stderr
+
+
 def test_this_very_session_has_one_name_a_file() -> None:
     """Also with what pytest loads by itself."""
     names = [

@@ -64,7 +64,7 @@ def test_a_full_disk_does_not_stop_anything(
     monkeypatch.setattr(module, "write_durable", full)
     stream = tmp_path / "log" / "server.jsonl"
     stream.symlink_to("/dev/full")
-    logging.getLogger("secure_fed.server.app").warning("a line")
+    logging.getLogger("secure_fed.server.round_loop").warning("a line")
     assert "Traceback" not in capfd.readouterr().err
     assert status.read()["role"] == "server"
 
@@ -89,8 +89,8 @@ def test_logs_keep_our_lines_and_of_others_only_that_there_was_one(tmp_path: Pat
     status = StatusFile(tmp_path)
     status.begin("server")
     keep_log(tmp_path, "server", status)
-    logging.getLogger("secure_fed.server.app").info("round 1 of 3")
-    logging.getLogger("secure_fed.server.app").warning("ash: its reply is refused")
+    logging.getLogger("secure_fed.server.round_loop").info("round 1 of 3")
+    logging.getLogger("secure_fed.server.round_loop").warning("ash: its reply is refused")
     logging.getLogger("pydicom").error("patient Jane Doe")
     lines = [json.loads(line) for line in (tmp_path / "log" / "server.jsonl").read_text().splitlines()]
     assert [(line["level"], line["message"]) for line in lines] == [
@@ -107,7 +107,7 @@ def test_logs_rotate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_root: 
     monkeypatch.setattr(module, "LOG_BYTES", 2000)
     keep_log(tmp_path, "server", StatusFile(tmp_path))
     for number in range(300):
-        logging.getLogger("secure_fed.server.app").info("line %d", number)
+        logging.getLogger("secure_fed.server.round_loop").info("line %d", number)
     files = sorted(path.name for path in (tmp_path / "log").iterdir())
     assert files == ["server.jsonl", *(f"server.jsonl.{number}" for number in (1, 2, 3, 4))]
     assert all(path.stat().st_size <= 2000 for path in (tmp_path / "log").iterdir())

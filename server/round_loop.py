@@ -1,53 +1,30 @@
-"""The server: a Flower ServerApp that runs the rounds over a :class:`secure_fed.server.coordinator.Coordinator`, and
-the process that keeps it and the SuperLink running.
+"""The rounds of a study over Flower: sites are asked, their replies go to the
+:class:`secure_fed.server.coordinator.Coordinator`, rounds are closed.
 
-The rounds run in a process of their own, because flwr interrupts a whole process when its run ends. Whatever is
-needed to go on lies in the coordinator's folder: rounds that were killed begin again in a new Flower run and ask the
-sites again, which send the bytes that they sent before.
+Keeps nothing that must survive. Whatever is needed to go on lies in the coordinator's folder: rounds that were killed
+begin again in a new Flower run and ask the sites again, which send the bytes that they sent before.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
-from flwr.app import Context, Message
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import Message
+from flwr.serverapp import Grid
 
-from secure_fed.core.errors import (
-    EnvelopeError,
-    KeyFileError,
-    ProtocolError,
-    RecordError,
-    SecfacmicError,
-    ServerAppError,
-    StudyError,
-)
-from secure_fed.core.processes import die_with_parent, end_on_sigterm, log_lines, start, stop
-from secure_fed.core.status import StatusFile, keep_log
+from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.sealed_key import check_sealed_key
-from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
-from secure_fed.protocol.study import AgreedStudy, StudySite, load_study
-from secure_fed.server.coordinator import Coordinator, current_run
-from secure_fed.server.flower_link import SuperLink, open_grid
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.journal import JournalEntry
-from secure_fed.server.metrics import serve_metrics
-from secure_fed.transport.flower_messages import ROUND_MESSAGE, contract, read_reply, request_content
+from secure_fed.transport.flower_messages import ROUND_MESSAGE, read_reply, request_content
 
-log = logging.getLogger("secure_fed.server.app")  # also in the process where this module is the main one
-
-KEY = "coordinator.key"
-CERTIFICATES = "tls"
-"""Below the state folder: the coordinator's signing key, and the folder of the server's certificate."""
+log = logging.getLogger(__name__)
 
 MIN_TTL = 60.0
 LOOK_SECONDS = 1.0
@@ -58,13 +35,6 @@ FASTEST, SLOWEST = 0.05, 0.5
 
 PATIENCE = 10.0
 """Seconds until a site whose reply could not be used is asked again."""
-
-MEMBERS_CHANGED = 100
-"""Exit status of the rounds' process when sites have joined or left."""
-
-CRASHES = 5
-CRASH_SECONDS = 10.0
-"""So many rounds' processes in a row that lived no longer than this: something is wrong that time will not mend."""
 
 
 @dataclass
@@ -364,188 +334,3 @@ class RoundLoop:
         if away:
             self._tell(f"the study is over; waiting for {', '.join(away)}, not connected, to take its last rounds")
         return False
-
-
-@dataclass(frozen=True)
-class ServerFolders:
-    """What a server works with.
-
-    Attributes:
-        study: its ``study.toml``.
-        state: folder of the coordinator's key, certificate and journal.
-        keep_envelopes: where to keep the envelopes of every sum, if they are to be kept.
-    """
-
-    study: Path
-    state: Path
-    keep_envelopes: Path | None = None
-
-    def coordinator(self, agreed: AgreedStudy) -> Coordinator:
-        """The run's coordinator."""
-        return Coordinator(agreed, self.state, load_signing_key(self.state / KEY), self.keep_envelopes)
-
-
-def serve(
-    folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None, metrics: int | None = None
-) -> None:
-    """Serve a study until it is over.
-
-    Args:
-        folders: study and state.
-        mode: must be the study's, so that nobody serves in plain by oversight.
-        listen: host and port for the sites.
-        key: a sealed key file with which a run is to begin, if it has not yet.
-        metrics: port on loopback for Prometheus, if it is to be served.
-
-    Raises:
-        StudyError: the study has another mode, or no run was begun.
-        CertificateError, AddressError: the listener cannot be set up.
-        ServerAppError: the rounds' process ends again and again.
-        SecfacmicError: others, of the rounds.
-    """
-    agreed = load_study(folders.study)
-    if agreed.study.mode != mode:
-        raise StudyError(
-            f"{folders.study}: mode = {agreed.study.mode!r}, but --mode {mode} was given; the two must agree: a mode "
-            "is agreed on by all sites and never changes"
-        )
-    _begin_if_asked(agreed, folders, key)
-    members = folders.coordinator(agreed).journal.chain.members
-    link = SuperLink(folders.state / CERTIFICATES, listen, _flower_keys(members))
-    study = agreed.study
-    facts = {"study": study.name, "study_id": study.id, "rounds": study.rounds, "min_sites": study.min_sites}
-    StatusFile(folders.state).begin("server", **facts, listen=f"{listen[0]}:{listen[1]}", restarts=0)
-    if metrics is not None:
-        serve_metrics(folders.state, metrics)
-    log.info("study %s, %d rounds, mode %s; listening on %s:%d", agreed.study.name, agreed.study.rounds, mode, *listen)
-    try:
-        _supervise(link, agreed, folders)
-    finally:
-        link.stop()
-
-
-def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | None) -> None:
-    """Begin the study's run, or the next one once a run is over."""
-    signing = load_signing_key(folders.state / KEY)
-    begun = current_run(folders.state) is not None
-    key_id = ZERO_DIGEST
-    if agreed.study.mode == "he":
-        if key is None:
-            if not begun:
-                raise StudyError(
-                    f"{folders.state}: no run has begun; begin one with --key FILE, the sealed key file that the key "
-                    f"maker, {agreed.study.key_maker}, makes with: secfacmic keys create"
-                )
-            return
-        try:
-            key_id = check_sealed_key(key.read_bytes(), agreed).key
-        except OSError as error:
-            raise KeyFileError(f"{key}: cannot be read ({error.strerror}); expected a sealed key file") from error
-    elif begun:
-        return
-    if begun:
-        coordinator = folders.coordinator(agreed)
-        if coordinator.journal.records[0].header.key == key_id:
-            return
-        if not coordinator.finished:
-            raise StudyError(
-                f"{key}: not the key of the run that goes on here, which is in round {coordinator.round}; let it end, "
-                "or replace its key with: secfacmic keys rotate"
-            )
-    Coordinator.begin(agreed, folders.state, signing, key_id)
-
-
-def _flower_keys(members: Mapping[str, StudySite]) -> dict[str, str]:
-    return {site.name: site.keys.flower for site in members.values() if site.keys is not None}
-
-
-def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> None:
-    """Keep the rounds' process running until it ends by itself."""
-    bundle = contract(agreed.study.id)
-    crashes = restarts = 0
-    while True:
-        began = time.monotonic()
-        child = start(["-m", "secure_fed.server.app"], stdin=True)
-        try:
-            keep = folders.keep_envelopes
-            setup = {
-                "study": str(folders.study.resolve()),
-                "state": str(folders.state.resolve()),
-                "keep_envelopes": None if keep is None else str(keep.resolve()),
-                "runtime": link.runtime,
-                "token": link.start_run(bundle),
-                "nodes": link.nodes,
-            }
-            _hand_over(child, setup)
-            while child.poll() is None and link.alive:
-                time.sleep(0.1)
-        finally:
-            stop([child])
-        if child.returncode == 0:
-            return
-        if child.returncode == MEMBERS_CHANGED:
-            members = folders.coordinator(agreed).journal.chain.members
-            link.register(_flower_keys(members))
-            log.info("the members are now %s", ", ".join(sorted(members)))
-            continue
-        if 10 <= child.returncode < 90:
-            raise SystemExit(child.returncode)  # a refusal, which it has explained
-        crashes = crashes + 1 if time.monotonic() - began < CRASH_SECONDS else 1
-        if crashes == CRASHES or not link.alive:
-            raise ServerAppError(
-                f"the rounds' process ended {crashes} times within {CRASH_SECONDS:g} s, last with {child.returncode}; "
-                "expected it to run: free memory, or report it with the log; nothing is lost"
-            )
-        log.warning("the rounds' process ended with %d; it is started again", child.returncode)
-        restarts += 1
-        StatusFile(folders.state).tell(restarts=restarts)
-
-
-def _hand_over(child: subprocess.Popen[bytes], setup: Mapping[str, object]) -> None:
-    """By a pipe: command lines and environments can be read by others."""
-    assert child.stdin is not None
-    try:
-        child.stdin.write(json.dumps(setup).encode())
-        child.stdin.close()
-    except BrokenPipeError:
-        pass  # it has ended already; its exit status says why
-
-
-def main() -> None:
-    """The rounds' process: its set-up comes on stdin."""
-    die_with_parent()
-    end_on_sigterm()
-    log_lines()
-    setup = json.loads(sys.stdin.read())
-    state = Path(setup["state"])
-    status = StatusFile(state)
-    keep_log(state, "rounds", status)
-    app = ServerApp()
-
-    ended = False
-
-    @app.main()
-    def rounds(grid: Grid, context: Context) -> None:
-        nonlocal ended
-        keep = setup["keep_envelopes"]
-        folders = ServerFolders(Path(setup["study"]), state, None if keep is None else Path(keep))
-        agreed = load_study(folders.study)
-        loop = RoundLoop(folders.coordinator(agreed), agreed, grid, setup["nodes"], lambda facts: status.tell(**facts))
-        ended = loop.run()
-
-    try:
-        with open_grid(setup["runtime"], setup["token"]) as (grid, context):
-            app(grid=grid, context=context)
-        sys.exit(0 if ended else MEMBERS_CHANGED)
-    except SecfacmicError as error:
-        log.error("%s", error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:  # in one line, and started again
-        log.error("the rounds failed with %s: %s", type(error).__name__, error)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
