@@ -20,10 +20,10 @@ from typing import Any
 
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import open_sites
+from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import Study
 from secure_fed.server.coordinator import current_run
-from secure_fed.server.journal import JournalEntry
 from tests.conftest import make_images, template_table
 from tests.network import Network, busy, peak
 

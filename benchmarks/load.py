@@ -151,9 +151,9 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
 def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     """Serve the study to its canned sites and take figures from journal and /proc."""
     from secure_fed.lab.demo import _free_port
+    from secure_fed.protocol.journal import JournalEntry
     from secure_fed.protocol.records import Chain, RecordFolder
     from secure_fed.server.coordinator import current_run
-    from secure_fed.server.journal import JournalEntry
     from tests.network import busy, peak
 
     values = prepare(folder, sites, rounds)

@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 
 from secure_fed.lab.simulation import open_sites
+from secure_fed.protocol.journal import find_runs
+from secure_fed.protocol.recompute import EnvelopeStore, recompute
 from secure_fed.protocol.records import Chain, Record, RecordFolder
 from secure_fed.protocol.study import Study
 from secure_fed.server.coordinator import current_run
-from secure_fed.server.recompute import EnvelopeStore, find_runs, recompute
 from tests.conftest import OBSERVER, TRAINING, make_images, make_template
 from tests.network import Network
 

@@ -23,6 +23,7 @@ from secure_fed.core.errors import (
 )
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.envelope import Envelope, check_position, open_envelope
+from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire, wire
 from secure_fed.protocol.records import Chain
@@ -35,7 +36,7 @@ from secure_fed.protocol.sealed_key import (
 )
 from secure_fed.protocol.signing import Frame, check_payload, public_hex, split_frame
 from secure_fed.protocol.study import AgreedStudy
-from secure_fed.server.journal import Journal, JournalEntry, now_ms
+from secure_fed.server.journal import Journal, now_ms
 
 
 class Coordinator:

@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secure_fed.core.errors import KeyFileError, RecordError
 from secure_fed.protocol.envelope import Envelope
-from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, SignedContribution, new_header, sign_record
+from secure_fed.protocol.journal import JournalEntry
+from secure_fed.protocol.records import Chain, Kind, RecordFolder, SignedContribution, new_header, sign_record
 from secure_fed.protocol.sealed_key import check_sealed_key
 from secure_fed.protocol.signing import Frame
 from secure_fed.protocol.study import AgreedStudy
@@ -122,27 +123,3 @@ class Journal:
         self._folder.append(record)
         self.chain.advance(record)
         self.records.append(JournalEntry(record))
-
-
-class JournalEntry:
-    """What the server keeps of a record in memory: its header, id and sizes, not its payload.
-
-    Attributes:
-        header: the record's header.
-        id: the record's id, the journal head after it.
-        sites: the contributors.
-        bytes_up: size of their envelopes as sent, summed.
-        size: size of the record.
-    """
-
-    def __init__(self, record: Record) -> None:
-        self.header = record.header
-        self.id = record.id
-        self.sites = tuple(contributor.site for contributor in record.contributors)
-        # An envelope is magic, length, header, signature and payload.
-        self.bytes_up = sum(
-            8 + len(entry.header) + len(entry.signature) // 2 + contributor.size
-            # A checkpoint has acknowledgements in their place, which are no contributors.
-            for entry, contributor in zip(record.header.contributors, record.contributors, strict=False)
-        )
-        self.size = len(record.data)

@@ -18,10 +18,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError
+from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.server.coordinator import Coordinator
-from secure_fed.server.journal import JournalEntry
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, read_reply, request_content
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from secure_fed.cli.output import Json, out, print_json
 from secure_fed.core.errors import RecordError, StudyError
 
 if TYPE_CHECKING:
+    from secure_fed.protocol.journal import RunFolder
     from secure_fed.protocol.study import AgreedStudy
-    from secure_fed.server.recompute import RunFolder
 
 app = typer.Typer(help="Journals: verify, show, recompute, rebuild. No key is needed.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ StudyFile = Annotated[
 @app.command()
 def verify(folder: Folder, study: StudyFile = None, json_: Json = False) -> None:
     """Check signatures, chain, contributors and payloads of every record; at a site its pins and evidence too."""
-    from secure_fed.server.recompute import find_runs, verify_run
+    from secure_fed.protocol.journal import find_runs, verify_run
 
     agreed = _study(study, folder)
     results: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def verify(folder: Folder, study: StudyFile = None, json_: Json = False) -> None
 @app.command()
 def show(folder: Folder, study: StudyFile = None, json_: Json = False) -> None:
     """List the records of every run, each checked first."""
-    from secure_fed.server.recompute import find_runs, verify_run
+    from secure_fed.protocol.journal import find_runs, verify_run
 
     agreed = _study(study, folder)
     listed: list[tuple[RunFolder, list[dict[str, Any]]]] = []
@@ -129,8 +129,9 @@ def recompute(
     json_: Json = False,
 ) -> None:
     """Add every aggregate's envelopes again and compare with the record, bit for bit."""
-    from secure_fed.server.recompute import EnvelopeStore, find_runs
-    from secure_fed.server.recompute import recompute as recompute_run
+    from secure_fed.protocol.journal import find_runs
+    from secure_fed.protocol.recompute import EnvelopeStore
+    from secure_fed.protocol.recompute import recompute as recompute_run
 
     agreed = _study(study, folder)
     if not envelopes.is_dir():
@@ -181,7 +182,7 @@ def rebuild(
     json_: Json = False,
 ) -> None:
     """Give a server that lost its journal the same head again, from the sites' copies."""
-    from secure_fed.server.recompute import rebuild as rebuild_journal
+    from secure_fed.server.rebuild import rebuild as rebuild_journal
 
     path = study_path(study, sites[0])
     target = state or path.parent / "server"

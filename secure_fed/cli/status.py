@@ -47,7 +47,7 @@ def _facts(state: Path) -> dict[str, Any]:
     found = StatusFile(state).read()
     if found:
         return {**found, "running": is_running(state)}
-    from secure_fed.server.recompute import find_runs
+    from secure_fed.protocol.journal import find_runs
 
     if not state.is_dir():
         raise RecordError(f"{state}: no folder; expected the state folder of a server or a site")

@@ -26,10 +26,10 @@ from secure_fed.lab.simulation import (
     round_facts,
 )
 from secure_fed.model.device import DeviceChoice
+from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import AgreedStudy, Study, with_fields
 from secure_fed.server.coordinator import current_run
-from secure_fed.server.journal import JournalEntry
 from secure_fed.transport.certificates import CA, create_authority
 
 HOST = "127.0.0.1"

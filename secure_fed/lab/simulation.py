@@ -30,11 +30,11 @@ from secure_fed.operate.new_study import COORDINATOR_KEY, RANDOM_CHECKPOINT, new
 from secure_fed.privacy.keys import Identity, create_identity, create_sealed_key, load_identity
 from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.codec import Parameters, adapter_digest
+from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Study, as_template, load_study
 from secure_fed.server.coordinator import Coordinator, current_run
-from secure_fed.server.journal import JournalEntry
 
 
 class Budget(NamedTuple):

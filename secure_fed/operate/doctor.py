@@ -584,8 +584,8 @@ def _coordinator(state: Path, agreed: AgreedStudy) -> str:
 
 
 def _journal(state: Path, agreed: AgreedStudy) -> str:
+    from secure_fed.protocol.journal import find_runs, verify_run
     from secure_fed.protocol.ledger_heads import LedgerHeads
-    from secure_fed.server.recompute import find_runs, verify_run
 
     LedgerHeads(state / "ledger_heads.json")
     if not (state / "run").exists():

@@ -42,6 +42,7 @@ from secure_fed.privacy.keys import load_identity
 from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.protocol.envelope import EnvelopeHeader
+from secure_fed.protocol.journal import find_runs
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.signing import (
     ZERO_DIGEST,
@@ -55,7 +56,6 @@ from secure_fed.protocol.signing import (
     verify_signature,
 )
 from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json, load_study
-from secure_fed.server.recompute import find_runs
 
 MAGIC = b"SFX1"
 MAX_HEADER = 2048

@@ -536,8 +536,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
 
 def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[dict[str, Any]]:
     """The rounds of the current run, from the site's own verified copy of the journal."""
-    from secure_fed.server.journal import JournalEntry
-    from secure_fed.server.recompute import find_runs, verify_run
+    from secure_fed.protocol.journal import JournalEntry, find_runs, verify_run
 
     if not (state / "runs").is_dir():
         return []  # nothing arrived yet

@@ -21,13 +21,14 @@ from secure_fed.privacy import ckks, keys, seal_format
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.protocol.envelope import RoundPosition, check_position, open_envelope
+from secure_fed.protocol.journal import find_runs, verify_run
 from secure_fed.protocol.packing import SEED_BYTES, CipherWire, PlainWire, unpack_coefficients
+from secure_fed.protocol.recompute import EnvelopeStore
 from secure_fed.protocol.records import MAGIC as RECORD_MAGIC
 from secure_fed.protocol.records import Chain
 from secure_fed.protocol.sealed_key import KEY_MAGIC, check_amendment, check_sealed_key, verify_acknowledgement
 from secure_fed.protocol.signing import payload_fields, split_frame
 from secure_fed.protocol.study import InitialState, canonical_json, load_study, read_study
-from secure_fed.server.recompute import EnvelopeStore, find_runs, verify_run
 from secure_fed.transport import flower_messages as messages
 from tests.unit.protocol.test_vectors import VECTORS, Version
 

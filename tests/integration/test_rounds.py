@@ -423,7 +423,7 @@ def _append(forger: Forger, record: bytes) -> None:
     journal = forger.coordinator.journal
     journal._folder.append(checked := journal.chain.check(record))
     journal.chain.advance(checked)
-    from secure_fed.server.journal import JournalEntry
+    from secure_fed.protocol.journal import JournalEntry
 
     journal.records.append(JournalEntry(checked))
     forger.coordinator._open_round()

@@ -1,0 +1,117 @@
+"""Reading the journals in a state folder, a server's or a site's: whoever has the study can check them, without a key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from secure_fed.core.errors import RecordError
+from secure_fed.protocol.records import Chain, Record, RecordFolder, read_header
+from secure_fed.protocol.study import AgreedStudy
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's journal on a disk.
+
+    Attributes:
+        journal: folder of the records.
+        folder: the run's folder; the journal's own if the records lie bare.
+        current: whether the state folder it was found in names this run as its present one.
+    """
+
+    journal: Path
+    folder: Path
+    current: bool
+
+
+def find_runs(folder: Path) -> list[RunFolder]:
+    """The journals in a server's or a site's state folder, a run's folder, or a folder of records.
+
+    Raises:
+        RecordError: there is none.
+    """
+    if any(folder.glob("*.record")):
+        return [RunFolder(folder, folder, True)]
+    if (folder / "journal").is_dir():
+        return [RunFolder(folder / "journal", folder, True)]
+    name = folder / "run"
+    current = name.read_text(encoding="ascii", errors="replace").strip() if name.is_file() else None
+    runs = [
+        RunFolder(path / "journal", path, path.name == current)
+        for path in sorted((folder / "runs").glob("*"))
+        if (path / "journal").is_dir()
+    ]
+    if current is not None and not any(run.current for run in runs):
+        raise RecordError(
+            f"{folder}: its current run is {current[:16]}, but runs/{current[:16]}... has no journal; "
+            "expected one: restore the folder, or use secfacmic journal rebuild"
+        )
+    if not runs:
+        raise RecordError(
+            f"{folder}: no journal; expected a server's or a site's state folder, a run's folder, "
+            "or a folder of records"
+        )
+    return runs
+
+
+def verify_run(run: RunFolder, agreed: AgreedStudy) -> Iterator[Record]:
+    """Check every record of a run: signatures, chain, contributors, payloads; and at a site its pins and evidence.
+
+    Raises:
+        RecordError: with the first record that does not hold, or evidence that the coordinator signed two records
+            for one place.
+    """
+    chain = Chain(agreed)
+    for record in RecordFolder(run.journal).replay(chain):
+        pin = run.folder / "pins" / f"{record.header.round:08d}"
+        if record.header.kind == "aggregate" and pin.is_file():
+            found = hashlib.sha256(record.data).hexdigest()
+            if pin.read_bytes() != found.encode():
+                raise RecordError(
+                    f"{pin}: pins another aggregate of round {record.header.round} than record "
+                    f"{record.header.seq} ({found[:16]}); the journal here was changed: compare with the other sites"
+                )
+        yield record
+    if not chain.length:
+        raise RecordError(f"{run.journal}: no records; expected at least a genesis")
+    _refuse_evidence(run, agreed, chain)
+
+
+def _refuse_evidence(run: RunFolder, agreed: AgreedStudy, chain: Chain) -> None:
+    """A site keeps a second record that the coordinator signed; that the journal verifies does not undo it."""
+    for path in sorted((run.folder / "evidence").glob("*.record")):
+        data = path.read_bytes()
+        _, header = read_header(data, agreed)
+        known = RecordFolder(run.journal).file(header.seq)
+        if header.run == chain.run and known.exists() and known.read_bytes() != data:
+            raise RecordError(
+                f"{path}: the coordinator signed this and {known} as record {header.seq} of run {chain.run[:16]}; "
+                "expected one record: show both files to the other sites"
+            )
+
+
+class JournalEntry:
+    """What is kept of a record in memory: its header, id and sizes, not its payload.
+
+    Attributes:
+        header: the record's header.
+        id: the record's id, the journal head after it.
+        sites: the contributors.
+        bytes_up: size of their envelopes as sent, summed.
+        size: size of the record.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.header = record.header
+        self.id = record.id
+        self.sites = tuple(contributor.site for contributor in record.contributors)
+        # An envelope is magic, length, header, signature and payload.
+        self.bytes_up = sum(
+            8 + len(entry.header) + len(entry.signature) // 2 + contributor.size
+            # A checkpoint has acknowledgements in their place, which are no contributors.
+            for entry, contributor in zip(record.header.contributors, record.contributors, strict=False)
+        )
+        self.size = len(record.data)

@@ -1,0 +1,107 @@
+"""Adding the envelopes of a journal's sums again.
+
+Nothing here decrypts. A record's contributors signed the digests of their envelopes, so that whoever holds the
+envelopes can add them again; the sum of a record is right exactly if the bytes come out the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from secure_fed.core.errors import EnvelopeError, RecordError
+from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
+from secure_fed.protocol.journal import RunFolder, verify_run
+from secure_fed.protocol.packing import wire
+from secure_fed.protocol.records import SignedContribution
+from secure_fed.protocol.signing import SIGNATURE_BYTES, split_frame
+from secure_fed.protocol.study import AgreedStudy
+
+ENVELOPES: Final = "*.envelope"
+"""Names of kept and spooled envelopes."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What became of one aggregate when it was added again.
+
+    Attributes:
+        seq, round: of its record.
+        missing: contributors whose envelopes are not there; then nothing was added.
+        same: whether the sum came out bit for bit; false while envelopes are missing.
+    """
+
+    seq: int
+    round: int
+    missing: tuple[str, ...]
+    same: bool
+
+
+class EnvelopeStore:
+    """Envelopes in a folder tree, found by what their sites signed, whatever the files are called.
+
+    Args:
+        folder: searched with all below it for ``*.envelope``. Only headers are held in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._paths: dict[bytes, Path] = {}
+        for path in sorted(folder.rglob(ENVELOPES)):
+            with path.open("rb") as stream:
+                start = stream.read(8 + MAX_HEADER + SIGNATURE_BYTES)
+            try:
+                frame = split_frame(MAGIC, start, MAX_HEADER, EnvelopeError)
+            except EnvelopeError:
+                continue  # no envelope, so nobody's contribution
+            self._paths.setdefault(_mark(frame.header, frame.signature), path)
+
+    def payload(self, contribution: SignedContribution, size: int, digest: str) -> bytes | None:
+        """The payload that a contributor signed, None if no file here holds it whole."""
+        text, signature = contribution.header.encode(), bytes.fromhex(contribution.signature)
+        path = self._paths.get(_mark(text, signature))
+        if path is None:
+            return None
+        start = 8 + len(text) + SIGNATURE_BYTES
+        if path.stat().st_size != start + size:
+            return None
+        with path.open("rb") as stream:
+            stream.seek(start)
+            payload = stream.read(size)
+        return payload if hashlib.sha256(payload).hexdigest() == digest else None
+
+
+def _mark(header: bytes, signature: bytes) -> bytes:
+    return hashlib.sha256(header + signature).digest()
+
+
+def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iterator[Recomputed]:
+    """Add every aggregate's envelopes again and compare with its record, bit for bit.
+
+    The journal itself is verified on the way. One envelope and one sum are in memory at a time.
+
+    Raises:
+        RecordError: the journal does not verify.
+    """
+    sums = wire(agreed.study.mode, agreed.lanes)
+    for record in verify_run(run, agreed):
+        if record.header.kind != "aggregate":
+            continue
+        total, tails, missing = sums.zero(), [], []
+        for contribution, header in zip(record.header.contributors, record.contributors, strict=True):
+            payload = store.payload(contribution, header.size, header.payload)
+            if payload is None:
+                missing.append(header.site)
+                continue
+            try:
+                sums.add(total, payload)
+                tails.append(sums.tail(payload))
+            except EnvelopeError as error:
+                raise RecordError(
+                    f"record {record.header.seq}: the envelope of {header.site} is in the sum, but {error}; "
+                    "the coordinator had to refuse it"
+                ) from None
+        same = not missing and sums.record(total, tails) == record.payload
+        yield Recomputed(record.header.seq, record.header.round, tuple(missing), same)

@@ -1,0 +1,155 @@
+"""Giving a lost server its journal back, from the copies at sites; without any key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from secure_fed.core.errors import EnvelopeError, RecordError, StorageError
+from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
+from secure_fed.protocol.journal import find_runs, verify_run
+from secure_fed.protocol.records import Chain, RecordFolder, read_header
+from secure_fed.protocol.signing import SIGNATURE_BYTES, check_payload, parse_header, split_frame
+from secure_fed.protocol.study import AgreedStudy
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A server's journal after :func:`rebuild`.
+
+    Attributes:
+        run: the run's id.
+        records: how many there are now.
+        added: how many of them were missing.
+        head: id of the last one.
+        round: of the last aggregate.
+        attempt: at which the server goes on collecting the next round.
+    """
+
+    run: str
+    records: int
+    added: int
+    head: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A verified journal: where it lies, how far it goes, and the digest of each record's bytes."""
+
+    source: Path
+    journal: Path
+    chain: Chain
+    digests: list[bytes]
+
+
+def rebuild(agreed: AgreedStudy, sources: Sequence[Path], state: Path) -> Rebuilt:
+    """Write the journal of the sites' current run into a server's state folder, from the copies at sites.
+
+    The longest copy is taken; the others must be beginnings of it. Of a journal that is there already, missing and
+    damaged records are restored and whole ones stay. The envelopes of the round that was being collected are lost:
+    its next attempt asks for them again, and sites seal the integers they have stored.
+
+    Args:
+        agreed: the study.
+        sources: state folders of sites; the more, the surer that none is ahead of the rebuilt journal.
+        state: the server's state folder; made if missing.
+
+    Raises:
+        RecordError: a copy does not verify, or two of them (or what is there) are not of one journal.
+        StorageError: the folder is in use or cannot be written.
+    """
+    copies = [_read_copy(source, agreed) for source in sources]
+    longest = max(copies, key=lambda copy: len(copy.digests))
+    for copy in copies:
+        for seq, (mine, theirs) in enumerate(zip(copy.digests, longest.digests, strict=False)):
+            if mine != theirs:
+                raise _fork(RecordFolder(copy.journal).file(seq), RecordFolder(longest.journal).file(seq))
+    chain = longest.chain
+    make_folder(state)
+    with exclusive(state):
+        named = state / "run"
+        present = named.read_text(encoding="ascii", errors="replace").strip() if named.is_file() else chain.run
+        if present != chain.run:
+            raise StorageError(
+                f"{state}: in run {present[:16]}, but {longest.source} is in run {chain.run[:16]}; "
+                "expected the same run: give another --state, or sites that are in the server's run"
+            )
+        target = state / "runs" / chain.run
+        added = _complete(RecordFolder(target / "journal"), longest, agreed)
+        attempt = _next_attempt(sources, chain)
+        if attempt > 1:
+            # The coordinator takes up the highest attempt that it finds a folder of.
+            make_folder(target / "spool" / f"{chain.round + 1:08d}" / f"{attempt:04d}")
+        write_durable(named, chain.run.encode())
+    return Rebuilt(chain.run, chain.length, added, chain.head, chain.round, attempt)
+
+
+def _read_copy(source: Path, agreed: AgreedStudy) -> _Copy:
+    """A site's copy of its current run, verified."""
+    current = [run for run in find_runs(source) if run.current]
+    if not current:
+        raise RecordError(f"{source}: in no run; expected a site's state folder with a run")
+    chain, digests = Chain(agreed), []
+    for record in verify_run(current[0], agreed):
+        chain.advance(record)
+        digests.append(hashlib.sha256(record.data).digest())
+    return _Copy(source, current[0].journal, chain, digests)
+
+
+def _complete(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int:
+    """Restore what a journal lacks of a copy; how many records that were."""
+    beyond = sorted(path for path in folder.path.glob("*.record") if path.stem > f"{len(copy.digests) - 1:08d}")
+    if beyond:
+        raise RecordError(
+            f"{beyond[-1]}: newer than the {len(copy.digests)} records of {copy.source}; "
+            "expected a copy that is at least as long: give the state folders of other sites"
+        )
+    chain, added = Chain(agreed), 0
+    for seq, digest in enumerate(copy.digests):
+        path = folder.file(seq)
+        record = chain.check(RecordFolder(copy.journal).read(seq))
+        if not path.exists() or hashlib.sha256(path.read_bytes()).digest() != digest:
+            if path.exists() and _is_signed(path.read_bytes(), agreed):
+                raise _fork(path, RecordFolder(copy.journal).file(seq))
+            folder.append(record)
+            added += 1
+        chain.advance(record)
+    return added
+
+
+def _is_signed(data: bytes, agreed: AgreedStudy) -> bool:
+    """Whether the coordinator signed these bytes and they are whole."""
+    try:
+        frame, header = read_header(data, agreed)
+        check_payload(frame, header, RecordError)
+    except RecordError:
+        return False
+    return True
+
+
+def _fork(one: Path, other: Path) -> RecordError:
+    return RecordError(
+        f"{one} and {other}: two different records of one place, both signed by the coordinator; "
+        "expected one journal: keep both files and show them to the other sites"
+    )
+
+
+def _next_attempt(sources: Sequence[Path], chain: Chain) -> int:
+    """One above the newest attempt that any of these sites has sealed: a site never goes back to an older one."""
+    newest = 0
+    for source in sources:
+        path = source / "runs" / chain.run / "outbox" / f"{chain.round + 1:08d}.envelope"
+        if path.is_file():
+            with path.open("rb") as stream:
+                start = stream.read(8 + MAX_HEADER + SIGNATURE_BYTES)
+            try:
+                frame = split_frame(MAGIC, start, MAX_HEADER, EnvelopeError)
+                newest = max(newest, parse_header(frame.header, EnvelopeHeader, EnvelopeError).attempt)
+            except EnvelopeError as error:
+                raise RecordError(f"{path}: {error}; leave this site out of --from") from None
+    return newest + 1
