@@ -13,6 +13,7 @@ for _name in (
     "secure_fed.clients.site",
     "secure_fed.clients.flower_node",
     "secure_fed.model.adapter_file",
+    "secure_fed.operate.taking_part",
     "secure_fed.cli",
     "tests.fault_hooks",
 ):

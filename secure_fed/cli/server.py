@@ -34,16 +34,11 @@ def server(
     die_with_parent()
     end_on_sigterm()
     be_quiet_outside()
-    from secure_fed.core.status import StatusFile, keep_log
-    from secure_fed.core.storage import exclusive
-    from secure_fed.operate.closing import refuse_closed
+    from secure_fed.operate.running import running
     from secure_fed.server.supervisor import ServerFolders, serve
 
     log_lines()
-    with exclusive(state):
-        refuse_closed(state)
-        status = StatusFile(state)
-        keep_log(state, "server", status)
+    with running(state, "server") as status:
         try:
             serve(ServerFolders(study, state, keep_envelopes), mode, listen_address(listen), key, metrics)
         except SecfacmicError as error:

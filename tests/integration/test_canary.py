@@ -24,7 +24,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from PIL import Image, PngImagePlugin
 
-import secure_fed.clients.flower_node
+import secure_fed.operate.taking_part
 from secure_fed.cli import main
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.outgoing_log import SentList
@@ -338,7 +338,7 @@ def test_a_refusal_names_names_at_a_terminal_only(
             raise error
 
         monkeypatch.setattr("secure_fed.clients.site.Site.features", broken)
-    monkeypatch.setattr(secure_fed.clients.flower_node, "run_site", lambda *arguments: None)
+    monkeypatch.setattr(secure_fed.operate.taking_part, "run_site", lambda *arguments: None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(sys, "argv", ["secfacmic", "client", "--site", str(site / "site.toml")])
     capfd.readouterr()

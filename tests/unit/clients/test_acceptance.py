@@ -110,12 +110,12 @@ def test_nobody_named_nothing_recorded(federation: Federation) -> None:
 
 def run_client(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> int:
     """The client's own entry point, up to where it would connect."""
-    import secure_fed.clients.flower_node
+    import secure_fed.operate.taking_part
 
     def connected(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(secure_fed.clients.flower_node, "run_site", connected)
+    monkeypatch.setattr(secure_fed.operate.taking_part, "run_site", connected)
     monkeypatch.setattr(sys, "argv", ["secfacmic", "client", "--site", str(site_toml(federation))])
     path = site_toml(federation)
     if "[server]" not in path.read_text():

@@ -21,7 +21,6 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-from secure_fed.cli.client import _write_results
 from secure_fed.clients.data import read_data
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.clients.training import predict
@@ -30,6 +29,7 @@ from secure_fed.model.adapter_file import CALIBRATION, Calibration, load_adapter
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import LEAST, MOST, fit_temperature, tempered
 from secure_fed.operate.predict import predict_folder
+from secure_fed.operate.site_results import write_results
 from secure_fed.protocol.study import AgreedStudy, Method, load_study
 from tests.conftest import CLASSES, TRAINING, Federation, Run, run_round
 
@@ -131,7 +131,7 @@ def test_a_client_leaves_a_calibration_of_its_own_beside_its_adapter(federation:
     site = sites[0]
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     assert site.round == 1
-    _write_results(file, federation.agreed, site, site.evaluate(None))
+    write_results(Path(file.state), federation.agreed, site, site.evaluate(None))
     own = load_adapter(Path(file.state) / "adapter.safetensors").calibration
     assert own is not None
     assert own.images == len(site.features().val.y) > 0

@@ -23,10 +23,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
-from secure_fed.cli.client import _write_results
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import ReportError, SecfacmicError
 from secure_fed.lab.simulation import Listener, simulate
+from secure_fed.operate.site_results import write_results
 from secure_fed.report import write_report
 from secure_fed.report.chart import nice_axis
 from secure_fed.report.page import SHADES, _source
@@ -596,7 +596,7 @@ def test_a_sites_page_shows_its_rounds_as_a_curve(federation: Federation, tmp_pa
         run_round(coordinator, sites)
         site = federation.site("ash")
         site.respond(coordinator.request(site.run, site.position))
-        _write_results(file, federation.agreed, site, site.evaluate(None))
+        write_results(Path(file.state), federation.agreed, site, site.evaluate(None))
         assert site.validation is not None
         expected[str(site.round)] = site.validation.correct / site.validation.images
     assert json.loads((Path(file.state) / "summary.json").read_text())["validations"] == expected
@@ -617,7 +617,7 @@ def test_what_another_run_noted_is_no_part_of_the_curve(federation: Federation) 
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     for left in ('{"run": "another", "validations": {"7": 0.5}}', '{"run": "' + site.run + '"}', "[]", "half of a fi"):
         (Path(file.state) / "summary.json").write_text(left)
-        _write_results(file, federation.agreed, site, site.evaluate(None))
+        write_results(Path(file.state), federation.agreed, site, site.evaluate(None))
         assert list(json.loads((Path(file.state) / "summary.json").read_text())["validations"]) == ["1"]
 
 

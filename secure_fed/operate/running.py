@@ -1,0 +1,35 @@
+"""What the processes of a server and a site do around a study: hold a state folder, and leave there what they say."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from secure_fed.core.status import StatusFile, keep_log
+from secure_fed.core.storage import exclusive
+from secure_fed.operate.closing import refuse_closed
+
+
+@contextlib.contextmanager
+def running(state: Path, role: str) -> Iterator[StatusFile]:
+    """Hold a state folder whose study is open, and from now on keep what this process reports in it.
+
+    Call after :func:`secure_fed.core.processes.log_lines`.
+
+    Args:
+        state: the folder.
+        role: ``server`` or ``site``; names the log.
+
+    Returns:
+        The status to tell where the process stands.
+
+    Raises:
+        StorageError: another process holds the folder, or it cannot be written.
+        StudyClosedError: the study is closed here.
+    """
+    with exclusive(state):
+        refuse_closed(state)
+        status = StatusFile(state)
+        keep_log(state, role, status)
+        yield status

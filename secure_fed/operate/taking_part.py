@@ -1,0 +1,102 @@
+"""A site's process: from its ``site.toml`` to the end of the study, with what it says about itself on the way.
+
+Import after :func:`secure_fed.core.processes.be_quiet_outside`: this loads flwr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from secure_fed.clients.acceptance import require_acceptance
+from secure_fed.clients.features import Progress
+from secure_fed.clients.flower_app import SiteApp
+from secure_fed.clients.flower_node import run_site
+from secure_fed.clients.outgoing_log import SentList
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.errors import RoundFailedError, SecfacmicError, SiteFileError, StorageError
+from secure_fed.core.status import StatusFile
+from secure_fed.core.storage import make_folder
+from secure_fed.operate.running import running
+from secure_fed.operate.site_results import write_results
+from secure_fed.protocol.study import load_study
+
+log = logging.getLogger(__name__)
+
+
+def take_part(file: SiteFile, progress: Progress | None = None, *, in_full: bool = False) -> None:
+    """Take part in a study until it is over; called again, it goes on.
+
+    Args:
+        file: the site's, paths absolute, with the budget and device of this run.
+        progress: is told how many images are decoded and encoded, of how many.
+        in_full: whether only people of the site read a refusal, as at a terminal: it may then quote names of images and
+            patients. Status and log never do.
+
+    Raises:
+        SiteFileError: there is no server in the file, or the site refuses the study.
+        NotAcceptedError: nobody accepted this very study here.
+        SecfacmicError: others, for which the site cannot go on.
+    """
+    if file.server is None:
+        raise SiteFileError(
+            f"site {file.site}: no [server] table in site.toml; expected address and authority of the study's server"
+        )
+    agreed = load_study(Path(file.study))
+    study, state = agreed.study, Path(file.state)
+    make_folder(state)
+    with running(state, "site") as status, _reported(file, status, in_full):
+        status.begin("site", site=file.site, study=study.name, study_id=study.id, rounds=study.rounds, round=0)
+        site = Site(file, agreed)
+        require_acceptance(file, agreed, site.signing_key)
+        status.tell(round=site.round)
+        log.info("%s: study %s, %d rounds, mode %s", file.site, study.name, study.rounds, study.mode)
+        log.info("%s: computes on %s", file.site, site.device)
+        features = site.features(progress)
+        log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
+        before = site.evaluate(None)
+
+        def after_round(done: Site) -> None:
+            write_results(state, agreed, done, before)
+            if done.round:
+                log.info("%s: round %d of %d applied", done.name, done.round, study.rounds)
+            status.tell(run=done.run, round=done.round, finished=done.finished)
+
+        app = SiteApp(site, study.id, after_round, SentList(state).add)
+        run_site(app, file.server.address, Path(file.server.authority), len(study.sites), file.server.proxy)
+        log.info("%s: the study is over after %d rounds", file.site, site.round)
+
+
+@contextlib.contextmanager
+def _reported(file: SiteFile, status: StatusFile, in_full: bool) -> Iterator[None]:
+    """Put a refusal into the status; one that may quote patients' data is only raised in full if asked for.
+
+    Raises:
+        SecfacmicError: the refusal.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = _without_patients(error, file)
+        status.error(str(told))
+        raise (error if in_full and isinstance(error, SecfacmicError) else told) from None
+
+
+def _without_patients(error: Exception, file: SiteFile) -> SecfacmicError:
+    """A refusal as it may stand in a log: those of images and labels quote names, an unforeseen error anything."""
+    see = "see which at a terminal of this site: secfacmic doctor --site site.toml"
+    if isinstance(error, OSError):
+        return StorageError(f"a file cannot be used ({error.strerror or type(error).__name__}); {see}")
+    if not isinstance(error, SecfacmicError):
+        return RoundFailedError(
+            f"{type(error).__name__}, which nobody foresaw; start the site again, and report it if it comes back"
+        )
+    if 20 <= error.exit_code < 30 and file.data.kind == "patients":
+        return type(error)(
+            f"{type(error).__name__}: the site's images, labels or manifest are refused; names are not written to "
+            f"logs: {see}"
+        )
+    return error
