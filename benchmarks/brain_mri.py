@@ -36,7 +36,8 @@ from secure_fed.clients.training import predict, train_alone, train_round, train
 from secure_fed.lab.simulation import open_sites, prepare
 from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters, needs_tower
 from secure_fed.model.backbone import load_backbone
-from secure_fed.model.evaluation import SCALARS, Metrics, balanced_accuracy, metrics
+from secure_fed.model.evaluation import Metrics, balanced_accuracy, metrics
+from secure_fed.model.scores import SCALARS
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters
@@ -306,7 +307,7 @@ def tables(summary: dict[str, Any]) -> str:
         return f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f}"
 
     columns = ("balanced_accuracy", "macro_f1", "auroc", "sensitivity_at_95_specificity", "expected_calibration_error")
-    heads = ("method", "validation", "own test", "held out", "macro-F1", "AUROC", "sensitivity", "calibration error")
+    heads = ("method", "validation", "own test", "held out", *(SCALARS[key] for key in columns[1:]))
     lines = [f"| {' | '.join((*heads, 'learning rates', 'LMMD weights'))} |", "|---" * (len(heads) + 2) + "|"]
     for name in ORDER:
         entry = summary[name]

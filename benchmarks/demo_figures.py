@@ -11,21 +11,23 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from secure_fed.lab.simulation import Listener, simulate
+from secure_fed.operate.summary import METHODS, SUMMARY, Result, StudySummary, read_summary
 from secure_fed.protocol.study import read_study, with_fields
 
 SEEDS = (0, 1, 2)
 LMMD_WEIGHTS = (0.0, 1.0)
+SHOWN = ("zero_shot", "text_head", "local_only", "federated")
 
 
-def held_out(summary: dict[str, Any], method: str) -> float:
+def held_out(summary: StudySummary, method: str) -> float:
     """Balanced accuracy on the held-out site, in percent."""
-    return 100 * float(summary["metrics"][method]["held_out"]["balanced_accuracy"])
+    result: Result = getattr(summary.metrics, method)
+    return 100 * (result.held_out.balanced_accuracy or 0.0)
 
 
 def main() -> None:
@@ -40,32 +42,23 @@ def main() -> None:
     rows = []
     for weight in LMMD_WEIGHTS:
         table = Table(title=f"{template.name}, held out, balanced accuracy in %, LMMD weight {weight:g}")
-        for column in (
-            "seed",
-            "zero-shot",
-            "text head",
-            "local only (mean)",
-            "federated",
-            "over zero-shot",
-            "over local",
-        ):
+        for column in ("seed", *(METHODS[name] for name in SHOWN), "over zero-shot", "over local only"):
             table.add_column(column, justify="right")
         gains: list[tuple[float, float]] = []
         for seed in SEEDS:
             method = template.method.model_dump() | {"lmmd_weight": weight}
             study = with_fields(template, seed=seed, method=method)
             with tempfile.TemporaryDirectory() as folder:
-                summary = simulate(study, Path(folder) / "out", arguments.data, silent)
-            zero, head, local, federated = (
-                held_out(summary, name) for name in ("zero_shot", "text_head", "local_only", "federated")
-            )
+                simulate(study, Path(folder) / "out", arguments.data, silent)
+                summary = read_summary(Path(folder) / "out" / SUMMARY, StudySummary)
+            zero, head, local, federated = (held_out(summary, name) for name in SHOWN)
             gains.append((federated - zero, federated - local))
             rows.append(
                 {
                     "seed": seed,
                     "lmmd_weight": weight,
-                    "seconds": summary["seconds_total"],
-                    "metrics": summary["metrics"],
+                    "seconds": summary.seconds_total,
+                    "metrics": summary.metrics.model_dump(mode="json"),
                 }
             )
             values = (zero, head, local, federated, *gains[-1])

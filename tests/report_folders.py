@@ -34,7 +34,7 @@ def scores(rng: np.random.Generator, recall: list[float], images: int) -> dict[s
         "sensitivity_at_95_specificity": balanced - 0.1,
         "expected_calibration_error": 0.05,
         "confusion_matrix": matrix,
-        "intervals": {"balanced_accuracy": [balanced - 0.06, balanced + 0.05]},
+        "intervals": {"balanced_accuracy": [balanced - 0.06, min(1.0, balanced + 0.05)]},
         "images": size * len(recall),
         "patients": size * 2,
     }
@@ -52,6 +52,10 @@ def summary(method: str, epsilon: float | None, seed: int, **changes: Any) -> di
             site: scores(rng, [share - 0.02 * index for share in recall], 160) for index, site in enumerate(SITES)
         }
         return {"per_site": per_site, "held_out": scores(rng, [share - 0.06 for share in recall], 480)}
+
+    def alone(base: float) -> dict[str, Any]:
+        found = result(base, 0.0)
+        return found | {"held_out_per_site": dict.fromkeys(SITES, found["held_out"])}
 
     values = VALUES[method]
     rounds = [
@@ -71,9 +75,12 @@ def summary(method: str, epsilon: float | None, seed: int, **changes: Any) -> di
         for number in range(1, 11)
     ]
     made = {
+        "kind": "study",
+        "format": 2,
         "study_id": "ab" * 32,
         "backbone": {"model": "mini-clip", "digest": "2c" * 32},
         "method": method,
+        "device": dict.fromkeys((*SITES, "observer"), "cpu"),
         "mode": "he",
         "seed": seed,
         "sites": list(SITES),
@@ -83,8 +90,8 @@ def summary(method: str, epsilon: float | None, seed: int, **changes: Any) -> di
         "rounds": rounds,
         "metrics": {
             "zero_shot": result(0.7, 0.0, np.random.default_rng(seed)),  # what is chosen changes nothing of it
-            "local_only": result(0.74, 0.0),
-            "text_head": result(0.82, 0.0),
+            "local_only": alone(0.74),
+            "text_head": alone(0.82),
             "pooled": result(0.9, 0.0),
             "federated": result(level, cost),
         },

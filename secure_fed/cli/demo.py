@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, out, print_json
-from secure_fed.cli.simulate import budget_of, live, privacy_lines, results_table
+from secure_fed.cli.simulate import budget_of, live, print_results
 from secure_fed.cli.study import Mode, Seed, template
+from secure_fed.operate.summary import SUMMARY, StudySummary, parse_summary
 from secure_fed.protocol.study import with_fields
 
 
@@ -64,12 +65,11 @@ def demo(
     if json_:
         print_json(summary)
         return
-    out.print(results_table(summary))
-    for line in privacy_lines(summary):
-        out.print(line, highlight=False, soft_wrap=True)
+    found = parse_summary(summary, StudySummary, str(into / SUMMARY))
+    print_results(found)
     out.print(
-        f"{summary['seconds_total']:.0f} s in all; adapter {into / 'adapter.safetensors'}, figures "
-        f"{into / 'summary.json'}, logs {into / 'logs'}",
+        f"{found.seconds_total:.0f} s in all; adapter {into / 'adapter.safetensors'}, figures "
+        f"{into / SUMMARY}, logs {into / 'logs'}",
         highlight=False,
         soft_wrap=True,
     )

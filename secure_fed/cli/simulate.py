@@ -16,14 +16,7 @@ from rich.text import Text
 
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, console, out, print_json
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
-
-METHODS = {
-    "zero_shot": "zero-shot",
-    "local_only": "local only",
-    "text_head": "text head",
-    "pooled": "pooled",
-    "federated": "federated",
-}
+from secure_fed.operate.summary import METHODS, SUMMARY, Result, StudySummary, parse_summary
 
 
 def simulate(
@@ -49,9 +42,7 @@ def simulate(
     if json_:
         print_json(summary)
     else:
-        out.print(results_table(summary))
-        for line in privacy_lines(summary):
-            out.print(line, highlight=False, soft_wrap=True)
+        print_results(parse_summary(summary, StudySummary, str(into / SUMMARY)))
         out.print(f"adapter: {into / 'adapter.safetensors'}", highlight=False, soft_wrap=True)
 
 
@@ -74,28 +65,24 @@ def budget_of(epsilon: float | None, delta: float | None) -> Any:
     return Budget(checked.epsilon, checked.delta)
 
 
-def privacy_lines(summary: dict[str, Any]) -> list[str]:
-    """What each site spent, one line each; none without differential privacy."""
-    return [
-        f"{site}: simulated epsilon {spent['epsilon_spent']:.3f} of {spent['epsilon_budget']:g} spent at delta "
-        f"{spent['delta']:g}, unit {spent['unit']}"
-        for site, spent in summary.get("privacy", {}).items()
-    ]
-
-
-def results_table(summary: dict[str, Any]) -> Table:
-    """Balanced accuracy of each method, per site and held out, in percent."""
-    table = Table(title="balanced accuracy, %")
-    table.add_column("")
-    for site in summary["sites"]:
-        table.add_column(site, justify="right")
-    table.add_column("held out", justify="right")
-    for key, label in METHODS.items():
-        result = summary["metrics"][key]
-        row = [result["per_site"][site] for site in summary["sites"]] + [result["held_out"]]
-        values = [metrics["balanced_accuracy"] for metrics in row]
-        table.add_row(label, *("-" if value is None else f"{100 * value:.1f}" for value in values))
-    return table
+def print_results(summary: StudySummary) -> None:
+    """Balanced accuracy of each method, per site and held out, in percent; then what each site with a budget spent."""
+    table = Table("", title="balanced accuracy, %")
+    for name in (*summary.sites, "held out"):
+        table.add_column(name, justify="right")
+    for method, label in METHODS.items():
+        result: Result = getattr(summary.metrics, method)
+        row = [*(result.per_site[site] for site in summary.sites), result.held_out]
+        shares = [scores.balanced_accuracy for scores in row]
+        table.add_row(label, *("-" if share is None else f"{100 * share:.1f}" for share in shares))
+    out.print(table)
+    for site, spent in summary.privacy.items():
+        out.print(
+            f"{site}: simulated epsilon {spent.epsilon_spent:.3f} of {spent.epsilon_budget:g} spent at delta "
+            f"{spent.delta:g}, unit {spent.unit}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @contextmanager

@@ -74,6 +74,12 @@ class OnnxError(SecfacmicError):
     exit_code = 18
 
 
+class SummaryError(SecfacmicError):
+    """A summary.json that cannot be read, is malformed, or is of another kind or a newer format."""
+
+    exit_code = 19
+
+
 class DataError(SecfacmicError):
     """A missing data folder, or one without usable images."""
 

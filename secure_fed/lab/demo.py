@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import time
@@ -26,6 +25,7 @@ from secure_fed.lab.simulation import (
     round_facts,
 )
 from secure_fed.model.device import DeviceChoice
+from secure_fed.operate.summary import SUMMARY, SiteSummary, read_summary
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import AgreedStudy, Study, with_fields
@@ -146,7 +146,7 @@ def run_demo(
                 listener.round(facts)
         finally:
             stop(list(processes.values()))
-        return finish(agreed, out, open_sites(agreed, out, device=device), journal.entries, begun, listener)
+        return finish(agreed, out, open_sites(agreed, out, device=device), journal.entries, begun, listener).content()
 
 
 class _Journal:
@@ -196,13 +196,9 @@ class _Journal:
 
     def _read_validations(self) -> None:
         for site in self._agreed.study.sites:
-            try:
-                text = (self._out / "sites" / site.name / "state" / "summary.json").read_text(encoding="utf-8")
-            except OSError:
-                continue
-            summary = json.loads(text)
-            if summary["run"] == self._chain.run:
-                self._validations |= {int(number): share for number, share in summary["validations"].items()}
+            path = self._out / "sites" / site.name / "state" / SUMMARY
+            if path.exists() and (summary := read_summary(path, SiteSummary)).run == self._chain.run:
+                self._validations |= summary.validations
 
 
 def _start(out: Path, command: str, *arguments: str, name: str | None = None) -> subprocess.Popen[bytes]:

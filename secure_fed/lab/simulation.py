@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +18,27 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
 from secure_fed.clients.training import train_alone
 from secure_fed.core.errors import AdapterMismatchError, NotAcceptedError, OutputError, SiteFileError, StudyError
-from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.phantoms import PhantomSite, make_phantoms
 from secure_fed.model.adapter_file import CALIBRATION, save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters
 from secure_fed.model.device import DeviceChoice, describe_device
-from secure_fed.model.evaluation import Metrics, mean, metrics, pool
+from secure_fed.model.evaluation import mean, metrics, pool
+from secure_fed.model.scores import Scores
 from secure_fed.operate.new_study import COORDINATOR_KEY, RANDOM_CHECKPOINT, new_study
+from secure_fed.operate.summary import (
+    FORMAT,
+    SUMMARY,
+    BackboneFacts,
+    Comparison,
+    LocalResult,
+    Result,
+    Round,
+    Spent,
+    StudySummary,
+    write_summary,
+)
 from secure_fed.privacy.keys import Identity, create_identity, create_sealed_key, load_identity
 from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.codec import Parameters, adapter_digest
@@ -130,7 +142,7 @@ def _simulate(
     listener.stage("training")
     coordinator = open_run(agreed, out, sites)
     run_rounds(agreed, coordinator, sites, listener)
-    return finish(agreed, out, sites, coordinator.rounds, start, listener)
+    return finish(agreed, out, sites, coordinator.rounds, start, listener).content()
 
 
 def open_sites(
@@ -151,7 +163,7 @@ def finish(
     rounds: Sequence[JournalEntry],
     start: float,
     listener: Listener,
-) -> dict[str, Any]:
+) -> StudySummary:
     """Compare and evaluate what the sites hold after the last round, and write adapter and summary.
 
     Raises:
@@ -162,28 +174,29 @@ def finish(
         raise AdapterMismatchError(f"the sites hold {len(digests)} different adapters; expected one")
     listener.stage("evaluating")
     final = sites[0].parameters
-    spent = _privacy_summary(agreed, out)
+    spent = _privacy(agreed, out)
     save_adapter(out / "adapter.safetensors", agreed, final)
     training = [site for site in sites if agreed.study.site(site.name).role == "train"]
     save_calibration(out / CALIBRATION, final, calibrate(agreed, training, final, personal=False))
-    summary = {
-        "study_id": agreed.study.id,
-        "backbone": {"model": agreed.study.backbone.model, "digest": agreed.study.backbone.digest},
-        "method": agreed.study.method.adapter,
-        "device": {site.name: describe_device(site.device) for site in sites},
-        "mode": agreed.study.mode,
-        "seed": agreed.study.seed,
-        "sites": [site.name for site in agreed.study.sites if site.role == "train"],
-        "observers": [site.name for site in agreed.study.sites if site.role == "observer"],
-        "values": sum(value.size for value in final.values()),
-        "adapter_digest": adapter_digest(final),
-        "rounds": _round_summaries(agreed, sites, rounds, spent),
-        "metrics": evaluate(agreed, sites, final),
-        "seconds_total": time.monotonic() - start,
-    }
-    if spent:
-        summary["privacy"] = spent
-    write_durable(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    summary = StudySummary(
+        kind="study",
+        format=FORMAT,
+        study_id=agreed.study.id,
+        backbone=BackboneFacts(model=agreed.study.backbone.model, digest=agreed.study.backbone.digest),
+        method=agreed.study.method.adapter,
+        device={site.name: describe_device(site.device) for site in sites},
+        mode=agreed.study.mode,
+        seed=agreed.study.seed,
+        sites=tuple(site.name for site in agreed.study.sites if site.role == "train"),
+        observers=tuple(site.name for site in agreed.study.sites if site.role == "observer"),
+        values=sum(value.size for value in final.values()),
+        adapter_digest=adapter_digest(final),
+        rounds=_rounds(agreed, sites, rounds, spent),
+        metrics=evaluate(agreed, sites, final),
+        seconds_total=time.monotonic() - start,
+        privacy=spent,
+    )
+    write_summary(out / SUMMARY, summary)
     return summary
 
 
@@ -247,45 +260,43 @@ def plan_of(template: Study, data: Path | None) -> Simulation:
     return plan
 
 
-def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> dict[str, Any]:
+def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> Comparison:
     """Metrics of what may be compared, on each training site's test images and on the observers' (held out).
 
-    ``zero_shot``; ``local_only`` and ``text_head``, trained at each site alone; ``pooled``, trained on all sites' data
-    together, which only a simulation can; ``federated``, with each site's private head if the study has one. All
-    train for as many rounds and steps. The observers' images count as one set. A locally trained adapter's
-    ``held_out`` is the mean over the sites that trained one; a private head never leaves its site for it.
+    All train for as many rounds and steps. The observers' images count as one set, and are tested without any private
+    head, which never leaves its site.
     """
     members = {site.name: site for site in agreed.study.sites}
     training = [site for site in sites if members[site.name].role == "train"]
     observers = [site for site in sites if members[site.name].role == "observer"]
 
-    def held_out(parameters: Parameters | None, method: AgreedStudy) -> Metrics:
-        return metrics(*pool([site.predictions(parameters, method) for site in observers])) if observers else mean([])
+    def held_out(parameters: Parameters | None, method: AgreedStudy) -> Scores:
+        found = [site.predictions(parameters, method) for site in observers]
+        return Scores(**(metrics(*pool(found)) if found else mean([])))
 
-    def shared(at_site: Callable[[Site], Parameters | None], elsewhere: Parameters | None) -> dict[str, Any]:
-        return {
-            "per_site": {site.name: site.evaluate(at_site(site)) for site in training},
-            "held_out": held_out(elsewhere, agreed),
-        }
+    def shared(at_site: Callable[[Site], Parameters | None], elsewhere: Parameters | None) -> Result:
+        per_site = {site.name: Scores(**site.evaluate(at_site(site))) for site in training}
+        return Result(per_site=per_site, held_out=held_out(elsewhere, agreed))
 
-    def local(method: AgreedStudy) -> dict[str, Any]:
+    def local(method: AgreedStudy) -> LocalResult:
         per_site, elsewhere = {}, {}
         for site in training:
             trained = site.train_alone(method)
-            per_site[site.name] = site.evaluate(trained, method)
+            per_site[site.name] = Scores(**site.evaluate(trained, method))
             trained.pop(PRIVATE_HEAD, None)
             elsewhere[site.name] = held_out(trained, method)
-        return {"per_site": per_site, "held_out": mean(list(elsewhere.values())), "held_out_per_site": elsewhere}
+        average = Scores(**mean([found.model_dump() for found in elsewhere.values()]))
+        return LocalResult(per_site=per_site, held_out=average, held_out_per_site=elsewhere)
 
     together, first = pool_features([site.features() for site in training]), training[0]
     pooled = train_alone(agreed, together, "pooled", first.tower, first.device)
-    return {
-        "zero_shot": shared(lambda site: None, None),
-        "local_only": local(agreed),
-        "text_head": local(_with_method(agreed, Method(adapter="text_head", loss=agreed.study.method.loss))),
-        "pooled": shared(lambda site: pooled, pooled),
-        "federated": shared(lambda site: site.personal(final), final),
-    }
+    return Comparison(
+        zero_shot=shared(lambda site: None, None),
+        local_only=local(agreed),
+        text_head=local(_with_method(agreed, Method(adapter="text_head", loss=agreed.study.method.loss))),
+        pooled=shared(lambda site: pooled, pooled),
+        federated=shared(lambda site: site.personal(final), final),
+    )
 
 
 def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
@@ -434,35 +445,29 @@ def round_facts(agreed: AgreedStudy, entry: JournalEntry, validation: float | No
         sites_in=entry.sites,
         bytes_up=entry.bytes_up,
         bytes_down=entry.size * len(agreed.study.sites),
-        seconds=(entry.header.closed_ms - entry.header.opened_ms) / 1000,
+        seconds=max(0, entry.header.closed_ms - entry.header.opened_ms) / 1000,  # a clock may have been set back
         validation=validation,
     )
 
 
-def _privacy_summary(agreed: AgreedStudy, out: Path) -> dict[str, Any]:
-    """Epsilon by site, for those that have a ledger; labelled simulated, as all of it is here."""
+def _privacy(agreed: AgreedStudy, out: Path) -> dict[str, Spent]:
+    """By site, for those that have a ledger; labelled simulated, as all of it is here."""
     spent = {}
     for member in agreed.study.sites:
         folder = ledger_folder(read_site_file(out / "sites" / member.name / "site.toml"))
         if Ledger.exists(folder):
             with opened(folder) as ledger:
-                facts = ledger.summary()
-            names = ("epsilon_spent", "epsilon_budget", "delta", "unit", "simulated")
-            spent[member.name] = {name: facts[name] for name in names}
+                spent[member.name] = Spent.of(ledger.summary())
     return spent
 
 
-def _round_summaries(
+def _rounds(
     agreed: AgreedStudy, sites: Sequence[Site], rounds: Sequence[JournalEntry], budgeted: Collection[str]
-) -> list[dict[str, Any]]:
-    """Facts and learning curves by round, the curves from a replay of a site's journal.
-
-    ``validation`` is of the adapter that the round trained on, ``val_balanced_accuracy`` of the one after it; sites
-    with a privacy budget have none, as their ledger has not paid for any.
-    """
+) -> tuple[Round, ...]:
+    """Facts and learning curves by round, the curves from a replay of a site's journal."""
     states = {state.round: state for state in sites[0].history()}
     training = [site for site in sites if agreed.study.site(site.name).role == "train"]
-    summaries = []
+    found = []
     for entry in rounds:
         state = states.get(entry.header.round)
         facts = round_facts(agreed, entry, None if state is None else validation_share(state.validation))
@@ -472,15 +477,15 @@ def _round_summaries(
             else site.validate(site.personal(state.parameters, state.round))
             for site in training
         }
-        summaries.append(
-            {
-                "round": facts.round,
-                "sites_in": len(facts.sites_in),
-                "bytes_up": facts.bytes_up,
-                "bytes_down": facts.bytes_down,
-                "seconds": facts.seconds,
-                "validation": facts.validation,
-                "val_balanced_accuracy": curves,
-            }
+        found.append(
+            Round(
+                round=facts.round,
+                sites_in=len(facts.sites_in),
+                bytes_up=facts.bytes_up,
+                bytes_down=facts.bytes_down,
+                seconds=facts.seconds,
+                validation=facts.validation,
+                val_balanced_accuracy=curves,
+            )
         )
-    return summaries
+    return tuple(found)

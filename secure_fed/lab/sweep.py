@@ -34,6 +34,7 @@ from secure_fed.lab.sweep_file import (
     read_sweep_file,
 )
 from secure_fed.lab.workers import Outcome, Outcomes, run_locally, run_on_ray
+from secure_fed.operate.summary import StudySummary, parse_summary
 from secure_fed.protocol.study import PhantomGroup, Study
 
 CAVEAT = (
@@ -64,10 +65,15 @@ class Finished:
     settings: Settings
     status: Literal["done", "failed"]
     error: str | None
-    summary: dict[str, Any] | None
+    summary: StudySummary | None
     seconds: float
     code: str
     finished: str
+
+    def as_json(self) -> str:
+        """The line."""
+        summary = None if self.summary is None else self.summary.content()
+        return json.dumps(asdict(replace(self, summary=None)) | {"summary": summary})
 
 
 @dataclass(frozen=True)
@@ -408,7 +414,7 @@ def _line(trial: Trial, outcome: Outcome) -> Finished:
             f"run by other code (digest {result['code'][:16]}): a node has another version, or the code changed "
             "meanwhile; run the same command again with one version everywhere"
         )
-    summary = None if error is not None else result["summary"]
+    summary = None if error is not None else parse_summary(result["summary"], StudySummary, f"trial {trial.id}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     status: Literal["done", "failed"] = "failed" if error is not None else "done"
     seconds = round(outcome.seconds, 3)
@@ -438,7 +444,7 @@ class _Lines:
         Raises:
             StorageError: it cannot be written.
         """
-        data = json.dumps(asdict(line)).encode() + b"\n"
+        data = line.as_json().encode() + b"\n"
         try:
             with self._path.open("ab") as stream:
                 stream.write(data)
@@ -460,12 +466,16 @@ def _read_lines(path: Path) -> tuple[dict[str, Finished], int]:
     newest = {}
     for number, text in enumerate(data[:whole].splitlines(), 1):
         try:
-            line = Finished(**json.loads(text))
-        except (ValueError, TypeError) as error:
+            content = json.loads(text)
+            line, summary = Finished(**content | {"summary": None}), content["summary"]
+        except (ValueError, TypeError, KeyError) as error:
             raise StorageError(
                 f"{path}, line {number}: no line of a sweep ({error}); expected JSON as it was written: restore the "
                 "file, or remove that line, and its trial runs again"
             ) from error
+        if summary is not None:
+            where = f"{path}, line {number}, summary"
+            line = replace(line, summary=parse_summary(summary, StudySummary, where))
         newest[line.trial] = line
     return newest, whole
 
@@ -486,6 +496,7 @@ def read_sweep(folder: Path) -> Sweep:
     Raises:
         OutputError: it is no sweep's folder.
         StorageError: a line of it is damaged.
+        SummaryError: a trial's summary is malformed, or of a newer format.
     """
     facts = _read_facts(folder)
     newest, _ = _read_lines(folder / "trials.jsonl")

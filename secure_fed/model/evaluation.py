@@ -16,18 +16,10 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-Metrics = dict[str, Any]
-"""What :func:`metrics` gives."""
+from secure_fed.model.scores import SCALARS
 
-SCALARS = (
-    "balanced_accuracy",
-    "accuracy",
-    "macro_f1",
-    "auroc",
-    "sensitivity_at_95_specificity",
-    "expected_calibration_error",
-)
-"""Metrics in [0, 1] that have an interval."""
+Metrics = dict[str, Any]
+"""What :func:`metrics` gives: the values of :class:`secure_fed.model.scores.Scores`, by name."""
 
 RESAMPLES = 1000
 CALIBRATION_BINS = 15

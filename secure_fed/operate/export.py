@@ -7,7 +7,6 @@ patients only when the site asks for it, and never under a privacy budget, which
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,9 @@ from secure_fed.core.errors import AdapterFileError, BudgetError, OutputError
 from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.model.adapter_file import CALIBRATION, AdapterFile, Calibration, load_adapter, save_adapter
 from secure_fed.model.backbone import load_backbone
+from secure_fed.model.scores import SCALARS, Scores
 from secure_fed.model.text_tower import TextTower
+from secure_fed.operate.summary import METHODS, SUMMARY, StudySummary, read_summary
 from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.ledger_heads import NO_LEDGER
 from secure_fed.protocol.records import Chain, Record, RecordFolder
@@ -30,15 +31,6 @@ from secure_fed.protocol.study import AgreedStudy, load_study
 ADAPTER = "adapter.safetensors"
 CARD = "MODEL_CARD.md"
 ONNX = "adapter.onnx"
-
-_METRICS = {
-    "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "auroc": "AUROC",
-    "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
-    "expected_calibration_error": "expected calibration error",
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class Origin:
     rounds: int
     contributors: tuple[int, ...]
     privacy: tuple[str, ...]
-    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    results: Mapping[str, Scores] = field(default_factory=dict)
     no_results: str = ""
     validation: float | None = None
     calibration: Calibration | None = None
@@ -111,33 +103,32 @@ def export_run(folder: Path, out: Path, *, onnx: bool) -> list[Path]:
 
     Raises:
         AdapterFileError: there is no finished run, or its data are patients'.
+        SummaryError: its summary is malformed, or of a newer format.
         SecfacmicError: others, as :func:`export_site`.
     """
     _refuse_used(out)
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    if not (folder / SUMMARY).exists():
         raise AdapterFileError(
-            f"{folder / 'summary.json'}: cannot be read ({error}); expected a finished run of secfacmic simulate or "
-            "demo: run the same command again, it goes on"
-        ) from error
+            f"{folder}: no {SUMMARY}; expected a finished run of secfacmic simulate or demo: run the same command "
+            "again, it goes on"
+        )
+    summary = read_summary(folder / SUMMARY, StudySummary)
     agreed = load_study(folder / "study.toml")
     files = [read_site_file(folder / "sites" / site.name / "site.toml") for site in agreed.study.sites]
     kinds = {file.data.kind for file in files}
     if "patients" in kinds:
         raise AdapterFileError(f"{folder}: patients' data; expected a simulation: export from a site, with --site")
     adapter = load_adapter(folder / ADAPTER)
-    results: dict[str, dict[str, Any]] = {}
-    for name, place in (("zero_shot", "zero-shot"), ("federated", "federated")):
-        metrics = summary["metrics"][name]
-        results |= {f"{place}, {site}": values for site, values in metrics["per_site"].items()}
-        if summary["observers"]:
-            results[f"{place}, held out"] = metrics["held_out"]
+    results: dict[str, Scores] = {}
+    for name, found in (("zero_shot", summary.metrics.zero_shot), ("federated", summary.metrics.federated)):
+        results |= {f"{METHODS[name]}, {site}": scores for site, scores in found.per_site.items()}
+        if summary.observers:
+            results[f"{METHODS[name]}, held out"] = found.held_out
     origin = Origin(
         exporter=None,
         kind="/".join(sorted(kinds)),
-        rounds=len(summary["rounds"]),
-        contributors=tuple(entry["sites_in"] for entry in summary["rounds"]),
+        rounds=len(summary.rounds),
+        contributors=tuple(entry.sites_in for entry in summary.rounds),
         privacy=tuple(text for file in files for text in _claim(file)),
         results=results,
         calibration=adapter.calibration,
@@ -174,8 +165,8 @@ def _origin_of_site(file: SiteFile, agreed: AgreedStudy, site: Site, own_results
         return replace(origin, no_results="they would be of patients, and nobody has asked or paid for them to be here")
     calibration = calibrate(agreed, [site], site.parameters, personal=False)
     results = {
-        f"zero-shot, {site.name}": site.evaluate(None),
-        f"federated, {site.name}": site.evaluate(site.parameters),
+        f"{METHODS['zero_shot']}, {site.name}": Scores(**site.evaluate(None)),
+        f"{METHODS['federated']}, {site.name}": Scores(**site.evaluate(site.parameters)),
     }
     return replace(origin, results=results, calibration=replace(calibration, head=None))
 
@@ -305,20 +296,21 @@ def _results(origin: Origin) -> str:
         f"On test images ({origin.kind}), at temperature 1, with 95 % bootstrap intervals by patient where there are "
         "any."
     )
-    head = ["", *_METRICS.values(), "images"]
+    head = ["", *SCALARS.values(), "images"]
     rows = [head, ["---"] * len(head)]
     for name, found in origin.results.items():
-        rows.append([name, *(_value(found, key) for key in _METRICS), str(found["images"])])
+        rows.append([name, *(_value(found, key) for key in SCALARS), str(found.images)])
     lines.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
     return "\n\n".join(lines)
 
 
-def _value(found: Mapping[str, Any], key: str) -> str:
-    if found[key] is None:
+def _value(found: Scores, key: str) -> str:
+    share: float | None = getattr(found, key)
+    if share is None:
         return "-"
-    interval = (found["intervals"] or {}).get(key)
+    interval = (found.intervals or {}).get(key)
     spread = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
-    return f"{found[key]:.3f}{spread}"
+    return f"{share:.3f}{spread}"
 
 
 def _calibration(file: AdapterFile) -> str:

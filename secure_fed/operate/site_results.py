@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.site import Site
-from secure_fed.core.storage import write_durable
+from secure_fed.core.errors import SummaryError
 from secure_fed.model.adapter_file import CALIBRATION, save_adapter, save_calibration
 from secure_fed.model.device import describe_device
 from secure_fed.model.evaluation import Metrics
+from secure_fed.model.scores import Scores
+from secure_fed.operate.summary import FORMAT, SUMMARY, SiteMetrics, SiteSummary, read_summary, write_summary
 from secure_fed.protocol.study import AgreedStudy
 
 
@@ -36,24 +37,28 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics)
     save_calibration(state / CALIBRATION, site.parameters, own)
     counts = site.validation
     share = counts.correct / counts.images if counts is not None and counts.images else None
-    summary = {
-        "study_id": agreed.study.id,
-        "site": site.name,
-        "run": site.run,
-        "round": site.round,
-        "rounds": agreed.study.rounds,
-        "device": describe_device(site.device),
-        "adapter_digest": site.adapter_digest,
-        "validations": _validations(state, site) | {str(site.round): share},
-        "metrics": {"zero_shot": before, "federated": site.evaluate(site.personal(site.parameters))},
-    }
-    write_durable(state / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    summary = SiteSummary(
+        kind="site",
+        format=FORMAT,
+        study_id=agreed.study.id,
+        site=site.name,
+        run=site.run,
+        round=site.round,
+        rounds=agreed.study.rounds,
+        device=describe_device(site.device),
+        adapter_digest=site.adapter_digest,
+        validations=_validations(state / SUMMARY, site) | {site.round: share},
+        metrics=SiteMetrics(
+            zero_shot=Scores(**before), federated=Scores(**site.evaluate(site.personal(site.parameters)))
+        ),
+    )
+    write_summary(state / SUMMARY, summary)
 
 
-def _validations(state: Path, site: Site) -> dict[str, float | None]:
+def _validations(path: Path, site: Site) -> dict[int, float | None]:
     """By round, the shares of correct validation images that earlier rounds of this run have noted."""
     try:
-        content = json.loads((state / "summary.json").read_text(encoding="utf-8"))
-        return dict(content["validations"]) if content["run"] == site.run else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # there is none yet, or it is another version's: the curve starts here
+        before = read_summary(path, SiteSummary)
+    except SummaryError:
+        return {}  # there is none yet, or it is damaged or a newer version's: the curve starts here
+    return before.validations if before.run == site.run else {}

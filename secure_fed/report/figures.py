@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from secure_fed.model.scores import SCALARS
+from secure_fed.operate.summary import METHODS
 from secure_fed.report.chart import (
     MAX_SERIES,
     Axis,
@@ -48,21 +50,6 @@ from secure_fed.report.groups import (
 )
 from secure_fed.report.results import Setting, View
 
-METHODS = {
-    "federated": "federated",
-    "pooled": "pooled",
-    "local_only": "local only",
-    "text_head": "text head, local",
-    "zero_shot": "zero-shot",
-}
-METRICS = {
-    "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "auroc": "AUROC",
-    "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
-    "expected_calibration_error": "calibration error",
-}
 VIEWS = {
     "plain_update": "plain update",
     "server_he": "server's view, encrypted",
@@ -256,7 +243,8 @@ def _comparison(analysis: Analysis) -> Section:
     key, title = "comparison", "Does the federation pay?"
     best = analysis.best
     places = analysis.places_of(best) if best else []
-    present = [name for name in METHODS if best and any(name in summary.metrics for summary in best.summaries)]
+    known = {name for summary in best.summaries for name in summary.metrics} if best else set()
+    present = [name for name in reversed(METHODS) if name in known]
     if best is None or not present or not places:
         return Section(key, title, missing="These results hold no metrics.")
     series, rows = [], []
@@ -275,7 +263,7 @@ def _comparison(analysis: Analysis) -> Section:
         series.append(Series(METHODS[name], tuple(marks), style, line=False, across=True))
     for place in places:
         for name in present:
-            means = [best.mean(metric(name, place, one)) for one in METRICS]
+            means = [best.mean(metric(name, place, one)) for one in SCALARS]
             found = [one for summary in best.summaries if (one := scores(summary, name, place)) is not None]
             counts = [mean_of(getattr(one, count) for one in found) for count in ("images", "patients")]
             shares = (cell(mean.value if mean else None) for mean in means)
@@ -291,7 +279,7 @@ def _comparison(analysis: Analysis) -> Section:
     chart = Chart(f"Balanced accuracy, %: {analysis.where(best)}", x, rows_axis(places), tuple(series), rows=True)
     table = Table(
         f"Metrics in percent: {analysis.where(best)}",
-        ("site", "method", *METRICS.values(), "images", "patients"),
+        ("site", "method", *SCALARS.values(), "images", "patients"),
         tuple(rows),
     )
     finding = ""
@@ -779,7 +767,7 @@ def _inversion(views: Sequence[View], names: Sequence[str]) -> Chart | None:
 
 def _interval(group: Group, method: str, place: str) -> tuple[float, float] | None:
     found = scores(group.summaries[0], method, place) if group.summaries else None
-    ends = found.intervals.get("balanced_accuracy") if found else None
+    ends = (found.intervals or {}).get("balanced_accuracy") if found else None
     return None if ends is None else (100 * ends[0], 100 * ends[1])
 
 

@@ -14,8 +14,10 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from secure_fed.model.scores import Scores
+from secure_fed.operate.summary import Result
 from secure_fed.report.recommendation import Recommendation, recommend
-from secure_fed.report.results import Result, Results, Scores, Setting, Summary, Trial, flat
+from secure_fed.report.results import Results, Setting, Summary, Trial, flat
 
 HELD_OUT = "held out"
 NONE = "none"

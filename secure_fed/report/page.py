@@ -81,14 +81,11 @@ def as_csv(analysis: Analysis) -> str:
     for trial in analysis.results.trials:
         head = _csv_head(trial)
         summary = trial.summary
-        metrics = {key: value for key, value in flat(trial.raw).items() if value is not None}
-        rows.append({**head, "round": None, "seconds": trial.seconds, **metrics})
+        metrics = {name: result.model_dump() for name, result in summary.metrics.items()} if summary else {}
+        found = {key: value for key, value in flat(metrics).items() if value is not None}
+        rows.append({**head, "round": None, "seconds": trial.seconds, **found})
         for entry in summary.rounds if summary else ():
-            found = entry.model_dump()
-            at_sites = {
-                f"val_balanced_accuracy.{site}": value for site, value in found.pop("val_balanced_accuracy").items()
-            }
-            rows.append({**head, **found, **at_sites})
+            rows.append({**head, **flat(entry.model_dump())})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -206,9 +203,8 @@ def tiles(analysis: Analysis) -> list[Tile]:
         found.append(Tile("Given up for privacy", f"{without.value - mean.value:.1f} points", f"{without} without"))
     if best.epsilon is not None:
         spent = [one.epsilon_spent for summary in best.summaries for one in summary.privacy.values()]
-        known = [value for value in spent if value is not None]
         found.append(
-            Tile(analysis.epsilon.capitalize(), f"{best.epsilon:g}", f"{max(known):.2f} spent" if known else "")
+            Tile(analysis.epsilon.capitalize(), f"{best.epsilon:g}", f"{max(spent):.2f} spent" if spent else "")
         )
     up, plain, took = (best.mean(value) for value in (sent, as_float32, seconds))
     if up is not None:
@@ -246,10 +242,8 @@ def _claims(analysis: Analysis) -> list[str]:
     best = analysis.best
     found = []
     for site, spent in best.summaries[0].privacy.items() if best is not None and best.summaries else ():
-        if spent.epsilon_budget is not None and spent.delta is not None:
-            unit: Literal["patient", "image"] = "image" if spent.unit == "image" else "patient"
-            kind: Literal["public", "simulated"] = "public" if "public" in analysis.results.kinds else "simulated"
-            found.append(claim(Account(site, unit, kind, spent.epsilon_budget, spent.delta)))
+        kind: Literal["public", "simulated"] = "public" if "public" in analysis.results.kinds else "simulated"
+        found.append(claim(Account(site, spent.unit, kind, spent.epsilon_budget, spent.delta)))
     return found
 
 

@@ -91,11 +91,11 @@ def compare(trials: Iterable[Finished]) -> list[Compared]:
 
 def _compared(group: Sequence[Finished]) -> Compared:
     summaries = [trial.summary for trial in group if trial.summary is not None]
-    federated = [summary["metrics"]["federated"] for summary in summaries]
-    per_site = [[site["balanced_accuracy"] for site in result["per_site"].values()] for result in federated]
+    federated = [summary.metrics.federated for summary in summaries]
+    per_site = [[scores.balanced_accuracy for scores in result.per_site.values()] for result in federated]
     sites = [float(np.mean(known)) for values in per_site if (known := [v for v in values if v is not None])]
-    held_out = [result["held_out"]["balanced_accuracy"] for result in federated]
-    sent = [sum(entry["bytes_up"] + entry["bytes_down"] for entry in summary["rounds"]) for summary in summaries]
+    held_out = [result.held_out.balanced_accuracy for result in federated]
+    sent = [sum(entry.bytes_up + entry.bytes_down for entry in summary.rounds) for summary in summaries]
     return Compared(
         _without_seed(group[0].settings),
         tuple(trial.settings["seed"] for trial in group),

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from secure_fed import configs
 from secure_fed.core.errors import ReportError, StudyError
 from secure_fed.lab.sweep import Finished, Sweep, read_sweep
 from secure_fed.lab.sweep_file import DELTA
+from secure_fed.operate.summary import SUMMARY, Result, Round, SiteSummary, Spent, StudySummary, read_summary
 from secure_fed.protocol.study import AgreedStudy, Study, as_template, load_study, read_study, with_fields
 
 if TYPE_CHECKING:
@@ -35,26 +36,6 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-def _pairs(value: Any) -> dict[str, tuple[float, float]]:
-    """Those entries of a table that are [low, high]."""
-    found = {}
-    for name, pair in value.items() if isinstance(value, dict) else ():
-        ends = [number(end) for end in pair] if isinstance(pair, list | tuple) else []
-        if len(ends) == 2 and ends[0] is not None and ends[1] is not None:
-            found[str(name)] = (ends[0], ends[1])
-    return found
-
-
-def _matrix(value: Any) -> tuple[tuple[float, ...], ...] | None:
-    """A square matrix of counts, else None."""
-    if not isinstance(value, list) or not value or not all(isinstance(row, list) for row in value):
-        return None
-    rows = tuple(tuple(number(cell) for cell in row) for row in value)
-    if any(len(row) != len(rows) or any(cell is None or cell < 0 for cell in row) for row in rows):
-        return None
-    return rows  # type: ignore[return-value]  # no cell is None
-
-
 Number = Annotated[float | None, BeforeValidator(number)]
 
 
@@ -64,64 +45,45 @@ class _Read(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Scores(_Read):
-    """Metrics of one adapter on one set of test images, each in [0, 1]; None where undefined or not computed."""
+@dataclass(frozen=True)
+class Summary:
+    """What the page needs to know of a finished study, or of one site's part in a deployment.
 
-    balanced_accuracy: Number = None
-    accuracy: Number = None
-    macro_f1: Number = None
-    auroc: Number = None
-    sensitivity_at_95_specificity: Number = None
-    expected_calibration_error: Number = None
-    confusion_matrix: Annotated[tuple[tuple[float, ...], ...] | None, BeforeValidator(_matrix)] = None
-    intervals: Annotated[dict[str, tuple[float, float]], BeforeValidator(_pairs)] = Field(default_factory=dict)
-    images: Number = None
-    patients: Number = None
-
-
-class Result(_Read):
-    """One method on each site's test images, and on those of sites that trained nothing."""
-
-    per_site: dict[str, Scores] = Field(default_factory=dict)
-    held_out: Scores | None = None
-
-
-class Round(_Read):
-    """One round: contributors, bytes of all sites together, seconds from opening to record."""
-
-    round: Annotated[int, Field(ge=1)]
-    sites_in: Annotated[int, Field(ge=0)]
-    bytes_up: Annotated[int, Field(ge=0)]
-    bytes_down: Annotated[int, Field(ge=0)]
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    validation: Number = None
-    val_balanced_accuracy: dict[str, Number] = Field(default_factory=dict)
-
-
-class Spent(_Read):
-    """What one site's ledger says."""
-
-    epsilon_spent: Number = None
-    epsilon_budget: Number = None
-    delta: Number = None
-    unit: str = "patient"
-    simulated: bool = True
-
-
-class Summary(_Read):
-    """``summary.json`` of a simulated study."""
+    Attributes:
+        study_id: of the study.
+        method: the adapter that it trains.
+        mode: of the study.
+        sites: those that train.
+        observers: those that do not; None if nothing says.
+        values: that are trained; None if nothing says.
+        rounds: finished ones.
+        metrics: by method; of one site of a deployment, at that site alone.
+        privacy: by site that has a ledger.
+    """
 
     study_id: str = ""
     method: str = ""
     mode: str = ""
-    seed: int | None = None
     sites: tuple[str, ...] = ()
     observers: tuple[str, ...] | None = None
-    values: Annotated[int, Field(ge=1)] | None = None
+    values: int | None = None
     rounds: tuple[Round, ...] = ()
-    metrics: dict[str, Result] = Field(default_factory=dict)
-    privacy: dict[str, Spent] = Field(default_factory=dict)
-    seconds_total: Number = None
+    metrics: dict[str, Result] = field(default_factory=dict)
+    privacy: dict[str, Spent] = field(default_factory=dict)
+
+
+def _of_study(found: StudySummary) -> Summary:
+    return Summary(
+        study_id=found.study_id,
+        method=found.method,
+        mode=found.mode,
+        sites=found.sites,
+        observers=found.observers,
+        values=found.values,
+        rounds=found.rounds,
+        metrics=dict(found.metrics),
+        privacy=found.privacy,
+    )
 
 
 @dataclass(frozen=True)
@@ -136,7 +98,6 @@ class Trial:
         epsilon: budget of each training site; None without differential privacy.
         error: why it failed, None if it did not.
         summary: its results, None if it failed.
-        raw: its metrics as in the file, for the CSV.
         seconds: how long it took.
     """
 
@@ -147,7 +108,6 @@ class Trial:
     epsilon: float | None
     error: str | None
     summary: Summary | None
-    raw: dict[str, Any]
     seconds: float | None
 
 
@@ -206,7 +166,7 @@ class Results:
         local_only: the page has figures that nobody paid for and that must stay at the site.
         withheld: figures that are left out because no privacy budget paid for them.
         notes: what a reader must know of how this was read.
-        sweeps: from which settings are recommended, failed trials left out.
+        sweeps: from which settings are recommended.
         runs: single runs with their study and kind of data; several of one study are compared like a sweep.
     """
 
@@ -237,6 +197,7 @@ def read_results(folders: Sequence[Path], *, local_metrics: bool = False) -> Res
 
     Raises:
         ReportError: a folder is none of these, or a file in it is malformed.
+        SummaryError: a summary in it is malformed, or of a newer format.
         StudyError, SiteFileError, RecordError, LedgerError: a folder's own files do not hold.
     """
     results = Results()
@@ -246,13 +207,13 @@ def read_results(folders: Sequence[Path], *, local_metrics: bool = False) -> Res
         attacks = _read_attacks(folder, results)
         if (folder / "trials.jsonl").exists():
             _read_sweep(folder, results)
-        elif (folder / "study.toml").exists() and (folder / "summary.json").exists():
+        elif (folder / "study.toml").exists() and (folder / SUMMARY).exists():
             _read_run(folder, results)
         elif (site_file := _site_file(folder)) is not None:
             _read_site(site_file, results, local_metrics)
         elif not attacks:
             raise ReportError(
-                f"{folder}: nothing to report: no trials.jsonl, no study.toml with summary.json, no site.toml, no "
+                f"{folder}: nothing to report: no trials.jsonl, no study.toml with {SUMMARY}, no site.toml, no "
                 "attack.json; expected the folder of a finished simulate, demo, sweep or attack, or of a site"
             )
     _compare_runs(results)
@@ -263,22 +224,20 @@ def read_results(folders: Sequence[Path], *, local_metrics: bool = False) -> Res
 def _compare_runs(results: Results) -> None:
     """Single runs as the sweep that they would have been, so that one rule chooses among them."""
     for name in dict.fromkeys(study.name for study, _, _ in results.runs):
-        mine = [run for run in results.runs if run[0].name == name and _comparable(run[2])]
-        if not mine:
-            continue
+        mine = [run for run in results.runs if run[0].name == name]
         keys = dict.fromkeys(key for _, _, line in mine for key in line.settings if key != "seed")
         values = {
             key: list({repr(line.settings.get(key)): line.settings.get(key) for _, _, line in mine}.values())
             for key in keys
         }
         plan, kind, first = mine[0]
-        spent = next(iter(_summary(first.summary, first.trial).privacy.values()), Spent())
+        spent = next(iter(first.summary.privacy.values()), None) if first.summary is not None else None
         facts = {
             "study": plan.name,
             "data_kind": kind,
-            "unit": spent.unit,
+            "unit": "patient" if spent is None else spent.unit,
             "axes": {key: found for key, found in values.items() if len(found) > 1},
-            "facts": {"delta": spent.delta or DELTA},
+            "facts": {"delta": DELTA if spent is None else spent.delta},
         }
         results.sweeps.append(Sweep(facts, [line for _, _, line in mine], [], []))
 
@@ -298,16 +257,15 @@ def _tell_apart(results: Results) -> None:
 def _read_run(folder: Path, results: Results) -> None:
     agreed = load_study(folder / "study.toml")
     study = agreed.study
-    content = _json(folder / "summary.json")
-    summary = _summary(content, str(folder / "summary.json"))
+    found = read_summary(folder / SUMMARY, StudySummary)
     values = sum(array.size for array in agreed.initial.adapter.values())
     observers = tuple(site.name for site in study.sites if site.role == "observer")
-    summary = summary.model_copy(update={"values": values, "observers": observers})
+    summary = replace(_of_study(found), values=values, observers=observers)
     chosen: dict[str, Any] = flat(
         {key: value for key, value in as_template(study).items() if key not in ("seed", "format")}
     )
     chosen |= {"seed": study.seed, "epsilon": _epsilon(summary)}
-    line = Finished(folder.resolve().name, chosen, "done", None, content, summary.seconds_total or 0.0, "", "")
+    line = Finished(folder.resolve().name, chosen, "done", None, found, found.seconds_total, "", "")
     kind = _simulated_kind(folder, study)
     results.trials.append(_trial_of(line, "simulate", summary))
     results.runs.append((study, kind, line))
@@ -334,10 +292,9 @@ def _simulate_command(study: Study, summary: Summary, folder: Path) -> str:
     if not (folder / "data").is_dir():
         words.append("--data DATA")
     spent = next(iter(summary.privacy.values()), None)
-    if spent is not None and spent.epsilon_budget is not None:
-        words.append(f"--epsilon {spent.epsilon_budget:g}")
-        words.append(f"--delta {spent.delta:g}" if spent.delta is not None else "")
-    return " ".join(word for word in (*words, f"--out {folder.name}") if word)
+    if spent is not None:
+        words.append(f"--epsilon {spent.epsilon_budget:g} --delta {spent.delta:g}")
+    return " ".join((*words, f"--out {folder.name}"))
 
 
 def _template(study: Study) -> str:
@@ -384,12 +341,11 @@ def _read_sweep(folder: Path, results: Results) -> None:
     sweep = read_sweep(folder)
     observers = about.facts.get("observers")
     for line in sweep.trials:
-        where = f"{folder / 'trials.jsonl'}: trial {line.trial}"
-        summary = _summary(line.summary, where) if line.summary is not None else None
+        summary = None if line.summary is None else _of_study(line.summary)
         if summary is not None and summary.observers is None and isinstance(observers, list):
-            summary = summary.model_copy(update={"observers": tuple(map(str, observers))})
+            summary = replace(summary, observers=tuple(map(str, observers)))
         results.trials.append(_trial_of(line, "sweep", summary))
-    results.sweeps.append(replace(sweep, trials=[line for line in sweep.trials if _comparable(line)]))
+    results.sweeps.append(sweep)
     if sweep.missing:
         count = len(sweep.missing)
         results.notes.append(f"{count} trial{'s' * (count > 1)} of sweep {about.name} did not run yet.")
@@ -436,23 +392,8 @@ def _trial_of(line: Finished, origin: Origin, summary: Summary | None) -> Trial:
         epsilon=number(line.settings.get("epsilon")),
         error=None if summary is not None else line.error or "failed without a word",
         summary=summary,
-        raw=_metrics(line.summary),
         seconds=number(line.seconds),
     )
-
-
-def _metrics(content: Any) -> dict[str, Any]:
-    found = content.get("metrics") if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _comparable(line: Finished) -> bool:
-    """Whether a trial has what settings are compared by."""
-    found = _metrics(line.summary).get("federated")
-    if not isinstance(found, dict) or not isinstance(found.get("per_site"), dict):
-        return False
-    scores = [*found["per_site"].values(), found.get("held_out")]
-    return all(isinstance(one, dict) and "balanced_accuracy" in one for one in scores)
 
 
 # --- a site of a deployment ---
@@ -478,34 +419,24 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
     patients = file.data.kind == "patients"
     unpaid = patients and (ledger is not None or file.privacy is not None)
     withheld = unpaid and not local_metrics
-    content = _json(state / "summary.json") if (state / "summary.json").exists() else {}
+    found = read_summary(state / SUMMARY, SiteSummary) if (state / SUMMARY).exists() else None
     rounds = _journal_rounds(state, agreed)
-    metrics: dict[str, Any] = {}
-    if not withheld:
-        found = content.get("metrics")
-        for name, scores in found.items() if isinstance(found, dict) else ():
-            metrics[name] = (
-                scores if isinstance(scores, dict) and "per_site" in scores else {"per_site": {file.site: scores}}
-            )
-        validations = content.get("validations")
-        if rounds and rounds[-1]["round"] == content.get("round") and isinstance(validations, dict):
-            for one in rounds:
-                one["validation"] = validations.get(str(one["round"]))
+    metrics: dict[str, Result] = {}
+    if found is not None and not withheld:
+        metrics = {name: Result(per_site={file.site: scores}) for name, scores in found.metrics}
+        if rounds and rounds[-1].round == found.round:
+            rounds = [one.model_copy(update={"validation": found.validations.get(one.round)}) for one in rounds]
     role = next((member.role for member in study.sites if member.name == file.site), "train")
-    summary = _summary(
-        {
-            "study_id": study.id,
-            "method": study.method.adapter,
-            "mode": study.mode,
-            "seed": study.seed,
-            "sites": [member.name for member in study.sites if member.role == "train"],
-            "observers": [member.name for member in study.sites if member.role == "observer"],
-            "values": sum(array.size for array in agreed.initial.adapter.values()),
-            "rounds": rounds,
-            "metrics": metrics,
-            "privacy": {} if ledger is None else {file.site: ledger},
-        },
-        str(state),
+    summary = Summary(
+        study_id=study.id,
+        method=study.method.adapter,
+        mode=study.mode,
+        sites=tuple(member.name for member in study.sites if member.role == "train"),
+        observers=tuple(member.name for member in study.sites if member.role == "observer"),
+        values=sum(array.size for array in agreed.initial.adapter.values()),
+        rounds=tuple(rounds),
+        metrics=metrics,
+        privacy={} if ledger is None else {file.site: Spent.of(ledger)},
     )
     results.trials.append(
         Trial(
@@ -516,7 +447,6 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
             epsilon=number(ledger["epsilon_budget"]) if ledger else file.privacy.epsilon if file.privacy else None,
             error=None,
             summary=summary,
-            raw=metrics,
             seconds=None,
         )
     )
@@ -534,13 +464,13 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
     results.withheld |= withheld
 
 
-def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[dict[str, Any]]:
+def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[Round]:
     """The rounds of the current run, from the site's own verified copy of the journal."""
     from secure_fed.protocol.journal import JournalEntry, find_runs, verify_run
 
     if not (state / "runs").is_dir():
         return []  # nothing arrived yet
-    rounds: list[dict[str, Any]] = []
+    rounds: list[Round] = []
     receivers = len(agreed.study.sites)
     for run in find_runs(state):
         if not run.current:
@@ -552,13 +482,13 @@ def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[dict[str, Any]]:
                 continue
             entry = JournalEntry(record)
             rounds.append(
-                {
-                    "round": entry.header.round,
-                    "sites_in": len(entry.sites),
-                    "bytes_up": entry.bytes_up,
-                    "bytes_down": entry.size * receivers,
-                    "seconds": max(0, entry.header.closed_ms - entry.header.opened_ms) / 1000,
-                }
+                Round(
+                    round=entry.header.round,
+                    sites_in=len(entry.sites),
+                    bytes_up=entry.bytes_up,
+                    bytes_down=entry.size * receivers,
+                    seconds=max(0, entry.header.closed_ms - entry.header.opened_ms) / 1000,
+                )
             )
     return rounds
 
@@ -671,13 +601,6 @@ def _attack_command(found: _Attacks, folder: Path) -> str:
     words += [f"--epsilon {epsilon:g}" for epsilon in dict.fromkeys(view.epsilon for view in found.views) if epsilon]
     words += [f"--delta {found.delta:g}"] if found.delta is not None else []
     return " ".join((*words, f"--out {folder.name}"))
-
-
-def _summary(content: Any, where: str) -> Summary:
-    try:
-        return Summary.model_validate(content)
-    except ValidationError as error:
-        raise ReportError(_wrong(where, error)) from None
 
 
 def _wrong(where: str, error: ValidationError) -> str:

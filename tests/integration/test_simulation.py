@@ -22,7 +22,7 @@ from secure_fed.clients.training import train_alone
 from secure_fed.core.errors import OutputError, StorageError
 from secure_fed.core.storage import exclusive
 from secure_fed.lab.simulation import Listener, RoundFacts, simulate
-from secure_fed.model.evaluation import SCALARS
+from secure_fed.model.scores import SCALARS
 from secure_fed.protocol import codec
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, template_table
@@ -53,8 +53,9 @@ def test_the_summary_keeps_its_contract(finished: tuple[Path, dict[str, Any], He
     assert json.loads((out / "summary.json").read_text()) == summary
     assert set(summary) == {
         *("study_id", "backbone", "method", "mode", "seed", "sites", "adapter_digest", "seconds_total", "rounds"),
-        *("metrics", "observers", "values", "device"),
+        *("metrics", "observers", "values", "device", "kind", "format"),
     }
+    assert (summary["kind"], summary["format"]) == ("study", 2)
     assert summary["sites"] == list(TRAINING)
     assert [entry["round"] for entry in summary["rounds"]] == [1, 2, 3]
     assert set(summary["metrics"]) == {"zero_shot", "local_only", "text_head", "pooled", "federated"}

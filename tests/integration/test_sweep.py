@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secure_fed import configs
-from secure_fed.core.errors import OutputError, StorageError, StudyError, SweepFileError
+from secure_fed.core.errors import OutputError, StorageError, StudyError, SummaryError, SweepFileError
 from secure_fed.lab.simulation import open_sites, prepare
 from secure_fed.lab.sweep import (
     Finished,
@@ -35,7 +35,10 @@ from secure_fed.lab.sweep import (
     run_sweep,
 )
 from secure_fed.lab.sweep_file import Trial, plan_trials, read_sweep_file, with_settings
+from secure_fed.model.scores import Scores
+from secure_fed.operate.summary import Result, Round, StudySummary, parse_summary
 from secure_fed.report.recommendation import Compared, Score, compare, recommend
+from tests import report_folders
 from tests.conftest import template_table
 
 ROOT = Path(__file__).parents[2]
@@ -190,11 +193,12 @@ def line(trial: str, *, code: str = "c", accuracy: float | None = 0.5, **setting
     """A done trial of that accuracy at both its sites, or a failed one."""
     summary = None
     if accuracy is not None:
-        score = {"balanced_accuracy": accuracy}
-        summary = {
-            "metrics": {"federated": {"per_site": {"a": score, "b": score}, "held_out": {"balanced_accuracy": None}}},
-            "rounds": [{"bytes_up": settings.pop("size", 1), "bytes_down": 0}],
-        }
+        score = Scores(balanced_accuracy=accuracy)
+        found = parse_summary(report_folders.summary("facmic", None, 0), StudySummary, "line")
+        federated = Result(per_site={"a": score, "b": score})
+        one = Round(round=1, sites_in=2, bytes_up=settings.pop("size", 1), bytes_down=0, seconds=1.0)
+        metrics = found.metrics.model_copy(update={"federated": federated})
+        summary = found.model_copy(update={"metrics": metrics, "rounds": (one,)})
     seconds = settings.pop("seconds", 1.0)
     status: Any = "failed" if summary is None else "done"
     error = "no" if summary is None else None
@@ -228,6 +232,17 @@ def test_a_damaged_line_is_refused(tmp_path: Path) -> None:
         (tmp_path / "trials.jsonl").write_bytes(wrong)
         with pytest.raises(StorageError, match="line 1: no line of a sweep"):
             _Lines(tmp_path / "trials.jsonl")
+
+
+def test_a_damaged_summary_is_refused_with_its_line_and_field(tmp_path: Path) -> None:
+    lines = _Lines(tmp_path / "trials.jsonl")
+    lines.append(line("a"))
+    lines.append(line("b"))
+    first, second = (tmp_path / "trials.jsonl").read_text().splitlines()
+    broken = second.replace('"mode": "he"', '"mode": "clear"')
+    (tmp_path / "trials.jsonl").write_text(f"{first}\n{broken}\n")
+    with pytest.raises(SummaryError, match=r"trials\.jsonl, line 2, summary: 1 error\n  mode = 'clear'"):
+        _Lines(tmp_path / "trials.jsonl")
 
 
 def test_reading_what_is_no_sweep(tmp_path: Path) -> None:
@@ -291,8 +306,8 @@ def test_a_sweep_is_killed_and_goes_on(small: Path, tmp_path: Path, monkeypatch:
     assert found.missing == []
     for trial in found.trials[:2]:
         assert trial.summary is not None
-        assert trial.summary["mode"] == "he"
-        assert len(trial.summary["rounds"]) == trial.settings["rounds"]
+        assert trial.summary.mode == "he"
+        assert len(trial.summary.rounds) == trial.settings["rounds"]
         assert trial.code == code_digest()
     assert [path for path in out.rglob("*") if "identity" in path.name or path.suffix == ".key"] == []
     ended = [json.loads(text) for text in lines.read_text().splitlines()]
@@ -349,9 +364,9 @@ def test_a_phantom_sweep_with_privacy(tmp_path: Path) -> None:
     private, plain = (trial.summary for trial in found.trials)
     assert private is not None
     assert plain is not None
-    assert private["privacy"]["north"]["epsilon_budget"] == 8
-    assert private["privacy"]["north"]["simulated"] is True
-    assert "privacy" not in plain
+    assert private.privacy["north"].epsilon_budget == 8
+    assert private.privacy["north"].simulated is True
+    assert plain.privacy == {}
     assert [entry.epsilon for entry in recommend(found)] == [8, None]
 
 
@@ -365,8 +380,8 @@ def test_the_same_sweep_on_ray(small: Path, tmp_path: Path) -> None:
         assert one.summary is not None
         assert other.summary is not None
         assert one.trial == other.trial
-        assert one.summary["adapter_digest"] == other.summary["adapter_digest"]
-        assert one.summary["metrics"] == other.summary["metrics"]
+        assert one.summary.adapter_digest == other.summary.adapter_digest
+        assert one.summary.metrics == other.summary.metrics
 
 
 # --- what to choose ---

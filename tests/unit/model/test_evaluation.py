@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from secure_fed.model.evaluation import RESAMPLES, SCALARS, Predictions, mean, metrics, pool, weighted
+from secure_fed.model.evaluation import RESAMPLES, Predictions, mean, metrics, pool, weighted
+from secure_fed.model.scores import SCALARS
 
 NAMES = {*SCALARS, "confusion_matrix", "intervals", "images", "patients"}
 

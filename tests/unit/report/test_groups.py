@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 
+from secure_fed.model.scores import Scores
+from secure_fed.operate.summary import Result
 from secure_fed.report.groups import HELD_OUT, Analysis, Group, Mean, balanced, confusion, mean_of, recall, setting_text
 from secure_fed.report.recommendation import Compared, Recommendation, Score
-from secure_fed.report.results import Result, Results, Scores, Summary, Trial
+from secure_fed.report.results import Results, Summary, Trial
 
 
 def summary(shares: dict[str, float], held_out: float | None = None, sites: tuple[str, ...] = ()) -> Summary:
     per_site = {site: Scores(balanced_accuracy=share) for site, share in shares.items()}
-    held = None if held_out is None else Scores(balanced_accuracy=held_out)
     return Summary(
         method="facmic",
         sites=sites or tuple(shares),
-        metrics={"federated": Result(per_site=per_site, held_out=held)},
+        metrics={"federated": Result(per_site=per_site, held_out=Scores(balanced_accuracy=held_out))},
     )
 
 
@@ -36,7 +37,7 @@ def trial(
 ) -> Trial:
     made = None if failed else found or summary({"north": share, "east": share})
     settings = {"method.adapter": adapter, **more}
-    return Trial("t", "sweep", settings, 0, epsilon, "failed" if failed else None, made, {}, 1.0)
+    return Trial("t", "sweep", settings, 0, epsilon, "failed" if failed else None, made, 1.0)
 
 
 def analysis(*trials: Trial, **more: Any) -> Analysis:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from secure_fed.cli import app
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import ReportError, SecfacmicError
+from secure_fed.core.errors import ReportError, SecfacmicError, SummaryError
 from secure_fed.lab.simulation import Listener, simulate
 from secure_fed.operate.site_results import write_results
 from secure_fed.report import write_report
@@ -439,7 +439,7 @@ def test_results_of_older_versions_show_what_they_have(tmp_path: Path) -> None:
     lines = make_sweep(folder, methods=("facmic",), epsilons=(1.0, None), seeds=2)
     for line in lines:
         one = line["summary"]
-        del one["values"], one["observers"]
+        del one["kind"], one["format"], one["device"], one["values"], one["observers"]
         for entry in one["rounds"]:
             del entry["validation"], entry["val_balanced_accuracy"]
         for result in one["metrics"].values():
@@ -548,6 +548,8 @@ def site_folder(federation: Federation, kind: str, privacy: str = "") -> Path:
     folder = federation.folder / "sites" / "ash"
     metrics = {"balanced_accuracy": 0.8123, "accuracy": 0.8, "macro_f1": 0.79, "auroc": 0.9}
     content = {
+        "kind": "site",
+        "format": 2,
         "study_id": federation.agreed.study.id,
         "site": "ash",
         "run": sites[0].run,
@@ -709,19 +711,18 @@ def test_malformed_folders_are_refused_and_nothing_is_written(tmp_path: Path, na
         {"sites": 4},
         {"values": -1},
         {"privacy": {"north": 3}},
+        {"format": 3},
+        {"kind": "site"},
     ],
 )
-def test_malformed_summaries_are_refused_or_shown_without(tmp_path: Path, broken: dict[str, Any]) -> None:
+def test_malformed_summaries_are_refused_with_their_line_and_field(tmp_path: Path, broken: dict[str, Any]) -> None:
     lines = make_sweep(tmp_path / "s", methods=("facmic",), epsilons=(1.0, None), seeds=1)
     lines[0]["summary"] |= broken
     (tmp_path / "s" / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refused = None
-    try:
+    with pytest.raises(SummaryError, match=r"trials\.jsonl, line 1, summary: ") as refused:
         write_report([tmp_path / "s"], tmp_path / "report.html", "html")
-    except ReportError as error:
-        refused = str(error)
-    assert refused is None or "trials.jsonl" in refused
-    assert (tmp_path / "report.html").exists() == (refused is None)
+    assert next(iter(broken)) in str(refused.value)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,260 @@
+"""``summary.json``: what a study, or one site of it, has reached, as a file that says its kind and its format.
+
+``simulate``, ``demo`` and the trials of a sweep leave a :class:`StudySummary`, a site of a deployment a
+:class:`SiteSummary`. What reads or writes one does so here. Version 0.1 wrote both without kind and format, which is
+told apart here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import Field
+
+from secure_fed.core.errors import SummaryError
+from secure_fed.core.storage import write_durable
+from secure_fed.core.tomlfile import FileModel, parse_table
+from secure_fed.model.scores import Count, Scores, Share
+
+SUMMARY = "summary.json"
+FORMAT: Final = 2
+
+RoundNumber = Annotated[int, Field(ge=1)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Amount = Annotated[float, Field(ge=0)]
+
+
+class Result(FileModel):
+    """One method's adapter on test images.
+
+    Attributes:
+        per_site: by training site, on its own images.
+        held_out: on those of all observers together, who trained nothing; without observers there is nothing in it.
+    """
+
+    per_site: dict[str, Scores]
+    held_out: Scores = Scores()
+
+
+class LocalResult(Result):
+    """The adapters that each site trained alone.
+
+    Attributes:
+        held_out: the mean over these adapters.
+        held_out_per_site: each of them, by the site that trained it.
+    """
+
+    held_out_per_site: dict[str, Scores]
+
+
+class Comparison(FileModel):
+    """What may be compared, from what knows least of the sites' images to what knows most.
+
+    Attributes:
+        zero_shot: the backbone and the prompts, untrained.
+        text_head: a text head trained at each site alone.
+        local_only: the study's own method, trained at each site alone.
+        pooled: the study's own method, trained on all sites' images in one place, which only a simulation can.
+        federated: the study itself.
+    """
+
+    zero_shot: Annotated[Result, Field(title="zero-shot")]
+    text_head: Annotated[LocalResult, Field(title="text head, local")]
+    local_only: Annotated[LocalResult, Field(title="local only")]
+    pooled: Annotated[Result, Field(title="pooled")]
+    federated: Annotated[Result, Field(title="federated")]
+
+
+METHODS = {name: str(field.title) for name, field in Comparison.model_fields.items()}
+"""What is compared, in the order of :class:`Comparison`, with what people call it."""
+
+
+class Round(FileModel):
+    """One round.
+
+    Attributes:
+        round: from 1.
+        sites_in: how many contributed.
+        bytes_up: of all accepted envelopes together.
+        bytes_down: of the record, times all sites that receive it.
+        seconds: from the round's opening to its record.
+        validation: share of correct validation images, over all sites, of the adapter that the round trained on; None
+            if no site shares any.
+        val_balanced_accuracy: by training site, on its own validation images, of the adapter after the round; None of
+            sites with a privacy budget, which has not paid for it.
+    """
+
+    round: RoundNumber
+    sites_in: Count
+    bytes_up: Count
+    bytes_down: Count
+    seconds: Amount
+    validation: Share | None = None
+    val_balanced_accuracy: dict[str, Share | None] = Field(default_factory=dict)
+
+
+class Spent(FileModel):
+    """What one site's privacy ledger says."""
+
+    epsilon_spent: Amount
+    epsilon_budget: Amount
+    delta: Share
+    unit: Literal["patient", "image"]
+    simulated: bool
+
+    @classmethod
+    def of(cls, ledger: Mapping[str, Any]) -> Spent:
+        """Of :meth:`secure_fed.privacy.ledger.Ledger.summary`."""
+        return cls(**{name: ledger[name] for name in cls.model_fields})
+
+
+class BackboneFacts(FileModel):
+    """Which backbone a study stands on."""
+
+    model: str
+    digest: Digest | None
+
+
+class StudySummary(FileModel):
+    """A whole study, on public or simulated data.
+
+    Attributes:
+        study_id: of the study.
+        backbone: it stands on.
+        method: the adapter that the study trains.
+        device: where each site computed.
+        mode: of the study.
+        seed: of the study.
+        sites: those that train, in the study's order.
+        observers: those that do not; None of early builds of version 0.1, which did not say.
+        values: that are trained; None likewise.
+        adapter_digest: of the adapter that all sites hold.
+        rounds: all of them.
+        metrics: on test images.
+        seconds_total: that the study took.
+        privacy: by site that has a ledger.
+    """
+
+    kind: Literal["study"]
+    format: Literal[2]
+    study_id: Digest
+    backbone: BackboneFacts
+    method: str
+    device: dict[str, str] = Field(default_factory=dict)
+    mode: Literal["he", "plain"]
+    seed: int
+    sites: tuple[str, ...]
+    observers: tuple[str, ...] | None = None
+    values: Annotated[int, Field(ge=1)] | None = None
+    adapter_digest: Digest
+    rounds: tuple[Round, ...]
+    metrics: Comparison
+    seconds_total: Amount
+    privacy: dict[str, Spent] = Field(default_factory=dict)
+
+    def content(self) -> dict[str, Any]:
+        """What is in the file; ``privacy`` only where a site has a ledger."""
+        return self.model_dump(mode="json", exclude=None if self.privacy else {"privacy"})
+
+
+class SiteMetrics(FileModel):
+    """On one site's own test images.
+
+    Attributes:
+        zero_shot: the backbone and the prompts, untrained.
+        federated: the adapter after the last round, with the site's private head if it has one.
+    """
+
+    zero_shot: Scores
+    federated: Scores
+
+
+class SiteSummary(FileModel):
+    """What one site of a deployment holds, for its own eyes.
+
+    Attributes:
+        study_id: of the study.
+        site: whose it is.
+        run: of the study.
+        round: the last one that it has applied.
+        rounds: that the study has.
+        device: where it computes.
+        adapter_digest: of the adapter after that round.
+        validations: by round of this run, as :attr:`Round.validation`; None or absent where the site knows none.
+        metrics: on its test images.
+    """
+
+    kind: Literal["site"]
+    format: Literal[2]
+    study_id: Digest
+    site: str
+    run: str
+    round: RoundNumber
+    rounds: RoundNumber
+    device: str = ""
+    adapter_digest: Digest
+    validations: dict[RoundNumber, Share | None] = Field(default_factory=dict)
+    metrics: SiteMetrics
+
+    def content(self) -> dict[str, Any]:
+        """What is in the file."""
+        return self.model_dump(mode="json")
+
+
+Summary = TypeVar("Summary", StudySummary, SiteSummary)
+
+
+def write_summary(path: Path, summary: StudySummary | SiteSummary) -> None:
+    """Write a summary durably.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_durable(path, (json.dumps(summary.content(), indent=2) + "\n").encode())
+
+
+def read_summary(path: Path, kind: type[Summary]) -> Summary:
+    """Read a summary of this kind, also one that version 0.1 wrote.
+
+    Raises:
+        SummaryError: it cannot be read, is of another kind or of a newer format, or is malformed; with each field.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SummaryError(
+            f"{path}: cannot be read ({error}); expected the results that secfacmic writes there after a study or round"
+        ) from error
+    return parse_summary(content, kind, str(path))
+
+
+def parse_summary(content: Any, kind: type[Summary], where: str) -> Summary:
+    """A summary from parsed JSON.
+
+    Args:
+        content: of the file.
+        kind: expected.
+        where: the file, for messages.
+
+    Raises:
+        SummaryError: as :func:`read_summary`.
+    """
+    if not isinstance(content, dict):
+        raise SummaryError(f"{where}: no JSON object; expected results as secfacmic writes them")
+    if "kind" not in content and "format" not in content:
+        content = _from_version_0_1(content)
+    found = content.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        raise SummaryError(
+            f"{where}: found format {found}, expected {FORMAT}: it was written by a newer version of secfacmic; read "
+            "it with that version"
+        )
+    return parse_table(content, kind, SummaryError, where)
+
+
+def _from_version_0_1(content: dict[str, Any]) -> dict[str, Any]:
+    """The same in today's format: 0.1 had the same keys, and said neither kind nor format."""
+    return {"kind": "site" if "site" in content else "study", "format": FORMAT} | content
