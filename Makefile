@@ -1,72 +1,94 @@
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: test test-unit test-slow test-browser lint demo demo-figures fuzz mini-clip test-faults test-network wheelhouse brain-mri sweep-demo
+.PHONY: environment test test-unit test-slow test-browser lint docs coverage audit lock demo demo-figures fuzz mini-clip
+.PHONY: test-faults test-network wheelhouse brain-mri sweep-demo
 
-# The environment is made anew when pyproject.toml changes.
-.venv/ready: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch .venv/ready
+# Makes .venv anew when pyproject.toml or requirements-dev.txt changes, or when it runs another checkout's code.
+environment:
+	@$(PYTHON) scripts/environment.py
 
-lint: .venv/ready
+lint: environment
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 # Two files at a time: most of the time goes into waiting and into one thread.
-test: .venv/ready
+test: environment
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile
 
 # Room by room, without processes and networks.
-test-unit: .venv/ready
+test-unit: environment
 	$(BIN)/python -P -m pytest -n 2 --dist loadfile tests/unit
 
-test-slow: .venv/ready
+# The site, with a reference made of the models and the command line, into build/docs; a warning is an error.
+docs: environment
+	$(BIN)/mkdocs build --strict
+
+# Of statements and branches, in other processes too. TESTS: fewer tests, as in TESTS=tests/unit.
+coverage: environment
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered $(TESTS)
+
+# Known vulnerabilities in what requirements-dev.txt pins; what cannot be looked up is a failure.
+audit: environment
+	$(BIN)/python scripts/audit.py
+
+# What environment installs, anew after a change of pyproject.toml. Versions stay unless LOCK=--upgrade or
+# LOCK='--upgrade-package NAME' says otherwise. On Linux x86_64 with Python 3.11 only.
+lock: $(BIN)/pip-compile
+	$(BIN)/pip-compile --quiet --no-header --extra dev --extra docs --build-deps-for editable --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --allow-unsafe --strip-extras $(LOCK) \
+		--output-file requirements-dev.txt pyproject.toml
+	sed --in-place requirements-dev.txt \
+		-e '1i # What make installs for development: for CPython 3.11 on Linux x86_64. Elsewhere make goes without it and' \
+		-e '1i # takes the newest versions that fit. Made by make lock; do not edit.'
+
+$(BIN)/pip-compile:
+	@$(PYTHON) scripts/environment.py
+
+test-slow: environment
 	$(BIN)/python -P -m pytest -m slow
 
 # The report in Chromium (/usr/bin/chromium and chromedriver, Debian's chromium and chromium-driver).
-test-browser: .venv/ready
+test-browser: environment
 	$(BIN)/python -P -m pytest -m browser
 
 # Every fault of docs/faults.md, with real processes; needs root for the disks that are full.
-test-faults: .venv/ready
+test-faults: environment
 	$(BIN)/python -P -m pytest tests/integration/test_faults.py -m 'not network'
 
 # Hosts with addresses of their own, as network namespaces; needs root, and the wheels for the air gap.
-test-network: .venv/ready wheelhouse
+test-network: environment wheelhouse
 	$(BIN)/python -P -m pytest -m network
 
 # All that an installation without network needs: pip install --no-index --find-links wheelhouse secfacmic
-wheelhouse: .venv/ready wheelhouse/ready
+wheelhouse: environment wheelhouse/ready
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir wheelhouse .
 
 wheelhouse/ready: pyproject.toml
 	$(BIN)/python -m pip wheel --quiet --wheel-dir wheelhouse .
 	touch wheelhouse/ready
 
-demo: .venv/ready
+demo: environment
 	$(BIN)/secfacmic demo
 
 # A small sweep over epsilon, methods and seeds; go on after Ctrl-C with the same command.
-sweep-demo: .venv/ready
+sweep-demo: environment
 	$(BIN)/secfacmic sweep demo --out secfacmic-sweep
 
 # The embedded study over three seeds, with and without the domain term.
-demo-figures: .venv/ready
+demo-figures: environment
 	$(BIN)/python benchmarks/demo_figures.py
 
 # Methods compared on brain MRI over five seeds; writes docs/results. DATA: client_0 .. client_3/CLASS/*.jpg.
-brain-mri: .venv/ready
+brain-mri: environment
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/brain_mri.py --data $(or $(DATA),$(error DATA is not set; expected a folder of brain MRI, client_0 .. client_3/CLASS/*.jpg: make brain-mri DATA=FOLDER))
 
 # EXAMPLES: hostile inputs for each decoder.
-fuzz: .venv/ready
+fuzz: environment
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -P -m pytest tests/unit/protocol/test_fuzz.py
 
 # DATA: a folder of public brain MRI, one folder a class; without it phantoms alone are used.
-mini-clip: .venv/ready
+mini-clip: environment
 	$(BIN)/python scripts/mini_clip.py --out configs/models $(if $(DATA),--data $(DATA))

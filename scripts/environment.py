@@ -1,0 +1,108 @@
+"""The development environment ``.venv``, as the Makefile's targets need it: ``python3.11 scripts/environment.py``.
+
+It is made anew when it is not what this checkout asks for, and left alone otherwise. What modules that have moved left
+behind goes first: Python takes a folder that holds nothing but ``__pycache__`` for a package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+LOCK = "requirements-dev.txt"
+LOCKED = ((3, 11), "linux-x86_64", "CPython")
+"""What the lock was made for."""
+
+CODE = ("benchmarks", "clients", "configs", "docs", "examples", "privacy", "scripts", "secure_fed", "server", "tests")
+PROBE = "import secure_fed.clients; print(secure_fed.clients.__file__)"
+
+
+def remove_orphans(root: Path) -> list[Path]:
+    """Remove compiled modules without a source, and folders that are empty then; returns what was removed."""
+    removed = []
+    for code in CODE:
+        for compiled in sorted((root / code).rglob("*.pyc")):
+            cached = compiled.parent.name == "__pycache__"
+            source = (compiled.parent.parent if cached else compiled.parent) / (compiled.name.split(".")[0] + ".py")
+            if not source.exists():
+                compiled.unlink()
+                removed.append(compiled)
+                for folder in compiled.parents:
+                    if folder == root or any(folder.iterdir()):
+                        break
+                    folder.rmdir()
+    return removed
+
+
+def wanted(root: Path) -> str:
+    """Digest of all that the environment is made of."""
+    content = [(root / name).read_bytes() for name in ("pyproject.toml", LOCK)]
+    return hashlib.sha256(b"\0".join(content)).hexdigest()
+
+
+def stale(root: Path) -> str | None:
+    """Why the environment has to be made anew; None if it has not."""
+    ready = root / ".venv" / "ready"
+    if not ready.exists():
+        return "there is none"
+    if ready.read_text() != wanted(root):
+        return f"pyproject.toml or {LOCK} has changed"
+    return misdirected(root)
+
+
+def misdirected(root: Path) -> str | None:
+    """What is wrong with the editable install: another checkout's, or an older layout's."""
+    python = root / ".venv" / "bin" / "python"
+    probe = subprocess.run([python, "-I", "-c", PROBE], cwd="/", capture_output=True, text=True)  # -I: no PYTHONPATH
+    if probe.returncode:
+        return f"secure_fed.clients cannot be imported: {probe.stderr.strip().rpartition(chr(10))[2]}"
+    found, expected = Path(probe.stdout.strip()), root / "secure_fed" / "clients" / "__init__.py"
+    return None if found == expected else f"it runs the code of {found.parents[2]}, expected {root}"
+
+
+def make(root: Path) -> None:
+    """Make the environment, from the lock where the lock holds."""
+    python = root / ".venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet"]
+    run(root, sys.executable, "-m", "venv", "--clear", ".venv")
+    if (sys.version_info[:2], sysconfig.get_platform(), platform.python_implementation()) == LOCKED:
+        run(root, *pip, "--require-hashes", "--requirement", LOCK)
+        run(root, *pip, "--no-deps", "--no-build-isolation", "--editable", ".")
+        run(root, python, "-m", "pip", "check")  # a dependency that the lock lacks is not found otherwise
+    else:
+        print(f"{LOCK} is for Python 3.11 on Linux x86_64: here the newest versions that fit are installed")
+        run(root, *pip, "--upgrade", "pip")
+        run(root, *pip, "--editable", ".[dev,docs]")
+    problem = misdirected(root)
+    if problem:
+        sys.exit(f".venv: made, but {problem}")
+    (root / ".venv" / "ready").write_text(wanted(root))
+
+
+def run(root: Path, *command: str | Path) -> None:
+    """Run a command in the checkout; end as it does if it fails."""
+    done = subprocess.run(command, cwd=root)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed; the lines above say why")
+
+
+def main() -> None:
+    """Clean the checkout and make its environment if it has none that fits."""
+    if sys.version_info < (3, 11):
+        sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")
+    root = Path(__file__).resolve().parents[1]
+    removed = remove_orphans(root)
+    if removed:
+        print(f"removed {len(removed)} compiled modules without a source, {removed[0].relative_to(root)} among them")
+    why = stale(root)
+    if why:
+        print(f".venv is made anew, which takes minutes: {why}", flush=True)
+        make(root)
+
+
+if __name__ == "__main__":
+    main()
