@@ -7,18 +7,14 @@ it pulls a message, checks the bundle that its run came with, hands it to the si
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import email.utils
 import logging
 import ssl
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -31,7 +27,6 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -56,6 +51,17 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from secure_fed.core.errors import CertificateError, ClockError, NotAdmittedError
 from secure_fed.transport.certificates import read_authority
+from secure_fed.transport.connection import (
+    AHEAD_SECONDS,
+    BEHIND_SECONDS,
+    Mistrust,
+    clock_fault,
+    mistrust,
+    proxy_to,
+    seconds_ahead,
+    trusting,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from secure_fed.clients.flower_app import SiteApp
@@ -83,9 +89,6 @@ CALL_SECONDS = 30.0
 
 FAREWELL_SECONDS = 5.0
 """How long a site stays after its last reply: Flower drops replies of nodes that have left."""
-
-AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 305.0
-"""Flower's limits for a site's clock."""
 
 T = TypeVar("T")
 
@@ -128,25 +131,6 @@ def run_site(app: SiteApp, address: str, authority: Path, sites: int, proxy: str
         raise app.failure
 
 
-def proxy_to(address: str, given: str | None) -> str | None:
-    """The proxy on the way to a server: the one given, else the environment's, unless that excepts the server."""
-    if given is not None or proxy_bypass(address):
-        return given
-    return getproxies().get("https")
-
-
-def unsigned_pull(host: str, key: ec.EllipticCurvePrivateKey) -> str:
-    """A request over HTTP/1.1 that names a site's key and is not signed.
-
-    The server refuses it in any case: with 403 and nothing more if it does not know the key.
-    """
-    public = base64.b64encode(public_key_to_bytes(key.public_key())).decode()
-    return (
-        f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"
-        f"{FLEET_HTTP_PUBLIC_KEY_HEADER}: {public}\r\n\r\n"
-    )
-
-
 def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
     fastest, slowest = max(FASTEST, sites / FAST_CALLS), max(SLOWEST, sites / SLOW_CALLS)
     pause = fastest
@@ -180,7 +164,7 @@ class _Connection:
         self.node = Node()
         self._address = address
         # For messages: without user and password.
-        self._through = "" if proxy is None else f" through the proxy {_without_password(proxy)}"
+        self._through = "" if proxy is None else f" through the proxy {without_password(proxy)}"
         self._public = public_key_to_bytes(key.public_key())
         self._client = FleetHttpClient.from_server_address(
             address,
@@ -194,7 +178,7 @@ class _Connection:
         # flwr's own would follow redirects, and takes no proxy but the environment's.
         self._client._client.close()
         self._client._client = httpx.Client(
-            verify=_trust(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False
+            verify=trusting(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False
         )
         self._bundles: dict[int, bytes] = {}
         self._joined = threading.Event()
@@ -373,17 +357,12 @@ class _Connection:
 
 
 def _check_clock(response: httpx.Response) -> None:
-    try:
-        there = email.utils.parsedate_to_datetime(response.headers["date"])
-    except (KeyError, ValueError):
-        return
-    ahead = (datetime.now(UTC) - there).total_seconds()
-    # The header has whole seconds.
-    if ahead > AHEAD_SECONDS - 1 or ahead < -BEHIND_SECONDS + 1:
-        side = "ahead of" if ahead > 0 else "behind"
+    ahead = seconds_ahead(response.headers.get("date"))
+    fault = None if ahead is None else clock_fault(ahead)
+    if fault is not None:
         raise ClockError(
-            f"this computer's clock is {abs(ahead):.0f} s {side} the server's; Flower refuses more than "
-            f"{AHEAD_SECONDS:g} s ahead and {BEHIND_SECONDS:g} s behind: set both clocks by NTP"
+            f"{fault}; Flower refuses more than {AHEAD_SECONDS:g} s ahead and {BEHIND_SECONDS:g} s behind: set both "
+            "clocks by NTP"
         ) from None
 
 
@@ -393,33 +372,20 @@ def _check_certificate(error: BaseException, address: str) -> None:
         cause = cause.__cause__ or cause.__context__
     if cause is None:
         return
-    text = cause.verify_message
-    if cause.verify_code in (62, 64):
+    why = mistrust(cause)
+    if why is Mistrust.NAME:
         help_text = (
             "its certificate is for another name; connect by a name that it has, or make one with: "
             "secfacmic study ca --host NAME"
         )
-    elif cause.verify_code in (9, 10):
+    elif why is Mistrust.TIME:
         help_text = "its certificate is not valid at this time; check this computer's clock, or make a new one"
     else:
         help_text = (
             "it was not issued by the study's authority; expected the server whose ca.crt is in site.toml, and no "
             "firewall or proxy on the way that opens TLS"
         )
-    raise CertificateError(f"{address}: the server cannot be trusted ({text}): {help_text}") from None
-
-
-def _trust(authority: bytes) -> ssl.SSLContext:
-    """One authority, and no other."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(cadata=authority.decode("ascii"))
-    return context
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    raise CertificateError(f"{address}: the server cannot be trusted ({cause.verify_message}): {help_text}") from None
 
 
 def _reason(error: httpx.TransportError) -> str:

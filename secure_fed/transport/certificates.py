@@ -134,6 +134,15 @@ def certificates(pem: bytes) -> list[x509.Certificate]:
     return x509.load_pem_x509_certificates(pem)
 
 
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """The names and addresses that a certificate is for; for messages, so one is always there."""
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ["no name"]
+    return [*extension.get_values_for_type(x509.DNSName), *map(str, extension.get_values_for_type(x509.IPAddress))]
+
+
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     """The TLS settings of the server.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner
 
@@ -28,7 +29,10 @@ from secure_fed.core.storage import exclusive
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.demo import prepare_federation
 from secure_fed.operate import doctor
-from secure_fed.operate.doctor import Finding, examine_server, examine_site
+from secure_fed.operate.doctor import Finding, examine_server, examine_site, machine, network
+from secure_fed.operate.doctor import server as server_checks
+from secure_fed.operate.doctor import site as site_checks
+from secure_fed.operate.doctor.finding import check
 from secure_fed.privacy.keys import create_identity
 from secure_fed.privacy.ledger import CLOSED
 from secure_fed.transport import certificates
@@ -207,9 +211,9 @@ def test_a_site_file_with_errors(site: Path) -> None:
 
 def test_another_flwr(site: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     serve()
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.43.0")
-    assert doctor._try("flwr version", doctor._flwr).found == "flwr 1.43.0; expected 1.42.0 exactly"
-    assert "pip install flwr==1.42.0" in doctor._try("flwr version", doctor._flwr).mend
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "1.43.0")
+    assert check("flwr version", machine.flwr).found == "flwr 1.43.0; expected 1.42.0 exactly"
+    assert "pip install flwr==1.42.0" in check("flwr version", machine.flwr).mend
 
 
 def test_a_study_that_was_edited_or_refused_by_policy(site: Path, serve: Serve) -> None:
@@ -232,9 +236,9 @@ def test_too_little_memory_and_disk(site: Path, serve: Serve, monkeypatch: pytes
     serve()
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patched:
-        patched.setattr(doctor.shutil, "disk_usage", lambda place: usage(10**9, 10**9 - 10**6, 10**6))
+        patched.setattr(machine.shutil, "disk_usage", lambda place: usage(10**9, 10**9 - 10**6, 10**6))
         assert "0.00 GB are free; expected at least 0.2" in only(look(site), "disk").found
-    monkeypatch.setattr(doctor, "SITE_MEMORY", 1e15)
+    monkeypatch.setattr(site_checks, "MEMORY", 1e15)
     assert "expected at least 1000000.0 GB" in only(look(site), "memory").found
 
 
@@ -342,7 +346,7 @@ def test_nobody_there_no_such_name_and_no_answer(site: Path, monkeypatch: pytest
     def silent(*arguments: object) -> socket.socket:
         raise TimeoutError
 
-    monkeypatch.setattr(doctor.socket, "create_connection", silent)
+    monkeypatch.setattr(network.socket, "create_connection", silent)
     finding = only(look(site), "reachability")
     assert "no answer of the server within 10 s" in finding.found
     assert "firewall" in finding.mend
@@ -382,11 +386,11 @@ def doctor_on(site: Path, host: str, port: int) -> Finding:
     def redirected(target: tuple[str, int], *arguments: object) -> socket.socket:
         return true(("127.0.0.1", port) if target[0] == host else target, 10)
 
-    doctor.socket.create_connection = redirected  # type: ignore[assignment]
+    network.socket.create_connection = redirected  # type: ignore[assignment]
     try:
         return only(look(site), "certificate")
     finally:
-        doctor.socket.create_connection = true
+        network.socket.create_connection = true
 
 
 @pytest.mark.parametrize(
@@ -402,6 +406,30 @@ def test_a_certificate_outside_its_dates(
     assert says in finding.found
     found = {one.check: one for one in examine_server(folder / "server", folder / "study.toml", ("127.0.0.1", 0))}
     assert says in only(found, "certificate").found
+
+
+def test_a_certificate_above_the_servers_that_is_over(site: Path, folder: Path, serve: Serve) -> None:
+    tls = folder / "server" / "tls"
+    now = datetime.datetime.now(datetime.UTC)
+    authority = x509.load_pem_x509_certificate((tls / "ca.crt").read_bytes())
+    key = load_pem_private_key((tls / "ca.key").read_bytes(), None)
+    middle = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "between")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(authority.subject).serial_number(2)
+    builder = builder.not_valid_before(now - datetime.timedelta(10)).not_valid_after(now - datetime.timedelta(1))
+    builder = builder.public_key(middle.public_key()).add_extension(x509.BasicConstraints(True, None), True)
+    between = builder.sign(key, hashes.SHA256())  # type: ignore[arg-type]
+    # The study's own authority lets nobody stand between; a hospital's may.
+    root = x509.CertificateBuilder().subject_name(authority.subject).issuer_name(authority.subject).serial_number(3)
+    root = root.not_valid_before(authority.not_valid_before_utc).not_valid_after(authority.not_valid_after_utc)
+    root = root.public_key(authority.public_key()).add_extension(x509.BasicConstraints(True, None), True)
+    (tls / "ca.crt").write_bytes(root.sign(key, hashes.SHA256()).public_bytes(certificates._PEM))  # type: ignore[arg-type]
+    old = x509.load_pem_x509_certificate((tls / "server.crt").read_bytes())
+    _issue(tls, old, middle, name, None)
+    (tls / "server.crt").write_bytes((tls / "server.crt").read_bytes() + between.public_bytes(certificates._PEM))
+    serve()
+    finding = only(look(site), "certificate")
+    assert "between the server's and the study's authority is not valid now" in finding.found
 
 
 def rename(tls: Path, issuer: str) -> None:
@@ -552,8 +580,8 @@ def test_another_coordinators_key_and_a_closed_study(folder: Path, tmp_path: Pat
 def test_a_journal_that_was_changed_or_lies_in_the_future(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = folder.glob("server/runs/*/journal/*.record")
     with monkeypatch.context() as patched:
-        real = doctor.time.time
-        patched.setattr(doctor.time, "time", lambda: real() - 1000)
+        real = server_checks.time.time
+        patched.setattr(server_checks.time, "time", lambda: real() - 1000)
         finding = only(server(folder), "journal and clock")
         assert "s behind the journal's newest record" in finding.found
         assert "NTP" in finding.mend

@@ -188,14 +188,14 @@ def test_a_clock_too_far_ahead_is_named(link: Link, monkeypatch: pytest.MonkeyPa
     true_now = node_auth.now
     monkeypatch.setattr(node_auth, "now", lambda: true_now() + timedelta(seconds=8))
     # The check compares with this computer's clock, which is 8 s ahead too.
-    import secure_fed.clients.flower_node as supernode
+    from secure_fed.transport import connection
 
-    class Ahead(supernode.datetime):  # type: ignore[misc,name-defined]
+    class Ahead(connection.datetime):  # type: ignore[misc,name-defined]
         @classmethod
         def now(cls, tz: Any = None) -> Any:
             return super().now(tz) + timedelta(seconds=8)
 
-    monkeypatch.setattr(supernode, "datetime", Ahead)
+    monkeypatch.setattr(connection, "datetime", Ahead)
     with pytest.raises(ClockError, match=r"[789] s ahead of the server's.*NTP"):
         link.connect()
 

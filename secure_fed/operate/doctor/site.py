@@ -1,0 +1,131 @@
+"""Checks at a site. What loads torch is imported where it is used: before that, free memory is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secure_fed.operate.doctor.finding import Fault, Finding, attempt, check
+from secure_fed.operate.doctor.machine import disk, flwr, memory, modes
+from secure_fed.operate.doctor.network import examine_way
+from secure_fed.protocol.study import AgreedStudy, load_study
+
+if TYPE_CHECKING:
+    from secure_fed.clients.sitefile import SiteFile
+
+MEMORY = 1.5e9
+"""Bytes that a site needs free; its libraries alone take 0.8 GB."""
+
+
+def examine_site(path: Path) -> Iterator[Finding]:
+    """Look at a site.
+
+    Args:
+        path: its ``site.toml``.
+    """
+    found, file = attempt("site file", lambda: _site_file(path))
+    yield found
+    yield check("flwr version", flwr)
+    if file is None:
+        return
+    found, agreed = attempt("study", lambda: _study(file))
+    yield found
+    yield check("identity", lambda: _identity(file))
+    state = Path(file.state)
+    yield check("key modes", lambda: modes([*Path(file.identity).glob("*.key"), *(state / "keys").glob("*.sealed")]))
+    yield check("memory", lambda: memory(MEMORY))
+    yield check("ledger", lambda: _ledger(file))
+    yield from examine_way(file)
+    if agreed is None:
+        return
+    yield check("membership", lambda: _membership(file, agreed))
+    yield check("disk", lambda: disk(state, agreed, updates=2))
+    yield check("backbone", lambda: _backbone(file, agreed))
+    yield check("data folder", lambda: _data(file, agreed))
+
+
+def _site_file(path: Path) -> tuple[SiteFile, str]:
+    from secure_fed.clients.sitefile import read_site_file
+
+    file = read_site_file(path)
+    return file, f"{path}: site {file.site}"
+
+
+def _study(file: SiteFile) -> tuple[AgreedStudy, str]:
+    agreed = load_study(Path(file.study))
+    file.refuse_study(agreed.study)
+    return agreed, f"{agreed.study.name}, id {agreed.study.id}"
+
+
+def _identity(file: SiteFile) -> str:
+    from secure_fed.privacy.keys import load_identity
+
+    load_identity(Path(file.identity), file.site)
+    return f"{file.identity}: readable"
+
+
+def _membership(file: SiteFile, agreed: AgreedStudy) -> str:
+    from secure_fed.clients.acceptance import require_acceptance, when
+    from secure_fed.clients.keyring import membership
+    from secure_fed.operate.closing import refuse_closed
+
+    refuse_closed(Path(file.state))
+    identity, ring, _ = membership(file, agreed)
+    accepted = require_acceptance(file, agreed, identity.keys.signing)
+    if agreed.study.mode == "he":
+        epoch, key = ring.newest
+        if not epoch:
+            raise Fault("the study's key is not here", "take it: secfacmic keys accept study.key --site site.toml")
+        ring.secret(key)
+    return f"accepted by {accepted.by} on {when(accepted.accepted_ms)}; the study's key opens"
+
+
+def _ledger(file: SiteFile) -> str:
+    from secure_fed.clients.private_round import ledger_folder
+    from secure_fed.privacy.ledger import CLOSED, Ledger
+
+    folder = ledger_folder(file)
+    if not Ledger.exists(folder):
+        return "none: nothing was spent here" + ("" if file.privacy else ", and no budget is set")
+    facts = Ledger(folder).summary()
+    if (folder / CLOSED).exists():
+        raise Fault(
+            f"{folder}: restored, and closed until the journal confirms its head",
+            "start the site: it opens by itself when server and sites hold no later head",
+        )
+    spent, budget = facts["epsilon_spent"], facts["epsilon_budget"]
+    if file.privacy is not None and file.privacy.epsilon > budget:
+        raise Fault(
+            f"site.toml asks for epsilon {file.privacy.epsilon:g}; the ledger's budget is {budget:g}",
+            f"set epsilon = {budget:g} or less: a budget can only be lowered",
+        )
+    return f"verifies; epsilon {spent:.3f} of {budget:g} spent"
+
+
+def _backbone(file: SiteFile, agreed: AgreedStudy) -> str:
+    from secure_fed.model.backbone import load_backbone
+
+    loaded = load_backbone(agreed.study.backbone, None if file.checkpoint is None else Path(file.checkpoint))
+    return f"{loaded.description}, digest as in the study"
+
+
+def _data(file: SiteFile, agreed: AgreedStudy) -> str:
+    from secure_fed.clients.decoding import UndecodableError, decode
+    from secure_fed.clients.images import present_images
+
+    images = present_images(file, agreed)
+    broken = []
+    for image in images:
+        try:
+            decode(image.path.read_bytes(), image.frame)
+        except (UndecodableError, OSError) as error:
+            broken.append(f"{image.path}: {error.strerror if isinstance(error, OSError) else error}")
+    if broken and not file.skip_unreadable:
+        shown = "\n".join(broken[:10]) + (f"\nand {len(broken) - 10} more" if len(broken) > 10 else "")
+        raise Fault(
+            f"{len(broken)} of {len(images)} images cannot be decoded:\n{shown}",
+            "replace or remove them, or set skip_unreadable = true in site.toml",
+        )
+    patients = len({image.patient for image in images})
+    return f"{len(images)} images of {patients} {file.data.unit}s" + (f", {len(broken)} left out" if broken else "")
