@@ -97,7 +97,15 @@ class Round(FileModel):
 
 
 class Spent(FileModel):
-    """What one site's privacy ledger says."""
+    """What one site's privacy ledger says.
+
+    Attributes:
+        epsilon_spent: so far.
+        epsilon_budget: that may be spent.
+        delta: of both.
+        unit: whose addition or removal is protected.
+        simulated: whether the data are public or simulated, so that nobody's privacy is at stake.
+    """
 
     epsilon_spent: Amount
     epsilon_budget: Amount
@@ -112,7 +120,12 @@ class Spent(FileModel):
 
 
 class BackboneFacts(FileModel):
-    """Which backbone a study stands on."""
+    """Which backbone a study stands on.
+
+    Attributes:
+        model: its name.
+        digest: of its weights.
+    """
 
     model: str
     digest: Digest | None
@@ -122,6 +135,8 @@ class StudySummary(FileModel):
     """A whole study, on public or simulated data.
 
     Attributes:
+        kind: tells it from a site's.
+        format: of the file.
         study_id: of the study.
         backbone: it stands on.
         method: the adapter that the study trains.
@@ -176,6 +191,8 @@ class SiteSummary(FileModel):
     """What one site of a deployment holds, for its own eyes.
 
     Attributes:
+        kind: tells it from a study's.
+        format: of the file.
         study_id: of the study.
         site: whose it is.
         run: of the study.
