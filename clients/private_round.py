@@ -95,12 +95,10 @@ class PrivateRounds:
 
     Attributes:
         head: the ledger's entry that committed the last integers, with links to earlier ones; travels with them.
-        at_step: is called after each of the ten steps with its number; tests alone set it, to crash there.
     """
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy, heads: LedgerHeads) -> None:
         self.head: LedgerHead = NO_LEDGER
-        self.at_step: Callable[[int], None] = _go_on
         self._file = file
         self._agreed = agreed
         self._heads = heads
@@ -142,16 +140,13 @@ class PrivateRounds:
         """
         purpose = f"round {position.round} of run {position.run[:16]}"
         with self._opened() as ledger:
-            self.at_step(2)
             self._confirm(ledger)
-            self.at_step(3)
             ledger.mark_sent(still_open=_purposes(purpose))
             if path.exists():
                 integers = self._stored(ledger, path)
             else:
                 plan = self._plan(ledger, position)
                 ledger.require(plan.round_mechanism)
-                self.at_step(4)
                 integers = self._draw(ledger, plan, position.round, purpose, parameters, path, features(), quantise)
             self.head = ledger.travelling(self._heads.newest(self._file.site)[0])
         return integers
@@ -172,7 +167,6 @@ class PrivateRounds:
         """Note after the last round that everything was handed over."""
         with self._opened() as ledger:
             ledger.mark_sent(still_open=())
-        self.at_step(10)
 
     @contextmanager
     def _opened(self) -> Iterator[Ledger]:
@@ -205,7 +199,6 @@ class PrivateRounds:
                 *(self._file.site, plan.rounds, plan.steps, plan.noise_multiplier, plan.clip, plan.lmmd_note),
                 *(plan.validation_note, ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
             )
-        self.at_step(1)
         return plan
 
     def _mean_releases(self) -> MeanReleases:
@@ -276,7 +269,6 @@ class PrivateRounds:
         states = {ledger.state(event) for event in events}
         if "reserved" in states:
             ledger.commit(events, data)
-            self.at_step(8)
         return np.asarray(integers)
 
     # --- with the data ---
@@ -314,7 +306,6 @@ class PrivateRounds:
         batch = _gather(features, "train", paying, study.privacy.images_per_patient)
         current = means is not None and self._reserve_current_means(ledger, plan, purpose, blocks, events)
         counted = self._reserve_validation(ledger, plan, round_number, purpose, features, block_of, events)
-        self.at_step(5)
         before = codec.flatten(_numpy(adapter))
         term, public = self._domain_term(adapter, means, batch if current else None, plan)
         adapter.shows_adapted = term is not None
@@ -322,14 +313,11 @@ class PrivateRounds:
         update = codec.flatten(_numpy(adapter)) - before
         counts = (0, 0) if counted is None else self._noisy_counts(plan, parameters, features, counted)
         integers = quantise(update, uniforms(update.size), counts)
-        self.at_step(6)
         numbers = [event.seq for event in events]
         tensors = {"integers": integers, "events": np.array(numbers, dtype=np.int64)}
         data = bytes(safetensors.numpy.save(tensors))
         write_durable(path, data, 0o600)
-        self.at_step(7)
         ledger.commit(numbers, data)
-        self.at_step(8)
         log.info(
             "%s: %s: epsilon spent %.4f of %g, left %.4f, at delta %g",
             *(self._file.site, purpose, ledger.epsilon_spent, ledger.account.epsilon),
@@ -542,7 +530,3 @@ def _gather(features: SiteFeatures, split: str, paying: set[str], images_per_pat
 
 def _numpy(adapter: Adapter) -> Parameters:
     return {name: value.detach().numpy().copy() for name, value in adapter.shared_parameters().items()}
-
-
-def _go_on(step: int) -> None:
-    """No test is watching."""

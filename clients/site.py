@@ -266,8 +266,6 @@ class Site(Replica):
         payload = self._sealer().seal(integers, binding, contribution)
         data = seal_envelope(self._agreed, due, contribution, ledger, payload, self._identity.signing)
         write_durable(path, data, 0o600)
-        if self._private is not None:
-            self._private.at_step(9)
         return data
 
     def _integers(self, path: Path) -> tuple[NDArray[np.int64], LedgerHead]:

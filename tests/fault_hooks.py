@@ -3,7 +3,8 @@
 A fault is a dictionary with one key:
 
 ``kill``       ``{"write": PATTERN, "phase": "before" | "during" | "after", "number": N}``: SIGKILL at the Nth durable
-               write whose path and record kind match
+               write whose path and kind match: of a record, or of the line that is added to a file of lines; or
+               ``{"call": "MODULE:NAME", "phase": "before" | "after"}``: at the first call of a function
 ``record``     path of a file that gets one line a durable write
 ``upload``     ``"before" | "middle" | "after"``: SIGKILL when the first update is sent
 ``hold``       seconds that the first update is kept back
@@ -15,6 +16,7 @@ A fault is a dictionary with one key:
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -41,7 +43,9 @@ def install_from_environment() -> None:
 
 def install(fault: dict[str, Any]) -> None:
     """Put a fault into this process."""
-    if "kill" in fault or "record" in fault:
+    if "call" in fault.get("kill", ()):
+        _install_call(fault["kill"])
+    elif "kill" in fault or "record" in fault:
         _install_writes(fault)
     if {"upload", "hold", "duplicate", "reorder"} & set(fault):
         _install_push(fault)
@@ -67,7 +71,8 @@ def _install_writes(fault: dict[str, Any]) -> None:
 
     def write(path: Path, data: bytes, mode: int = 0o644) -> None:
         nonlocal seen
-        kind = re.search(rb'"kind":"([a-z]+)"', bytes(data[:4096]))
+        added = data.splitlines()[-1:] if path.suffix == ".jsonl" else [data[:4096]]
+        kind = re.search(rb'"kind":"([a-z]+)"', b"".join(added))
         name = f"{path} {kind.group(1).decode() if kind else ''}".strip()
         if "record" in fault:
             with open(fault["record"], "a") as stream:
@@ -91,6 +96,22 @@ def _install_writes(fault: dict[str, Any]) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "write_durable", None) is true_write:
             module.write_durable = write  # type: ignore[attr-defined]
+
+
+def _install_call(kill: dict[str, Any]) -> None:
+    module, _, name = kill["call"].partition(":")
+    *owners, last = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for each in owners:
+        owner = getattr(owner, each)
+    true_call = getattr(owner, last)
+
+    def call(*arguments: Any, **named: Any) -> None:
+        if kill["phase"] == "after":
+            true_call(*arguments, **named)
+        die()
+
+    setattr(owner, last, call)
 
 
 def _install_push(fault: dict[str, Any]) -> None:

@@ -1,30 +1,30 @@
-"""A site in a process of its own that can be made to kill itself after any step of a private round."""
+"""A site in a process of its own, with a fault if wanted, that answers requests."""
 
 from __future__ import annotations
 
-import os
-import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import SecfacmicError
+from tests.fault_hooks import install
 
 
-def serve(pipe: Connection, site_file: str, crash_after: int | None) -> None:
-    """Answer requests until the pipe closes; with ``crash_after``, die by SIGKILL after that step."""
+def serve(pipe: Connection, site_file: str, fault: dict[str, Any]) -> None:
+    """Answer requests until the pipe closes.
+
+    Args:
+        pipe: gets run and position, then for each request the reply with the adapter's digest, or the error.
+        site_file: the site's.
+        fault: what is wrong in this process (:mod:`tests.fault_hooks`).
+    """
+    install(fault)
     try:
         site = Site.open(Path(site_file))
     except SecfacmicError as error:
         pipe.send(error)
         return
-    assert site._private is not None
-
-    def at_step(step: int) -> None:
-        if step == crash_after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    site._private.at_step = at_step
     pipe.send((site.run, site.position))
     while True:
         try:

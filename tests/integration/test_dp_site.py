@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import multiprocessing
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -565,10 +566,10 @@ FORKSERVER.set_forkserver_preload(["tests.private_worker"])
 class Worker:
     """The site ash in a process of its own."""
 
-    def __init__(self, federation: Federation, crash_after: int | None = None) -> None:
+    def __init__(self, federation: Federation, **fault: Any) -> None:
         self._pipe, other = FORKSERVER.Pipe()
         path = federation.folder / "sites" / "ash" / "site.toml"
-        self.process = FORKSERVER.Process(target=serve, args=(other, str(path), crash_after))
+        self.process = FORKSERVER.Process(target=serve, args=(other, str(path), fault))
         self.process.start()
         other.close()
         self.run, self.position = self._receive()
@@ -606,41 +607,124 @@ def workers() -> Iterator[list[Worker]]:
         worker.close()
 
 
-@pytest.mark.parametrize("step", range(1, 11))
+WRITES = {
+    "plan": r"/privacy/ledger\.jsonl plan$",
+    "blocks": r"/privacy/blocks\.jsonl$",
+    "reserve": r"/privacy/ledger\.jsonl reserve$",
+    "integers": r"/outbox/\d+\.integers$",
+    "commit": r"/privacy/ledger\.jsonl commit$",
+    "envelope": r"/outbox/\d+\.envelope$",
+    "sent": r"/privacy/ledger\.jsonl sent$",
+}
+"""The durable writes of a private round, in order; a test below finds any that is not here."""
+
+
+def at_write(name: str, phase: str, number: int = 1) -> dict[str, Any]:
+    return {"write": WRITES[name], "phase": phase, "number": number}
+
+
+def at_call(name: str, phase: str) -> dict[str, Any]:
+    return {"call": name, "phase": phase}
+
+
+VERIFY = "secure_fed.clients.private_round:PrivateRounds._confirm"
+PAYS = "secure_fed.privacy.ledger:Ledger.require"
+COMPUTE = "secure_fed.privacy.dp_training:Descent.run"
+
+CRASHES = [
+    (2, at_call(VERIFY, "before")),
+    (3, at_call(VERIFY, "after")),
+    (3, at_write("plan", "during")),
+    (1, at_write("plan", "after")),
+    (4, at_call(PAYS, "after")),
+    (4, at_write("blocks", "during")),
+    (4, at_write("blocks", "after")),
+    (4, at_write("reserve", "during")),
+    (5, at_write("reserve", "after")),
+    (5, at_call(COMPUTE, "before")),
+    (6, at_write("integers", "before")),
+    (6, at_write("integers", "during")),
+    (7, at_write("integers", "after")),
+    (7, at_write("commit", "during")),
+    (8, at_write("commit", "after")),
+    (8, at_write("envelope", "during")),
+    (9, at_write("envelope", "after")),
+    (9, at_write("sent", "during", 2)),  # the first tells of round 1, in round 2; the second ends the run
+    (10, at_write("sent", "after", 2)),
+]
+"""Where a site is killed, in the order of a round, each with the step that it has just done, by the numbers of
+docs/privacy.md, "Ten steps of a round".
+
+Steps that end with a durable write end where that is done: 1 plan, 5 reserve, 7 store, 8 commit, 9 seal, 10 note as
+sent. 2 lock ends before the ledger is verified, 3 verify and 4 check where their functions return, and 6 compute
+where the integers are about to be stored. A kill during a write has done the step before, and so has one right before
+anything is computed: then the reservation must be on the disk.
+"""
+
+
+def test_every_durable_write_of_a_private_round_is_known(
+    private: Federation, workers: list[Worker], tmp_path: Path
+) -> None:
+    """What the kills below cover is all that there is."""
+    writes = tmp_path / "writes"
+    others = [private.site(name) for name in TRAINING[1:]]
+    coordinator = begin(private)
+    worker = Worker(private, record=str(writes))
+    workers.append(worker)
+    while not coordinator.finished:
+        coordinator.receive(worker.respond(coordinator.request(worker.run, worker.position)))
+        for other in others:
+            exchange(coordinator, other)
+        coordinator.close_round()
+    assert worker.respond(coordinator.request(worker.run, worker.position)).code == ReplyCode.APPLIED
+    lines = [line for line in writes.read_text().splitlines() if "/privacy/" in line or "/outbox/" in line]
+    found = [name for line in lines for name, pattern in WRITES.items() if re.search(pattern, line)]
+    assert len(found) == len(lines)
+    assert list(dict.fromkeys(found)) == list(WRITES)
+    assert {name for name in WRITES for _, kill in CRASHES if kill.get("write") == WRITES[name]} == set(WRITES)
+
+
+def crash_id(crash: tuple[int, dict[str, Any]]) -> str:
+    step, kill = crash
+    named = next((name for name, pattern in WRITES.items() if pattern == kill.get("write")), None)
+    return f"{step}-{kill['phase']} {named or kill['call'].rpartition('.')[2]}"
+
+
+@pytest.mark.parametrize(("step", "kill"), CRASHES, ids=map(crash_id, CRASHES))
 def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
-    private: Federation, workers: list[Worker], step: int
+    private: Federation, workers: list[Worker], step: int, kill: dict[str, Any]
 ) -> None:
     others = [private.site(name) for name in TRAINING[1:]]
     coordinator = begin(private)
-    worker = Worker(private, crash_after=step)
+    worker = Worker(private, kill=kill)
     workers.append(worker)
-    if step < 10:
-        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
-    else:
-        for _ in range(2):
-            coordinator.receive(worker.respond(coordinator.request(worker.run, worker.position)))
-            for other in others:
-                exchange(coordinator, other)
-            coordinator.close_round()
-        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+    last = kill.get("number", 1) > 1  # in the run's last message, after both rounds
+    for _ in range(2 if last else 0):
+        coordinator.receive(worker.respond(coordinator.request(worker.run, worker.position)))
+        for other in others:
+            exchange(coordinator, other)
+        coordinator.close_round()
+    assert worker.respond(coordinator.request(worker.run, worker.position)) is None
     assert worker.died()
     outbox = private.folder / "sites/ash/state/runs" / coordinator.run / "outbox"
     kept = {path: path.read_bytes() for path in outbox.glob("[0-9]*")}
     left = ledger_of(private)
     reserved, spent = len(left.events), left.epsilon_spent
-    assert reserved == (2 if step == 10 else int(step >= 5))
+    assert reserved == (2 if last else int(step >= 5))
     assert {path.suffix for path in kept} == (
         {".integers", ".envelope"} if step >= 9 else {".integers"} if step >= 7 else set()
     )
+    state = "sent" if step >= 10 else "committed" if step >= 8 else "reserved"
+    assert all(event.state == state for event in left.events[-1:])
     again = Worker(private)
     workers.append(again)
     reply = again.respond(coordinator.request(again.run, again.position))
     assert reply is not None
-    if step < 10:
+    if not last:
         coordinator.receive(reply)
     # What had been drawn is sent, byte for byte; nothing is drawn for its event again.
     assert all(path.read_bytes() == data for path, data in kept.items())
-    assert all(data == reply.envelope for path, data in kept.items() if path.suffix == ".envelope" and step == 9)
+    assert last or all(data == reply.envelope for path, data in kept.items() if path.suffix == ".envelope")
     while not coordinator.finished:
         for other in others:
             exchange(coordinator, other)
@@ -663,10 +747,33 @@ def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
     assert len({line.fields["output"] for line in ledger._entries.lines if line.fields["kind"] == "commit"}) == 2
 
 
+def test_a_site_killed_again_while_it_recovers_draws_nothing_anew(private: Federation, workers: list[Worker]) -> None:
+    coordinator = begin(private)
+    kept: list[bytes] = []
+    for name, phase in (
+        ("integers", "after"),
+        ("commit", "during"),
+        ("commit", "after"),
+        ("envelope", "during"),
+        ("envelope", "after"),
+    ):
+        worker = Worker(private, kill=at_write(name, phase))
+        workers.append(worker)
+        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+        assert worker.died()
+        kept.append(next(private.folder.glob("sites/ash/state/runs/*/outbox/*.integers")).read_bytes())
+    assert len(set(kept)) == 1
+    sealed = next(private.folder.glob("sites/ash/state/runs/*/outbox/*.envelope")).read_bytes()
+    worker = Worker(private)
+    workers.append(worker)
+    assert worker.respond(coordinator.request(worker.run, worker.position)).envelope == sealed
+    assert [event.state for event in ledger_of(private).events] == ["committed"]
+
+
 def test_too_many_crashes_end_in_an_observer_and_not_in_a_deficit(private: Federation, workers: list[Worker]) -> None:
     coordinator = begin(private)
     for _ in range(3):  # two rounds were planned, and one more
-        worker = Worker(private, crash_after=6)
+        worker = Worker(private, kill=at_write("integers", "before"))
         workers.append(worker)
         assert worker.respond(coordinator.request(worker.run, worker.position)) is None
         assert worker.died()
