@@ -157,8 +157,14 @@ def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, b
         Where it lies.
 
     Raises:
+        NotAcceptedError: nobody is named.
         StorageError: it cannot be written.
     """
+    if not by:
+        raise NotAcceptedError(
+            f"study {agreed.study.name}: not accepted, and nothing was recorded; to accept what is shown above, give "
+            "the name of who does: --by NAME"
+        )
     payload = canonical_json(terms(file, agreed))
     header = AcceptanceHeader(
         version=1,

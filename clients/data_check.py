@@ -12,6 +12,7 @@ from secure_fed.clients.duplicates import Fingerprint, exact_copies, near_twins
 from secure_fed.clients.features import Progress
 from secure_fed.clients.images import compared_images
 from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.errors import DataLeakError
 from secure_fed.core.storage import make_folder
 from secure_fed.model.backbone import image_size
 from secure_fed.protocol.study import AgreedStudy
@@ -71,6 +72,24 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
             if _is_separated(images, group)
         ],
     }
+
+
+def refuse_leaks(file: SiteFile, leaks: Sequence[str]) -> None:
+    """Check that no picture lies in more than one split.
+
+    Args:
+        file: the site's.
+        leaks: as :func:`check_data` reports them.
+
+    Raises:
+        DataLeakError: some do; with the first of them.
+    """
+    if leaks:
+        shown = "".join(f"\n  {leak}" for leak in leaks[:LISTED])
+        raise DataLeakError(
+            f"{file.data.folder}: {len(leaks)} pictures lie in more than one split, so that what is tested was trained "
+            f"on; expected each in one: put all copies into one split, or remove them{shown}"
+        )
 
 
 def _groups(images: Sequence[SiteImage], groups: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import every_image
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import EnvelopeError, SecfacmicError
-from secure_fed.core.storage import sync_folder, write_durable
+from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.model.adapter_file import CALIBRATION
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.signing import PRIVATE, parse_header, split_frame
@@ -41,7 +41,7 @@ class Forgetting:
 
 
 def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
-    """Take back what the site can of a patient. The caller holds the state folder; called again, it goes on.
+    """Take back what the site can of a patient; called again, it goes on.
 
     Args:
         file: the site's.
@@ -50,8 +50,15 @@ def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
 
     Raises:
         ForgottenError: the list of the forgotten cannot be read.
-        StorageError: the list or the cache cannot be written; what is on the list stays away all the same.
+        StorageError: another process, as the site's client, holds the state folder; or the list or the cache cannot be
+            written: what is on the list stays away all the same.
     """
+    make_folder(Path(file.state))
+    with exclusive(Path(file.state)):
+        return _forget(file, agreed, patient)
+
+
+def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     state = Path(file.state)
     forgotten = Forgotten(state)
     theirs: list[bytes] = []

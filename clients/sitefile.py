@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 from secure_fed.core.errors import SiteFileError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
 from secure_fed.model.device import DeviceChoice
-from secure_fed.protocol.study import MIN_SITES_HE, Name, Shares, Study, Text
+from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Name, Shares, Study, Text, load_study
 
 FEATURES = "features.sqlite"
 """Name of the feature cache in the state folder."""
@@ -208,6 +208,25 @@ def new_site_file(path: Path, name: str, identity: Path, data: Path, kind: str, 
     if address is not None:
         content["server"] = {"address": address, "authority": "study/ca.crt"}
     return parse_table(content, SiteFile, SiteFileError, str(path))
+
+
+def read_site(path: Path, study: Path | None = None) -> tuple[SiteFile, AgreedStudy]:
+    """Read ``site.toml`` and the study that it is for.
+
+    Args:
+        path: the file.
+        study: a copy of the study, which must be the same; the one that the file names if not given.
+
+    Raises:
+        SiteFileError: with every error of the file, or because the study is another.
+        StudyError: the study cannot be read.
+    """
+    file = read_site_file(path)
+    own = Path(file.study)
+    agreed = load_study(own if study is None else study)
+    if study is not None and study.resolve() != own.resolve() and load_study(own).study.id != agreed.study.id:
+        raise SiteFileError(f"{path}: is for study {own}, another than {study}; name the same study in both")
+    return file, agreed
 
 
 def read_site_file(path: Path) -> SiteFile:

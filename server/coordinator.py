@@ -26,7 +26,7 @@ from secure_fed.protocol.envelope import Envelope, check_position, open_envelope
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire, wire
-from secure_fed.protocol.records import Chain
+from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.sealed_key import (
     ACKNOWLEDGEMENT_MAGIC,
@@ -359,6 +359,32 @@ def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed:
     check_amendment(sealed, agreed, chain.members, chain.key)
     make_folder(run_folder / "amendments")
     write_durable(run_folder / "amendments" / f"{chain.key}.sealed", sealed)
+
+
+def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> int:
+    """Leave an amendment for the current run, whether its coordinator is running or not.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+        sealed: a sealed key file that follows the key in force.
+
+    Returns:
+        The first round in which it can be in force; the next one, if that is being closed.
+
+    Raises:
+        StudyError: no run has begun.
+        RecordError: the run's journal does not verify.
+        KeyFileError: it does not follow the key in force, or the members cannot change so.
+    """
+    run = current_run(state)
+    if run is None:
+        raise StudyError(f"{state}: no run has begun; a key can be rotated only in a run")
+    chain = Chain(agreed)
+    for _ in RecordFolder(state / "runs" / run / "journal").replay(chain):
+        pass
+    store_amendment(agreed, state / "runs" / run, chain, sealed)
+    return chain.round + 1
 
 
 def current_run(folder: Path) -> str | None:

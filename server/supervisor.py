@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from secure_fed.core.errors import KeyFileError, ServerAppError, StudyError
+from secure_fed.core.errors import ServerAppError, StudyError
 from secure_fed.core.processes import start, stop
 from secure_fed.core.status import StatusFile
-from secure_fed.protocol.sealed_key import check_sealed_key
+from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, StudySite, load_study
 from secure_fed.server.coordinator import Coordinator, current_run
@@ -110,10 +110,7 @@ def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | Non
                     f"maker, {agreed.study.key_maker}, makes with: secfacmic keys create"
                 )
             return
-        try:
-            key_id = check_sealed_key(key.read_bytes(), agreed).key
-        except OSError as error:
-            raise KeyFileError(f"{key}: cannot be read ({error.strerror}); expected a sealed key file") from error
+        key_id = check_sealed_key(read_sealed_file(key), agreed).key
     elif begun:
         return
     if begun:

@@ -27,24 +27,17 @@ def check(site: SiteToml, json_: Json = False) -> None:
 
     Interrupted, the same command goes on from there.
     """
-    from secure_fed.clients.data_check import check_data
-    from secure_fed.clients.sitefile import read_site_file
-    from secure_fed.core.errors import DataLeakError
-    from secure_fed.protocol.study import load_study
+    from secure_fed.clients.data_check import check_data, refuse_leaks
+    from secure_fed.clients.sitefile import read_site
 
-    file = read_site_file(site)
+    file, agreed = read_site(site)
     with progress("checking images") as tell:
-        report = check_data(file, load_study(Path(file.study)), tell)
+        report = check_data(file, agreed, tell)
     if json_:
         print_json(report)
     else:
         _show(report)
-    if report["leaks"]:
-        shown = "".join(f"\n  {leak}" for leak in report["leaks"][:10])
-        raise DataLeakError(
-            f"{file.data.folder}: {len(report['leaks'])} pictures lie in more than one split, so that what is tested "
-            f"was trained on; expected each in one: put all copies into one split, or remove them{shown}"
-        )
+    refuse_leaks(file, report["leaks"])
 
 
 @app.command()
@@ -58,15 +51,10 @@ def forget(
     What was aggregated, and adapters that were made of it, cannot be taken back: docs/data.md.
     """
     from secure_fed.clients.erasure import forget as forget_patient
-    from secure_fed.clients.sitefile import read_site_file
-    from secure_fed.core.storage import exclusive, make_folder
-    from secure_fed.protocol.study import load_study
+    from secure_fed.clients.sitefile import read_site
 
-    file = read_site_file(site)
-    agreed = load_study(Path(file.study))
-    make_folder(Path(file.state))
-    with exclusive(Path(file.state)):
-        done = forget_patient(file, agreed, patient)
+    file, agreed = read_site(site)
+    done = forget_patient(file, agreed, patient)
     if json_:
         print_json(
             {

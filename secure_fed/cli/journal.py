@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from secure_fed.cli.output import Json, out, print_json
-from secure_fed.core.errors import RecordError, StudyError
 
 if TYPE_CHECKING:
     from secure_fed.protocol.journal import RunFolder
@@ -130,46 +129,32 @@ def recompute(
 ) -> None:
     """Add every aggregate's envelopes again and compare with the record, bit for bit."""
     from secure_fed.protocol.journal import find_runs
-    from secure_fed.protocol.recompute import EnvelopeStore
+    from secure_fed.protocol.recompute import EnvelopeStore, refuse_differences
     from secure_fed.protocol.recompute import recompute as recompute_run
 
     agreed = _study(study, folder)
-    if not envelopes.is_dir():
-        raise RecordError(f"{envelopes}: no folder; expected the one given to server --keep-envelopes")
     store = EnvelopeStore(envelopes)
-    found: list[dict[str, Any]] = []
-    for run in find_runs(folder):
-        for result in recompute_run(run, agreed, store):
-            found.append(
-                {
-                    "run": run.journal.parent.name,
-                    "current": run.current,
-                    "seq": result.seq,
-                    "round": result.round,
-                    "same": result.same,
-                    "missing": list(result.missing),
-                }
-            )
+    results = [(run, result) for run in find_runs(folder) for result in recompute_run(run, agreed, store)]
     if json_:
-        print_json({"study_id": agreed.study.id, "aggregates": found})
+        rows = [
+            {
+                "run": run.journal.parent.name,
+                "current": run.current,
+                "seq": result.seq,
+                "round": result.round,
+                "same": result.same,
+                "missing": list(result.missing),
+            }
+            for run, result in results
+        ]
+        print_json({"study_id": agreed.study.id, "aggregates": rows})
     else:
-        for row in found:
-            verdict = "the same, bit for bit" if row["same"] else f"missing {', '.join(row['missing'])}"
+        for _, result in results:
+            verdict = "the same, bit for bit" if result.same else f"missing {', '.join(result.missing)}"
             _say(
-                f"record {row['seq']}, round {row['round']}: {verdict if row['same'] or row['missing'] else 'DIFFERS'}"
+                f"record {result.seq}, round {result.round}: {verdict if result.same or result.missing else 'DIFFERS'}"
             )
-    wrong = [row["seq"] for row in found if not row["same"] and not row["missing"]]
-    if wrong:
-        raise RecordError(
-            f"records {wrong}: not the sum of the envelopes that their contributors signed; expected the same bytes: "
-            "the coordinator garbled or forged them; show journal and envelopes to the sites"
-        )
-    absent = [row["seq"] for row in found if row["missing"]]
-    if absent or not found:
-        raise RecordError(
-            f"records {absent}: envelopes are missing or damaged in {envelopes}; expected those of every contributor; "
-            f"{len(found) - len(absent)} of {len(found)} aggregates could be added again"
-        )
+    refuse_differences([result for _, result in results], envelopes)
 
 
 @app.command()
@@ -208,15 +193,10 @@ def _load(path: Path) -> AgreedStudy:
 
 
 def study_path(given: Path | None, folder: Path) -> Path:
-    """The study's file: the one given, else the nearest study.toml in or above a folder."""
-    if given is not None:
-        return given
-    if not folder.is_dir():
-        raise RecordError(f"{folder}: no folder; expected one with a journal")
-    for place in (folder.resolve(), *folder.resolve().parents):
-        if (place / "study.toml").is_file():
-            return place / "study.toml"
-    raise StudyError(f"{folder}: no study.toml in it or above it; expected the journal's study: name it with --study")
+    """The study's file: the one given, else the one that is found in or above a folder."""
+    from secure_fed.protocol.journal import find_study
+
+    return find_study(folder) if given is None else given
 
 
 def _time(milliseconds: int) -> str:

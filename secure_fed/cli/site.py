@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from secure_fed.cli.output import Delta, Epsilon, Json, out, print_json
-
-if TYPE_CHECKING:
-    from secure_fed.clients.sitefile import SiteFile
-    from secure_fed.privacy.keys import Identity
-    from secure_fed.protocol.study import AgreedStudy
 
 app = typer.Typer(help="A site's identity, what it agrees to, and what has left it.", no_args_is_help=True)
 
@@ -59,11 +54,12 @@ def accept(
     json_: Json = False,
 ) -> None:
     """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
-    from secure_fed.clients.acceptance import record_acceptance, terms, when
-    from secure_fed.clients.sitefile import with_budget
-    from secure_fed.core.errors import NotAcceptedError
+    from secure_fed.clients.acceptance import record_acceptance, require_acceptance, terms, when
+    from secure_fed.clients.keyring import membership
+    from secure_fed.clients.sitefile import read_site, with_budget
 
-    file, agreed, identity = _open(study, site)
+    file, agreed = read_site(site, study)
+    identity = membership(file, agreed).identity
     file = with_budget(file, epsilon, delta)
     file.refuse_study(agreed.study)
     shown = terms(file, agreed)
@@ -73,13 +69,8 @@ def accept(
         _show_terms(shown)
     if by is None and sys.stdin.isatty():
         by = typer.prompt("your name, to accept this for the site (empty: do not)", default="", err=True).strip()
-    if not by:
-        raise NotAcceptedError(
-            f"study {agreed.study.name}: not accepted, and nothing was recorded; to accept what is shown above, give "
-            "the name of who does: --by NAME"
-        )
-    path = record_acceptance(file, agreed, identity, by)
-    header = _recorded(path, identity)
+    path = record_acceptance(file, agreed, identity, by or "")
+    header = require_acceptance(file, agreed, identity.keys.signing)
     if not json_:
         _say(f"accepted by {header.by} at {when(header.accepted_ms)}; recorded and signed in {path}")
 
@@ -104,26 +95,6 @@ def sent(
         table.add_row(row.time, str(row.round), row.code, str(row.bytes), row.digest[:16])
     out.print(table)
     _say(f"{file.site}: {len(rows)} messages, {sum(row.bytes for row in rows)} bytes; the list is whole")
-
-
-def _open(study: Path, site: Path) -> tuple[SiteFile, AgreedStudy, Identity]:
-    """Site file, study and identity, which must belong together."""
-    from secure_fed.clients.keyring import membership
-    from secure_fed.clients.sitefile import read_site_file
-    from secure_fed.core.errors import SiteFileError
-    from secure_fed.protocol.study import load_study
-
-    file = read_site_file(site)
-    agreed = load_study(study)
-    if Path(file.study).resolve() != study.resolve() and load_study(Path(file.study)).study.id != agreed.study.id:
-        raise SiteFileError(f"{site}: is for study {file.study}, another than {study}; name the same study in both")
-    return file, agreed, membership(file, agreed).identity
-
-
-def _recorded(path: Path, identity: Identity) -> Any:
-    from secure_fed.clients.acceptance import check_acceptance
-
-    return check_acceptance(path.read_bytes(), identity.keys.signing)[0]
 
 
 def _show_terms(shown: dict[str, Any]) -> None:

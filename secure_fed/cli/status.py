@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -16,7 +16,9 @@ def status(
     json_: Json = False,
 ) -> None:
     """Say where a server or a site stands: round, who is in, what it reported last, whether it runs at all."""
-    facts = _facts(state)
+    from secure_fed.operate.standing import standing
+
+    facts = standing(state)
     if json_:
         print_json(facts)
         return
@@ -37,42 +39,6 @@ def status(
         entry = facts.get(name)
         if entry:
             _say(f"{words}, {entry['time']}: {entry['text']}")
-
-
-def _facts(state: Path) -> dict[str, Any]:
-    """The status file with whether a process holds the folder; without a file, what the journal says."""
-    from secure_fed.core.errors import RecordError
-    from secure_fed.core.status import StatusFile, is_running
-
-    found = StatusFile(state).read()
-    if found:
-        return {**found, "running": is_running(state)}
-    from secure_fed.protocol.journal import find_runs
-
-    if not state.is_dir():
-        raise RecordError(f"{state}: no folder; expected the state folder of a server or a site")
-    run = next(run for run in find_runs(state) if run.current)
-    records = len(list(run.journal.glob("*.record")))
-    role = "server" if (state / "coordinator.key").exists() else "site"
-    return {
-        "role": role,
-        "running": is_running(state),
-        "run": run.folder.name,
-        "records": records,
-        "round": _last_round(run.journal),
-        "last_error": None,
-    }
-
-
-def _last_round(journal: Path) -> int:
-    """The newest round that the journal's records name, unchecked: secfacmic journal verify checks."""
-    from secure_fed.core.errors import RecordError
-    from secure_fed.protocol.records import MAGIC, RecordHeader
-    from secure_fed.protocol.signing import parse_header, split_frame
-
-    newest = max(journal.glob("*.record"))
-    frame = split_frame(MAGIC, newest.read_bytes(), 2**28, RecordError)
-    return parse_header(frame.header, RecordHeader, RecordError).round
 
 
 def _yes(value: bool) -> str:

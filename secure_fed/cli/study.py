@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 
 from secure_fed.cli.output import Json, out, print_json
-from secure_fed.core.tomlfile import write_toml
 from secure_fed.protocol.study import Study, load_study, read_study, with_fields
 
 app = typer.Typer(help="Make, check and show study files.", no_args_is_help=True)
@@ -52,13 +51,10 @@ def new(
 @app.command()
 def check(study: StudyPath, json_: Json = False) -> None:
     """Check a study file or a template; every error at once."""
-    from secure_fed.model.adapters import check_method
+    from secure_fed.operate.new_study import check_study
 
-    found = read_study(study)
-    check_method(found.method)
+    found = check_study(study)
     missing = found.missing()
-    if not missing and study.with_suffix(".safetensors").exists():
-        load_study(study)
     if json_:
         print_json({"name": found.name, "study_id": found.id, "complete": not missing, "missing": missing})
         return
@@ -138,24 +134,11 @@ def add_site(
     weight: Annotated[float, typer.Option(help="Its public weight in the average, in (0, 1].")] = 1.0,
 ) -> None:
     """Put a site's public keys into a study before its first run."""
-    from secure_fed.core.errors import StudyError
+    from secure_fed.operate.new_study import add_site as add
     from secure_fed.privacy.keys import read_public_identity
-    from secure_fed.protocol.study import SiteKeys, StudySite
 
-    found = read_study(study)
     identity = read_public_identity(public)
-    if (study.parent / "server" / "run").exists():
-        raise StudyError(
-            f"{study}: a run has begun, and a study never changes then; "
-            "let the site join by: secfacmic keys rotate --add"
-        )
-    listed = {member.name: member for member in found.sites}
-    member = listed.get(identity.name, StudySite(name=identity.name, role=role, weight=weight))
-    if member.keys is not None:
-        raise StudyError(f"{study}: site {identity.name} has keys already; expected a site without: remove them first")
-    listed[identity.name] = member.model_copy(update={"keys": SiteKeys(**identity.keys.model_dump())})
-    changed = with_fields(found, sites=[entry.model_dump(mode="json", exclude_none=True) for entry in listed.values()])
-    write_toml(study, changed)
+    changed = add(study, identity, role, weight)
     out.print(f"{study}: site {identity.name} added; study id {changed.id}", highlight=False, soft_wrap=True)
     for line in changed.missing():
         out.print(f"still missing: {line}", highlight=False, soft_wrap=True)
@@ -168,23 +151,11 @@ def amend(
     state: Annotated[Path, typer.Option(help="The server's state folder.")],
 ) -> None:
     """Bring a rotated key into force with the next round, whether the server is running or not."""
-    from secure_fed.core.errors import KeyFileError, StudyError
-    from secure_fed.protocol.records import Chain, RecordFolder
-    from secure_fed.server.coordinator import current_run, store_amendment
+    from secure_fed.protocol.sealed_key import read_sealed_file
+    from secure_fed.server.coordinator import amend_run
 
-    agreed = load_study(study)
-    run = current_run(state)
-    if run is None:
-        raise StudyError(f"{state}: no run has begun; a key can be rotated only in a run")
-    try:
-        data = sealed.read_bytes()
-    except OSError as error:
-        raise KeyFileError(f"{sealed}: cannot be read ({error.strerror}); expected a sealed key file") from error
-    chain = Chain(agreed)
-    for _ in RecordFolder(state / "runs" / run / "journal").replay(chain):
-        pass
-    store_amendment(agreed, state / "runs" / run, chain, data)
-    out.print(f"in force from round {chain.round + 1} or the next", highlight=False, soft_wrap=True)
+    first = amend_run(load_study(study), state, read_sealed_file(sealed))
+    out.print(f"in force from round {first} or the next", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -229,23 +200,18 @@ def close(
     json_: Json = False,
 ) -> None:
     """Destroy a study's keys and outboxes here, for ever, and say what remains."""
-    from secure_fed.core.errors import SiteFileError
     from secure_fed.operate.closing import close_server, close_site
 
     if (site is None) == (state is None) or (identity and site is None):
         raise typer.BadParameter("expected --site (perhaps with --identity) or --state, and one of them")
-    agreed = load_study(study)
     if site is not None:
-        from secure_fed.clients.sitefile import read_site_file
+        from secure_fed.clients.sitefile import read_site
 
-        file = read_site_file(site)
-        if load_study(Path(file.study)).study.id != agreed.study.id:
-            raise SiteFileError(f"{site}: is for study {file.study}, another than {study}; name the same study in both")
-        place = Path(file.state)
-        done = close_site(place, Path(file.identity), agreed, abandon=abandon, destroy_identity=identity)
+        file, agreed = read_site(site, study)
+        done = close_site(Path(file.state), Path(file.identity), agreed, abandon=abandon, destroy_identity=identity)
     else:
         assert state is not None
-        done = close_server(state, agreed, abandon=abandon)
+        done = close_server(state, load_study(study), abandon=abandon)
     if json_:
         print_json({"rounds": done.rounds, "destroyed": done.destroyed, "remains": done.remains})
         return

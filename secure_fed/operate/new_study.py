@@ -1,23 +1,23 @@
-"""Making a study of a template: everything that is computed once and then never recomputed."""
+"""Making a study of a template: everything that is computed once and then never recomputed; and its sites' keys."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.storage import make_folder, write_durable
-from secure_fed.core.tomlfile import to_toml
-from secure_fed.model.adapters import initial_parameters, needs_tower
+from secure_fed.core.tomlfile import to_toml, write_toml
+from secure_fed.model.adapters import check_method, initial_parameters, needs_tower
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.privacy.keys import PublicIdentity
 from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
-from secure_fed.protocol.study import InitialState, SiteKeys, Study, StudySite, with_fields
+from secure_fed.protocol.study import InitialState, SiteKeys, Study, StudySite, load_study, read_study, with_fields
 
 RANDOM_CHECKPOINT = "backbone.safetensors"
 """Name of the checkpoint that a study with random weights gets beside its ``study.toml``."""
@@ -81,6 +81,51 @@ def new_study(
     write_durable(out / "study.safetensors", tensors)
     write_durable(out / "study.toml", to_toml(study).encode())
     return study, backbone
+
+
+def check_study(path: Path) -> Study:
+    """Check a study file or a template, and the initial state beside it once the study is complete.
+
+    Raises:
+        StudyError: with every error of the file, or what the other file lacks.
+    """
+    study = read_study(path)
+    check_method(study.method)
+    if not study.missing() and path.with_suffix(".safetensors").exists():
+        load_study(path)
+    return study
+
+
+def add_site(path: Path, identity: PublicIdentity, role: Literal["train", "observer"], weight: float) -> Study:
+    """Put a site's public keys into a study of which no run has begun.
+
+    Args:
+        path: its ``study.toml``; is written anew.
+        identity: the site's.
+        role: of a site that the study does not list.
+        weight: of such a site, in (0, 1].
+
+    Returns:
+        The study with it.
+
+    Raises:
+        StudyError: a run has begun, the site has keys already, or the study does not hold together with it.
+        StorageError: the file cannot be written.
+    """
+    study = read_study(path)
+    if (path.parent / "server" / "run").exists():
+        raise StudyError(
+            f"{path}: a run has begun, and a study never changes then; let the site join by: secfacmic keys rotate "
+            "--add"
+        )
+    sites = {site.name: site for site in study.sites}
+    site = sites.get(identity.name, StudySite(name=identity.name, role=role, weight=weight))
+    if site.keys is not None:
+        raise StudyError(f"{path}: site {identity.name} has keys already; expected a site without: remove them first")
+    sites[identity.name] = site.model_copy(update={"keys": identity.keys})
+    changed = with_fields(study, sites=[_with_keys(each, None) for each in sites.values()])
+    write_toml(path, changed)
+    return changed
 
 
 def prompt_features(study: Study, backbone: LoadedBackbone) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Reading the journals in a state folder, a server's or a site's: whoever has the study can check them, without a key."""
+"""Reading the journals in a state folder, a server's or a site's: who has the study can check them, without a key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from secure_fed.core.errors import RecordError
+from secure_fed.core.errors import RecordError, StudyError
 from secure_fed.protocol.records import Chain, Record, RecordFolder, read_header
 from secure_fed.protocol.study import AgreedStudy
 
@@ -55,6 +55,21 @@ def find_runs(folder: Path) -> list[RunFolder]:
             "or a folder of records"
         )
     return runs
+
+
+def find_study(folder: Path) -> Path:
+    """The study of a journal: the nearest ``study.toml`` in its folder or above.
+
+    Raises:
+        RecordError: there is no such folder.
+        StudyError: there is no study.
+    """
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: no folder; expected one with a journal")
+    for place in (folder.resolve(), *folder.resolve().parents):
+        if (place / "study.toml").is_file():
+            return place / "study.toml"
+    raise StudyError(f"{folder}: no study.toml in it or above it; expected the journal's study: name it with --study")
 
 
 def verify_run(run: RunFolder, agreed: AgreedStudy) -> Iterator[Record]:

@@ -7,7 +7,7 @@ envelopes can add them again; the sum of a record is right exactly if the bytes 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -45,9 +45,14 @@ class EnvelopeStore:
 
     Args:
         folder: searched with all below it for ``*.envelope``. Only headers are held in memory.
+
+    Raises:
+        RecordError: there is no such folder.
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise RecordError(f"{folder}: no folder; expected the one given to server --keep-envelopes")
         self._paths: dict[bytes, Path] = {}
         for path in sorted(folder.rglob(ENVELOPES)):
             with path.open("rb") as stream:
@@ -105,3 +110,27 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iter
                 ) from None
         same = not missing and sums.record(total, tails) == record.payload
         yield Recomputed(record.header.seq, record.header.round, tuple(missing), same)
+
+
+def refuse_differences(results: Sequence[Recomputed], envelopes: Path) -> None:
+    """Check that every aggregate was added again and came out the same.
+
+    Args:
+        results: of :func:`recompute`.
+        envelopes: the folder in which envelopes were looked for.
+
+    Raises:
+        RecordError: with the records that differ; else with those whose envelopes are missing.
+    """
+    wrong = [result.seq for result in results if not result.same and not result.missing]
+    if wrong:
+        raise RecordError(
+            f"records {wrong}: not the sum of the envelopes that their contributors signed; expected the same bytes: "
+            "the coordinator garbled or forged them; show journal and envelopes to the sites"
+        )
+    absent = [result.seq for result in results if result.missing]
+    if absent or not results:
+        raise RecordError(
+            f"records {absent}: envelopes are missing or damaged in {envelopes}; expected those of every contributor; "
+            f"{len(results) - len(absent)} of {len(results)} aggregates could be added again"
+        )

@@ -8,6 +8,7 @@ to the journal. Members then *acknowledge* it, and the key maker adds a checkpoi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -74,6 +75,18 @@ class AcknowledgementHeader(SignedHeader):
     head: Hex64
     site: Name
     checkpoint: Hex64
+
+
+def read_sealed_file(path: Path) -> bytes:
+    """The bytes of a sealed key file, unchecked.
+
+    Raises:
+        KeyFileError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"{path}: cannot be read ({error.strerror}); expected a sealed key file") from error
 
 
 def check_sealed_key(data: bytes, agreed: AgreedStudy) -> SealedKeyHeader:

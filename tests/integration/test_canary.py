@@ -144,9 +144,9 @@ def look(facts: Seen) -> None:
 
 
 def status(state: Path) -> dict[str, Any]:
-    from secure_fed.cli.status import _facts
+    from secure_fed.operate.standing import standing
 
-    return _facts(state)
+    return standing(state)
 
 
 def sent_by(seen: Seen, name: str) -> bytes:

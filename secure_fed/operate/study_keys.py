@@ -1,0 +1,93 @@
+"""The study's key at a site: made and sealed to all by the key maker, taken by the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from secure_fed.clients.keyring import KeyRing
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile, read_site
+from secure_fed.core.storage import write_durable
+from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key, load_identity
+from secure_fed.protocol.sealed_key import SealedKeyHeader
+from secure_fed.protocol.study import AgreedStudy, StudySite
+
+
+def create_key(site: Path, study: Path, into: Path) -> SealedKeyHeader:
+    """Make a key for a new run and seal it to all sites; at the study's key maker only.
+
+    Args:
+        site: the key maker's ``site.toml``.
+        study: the study; must be the one that the site is for.
+        into: where the sealed key file is written.
+
+    Raises:
+        SiteFileError: the study is another.
+        KeyFileError: this site makes no keys.
+        StorageError: the file cannot be written; then the site does not hold the key either.
+    """
+    _, agreed, identity, ring = _open(site, study)
+    return _keep(ring, create_sealed_key(agreed, identity, ring.newest[0] + 1), into)
+
+
+def rotate_key(
+    site: Path, study: Path, into: Path, add: Sequence[PublicIdentity] = (), remove: Sequence[str] = ()
+) -> SealedKeyHeader:
+    """Make the key that replaces the one of the current run; at the study's key maker only.
+
+    Args:
+        site, study, into: as for :func:`create_key`.
+        add: sites that join, to train.
+        remove: names of sites that leave.
+
+    Raises:
+        KeyFileError: also if the members cannot change so.
+        SiteFileError, StorageError: as for :func:`create_key`.
+    """
+    file, agreed, identity, ring = _open(site, study)
+    here = Site(file, agreed)
+    joining = tuple(StudySite(name=each.name, keys=each.keys) for each in add)
+    sealed = create_sealed_key(
+        agreed, identity, ring.newest[0] + 1, here.key_in_force, here.members, joining, tuple(remove)
+    )
+    return _keep(ring, sealed, into)
+
+
+def accept_key(site: Path, sealed: bytes) -> SealedKeyHeader:
+    """Take a sealed key at a site, after checking its maker, study and epoch.
+
+    Args:
+        site: its ``site.toml``.
+        sealed: the sealed key file.
+
+    Raises:
+        KeyFileError: refused; what the site held stays.
+    """
+    *_, ring = _open(site)
+    return ring.accept(sealed)
+
+
+def held_keys(site: Path) -> dict[int, SealedKeyHeader]:
+    """The headers of the keys that a site holds, by epoch.
+
+    Args:
+        site: its ``site.toml``.
+
+    Raises:
+        KeyFileError: one is damaged or of another study.
+    """
+    *_, ring = _open(site)
+    return ring.headers
+
+
+def _open(site: Path, study: Path | None = None) -> tuple[SiteFile, AgreedStudy, Identity, KeyRing]:
+    file, agreed = read_site(site, study)
+    identity = load_identity(Path(file.identity), file.site)
+    return file, agreed, identity, KeyRing(Path(file.state) / "keys", agreed, identity)
+
+
+def _keep(ring: KeyRing, sealed: bytes, into: Path) -> SealedKeyHeader:
+    """Write the file for the others first: a key that only the maker holds would be of no use."""
+    write_durable(into, sealed)
+    return ring.accept(sealed)

@@ -1,0 +1,62 @@
+"""A server's or a site's process: one a state folder, and only while the study is open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from secure_fed.clients.sitefile import SiteServer, read_site_file
+from secure_fed.core.errors import DataError, SiteFileError, StorageError, StudyClosedError
+from secure_fed.core.status import StatusFile, is_running
+from secure_fed.operate.running import running
+from secure_fed.operate.taking_part import take_part
+from tests.conftest import Federation
+
+
+@pytest.fixture(autouse=True)
+def own_root() -> Iterator[None]:
+    kept = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = kept
+
+
+def test_a_state_folder_has_one_process_and_keeps_what_it_says(tmp_path: Path) -> None:
+    with running(tmp_path, "server"):
+        assert is_running(tmp_path)
+        logging.getLogger("secure_fed.server").error("the disk is old")
+        with pytest.raises(StorageError, match="another process"), running(tmp_path, "server"):
+            pass
+    assert not is_running(tmp_path)
+    assert "the disk is old" in (tmp_path / "log" / "server.jsonl").read_text()
+    assert StatusFile(tmp_path).read()["last_error"]["text"] == "the disk is old"
+
+
+def test_nothing_runs_where_the_study_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "closed").write_text("{}")
+    with pytest.raises(StudyClosedError), running(tmp_path, "site"):
+        pass
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_site_without_a_server_is_refused_before_anything_is_made(federation: Federation, tmp_path: Path) -> None:
+    file = read_site_file(federation.folder / "sites/ash/site.toml")
+    state = tmp_path / "state"
+    with pytest.raises(SiteFileError, match=r"no \[server\] table"):
+        take_part(file.model_copy(update={"state": str(state)}))
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(("kind", "in_full"), [("patients", True), ("patients", False), ("public", False)])
+def test_what_a_refusal_quotes_of_patients_reaches_no_status(federation: Federation, kind: str, in_full: bool) -> None:
+    file = read_site_file(federation.folder / "sites/ash/site.toml")
+    folder = federation.folder / "ward-of-mueller"
+    data = file.data.model_copy(update={"folder": str(folder), "kind": kind})
+    server = SiteServer(address="127.0.0.1:1", authority="ca.crt")
+    with pytest.raises(DataError) as refusal:
+        take_part(file.model_copy(update={"data": data, "server": server}), in_full=in_full)
+    told = StatusFile(Path(file.state)).read()["last_error"]["text"]
+    assert ("mueller" in str(refusal.value)) == (in_full or kind == "public")
+    assert ("mueller" in told) == (kind == "public")
