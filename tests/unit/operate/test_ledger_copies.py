@@ -1,0 +1,41 @@
+"""What a site's people see of its privacy ledger, and copies that can be put back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
+from secure_fed.core.errors import LedgerError
+from secure_fed.operate.ledger_copies import export_ledger, ledger_facts, restore_ledger
+from tests.conftest import Federation
+
+
+@pytest.fixture
+def file(federation: Federation) -> SiteFile:
+    found = read_site_file(federation.folder / "sites/ash/site.toml")
+    return found.model_copy(update={"privacy": SitePrivacy(epsilon=3.0)})
+
+
+def test_a_site_that_never_spent_has_an_empty_ledger_and_nothing_to_export(file: SiteFile, tmp_path: Path) -> None:
+    facts = ledger_facts(file)
+    assert (facts["epsilon_spent"], facts["epsilon_budget"], facts["events"]) == (0.0, 3.0, [])
+    with pytest.raises(LedgerError, match="no ledger; expected one"):
+        export_ledger(file, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_an_export_is_secret_and_is_put_back_as_it_was(file: SiteFile, federation: Federation, tmp_path: Path) -> None:
+    Site(file, federation.agreed)  # begins the ledger
+    before = ledger_facts(file)
+    seq = export_ledger(file, tmp_path / "export")
+    assert seq == before["head"]["seq"]
+    assert (tmp_path / "export").stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(Path(file.state) / "privacy")
+    assert restore_ledger(file, tmp_path / "export") == seq
+    assert ledger_facts(file) == before
+    with pytest.raises(LedgerError, match=r"none: cannot be read .*; expected a ledger's export"):
+        restore_ledger(file, tmp_path / "none")
