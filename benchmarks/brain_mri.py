@@ -41,7 +41,7 @@ from secure_fed.model.scores import SCALARS
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.study import AgreedStudy, InitialState, Study, read_study, with_fields
+from secure_fed.protocol.study import AgreedStudy, InitialState, Template, read_template, with_fields
 
 RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates that validation chooses from."""
@@ -100,7 +100,7 @@ ROWS = (
 class World:
     """One seed's study, features and backbone: everything that the rows share."""
 
-    def __init__(self, template: Study, seed: int, data: Path, work: Path) -> None:
+    def __init__(self, template: Template, seed: int, data: Path, work: Path) -> None:
         out = work / f"seed-{seed}"
         agreed = prepare(with_fields(template, seed=seed, mode="plain"), out, data)
         earlier = sorted(work.glob("seed-*/sites"))
@@ -218,7 +218,7 @@ def test(world: World, agreed: AgreedStudy, tower: Any, at: Callable[[str], Para
     return found
 
 
-def run_seed(template: Study, seed: int, data: Path, work: Path) -> dict[str, Any]:
+def run_seed(template: Template, seed: int, data: Path, work: Path) -> dict[str, Any]:
     """All rows and baselines of one seed: chosen rate and weight, validation, curve and test metrics."""
     torch.set_num_threads(1)
     world = World(template, seed, data, work)
@@ -375,7 +375,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start = time.monotonic()
-    template, data = read_study(Path("brain_mri")), arguments.data.resolve()
+    template, data = read_template(Path("brain_mri")), arguments.data.resolve()
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
         World(template, 0, data, work)  # encodes all images, once

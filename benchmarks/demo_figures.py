@@ -17,7 +17,7 @@ from rich.table import Table
 
 from secure_fed.lab.simulation import Listener, simulate
 from secure_fed.operate.summary import METHODS, SUMMARY, Result, StudySummary, read_summary
-from secure_fed.protocol.study import read_study, with_fields
+from secure_fed.protocol.study import read_template, with_fields
 
 SEEDS = (0, 1, 2)
 LMMD_WEIGHTS = (0.0, 1.0)
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     silent = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
-    template = read_study(arguments.study)
+    template = read_template(arguments.study)
     console = Console()
     rows = []
     for weight in LMMD_WEIGHTS:

@@ -45,7 +45,7 @@ from secure_fed.privacy.dp_training import (
     to_double,
 )
 from secure_fed.privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases, Plan
-from secure_fed.protocol.study import AgreedStudy, Method, Study, read_study
+from secure_fed.protocol.study import AgreedStudy, Method, Template, read_template
 
 DELTA = 1e-5
 METHODS = ("text_head", "low_rank", "facmic")
@@ -64,7 +64,7 @@ PROMPTS = {
 NAMES = ("north", "east", "south")
 
 
-def phantom_template(seed: int, second_scanner: bool) -> Study:
+def phantom_template(seed: int, second_scanner: bool) -> Template:
     """Three hospitals; with ``second_scanner``, for each one group of patients more, seen by another scanner."""
     names = [*NAMES, *(f"{name}-new" for name in NAMES)] if second_scanner else list(NAMES)
     table = {
@@ -93,17 +93,17 @@ def phantom_template(seed: int, second_scanner: bool) -> Study:
             "phantom_seed": seed,
         },
     }
-    return parse_table(table, Study, SystemExit, "template")  # type: ignore[type-var]
+    return parse_table(table, Template, SystemExit, "template")  # type: ignore[type-var]
 
 
-def brain_template() -> Study:
-    table = read_study(Path("brain_mri")).model_dump(mode="json", exclude_none=True)
+def brain_template() -> Template:
+    table = read_template(Path("brain_mri")).model_dump(mode="json", exclude_none=True)
     table["mode"] = "plain"
     table["backbone"] = {"model": "mini-clip", "weights": "file", "file": "mini-clip.safetensors"}
-    return parse_table(table, Study, SystemExit, "template")  # type: ignore[type-var]
+    return parse_table(table, Template, SystemExit, "template")  # type: ignore[type-var]
 
 
-def load(template: Study, out: Path, data: Path | None) -> tuple[AgreedStudy, list[SiteFeatures]]:
+def load(template: Template, out: Path, data: Path | None) -> tuple[AgreedStudy, list[SiteFeatures]]:
     agreed = prepare(template, out, data)
     sites = open_sites(agreed, out)
     return agreed, [site.features() for site in sites if agreed.study.site(site.name).role == "train"]

@@ -22,7 +22,7 @@ from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import open_sites
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
-from secure_fed.protocol.study import Study
+from secure_fed.protocol.study import Template
 from secure_fed.server.coordinator import current_run
 from tests.conftest import make_images, template_table
 from tests.network import Network, busy, peak
@@ -39,14 +39,14 @@ def main() -> None:
         print(json.dumps(measure(Path(folder), arguments.rounds), indent=2))
 
 
-def template(rounds: int) -> Study:
+def template(rounds: int) -> Template:
     """Four training sites; a CLIP of width 512 makes 0.53 million values."""
     table = template_table(rounds=rounds, round_seconds=600)
     table["sites"] = [{"name": name} for name in SITES]
     table["encoding"] = {"bits": 16, "lanes": 2, "value_bound": 0.1}
     table["backbone"] = {"model": "mini-clip", "weights": "random", "seed": 1}
     table["training"] = {"steps": 1, "learning_rate": 0.003, "batch_size": 8}
-    return parse_table(table, Study, ValueError, "template")  # type: ignore[type-var]
+    return parse_table(table, Template, ValueError, "template")  # type: ignore[type-var]
 
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:

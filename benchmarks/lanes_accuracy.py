@@ -17,13 +17,13 @@ from rich.table import Table
 
 from secure_fed.lab.simulation import Listener, open_run, open_sites, prepare, run_rounds
 from secure_fed.protocol.packing import largest_bits
-from secure_fed.protocol.study import Study, read_study, with_fields
+from secure_fed.protocol.study import Template, read_template, with_fields
 
 SEEDS = range(5)
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
 
 
-def held_out(study: Study, data: Path | None) -> float:
+def held_out(study: Template, data: Path | None) -> float:
     """Federated balanced accuracy on the observer's images, in percent."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -43,7 +43,7 @@ def main() -> None:
     table = Table("study", "two lanes", "three lanes", "difference", "its standard error")
     rows = []
     for name, data in studies:
-        template = read_study(name)
+        template = read_template(name)
         results: dict[int, list[float]] = {2: [], 3: []}
         for seed in SEEDS:
             for lanes, values in results.items():

@@ -31,7 +31,7 @@ from secure_fed.lab.simulation import open_sites
 from secure_fed.protocol.journal import find_runs
 from secure_fed.protocol.recompute import EnvelopeStore, recompute
 from secure_fed.protocol.records import Chain, Record, RecordFolder
-from secure_fed.protocol.study import Study
+from secure_fed.protocol.study import Template
 from secure_fed.server.coordinator import current_run
 from tests.conftest import OBSERVER, TRAINING, make_images, make_template
 from tests.network import Network
@@ -52,7 +52,7 @@ SHARE = 0.35
 """Share of the rounds in which something happens."""
 
 
-def template(rounds: int, sites: int) -> Study:
+def template(rounds: int, sites: int) -> Template:
     """A small study; two sites share a folder of images where there are more sites than folders."""
     names = TREES[:sites]
     folders = (*TRAINING, OBSERVER)

@@ -12,7 +12,7 @@ from secure_fed.privacy.ckks import StudySecret
 from secure_fed.privacy.keys import Identity, load_identity, open_sealed_key
 from secure_fed.protocol.sealed_key import SealedKeyHeader, check_sealed_key
 from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST
-from secure_fed.protocol.study import AgreedStudy, StudySite
+from secure_fed.protocol.study import AgreedStudy, Member
 
 
 class KeyRing:
@@ -112,7 +112,7 @@ class KeyRing:
                 self._file(epoch).unlink()
         sync_folder(self._folder)
 
-    def joined(self, name: str) -> StudySite | None:
+    def joined(self, name: str) -> Member | None:
         """The site of that name as a key held here lets it join, if one does."""
         for header in reversed(list(self.headers.values())):
             for site in header.added:
@@ -135,7 +135,7 @@ class Membership(NamedTuple):
 
     identity: Identity
     keys: KeyRing
-    site: StudySite
+    site: Member
 
 
 def membership(file: SiteFile, agreed: AgreedStudy) -> Membership:

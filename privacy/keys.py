@@ -41,7 +41,7 @@ from secure_fed.protocol.signing import (
     sign_frame,
     split_frame,
 )
-from secure_fed.protocol.study import AgreedStudy, Name, SiteKeys, StudySite, canonical_json
+from secure_fed.protocol.study import AgreedStudy, Member, Name, SiteKeys, canonical_json
 
 _LOCKED = b"age-encryption.org/"
 _NONCE_BYTES = 12
@@ -181,8 +181,8 @@ def create_sealed_key(
     maker: Identity,
     epoch: int,
     previous: str = ZERO_DIGEST,
-    members: Mapping[str, StudySite] | None = None,
-    added: tuple[StudySite, ...] = (),
+    members: Mapping[str, Member] | None = None,
+    added: tuple[Member, ...] = (),
     removed: tuple[str, ...] = (),
 ) -> bytes:
     """Make a new CKKS secret and tag key for a study and seal them to all its members.
@@ -209,7 +209,7 @@ def create_sealed_key(
     before = {site.name: site for site in study.sites} if members is None else members
     after = members_after(before, added, removed, agreed)
     secret = StudySecret.generate()
-    recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in after.values() if site.keys]
+    recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in after.values()]
     sealed = pyrage.encrypt(secret.to_bytes(), recipients)
     header = SealedKeyHeader(
         version=1,

@@ -1,6 +1,6 @@
 """The core of secfacmic: what sites and server have in common, and the commands on top.
 
-``Study``, ``Site``, ``Coordinator`` and ``simulate`` are for programs (docs/api.md). They are loaded when they are
+``Template``, ``Site``, ``Coordinator`` and ``simulate`` are for programs (docs/api.md). They are loaded when they are
 first asked for, so that a server that imports this package loads nothing that trains or holds a key.
 """
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secure_fed.clients.site import Site
     from secure_fed.lab.simulation import simulate
-    from secure_fed.protocol.study import Study
+    from secure_fed.protocol.study import Study as Study  # deprecated: a template is no study any more
+    from secure_fed.protocol.study import Template
     from secure_fed.server.coordinator import Coordinator
 
 if Path(__file__).with_name("clients").is_file():
@@ -22,12 +23,13 @@ if Path(__file__).with_name("clients").is_file():
         "check out again with git config core.symlinks true (on Windows with developer mode on), or install the wheel"
     )
 
-__all__ = ["Coordinator", "Site", "Study", "simulate"]
+__all__ = ["Coordinator", "Site", "Template", "simulate"]
 
 _HOMES = {
     "Coordinator": "secure_fed.server.coordinator",
     "Site": "secure_fed.clients.site",
     "Study": "secure_fed.protocol.study",
+    "Template": "secure_fed.protocol.study",
     "simulate": "secure_fed.lab.simulation",
 }
 

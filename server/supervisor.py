@@ -19,7 +19,7 @@ from secure_fed.core.processes import start, stop
 from secure_fed.core.status import StatusFile
 from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
-from secure_fed.protocol.study import AgreedStudy, StudySite, load_study
+from secure_fed.protocol.study import AgreedStudy, Member, load_study
 from secure_fed.server.coordinator import Coordinator, current_run
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.metrics import serve_metrics
@@ -125,8 +125,8 @@ def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | Non
     Coordinator.begin(agreed, folders.state, signing, key_id)
 
 
-def _flower_keys(members: Mapping[str, StudySite]) -> dict[str, str]:
-    return {site.name: site.keys.flower for site in members.values() if site.keys is not None}
+def _flower_keys(members: Mapping[str, Member]) -> dict[str, str]:
+    return {site.name: site.keys.flower for site in members.values()}
 
 
 def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> None:

@@ -20,7 +20,7 @@ from secure_fed.lab.simulation import prepare, simulate
 from secure_fed.operate.new_study import COORDINATOR_KEY
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.protocol.signing import load_signing_key
-from secure_fed.protocol.study import AgreedStudy, Study, load_study
+from secure_fed.protocol.study import AgreedStudy, Template, load_study
 from secure_fed.server.coordinator import Coordinator
 
 CLASSES = ("dark", "light", "striped")
@@ -56,9 +56,9 @@ def template_table(**changes: Any) -> dict[str, Any]:
     return table | changes
 
 
-def make_template(**changes: Any) -> Study:
+def make_template(**changes: Any) -> Template:
     """The small study's template."""
-    return parse_table(template_table(**changes), Study, ValueError, "template")  # type: ignore[type-var]
+    return parse_table(template_table(**changes), Template, ValueError, "template")  # type: ignore[type-var]
 
 
 def make_images(root: Path, per_class: int = 10) -> None:

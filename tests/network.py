@@ -17,7 +17,7 @@ from typing import Any
 
 from secure_fed.core.processes import PARENT
 from secure_fed.lab.demo import prepare_federation
-from secure_fed.protocol.study import Study, load_study
+from secure_fed.protocol.study import Template, load_study
 from secure_fed.server.coordinator import current_run
 from tests import fault_hooks
 from tests.forked import Forked
@@ -46,7 +46,7 @@ class Network:
             and memory, or started by command.
     """
 
-    def __init__(self, folder: Path, template: Study, images: Path, *, forked: bool = False) -> None:
+    def __init__(self, folder: Path, template: Template, images: Path, *, forked: bool = False) -> None:
         self.folder = folder
         self.forked = forked
         with socket.socket() as probe:

@@ -30,12 +30,12 @@ def attack(
     """Attack a study on public or simulated data: membership inference and inversion, of each view of it."""
     from secure_fed.lab.attack import attack as run
     from secure_fed.lab.attack import describe
-    from secure_fed.protocol.study import read_study
+    from secure_fed.protocol.study import read_template
 
     with Progress(console=console) as progress:
         bar = progress.add_task("training and attacking", total=shadows)
         report = run(
-            read_study(study),
+            read_template(study),
             into,
             data,
             epsilons=epsilon or [3.0],

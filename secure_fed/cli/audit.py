@@ -29,10 +29,10 @@ def audit(
     from secure_fed.core.errors import AuditFailedError
     from secure_fed.privacy.attacks import attack_with_and_without
     from secure_fed.privacy.audit import audit as run
-    from secure_fed.protocol.study import PrivateTraining, read_study
+    from secure_fed.protocol.study import PrivateTraining, read_study_file
 
     torch.set_num_threads(1)  # on arrays so small, more threads mostly wait for each other
-    settings = PrivateTraining() if study is None else read_study(study).privacy
+    settings = PrivateTraining() if study is None else read_study_file(study).privacy
     result = run(epsilon, delta, settings, canaries=canaries, guesses=min(guesses, canaries))
     private, plain = attack_with_and_without(epsilon, delta)
     if json_:

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The study's key: make, take, rotate, show.", no_args_is_help=True)
 
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml.")]
+StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml.")]
 SitePath = Annotated[Path, typer.Option("--site", help="This site's site.toml.")]
 OutFile = Annotated[Path, typer.Option("--out", help="The sealed key file to write; it may travel over the server.")]
 
 
 @app.command()
-def create(study: StudyFile, site: SitePath, into: OutFile) -> None:
+def create(study: StudyPath, site: SitePath, into: OutFile) -> None:
     """Make a key for a new run and seal it to all sites; at the study's key maker only."""
     from secure_fed.operate.study_keys import create_key
 
@@ -31,7 +31,7 @@ def create(study: StudyFile, site: SitePath, into: OutFile) -> None:
 
 @app.command()
 def rotate(
-    study: StudyFile,
+    study: StudyPath,
     site: SitePath,
     into: OutFile,
     remove: Annotated[list[str] | None, typer.Option(help="A site that leaves.")] = None,

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from secure_fed.cli.output import Json, out, print_json
-from secure_fed.protocol.study import Study, load_study, read_study, with_fields
+from secure_fed.protocol.study import Template, load_study, read_study_file, read_template, with_fields
 
 app = typer.Typer(help="Make, check and show study files.", no_args_is_help=True)
 
@@ -18,11 +18,11 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Seed of splits, initial a
 Mode = Annotated[Literal["he", "plain"] | None, typer.Option(help="he (encrypted) or plain.")]
 
 
-def template(path: Path, seed: int | None, mode: str | None) -> Study:
+def template(path: Path, seed: int | None, mode: str | None) -> Template:
     """Read a template and apply what the command line changes."""
-    study = read_study(path)
+    found = read_template(path)
     changes = {name: value for name, value in (("seed", seed), ("mode", mode)) if value is not None}
-    return with_fields(study, **changes) if changes else study
+    return with_fields(found, **changes) if changes else found
 
 
 @app.command()
@@ -65,7 +65,7 @@ def check(study: StudyPath, json_: Json = False) -> None:
 @app.command()
 def show(study: StudyPath, json_: Json = False) -> None:
     """Show what a study says."""
-    found = read_study(study)
+    found = read_study_file(study)
     if json_:
         print_json({"study_id": found.id, **found.model_dump(mode="json", exclude_none=True)})
         return
@@ -167,7 +167,7 @@ def diff(
     """Show what changed between two versions of a study; exit status 0 whether it did or not."""
     from secure_fed.protocol.study import differences
 
-    first, second = read_study(before), read_study(after)
+    first, second = read_study_file(before), read_study_file(after)
     changes = differences(first, second)
     if json_:
         ids = {"before": first.id, "after": second.id}

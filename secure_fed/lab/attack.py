@@ -44,7 +44,7 @@ from secure_fed.privacy.dp_training import (
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.packing import MODULUS, Binding, CipherWire, Contribution
-from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study import AgreedStudy, Template
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 CAVEAT = (
@@ -96,7 +96,7 @@ class _Seen:
 
 
 def attack(
-    template: Study,
+    template: Template,
     out: Path,
     data: Path | None = None,
     *,

@@ -28,7 +28,7 @@ from secure_fed.model.device import DeviceChoice
 from secure_fed.operate.summary import SUMMARY, SiteSummary, read_summary
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
-from secure_fed.protocol.study import AgreedStudy, Study, with_fields
+from secure_fed.protocol.study import AgreedStudy, Template, with_fields
 from secure_fed.server.coordinator import current_run
 from secure_fed.transport.certificates import CA, create_authority
 
@@ -41,7 +41,7 @@ LOGS = "logs"
 LOOK_SECONDS = 0.1
 
 
-def with_sites(template: Study, count: int) -> Study:
+def with_sites(template: Template, count: int) -> Template:
     """The template with its first training sites only, and all its observers.
 
     Raises:
@@ -65,7 +65,7 @@ def with_sites(template: Study, count: int) -> Study:
 
 
 def prepare_federation(
-    template: Study, out: Path, data: Path | None, port: int = PORT, budget: Budget | None = None
+    template: Template, out: Path, data: Path | None, port: int = PORT, budget: Budget | None = None
 ) -> AgreedStudy:
     """Write study, authority, keys and site folders, and begin a run, but start nothing.
 
@@ -89,7 +89,7 @@ def prepare_federation(
 
 
 def run_demo(
-    template: Study,
+    template: Template,
     out: Path,
     data: Path | None,
     listener: Listener,

@@ -45,7 +45,7 @@ from secure_fed.protocol.codec import Parameters, adapter_digest
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
-from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Study, as_template, load_study
+from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Template, as_template, load_study
 from secure_fed.server.coordinator import Coordinator, current_run
 
 
@@ -88,7 +88,7 @@ class Listener:
 
 
 def simulate(
-    template: Study,
+    template: Template,
     out: Path,
     data: Path | None = None,
     listener: Listener | None = None,
@@ -124,7 +124,7 @@ def simulate(
 
 
 def _simulate(
-    template: Study,
+    template: Template,
     out: Path,
     data: Path | None,
     listener: Listener,
@@ -201,7 +201,7 @@ def finish(
 
 
 def prepare(
-    template: Study,
+    template: Template,
     out: Path,
     data: Path | None,
     server: SiteServer | None = None,
@@ -244,17 +244,13 @@ def prepare(
     return agreed
 
 
-def plan_of(template: Study, data: Path | None) -> Simulation:
+def plan_of(template: Template, data: Path | None) -> Simulation:
     """The template's ``[simulation]`` table, if it can be played with this data folder.
 
     Raises:
         StudyError: it cannot.
     """
-    plan = template.simulation
-    if plan is None:
-        raise StudyError(
-            f"study {template.name}: no [simulation] table; expected one that says where the sites' data are"
-        )
+    plan = template.plan
     if data is None and not plan.phantoms:
         raise StudyError(f"study {template.name}: it has no phantoms; give its data folder with --data")
     return plan

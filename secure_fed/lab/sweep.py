@@ -35,7 +35,7 @@ from secure_fed.lab.sweep_file import (
 )
 from secure_fed.lab.workers import Outcome, Outcomes, run_locally, run_on_ray
 from secure_fed.operate.summary import StudySummary, parse_summary
-from secure_fed.protocol.study import PhantomGroup, Study
+from secure_fed.protocol.study import PhantomGroup, Template
 
 CAVEAT = (
     "A curve from a sweep is for choosing on public or simulated data: on patients' data every trial would be a "
@@ -169,13 +169,11 @@ def run_sweep(
         }
         write_durable(out / "sweep.json", (json.dumps(facts, indent=2) + "\n").encode())
         _clear(out)
-        tasks = {
-            trial.id: _task(trial, file, out.resolve()) for trial in trials if not _is_done(lines.newest.get(trial.id))
-        }
-        ended = {trial.id: True for trial in trials if trial.id not in tasks}
+        ended = {trial.id: True for trial in trials if _is_done(lines.newest.get(trial.id))}
+        due = [trial for trial in trials if trial.id not in ended]
 
-        def end(task: _Task, outcome: Outcome) -> None:
-            line = _line(task.trial, outcome)
+        def end(trial: Trial, outcome: Outcome) -> None:
+            line = _line(trial, outcome)
             lines.append(line)
             ended[line.trial] = _is_done(line)
             tell()
@@ -184,25 +182,27 @@ def run_sweep(
             listener.trials(sum(ended.values()), len(ended) - sum(ended.values()), len(trials))
 
         tell()
-        for task in tasks.values():
-            if task.trial.error is not None:
-                end(task, Outcome(task, None, task.trial.error, 0.0))
+        tasks = []
+        for trial in due:
+            if trial.study is None:
+                end(trial, Outcome(trial, None, trial.error, 0.0))
+            else:
+                tasks.append(_task(trial, trial.study, file, out.resolve()))
         listener.stage("making phantoms and features")
         groups: dict[str, list[_Task]] = {}
-        for task in tasks.values():
-            if task.trial.id not in ended:
-                groups.setdefault(task.images, []).append(task)
+        for task in tasks:
+            groups.setdefault(task.images, []).append(task)
         firsts = [group[0] for group in groups.values() if not group[0].is_prepared]
         with closing(run_locally(_prepare, firsts, min(1, len(firsts)), out / LOG)) as outcomes:
             for outcome in outcomes:
                 if outcome.error is not None:
                     for task in groups[outcome.task.images]:
-                        end(task, replace(outcome, task=task))
+                        end(task.trial, outcome)
         listener.stage("running trials")
-        ready = [task for task in tasks.values() if task.trial.id not in ended]
+        ready = [task for task in tasks if task.trial.id not in ended]
         with closing(_run(ready, jobs, ray, out)) as outcomes:
             for outcome in outcomes:
-                end(outcome.task, outcome)
+                end(outcome.task.trial, outcome)
         _clear(out)
     return read_sweep(out)
 
@@ -233,7 +233,7 @@ def _refuse_other(out: Path, file: SweepFile, trials: Sequence[Trial], newest: M
         )
 
 
-def _facts(file: SweepFile, study: Study, trials: Sequence[Trial]) -> dict[str, Any]:
+def _facts(file: SweepFile, study: Template, trials: Sequence[Trial]) -> dict[str, Any]:
     values: dict[str, list[Any]] = {}
     for trial in trials:
         for name, value in trial.settings.items():
@@ -241,8 +241,7 @@ def _facts(file: SweepFile, study: Study, trials: Sequence[Trial]) -> dict[str, 
             if value not in known:
                 known.append(value)
     values.pop("seed")
-    plan = study.simulation
-    assert plan is not None  # read_sweep_file refuses a study without
+    plan = study.plan
     return {
         "format": 1,
         "name": file.name,
@@ -292,7 +291,7 @@ class _Task:
     """
 
     trial: Trial
-    study: Study | None
+    study: Template
     data: Path
     folder: Path
     phantoms: tuple[tuple[str, PhantomGroup], ...]
@@ -313,12 +312,8 @@ class _Task:
         return self.data / home / group.name / "manifest.csv"
 
 
-def _task(trial: Trial, file: SweepFile, out: Path) -> _Task:
-    study = trial.study
-    if study is None:
-        return _Task(trial, None, out, out, (), "")
-    plan = study.simulation
-    assert plan is not None  # read_sweep_file refuses a study without
+def _task(trial: Trial, study: Template, file: SweepFile, out: Path) -> _Task:
+    plan = study.plan
     phantoms: tuple[tuple[str, PhantomGroup], ...] = ()
     data = out / "phantoms" if file.data is None else Path(file.data)
     if file.data is None:
@@ -327,7 +322,7 @@ def _task(trial: Trial, file: SweepFile, out: Path) -> _Task:
         phantoms = tuple((homes[group.name], group) for group in plan.phantoms)
         sites = tuple(site.model_copy(update={"folder": f"{homes[site.folder]}/{site.folder}"}) for site in plan.sites)
         study = study.model_copy(update={"simulation": plan.model_copy(update={"sites": sites, "phantoms": ()})})
-    need = [site.folder for site in (study.simulation or plan).sites], study.backbone.model_dump(mode="json")
+    need = [site.folder for site in study.plan.sites], study.backbone.model_dump(mode="json")
     seed = study.seed if study.backbone.mirrored else 0  # mirrored are those images that the split puts into training
     return _Task(trial, study, data, out, phantoms, digest([*need, str(data), seed, trial.images]))
 
@@ -337,12 +332,10 @@ def _prepare(task: _Task) -> None:
     from secure_fed.lab.phantoms import PhantomSite, make_phantoms
     from secure_fed.lab.simulation import open_sites, prepare
 
-    assert task.study is not None
-    assert task.study.simulation is not None
     for home, group in task.phantoms:
         if not task.manifest(home, group).exists():
             shutil.rmtree(task.data / home, ignore_errors=True)
-            make_phantoms(task.data / home, [PhantomSite(**group.model_dump())], task.study.simulation.phantom_seed)
+            make_phantoms(task.data / home, [PhantomSite(**group.model_dump())], task.study.plan.phantom_seed)
     with _scratch(task) as scratch:
         agreed = prepare(task.study, scratch, task.data)
         _lend_features(task, scratch)
@@ -361,7 +354,6 @@ def _run_trial(task: _Task) -> dict[str, Any]:
     from secure_fed.lab.simulation import Budget, prepare, simulate
 
     trial = task.trial
-    assert task.study is not None
     if not (task.folder / "features").is_dir():
         raise OutputError(
             f"{platform.node()}: no folder {task.folder} there; a cluster needs --out in a place that all its nodes see"
@@ -397,9 +389,7 @@ def _feature_files(task: _Task, scratch: Path) -> Iterator[tuple[str, Path, Path
     """By site: where its features are kept, and where the site itself looks for them."""
     from secure_fed.clients.sitefile import FEATURES
 
-    assert task.study is not None
-    assert task.study.simulation is not None
-    for site in task.study.simulation.sites:
+    for site in task.study.plan.sites:
         kept = task.folder / "features" / f"{digest(str(task.data / site.folder))}.sqlite"
         yield site.name, kept, scratch / "sites" / site.name / "state" / FEATURES
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from secure_fed import configs
 from secure_fed.core.errors import SecfacmicError, SiteFileError, StudyError, SweepFileError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
-from secure_fed.protocol.study import Name, Study, Text, canonical_json, read_study
+from secure_fed.protocol.study import Name, Template, Text, canonical_json, read_template
 
 DELTA = 1e-5
 """The budget's delta where a sweep sets none."""
@@ -87,7 +87,7 @@ class Trial:
 
     id: str
     settings: Settings
-    study: Study | None
+    study: Template | None
     images: str
     error: str | None = None
 
@@ -103,7 +103,7 @@ class Trial:
         return float(self.settings.get("delta", DELTA))
 
 
-def read_sweep_file(path: Path) -> tuple[SweepFile, Study]:
+def read_sweep_file(path: Path) -> tuple[SweepFile, Template]:
     """Read a sweep file and the study it names; a path that is no file is looked up among the packaged sweeps.
 
     Raises:
@@ -114,7 +114,7 @@ def read_sweep_file(path: Path) -> tuple[SweepFile, Study]:
     found = found if found.is_file() else configs.find(path)
     file = read_toml(found, SweepFile, SweepFileError)
     beside = found.parent / file.study
-    study = read_study(beside if beside.is_file() else Path(file.study))
+    study = read_template(beside if beside.is_file() else Path(file.study))
     plan = study.simulation
     if plan is None:
         raise StudyError(
@@ -131,7 +131,7 @@ def read_sweep_file(path: Path) -> tuple[SweepFile, Study]:
     return file, study
 
 
-def plan_trials(file: SweepFile, study: Study) -> list[Trial]:
+def plan_trials(file: SweepFile, study: Template) -> list[Trial]:
     """All trials, in the order of the file: list, then grid, then seeds.
 
     Settings that do not fit together make a trial that fails at once.
@@ -157,7 +157,7 @@ def plan_trials(file: SweepFile, study: Study) -> list[Trial]:
     return trials
 
 
-def _usual(study: Study, path: str) -> Iterator[Any]:
+def _usual(study: Template, path: str) -> Iterator[Any]:
     """The value that a study has without being told, if it has one."""
     if path in ("epsilon", "delta"):
         yield {"epsilon": None, "delta": DELTA}[path]
@@ -173,7 +173,7 @@ def _usual(study: Study, path: str) -> Iterator[Any]:
         yield at
 
 
-def _trial(base: Study, chosen: Settings, settings: Settings, images: str) -> Trial:
+def _trial(base: Template, chosen: Settings, settings: Settings, images: str) -> Trial:
     """A trial with the settings that are chosen for it; ``settings`` also has what others choose otherwise."""
     try:
         epsilon, delta = _budget(settings)
@@ -196,22 +196,22 @@ def _budget(settings: Settings) -> tuple[float | None, float | None]:
     return checked.epsilon, checked.delta
 
 
-def with_settings(study: Study, settings: Mapping[str, Any]) -> Study:
-    """A study with values changed by dotted path, checked as a whole again.
+def with_settings(template: Template, settings: Mapping[str, Any]) -> Template:
+    """A template with values changed by dotted path, checked as a whole again.
 
     An entry of a list is named by its ``name`` or its index. ``sites`` = n keeps the first n training sites; beyond
-    those it has, a study with phantoms gets copies of them in turn, each with a scanner of its own.
+    those it has, a template with phantoms gets copies of them in turn, each with a scanner of its own.
 
     Raises:
         StudyError: with every error that the changes make.
     """
-    content = study.model_dump(mode="json", exclude_none=True)
+    content = template.model_dump(mode="json", exclude_none=True)
     if "sites" in settings:
         _set_sites(content, settings["sites"])
     for path, value in settings.items():
         if path != "sites":
             _set(content, path, value)
-    return parse_table(content, Study, StudyError, f"study {study.name} with {in_words(settings)}")
+    return parse_table(content, Template, StudyError, f"study {template.name} with {in_words(settings)}")
 
 
 def _set(content: Any, path: str, value: Any) -> None:
@@ -276,13 +276,12 @@ def _refuse_hopeless(trials: Sequence[Trial]) -> None:
         raise SweepFileError("values that fit no trial:\n" + "\n".join(list(lines)[:10]))
 
 
-def _images_digest(file: SweepFile, study: Study) -> str:
+def _images_digest(file: SweepFile, study: Template) -> str:
     """Of names and sizes of all images in a data folder; a moved folder gives the same."""
     if file.data is None:
         return ""
-    assert study.simulation is not None
     root = Path(file.data)
-    folders = sorted({site.folder for site in study.simulation.sites})
+    folders = sorted({site.folder for site in study.plan.sites})
     lines = [
         [str(path.relative_to(root)), path.stat().st_size]
         for folder in folders

@@ -326,8 +326,7 @@ def _signed_by(key: str, frame: Any) -> bool:
 
 
 def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
-    listed = {member.name: member for member in agreed.study.sites}
-    keys = {keys.signing for member in [listed.get(site)] if member is not None and (keys := member.keys) is not None}
+    keys = {member.keys.signing for member in agreed.study.sites if member.name == site}
     own: list[tuple[EnvelopeHeader, str]] = []
     runs = records = rounds = 0
     for run in sorted((folder / "journal").glob("*")):
@@ -338,7 +337,7 @@ def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
                     digest = hashlib.sha256(ENVELOPE_MAGIC + entry.header.encode()).hexdigest()
                     own.append((header, digest))
             member = record.members.get(site)
-            if member is not None and member.keys is not None:
+            if member is not None:
                 keys.add(member.keys.signing)
         if chain.run != run.name:
             raise RecordError(f"journal/{run.name}: its records are of run {chain.run[:16]}")

@@ -220,7 +220,7 @@ def _write(
     if onnx:
         from secure_fed.model.onnx_export import write_onnx
 
-        facts = {"study": study.id, "backbone": study.backbone.digest or "", "adapter_digest": file.digest}
+        facts = {"study": study.id, "backbone": study.backbone.digest, "adapter_digest": file.digest}
         write_onnx(out / ONNX, file, tower, {**facts, "temperature": f"{file.temperature:.6g}", "model_card": card})
         written.append(out / ONNX)
     write_durable(out / CARD, card.encode())

@@ -17,7 +17,16 @@ from secure_fed.model.adapters import check_method, initial_parameters, needs_to
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.privacy.keys import PublicIdentity
 from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
-from secure_fed.protocol.study import InitialState, SiteKeys, Study, StudySite, load_study, read_study, with_fields
+from secure_fed.protocol.study import (
+    InitialState,
+    SiteKeys,
+    StudyFile,
+    StudySite,
+    Template,
+    load_study,
+    read_study_file,
+    with_fields,
+)
 
 RANDOM_CHECKPOINT = "backbone.safetensors"
 """Name of the checkpoint that a study with random weights gets beside its ``study.toml``."""
@@ -27,16 +36,16 @@ COORDINATOR_KEY = "server/coordinator.key"
 
 
 def new_study(
-    template: Study, members: Sequence[PublicIdentity], out: Path, checkpoint: Path | None = None
-) -> tuple[Study, LoadedBackbone]:
+    template: Template, members: Sequence[PublicIdentity], out: Path, checkpoint: Path | None = None
+) -> tuple[StudyFile, LoadedBackbone]:
     """Write ``study.toml`` and ``study.safetensors`` into a folder, with the coordinator's signing key.
 
     Initial adapter and prompt features differ in their last bits between CPU kinds, so that they are computed here
     once and handed to every site.
 
     Args:
-        template: the study so far.
-        members: public files of its sites; a site without one stays without keys, and the study incomplete.
+        template: what is to become a study.
+        members: public files of its sites; as long as a site has no keys, what is written is still a template.
         out: the folder; a coordinator key and a random checkpoint that are already there are used again.
         checkpoint: the backbone's weights, if they do not lie where the template says.
 
@@ -54,10 +63,9 @@ def new_study(
         names = ", ".join(site.name for site in template.sites)
         raise StudyError(f"{', '.join(strangers)}: no site of the template; its sites are {names}")
     make_folder(out)
-    if template.backbone.weights == "random" and checkpoint is None:
+    if template.backbone.seed is not None and checkpoint is None:  # then the weights are random, and only then
         checkpoint = out / RANDOM_CHECKPOINT
         if not checkpoint.exists():
-            assert template.backbone.seed is not None  # the model refuses random weights without a seed
             make_random_checkpoint(template.backbone.model, template.backbone.seed, checkpoint)
     backbone = load_backbone(template.backbone, checkpoint)
     prompts = prompt_features(template, backbone)
@@ -83,20 +91,20 @@ def new_study(
     return study, backbone
 
 
-def check_study(path: Path) -> Study:
+def check_study(path: Path) -> StudyFile:
     """Check a study file or a template, and the initial state beside it once the study is complete.
 
     Raises:
         StudyError: with every error of the file, or what the other file lacks.
     """
-    study = read_study(path)
+    study = read_study_file(path)
     check_method(study.method)
     if not study.missing() and path.with_suffix(".safetensors").exists():
         load_study(path)
     return study
 
 
-def add_site(path: Path, identity: PublicIdentity, role: Literal["train", "observer"], weight: float) -> Study:
+def add_site(path: Path, identity: PublicIdentity, role: Literal["train", "observer"], weight: float) -> StudyFile:
     """Put a site's public keys into a study of which no run has begun.
 
     Args:
@@ -112,13 +120,13 @@ def add_site(path: Path, identity: PublicIdentity, role: Literal["train", "obser
         StudyError: a run has begun, the site has keys already, or the study does not hold together with it.
         StorageError: the file cannot be written.
     """
-    study = read_study(path)
+    study = read_study_file(path)
     if (path.parent / "server" / "run").exists():
         raise StudyError(
             f"{path}: a run has begun, and a study never changes then; let the site join by: secfacmic keys rotate "
             "--add"
         )
-    sites = {site.name: site for site in study.sites}
+    sites: dict[str, StudySite] = {site.name: site for site in study.sites}
     site = sites.get(identity.name, StudySite(name=identity.name, role=role, weight=weight))
     if site.keys is not None:
         raise StudyError(f"{path}: site {identity.name} has keys already; expected a site without: remove them first")
@@ -128,7 +136,7 @@ def add_site(path: Path, identity: PublicIdentity, role: Literal["train", "obser
     return changed
 
 
-def prompt_features(study: Study, backbone: LoadedBackbone) -> NDArray[np.float32]:
+def prompt_features(template: Template, backbone: LoadedBackbone) -> NDArray[np.float32]:
     """Unit text features, float32 [classes, d]: of each class the normalised mean over its prompts.
 
     Raises:
@@ -136,17 +144,17 @@ def prompt_features(study: Study, backbone: LoadedBackbone) -> NDArray[np.float3
     """
     long = [
         f"{text!r} of class {entry.name!r} has {count}"
-        for entry in study.classes
+        for entry in template.classes
         for text in entry.prompts
         if (count := backbone.count_tokens(text)) > backbone.context
     ]
     if long:
         raise StudyError(
-            f"prompts longer than the {backbone.context} tokens that {study.backbone.model} takes; the rest would be "
-            f"cut off: {'; '.join(long)}; shorten them"
+            f"prompts longer than the {backbone.context} tokens that {template.backbone.model} takes; the rest would "
+            f"be cut off: {'; '.join(long)}; shorten them"
         )
     rows = []
-    for entry in study.classes:
+    for entry in template.classes:
         mean = backbone.encode_texts(list(entry.prompts)).astype(np.float64).mean(axis=0)
         rows.append(mean / np.linalg.norm(mean))
     return np.stack(rows).astype(np.float32)

@@ -11,7 +11,7 @@ from secure_fed.clients.sitefile import SiteFile, read_site
 from secure_fed.core.storage import write_durable
 from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key, load_identity
 from secure_fed.protocol.sealed_key import SealedKeyHeader
-from secure_fed.protocol.study import AgreedStudy, StudySite
+from secure_fed.protocol.study import AgreedStudy, Member
 
 
 def create_key(site: Path, study: Path, into: Path) -> SealedKeyHeader:
@@ -47,7 +47,7 @@ def rotate_key(
     """
     file, agreed, identity, ring = _open(site, study)
     here = Site(file, agreed)
-    joining = tuple(StudySite(name=each.name, keys=each.keys) for each in add)
+    joining = tuple(Member(name=each.name, keys=each.keys) for each in add)
     sealed = create_sealed_key(
         agreed, identity, ring.newest[0] + 1, here.key_in_force, here.members, joining, tuple(remove)
     )

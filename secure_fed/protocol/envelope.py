@@ -26,7 +26,7 @@ from secure_fed.protocol.signing import (
     split_frame,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Name, StudySite
+from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
 
 MAGIC = b"SFE1"
 MAX_HEADER = 2048
@@ -143,7 +143,7 @@ def seal_envelope(
     return sign_frame(MAGIC, header, key, payload)
 
 
-def open_envelope(data: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite], payload_bytes: int) -> Envelope:
+def open_envelope(data: bytes, agreed: AgreedStudy, members: Mapping[str, Member], payload_bytes: int) -> Envelope:
     """Check an envelope as far as the study alone allows: caps, version, pinned key, signature, payload digest.
 
     Round, run and head are checked by whoever knows which are due: :func:`check_position`.
@@ -169,7 +169,7 @@ def open_envelope(data: bytes, agreed: AgreedStudy, members: Mapping[str, StudyS
 
 
 def verify_contribution(
-    text: bytes, signature: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite]
+    text: bytes, signature: bytes, agreed: AgreedStudy, members: Mapping[str, Member]
 ) -> EnvelopeHeader:
     """Read a signed envelope header, on its own or in a record, and check signature, study and sender.
 
@@ -180,7 +180,7 @@ def verify_contribution(
         raise EnvelopeError(f"envelope header: {len(text)} bytes; expected at most {MAX_HEADER}")
     header = parse_header(text, EnvelopeHeader, EnvelopeError)
     member = members.get(header.site)
-    if member is None or member.keys is None:
+    if member is None:
         raise EnvelopeError(f"envelope of {header.site!r}, which is no site of the study")
     verify_signature(MAGIC, text, signature, member.keys.signing, EnvelopeError)
     if header.study != agreed.study.id:

@@ -288,7 +288,6 @@ def read_header(data: bytes, agreed: AgreedStudy) -> tuple[Frame, RecordHeader]:
         RecordError: with what was found and expected.
     """
     frame = split_frame(MAGIC, data, HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites, RecordError)
-    assert agreed.study.coordinator is not None  # load_study refuses a study without one
     verify_signature(MAGIC, frame.header, frame.signature, agreed.study.coordinator, RecordError)
     header = parse_header(frame.header, RecordHeader, RecordError)
     if header.study != agreed.study.id:

@@ -22,7 +22,7 @@ from secure_fed.protocol.signing import (
     split_frame,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Name, StudySite
+from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
 
 KEY_MAGIC = b"SFK1"
 MAX_KEY_HEADER = 512 * 1024
@@ -30,7 +30,7 @@ MAX_SEALED = 16 * 2**20
 ACKNOWLEDGEMENT_MAGIC = b"SFC1"
 MAX_ACKNOWLEDGEMENT_HEADER = 1024
 
-Members = dict[str, StudySite]
+Members = dict[str, Member]
 
 
 class SealedKeyHeader(SignedHeader):
@@ -54,7 +54,7 @@ class SealedKeyHeader(SignedHeader):
     key: Hex64
     maker: Name
     recipients: tuple[Name, ...]
-    added: tuple[StudySite, ...]
+    added: tuple[Member, ...]
     removed: tuple[Name, ...]
     created_ms: Count
 
@@ -99,7 +99,6 @@ def check_sealed_key(data: bytes, agreed: AgreedStudy) -> SealedKeyHeader:
         raise KeyFileError(f"sealed key: {len(data)} bytes; expected at most {MAX_SEALED}")
     frame = split_frame(KEY_MAGIC, data, MAX_KEY_HEADER, KeyFileError)
     maker = agreed.study.site(agreed.study.key_maker)
-    assert maker.keys is not None  # load_study refuses sites without keys
     verify_signature(KEY_MAGIC, frame.header, frame.signature, maker.keys.signing, KeyFileError)
     header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
     if header.maker != maker.name:
@@ -111,7 +110,7 @@ def check_sealed_key(data: bytes, agreed: AgreedStudy) -> SealedKeyHeader:
 
 
 def members_after(
-    members: Mapping[str, StudySite], added: tuple[StudySite, ...], removed: tuple[str, ...], agreed: AgreedStudy
+    members: Mapping[str, Member], added: tuple[Member, ...], removed: tuple[str, ...], agreed: AgreedStudy
 ) -> Members:
     """The members once some have joined and left.
 
@@ -128,11 +127,9 @@ def members_after(
     for site in added:
         if site.name in members:
             raise KeyFileError(f"{site.name} cannot join: a member has that name already")
-        if site.keys is None or any(
-            other.keys is not None and set(site.keys.model_dump().values()) & set(other.keys.model_dump().values())
-            for other in after.values()
-        ):
-            raise KeyFileError(f"{site.name} cannot join: it has no keys, or one that a member has already")
+        own = set(site.keys.model_dump().values())
+        if any(own & set(other.keys.model_dump().values()) for other in after.values()):
+            raise KeyFileError(f"{site.name} cannot join: it has a key that a member has already")
         after[site.name] = site
     training = sum(site.role == "train" for site in after.values())
     if not study.min_sites <= training <= study.max_sites:
@@ -143,7 +140,7 @@ def members_after(
 
 
 def check_amendment(
-    data: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite], key: str
+    data: bytes, agreed: AgreedStudy, members: Mapping[str, Member], key: str
 ) -> tuple[SealedKeyHeader, Members]:
     """Check a sealed key file as the amendment that follows a key, and the members after it.
 
@@ -162,7 +159,7 @@ def check_amendment(
 
 
 def verify_acknowledgement(
-    text: bytes, signature: bytes, agreed: AgreedStudy, members: Mapping[str, StudySite], run: str, head: str
+    text: bytes, signature: bytes, agreed: AgreedStudy, members: Mapping[str, Member], run: str, head: str
 ) -> AcknowledgementHeader:
     """Read a signed acknowledgement header and check sender, run and head.
 
@@ -173,7 +170,7 @@ def verify_acknowledgement(
         raise RecordError(f"acknowledgement: a header of {len(text)} bytes")
     header = parse_header(text, AcknowledgementHeader, RecordError)
     member = members.get(header.site)
-    if member is None or member.keys is None:
+    if member is None:
         raise RecordError(f"acknowledgement of {header.site!r}, which is no member")
     verify_signature(ACKNOWLEDGEMENT_MAGIC, text, signature, member.keys.signing, RecordError)
     if (header.study, header.run, header.head) != (agreed.study.id, run, head):

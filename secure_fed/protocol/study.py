@@ -1,18 +1,21 @@
 """The study: what the sites agreed on, as ``study.toml`` and ``study.safetensors``.
 
-A *template* is a study that nobody has signed up to yet: sites without keys, no digests, and perhaps a
-``[simulation]`` table. ``secfacmic study new`` makes a study of it. The study id is a digest of the parsed
-content, so that comments and the order of keys do not matter; ``[simulation]`` is no part of it.
+A :class:`Template` is what a person writes: sites without keys, no digests, and perhaps a ``[simulation]`` table.
+``secfacmic study new`` makes a :class:`Study` of it, in which nothing is missing. Both are a :class:`StudyFile`; who
+reads one says which of the two it must be. The id is a digest of the parsed content, so that comments and the order
+of keys do not matter; ``[simulation]`` is no part of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import safetensors
@@ -97,6 +100,12 @@ class Backbone(FileModel):
         return seed
 
     model_config = FileModel.model_config | {"validate_default": True}
+
+
+class KnownBackbone(Backbone):
+    """The frozen CLIP of a study: its weights are known by their digest."""
+
+    digest: Hex64
 
 
 class Method(FileModel):
@@ -255,7 +264,7 @@ class SiteKeys(FileModel):
 
 
 class StudySite(FileModel):
-    """A member of the study.
+    """A site of the study.
 
     Attributes:
         name: of the site, in every file and message.
@@ -268,6 +277,12 @@ class StudySite(FileModel):
     role: Literal["train", "observer"] = "train"
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     keys: SiteKeys | None = None
+
+
+class Member(StudySite):
+    """A site whose keys are known: of a study, or one that joins it later."""
+
+    keys: SiteKeys
 
 
 class Shares(FileModel):
@@ -344,8 +359,8 @@ class Simulation(FileModel):
     phantom_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
-class Study(FileModel):
-    """``study.toml``. Fields that ``study new`` fills in are optional in a template.
+class StudyFile(FileModel):
+    """``study.toml``, be it a template or a study: what both have in common.
 
     Attributes:
         format: of this file; 1 is the only one so far.
@@ -469,11 +484,6 @@ class Study(FileModel):
             raise ValueError(f"phantoms and folders differ in {strangers}; expected one phantom group a folder")
         return simulation
 
-    @classmethod
-    def read(cls, path: Path | str) -> Study:
-        """As :func:`read_study`, for programs."""
-        return read_study(Path(path))
-
     @cached_property
     def id(self) -> str:
         """SHA-256 of the parsed content without ``[simulation]``, as 64 hex digits.
@@ -489,7 +499,59 @@ class Study(FileModel):
         """Names of the classes; a class id is an index into them."""
         return tuple(entry.name for entry in self.classes)
 
-    def site(self, name: str) -> StudySite:
+    def missing(self) -> list[str]:
+        """What it lacks to be a study, one line each; empty for a study."""
+        lines = [f"site {site.name} has no keys" for site in self.sites if site.keys is None]
+        if self.backbone.digest is None:
+            lines.append("backbone.digest is not set")
+        if self.coordinator is None:
+            lines.append("coordinator is not set (the coordinator's signing key)")
+        if self.initial is None:
+            lines.append("initial is not set (the digest of study.safetensors)")
+        return lines
+
+
+class Template(StudyFile):
+    """What a person writes, to be changed, simulated, or made a study of: ``study new`` fills in what is missing."""
+
+    @classmethod
+    def read(cls, path: Path | str) -> Template:
+        """As :func:`read_template`, for programs."""
+        return read_template(Path(path))
+
+    @property
+    def plan(self) -> Simulation:
+        """Its ``[simulation]`` table.
+
+        Raises:
+            StudyError: it has none.
+        """
+        if self.simulation is None:
+            raise StudyError(
+                f"study {self.name}: no [simulation] table; expected one that says where the sites' data are"
+            )
+        return self.simulation
+
+
+class Study(StudyFile):
+    """What the sites agreed on, complete: it never changes once a run has begun."""
+
+    backbone: KnownBackbone
+    sites: tuple[Member, ...]
+    coordinator: Hex64
+    initial: Hex64
+
+    @classmethod
+    def read(cls, path: Path | str) -> Template | Study:
+        """Read a study or a template, as in 0.1; deprecated, for :meth:`Template.read` and :func:`load_study`."""
+        warnings.warn(
+            "Study.read is deprecated and leaves with 0.3: read a template by Template.read, a study by load_study",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return read_study_file(Path(path))
+
+    def site(self, name: str) -> Member:
         """The member of that name.
 
         Raises:
@@ -501,16 +563,8 @@ class Study(FileModel):
         members = ", ".join(site.name for site in self.sites)
         raise StudyError(f"site {name!r} is not in study {self.name!r}; its sites are {members}")
 
-    def missing(self) -> list[str]:
-        """What a template still lacks to be a study, one line each; empty for a study."""
-        lines = [f"site {site.name} has no keys" for site in self.sites if site.keys is None]
-        if self.backbone.digest is None:
-            lines.append("backbone.digest is not set")
-        if self.coordinator is None:
-            lines.append("coordinator is not set (the coordinator's signing key)")
-        if self.initial is None:
-            lines.append("initial is not set (the digest of study.safetensors)")
-        return lines
+
+File = TypeVar("File", bound=StudyFile)
 
 
 @dataclass(frozen=True)
@@ -565,7 +619,7 @@ class InitialState:
 
 @dataclass(frozen=True)
 class AgreedStudy:
-    """A complete study with its initial state, as every site and the server hold it."""
+    """A study with its initial state, as every site and the server hold it."""
 
     study: Study
     initial: InitialState
@@ -580,33 +634,56 @@ class AgreedStudy:
         return lane_parameters(self.study.max_sites, encoding.bits, encoding.lanes, values)
 
 
-def read_study(path: Path) -> Study:
+def read_study_file(path: Path) -> Template | Study:
     """Read a study or a template; a path that does not exist is looked up among the packaged configs.
 
     Raises:
         StudyError: with every error of the file.
     """
-    return read_toml(configs.find(path), Study, StudyError)
+    return _of_its_kind(configs.find(path))
 
 
-def with_fields(study: Study, **changes: object) -> Study:
-    """The study with some fields changed, checked as a whole again.
+def read_template(path: Path) -> Template:
+    """Read a template; a path that does not exist is looked up among the packaged configs.
+
+    Raises:
+        StudyError: with every error of the file, or it is a study already.
+    """
+    found = read_study_file(path)
+    if isinstance(found, Study):
+        raise StudyError(
+            f"{path}: this is a study, with its sites' keys and its initial state; expected a template: name the one "
+            "that it was made of"
+        )
+    return found
+
+
+def _of_its_kind(path: Path) -> Template | Study:
+    template = read_toml(path, Template, StudyError)
+    if template.missing():
+        return template
+    # Fields that are not set stay so: the id is of what the file says.
+    return parse_table(template.model_dump(mode="json", exclude_unset=True), Study, StudyError, str(path))
+
+
+def with_fields(file: File, **changes: object) -> File:
+    """The template or study with some fields changed, checked as a whole again.
 
     Raises:
         StudyError: with every error that the changes make.
     """
-    content = study.model_dump(mode="json", exclude_none=True)
+    content = file.model_dump(mode="json", exclude_none=True)
     for name, value in changes.items():
         if value is None:
             content.pop(name, None)
         else:
             content[name] = value
-    return parse_table(content, Study, StudyError, f"study {study.name}")
+    return parse_table(content, type(file), StudyError, f"study {file.name}")
 
 
-def as_template(study: Study) -> dict[str, Any]:
+def as_template(file: StudyFile) -> dict[str, Any]:
     """What a study has from its template, without all that ``study new`` fills in, to compare two of them."""
-    content = study.model_dump(mode="json", exclude={"simulation", "coordinator", "initial"})
+    content = file.model_dump(mode="json", exclude={"simulation", "coordinator", "initial"})
     content["backbone"].pop("digest")
     for site in content["sites"]:
         site.pop("keys")
@@ -615,16 +692,16 @@ def as_template(study: Study) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One field in which two studies differ; None where one of them has none."""
+    """One field in which two study files differ; None where one of them has none."""
 
     field: str
     before: Any
     after: Any
 
 
-def differences(before: Study, after: Study) -> list[Difference]:
-    """Every field in which two studies differ, ``[simulation]`` left out; sites and classes are compared by name."""
-    first, second = (_leaves(study.model_dump(mode="json", exclude={"simulation"})) for study in (before, after))
+def differences(before: StudyFile, after: StudyFile) -> list[Difference]:
+    """Every field in which two differ, ``[simulation]`` left out; sites and classes are compared by name."""
+    first, second = (_leaves(file.model_dump(mode="json", exclude={"simulation"})) for file in (before, after))
     return [
         Difference(field, first.get(field), second.get(field))
         for field in sorted(set(first) | set(second))
@@ -644,16 +721,18 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def load_study(path: Path) -> AgreedStudy:
-    """Read a complete study and its ``study.safetensors`` beside it.
+    """Read a study and its ``study.safetensors`` beside it.
 
     Raises:
         StudyError: the study is a template, or the initial state is not the one it names.
     """
-    study = read_toml(path, Study, StudyError)
-    missing = study.missing()
-    if missing:
+    study = _of_its_kind(path)
+    if isinstance(study, Template):
+        # Made by study new, it lacks nothing but keys.
+        mend = "study add-site" if study.initial else "study new"
         raise StudyError(
-            f"{path}: a template, not yet a study: {'; '.join(missing)}; make one with: secfacmic study new {path}"
+            f"{path}: this is a template, not yet a study: {'; '.join(study.missing())}; make a study of it with: "
+            f"secfacmic {mend} {path}"
         )
     tensors = path.with_suffix(".safetensors")
     try:
@@ -680,6 +759,6 @@ def canonical_json(content: Any) -> bytes:
 
 
 def _refuse_duplicates(what: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"{what} {', '.join(twice)} more than once; expected each once")

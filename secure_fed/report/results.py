@@ -20,7 +20,16 @@ from secure_fed.core.errors import ReportError, StudyError
 from secure_fed.lab.sweep import Finished, Sweep, read_sweep
 from secure_fed.lab.sweep_file import DELTA
 from secure_fed.operate.summary import SUMMARY, Result, Round, SiteSummary, Spent, StudySummary, read_summary
-from secure_fed.protocol.study import AgreedStudy, Study, as_template, load_study, read_study, with_fields
+from secure_fed.protocol.study import (
+    AgreedStudy,
+    Study,
+    StudyFile,
+    as_template,
+    load_study,
+    read_study_file,
+    read_template,
+    with_fields,
+)
 
 if TYPE_CHECKING:
     from secure_fed.clients.sitefile import SiteFile
@@ -297,11 +306,11 @@ def _simulate_command(study: Study, summary: Summary, folder: Path) -> str:
     return " ".join((*words, f"--out {folder.name}"))
 
 
-def _template(study: Study) -> str:
+def _template(study: StudyFile) -> str:
     """The packaged template that gives the study but for its seed and mode, if there is one."""
     for path in sorted(configs.FOLDER.glob("*.toml")):
         try:
-            packaged = with_fields(read_study(path), seed=study.seed, mode=study.mode)
+            packaged = with_fields(read_template(path), seed=study.seed, mode=study.mode)
         except StudyError:
             continue
         if as_template(packaged) == as_template(study):
@@ -534,7 +543,7 @@ def study_facts(agreed: AgreedStudy, kind: str) -> list[tuple[str, str]]:
         ("Classes", ", ".join(study.class_names)),
         ("Sites", ", ".join(sites)),
         ("Rounds", f"{study.rounds}, at least {study.min_sites} sites each"),
-        ("Backbone", f"{study.backbone.model}, frozen, digest {(study.backbone.digest or '')[:16]}"),
+        ("Backbone", f"{study.backbone.model}, frozen, digest {study.backbone.digest[:16]}"),
         ("Method", f"{method.adapter}, loss {method.loss}, LMMD weight {method.lmmd_weight:g}"),
         ("Trained values", f"{values:,}"),
         ("Local training", f"{training.steps} steps of {training.batch_size} images, {training.optimizer}, "
@@ -595,7 +604,7 @@ def _read_attacks(folder: Path, results: Results) -> bool:
 
 def _attack_command(found: _Attacks, folder: Path) -> str:
     study = folder / "study.toml"
-    words = ["secfacmic attack", _template(read_study(study)) if study.exists() else "TEMPLATE.toml"]
+    words = ["secfacmic attack", _template(read_study_file(study)) if study.exists() else "TEMPLATE.toml"]
     words += [] if (folder / "data").is_dir() else ["--data DATA"]
     words += [f"--shadows {found.shadows}"] if found.shadows is not None else []
     words += [f"--epsilon {epsilon:g}" for epsilon in dict.fromkeys(view.epsilon for view in found.views) if epsilon]

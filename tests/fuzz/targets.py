@@ -28,7 +28,7 @@ from secure_fed.protocol.records import MAGIC as RECORD_MAGIC
 from secure_fed.protocol.records import Chain
 from secure_fed.protocol.sealed_key import KEY_MAGIC, check_amendment, check_sealed_key, verify_acknowledgement
 from secure_fed.protocol.signing import payload_fields, split_frame
-from secure_fed.protocol.study import InitialState, canonical_json, load_study, read_study
+from secure_fed.protocol.study import InitialState, canonical_json, load_study, read_study_file
 from secure_fed.transport import flower_messages as messages
 from tests.unit.protocol.test_vectors import VECTORS, Version
 
@@ -207,7 +207,7 @@ def private_key(data: bytes) -> None:
 
 
 def study_file(data: bytes) -> None:
-    read_study(_file(data, "study.toml"))
+    read_study_file(_file(data, "study.toml"))
 
 
 def whole_study(data: bytes) -> None:

@@ -14,8 +14,9 @@ from nbclient import NotebookClient
 import secure_fed
 from secure_fed.clients.site import Site
 from secure_fed.lab.simulation import simulate
-from secure_fed.protocol.study import Study
+from secure_fed.protocol.study import Template
 from secure_fed.server.coordinator import Coordinator
+from tests.conftest import Federation
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "open_clip", "opacus", "tenseal", "secure_fed.clients", "secure_fed.server", "numpy")
@@ -28,17 +29,23 @@ def test_the_package_itself_loads_nothing() -> None:
 
 
 def test_the_names_are_those_at_home() -> None:
-    assert secure_fed.__all__ == ["Coordinator", "Site", "Study", "simulate"]
+    assert secure_fed.__all__ == ["Coordinator", "Site", "Template", "simulate"]
     found = [getattr(secure_fed, name) for name in secure_fed.__all__]
-    assert found == [Coordinator, Site, Study, simulate]
+    assert found == [Coordinator, Site, Template, simulate]
     with pytest.raises(AttributeError, match="no attribute 'Sight'"):
         secure_fed.__getattr__("Sight")
 
 
-def test_a_packaged_study_is_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packaged_template_is_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Study.read("demo").name == "demo"
-    assert Study.read(Path("configs/demo.toml")) == Study.read("demo")
+    assert Template.read("demo").name == "demo"
+    assert Template.read(Path("configs/demo.toml")) == Template.read("demo")
+
+
+def test_the_name_of_0_1_still_reads_either_kind_and_warns(federation: Federation) -> None:
+    for path, kind in ((Path("demo"), secure_fed.Template), (federation.folder / "study.toml", secure_fed.Study)):
+        with pytest.deprecated_call(match="Template.read"):
+            assert type(secure_fed.Study.read(path)) is kind
 
 
 @pytest.mark.slow

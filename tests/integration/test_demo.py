@@ -44,8 +44,7 @@ def test_fewer_sites_are_the_first_ones() -> None:
     fewer = with_sites(template, 2)
     assert [site.name for site in fewer.sites] == ["ash", "birch", "dogwood"]
     assert fewer.key_maker == "ash"
-    assert fewer.simulation is not None
-    assert [site.name for site in fewer.simulation.sites] == ["ash", "birch", "dogwood"]
+    assert [site.name for site in fewer.plan.sites] == ["ash", "birch", "dogwood"]
     with pytest.raises(StudyError, match="expected 1 to 3"):
         with_sites(template, 4)
     with pytest.raises(StudyError, match="min_sites"):

@@ -20,7 +20,7 @@ import safetensors.numpy
 from secure_fed.lab.simulation import open_run, open_sites, prepare
 from secure_fed.protocol import codec
 from secure_fed.protocol.records import Chain, RecordFolder
-from secure_fed.protocol.study import Study
+from secure_fed.protocol.study import Template
 from secure_fed.server.coordinator import current_run, store_amendment
 from tests.conftest import Federation, exchange, make_template
 from tests.network import Network
@@ -29,7 +29,7 @@ SITES = ("ash", "birch", "cedar", "dogwood")
 Cohorts = tuple[tuple[str, ...], ...]
 
 
-def four_sites(**changes: Any) -> Study:
+def four_sites(**changes: Any) -> Template:
     """Four training sites of which three are enough."""
     sites = [{"name": name} for name in SITES]
     plan = {
@@ -74,7 +74,7 @@ def cohorts_of(network: Network) -> Cohorts:
     )
 
 
-def digest_without_fault(folder: Path, images: Path, template: Study, cohorts: Cohorts) -> str:
+def digest_without_fault(folder: Path, images: Path, template: Template, cohorts: Cohorts) -> str:
     """The adapter that the same updates give in one process, where nothing fails."""
     agreed = prepare(template, folder, images)
     sites = {site.name: site for site in open_sites(agreed, folder)}

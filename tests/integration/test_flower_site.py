@@ -349,7 +349,6 @@ def test_the_flower_key_of_an_identity_is_read(federation: Federation) -> None:
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     member = federation.agreed.study.site("ash")
-    assert member.keys is not None
     assert member.keys.flower == public
     assert federation.agreed.study.id != ZERO_DIGEST
 

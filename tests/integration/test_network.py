@@ -23,7 +23,7 @@ from secure_fed.core.errors import SiteFileError
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.phantoms import PhantomSite, make_phantoms
 from secure_fed.lab.simulation import open_run, open_sites, prepare
-from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study import AgreedStudy, Template
 from secure_fed.transport.certificates import create_authority
 from tests.conftest import OBSERVER, TRAINING, make_template
 from tests.forked import Forked
@@ -234,7 +234,7 @@ def test_a_listening_socket_would_be_seen(hosts: Hosts, tmp_path: Path) -> None:
 class Spread:
     """A prepared study whose server and sites run on hosts of their own."""
 
-    def __init__(self, hosts: Hosts, folder: Path, template: Study, images: Path, port: int = PORT) -> None:
+    def __init__(self, hosts: Hosts, folder: Path, template: Template, images: Path, port: int = PORT) -> None:
         self.hosts = hosts
         self.folder = folder
         address = hosts["server"].address
@@ -294,7 +294,7 @@ def own_hosts(tmp_path: Path) -> Iterator[Hosts]:
     made.close()
 
 
-def expected(folder: Path, template: Study, images: Path) -> str:
+def expected(folder: Path, template: Template, images: Path) -> str:
     """The adapter of the same study in one process."""
     from secure_fed.lab.simulation import Listener, simulate
 

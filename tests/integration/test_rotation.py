@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from secure_fed.protocol.records import RecordHeader, sign_record
 from secure_fed.protocol.rounds import ReplyCode, RoundRequest
 from secure_fed.protocol.sealed_key import KEY_MAGIC, check_sealed_key
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
-from secure_fed.protocol.study import StudySite
+from secure_fed.protocol.study import Member, canonical_json
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import OBSERVER, Federation, exchange, run_round
 
@@ -141,7 +142,7 @@ def test_a_removed_site_reads_nothing_later(federation: Federation) -> None:
         )
 
 
-def _join(federation: Federation, name: str) -> StudySite:
+def _join(federation: Federation, name: str) -> Member:
     """A new hospital with a site folder of its own."""
     folder = federation.folder / "sites" / name
     shutil.copytree(federation.folder / "sites" / OBSERVER, folder)
@@ -149,7 +150,7 @@ def _join(federation: Federation, name: str) -> StudySite:
     shutil.rmtree(folder / "state" / "runs", ignore_errors=True)
     shutil.rmtree(folder / "state" / "keys", ignore_errors=True)
     (folder / "site.toml").write_text((folder / "site.toml").read_text().replace(f'"{OBSERVER}"', f'"{name}"'))
-    return StudySite(name=name, keys=create_identity(folder / "identity", name).keys)
+    return Member(name=name, keys=create_identity(folder / "identity", name).keys)
 
 
 def _allow_all(federation: Federation) -> None:
@@ -232,18 +233,28 @@ def test_amendments_are_applied_unasked_only_as_the_site_says(federation: Federa
         ({"removed": ("zelkova",)}, "cannot leave: not among the members"),
         ({"removed": ("ash",)}, "ash cannot leave: it makes the keys"),
         ({"removed": ("birch",)}, "2 training sites would be left; expected 3 to 4"),
-        ({"added": (StudySite(name="elm"),)}, "elm cannot join: it has no keys"),
     ],
 )
 def test_members_change_only_as_the_study_allows(federation: Federation, changes: dict[str, Any], says: str) -> None:
     coordinator = federation.begin(federation.sites())
     with pytest.raises(KeyFileError, match=says):
         rotate(federation, coordinator, **changes)
-    twin = StudySite(name="elm", keys=federation.agreed.study.site("birch").keys)
-    with pytest.raises(KeyFileError, match="one that a member has already"):
+    twin = Member(name="elm", keys=federation.agreed.study.site("birch").keys)
+    with pytest.raises(KeyFileError, match="it has a key that a member has already"):
         rotate(federation, coordinator, added=(twin,))
     with pytest.raises(KeyFileError, match="a member has that name"):
         rotate(federation, coordinator, added=(twin.model_copy(update={"name": "cedar"}),))
+
+
+def test_nobody_joins_without_keys(federation: Federation) -> None:
+    sealed = federation.seal_key(2, added=(_join(federation, "elm"),), removed=("cedar",))
+    header = json.loads(split_frame(KEY_MAGIC, sealed, 10**6, KeyFileError).header)
+    header["added"][0]["keys"] = None
+    text = canonical_json(header)
+    maker = load_identity(federation.folder / "sites/ash/identity", "ash").signing
+    forged = b"".join([KEY_MAGIC, len(text).to_bytes(4, "big"), text, maker.sign(KEY_MAGIC + text)])
+    with pytest.raises(KeyFileError, match=r"wrong: added\.0\.keys"):
+        check_sealed_key(forged, federation.agreed)
 
 
 # --- forgeries ---

@@ -175,11 +175,9 @@ def test_sites_beyond_the_study_have_scanners_of_their_own() -> None:
     demo = read_sweep_file(Path("sites"))[1]
     few, many = with_settings(demo, {"sites": 3}), with_settings(demo, {"sites": 10, "encoding.bits": 9})
     assert [site.name for site in few.sites] == ["north", "east", "south", "observer"]
-    assert few.simulation is not None
-    assert {group.name for group in few.simulation.phantoms} == {"north", "east", "south", "observer"}
+    assert {group.name for group in few.plan.phantoms} == {"north", "east", "south", "observer"}
     assert many.max_sites == 10
-    assert many.simulation is not None
-    groups = {group.name: group for group in many.simulation.phantoms}
+    groups = {group.name: group for group in many.plan.phantoms}
     training = [site.name for site in many.sites if site.role == "train"]
     assert training[4:] == ["north-2", "east-2", "south-2", "west-2", "north-3", "east-3"]
     assert groups["east-3"].class_mix == groups["east"].class_mix
@@ -342,7 +340,7 @@ def test_a_sweep_is_killed_and_goes_on(small: Path, tmp_path: Path, monkeypatch:
 def test_images_are_encoded_once(small: Path, tmp_path: Path) -> None:
     """What is prepared for one trial is lent to every other of the same images, so that none encodes."""
     file, study = read_sweep_file(small)
-    one, other, _ = (_task(trial, file, tmp_path) for trial in plan_trials(file, study))
+    one, other, _ = (_task(trial, trial.study, file, tmp_path) for trial in plan_trials(file, study))
     assert one.images == other.images
     for expected in (30, 0):
         with _scratch(other) as scratch:

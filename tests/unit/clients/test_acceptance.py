@@ -29,7 +29,7 @@ from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.protocol.envelope import EnvelopeHeader
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.rounds import RoundReply
-from secure_fed.protocol.study import load_study, read_study
+from secure_fed.protocol.study import load_study, read_study_file
 from tests.conftest import Federation, run_round
 
 
@@ -168,7 +168,6 @@ def test_a_forged_or_damaged_note_counts_for_nothing(federation: Federation) -> 
 def test_what_simulates_accepts_by_itself(federation: Federation) -> None:
     for member in federation.agreed.study.sites:
         file = read_site_file(site_toml(federation, member.name))
-        assert member.keys is not None
         assert require_acceptance(file, federation.agreed, member.keys.signing).by == "simulation"
 
 
@@ -182,7 +181,7 @@ def test_diff_names_every_change_and_no_other(federation: Federation, tmp_path: 
         .replace("learning_rate = 0.003", "learning_rate = 0.001")
     )
     shown = json.loads(CliRunner().invoke(app, ["study", "diff", str(first), str(second), "--json"]).stdout)
-    assert (shown["before"], shown["after"]) == (read_study(first).id, read_study(second).id)
+    assert (shown["before"], shown["after"]) == (read_study_file(first).id, read_study_file(second).id)
     assert {row["field"]: (row["before"], row["after"]) for row in shown["changes"]} == {
         "rounds": (3, 5),
         "training.learning_rate": (0.003, 0.001),

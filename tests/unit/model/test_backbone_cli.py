@@ -25,7 +25,7 @@ from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add, fetch
 from secure_fed.operate.new_study import new_study
 from secure_fed.operate.predict import predict_folder
-from secure_fed.protocol.study import Backbone, Study, read_study
+from secure_fed.protocol.study import Backbone, Template, read_template
 from tests.conftest import CLASSES, Run, make_template, template_table
 from tests.unit.model.test_backbone import _Archive
 
@@ -126,7 +126,7 @@ def test_added_weights_go_from_template_to_prediction_without_a_path(
     assert secfacmic("study", "check", tmp_path / "t.toml")[0] == 0
     code, _, errors = secfacmic("study", "new", tmp_path / "t.toml", "--out", tmp_path / "made")
     assert code == 0, errors
-    template = parse_table(table, Study, ValueError, "template")  # type: ignore[type-var]
+    template = parse_table(table, Template, ValueError, "template")  # type: ignore[type-var]
     summary = simulate(template, tmp_path / "out", images)
     code, out, errors = secfacmic(
         *("predict", "--adapter", tmp_path / "out/adapter.safetensors", "--images", images / "ash" / CLASSES[0]),
@@ -288,7 +288,7 @@ def test_a_model_of_the_hub_is_fetched_with_all_that_it_needs(hub: Path, tmp_pat
 @pytest.mark.parametrize("name", ["biomedclip", "vit_b_16_openai", "vit_b_16_laion2b"])
 def test_templates_for_real_weights_hold_together(name: str, secfacmic: Run) -> None:
     assert secfacmic("study", "check", name)[0] == 0
-    backbone = read_study(Path(name)).backbone
+    backbone = read_template(Path(name)).backbone
     assert backbone.licence
     if backbone.tag is None:
         assert backbone.model.startswith("hf-hub:microsoft/BiomedCLIP")
@@ -296,14 +296,14 @@ def test_templates_for_real_weights_hold_together(name: str, secfacmic: Run) -> 
         entry = open_clip.get_pretrained_cfg(backbone.model, backbone.tag)
         assert bool(entry.get("quick_gelu")) == bool(open_clip.get_model_config(backbone.model).get("quick_gelu"))
         tokenizer = open_clip.get_tokenizer(backbone.model)
-        texts = [text for one in read_study(Path(name)).classes for text in one.prompts]
+        texts = [text for one in read_template(Path(name)).classes for text in one.prompts]
         assert all(len(tokenizer.encode(text)) + 2 <= 77 for text in texts)
 
 
 def test_prompts_that_would_be_cut_are_refused_with_their_length(tmp_path: Path) -> None:
     room = 77 - 2  # start and end
     for text, tokens in (("a " * room, 77), ("a " * (room + 1), 78), ("!" + "a " * (room - 1) + "!", 78)):
-        template = parse_table(_with_prompt(text.strip()), Study, ValueError, "template")  # type: ignore[type-var]
+        template = parse_table(_with_prompt(text.strip()), Template, ValueError, "template")  # type: ignore[type-var]
         if tokens <= 77:
             new_study(template, [], tmp_path / str(tokens))
             assert (tmp_path / str(tokens) / "study.toml").exists()

@@ -30,7 +30,7 @@ from secure_fed.model.onnx_export import write_onnx
 from secure_fed.operate.export import export_run, export_site
 from secure_fed.operate.predict import predict_folder
 from secure_fed.privacy.ledger import Ledger
-from secure_fed.protocol.study import Backbone, InitialState, Method, Study
+from secure_fed.protocol.study import Backbone, InitialState, Method, Template
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, run_round, template_table
 
 torch.set_num_threads(1)
@@ -298,7 +298,7 @@ def test_onnx_beside_an_export_has_the_card_and_the_temperature(finished_run: Pa
 def test_a_licence_in_the_study_is_in_the_card(finished_run: Path, tmp_path: Path) -> None:
     table = template_table()
     table["backbone"]["licence"] = "CC BY 4.0"
-    assert parse_table(table, Study, ValueError, "template").backbone.licence == "CC BY 4.0"  # type: ignore[type-var]
+    assert parse_table(table, Template, ValueError, "template").backbone.licence == "CC BY 4.0"  # type: ignore[type-var]
     shutil.copytree(finished_run, tmp_path / "out")
     text = (tmp_path / "out/study.toml").read_text()
     (tmp_path / "out/study.toml").write_text(text.replace("[backbone]\n", '[backbone]\nlicence = "CC BY 4.0"\n'))

@@ -10,7 +10,7 @@ from secure_fed.core.errors import StudyError
 from secure_fed.core.tomlfile import write_toml
 from secure_fed.operate.new_study import add_site, check_study
 from secure_fed.privacy.keys import PublicIdentity, create_identity, read_public_identity
-from secure_fed.protocol.study import read_study, with_fields
+from secure_fed.protocol.study import read_study_file, with_fields
 from tests.conftest import Federation, make_template
 
 
@@ -26,10 +26,10 @@ def public(folder: Path, name: str) -> PublicIdentity:
 
 
 def test_a_listed_site_keeps_its_role_and_weight(study: Path, tmp_path: Path) -> None:
-    before = {site.name: site for site in read_study(study).sites}
+    before = {site.name: site for site in read_study_file(study).sites}
     identity = public(tmp_path, "dogwood")
     changed = add_site(study, identity, "train", 0.5)
-    assert changed == read_study(study)
+    assert changed == read_study_file(study)
     after = {site.name: site for site in changed.sites}
     assert list(after) == list(before)
     assert after["dogwood"] == before["dogwood"].model_copy(update={"keys": identity.keys})

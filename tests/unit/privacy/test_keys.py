@@ -96,9 +96,7 @@ def test_only_the_key_maker_seals(federation: Federation) -> None:
     sealed = federation.seal_key(1)
     frame = split_frame(KEY_MAGIC, sealed, MAX_KEY_HEADER, KeyFileError)
     header = SealedKeyHeader.model_validate_json(frame.header)
-    recipients = [
-        pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in federation.agreed.study.sites if site.keys
-    ]
+    recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in federation.agreed.study.sites]
     own = pyrage.encrypt(StudySecret.generate().to_bytes(), recipients)
     forged_header = header.model_copy(update=payload_fields(own))
     for signer in (federation.signing, _identity(federation, "birch").signing):

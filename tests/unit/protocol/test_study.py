@@ -12,8 +12,9 @@ import tomli_w
 
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.core.errors import BackboneDigestError, OutputError, SiteFileError, StudyError
+from secure_fed.core.tomlfile import parse_table
 from secure_fed.operate.new_study import new_study
-from secure_fed.protocol.study import load_study, read_study, with_fields
+from secure_fed.protocol.study import Study, Template, load_study, read_study_file, read_template, with_fields
 from tests.conftest import Federation, make_template, template_table
 
 
@@ -70,7 +71,7 @@ def _changed(change: Any) -> dict[str, Any]:
 def test_each_error_names_key_value_and_what_is_allowed(tmp_path: Path, change: Any, key: str, says: str) -> None:
     path = _write(tmp_path / "study.toml", _changed(change))
     with pytest.raises(StudyError) as caught:
-        read_study(path)
+        read_study_file(path)
     lines = [line for line in str(caught.value).splitlines()[1:] if line.strip().startswith(key)]
     assert lines, caught.value
     assert says in lines[0]
@@ -87,7 +88,7 @@ def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
     )
     table["max_sites"] = 16
     with pytest.raises(StudyError) as caught:
-        read_study(_write(tmp_path / "study.toml", table))
+        read_study_file(_write(tmp_path / "study.toml", table))
     text = str(caught.value)
     assert "6 errors" in text
     for key in ("colour", "rounds", "min_sites", "classes[1].prompts", "sites", "encoding"):
@@ -96,11 +97,11 @@ def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
 
 def test_the_id_is_of_the_content_not_of_the_bytes(tmp_path: Path) -> None:
     table = template_table()
-    plain = read_study(_write(tmp_path / "a.toml", table))
+    plain = read_study_file(_write(tmp_path / "a.toml", table))
     shuffled = dict(reversed(list(table.items())))
     text = "# a comment\n" + tomli_w.dumps(shuffled).replace("learning_rate = 0.003", "learning_rate = 3e-3")
     (tmp_path / "b.toml").write_text(text)
-    assert read_study(tmp_path / "b.toml").id == plain.id
+    assert read_study_file(tmp_path / "b.toml").id == plain.id
     whole = with_fields(plain)  # every field written down, as study new does
     assert with_fields(whole, simulation=None).id == whole.id
     ids = {with_fields(plain, **change).id for change in ({"seed": 4}, {"mode": "plain"}, {"rounds": 4}, {"name": "n"})}
@@ -110,21 +111,21 @@ def test_the_id_is_of_the_content_not_of_the_bytes(tmp_path: Path) -> None:
 def test_new_fields_and_other_defaults_leave_old_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from secure_fed.protocol.study import Training
 
-    whole = with_fields(read_study(_write(tmp_path / "a.toml", template_table())))
+    whole = with_fields(read_study_file(_write(tmp_path / "a.toml", template_table())))
     again = _write(tmp_path / "b.toml", whole.model_dump(mode="json", exclude_none=True))
-    assert read_study(again).id == whole.id
+    assert read_study_file(again).id == whole.id
     monkeypatch.setattr(Training.model_fields["weight_decay"], "default", 0.5)
-    assert read_study(again).id == whole.id
+    assert read_study_file(again).id == whole.id
 
 
 def test_a_path_that_does_not_exist_is_looked_up_among_the_packaged_configs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ids = {read_study(Path(name)).id for name in ("brain_mri", "brain_mri.toml", "configs/brain_mri.toml")}
+    ids = {read_study_file(Path(name)).id for name in ("brain_mri", "brain_mri.toml", "configs/brain_mri.toml")}
     assert len(ids) == 1
     with pytest.raises(StudyError, match="cannot be read"):
-        read_study(Path("no_such_study.toml"))
+        read_study_file(Path("no_such_study.toml"))
 
 
 def test_not_toml_and_not_text(tmp_path: Path) -> None:
@@ -132,13 +133,44 @@ def test_not_toml_and_not_text(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
     for name, says in (("a.toml", "not TOML"), ("b.toml", "not UTF-8")):
         with pytest.raises(StudyError, match=says):
-            read_study(tmp_path / name)
+            read_study_file(tmp_path / name)
 
 
 def test_a_template_is_no_study_and_says_what_is_missing(tmp_path: Path) -> None:
     path = _write(tmp_path / "study.toml", template_table())
-    with pytest.raises(StudyError, match=r"site ash has no keys.*backbone.digest.*coordinator.*initial"):
+    with pytest.raises(
+        StudyError, match=r"is a template.*ash has no keys.*backbone.digest.*coordinator.*initial.*secfacmic study new"
+    ):
         load_study(path)
+
+
+def test_a_template_that_lacks_only_keys_says_how_to_bring_them(federation: Federation) -> None:
+    path = federation.folder / "study.toml"
+    table = federation.agreed.study.model_dump(mode="json", exclude_none=True)
+    del table["sites"][1]["keys"]
+    with pytest.raises(StudyError, match=r"is a template, not yet a study: site birch has no keys;.*study add-site"):
+        load_study(_write(path, table))
+    assert type(read_study_file(path)) is Template
+
+
+def test_a_study_is_no_template_and_says_so(federation: Federation) -> None:
+    path = federation.folder / "study.toml"
+    with pytest.raises(StudyError, match=r"study.toml: this is a study.*expected a template"):
+        read_template(path)
+    assert type(read_study_file(path)) is Study
+    with pytest.raises(StudyError, match="coordinator: missing"):
+        with_fields(federation.agreed.study, coordinator=None)
+
+
+def test_reading_a_study_as_one_leaves_its_id_alone(federation: Federation, tmp_path: Path) -> None:
+    table = federation.agreed.study.model_dump(mode="json", exclude_none=True)
+    for key in ("aggregation", "privacy"):
+        del table[key]  # as a version that did not know of them wrote it
+    del table["training"]["momentum"], table["sites"][0]["weight"]
+    path = _write(tmp_path / "study.toml", table)
+    study = read_study_file(path)
+    assert type(study) is Study
+    assert study.id == parse_table(table, Template, StudyError, "").id != federation.agreed.study.id
 
 
 def test_the_initial_state_must_be_the_one_the_study_names(federation: Federation) -> None:
@@ -208,12 +240,12 @@ def test_site_file_errors(federation: Federation, change: Any, key: str, says: s
 
 def test_a_sites_own_policy_refuses_plain_and_small_cohorts(federation: Federation) -> None:
     file = read_site_file(federation.folder / "sites/ash/site.toml")
-    plain = make_template(mode="plain", min_sites=1)
+    plain = with_fields(federation.agreed.study, mode="plain", min_sites=1)
     with pytest.raises(SiteFileError, match="allow_plain is false"):
         file.refuse_study(plain)
     file.model_copy(update={"allow_plain": True}).refuse_study(plain)
     with pytest.raises(SiteFileError, match="min_sites = 3; this site asks for at least 4"):
-        SiteFile(**(file.model_dump() | {"min_sites": 4})).refuse_study(make_template())
+        SiteFile(**(file.model_dump() | {"min_sites": 4})).refuse_study(federation.agreed.study)
 
 
 def test_a_site_with_other_keys_or_another_name_is_refused(federation: Federation) -> None:
