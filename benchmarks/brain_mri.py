@@ -174,8 +174,7 @@ def federate(
         after: is called after each round; its values are the curve.
     """
     study, lanes = agreed.study, agreed.lanes
-    encoding = study.encoding
-    bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)
+    bounds = agreed.bounds
     state = aggregation.initial_state(study.aggregation, agreed.initial.adapter)
     heads: dict[str, Parameters] = {}
     curve = []

@@ -142,7 +142,7 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
     site = open_sites(agreed, folder)[0]
     integers = np.zeros(agreed.lanes.values, dtype=np.int64)
     binding = Binding(run="0" * 64, head="0" * 64, round=1)
-    sealed = Cipher(agreed.lanes, site.keys.secret(site.keys.newest[1])).seal(
+    sealed = Cipher(agreed.lanes, site.replica.keys.secret(site.replica.keys.newest[1])).seal(
         integers, binding, Contribution(site=names[0], attempt=1)
     )
     (folder / PAYLOAD).write_bytes(sealed)

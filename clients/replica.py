@@ -1,18 +1,20 @@
 """A site's own copy of the journal, and the adapter that follows from it and from nothing else.
 
 Every record is checked as if server and network lied: one candidate a round is decrypted, what was refused is never
-applied, and no site goes back to an older key. See :class:`Replica` for the files.
+applied, and no site goes back to an older key.
+
+Three parts, from pure to durable: :class:`ReplicaState` and :func:`fold` say what a record makes of an adapter;
+:class:`RunFiles` keeps on disk what a crash must not undo; :class:`Replica` checks, opens and does things in order.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import hmac
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +37,11 @@ from secure_fed.privacy.ckks import Cipher
 from secure_fed.privacy.keys import attestation_key, open_checkpoint, seal_checkpoint
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
-from secure_fed.protocol.records import Chain, Record, RecordFolder, read_header
-from secure_fed.protocol.rounds import RoundRequest
-from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, Members, SealedKeyHeader
+from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, read_header
+from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader
 from secure_fed.protocol.signing import payload_fields, sign_frame
 from secure_fed.protocol.study import AgreedStudy
 
@@ -47,6 +49,9 @@ log = logging.getLogger(__name__)
 
 MAX_REFUSALS = 8
 """Refused aggregates after which a key decrypts nothing more: each is one answer to a forger."""
+
+
+# --- what a record makes of an adapter ---
 
 
 @dataclass(frozen=True)
@@ -58,198 +63,348 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class RoundState:
-    """What a site held after a round: the adapter, and the validation counts that came with its aggregate."""
+class ReplicaState:
+    """Where a site stands in a run: what follows from the records alone. Never changed, only followed by another.
 
-    round: int
-    parameters: Parameters
-    validation: Validation | None
+    Attributes:
+        chain: how far the journal has come.
+        tensors: the adapter's parameters and the aggregation rule's moments, float64, by name.
+        validation: counts that came with the last opened aggregate; None before the first or if not shared.
+        blind: whether an aggregate could not be opened, so that ``tensors`` are not the study's, until a checkpoint.
+        digests: digest of the tensors and key in force, by journal head, after the last two records.
+    """
+
+    chain: Chain
+    tensors: aggregation.State
+    validation: Validation | None = None
+    blind: bool = False
+    digests: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def initial(cls, agreed: AgreedStudy) -> ReplicaState:
+        """Before a run's genesis."""
+        return cls(Chain(agreed), aggregation.initial_state(agreed.study.aggregation, agreed.initial.adapter))
+
+    @property
+    def run(self) -> str:
+        """Id of the run, empty before its genesis."""
+        return self.chain.run if self.chain.length else ""
+
+    @property
+    def round(self) -> int:
+        """The last round that was applied, or refused; 0 before the first."""
+        return self.chain.round
+
+    @property
+    def parameters(self) -> Parameters:
+        """The adapter alone."""
+        return aggregation.adapter_of(self.tensors)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of adapter and moments: what sites compare. Without moments, the adapter's."""
+        return codec.adapter_digest(self.tensors)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What an aggregate opened to: the cohort's integers, summed, int64 [values]."""
+
+    values: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """What a checkpoint stands for: adapter and moments that the members have acknowledged."""
+
+    tensors: aggregation.State
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An aggregate or checkpoint whose key is not here: it came before this site did, or was destroyed since."""
+
+
+Reading = Sums | Confirmed | Unreadable | None
+"""What a site reads in a record; None leaves the adapter alone, as most records do, and a refused aggregate."""
+
+
+def fold(state: ReplicaState, record: Record, reading: Reading) -> ReplicaState:
+    """The state after a record: the same, bit for bit, at all sites that read the same.
+
+    Args:
+        state: before the record; left as it is.
+        record: the next one, checked by the state's chain.
+        reading: what the site reads in it.
+    """
+    agreed = state.chain.agreed
+    after = replace(state, chain=state.chain.after(record))
+    match reading:
+        case Sums(values):
+            lanes, size = agreed.lanes, agreed.bounds.size
+            weights = [state.chain.members[entry.site].weight for entry in record.cohort]
+            update = codec.average_update(values[:size], agreed.bounds, weights, lanes.max_integer)
+            after = replace(after, tensors=aggregation.apply(agreed.study.aggregation, state.tensors, update))
+            if agreed.study.encoding.share_validation:
+                after = replace(after, validation=Validation(*codec.decode_counts(values[size:], lanes.bits)))
+        case Confirmed(tensors):
+            after = replace(after, tensors=tensors, blind=False)
+        case Unreadable():
+            after = replace(after, blind=True)
+    if after.blind:
+        return after
+    digests = [*state.digests.items(), (after.chain.head, (after.digest, after.chain.key))]
+    return replace(after, digests=dict(digests[-2:]))
+
+
+# --- what lies on disk ---
+
+
+class RunFiles:
+    """What a site keeps of one run, written before anything follows from it.
+
+    ``journal/``              the site's own copy of the records
+    ``pins/ROUND``            digest of the one aggregate of a round that may be decrypted
+    ``refused/ROUND``         key of an aggregate that was refused after decryption
+    ``evidence/``             records that contradict those applied here
+    ``adapter.safetensors``   the state after the journal's last record (rebuilt if lost)
+
+    Args:
+        folder: the run's; made if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records = RecordFolder(folder / "journal")
+
+    def refuse_another(self, header: RecordHeader, data: bytes) -> None:
+        """Check that a record is the one of its number here.
+
+        Raises:
+            RecordError: it is another, and is kept as evidence.
+        """
+        if data != self.records.read(header.seq):
+            self._keep_evidence(data)
+            raise RecordError(
+                f"a second record {header.seq}, different from the one applied here; both are signed by the "
+                f"coordinator and kept in {self.folder / 'evidence'}: tell the other sites"
+            )
+
+    def pin(self, record: Record) -> None:
+        """Fix the one candidate of a round before anything is decrypted.
+
+        Raises:
+            RecordError: another one was fixed before; this one is kept as evidence.
+        """
+        folder = self.folder / "pins"
+        make_folder(folder)
+        path = folder / f"{record.header.round:08d}"
+        digest = hashlib.sha256(record.data).hexdigest()
+        if not path.exists():
+            write_durable(path, digest.encode())
+        elif path.read_text() != digest:
+            self._keep_evidence(record.data)
+            raise RecordError(
+                f"a second aggregate for round {record.header.round}; one candidate a round is decrypted, never another"
+            )
+
+    def refuse(self, round_number: int, key: str) -> None:
+        """Mark a round's aggregate as refused under a key."""
+        make_folder(self.folder / "refused")
+        write_durable(self.folder / "refused" / f"{round_number:08d}", key.encode())
+
+    def refused(self, round_number: int) -> bool:
+        """Whether a round's aggregate was refused."""
+        return (self.folder / "refused" / f"{round_number:08d}").exists()
+
+    def refusals(self, key: str) -> int:
+        """How many aggregates were refused under a key."""
+        return sum(path.read_text() == key for path in (self.folder / "refused").glob("*"))
+
+    def store(self, state: ReplicaState) -> None:
+        """Keep a state, so that a restart need not decrypt all rounds again; a blind one has no adapter yet."""
+        if state.blind:
+            return
+        counts = [state.validation.images, state.validation.correct] if state.validation else []
+        metadata = {
+            "head": state.chain.head,
+            "digest": state.digest,
+            "digests": json.dumps(dict(state.digests)),
+            "validation": json.dumps(counts),
+        }
+        data = safetensors.numpy.save(state.tensors, metadata)
+        write_durable(self.folder / "adapter.safetensors", bytes(data))
+
+    def load(self, agreed: AgreedStudy, records: Sequence[Record]) -> ReplicaState:
+        """The state that was kept, if it is whole and stands at one of these records; else the initial one."""
+        initial = ReplicaState.initial(agreed)
+        try:
+            data = (self.folder / "adapter.safetensors").read_bytes()
+            metadata = _metadata(data)
+            applied = [record.id for record in records].index(metadata["head"]) + 1
+            tensors = safetensors.numpy.load(data)
+            digests = {head: (digest, key) for head, (digest, key) in json.loads(metadata["digests"]).items()}
+            counts = json.loads(metadata["validation"])
+            whole = codec.adapter_digest(tensors) == metadata["digest"]
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+            return initial
+        if not whole:
+            return initial
+        chain = initial.chain
+        for record in records[:applied]:
+            chain = chain.after(record)
+        return ReplicaState(chain, tensors, Validation(*counts) if counts else None, digests=digests)
+
+    def _keep_evidence(self, data: bytes) -> None:
+        folder = self.folder / "evidence"
+        make_folder(folder)
+        write_durable(folder / f"{hashlib.sha256(data).hexdigest()}.record", data)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file (its numpy interface reads only tensors)."""
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+# --- the site's part ---
 
 
 class Replica:
-    """What a site holds of a study's current run.
+    """A site's copy of a study's current run: takes records, and speaks for the adapter that they make.
 
     In its state folder:
 
-    ``keys/EPOCH.sealed``           the study's sealed keys
-    ``run``                         id of the current run
-    ``runs/RUN/journal/``           the site's own copy of the records
-    ``runs/RUN/pins/ROUND``         digest of the one aggregate of a round that may be decrypted
-    ``runs/RUN/refused/ROUND``      marks an aggregate that was refused after decryption
-    ``runs/RUN/evidence/``          records that contradict those applied here
-    ``runs/RUN/adapter.safetensors`` adapter and moments after the journal's last record (rebuilt if lost)
-    ``ledger_heads.json``           the newest privacy-ledger head of every site
+    ``keys/EPOCH.sealed``   the study's sealed keys
+    ``run``                 id of the current run
+    ``runs/RUN/``           :class:`RunFiles`
+    ``ledger_heads.json``   the newest privacy-ledger head of every site
 
     Args:
         file: the site's ``site.toml``, paths absolute.
         agreed: the study; must be the one that ``file`` names.
 
     Raises:
-        SiteFileError: the site is not in the study, or its identity is another.
+        StudyError, SiteFileError: the site is not in the study, or its identity is another.
         RecordError: the state folder does not verify.
 
     Attributes:
         name: the site's.
+        identity: its private keys.
         keys: the study's sealed keys at this site.
-        parameters: the global adapter, float64, after the last applied record.
-        validation: counts that came with the last aggregate, None before the first or if not shared.
+        member: the site as the study knows it.
+        heads: the newest ledger heads that were seen.
+        state: where it stands.
+        files: what lies on disk of the current run; not there before the first genesis.
     """
+
+    files: RunFiles
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
         self.name = file.site
+        self.identity, self.keys, self.member = membership(file, agreed)
         self._file = file
         self._agreed = agreed
-        self._identity, self.keys, self._member = membership(file, agreed)
-        self._state = Path(file.state)
-        make_folder(self._state / "runs")
-        encoding = agreed.study.encoding
-        self._bounds = codec.value_bounds(agreed.initial.shapes, encoding.value_bound, encoding.value_bounds)
-        self._heads = LedgerHeads(self._state / "ledger_heads.json")
-        self._blind = False
-        self._chain = Chain(agreed)
-        self._digests: dict[str, tuple[str, str]] = {}
-        self.validation: Validation | None = None
-        self._set_state(self._initial_state())
-        run = self._current_run()
-        if run is not None:
-            self._enter_run(run)
-
-    @property
-    def run(self) -> str:
-        """Id of the current run, empty before the first genesis."""
-        return self._chain.run if self._chain.length else ""
-
-    @property
-    def position(self) -> int:
-        """How many records of the run the site has."""
-        return self._chain.length
-
-    @property
-    def round(self) -> int:
-        """The last round that is applied here (or was refused here); 0 before the first."""
-        return self._chain.round
-
-    @property
-    def finished(self) -> bool:
-        """Whether every round of the study is applied here."""
-        return self._chain.finished
-
-    @property
-    def members(self) -> Members:
-        """The study's members now, by name; amendments change them."""
-        return self._chain.members
-
-    @property
-    def key_in_force(self) -> str:
-        """Id of the run's key; zeros before the first genesis and in ``plain`` mode."""
-        return self._chain.key
-
-    @property
-    def adapter_digest(self) -> str:
-        """SHA-256 of the adapter it holds; for the site's own eyes."""
-        return codec.adapter_digest(self.parameters)
-
-    def history(self) -> Iterator[RoundState]:
-        """The state after each applied round of the run, replayed from the site's own journal.
-
-        Rounds whose key is destroyed here are left out.
-        """
-        if not self.run:
-            return
-        replay = copy.copy(self)
-        replay._chain = Chain(self._agreed)
-        replay._set_state(self._initial_state())
-        replay.validation, replay._blind = None, False
-        for record in list(self._records.replay(Chain(self._agreed))):
-            replay._apply(record)
-            if record.header.kind == "aggregate" and not replay._blind and not self._refused(record.header.round):
-                yield RoundState(record.header.round, replay.parameters, replay.validation)
-
-    def _attestation(self) -> str:
-        """The site's word, for the others, that it holds this adapter at this head; empty if it cannot tell."""
-        # Before the first genesis there is neither key nor head.
-        if not self._chain.length or self._blind or not self._can_attest(self._chain.key):
-            return ""
-        key = self._attestation_key(self._chain.key)
-        return codec.attestation(key, self.name, self._chain.head, self._state_digest)
-
-    def _compare(self, request: RoundRequest) -> None:
-        """Compare the adapter with the other sites' at a head that this site has had too."""
-        digest, key = self._digests.get(request.attested_head, ("", ""))
-        if not digest or not self._can_attest(key):
-            return
-        for site, attested in sorted(request.attestations.items()):
-            expected = codec.attestation(self._attestation_key(key), site, request.attested_head, digest)
-            if site != self.name and not hmac.compare_digest(expected, attested):
-                raise AdapterMismatchError(
-                    f"site {site} attests another adapter than the one here after record {request.attested_head[:16]}; "
-                    "either the server garbles attestations or one of the two is damaged: compare by phone"
-                )
+        self._folder = Path(file.state)
+        make_folder(self._folder / "runs")
+        self.heads = LedgerHeads(self._folder / "ledger_heads.json")
+        self.state = ReplicaState.initial(agreed)
+        current = self._folder / "run"
+        if current.exists():
+            self._enter_run(current.read_text(encoding="ascii").strip())
 
     # --- records ---
 
-    def _take(self, data: bytes) -> None:
-        _, header = read_header(data, self._agreed)
-        if header.kind == "genesis" and header.run != self.run:
-            self._begin_run(header.run, header.key, data)
+    def take(self, data: bytes) -> None:
+        """Take a record as the server sent it; one that is here already changes nothing.
+
+        A crash between two of the writes is made good when the replica is opened again. Their order is what makes
+        that safe: the pin, before anything is decrypted; the ledger heads; the record; what follows from it, a new key
+        or a refusal; last the adapter.
+
+        Raises:
+            RecordError, LedgerRollbackError: it is refused; all is as it was, but for evidence.
+            SiteFileError: an amendment that this site's policy leaves to its people.
+            AdapterMismatchError: the members hold another adapter.
+            KeyDeadError: the key has refused too many aggregates.
+            KeyFileError: an amendment's key is refused, or a genesis names one that is not here.
+            StorageError: something cannot be written.
+        """
+        header = read_header(data, self._agreed)[1]
+        if header.kind == "genesis" and header.run != self.state.run:
+            self._begin_run(header, data)
             return
-        if header.run == self.run and header.seq < self._chain.length:
-            if data != self._records.read(header.seq):
-                self._keep_evidence(data)
-                raise RecordError(
-                    f"a second record {header.seq}, different from the one applied here; both are signed by the "
-                    f"coordinator and kept in {self._run_folder / 'evidence'}: tell the other sites"
-                )
+        if header.run == self.state.run and header.seq < self.state.chain.length:
+            self.files.refuse_another(header, data)
             return
-        record = self._chain.check(data)
+        record = self.state.chain.check(data)
         self._check_void(record)
         heads = {entry.site: entry.ledger for entry in record.contributors}
         for name, head in heads.items():
-            self._heads.check(name, head)
+            self.heads.check(name, head)
         if record.amendment is not None:
             self._check_policy(record.amendment)
         if record.header.kind == "aggregate":
-            self._pin(record)
-        self._heads.keep(heads)
-        self._records.append(record)
+            self.files.pin(record)
+        self.heads.keep(heads)
+        self.files.records.append(record)
         self._apply(record)
-        self._store_adapter()
+        self.files.store(self.state)
 
     def _apply(self, record: Record) -> None:
-        """Advance by a record of the site's own journal; the adapter changes only if the aggregate holds."""
-        due = self._chain.due
-        round_number = record.header.round
+        """Go on by a record of the site's own journal.
+
+        An amendment's key is taken before anything is read with it. Once a checkpoint is confirmed, the keys before
+        its own are of no more use to anybody, and are destroyed.
+        """
         if record.amendment is not None and self.name in record.members:
             self.keys.accept(record.payload)
-        elif record.header.kind == "checkpoint" and self.name in record.members:
-            self._check_point(record)
-        elif record.header.kind == "aggregate" and self._agreed.study.mode == "he" and not self.keys.holds(due.key):
-            self._blind = True  # until a checkpoint
-        elif record.header.kind == "aggregate" and not self._refused(round_number):
-            if self._refusals() >= MAX_REFUSALS:
-                raise KeyDeadError(
-                    f"key {due.key[:16]} has refused {MAX_REFUSALS} aggregates and decrypts nothing more; "
-                    "the coordinator or the network forges: make a new key"
-                )
-            try:
-                sums = self._sealer().open(
-                    record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort
-                )
-            except AggregateRefused:
-                make_folder(self._run_folder / "refused")
-                write_durable(self._run_folder / "refused" / f"{round_number:08d}", due.key.encode())
-                log.warning("round %d: the aggregate was refused", round_number)
-            else:
-                self._add(sums, [self._chain.members[entry.site].weight for entry in record.cohort])
-        self._chain.advance(record)
+        reading = self._read(self.state, record)
+        if isinstance(reading, Confirmed):
+            self.keys.destroy_before(record.header.key)
+        self.state = fold(self.state, record, reading)
 
-    def _add(self, sums: NDArray[np.int64], weights: list[float]) -> None:
-        lanes = self._agreed.lanes
-        size = self._bounds.size
-        update = codec.average_update(sums[:size], self._bounds, weights, lanes.max_integer)
-        self._set_state(aggregation.apply(self._agreed.study.aggregation, self._whole_state, update))
-        if self._agreed.study.encoding.share_validation:
-            self.validation = Validation(*codec.decode_counts(sums[size:], lanes.bits))
+    def _read(self, state: ReplicaState, record: Record) -> Reading:
+        """What this site reads in a record that follows a state; a refusal is marked and the aggregate never opened
+        again."""
+        header, key = record.header, state.chain.key
+        if header.kind != "aggregate" and not (header.kind == "checkpoint" and self.name in record.members):
+            return None
+        if not self._holds(key):
+            return Unreadable()
+        if header.kind == "checkpoint":
+            return self._confirm(state, record)
+        if self.files.refused(header.round):
+            return None
+        if self.files.refusals(key) >= MAX_REFUSALS:
+            raise KeyDeadError(
+                f"key {key[:16]} has refused {MAX_REFUSALS} aggregates and decrypts nothing more; "
+                "the coordinator or the network forges: make a new key"
+            )
+        due = state.chain.due
+        try:
+            sums = self._sealer(key).open(
+                record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort
+            )
+        except AggregateRefused:
+            self.files.refuse(header.round, key)
+            log.warning("round %d: the aggregate was refused", header.round)
+            return None
+        return Sums(sums)
+
+    def _confirm(self, state: ReplicaState, record: Record) -> Confirmed:
+        """The adapter that the members acknowledged: the one here or, for a site without, the checkpoint's."""
+        chain, tensors = state.chain, state.tensors
+        if state.blind:
+            sealed = open_checkpoint(self.keys.secret(chain.key), chain.head, record.payload)
+            tensors = safetensors.numpy.load(sealed)
+        if not hmac.compare_digest(self._checkpoint_digest(chain, codec.adapter_digest(tensors)), record.checkpoint):
+            raise AdapterMismatchError(
+                f"the members acknowledged another adapter than the one here after round {chain.round}; "
+                "this site is damaged or they are: compare by phone"
+            )
+        return Confirmed(tensors)
 
     def _check_policy(self, amendment: SealedKeyHeader) -> None:
         """Apply unasked only those amendments that this site's own file allows."""
@@ -263,85 +418,102 @@ class Replica:
                 f'amendments = "{allowed}"; accept this one by hand (secfacmic keys accept) or change site.toml'
             )
 
-    def _acknowledgement(self) -> bytes:
+    def _check_void(self, record: Record) -> None:
+        """A void may only withdraw what was refused here; and what was refused here must be withdrawn."""
+        open_round = self.state.chain.open_round
+        if record.header.kind == "void" and not self.refused:
+            raise RecordError(f"void of round {open_round}, which was applied here; only a refused round can be voided")
+        if record.header.kind != "void" and self.refused:
+            raise RecordError(f"record {record.header.seq}: round {open_round} was refused here; expected its void")
+
+    # --- what a site asks ---
+
+    @property
+    def refused(self) -> bool:
+        """Whether the last record is an aggregate that was refused here, and awaits its void."""
+        open_round = self.state.chain.open_round
+        return open_round is not None and self.files.refused(open_round)
+
+    @property
+    def due(self) -> RoundPosition:
+        """Where the envelopes that are due stand."""
+        return self.state.chain.due
+
+    @property
+    def sealer(self) -> Sealer:
+        """What seals the site's updates under the key in force.
+
+        Raises:
+            KeyFileError: the key is not here.
+        """
+        return self._sealer(self.state.chain.key)
+
+    def history(self) -> Iterator[ReplicaState]:
+        """The state after each applied round of the run, replayed from the site's own journal.
+
+        Rounds whose key is destroyed here are left out.
+        """
+        if not self.state.run:
+            return
+        state = ReplicaState.initial(self._agreed)
+        for record in self.files.records.replay(Chain(self._agreed)):
+            state = fold(state, record, self._read(state, record))
+            if record.header.kind == "aggregate" and not state.blind and not self.files.refused(state.round):
+                yield state
+
+    def attestation(self) -> str:
+        """The site's word, for the others, that it holds this adapter at this head; empty if it cannot tell."""
+        chain = self.state.chain
+        # Before the first genesis there is neither key nor head.
+        if not chain.length or self.state.blind or not self._holds(chain.key):
+            return ""
+        return codec.attestation(self._attestation_key(chain.key), self.name, chain.head, self.state.digest)
+
+    def compare(self, head: str, attestations: Mapping[str, str]) -> None:
+        """Compare the adapter with the other sites' at a head that this site has had too.
+
+        Args:
+            head: at which they made the attestations.
+            attestations: by site name.
+
+        Raises:
+            AdapterMismatchError: another site holds another adapter.
+        """
+        digest, key = self.state.digests.get(head, ("", ""))
+        if not digest or not self._holds(key):
+            return
+        for site, attested in sorted(attestations.items()):
+            expected = codec.attestation(self._attestation_key(key), site, head, digest)
+            if site != self.name and not hmac.compare_digest(expected, attested):
+                raise AdapterMismatchError(
+                    f"site {site} attests another adapter than the one here after record {head[:16]}; "
+                    "either the server garbles attestations or one of the two is damaged: compare by phone"
+                )
+
+    def acknowledgement(self) -> bytes:
         """The signed word that the amendment is applied; the key maker's carries the checkpoint."""
-        chain = self._chain
+        chain = self.state.chain
         payload = b""
         if self.name == self._agreed.study.key_maker:
-            state = bytes(safetensors.numpy.save(self._whole_state))
-            payload = seal_checkpoint(self.keys.secret(chain.key), chain.head, state)
+            tensors = bytes(safetensors.numpy.save(self.state.tensors))
+            payload = seal_checkpoint(self.keys.secret(chain.key), chain.head, tensors)
         header = AcknowledgementHeader(
             version=1,
             study=self._agreed.study.id,
             run=chain.run,
             head=chain.head,
             site=self.name,
-            checkpoint=self._checkpoint_digest(self._state_digest),
+            checkpoint=self._checkpoint_digest(chain, self.state.digest),
             **payload_fields(payload),
         )
-        return sign_frame(ACKNOWLEDGEMENT_MAGIC, header, self._identity.signing, payload)
-
-    def _checkpoint_digest(self, digest: str) -> str:
-        return codec.attestation(self._attestation_key(self._chain.key), "checkpoint", self._chain.head, digest)
-
-    def _check_point(self, record: Record) -> None:
-        """Compare the adapter with what the members acknowledged, or take it from the checkpoint; then the keys
-        before this one are of no more use to anybody, and are destroyed."""
-        if self._blind:
-            state = open_checkpoint(self.keys.secret(self._chain.key), self._chain.head, record.payload)
-            self._set_state(safetensors.numpy.load(state))
-        if not hmac.compare_digest(self._checkpoint_digest(self._state_digest), record.checkpoint):
-            raise AdapterMismatchError(
-                f"the members acknowledged another adapter than the one here after round {self._chain.round}; "
-                "this site is damaged or they are: compare by phone"
-            )
-        self._blind = False
-        self.keys.destroy_before(self._chain.key)
-
-    def _check_void(self, record: Record) -> None:
-        """A void may only withdraw what was refused here; and what was refused here must be withdrawn."""
-        open_round = self._chain.open_round
-        if record.header.kind == "void" and not self._refused(open_round):
-            raise RecordError(f"void of round {open_round}, which was applied here; only a refused round can be voided")
-        if record.header.kind != "void" and self._refused(open_round):
-            raise RecordError(f"record {record.header.seq}: round {open_round} was refused here; expected its void")
-
-    def _pin(self, record: Record) -> None:
-        """Fix the one candidate of a round before anything is decrypted."""
-        folder = self._run_folder / "pins"
-        make_folder(folder)
-        path = folder / f"{record.header.round:08d}"
-        digest = hashlib.sha256(record.data).hexdigest()
-        if not path.exists():
-            write_durable(path, digest.encode())
-        elif path.read_text() != digest:
-            self._keep_evidence(record.data)
-            raise RecordError(
-                f"a second aggregate for round {record.header.round}; one candidate a round is decrypted, never another"
-            )
-
-    def _keep_evidence(self, data: bytes) -> None:
-        folder = self._run_folder / "evidence"
-        make_folder(folder)
-        write_durable(folder / f"{hashlib.sha256(data).hexdigest()}.record", data)
-
-    def _refused(self, round_number: int | None) -> bool:
-        return round_number is not None and (self._run_folder / "refused" / f"{round_number:08d}").exists()
-
-    def _refusals(self) -> int:
-        """Refusals under the key in force."""
-        return sum(path.read_text() == self._chain.key for path in (self._run_folder / "refused").glob("*"))
+        return sign_frame(ACKNOWLEDGEMENT_MAGIC, header, self.identity.signing, payload)
 
     # --- runs ---
 
-    def _current_run(self) -> str | None:
-        path = self._state / "run"
-        return path.read_text(encoding="ascii").strip() if path.exists() else None
-
-    def _begin_run(self, run: str, key: str, data: bytes) -> None:
+    def _begin_run(self, header: RecordHeader, data: bytes) -> None:
         """Enter the run of a genesis, unless its key belongs to another run."""
+        run, key = header.run, header.key
         record = Chain(self._agreed).check(data)
-        folder = self._state / "runs" / run
         if self._agreed.study.mode == "he":
             epoch, newest = self.keys.newest
             if not self.keys.headers:
@@ -354,17 +526,17 @@ class Replica:
                     f"genesis of run {run[:16]} names key {key[:16]}; the newest here is key {newest[:16]} of epoch "
                     f"{epoch}; a site never goes back to an older key, nor to one it does not hold"
                 )
-            for other in (self._state / "runs").iterdir():
+            for other in (self._folder / "runs").iterdir():
                 if other.name != run and self._key_of_run(other) == key:
                     raise RecordError(
                         f"genesis of run {run[:16]} names key {key[:16]}, already used in run {other.name[:16]}; "
                         "every run has a new key"
                     )
-        records = RecordFolder(folder / "journal")
+        records = RecordFolder(self._folder / "runs" / run / "journal")
         if records.file(0).exists() and records.read(0) != data:
             raise RecordError(f"a second genesis of run {run[:16]}, different from the one known here")
         records.append(record)
-        write_durable(self._state / "run", run.encode())
+        write_durable(self._folder / "run", run.encode())
         self._enter_run(run)
 
     def _key_of_run(self, folder: Path) -> str | None:
@@ -372,93 +544,28 @@ class Replica:
         return read_header(first.read_bytes(), self._agreed)[1].key if first.exists() else None
 
     def _enter_run(self, run: str) -> None:
-        """Rebuild the state from the run's journal, from the stored adapter on if it is there."""
-        self._run_folder = self._state / "runs" / run
-        self._records = RecordFolder(self._run_folder / "journal")
-        self._chain = Chain(self._agreed)
-        self._set_state(self._initial_state())
-        self.validation = None
-        self._digests = {}
-        self._blind = False
-        checking = Chain(self._agreed)
-        records = list(self._records.replay(checking))
-        start = self._load_adapter([record.id for record in records])
-        for record in records[:start]:
-            self._chain.advance(record)
-        for record in records[start:]:
+        """Rebuild the state from the run's journal, from the stored one on if it is there."""
+        self.files = RunFiles(self._folder / "runs" / run)
+        records = list(self.files.records.replay(Chain(self._agreed)))
+        self.state = self.files.load(self._agreed, records)
+        for record in records[self.state.chain.length :]:
             self._apply(record)
-        self._store_adapter()
-
-    # --- the adapter ---
-
-    def _initial_state(self) -> aggregation.State:
-        return aggregation.initial_state(self._agreed.study.aggregation, self._agreed.initial.adapter)
-
-    def _set_state(self, state: aggregation.State) -> None:
-        self.parameters: Parameters = aggregation.adapter_of(state)
-        self._moments = {name: value for name, value in state.items() if name not in self.parameters}
-
-    @property
-    def _whole_state(self) -> aggregation.State:
-        return self.parameters | self._moments
-
-    @property
-    def _state_digest(self) -> str:
-        """SHA-256 of adapter and moments: what sites compare. Without moments, the adapter's."""
-        return codec.adapter_digest(self._whole_state)
-
-    def _load_adapter(self, ids: list[str]) -> int:
-        """Take the stored adapter if it stands at one of these records; how many records it has applied."""
-        try:
-            data = (self._run_folder / "adapter.safetensors").read_bytes()
-            metadata = _metadata(data)
-            start = ids.index(metadata["head"]) + 1
-            tensors = safetensors.numpy.load(data)
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError):
-            return 0
-        if codec.adapter_digest(tensors) != metadata["digest"]:
-            return 0
-        self._set_state(tensors)
-        self._digests = {head: (digest, key) for head, (digest, key) in json.loads(metadata["digests"]).items()}
-        counts = json.loads(metadata["validation"])
-        self.validation = Validation(*counts) if counts else None
-        return start
-
-    def _store_adapter(self) -> None:
-        if self._blind:
-            return  # there is no adapter yet
-        digest = self._state_digest
-        self._digests[self._chain.head] = (digest, self._chain.key)
-        for old in list(self._digests)[:-2]:
-            del self._digests[old]
-        counts = [self.validation.images, self.validation.correct] if self.validation else []
-        metadata = {
-            "head": self._chain.head,
-            "digest": digest,
-            "digests": json.dumps(self._digests),
-            "validation": json.dumps(counts),
-        }
-        data = safetensors.numpy.save(self._whole_state, metadata)
-        write_durable(self._run_folder / "adapter.safetensors", bytes(data))
+        self.files.store(self.state)
 
     # --- keys ---
 
-    def _sealer(self) -> Sealer:
+    def _holds(self, key: str) -> bool:
+        return self._agreed.study.mode == "plain" or self.keys.holds(key)
+
+    def _sealer(self, key: str) -> Sealer:
         if self._agreed.study.mode == "plain":
             return PlainSealer(self._agreed.lanes)
-        return Cipher(self._agreed.lanes, self.keys.secret(self._chain.key))
+        return Cipher(self._agreed.lanes, self.keys.secret(key))
 
     def _attestation_key(self, key: str) -> bytes:
         if self._agreed.study.mode == "plain":
             return self._agreed.study.id.encode()  # the server sees the adapter anyway
         return attestation_key(self.keys.secret(key))
 
-    def _can_attest(self, key: str) -> bool:
-        return self._agreed.study.mode == "plain" or self.keys.holds(key)
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file (its numpy interface reads only tensors)."""
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    return {str(key): str(value) for key, value in metadata.items()}
+    def _checkpoint_digest(self, chain: Chain, digest: str) -> str:
+        return codec.attestation(self._attestation_key(chain.key), "checkpoint", chain.head, digest)

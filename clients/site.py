@@ -53,8 +53,8 @@ SATURATION_WARNING = 0.001
 """Share of saturated coordinates above which the site warns: the value bound is then too small."""
 
 
-class Site(Replica):
-    """One hospital in a study: a replica of its journal that also learns from images.
+class Site:
+    """One hospital in a study: learns from its images, for and from the adapter of its replica of the journal.
 
     Args:
         file: its ``site.toml``, paths absolute (:func:`secure_fed.clients.sitefile.read_site_file`).
@@ -62,11 +62,12 @@ class Site(Replica):
 
     Raises:
         DeviceError: its ``site.toml`` asks for a device that is not there.
-        SiteFileError: the site is not in the study, its identity is another, or its policy refuses the study.
-        StudyError: the study's method does not hold together.
+        SiteFileError: its identity is not the one that the study names, or its policy refuses the study.
+        StudyError: the site is not in the study, or the study's method does not hold together.
         RecordError: the state folder does not verify.
 
     Attributes:
+        replica: its copy of the journal, its keys, and the adapter that follows.
         device: where its images are encoded and, without a budget, its adapter is trained.
     """
 
@@ -74,10 +75,12 @@ class Site(Replica):
         file.refuse_study(agreed.study)
         self.device = choose_device(file.device)
         check_method(agreed.study.method)
-        super().__init__(file, agreed)
+        self.replica = Replica(file, agreed)
+        self._file = file
+        self._agreed = agreed
         self._features: SiteFeatures | None = None
-        trains = self._member.role == "train"
-        self._private = private_rounds(file, agreed, self._heads) if trains else None
+        trains = self.replica.member.role == "train"
+        self._private = private_rounds(file, agreed, self.replica.heads) if trains else None
 
     @classmethod
     def open(cls, path: Path) -> Site:
@@ -86,14 +89,49 @@ class Site(Replica):
         return cls(file, load_study(Path(file.study)))
 
     @property
+    def name(self) -> str:
+        """The site's name in the study."""
+        return self.replica.name
+
+    @property
+    def run(self) -> str:
+        """Id of the current run, empty before the first genesis."""
+        return self.replica.state.run
+
+    @property
+    def position(self) -> int:
+        """How many records of the run the site has."""
+        return self.replica.state.chain.length
+
+    @property
+    def round(self) -> int:
+        """The last round that is applied here (or was refused here); 0 before the first."""
+        return self.replica.state.round
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round of the study is applied here."""
+        return self.replica.state.chain.finished
+
+    @property
+    def parameters(self) -> Parameters:
+        """The global adapter, float64, after the last applied record."""
+        return self.replica.state.parameters
+
+    @property
+    def adapter_digest(self) -> str:
+        """SHA-256 of the adapter it holds; for the site's own eyes."""
+        return codec.adapter_digest(self.parameters)
+
+    @property
     def connection_key(self) -> ec.EllipticCurvePrivateKey:
         """The private key that opens its connection."""
-        return self._identity.flower
+        return self.replica.identity.flower
 
     @property
     def signing_key(self) -> str:
         """The public half of the key that signs its envelopes, 64 hex digits."""
-        return self._identity.keys.signing
+        return self.replica.identity.keys.signing
 
     def features(self, progress: Progress | None = None) -> SiteFeatures:
         """The site's image features, encoded once and cached.
@@ -129,7 +167,7 @@ class Site(Replica):
             agreed: the study whose method the adapter is of, if not the site's own.
         """
         features = self.features()
-        splits: tuple[Split, ...] = ("train", "val", "test") if self._member.role == "observer" else ("test",)
+        splits: tuple[Split, ...] = ("train", "val", "test") if self.replica.member.role == "observer" else ("test",)
         tests = [getattr(features, split) for split in splits]
         images = np.concatenate([test.x for test in tests])
         labels = np.concatenate([test.y for test in tests])
@@ -164,7 +202,7 @@ class Site(Replica):
         """
         if not self._agreed.study.method.private_head or not self.run:
             return parameters
-        stored = sorted((self._run_folder / "heads").glob("*"))
+        stored = sorted((self.replica.files.folder / "heads").glob("*"))
         chosen = [path for path in stored if round_number is None or int(path.name) <= round_number]
         return parameters | safetensors.numpy.load(chosen[-1].read_bytes()) if chosen else parameters
 
@@ -199,34 +237,31 @@ class Site(Replica):
         """
         torch.set_num_threads(self._file.threads)
         for data in request.records:
-            self._take(data)
-        if self._refused(self._chain.open_round):
+            self.replica.take(data)
+        if self.replica.refused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
-        self._compare(request)
+        self.replica.compare(request.attested_head, request.attestations)
         if request.more:
             return self._reply(ReplyCode.MORE)
-        if self._chain.length and self.name not in self._chain.members:
-            raise SiteFileError(
-                f"site {self.name} left the study with amendment {self._chain.amendment}; it is over here"
-            )
-        if self._chain.awaits_checkpoint and not self._blind:
-            return self._reply(ReplyCode.ACKNOWLEDGED, self._acknowledgement())
-        if self._chain.awaits_checkpoint:
+        chain = self.replica.state.chain
+        if chain.length and self.name not in chain.members:
+            raise SiteFileError(f"site {self.name} left the study with amendment {chain.amendment}; it is over here")
+        if chain.awaits_checkpoint and not self.replica.state.blind:
+            return self._reply(ReplyCode.ACKNOWLEDGED, self.replica.acknowledgement())
+        if chain.awaits_checkpoint:
             return self._reply(ReplyCode.APPLIED)
-        if self._blind:
+        if self.replica.state.blind:
             raise KeyFileError(
-                f"the adapter of round {self._chain.round} cannot be opened: its key is not here and no checkpoint "
+                f"the adapter of round {chain.round} cannot be opened: its key is not here and no checkpoint "
                 "follows; take the key of this run, or wait for the next rotation"
             )
-        if not self._chain.length or request.round != self._chain.due.round:
-            raise ProtocolError(
-                f"asked for round {request.round}; the journal here ends after round {self._chain.round}"
-            )
-        if self._chain.finished and self._private is not None:
+        if not chain.length or request.round != chain.due.round:
+            raise ProtocolError(f"asked for round {request.round}; the journal here ends after round {chain.round}")
+        if chain.finished and self._private is not None:
             self._private.finish()
-        if self._chain.finished or self._member.role == "observer":
+        if chain.finished or self.replica.member.role == "observer":
             return self._reply(ReplyCode.APPLIED)
-        if withdrawn(self._run_folder / "outbox", request.round, request.attempt):
+        if withdrawn(self.replica.files.folder / "outbox", request.round, request.attempt):
             log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
             return self._reply(ReplyCode.APPLIED)
         try:
@@ -236,14 +271,14 @@ class Site(Replica):
             return self._reply(ReplyCode.APPLIED)
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
-        return RoundReply(self.name, code, self.run, self.position, self._attestation(), envelope)
+        return RoundReply(self.name, code, self.run, self.position, self.replica.attestation(), envelope)
 
     # --- the update ---
 
     def _envelope(self, attempt: int) -> bytes:
         """The envelope of the round that is due: stored bytes if they fit, else the stored integers sealed anew."""
-        due = self._chain.due
-        outbox = self._run_folder / "outbox"
+        due = self.replica.due
+        outbox = self.replica.files.folder / "outbox"
         make_folder(outbox, 0o700)
         path = outbox / f"{due.round:08d}.envelope"
         if path.exists():
@@ -263,8 +298,8 @@ class Site(Replica):
         integers, ledger = self._integers(outbox / f"{due.round:08d}.integers")
         contribution = Contribution(site=self.name, attempt=attempt)
         binding = Binding(run=due.run, head=due.head, round=due.round)
-        payload = self._sealer().seal(integers, binding, contribution)
-        data = seal_envelope(self._agreed, due, contribution, ledger, payload, self._identity.signing)
+        payload = self.replica.sealer.seal(integers, binding, contribution)
+        data = seal_envelope(self._agreed, due, contribution, ledger, payload, self.replica.identity.signing)
         write_durable(path, data, 0o600)
         return data
 
@@ -274,7 +309,7 @@ class Site(Replica):
         With them the head of the privacy ledger that paid for them; zeros without a budget.
         """
         if self._private is not None:
-            integers = self._private.integers(self._chain.due, self.parameters, path, self.features, self._quantise)
+            integers = self._private.integers(self.replica.due, self.parameters, path, self.features, self._quantise)
             return integers, self._private.head
         if path.exists():
             stored: NDArray[np.int64] = safetensors.numpy.load(path.read_bytes())["integers"]
@@ -287,15 +322,17 @@ class Site(Replica):
 
     def _train(self) -> NDArray[np.int64]:
         study = self._agreed.study
-        round_number = self._chain.due.round
+        round_number = self.replica.due.round
         features = self.features()
         seed = training_seed(study.seed, self.name, round_number)
         start = self.personal(self.parameters, round_number - 1)
         trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
         if PRIVATE_HEAD in trained:
             head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
-            make_folder(self._run_folder / "heads", 0o700)
-            write_durable(self._run_folder / "heads" / f"{round_number:08d}", bytes(safetensors.numpy.save(head)))
+            make_folder(self.replica.files.folder / "heads", 0o700)
+            write_durable(
+                self.replica.files.folder / "heads" / f"{round_number:08d}", bytes(safetensors.numpy.save(head))
+            )
         update = codec.flatten(trained) - codec.flatten(self.parameters)
         counts = (0, 0)
         if study.encoding.share_validation and len(features.val.y):
@@ -309,9 +346,9 @@ class Site(Replica):
     ) -> NDArray[np.int64]:
         """The integers of an update and, if the study shares them, of validation counts (zeros unless given)."""
         study = self._agreed.study
-        round_number = self._chain.due.round
+        round_number = self.replica.due.round
         lanes = self._agreed.lanes
-        quantised = codec.quantise(update, self._bounds, self._member.weight, lanes.max_integer, draws)
+        quantised = codec.quantise(update, self._agreed.bounds, self.replica.member.weight, lanes.max_integer, draws)
         log.info(
             "round %d: saturated share %.2g, quantisation error %.3g rms",
             round_number,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,8 +107,8 @@ class Federation:
 
     def begin(self, sites: list[Site]) -> Coordinator:
         """Hand a new key to the sites and begin a run."""
-        sealed = self.seal_key(sites[0].keys.newest[0] + 1)
-        (key,) = {site.keys.accept(sealed).key for site in sites}
+        sealed = self.seal_key(sites[0].replica.keys.newest[0] + 1)
+        (key,) = {site.replica.keys.accept(sealed).key for site in sites}
         return Coordinator.begin(self.agreed, self.folder / "server", self.signing, key)
 
     def reopen(self) -> Coordinator:
@@ -120,6 +121,13 @@ def exchange(coordinator: Coordinator, site: Site) -> Any:
     reply = site.respond(coordinator.request(site.run, site.position))
     coordinator.receive(reply)
     return reply
+
+
+def corrupt(site: Site, **tensors: Any) -> None:
+    """Put other values into what a site holds, as a broken memory would."""
+    state = site.replica.state
+    damaged = replace(state, tensors=state.tensors | tensors)
+    site.replica.state = replace(damaged, digests={damaged.chain.head: (damaged.digest, damaged.chain.key)})
 
 
 def run_round(coordinator: Coordinator, sites: list[Site]) -> None:

@@ -164,7 +164,7 @@ def _install_slow(fault: dict[str, Any]) -> None:
     train = Site._train
 
     def slow(self: Site) -> Any:
-        if not fault.get("only") or self._chain.due.round in fault["only"]:
+        if not fault.get("only") or self.replica.due.round in fault["only"]:
             time.sleep(fault["slow"])
         return train(self)
 

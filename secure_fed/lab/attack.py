@@ -229,9 +229,7 @@ def _half(generator: np.random.Generator, patients: int) -> NDArray[np.bool_]:
 def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Iterator[tuple[str, _Seen]]:
     """The first round's updates: as integers, which the server has in plain mode, and as ciphertext coefficients."""
     agreed, start = shadow.agreed, shadow.agreed.initial.adapter
-    shapes, encoding = agreed.initial.shapes, agreed.study.encoding
-    bounds = codec.value_bounds(shapes, encoding.value_bound, encoding.value_bounds)
-    lanes = agreed.lanes
+    shapes, lanes, bounds = agreed.initial.shapes, agreed.lanes, agreed.bounds
     cipher, wire = Cipher(lanes, shadow.secret), CipherWire(lanes)
     binding = Binding(run=secrets.token_hex(32), head=secrets.token_hex(32), round=1)
     views: dict[str, list[tuple[NDArray[np.float64], list[float], int]]] = {"plain_update": [], "server_he": []}

@@ -390,11 +390,11 @@ def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinat
     key_id = ZERO_DIGEST
     if agreed.study.mode == "he":
         maker = next(site for site in sites if site.name == agreed.study.key_maker)
-        epoch, _ = maker.keys.newest
+        epoch, _ = maker.replica.keys.newest
         identity = load_identity(out / "sites" / maker.name / "identity", maker.name)
         sealed = create_sealed_key(agreed, identity, epoch + 1)
         for site in sites:
-            key_id = site.keys.accept(sealed).key
+            key_id = site.replica.keys.accept(sealed).key
     return Coordinator.begin(agreed, folder, signing, key_id)
 
 
@@ -409,7 +409,7 @@ def run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Si
     while True:
         refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
         for entry in coordinator.rounds[told:]:
-            share = validation_share(sites[0].validation) if entry is coordinator.rounds[-1] else None
+            share = validation_share(sites[0].replica.state.validation) if entry is coordinator.rounds[-1] else None
             listener.round(round_facts(agreed, entry, share))
         told = len(coordinator.rounds)
         if refused:
@@ -461,7 +461,7 @@ def _rounds(
     agreed: AgreedStudy, sites: Sequence[Site], rounds: Sequence[JournalEntry], budgeted: Collection[str]
 ) -> tuple[Round, ...]:
     """Facts and learning curves by round, the curves from a replay of a site's journal."""
-    states = {state.round: state for state in sites[0].history()}
+    states = {state.round: state for state in sites[0].replica.history()}
     training = [site for site in sites if agreed.study.site(site.name).role == "train"]
     found = []
     for entry in rounds:

@@ -25,7 +25,7 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.operate.summary import METHODS, SUMMARY, StudySummary, read_summary
 from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.records import Chain, Record, RecordFolder
+from secure_fed.protocol.records import Chain, Record
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 ADAPTER = "adapter.safetensors"
@@ -141,8 +141,7 @@ def export_run(folder: Path, out: Path, *, onnx: bool) -> list[Path]:
 
 
 def _origin_of_site(file: SiteFile, agreed: AgreedStudy, site: Site, own_results: bool) -> Origin:
-    records = RecordFolder(Path(file.state) / "runs" / site.run / "journal").replay(Chain(agreed))
-    sums = list(_applied(records))
+    sums = list(_applied(site.replica.files.records.replay(Chain(agreed))))
     last = sums[-1]
     budgeted = Ledger.exists(ledger_folder(file))
     patients = file.data.kind == "patients"
@@ -151,8 +150,8 @@ def _origin_of_site(file: SiteFile, agreed: AgreedStudy, site: Site, own_results
             f"site {site.name}: its own metrics and temperature are made of patients' images, and its privacy budget "
             "has not paid for them; expected an export without --own-results"
         )
-    paid = site.validation is not None and all(entry.ledger != NO_LEDGER for entry in last.contributors)
-    counts = site.validation if paid else None
+    paid = all(entry.ledger != NO_LEDGER for entry in last.contributors)
+    counts = site.replica.state.validation if paid else None
     origin = Origin(
         exporter=site.name,
         kind=file.data.kind,

@@ -158,7 +158,8 @@ def learning_curves(run: Run) -> Figure | None:
         curves = {site.name: curves[site.name] for site in run.training if site.name in curves}
     if not curves:
         return None
-    states = [(0, run.agreed.initial.adapter), *((state.round, state.parameters) for state in run.sites[0].history())]
+    applied = ((state.round, state.parameters) for state in run.sites[0].replica.history())
+    states = [(0, run.agreed.initial.adapter), *applied]
     for site in run.sites:
         for number, parameters in states if site.name in curves else ():
             value = site.validate(site.personal(parameters, number) if number else parameters)

@@ -35,7 +35,7 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics)
     save_adapter(state / "adapter.safetensors", agreed, site.parameters)
     own = calibrate(agreed, [site], site.parameters, personal=True)
     save_calibration(state / CALIBRATION, site.parameters, own)
-    counts = site.validation
+    counts = site.replica.state.validation
     share = counts.correct / counts.images if counts is not None and counts.images else None
     summary = SiteSummary(
         kind="site",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from secure_fed.clients.keyring import KeyRing
-from secure_fed.clients.site import Site
-from secure_fed.clients.sitefile import SiteFile, read_site
+from secure_fed.clients.replica import Replica
+from secure_fed.clients.sitefile import read_site
 from secure_fed.core.storage import write_durable
 from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key, load_identity
 from secure_fed.protocol.sealed_key import SealedKeyHeader
@@ -27,7 +27,7 @@ def create_key(site: Path, study: Path, into: Path) -> SealedKeyHeader:
         KeyFileError: this site makes no keys.
         StorageError: the file cannot be written; then the site does not hold the key either.
     """
-    _, agreed, identity, ring = _open(site, study)
+    agreed, identity, ring = _open(site, study)
     return _keep(ring, create_sealed_key(agreed, identity, ring.newest[0] + 1), into)
 
 
@@ -45,13 +45,14 @@ def rotate_key(
         KeyFileError: also if the members cannot change so.
         SiteFileError, StorageError: as for :func:`create_key`.
     """
-    file, agreed, identity, ring = _open(site, study)
-    here = Site(file, agreed)
+    file, agreed = read_site(site, study)
+    here = Replica(file, agreed)
+    chain = here.state.chain
     joining = tuple(Member(name=each.name, keys=each.keys) for each in add)
     sealed = create_sealed_key(
-        agreed, identity, ring.newest[0] + 1, here.key_in_force, here.members, joining, tuple(remove)
+        agreed, here.identity, here.keys.newest[0] + 1, chain.key, chain.members, joining, tuple(remove)
     )
-    return _keep(ring, sealed, into)
+    return _keep(here.keys, sealed, into)
 
 
 def accept_key(site: Path, sealed: bytes) -> SealedKeyHeader:
@@ -81,10 +82,10 @@ def held_keys(site: Path) -> dict[int, SealedKeyHeader]:
     return ring.headers
 
 
-def _open(site: Path, study: Path | None = None) -> tuple[SiteFile, AgreedStudy, Identity, KeyRing]:
+def _open(site: Path, study: Path | None = None) -> tuple[AgreedStudy, Identity, KeyRing]:
     file, agreed = read_site(site, study)
     identity = load_identity(Path(file.identity), file.site)
-    return file, agreed, identity, KeyRing(Path(file.state) / "keys", agreed, identity)
+    return agreed, identity, KeyRing(Path(file.state) / "keys", agreed, identity)
 
 
 def _keep(ring: KeyRing, sealed: bytes, into: Path) -> SealedKeyHeader:

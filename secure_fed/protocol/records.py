@@ -6,6 +6,7 @@ payload. The journal *is* the model: genesis and the decrypted aggregates in ord
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -195,6 +196,12 @@ class Chain:
             amendment, members = self._check_amendment(header, bytes(frame.payload))
         checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
         return Record(header, frame.digest, contributors, checkpoint, amendment, members, data)
+
+    def after(self, record: Record) -> Chain:
+        """The chain with a checked record; this one stays as it is."""
+        chain = copy.copy(self)
+        chain.advance(record)
+        return chain
 
     def advance(self, record: Record) -> None:
         """Take a checked record into the chain."""

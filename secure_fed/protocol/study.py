@@ -26,7 +26,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 from secure_fed import configs
 from secure_fed.core.errors import LanesError, StudyError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
-from secure_fed.protocol.codec import count_lanes
+from secure_fed.protocol.codec import count_lanes, value_bounds
 from secure_fed.protocol.packing import LaneParameters, lane_parameters
 
 Mode = Literal["he", "plain"]
@@ -632,6 +632,12 @@ class AgreedStudy:
         if encoding.share_validation:
             values += 2 * count_lanes(encoding.bits)
         return lane_parameters(self.study.max_sites, encoding.bits, encoding.lanes, values)
+
+    @cached_property
+    def bounds(self) -> NDArray[np.float64]:
+        """The public bound of each coordinate of an update, without validation counts: float64 [values]."""
+        encoding = self.study.encoding
+        return value_bounds(self.initial.shapes, encoding.value_bound, encoding.value_bounds)
 
 
 def read_study_file(path: Path) -> Template | Study:

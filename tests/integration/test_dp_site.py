@@ -192,8 +192,9 @@ def test_validation_counts_are_paid_for_by_their_own_patients(
     coordinator.close_round()
     for site in sites:
         exchange(coordinator, site)
-    assert sites[1].validation is not None
-    assert sites[1].validation.images >= counts[0]  # the aggregate's share is shown, ash's counts among it
+    summed = sites[1].replica.state.validation
+    assert summed is not None
+    assert summed.images >= counts[0]  # the aggregate's share is shown, ash's counts among it
     training, _, validated = ledger_of(federation).events
     facts = ledger_of(federation).summary()
     assert [(event["block"], event["steps"]) for event in facts["events"]] == [(1, 2), (1, 2), (2, 1)]

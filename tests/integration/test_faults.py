@@ -172,7 +172,7 @@ def rotation(network: Network) -> bytes:
     run = network.folder / "server" / "runs" / str(current_run(network.folder / "server"))
     chain = Chain(network.agreed)
     list(RecordFolder(run / "journal").replay(chain))
-    sealed = federation.seal_key(federation.site("ash").keys.newest[0] + 1, chain.key, members=chain.members)
+    sealed = federation.seal_key(federation.site("ash").replica.keys.newest[0] + 1, chain.key, members=chain.members)
     store_amendment(network.agreed, run, chain, sealed)
     return sealed
 
@@ -185,7 +185,7 @@ def without_run(network: Network) -> None:
     sealed = network.folder / "study.key"
     sealed.write_bytes(federation.seal_key(2))
     for site in federation.sites():
-        site.keys.accept(sealed.read_bytes())
+        site.replica.keys.accept(sealed.read_bytes())
     network.options["server"] = ["--key", str(sealed)]
 
 

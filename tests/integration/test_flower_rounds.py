@@ -274,7 +274,7 @@ def test_a_rotated_key_takes_force_in_mid_study(federation: Federation, caplog: 
     _steps(loop, lambda: len(coordinator.rounds) == 1)
     sealed = _rotated(federation, coordinator)
     for app in wire.apps.values():
-        app.site.keys.accept(sealed)
+        app.site.replica.keys.accept(sealed)
     assert loop.run()
     kinds = [entry.header.kind for entry in coordinator.journal.records]
     assert kinds == ["genesis", "aggregate", "amendment", "checkpoint", "aggregate", "aggregate"]
@@ -288,7 +288,7 @@ def test_when_members_change_the_loop_ends_for_them_to_be_registered(federation:
     sealed = _rotated(federation, coordinator, removed=(OBSERVER,))
     for app in wire.apps.values():
         if app.site.name != OBSERVER:
-            app.site.keys.accept(sealed)
+            app.site.replica.keys.accept(sealed)
     assert not loop.run()
     assert OBSERVER not in coordinator.journal.chain.members
     del wire.nodes[OBSERVER]
@@ -316,7 +316,7 @@ def test_when_too_few_can_train_the_study_ends_with_its_own_code(federation: Fed
 def _rotated(federation: Federation, coordinator: Coordinator, **changes: Any) -> bytes:
     """Leave an amendment for the coordinator, as the key maker makes it."""
     chain = coordinator.journal.chain
-    epoch = federation.site("ash").keys.newest[0] + 1
+    epoch = federation.site("ash").replica.keys.newest[0] + 1
     sealed = federation.seal_key(epoch, chain.key, members=chain.members, **changes)
     coordinator.amend(sealed)
     return sealed

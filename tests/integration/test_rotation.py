@@ -21,13 +21,13 @@ from secure_fed.protocol.sealed_key import KEY_MAGIC, check_sealed_key
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
 from secure_fed.protocol.study import Member, canonical_json
 from secure_fed.server.coordinator import Coordinator
-from tests.conftest import OBSERVER, Federation, exchange, run_round
+from tests.conftest import OBSERVER, Federation, corrupt, exchange, run_round
 
 
 def rotate(federation: Federation, coordinator: Coordinator, **changes: Any) -> bytes:
     """Leave an amendment for the coordinator, as the key maker makes it."""
     chain = coordinator.journal.chain
-    epoch = federation.site("ash").keys.newest[0] + 1
+    epoch = federation.site("ash").replica.keys.newest[0] + 1
     sealed = federation.seal_key(epoch, chain.key, members=chain.members, **changes)
     coordinator.amend(sealed)
     return sealed
@@ -70,8 +70,8 @@ def test_a_rotation_loses_no_round_retrains_nothing_and_changes_no_bit(federatio
     for path, content in stored.items():
         assert not path.exists() or path.read_bytes() == content
     for site in sites:
-        assert not site.keys.holds(old)
-        assert site.keys.newest == (2, coordinator.journal.chain.key)
+        assert not site.replica.keys.holds(old)
+        assert site.replica.keys.newest == (2, coordinator.journal.chain.key)
     assert [path.name for path in sorted(federation.folder.glob("sites/ash/state/keys/*"))] == ["000002.sealed"]
 
 
@@ -174,7 +174,7 @@ def test_a_site_that_joins_starts_at_the_checkpoint_and_opens_nothing_earlier(fe
     (federation.folder / "sites/elm/state/keys").mkdir(parents=True, exist_ok=True)
     (federation.folder / "sites/elm/state/keys/000002.sealed").write_bytes(sealed)  # as keys accept does
     joined = federation.site("elm")
-    assert not joined.keys.holds(old)
+    assert not joined.replica.keys.holds(old)
     # It knows no adapter yet, so that it acknowledges nothing.
     assert exchange(coordinator, joined).code == ReplyCode.APPLIED
     for site in sites:
@@ -195,10 +195,10 @@ def test_a_site_that_was_away_replays_through_the_rotation(federation: Federatio
     run_round(coordinator, sites)
     rotate(federation, coordinator)
     assert drive(coordinator, sites[:3]) == ["amendment", "checkpoint", "aggregate", "aggregate"]
-    assert sites[3].keys.newest[0] == 1
+    assert sites[3].replica.keys.newest[0] == 1
     exchange(coordinator, sites[3])
     assert sites[3].adapter_digest == sites[0].adapter_digest
-    assert list(sites[3].keys.headers) == [2]
+    assert list(sites[3].replica.keys.headers) == [2]
 
 
 def test_a_site_rebuilds_after_its_old_keys_are_gone(federation: Federation) -> None:
@@ -223,7 +223,7 @@ def test_amendments_are_applied_unasked_only_as_the_site_says(federation: Federa
     with pytest.raises(SiteFileError, match=r'elm would join, nobody leave.*amendments = "removals"'):
         exchange(coordinator, sites[1])
     assert sites[1].position == 1
-    sites[1].keys.accept(sealed)  # by hand
+    sites[1].replica.keys.accept(sealed)  # by hand
     assert exchange(coordinator, sites[1]).code == ReplyCode.ACKNOWLEDGED
 
 
@@ -364,14 +364,14 @@ def test_members_with_another_adapter_stop_the_rotation(federation: Federation) 
     exchange(coordinator, sites[1])
     request = replace(coordinator.request(sites[2].run, sites[2].position), attestations={})
     sites[2].respond(request)
-    sites[2].parameters[name] = sites[2].parameters[name] + 2.0**-30
+    corrupt(sites[2], **{name: sites[2].parameters[name] + 2.0**-30})
     coordinator.receive(sites[2].respond(replace(request, records=())))
     with pytest.raises(RecordError, match="acknowledge different adapters"):
         coordinator.close_round()
     sites[2] = federation.site("cedar")
     exchange(coordinator, sites[2])
     coordinator.close_round()
-    sites[3].parameters[name] = sites[3].parameters[name] + 2.0**-30
+    corrupt(sites[3], **{name: sites[3].parameters[name] + 2.0**-30})
     with pytest.raises(AdapterMismatchError, match="another adapter than the one here"):
         sites[3].respond(replace(coordinator.request(sites[3].run, sites[3].position), attestations={}))
 

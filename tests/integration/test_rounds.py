@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from secure_fed.clients.replica import MAX_REFUSALS
+from secure_fed.clients.replica import MAX_REFUSALS, Validation
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import (
     AdapterMismatchError,
@@ -28,7 +28,7 @@ from secure_fed.protocol.records import RecordHeader, SignedContribution, new_he
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
 from secure_fed.server.coordinator import Coordinator
-from tests.conftest import Federation, exchange, make_template, run_round
+from tests.conftest import Federation, corrupt, exchange, make_template, run_round
 
 
 def test_every_site_applies_exactly_the_weighted_mean_of_the_integers(federation: Federation) -> None:
@@ -52,8 +52,8 @@ def test_every_site_applies_exactly_the_weighted_mean_of_the_integers(federation
     for site in sites:
         assert np.array_equal(codec.flatten(site.parameters), expected)
         counts = total[size:].astype(np.int64)
-        assert (site.validation.images, site.validation.correct) == codec.decode_counts(counts, 16)  # type: ignore[union-attr]
-        assert site.validation.images == 3 * 6  # type: ignore[union-attr]
+        assert site.replica.state.validation == Validation(*codec.decode_counts(counts, 16))
+        assert site.replica.state.validation.images == 3 * 6
 
 
 def test_arrival_order_changes_no_byte_of_the_sum(federation: Federation) -> None:
@@ -86,7 +86,7 @@ def test_a_restarted_coordinator_keeps_what_it_accepted(federation: Federation) 
     for site in sites:
         exchange(again, site)
     assert len({site.adapter_digest for site in sites}) == 1
-    assert sites[0].validation.images == 18  # type: ignore[union-attr]
+    assert sites[0].replica.state.validation.images == 18  # type: ignore[union-attr]
 
 
 def test_a_damaged_spool_costs_an_attempt_and_never_a_retraining(federation: Federation) -> None:
@@ -158,8 +158,7 @@ def test_sites_with_different_adapters_notice(federation: Federation) -> None:
     request = coordinator.request(sites[2].run, sites[2].position)
     applied = Site.respond(sites[2], replace(request, attestations={}))
     assert applied.code == ReplyCode.UPDATE
-    sites[2].parameters[name].flat[0] += 2.0**-40
-    sites[2]._store_adapter()
+    corrupt(sites[2], **{name: sites[2].parameters[name] + 2.0**-40})
     with pytest.raises(AdapterMismatchError, match="site ash attests another adapter"):
         sites[2].respond(replace(request, records=()))
 

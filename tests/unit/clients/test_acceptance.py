@@ -231,7 +231,7 @@ def test_closing_destroys_keys_and_outboxes_and_names_the_rest(federation: Feder
     with pytest.raises(StudyClosedError, match="keys and outbox are destroyed"):
         refuse_closed(state)
     with pytest.raises(KeyFileError):
-        federation.site("ash").keys.secret(federation.site("ash").key_in_force)
+        federation.site("ash").replica.keys.secret(federation.site("ash").replica.state.chain.key)
     # Once more, with the identity: a copy of the sealed key that somebody kept opens no more.
     again = CliRunner().invoke(
         app, ["study", "close", str(study), "--site", str(site_toml(federation)), "--identity", "--json"]

@@ -190,13 +190,13 @@ def test_validation_counts_go_in_if_every_contributor_paid_for_them(images: Path
     simulate(template, tmp_path / "out", images, budget=Budget(50.0, 1e-5))
     federation = Federation(tmp_path / "out")
     site = federation.site("ash")
-    assert site.validation is not None
+    assert site.replica.state.validation is not None
     path = of_patients(federation, "ash")
     text = path.read_text()  # its ledger is one of simulated data, and stays so: take another site's eyes
     path.write_text(text.replace("patients", "simulated"))
     export_site(path, tmp_path / "e", onnx=False, own_results=False)
     card = (tmp_path / "e/MODEL_CARD.md").read_text()
-    assert ("paid for by the privacy budgets" in card) == (site.validation.images > 0)
+    assert ("paid for by the privacy budgets" in card) == (site.replica.state.validation.images > 0)
     assert card.count("Simulated (simulated data)") == 1
     export_run(tmp_path / "out", tmp_path / "run", onnx=False)
     assert (tmp_path / "run/MODEL_CARD.md").read_text().count("differentially private") == len(TRAINING)

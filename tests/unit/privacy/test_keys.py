@@ -127,17 +127,17 @@ def test_a_flipped_bit_anywhere_in_a_sealed_key_is_refused(federation: Federatio
 def test_a_key_of_another_study_or_an_older_epoch_is_refused(federation: Federation) -> None:
     site = federation.site("birch")
     second = federation.seal_key(2)
-    site.keys.accept(second)
-    assert site.keys.accept(second).key == site.keys.newest[1]
+    site.replica.keys.accept(second)
+    assert site.replica.keys.accept(second).key == site.replica.keys.newest[1]
     for other in (federation.seal_key(1), federation.seal_key(2)):
         with pytest.raises(KeyFileError, match="an older or a second key of an epoch"):
-            site.keys.accept(other)
+            site.replica.keys.accept(other)
     frame = split_frame(KEY_MAGIC, second, MAX_KEY_HEADER, KeyFileError)
     header = SealedKeyHeader.model_validate_json(frame.header).model_copy(update={"study": "6" * 64})
     moved = sign_frame(KEY_MAGIC, header, _identity(federation, "ash").signing, bytes(frame.payload))
     with pytest.raises(KeyFileError, match="for study 6666"):
-        site.keys.accept(moved)
-    assert site.keys.newest[0] == 2
+        site.replica.keys.accept(moved)
+    assert site.replica.keys.newest[0] == 2
 
 
 def test_representations_show_no_secret(federation: Federation) -> None:

@@ -15,7 +15,7 @@ from secure_fed.lab.simulation import Listener, prepare, simulate
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.aggregation import MOMENT
 from secure_fed.protocol.study import Aggregation
-from tests.conftest import Federation, exchange, make_template, run_round
+from tests.conftest import Federation, corrupt, exchange, make_template, run_round
 
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
 ADAM = {"rule": "fedadam", "learning_rate": 0.01, "betas": [0.8, 0.9], "tau": 0.01}
@@ -68,7 +68,7 @@ def adam(tmp_path: Path, images: Path) -> Federation:
 
 
 def moments(site: Site) -> dict[str, Any]:
-    return {name: value for name, value in site._whole_state.items() if name.startswith(MOMENT)}
+    return {name: value for name, value in site.replica.state.tensors.items() if name.startswith(MOMENT)}
 
 
 def test_moments_are_replicated_attested_and_rebuilt(adam: Federation) -> None:
@@ -84,15 +84,14 @@ def test_moments_are_replicated_attested_and_rebuilt(adam: Federation) -> None:
     for site in sites[1:]:
         assert all(np.array_equal(moments(site)[name], first[name]) for name in first)
     # From the stored state, and by replay when that is gone: the same bits.
-    state = sites[1]._state_digest
-    assert adam.site("birch")._state_digest == state
+    state = sites[1].replica.state.digest
+    assert adam.site("birch").replica.state.digest == state
     (stored,) = (adam.folder / "sites/birch/state/runs").glob("*/adapter.safetensors")
     stored.unlink()
-    assert adam.site("birch")._state_digest == state
+    assert adam.site("birch").replica.state.digest == state
     # Two sites whose moments differ notice it although their adapters are the same.
-    sites[2]._moments[f"{MOMENT}second"] = first[f"{MOMENT}second"] * (1 + 2.0**-50)
+    corrupt(sites[2], **{f"{MOMENT}second": first[f"{MOMENT}second"] * (1 + 2.0**-50)})
     assert sites[2].adapter_digest == sites[0].adapter_digest
-    sites[2]._store_adapter()
     with pytest.raises(AdapterMismatchError):
         exchange(coordinator, sites[2])
 
@@ -116,8 +115,8 @@ def test_a_checkpoint_carries_the_moments(adam: Federation) -> None:
     # The key of the first round is destroyed: only the checkpoint can give what came of it.
     next((adam.folder / "sites/ash/state/runs").glob("*/adapter.safetensors")).unlink()
     rebuilt = adam.site("ash")
-    assert list(rebuilt.keys.headers) == [2]
-    assert rebuilt._state_digest == sites[1]._state_digest
+    assert list(rebuilt.replica.keys.headers) == [2]
+    assert rebuilt.replica.state.digest == sites[1].replica.state.digest
     assert all(np.array_equal(value, moments(sites[1])[name]) for name, value in moments(rebuilt).items())
 
 

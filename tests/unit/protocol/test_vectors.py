@@ -171,7 +171,7 @@ def opened(versions: dict[str, Version], tmp_path: Path) -> Any:
     def open_site(version: str, name: str) -> Site:
         vectors = versions[version]
         site = vectors.site(name, tmp_path)
-        site.keys.accept((vectors.folder / "epoch-1.sealed").read_bytes())
+        site.replica.keys.accept((vectors.folder / "epoch-1.sealed").read_bytes())
         return site
 
     return open_site

@@ -599,8 +599,9 @@ def test_a_sites_page_shows_its_rounds_as_a_curve(federation: Federation, tmp_pa
         site = federation.site("ash")
         site.respond(coordinator.request(site.run, site.position))
         write_results(Path(file.state), federation.agreed, site, site.evaluate(None))
-        assert site.validation is not None
-        expected[str(site.round)] = site.validation.correct / site.validation.images
+        counts = site.replica.state.validation
+        assert counts is not None
+        expected[str(site.round)] = counts.correct / counts.images
     assert json.loads((Path(file.state) / "summary.json").read_text())["validations"] == expected
     assert expected.keys() == {"1", "2"}
     page = report([federation.folder / "sites/ash"], tmp_path)
