@@ -355,10 +355,12 @@ class Replica:
     def _apply(self, record: Record) -> None:
         """Go on by a record of the site's own journal.
 
-        An amendment's key is taken before anything is read with it. Once a checkpoint is confirmed, the keys before
-        its own are of no more use to anybody, and are destroyed.
+        An amendment's key is taken before anything is read with it, unless a newer one is here already: then this is
+        the past, whose keys are never taken again. Once a checkpoint is confirmed, the keys before its own are of no
+        more use to anybody, and are destroyed.
         """
-        if record.amendment is not None and self.name in record.members:
+        amendment = record.amendment
+        if amendment is not None and self.name in record.members and amendment.epoch >= self.keys.newest[0]:
             self.keys.accept(record.payload)
         reading = self._read(self.state, record)
         if isinstance(reading, Confirmed):
