@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from secure_fed.core.layout import SUMMARY
 from secure_fed.lab.simulation import Listener, simulate
-from secure_fed.operate.summary import METHODS, SUMMARY, Result, StudySummary, read_summary
+from secure_fed.operate.summary import METHODS, Result, StudySummary, read_summary
 from secure_fed.protocol.study import read_template, with_fields
 
 SEEDS = (0, 1, 2)

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from secure_fed.core.layout import ServerState
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import open_sites
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import Template
-from secure_fed.server.coordinator import current_run
 from tests.conftest import make_images, template_table
 from tests.network import Network, busy, peak
 
@@ -70,7 +70,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     finally:
         network.close()
     chain = Chain(network.agreed)
-    run = current_run(network.folder / "server")
+    run = ServerState(network.folder / "server").current_run
     records = RecordFolder(network.folder / "server" / "runs" / str(run) / "journal")
     entries = [JournalEntry(record) for record in records.replay(chain) if record.header.kind == "aggregate"]
     work = {name: answers(network.log(name)) for name in network.names}

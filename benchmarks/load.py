@@ -150,10 +150,10 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
 
 def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     """Serve the study to its canned sites and take figures from journal and /proc."""
+    from secure_fed.core.layout import ServerState
     from secure_fed.lab.demo import _free_port
     from secure_fed.protocol.journal import JournalEntry
     from secure_fed.protocol.records import Chain, RecordFolder
-    from secure_fed.server.coordinator import current_run
     from tests.network import busy, peak
 
     values = prepare(folder, sites, rounds)
@@ -192,7 +192,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     if any(status):
         raise SystemExit((folder / "server.log").read_text()[-3000:])
     agreed = load_study(folder / "study.toml")
-    records = RecordFolder(folder / "server" / "runs" / str(current_run(folder / "server")) / "journal")
+    records = RecordFolder(folder / "server" / "runs" / str(ServerState(folder / "server").current_run) / "journal")
     chain = Chain(agreed)
     entries = [JournalEntry(record) for record in records.replay(chain) if record.header.kind == "aggregate"]
     if any(len(entry.sites) != sites for entry in entries):

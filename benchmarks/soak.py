@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from secure_fed.core.layout import ServerState
 from secure_fed.lab.simulation import open_sites
 from secure_fed.protocol.journal import find_runs
 from secure_fed.protocol.recompute import EnvelopeStore, recompute
 from secure_fed.protocol.records import Chain, Record, RecordFolder
 from secure_fed.protocol.study import Template
-from secure_fed.server.coordinator import current_run
 from tests.conftest import OBSERVER, TRAINING, make_images, make_template
 from tests.network import Network
 
@@ -210,7 +210,7 @@ def growth(samples: list[dict[str, Any]], name: str, measure: str) -> dict[str, 
 def invariants(network: Network, rounds: int) -> dict[str, Any]:
     """Each of the federation's promises, and whether it was kept."""
     chain = Chain(network.agreed)
-    run = str(current_run(network.folder / "server"))
+    run = str(ServerState(network.folder / "server").current_run)
     folder = network.folder / "server" / "runs" / run / "journal"
     records = list(RecordFolder(folder).replay(chain))
     aggregates = [record for record in records if record.header.kind == "aggregate"]

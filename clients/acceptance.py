@@ -174,6 +174,7 @@ def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, b
         accepted_ms=time.time_ns() // 1_000_000,
         **payload_fields(payload),
     )
+    file.state_folder.begin()
     folder = _folder(file)
     make_folder(folder, 0o700)
     path = folder / f"{agreed.study.id}.signed"
@@ -246,4 +247,4 @@ def when(milliseconds: int) -> str:
 
 
 def _folder(file: SiteFile) -> Path:
-    return Path(file.state) / "accepted"
+    return file.state_folder.accepted

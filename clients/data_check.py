@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from secure_fed.clients.data import SiteImage, Split
@@ -13,7 +12,6 @@ from secure_fed.clients.features import Progress
 from secure_fed.clients.images import compared_images
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import DataLeakError
-from secure_fed.core.storage import make_folder
 from secure_fed.model.backbone import image_size
 from secure_fed.protocol.study import AgreedStudy
 
@@ -41,7 +39,7 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         DataError, LabelError, ManifestError: the data cannot be read at all, or a patient is in two splits.
         StorageError: the cache cannot be used.
     """
-    make_folder(Path(file.state))
+    file.state_folder.begin()
     images, (found, unreadable) = compared_images(file, agreed, progress)
     classes, size = agreed.study.class_names, image_size(agreed.study.backbone)
     counts = Counter((image.label, image.split) for image in images)

@@ -11,14 +11,11 @@ from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import every_image
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import EnvelopeError, SecfacmicError
-from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
-from secure_fed.model.adapter_file import CALIBRATION
+from secure_fed.core.layout import SiteRun, SiteState
+from secure_fed.core.storage import exclusive, sync_folder, write_durable
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.signing import PRIVATE, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
-
-WITHDRAWN = "withdrawn"
-"""Suffix, in an outbox, of the note that a round's update was dropped: the last attempt it was sealed for, else 0."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +50,14 @@ def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
         StorageError: another process, as the site's client, holds the state folder; or the list or the cache cannot be
             written: what is on the list stays away all the same.
     """
-    make_folder(Path(file.state))
+    file.state_folder.begin()
     with exclusive(Path(file.state)):
         return _forget(file, agreed, patient)
 
 
 def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
-    state = Path(file.state)
-    forgotten = Forgotten(state)
+    state = file.state_folder
+    forgotten = Forgotten(state.path)
     theirs: list[bytes] = []
     others: list[bytes] = []
     unread, count = "", 0
@@ -79,9 +76,9 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     except SecfacmicError as error:
         unread, others = str(error), []
     forgotten.add(patient, sorted(set(theirs) - set(others)))
-    rounds, heads = _withdraw(state / "runs")
+    rounds, heads = _withdraw(state)
     # Its temperature was fitted to validation images, and statistics in it may be of training images.
-    (state / CALIBRATION).unlink(missing_ok=True)
+    state.calibration.unlink(missing_ok=True)
     dropped = 0
     if file.feature_cache.exists():
         with FeatureCache(file.feature_cache) as cache:
@@ -89,24 +86,25 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     return Forgetting(count, dropped, rounds, heads, unread)
 
 
-def _withdraw(runs: Path) -> tuple[tuple[str, ...], int]:
+def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:
     """Drop the updates in all outboxes, leaving a note for each, and all private heads."""
     rounds: list[str] = []
-    for outbox in sorted(runs.glob("*/outbox")):
-        stems = sorted({path.stem for suffix in ("integers", "envelope") for path in outbox.glob(f"*.{suffix}")})
-        for stem in stems:
-            envelope = outbox / f"{stem}.envelope"
+    heads = 0
+    for folder in state.run_folders():
+        run = SiteRun(folder)
+        for number in run.updates():
+            envelope = run.envelope(number)
             attempt = _attempt(envelope) if envelope.exists() else 0
-            write_durable(outbox / f"{stem}.{WITHDRAWN}", str(attempt).encode(), PRIVATE)
-            for path in (outbox / f"{stem}.integers", envelope):
+            write_durable(run.withdrawn(number), str(attempt).encode(), PRIVATE)
+            for path in (run.integers(number), envelope):
                 path.unlink(missing_ok=True)
-            sync_folder(outbox)
-            rounds.append(f"run {outbox.parent.name[:16]}, round {int(stem)}")
-    heads = sorted(runs.glob("*/heads/*"))
-    for head in heads:
-        head.unlink()
-        sync_folder(head.parent)
-    return tuple(rounds), len(heads)
+            sync_folder(run.outbox)
+            rounds.append(f"run {folder.name[:16]}, round {number}")
+        for head in run.heads.glob("*"):
+            head.unlink()
+            sync_folder(run.heads)
+            heads += 1
+    return tuple(rounds), heads
 
 
 def _attempt(envelope: Path) -> int:
@@ -118,11 +116,11 @@ def _attempt(envelope: Path) -> int:
         return 2**31
 
 
-def withdrawn(outbox: Path, round_number: int, attempt: int) -> bool:
+def withdrawn(run: SiteRun, round_number: int, attempt: int) -> bool:
     """Whether a round's update was dropped after it may have been sent for this attempt, or a later one.
 
     A second, different update must not follow for one attempt: both would carry the same one-time tag, and a server
     that has both could add one and take away the other, which shows what the patient made of the difference.
     """
-    note = outbox / f"{round_number:08d}.{WITHDRAWN}"
+    note = run.withdrawn(round_number)
     return note.exists() and attempt <= int(note.read_text(encoding="ascii"))

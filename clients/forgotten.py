@@ -19,12 +19,11 @@ from pydantic import Field, StringConstraints
 from secure_fed.clients.data import SiteImage
 from secure_fed.clients.decoding import identity
 from secure_fed.core.errors import ForgottenError
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.layout import SiteState
+from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel, parse_table
 from secure_fed.protocol.signing import PRIVATE
 from secure_fed.protocol.study import Hex64
-
-FILE = "forgotten.json"
 
 _Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
@@ -47,7 +46,8 @@ class Forgotten:
     """
 
     def __init__(self, state: Path) -> None:
-        self._path = state / FILE
+        self._state = SiteState(state)
+        self._path = self._state.forgotten
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
@@ -91,7 +91,7 @@ class Forgotten:
         content = self._content.model_copy(
             update={"patients": tuple(sorted(patients)), "images": tuple(sorted(digests))}
         )
-        make_folder(self._path.parent)
+        self._state.begin()
         write_durable(self._path, content.model_dump_json().encode() + b"\n", PRIVATE)
         self._content, self._patients, self._images = content, patients, digests
 

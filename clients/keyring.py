@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import KeyFileError, SiteFileError
+from secure_fed.core.layout import SEALED, sealed_key
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.privacy.keys import Identity, load_identity, open_sealed_key
@@ -39,7 +40,7 @@ class KeyRing:
         Raises:
             KeyFileError: a file is damaged or of another study.
         """
-        paths = sorted(self._folder.glob("*.sealed"))
+        paths = sorted(self._folder.glob(SEALED))
         if paths != self._read:
             headers = [check_sealed_key(path.read_bytes(), self._agreed) for path in paths]
             self._headers = {header.epoch: header for header in headers}
@@ -121,7 +122,7 @@ class KeyRing:
         return None
 
     def _file(self, epoch: int) -> Path:
-        return self._folder / f"{epoch:06d}.sealed"
+        return sealed_key(self._folder, epoch)
 
 
 class Membership(NamedTuple):
@@ -151,7 +152,7 @@ def membership(file: SiteFile, agreed: AgreedStudy) -> Membership:
         SiteFileError: the study knows that site by another identity.
     """
     identity = load_identity(Path(file.identity), file.site)
-    keys = KeyRing(Path(file.state) / "keys", agreed, identity)
+    keys = KeyRing(file.state_folder.keys, agreed, identity)
     listed = {site.name: site for site in agreed.study.sites}
     site = listed.get(file.site) or keys.joined(file.site) or agreed.study.site(file.site)
     if identity.keys != site.keys:

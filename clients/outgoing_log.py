@@ -16,14 +16,13 @@ from typing import Literal
 from pydantic import ValidationError
 
 from secure_fed.core.errors import EnvelopeError, EvidenceError, StorageError
+from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import sync_folder
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.rounds import RoundReply
 from secure_fed.protocol.signing import ZERO_DIGEST, Count, split_frame
 from secure_fed.protocol.study import Hex64, canonical_json
-
-FILE = "sent.jsonl"
 
 
 class SentMessage(FileModel):
@@ -62,7 +61,7 @@ class SentList:
     """
 
     def __init__(self, state: Path) -> None:
-        self._path = state / FILE
+        self._path = SiteState(state).sent
         self._last: tuple[int, str] | None = None
 
     def add(self, reply: RoundReply, round_number: int) -> None:

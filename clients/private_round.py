@@ -68,7 +68,7 @@ class Quantise(Protocol):
 
 def ledger_folder(file: SiteFile) -> Path:
     """Where a site's ledger lies."""
-    return Path(file.state) / "privacy"
+    return file.state_folder.ledger
 
 
 def has_budget(file: SiteFile) -> bool:

@@ -32,6 +32,7 @@ from secure_fed.core.errors import (
     RecordError,
     SiteFileError,
 )
+from secure_fed.core.layout import RunState, SiteRun, record_file
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.privacy.ckks import Cipher
 from secure_fed.privacy.keys import attestation_key, open_checkpoint, seal_checkpoint
@@ -163,19 +164,17 @@ def fold(state: ReplicaState, record: Record, reading: Reading) -> ReplicaState:
 class RunFiles:
     """What a site keeps of one run, written before anything follows from it.
 
-    ``journal/``              the site's own copy of the records
-    ``pins/ROUND``            digest of the one aggregate of a round that may be decrypted
-    ``refused/ROUND``         key of an aggregate that was refused after decryption
-    ``evidence/``             records that contradict those applied here
-    ``adapter.safetensors``   the state after the journal's last record (rebuilt if lost)
+    Its copy of the records; the digest of the one aggregate of a round that may be decrypted; the key of an aggregate
+    that was refused after decryption; records that contradict those applied here, as evidence; the state after the
+    journal's last record, which is rebuilt if lost.
 
     Args:
         folder: the run's; made if missing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: SiteRun) -> None:
         self.folder = folder
-        self.records = RecordFolder(folder / "journal")
+        self.records = RecordFolder(folder.journal)
 
     def refuse_another(self, header: RecordHeader, data: bytes) -> None:
         """Check that a record is the one of its number here.
@@ -187,7 +186,7 @@ class RunFiles:
             self._keep_evidence(data)
             raise RecordError(
                 f"a second record {header.seq}, different from the one applied here; both are signed by the "
-                f"coordinator and kept in {self.folder / 'evidence'}: tell the other sites"
+                f"coordinator and kept in {self.folder.evidence}: tell the other sites"
             )
 
     def pin(self, record: Record) -> None:
@@ -196,9 +195,8 @@ class RunFiles:
         Raises:
             RecordError: another one was fixed before; this one is kept as evidence.
         """
-        folder = self.folder / "pins"
-        make_folder(folder)
-        path = folder / f"{record.header.round:08d}"
+        path = self.folder.pin(record.header.round)
+        make_folder(path.parent)
         digest = hashlib.sha256(record.data).hexdigest()
         if not path.exists():
             write_durable(path, digest.encode())
@@ -210,16 +208,16 @@ class RunFiles:
 
     def refuse(self, round_number: int, key: str) -> None:
         """Mark a round's aggregate as refused under a key."""
-        make_folder(self.folder / "refused")
-        write_durable(self.folder / "refused" / f"{round_number:08d}", key.encode())
+        make_folder(self.folder.refused)
+        write_durable(self.folder.refusal(round_number), key.encode())
 
     def refused(self, round_number: int) -> bool:
         """Whether a round's aggregate was refused."""
-        return (self.folder / "refused" / f"{round_number:08d}").exists()
+        return self.folder.refusal(round_number).exists()
 
     def refusals(self, key: str) -> int:
         """How many aggregates were refused under a key."""
-        return sum(path.read_text() == key for path in (self.folder / "refused").glob("*"))
+        return sum(path.read_text() == key for path in self.folder.refused.glob("*"))
 
     def store(self, state: ReplicaState) -> None:
         """Keep a state, so that a restart need not decrypt all rounds again; a blind one has no adapter yet."""
@@ -233,13 +231,13 @@ class RunFiles:
             "validation": json.dumps(counts),
         }
         data = safetensors.numpy.save(state.tensors, metadata)
-        write_durable(self.folder / "adapter.safetensors", bytes(data))
+        write_durable(self.folder.adapter, bytes(data))
 
     def load(self, agreed: AgreedStudy, records: Sequence[Record]) -> ReplicaState:
         """The state that was kept, if it is whole and stands at one of these records; else the initial one."""
         initial = ReplicaState.initial(agreed)
         try:
-            data = (self.folder / "adapter.safetensors").read_bytes()
+            data = self.folder.adapter.read_bytes()
             metadata = _metadata(data)
             applied = [record.id for record in records].index(metadata["head"]) + 1
             tensors = safetensors.numpy.load(data)
@@ -256,9 +254,8 @@ class RunFiles:
         return ReplicaState(chain, tensors, Validation(*counts) if counts else None, digests=digests)
 
     def _keep_evidence(self, data: bytes) -> None:
-        folder = self.folder / "evidence"
-        make_folder(folder)
-        write_durable(folder / f"{hashlib.sha256(data).hexdigest()}.record", data)
+        make_folder(self.folder.evidence)
+        write_durable(self.folder.second_record(hashlib.sha256(data).hexdigest()), data)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -274,12 +271,8 @@ def _metadata(data: bytes) -> dict[str, str]:
 class Replica:
     """A site's copy of a study's current run: takes records, and speaks for the adapter that they make.
 
-    In its state folder:
-
-    ``keys/EPOCH.sealed``   the study's sealed keys
-    ``run``                 id of the current run
-    ``runs/RUN/``           :class:`RunFiles`
-    ``ledger_heads.json``   the newest privacy-ledger head of every site
+    In its state folder (:mod:`secure_fed.core.layout`) it keeps which run it is in, each run's :class:`RunFiles`, the
+    study's sealed keys and the newest privacy-ledger head of every site.
 
     Args:
         file: the site's ``site.toml``, paths absolute.
@@ -306,13 +299,13 @@ class Replica:
         self.identity, self.keys, self.member = membership(file, agreed)
         self._file = file
         self._agreed = agreed
-        self._folder = Path(file.state)
-        make_folder(self._folder / "runs")
-        self.heads = LedgerHeads(self._folder / "ledger_heads.json")
+        self._folder = file.state_folder
+        self._folder.begin()
+        self.heads = LedgerHeads(self._folder.ledger_heads)
         self.state = ReplicaState.initial(agreed)
-        current = self._folder / "run"
-        if current.exists():
-            self._enter_run(current.read_text(encoding="ascii").strip())
+        current = self._folder.current_run
+        if current is not None:
+            self._enter_run(current)
 
     # --- records ---
 
@@ -528,26 +521,26 @@ class Replica:
                     f"genesis of run {run[:16]} names key {key[:16]}; the newest here is key {newest[:16]} of epoch "
                     f"{epoch}; a site never goes back to an older key, nor to one it does not hold"
                 )
-            for other in (self._folder / "runs").iterdir():
+            for other in self._folder.run_folders():
                 if other.name != run and self._key_of_run(other) == key:
                     raise RecordError(
                         f"genesis of run {run[:16]} names key {key[:16]}, already used in run {other.name[:16]}; "
                         "every run has a new key"
                     )
-        records = RecordFolder(self._folder / "runs" / run / "journal")
+        records = RecordFolder(self._folder.run(run).journal)
         if records.file(0).exists() and records.read(0) != data:
             raise RecordError(f"a second genesis of run {run[:16]}, different from the one known here")
         records.append(record)
-        write_durable(self._folder / "run", run.encode())
+        self._folder.enter_run(run)
         self._enter_run(run)
 
     def _key_of_run(self, folder: Path) -> str | None:
-        first = RecordFolder(folder / "journal").file(0)
+        first = record_file(RunState(folder).journal, 0)
         return read_header(first.read_bytes(), self._agreed)[1].key if first.exists() else None
 
     def _enter_run(self, run: str) -> None:
         """Rebuild the state from the run's journal, from the stored one on if it is there."""
-        self.files = RunFiles(self._folder / "runs" / run)
+        self.files = RunFiles(self._folder.run(run))
         records = list(self.files.records.replay(Chain(self._agreed)))
         self.state = self.files.load(self._agreed, records)
         for record in records[self.state.chain.length :]:

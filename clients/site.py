@@ -1,13 +1,7 @@
 """One round at a site: take the journal's new records, apply them, train, and seal the update.
 
-Knows nothing of Flower. Everything that must survive a crash lies in the site's state folder, beside what
-:class:`secure_fed.clients.replica.Replica` keeps there:
-
-``runs/RUN/outbox/ROUND.*``     the round's integers, then the envelope made of them
-``runs/RUN/heads/ROUND``        the site's private head after its training in a round, if the study has one
-``features.sqlite``             the feature cache, shared by all runs
-``forgotten.json``              keyed hashes of patients who are to be forgotten (:mod:`secure_fed.clients.forgotten`)
-``privacy/``                    the privacy ledger (:mod:`secure_fed.privacy.ledger`), if the site has a budget
+Knows nothing of Flower. Everything that must survive a crash lies in the site's state folder
+(:mod:`secure_fed.core.layout`).
 """
 
 from __future__ import annotations
@@ -202,7 +196,7 @@ class Site:
         """
         if not self._agreed.study.method.private_head or not self.run:
             return parameters
-        stored = sorted((self.replica.files.folder / "heads").glob("*"))
+        stored = sorted(self.replica.files.folder.heads.glob("*"))
         chosen = [path for path in stored if round_number is None or int(path.name) <= round_number]
         return parameters | safetensors.numpy.load(chosen[-1].read_bytes()) if chosen else parameters
 
@@ -261,7 +255,7 @@ class Site:
             self._private.finish()
         if chain.finished or self.replica.member.role == "observer":
             return self._reply(ReplyCode.APPLIED)
-        if withdrawn(self.replica.files.folder / "outbox", request.round, request.attempt):
+        if withdrawn(self.replica.files.folder, request.round, request.attempt):
             log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
             return self._reply(ReplyCode.APPLIED)
         try:
@@ -278,9 +272,9 @@ class Site:
     def _envelope(self, attempt: int) -> bytes:
         """The envelope of the round that is due: stored bytes if they fit, else the stored integers sealed anew."""
         due = self.replica.due
-        outbox = self.replica.files.folder / "outbox"
-        make_folder(outbox, 0o700)
-        path = outbox / f"{due.round:08d}.envelope"
+        folder = self.replica.files.folder
+        make_folder(folder.outbox, 0o700)
+        path = folder.envelope(due.round)
         if path.exists():
             data = path.read_bytes()
             header = parse_header(
@@ -295,7 +289,7 @@ class Site:
             if header.attempt == attempt:
                 check_position(header, due)
                 return data
-        integers, ledger = self._integers(outbox / f"{due.round:08d}.integers")
+        integers, ledger = self._integers(folder.integers(due.round))
         contribution = Contribution(site=self.name, attempt=attempt)
         binding = Binding(run=due.run, head=due.head, round=due.round)
         payload = self.replica.sealer.seal(integers, binding, contribution)
@@ -329,10 +323,9 @@ class Site:
         trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
         if PRIVATE_HEAD in trained:
             head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
-            make_folder(self.replica.files.folder / "heads", 0o700)
-            write_durable(
-                self.replica.files.folder / "heads" / f"{round_number:08d}", bytes(safetensors.numpy.save(head))
-            )
+            folder = self.replica.files.folder
+            make_folder(folder.heads, 0o700)
+            write_durable(folder.head(round_number), bytes(safetensors.numpy.save(head)))
         update = codec.flatten(trained) - codec.flatten(self.parameters)
         counts = (0, 0)
         if study.encoding.share_validation and len(features.val.y):

@@ -8,12 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
 from secure_fed.core.errors import SiteFileError
+from secure_fed.core.layout import SiteState
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
 from secure_fed.model.device import DeviceChoice
 from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Name, Shares, Study, Text, load_study
-
-FEATURES = "features.sqlite"
-"""Name of the feature cache in the state folder."""
 
 
 class SiteData(FileModel):
@@ -110,9 +108,18 @@ class SiteFile(FileModel):
     skip_unreadable: bool = False
 
     @property
+    def state_folder(self) -> SiteState:
+        """What lies where in the state folder.
+
+        Raises:
+            StateFormatError: it is of another layout.
+        """
+        return SiteState(Path(self.state))
+
+    @property
     def feature_cache(self) -> Path:
         """Where the feature cache lies."""
-        return Path(self.state) / FEATURES if self.features is None else Path(self.features)
+        return self.state_folder.features if self.features is None else Path(self.features)
 
     @field_validator("allow_plain")
     @classmethod

@@ -21,6 +21,7 @@ from secure_fed.core.errors import (
     RecordError,
     StudyError,
 )
+from secure_fed.core.layout import ENVELOPES, ServerRun, ServerState, kept_round, numbered, site_envelope
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.envelope import Envelope, check_position, open_envelope
 from secure_fed.protocol.journal import JournalEntry
@@ -66,19 +67,20 @@ class Coordinator:
                 f"the signing key's public half is {public_hex(key)}; the study names {agreed.study.coordinator}; "
                 "start the server with the key that study new made"
             )
-        run = current_run(folder)
+        state = ServerState(folder)
+        run = state.current_run
         if run is None:
             raise StudyError(f"{folder}: no run has begun; begin one with a key's id")
         self.run = run
         self._agreed = agreed
         self._wire: Wire = wire(agreed.study.mode, agreed.lanes)
-        self._folder = folder / "runs" / run
+        self._folder = state.run(run)
         self._keep_envelopes = keep_envelopes
-        self.journal = Journal(agreed, self._folder / "journal", key)
+        self.journal = Journal(agreed, self._folder.journal, key)
         if not self.journal.records:
-            raise RecordError(f"{self._folder}: no genesis; the run was not begun whole: begin a new one")
+            raise RecordError(f"{self._folder.path}: no genesis; the run was not begun whole: begin a new one")
         self._attestations: dict[str, dict[str, str]] = {}
-        self._heads = LedgerHeads(folder / "ledger_heads.json")
+        self._heads = LedgerHeads(state.ledger_heads)
         self._open_round()
         self._take_spool()
 
@@ -93,10 +95,11 @@ class Coordinator:
     ) -> Coordinator:
         """Begin a new run: a random run id and a genesis that names the key's id (zeros in ``plain`` mode)."""
         run = secrets.token_hex(32)
-        make_folder(folder / "runs" / run)
-        Journal(agreed, folder / "runs" / run / "journal", key).append_genesis(run, key_id)
+        state = ServerState(folder)
+        state.begin()
+        Journal(agreed, state.run(run).journal, key).append_genesis(run, key_id)
         # Named only when its genesis is durable, so that a crash in between leaves the old run current.
-        write_durable(folder / "run", run.encode())
+        state.enter_run(run)
         return cls(agreed, folder, key, keep_envelopes)
 
     @property
@@ -200,7 +203,7 @@ class Coordinator:
         Raises:
             KeyFileError: it does not follow the key in force, or the members cannot change so.
         """
-        store_amendment(self._agreed, self._folder, self.journal.chain, sealed)
+        store_amendment(self._agreed, self._folder.path, self.journal.chain, sealed)
 
     def void_round(self) -> None:
         """Withdraw the last aggregate, which sites refused. Its updates are lost.
@@ -231,13 +234,13 @@ class Coordinator:
         self._acknowledged: dict[str, Frame] = {}
         self._opened_ms = now_ms()
         self._clear_sum()
-        for folder in (self._folder / "spool").glob("*"):
-            if folder.name != f"{self.round:08d}":
+        for folder in self._folder.spool.glob("*"):
+            if folder.name != numbered(self.round):
                 shutil.rmtree(folder)
 
     def _waiting_amendment(self) -> bytes | None:
         """The amendment that follows the key in force, if one was left."""
-        path = self._folder / "amendments" / f"{self.journal.chain.key}.sealed"
+        path = self._folder.amendment(self.journal.chain.key)
         return path.read_bytes() if path.exists() else None
 
     def _acknowledge(self, data: bytes, site: str) -> None:
@@ -278,10 +281,10 @@ class Coordinator:
         self._total = self._wire.zero()
 
     def _spool(self) -> Path:
-        return self._folder / "spool" / f"{self.round:08d}" / f"{self.attempt:04d}"
+        return self._folder.spooled(self.round, self.attempt)
 
     def _spooled(self, site: str) -> bytes:
-        with (self._spool() / f"{site}.envelope").open("rb") as stream:
+        with site_envelope(self._spool(), site).open("rb") as stream:
             stream.seek(-self._wire.envelope_bytes, os.SEEK_END)
             return stream.read()
 
@@ -289,20 +292,20 @@ class Coordinator:
         """Keep the round's envelopes before its record, so that there is no record without them."""
         if self._keep_envelopes is None:
             return
-        folder = self._keep_envelopes / self.run / f"{self.round:08d}"
+        folder = kept_round(self._keep_envelopes, self.run, self.round)
         make_folder(folder, 0o700)
         for site in self.sites_in:
-            write_durable(folder / f"{site}.envelope", (self._spool() / f"{site}.envelope").read_bytes(), 0o600)
+            write_durable(site_envelope(folder, site), site_envelope(self._spool(), site).read_bytes(), 0o600)
 
     def _take_spool(self) -> None:
         """After a restart: add what was accepted before. A damaged spool costs an attempt, never a wrong sum."""
-        folder = self._spool().parent
+        folder = self._folder.spooled_round(self.round)
         attempts = sorted(int(path.name) for path in folder.glob("*")) if folder.exists() else []
         if not attempts:
             return
         self.attempt = attempts[-1]
         try:
-            for path in sorted(self._spool().glob("*.envelope")):
+            for path in sorted(self._spool().glob(ENVELOPES)):
                 self._add(self._check(path.read_bytes(), path.stem))
         except EnvelopeError:
             self._clear_sum()
@@ -319,7 +322,7 @@ class Coordinator:
         make_folder(self._spool())
         # Before the spool: a restart must not take an envelope that it would not have taken again.
         self._heads.keep({site: envelope.header.ledger})
-        write_durable(self._spool() / f"{site}.envelope", data, 0o600)
+        write_durable(site_envelope(self._spool(), site), data, 0o600)
         self._add(envelope)
 
     def _check(self, data: bytes, site: str) -> Envelope:
@@ -357,8 +360,9 @@ def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed:
         KeyFileError: it does not follow the key in force, or the members cannot change so.
     """
     check_amendment(sealed, agreed, chain.members, chain.key)
-    make_folder(run_folder / "amendments")
-    write_durable(run_folder / "amendments" / f"{chain.key}.sealed", sealed)
+    path = ServerRun(run_folder).amendment(chain.key)
+    make_folder(path.parent)
+    write_durable(path, sealed)
 
 
 def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> int:
@@ -377,19 +381,12 @@ def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> int:
         RecordError: the run's journal does not verify.
         KeyFileError: it does not follow the key in force, or the members cannot change so.
     """
-    run = current_run(state)
+    folder = ServerState(state)
+    run = folder.current_run
     if run is None:
         raise StudyError(f"{state}: no run has begun; a key can be rotated only in a run")
     chain = Chain(agreed)
-    for _ in RecordFolder(state / "runs" / run / "journal").replay(chain):
+    for _ in RecordFolder(folder.run(run).journal).replay(chain):
         pass
-    store_amendment(agreed, state / "runs" / run, chain, sealed)
+    store_amendment(agreed, folder.run(run).path, chain, sealed)
     return chain.round + 1
-
-
-def current_run(folder: Path) -> str | None:
-    """Id of the run that a server's state folder is in, None before the first."""
-    try:
-        return (folder / "run").read_text(encoding="ascii").strip()
-    except OSError:
-        return None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secure_fed.core.errors import EnvelopeError, RecordError, StorageError
-from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.core.layout import RECORDS, ServerState, SiteState, numbered
+from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.journal import find_runs, verify_run
 from secure_fed.protocol.records import Chain, RecordFolder, read_header
@@ -70,22 +71,22 @@ def rebuild(agreed: AgreedStudy, sources: Sequence[Path], state: Path) -> Rebuil
             if mine != theirs:
                 raise _fork(RecordFolder(copy.journal).file(seq), RecordFolder(longest.journal).file(seq))
     chain = longest.chain
-    make_folder(state)
+    folder = ServerState(state)
+    folder.begin()
     with exclusive(state):
-        named = state / "run"
-        present = named.read_text(encoding="ascii", errors="replace").strip() if named.is_file() else chain.run
+        present = folder.current_run or chain.run
         if present != chain.run:
             raise StorageError(
                 f"{state}: in run {present[:16]}, but {longest.source} is in run {chain.run[:16]}; "
                 "expected the same run: give another --state, or sites that are in the server's run"
             )
-        target = state / "runs" / chain.run
-        added = _complete(RecordFolder(target / "journal"), longest, agreed)
+        target = folder.run(chain.run)
+        added = _complete(RecordFolder(target.journal), longest, agreed)
         attempt = _next_attempt(sources, chain)
         if attempt > 1:
             # The coordinator takes up the highest attempt that it finds a folder of.
-            make_folder(target / "spool" / f"{chain.round + 1:08d}" / f"{attempt:04d}")
-        write_durable(named, chain.run.encode())
+            make_folder(target.spooled(chain.round + 1, attempt))
+        folder.enter_run(chain.run)
     return Rebuilt(chain.run, chain.length, added, chain.head, chain.round, attempt)
 
 
@@ -103,7 +104,7 @@ def _read_copy(source: Path, agreed: AgreedStudy) -> _Copy:
 
 def _complete(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int:
     """Restore what a journal lacks of a copy; how many records that were."""
-    beyond = sorted(path for path in folder.path.glob("*.record") if path.stem > f"{len(copy.digests) - 1:08d}")
+    beyond = sorted(path for path in folder.path.glob(RECORDS) if path.stem > numbered(len(copy.digests) - 1))
     if beyond:
         raise RecordError(
             f"{beyond[-1]}: newer than the {len(copy.digests)} records of {copy.source}; "
@@ -143,7 +144,7 @@ def _next_attempt(sources: Sequence[Path], chain: Chain) -> int:
     """One above the newest attempt that any of these sites has sealed: a site never goes back to an older one."""
     newest = 0
     for source in sources:
-        path = source / "runs" / chain.run / "outbox" / f"{chain.round + 1:08d}.envelope"
+        path = SiteState(source).run(chain.run).envelope(chain.round + 1)
         if path.is_file():
             with path.open("rb") as stream:
                 start = stream.read(8 + MAX_HEADER + SIGNATURE_BYTES)

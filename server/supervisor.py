@@ -15,21 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secure_fed.core.errors import ServerAppError, StudyError
+from secure_fed.core.layout import ServerState
 from secure_fed.core.processes import start, stop
 from secure_fed.core.status import StatusFile
 from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Member, load_study
-from secure_fed.server.coordinator import Coordinator, current_run
+from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.metrics import serve_metrics
 from secure_fed.transport.flower_messages import contract
 
 log = logging.getLogger(__name__)
-
-KEY = "coordinator.key"
-CERTIFICATES = "tls"
-"""Below the state folder: the coordinator's signing key, and the folder of the server's certificate."""
 
 MEMBERS_CHANGED = 100
 """Exit status of the rounds' process when sites have joined or left."""
@@ -55,7 +52,7 @@ class ServerFolders:
 
     def coordinator(self, agreed: AgreedStudy) -> Coordinator:
         """The run's coordinator."""
-        return Coordinator(agreed, self.state, load_signing_key(self.state / KEY), self.keep_envelopes)
+        return Coordinator(agreed, self.state, load_signing_key(ServerState(self.state).key), self.keep_envelopes)
 
 
 def serve(
@@ -84,7 +81,7 @@ def serve(
         )
     _begin_if_asked(agreed, folders, key)
     members = folders.coordinator(agreed).journal.chain.members
-    link = SuperLink(folders.state / CERTIFICATES, listen, _flower_keys(members))
+    link = SuperLink(ServerState(folders.state).certificates, listen, _flower_keys(members))
     study = agreed.study
     facts = {"study": study.name, "study_id": study.id, "rounds": study.rounds, "min_sites": study.min_sites}
     StatusFile(folders.state).begin("server", **facts, listen=f"{listen[0]}:{listen[1]}", restarts=0)
@@ -99,8 +96,9 @@ def serve(
 
 def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | None) -> None:
     """Begin the study's run, or the next one once a run is over."""
-    signing = load_signing_key(folders.state / KEY)
-    begun = current_run(folders.state) is not None
+    state = ServerState(folders.state)
+    signing = load_signing_key(state.key)
+    begun = state.current_run is not None
     key_id = ZERO_DIGEST
     if agreed.study.mode == "he":
         if key is None:

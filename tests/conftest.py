@@ -16,9 +16,10 @@ from PIL import Image
 from secure_fed.cli import main
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.layout import ServerState
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import prepare, simulate
-from secure_fed.operate.new_study import COORDINATOR_KEY
+from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.protocol.signing import load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, load_study
@@ -91,7 +92,7 @@ class Federation:
 
     @property
     def signing(self) -> Any:
-        return load_signing_key(self.folder / COORDINATOR_KEY)
+        return load_signing_key(ServerState(self.folder / SERVER).key)
 
     def site(self, name: str) -> Site:
         """Open a site from its folder, as a new process would."""

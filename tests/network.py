@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from secure_fed.core.layout import ServerState
 from secure_fed.core.processes import PARENT
 from secure_fed.lab.demo import prepare_federation
 from secure_fed.protocol.study import Template, load_study
-from secure_fed.server.coordinator import current_run
 from tests import fault_hooks
 from tests.forked import Forked
 
@@ -118,7 +118,7 @@ class Network:
     @property
     def records(self) -> int:
         """How many records the server's journal has."""
-        run = current_run(self.folder / "server")
+        run = ServerState(self.folder / "server").current_run
         return len(list((self.folder / "server" / "runs" / str(run) / "journal").glob("*.record")))
 
     def rounds_process(self) -> int:

@@ -10,7 +10,8 @@ import typer
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, out, print_json
 from secure_fed.cli.simulate import budget_of, live, print_results
 from secure_fed.cli.study import Mode, Seed, template
-from secure_fed.operate.summary import SUMMARY, StudySummary, parse_summary
+from secure_fed.core.layout import ADAPTER, SUMMARY
+from secure_fed.operate.summary import StudySummary, parse_summary
 from secure_fed.protocol.study import with_fields
 
 
@@ -68,8 +69,7 @@ def demo(
     found = parse_summary(summary, StudySummary, str(into / SUMMARY))
     print_results(found)
     out.print(
-        f"{found.seconds_total:.0f} s in all; adapter {into / 'adapter.safetensors'}, figures "
-        f"{into / SUMMARY}, logs {into / 'logs'}",
+        f"{found.seconds_total:.0f} s in all; adapter {into / ADAPTER}, figures {into / SUMMARY}, logs {into / 'logs'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -167,6 +167,7 @@ def rebuild(
     json_: Json = False,
 ) -> None:
     """Give a server that lost its journal the same head again, from the sites' copies."""
+    from secure_fed.core.layout import ServerState
     from secure_fed.server.rebuild import rebuild as rebuild_journal
 
     path = study_path(study, sites[0])
@@ -178,8 +179,9 @@ def rebuild(
     _say(f"{target}: run {rebuilt.run[:16]}, {rebuilt.records} records, {rebuilt.added} of them restored")
     _say(f"head {rebuilt.head}, after round {rebuilt.round}; the next round begins at attempt {rebuilt.attempt}")
     _say("no site may have more records than these: compare with: secfacmic journal verify STATE, at every site")
-    if not (target / "coordinator.key").exists():
-        _say(f"put the coordinator's signing key back too: {target / 'coordinator.key'}")
+    key = ServerState(target).key
+    if not key.exists():
+        _say(f"put the coordinator's signing key back too: {key}")
 
 
 def _study(given: Path | None, folder: Path) -> AgreedStudy:

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, console, out, print_json
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
-from secure_fed.operate.summary import METHODS, SUMMARY, Result, StudySummary, parse_summary
+from secure_fed.core.layout import ADAPTER, SUMMARY
+from secure_fed.operate.summary import METHODS, Result, StudySummary, parse_summary
 
 
 def simulate(
@@ -43,7 +44,7 @@ def simulate(
         print_json(summary)
     else:
         print_results(parse_summary(summary, StudySummary, str(into / SUMMARY)))
-        out.print(f"adapter: {into / 'adapter.safetensors'}", highlight=False, soft_wrap=True)
+        out.print(f"adapter: {into / ADAPTER}", highlight=False, soft_wrap=True)
 
 
 def budget_of(epsilon: float | None, delta: float | None) -> Any:

@@ -242,6 +242,12 @@ class LedgerRollbackError(SecfacmicError):
     exit_code = 62
 
 
+class StateFormatError(SecfacmicError):
+    """A state folder whose layout this version does not know."""
+
+    exit_code = 63
+
+
 class NotEnoughSitesError(SecfacmicError):
     """Fewer sites than min_sites can ever train again."""
 

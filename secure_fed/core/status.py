@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.core.errors import StorageError
+from secure_fed.core.layout import StateFolder
 from secure_fed.core.processes import safe_message
 from secure_fed.core.storage import make_folder, write_durable
 
-FILE = "status.json"
-LOGS = "log"
 LOG_BYTES, LOG_FILES = 5_000_000, 5
 """A log's size, and how many of them are kept."""
 
@@ -37,7 +36,7 @@ class StatusFile:
     """
 
     def __init__(self, state: Path) -> None:
-        self._path = state / FILE
+        self._path = StateFolder(state).status
 
     def begin(self, role: str, **facts: Any) -> None:
         """Start anew, as a process that now runs.
@@ -80,7 +79,7 @@ def now() -> str:
 def is_running(state: Path) -> bool:
     """Whether a process holds a state folder."""
     try:
-        with (state / "lock").open("rb") as stream:
+        with StateFolder(state).lock.open("rb") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -98,9 +97,10 @@ def keep_log(state: Path, name: str, status: StatusFile) -> None:
     Raises:
         StorageError: the folder cannot be made.
     """
-    make_folder(state / LOGS, 0o700)
+    folder = StateFolder(state)
+    make_folder(folder.logs, 0o700)
     root = logging.getLogger()
-    root.addHandler(_JsonLines(state / LOGS / f"{name}.jsonl"))
+    root.addHandler(_JsonLines(folder.log(name)))
     root.addHandler(_LastLine(status))
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from secure_fed.core.errors import StorageError
 
+LOCK = "lock"
+"""Name of the file by which a process holds a folder."""
+
 
 def make_folder(path: Path, mode: int = 0o755) -> None:
     """Make a folder and its parents.
@@ -61,7 +64,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: another process holds it.
     """
-    with (folder / "lock").open("w") as stream:
+    with (folder / LOCK).open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

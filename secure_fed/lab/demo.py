@@ -11,6 +11,7 @@ from typing import Any
 
 from secure_fed.clients.sitefile import SiteServer
 from secure_fed.core.errors import DemoError, StudyError
+from secure_fed.core.layout import ENVELOPES, ServerState, SiteState
 from secure_fed.core.processes import start, stop
 from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.lab.simulation import (
@@ -25,18 +26,17 @@ from secure_fed.lab.simulation import (
     round_facts,
 )
 from secure_fed.model.device import DeviceChoice
-from secure_fed.operate.summary import SUMMARY, SiteSummary, read_summary
+from secure_fed.operate.new_study import SERVER
+from secure_fed.operate.summary import SiteSummary, read_summary
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import AgreedStudy, Template, with_fields
-from secure_fed.server.coordinator import current_run
 from secure_fed.transport.certificates import CA, create_authority
 
 HOST = "127.0.0.1"
 PORT = 8443
 """Where a prepared federation's server listens unless told otherwise, as ``secfacmic server`` does."""
 
-CERTIFICATES = "server/tls"
 LOGS = "logs"
 LOOK_SECONDS = 0.1
 
@@ -79,10 +79,11 @@ def prepare_federation(
     Raises:
         SecfacmicError: as :func:`secure_fed.lab.simulation.prepare`.
     """
-    server = SiteServer(address=f"{HOST}:{port}", authority=f"../../{CERTIFICATES}/{CA}")
+    certificates = ServerState(out / SERVER).certificates
+    server = SiteServer(address=f"{HOST}:{port}", authority=f"../../{SERVER}/{certificates.name}/{CA}")
     agreed = prepare(template, out, data, server, budget)
-    if not (out / CERTIFICATES).exists():
-        create_authority(out / CERTIFICATES, [HOST, "localhost"])
+    if not certificates.exists():
+        create_authority(certificates, [HOST, "localhost"])
     # Sites open keys and journals, which must be closed again before their own processes do.
     open_run(agreed, out, open_sites(agreed, out))
     return agreed
@@ -127,7 +128,7 @@ def run_demo(
             listener.stage("starting the server and the sites, which encode their images")
             processes["server"] = _start(
                 out, "server", "--study", str(out / "study.toml"), "--mode", agreed.study.mode,
-                "--state", str(out / "server"), "--listen", f"{HOST}:{port}",
+                "--state", str(out / SERVER), "--listen", f"{HOST}:{port}",
             )  # fmt: skip
             for site in agreed.study.sites:
                 folder = out / "sites" / site.name
@@ -153,14 +154,15 @@ class _Journal:
     """The server's journal as it grows, read beside it."""
 
     def __init__(self, agreed: AgreedStudy, out: Path) -> None:
-        run = current_run(out / "server")
+        state = ServerState(out / SERVER)
+        run = state.current_run
         assert run is not None  # it was begun
         self.entries: list[JournalEntry] = []
         self._agreed = agreed
         self._out = out
         self._chain = Chain(agreed)
-        self._run = out / "server" / "runs" / run
-        self._folder = RecordFolder(self._run / "journal")
+        self._run = state.run(run)
+        self._folder = RecordFolder(self._run.journal)
         self._told = 0
         self._validations: dict[int, float | None] = {}
 
@@ -190,13 +192,13 @@ class _Journal:
         if self._chain.finished:
             return "the study is over; the sites take its last round"
         number = self._chain.round + 1
-        inside = len({path.stem for path in (self._run / "spool" / f"{number:08d}").glob("*/*.envelope")})
+        inside = len({path.stem for path in self._run.spooled_round(number).glob(f"*/{ENVELOPES}")})
         training = sum(site.role == "train" for site in self._agreed.study.sites)
         return f"round {number} of {self._agreed.study.rounds}: {inside} of {training} sites in"
 
     def _read_validations(self) -> None:
         for site in self._agreed.study.sites:
-            path = self._out / "sites" / site.name / "state" / SUMMARY
+            path = SiteState(self._out / "sites" / site.name / "state").summary
             if path.exists() and (summary := read_summary(path, SiteSummary)).run == self._chain.run:
                 self._validations |= summary.validations
 

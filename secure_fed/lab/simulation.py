@@ -18,18 +18,18 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
 from secure_fed.clients.training import train_alone
 from secure_fed.core.errors import AdapterMismatchError, NotAcceptedError, OutputError, SiteFileError, StudyError
+from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, ServerState
 from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.phantoms import PhantomSite, make_phantoms
-from secure_fed.model.adapter_file import CALIBRATION, save_adapter, save_calibration
+from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters
 from secure_fed.model.device import DeviceChoice, describe_device
 from secure_fed.model.evaluation import mean, metrics, pool
 from secure_fed.model.scores import Scores
-from secure_fed.operate.new_study import COORDINATOR_KEY, RANDOM_CHECKPOINT, new_study
+from secure_fed.operate.new_study import RANDOM_CHECKPOINT, SERVER, new_study
 from secure_fed.operate.summary import (
     FORMAT,
-    SUMMARY,
     BackboneFacts,
     Comparison,
     LocalResult,
@@ -46,7 +46,7 @@ from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Template, as_template, load_study
-from secure_fed.server.coordinator import Coordinator, current_run
+from secure_fed.server.coordinator import Coordinator
 
 
 class Budget(NamedTuple):
@@ -175,7 +175,7 @@ def finish(
     listener.stage("evaluating")
     final = sites[0].parameters
     spent = _privacy(agreed, out)
-    save_adapter(out / "adapter.safetensors", agreed, final)
+    save_adapter(out / ADAPTER, agreed, final)
     training = [site for site in sites if agreed.study.site(site.name).role == "train"]
     save_calibration(out / CALIBRATION, final, calibrate(agreed, training, final, personal=False))
     summary = StudySummary(
@@ -368,7 +368,6 @@ def _accept(agreed: AgreedStudy, out: Path) -> None:
         try:
             require_acceptance(file, agreed, identity.keys.signing)
         except NotAcceptedError:
-            make_folder(Path(file.state))
             record_acceptance(file, agreed, identity, "simulation")
 
 
@@ -381,9 +380,10 @@ def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
 
 def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinator:
     """Go on with an unfinished run, or begin a new one with a new key."""
-    folder = out / "server"
-    signing = load_signing_key(out / COORDINATOR_KEY)
-    if current_run(folder) is not None:
+    folder = out / SERVER
+    state = ServerState(folder)
+    signing = load_signing_key(state.key)
+    if state.current_run is not None:
         coordinator = Coordinator(agreed, folder, signing)
         if not coordinator.finished:
             return coordinator

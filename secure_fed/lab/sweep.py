@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from secure_fed import configs
 from secure_fed.core.errors import OutputError, StorageError
+from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.lab.sweep_file import (
     DELTA,
@@ -387,11 +388,9 @@ def _lend_features(task: _Task, scratch: Path) -> None:
 
 def _feature_files(task: _Task, scratch: Path) -> Iterator[tuple[str, Path, Path]]:
     """By site: where its features are kept, and where the site itself looks for them."""
-    from secure_fed.clients.sitefile import FEATURES
-
     for site in task.study.plan.sites:
         kept = task.folder / "features" / f"{digest(str(task.data / site.folder))}.sqlite"
-        yield site.name, kept, scratch / "sites" / site.name / "state" / FEATURES
+        yield site.name, kept, SiteState(scratch / "sites" / site.name / "state").features
 
 
 # What was found ----------------------------------------------------------------------------------------------

@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from torch.nn.functional import softmax
 
 from secure_fed.core.errors import AdapterFileError
+from secure_fed.core.layout import CALIBRATION
 from secure_fed.core.storage import write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol.codec import Parameters, adapter_digest
 from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method
-
-CALIBRATION = "calibration.safetensors"
-"""Name of the file, beside an adapter, with what a site adds to it; it stays at the site."""
 
 MODEL_CARD = "model_card"
 """Key of the model card in the metadata of an exported adapter."""
@@ -185,7 +183,7 @@ def save_calibration(path: Path, parameters: Parameters, calibration: Calibratio
     """Write what a site adds to an adapter, bound to that adapter by its digest.
 
     Args:
-        path: :data:`CALIBRATION` beside the adapter.
+        path: :data:`secure_fed.core.layout.CALIBRATION` beside the adapter.
         parameters: the adapter that it was made with.
         calibration: what the site adds.
 

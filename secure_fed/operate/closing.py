@@ -10,21 +10,20 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from secure_fed.core.errors import StudyClosedError, StudyError
+from secure_fed.core.layout import SEALED, RunState, ServerRun, ServerState, SiteRun, SiteState, StateFolder
 from secure_fed.core.storage import exclusive, sync_folder, write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.signing import Count
 from secure_fed.protocol.study import AgreedStudy, Hex64
 from secure_fed.transport.certificates import CA_KEY, SERVER_KEY
-
-MARK = "closed"
-"""Name of the file, in a state folder, that says that the study is closed here."""
 
 
 class _Mark(FileModel):
@@ -55,7 +54,7 @@ def refuse_closed(state: Path) -> None:
         StudyClosedError: it is.
     """
     try:
-        mark = _Mark.model_validate_json((state / MARK).read_bytes())
+        mark = _Mark.model_validate_json(StateFolder(state).closed.read_bytes())
     except FileNotFoundError:
         return
     except (ValidationError, OSError):
@@ -82,32 +81,35 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
         StudyError: rounds are missing.
         StorageError: another process is using the folder.
     """
+    folder = SiteState(state)
     with exclusive(state):
         rounds = _mark(state, agreed, abandon)
         erased = {
-            "sealed keys": _erase(state / "keys", "*.sealed"),
-            "integers and envelopes in the outbox": _erase(state, "runs/*/outbox/*"),
+            "sealed keys": _erase(folder.keys.glob(SEALED)),
+            "integers and envelopes in the outbox": _erase(
+                path for run in folder.run_folders() for path in SiteRun(run).outbox.glob("*")
+            ),
         }
         if destroy_identity:
-            erased["private keys of the site"] = _erase(identity, "*.key")
+            erased["private keys of the site"] = _erase(identity.glob("*.key"))
         remains = {
-            "adapter.safetensors": "the adapter, which is the result",
-            "calibration.safetensors": "its temperature, fitted to this site's validation images; for use here only",
-            "summary.json": "its figures on this site's test images",
-            "runs": "the journal: encrypted sums, which nothing here opens any more",
-            "features.sqlite": "features of the images, as sensitive as the images; delete it when you need it no more",
-            "privacy": "the privacy ledger. Keep it: what was spent on a patient stays spent in every later study",
-            "accepted": "who accepted the study, and when",
-            "sent.jsonl": "what left this site",
-            "status.json": "where the site's process stood last",
-            "log": "what the site's process reported",
+            folder.adapter: "the adapter, which is the result",
+            folder.calibration: "its temperature, fitted to this site's validation images; for use here only",
+            folder.summary: "its figures on this site's test images",
+            folder.runs: "the journal: encrypted sums, which nothing here opens any more",
+            folder.features: "features of the images, as sensitive as the images; delete it when you need it no more",
+            folder.ledger: "the privacy ledger. Keep it: what was spent on a patient stays spent in every later study",
+            folder.accepted: "who accepted the study, and when",
+            folder.sent: "what left this site",
+            folder.status: "where the site's process stood last",
+            folder.logs: "what the site's process reported",
         }
         if not destroy_identity:
-            remains[str(identity)] = (
+            remains[identity] = (
                 "the site's private keys. They open sealed key files that others may have kept: erase them with "
                 "--identity unless they serve another study"
             )
-        return Closed(rounds, erased, _present(state, remains))
+        return Closed(rounds, erased, _present(remains))
 
 
 def close_server(state: Path, agreed: AgreedStudy, *, abandon: bool) -> Closed:
@@ -117,45 +119,49 @@ def close_server(state: Path, agreed: AgreedStudy, *, abandon: bool) -> Closed:
         StudyError: rounds are missing.
         StorageError: another process is using the folder.
     """
+    folder = ServerState(state)
     with exclusive(state):
         rounds = _mark(state, agreed, abandon)
         erased = {
-            "spooled envelopes": _erase(state, "runs/*/spool/*/*/*"),
-            "the coordinator's signing key": _erase(state, "coordinator.key"),
-            "keys of the server's certificate and of the authority": _erase(state / "tls", SERVER_KEY)
-            + _erase(state / "tls", CA_KEY),
+            "spooled envelopes": _erase(
+                path for run in folder.run_folders() for path in ServerRun(run).spool.glob("*/*/*")
+            ),
+            "the coordinator's signing key": _erase([folder.key]),
+            "keys of the server's certificate and of the authority": _erase(
+                [folder.certificates / SERVER_KEY, folder.certificates / CA_KEY]
+            ),
         }
         remains = {
-            "runs": "the journal: signed records with encrypted sums, and sealed keys of rotations in it",
-            "ledger_heads.json": "how far each site's privacy ledger has come",
-            "tls": "certificates, which are public",
-            "status.json": "where the server stood last",
-            "log": "what the server reported",
+            folder.runs: "the journal: signed records with encrypted sums, and sealed keys of rotations in it",
+            folder.ledger_heads: "how far each site's privacy ledger has come",
+            folder.certificates: "certificates, which are public",
+            folder.status: "where the server stood last",
+            folder.logs: "what the server reported",
         }
-        return Closed(rounds, erased, _present(state, remains))
+        return Closed(rounds, erased, _present(remains))
 
 
 def _mark(state: Path, agreed: AgreedStudy, abandon: bool) -> int:
     """Mark the folder as closed, so that nothing starts there again, before anything is destroyed."""
-    chain = Chain(agreed)
+    chain, folder = Chain(agreed), StateFolder(state)
     with contextlib.suppress(OSError):
-        run = (state / "run").read_text(encoding="ascii").strip()
-        for _ in RecordFolder(state / "runs" / run / "journal").replay(chain):
+        run = folder.current_run
+        for _ in RecordFolder(RunState(folder.runs / run).journal).replay(chain) if run is not None else ():
             pass
     if not chain.finished and not abandon:
         raise StudyError(
             f"{state}: the study stands at round {chain.round} of {agreed.study.rounds}; expected it to be over: let "
             "it end, or give it up for ever with --abandon"
         )
-    if not (state / MARK).exists():
+    if not folder.closed.exists():
         mark = _Mark(study=agreed.study.id, closed_ms=time.time_ns() // 1_000_000, rounds=chain.round)
-        write_durable(state / MARK, (json.dumps(mark.model_dump(mode="json")) + "\n").encode())
+        write_durable(folder.closed, (json.dumps(mark.model_dump(mode="json")) + "\n").encode())
     return chain.round
 
 
-def _erase(folder: Path, pattern: str) -> int:
-    """Overwrite and remove files; how many."""
-    paths = [path for path in folder.glob(pattern) if path.is_file()]
+def _erase(candidates: Iterable[Path]) -> int:
+    """Overwrite and remove those that are files; how many."""
+    paths = [path for path in candidates if path.is_file()]
     for path in paths:
         with path.open("r+b") as stream:
             stream.write(bytes(path.stat().st_size))
@@ -167,6 +173,5 @@ def _erase(folder: Path, pattern: str) -> int:
     return len(paths)
 
 
-def _present(state: Path, remains: dict[str, str]) -> dict[str, str]:
-    found = {str(state / name) if not Path(name).is_absolute() else name: words for name, words in remains.items()}
-    return {name: words for name, words in found.items() if Path(name).exists()}
+def _present(remains: dict[Path, str]) -> dict[str, str]:
+    return {str(path): words for path, words in remains.items() if path.exists()}

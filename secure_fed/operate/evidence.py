@@ -30,11 +30,11 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from secure_fed.clients.acceptance import check_acceptance, policy, when
-from secure_fed.clients.outgoing_log import FILE as SENT
 from secure_fed.clients.outgoing_log import SentMessage, read_sent
 from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import EvidenceError, RecordError, StorageError
+from secure_fed.core.layout import RECORDS
 from secure_fed.core.storage import exclusive, sync_folder
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.privacy.accounting import Mechanism, epsilon_spent
@@ -56,6 +56,9 @@ from secure_fed.protocol.signing import (
     verify_signature,
 )
 from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json, load_study
+
+_SENT = "sent.jsonl"
+"""In an archive, as in a state folder."""
 
 MAGIC = b"SFX1"
 MAX_HEADER = 2048
@@ -113,18 +116,18 @@ def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
             "versions.json": _json(_versions()),
             "bom.json": _json(bill_of_materials()),
         }
-        for path in sorted((state / "accepted").glob("*")):
+        for path in sorted(file.state_folder.accepted.glob("*")):
             parts[f"accepted/{path.name}"] = path
-        for run in find_runs(state) if (state / "run").exists() else []:
-            for path in sorted(run.journal.glob("*.record")):
+        for run in find_runs(state) if file.state_folder.current_run is not None else []:
+            for path in sorted(run.journal.glob(RECORDS)):
                 parts[f"journal/{run.folder.name}/{path.name}"] = path
         ledger = ledger_folder(file)
         if Ledger.exists(ledger):
             parts["ledger/summary.json"] = _json(Ledger(ledger).summary())
             parts["ledger/ledger.jsonl"] = ledger / "ledger.jsonl"
-        if (state / SENT).exists():
-            data = (state / SENT).read_bytes()
-            parts[SENT] = data[: data.rfind(b"\n") + 1]
+        if file.state_folder.sent.exists():
+            data = file.state_folder.sent.read_bytes()
+            parts[_SENT] = data[: data.rfind(b"\n") + 1]
         listed = {name: _listed(part) for name, part in sorted(parts.items())}
         manifest = _Manifest(format=1, site=file.site, study=agreed.study.id, files=listed).model_dump(mode="json")
         payload = canonical_json(manifest)
@@ -346,15 +349,15 @@ def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
 
 
 def _sent(folder: Path, journals: _Journals, site: str) -> list[SentMessage]:
-    path = folder / SENT
+    path = folder / _SENT
     if not path.exists():
         return []  # nothing went over a network: a simulation
-    rows = read_sent(path.read_bytes(), SENT)
+    rows = read_sent(path.read_bytes(), _SENT)
     listed = {row.envelope for row in rows}
     for header, digest in journals.own:
         if digest not in listed:
             raise EvidenceError(
-                f"{SENT}: lacks the update of round {header.round} in run {header.run[:16]}, which the journal has of "
+                f"{_SENT}: lacks the update of round {header.round} in run {header.run[:16]}, which the journal has of "
                 f"{site}; expected every message that left: the list was cut, or the site ran elsewhere too"
             )
     return rows

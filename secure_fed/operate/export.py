@@ -17,18 +17,18 @@ from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.core.errors import AdapterFileError, BudgetError, OutputError
+from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY
 from secure_fed.core.storage import exclusive, make_folder, write_durable
-from secure_fed.model.adapter_file import CALIBRATION, AdapterFile, Calibration, load_adapter, save_adapter
+from secure_fed.model.adapter_file import AdapterFile, Calibration, load_adapter, save_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.scores import SCALARS, Scores
 from secure_fed.model.text_tower import TextTower
-from secure_fed.operate.summary import METHODS, SUMMARY, StudySummary, read_summary
+from secure_fed.operate.summary import METHODS, StudySummary, read_summary
 from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.ledger_heads import NO_LEDGER
 from secure_fed.protocol.records import Chain, Record
 from secure_fed.protocol.study import AgreedStudy, load_study
 
-ADAPTER = "adapter.safetensors"
 CARD = "MODEL_CARD.md"
 ONNX = "adapter.onnx"
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.core.errors import OutputError, StudyError
+from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import to_toml, write_toml
 from secure_fed.model.adapters import check_method, initial_parameters, needs_tower
@@ -31,7 +32,9 @@ from secure_fed.protocol.study import (
 RANDOM_CHECKPOINT = "backbone.safetensors"
 """Name of the checkpoint that a study with random weights gets beside its ``study.toml``."""
 
-COORDINATOR_KEY = "server/coordinator.key"
+SERVER = "server"
+"""Name of the server's state folder beside a new study."""
+
 """Where, below the study's folder, the coordinator's signing key lies."""
 
 
@@ -75,8 +78,9 @@ def new_study(
         tower = backbone.text_tower(tokens)
     adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower)
     tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens).to_bytes()
-    key_path = out / COORDINATOR_KEY
-    make_folder(key_path.parent)
+    server = ServerState(out / SERVER)
+    server.begin()
+    key_path = server.key
     signing = load_signing_key(key_path) if key_path.exists() else create_signing_key(key_path)
     study = with_fields(
         template,
@@ -121,7 +125,7 @@ def add_site(path: Path, identity: PublicIdentity, role: Literal["train", "obser
         StorageError: the file cannot be written.
     """
     study = read_study_file(path)
-    if (path.parent / "server" / "run").exists():
+    if ServerState(path.parent / SERVER).current_run is not None:
         raise StudyError(
             f"{path}: a run has begun, and a study never changes then; let the site join by: secfacmic keys rotate "
             "--add"

@@ -27,6 +27,7 @@ from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError
+from secure_fed.core.layout import ADAPTER
 from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
@@ -103,7 +104,7 @@ def plot_run(folder: Path, out: Path) -> list[Path]:
         files = [read_site_file(folder / "sites" / member.name / "site.toml") for member in agreed.study.sites]
         if any(file.data.kind == "patients" for file in files):
             raise AdapterFileError(f"{folder}: patients' data; expected a simulation: draw one site, by its own folder")
-        adapter = load_adapter(folder / "adapter.safetensors")
+        adapter = load_adapter(folder / ADAPTER)
         sites = [Site(file, agreed) for file in files]
         return _draw(Run(agreed, sites, adapter.initial.adapter, adapter.temperature), out)
 

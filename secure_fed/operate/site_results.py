@@ -7,11 +7,12 @@ from pathlib import Path
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import SummaryError
-from secure_fed.model.adapter_file import CALIBRATION, save_adapter, save_calibration
+from secure_fed.core.layout import SiteState
+from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.device import describe_device
 from secure_fed.model.evaluation import Metrics
 from secure_fed.model.scores import Scores
-from secure_fed.operate.summary import FORMAT, SUMMARY, SiteMetrics, SiteSummary, read_summary, write_summary
+from secure_fed.operate.summary import FORMAT, SiteMetrics, SiteSummary, read_summary, write_summary
 from secure_fed.protocol.study import AgreedStudy
 
 
@@ -32,9 +33,10 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics)
     """
     if not site.round:
         return
-    save_adapter(state / "adapter.safetensors", agreed, site.parameters)
+    folder = SiteState(state)
+    save_adapter(folder.adapter, agreed, site.parameters)
     own = calibrate(agreed, [site], site.parameters, personal=True)
-    save_calibration(state / CALIBRATION, site.parameters, own)
+    save_calibration(folder.calibration, site.parameters, own)
     counts = site.replica.state.validation
     share = counts.correct / counts.images if counts is not None and counts.images else None
     summary = SiteSummary(
@@ -47,12 +49,12 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics)
         rounds=agreed.study.rounds,
         device=describe_device(site.device),
         adapter_digest=site.adapter_digest,
-        validations=_validations(state / SUMMARY, site) | {site.round: share},
+        validations=_validations(folder.summary, site) | {site.round: share},
         metrics=SiteMetrics(
             zero_shot=Scores(**before), federated=Scores(**site.evaluate(site.personal(site.parameters)))
         ),
     )
-    write_summary(state / SUMMARY, summary)
+    write_summary(folder.summary, summary)
 
 
 def _validations(path: Path, site: Site) -> dict[int, float | None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.core.errors import RecordError
+from secure_fed.core.layout import RECORDS, ServerState
 from secure_fed.core.status import StatusFile, is_running
 from secure_fed.protocol.journal import find_runs
 from secure_fed.protocol.records import MAGIC, RecordHeader
@@ -30,8 +31,8 @@ def standing(state: Path) -> dict[str, Any]:
     if not state.is_dir():
         raise RecordError(f"{state}: no folder; expected the state folder of a server or a site")
     run = next(run for run in find_runs(state) if run.current)
-    records = len(list(run.journal.glob("*.record")))
-    role = "server" if (state / "coordinator.key").exists() else "site"
+    records = len(list(run.journal.glob(RECORDS)))
+    role = "server" if ServerState(state).key.exists() else "site"
     return {
         "role": role,
         "running": is_running(state),
@@ -44,6 +45,6 @@ def standing(state: Path) -> dict[str, Any]:
 
 def _last_round(journal: Path) -> int:
     """The newest round that the journal's records name, unchecked: secfacmic journal verify checks."""
-    newest = max(journal.glob("*.record"))
+    newest = max(journal.glob(RECORDS))
     frame = split_frame(MAGIC, newest.read_bytes(), 2**28, RecordError)
     return parse_header(frame.header, RecordHeader, RecordError).round

@@ -85,7 +85,7 @@ def held_keys(site: Path) -> dict[int, SealedKeyHeader]:
 def _open(site: Path, study: Path | None = None) -> tuple[AgreedStudy, Identity, KeyRing]:
     file, agreed = read_site(site, study)
     identity = load_identity(Path(file.identity), file.site)
-    return agreed, identity, KeyRing(Path(file.state) / "keys", agreed, identity)
+    return agreed, identity, KeyRing(file.state_folder.keys, agreed, identity)
 
 
 def _keep(ring: KeyRing, sealed: bytes, into: Path) -> SealedKeyHeader:

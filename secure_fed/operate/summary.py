@@ -19,7 +19,6 @@ from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel, parse_table
 from secure_fed.model.scores import Count, Scores, Share
 
-SUMMARY = "summary.json"
 FORMAT: Final = 2
 
 RoundNumber = Annotated[int, Field(ge=1)]

@@ -19,7 +19,6 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import RoundFailedError, SecfacmicError, SiteFileError, StorageError
 from secure_fed.core.status import StatusFile
-from secure_fed.core.storage import make_folder
 from secure_fed.operate.running import running
 from secure_fed.operate.site_results import write_results
 from secure_fed.protocol.study import load_study
@@ -47,7 +46,7 @@ def take_part(file: SiteFile, progress: Progress | None = None, *, in_full: bool
         )
     agreed = load_study(Path(file.study))
     study, state = agreed.study, Path(file.state)
-    make_folder(state)
+    file.state_folder.begin()
     with running(state, "site") as status, _reported(file, status, in_full):
         status.begin("site", site=file.site, study=study.name, study_id=study.id, rounds=study.rounds, round=0)
         site = Site(file, agreed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secure_fed.core.errors import RecordError, StudyError
+from secure_fed.core.layout import RECORDS, RunState, SiteRun, StateFolder
 from secure_fed.protocol.records import Chain, Record, RecordFolder, read_header
 from secure_fed.protocol.study import AgreedStudy
 
@@ -32,17 +33,18 @@ def find_runs(folder: Path) -> list[RunFolder]:
 
     Raises:
         RecordError: there is none.
+        StateFormatError: the state folder is of another layout.
     """
-    if any(folder.glob("*.record")):
+    if any(folder.glob(RECORDS)):
         return [RunFolder(folder, folder, True)]
-    if (folder / "journal").is_dir():
-        return [RunFolder(folder / "journal", folder, True)]
-    name = folder / "run"
-    current = name.read_text(encoding="ascii", errors="replace").strip() if name.is_file() else None
+    if RunState(folder).journal.is_dir():
+        return [RunFolder(RunState(folder).journal, folder, True)]
+    state = StateFolder(folder)
+    current = state.current_run
     runs = [
-        RunFolder(path / "journal", path, path.name == current)
-        for path in sorted((folder / "runs").glob("*"))
-        if (path / "journal").is_dir()
+        RunFolder(RunState(path).journal, path, path.name == current)
+        for path in state.run_folders()
+        if RunState(path).journal.is_dir()
     ]
     if current is not None and not any(run.current for run in runs):
         raise RecordError(
@@ -79,9 +81,9 @@ def verify_run(run: RunFolder, agreed: AgreedStudy) -> Iterator[Record]:
         RecordError: with the first record that does not hold, or evidence that the coordinator signed two records
             for one place.
     """
-    chain = Chain(agreed)
+    chain, site = Chain(agreed), SiteRun(run.folder)
     for record in RecordFolder(run.journal).replay(chain):
-        pin = run.folder / "pins" / f"{record.header.round:08d}"
+        pin = site.pin(record.header.round)
         if record.header.kind == "aggregate" and pin.is_file():
             found = hashlib.sha256(record.data).hexdigest()
             if pin.read_bytes() != found.encode():
@@ -97,7 +99,7 @@ def verify_run(run: RunFolder, agreed: AgreedStudy) -> Iterator[Record]:
 
 def _refuse_evidence(run: RunFolder, agreed: AgreedStudy, chain: Chain) -> None:
     """A site keeps a second record that the coordinator signed; that the journal verifies does not undo it."""
-    for path in sorted((run.folder / "evidence").glob("*.record")):
+    for path in sorted(SiteRun(run.folder).evidence.glob(RECORDS)):
         data = path.read_bytes()
         _, header = read_header(data, agreed)
         known = RecordFolder(run.journal).file(header.seq)

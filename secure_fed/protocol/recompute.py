@@ -10,18 +10,15 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from secure_fed.core.errors import EnvelopeError, RecordError
+from secure_fed.core.layout import ENVELOPES
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.journal import RunFolder, verify_run
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.records import SignedContribution
 from secure_fed.protocol.signing import SIGNATURE_BYTES, split_frame
 from secure_fed.protocol.study import AgreedStudy
-
-ENVELOPES: Final = "*.envelope"
-"""Names of kept and spooled envelopes."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import StringConstraints
 
 from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, StorageError
+from secure_fed.core.layout import record_file
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
@@ -326,7 +327,7 @@ class RecordFolder:
 
     def file(self, seq: int) -> Path:
         """Where the record of that number lies."""
-        return self.path / f"{seq:08d}.record"
+        return record_file(self.path, seq)
 
     def read(self, seq: int) -> bytes:
         """A record's bytes, unchecked.

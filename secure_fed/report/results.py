@@ -17,9 +17,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from secure_fed import configs
 from secure_fed.core.errors import ReportError, StudyError
+from secure_fed.core.layout import SUMMARY, SiteState
 from secure_fed.lab.sweep import Finished, Sweep, read_sweep
 from secure_fed.lab.sweep_file import DELTA
-from secure_fed.operate.summary import SUMMARY, Result, Round, SiteSummary, Spent, StudySummary, read_summary
+from secure_fed.operate.summary import Result, Round, SiteSummary, Spent, StudySummary, read_summary
 from secure_fed.protocol.study import (
     AgreedStudy,
     Study,
@@ -413,7 +414,7 @@ def _site_file(folder: Path) -> Path | None:
     if (folder / "site.toml").exists():
         return folder / "site.toml"
     beside = folder.resolve().parent / "site.toml"
-    return beside if (folder / "runs").is_dir() and beside.exists() else None
+    return beside if SiteState(folder).runs.is_dir() and beside.exists() else None
 
 
 def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
@@ -477,7 +478,7 @@ def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[Round]:
     """The rounds of the current run, from the site's own verified copy of the journal."""
     from secure_fed.protocol.journal import JournalEntry, find_runs, verify_run
 
-    if not (state / "runs").is_dir():
+    if not SiteState(state).runs.is_dir():
         return []  # nothing arrived yet
     rounds: list[Round] = []
     receivers = len(agreed.study.sites)

@@ -12,16 +12,16 @@ import tomli_w
 
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import StudyError
+from secure_fed.core.layout import ServerState
 from secure_fed.lab.demo import PORT, prepare_federation, with_sites
 from secure_fed.lab.simulation import Listener, simulate
-from secure_fed.server.coordinator import current_run
 from tests.conftest import TRAINING, make_template, template_table
 
 
 def test_prepare_writes_everything_and_starts_nothing(tmp_path: Path, images: Path) -> None:
     out = tmp_path / "out"
     agreed = prepare_federation(make_template(), out, images)
-    assert current_run(out / "server") is not None
+    assert ServerState(out / "server").current_run is not None
     for name in ("ca.crt", "ca.key", "server.crt", "server.key"):
         assert (out / "server" / "tls" / name).exists()
     for member in agreed.study.sites:
@@ -31,9 +31,9 @@ def test_prepare_writes_everything_and_starts_nothing(tmp_path: Path, images: Pa
         assert Path(file.server.authority).exists()
         assert list((out / "sites" / member.name / "state" / "keys").glob("*.sealed"))
     # Again, for another port: the same study, keys and run.
-    run = current_run(out / "server")
+    run = ServerState(out / "server").current_run
     prepare_federation(make_template(), out, images, 9000)
-    assert current_run(out / "server") == run
+    assert ServerState(out / "server").current_run == run
     file = read_site_file(out / "sites" / "ash" / "site.toml")
     assert file.server is not None
     assert file.server.address == "127.0.0.1:9000"

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
+from secure_fed.core.layout import ServerState
 from secure_fed.lab.simulation import open_run, open_sites, prepare
 from secure_fed.protocol import codec
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import Template
-from secure_fed.server.coordinator import current_run, store_amendment
+from secure_fed.server.coordinator import store_amendment
 from tests.conftest import Federation, exchange, make_template
 from tests.network import Network
 
@@ -65,7 +66,7 @@ def start(tmp_path: Path, images: Path) -> Iterator[Callable[..., Network]]:
 def cohorts_of(network: Network) -> Cohorts:
     """Who took part in each round, from the server's journal, which is verified on the way."""
     chain = Chain(network.agreed)
-    run = current_run(network.folder / "server")
+    run = ServerState(network.folder / "server").current_run
     folder = RecordFolder(network.folder / "server" / "runs" / str(run) / "journal")
     return tuple(
         tuple(entry.site for entry in record.contributors)
@@ -169,7 +170,7 @@ PHASES = ("before", "during", "after")
 def rotation(network: Network) -> bytes:
     """A new sealed key that follows the one in force."""
     federation = Federation(network.folder)
-    run = network.folder / "server" / "runs" / str(current_run(network.folder / "server"))
+    run = network.folder / "server" / "runs" / str(ServerState(network.folder / "server").current_run)
     chain = Chain(network.agreed)
     list(RecordFolder(run / "journal").replay(chain))
     sealed = federation.seal_key(federation.site("ash").replica.keys.newest[0] + 1, chain.key, members=chain.members)
@@ -196,7 +197,7 @@ def test_every_durable_write_of_the_server_is_known(start: Callable[..., Network
     without_run(network)
     writes = tmp_path / "writes"
     network.start("server", fault={"record": str(writes)})
-    network.wait_until(lambda: current_run(network.folder / "server") is not None, 120)
+    network.wait_until(lambda: ServerState(network.folder / "server").current_run is not None, 120)
     rotation(network)
     network.start(*SITES)
     ended(network)
@@ -224,7 +225,7 @@ def test_a_server_killed_at_each_of_its_durable_writes_goes_on(
     network.start("server")
     ended(network)
     assert set(check(network, images, tmp_path)) == {SITES}
-    run = network.folder / "server" / "runs" / str(current_run(network.folder / "server")) / "journal"
+    run = network.folder / "server" / "runs" / str(ServerState(network.folder / "server").current_run) / "journal"
     kinds = [record.header.kind for record in RecordFolder(run).replay(Chain(network.agreed))]
     assert [kinds.count(kind) for kind in ("genesis", "aggregate", "amendment", "checkpoint")] == [1, 8, 1, 1]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from secure_fed.core.layout import ServerState
 from secure_fed.protocol.records import Chain, RecordFolder
-from secure_fed.server.coordinator import current_run
 from tests.conftest import TRAINING, make_template
 from tests.network import Network
 
@@ -58,7 +58,14 @@ def test_killed_in_mid_round_the_study_finishes_and_counts_everything_once(
 ) -> None:
     network.start("server", *network.names)
     # In mid-round: an envelope of the third is in, its record is not.
-    spool = network.folder / "server" / "runs" / str(current_run(network.folder / "server")) / "spool" / "00000003"
+    spool = (
+        network.folder
+        / "server"
+        / "runs"
+        / str(ServerState(network.folder / "server").current_run)
+        / "spool"
+        / "00000003"
+    )
     network.wait_until(lambda: any(spool.glob("*/*.envelope")), 90)
     kill(network)
     assert set(network.wait(120).values()) == {0}

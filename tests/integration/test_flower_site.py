@@ -41,9 +41,9 @@ from secure_fed.core.errors import (
     StorageError,
     StudyError,
 )
+from secure_fed.core.layout import ServerState
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST
-from secure_fed.server.coordinator import current_run
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
 from secure_fed.transport.certificates import create_authority
@@ -369,11 +369,11 @@ def test_a_server_begins_a_run_with_a_sealed_key_only(federation: Federation, tm
     sealed = tmp_path / "study.key"
     sealed.write_bytes(federation.seal_key(1))
     _begin_if_asked(federation.agreed, folders, sealed)
-    run = current_run(folders.state)
+    run = ServerState(folders.state).current_run
     assert run is not None
     _begin_if_asked(federation.agreed, folders, sealed)  # a restart with the same command
     _begin_if_asked(federation.agreed, folders, None)
-    assert current_run(folders.state) == run
+    assert ServerState(folders.state).current_run == run
     sealed.write_bytes(federation.seal_key(2))
     with pytest.raises(StudyError, match="keys rotate"):
         _begin_if_asked(federation.agreed, folders, sealed)

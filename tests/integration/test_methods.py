@@ -154,7 +154,7 @@ def personal(images: Path, tmp_path: Path) -> Federation:
 
 
 def heads(site: Site) -> list[Path]:
-    return sorted((site.replica.files.folder / "heads").glob("*"))
+    return sorted((site.replica.files.folder.heads).glob("*"))
 
 
 def test_a_private_head_stays_and_goes_on(personal: Federation) -> None:
@@ -170,7 +170,7 @@ def test_a_private_head_stays_and_goes_on(personal: Federation) -> None:
     assert not np.array_equal(stored[0], stored[1])
     # What was sent has the shared parameters' values and two counts, and no more.
     sizes = sum(value.size for value in ash.parameters.values())
-    integers = next((ash.replica.files.folder / "outbox").glob("*.integers"))
+    integers = next((ash.replica.files.folder.outbox).glob("*.integers"))
     sent = safetensors.numpy.load(integers.read_bytes())["integers"]
     assert sent.size == sizes + 2 * codec.count_lanes(16)
     assert PRIVATE_HEAD not in ash.parameters
@@ -189,9 +189,9 @@ def test_a_crash_between_head_and_integers_changes_no_bit(personal: Federation) 
         exchange(coordinator, site)
     ash = sites[0]
     head = heads(ash)[-1].read_bytes()
-    (integers,) = (ash.replica.files.folder / "outbox").glob("*.integers")
+    (integers,) = (ash.replica.files.folder.outbox).glob("*.integers")
     expected = integers.read_bytes()
-    for path in (ash.replica.files.folder / "outbox").iterdir():
+    for path in (ash.replica.files.folder.outbox).iterdir():
         path.unlink()
     again = personal.site("ash")
     again.respond(coordinator.request(again.run, again.position))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from secure_fed.core.layout import ServerState
 from secure_fed.core.status import StatusFile, is_running
 from secure_fed.operate.closing import refuse_closed
 from secure_fed.operate.doctor.finding import Fault, Finding, attempt, check
@@ -42,9 +43,10 @@ def examine_server(state: Path, study: Path, listen: tuple[str, int] | None) -> 
     found, agreed = attempt("study", lambda: _study(study))
     yield found
     yield check("flwr version", flwr)
-    secrets = [state / "coordinator.key", state / "tls" / SERVER_KEY, state / "tls" / CA_KEY]
+    folder = ServerState(state)
+    secrets = [folder.key, folder.certificates / SERVER_KEY, folder.certificates / CA_KEY]
     yield check("key modes", lambda: modes([path for path in secrets if path.exists()]))
-    yield check("certificate", lambda: _certificate(state / "tls"))
+    yield check("certificate", lambda: _certificate(folder.certificates))
     yield check("memory", lambda: memory(MEMORY))
     yield check("port", lambda: _port(state, listen))
     if agreed is None:
@@ -104,16 +106,17 @@ def _port(state: Path, listen: tuple[str, int] | None) -> str:
 
 def _coordinator(state: Path, agreed: AgreedStudy) -> str:
     refuse_closed(state)
-    if public_hex(load_signing_key(state / "coordinator.key")) != agreed.study.coordinator:
+    if public_hex(load_signing_key(ServerState(state).key)) != agreed.study.coordinator:
         raise Fault(
-            f"{state / 'coordinator.key'}: not the key that the study names", "put back the key that study new made"
+            f"{ServerState(state).key}: not the key that the study names", "put back the key that study new made"
         )
     return "the one that the study names"
 
 
 def _journal(state: Path, agreed: AgreedStudy) -> str:
-    LedgerHeads(state / "ledger_heads.json")
-    if not (state / "run").exists():
+    folder = ServerState(state)
+    LedgerHeads(folder.ledger_heads)
+    if folder.current_run is None:
         return "no run has begun: start the server with --key"
     run = next(run for run in find_runs(state) if run.current)
     newest = 0

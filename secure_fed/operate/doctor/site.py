@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from secure_fed.core.layout import SEALED, SiteState
 from secure_fed.operate.doctor.finding import Fault, Finding, attempt, check
 from secure_fed.operate.doctor.machine import disk, flwr, memory, modes
 from secure_fed.operate.doctor.network import examine_way
@@ -33,7 +34,7 @@ def examine_site(path: Path) -> Iterator[Finding]:
     yield found
     yield check("identity", lambda: _identity(file))
     state = Path(file.state)
-    yield check("key modes", lambda: modes([*Path(file.identity).glob("*.key"), *(state / "keys").glob("*.sealed")]))
+    yield check("key modes", lambda: modes([*Path(file.identity).glob("*.key"), *SiteState(state).keys.glob(SEALED)]))
     yield check("memory", lambda: memory(MEMORY))
     yield check("ledger", lambda: _ledger(file))
     yield from examine_way(file)

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
-from secure_fed.clients.outgoing_log import FILE, SentList, read_sent
+from secure_fed.clients.outgoing_log import SentList, read_sent
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import EvidenceError, SecfacmicError, StorageError
 from secure_fed.core.storage import exclusive
@@ -26,6 +26,8 @@ from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
 from secure_fed.protocol.study import canonical_json
 from tests.conftest import Federation, exchange
+
+SENT = "sent.jsonl"
 
 
 def run_study(federation: Federation, epsilon: float | None = None) -> None:
@@ -200,14 +202,14 @@ def test_signing_it_anew_does_not_help_a_site_that_lies(archive: Path, run: Path
     verify(lambda parts: None)  # the control
 
     def drop_sent(parts: dict[str, bytes]) -> None:
-        parts[FILE] = parts[FILE].splitlines(keepends=True)[0]
+        parts[SENT] = parts[SENT].splitlines(keepends=True)[0]
 
     with pytest.raises(EvidenceError, match="lacks the update of round 2"):
         verify(drop_sent)
 
     def change_sent(parts: dict[str, bytes]) -> None:
-        lines = parts[FILE].splitlines(keepends=True)
-        parts[FILE] = lines[0] + lines[2]
+        lines = parts[SENT].splitlines(keepends=True)
+        parts[SENT] = lines[0] + lines[2]
 
     with pytest.raises(EvidenceError, match="line 2 does not follow"):
         verify(change_sent)
@@ -301,7 +303,7 @@ def test_the_commands(site: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     packed = runner.invoke(app, ["evidence", str(site), "--out", str(tmp_path / "evidence.zip"), "--json"])
     assert packed.exit_code == 0, packed.output
-    assert FILE in json.loads(packed.stdout)["files"]
+    assert SENT in json.loads(packed.stdout)["files"]
     checked = runner.invoke(app, ["evidence", "verify", str(tmp_path / "evidence.zip"), "--json"])
     assert json.loads(checked.stdout)["verified"] is True
     assert "all of it verifies" in runner.invoke(app, ["evidence", "verify", str(tmp_path / "evidence.zip")]).output
@@ -334,7 +336,7 @@ def test_a_line_cut_by_a_crash_was_never_sent(tmp_path: Path) -> None:
     first = SentList(tmp_path)
     first.add(reply(), 1)
     first.add(reply(), 2)
-    path = tmp_path / FILE
+    path = tmp_path / SENT
     whole = path.read_bytes()
     for cut in range(whole.index(b"\n") + 1, len(whole)):
         path.write_bytes(whole[:cut])
@@ -347,7 +349,7 @@ def test_a_line_cut_by_a_crash_was_never_sent(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_list_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = SentList(tmp_path)
     sent.add(reply(), 1)
-    before = (tmp_path / FILE).read_bytes()
+    before = (tmp_path / SENT).read_bytes()
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -356,18 +358,18 @@ def test_a_full_disk_leaves_the_list_whole(tmp_path: Path, monkeypatch: pytest.M
         patched.setattr("os.fsync", full)
         with pytest.raises(StorageError, match="nothing leaves this site that is not listed"):
             sent.add(reply(), 2)
-    assert (tmp_path / FILE).read_bytes() == before
+    assert (tmp_path / SENT).read_bytes() == before
     sent.add(reply(), 2)
-    assert [row.seq for row in read_sent((tmp_path / FILE).read_bytes(), "list")] == [1, 2]
+    assert [row.seq for row in read_sent((tmp_path / SENT).read_bytes(), "list")] == [1, 2]
 
 
 def test_a_changed_list_is_refused(tmp_path: Path) -> None:
     sent = SentList(tmp_path)
     for number in range(4):
         sent.add(reply(), number)
-    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    lines = (tmp_path / SENT).read_bytes().splitlines(keepends=True)
     for bad in (lines[1:], lines[:1] + lines[2:], [lines[1], lines[0]], [lines[0].replace(b'"round":0', b'"round":9')]):
-        (tmp_path / FILE).write_bytes(b"".join([*bad, *lines[3:]]))
+        (tmp_path / SENT).write_bytes(b"".join([*bad, *lines[3:]]))
         with pytest.raises(EvidenceError, match="does not follow"):
             SentList(tmp_path).read()
         with pytest.raises(EvidenceError):

@@ -25,7 +25,8 @@ from secure_fed.clients.data import read_data
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.clients.training import predict
 from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError
-from secure_fed.model.adapter_file import CALIBRATION, Calibration, load_adapter, save_adapter, save_calibration
+from secure_fed.core.layout import CALIBRATION
+from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import LEAST, MOST, fit_temperature, tempered
 from secure_fed.operate.predict import predict_folder

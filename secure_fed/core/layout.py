@@ -1,0 +1,356 @@
+"""Where everything lies in a state folder, a site's or a server's. Nothing else knows these names.
+
+In both:
+
+| name | what it is | who writes it |
+| --- | --- | --- |
+| ``format`` | the layout's version; absent is 1 | whoever begins the folder |
+| ``lock`` | held by the process that uses the folder | :mod:`secure_fed.core.storage` |
+| ``run`` | id of the current run | replica, coordinator |
+| ``runs/RUN/journal/N.record`` | the run's signed records | replica, coordinator |
+| ``ledger_heads.json`` | the newest privacy-ledger head seen of every site | replica, coordinator |
+| ``status.json`` | where the process stands | the running process |
+| ``log/NAME.jsonl`` | what it reported | the running process |
+| ``closed`` | that the study is over for good | ``study close`` |
+
+At a site:
+
+| name | what it is | who writes it |
+| --- | --- | --- |
+| ``runs/RUN/pins/N`` | digest of a round's one candidate | replica |
+| ``runs/RUN/refused/N`` | that a round's aggregate was refused, and its key | replica |
+| ``runs/RUN/evidence/X.record`` | a second record that the coordinator signed | replica |
+| ``runs/RUN/adapter.safetensors`` | adapter and moments after the last record | replica |
+| ``runs/RUN/outbox/N.integers`` | the rounded update | site |
+| ``runs/RUN/outbox/N.envelope`` | the update as it was sent | site |
+| ``runs/RUN/outbox/N.withdrawn`` | that a round's update was dropped | ``data forget`` |
+| ``runs/RUN/heads/N`` | the private head after a round | site |
+| ``keys/EPOCH.sealed`` | the study's sealed keys | ``keys accept``, replica |
+| ``accepted/STUDY.*`` | who accepted which study | ``site accept`` |
+| ``privacy/`` | the privacy ledger, :mod:`secure_fed.privacy.ledger` | site |
+| ``features.sqlite`` | image features, unless ``site.toml`` says elsewhere | site |
+| ``forgotten.json`` | keyed hashes of forgotten patients | ``data forget`` |
+| ``sent.jsonl`` | the list of all that left the site | site |
+| ``adapter.safetensors`` | results: the adapter, | ``client`` |
+| ``calibration.safetensors`` | its temperature here, | ``client`` |
+| ``summary.json`` | and its figures | ``client`` |
+
+At a server:
+
+| name | what it is | who writes it |
+| --- | --- | --- |
+| ``coordinator.key`` | signs the records | ``study new`` |
+| ``tls/`` | see :mod:`secure_fed.transport.certificates` | ``study ca`` |
+| ``runs/RUN/spool/N/A/S.envelope`` | what site S sent for attempt A of round N | coordinator |
+| ``runs/RUN/amendments/KEY.sealed`` | an amendment that waits, after that key | ``study amend`` |
+
+``N`` is a number of eight digits: a record's place in its journal, else a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from secure_fed.core.errors import StateFormatError
+from secure_fed.core.storage import LOCK, make_folder, write_durable
+
+FORMAT = 1
+"""Version of the layout. Folders of secfacmic 0.1 have this layout and do not say so."""
+
+ADAPTER, CALIBRATION, SUMMARY = "adapter.safetensors", "calibration.safetensors", "summary.json"
+"""Results, at a site and in a simulation's folder."""
+
+RECORDS = "*.record"
+SEALED = "*.sealed"
+ENVELOPES = "*.envelope"
+"""Names of records, of sealed keys, and of kept, spooled and sent envelopes."""
+
+
+def numbered(number: int) -> str:
+    """A number as files are named by it: names sort as numbers do."""
+    return f"{number:08d}"
+
+
+def record_file(journal: Path, seq: int) -> Path:
+    """Where the record of that number lies in a folder of records."""
+    return journal / f"{numbered(seq)}.record"
+
+
+def sealed_key(folder: Path, epoch: int) -> Path:
+    """Where the sealed key of an epoch lies in a folder of keys."""
+    return folder / f"{epoch:06d}.sealed"
+
+
+def site_envelope(folder: Path, site: str) -> Path:
+    """Where a site's envelope lies in a folder with one of each site."""
+    return folder / f"{site}.envelope"
+
+
+def kept_round(folder: Path, run: str, round_number: int) -> Path:
+    """Folder of a round's envelopes below a server's ``--keep-envelopes``, which is a folder outside of the state."""
+    return folder / run / numbered(round_number)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run's folder; only its names, whether they are there or not."""
+
+    path: Path
+
+    @property
+    def journal(self) -> Path:
+        """Folder of the records."""
+        return self.path / "journal"
+
+
+class SiteRun(RunState):
+    """One run at a site."""
+
+    @property
+    def adapter(self) -> Path:
+        """Adapter and moments after the last record."""
+        return self.path / ADAPTER
+
+    @property
+    def outbox(self) -> Path:
+        """Folder of updates."""
+        return self.path / "outbox"
+
+    @property
+    def heads(self) -> Path:
+        """Folder of private heads."""
+        return self.path / "heads"
+
+    @property
+    def refused(self) -> Path:
+        """Folder of refusals."""
+        return self.path / "refused"
+
+    @property
+    def evidence(self) -> Path:
+        """Folder of second records."""
+        return self.path / "evidence"
+
+    def integers(self, round_number: int) -> Path:
+        """A round's rounded update."""
+        return self.outbox / f"{numbered(round_number)}.integers"
+
+    def envelope(self, round_number: int) -> Path:
+        """A round's update as it was sent."""
+        return self.outbox / f"{numbered(round_number)}.envelope"
+
+    def withdrawn(self, round_number: int) -> Path:
+        """The note that a round's update was dropped: the last attempt it was sealed for, else 0."""
+        return self.outbox / f"{numbered(round_number)}.withdrawn"
+
+    def updates(self) -> list[int]:
+        """Rounds with an update in the outbox, in order."""
+        found = {path.stem for suffix in ("integers", "envelope") for path in self.outbox.glob(f"*.{suffix}")}
+        return sorted(int(stem) for stem in found)
+
+    def head(self, round_number: int) -> Path:
+        """The private head after a round."""
+        return self.heads / numbered(round_number)
+
+    def pin(self, round_number: int) -> Path:
+        """The digest of a round's one candidate."""
+        return self.path / "pins" / numbered(round_number)
+
+    def refusal(self, round_number: int) -> Path:
+        """The note that a round's aggregate was refused, under which key."""
+        return self.refused / numbered(round_number)
+
+    def second_record(self, digest: str) -> Path:
+        """A record that the coordinator signed besides the one in the journal."""
+        return self.evidence / f"{digest}.record"
+
+
+class ServerRun(RunState):
+    """One run at a server."""
+
+    @property
+    def spool(self) -> Path:
+        """Folder of what was received, a folder a round."""
+        return self.path / "spool"
+
+    def spooled_round(self, round_number: int) -> Path:
+        """Folder of what was received for a round, a folder an attempt."""
+        return self.spool / numbered(round_number)
+
+    def spooled(self, round_number: int, attempt: int) -> Path:
+        """Folder of what was received for an attempt of a round, a file a site."""
+        return self.spooled_round(round_number) / f"{attempt:04d}"
+
+    def amendment(self, key: str) -> Path:
+        """The amendment that waits and follows the key of that id."""
+        return self.path / "amendments" / f"{key}.sealed"
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """A state folder of either kind, which may be there or not.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        StateFormatError: it is of a layout that this program does not know.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        # Here, so that nothing can reach into a folder that it would misread.
+        try:
+            found = self._format.read_text(encoding="ascii", errors="replace").strip()[:20]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise StateFormatError(f"{self._format}: cannot be read ({error.strerror}); expected it so") from error
+        if found != str(FORMAT):
+            raise StateFormatError(
+                f"{self.path}: a state folder of layout {found!r}; this program reads layout {FORMAT} and folders "
+                "that name none: use the version of secfacmic that wrote it, or a newer one"
+            )
+
+    def begin(self) -> None:
+        """Make the folder, and name its layout in it.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        make_folder(self.path)
+        if not self._format.exists():
+            write_durable(self._format, f"{FORMAT}\n".encode())
+
+    @property
+    def _format(self) -> Path:
+        return self.path / "format"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that uses the folder."""
+        return self.path / LOCK
+
+    @property
+    def closed(self) -> Path:
+        """The mark that the study is closed here."""
+        return self.path / "closed"
+
+    @property
+    def ledger_heads(self) -> Path:
+        """The newest privacy-ledger head of every site."""
+        return self.path / "ledger_heads.json"
+
+    @property
+    def status(self) -> Path:
+        """Where the process stands."""
+        return self.path / "status.json"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of logs."""
+        return self.path / "log"
+
+    def log(self, name: str) -> Path:
+        """A process's log."""
+        return self.logs / f"{name}.jsonl"
+
+    @property
+    def runs(self) -> Path:
+        """Folder of the runs."""
+        return self.path / "runs"
+
+    def run_folders(self) -> Iterator[Path]:
+        """Folders of the runs that are there, by id."""
+        yield from sorted(self.runs.glob("*"))
+
+    @property
+    def current_run(self) -> str | None:
+        """Id of the run that the folder is in, None before the first."""
+        return self._run.read_text(encoding="ascii", errors="replace").strip() if self._run.is_file() else None
+
+    def enter_run(self, run: str) -> None:
+        """Name the run that the folder is in from now on, durably.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        write_durable(self._run, run.encode())
+
+    @property
+    def _run(self) -> Path:
+        return self.path / "run"
+
+
+class SiteState(StateFolder):
+    """A site's state folder."""
+
+    def run(self, run: str) -> SiteRun:
+        """The folder of the run of that id."""
+        return SiteRun(self.runs / run)
+
+    @property
+    def keys(self) -> Path:
+        """Folder of the study's sealed keys, a file an epoch."""
+        return self.path / "keys"
+
+    @property
+    def accepted(self) -> Path:
+        """Folder of the studies that were accepted here."""
+        return self.path / "accepted"
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of the privacy ledger."""
+        return self.path / "privacy"
+
+    @property
+    def features(self) -> Path:
+        """The feature cache."""
+        return self.path / "features.sqlite"
+
+    @property
+    def forgotten(self) -> Path:
+        """The list of forgotten patients."""
+        return self.path / "forgotten.json"
+
+    @property
+    def sent(self) -> Path:
+        """The list of all that left the site."""
+        return self.path / "sent.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter, after the last round."""
+        return self.path / ADAPTER
+
+    @property
+    def calibration(self) -> Path:
+        """The adapter's temperature at this site."""
+        return self.path / CALIBRATION
+
+    @property
+    def summary(self) -> Path:
+        """The adapter's figures at this site."""
+        return self.path / SUMMARY
+
+
+class ServerState(StateFolder):
+    """A server's state folder."""
+
+    def run(self, run: str) -> ServerRun:
+        """The folder of the run of that id."""
+        return ServerRun(self.runs / run)
+
+    @property
+    def key(self) -> Path:
+        """The coordinator's signing key."""
+        return self.path / "coordinator.key"
+
+    @property
+    def certificates(self) -> Path:
+        """Folder of the server's certificate."""
+        return self.path / "tls"
