@@ -51,7 +51,7 @@ def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
             written: what is on the list stays away all the same.
     """
     file.state_folder.begin()
-    with exclusive(Path(file.state)):
+    with exclusive(file.state_folder.path):
         return _forget(file, agreed, patient)
 
 

@@ -103,12 +103,12 @@ def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
         EvidenceError, RecordError, LedgerError: what is to be packed does not verify.
     """
     file = read_site_file(folder / "site.toml")
-    study_path, state = Path(file.study), Path(file.state)
+    study_path, state = Path(file.study), file.state_folder
     agreed = load_study(study_path)
     identity = load_identity(Path(file.identity), file.site)
-    if not state.is_dir():
-        raise EvidenceError(f"{state}: no folder; expected the state of a site that took part in the study")
-    with exclusive(state):
+    if not state.path.is_dir():
+        raise EvidenceError(f"{state.path}: no folder; expected the state of a site that took part in the study")
+    with exclusive(state.path):
         parts: dict[str, Path | bytes] = {
             "study/study.toml": study_path,
             "study/study.safetensors": study_path.with_suffix(".safetensors"),
@@ -116,17 +116,17 @@ def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
             "versions.json": _json(_versions()),
             "bom.json": _json(bill_of_materials()),
         }
-        for path in sorted(file.state_folder.accepted.glob("*")):
+        for path in sorted(state.accepted.glob("*")):
             parts[f"accepted/{path.name}"] = path
-        for run in find_runs(state) if file.state_folder.current_run is not None else []:
+        for run in find_runs(state.path) if state.current_run is not None else []:
             for path in sorted(run.journal.glob(RECORDS)):
                 parts[f"journal/{run.folder.name}/{path.name}"] = path
         ledger = ledger_folder(file)
         if Ledger.exists(ledger):
             parts["ledger/summary.json"] = _json(Ledger(ledger).summary())
             parts["ledger/ledger.jsonl"] = ledger / "ledger.jsonl"
-        if file.state_folder.sent.exists():
-            data = file.state_folder.sent.read_bytes()
+        if state.sent.exists():
+            data = state.sent.read_bytes()
             parts[_SENT] = data[: data.rfind(b"\n") + 1]
         listed = {name: _listed(part) for name, part in sorted(parts.items())}
         manifest = _Manifest(format=1, site=file.site, study=agreed.study.id, files=listed).model_dump(mode="json")

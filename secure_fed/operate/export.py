@@ -82,7 +82,7 @@ def export_site(site_file: Path, out: Path, *, onnx: bool, own_results: bool) ->
     file = read_site_file(site_file)
     agreed = load_study(Path(file.study))
     _refuse_used(out)
-    with exclusive(Path(file.state)):
+    with exclusive(file.state_folder.path):
         site = Site(file, agreed)
         if not site.round:
             raise AdapterFileError(

@@ -121,7 +121,7 @@ def plot_site(folder: Path, out: Path) -> list[Path]:
         SecfacmicError: others, as the site gives them.
     """
     file = read_site_file(folder / "site.toml")
-    with exclusive(Path(file.state)):
+    with exclusive(file.state_folder.path):
         agreed = load_study(Path(file.study))
         site = Site(file, agreed)
         if not site.round:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from secure_fed.core.layout import StateFolder
 from secure_fed.core.status import StatusFile, keep_log
 from secure_fed.core.storage import exclusive
 from secure_fed.operate.closing import refuse_closed
@@ -26,9 +27,10 @@ def running(state: Path, role: str) -> Iterator[StatusFile]:
 
     Raises:
         StorageError: another process holds the folder, or it cannot be written.
+        StateFormatError: the folder is of another layout.
         StudyClosedError: the study is closed here.
     """
-    with exclusive(state):
+    with exclusive(StateFolder(state).path):
         refuse_closed(state)
         status = StatusFile(state)
         keep_log(state, role, status)

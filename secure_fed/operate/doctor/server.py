@@ -43,10 +43,8 @@ def examine_server(state: Path, study: Path, listen: tuple[str, int] | None) -> 
     found, agreed = attempt("study", lambda: _study(study))
     yield found
     yield check("flwr version", flwr)
-    folder = ServerState(state)
-    secrets = [folder.key, folder.certificates / SERVER_KEY, folder.certificates / CA_KEY]
-    yield check("key modes", lambda: modes([path for path in secrets if path.exists()]))
-    yield check("certificate", lambda: _certificate(folder.certificates))
+    yield check("key modes", lambda: modes(_secrets(ServerState(state))))
+    yield check("certificate", lambda: _certificate(ServerState(state).certificates))
     yield check("memory", lambda: memory(MEMORY))
     yield check("port", lambda: _port(state, listen))
     if agreed is None:
@@ -54,6 +52,11 @@ def examine_server(state: Path, study: Path, listen: tuple[str, int] | None) -> 
     yield check("coordinator key", lambda: _coordinator(state, agreed))
     yield check("journal and clock", lambda: _journal(state, agreed))
     yield check("disk", lambda: disk(state, agreed, updates=agreed.study.max_sites))
+
+
+def _secrets(state: ServerState) -> list[Path]:
+    paths = (state.key, state.certificates / SERVER_KEY, state.certificates / CA_KEY)
+    return [path for path in paths if path.exists()]
 
 
 def _study(path: Path) -> tuple[AgreedStudy, str]:
