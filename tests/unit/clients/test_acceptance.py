@@ -224,7 +224,7 @@ def test_closing_destroys_keys_and_outboxes_and_names_the_rest(federation: Feder
     assert os.pread(inode, len(secret), 0) == bytes(len(secret))
     os.close(inode)
     # Everything that is still there is named, and nothing else.
-    left = {path.name for path in state.iterdir()} - {"keys", "closed", "lock", "run"}
+    left = {path.name for path in state.iterdir()} - {"keys", "closed", "format", "lock", "run"}
     named = {Path(name).name for name in done["remains"]} - {"identity"}
     assert left - {"ledger_heads.json"} == named
     assert "identity" in {Path(name).name for name in done["remains"]}
