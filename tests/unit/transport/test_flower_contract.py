@@ -1,4 +1,7 @@
-"""What we use of flwr beyond its public API: in two files, and each symbol as it was in the pinned version."""
+"""What we use of flwr beyond its public API: in two files, and each symbol as it was in the pinned version.
+
+A failure names the functions of ours that stop working, as they stand in the two files now.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,33 @@ def _private(path: Path) -> set[tuple[str, str]]:
     return {(module, name) for module, name in _imports(ROOT / path) if module not in PUBLIC}
 
 
+def _uses(path: str) -> dict[str, set[str]]:
+    """By name: the functions and classes of a file that read it, call it, build on it or override it."""
+    found: dict[str, set[str]] = {}
+
+    def visit(node: ast.AST, inside: tuple[str, ...]) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = (*inside, node.name)
+        name = {ast.Name: "id", ast.Attribute: "attr", ast.FunctionDef: "name"}.get(type(node))
+        if name is not None:
+            found.setdefault(getattr(node, name), set()).add(".".join(inside) or "the module")
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse((ROOT / path).read_text(encoding="utf-8")), ())
+    return found
+
+
+USES = {path: _uses(path) for path in sorted(PRIVATE)}
+VERSION = importlib.metadata.version("flwr")
+
+
+def _without(name: str) -> str:
+    """What of ours stops working without a name, or with another meaning of it."""
+    places = [f"{path}: {', '.join(sorted(uses[name]))}" for path, uses in USES.items() if name in uses]
+    return f"these stop working: {'; '.join(places)}" if places else "nothing uses it: take it out here"
+
+
 SYMBOLS = [(path, *symbol) for path in sorted(PRIVATE) for symbol in sorted(_private(Path(path)))]
 
 
@@ -39,9 +69,8 @@ def test_the_symbol_is_there(path: str, module: str, name: str) -> None:
     try:
         found = importlib.import_module(module)
     except ImportError:
-        pytest.fail(f"{path} uses {module}, which flwr {importlib.metadata.version('flwr')} does not have")
-    if not hasattr(found, name):
-        pytest.fail(f"{path} uses {name} of {module}, which flwr {importlib.metadata.version('flwr')} does not have")
+        pytest.fail(f"flwr {VERSION} has no {module}, of which {path} takes {name}; {_without(name)}")
+    assert hasattr(found, name), f"flwr {VERSION} has no {module}.{name}; {_without(name)}"
 
 
 SIGNATURES = {
@@ -102,6 +131,17 @@ SIGNATURES = {
     ("flwr.server.superlink.linkstate", "InMemoryLinkState"): ("federation_manager", "object_store"),
     ("flwr.server.superlink.linkstate", "InMemoryLinkState.get_message_res"): ("self", "message_ids", "run_id"),
     ("flwr.server.superlink.linkstate", "InMemoryLinkState._check_stored_messages"): ("self", "message_ids", "run_id"),
+    ("flwr.server.superlink.linkstate", "LinkState.get_run_info"): (
+        "self",
+        "run_ids",
+        "statuses",
+        "flwr_aids",
+        "federation_ids",
+        "order_by",
+        "ascending",
+        "limit",
+        "skip",
+    ),
     ("flwr.superlink.grid", "HttpGrid"): ("runtime_api_address", "insecure", "root_certificates", "token"),
     ("flwr.superlink.grid", "HttpGrid.set_run"): ("self", "run"),
     ("flwr.superlink.grid", "HttpGrid._runtime_client"): None,
@@ -129,11 +169,32 @@ SIGNATURES = {
 def test_the_call_is_as_it_was(symbol: tuple[str, str], expected: tuple[str, ...] | None) -> None:
     module, path = symbol
     found = importlib.import_module(module)
+    last = path.split(".")[-1]
+    assert any(last in uses for uses in USES.values()), _without(last)
     for name in path.split("."):
-        assert hasattr(found, name), f"{module}.{path}: flwr has no {name} there"
+        assert hasattr(found, name), f"flwr {VERSION} has no {module}.{path}; {_without(last)}"
         found = getattr(found, name)
     if expected is not None:
-        assert tuple(inspect.signature(found).parameters) == expected, f"{module}.{path} takes other arguments"
+        taken = tuple(inspect.signature(found).parameters)
+        assert taken == expected, f"flwr {VERSION}: {module}.{path} takes other arguments; {_without(last)}"
+
+
+STATE_ATTRIBUTES = ("lock", "message_ins_id_to_message_res_id", "message_ins_store", "nodes", "object_store")
+"""Of ``InMemoryLinkState``, read by our state that builds on it."""
+
+
+@pytest.mark.parametrize("name", STATE_ATTRIBUTES)
+def test_the_state_has_the_attribute(name: str) -> None:
+    kinds = importlib.import_module("flwr.server.superlink.linkstate").InMemoryLinkState.__mro__
+    made = any(hasattr(kind, name) or f"self.{name}" in inspect.getsource(kind) for kind in kinds if kind is not object)
+    assert made, f"flwr {VERSION}: InMemoryLinkState makes no {name}; {_without(name)}"
+
+
+def test_the_message_names_what_stops_working() -> None:
+    assert _without("get_message_res") == ("these stop working: server/flower_link.py: _State.get_message_res")
+    assert "server/flower_link.py: SuperLink._node" in _without("create_node")
+    assert "clients/flower_node.py: " in _without("push_objects")
+    assert _without("no_such_name") == "nothing uses it: take it out here"
 
 
 def test_nobody_else_uses_what_is_not_public() -> None:
@@ -148,4 +209,4 @@ def test_flwr_is_pinned_exactly() -> None:
     with (ROOT / "pyproject.toml").open("rb") as stream:
         project = tomllib.load(stream)["project"]
     (pin,) = [entry for entry in project["dependencies"] if entry.startswith("flwr")]
-    assert pin == f"flwr=={importlib.metadata.version('flwr')}"
+    assert pin == f"flwr=={VERSION}"
