@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from secure_fed.core.processes import be_quiet_outside
 from secure_fed.protocol.envelope import seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.packing import Contribution
+from secure_fed.protocol.packing import Contribution, Sealed
 from secure_fed.protocol.records import RoundPosition, read_header
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
@@ -72,8 +72,8 @@ class CannedSite:
         if request.more or self.finished:
             return self._reply(ReplyCode.MORE if request.more else ReplyCode.APPLIED)
         due = RoundPosition(self._run, self._head, self._key, 0, self._round + 1)
-        contribution = Contribution(site=self.name, attempt=request.attempt)
-        envelope = seal_envelope(self._agreed, due, contribution, NO_LEDGER, self._payload, self._signing)
+        sealed = Sealed(Contribution(self.name, request.attempt, secrets.token_hex(32)), self._payload)
+        envelope = seal_envelope(self._agreed, due, sealed, NO_LEDGER, self._signing)
         return self._reply(ReplyCode.UPDATE, envelope)
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
@@ -143,9 +143,9 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
     integers = np.zeros(agreed.lanes.values, dtype=np.int64)
     binding = Binding(run="0" * 64, head="0" * 64, round=1)
     sealed = Cipher(agreed.lanes, site.replica.keys.secret(site.replica.keys.newest[1])).seal(
-        integers, binding, Contribution(site=names[0], attempt=1)
+        integers, binding, names[0], 1
     )
-    (folder / PAYLOAD).write_bytes(sealed)
+    (folder / PAYLOAD).write_bytes(sealed.payload)
 
 
 def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:

@@ -27,30 +27,29 @@ LINES = {"seal": "#1b6ca8", "server adds": "#c8553d", "open": "#588157"}
 def measure(values: int) -> dict[str, Any]:
     """Processor seconds of each step, bytes and peak memory, for one size."""
     from secure_fed.privacy.ckks import Cipher, StudySecret
-    from secure_fed.protocol.packing import Binding, CipherWire, Contribution, lane_parameters
+    from secure_fed.protocol.packing import Binding, CipherWire, lane_parameters
 
     parameters = lane_parameters(4, 18, 2, values)
-    cipher, wire = Cipher(parameters, StudySecret.generate()), CipherWire(parameters)
+    cipher, wire = Cipher(parameters, StudySecret.generate(parameters.modulus_bits)), CipherWire(parameters)
     binding = Binding(run="a" * 64, head="b" * 64, round=1)
-    cohort = [Contribution(f"site-{index}", 1) for index in range(SITES)]
     rng = np.random.default_rng(0)
     most = parameters.max_integer
     repeats = 1 if values > 10**6 else 5
     best = dict.fromkeys(LINES, math.inf)
     for _ in range(repeats):
-        expected, total, tails = np.zeros(values, np.int64), wire.zero(), []
-        for contribution in cohort:
+        expected, total, cohort = np.zeros(values, np.int64), wire.zero(), []
+        for index in range(SITES):
             integers = rng.integers(-most, most + 1, values)
             expected += integers
             start = time.process_time()
-            payload = cipher.seal(integers, binding, contribution)
+            contribution, payload = cipher.seal(integers, binding, f"site-{index}", 1)
             sealed = time.process_time()
             wire.add(total, payload)
             added = time.process_time()
-            tails.append(wire.tail(payload))
+            cohort.append(contribution)
             best["seal"] = min(best["seal"], sealed - start)
             best["server adds"] = min(best["server adds"], added - sealed)
-        record = wire.record(total, tails)
+        record = wire.record(total, SITES)
         start = time.process_time()
         sums = cipher.open(record, binding, cohort)
         best["open"] = min(best["open"], time.process_time() - start)

@@ -249,11 +249,8 @@ def journal_size(network: Network, records: list[Record]) -> dict[str, Any]:
     first = aggregates[0]
     frame = len(records[0].data)
     count = len(first.contributors)
-    each = (len(first.data) - chain.wire.record_bytes(count) - frame) / count
-    predicted = frame + sum(
-        frame + len(record.contributors) * each + chain.wire.record_bytes(len(record.contributors))
-        for record in aggregates
-    )
+    each = (len(first.data) - chain.wire.payload_bytes - frame) / count
+    predicted = frame + sum(frame + len(record.contributors) * each + chain.wire.payload_bytes for record in aggregates)
     actual = sum(len(record.data) for record in records)
     return {"bytes": actual, "predicted_bytes": round(predicted), "ratio": actual / predicted}
 

@@ -40,7 +40,7 @@ from secure_fed.core.tomlfile import parse_table
 from secure_fed.protocol import codec
 from secure_fed.protocol.envelope import RoundPosition, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.packing import MIN_BITS, Binding, largest_bits
+from secure_fed.protocol.packing import MIN_BITS, Binding, lane_parameters, largest_bits
 from secure_fed.protocol.records import Chain
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.signing import public_hex
@@ -51,9 +51,20 @@ VALUES = 526_336
 """Values of FACMIC's 512-wide adapter with layer norm."""
 
 BOUND = 0.01
-MOST_BITS = 18
+
+Encoding = tuple[int | None, int | None]
+Shape = tuple[int, Encoding, int]
+"""Sites, encoding and values of a round."""
+
 REACH_SITES = 16
-OURS = {"ours-two-lanes": 2, "ours-three-lanes": 3}
+OURS: dict[str, Encoding] = {
+    "ours-two-lanes": (None, 2),
+    "ours-three-lanes": (None, 3),
+    "ours-8-bits": (8, None),
+    "ours-9-bits": (9, None),
+    "ours-16-bits": (16, None),
+}
+"""Bits and lanes: without bits the most that the lanes hold, without lanes those of the fewest bytes."""
 ROWS = (*OURS, "tenseal-8192", "nvflare", "float32")
 SECONDS = ("encrypt_s", "server_s_per_site", "decrypt_s")
 MOST_MEMORY = 1.2
@@ -134,17 +145,19 @@ def in_process(role: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
 # --- ours ---
 
 
-def study_of(sites: int, lanes: int, values: int, keys: Sequence[Ed25519PrivateKey]) -> AgreedStudy:
-    """A study of so many sites at the most bits that its lanes hold.
+def study_of(sites: int, encoding: Encoding, values: int, keys: Sequence[Ed25519PrivateKey]) -> AgreedStudy:
+    """A study of so many sites.
 
     Raises:
-        LanesError: fewer than 8 bits fit.
+        LanesError: it does not fit.
     """
-    bits = min(MOST_BITS, largest_bits(sites, lanes))
-    if bits < MIN_BITS:
-        raise LanesError(f"{bits} bits are the most for {sites} sites in {lanes} lanes; at least {MIN_BITS} are needed")
+    bits, lanes = encoding
+    if bits is None:
+        assert lanes is not None
+        bits = max(MIN_BITS, largest_bits(sites, lanes))
+    chosen = lane_parameters(sites, bits, lanes, values)
     table = {
-        "format": 1,
+        "format": 2,
         "name": "wire",
         "mode": "he",
         "seed": 1,
@@ -156,7 +169,7 @@ def study_of(sites: int, lanes: int, values: int, keys: Sequence[Ed25519PrivateK
         "backbone": {"model": "none", "weights": "file", "file": "none", "digest": "0" * 64},
         "method": {"adapter": "facmic"},
         "training": {"steps": 1, "learning_rate": 0.1},
-        "encoding": {"bits": bits, "lanes": lanes, "value_bound": BOUND, "share_validation": False},
+        "encoding": {"bits": bits, "lanes": chosen.lanes, "value_bound": BOUND, "share_validation": False},
         "sites": [
             {
                 "name": name_of(index),
@@ -186,21 +199,21 @@ def signing_keys(count: int) -> list[Ed25519PrivateKey]:
     return [Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"%d" % index).digest()) for index in range(count + 1)]
 
 
-def begin(folder: Path, shape: tuple[int, int, int]) -> RoundPosition:
+def begin(folder: Path, shape: Shape) -> RoundPosition:
     """Begin a run; where the envelopes of its first round belong."""
     keys = signing_keys(shape[0])
     coordinator = Coordinator.begin(study_of(*shape, keys), folder / "server", keys[-1], "1" * 64)
     return coordinator.journal.chain.due
 
 
-def make_secret() -> bytes:
+def make_secret(modulus_bits: int) -> bytes:
     """A study secret; it travels between processes by pipe, never by disk."""
     from secure_fed.privacy.ckks import StudySecret
 
-    return StudySecret.generate().to_bytes()
+    return StudySecret.generate(modulus_bits).to_bytes()
 
 
-def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPosition) -> dict[str, Any]:
+def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition) -> dict[str, Any]:
     """Every site's envelope as a file, and what the sum must be."""
     from secure_fed.privacy.ckks import Cipher, StudySecret
 
@@ -216,10 +229,8 @@ def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPos
         update = update_of(index, values)
         draws = codec.rounding_draws(1, name_of(index), 1, values)
         integers = codec.quantise(update, bounds, 1.0, agreed.lanes.max_integer, draws).integers
-        contribution = _contribution(index)
         start = time.perf_counter()
-        payload = cipher.seal(integers, binding, contribution)
-        data = seal_envelope(agreed, due, contribution, NO_LEDGER, payload, keys[index])
+        data = seal_envelope(agreed, due, cipher.seal(integers, binding, name_of(index), 1), NO_LEDGER, keys[index])
         seconds.append(time.perf_counter() - start)
         size = len(data)
         (folder / f"{index}.up").write_bytes(data)
@@ -230,13 +241,7 @@ def send(folder: Path, shape: tuple[int, int, int], secret: bytes, due: RoundPos
     return {"bytes_up": size, "encrypt": seconds}
 
 
-def _contribution(index: int) -> Any:
-    from secure_fed.protocol.packing import Contribution
-
-    return Contribution(name_of(index), 1)
-
-
-def serve(folder: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
+def serve(folder: Path, shape: Shape) -> dict[str, Any]:
     """Receive every envelope and append the record."""
     keys = signing_keys(shape[0])
     coordinator = Coordinator(study_of(*shape, keys), folder / "server", keys[-1])
@@ -255,7 +260,7 @@ def serve(folder: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
     return {"bytes_down": coordinator.journal.records[-1].size, "server": seconds}
 
 
-def receive(folder: Path, shape: tuple[int, int, int], secret: bytes) -> dict[str, Any]:
+def receive(folder: Path, shape: Shape, secret: bytes) -> dict[str, Any]:
     """Check and open the record at a site, the other sites' seeds included."""
     from secure_fed.privacy.ckks import Cipher, StudySecret
 
@@ -278,13 +283,13 @@ def receive(folder: Path, shape: tuple[int, int, int], secret: bytes) -> dict[st
     }
 
 
-def measure_ours(sites: int, values: int, lanes: int) -> dict[str, Any]:
+def measure_ours(sites: int, values: int, encoding: Encoding) -> dict[str, Any]:
     """One round of ours."""
-    shape = (sites, lanes, values)
-    study_of(*shape, signing_keys(sites))
+    shape = (sites, encoding, values)
+    agreed = study_of(*shape, signing_keys(sites))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        secret, _ = in_process(make_secret)
+        secret, _ = in_process(make_secret, agreed.lanes.modulus_bits)
         due, _ = in_process(begin, folder, shape)
         sent, _ = in_process(send, folder, shape, secret, due)
         served, peak = in_process(serve, folder, shape)
@@ -499,18 +504,19 @@ def count_wrong(wanted: int, values: int) -> dict[str, Any]:
     """Seal, sum and open until so many lanes were compared with the integers' own sum.
 
     Full cohorts at the most bits, where noise has least room. Of twice a cohort's envelopes every run of neighbours
-    is one sum, so that each sealing serves several sums and no two sums are alike. Two and three lanes take turns, as
+    is one sum, so that each sealing serves several sums and no two sums are alike. Two to four lanes take turns, as
     do random integers and extreme ones.
     """
     from secure_fed.privacy.ckks import Cipher, StudySecret
-    from secure_fed.protocol.packing import CipherWire, lane_parameters
+    from secure_fed.protocol.packing import CipherWire
 
     result = {"lanes": 0, "sums": 0, "wrong": 0, "refused": 0}
     rng = np.random.default_rng()
     ciphers = []
-    for sites, lanes in ((4, 2), (4, 3), (16, 2), (16, 3)):
-        parameters = lane_parameters(sites, min(MOST_BITS, largest_bits(sites, lanes)), lanes, values)
-        ciphers.append((parameters, Cipher(parameters, StudySecret.generate()), CipherWire(parameters)))
+    for sites, lanes in ((4, 2), (4, 3), (4, 4), (16, 2), (16, 3)):
+        parameters = lane_parameters(sites, largest_bits(sites, lanes), lanes, values)
+        secret = StudySecret.generate(parameters.modulus_bits)
+        ciphers.append((parameters, Cipher(parameters, secret), CipherWire(parameters)))
     turn, told = 0, time.monotonic()
     while result["lanes"] < wanted:
         parameters, cipher, wire = ciphers[turn % len(ciphers)]
@@ -520,16 +526,15 @@ def count_wrong(wanted: int, values: int) -> dict[str, Any]:
         else:
             integers = rng.integers(-most, most + 1, (count, values))
         binding = Binding(run=os.urandom(32).hex(), head="0" * 64, round=1)
-        contributions = [_contribution(index) for index in range(count)]
-        payloads = [cipher.seal(row, binding, who) for row, who in zip(integers, contributions, strict=True)]
+        sealed = [cipher.seal(row, binding, name_of(index), 1) for index, row in enumerate(integers)]
         for first in range(count):
             chosen = [(first + step) % count for step in range(parameters.max_sites)]
             total = wire.zero()
             for index in chosen:
-                wire.add(total, payloads[index])
-            payload = wire.record(total, [wire.tail(payloads[index]) for index in chosen])
+                wire.add(total, sealed[index].payload)
+            payload = wire.record(total, len(chosen))
             try:
-                sums = cipher.open(payload, binding, [contributions[index] for index in chosen])
+                sums = cipher.open(payload, binding, [sealed[index].contribution for index in chosen])
                 result["wrong"] += int(np.count_nonzero(sums != integers[chosen].sum(axis=0)))
             except AggregateRefused:
                 result["refused"] += 1

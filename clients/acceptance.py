@@ -36,7 +36,7 @@ from secure_fed.protocol.signing import (
 )
 from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json
 
-MAGIC = b"SFP1"
+MAGIC = b"SFP2"
 MAX_ACCEPTANCE_HEADER = 2048
 
 Person = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,120}$")]
@@ -62,6 +62,7 @@ HEADER_WORDS = {
     "attempt": "which attempt of it",
     "site": "its name",
     "values": "how many numbers the update has: the same for every site",
+    "seed": "random digits from which half of the ciphertext follows; zeros without encryption",
     "ledger_seq": "how many entries its privacy ledger has; 0 without a budget",
     "ledger_head": "salted digest of the ledger's last entry; zeros without a budget",
     "ledger_links": "numbers and salted digests of earlier entries, so that a copied ledger is noticed",
@@ -101,7 +102,7 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
         agreed: the study.
     """
     study = agreed.study
-    payload = wire(study.mode, agreed.lanes).envelope_bytes
+    payload = wire(study.mode, agreed.lanes).payload_bytes
     observes = file.observes(study)
     budget = None
     if file.privacy is not None and not observes:

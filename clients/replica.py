@@ -493,7 +493,7 @@ class Replica:
             tensors = bytes(safetensors.numpy.save(self.state.tensors))
             payload = seal_checkpoint(self.keys.secret(chain.key), chain.head, tensors)
         header = AcknowledgementHeader(
-            version=1,
+            version=2,
             study=self._agreed.study.id,
             run=chain.run,
             head=chain.head,

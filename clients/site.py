@@ -36,7 +36,7 @@ from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
-from secure_fed.protocol.packing import Binding, Contribution
+from secure_fed.protocol.packing import Binding
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy, load_study
@@ -290,10 +290,9 @@ class Site:
                 check_position(header, due)
                 return data
         integers, ledger = self._integers(folder.integers(due.round))
-        contribution = Contribution(site=self.name, attempt=attempt)
         binding = Binding(run=due.run, head=due.head, round=due.round)
-        payload = self.replica.sealer.seal(integers, binding, contribution)
-        data = seal_envelope(self._agreed, due, contribution, ledger, payload, self.replica.identity.signing)
+        sealed = self.replica.sealer.seal(integers, binding, self.name, attempt)
+        data = seal_envelope(self._agreed, due, sealed, ledger, self.replica.identity.signing)
         write_durable(path, data, 0o600)
         return data
 

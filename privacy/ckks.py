@@ -1,9 +1,12 @@
 """Exact sums under CKKS, authenticated: the only module that holds the CKKS secret.
 
-A site seals bounded integers and two linear tags over them; a site that holds the same secret opens a
-sum and accepts it only if every slot is an integer up to noise and the tags are those of the signed
-cohort. What leaves this module is envelope bytes and exact integers, never a CKKS
-float: its noise would give the key away (Li and Micciancio, EUROCRYPT 2021).
+A site seals bounded integers and two linear tags over them; a site that holds the same secret opens a sum and accepts
+it only if every lane is in range and the tags are those of the signed cohort. What leaves this module is envelope
+bytes and exact integers, never a noisy number: CKKS noise would give the key away (Li and Micciancio, EUROCRYPT 2021).
+
+Integers lie in a polynomial's coefficients, not in CKKS slots: an envelope is (c0, a) with c0 = -a s + e + D m mod Q,
+an ordinary symmetric CKKS ciphertext of SEAL whose message was encoded without the canonical embedding, which a sum
+does not need. Key, noise and transforms are SEAL's; a is expanded from the envelope's seed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher as StreamCipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from tenseal import sealapi
@@ -26,30 +28,40 @@ from tenseal import sealapi
 from secure_fed.core.errors import AggregateRefused, EnvelopeError, KeyFileError, SealFormatError
 from secure_fed.privacy import seal_format
 from secure_fed.protocol.packing import (
-    DEGREE,
+    NOISE_MOST,
     REFUSAL,
     TAG_PRIME,
     TAGS,
     Binding,
     CipherWire,
-    Coefficients,
     Contribution,
     Integers,
     LaneParameters,
+    Sealed,
     check_integers,
     cohort_holds,
-    pack_coefficients,
+    in_range,
     pack_lanes,
     unpack_lanes,
+)
+from secure_fed.protocol.residues import (
+    DEGREE,
+    PRIMES,
+    Residues,
+    add_into,
+    centre,
+    expand,
+    multiply,
+    pack_residues,
+    sum_of_streams,
 )
 
 TAG_KEY_BYTES: Final = 32
 """Length of the tags' key."""
 
-_PRIME_BITS: Final = (54, 55)
-# 7.36 standard deviations of a full cohort's noise: an honest component is refused once in 5e12.
-_TOLERANCE: Final = 0.4
-_KEY_MAGIC: Final = b"secfacmic-ckks-1"
+_SEED_BYTES: Final = 32
+_STREAM: Final = b"secfacmic second polynomials 1"
+_KEY_MAGIC: Final = b"secfacmic-ckks-2"
 _KEY_LENGTH: Final = struct.Struct(">I")
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 # Values of a tag's dot product at a time: in the processor's cache, exact (see _dot_product), and below the 10,000
@@ -62,10 +74,12 @@ class StudySecret:
     """What all sites of a study share and the server never sees. Its repr shows neither key.
 
     Attributes:
+        modulus_bits: bits of the data prime that the key is for, which the study's lanes decide.
         secret_key: SEAL's serialised secret key.
         tag_key: TAG_KEY_BYTES bytes, from which the tags are derived.
     """
 
+    modulus_bits: int
     secret_key: bytes = field(repr=False)
     tag_key: bytes = field(repr=False)
 
@@ -76,14 +90,16 @@ class StudySecret:
             )
 
     @classmethod
-    def generate(cls) -> StudySecret:
-        """Draw a new secret; both keys come from the operating system's generator (SEAL's too)."""
-        secret_key = sealapi.KeyGenerator(_context()).secret_key()
-        return cls(seal_format.save(secret_key), secrets.token_bytes(TAG_KEY_BYTES))
+    def generate(cls, modulus_bits: int) -> StudySecret:
+        """Draw a new secret for a data prime; both keys come from the operating system's generator (SEAL's too)."""
+        secret_key = sealapi.KeyGenerator(_context(modulus_bits)).secret_key()
+        return cls(modulus_bits, seal_format.save(secret_key), secrets.token_bytes(TAG_KEY_BYTES))
 
     def to_bytes(self) -> bytes:
-        """Serialise: magic, tag key, length of the secret key (4, big-endian), secret key, SHA-256 of all."""
-        body = _KEY_MAGIC + self.tag_key + _KEY_LENGTH.pack(len(self.secret_key)) + self.secret_key
+        """Serialise: magic, bits of the prime (1), tag key, length of the secret key (4, big-endian), secret key,
+        SHA-256 of all."""
+        start = _KEY_MAGIC + bytes([self.modulus_bits]) + self.tag_key
+        body = start + _KEY_LENGTH.pack(len(self.secret_key)) + self.secret_key
         return body + hashlib.sha256(body).digest()
 
     @classmethod
@@ -94,7 +110,8 @@ class StudySecret:
             KeyFileError: other magic, length or digest. The text shows nothing of the content.
         """
         body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-        length_at = len(_KEY_MAGIC) + TAG_KEY_BYTES
+        tag_at = len(_KEY_MAGIC) + 1
+        length_at = tag_at + TAG_KEY_BYTES
         key_at = length_at + _KEY_LENGTH.size
         if (
             len(body) < key_at
@@ -106,50 +123,54 @@ class StudySecret:
                 f"{len(data)} bytes that are not a whole study secret of this version; the key file is cut, "
                 "damaged or of another program; get it again"
             )
-        return cls(secret_key=body[key_at:], tag_key=body[len(_KEY_MAGIC) : length_at])
+        return cls(body[tag_at - 1], secret_key=body[key_at:], tag_key=body[tag_at:length_at])
 
 
 class Cipher:
     """Implements Sealer under a study's secret. Not for use by two threads at once."""
 
     def __init__(self, parameters: LaneParameters, secret: StudySecret) -> None:
-        """Load the secret.
+        """Load the secret, and hold what this module computes itself against SEAL's own.
 
         Raises:
-            KeyFileError: SEAL does not take the secret key for these parameters.
-            SealFormatError: the installed SEAL does not write the known format.
+            KeyFileError: the key was made for another prime, or SEAL does not take it.
+            SealFormatError: the installed SEAL does not write the known format, or computes otherwise.
         """
+        if secret.modulus_bits != parameters.modulus_bits:
+            raise KeyFileError(
+                f"the study's secret key is for a prime of {secret.modulus_bits} bits; expected "
+                f"{parameters.modulus_bits}, which follow from this study's encoding; take the key file of this study"
+            )
         self._parameters = parameters
         self._wire = CipherWire(parameters)
         self._tag_key = secret.tag_key
-        self._context = _context()
+        self._context = _context(parameters.modulus_bits)
+        words = tuple(self._context.first_parms_id())
+        self._parms_id = (words[0], words[1], words[2], words[3])
         key = sealapi.SecretKey()
         try:
             seal_format.load(key, self._context, secret.secret_key)
+            self._secret = centre(self._plaintext_words(secret.secret_key), parameters.modulus)
         except SealFormatError as error:
             raise KeyFileError(f"the study's secret key: {error}") from None
-        self._encoder = sealapi.CKKSEncoder(self._context)
         self._encryptor = sealapi.Encryptor(self._context, key)
         self._decryptor = sealapi.Decryptor(self._context, key)
         self._evaluator = sealapi.Evaluator(self._context)
-        parms_id = tuple(self._context.first_parms_id())
-        self._form = seal_format.SeededForm((parms_id[0], parms_id[1], parms_id[2], parms_id[3]), parameters.scale)
-        # Fail here, by name, rather than as a refused aggregate, if this SEAL writes something else.
-        self._encrypt(np.zeros(DEGREE // 2, np.complex128))
+        # Fail here, by name, rather than as a refused aggregate, if this SEAL does something else.
+        self._test_against_seal()
 
-    def seal(self, integers: Integers, binding: Binding, contribution: Contribution) -> bytes:
+    def seal(self, integers: Integers, binding: Binding, site: str, attempt: int) -> Sealed:
         """Tag, pack and encrypt one update; see ``Sealer.seal``."""
         check_integers(integers, self._parameters)
+        contribution = Contribution(site, attempt, secrets.token_hex(_SEED_BYTES))
         dots = _dot_products(self._tag_key, binding, integers)
         masks = self._masks(binding, contribution)
         tags = [(dot + mask) % TAG_PRIME for dot, mask in zip(dots, masks, strict=True)]
-        slots = pack_lanes(np.concatenate((integers, self._digits(tags))), self._parameters)
-        polynomials = np.empty((self._parameters.ciphertexts, DEGREE), np.uint64)
-        seeds = []
-        for index, row in enumerate(slots):
-            seed, polynomials[index] = self._encrypt(row)
-            seeds.append(seed)
-        return b"".join((*seeds, pack_coefficients(polynomials)))
+        packed = pack_lanes(np.concatenate((integers, self._digits(tags))), self._parameters)
+        modulus = self._parameters.modulus
+        first = self._encrypted_zeros(stream_key(binding, contribution))
+        add_into(first, np.remainder(packed * self._parameters.scale, modulus).view(np.uint64), modulus)
+        return Sealed(contribution, pack_residues(first, self._parameters.modulus_bits))
 
     def open(self, record_payload: bytes, binding: Binding, cohort: Sequence[Contribution]) -> Integers:
         """Decrypt, check and return one record's exact sums; see ``Sealer.open``."""
@@ -162,27 +183,20 @@ class Cipher:
         parameters = self._parameters
         if not cohort_holds(cohort, parameters):
             raise _NotAnHonestSum
-        seeds, polynomials = self._wire.split_record(record_payload, len(cohort))
-        slots = np.empty((parameters.ciphertexts, DEGREE))
-        for index, polynomial in enumerate(polynomials):
-            slots[index] = self._decrypt([site_seeds[index] for site_seeds in seeds], polynomial)
-        nearest = np.rint(slots)
-        unpacked = unpack_lanes(nearest.astype(np.int64), parameters)
-        integers, padding = unpacked[: parameters.integers], unpacked[parameters.integers :]
-        bound = len(cohort) * parameters.max_integer
-        sums = integers[: parameters.values].copy()
+        sums = self._wire.residues(record_payload)
+        keys = [stream_key(binding, contribution) for contribution in cohort]
+        second = sum_of_streams(keys, parameters.ciphertexts * DEGREE, parameters.modulus)
+        add_into(sums, self._times_secret(second), parameters.modulus)
+        noisy = centre(sums, parameters.modulus)
+        lanes = unpack_lanes((noisy + parameters.scale // 2) // parameters.scale, parameters)
+        integers = lanes.reshape(-1)[: parameters.integers]
+        values = integers[: parameters.values].copy()
         digit_sums = integers[parameters.values :].reshape(TAGS, parameters.tag_digits)
         # One verdict after all checks, so that the time taken does not tell where a forgery failed.
-        verdict = (
-            bool((np.abs(slots - nearest) <= _TOLERANCE).all())
-            & (not padding.any())
-            & (int(integers.max()) <= bound)
-            & (int(integers.min()) >= -bound)
-            & self._tags_hold(sums, digit_sums, binding, cohort)
-        )
+        verdict = in_range(lanes, parameters, len(cohort)) & self._tags_hold(values, digit_sums, binding, cohort)
         if not verdict:
             raise _NotAnHonestSum
-        return sums
+        return values
 
     def _tags_hold(
         self, sums: Integers, digit_sums: Integers, binding: Binding, cohort: Sequence[Contribution]
@@ -215,44 +229,105 @@ class Cipher:
             np.int64,
         )
 
-    def _encrypt(self, slots: npt.NDArray[np.complex128]) -> tuple[bytes, Coefficients]:
-        """Encrypt DEGREE / 2 unscaled slots; return seed and first polynomial."""
-        plaintext = sealapi.Plaintext()
-        self._encoder.encode(slots.tolist(), self._parameters.scale, plaintext)
-        return self._form.split(seal_format.save(self._encryptor.encrypt_symmetric(plaintext)))
+    def _encrypted_zeros(self, key: bytes) -> Residues:
+        """First polynomials e - a s of an encryption of zeros under the second polynomials a of a stream key.
 
-    def _decrypt(self, seeds: Sequence[bytes], polynomial: Coefficients) -> npt.NDArray[np.float64]:
-        """Rebuild one ciphertext of a sum as SEAL would have added it, and decrypt it.
-
-        Args:
-            seeds: of the contributors' second polynomials.
-            polynomial: sum of their first polynomials, uint64 of shape (DEGREE,).
+        The noise e is SEAL's: what it encrypts zero to, decrypted. Neither e nor SEAL's own ciphertext may be seen by
+        anybody: with c0 and a, or with another c0 of the same noise, they give the secret key.
 
         Returns:
-            float64 of shape (DEGREE,): real and imaginary part of each slot in turn, noise included.
+            uint64 of shape (coefficients,), not in NTT form, cut behind the last used coefficient.
         """
-        total = sealapi.Ciphertext(self._context)
-        seal_format.load(total, self._context, self._form.build(seeds[0], polynomial))
-        nothing = np.zeros(DEGREE, np.uint64)
-        for seed in seeds[1:]:
-            part = sealapi.Ciphertext(self._context)
-            seal_format.load(part, self._context, self._form.build(seed, nothing))
-            self._evaluator.add_inplace(total, part)
-        plaintext = sealapi.Plaintext()
-        self._decryptor.decrypt(total, plaintext)
-        return np.array(self._encoder.decode_complex(plaintext), np.complex128).view(np.float64)
+        modulus, count = self._parameters.modulus, self._parameters.ciphertexts
+        noise = np.empty((count, DEGREE), np.uint64)
+        zero, plaintext = sealapi.Ciphertext(self._context), sealapi.Plaintext()
+        for polynomial in noise:
+            self._encryptor.encrypt_zero_symmetric(zero)
+            self._decryptor.decrypt(zero, plaintext)
+            polynomial[:] = self._plaintext_words(seal_format.save(plaintext))
+        second = expand(key, count * DEGREE, modulus).reshape(count, DEGREE)
+        add_into(noise, np.uint64(modulus) - multiply(second, self._secret, modulus), modulus)
+        return self._from_ntt(noise)[: self._parameters.coefficients]
+
+    def _times_secret(self, second: Residues) -> Residues:
+        """The product with the secret key of polynomials in NTT form, uint64 of shape (polynomials * DEGREE,).
+
+        Returns:
+            uint64 of shape (coefficients,), not in NTT form, cut behind the last used coefficient.
+        """
+        products = multiply(second.reshape(-1, DEGREE), self._secret, self._parameters.modulus)
+        return self._from_ntt(products)[: self._parameters.coefficients]
+
+    def _from_ntt(self, polynomials: Residues) -> Residues:
+        """Polynomials in NTT form, (n, DEGREE), to their coefficients, (n * DEGREE,): by SEAL, as many at a time as
+        it takes in one ciphertext."""
+        most = seal_format.MOST_POLYNOMIALS
+        found = np.empty((len(polynomials), DEGREE), np.uint64)
+        for first in range(0, len(polynomials), most):
+            part = polynomials[first : first + most]
+            used = len(part)
+            if used == 1:  # fewer than two are no ciphertext
+                part = np.concatenate((part, part))
+            carrier = sealapi.Ciphertext(self._context)
+            seal_format.load(carrier, self._context, seal_format.ciphertext(part, self._parms_id))
+            self._evaluator.transform_from_ntt_inplace(carrier)
+            words = seal_format.ciphertext_words(seal_format.save(carrier), self._parms_id, len(part), ntt=False)
+            found[first : first + used] = words[:used]
+        return found.reshape(-1)
+
+    def _plaintext_words(self, saved: bytes) -> Residues:
+        return seal_format.plaintext_words(saved, self._parms_id)
+
+    def _test_against_seal(self) -> None:
+        """Layout, product and transform on an encryption of zero that SEAL made and decrypted.
+
+        Raises:
+            SealFormatError: one of them is not SEAL's.
+        """
+        modulus = self._parameters.modulus
+        zero, plaintext = sealapi.Ciphertext(self._context), sealapi.Plaintext()
+        self._encryptor.encrypt_zero_symmetric(zero)
+        self._decryptor.decrypt(zero, plaintext)
+        found = seal_format.ciphertext_words(seal_format.save(zero), self._parms_id, 2, ntt=True).copy()
+        noise = self._plaintext_words(seal_format.save(plaintext))
+        add_into(found[0], multiply(found[1], self._secret, modulus), modulus)
+        small = np.abs(centre(self._from_ntt(noise.reshape(1, DEGREE)), modulus))
+        if not np.array_equal(found[0], noise) or not 0 < int(small.max()) <= NOISE_MOST:
+            raise SealFormatError(
+                "this SEAL's ciphertexts do not decrypt to its own noise by c0 + c1 s: its layout, its products or its "
+                f"transform are other than expected of SEAL {seal_format.SEAL_VERSION}; install the tenseal version "
+                "that secfacmic names"
+            )
+
+
+def stream_key(binding: Binding, contribution: Contribution) -> bytes:
+    """The key, 32 bytes, from which an envelope's second polynomials are expanded
+    (:func:`secure_fed.protocol.residues.expand`), one polynomial of DEGREE residues in NTT form after the other.
+
+    SHA-256 of a label and, each after its length in four bytes, seed, run, head, round and site. Not of the attempt:
+    a new attempt may send the same bytes again. A seed that somebody copies gives other polynomials elsewhere.
+    """
+    fields = [bytes.fromhex(contribution.seed), binding.run.encode(), binding.head.encode()]
+    fields += [str(binding.round).encode(), contribution.site.encode()]
+    return hashlib.sha256(_STREAM + b"".join(_KEY_LENGTH.pack(len(text)) + text for text in fields)).digest()
 
 
 class _NotAnHonestSum(Exception):
     """Inside this module only: why a record was refused is nobody's business."""
 
 
-def _context() -> Any:
+def _context(modulus_bits: int) -> Any:
     parameters = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
     parameters.set_poly_modulus_degree(DEGREE)
-    parameters.set_coeff_modulus(sealapi.CoeffModulus.Create(DEGREE, list(_PRIME_BITS)))
-    # TC128: SEAL refuses parameters below 128 bits of the HomomorphicEncryption.org standard.
-    return sealapi.SEALContext(parameters, True, sealapi.SEC_LEVEL_TYPE.TC128)
+    parameters.set_coeff_modulus(sealapi.CoeffModulus.Create(DEGREE, [modulus_bits]))
+    if [prime.value() for prime in parameters.coeff_modulus()] != [PRIMES.get(modulus_bits)]:
+        raise SealFormatError(
+            f"this SEAL has another prime of {modulus_bits} bits than {PRIMES.get(modulus_bits)}; install the tenseal "
+            "version that secfacmic names"
+        )
+    # TC256: SEAL refuses parameters below 256 bits of the HomomorphicEncryption.org standard. One prime: nothing is
+    # multiplied or switched.
+    return sealapi.SEALContext(parameters, True, sealapi.SEC_LEVEL_TYPE.TC256)
 
 
 def _derive(tag_key: bytes, label: str, tag: int, binding: Binding, *more: str) -> bytes:
@@ -269,7 +344,7 @@ def _dot_products(tag_key: bytes, binding: Binding, values: Integers) -> list[in
     Args:
         tag_key: the study's.
         binding: the round, from which r_j is expanded with ChaCha20.
-        values: int64 of any length, magnitudes below 2^21 (wider lanes do not exist).
+        values: int64 of any length, magnitudes below 2^25 (lanes hold no more: 57 bits hold two).
     """
     return [_dot_product(_derive(tag_key, "r", j, binding), values) for j in range(TAGS)]
 
@@ -277,8 +352,8 @@ def _dot_products(tag_key: bytes, binding: Binding, values: Integers) -> list[in
 def _dot_product(stream_key: bytes, values: Integers) -> int:
     """One dot product, exactly, from two inexact ones a block.
 
-    The integer one is exact modulo 2^64. The float one is off by at most (block + 2) * 2^-53 * sum |r||v| < 2^56,
-    since r < 2^61 and |v| < 2^21: enough to tell which multiple of 2^64 the other lacks.
+    The integer one is exact modulo 2^64. The float one is off by at most (block + 2) * 2^-53 * sum |r||v| < 2^60,
+    since r < 2^61 and |v| < 2^25: enough to tell which multiple of 2^64 the other lacks.
     """
     stream = StreamCipher(ChaCha20(stream_key, bytes(16)), mode=None).encryptor()
     zeros = bytes(8 * min(_BLOCK, values.size))

@@ -208,11 +208,11 @@ def create_sealed_key(
         raise KeyFileError(f"{maker.name} is not the study's key maker; make the key at {study.key_maker}")
     before = {site.name: site for site in study.sites} if members is None else members
     after = members_after(before, added, removed, agreed)
-    secret = StudySecret.generate()
+    secret = StudySecret.generate(agreed.lanes.modulus_bits)
     recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in after.values()]
     sealed = pyrage.encrypt(secret.to_bytes(), recipients)
     header = SealedKeyHeader(
-        version=1,
+        version=2,
         study=study.id,
         epoch=epoch,
         previous=previous,

@@ -1,15 +1,20 @@
 """SEAL's byte format, as far as secfacmic depends on it (SEAL 4.3).
 
-A seeded ciphertext is saved by SEAL as (little-endian)::
+Everything that SEAL saves begins with a header and continues as one of (little-endian)::
 
     16  header: magic 0xA15E, header size 16, major, minor, compression, 2 reserved, total size (8)
-    32  parms_id              1  NTT flag (1)          8  polynomials (2)
-     8  degree                8  data primes (1)       8  scale (double)
-     8  correction factor (1: CKKS does not use it)
-    16  header of the word array                       8  number of words (one polynomial)
-    8N  the first polynomial's coefficients
-    16  header of the generator                        1  generator type (1: Blake2xb)
-    64  seed of the second polynomial
+
+    plaintext or secret key               ciphertext
+    32  parms_id                          32  parms_id
+     8  number of words                    1  NTT flag (1)
+     8  scale (double)                     8  polynomials
+                                           8  degree
+                                           8  data primes (1)
+                                           8  scale (double)
+                                           8  correction factor (1: CKKS does not use it)
+    16  header of the word array          16  header of the word array
+     8  number of words                    8  number of words
+    8n  the words                         8n  the words, one polynomial after the other
 
 The header's size counts itself. With a compressed header all behind it is one zstd frame.
 SEAL saves and loads by path only: every path given to it here is that of an anonymous memory file,
@@ -22,30 +27,31 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
 import zstandard
 
 from secure_fed.core.errors import SealFormatError
-from secure_fed.protocol.packing import DEGREE, SEED_BYTES, Coefficients
+from secure_fed.protocol.residues import DEGREE, Residues
 
 SEAL_VERSION: Final = (4, 3)
 """Version (major, minor) of the SEAL whose format this module knows."""
 
+MOST_POLYNOMIALS: Final = 16
+"""Most polynomials that SEAL takes in one ciphertext."""
+
+ParmsId = tuple[int, int, int, int]
+"""SEAL's digest of the parameters, four words."""
+
 _HEADER: Final = struct.Struct("<HBBBBHQ")
-_FIELDS: Final = struct.Struct("<4QBQQQdQ")
+_PLAINTEXT: Final = struct.Struct("<4QQd")
+_CIPHERTEXT: Final = struct.Struct("<4QBQQQdQ")
 _COUNT: Final = struct.Struct("<Q")
 _MAGIC: Final = 0xA15E
 _PLAIN: Final = 0
 _ZSTD: Final = 2
-_BLAKE2XB: Final = 1
-_POLYNOMIALS: Final = 2
 _DATA_PRIMES: Final = 1
-_WORD_BYTES: Final = 8 * DEGREE
-_POLYNOMIAL_AT: Final = _FIELDS.size + _HEADER.size + _COUNT.size
-_BODY_BYTES: Final = _POLYNOMIAL_AT + _WORD_BYTES + _HEADER.size + 1 + SEED_BYTES
 
 
 class Savable(Protocol):
@@ -103,54 +109,66 @@ def load(thing: Loadable, context: Any, data: bytes) -> None:
             ) from None
 
 
-@dataclass(frozen=True, slots=True)
-class SeededForm:
-    """Seeded CKKS ciphertexts of one set of parameters, all of whose fields but two are fixed.
+def plaintext_words(saved: bytes, parms_id: ParmsId) -> Residues:
+    """Take the words out of a plaintext or secret key, of scale 1, that SEAL saved.
 
-    Attributes:
-        parms_id: SEAL's digest of the parameters, four words.
-        scale: the CKKS scale.
+    Args:
+        saved: SEAL's serialisation.
+        parms_id: that it must have.
+
+    Returns:
+        uint64 of shape (DEGREE,), in NTT form.
+
+    Raises:
+        SealFormatError: other version, sizes or fields than the known ones.
     """
-
-    parms_id: tuple[int, int, int, int]
-    scale: float
-
-    def build(self, seed: bytes, polynomial: Coefficients) -> bytes:
-        """Return SEAL's uncompressed serialisation of (polynomial, expansion of seed).
-
-        Args:
-            seed: SEED_BYTES bytes.
-            polynomial: uint64 of shape (DEGREE,), NTT form, each below the modulus.
-        """
-        body = self._before() + polynomial.astype("<u8").tobytes() + _generator() + seed
-        return _header(_PLAIN, len(body)) + body
-
-    def split(self, saved: bytes) -> tuple[bytes, Coefficients]:
-        """Take the seed and the first polynomial out of a seeded ciphertext that SEAL saved.
-
-        Returns:
-            The seed (SEED_BYTES bytes) and uint64 of shape (DEGREE,).
-
-        Raises:
-            SealFormatError: other version, sizes or fields than the known ones.
-        """
-        body = _body(saved)
-        if body[:_POLYNOMIAL_AT] != self._before() or body[-1 - SEED_BYTES - _HEADER.size : -SEED_BYTES] != (
-            _generator()
-        ):
-            raise SealFormatError(
-                f"a seeded ciphertext with other fields than SEAL {_version(SEAL_VERSION)} writes for this "
-                "study; install the tenseal version that secfacmic names"
-            )
-        return body[-SEED_BYTES:], np.frombuffer(body, "<u8", DEGREE, _POLYNOMIAL_AT)
-
-    def _before(self) -> bytes:
-        fields = _FIELDS.pack(*self.parms_id, 1, _POLYNOMIALS, DEGREE, _DATA_PRIMES, self.scale, 1)
-        return fields + _header(_PLAIN, _COUNT.size + _WORD_BYTES) + _COUNT.pack(DEGREE)
+    return _words(saved, _PLAINTEXT.pack(*parms_id, DEGREE, 1.0), 1).reshape(DEGREE)
 
 
-def _generator() -> bytes:
-    return _header(_PLAIN, 1 + SEED_BYTES) + bytes([_BLAKE2XB])
+def ciphertext_words(saved: bytes, parms_id: ParmsId, polynomials: int, ntt: bool) -> Residues:
+    """Take the polynomials out of a ciphertext of scale 1 that SEAL saved; as :func:`plaintext_words`.
+
+    Args:
+        saved: SEAL's serialisation.
+        parms_id: that it must have.
+        polynomials: how many it must have.
+        ntt: whether it must be in NTT form.
+
+    Returns:
+        uint64 of shape (polynomials, DEGREE).
+    """
+    return _words(saved, _ciphertext_fields(parms_id, polynomials, ntt), polynomials)
+
+
+def ciphertext(polynomials: Residues, parms_id: ParmsId) -> bytes:
+    """SEAL's uncompressed serialisation of a ciphertext of scale 1 in NTT form.
+
+    Args:
+        polynomials: uint64 of shape (n, DEGREE), n from 2 to MOST_POLYNOMIALS, each below the modulus.
+        parms_id: of the parameters.
+    """
+    words = polynomials.astype("<u8").tobytes()
+    array = _header(_PLAIN, _COUNT.size + len(words)) + _COUNT.pack(polynomials.size) + words
+    body = _ciphertext_fields(parms_id, len(polynomials), True) + array
+    return _header(_PLAIN, len(body)) + body
+
+
+def _ciphertext_fields(parms_id: ParmsId, polynomials: int, ntt: bool) -> bytes:
+    return _CIPHERTEXT.pack(*parms_id, ntt, polynomials, DEGREE, _DATA_PRIMES, 1.0, 1)
+
+
+def _words(saved: bytes, fields: bytes, polynomials: int) -> Residues:
+    """The words behind fields that must be these."""
+    count = polynomials * DEGREE
+    before = fields + _header(_PLAIN, _COUNT.size + 8 * count) + _COUNT.pack(count)
+    body = _body(saved, len(before) + 8 * count)
+    if not body.startswith(before):
+        raise SealFormatError(
+            f"a SEAL object with other fields than SEAL {_version(SEAL_VERSION)} writes for this study's parameters; "
+            "it is of another study, or another tenseal is installed than secfacmic names"
+        )
+    words: Residues = np.frombuffer(body, np.uint64, count, len(before))
+    return np.reshape(words, (polynomials, DEGREE))
 
 
 def _header(compression: int, body_bytes: int) -> bytes:
@@ -181,20 +199,20 @@ def _check_header(data: bytes) -> int:
     return int(compression)
 
 
-def _body(saved: bytes) -> bytes:
-    """Return what lies behind the header of a saved seeded ciphertext, decompressed."""
+def _body(saved: bytes, size: int) -> bytes:
+    """What lies behind the header of a saved object, decompressed; it must be ``size`` bytes."""
     compressed = _check_header(saved) == _ZSTD
     body = saved[_HEADER.size :]
     if compressed:
         # The binding offers no choice: it saves zstd frames. Read as a stream, they cannot blow up.
         try:
-            body = zstandard.ZstdDecompressor().stream_reader(body).read(_BODY_BYTES + 1)
+            body = zstandard.ZstdDecompressor().stream_reader(body).read(size + 1)
         except zstandard.ZstdError:
             body = b""
-    if len(body) != _BODY_BYTES:
+    if len(body) != size:
         raise SealFormatError(
-            f"a seeded ciphertext that does not unpack to the {_BODY_BYTES} bytes of SEAL "
-            f"{_version(SEAL_VERSION)}; install the tenseal version that secfacmic names"
+            f"a SEAL object that does not unpack to the {size} bytes that SEAL {_version(SEAL_VERSION)} writes; it is "
+            "of another study, or another tenseal is installed than secfacmic names"
         )
     return body
 

@@ -6,7 +6,6 @@ envelopes are spooled to disk until their round's record is durable, and added i
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -191,9 +190,8 @@ class Coordinator:
             self._acknowledged.clear()
             return self.journal.records[-1]
         envelopes = [self._envelopes[site] for site in self.sites_in]
-        tails = [self._wire.tail(self._spooled(site)) for site in self.sites_in]
         self._keep()
-        self.journal.append_aggregate(envelopes, self._wire.record(self._total, tails), self._opened_ms)
+        self.journal.append_aggregate(envelopes, self._wire.record(self._total, len(envelopes)), self._opened_ms)
         self._open_round()
         return self.journal.records[-1]
 
@@ -283,11 +281,6 @@ class Coordinator:
     def _spool(self) -> Path:
         return self._folder.spooled(self.round, self.attempt)
 
-    def _spooled(self, site: str) -> bytes:
-        with site_envelope(self._spool(), site).open("rb") as stream:
-            stream.seek(-self._wire.envelope_bytes, os.SEEK_END)
-            return stream.read()
-
     def _keep(self) -> None:
         """Keep the round's envelopes before its record, so that there is no record without them."""
         if self._keep_envelopes is None:
@@ -328,7 +321,7 @@ class Coordinator:
     def _check(self, data: bytes, site: str) -> Envelope:
         if self.finished:
             raise EnvelopeError(f"an envelope of {site}, but the study's {self.round - 1} rounds are over")
-        envelope = open_envelope(data, self._agreed, self.journal.chain.members, self._wire.envelope_bytes)
+        envelope = open_envelope(data, self._agreed, self.journal.chain.members, self._wire.payload_bytes)
         if envelope.header.site != site:
             raise EnvelopeError(f"an envelope of {envelope.header.site} in a reply of {site}")
         check_position(envelope.header, self.journal.chain.due)

@@ -53,7 +53,7 @@ class Journal:
 
         Args:
             envelopes: those in the sum, by site name.
-            payload: sum and seeds.
+            payload: the sum.
             opened_ms: when the round began.
         """
         signed = [(envelope.header_text, envelope.signature) for envelope in envelopes]
@@ -112,9 +112,7 @@ class Journal:
             run=self.chain.run if run is None else run,
             key=self.chain.key if key_id is None else key_id,
             round_number=round_number,
-            contributors=tuple(
-                SignedContribution(header=text.decode("ascii"), signature=signature.hex()) for text, signature in signed
-            ),
+            contributors=tuple(SignedContribution.of(text, signature) for text, signature in signed),
             times_ms=(opened, max(opened, now)),
             payload=payload,
         )

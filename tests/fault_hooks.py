@@ -72,7 +72,9 @@ def _install_writes(fault: dict[str, Any]) -> None:
     def write(path: Path, data: bytes, mode: int = 0o644) -> None:
         nonlocal seen
         added = data.splitlines()[-1:] if path.suffix == ".jsonl" else [data[:4096]]
-        kind = re.search(rb'"kind":"([a-z]+)"', b"".join(added))
+        # Of a line of JSON, or in a record's header, whose words are text in CBOR too.
+        pattern = rb"(genesis|aggregate|void|amendment|checkpoint)" if data[:3] == b"SFR" else rb'"kind":"([a-z]+)"'
+        kind = re.search(pattern, b"".join(added))
         name = f"{path} {kind.group(1).decode() if kind else ''}".strip()
         if "record" in fault:
             with open(fault["record"], "a") as stream:

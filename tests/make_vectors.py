@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cbor2
 import numpy as np
 import pyrage
 import safetensors.numpy
@@ -29,20 +30,20 @@ from secure_fed.core.tomlfile import parse_table, to_toml
 from secure_fed.privacy import ckks, keys
 from secure_fed.protocol import codec, envelope, records, sealed_key
 from secure_fed.protocol.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHead
-from secure_fed.protocol.packing import (
-    DEGREE,
-    MODULUS,
-    Binding,
-    CipherWire,
-    Contribution,
-    pack_coefficients,
-    pack_lanes,
-    unpack_coefficients,
-)
+from secure_fed.protocol.packing import Binding, CipherWire, Contribution, Sealed, pack_lanes
 from secure_fed.protocol.records import SignedContribution, new_header
+from secure_fed.protocol.residues import PRIMES, expand, linear_check, pack_residues
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
-from secure_fed.protocol.signing import create_signing_key, payload_fields, public_hex, split_frame
-from secure_fed.protocol.study import AgreedStudy, InitialState, Study, canonical_json, load_study
+from secure_fed.protocol.signing import (
+    SignedHeader,
+    _decode,
+    _hex_to_bytes,
+    create_signing_key,
+    payload_fields,
+    public_hex,
+    split_frame,
+)
+from secure_fed.protocol.study import AgreedStudy, InitialState, Study, load_study
 from secure_fed.server.coordinator import Coordinator
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -55,8 +56,26 @@ Piece = dict[str, Any]
 Case = dict[str, Any]
 
 
+MODELS: dict[bytes, type[SignedHeader]] = {
+    envelope.MAGIC: envelope.EnvelopeHeader,
+    records.MAGIC: records.RecordHeader,
+    sealed_key.KEY_MAGIC: sealed_key.SealedKeyHeader,
+    sealed_key.ACKNOWLEDGEMENT_MAGIC: sealed_key.AcknowledgementHeader,
+}
+
+
 def literal(data: bytes) -> Piece:
     return {"hex": data.hex()}
+
+
+def fields_of(magic: bytes, header: bytes) -> dict[str, Any]:
+    """A header's fields in their order, digests in hex."""
+    return _decode(header, list(MODELS[magic].model_fields))
+
+
+def encoded(magic: bytes, fields: dict[str, Any]) -> bytes:
+    """The header of these fields, whatever they are."""
+    return cbor2.dumps([_hex_to_bytes(fields[name]) for name in MODELS[magic].model_fields], canonical=True)
 
 
 def _outside(piece: Piece, folder: Path) -> Piece:
@@ -101,11 +120,18 @@ class Golden:
     def flipped(self, at: int, bit: int = 0) -> list[Piece]:
         return self.replaced(at, bytes([self.data[at] ^ 1 << bit]))
 
-    def field_at(self, name: str) -> int:
-        """Where the value of a header field begins in the file."""
-        mark = f'"{name}":'.encode()
-        at = 8 + self.frame.header.index(mark) + len(mark)
-        return at + 1 if self.data[at : at + 1] in (b'"', b"[") else at
+    @property
+    def fields(self) -> dict[str, Any]:
+        return fields_of(self.magic, self.frame.header)
+
+    def field_end(self, name: str) -> int:
+        """Where the last byte of a header field lies in the file."""
+        end = 8  # behind it the array's one byte
+        for other, value in self.fields.items():
+            end += len(cbor2.dumps(_hex_to_bytes(value), canonical=True))
+            if other == name:
+                return end
+        raise KeyError(name)
 
     def reframed(self, header: bytes, key: Ed25519PrivateKey, payload: list[Piece] | None = None) -> list[Piece]:
         """Other header bytes under a true signature, around the same payload."""
@@ -115,7 +141,7 @@ class Golden:
     def with_fields(
         self, signer: Ed25519PrivateKey, pieces: list[Piece] | None = None, /, **fields: Any
     ) -> list[Piece]:
-        return self.reframed(canonical_json(json.loads(self.frame.header) | fields), signer, pieces)
+        return self.reframed(encoded(self.magic, self.fields | fields), signer, pieces)
 
 
 class Cases:
@@ -154,7 +180,7 @@ class Cases:
         parts = {
             "magic": 1,
             "header length": 7,
-            **{f"field {name}": golden.field_at(name) for name in fields},
+            **{f"field {name}": golden.field_end(name) for name in fields},
             "signature": golden.payload_at - 20,
             **{name: golden.payload_at + at for name, at in payload.items()},
         }
@@ -169,26 +195,35 @@ class Cases:
             self.add(f"truncated: {comment}", [golden.cut(0, size)], "invalid", "Truncated", **more)
 
     def headers(self, golden: Golden, key: Ed25519PrivateKey, **more: Any) -> None:
-        """Headers that their true owner signed but that are not version 1 in canonical form."""
-        header = golden.frame.header
-        content = json.loads(header)
-        without = {name: value for name, value in content.items() if name != "payload"}
+        """Headers that their true owner signed but that are not this version in its one encoding."""
+        header, content = golden.frame.header, golden.fields
+        values = [_hex_to_bytes(value) for value in content.values()]
+        version = golden.field_end("version") - 8
         other = {
-            "a space after a colon": header.replace(b":", b": ", 1),
-            "fields in another order": json.dumps(dict(reversed(content.items())), separators=(",", ":")).encode(),
-            "a field twice": header[:-1] + b',"version":1}',
-            "an escaped letter": header.replace(b'"version"', rb'"\u0076ersion"'),
-            "a field more": canonical_json(content | {"zone": 1}),
-            "a field less": canonical_json(without),
-            "version 2": canonical_json(content | {"version": 2}),
-            "a number as text": canonical_json(content | {"size": str(content["size"])}),
-            "a number with a fraction": header.replace(b'"version":1', b'"version":1.0'),
-            "a negative number": canonical_json(content | {"size": -1}),
-            "a number of 400 digits": header.replace(b'"version":1', b'"version":' + b"1" * 400),
-            "a digest in capitals": canonical_json(content | {"payload": content["payload"].upper()}),
-            "not JSON": b"{" * 200,
-            "no object": b"[]",
-            "bytes that are no text": b"\xff" * 64,
+            "its length in a longer form": bytes([0x98, len(values)]) + header[1:],
+            "an array without length": b"\x9f" + header[1:] + b"\xff",
+            "a number in a longer form": header[:version] + b"\x18\x02" + header[version + 1 :],
+            "a number with a fraction": header[:version] + cbor2.dumps(2.0) + header[version + 1 :],
+            "a number of 400 digits": header[:version] + cbor2.dumps(10**400) + header[version + 1 :],
+            "a tag around a number": header[:version] + b"\xc1\x02" + header[version + 1 :],
+            "fields in another order": cbor2.dumps(values[::-1], canonical=True),
+            "a field more": cbor2.dumps([*values, 1], canonical=True),
+            "a field less": cbor2.dumps(values[:-1], canonical=True),
+            "a map of names": cbor2.dumps(dict(zip(content, values, strict=True)), canonical=True),
+            "version 1": encoded(golden.magic, content | {"version": 1}),
+            "version 3": encoded(golden.magic, content | {"version": 3}),
+            "a number as text": encoded(golden.magic, content | {"size": str(content["size"])}),
+            "a negative number": encoded(golden.magic, content | {"size": -1}),
+            "a digest in capitals": encoded(golden.magic, content | {"payload": content["payload"].upper()}),
+            "a digest as text": cbor2.dumps(
+                [content["payload"] if name == "payload" else _hex_to_bytes(content[name]) for name in content],
+                canonical=True,
+            ),
+            "bytes behind it": header + b"\x00",
+            "JSON, as in version 1": json.dumps(content, sort_keys=True, separators=(",", ":")).encode(),
+            "nested beyond measure": b"\x81" * 200 + b"\x00",
+            "no array": b"\xa0",
+            "no CBOR": b"\xff" * 64,
             "empty": b"",
         }
         for comment, text in other.items():
@@ -240,7 +275,7 @@ class World:
         initial = InitialState({"bias": np.zeros(VALUES)}, np.eye(2, 4, dtype=np.float32), 100.0).to_bytes()
         members = (*TRAINING, OBSERVER)
         table = {
-            "format": 1,
+            "format": 2,
             "name": "vectors",
             "mode": "he",
             "seed": 1,
@@ -283,12 +318,10 @@ class World:
         self, coordinator: Coordinator, number: int, site: str, attempt: int = 1, ledger: LedgerHead = NO_LEDGER
     ) -> bytes:
         due = coordinator.journal.chain.due
-        contribution = Contribution(site, attempt)
         binding = Binding(run=due.run, head=due.head, round=due.round)
         integers = self.integers[number - 1, TRAINING.index(site)]
-        payload = self.ciphers[due.key].seal(integers, binding, contribution)
-        signing = self.identities[site].signing
-        return envelope.seal_envelope(self.agreed, due, contribution, ledger, payload, signing)
+        sealed = self.ciphers[due.key].seal(integers, binding, site, attempt)
+        return envelope.seal_envelope(self.agreed, due, sealed, ledger, self.identities[site].signing)
 
     def _golden_record(self, coordinator: Coordinator, seq: int) -> Golden:
         return Golden(f"journal/{seq:08d}.record", coordinator.journal.read(seq), records.MAGIC)
@@ -326,7 +359,7 @@ class World:
         attested = codec.attestation(keys.attestation_key(self.secret), "checkpoint", chain.head, digest)
         payload = self.checkpoint if site == "ash" else b""
         content = {
-            "version": 1,
+            "version": 2,
             "study": self.agreed.study.id,
             "run": chain.run,
             "head": chain.head,
@@ -335,7 +368,7 @@ class World:
             **payload_fields(payload),
         }
         magic = sealed_key.ACKNOWLEDGEMENT_MAGIC
-        text = canonical_json(content | fields)
+        text = encoded(magic, content | fields)
         data = magic + len(text).to_bytes(4, "big") + text + self.identities[site].signing.sign(magic + text)
         return split_frame(magic, data, 10**6, SecfacmicError)
 
@@ -389,10 +422,10 @@ def envelope_cases(world: World) -> Cases:
         BitFlip="One bit of a valid envelope is another.",
         Truncated="Cut short.",
         Length="A length field that lies, or bytes too many.",
-        Header="Signed by its true sender, but not version 1 in canonical form.",
+        Header="Signed by its true sender, but not this version in its one encoding.",
         WrongPlace="Signed by its true sender for another study, run, journal head, key, amendment, round or attempt.",
         Sender="Not by the site that it names, or by one that sends no updates.",
-        Coefficient="A coefficient at the edge of, or not below, the modulus q.",
+        Residue="A residue at the edge of, or not below, the modulus q.",
         Replay="Sent before, or a second one of the same site for the same round.",
     )
     first = {site: world.envelopes[1, site] for site in TRAINING}
@@ -414,10 +447,8 @@ def envelope_cases(world: World) -> Cases:
         before=[["ash", ash.whole()], ["cedar", now["cedar"].whole()]],
     )
     fields = [name for name in envelope.EnvelopeHeader.model_fields if name != "version"]
-    seeds = 64 * world.agreed.lanes.ciphertexts
     size = len(ash.frame.payload)
-    places = {"the first seed byte": 0, "the last seed byte": seeds - 1, "the first coefficient": seeds}
-    cases.flips(ash, ["version", *fields], places | {"the last coefficient": size - 1})
+    cases.flips(ash, ["version", *fields], {"the first residue": 0, "the last residue": size - 1})
     cases.truncations(ash)
     cases.lengths(ash)
     cases.headers(ash, key)
@@ -426,9 +457,10 @@ def envelope_cases(world: World) -> Cases:
         "wrong study": {"study": "1" * 64},
         "another run": {"run": "1" * 64},
         "another journal head": {"head": "1" * 64},
-        "the head of the round before": {"head": json.loads(first["ash"].frame.header)["head"]},
+        "the head of the round before": {"head": first["ash"].fields["head"]},
         "wrong key": {"key": "1" * 64},
         "no key, as in plain mode": {"key": zero},
+        "no seed, as in plain mode": {"seed": zero},
         "another amendment": {"amendment": 1},
         "swapped round: the next": {"round": 3},
         "swapped round: the one before": {"round": 1},
@@ -474,21 +506,22 @@ def envelope_cases(world: World) -> Cases:
         ),
     ]:
         cases.add(comment, pieces, "invalid", "Sender", sender=sender)
-    polynomials = unpack_coefficients(bytes(ash.frame.payload[seeds:]), world.agreed.lanes.ciphertexts)
-    for value, result in ((MODULUS - 1, "valid"), (MODULUS, "invalid"), (2**54 - 1, "invalid")):
-        for place in (0, DEGREE - 1):
-            changed = polynomials.copy()
-            changed[0, place] = value
-            changed_payload = bytes(ash.frame.payload[:seeds]) + pack_coefficients(changed)
-            at = ash.payload_at + seeds + (0 if place == 0 else size - seeds - 8)
-            middle = changed_payload[at - ash.payload_at :][:8]
-            payload = [ash.cut(ash.payload_at, at), literal(middle), ash.cut(at + 8)]
-            distance = value - MODULUS
+    lanes = world.agreed.lanes
+    residues = world.wire.residues(bytes(ash.frame.payload))
+    for value, result in (
+        (lanes.modulus - 1, "valid"),
+        (lanes.modulus, "invalid"),
+        (2**lanes.modulus_bits - 1, "invalid"),
+    ):
+        for place in (0, lanes.coefficients - 1):
+            edge = residues.copy()
+            edge[place] = value
+            payload = pack_residues(edge, lanes.modulus_bits)
             cases.add(
-                f"coefficient {place} is q {distance:+d}, signed",
-                ash.with_fields(key, payload, **payload_fields(changed_payload)),
+                f"residue {place} is q {value - lanes.modulus:+d}, signed",
+                ash.with_fields(key, [literal(payload)], **payload_fields(payload)),
                 result,
-                "Coefficient",
+                "Residue",
             )
     cases.add("replayed from round 1", first["ash"].whole(), "invalid", "Replay")
     cases.add("the same bytes again: counted once", ash.whole(), "valid", "Replay", before=[["ash", ash.whole()]])
@@ -537,7 +570,7 @@ def sealed_key_cases(world: World) -> Cases:
         BitFlip="One bit of a valid file is another.",
         Truncated="Cut short.",
         Length="A length field that lies, or bytes too many.",
-        Header="Signed by the key maker, but not version 1 in canonical form.",
+        Header="Signed by the key maker, but not this version in its one encoding.",
         Forged="Not signed by the key maker that the study names.",
         WrongPlace="Signed by the key maker for another study, or with an id that its secret does not have.",
         Recipient="Opened with an identity that it is not sealed to.",
@@ -578,7 +611,7 @@ def sealed_key_cases(world: World) -> Cases:
     recipients = [
         pyrage.x25519.Recipient.from_str(world.identities[site].keys.recipient) for site in (*TRAINING, OBSERVER)
     ]
-    own = pyrage.encrypt(ckks.StudySecret.generate().to_bytes(), recipients)
+    own = pyrage.encrypt(ckks.StudySecret.generate(world.agreed.lanes.modulus_bits).to_bytes(), recipients)
     cases.add(
         "a key of the server's own, sealed to the sites under the maker's old header",
         [one.cut(0, one.payload_at), literal(own)],
@@ -590,7 +623,7 @@ def sealed_key_cases(world: World) -> Cases:
         "an empty payload": b"",
         "no age file": b"not age at all",
         "nothing, sealed": pyrage.encrypt(b"", recipients),
-        "text, sealed": pyrage.encrypt(b"secfacmic-ckks-1", recipients),
+        "text, sealed": pyrage.encrypt(b"secfacmic-ckks-2", recipients),
         "a secret cut short, sealed": pyrage.encrypt(whole[:-1], recipients),
         "a secret with a flipped bit, sealed": pyrage.encrypt(
             whole[:99] + bytes([whole[99] ^ 1]) + whole[100:], recipients
@@ -619,7 +652,7 @@ class Forger:
     def headers(self, number: int, sites: Sequence[str]) -> tuple[SignedContribution, ...]:
         """The sites' signed envelope headers of a round."""
         return tuple(
-            SignedContribution(header=golden.frame.header.decode(), signature=golden.frame.signature.hex())
+            SignedContribution.of(golden.frame.header, golden.frame.signature)
             for golden in (self.world.envelopes[number, site] for site in sites)
         )
 
@@ -647,7 +680,7 @@ class Forger:
             payload=payload,
         )
         content = header.model_dump(mode="json") | fields
-        text = canonical_json(content)
+        text = encoded(records.MAGIC, content)
         key = signer or self.world.coordinator_key
         start = records.MAGIC + len(text).to_bytes(4, "big") + text + key.sign(records.MAGIC + text)
         return [literal(start), *(pieces if pieces is not None else [literal(payload)] if payload else [])]
@@ -676,7 +709,7 @@ def record_cases(world: World) -> Cases:
         BitFlip="One bit of a valid record is another.",
         Truncated="Cut short.",
         Length="A length field that lies, or bytes too many.",
-        Header="Signed by the coordinator, but not version 1 in canonical form.",
+        Header="Signed by the coordinator, but not this version in its one encoding.",
         WrongPlace="Signed by the coordinator for another study, run, key, round or place in the chain.",
         Signer="Not signed by the coordinator that the study names.",
         Cohort="Contributors below min_sites, twice, unsorted, unknown, or not of this round.",
@@ -698,24 +731,17 @@ def record_cases(world: World) -> Cases:
     refused = {"error": "RecordError"}
     one = golden[1]
     size = len(one.frame.payload)
-    seeds_at = size - 3 * 64 * world.agreed.lanes.ciphertexts
     fields = list(records.RecordHeader.model_fields)
-    places = {
-        "the first coefficient": 0,
-        "the last coefficient": seeds_at - 1,
-        "a seed": seeds_at + 3,
-        "the end": size - 1,
-    }
+    places = {"the first residue": 0, "the middle": size // 2, "the last residue": size - 1}
     cases.flips(one, fields, places, **refused)
     cases.truncations(one, **refused)
     cases.lengths(one, **refused)
     cases.headers(one, key, **refused)
-    site_header = one.frame.header.index(b'\\"round\\":1')
-    signed = bytearray(one.frame.header)
-    signed[site_header + 10 : site_header + 11] = b"2"
+    first, *others = one.fields["contributors"]
+    moved = encoded(envelope.MAGIC, fields_of(envelope.MAGIC, bytes.fromhex(first[0])) | {"round": 2})
     cases.add(
         "a contributor's header changed by the coordinator",
-        one.reframed(bytes(signed), key),
+        one.with_fields(key, contributors=[[moved.hex(), first[1]], *others]),
         "invalid",
         "Cohort",
         **refused,
@@ -745,28 +771,21 @@ def record_cases(world: World) -> Cases:
         cases.add(comment, one.with_fields(signer), "invalid", "Signer", **refused)
     forger = Forger(world, 1)
     payloads = {site: bytes(world.envelopes[1, site].frame.payload) for site in TRAINING}
-    tails = {site: world.wire.tail(payload) for site, payload in payloads.items()}
 
-    def summed(sites: Sequence[str], seeds: Sequence[str] | None = None) -> bytes:
+    def summed(sites: Sequence[str]) -> bytes:
         total = world.wire.zero()
         for site in sites:
             world.wire.add(total, payloads[site])
-        return world.wire.record(total, [tails[site] for site in (seeds or sites)])
+        return world.wire.record(total, len(sites))
 
     honest = summed(TRAINING)
     assert honest == bytes(one.frame.payload)
     ash, birch, cedar = forger.headers(1, TRAINING)
     other_run = world._begin()
     strange = {site: Golden("", world.seal(other_run, 1, site), envelope.MAGIC) for site in TRAINING}
-    foreign = tuple(
-        SignedContribution(header=golden.frame.header.decode(), signature=golden.frame.signature.hex())
-        for golden in strange.values()
-    )
-    observer_text = canonical_json(json.loads(ash.header) | {"site": OBSERVER})
-    observer = SignedContribution(
-        header=observer_text.decode(),
-        signature=world.identities[OBSERVER].signing.sign(envelope.MAGIC + observer_text).hex(),
-    )
+    foreign = tuple(SignedContribution.of(golden.frame.header, golden.frame.signature) for golden in strange.values())
+    text = encoded(envelope.MAGIC, fields_of(envelope.MAGIC, ash.signed[0]) | {"site": OBSERVER})
+    observer = SignedContribution.of(text, world.identities[OBSERVER].signing.sign(envelope.MAGIC + text))
     unsigned = SignedContribution(header=birch.header, signature=ash.signature)
     lists: dict[str, tuple[tuple[SignedContribution, ...], bytes]] = {
         "nobody": ((), honest),
@@ -790,9 +809,8 @@ def record_cases(world: World) -> Cases:
             "Cohort",
             **refused,
         )
-    forgeries = _forgeries(
-        world, payloads, tails, honest, {name: bytes(item.frame.payload) for name, item in strange.items()}, summed
-    )
+    abroad = {name: bytes(item.frame.payload) for name, item in strange.items()}
+    forgeries = _forgeries(world, payloads, honest, abroad, summed)
     for comment, payload in forgeries.items():
         cases.add(comment, forger.record(payload), "invalid", "Forgery", error="refused-aggregate")
 
@@ -899,7 +917,7 @@ def _amendment_cases(world: World, cases: Cases) -> None:
     amendment, checkpoint = golden[3], golden[4]
     payload = bytes(amendment.frame.payload)
     sealed = Golden("", payload, sealed_key.KEY_MAGIC)
-    content = json.loads(sealed.frame.header)
+    content = sealed.fields
     others = {
         "that follows no key": world.sealed[2],
         "whose header the coordinator signed": _joined(sealed, sealed.frame.header, world.coordinator_key),
@@ -923,7 +941,7 @@ def _amendment_cases(world: World, cases: Cases) -> None:
         )
     forger = Forger(world, 3)
     for comment, data in others.items():
-        key = json.loads(split_frame(sealed_key.KEY_MAGIC, data, 10**6, SecfacmicError).header)["key"]
+        key = Golden("", data, sealed_key.KEY_MAGIC).fields["key"]
         record = forger.record(data, kind="amendment", number=3, key=key)
         cases.add(f"a sealed key {comment}", record, "invalid", "Amendment", **refused)
     for comment, fields in {
@@ -983,7 +1001,7 @@ def _amendment_cases(world: World, cases: Cases) -> None:
 
 
 def _signed(frames: Sequence[Any]) -> tuple[SignedContribution, ...]:
-    return tuple(SignedContribution(header=frame.header.decode(), signature=frame.signature.hex()) for frame in frames)
+    return tuple(SignedContribution.of(frame.header, frame.signature) for frame in frames)
 
 
 def _joined(sealed: Golden, text: bytes, key: Ed25519PrivateKey) -> bytes:
@@ -993,7 +1011,7 @@ def _joined(sealed: Golden, text: bytes, key: Ed25519PrivateKey) -> bytes:
 
 
 def _edited(sealed: Golden, key: Ed25519PrivateKey, **fields: Any) -> bytes:
-    return _joined(sealed, canonical_json(json.loads(sealed.frame.header) | fields), key)
+    return _joined(sealed, encoded(sealed.magic, sealed.fields | fields), key)
 
 
 def _headers_at(world: World, chain: records.Chain) -> tuple[SignedContribution, ...]:
@@ -1001,16 +1019,10 @@ def _headers_at(world: World, chain: records.Chain) -> tuple[SignedContribution,
     signed = []
     for site in TRAINING:
         due = chain.due
-        data = envelope.seal_envelope(
-            world.agreed,
-            due,
-            Contribution(site, 1),
-            NO_LEDGER,
-            bytes(world.wire.envelope_bytes),
-            world.identities[site].signing,
-        )
+        nothing = Sealed(Contribution(site, 1, "5" * 64), bytes(world.wire.payload_bytes))
+        data = envelope.seal_envelope(world.agreed, due, nothing, NO_LEDGER, world.identities[site].signing)
         frame = split_frame(envelope.MAGIC, data, 10**6, SecfacmicError)
-        signed.append(SignedContribution(header=frame.header.decode(), signature=frame.signature.hex()))
+        signed.append(SignedContribution.of(frame.header, frame.signature))
     return tuple(signed)
 
 
@@ -1031,8 +1043,8 @@ def _ledger_cases(world: World, cases: Cases) -> None:
         before=[golden[0].whole(), golden[1].whole()],
     )
     cases.add("the ledger continues the one seen", golden[2].whole(), "valid", "Ledger", adapter=2)
-    others = json.loads(golden[2].frame.header)["contributors"]
-    header = json.loads(others[0]["header"])
+    others = golden[2].fields["contributors"]
+    header = fields_of(envelope.MAGIC, bytes.fromhex(others[0][0]))
     signing = world.identities["ash"].signing
     for comment, fields, result in [
         ("the same entry as before", {"ledger_seq": 7, "ledger_head": "a" * 64, "ledger_links": []}, "valid"),
@@ -1044,9 +1056,8 @@ def _ledger_cases(world: World, cases: Cases) -> None:
         ("a copy that has grown and names others", {"ledger_links": [[4, "9" * 16], [9, "c" * 16]]}, "invalid"),
         ("a copy that has grown far", {"ledger_seq": 2**53 - 1, "ledger_links": [[900, "c" * 16]]}, "invalid"),
     ]:
-        text = canonical_json(header | fields)
-        signature = signing.sign(envelope.MAGIC + text).hex()
-        contributors = [{"header": text.decode(), "signature": signature}, *others[1:]]
+        text = encoded(envelope.MAGIC, header | fields)
+        contributors = [[text.hex(), signing.sign(envelope.MAGIC + text).hex()], *others[1:]]
         pieces = golden[2].with_fields(world.coordinator_key, contributors=contributors)
         more = {"adapter": 2} if result == "valid" else {"error": "LedgerRollbackError"}
         cases.add(f"ash's ledger: {comment}", pieces, result, "Ledger", **more)
@@ -1055,65 +1066,91 @@ def _ledger_cases(world: World, cases: Cases) -> None:
 def _forgeries(
     world: World,
     payloads: dict[str, bytes],
-    tails: dict[str, bytes],
     honest: bytes,
     foreign: dict[str, bytes],
     summed: Callable[..., bytes],
 ) -> dict[str, bytes]:
     """Sums that a server can compute without any key (docs/decisions/0003-linear-tags.md)."""
     wire, lanes = world.wire, world.agreed.lanes
-    seeds = b"".join(tails.values())
-    _, polynomials = wire.split_record(honest, 3)
-    alone = wire.zero()
-    wire.add(alone, payloads["ash"])
+    residues = wire.residues(honest).astype(object)
 
-    def scaled(factor: int) -> bytes:
-        values = np.array([int(value) * factor % MODULUS for value in polynomials.ravel()], np.uint64)
-        return pack_coefficients(values.reshape(polynomials.shape)) + seeds
+    def packed(values: Any) -> bytes:
+        return pack_residues((values % lanes.modulus).astype(np.uint64), lanes.modulus_bits)
 
     def shifted(place: int, by: int) -> bytes:
         integers = np.zeros(lanes.integers, np.int64)
         integers[place] = by
-        plaintext = world.cipher._encoder
-        from tenseal import sealapi
+        return packed(residues + pack_lanes(integers, lanes) * lanes.scale)
 
-        encoded = sealapi.Plaintext()
-        plaintext.encode(pack_lanes(integers, lanes)[0].tolist(), lanes.scale, encoded)
-        added = np.array([encoded.data(index) for index in range(DEGREE)], np.uint64)
-        return pack_coefficients((polynomials + added) % np.uint64(MODULUS)) + seeds
+    def added(parts: Sequence[bytes]) -> bytes:
+        total = wire.zero()
+        for payload in parts:
+            wire.add(total, payload)
+        return wire.record(total, 3)
 
-    total = wire.zero()
-    for payload in foreign.values():
-        wire.add(total, payload)
-    other_run = wire.record(total, [wire.tail(payload) for payload in foreign.values()])
-    one_foreign = wire.zero()
-    for payload in (payloads["ash"], payloads["birch"], foreign["cedar"]):
-        wire.add(one_foreign, payload)
+    padding = residues.copy()
+    padding[-1] += lanes.scale << lanes.lane_bits
     forged_q = bytearray(honest)
     forged_q[:7] = b"\xff" * 7
-    zeros = wire.zero()
     return {
-        "one site's ciphertext alone, as if three took part": wire.record(alone, list(tails.values())),
-        "one site's ciphertext alone, its seeds and zeros": wire.record(alone, [tails["ash"], bytes(64), bytes(64)]),
-        "one site thrice": summed(["ash", "ash", "ash"], TRAINING),
+        "one site's ciphertext alone, as if three took part": added([payloads["ash"]]),
+        "one site thrice": summed(["ash", "ash", "ash"]),
         "one site twice, one left out": summed(["ash", "birch", "birch"]),
-        "one site left out": summed(["ash", "birch"], TRAINING),
-        "one site added once more": summed(["ash", *TRAINING], TRAINING),
-        "scaled by two": scaled(2),
-        "scaled by 1024, which once gave the key away": scaled(1024),
-        "negated": scaled(-1),
+        "one site left out": summed(["ash", "birch"]),
+        "one site added once more": summed(["ash", *TRAINING]),
+        "scaled by two": packed(residues * 2),
+        "scaled by 1024, which once gave the key away": packed(residues * 1024),
+        "negated": packed(-residues),
         "one value more by one": shifted(0, 1),
         "one value less by one": shifted(VALUES - 1, -1),
         "one digit of a tag more by one": shifted(lanes.values, 1),
-        "the padding written to": shifted(lanes.integers - 1, 0)[:-1] + b"\x01",
-        "a coefficient not below q": bytes(forged_q),
-        "seeds in another order": summed(TRAINING, ["birch", "ash", "ash"]),
-        "nothing at all": wire.record(zeros, [bytes(64)] * 3),
-        "another run's sum": other_run,
-        "one envelope of another run": wire.record(
-            one_foreign, [tails["ash"], tails["birch"], wire.tail(foreign["cedar"])]
-        ),
+        "the padding written to": packed(padding),
+        "half a step added to each coefficient": packed(residues + lanes.scale // 2),
+        "a residue not below q": bytes(forged_q),
+        "nothing at all": wire.record(wire.zero(), 3),
+        "another run's sum": added(list(foreign.values())),
+        "one envelope of another run": added([payloads["ash"], payloads["birch"], foreign["cedar"]]),
     }
+
+
+def arithmetic(folder: Path) -> None:
+    """What other implementations must compute alike: streams (words left out included), packing, the linear check."""
+    key = hashlib.sha256(b"a key").hexdigest()
+    moduli = {"a prime of 44 bits": PRIMES[44], "a prime of 57 bits": PRIMES[57], "a small one, which leaves out": 37}
+    streams = [
+        {
+            "comment": comment,
+            "key": key,
+            "modulus": modulus,
+            "residues": expand(bytes.fromhex(key), 24, modulus).tolist(),
+        }
+        for comment, modulus in moduli.items()
+    ]
+    binding, who = Binding("1" * 64, "2" * 64, 3), Contribution("ash", 1, "4" * 64)
+    keys_of_streams = [
+        {
+            "run": binding.run,
+            "head": binding.head,
+            "round": binding.round,
+            "site": who.site,
+            "seed": who.seed,
+            "key": ckks.stream_key(binding, who).hex(),
+        }
+    ]
+    packings, checks = [], []
+    for bits in sorted(PRIMES):
+        residues = expand(bytes([bits]) * 32, 16, PRIMES[bits])
+        residues[:2] = 0, PRIMES[bits] - 1
+        packings.append(
+            {"bits": bits, "modulus": PRIMES[bits], "residues": residues.tolist()}
+            | {"packed": pack_residues(residues, bits).hex()}
+        )
+        checks.append(
+            {"digest": key, "modulus": PRIMES[bits], "residues": residues.tolist()}
+            | {"check": list(linear_check(key, residues, PRIMES[bits]))}
+        )
+    document = {"streams": streams, "stream_keys": keys_of_streams, "packings": packings, "linear_checks": checks}
+    (folder / "arithmetic.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main(version: str) -> None:
@@ -1121,6 +1158,7 @@ def main(version: str) -> None:
     if folder.exists():
         raise SystemExit(f"{folder}: exists; a version's vectors are made once: choose another, or remove it first")
     folder.mkdir(parents=True)
+    arithmetic(folder)
     world = World(folder)
     for cases in (envelope_cases(world), sealed_key_cases(world), record_cases(world)):
         if cases.what == "record":
@@ -1130,4 +1168,4 @@ def main(version: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "v1")
+    main(sys.argv[1] if len(sys.argv) > 1 else "v2")

@@ -37,13 +37,14 @@ def new(
     ] = None,
 ) -> None:
     """Make a study of a template: coordinator's key, initial adapter, prompt features, digests."""
-    from secure_fed.operate.new_study import new_study
+    from secure_fed.operate.new_study import new_study, update_size
     from secure_fed.privacy.keys import read_public_identity
 
     members = [read_public_identity(path) for path in site or []]
     made, backbone = new_study(template(study, seed, mode), members, into, checkpoint)
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
     out.print(f"backbone: {backbone.description}", highlight=False, soft_wrap=True)
+    out.print(f"an update: {update_size(into / 'study.toml', made)}", highlight=False, soft_wrap=True)
     for line in made.missing():
         out.print(f"still missing: {line}", highlight=False, soft_wrap=True)
 
@@ -51,7 +52,7 @@ def new(
 @app.command()
 def check(study: StudyPath, json_: Json = False) -> None:
     """Check a study file or a template; every error at once."""
-    from secure_fed.operate.new_study import check_study
+    from secure_fed.operate.new_study import check_study, update_size
 
     found = check_study(study)
     missing = found.missing()
@@ -60,6 +61,7 @@ def check(study: StudyPath, json_: Json = False) -> None:
         return
     kind = "a template" if missing else "a complete study"
     out.print(f"{study}: {kind}, without errors; study id {found.id}", highlight=False, soft_wrap=True)
+    out.print(f"an update: {update_size(study, found)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -81,7 +83,7 @@ def show(study: StudyPath, json_: Json = False) -> None:
         ("aggregation", f"{found.aggregation.rule}, learning rate {found.aggregation.learning_rate:g}"),
         ("rounds", f"{found.rounds} of {training.steps} steps, batch {training.batch_size}, {training.optimizer}"),
         ("sites", f"at least {found.min_sites}, at most {found.max_sites} in a sum; key maker {found.key_maker}"),
-        ("values", f"{encoding.bits} bits, {encoding.lanes} lanes, bound {encoding.value_bound:g}"),
+        ("values", f"{encoding.bits} bits, {found.packing().lanes} lanes, bound {encoding.value_bound:g}"),
         ("seed", str(found.seed)),
     ):
         facts.add_row(key, value)

@@ -43,7 +43,7 @@ from secure_fed.privacy.dp_training import (
 )
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.packing import MODULUS, Binding, CipherWire, Contribution
+from secure_fed.protocol.packing import Binding, CipherWire
 from secure_fed.protocol.study import AgreedStudy, Template
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -146,7 +146,8 @@ def attack(
         public = _public(observed, targets)
         if public is None:
             notes.append("no inversion: neither an observer's images nor unlabelled ones to know features by")
-        common = _Shadow(0, agreed, targets, public, tuple(epsilons), delta, StudySecret.generate(), sites[0].tower)
+        secret = StudySecret.generate(agreed.lanes.modulus_bits)
+        common = _Shadow(0, agreed, targets, public, tuple(epsilons), delta, secret, sites[0].tower)
         tasks = [replace(common, number=number) for number in range(shadows)]
         results: dict[int, tuple[NDArray[np.bool_], dict[str, _Seen]]] = {}
         with closing(run_locally(_run_shadow, tasks, jobs, out / "workers.log")) as outcomes:
@@ -240,10 +241,9 @@ def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Itera
         integers = codec.quantise(update, bounds, target.weight, lanes.max_integer, draws).integers
         plain = integers / (lanes.max_integer * target.weight) * bounds
         padded = np.concatenate([integers, np.zeros(lanes.values - integers.size, dtype=np.int64)])
-        payload = cipher.seal(padded, binding, Contribution(site=target.name, attempt=0))
-        _, coefficients = wire.split_envelope(payload)
+        coefficients = wire.residues(cipher.seal(padded, binding, target.name, 0).payload)
         # All that is there, read as numbers of the size that updates have.
-        centred = np.resize(coefficients.astype(np.float64) / MODULUS - 0.5, update.size) * np.sqrt(12)
+        centred = np.resize(coefficients.astype(np.float64) / lanes.modulus - 0.5, update.size) * np.sqrt(12)
         for name, flat in (("plain_update", plain), ("server_he", centred * np.sqrt(np.mean(plain**2)))):
             guess = codec.unflatten(flat, shapes)
             model = {key: start[key] + guess[key] for key in guess}

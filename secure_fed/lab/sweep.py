@@ -265,7 +265,7 @@ def _facts(file: SweepFile, study: Template, trials: Sequence[Trial]) -> dict[st
             "method": study.method.model_dump(mode="json"),
             "min_sites": study.min_sites,
             "bits": study.encoding.bits,
-            "lanes": study.encoding.lanes,
+            "lanes": study.packing().lanes,
             "delta": DELTA,
         },
         "trials": [{"trial": trial.id, "settings": trial.settings} for trial in trials],

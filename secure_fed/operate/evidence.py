@@ -60,7 +60,7 @@ from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json, 
 _SENT = "sent.jsonl"
 """In an archive, as in a state folder."""
 
-MAGIC = b"SFX1"
+MAGIC = b"SFX2"
 MAX_HEADER = 2048
 MANIFEST = "manifest.signed"
 _DATE = (1980, 1, 1, 0, 0, 0)
@@ -337,7 +337,7 @@ def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
         for record in RecordFolder(run).replay(chain):
             for entry, header in zip(record.header.contributors, record.contributors, strict=False):
                 if header.site == site:
-                    digest = hashlib.sha256(ENVELOPE_MAGIC + entry.header.encode()).hexdigest()
+                    digest = hashlib.sha256(ENVELOPE_MAGIC + entry.signed[0]).hexdigest()
                     own.append((header, digest))
             member = record.members.get(site)
             if member is not None:

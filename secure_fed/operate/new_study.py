@@ -84,6 +84,7 @@ def new_study(
     signing = load_signing_key(key_path) if key_path.exists() else create_signing_key(key_path)
     study = with_fields(
         template,
+        format=2,
         backbone=template.backbone.model_dump(mode="json", exclude_none=True) | {"digest": backbone.digest},
         sites=[_with_keys(site, keys.get(site.name)) for site in template.sites],
         coordinator=public_hex(signing),
@@ -93,6 +94,26 @@ def new_study(
     write_durable(out / "study.safetensors", tensors)
     write_durable(out / "study.toml", to_toml(study).encode())
     return study, backbone
+
+
+def update_size(path: Path, study: StudyFile) -> str:
+    """In words, what an update of a study or template takes on the wire.
+
+    Args:
+        path: the file; once ``study.safetensors`` lies beside it, the number of values is known too.
+        study: what it says.
+    """
+    initial = path.with_suffix(".safetensors")
+    shapes = InitialState.from_bytes(initial.read_bytes()).shapes if initial.exists() else None
+    lanes = study.packing(shapes)
+    if study.mode == "plain":
+        return f"{lanes.bits} bits a value, sent in 32, without encryption"
+    share = lanes.modulus_bits / lanes.lanes / 32
+    text = (
+        f"{lanes.lanes} values of {lanes.bits} bits in each coefficient of {lanes.modulus_bits} bits, for "
+        f"{lanes.max_sites} sites: {share:.2f} of float32's bytes"
+    )
+    return text if shapes is None else f"{text}; {lanes.payload_bytes:,} bytes for {lanes.values:,} values"
 
 
 def check_study(path: Path) -> StudyFile:

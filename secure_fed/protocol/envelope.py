@@ -15,7 +15,7 @@ from pydantic import ValidationInfo, field_validator
 
 from secure_fed.core.errors import EnvelopeError
 from secure_fed.protocol.ledger_heads import MAX_LINKS, LedgerHead, Link
-from secure_fed.protocol.packing import Contribution
+from secure_fed.protocol.packing import NO_SEED, Contribution, Sealed
 from secure_fed.protocol.signing import (
     Count,
     SignedHeader,
@@ -28,7 +28,7 @@ from secure_fed.protocol.signing import (
 )
 from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
 
-MAGIC = b"SFE1"
+MAGIC = b"SFE2"
 MAX_HEADER = 2048
 
 
@@ -61,12 +61,13 @@ class EnvelopeHeader(SignedHeader):
         attempt: from 1; a later attempt carries the same stored integers.
         site: the sender.
         values: integers carried, validation counts included, tags excluded.
+        seed: from which the second polynomials follow; zeros in ``plain`` mode.
         ledger_seq, ledger_head: the site's privacy ledger; 0 and zeros without DP.
         ledger_links: earlier entries of it, by rising number (:mod:`secure_fed.protocol.ledger_heads`); none without
             DP.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     study: Hex64
     run: Hex64
     head: Hex64
@@ -76,6 +77,7 @@ class EnvelopeHeader(SignedHeader):
     attempt: Count
     site: Name
     values: Count
+    seed: Hex64
     ledger_seq: Count
     ledger_head: Hex64
     ledger_links: tuple[Link, ...]
@@ -100,8 +102,8 @@ class EnvelopeHeader(SignedHeader):
 
     @property
     def contribution(self) -> Contribution:
-        """Site and attempt, to which the tags are bound."""
-        return Contribution(self.site, self.attempt)
+        """Site, attempt and seed, to which tags and second polynomials are bound."""
+        return Contribution(self.site, self.attempt, self.seed)
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,14 @@ class Envelope:
 def seal_envelope(
     agreed: AgreedStudy,
     position: RoundPosition,
-    contribution: Contribution,
+    sealed: Sealed,
     ledger: LedgerHead,
-    payload: bytes,
     key: Ed25519PrivateKey,
 ) -> bytes:
-    """Sign a payload for one round and attempt."""
+    """Sign a sealed update for one round."""
+    contribution, payload = sealed
     header = EnvelopeHeader(
-        version=1,
+        version=2,
         study=agreed.study.id,
         run=position.run,
         head=position.head,
@@ -134,6 +136,7 @@ def seal_envelope(
         round=position.round,
         attempt=contribution.attempt,
         site=contribution.site,
+        seed=contribution.seed,
         values=agreed.lanes.values,
         ledger_seq=ledger.seq,
         ledger_head=ledger.head,
@@ -189,6 +192,8 @@ def verify_contribution(
         raise EnvelopeError(f"envelope of {header.site}, an observer; only training sites send updates")
     if header.values != agreed.lanes.values:
         raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {agreed.lanes.values}")
+    if (header.seed == NO_SEED) != (agreed.study.mode == "plain"):
+        raise EnvelopeError(f"envelope of {header.site}: seed {header.seed} does not fit mode {agreed.study.mode}")
     return header
 
 

@@ -127,7 +127,7 @@ class JournalEntry:
         self.sites = tuple(contributor.site for contributor in record.contributors)
         # An envelope is magic, length, header, signature and payload.
         self.bytes_up = sum(
-            8 + len(entry.header) + len(entry.signature) // 2 + contributor.size
+            8 + sum(map(len, entry.signed)) + contributor.size
             # A checkpoint has acknowledgements in their place, which are no contributors.
             for entry, contributor in zip(record.header.contributors, record.contributors, strict=False)
         )

@@ -1,60 +1,58 @@
-"""Bounded integers in CKKS slots, and the sums that need no key.
+"""Bounded integers in a polynomial's coefficients, and the sums that need no key.
 
-Everything here is public arithmetic, so that the server can import it: which parameters add exactly,
-how integers lie in slots, what an envelope and a record look like on the wire, and how first
-polynomials are added modulo q. Only ``secure_fed.privacy.ckks`` holds a key; this module imports numpy alone.
+Everything here is public arithmetic, so that the server can import it: which parameters add exactly, how integers lie
+in coefficients, what an envelope and a record look like on the wire, and how first polynomials are added modulo Q.
+Only ``secure_fed.privacy.ckks`` holds a key.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, cast
+from typing import Final, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from secure_fed.core.errors import AggregateRefused, EnvelopeError, LanesError
+from secure_fed.protocol.residues import (
+    DEGREE,
+    GROUP,
+    PRIMES,
+    Residues,
+    add_into,
+    pack_residues,
+    packed_bytes,
+    unpack_residues,
+)
 
 Integers = npt.NDArray[np.int64]
-Coefficients = npt.NDArray[np.uint64]
 
-DEGREE: Final = 4096
-"""Degree N of the ring; a ciphertext holds N/2 complex slots, hence N reals."""
-MODULUS: Final = 18_014_398_509_309_953
-"""Data prime q, the first of SEAL's ``CoeffModulus.Create(4096, [54, 55])``."""
-SEED_BYTES: Final = 64
-"""Length of the seed from which SEAL expands a ciphertext's second polynomial."""
-PACKED_BYTES: Final = DEGREE * 54 // 8
-"""Length of one polynomial packed at 54 bits a coefficient."""
 TAG_PRIME: Final = 2**61 - 1
 """Modulus of the linear tags."""
 TAGS: Final = 2
 """Tags an envelope; a forgery passes both with probability about 2^-120."""
 MIN_BITS: Final = 8
-"""Fewest bits a value may have: below, rounding costs more than the update carries."""
+MAX_BITS: Final = 21
+"""Bits that a value may have: below, rounding costs more than the update carries; above, no study has use for them."""
+MIN_LANES: Final = 2
+MAX_LANES: Final = 6
+NOISE_MOST: Final = 21
+"""Largest magnitude of a coefficient's noise in one ciphertext: SEAL draws it as the difference of the numbers of ones
+in two times 21 random bits."""
+NO_SEED: Final = "0" * 64
+"""Stands for the seed where nothing is encrypted."""
 REFUSAL: Final = (
     "the aggregate was refused and nothing was changed; expected the exact sum of this round's signed "
     "contributors; compare journals with the other sites and ask the coordinator to void the round"
 )
 """The one text of every AggregateRefused that opening a record raises."""
 
-# Standard deviation of a coefficient's error in one fresh ciphertext: SEAL's centred binomial noise
-# (variance 21/2) and the encoder's rounding (variance 1/12), rounded up a little.
-_COEFFICIENT_NOISE: Final = 3.25
-# A slot is decoded wrongly when its noise passes D/2, here 9.2 standard deviations: 4e-20 a component.
+# Standard deviation of that noise, sqrt(21 / 2), rounded up a little.
+_NOISE: Final = 3.25
+# A coefficient is rounded wrongly when the noise of its sum reaches D / 2, here 9.2 standard deviations.
 _NOISE_MARGIN: Final = 9.2
-# A coefficient must stay below q/2 and be exact as a double. q/2 is short of 2^53 by a part in 2^36;
-# a sum is short of its bound by a part in 2^bits (max_integer is not 2^(bits-1)), which is far more.
-_CAPACITY_BITS: Final = 53
-_COEFFICIENT_BITS: Final = 54
-_COEFFICIENT_MASK: Final = np.uint64(2**_COEFFICIENT_BITS - 1)
-# Four coefficients are 27 bytes. (byte offset, bit shift) of an 8-byte window over each of them.
-_GROUP_BYTES: Final = 27
-_WINDOWS: Final = ((0, 0), (6, 6), (13, 4), (19, 10))
-# Ciphertexts that the keyless sum handles at a time: half a megabyte, which caches hold.
-_BLOCK: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +60,19 @@ class LaneParameters:
     """What a study's lanes look like. Made by ``lane_parameters`` only, which checks every bound.
 
     Attributes:
-        max_sites: most envelopes a sum may hold.
+        max_sites: most envelopes a sum may hold, K.
         bits: width w of one site's value, sign included.
-        lanes: values packed in one real, 2 or 3.
+        lanes: values packed in one coefficient, L.
         values: value and validation lanes of an update, tags excluded.
         guard_bits: g, the fewest bits with 2^g >= max_sites.
         lane_bits: width w + g of a value's sum.
-        scale: CKKS scale D; not a power of two.
-        max_integer: 2^(w-1) - 1, the largest magnitude a site may send.
+        scale: D, the integer by which packed values are multiplied so that noise stays below them.
+        max_integer: B = 2^(w-1) - 1, the largest magnitude a site may send.
+        modulus_bits: bits of the data prime.
+        modulus: the data prime Q.
         tag_digits: digits of w - 1 bits in which a tag travels.
         integers: everything packed: the values, then the digits of both tags.
-        integers_per_ciphertext: ``lanes`` times DEGREE.
+        coefficients: that are used, up to a multiple of 8; the last polynomial is cut behind them.
         ciphertexts: ciphertexts an envelope.
     """
 
@@ -82,67 +82,81 @@ class LaneParameters:
     values: int
     guard_bits: int
     lane_bits: int
-    scale: float
+    scale: int
     max_integer: int
+    modulus_bits: int
+    modulus: int
     tag_digits: int
     integers: int
-    integers_per_ciphertext: int
+    coefficients: int
     ciphertexts: int
 
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of an encrypted payload: of an envelope's, and of a record's however many contributors it has."""
+        return packed_bytes(self.coefficients, self.modulus_bits)
 
-def lane_parameters(max_sites: int, bits: int, lanes: int, values: int) -> LaneParameters:
+    def noise_in_lane(self, sites: int) -> int:
+        """How far the noise of a sum of ``sites`` envelopes can move the integer in a coefficient, and with it lane 0:
+        r = floor(21 n / D + 1 / 2). Honest noise does so hardly ever (see ``lane_parameters``)."""
+        return (2 * NOISE_MOST * sites + self.scale) // (2 * self.scale)
+
+
+def lane_parameters(max_sites: int, bits: int, lanes: int | None, values: int) -> LaneParameters:
     """Derive all parameters of a study's lanes.
 
-    The scale is the least D >= 2 * 9.2 * sigma, where sigma = 3.25 * sqrt(N * K / 2) is the standard
-    deviation of a slot's noise in a sum of K ciphertexts; a sum fits while
-    D * sqrt(2) * 2^(lanes * lane_bits - 1) < 2^53.
+    A coefficient of an envelope is e + D m: m packs L values as digits of base 2^(w + g), e is SEAL's noise, the
+    difference of two binomials of 21 coins, |e| <= 21. D is the least integer >= 2 * 9.2 * 3.25 sqrt(K). The sum of K
+    coefficients is rounded wrongly if the sum of their noise, which is a binomial of 42 K coins less its mean 21 K,
+    reaches D / 2: that has probability 5e-22 at K = 4 and 2.7e-20 at K = 1,000, exactly by the binomial's tail
+    (``tests/unit/protocol/test_packing.py`` computes it for every K up to 1,000: at most 2.9e-20; 3e-15 for a round
+    of 10^5 coefficients). With M = K B (2^(L (w + g)) - 1) / (2^(w + g) - 1), the largest magnitude of a sum of m,
+    everything fits while 2 (D M + 21 K) < Q; Q is the smallest of the primes for which it does.
 
     Args:
         max_sites: most sites a round may sum, >= 1.
-        bits: width of a value in bits, sign included, >= 8.
-        lanes: values a real, 2 or 3.
+        bits: width of a value in bits, sign included, 8 to 21.
+        lanes: values a coefficient, 2 to 6; None for the number that takes the fewest bytes.
         values: values an update, >= 1.
 
     Raises:
-        LanesError: a bound is broken; the message names it and the most bits that would fit.
+        LanesError: a bound is broken; the message names it and what would fit.
     """
     if max_sites < 1:
         raise LanesError(f"max_sites is {max_sites}; expected at least 1; set it in the study")
-    if lanes not in (2, 3):
-        raise LanesError(f"lanes is {lanes}; expected 2 or 3; set it in the study")
     if values < 1:
         raise LanesError(f"values is {values}; expected at least 1; the adapter shares no parameter")
-    most = largest_bits(max_sites, lanes)
-    fits = (
-        f"the largest bits for {max_sites} sites in {lanes} lanes is {most}"
-        if most >= MIN_BITS
-        else f"no bits fit {max_sites} sites in {lanes} lanes (at most {most}); lower lanes or max_sites"
-    )
-    if bits < MIN_BITS:
-        raise LanesError(f"bits is {bits}; expected at least {MIN_BITS}; {fits}")
-    guard_bits, scale = _guard_and_scale(max_sites)
-    lane_bits = bits + guard_bits
-    if not _fits(scale, lanes * lane_bits):
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise LanesError(f"bits is {bits}; expected {MIN_BITS} to {MAX_BITS}; {_what_fits(max_sites)}")
+    if lanes is None:
+        lanes = _fewest_bytes(max_sites, bits)
+    if not MIN_LANES <= lanes <= MAX_LANES:
+        raise LanesError(f"lanes is {lanes}; expected {MIN_LANES} to {MAX_LANES}; {_what_fits(max_sites)}")
+    modulus_bits = _modulus_bits(max_sites, bits, lanes)
+    if modulus_bits is None:
         raise LanesError(
-            f"capacity: scale * sqrt(2) * 2^(lanes * (bits + guard) - 1) = {scale:.1f} * sqrt(2) * "
-            f"2^({lanes} * ({bits} + {guard_bits}) - 1) is not below 2^{_CAPACITY_BITS}; {fits}"
+            f"{bits} bits for {max_sites} sites in {lanes} lanes need a prime of more than {max(PRIMES)} bits, the "
+            f"largest there is; {_what_fits(max_sites)}"
         )
+    guard_bits, scale = _guard_and_scale(max_sites)
     tag_digits = -(-TAG_PRIME.bit_length() // (bits - 1))
     integers = values + TAGS * tag_digits
-    integers_per_ciphertext = DEGREE * lanes
+    coefficients = GROUP * -(-integers // (GROUP * lanes))
     return LaneParameters(
         max_sites=max_sites,
         bits=bits,
         lanes=lanes,
         values=values,
         guard_bits=guard_bits,
-        lane_bits=lane_bits,
+        lane_bits=bits + guard_bits,
         scale=scale,
         max_integer=2 ** (bits - 1) - 1,
+        modulus_bits=modulus_bits,
+        modulus=PRIMES[modulus_bits],
         tag_digits=tag_digits,
         integers=integers,
-        integers_per_ciphertext=integers_per_ciphertext,
-        ciphertexts=-(-integers // integers_per_ciphertext),
+        coefficients=coefficients,
+        ciphertexts=-(-coefficients // DEGREE),
     )
 
 
@@ -151,108 +165,80 @@ def largest_bits(max_sites: int, lanes: int) -> int:
 
     Args:
         max_sites: most sites a round may sum, >= 1.
-        lanes: values a real, >= 1.
+        lanes: values a coefficient, >= 1.
 
     Returns:
-        Bits, sign included; 0 if none fits. Below MIN_BITS ``lane_parameters`` refuses all the same.
+        Bits, sign included, at most MAX_BITS; 0 if not even MIN_BITS fit.
     """
+    fitting = (bits for bits in range(MAX_BITS, MIN_BITS - 1, -1) if _modulus_bits(max_sites, bits, lanes))
+    return next(fitting, 0)
+
+
+def _fewest_bytes(max_sites: int, bits: int) -> int:
+    """The lanes with the fewest bits of the modulus a value; of two alike, the fewer lanes."""
+    costs = {
+        lanes: modulus_bits / lanes
+        for lanes in range(MIN_LANES, MAX_LANES + 1)
+        if (modulus_bits := _modulus_bits(max_sites, bits, lanes)) is not None
+    }
+    if not costs:
+        raise LanesError(f"no lanes hold {bits} bits for {max_sites} sites; {_what_fits(max_sites)}")
+    return min(costs, key=lambda lanes: costs[lanes])
+
+
+def _modulus_bits(max_sites: int, bits: int, lanes: int) -> int | None:
+    """Bits of the smallest prime that holds a full sum and its noise; None if none does."""
     guard_bits, scale = _guard_and_scale(max_sites)
-    bits = 0
-    while _fits(scale, lanes * (bits + 1 + guard_bits)):
-        bits += 1
-    return bits
+    base = 1 << (bits + guard_bits)
+    most = max_sites * (2 ** (bits - 1) - 1) * ((base**lanes - 1) // (base - 1))
+    needed = 2 * (scale * most + NOISE_MOST * max_sites)
+    return next((size for size, prime in PRIMES.items() if needed < prime), None)
 
 
-def _guard_and_scale(max_sites: int) -> tuple[int, float]:
-    guard_bits = (max_sites - 1).bit_length()
-    noise = _COEFFICIENT_NOISE * math.sqrt(DEGREE * max_sites / 2)
-    return guard_bits, 2 * _NOISE_MARGIN * noise
+def _guard_and_scale(max_sites: int) -> tuple[int, int]:
+    return (max_sites - 1).bit_length(), math.ceil(2 * _NOISE_MARGIN * _NOISE * math.sqrt(max_sites))
 
 
-def _fits(scale: float, packed_bits: int) -> bool:
-    return scale * math.sqrt(2) * 2.0 ** (packed_bits - 1) < 2.0**_CAPACITY_BITS
+def _what_fits(max_sites: int) -> str:
+    """What a study of so many sites can have, for messages."""
+    most = {lanes: largest_bits(max_sites, lanes) for lanes in range(MIN_LANES, MAX_LANES + 1)}
+    fitting = [f"{bits} bits in {lanes} lanes" for lanes, bits in most.items() if bits]
+    return f"for {max_sites} sites at most {', '.join(fitting) or 'nothing'} would fit; change bits, lanes or max_sites"
 
 
-def pack_coefficients(coefficients: Coefficients) -> bytes:
-    """Pack coefficients as one little-endian bit stream of 54 bits each.
-
-    Args:
-        coefficients: uint64 of shape (c, DEGREE), each below MODULUS.
-
-    Returns:
-        c * PACKED_BYTES bytes; bit 54 * i of the stream is the lowest bit of coefficient i.
-    """
-    four = np.ascontiguousarray(coefficients, dtype="<u8").reshape(-1, 4)
-    words = np.empty_like(four)
-    words[:, 0] = four[:, 0] | four[:, 1] << np.uint64(54)
-    words[:, 1] = four[:, 1] >> np.uint64(10) | four[:, 2] << np.uint64(44)
-    words[:, 2] = four[:, 2] >> np.uint64(20) | four[:, 3] << np.uint64(34)
-    words[:, 3] = four[:, 3] >> np.uint64(30)
-    return words.view(np.uint8)[:, :_GROUP_BYTES].tobytes()
-
-
-def unpack_coefficients(packed: bytes, ciphertexts: int) -> Coefficients:
-    """Undo ``pack_coefficients``, checking every coefficient.
-
-    Args:
-        packed: ciphertexts * PACKED_BYTES bytes.
-        ciphertexts: number of polynomials.
-
-    Returns:
-        uint64 of shape (ciphertexts, DEGREE), each below MODULUS.
-
-    Raises:
-        EnvelopeError: wrong length, or a coefficient that is not below MODULUS.
-    """
-    _check_length("packed polynomials", len(packed), ciphertexts * PACKED_BYTES)
-    groups = len(packed) // _GROUP_BYTES
-    four = np.empty((groups, 4), np.uint64)
-    for column, (offset, shift) in enumerate(_WINDOWS):
-        window: Coefficients = np.ndarray((groups,), "<u8", packed, offset, (_GROUP_BYTES,))
-        np.right_shift(window, np.uint64(shift), out=four[:, column])
-    four &= _COEFFICIENT_MASK
-    if int(four.max(initial=np.uint64(0))) >= MODULUS:
-        raise EnvelopeError(
-            f"a coefficient is {int(four.max())}; expected less than the modulus {MODULUS}; "
-            "the envelope was damaged or forged, ask its sender to send it again"
-        )
-    return four.reshape(ciphertexts, DEGREE)
-
-
-def pack_lanes(integers: Integers, parameters: LaneParameters) -> npt.NDArray[np.complex128]:
-    """Lay integers into slots: ``lanes`` integers a real as digits of base 2^lane_bits, two reals a slot.
+def pack_lanes(integers: Integers, parameters: LaneParameters) -> Integers:
+    """Lay integers into coefficients: ``lanes`` integers each, as digits of base 2^lane_bits, the first the lowest.
 
     Args:
         integers: int64 of shape (integers,), magnitudes at most max_integer.
         parameters: the study's lanes.
 
     Returns:
-        Unscaled slot values, complex128 of shape (ciphertexts, DEGREE / 2); both parts are exact
-        integers, and what lies behind the last integer is zero.
+        int64 of shape (coefficients,), unscaled; what lies behind the last integer is zero.
     """
-    padded = np.zeros(parameters.ciphertexts * parameters.integers_per_ciphertext, np.int64)
+    padded = np.zeros(parameters.coefficients * parameters.lanes, np.int64)
     padded[: parameters.integers] = integers
     digits = padded.reshape(-1, parameters.lanes)
-    reals = digits[:, -1].copy()
+    packed = digits[:, -1].copy()
     for lane in range(parameters.lanes - 2, -1, -1):
-        reals <<= parameters.lane_bits
-        reals += digits[:, lane]
-    return reals.astype(np.float64).view(np.complex128).reshape(parameters.ciphertexts, DEGREE // 2)
+        packed <<= parameters.lane_bits
+        packed += digits[:, lane]
+    return packed
 
 
-def unpack_lanes(reals: Integers, parameters: LaneParameters) -> Integers:
+def unpack_lanes(packed: Integers, parameters: LaneParameters) -> Integers:
     """Undo ``pack_lanes`` on a sum of up to ``max_sites`` packings, exactly.
 
     Args:
-        reals: int64 of shape (ciphertexts, DEGREE): real and imaginary part of each slot in turn.
+        packed: int64 of shape (coefficients,).
         parameters: the study's lanes.
 
     Returns:
-        int64 of shape (ciphertexts * integers_per_ciphertext,): the sums, then the padding, which is
-        zero in an honest sum. All lanes but the last of a real lie in [-2^(lane_bits-1),
-        2^(lane_bits-1)); the last holds whatever remains, so that an overflow shows there.
+        int64 of shape (coefficients, lanes): the sums in turn, then the padding, which is zero in an honest sum. All
+        lanes but the last of a coefficient lie in [-2^(lane_bits-1), 2^(lane_bits-1)); the last holds whatever
+        remains, so that an overflow shows there.
     """
-    rest = reals.reshape(-1).copy()
+    rest = packed.copy()
     digits = np.empty((rest.size, parameters.lanes), np.int64)
     half = 1 << (parameters.lane_bits - 1)
     for lane in range(parameters.lanes - 1):
@@ -261,7 +247,25 @@ def unpack_lanes(reals: Integers, parameters: LaneParameters) -> Integers:
         digits[:, lane] = rest - (carry << parameters.lane_bits)
         rest = carry
     digits[:, -1] = rest
-    return digits.reshape(-1)
+    return digits
+
+
+def in_range(lanes: Integers, parameters: LaneParameters, sites: int) -> bool:
+    """Whether every lane of a sum is one that ``sites`` envelopes within the bounds can give.
+
+    Lane 0 of a coefficient may be off by what noise can do at most (:meth:`LaneParameters.noise_in_lane`): a site that
+    sends the largest lawful noise does no more than one that sends an integer more. It does not carry into lane 1.
+
+    Args:
+        lanes: int64 of shape (coefficients, lanes), from ``unpack_lanes``.
+        parameters: the study's lanes.
+        sites: contributors of the sum.
+    """
+    noise = parameters.noise_in_lane(sites)
+    bounds = np.zeros((parameters.coefficients, parameters.lanes), np.int64)
+    bounds.reshape(-1)[: parameters.integers] = sites * parameters.max_integer
+    bounds[:, 0] += noise
+    return bool((np.abs(lanes) <= bounds).all())
 
 
 def check_integers(integers: Integers, parameters: LaneParameters) -> None:
@@ -288,23 +292,18 @@ def check_integers(integers: Integers, parameters: LaneParameters) -> None:
 
 
 class Wire(Protocol):
-    """What an envelope's payload and a record's payload are, and how payloads add without a key."""
+    """What the payloads of envelopes and records are, and how envelopes add up to a record without a key."""
 
     @property
-    def envelope_bytes(self) -> int:
-        """Exact length of an envelope's payload."""
-        ...
-
-    def record_bytes(self, cohort: int) -> int:
-        """Exact length of the payload of a record with ``cohort`` contributors."""
+    def payload_bytes(self) -> int:
+        """Exact length of a payload, of an envelope as of a record."""
         ...
 
     def check(self, payload: bytes) -> None:
         """Check an envelope's payload as far as that goes without a key.
 
         Raises:
-            EnvelopeError: wrong length, a coefficient >= q, or in plain mode an integer beyond
-                max_integer.
+            EnvelopeError: wrong length, a residue >= Q, or in plain mode an integer beyond max_integer.
         """
         ...
 
@@ -320,16 +319,8 @@ class Wire(Protocol):
         """
         ...
 
-    def tail(self, payload: bytes) -> bytes:
-        """Return what a record must carry of one envelope besides the total.
-
-        Raises:
-            EnvelopeError: wrong length.
-        """
-        ...
-
-    def record(self, total: npt.NDArray[np.generic], tails: Sequence[bytes]) -> bytes:
-        """Make a record's payload from a total and its envelopes' tails, in contributor order.
+    def record(self, total: npt.NDArray[np.generic], sites: int) -> bytes:
+        """Make a record's payload from the total of ``sites`` envelopes.
 
         Raises:
             LanesError: no contributor, more than max_sites, or a total that is not of so many: a bug
@@ -344,98 +335,50 @@ def wire(mode: Literal["he", "plain"], parameters: LaneParameters) -> Wire:
 
 
 class CipherWire:
-    """The encrypted wire. Nothing travels but seeds and coefficients.
+    """The encrypted wire: nothing travels but the used coefficients of first polynomials, packed at the prime's bits.
 
-    Envelope: the 64-byte seeds of all ciphertexts, then their first polynomials packed at 54 bits.
-    Record: the packed sums of first polynomials, then the seeds of each contributor in turn. A total
-    is uint64 of shape (ciphertexts, DEGREE), each below MODULUS.
+    The seed from which second polynomials follow stands in an envelope's header. A total is uint64 of shape
+    (coefficients,), each below Q.
     """
 
     def __init__(self, parameters: LaneParameters) -> None:
         self._parameters = parameters
-        self._seed_bytes = parameters.ciphertexts * SEED_BYTES
-        self._packed_bytes = parameters.ciphertexts * PACKED_BYTES
 
     @property
-    def envelope_bytes(self) -> int:
-        """Exact length of an envelope's payload."""
-        return self._seed_bytes + self._packed_bytes
-
-    def record_bytes(self, cohort: int) -> int:
-        """Exact length of the payload of a record with ``cohort`` contributors."""
-        return self._packed_bytes + cohort * self._seed_bytes
+    def payload_bytes(self) -> int:
+        """Exact length of a payload; see ``Wire.payload_bytes``."""
+        return self._parameters.payload_bytes
 
     def check(self, payload: bytes) -> None:
-        """Check length and coefficients; see ``Wire.check``."""
-        for _ in self._blocks(payload):
-            pass
+        """Check length and residues; see ``Wire.check``."""
+        self.residues(payload)
 
     def zero(self) -> npt.NDArray[np.generic]:
         """Make an empty total."""
-        return np.zeros((self._parameters.ciphertexts, DEGREE), np.uint64)
+        return np.zeros(self._parameters.coefficients, np.uint64)
 
     def add(self, total: npt.NDArray[np.generic], payload: bytes) -> None:
-        """Add an envelope's first polynomials modulo q; see ``Wire.add``."""
-        whole = self._checked(total)
-        self.check(payload)  # all of it before any of it is added
-        for place, polynomials in self._blocks(payload):
-            sums = whole[place]
-            sums += polynomials
-            # Where the sum is below q the difference wraps to a huge number: the smaller is the residue.
-            np.subtract(sums, np.uint64(MODULUS), out=polynomials)
-            np.minimum(sums, polynomials, out=sums)
+        """Add an envelope's residues modulo Q; see ``Wire.add``."""
+        add_into(self._checked(total), self.residues(payload), self._parameters.modulus)
 
-    def tail(self, payload: bytes) -> bytes:
-        """Return an envelope's seeds; see ``Wire.tail``."""
-        _check_length("envelope payload", len(payload), self.envelope_bytes)
-        return payload[: self._seed_bytes]
-
-    def record(self, total: npt.NDArray[np.generic], tails: Sequence[bytes]) -> bytes:
+    def record(self, total: npt.NDArray[np.generic], sites: int) -> bytes:
         """Make a record's payload; see ``Wire.record``."""
-        _check_cohort_size(len(tails), self._parameters)
-        if any(len(tail) != self._seed_bytes for tail in tails):
-            raise LanesError(f"a tail is not {self._seed_bytes} bytes; use what tail() returned")
-        return b"".join((pack_coefficients(self._checked(total)), *tails))
+        _check_cohort_size(sites, self._parameters)
+        return pack_residues(self._checked(total), self._parameters.modulus_bits)
 
-    def split_envelope(self, payload: bytes) -> tuple[list[bytes], Coefficients]:
-        """Return an envelope's seeds, one a ciphertext, and its first polynomials.
+    def residues(self, payload: bytes) -> Residues:
+        """Read a payload: uint64 of shape (coefficients,), each below Q.
 
         Raises:
             EnvelopeError: as ``check``.
         """
-        return self._seeds(payload[: self._seed_bytes]), self._first_polynomials(payload)
+        _check_length("payload", len(payload), self.payload_bytes)
+        return unpack_residues(payload, self._parameters.modulus_bits)
 
-    def split_record(self, payload: bytes, cohort: int) -> tuple[list[list[bytes]], Coefficients]:
-        """Return a record's seeds, by contributor and ciphertext, and its summed first polynomials.
-
-        Raises:
-            EnvelopeError: wrong length for so many contributors, or a coefficient >= q.
-        """
-        _check_length("record payload", len(payload), self.record_bytes(cohort))
-        starts = range(self._packed_bytes, len(payload), self._seed_bytes)
-        seeds = [self._seeds(payload[start : start + self._seed_bytes]) for start in starts]
-        return seeds, unpack_coefficients(payload[: self._packed_bytes], self._parameters.ciphertexts)
-
-    def _blocks(self, payload: bytes) -> Iterator[tuple[slice, Coefficients]]:
-        """An envelope's first polynomials a few at a time, which is faster than all at once and takes no memory."""
-        _check_length("envelope payload", len(payload), self.envelope_bytes)
-        for first in range(0, self._parameters.ciphertexts, _BLOCK):
-            last = min(first + _BLOCK, self._parameters.ciphertexts)
-            start, end = (self._seed_bytes + index * PACKED_BYTES for index in (first, last))
-            yield slice(first, last), unpack_coefficients(payload[start:end], last - first)
-
-    def _first_polynomials(self, payload: bytes) -> Coefficients:
-        _check_length("envelope payload", len(payload), self.envelope_bytes)
-        return unpack_coefficients(payload[self._seed_bytes :], self._parameters.ciphertexts)
-
-    def _checked(self, total: npt.NDArray[np.generic]) -> Coefficients:
-        if total.dtype != np.uint64 or total.shape != (self._parameters.ciphertexts, DEGREE):
+    def _checked(self, total: npt.NDArray[np.generic]) -> Residues:
+        if total.dtype != np.uint64 or total.shape != (self._parameters.coefficients,):
             raise LanesError(f"a total of {total.dtype} {total.shape}; use the one that zero() made")
-        return cast(Coefficients, total)
-
-    @staticmethod
-    def _seeds(block: bytes) -> list[bytes]:
-        return [block[start : start + SEED_BYTES] for start in range(0, len(block), SEED_BYTES)]
+        return cast(Residues, total)
 
 
 class PlainWire:
@@ -448,13 +391,9 @@ class PlainWire:
         self._parameters = parameters
 
     @property
-    def envelope_bytes(self) -> int:
-        """Exact length of an envelope's payload."""
+    def payload_bytes(self) -> int:
+        """Exact length of a payload; see ``Wire.payload_bytes``."""
         return 4 * self._parameters.values
-
-    def record_bytes(self, cohort: int) -> int:
-        """Exact length of a record's payload, whatever the number of contributors."""
-        return self.envelope_bytes
 
     def check(self, payload: bytes) -> None:
         """Check length and magnitudes; see ``Wire.check``."""
@@ -470,18 +409,13 @@ class PlainWire:
         sums = self._checked(total)
         sums += integers
 
-    def tail(self, payload: bytes) -> bytes:
-        """Return nothing: a plain record needs nothing of a single envelope; see ``Wire.tail``."""
-        _check_length("envelope payload", len(payload), self.envelope_bytes)
-        return b""
-
-    def record(self, total: npt.NDArray[np.generic], tails: Sequence[bytes]) -> bytes:
+    def record(self, total: npt.NDArray[np.generic], sites: int) -> bytes:
         """Make a record's payload; see ``Wire.record``."""
-        _check_cohort_size(len(tails), self._parameters)
+        _check_cohort_size(sites, self._parameters)
         sums = self._checked(total)
-        bound = len(tails) * self._parameters.max_integer
+        bound = sites * self._parameters.max_integer
         if int(sums.max()) > bound or int(sums.min()) < -bound:
-            raise LanesError(f"a total beyond {bound}, the most that {len(tails)} envelopes can sum to")
+            raise LanesError(f"a total beyond {bound}, the most that {sites} envelopes can sum to")
         return sums.astype("<i4").tobytes()
 
     def integers(self, payload: bytes, contributors: int) -> Integers:
@@ -493,7 +427,7 @@ class PlainWire:
         Raises:
             EnvelopeError: wrong length or an integer beyond the bound.
         """
-        _check_length("payload", len(payload), self.envelope_bytes)
+        _check_length("payload", len(payload), self.payload_bytes)
         integers = np.frombuffer(payload, "<i4").astype(np.int64)
         bound = contributors * self._parameters.max_integer
         largest = max(int(integers.max()), -int(integers.min()))
@@ -517,10 +451,12 @@ class Contribution:
     Attributes:
         site: the site's name in the study.
         attempt: number of this sealing of the site's stored integers in this round, from 0.
+        seed: from which its second polynomials follow, 64 hex digits; ``NO_SEED`` in plain mode.
     """
 
     site: str
     attempt: int
+    seed: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -538,19 +474,23 @@ class Binding:
     round: int
 
 
+class Sealed(NamedTuple):
+    """What a site sends of one update: who and under which seed, and an envelope's payload."""
+
+    contribution: Contribution
+    payload: bytes
+
+
 class Sealer(Protocol):
     """Seals a site's integers for one round, and opens the round's sum."""
 
-    def seal(self, integers: Integers, binding: Binding, contribution: Contribution) -> bytes:
-        """Seal one update.
+    def seal(self, integers: Integers, binding: Binding, site: str, attempt: int) -> Sealed:
+        """Seal one update, under a fresh seed and with fresh noise: a second sealing shows neither of the first.
 
         Args:
             integers: int64 of shape (values,), magnitudes at most max_integer.
             binding: the round.
-            contribution: the site and its attempt.
-
-        Returns:
-            The envelope's payload.
+            site, attempt: see ``Contribution``.
 
         Raises:
             LanesError: wrong type, shape or magnitude: a bug of the caller.
@@ -581,10 +521,10 @@ class PlainSealer:
         self._parameters = parameters
         self._wire = PlainWire(parameters)
 
-    def seal(self, integers: Integers, binding: Binding, contribution: Contribution) -> bytes:
+    def seal(self, integers: Integers, binding: Binding, site: str, attempt: int) -> Sealed:
         """Write the integers down; see ``Sealer.seal``."""
         check_integers(integers, self._parameters)
-        return integers.astype("<i4").tobytes()
+        return Sealed(Contribution(site, attempt, NO_SEED), integers.astype("<i4").tobytes())
 
     def open(self, record_payload: bytes, binding: Binding, cohort: Sequence[Contribution]) -> Integers:
         """Read the sums, checking length, cohort and magnitudes only; see ``Sealer.open``."""

@@ -62,7 +62,7 @@ class EnvelopeStore:
 
     def payload(self, contribution: SignedContribution, size: int, digest: str) -> bytes | None:
         """The payload that a contributor signed, None if no file here holds it whole."""
-        text, signature = contribution.header.encode(), bytes.fromhex(contribution.signature)
+        text, signature = contribution.signed
         path = self._paths.get(_mark(text, signature))
         if path is None:
             return None
@@ -91,7 +91,7 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iter
     for record in verify_run(run, agreed):
         if record.header.kind != "aggregate":
             continue
-        total, tails, missing = sums.zero(), [], []
+        total, missing = sums.zero(), []
         for contribution, header in zip(record.header.contributors, record.contributors, strict=True):
             payload = store.payload(contribution, header.size, header.payload)
             if payload is None:
@@ -99,13 +99,12 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iter
                 continue
             try:
                 sums.add(total, payload)
-                tails.append(sums.tail(payload))
             except EnvelopeError as error:
                 raise RecordError(
                     f"record {record.header.seq}: the envelope of {header.site} is in the sum, but {error}; "
                     "the coordinator had to refuse it"
                 ) from None
-        same = not missing and sums.record(total, tails) == record.payload
+        same = not missing and sums.record(total, len(record.contributors)) == record.payload
         yield Recomputed(record.header.seq, record.header.round, tuple(missing), same)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import StringConstraints
@@ -19,7 +19,6 @@ from pydantic import StringConstraints
 from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, StorageError
 from secure_fed.core.layout import record_file
 from secure_fed.core.storage import make_folder, write_durable
-from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
 from secure_fed.protocol.packing import Contribution, Wire, wire
 from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
@@ -37,7 +36,7 @@ from secure_fed.protocol.signing import (
 )
 from secure_fed.protocol.study import AgreedStudy, Hex64
 
-MAGIC = b"SFR1"
+MAGIC = b"SFR2"
 HEADER_BASE = 4096
 HEADER_PER_SITE = 4096
 
@@ -45,11 +44,21 @@ HEADER_PER_SITE = 4096
 Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint"]
 
 
-class SignedContribution(FileModel):
-    """A contributor's envelope header as it signed it: exact text, and signature in hex."""
+class SignedContribution(NamedTuple):
+    """A contributor's envelope header as it signed it: exact bytes and signature, both in hex."""
 
-    header: Annotated[str, StringConstraints(max_length=2048)]
+    header: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){8,2048}$")]
     signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+    @classmethod
+    def of(cls, header: bytes, signature: bytes) -> SignedContribution:
+        """From the bytes."""
+        return cls(header.hex(), signature.hex())
+
+    @property
+    def signed(self) -> tuple[bytes, bytes]:
+        """Header and signature as bytes."""
+        return bytes.fromhex(self.header), bytes.fromhex(self.signature)
 
 
 class RecordHeader(SignedHeader):
@@ -67,7 +76,7 @@ class RecordHeader(SignedHeader):
         opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     kind: Kind
     seq: Count
     previous: Hex64
@@ -104,7 +113,7 @@ class Record:
 
     @property
     def payload(self) -> bytes:
-        """An aggregate's sum and seeds, an amendment's sealed key, a checkpoint's sealed adapter; else empty.
+        """An aggregate's sum, an amendment's sealed key, a checkpoint's sealed adapter; else empty.
 
         A copy made when asked for: the server never looks into a sum, and one more of many sites would show.
         """
@@ -112,7 +121,7 @@ class Record:
 
     @property
     def cohort(self) -> tuple[Contribution, ...]:
-        """Who is in the sum, and with which attempt."""
+        """Who is in the sum, with which attempt and seed."""
         return tuple(header.contribution for header in self.contributors)
 
 
@@ -190,7 +199,7 @@ class Chain:
         if header.kind in ("amendment", "checkpoint") and header.round != self.round + 1:
             raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
         contributors = self._check_contributors(header) if header.kind == "aggregate" else ()
-        self._check_size(header, len(contributors))
+        self._check_size(header)
         check_payload(frame, header, RecordError)
         amendment, members = None, self.members
         if header.kind == "amendment":
@@ -219,9 +228,9 @@ class Chain:
         elif header.kind == "amendment":
             self.amendment += 1
 
-    def _check_size(self, header: RecordHeader, contributors: int) -> None:
+    def _check_size(self, header: RecordHeader) -> None:
         if header.kind == "aggregate":
-            expected = self.wire.record_bytes(contributors)
+            expected = self.wire.payload_bytes
             if header.size != expected:
                 raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected {expected}")
             return
@@ -244,9 +253,7 @@ class Chain:
     def _check_acknowledgements(self, header: RecordHeader) -> str:
         """The keyed adapter digest that all who acknowledged agree on, the key maker and enough others among them."""
         signed = [
-            verify_acknowledgement(
-                entry.header.encode(), bytes.fromhex(entry.signature), self.agreed, self.members, self.run, self.head
-            )
+            verify_acknowledgement(*entry.signed, self.agreed, self.members, self.run, self.head)
             for entry in header.contributors
         ]
         names = [entry.site for entry in signed]
@@ -274,9 +281,7 @@ class Chain:
         contributors = []
         for entry in header.contributors:
             try:
-                signed = verify_contribution(
-                    entry.header.encode(), bytes.fromhex(entry.signature), self.agreed, self.members
-                )
+                signed = verify_contribution(*entry.signed, self.agreed, self.members)
                 check_position(signed, self.due)
             except EnvelopeError as error:
                 raise RecordError(f"record {header.seq}: {error}") from None
@@ -373,7 +378,7 @@ def new_header(
 ) -> RecordHeader:
     """The header of the record that would continue a chain."""
     return RecordHeader(
-        version=1,
+        version=2,
         kind=kind,
         seq=chain.length,
         previous=chain.head,

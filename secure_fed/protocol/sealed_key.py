@@ -24,10 +24,10 @@ from secure_fed.protocol.signing import (
 )
 from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
 
-KEY_MAGIC = b"SFK1"
+KEY_MAGIC = b"SFK2"
 MAX_KEY_HEADER = 512 * 1024
 MAX_SEALED = 16 * 2**20
-ACKNOWLEDGEMENT_MAGIC = b"SFC1"
+ACKNOWLEDGEMENT_MAGIC = b"SFC2"
 MAX_ACKNOWLEDGEMENT_HEADER = 1024
 
 Members = dict[str, Member]
@@ -47,7 +47,7 @@ class SealedKeyHeader(SignedHeader):
         created_ms: the key maker's clock, milliseconds since 1970; for information.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     study: Hex64
     epoch: Annotated[int, Field(ge=1, lt=2**53)]
     previous: Hex64
@@ -69,7 +69,7 @@ class AcknowledgementHeader(SignedHeader):
         checkpoint: keyed digest of the adapter it holds there; the server lacks the key.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     study: Hex64
     run: Hex64
     head: Hex64

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +29,7 @@ from secure_fed import configs
 from secure_fed.core.errors import LanesError, StudyError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
 from secure_fed.protocol.codec import count_lanes, value_bounds
-from secure_fed.protocol.packing import LaneParameters, lane_parameters
+from secure_fed.protocol.packing import MAX_BITS, MAX_LANES, MIN_BITS, MIN_LANES, LaneParameters, lane_parameters
 
 Mode = Literal["he", "plain"]
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -199,16 +201,16 @@ class Encoding(FileModel):
     """How an update becomes bounded integers.
 
     Attributes:
-        bits: width of one value, sign included (8 to 18).
-        lanes: values in one real of a ciphertext, 2 or 3.
+        bits: width of one value, sign included (8 to 21).
+        lanes: values in one coefficient of a ciphertext, 2 to 6; if not given, the number that takes the fewest bytes.
         value_bound: public bound on each coordinate of an update; what exceeds it saturates.
         value_bounds: other bounds for single tensors, by parameter name.
         share_validation: whether the encrypted sum also carries the number of validation images and of
             correct ones (never a single site's; all classes together).
     """
 
-    bits: Annotated[int, Field(ge=8, le=18)]
-    lanes: Literal[2, 3] = 2
+    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+    lanes: Annotated[int, Field(ge=MIN_LANES, le=MAX_LANES)] | None = None
     value_bound: Annotated[float, Field(gt=0, le=1000)]
     value_bounds: dict[Text, Annotated[float, Field(gt=0, le=1000)]] = Field(default_factory=dict)
     share_validation: bool = True
@@ -363,7 +365,7 @@ class StudyFile(FileModel):
     """``study.toml``, be it a template or a study: what both have in common.
 
     Attributes:
-        format: of this file; 1 is the only one so far.
+        format: of this file; a template's is 1, a study's 2 since its envelopes are of another wire.
         name: of the study.
         mode: ``he`` encrypts updates; ``plain`` does not, and is for public or simulated data.
         seed: of splits, initial adapter, training and rounding.
@@ -385,7 +387,7 @@ class StudyFile(FileModel):
         simulation: how ``simulate`` plays the sites; no part of the study id.
     """
 
-    format: Literal[1]
+    format: Literal[1, 2]
     name: Name
     mode: Mode
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -494,6 +496,18 @@ class StudyFile(FileModel):
         content = self.model_dump(mode="json", exclude={"simulation"}, exclude_unset=True, exclude_none=True)
         return hashlib.sha256(b"secfacmic study 1\n" + canonical_json(content)).hexdigest()
 
+    def packing(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> LaneParameters:
+        """How values lie in ciphertexts.
+
+        Args:
+            shapes: of the adapter's shared parameters; without them of one value, as far as a template knows.
+        """
+        encoding = self.encoding
+        values = 1 if shapes is None else sum(math.prod(shape) for shape in shapes.values())
+        if shapes is not None and encoding.share_validation:
+            values += 2 * count_lanes(encoding.bits)
+        return lane_parameters(self.max_sites, encoding.bits, encoding.lanes, values)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; a class id is an index into them."""
@@ -536,6 +550,7 @@ class Template(StudyFile):
 class Study(StudyFile):
     """What the sites agreed on, complete: it never changes once a run has begun."""
 
+    format: Literal[2]
     backbone: KnownBackbone
     sites: tuple[Member, ...]
     coordinator: Hex64
@@ -627,11 +642,7 @@ class AgreedStudy:
     @cached_property
     def lanes(self) -> LaneParameters:
         """The packing that the study's encoding and adapter give."""
-        encoding = self.study.encoding
-        values = sum(int(np.prod(shape)) for shape in self.initial.shapes.values())
-        if encoding.share_validation:
-            values += 2 * count_lanes(encoding.bits)
-        return lane_parameters(self.study.max_sites, encoding.bits, encoding.lanes, values)
+        return self.study.packing(self.initial.shapes)
 
     @cached_property
     def bounds(self) -> NDArray[np.float64]:
@@ -668,6 +679,12 @@ def _of_its_kind(path: Path) -> Template | Study:
     template = read_toml(path, Template, StudyError)
     if template.missing():
         return template
+    if template.format == 1:
+        raise StudyError(
+            f"{path}: a study of format 1, which version 0.1 made; expected format 2: envelopes, journal and keys are "
+            "of another form since; end it with version 0.1, or make a new study of its template with: "
+            "secfacmic study new"
+        )
     # Fields that are not set stay so: the id is of what the file says.
     return parse_table(template.model_dump(mode="json", exclude_unset=True), Study, StudyError, str(path))
 
@@ -690,6 +707,7 @@ def with_fields(file: File, **changes: object) -> File:
 def as_template(file: StudyFile) -> dict[str, Any]:
     """What a study has from its template, without all that ``study new`` fills in, to compare two of them."""
     content = file.model_dump(mode="json", exclude={"simulation", "coordinator", "initial"})
+    del content["format"]
     content["backbone"].pop("digest")
     for site in content["sites"]:
         site.pop("keys")

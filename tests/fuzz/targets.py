@@ -22,17 +22,24 @@ from secure_fed.privacy.ckks import StudySecret
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.protocol.envelope import RoundPosition, check_position, open_envelope
 from secure_fed.protocol.journal import find_runs, verify_run
-from secure_fed.protocol.packing import SEED_BYTES, CipherWire, PlainWire, unpack_coefficients
+from secure_fed.protocol.packing import CipherWire, PlainWire
 from secure_fed.protocol.recompute import EnvelopeStore
 from secure_fed.protocol.records import MAGIC as RECORD_MAGIC
 from secure_fed.protocol.records import Chain
-from secure_fed.protocol.sealed_key import KEY_MAGIC, check_amendment, check_sealed_key, verify_acknowledgement
-from secure_fed.protocol.signing import payload_fields, split_frame
-from secure_fed.protocol.study import InitialState, canonical_json, load_study, read_study_file
+from secure_fed.protocol.residues import unpack_residues
+from secure_fed.protocol.sealed_key import (
+    KEY_MAGIC,
+    SealedKeyHeader,
+    check_amendment,
+    check_sealed_key,
+    verify_acknowledgement,
+)
+from secure_fed.protocol.signing import encode_header, parse_header, payload_fields, split_frame
+from secure_fed.protocol.study import InitialState, load_study, read_study_file
 from secure_fed.transport import flower_messages as messages
 from tests.unit.protocol.test_vectors import VECTORS, Version
 
-VERSION = "v1"
+VERSION = "v2"
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def _position() -> RoundPosition:
 
 
 def envelope(data: bytes) -> None:
-    opened = open_envelope(data, world().agreed, world().members, world().wire.envelope_bytes)
+    opened = open_envelope(data, world().agreed, world().members, world().wire.payload_bytes)
     check_position(opened.header, _position())
     world().wire.check(opened.payload)
 
@@ -138,7 +145,8 @@ def signed_amendment(header: bytes) -> None:
 def sealed_content(payload: bytes) -> None:
     """An age file that the key maker truly signed."""
     frame = split_frame(KEY_MAGIC, world().sealed, 10**6, KeyFileError)
-    header = canonical_json(json.loads(frame.header) | dict(payload_fields(payload)))
+    read = parse_header(frame.header, SealedKeyHeader, KeyFileError)
+    header = encode_header(read.model_copy(update=dict(payload_fields(payload))))
     keys.open_sealed_key(_resigned(KEY_MAGIC, header, payload, world().ash.signing), world().agreed, world().ash)
 
 
@@ -152,34 +160,34 @@ def secret(data: bytes) -> None:
 
 def seal_key(data: bytes) -> None:
     """SEAL's own parser, behind our checks."""
-    ckks.Cipher(world().agreed.lanes, StudySecret(secret_key=data, tag_key=bytes(32)))
-
-
-@cache
-def _form() -> seal_format.SeededForm:
-    return ckks.Cipher(world().agreed.lanes, world().secret)._form
+    ckks.Cipher(world().agreed.lanes, StudySecret(world().secret.modulus_bits, data, bytes(32)))
 
 
 def seal_ciphertext(data: bytes) -> None:
-    _form().split(data)
+    seal_format.ciphertext_words(data, _cipher()._parms_id, 2, ntt=True)
+
+
+@cache
+def _cipher() -> ckks.Cipher:
+    return ckks.Cipher(world().agreed.lanes, world().secret)
 
 
 @cache
 def saved_ciphertexts() -> tuple[bytes, ...]:
-    cipher = ckks.Cipher(world().agreed.lanes, world().secret)
-    plaintext = ckks.sealapi.Plaintext()
-    cipher._encoder.encode([0j] * 2048, world().agreed.lanes.scale, plaintext)
-    compressed = seal_format.save(cipher._encryptor.encrypt_symmetric(plaintext))
-    seed, polynomial = _form().split(compressed)
-    return compressed, _form().build(seed, polynomial)
+    zero = ckks.sealapi.Ciphertext(_cipher()._context)
+    _cipher()._encryptor.encrypt_zero_symmetric(zero)
+    compressed = seal_format.save(zero)
+    words = seal_format.ciphertext_words(compressed, _cipher()._parms_id, 2, ntt=True)
+    return compressed, seal_format.ciphertext(words, _cipher()._parms_id)
 
 
-def coefficients(data: bytes) -> None:
-    unpack_coefficients(data, world().agreed.lanes.ciphertexts)
+def residues(data: bytes) -> None:
+    bits = world().agreed.lanes.modulus_bits
+    unpack_residues(data[: len(data) // bits * bits], bits)
 
 
-def record_payload(data: bytes) -> None:
-    world().wire.split_record(data, 3)
+def payload(data: bytes) -> None:
+    world().wire.check(data)
 
 
 def plain_payload(data: bytes) -> None:
@@ -262,9 +270,8 @@ def targets() -> dict[str, Target]:
     envelopes = golden("envelopes/1/*.envelope")
     journal = golden("journal/*.record")
     keys_sealed = golden("epoch-1.sealed")
-    payload = bytes(split_frame(RECORD_MAGIC, journal[1], 10**6, RecordError).payload)
+    packed = bytes(split_frame(RECORD_MAGIC, journal[1], 10**6, RecordError).payload)
     age = bytes(split_frame(KEY_MAGIC, keys_sealed[0], 10**6, KeyFileError).payload)
-    packed = payload[: -3 * SEED_BYTES]
     public = json.dumps(world().ash.public.model_dump(mode="json")).encode()
     private = (world().folder / "ash/recipient.key").read_bytes()
     reply_text = b'{"code":"update","run":"' + b"0" * 64 + b'","position":1,"attestation":"' + b"0" * 64 + b'"}'
@@ -287,8 +294,8 @@ def targets() -> dict[str, Target]:
         "study secret": Target(secret, (world().secret.to_bytes(),), True, KeyFileError),
         "SEAL secret key": Target(seal_key, (world().secret.secret_key,), False, SecfacmicError),
         "SEAL ciphertext": Target(seal_ciphertext, saved_ciphertexts(), False, SecfacmicError),
-        "coefficients": Target(coefficients, (packed,), False, EnvelopeError),
-        "record payload": Target(record_payload, (payload,), False, EnvelopeError),
+        "residues": Target(residues, (packed,), False, EnvelopeError),
+        "payload": Target(payload, (packed,), False, EnvelopeError),
         "plain payload": Target(plain_payload, (bytes(4 * world().agreed.lanes.values),), False, EnvelopeError),
         "checkpoint": Target(
             checkpoint, (keys.seal_checkpoint(world().secret, "0" * 64, b"adapter" * 9),), True, KeyFileError

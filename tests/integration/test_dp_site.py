@@ -42,9 +42,10 @@ from secure_fed.privacy.dp_training import Descent
 from secure_fed.privacy.guard import check_training
 from secure_fed.privacy.ledger import Ledger, opened, restore
 from secure_fed.protocol import codec
-from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
+from secure_fed.protocol.records import RecordHeader
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import split_frame
+from secure_fed.protocol.signing import parse_header, split_frame
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
 from tests.integration.test_simulation import Heard
@@ -130,11 +131,11 @@ def test_a_private_study_runs_and_its_ledger_tells_what_was_done(
     heads = []
     for entry in coordinator.rounds:
         record = next(private.folder.glob(f"server/runs/*/journal/{entry.header.seq:08d}.record")).read_bytes()
-        texts = json.loads(split_frame(b"SFR1", record, 10**6, RecordError).header)["contributors"]
-        heads += [json.loads(text["header"]) for text in texts]
-    assert all(ledger_of(private).holds(head["ledger_seq"], head["ledger_head"]) for head in heads[::3])
-    assert 0 < heads[0]["ledger_seq"] < heads[3]["ledger_seq"]
-    assert {head["ledger_seq"] for head in heads if head["site"] != "ash"} == {0}
+        header = parse_header(split_frame(b"SFR2", record, 10**6, RecordError).header, RecordHeader, RecordError)
+        heads += [parse_header(one.signed[0], EnvelopeHeader, EnvelopeError) for one in header.contributors]
+    assert all(ledger_of(private).holds(head.ledger_seq, head.ledger_head) for head in heads[::3])
+    assert 0 < heads[0].ledger_seq < heads[3].ledger_seq
+    assert {head.ledger_seq for head in heads if head.site != "ash"} == {0}
 
 
 def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Federation) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cbor2
 import pytest
 import safetensors.numpy
 
@@ -17,9 +17,9 @@ from secure_fed.core.errors import AdapterMismatchError, KeyFileError, ProtocolE
 from secure_fed.privacy.keys import create_identity, load_identity, open_sealed_key
 from secure_fed.protocol.records import RecordHeader, sign_record
 from secure_fed.protocol.rounds import ReplyCode, RoundRequest
-from secure_fed.protocol.sealed_key import KEY_MAGIC, check_sealed_key
+from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, check_sealed_key
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
-from secure_fed.protocol.study import Member, canonical_json
+from secure_fed.protocol.study import Member
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import OBSERVER, Federation, corrupt, exchange, run_round
 
@@ -248,9 +248,9 @@ def test_members_change_only_as_the_study_allows(federation: Federation, changes
 
 def test_nobody_joins_without_keys(federation: Federation) -> None:
     sealed = federation.seal_key(2, added=(_join(federation, "elm"),), removed=("cedar",))
-    header = json.loads(split_frame(KEY_MAGIC, sealed, 10**6, KeyFileError).header)
-    header["added"][0]["keys"] = None
-    text = canonical_json(header)
+    values = cbor2.loads(split_frame(KEY_MAGIC, sealed, 10**6, KeyFileError).header)
+    values[list(SealedKeyHeader.model_fields).index("added")][0]["keys"] = None
+    text = cbor2.dumps(values, canonical=True)
     maker = load_identity(federation.folder / "sites/ash/identity", "ash").signing
     forged = b"".join([KEY_MAGIC, len(text).to_bytes(4, "big"), text, maker.sign(KEY_MAGIC + text)])
     with pytest.raises(KeyFileError, match=r"wrong: added\.0\.keys"):
@@ -274,7 +274,7 @@ class Rotation:
     def amendment(self, sealed: bytes, **fields: object) -> bytes:
         chain = self.coordinator.journal.chain
         header = RecordHeader(
-            version=1,
+            version=2,
             kind="amendment",
             seq=chain.length,
             previous=chain.head,
@@ -347,7 +347,7 @@ def test_nothing_but_an_honest_checkpoint_follows_an_amendment(federation: Feder
         journal.append_checkpoint(by_name, payload[:-1] + bytes([payload[-1] ^ 1]))
     with pytest.raises(RecordError, match="a checkpoint follows an amendment and nothing else"):
         journal.append_aggregate([], b"", 0)
-    for damaged in (replies[1].envelope[:-70], b"", replies[1].envelope[:40] + b"x" + replies[1].envelope[41:]):
+    for damaged in (replies[1].envelope[:-70], b"", replies[1].envelope[:40] + b"?" + replies[1].envelope[41:]):
         with pytest.raises(ProtocolError):
             coordinator.receive(replace(replies[1], envelope=damaged))
     with pytest.raises(ProtocolError, match="in a reply of"):

@@ -26,7 +26,7 @@ from secure_fed.protocol.envelope import EnvelopeHeader, open_envelope
 from secure_fed.protocol.packing import CipherWire
 from secure_fed.protocol.records import RecordHeader, SignedContribution, new_header, sign_record
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
+from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import Federation, corrupt, exchange, make_template, run_round
 
@@ -68,7 +68,7 @@ def test_arrival_order_changes_no_byte_of_the_sum(federation: Federation) -> Non
         for index in order:
             other.receive(replies[index])
         other.close_round()
-        payloads.append(other.journal.read(1)[-other._wire.record_bytes(3) :])
+        payloads.append(other.journal.read(1)[-other._wire.payload_bytes :])
     assert payloads[0] == payloads[1]
 
 
@@ -199,7 +199,7 @@ def _resigned(
     from secure_fed.privacy.keys import load_identity
 
     frame = split_frame(ENVELOPE_MAGIC, data, 4096, EnvelopeError)
-    header = EnvelopeHeader.model_validate_json(frame.header)
+    header = parse_header(frame.header, EnvelopeHeader, EnvelopeError)
     body = bytes(frame.payload) if payload is None else payload
     changed = header.model_copy(update={**payload_fields(body), **fields})
     return sign_frame(
@@ -221,7 +221,7 @@ def _resigned(
         ({"site": "birch"}, "signature"),
         ({"site": "nobody"}, "no site of the study"),
         ({"site": "dogwood"}, "signature"),
-        ({"version": 2}, "wrong: version"),
+        ({"version": 1}, "wrong: version"),
     ],
 )
 def test_an_honestly_signed_envelope_of_another_place_is_refused(
@@ -236,16 +236,16 @@ def test_an_honestly_signed_envelope_of_another_place_is_refused(
 def test_other_hostile_envelopes_are_refused(envelope: tuple[Federation, Coordinator, RoundReply]) -> None:
     federation, coordinator, reply = envelope
     honest = open_envelope(
-        reply.envelope, federation.agreed, coordinator.journal.chain.members, coordinator._wire.envelope_bytes
+        reply.envelope, federation.agreed, coordinator.journal.chain.members, coordinator._wire.payload_bytes
     )
-    too_big = honest.payload[:-27] + b"\xff" * 27  # coefficients of 2^54 - 1, above q
+    too_big = honest.payload[:-8] + b"\xff" * 8  # a residue above q
     hostile = {
         "below 2|modulus|coefficient|q": _resigned(federation, reply.envelope, payload=too_big),
         "payload of": _resigned(federation, reply.envelope, payload=honest.payload[:-1]),
         "at most": reply.envelope + bytes(4096),
         "truncated": reply.envelope[:50],
         "declares a header": reply.envelope[:4] + b"\xff\xff\xff\xff" + reply.envelope[8:],
-        "not this kind": b"SFE2" + reply.envelope[4:],
+        "not this kind": b"SFE1" + reply.envelope[4:],
         "starts with": b"",
     }
     for match, data in hostile.items():
@@ -273,12 +273,12 @@ def test_an_observer_or_a_non_canonical_header_is_refused(
             replace(reply, site="dogwood", envelope=_resigned(federation, reply.envelope, "dogwood", site="dogwood"))
         )
     frame = split_frame(ENVELOPE_MAGIC, reply.envelope, 4096, EnvelopeError)
-    spaced = frame.header.replace(b'":', b'": ', 1)
+    spaced = bytes([0x98, frame.header[0] - 0x80]) + frame.header[1:]  # the array's length in a longer form
     from secure_fed.privacy.keys import load_identity
 
     signing = load_identity(federation.folder / "sites" / "ash" / "identity", "ash").signing
-    data = b"SFE1" + len(spaced).to_bytes(4, "big") + spaced + signing.sign(b"SFE1" + spaced) + bytes(frame.payload)
-    with pytest.raises(EnvelopeError, match="canonical"):
+    data = b"SFE2" + len(spaced).to_bytes(4, "big") + spaced + signing.sign(b"SFE2" + spaced) + bytes(frame.payload)
+    with pytest.raises(EnvelopeError, match="one encoding"):
         coordinator.receive(replace(reply, envelope=data))
 
 
@@ -296,7 +296,7 @@ class Forger:
             exchange(self.coordinator, site)
         self.wire = CipherWire(federation.agreed.lanes)
         self.envelopes = [self.coordinator._envelopes[name] for name in self.coordinator.sites_in]
-        self.payloads = [self.coordinator._spooled(name) for name in self.coordinator.sites_in]
+        self.payloads = self.spooled()
 
     def record(self, payload: bytes, contributors: list[int] | None = None, **fields: object) -> bytes:
         """A record with the true signature over whatever it says."""
@@ -309,9 +309,7 @@ class Forger:
             key=chain.key,
             round_number=chain.round + 1,
             contributors=tuple(
-                SignedContribution(
-                    header=self.envelopes[index].header_text.decode(), signature=self.envelopes[index].signature.hex()
-                )
+                SignedContribution.of(self.envelopes[index].header_text, self.envelopes[index].signature)
                 for index in chosen
             ),
             times_ms=(1, 2),
@@ -319,12 +317,17 @@ class Forger:
         )
         return sign_record(header.model_copy(update=fields), payload, self.federation.signing)
 
-    def summed(self, indices: list[int], tails: list[int] | None = None) -> bytes:
-        """The payload of a sum of these envelopes, with the seeds of those."""
+    def spooled(self) -> list[bytes]:
+        """The payloads of the envelopes that are in."""
+        files = [self.coordinator._spool() / f"{name}.envelope" for name in self.coordinator.sites_in]
+        return [file.read_bytes()[-self.wire.payload_bytes :] for file in files]
+
+    def summed(self, indices: list[int]) -> bytes:
+        """The payload of a sum of these envelopes."""
         total = self.wire.zero()
         for index in indices:
             self.wire.add(total, self.payloads[index])
-        return self.wire.record(total, [self.wire.tail(self.payloads[i]) for i in (tails or indices)])
+        return self.wire.record(total, len(indices))
 
     def give(self, record: bytes, site: int = 0) -> RoundReply:
         request = RoundRequest(round=2, attempt=1, records=(record,), more=False)
@@ -345,7 +348,7 @@ def test_a_sum_of_other_envelopes_than_signed_is_refused_and_changes_nothing(
     forger: Forger, indices: list[int]
 ) -> None:
     before = forger.sites[0].adapter_digest
-    reply = forger.give(forger.record(forger.summed(indices, tails=[*indices, 0, 0][:3])))
+    reply = forger.give(forger.record(forger.summed(indices)))
     assert reply.code == ReplyCode.REFUSED_AGGREGATE
     assert reply.envelope == b""
     assert forger.sites[0].adapter_digest == before
@@ -462,7 +465,7 @@ def test_nothing_but_its_void_follows_a_refused_round(forger: Forger) -> None:
         site = envelope.header.site
         data = (next(forger.federation.folder.glob(f"sites/{site}/state/runs/*/outbox/*.envelope"))).read_bytes()
         resigned = _resigned(forger.federation, data, site, round=2, head=chain.head)
-        envelopes.append(open_envelope(resigned, forger.federation.agreed, chain.members, forger.wire.envelope_bytes))
+        envelopes.append(open_envelope(resigned, forger.federation.agreed, chain.members, forger.wire.payload_bytes))
     forger.envelopes = envelopes
     with pytest.raises(RecordError, match="round 1 was refused here; expected its void"):
         forger.give(forger.record(forger.summed([0, 1, 2])))
@@ -483,18 +486,15 @@ def test_after_eight_refusals_the_key_is_dead(tmp_path: Path, images: Path) -> N
         for site in forger.sites:
             exchange(forger.coordinator, site)
         forger.envelopes = [forger.coordinator._envelopes[name] for name in forger.coordinator.sites_in]
-        forger.payloads = [forger.coordinator._spooled(name) for name in forger.coordinator.sites_in]
+        forger.payloads = forger.spooled()
 
 
 def test_a_scaled_sum_and_another_runs_envelopes_are_refused(forger: Forger) -> None:
     total = forger.wire.zero()
     for payload in forger.payloads:
         forger.wire.add(total, payload)
-    from secure_fed.protocol.packing import MODULUS
-
-    scaled = np.array([int(value) * 1024 % MODULUS for value in total.ravel()], dtype=np.uint64).reshape(total.shape)
-    tails = [forger.wire.tail(payload) for payload in forger.payloads]
-    assert forger.give(forger.record(forger.wire.record(scaled, tails))).code == ReplyCode.REFUSED_AGGREGATE
+    scaled = (total.astype(object) * 1024 % forger.federation.agreed.lanes.modulus).astype(np.uint64)
+    assert forger.give(forger.record(forger.wire.record(scaled, 3))).code == ReplyCode.REFUSED_AGGREGATE
     # The same sites' envelopes of this run, under a new run and key.
     federation = forger.federation
     old = list(forger.payloads)
@@ -523,7 +523,7 @@ def test_a_site_never_goes_back_to_an_older_run_or_a_second_genesis(federation: 
     run_round(first, sites)
     old = first.journal.read(0)
     other = sign_record(
-        RecordHeader.model_validate_json(split_frame(b"SFR1", old, 10**6, RecordError).header).model_copy(
+        parse_header(split_frame(b"SFR2", old, 10**6, RecordError).header, RecordHeader, RecordError).model_copy(
             update={"closed_ms": 1}
         ),
         b"",
@@ -580,7 +580,7 @@ def test_a_changed_journal_file_is_noticed_by_the_server(federation: Federation)
 def test_what_leaves_a_site_is_on_the_allow_list() -> None:
     assert set(RoundReply.__dataclass_fields__) == {"site", "code", "run", "position", "attestation", "envelope"}
     assert set(EnvelopeHeader.model_fields) == {
-        *("version", "study", "run", "head", "key", "amendment", "round", "attempt", "site", "values"),
+        *("version", "study", "run", "head", "key", "amendment", "round", "attempt", "site", "values", "seed"),
         *("ledger_seq", "ledger_head", "ledger_links", "size", "payload"),
     }
     assert {code.value for code in ReplyCode} >= {"update", "applied", "more", "refused-aggregate"}

@@ -57,8 +57,7 @@ def disk(state: Path, agreed: AgreedStudy, updates: int) -> str:
     """There is room for the whole study, and for so many updates of a round and the next."""
     study = agreed.study
     sizes = wire(study.mode, agreed.lanes)
-    record = sizes.record_bytes(study.max_sites)
-    needed = study.rounds * record + 2 * updates * sizes.envelope_bytes + SPARE_DISK
+    needed = (study.rounds + 2 * updates) * sizes.payload_bytes + SPARE_DISK
     place = next(parent for parent in (state, *state.resolve().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -14,7 +14,7 @@ from secure_fed.cli import app
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import RecordError, SecfacmicError, StorageError, StudyError
 from secure_fed.protocol.records import RecordHeader, sign_record
-from secure_fed.protocol.signing import split_frame
+from secure_fed.protocol.signing import parse_header, split_frame
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import Federation, exchange, run_round
 
@@ -121,8 +121,8 @@ def test_verify_names_the_damaged_record(played: Played, seq: int) -> None:
 
 def _second(played: Played, seq: int) -> bytes:
     """Another record of the same place with the coordinator's true signature."""
-    frame = split_frame(b"SFR1", played.record(seq).read_bytes(), 10**6, RecordError)
-    header = RecordHeader.model_validate_json(frame.header)
+    frame = split_frame(b"SFR2", played.record(seq).read_bytes(), 10**6, RecordError)
+    header = parse_header(frame.header, RecordHeader, RecordError)
     changed = header.model_copy(update={"closed_ms": header.closed_ms + 1})
     return sign_record(changed, bytes(frame.payload), played.federation.signing)
 
@@ -210,8 +210,8 @@ def test_without_keep_envelopes_none_is_left(federation: Federation) -> None:
 def test_a_sum_that_is_not_of_its_envelopes_is_named(played: Played) -> None:
     """The coordinator signs another sum than that of the envelopes it names: valid as a record, wrong as a sum."""
     path = played.record(2)
-    frame = split_frame(b"SFR1", path.read_bytes(), 10**6, RecordError)
-    header = RecordHeader.model_validate_json(frame.header)
+    frame = split_frame(b"SFR2", path.read_bytes(), 10**6, RecordError)
+    header = parse_header(frame.header, RecordHeader, RecordError)
     forged = bytearray(frame.payload)
     forged[100] ^= 1
     from secure_fed.protocol.signing import payload_fields

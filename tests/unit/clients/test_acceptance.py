@@ -63,7 +63,7 @@ def test_it_shows_what_leaves_and_records_who_accepted(federation: Federation) -
     assert agreed.study.id in text
     for words in (*HEADER_WORDS.values(), *REPLY_WORDS.values()):
         assert words in text
-    assert f"{wire('he', agreed.lanes).envelope_bytes} bytes each" in text
+    assert f"{wire('he', agreed.lanes).payload_bytes} bytes each" in text
     assert "3 updates" in text
     for name in ("ash", "birch", "cedar", "dogwood"):
         assert name in text

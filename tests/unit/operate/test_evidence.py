@@ -23,7 +23,7 @@ from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.operate.evidence import MAGIC, MANIFEST, MAX_HEADER, pack_evidence, verify_evidence
 from secure_fed.privacy.keys import load_identity, open_sealed_key
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
-from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
+from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.protocol.study import canonical_json
 from tests.conftest import Federation, exchange
 
@@ -157,7 +157,7 @@ def rebuilt(archive: Path, into: Path, change: Change, sign: Path | None = None)
         payload = canonical_json(manifest)
         from secure_fed.operate.evidence import _ManifestHeader
 
-        header = json.loads(frame.header) | payload_fields(payload)
+        header = parse_header(frame.header, _ManifestHeader, EvidenceError).model_dump() | payload_fields(payload)
         identity = load_identity(sign / "identity", sign.name)
         parts[MANIFEST] = sign_frame(MAGIC, _ManifestHeader(**header), identity.signing, payload)
     with zipfile.ZipFile(into, "w", zipfile.ZIP_STORED) as new:
@@ -323,7 +323,7 @@ def test_the_list_says_what_left(site: Path, folder: Path) -> None:
     run = (site / "state" / "run").read_text()
     envelopes = sorted(site.glob("state/runs/*/outbox/*.envelope"))
     assert rows[-1].run == run
-    frame = split_frame(b"SFE1", envelopes[-1].read_bytes(), 2048, EvidenceError)
+    frame = split_frame(b"SFE2", envelopes[-1].read_bytes(), 2048, EvidenceError)
     assert rows[-1].envelope == frame.digest
     assert rows[-1].bytes > envelopes[-1].stat().st_size
     shown = json.loads(CliRunner().invoke(app, ["site", "sent", str(site), "--json"]).stdout)

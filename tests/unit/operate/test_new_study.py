@@ -8,7 +8,7 @@ import pytest
 
 from secure_fed.core.errors import StudyError
 from secure_fed.core.tomlfile import write_toml
-from secure_fed.operate.new_study import add_site, check_study
+from secure_fed.operate.new_study import add_site, check_study, update_size
 from secure_fed.privacy.keys import PublicIdentity, create_identity, read_public_identity
 from secure_fed.protocol.study import read_study_file, with_fields
 from tests.conftest import Federation, make_template
@@ -62,3 +62,23 @@ def test_a_complete_study_is_checked_with_its_initial_state(federation: Federati
         check_study(path)
     tensors.unlink()
     assert check_study(path).missing() == []
+
+
+def test_what_an_update_takes_is_told_of_templates_and_studies(federation: Federation, study: Path) -> None:
+    small = {"bits": 9, "value_bound": 0.1}
+    template = make_template(encoding=small)
+    assert update_size(study, template) == (
+        "4 values of 9 bits in each coefficient of 51 bits, for 4 sites: 0.40 of float32's bytes"
+    )
+    assert "without encryption" in update_size(study, make_template(mode="plain"))
+    lanes = federation.agreed.lanes
+    told = update_size(federation.folder / "study.toml", federation.agreed.study)
+    assert told.startswith(f"2 values of 16 bits in each coefficient of {lanes.modulus_bits} bits, for 4 sites: 0.69")
+    assert told.endswith(f"; {lanes.payload_bytes:,} bytes for {lanes.values:,} values")
+
+
+def test_a_study_of_version_0_1_is_refused_with_both_formats(federation: Federation) -> None:
+    path = federation.folder / "study.toml"
+    path.write_text(path.read_text().replace("format = 2", "format = 1", 1))
+    with pytest.raises(StudyError, match=r"a study of format 1.*expected format 2.*secfacmic study new"):
+        check_study(path)

@@ -142,14 +142,15 @@ def views() -> dict[str, dict[str, Any]]:
         )
         for name in ("ash", "birch", "cedar")
     )
+    agreed = AgreedStudy(study, start)
     shadow = _Shadow(
         0,
-        AgreedStudy(study, start),
+        agreed,
         targets,
         PublicFeatures(features(rng, 400)),
         (1.0,),
         1e-5,
-        StudySecret.generate(),
+        StudySecret.generate(agreed.lanes.modulus_bits),
         None,
     )
     results = [_run_shadow(shadow) for _ in range(16)]

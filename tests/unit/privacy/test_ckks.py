@@ -1,7 +1,8 @@
-"""Exact authenticated sums: round trips, tags, and the attacks that the tags stop."""
+"""Exact authenticated sums: round trips, SEAL's own decryption, tags, and the attacks that the tags stop."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hmac
 import struct
@@ -18,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tenseal import sealapi
 
-from secure_fed.core.errors import AggregateRefused, KeyFileError, LanesError
+from secure_fed.core.errors import AggregateRefused, KeyFileError, LanesError, SealFormatError
 from secure_fed.privacy import ckks, seal_format
 from secure_fed.privacy.ckks import Cipher, StudySecret
 from secure_fed.protocol.packing import (
-    DEGREE,
-    MODULUS,
+    MAX_LANES,
+    NOISE_MOST,
     REFUSAL,
     TAG_PRIME,
     Binding,
@@ -33,25 +34,34 @@ from secure_fed.protocol.packing import (
     LaneParameters,
     PlainSealer,
     PlainWire,
+    Sealed,
     lane_parameters,
     largest_bits,
-    pack_coefficients,
     pack_lanes,
+    unpack_lanes,
 )
+from secure_fed.protocol.residues import DEGREE, PRIMES, centre, expand, multiply, pack_residues
 
-SECRET = StudySecret.generate()
 BINDING = Binding(run="aa" * 16, head="bb" * 32, round=7)
-# Two ciphertexts an envelope, so that something can be swapped between them.
-PARAMETERS = lane_parameters(max_sites=8, bits=17, lanes=2, values=9000)
+# Two ciphertexts an envelope, the second of them cut.
+PARAMETERS = lane_parameters(max_sites=8, bits=17, lanes=2, values=8990)
+SECRET = StudySecret.generate(PARAMETERS.modulus_bits)
+
+Who = tuple[str, int]
 
 
 @functools.cache
-def cipher(parameters: LaneParameters = PARAMETERS, secret: StudySecret = SECRET) -> Cipher:
-    return Cipher(parameters, secret)
+def secret_of(modulus_bits: int) -> StudySecret:
+    return replace(StudySecret.generate(modulus_bits), tag_key=SECRET.tag_key)
 
 
-def cohort_of(size: int, attempt: int = 0) -> list[Contribution]:
-    return [Contribution(f"site-{index}", attempt) for index in range(size)]
+@functools.cache
+def cipher(parameters: LaneParameters = PARAMETERS) -> Cipher:
+    return Cipher(parameters, SECRET if parameters == PARAMETERS else secret_of(parameters.modulus_bits))
+
+
+def sites_of(size: int, attempt: int = 0) -> list[Who]:
+    return [(f"site-{index}", attempt) for index in range(size)]
 
 
 def updates_of(
@@ -70,22 +80,23 @@ def updates_of(
 
 def seal_all(
     updates: Sequence[Integers],
-    cohort: Sequence[Contribution],
+    sites: Sequence[Who],
     parameters: LaneParameters = PARAMETERS,
     binding: Binding = BINDING,
-) -> list[bytes]:
-    return [
-        cipher(parameters).seal(update, binding, contribution)
-        for update, contribution in zip(updates, cohort, strict=True)
-    ]
+) -> list[Sealed]:
+    return [cipher(parameters).seal(update, binding, *who) for update, who in zip(updates, sites, strict=True)]
 
 
-def record_of(payloads: Sequence[bytes], parameters: LaneParameters = PARAMETERS) -> bytes:
+def cohort_of(sealed: Sequence[Sealed]) -> list[Contribution]:
+    return [one.contribution for one in sealed]
+
+
+def record_of(sealed: Sequence[Sealed], parameters: LaneParameters = PARAMETERS) -> bytes:
     cipher_wire = CipherWire(parameters)
     total = cipher_wire.zero()
-    for payload in payloads:
-        cipher_wire.add(total, payload)
-    return cipher_wire.record(total, [cipher_wire.tail(payload) for payload in payloads])
+    for one in sealed:
+        cipher_wire.add(total, one.payload)
+    return cipher_wire.record(total, min(len(sealed), parameters.max_sites))
 
 
 def refused(
@@ -121,7 +132,7 @@ def opened_without_tags(
 @st.composite
 def rounds(draw: st.DrawFn) -> tuple[LaneParameters, int, str, int]:
     max_sites = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16, 32]))
-    lanes = draw(st.sampled_from([2, 3]))
+    lanes = draw(st.sampled_from([lanes for lanes in range(2, MAX_LANES + 1) if largest_bits(max_sites, lanes)]))
     bits = draw(st.integers(8, largest_bits(max_sites, lanes)))
     values = draw(st.one_of(st.integers(1, 50), st.integers(1, 26_000)))
     parameters = lane_parameters(max_sites, bits, lanes, values)
@@ -138,35 +149,54 @@ def rounds(draw: st.DrawFn) -> tuple[LaneParameters, int, str, int]:
 @settings(max_examples=40, deadline=None)
 def test_the_opened_sum_is_exact(case: tuple[LaneParameters, int, str, int]) -> None:
     parameters, sites, kind, seed = case
-    updates, cohort = updates_of(sites, parameters, kind, seed), cohort_of(sites)
-    of_study, plain = Cipher(parameters, SECRET), PlainSealer(parameters)
-    payloads = [of_study.seal(update, BINDING, who) for update, who in zip(updates, cohort, strict=True)]
-    order = np.random.default_rng(seed).permutation(sites)
-    sums = of_study.open(record_of([payloads[i] for i in order], parameters), BINDING, [cohort[i] for i in order])
+    updates, names = updates_of(sites, parameters, kind, seed), sites_of(sites)
+    plain = PlainSealer(parameters)
+    sealed = seal_all(updates, names, parameters)
+    arrived = [sealed[i] for i in np.random.default_rng(seed).permutation(sites)]
+    sums = cipher(parameters).open(record_of(arrived, parameters), BINDING, cohort_of(arrived))
     assert sums.dtype == np.int64
     assert np.array_equal(sums, np.sum(updates, axis=0))
     plain_wire = PlainWire(parameters)
     total = plain_wire.zero()
-    for update, who in zip(updates, cohort, strict=True):
-        plain_wire.add(total, plain.seal(update, BINDING, who))
-    assert np.array_equal(plain.open(plain_wire.record(total, [b""] * sites), BINDING, cohort), sums)
+    for update, who in zip(updates, names, strict=True):
+        plain_wire.add(total, plain.seal(update, BINDING, *who).payload)
+    assert np.array_equal(plain.open(plain_wire.record(total, sites), BINDING, cohort_of(sealed)), sums)
 
 
-@pytest.mark.parametrize(("max_sites", "lanes"), [(4, 2), (64, 2), (4, 3), (32, 3), (256, 2)])
+@given(st.integers(1, 1000), st.sampled_from(["most", "least", "mixed", "random"]), st.integers(0, 2**32))
+@settings(max_examples=25, deadline=None)
+def test_every_number_of_sites_at_its_most_bits(max_sites: int, kind: str, seed: int) -> None:
+    """A few envelopes are sealed, and summed again and again until so many are in the sum."""
+    lanes = max(lanes for lanes in range(2, MAX_LANES + 1) if largest_bits(max_sites, lanes))
+    parameters = lane_parameters(max_sites, largest_bits(max_sites, lanes), lanes, 100)
+    updates = updates_of(4, parameters, kind, seed)
+    study, modulus = cipher(parameters), parameters.modulus
+    # What seal() does, without the tags, whose masks differ from site to site.
+    packed = [pack_lanes(np.pad(update, (0, parameters.integers - 100)), parameters) for update in updates]
+    total, expected = np.zeros(parameters.coefficients, object), np.zeros(100, np.int64)
+    keys = [index.to_bytes(32, "big") for index in range(max_sites)]
+    for index, key in enumerate(keys):
+        total += study._encrypted_zeros(key).astype(object) + packed[index % 4] * parameters.scale
+        expected += updates[index % 4]
+    second = ckks.sum_of_streams(keys, parameters.ciphertexts * DEGREE, modulus)
+    noisy = centre(((total + study._times_secret(second)) % modulus).astype(np.uint64), modulus)
+    lanes_ = unpack_lanes((noisy + parameters.scale // 2) // parameters.scale, parameters)
+    assert np.array_equal(lanes_.reshape(-1)[:100], expected)
+
+
+@pytest.mark.parametrize(("max_sites", "lanes"), [(4, 2), (64, 2), (4, 3), (4, 4), (32, 3), (256, 2)])
 @pytest.mark.parametrize("kind", ["most", "least", "mixed"])
 def test_extremes_of_a_full_cohort_at_the_most_bits(max_sites: int, lanes: int, kind: str) -> None:
     parameters = lane_parameters(max_sites, largest_bits(max_sites, lanes), lanes, 4096 * lanes - 50)
-    updates, cohort = updates_of(max_sites, parameters, kind), cohort_of(max_sites)
-    record = record_of(seal_all(updates, cohort, parameters), parameters)
-    assert np.array_equal(cipher(parameters).open(record, BINDING, cohort), np.sum(updates, axis=0))
+    updates = updates_of(max_sites, parameters, kind)
+    sealed = seal_all(updates, sites_of(max_sites), parameters)
+    record = record_of(sealed, parameters)
+    assert np.array_equal(cipher(parameters).open(record, BINDING, cohort_of(sealed)), np.sum(updates, axis=0))
 
 
-def test_arrival_order_does_not_change_the_polynomials() -> None:
-    payloads = seal_all(updates_of(4), cohort_of(4))
-    records = [record_of(order) for order in (payloads, payloads[::-1])]
-    size = PARAMETERS.ciphertexts * 27648
-    assert records[0][:size] == records[1][:size]
-    assert records[0] != records[1]
+def test_arrival_order_does_not_change_the_record() -> None:
+    sealed = seal_all(updates_of(4), sites_of(4))
+    assert record_of(sealed) == record_of(sealed[::-1])
 
 
 def words(ciphertext: Any) -> npt.NDArray[np.uint64]:
@@ -174,70 +204,83 @@ def words(ciphertext: Any) -> npt.NDArray[np.uint64]:
     return np.array([array.at(index) for index in range(array.size())], np.uint64)
 
 
-def test_the_keyless_sum_is_seals_own_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    sites = 5
-    cohort = cohort_of(sites)
-    payloads = seal_all(updates_of(sites), cohort)
-    study = cipher()
-    cipher_wire = CipherWire(PARAMETERS)
-    evaluator = sealapi.Evaluator(study._context)
-    expected = []
-    for index in range(PARAMETERS.ciphertexts):
-        parts = []
-        for payload in payloads:
-            seeds, polynomials = cipher_wire.split_envelope(payload)
-            part = sealapi.Ciphertext(study._context)
-            seal_format.load(part, study._context, study._form.build(seeds[index], polynomials[index]))
-            parts.append(part)
-        total = sealapi.Ciphertext(study._context)
-        evaluator.add_many(parts, total)
-        expected.append(words(total))
-    rebuilt = []
-
-    class Spy:
-        def decrypt(self, ciphertext: Any, plaintext: Any) -> None:
-            rebuilt.append(words(ciphertext))
-            assert ciphertext.scale == PARAMETERS.scale
-            assert ciphertext.parms_id() == study._context.first_parms_id()
-            real.decrypt(ciphertext, plaintext)
-
-    real = study._decryptor
-    monkeypatch.setattr(study, "_decryptor", Spy())
-    study.open(record_of(payloads), BINDING, cohort)
-    assert len(rebuilt) == len(expected) == 2
-    for ours, theirs in zip(rebuilt, expected, strict=True):
-        assert ours.size == 2 * DEGREE
-        assert np.array_equal(ours, theirs)
+def in_ntt(coefficients: npt.NDArray[np.uint64], study: Cipher) -> npt.NDArray[np.uint64]:
+    """SEAL's transform of one polynomial's coefficients."""
+    saved = bytearray(seal_format.ciphertext(np.stack((coefficients, coefficients)), study._parms_id))
+    saved[16 + 32] = 0  # not in NTT form
+    carrier = sealapi.Ciphertext(study._context)
+    seal_format.load(carrier, study._context, bytes(saved))
+    sealapi.Evaluator(study._context).transform_to_ntt_inplace(carrier)
+    return words(carrier)[:DEGREE]
 
 
-def test_slot_noise_is_what_the_scale_allows_for() -> None:
-    parameters = lane_parameters(16, 16, 2, 8000)
-    study, cohort = cipher(parameters), cohort_of(16)
-    payloads = seal_all(updates_of(16, parameters), cohort, parameters)
-    seeds, polynomials = CipherWire(parameters).split_record(record_of(payloads, parameters), 16)
-    slots = study._decrypt([site[0] for site in seeds], polynomials[0])
-    deviation = float((slots - np.rint(slots)).std()) * parameters.scale
-    assert deviation == pytest.approx(3.25 * np.sqrt(4096 * 16 / 2), rel=0.06)
+def test_seals_own_decryptor_opens_envelopes_and_sums() -> None:
+    """(y, sum of a) is an ordinary CKKS ciphertext: SEAL adds and decrypts it, and what comes out is noise + D m."""
+    updates = updates_of(3)
+    sealed = seal_all(updates, sites_of(3))
+    study, count = cipher(), PARAMETERS.ciphertexts
+    context, modulus = study._context, PARAMETERS.modulus
+    evaluator, decryptor = sealapi.Evaluator(context), study._decryptor
+    opened = np.empty((count, DEGREE), np.int64)
+    for index in range(count):
+        total: Any = None
+        for one in sealed:
+            first = np.zeros(count * DEGREE, np.uint64)
+            first[: PARAMETERS.coefficients] = CipherWire(PARAMETERS).residues(one.payload)
+            second = expand(ckks.stream_key(BINDING, one.contribution), count * DEGREE, modulus)
+            place = slice(index * DEGREE, (index + 1) * DEGREE)
+            part = sealapi.Ciphertext(context)
+            polynomials = np.stack((in_ntt(first[place], study), second[place]))
+            seal_format.load(part, context, seal_format.ciphertext(polynomials, study._parms_id))
+            if total is None:
+                total = part
+            else:
+                evaluator.add_inplace(total, part)
+        plaintext = sealapi.Plaintext()
+        decryptor.decrypt(total, plaintext)
+        ntt = np.array([plaintext.data(at) for at in range(DEGREE)], np.uint64).reshape(1, DEGREE)
+        opened[index] = centre(study._from_ntt(ntt), modulus)
+    used = opened.reshape(-1)[: PARAMETERS.coefficients]
+    lanes = unpack_lanes((used + PARAMETERS.scale // 2) // PARAMETERS.scale, PARAMETERS).reshape(-1)
+    assert np.array_equal(lanes[: PARAMETERS.values], np.sum(updates, axis=0))
 
 
-def test_a_real_update_of_sixteen_sites() -> None:
-    parameters = lane_parameters(16, 16, 2, 525_312 + 8)
-    updates, cohort = updates_of(16, parameters), cohort_of(16)
-    payloads = seal_all(updates, cohort, parameters)
-    assert len(payloads[0]) < 0.86 * 4 * parameters.values
-    record = record_of(payloads, parameters)
-    assert np.array_equal(cipher(parameters).open(record, BINDING, cohort), np.sum(updates, axis=0))
+def noise_of(sealed: Sealed, update: Integers, parameters: LaneParameters = PARAMETERS) -> npt.NDArray[np.int64]:
+    """What a holder of the key finds below the integers."""
+    study, modulus = cipher(parameters), parameters.modulus
+    second = expand(ckks.stream_key(BINDING, sealed.contribution), parameters.ciphertexts * DEGREE, modulus)
+    sums = CipherWire(parameters).residues(sealed.payload) + study._times_secret(second)
+    noisy = centre(sums % np.uint64(modulus), modulus)
+    return noisy - (noisy + parameters.scale // 2) // parameters.scale * parameters.scale
+
+
+def test_noise_is_seals_and_never_the_same_twice() -> None:
+    update = updates_of(1)[0]
+    one, other = (noise_of(cipher().seal(update, BINDING, "a", 1), update) for _ in range(2))
+    for noise in (one, other):
+        assert np.abs(noise).max() <= NOISE_MOST
+        assert noise.std() == pytest.approx(np.sqrt(21 / 2), rel=0.06)
+        assert abs(noise.mean()) < 0.3
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("bits", [16, 20])
+def test_a_real_update_of_sixteen_sites(bits: int) -> None:
+    parameters = lane_parameters(16, bits, 2, 525_312 + 8)
+    updates = updates_of(16, parameters)
+    sealed = seal_all(updates, sites_of(16), parameters)
+    assert len(sealed[0].payload) < (0.76 if bits == 16 else 0.88) * 4 * parameters.values
+    record = record_of(sealed, parameters)
+    assert np.array_equal(cipher(parameters).open(record, BINDING, cohort_of(sealed)), np.sum(updates, axis=0))
 
 
 def test_sealing_twice_gives_other_bytes_and_the_same_sum() -> None:
-    update, who = updates_of(1)[0], cohort_of(1)
-    one, other = seal_all([update], who)[0], seal_all([update], who)[0]
-    assert one != other
-    seeds = PARAMETERS.ciphertexts * 64
-    assert not set(CipherWire(PARAMETERS).split_envelope(one)[0]) & set(CipherWire(PARAMETERS).split_envelope(other)[0])
-    assert one[seeds:] != other[seeds:]
-    for payload in (one, other):
-        assert np.array_equal(cipher().open(record_of([payload]), BINDING, who), update)
+    update = updates_of(1)[0]
+    one, other = (seal_all([update], sites_of(1))[0] for _ in range(2))
+    assert one.contribution.seed != other.contribution.seed
+    assert one.payload != other.payload
+    for sealed in (one, other):
+        assert np.array_equal(cipher().open(record_of([sealed]), BINDING, [sealed.contribution]), update)
 
 
 @pytest.mark.parametrize("value", [PARAMETERS.max_integer + 1, -PARAMETERS.max_integer - 1])
@@ -245,9 +288,41 @@ def test_sealing_what_does_not_fit_is_a_bug(value: int) -> None:
     update = np.zeros(PARAMETERS.values, np.int64)
     update[-1] = value
     with pytest.raises(LanesError, match="magnitude"):
-        cipher().seal(update, BINDING, cohort_of(1)[0])
+        cipher().seal(update, BINDING, "site-0", 0)
     with pytest.raises(LanesError, match="shape"):
-        cipher().seal(update[1:], BINDING, cohort_of(1)[0])
+        cipher().seal(update[1:], BINDING, "site-0", 0)
+
+
+def test_a_stream_key_is_of_everything_but_the_attempt() -> None:
+    who = Contribution("ab", 1, "11" * 32)
+    keys = {
+        ckks.stream_key(binding, contribution)
+        for binding in (
+            Binding("ab", "cd", 1),
+            Binding("abc", "d", 1),
+            Binding("a", "bcd", 1),
+            Binding("ab", "cd1", 1),
+            Binding("ab", "cd", 11),
+            Binding("ab", "cd", 10),
+        )
+        for contribution in (who, replace(who, site="abc"), replace(who, seed="12" * 32))
+    }
+    assert len(keys) == 18
+    assert ckks.stream_key(BINDING, who) == ckks.stream_key(BINDING, replace(who, attempt=2))
+
+
+@pytest.mark.parametrize("what", ["product", "transform", "layout"])
+def test_a_seal_that_computes_otherwise_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    if what == "product":
+        monkeypatch.setattr(ckks, "multiply", lambda *arguments: multiply(*arguments)[..., ::-1])
+    elif what == "transform":
+        true = Cipher._from_ntt
+        monkeypatch.setattr(Cipher, "_from_ntt", lambda self, polynomials: true(self, np.roll(polynomials, 1, 1)))
+    else:
+        true_words = seal_format.ciphertext_words
+        monkeypatch.setattr(seal_format, "ciphertext_words", lambda *args, **kwargs: true_words(*args, **kwargs)[::-1])
+    with pytest.raises(SealFormatError, match="install the tenseal version"):
+        Cipher(PARAMETERS, SECRET)
 
 
 # Tags
@@ -299,14 +374,16 @@ def test_blocks_do_not_change_the_dot_product(monkeypatch: pytest.MonkeyPatch) -
         assert ckks._dot_products(SECRET.tag_key, BINDING, values[:9000]) == expected
 
 
-@given(st.sampled_from([(4, 18, 2), (4, 8, 2), (32, 8, 3), (16, 9, 3)]), st.integers(0, 2**32))
+@given(st.sampled_from([(4, 18, 2), (4, 8, 2), (4, 9, 4), (32, 8, 3), (16, 9, 3)]), st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
 def test_an_envelope_holds_values_and_the_digits_of_both_tags(shape: tuple[int, int, int], seed: int) -> None:
     parameters = lane_parameters(*shape, 300)
-    update, who = updates_of(1, parameters, seed=seed)[0], Contribution("Krankenhaus Süd", 3)
-    payload = cipher(parameters).seal(update, BINDING, who)
-    seeds, polynomials = CipherWire(parameters).split_envelope(payload)
-    slots = np.rint(cipher(parameters)._decrypt(seeds[:1], polynomials[0])).astype(np.int64)
+    update, study = updates_of(1, parameters, seed=seed)[0], cipher(parameters)
+    sealed = study.seal(update, BINDING, "Krankenhaus Süd", 3)
+    second = expand(ckks.stream_key(BINDING, sealed.contribution), parameters.ciphertexts * DEGREE, parameters.modulus)
+    sums = CipherWire(parameters).residues(sealed.payload) + study._times_secret(second)
+    noisy = centre(sums % np.uint64(parameters.modulus), parameters.modulus)
+    packed = (noisy + parameters.scale // 2) // parameters.scale
     width = parameters.bits - 1
     digits = []
     for tag in range(2):
@@ -315,8 +392,7 @@ def test_an_envelope_holds_values_and_the_digits_of_both_tags(shape: tuple[int, 
         digits += [(value >> (width * place)) % 2**width for place in range(parameters.tag_digits)]
         assert sum(d << (width * i) for i, d in enumerate(digits[-parameters.tag_digits :])) == value
     assert max(digits) <= parameters.max_integer
-    expected = pack_lanes(np.concatenate((update, digits)), parameters)
-    assert np.array_equal(slots, expected.view(np.float64)[0])
+    assert np.array_equal(packed, pack_lanes(np.concatenate((update, digits)), parameters))
 
 
 def test_fields_of_the_prf_are_unambiguous() -> None:
@@ -339,131 +415,164 @@ def test_fields_of_the_prf_are_unambiguous() -> None:
 # Attacks. Each is refused, and is shown to work where only the tags stop it.
 
 
-def encoded(slots: npt.NDArray[np.complex128]) -> npt.NDArray[np.uint64]:
-    """What a server can compute without any key: a plaintext's NTT coefficients."""
-    context = ckks._context()
-    plaintext = sealapi.Plaintext()
-    sealapi.CKKSEncoder(context).encode(slots.tolist(), PARAMETERS.scale, plaintext)
-    return np.array([plaintext.data(index) for index in range(DEGREE)], np.uint64)
+def with_coefficients(record: bytes, added: Integers) -> bytes:
+    """Add multiples of 1 / D to a record's sum, coefficient by coefficient, knowing no key."""
+    residues = CipherWire(PARAMETERS).residues(record)
+    moved = (residues.astype(object) + added.astype(object)) % PARAMETERS.modulus
+    return pack_residues(moved.astype(np.uint64), PARAMETERS.modulus_bits)
 
 
-def with_added(record: bytes, offset: Integers, contributors: int) -> bytes:
+def with_added(record: bytes, offset: Integers) -> bytes:
     """Add integers (values and tag digits) to a record's sum, knowing no key."""
-    seeds, polynomials = CipherWire(PARAMETERS).split_record(record, contributors)
-    plain = np.stack([encoded(row) for row in pack_lanes(offset, PARAMETERS)])
-    forged = (polynomials + plain) % np.uint64(MODULUS)
-    return pack_coefficients(forged) + b"".join(seed for site in seeds for seed in site)
+    return with_coefficients(record, pack_lanes(offset, PARAMETERS) * PARAMETERS.scale)
 
 
 def test_an_honest_record_is_opened() -> None:
-    updates, cohort = updates_of(3), cohort_of(3)
-    record = record_of(seal_all(updates, cohort))
-    assert np.array_equal(cipher().open(record, BINDING, cohort), np.sum(updates, axis=0))
+    updates = updates_of(3)
+    sealed = seal_all(updates, sites_of(3))
+    record = record_of(sealed)
+    assert np.array_equal(cipher().open(record, BINDING, cohort_of(sealed)), np.sum(updates, axis=0))
     # The same addition that forges below, of nothing.
-    same = with_added(record, np.zeros(PARAMETERS.integers, np.int64), 3)
-    assert np.array_equal(cipher().open(same, BINDING, cohort), np.sum(updates, axis=0))
+    assert with_added(record, np.zeros(PARAMETERS.integers, np.int64)) == record
 
 
 @pytest.mark.parametrize("place", [0, 4321, PARAMETERS.values - 1, PARAMETERS.values, PARAMETERS.integers - 1])
 @pytest.mark.parametrize("by", [1, -1])
 def test_one_integer_changed_by_one(monkeypatch: pytest.MonkeyPatch, place: int, by: int) -> None:
-    updates, cohort = updates_of(3), cohort_of(3)
+    updates = updates_of(3)
+    sealed = seal_all(updates, sites_of(3))
     offset = np.zeros(PARAMETERS.integers, np.int64)
     offset[place] = by
-    forged = with_added(record_of(seal_all(updates, cohort)), offset, 3)
-    refused(forged, cohort)
-    sums = opened_without_tags(monkeypatch, forged, cohort)
+    forged = with_added(record_of(sealed), offset)
+    refused(forged, cohort_of(sealed))
+    sums = opened_without_tags(monkeypatch, forged, cohort_of(sealed))
     assert np.array_equal(sums, np.sum(updates, axis=0) + offset[: PARAMETERS.values])
 
 
-def test_padding_is_not_a_place_to_write() -> None:
-    cohort = cohort_of(2)
-    record = record_of(seal_all(updates_of(2), cohort))
-    seeds, polynomials = CipherWire(PARAMETERS).split_record(record, 2)
-    slots = np.zeros(DEGREE // 2, np.complex128)
-    slots[-1] = 1j
-    polynomials[-1] = (polynomials[-1] + encoded(slots)) % np.uint64(MODULUS)
-    refused(pack_coefficients(polynomials) + b"".join(seed for site in seeds for seed in site), cohort)
+def padding_of(parameters: LaneParameters) -> range:
+    """Coefficients that hold no integer at all."""
+    return range(-(-parameters.integers // parameters.lanes), parameters.coefficients)
+
+
+@pytest.mark.parametrize("lane", [0, 1])
+def test_padding_is_not_a_place_to_write(monkeypatch: pytest.MonkeyPatch, lane: int) -> None:
+    """Whatever the tags say. Lane 0 may be off by what noise can do, here 1; lane 1 by nothing."""
+    monkeypatch.setattr(Cipher, "_tags_hold", lambda *_: True)
+    sealed = seal_all(updates_of(3), sites_of(3))
+    (place, *_) = padding_of(PARAMETERS)
+    added = np.zeros(PARAMETERS.coefficients, np.int64)
+    noise = PARAMETERS.noise_in_lane(3)
+    assert noise == 0 if lane else noise >= 0
+    added[place] = PARAMETERS.scale * (noise + 1 << lane * PARAMETERS.lane_bits)
+    refused(with_coefficients(record_of(sealed), added), cohort_of(sealed))
+
+
+def test_the_end_of_the_last_coefficient_is_padding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cipher, "_tags_hold", lambda *_: True)
+    parameters = lane_parameters(8, 17, 2, 9001)
+    assert parameters.integers % 2
+    sealed = seal_all(updates_of(2, parameters), sites_of(2), parameters)
+    record = CipherWire(parameters).residues(record_of(sealed, parameters)).astype(object)
+    record[parameters.integers // 2] += parameters.scale << parameters.lane_bits
+    forged = pack_residues((record % parameters.modulus).astype(np.uint64), parameters.modulus_bits)
+    refused(forged, cohort_of(sealed), by=cipher(parameters))
 
 
 @pytest.mark.parametrize(("kind", "by"), [("most", 1), ("least", -1)])
-def test_a_sum_beyond_what_the_cohort_can_send(monkeypatch: pytest.MonkeyPatch, kind: str, by: int) -> None:
-    cohort = cohort_of(2)
-    record = record_of(seal_all(updates_of(2, kind=kind), cohort))
-    offset = np.zeros(PARAMETERS.integers, np.int64)
-    offset[5] = by
-    forged = with_added(record, offset, 2)
+@pytest.mark.parametrize("lane", [0, 1])
+def test_a_sum_beyond_what_the_cohort_can_send(monkeypatch: pytest.MonkeyPatch, kind: str, by: int, lane: int) -> None:
     monkeypatch.setattr(Cipher, "_tags_hold", lambda *_: True)
-    cipher().open(record, BINDING, cohort)
-    refused(forged, cohort)
+    sealed = seal_all(updates_of(2, kind=kind), sites_of(2))
+    record, noise = record_of(sealed), PARAMETERS.noise_in_lane(2) if lane == 0 else 0
+    for beyond, holds in ((noise, True), (noise + 1, False)):
+        offset = np.zeros(PARAMETERS.integers, np.int64)
+        offset[4 + lane] = by * beyond
+        forged = with_added(record, offset)
+        if holds:
+            cipher().open(forged, BINDING, cohort_of(sealed))
+        else:
+            refused(forged, cohort_of(sealed))
+
+
+def test_lawful_noise_cannot_void_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One site that chooses the largest noise, in every coefficient, moves lane 0 by no more than one that sends as
+    many integers more: the sum is in range, however near to the next integer it comes."""
+    monkeypatch.setattr(Cipher, "_tags_hold", lambda *_: True)
+    parameters = lane_parameters(4, 18, 2, 9000)
+    updates = updates_of(4, parameters, "most")
+    sealed = seal_all(updates, sites_of(4), parameters)
+    residues = CipherWire(parameters).residues(record_of(sealed, parameters)).astype(object)
+    for added in (NOISE_MOST, 4 * NOISE_MOST):  # one such site, and all of them
+        forged = pack_residues(((residues + added) % parameters.modulus).astype(np.uint64), parameters.modulus_bits)
+        sums = cipher(parameters).open(forged, BINDING, cohort_of(sealed))
+        moved = sums - np.sum(updates, axis=0)
+        assert moved.min() >= 0
+        assert moved.max() <= parameters.noise_in_lane(4) == 1
+        assert not moved[1::2].any()
 
 
 def test_a_forged_cohort_around_one_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The victim's envelope under every name, plus a plaintext of the server's choice."""
-    (update,), cohort = updates_of(1), cohort_of(3)
-    victim = seal_all([update], cohort[:1])[0]
+    """The victim's envelope under every name, plus integers of the server's choice: each name has other second
+    polynomials, so that not even without the tags anything comes out."""
+    (update,), names = updates_of(1), sites_of(3)
+    (victim,) = seal_all([update], names[:1])
+    cohort = [replace(victim.contribution, site=site) for site, _ in names]
     offset = np.zeros(PARAMETERS.integers, np.int64)
     offset[: PARAMETERS.values] = np.where(update > 0, -6, 6)
-    forged = with_added(record_of([victim] * 3), offset, 3)
+    forged = with_added(record_of([victim] * 3), offset)
     refused(forged, cohort)
-    sums = opened_without_tags(monkeypatch, forged, cohort)
-    assert np.array_equal((sums - offset[: PARAMETERS.values]) // 3, update)
+    with pytest.raises(AggregateRefused):
+        opened_without_tags(monkeypatch, forged, cohort)
 
 
 def test_contributors_that_the_server_invents() -> None:
-    """A seed always brings a second polynomial, so added names need envelopes under the key."""
-    cohort = cohort_of(4)
-    victim = seal_all(updates_of(1), cohort[:1])[0]
+    (victim,) = seal_all(updates_of(1), sites_of(1))
     record = record_of([victim])
-    for seed in (bytes(64), b"\xff" * 64, np.random.default_rng(0).bytes(64)):
-        refused(record + 3 * PARAMETERS.ciphertexts * seed, cohort)
+    for seed in ("00" * 32, "ff" * 32, victim.contribution.seed):
+        invented = [Contribution(f"site-{index}", 0, seed) for index in range(1, 4)]
+        refused(record, [victim.contribution, *invented])
 
 
-def test_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wire cannot scale a second polynomial; naming its seed many times is the nearest thing to it."""
-    parameters = lane_parameters(1024, 8, 2, 1000)
-    study, cohort, (update,) = cipher(parameters), cohort_of(1024), updates_of(1, parameters)
-    victim = seal_all([update], cohort[:1], parameters)[0]
-    # Copies scale the noise as well, which 1024 equal ones show in the slots; 32 do not.
-    refused(record_of([victim] * 1024, parameters), cohort, by=study)
-    forged = record_of([victim] * 32, parameters)
-    refused(forged, cohort[:32], by=study)
-    assert np.array_equal(opened_without_tags(monkeypatch, forged, cohort[:32], by=study), 32 * update)
-    seeds, polynomials = CipherWire(parameters).split_envelope(victim)
-    scaled = (polynomials.astype(object) * 1024 % MODULUS).astype(np.uint64)
-    refused(pack_coefficients(scaled) + b"".join(seeds), cohort[:1], by=study)
+def test_scaling() -> None:
+    """The wire cannot scale second polynomials, which follow from signed seeds."""
+    parameters = lane_parameters(1000, 8, 2, 1000)
+    study, (update,) = cipher(parameters), updates_of(1, parameters)
+    (victim,) = seal_all([update], sites_of(1), parameters)
+    for times in (2, 32, 1000):
+        refused(record_of([victim] * times, parameters), [victim.contribution], by=study)
+        refused(record_of([victim] * times, parameters), [victim.contribution] * times, by=study)
+    residues = CipherWire(parameters).residues(victim.payload).astype(object)
+    scaled = pack_residues((residues * 1024 % parameters.modulus).astype(np.uint64), parameters.modulus_bits)
+    refused(scaled, [victim.contribution], by=study)
 
 
 def test_one_site_in_place_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates, cohort = updates_of(3), cohort_of(3)
-    payloads = seal_all(updates, cohort)
-    forged = record_of([payloads[0], payloads[0], payloads[2]])
-    refused(forged, cohort)
-    sums = opened_without_tags(monkeypatch, forged, cohort)
-    assert np.array_equal(sums, 2 * updates[0] + updates[2])
+    sealed = seal_all(updates_of(3), sites_of(3))
+    forged = record_of([sealed[0], sealed[0], sealed[2]])
+    refused(forged, cohort_of(sealed))
+    with pytest.raises(AggregateRefused):
+        opened_without_tags(monkeypatch, forged, cohort_of(sealed))
 
 
 def test_one_site_counted_twice_and_named_once() -> None:
-    cohort = cohort_of(2)
-    payloads = seal_all(updates_of(2), cohort)
-    twice = record_of([payloads[0], payloads[0], payloads[1]])
-    refused(twice, cohort)
-    one_tail = PARAMETERS.ciphertexts * 64
-    refused(twice[:-one_tail], cohort)
-    refused(twice, [cohort[0], cohort[0], cohort[1]])
-    refused(twice, [cohort[0], replace(cohort[0], attempt=1), cohort[1]])
+    sealed = seal_all(updates_of(2), sites_of(2))
+    first, second = cohort_of(sealed)
+    twice = record_of([sealed[0], *sealed])
+    refused(twice, [first, second])
+    refused(twice, [first, first, second])
+    refused(twice, [first, replace(first, attempt=1), second])
 
 
 def test_a_site_left_out_or_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates, cohort = updates_of(3), cohort_of(3)
-    payloads = seal_all(updates, cohort)
-    left_out = record_of(payloads[:2])
+    sealed = seal_all(updates_of(3), sites_of(3))
+    cohort = cohort_of(sealed)
+    left_out = record_of(sealed[:2])
     refused(left_out, cohort)
-    refused(record_of(payloads), cohort[:2])
+    refused(record_of(sealed), cohort[:2])
     # Right number, wrong name.
     refused(left_out, [cohort[0], cohort[2]])
-    sums = opened_without_tags(monkeypatch, left_out, [cohort[0], cohort[2]])
-    assert np.array_equal(sums, updates[0] + updates[1])
+    with pytest.raises(AggregateRefused):
+        opened_without_tags(monkeypatch, left_out, [cohort[0], cohort[2]])
 
 
 @pytest.mark.parametrize(
@@ -474,65 +583,75 @@ def test_a_site_left_out_or_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(BINDING, round=8),
     ],
 )
-def test_another_run_head_or_round(monkeypatch: pytest.MonkeyPatch, other: Binding) -> None:
-    updates, cohort = updates_of(2), cohort_of(2)
-    record = record_of(seal_all(updates, cohort, binding=other))
-    assert np.array_equal(cipher().open(record, other, cohort), sum(updates))
-    refused(record, cohort)
-    assert np.array_equal(opened_without_tags(monkeypatch, record, cohort), sum(updates))
+def test_another_run_head_or_round(other: Binding) -> None:
+    updates, names = updates_of(2), sites_of(2)
+    sealed = seal_all(updates, names, binding=other)
+    record = record_of(sealed)
+    assert np.array_equal(cipher().open(record, other, cohort_of(sealed)), sum(updates))
+    refused(record, cohort_of(sealed))
     # One envelope of another round among envelopes of this one.
-    mixed = seal_all(updates[:1], cohort[:1]) + seal_all(updates[1:], cohort[1:], binding=other)
-    refused(record_of(mixed), cohort)
-    assert np.array_equal(opened_without_tags(monkeypatch, record_of(mixed), cohort), sum(updates))
+    mixed = seal_all(updates[:1], names[:1]) + seal_all(updates[1:], names[1:], binding=other)
+    refused(record_of(mixed), cohort_of(mixed))
 
 
 def test_another_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates, cohort = updates_of(2), cohort_of(2)
-    record = record_of(seal_all(updates, [cohort[0], replace(cohort[1], attempt=1)]))
-    refused(record, cohort)
-    assert np.array_equal(opened_without_tags(monkeypatch, record, cohort), sum(updates))
-    assert np.array_equal(cipher().open(record, BINDING, [cohort[0], replace(cohort[1], attempt=1)]), sum(updates))
+    updates = updates_of(2)
+    sealed = seal_all(updates, [("site-0", 0), ("site-1", 1)])
+    record, (first, second) = record_of(sealed), cohort_of(sealed)
+    wrong = [first, replace(second, attempt=0)]
+    refused(record, wrong)
+    assert np.array_equal(opened_without_tags(monkeypatch, record, wrong), sum(updates))
+    assert np.array_equal(cipher().open(record, BINDING, [first, second]), sum(updates))
 
 
 def test_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates, cohort = updates_of(2), cohort_of(2)
-    record = record_of(seal_all(updates, cohort))
-    refused(record, cohort, by=Cipher(PARAMETERS, StudySecret.generate()))
-    refused(record, cohort, by=Cipher(PARAMETERS, replace(StudySecret.generate(), tag_key=SECRET.tag_key)))
+    updates = updates_of(2)
+    sealed = seal_all(updates, sites_of(2))
+    record, cohort = record_of(sealed), cohort_of(sealed)
+    other = StudySecret.generate(PARAMETERS.modulus_bits)
+    refused(record, cohort, by=Cipher(PARAMETERS, other))
+    refused(record, cohort, by=Cipher(PARAMETERS, replace(other, tag_key=SECRET.tag_key)))
     other_tags = Cipher(PARAMETERS, replace(SECRET, tag_key=bytes(32)))
     refused(record, cohort, by=other_tags)
     assert np.array_equal(opened_without_tags(monkeypatch, record, cohort, by=other_tags), sum(updates))
 
 
 def test_swapped_seeds() -> None:
-    updates, cohort = updates_of(2), cohort_of(2)
-    record = record_of(seal_all(updates, cohort))
-    packed, seeds = record[:-256], [record[-256:][at : at + 64] for at in range(0, 256, 64)]
-    refused(packed + seeds[1] + seeds[0] + seeds[2] + seeds[3], cohort)
-    refused(packed + seeds[0] + seeds[3] + seeds[2] + seeds[1][:63] + b"\0", cohort)
-    # Between contributors of one ciphertext the sum is the same sum: addition commutes.
-    same = packed + seeds[2] + seeds[1] + seeds[0] + seeds[3]
-    assert np.array_equal(cipher().open(same, BINDING, cohort), sum(updates))
+    sealed = seal_all(updates_of(2), sites_of(2))
+    record, (first, second) = record_of(sealed), cohort_of(sealed)
+    refused(record, [replace(first, seed=second.seed), replace(second, seed=first.seed)])
+    refused(record, [first, replace(second, seed=first.seed)])
+    # The order of contributors does not matter: addition commutes.
+    cipher().open(record, BINDING, [second, first])
 
 
-FLIP_UPDATES, FLIP_COHORT = updates_of(2), cohort_of(2)
-FLIP_RECORD = record_of(seal_all(FLIP_UPDATES, FLIP_COHORT))
+FLIP_SEALED = seal_all(updates_of(2), sites_of(2))
+FLIP_COHORT = cohort_of(FLIP_SEALED)
+FLIP_RECORD = record_of(FLIP_SEALED)
 
 
 @given(st.integers(0, 8 * len(FLIP_RECORD) - 1))
 @settings(max_examples=60, deadline=None)
 def test_any_flipped_bit(bit: int) -> None:
+    """But the lowest ones of a coefficient, which are below its integers: there they change nothing."""
     flipped = bytearray(FLIP_RECORD)
     flipped[bit // 8] ^= 1 << bit % 8
-    refused(bytes(flipped), FLIP_COHORT)
+    if bit % PARAMETERS.modulus_bits >= 7:
+        refused(bytes(flipped), FLIP_COHORT)
+    else:
+        with contextlib.suppress(AggregateRefused):
+            sums = cipher().open(bytes(flipped), BINDING, FLIP_COHORT)
+            assert np.array_equal(sums, cipher().open(FLIP_RECORD, BINDING, FLIP_COHORT))
 
 
-@given(st.integers(0, 255), st.integers(0, 7))
+@given(st.integers(0, 31), st.integers(0, 7), st.integers(0, 1))
 @settings(max_examples=20, deadline=None)
-def test_any_flipped_bit_of_a_seed(byte: int, bit: int) -> None:
-    flipped = bytearray(FLIP_RECORD)
-    flipped[-1 - byte] ^= 1 << bit
-    refused(bytes(flipped), FLIP_COHORT)
+def test_any_flipped_bit_of_a_seed(byte: int, bit: int, site: int) -> None:
+    seed = bytearray.fromhex(FLIP_COHORT[site].seed)
+    seed[byte] ^= 1 << bit
+    cohort = list(FLIP_COHORT)
+    cohort[site] = replace(cohort[site], seed=seed.hex())
+    refused(FLIP_RECORD, cohort)
 
 
 @given(st.binary(max_size=2000))
@@ -542,26 +661,17 @@ def test_any_other_bytes(data: bytes) -> None:
     refused((data + bytes(len(FLIP_RECORD)))[: len(FLIP_RECORD)], FLIP_COHORT)
 
 
+def test_residues_beyond_the_prime() -> None:
+    forged = (1 << PARAMETERS.modulus_bits) - 1 << 3 * PARAMETERS.modulus_bits
+    packed = (int.from_bytes(FLIP_RECORD, "little") | forged).to_bytes(len(FLIP_RECORD), "little")
+    refused(packed, FLIP_COHORT)
+
+
 def test_cohorts_that_cannot_be() -> None:
-    record = record_of(seal_all(updates_of(8), cohort_of(8)))
+    sealed = seal_all(updates_of(8), sites_of(8))
+    record = record_of(sealed)
     refused(record, [])
-    refused(record[: PARAMETERS.ciphertexts * 27648], [])
-    refused(record + record[-PARAMETERS.ciphertexts * 64 :], cohort_of(9))
-
-
-def test_a_slot_between_two_integers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Cipher, "_tags_hold", lambda *_: True)
-    cohort = cohort_of(1)
-    record = record_of(seal_all(updates_of(1), cohort))
-    seeds, polynomials = CipherWire(PARAMETERS).split_record(record, 1)
-    for fraction, holds in ((0.2, True), (0.5, False)):
-        slots = np.full(DEGREE // 2, fraction, np.complex128)
-        polynomial = (polynomials[0] + encoded(slots)) % np.uint64(MODULUS)
-        moved = pack_coefficients(np.stack((polynomial, polynomials[1]))) + b"".join(seeds[0])
-        if holds:
-            cipher().open(moved, BINDING, cohort)
-        else:
-            refused(moved, cohort)
+    refused(record, [*cohort_of(sealed), Contribution("site-8", 0, "00" * 32)])
 
 
 # The secret
@@ -570,7 +680,12 @@ def test_a_slot_between_two_integers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_secret_round_trip() -> None:
     data = SECRET.to_bytes()
     assert StudySecret.from_bytes(data) == SECRET
-    assert data.startswith(b"secfacmic-ckks-1" + SECRET.tag_key + struct.pack(">I", len(SECRET.secret_key)))
+    assert data.startswith(
+        b"secfacmic-ckks-2"
+        + bytes([PARAMETERS.modulus_bits])
+        + SECRET.tag_key
+        + struct.pack(">I", len(SECRET.secret_key))
+    )
 
 
 def test_repr_and_errors_show_no_key() -> None:
@@ -578,7 +693,7 @@ def test_repr_and_errors_show_no_key() -> None:
     with pytest.raises(KeyFileError) as caught:
         StudySecret.from_bytes(SECRET.to_bytes()[:-1])
     texts.append(str(caught.value))
-    assert texts[0] == "StudySecret()"
+    assert texts[0] == f"StudySecret(modulus_bits={PARAMETERS.modulus_bits})"
     for text in texts:
         assert repr(SECRET.tag_key)[2:-1] not in text
         assert SECRET.tag_key.hex() not in text
@@ -606,15 +721,33 @@ def test_other_bytes_are_no_secret(data: bytes) -> None:
 
 def test_a_key_that_seal_does_not_take() -> None:
     with pytest.raises(KeyFileError, match="32"):
-        StudySecret(SECRET.secret_key, b"short")
+        StudySecret(PARAMETERS.modulus_bits, SECRET.secret_key, b"short")
     foreign = bytearray(SECRET.secret_key)
     foreign[3] = 5
     for key in (b"", b"junk", SECRET.secret_key[:-1], bytes(foreign), SECRET.secret_key[:16] + bytes(9)):
         with pytest.raises(KeyFileError, match="secret key"):
-            Cipher(PARAMETERS, StudySecret(key, SECRET.tag_key))
+            Cipher(PARAMETERS, StudySecret(PARAMETERS.modulus_bits, key, SECRET.tag_key))
+
+
+def test_a_key_for_another_prime_is_told_apart() -> None:
+    other = lane_parameters(4, 9, 4, 100)
+    with pytest.raises(KeyFileError, match=rf"prime of {PARAMETERS.modulus_bits} bits; expected {other.modulus_bits}"):
+        Cipher(other, SECRET)
+    # Also when it lies about it: SEAL takes no key of other parameters.
+    with pytest.raises(KeyFileError, match="secret key"):
+        Cipher(other, replace(SECRET, modulus_bits=other.modulus_bits))
+
+
+def test_every_prime_is_seals_and_passes_its_check_at_256_bits() -> None:
+    for bits, prime in PRIMES.items():
+        (modulus,) = sealapi.CoeffModulus.Create(DEGREE, [bits])
+        assert modulus.value() == prime
+        assert ckks._context(bits).parameters_set()
+    with pytest.raises(SealFormatError, match="another prime"):
+        ckks._context(58)
 
 
 def test_secrets_differ() -> None:
-    other = StudySecret.generate()
+    other = StudySecret.generate(PARAMETERS.modulus_bits)
     assert other.secret_key != SECRET.secret_key
     assert other.tag_key != SECRET.tag_key

@@ -13,7 +13,7 @@ from secure_fed.core.errors import KeyFileError
 from secure_fed.privacy import keys
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.protocol.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key
-from secure_fed.protocol.signing import load_signing_key, payload_fields, sign_frame, split_frame
+from secure_fed.protocol.signing import load_signing_key, parse_header, payload_fields, sign_frame, split_frame
 from tests.conftest import Federation
 
 
@@ -95,9 +95,9 @@ def test_only_the_key_maker_seals(federation: Federation) -> None:
     # The server seals a key of its own to the sites and signs it with the key it has.
     sealed = federation.seal_key(1)
     frame = split_frame(KEY_MAGIC, sealed, MAX_KEY_HEADER, KeyFileError)
-    header = SealedKeyHeader.model_validate_json(frame.header)
+    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
     recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in federation.agreed.study.sites]
-    own = pyrage.encrypt(StudySecret.generate().to_bytes(), recipients)
+    own = pyrage.encrypt(StudySecret.generate(federation.agreed.lanes.modulus_bits).to_bytes(), recipients)
     forged_header = header.model_copy(update=payload_fields(own))
     for signer in (federation.signing, _identity(federation, "birch").signing):
         forged = sign_frame(KEY_MAGIC, forged_header, signer, own)
@@ -133,7 +133,7 @@ def test_a_key_of_another_study_or_an_older_epoch_is_refused(federation: Federat
         with pytest.raises(KeyFileError, match="an older or a second key of an epoch"):
             site.replica.keys.accept(other)
     frame = split_frame(KEY_MAGIC, second, MAX_KEY_HEADER, KeyFileError)
-    header = SealedKeyHeader.model_validate_json(frame.header).model_copy(update={"study": "6" * 64})
+    header = parse_header(frame.header, SealedKeyHeader, KeyFileError).model_copy(update={"study": "6" * 64})
     moved = sign_frame(KEY_MAGIC, header, _identity(federation, "ash").signing, bytes(frame.payload))
     with pytest.raises(KeyFileError, match="for study 6666"):
         site.replica.keys.accept(moved)

@@ -19,21 +19,35 @@ from tenseal import sealapi
 
 from secure_fed.core.errors import SealFormatError
 from secure_fed.privacy import ckks, seal_format
-from secure_fed.privacy.seal_format import SeededForm
-from secure_fed.protocol.packing import DEGREE, MODULUS, Coefficients
+from secure_fed.protocol.residues import DEGREE, PRIMES, Residues
 
 ROOT = Path(__file__).parents[3]
-SCALE = 12345.678
-CONTEXT = ckks._context()
+BITS = 51
+CONTEXT = ckks._context(BITS)
 KEY = sealapi.KeyGenerator(CONTEXT).secret_key()
 ENCRYPTOR = sealapi.Encryptor(CONTEXT, KEY)
-FORM = SeededForm(tuple(CONTEXT.first_parms_id()), SCALE)
+DECRYPTOR = sealapi.Decryptor(CONTEXT, KEY)
+PARMS: seal_format.ParmsId = tuple(CONTEXT.first_parms_id())
 
 
-def saved_seeded(scale: float = SCALE) -> bytes:
+def zero() -> Any:
+    ciphertext = sealapi.Ciphertext(CONTEXT)
+    ENCRYPTOR.encrypt_zero_symmetric(ciphertext)
+    return ciphertext
+
+
+def saved_ciphertext() -> bytes:
+    return seal_format.save(zero())
+
+
+def saved_plaintext() -> bytes:
     plaintext = sealapi.Plaintext()
-    sealapi.CKKSEncoder(CONTEXT).encode([1 + 2j, -3j], scale, plaintext)
-    return seal_format.save(ENCRYPTOR.encrypt_symmetric(plaintext))
+    DECRYPTOR.decrypt(zero(), plaintext)
+    return seal_format.save(plaintext)
+
+
+def split(saved: bytes) -> Residues:
+    return seal_format.ciphertext_words(saved, PARMS, 2, ntt=True)
 
 
 def loaded(data: bytes) -> Any:
@@ -42,105 +56,103 @@ def loaded(data: bytes) -> Any:
     return ciphertext
 
 
-def words(ciphertext: Any) -> Coefficients:
+def words(ciphertext: Any) -> Residues:
     array = ciphertext.dyn_array()
     return np.array([array.at(index) for index in range(array.size())], np.uint64).reshape(-1, DEGREE)
 
 
-def test_modulus_is_seals() -> None:
-    primes = [prime.value() for prime in sealapi.CoeffModulus.Create(DEGREE, [54, 55])]
-    assert primes[0] == MODULUS
+def test_the_context_has_one_prime_and_256_bits_of_security() -> None:
     assert CONTEXT.parameters_set()
-    assert CONTEXT.first_context_data().total_coeff_modulus_bit_count() == 54
-    assert CONTEXT.key_context_data().total_coeff_modulus_bit_count() == 109
-    assert CONTEXT.key_context_data().qualifiers().sec_level == sealapi.SEC_LEVEL_TYPE.TC128
+    assert CONTEXT.first_context_data().total_coeff_modulus_bit_count() == BITS
+    assert CONTEXT.key_context_data().total_coeff_modulus_bit_count() == BITS
+    assert CONTEXT.key_context_data().qualifiers().sec_level == sealapi.SEC_LEVEL_TYPE.TC256
 
 
-def test_split_takes_what_seal_put_in() -> None:
-    saved = saved_seeded()
-    seed, polynomial = FORM.split(saved)
-    assert len(seed) == 64
-    assert np.array_equal(words(loaded(saved))[0], polynomial)
+def test_a_ciphertexts_words_are_what_seal_holds() -> None:
+    ciphertext = zero()
+    assert np.array_equal(split(seal_format.save(ciphertext)), words(ciphertext))
 
 
-def test_build_is_what_seal_loads() -> None:
-    saved = saved_seeded()
-    seed, polynomial = FORM.split(saved)
-    built = FORM.build(seed, polynomial)
-    assert FORM.split(built)[0] == seed
-    theirs, ours = loaded(saved), loaded(built)
-    assert np.array_equal(words(ours), words(theirs))
-    assert ours.scale == theirs.scale == SCALE
-    assert ours.parms_id() == theirs.parms_id() == CONTEXT.first_parms_id()
-    assert ours.is_ntt_form()
+def test_a_plaintexts_words_are_what_seal_holds() -> None:
+    plaintext = sealapi.Plaintext()
+    DECRYPTOR.decrypt(zero(), plaintext)
+    found = seal_format.plaintext_words(seal_format.save(plaintext), PARMS)
+    assert found.tolist() == [plaintext.data(index) for index in range(DEGREE)]
+    assert seal_format.plaintext_words(seal_format.save(KEY), PARMS).max() < PRIMES[BITS]
 
 
-@pytest.mark.parametrize("seed", [bytes(64), b"\xff" * 64, bytes(63) + b"\1", bytes(range(64))])
-def test_no_seed_gives_a_zero_second_polynomial(seed: bytes) -> None:
-    ciphertext = loaded(FORM.build(seed, np.zeros(DEGREE, np.uint64)))
-    first, second = words(ciphertext)
-    assert not first.any()
-    assert np.count_nonzero(second) == DEGREE
-    assert len(np.unique(second)) == DEGREE
-    assert second.max() < MODULUS
-    assert not ciphertext.is_transparent()
+@pytest.mark.parametrize("polynomials", [2, 3, seal_format.MOST_POLYNOMIALS])
+def test_a_built_ciphertext_is_what_seal_loads(polynomials: int) -> None:
+    drawn = np.random.default_rng(0).integers(0, PRIMES[BITS], (polynomials, DEGREE), np.uint64)
+    built = seal_format.ciphertext(drawn, PARMS)
+    ciphertext = loaded(built)
+    assert np.array_equal(words(ciphertext), drawn)
+    assert ciphertext.scale == 1
+    assert ciphertext.parms_id() == CONTEXT.first_parms_id()
+    assert ciphertext.is_ntt_form()
+    assert np.array_equal(seal_format.ciphertext_words(built, PARMS, polynomials, ntt=True), drawn)
+    saved = seal_format.save(ciphertext)
+    assert np.array_equal(seal_format.ciphertext_words(saved, PARMS, polynomials, ntt=True), drawn)
 
 
-def test_two_encryptions_differ() -> None:
-    one, other = FORM.split(saved_seeded()), FORM.split(saved_seeded())
-    assert one[0] != other[0]
-    assert not np.array_equal(one[1], other[1])
+def test_more_polynomials_than_seal_takes_are_refused() -> None:
+    with pytest.raises(SealFormatError, match="SEAL refused"):
+        loaded(seal_format.ciphertext(np.zeros((seal_format.MOST_POLYNOMIALS + 1, DEGREE), np.uint64), PARMS))
 
 
 @pytest.mark.parametrize(("at", "value", "text"), [(3, 5, "SEAL 5.3; expected SEAL 4.3"), (4, 1, "SEAL 4.1")])
 def test_another_version_is_named(at: int, value: int, text: str) -> None:
-    data = bytearray(saved_seeded())
+    data = bytearray(saved_ciphertext())
     data[at] = value
     with pytest.raises(SealFormatError, match=text):
-        FORM.split(bytes(data))
+        split(bytes(data))
     with pytest.raises(SealFormatError, match=text):
         loaded(bytes(data))
 
 
-@pytest.mark.parametrize("other", ["scale", "parms_id"])
-def test_other_fields_are_refused(other: str) -> None:
-    form = SeededForm(FORM.parms_id, SCALE * 2) if other == "scale" else SeededForm((1, 2, 3, 4), SCALE)
-    with pytest.raises(SealFormatError, match="other fields"):
-        form.split(saved_seeded())
+def test_other_fields_are_refused() -> None:
+    for read in (
+        lambda: seal_format.ciphertext_words(saved_ciphertext(), (1, 2, 3, 4), 2, ntt=True),
+        lambda: seal_format.ciphertext_words(saved_ciphertext(), PARMS, 2, ntt=False),
+        lambda: seal_format.plaintext_words(saved_plaintext(), (1, 2, 3, 4)),
+    ):
+        with pytest.raises(SealFormatError, match="other fields"):
+            read()
+    with pytest.raises(SealFormatError, match="does not unpack"):
+        seal_format.ciphertext_words(saved_ciphertext(), PARMS, 3, ntt=True)
 
 
 def test_every_fixed_byte_is_checked() -> None:
-    built = FORM.build(bytes(64), np.zeros(DEGREE, np.uint64))
-    fixed = [*range(113), *range(len(built) - 81, len(built) - 64)]
-    for at in fixed:
+    built = seal_format.ciphertext(np.zeros((2, DEGREE), np.uint64), PARMS)
+    for at in range(len(built) - 2 * 8 * DEGREE):
         changed = bytearray(built)
         changed[at] ^= 1
         with pytest.raises(SealFormatError):
-            FORM.split(bytes(changed))
+            split(bytes(changed))
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_damage_gives_one_typed_error_or_another_ciphertext(where: float, bit: int, more: int) -> None:
-    saved = saved_seeded()
+def test_damage_gives_one_typed_error_or_other_words(where: float, bit: int, more: int) -> None:
+    saved = saved_ciphertext()
     at = int(where * len(saved))
     damaged = bytearray(saved)
     damaged[at] ^= 1 << bit
     for cut in (saved[:at], saved + bytes(more)):
         with pytest.raises(SealFormatError):
-            FORM.split(cut)
+            split(cut)
     with contextlib.suppress(SealFormatError):
-        seed, polynomial = FORM.split(bytes(damaged))
-        assert len(seed) == 64
-        assert polynomial.shape == (DEGREE,)
+        assert split(bytes(damaged)).shape == (2, DEGREE)
 
 
 @pytest.mark.parametrize("size", [0, 15, 16, 17, 200])
 def test_cut_bytes_are_refused(size: int) -> None:
     with pytest.raises(SealFormatError):
-        loaded(saved_seeded()[:size])
+        loaded(saved_ciphertext()[:size])
     with pytest.raises(SealFormatError):
-        FORM.split(saved_seeded()[:size])
+        split(saved_ciphertext()[:size])
+    with pytest.raises(SealFormatError):
+        seal_format.plaintext_words(saved_plaintext()[:size], PARMS)
 
 
 def test_a_frame_that_claims_much_more_is_refused() -> None:
@@ -150,14 +162,14 @@ def test_a_frame_that_claims_much_more_is_refused() -> None:
     frame = bytes.fromhex("28b52ffd0038") + block * 8191 + last
     data = struct.pack("<HBBBBHQ", 0xA15E, 16, 4, 3, 2, 0, 16 + len(frame)) + frame
     with pytest.raises(SealFormatError, match="does not unpack"):
-        FORM.split(data)
+        split(data)
 
 
 def test_what_seal_refuses_is_a_typed_error() -> None:
-    polynomial = np.zeros(DEGREE, np.uint64)
-    polynomial[7] = MODULUS
+    polynomials = np.zeros((2, DEGREE), np.uint64)
+    polynomials[0, 7] = PRIMES[BITS]
     with pytest.raises(SealFormatError, match="SEAL refused") as caught:
-        loaded(FORM.build(bytes(64), polynomial))
+        loaded(seal_format.ciphertext(polynomials, PARMS))
     assert caught.value.__cause__ is None
 
 
@@ -173,7 +185,7 @@ class Probe:
 
     def save(self, path: str) -> None:
         self.links.append(os.readlink(path))
-        Path(path).write_bytes(saved_seeded())
+        Path(path).write_bytes(saved_ciphertext())
 
     def load(self, context: Any, path: str) -> None:
         self.links.append(os.readlink(path))
@@ -208,14 +220,14 @@ def test_a_whole_round_leaves_no_file(tmp_path: Path) -> None:
     code = """
 import numpy as np
 from secure_fed.privacy.ckks import Cipher, StudySecret
-from secure_fed.protocol.packing import Binding, Contribution, lane_parameters, wire
+from secure_fed.protocol.packing import Binding, lane_parameters, wire
 parameters = lane_parameters(4, 18, 2, 10)
-secret = StudySecret.from_bytes(StudySecret.generate().to_bytes())
-cipher, w, who = Cipher(parameters, secret), wire("he", parameters), Contribution("a", 0)
-payload = cipher.seal(np.arange(10), Binding("ab", "cd", 1), who)
+secret = StudySecret.from_bytes(StudySecret.generate(parameters.modulus_bits).to_bytes())
+cipher, w = Cipher(parameters, secret), wire("he", parameters)
+sealed = cipher.seal(np.arange(10), Binding("ab", "cd", 1), "a", 0)
 total = w.zero()
-w.add(total, payload)
-print(cipher.open(w.record(total, [w.tail(payload)]), Binding("ab", "cd", 1), [who]).tolist())
+w.add(total, sealed.payload)
+print(cipher.open(w.record(total, 1), Binding("ab", "cd", 1), [sealed.contribution]).tolist())
 """
     temporary = tmp_path / "tmp"
     temporary.mkdir()

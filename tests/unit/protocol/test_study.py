@@ -43,12 +43,12 @@ def _changed(change: Any) -> dict[str, Any]:
         (lambda t: t["classes"].append(dict(t["classes"][0])), "classes", "class dark more than once"),
         (lambda t: t.update(classes=t["classes"][:1]), "classes", "expected at least 2"),
         (
-            lambda t: t.update(max_sites=8, encoding=t["encoding"] | {"bits": 18}),
+            lambda t: t.update(max_sites=16, encoding=t["encoding"] | {"bits": 21}),
             "encoding",
-            "largest bits for 8 sites in 2 lanes is 17",
+            "for 16 sites at most 20 bits in 2 lanes",
         ),
         (lambda t: t["encoding"].update(bits=7), "encoding.bits = 7", "greater than or equal to 8"),
-        (lambda t: t["encoding"].update(lanes=4), "encoding.lanes = 4", "2 or 3"),
+        (lambda t: t["encoding"].update(lanes=7), "encoding.lanes = 7", "less than or equal to 6"),
         (lambda t: t["sites"].extend({"name": f"s{i}"} for i in range(4)), "sites", "the lanes hold max_sites = 4"),
         (lambda t: t.update(min_sites=2), "min_sites = 2", "at least 3 sites"),
         (lambda t: t.update(min_sites=5), "min_sites = 5", "max_sites = 4"),
@@ -83,7 +83,7 @@ def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
             t.update(colour="red", rounds="ten", min_sites=2),
             t["classes"][1].update(prompts=[]),
             t["sites"].append({"name": "ash"}),
-            t["encoding"].update(bits=17),
+            t["encoding"].update(bits=21),
         )
     )
     table["max_sites"] = 16

@@ -24,12 +24,13 @@ from secure_fed.core.errors import (
     LedgerRollbackError,
     RecordError,
 )
-from secure_fed.privacy.ckks import Cipher
+from secure_fed.privacy.ckks import Cipher, stream_key
 from secure_fed.privacy.keys import Identity, load_identity, open_sealed_key
 from secure_fed.protocol import codec
 from secure_fed.protocol.envelope import open_envelope
-from secure_fed.protocol.packing import Binding
+from secure_fed.protocol.packing import Binding, Contribution
 from secure_fed.protocol.records import Chain, RecordFolder
+from secure_fed.protocol.residues import expand, linear_check, pack_residues, unpack_residues
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.study import AgreedStudy, load_study
 from secure_fed.server.coordinator import Coordinator
@@ -37,7 +38,7 @@ from tests.make_vectors import VECTORS, join
 
 VERSIONS = sorted(path.name for path in VECTORS.iterdir() if path.is_dir())
 NEEDED = {
-    "envelope": {"BitFlip", "Truncated", "Length", "Header", "WrongPlace", "Sender", "Coefficient", "Replay"},
+    "envelope": {"BitFlip", "Truncated", "Length", "Header", "WrongPlace", "Sender", "Residue", "Replay"},
     "sealed_key": {"BitFlip", "Truncated", "Length", "Header", "Forged", "WrongPlace", "Recipient", "Content", "Epoch"},
     "record": {
         *("BitFlip", "Truncated", "Length", "Header", "WrongPlace", "Signer", "Cohort", "Forgery", "SecondRecord"),
@@ -241,7 +242,7 @@ def test_golden_envelopes_still_add_up_to_the_golden_records(
             reply = RoundReply(path.stem, ReplyCode.UPDATE, coordinator.run, length, "", path.read_bytes())
             coordinator.receive(reply)
         assert coordinator.close_round() is not None
-        size = coordinator._wire.record_bytes(3)
+        size = coordinator._wire.payload_bytes
         golden = (vectors.folder / f"journal/{length:08d}.record").read_bytes()
         assert coordinator.journal.read(length)[-size:] == golden[-size:]
 
@@ -256,6 +257,25 @@ def test_golden_adapter_comes_out_of_the_journal(versions: dict[str, Version], o
     assert codec.adapter_digest(site.parameters) == vectors.expected["adapters"][-1]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_golden_arithmetic(version: str) -> None:
+    golden = json.loads((VECTORS / version / "arithmetic.json").read_text())
+    for case in golden["streams"]:
+        found = expand(bytes.fromhex(case["key"]), len(case["residues"]), case["modulus"])
+        assert found.tolist() == case["residues"]
+    for case in golden["stream_keys"]:
+        binding = Binding(case["run"], case["head"], case["round"])
+        for attempt in (1, 2):
+            assert stream_key(binding, Contribution(case["site"], attempt, case["seed"])).hex() == case["key"]
+    for case in golden["packings"]:
+        residues = np.array(case["residues"], np.uint64)
+        assert pack_residues(residues, case["bits"]).hex() == case["packed"]
+        assert unpack_residues(bytes.fromhex(case["packed"]), case["bits"]).tolist() == case["residues"]
+    for case in golden["linear_checks"]:
+        residues = np.array(case["residues"], np.uint64)
+        assert list(linear_check(case["digest"], residues, case["modulus"])) == case["check"]
+
+
 # --- TenSEAL's loader takes most flipped bits; ours takes none ---
 
 
@@ -264,7 +284,7 @@ def test_a_flipped_bit_all_over_an_envelope_is_refused(versions: dict[str, Versi
     vectors = versions[version]
     agreed = vectors.agreed
     members = {site.name: site for site in agreed.study.sites}
-    size = Chain(agreed).wire.envelope_bytes
+    size = Chain(agreed).wire.payload_bytes
     data = bytearray((vectors.folder / "envelopes/1/birch.envelope").read_bytes())
     open_envelope(bytes(data), agreed, members, size)
     for position in [*range(len(data) - size), *range(len(data) - size, len(data), 7)]:
@@ -282,7 +302,7 @@ def test_a_flipped_bit_all_over_a_record_is_refused(versions: dict[str, Version]
     chain.advance(chain.check((vectors.folder / "journal/00000000.record").read_bytes()))
     data = bytearray((vectors.folder / "journal/00000001.record").read_bytes())
     chain.check(bytes(data))
-    header = len(data) - chain.wire.record_bytes(3)
+    header = len(data) - chain.wire.payload_bytes
     for position in [*range(header), *range(header, len(data), 7)]:
         bit = 1 << position % 8
         data[position] ^= bit
