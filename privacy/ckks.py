@@ -125,6 +125,18 @@ class StudySecret:
             )
         return cls(body[tag_at - 1], secret_key=body[key_at:], tag_key=body[tag_at:length_at])
 
+    def require_prime(self, parameters: LaneParameters) -> None:
+        """Refuse a secret that no envelope of this study can be sealed with.
+
+        Raises:
+            KeyFileError: it was made for another prime.
+        """
+        if self.modulus_bits != parameters.modulus_bits:
+            raise KeyFileError(
+                f"the study's secret key is for a prime of {self.modulus_bits} bits; expected "
+                f"{parameters.modulus_bits}, which follow from this study's encoding; take the key file of this study"
+            )
+
 
 class Cipher:
     """Implements Sealer under a study's secret. Not for use by two threads at once."""
@@ -136,11 +148,7 @@ class Cipher:
             KeyFileError: the key was made for another prime, or SEAL does not take it.
             SealFormatError: the installed SEAL does not write the known format, or computes otherwise.
         """
-        if secret.modulus_bits != parameters.modulus_bits:
-            raise KeyFileError(
-                f"the study's secret key is for a prime of {secret.modulus_bits} bits; expected "
-                f"{parameters.modulus_bits}, which follow from this study's encoding; take the key file of this study"
-            )
+        secret.require_prime(parameters)
         self._parameters = parameters
         self._wire = CipherWire(parameters)
         self._tag_key = secret.tag_key

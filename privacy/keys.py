@@ -231,7 +231,8 @@ def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> Stu
     """Check a sealed key file and open it at a site.
 
     Raises:
-        KeyFileError: as :func:`check_sealed_key`; or the site is no recipient, or the secret is not the one named.
+        KeyFileError: as :func:`check_sealed_key`; or the site is no recipient, or the secret is not the one named
+            or for another prime.
     """
     header = check_sealed_key(data, agreed)
     payload = bytes(split_frame(KEY_MAGIC, data, MAX_KEY_HEADER, KeyFileError).payload)
@@ -248,6 +249,7 @@ def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> Stu
     secret = StudySecret.from_bytes(plain)
     if not hmac.compare_digest(_key_id(secret, header.study, header.epoch), header.key):
         raise KeyFileError("sealed key: what it holds is not the key it names; ask the key maker for a new one")
+    secret.require_prime(agreed.lanes)  # now, not at sealing, when a budget would be spent already
     return secret
 
 

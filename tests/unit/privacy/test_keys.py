@@ -109,6 +109,21 @@ def test_only_the_key_maker_seals(federation: Federation) -> None:
         keys.open_sealed_key(mixed, federation.agreed, _identity(federation, "birch"))
 
 
+def test_a_key_for_another_prime_is_refused_before_anybody_trains_for_it(federation: Federation) -> None:
+    """Named and signed rightly by the maker. Taken, it would fail at sealing, when a budget is spent already."""
+    sealed = federation.seal_key(1)
+    frame = split_frame(KEY_MAGIC, sealed, MAX_KEY_HEADER, KeyFileError)
+    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
+    bits = federation.agreed.lanes.modulus_bits
+    other = StudySecret.generate(bits + 1)
+    recipients = [pyrage.x25519.Recipient.from_str(site.keys.recipient) for site in federation.agreed.study.sites]
+    own = pyrage.encrypt(other.to_bytes(), recipients)
+    named = header.model_copy(update={"key": keys._key_id(other, header.study, header.epoch), **payload_fields(own)})
+    data = sign_frame(KEY_MAGIC, named, _identity(federation, "ash").signing, own)
+    with pytest.raises(KeyFileError, match=rf"prime of {bits + 1} bits; expected {bits}"):
+        keys.open_sealed_key(data, federation.agreed, _identity(federation, "birch"))
+
+
 def test_a_flipped_bit_anywhere_in_a_sealed_key_is_refused(federation: Federation) -> None:
     sealed = bytearray(federation.seal_key(1))
     whole = bytes(sealed)
