@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,20 @@ from secure_fed.server.coordinator import Coordinator
 CLASSES = ("dark", "light", "striped")
 TRAINING = ("ash", "birch", "cedar")
 OBSERVER = "dogwood"
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A command run in this process sets logging up for a process of its own; no test sees another's."""
+    loggers = [logging.getLogger(name) for name in (None, "secure_fed", "flwr")]
+    kept = [(logger, logger.handlers[:], logger.level) for logger in loggers]
+    hook = threading.excepthook
+    yield
+    logging.captureWarnings(False)
+    threading.excepthook = hook
+    for logger, handlers, level in kept:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 def template_table(**changes: Any) -> dict[str, Any]:

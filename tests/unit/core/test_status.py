@@ -7,7 +7,6 @@ import logging
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,15 +22,9 @@ from tests.conftest import Federation, exchange, run_round
 
 
 @pytest.fixture
-def own_root() -> Iterator[logging.Logger]:
-    root = logging.getLogger()
-    kept = root.handlers[:]
-    ours = logging.getLogger("secure_fed")
-    level = ours.level
-    ours.setLevel(logging.INFO)
-    yield root
-    ours.setLevel(level)
-    root.handlers[:] = kept
+def own_root() -> logging.Logger:
+    logging.getLogger("secure_fed").setLevel(logging.INFO)
+    return logging.getLogger()
 
 
 def test_a_status_grows_and_is_written_only_when_it_changes(tmp_path: Path) -> None:

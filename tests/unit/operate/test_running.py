@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from secure_fed.core.status import StatusFile, is_running
 from secure_fed.operate.running import running
 from secure_fed.operate.taking_part import take_part
 from tests.conftest import Federation
-
-
-@pytest.fixture(autouse=True)
-def own_root() -> Iterator[None]:
-    kept = logging.getLogger().handlers[:]
-    yield
-    logging.getLogger().handlers[:] = kept
 
 
 def test_a_state_folder_has_one_process_and_keeps_what_it_says(tmp_path: Path) -> None:
