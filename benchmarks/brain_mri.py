@@ -173,14 +173,13 @@ def federate(
         tower: the text tower, for methods that need it.
         after: is called after each round; its values are the curve.
     """
-    study, lanes = agreed.study, agreed.lanes
-    bounds = agreed.bounds
+    study, layout = agreed.study, agreed.layout
     state = aggregation.initial_state(study.aggregation, agreed.initial.adapter)
     heads: dict[str, Parameters] = {}
     curve = []
     for number in range(1, study.rounds + 1):
         adapter = aggregation.adapter_of(state)
-        sums = np.zeros(bounds.size, dtype=np.int64)
+        sums = np.zeros(layout.lanes.values, dtype=np.int64)
         for name, own in features.items():
             seed = training_seed(study.seed, name, number)
             trained = train_round(agreed, adapter | heads.get(name, {}), own, seed, tower)
@@ -188,11 +187,10 @@ def federate(
                 heads[name] = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
             update = codec.flatten(trained) - codec.flatten(adapter)
             draws = codec.rounding_draws(study.seed, name, number, update.size)
-            sums += codec.quantise(update, bounds, study.site(name).weight, lanes.max_integer, draws).integers
+            values = {codec.UPDATE: update, codec.COUNTS: np.zeros(2)}
+            sums += layout.encode(values, study.site(name).weight, draws)[0]
         weights = [study.site(name).weight for name in features]
-        state = aggregation.apply(
-            study.aggregation, state, codec.average_update(sums, bounds, weights, lanes.max_integer)
-        )
+        state = aggregation.apply(study.aggregation, state, layout.decode(sums, weights)[codec.UPDATE])
         curve.append(after(aggregation.adapter_of(state), heads))
     return Trained(agreed, tower, aggregation.adapter_of(state), heads, tuple(curve))
 

@@ -142,12 +142,13 @@ def fold(state: ReplicaState, record: Record, reading: Reading) -> ReplicaState:
     after = replace(state, chain=state.chain.after(record))
     match reading:
         case Sums(values):
-            lanes, size = agreed.lanes, agreed.bounds.size
             weights = [state.chain.members[entry.site].weight for entry in record.cohort]
-            update = codec.average_update(values[:size], agreed.bounds, weights, lanes.max_integer)
-            after = replace(after, tensors=aggregation.apply(agreed.study.aggregation, state.tensors, update))
-            if agreed.study.encoding.share_validation:
-                after = replace(after, validation=Validation(*codec.decode_counts(values[size:], lanes.bits)))
+            found = agreed.layout.decode(values, weights)
+            tensors = aggregation.apply(agreed.study.aggregation, state.tensors, found[codec.UPDATE])
+            after = replace(after, tensors=tensors)
+            if codec.COUNTS in found:
+                images, correct = (int(count) for count in found[codec.COUNTS])
+                after = replace(after, validation=Validation(images, correct))
         case Confirmed(tensors):
             after = replace(after, tensors=tensors, blind=False)
         case Unreadable():

@@ -337,10 +337,10 @@ class Site:
         self, update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int] = (0, 0)
     ) -> NDArray[np.int64]:
         """The integers of an update and, if the study shares them, of validation counts (zeros unless given)."""
-        study = self._agreed.study
         round_number = self.replica.due.round
-        lanes = self._agreed.lanes
-        quantised = codec.quantise(update, self._agreed.bounds, self.replica.member.weight, lanes.max_integer, draws)
+        values = {codec.UPDATE: update, codec.COUNTS: np.array(counts, dtype=np.float64)}
+        integers, rounded = self._agreed.layout.encode(values, self.replica.member.weight, draws)
+        quantised = rounded[codec.UPDATE]
         log.info(
             "round %d: saturated share %.2g, quantisation error %.3g rms",
             round_number,
@@ -355,6 +355,4 @@ class Site:
                 100 * quantised.saturated,
                 100 * SATURATION_WARNING,
             )
-        if not study.encoding.share_validation:
-            return quantised.integers
-        return np.concatenate([quantised.integers, codec.encode_counts(counts, study.encoding.bits)])
+        return integers

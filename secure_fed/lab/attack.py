@@ -230,7 +230,7 @@ def _half(generator: np.random.Generator, patients: int) -> NDArray[np.bool_]:
 def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Iterator[tuple[str, _Seen]]:
     """The first round's updates: as integers, which the server has in plain mode, and as ciphertext coefficients."""
     agreed, start = shadow.agreed, shadow.agreed.initial.adapter
-    shapes, lanes, bounds = agreed.initial.shapes, agreed.lanes, agreed.bounds
+    shapes, lanes = agreed.initial.shapes, agreed.lanes
     cipher, wire = Cipher(lanes, shadow.secret), CipherWire(lanes)
     binding = Binding(run=secrets.token_hex(32), head=secrets.token_hex(32), round=1)
     views: dict[str, list[tuple[NDArray[np.float64], list[float], int]]] = {"plain_update": [], "server_he": []}
@@ -238,10 +238,10 @@ def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Itera
         trained = _train(shadow, target, members, start, 1)
         update = codec.flatten(trained) - codec.flatten(start)
         draws = codec.rounding_draws(agreed.study.seed, target.name, 1, update.size)
-        integers = codec.quantise(update, bounds, target.weight, lanes.max_integer, draws).integers
-        plain = integers / (lanes.max_integer * target.weight) * bounds
-        padded = np.concatenate([integers, np.zeros(lanes.values - integers.size, dtype=np.int64)])
-        coefficients = wire.residues(cipher.seal(padded, binding, target.name, 0).payload)
+        values = {codec.UPDATE: update, codec.COUNTS: np.zeros(2)}
+        integers = agreed.layout.encode(values, target.weight, draws)[0]
+        plain = agreed.layout.decode(integers, [target.weight])[codec.UPDATE]
+        coefficients = wire.residues(cipher.seal(integers, binding, target.name, 0).payload)
         # All that is there, read as numbers of the size that updates have.
         centred = np.resize(coefficients.astype(np.float64) / lanes.modulus - 0.5, update.size) * np.sqrt(12)
         for name, flat in (("plain_update", plain), ("server_he", centred * np.sqrt(np.mean(plain**2)))):

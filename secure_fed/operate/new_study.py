@@ -104,8 +104,8 @@ def update_size(path: Path, study: StudyFile) -> str:
         study: what it says.
     """
     initial = path.with_suffix(".safetensors")
-    shapes = InitialState.from_bytes(initial.read_bytes()).shapes if initial.exists() else None
-    lanes = study.packing(shapes)
+    known = InitialState.from_bytes(initial.read_bytes()) if initial.exists() else None
+    lanes = study.packing() if known is None else study.layout(known).lanes
     if study.mode == "plain":
         return f"{lanes.bits} bits a value, sent in 32, without encryption"
     share = lanes.modulus_bits / lanes.lanes / 32
@@ -113,7 +113,7 @@ def update_size(path: Path, study: StudyFile) -> str:
         f"{lanes.lanes} values of {lanes.bits} bits in each coefficient of {lanes.modulus_bits} bits, for "
         f"{lanes.max_sites} sites: {share:.2f} of float32's bytes"
     )
-    return text if shapes is None else f"{text}; {lanes.payload_bytes:,} bytes for {lanes.values:,} values"
+    return text if known is None else f"{text}; {lanes.payload_bytes:,} bytes for {lanes.values:,} values"
 
 
 def check_study(path: Path) -> StudyFile:

@@ -16,10 +16,20 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
-from secure_fed.core.errors import NonFiniteUpdateError
+from secure_fed.core.errors import LanesError, NonFiniteUpdateError
+from secure_fed.protocol.packing import LaneParameters, lane_parameters
 
 COUNT_BITS = 24
 """Width of a validation count: up to 16.7 million images a site."""
+
+COUNTS = "counts"
+"""Name of the block of validation counts."""
+
+UPDATE = "update"
+"""Name of the block of an update's values."""
+
+EXACT_BITS = 53
+"""Bits of an integer that float64 holds exactly."""
 
 Parameters = dict[str, NDArray[np.float64]]
 """The tensors of an adapter by name, or of an update of it."""
@@ -130,33 +140,150 @@ def average_update(
     return sums.astype(np.float64) * bounds / divisor
 
 
-def count_lanes(bits: int) -> int:
-    """Lanes that one validation count needs, as non-negative digits of ``bits - 1`` bits."""
-    return -(-COUNT_BITS // (bits - 1))
+@dataclass(frozen=True)
+class Digits:
+    """How integers of any width travel in lanes: as digits in base 2^(bits - 1), lowest first, all of their sign.
+
+    A digit fits its lane, sign included, and digits add up as the integers do, so that a sum over any number of sites
+    that the lanes hold is exact whatever the integers' width.
+
+    Attributes:
+        bits: width of a lane's value, sign included.
+        precision: width of an integer, sign included.
+    """
+
+    bits: int
+    precision: int
+
+    @property
+    def count(self) -> int:
+        """Lanes that one integer takes."""
+        return -(-(self.precision - 1) // (self.bits - 1))
+
+    @property
+    def max_integer(self) -> int:
+        """The largest magnitude of an integer."""
+        return (1 << (self.precision - 1)) - 1
+
+    def split(self, integers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Digits of integers [n] of at most ``max_integer``, int64 [n * count], an integer's side by side."""
+        width = self.bits - 1
+        places = width * np.arange(self.count)
+        magnitudes = np.abs(integers)[:, None] >> places & ((1 << width) - 1)
+        return np.asarray(np.sign(integers)[:, None] * magnitudes).ravel()
+
+    def join(self, sums: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sums of integers, int64 [n], that sums of their digits stand for."""
+        places = np.int64(1) << ((self.bits - 1) * np.arange(self.count))
+        return np.asarray((sums.reshape(-1, self.count) * places).sum(axis=1))
 
 
-def encode_counts(counts: tuple[int, int], bits: int) -> NDArray[np.int64]:
-    """Two counts (validation images, correct ones) as digits of ``bits - 1`` bits, int64 [2 * digits]."""
-    width = bits - 1
-    limit = (1 << COUNT_BITS) - 1
-    return np.array(
-        [
-            min(count, limit) >> (width * place) & ((1 << width) - 1)
-            for count in counts
-            for place in range(count_lanes(bits))
-        ],
-        dtype=np.int64,
-    )
+@dataclass(frozen=True)
+class Block:
+    """Values of one kind in a round's message.
+
+    Attributes:
+        name: of the kind.
+        bounds: public bound of each value, float64 [n], positive; what lies beyond saturates.
+        precision: bits of the integer that stands for a value, sign included.
+        weighted: whether the values are averaged by the sites' weights and rounded by draws, as updates are; else they
+            are summed as they are and rounded to the nearest.
+    """
+
+    name: str
+    bounds: NDArray[np.float64]
+    precision: int
+    weighted: bool = False
 
 
-def decode_counts(sums: NDArray[np.int64], bits: int) -> tuple[int, int]:
-    """Inverse of :func:`encode_counts` for a sum over sites."""
-    width = bits - 1
-    first, second = np.split(sums, 2)
-    images, correct = (
-        sum(int(digit) << (width * place) for place, digit in enumerate(part)) for part in (first, second)
-    )
-    return images, correct
+@dataclass(frozen=True)
+class Layout:
+    """What the integers of one round's message are: the values of each block in turn, as digits.
+
+    Attributes:
+        blocks: of values.
+        lanes: the packing that they give.
+    """
+
+    blocks: tuple[Block, ...]
+    lanes: LaneParameters
+
+    def encode(
+        self, values: Mapping[str, NDArray[np.float64]], weight: float, draws: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], dict[str, Quantised]]:
+        """A site's integers, int64 [lanes.values], and how each block was rounded.
+
+        Args:
+            values: of each block, float64 [n].
+            weight: the site's public study weight, in (0, 1]; of weighted blocks.
+            draws: uniform in [0, 1), one for each value of the weighted block, if there is one.
+
+        Raises:
+            NonFiniteUpdateError: a value is NaN or infinite.
+        """
+        parts, rounded = [], {}
+        for block in self.blocks:
+            digits = self._digits(block)
+            scale, by = (weight, draws) if block.weighted else (1.0, np.full(block.bounds.size, 0.5))
+            rounded[block.name] = quantise(values[block.name], block.bounds, scale, digits.max_integer, by)
+            parts.append(digits.split(rounded[block.name].integers))
+        return np.concatenate(parts), rounded
+
+    def decode(self, sums: NDArray[np.int64], weights: Iterable[float]) -> dict[str, NDArray[np.float64]]:
+        """What sums of integers stand for, by block, float64 [n]: weighted averages, and plain sums.
+
+        Args:
+            sums: int64 [lanes.values], over a cohort.
+            weights: the cohort's, in any order.
+        """
+        found, start, shares = {}, 0, list(weights)
+        for block in self.blocks:
+            digits = self._digits(block)
+            end = start + block.bounds.size * digits.count
+            divisor = shares if block.weighted else [1.0]
+            found[block.name] = average_update(digits.join(sums[start:end]), block.bounds, divisor, digits.max_integer)
+            start = end
+        return found
+
+    def _digits(self, block: Block) -> Digits:
+        return Digits(self.lanes.bits, block.precision)
+
+
+def layout_of(blocks: Iterable[Block], max_sites: int, bits: int, lanes: int | None) -> Layout:
+    """Lay blocks out in lanes.
+
+    Args:
+        blocks: in their order.
+        max_sites, bits, lanes: as for :func:`secure_fed.protocol.packing.lane_parameters`.
+
+    Raises:
+        LanesError: the lanes do not hold them, or a sum is too wide to be exact as float64.
+    """
+    held = tuple(blocks)
+    for block in held:
+        check_precision(block.precision, max_sites)
+    values = sum(block.bounds.size * Digits(bits, block.precision).count for block in held)
+    return Layout(held, lane_parameters(max_sites, bits, lanes, values))
+
+
+def check_precision(precision: int, max_sites: int) -> None:
+    """Refuse integers whose sum over sites float64 does not hold exactly.
+
+    Raises:
+        LanesError: naming the most that would do.
+    """
+    most = EXACT_BITS + 1 - (max_sites - 1).bit_length()
+    if precision > most:
+        raise LanesError(
+            f"a precision of {precision} bits; sums over {max_sites} sites hold at most {most} exactly: take that, or "
+            "fewer sites"
+        )
+
+
+def counts_block() -> Block:
+    """Validation images of a site, and correct ones among them: two whole numbers."""
+    precision = COUNT_BITS + 1
+    return Block(COUNTS, np.full(2, float((1 << COUNT_BITS) - 1)), precision)
 
 
 def adapter_digest(parameters: Mapping[str, NDArray[np.float64]]) -> str:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +26,15 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 from secure_fed import configs
 from secure_fed.core.errors import LanesError, StudyError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
-from secure_fed.protocol.codec import count_lanes, value_bounds
+from secure_fed.protocol.codec import (
+    UPDATE,
+    Block,
+    Layout,
+    check_precision,
+    counts_block,
+    layout_of,
+    value_bounds,
+)
 from secure_fed.protocol.packing import MAX_BITS, MAX_LANES, MIN_BITS, MIN_LANES, LaneParameters, lane_parameters
 
 Mode = Literal["he", "plain"]
@@ -201,7 +207,9 @@ class Encoding(FileModel):
     """How an update becomes bounded integers.
 
     Attributes:
-        bits: width of one value, sign included (8 to 21).
+        bits: width of one value in its lane, sign included (8 to 21).
+        precision_bits: width of a value before it goes into lanes, sign included; as ``bits`` if not given. A wider one
+            takes several lanes, as digits: any precision then fits any number of sites.
         lanes: values in one coefficient of a ciphertext, 2 to 6; if not given, the number that takes the fewest bytes.
         value_bound: public bound on each coordinate of an update; what exceeds it saturates.
         value_bounds: other bounds for single tensors, by parameter name.
@@ -210,10 +218,24 @@ class Encoding(FileModel):
     """
 
     bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]
+    precision_bits: Annotated[int, Field(ge=MIN_BITS)] | None = None
     lanes: Annotated[int, Field(ge=MIN_LANES, le=MAX_LANES)] | None = None
     value_bound: Annotated[float, Field(gt=0, le=1000)]
     value_bounds: dict[Text, Annotated[float, Field(gt=0, le=1000)]] = Field(default_factory=dict)
     share_validation: bool = True
+
+    @field_validator("precision_bits")
+    @classmethod
+    def _at_least_a_lane(cls, precision: int | None, info: ValidationInfo) -> int | None:
+        bits = info.data.get("bits", 0)
+        if precision is not None and precision < bits:
+            raise ValueError(f"less than bits = {bits}, the width of a lane; expected at least that, or lower bits")
+        return precision
+
+    @property
+    def precision(self) -> int:
+        """Width of a value, sign included."""
+        return self.precision_bits or self.bits
 
 
 class PrivateTraining(FileModel):
@@ -442,6 +464,7 @@ class StudyFile(FileModel):
         if "max_sites" in info.data:
             try:
                 lane_parameters(info.data["max_sites"], encoding.bits, encoding.lanes, values=1)
+                check_precision(encoding.precision, info.data["max_sites"])
             except LanesError as error:
                 raise ValueError(str(error)) from None
         return encoding
@@ -496,17 +519,22 @@ class StudyFile(FileModel):
         content = self.model_dump(mode="json", exclude={"simulation"}, exclude_unset=True, exclude_none=True)
         return hashlib.sha256(b"secfacmic study 1\n" + canonical_json(content)).hexdigest()
 
-    def packing(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> LaneParameters:
-        """How values lie in ciphertexts.
+    def packing(self) -> LaneParameters:
+        """How values lie in ciphertexts, as far as a template knows: of one value."""
+        return lane_parameters(self.max_sites, self.encoding.bits, self.encoding.lanes, values=1)
+
+    def layout(self, initial: InitialState) -> Layout:
+        """What a site's message of a round is, in lanes.
 
         Args:
-            shapes: of the adapter's shared parameters; without them of one value, as far as a template knows.
+            initial: the study's ``study.safetensors``.
         """
         encoding = self.encoding
-        values = 1 if shapes is None else sum(math.prod(shape) for shape in shapes.values())
-        if shapes is not None and encoding.share_validation:
-            values += 2 * count_lanes(encoding.bits)
-        return lane_parameters(self.max_sites, encoding.bits, encoding.lanes, values)
+        bounds = value_bounds(initial.shapes, encoding.value_bound, encoding.value_bounds)
+        blocks = [Block(UPDATE, bounds, encoding.precision, weighted=True)]
+        if encoding.share_validation:
+            blocks.append(counts_block())
+        return layout_of(blocks, self.max_sites, encoding.bits, encoding.lanes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -640,15 +668,14 @@ class AgreedStudy:
     initial: InitialState
 
     @cached_property
-    def lanes(self) -> LaneParameters:
-        """The packing that the study's encoding and adapter give."""
-        return self.study.packing(self.initial.shapes)
+    def layout(self) -> Layout:
+        """What a site's message of a round is, in lanes."""
+        return self.study.layout(self.initial)
 
-    @cached_property
-    def bounds(self) -> NDArray[np.float64]:
-        """The public bound of each coordinate of an update, without validation counts: float64 [values]."""
-        encoding = self.study.encoding
-        return value_bounds(self.initial.shapes, encoding.value_bound, encoding.value_bounds)
+    @property
+    def lanes(self) -> LaneParameters:
+        """The packing that the layout gives."""
+        return self.layout.lanes
 
 
 def read_study_file(path: Path) -> Template | Study:

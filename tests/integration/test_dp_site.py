@@ -148,8 +148,7 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
         integers = safetensors.numpy.load(
             next(private.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers")).read_bytes()
         )["integers"]
-        lanes = 2 * codec.count_lanes(private.agreed.study.encoding.bits)
-        assert not integers[-lanes:].any()  # validation images and correct ones
+        assert not private.agreed.layout.decode(integers, [1.0])[codec.COUNTS].any()
         seen.append(integers)
     assert np.mean(seen[0] != seen[1]) > 0.5
 
@@ -160,9 +159,9 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
 def sent_counts(federation: Federation, coordinator: Coordinator) -> tuple[int, int]:
     """The validation counts among the integers that ash has stored."""
     path = next(federation.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers"))
-    bits = federation.agreed.study.encoding.bits
-    lanes = safetensors.numpy.load(path.read_bytes())["integers"][-2 * codec.count_lanes(bits) :]
-    return codec.decode_counts(lanes, bits)
+    integers = safetensors.numpy.load(path.read_bytes())["integers"]
+    images, correct = federation.agreed.layout.decode(integers, [1.0])[codec.COUNTS]
+    return int(images), int(correct)
 
 
 def test_validation_counts_are_paid_for_by_their_own_patients(
@@ -243,7 +242,8 @@ def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) 
     ):
         coordinator = begin(private)
         assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
-    draws.assert_called_once_with(quantise.call_args.args[0].size)
+    update = quantise.call_args_list[0].args[0]
+    draws.assert_called_once_with(update.size)
 
 
 def test_a_spent_site_reads_no_data_and_stays_as_an_observer(private: Federation) -> None:

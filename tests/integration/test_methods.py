@@ -172,7 +172,7 @@ def test_a_private_head_stays_and_goes_on(personal: Federation) -> None:
     sizes = sum(value.size for value in ash.parameters.values())
     integers = next((ash.replica.files.folder.outbox).glob("*.integers"))
     sent = safetensors.numpy.load(integers.read_bytes())["integers"]
-    assert sent.size == sizes + 2 * codec.count_lanes(16)
+    assert sent.size == sizes + 2 * codec.Digits(16, codec.COUNT_BITS + 1).count
     assert PRIVATE_HEAD not in ash.parameters
     assert list(ash.personal(ash.parameters)) == [*sorted(ash.parameters), PRIVATE_HEAD]
     assert not np.array_equal(ash.personal({})[PRIVATE_HEAD], birch.personal({})[PRIVATE_HEAD])

@@ -52,7 +52,8 @@ def test_every_site_applies_exactly_the_weighted_mean_of_the_integers(federation
     for site in sites:
         assert np.array_equal(codec.flatten(site.parameters), expected)
         counts = total[size:].astype(np.int64)
-        assert site.replica.state.validation == Validation(*codec.decode_counts(counts, 16))
+        images, correct = codec.Digits(16, codec.COUNT_BITS + 1).join(counts)
+        assert site.replica.state.validation == Validation(images, correct)
         assert site.replica.state.validation.images == 3 * 6
 
 

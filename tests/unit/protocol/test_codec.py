@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from secure_fed.core.errors import NonFiniteUpdateError
+from secure_fed.core.errors import LanesError, NonFiniteUpdateError
 from secure_fed.protocol import codec
 
 FLOATS = st.floats(-1e3, 1e3, allow_subnormal=False)
@@ -90,15 +90,67 @@ def test_flat_order_is_that_of_sorted_names() -> None:
     assert codec.value_bounds({"b": (2, 3), "a": (1,)}, 0.1, {"a": 0.7}).tolist() == [0.7] + [0.1] * 6
 
 
+@given(st.integers(8, 21), st.integers(8, 40), st.integers(1, 200), st.data())
+def test_digits_of_any_width_add_up_as_the_integers_do(
+    bits: int, precision: int, sites: int, data: st.DataObject
+) -> None:
+    digits = codec.Digits(bits, precision)
+    most = digits.max_integer
+    assert most == 2 ** (precision - 1) - 1
+    each = st.one_of(st.sampled_from([-most, most, 0]), st.integers(-most, most))
+    one = np.array(data.draw(st.lists(each, min_size=1, max_size=6)), dtype=np.int64)
+    other = np.array(data.draw(st.lists(each, min_size=one.size, max_size=one.size)), dtype=np.int64)
+    lanes = digits.split(one), digits.split(other)
+    assert all(part.shape == (one.size * digits.count,) for part in lanes)
+    assert all(np.abs(part).max() <= 2 ** (bits - 1) - 1 for part in lanes)  # what a lane holds
+    assert np.array_equal(digits.join(lanes[0]), one)
+    assert np.array_equal(digits.join(sites * lanes[0] + lanes[1]), sites * one + other)
+
+
+def test_an_integer_takes_no_more_lanes_than_it_needs() -> None:
+    assert [codec.Digits(12, precision).count for precision in (8, 12, 13, 23, 24)] == [1, 1, 2, 2, 3]
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 2**24 - 1), st.integers(0, 2**24 - 1)), min_size=1, max_size=16),
     st.integers(8, 18),
 )
 def test_counts_add_up(counts: list[tuple[int, int]], bits: int) -> None:
-    encoded = [codec.encode_counts(pair, bits) for pair in counts]
-    assert all(digits.size == 2 * codec.count_lanes(bits) for digits in encoded)
-    assert all(digits.min() >= 0 and digits.max() < 2 ** (bits - 1) for digits in encoded)
-    assert codec.decode_counts(sum(encoded), bits) == tuple(map(sum, zip(*counts, strict=True)))
+    layout = codec.layout_of([codec.counts_block()], 16, bits, None)
+    encoded = [layout.encode({codec.COUNTS: np.array(pair, float)}, 0.3, np.zeros(0))[0] for pair in counts]
+    assert all(lanes.size == layout.lanes.values for lanes in encoded)
+    found = layout.decode(sum(encoded), [0.3] * len(counts))[codec.COUNTS]
+    assert found.tolist() == [sum(column) for column in zip(*counts, strict=True)]
+
+
+def test_a_count_beyond_the_most_saturates_and_is_told() -> None:
+    layout = codec.layout_of([codec.counts_block()], 4, 12, None)
+    integers, rounded = layout.encode({codec.COUNTS: np.array([2.0**25, 1.0])}, 1.0, np.zeros(0))
+    assert layout.decode(integers, [1.0])[codec.COUNTS].tolist() == [2**24 - 1, 1]
+    assert rounded[codec.COUNTS].saturated == 0.5
+
+
+@given(st.integers(8, 12), st.integers(13, 36), st.floats(0.05, 1.0), st.data())
+def test_a_wider_value_is_as_exact_as_its_precision_whatever_the_lanes(
+    bits: int, precision: int, weight: float, data: st.DataObject
+) -> None:
+    bounds = np.array([0.5, 3.0, 1e-3])
+    update = bounds * np.array(data.draw(st.lists(st.floats(-1, 1), min_size=3, max_size=3)))
+    layout = codec.layout_of(
+        [codec.Block(codec.UPDATE, bounds, precision, weighted=True), codec.counts_block()], 16, bits, None
+    )
+    draws = np.array(data.draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=3, max_size=3)))
+    values = {codec.UPDATE: update, codec.COUNTS: np.array([7.0, 5.0])}
+    integers, _ = layout.encode(values, weight, draws)
+    found = layout.decode(3 * integers, [weight] * 3)
+    step = bounds / (weight * (2 ** (precision - 1) - 1))
+    assert np.all(np.abs(found[codec.UPDATE] - update) <= step * (1 + 1e-6))
+    assert found[codec.COUNTS].tolist() == [21, 15]
+
+
+def test_a_precision_that_no_float_holds_is_refused_with_what_would_do() -> None:
+    with pytest.raises(LanesError, match="precision of 53 bits; sums over 4 sites hold at most 52"):
+        codec.layout_of([codec.Block("b", np.ones(1), 53)], 4, 18, None)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -48,6 +48,12 @@ def _changed(change: Any) -> dict[str, Any]:
             "for 16 sites at most 20 bits in 2 lanes",
         ),
         (lambda t: t["encoding"].update(bits=7), "encoding.bits = 7", "greater than or equal to 8"),
+        (
+            lambda t: t["encoding"].update(precision_bits=12),
+            "encoding.precision_bits = 12",
+            "less than bits = 16, the width of a lane",
+        ),
+        (lambda t: t["encoding"].update(precision_bits=53), "encoding", "over 4 sites hold at most 52 exactly"),
         (lambda t: t["encoding"].update(lanes=7), "encoding.lanes = 7", "less than or equal to 6"),
         (lambda t: t["sites"].extend({"name": f"s{i}"} for i in range(4)), "sites", "the lanes hold max_sites = 4"),
         (lambda t: t.update(min_sites=2), "min_sites = 2", "at least 3 sites"),
