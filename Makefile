@@ -92,3 +92,4 @@ fuzz: environment
 # DATA: a folder of public brain MRI, one folder a class; without it phantoms alone are used.
 mini-clip: environment
 	$(BIN)/python scripts/mini_clip.py --out configs/models $(if $(DATA),--data $(DATA))
+	$(BIN)/python scripts/mini_clip.py --out configs/models --statistics $(if $(DATA),--data $(DATA))

@@ -3,6 +3,7 @@
     python scripts/mini_clip.py --out configs/models --data DIR               train: phantoms and scans of DIR
     python scripts/mini_clip.py --out configs/models                          train: phantoms alone
     python scripts/mini_clip.py --out configs/models --evaluate --scans DIR   measure, on federated scans too
+    python scripts/mini_clip.py --out configs/models --statistics --data DIR  where features of its training images lie
 
 A caption states some facts of its image. Whether it is true of another image is computed, not assumed: pairs
 of which that is unknown (the side of a tumour in a real scan, say) take no part in the contrastive loss.
@@ -37,11 +38,16 @@ from torch import Tensor, nn
 
 from secure_fed.core.storage import write_durable
 from secure_fed.lab.phantoms import CLASSES, SliceFacts, draw_facts, render_slice, scanner_of
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.public_statistics import PublicStatistics
+from secure_fed.protocol.study import Backbone
 
 NAME = "mini-clip"
 SEED = 20
 FIRST_SCANNER = 1000
 """Pre-training uses scanners from here up; studies use those below."""
+STATISTICS_PHANTOMS = 3000
+"""About as many as there are scans."""
 PROMPTS: tuple[str, ...] = (
     "an axial MRI slice of a head without any mass",
     "an axial MRI slice of a head with an irregular mass with blurred edges and swelling around it",
@@ -568,6 +574,24 @@ def measure(out: Path, scans: Path | None) -> dict[str, Any]:
     return figures
 
 
+def statistics(out: Path, data: Path | None) -> None:
+    """Write where features of images like those of the training lie: phantoms, and the scans if they are there."""
+    backbone = load_backbone(Backbone(model=NAME, weights="file", file=str(out / f"{NAME}.safetensors")), None)
+    rng, phantoms = np.random.default_rng(SEED), []
+    for _ in range(STATISTICS_PHANTOMS):
+        drawn = draw_facts(CLASSES[int(rng.integers(len(CLASSES)))], rng)
+        scanner = scanner_of(FIRST_SCANNER + int(rng.integers(100_000)))
+        phantoms.append(Image.fromarray(render_slice(drawn, scanner, int(rng.integers(2**40)))))
+    sources = [backbone.encode_images(phantoms)]
+    if data:
+        scans = []
+        for path in sorted(data.glob("*/*.jpg")):
+            with Image.open(path) as opened:
+                scans.append(opened.convert("RGB"))
+        sources.append(backbone.encode_images(scans))
+    PublicStatistics.of(sources).save(out / f"{NAME}.statistics.safetensors", backbone.digest)
+
+
 @torch.no_grad()
 def _encode(model: Any, preprocess: Any, pictures: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
     rows = [
@@ -596,6 +620,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of mini-clip.json and the weights")
     parser.add_argument("--data", type=Path, help="folder of the public scans; without it phantoms alone")
     parser.add_argument("--evaluate", action="store_true", help="measure the weights instead of training")
+    parser.add_argument("--statistics", action="store_true", help="write the features' statistics instead of training")
     parser.add_argument("--scans", type=Path, help="with --evaluate: folder of the federated scans")
     args = parser.parse_args()
     open_clip.add_model_config(args.out)
@@ -603,6 +628,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.evaluate:
         print(json.dumps(measure(args.out, args.scans), indent=2))
+    elif args.statistics:
+        statistics(args.out, args.data)
     else:
         train(args.out, args.data, Recipe())
 

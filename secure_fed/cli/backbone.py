@@ -70,6 +70,7 @@ def list_(json_: Json = False) -> None:
     packaged: list[dict[str, Any]] = [
         {"model": path.stem, "file": path.name, "bytes": path.stat().st_size}
         for path in sorted(configs.MODELS.glob("*.safetensors"))
+        if not path.stem.endswith(".statistics")
     ]
     if json_:
         print_json({"store": str(store), "added": rows, "packaged": packaged})

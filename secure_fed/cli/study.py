@@ -35,13 +35,19 @@ def new(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The backbone's weights, if not where the template says.")
     ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of public images, or statistics of such, for features.basis; by default the backbone's own."
+        ),
+    ] = None,
 ) -> None:
     """Make a study of a template: coordinator's key, initial adapter, prompt features, digests."""
     from secure_fed.operate.new_study import new_study, update_size
     from secure_fed.privacy.keys import read_public_identity
 
     members = [read_public_identity(path) for path in site or []]
-    made, backbone = new_study(template(study, seed, mode), members, into, checkpoint)
+    made, backbone = new_study(template(study, seed, mode), members, into, checkpoint, public)
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
     out.print(f"backbone: {backbone.description}", highlight=False, soft_wrap=True)
     out.print(f"an update: {update_size(into / 'study.toml', made)}", highlight=False, soft_wrap=True)

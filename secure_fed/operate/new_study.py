@@ -10,13 +10,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from secure_fed.clients.decoding import Source
+from secure_fed.clients.encoding import encode_all
 from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import to_toml, write_toml
-from secure_fed.model.adapters import check_method, initial_parameters, needs_tower
+from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, uses_basis
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics
 from secure_fed.privacy.keys import PublicIdentity
+from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
 from secure_fed.protocol.study import (
     InitialState,
@@ -32,6 +36,9 @@ from secure_fed.protocol.study import (
 RANDOM_CHECKPOINT = "backbone.safetensors"
 """Name of the checkpoint that a study with random weights gets beside its ``study.toml``."""
 
+PUBLIC = "public.safetensors"
+"""Name of the statistics of public images beside a study that was made with such images."""
+
 SERVER = "server"
 """Name of the server's state folder beside a new study."""
 
@@ -39,7 +46,11 @@ SERVER = "server"
 
 
 def new_study(
-    template: Template, members: Sequence[PublicIdentity], out: Path, checkpoint: Path | None = None
+    template: Template,
+    members: Sequence[PublicIdentity],
+    out: Path,
+    checkpoint: Path | None = None,
+    public: Path | None = None,
 ) -> tuple[StudyFile, LoadedBackbone]:
     """Write ``study.toml`` and ``study.safetensors`` into a folder, with the coordinator's signing key.
 
@@ -51,6 +62,8 @@ def new_study(
         members: public files of its sites; as long as a site has no keys, what is written is still a template.
         out: the folder; a coordinator key and a random checkpoint that are already there are used again.
         checkpoint: the backbone's weights, if they do not lie where the template says.
+        public: public images (a folder), or statistics of such, from which the basis of a method that uses one is
+            made; by default those that come with the backbone, if any do.
 
     Raises:
         OutputError: the folder already holds a study.
@@ -77,7 +90,8 @@ def new_study(
         tokens = backbone.tokenize([entry.prompts[0] for entry in template.classes])
         tower = backbone.text_tower(tokens)
     adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower)
-    tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens).to_bytes()
+    basis = _basis(template, backbone, public, out / PUBLIC)
+    tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens, basis).to_bytes()
     server = ServerState(out / SERVER)
     server.begin()
     key_path = server.key
@@ -94,6 +108,39 @@ def new_study(
     write_durable(out / "study.safetensors", tensors)
     write_durable(out / "study.toml", to_toml(study).encode())
     return study, backbone
+
+
+def _basis(template: Template, backbone: LoadedBackbone, public: Path | None, kept: Path) -> Basis | None:
+    """The basis of a method that uses one; statistics that had to be computed are kept for other studies."""
+    if not uses_basis(template):
+        if public is not None:
+            raise StudyError(
+                f"{public}: public images are for methods that see features in a basis of the study; "
+                f"{template.method.adapter} does not: leave --public out"
+            )
+        return None
+    if public is None:
+        statistics = packaged_statistics(template.backbone.model, backbone.digest)
+    elif public.is_dir():
+        statistics = public_statistics(public, backbone)
+        statistics.save(kept, backbone.digest)
+    else:
+        statistics = PublicStatistics.load(public, backbone.digest)
+    return make_basis(template.features, backbone.dim, template.seed, statistics)
+
+
+def public_statistics(folder: Path, backbone: LoadedBackbone) -> PublicStatistics:
+    """Statistics of all images in a folder and below it, encoded by a backbone; labels play no part.
+
+    Raises:
+        StudyError: too few of them can be decoded.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    batches = encode_all([Source(path) for path in paths], backbone)
+    rows = [one.value for batch in batches for one in batch if one.value is not None]
+    if not rows:
+        raise StudyError(f"{folder}: no image that can be decoded; expected a folder of public images")
+    return PublicStatistics.of([np.stack(rows)])
 
 
 def update_size(path: Path, study: StudyFile) -> str:
@@ -124,6 +171,7 @@ def check_study(path: Path) -> StudyFile:
     """
     study = read_study_file(path)
     check_method(study.method)
+    uses_basis(study)
     if not study.missing() and path.with_suffix(".safetensors").exists():
         load_study(path)
     return study

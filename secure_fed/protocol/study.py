@@ -26,6 +26,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 from secure_fed import configs
 from secure_fed.core.errors import LanesError, StudyError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
+from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import (
     UPDATE,
     Block,
@@ -114,6 +115,31 @@ class KnownBackbone(Backbone):
     """The frozen CLIP of a study: its weights are known by their digest."""
 
     digest: Hex64
+
+
+class Features(FileModel):
+    """In which coordinates a method sees the features of the backbone, if it takes statistics of them.
+
+    Attributes:
+        basis: ``raw`` (the backbone's own), ``public`` (the directions of most spread of public images) or ``random``
+            (drawn from the study's seed; needs no public image).
+        dimensions: how many, of ``public`` and ``random``.
+    """
+
+    basis: Literal["raw", "public", "random"] = "raw"
+    dimensions: Annotated[int, Field(ge=2, le=4096)] | None = None
+
+    model_config = FileModel.model_config | {"validate_default": True}
+
+    @field_validator("dimensions")
+    @classmethod
+    def _of_a_basis(cls, dimensions: int | None, info: ValidationInfo) -> int | None:
+        basis = info.data.get("basis")
+        if basis == "raw" and dimensions is not None:
+            raise ValueError('basis = "raw" takes all dimensions of the backbone; expected none, or another basis')
+        if basis in ("public", "random") and dimensions is None:
+            raise ValueError(f'basis = "{basis}" takes some dimensions; expected their number, 128 say')
+        return dimensions
 
 
 class Method(FileModel):
@@ -397,6 +423,7 @@ class StudyFile(FileModel):
         round_seconds: how long a round waits for missing sites before it goes on with ``min_sites``.
         classes: at least two; a class's number is its place in this list.
         backbone: the frozen CLIP.
+        features: in which coordinates a method that takes statistics sees the backbone's features.
         method: what is trained, and by which loss.
         training: one round's local training.
         aggregation: what every site makes of a round's average.
@@ -419,6 +446,7 @@ class StudyFile(FileModel):
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
     classes: tuple[StudyClass, ...]
     backbone: Backbone
+    features: Features = Features()
     method: Method
     training: Training
     aggregation: Aggregation = Aggregation()
@@ -620,12 +648,14 @@ class InitialState:
         logit_scale: the frozen CLIP's exp(logit_scale).
         prompt_tokens: of a method that trains through the text tower, tokens of each class's first prompt, int64
             [classes, context length]; a site's own tokenizer is not asked.
+        basis: of a method that takes statistics of features, their coordinates.
     """
 
     adapter: dict[str, NDArray[np.float64]]
     prompt_features: NDArray[np.float32]
     logit_scale: float
     prompt_tokens: NDArray[np.int64] | None = None
+    basis: Basis | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -639,6 +669,8 @@ class InitialState:
         tensors["logit_scale"] = np.array([self.logit_scale], dtype=np.float64)
         if self.prompt_tokens is not None:
             tensors["prompt_tokens"] = self.prompt_tokens
+        if self.basis is not None:
+            tensors |= self.basis.tensors()
         return bytes(safetensors.numpy.save(tensors))
 
     @classmethod
@@ -653,9 +685,9 @@ class InitialState:
             adapter = {
                 name.removeprefix("adapter."): value for name, value in tensors.items() if name.startswith("adapter.")
             }
-            return cls(
-                adapter, tensors["prompt_features"], float(tensors["logit_scale"][0]), tensors.get("prompt_tokens")
-            )
+            prompts = tensors["prompt_features"]
+            basis = Basis.of(tensors, prompts.shape[1])
+            return cls(adapter, prompts, float(tensors["logit_scale"][0]), tensors.get("prompt_tokens"), basis)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise StudyError(f"study.safetensors: malformed ({error}); copy it again from the coordinator") from error
 

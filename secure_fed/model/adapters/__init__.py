@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from secure_fed.core.errors import StudyError
 from secure_fed.model.adapters._base import PRIVATE_HEAD, Adapter, Start, class_prompt_loss, contrastive_loss
 from secure_fed.model.text_tower import TextTower
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study import Method, StudyFile
 
 __all__ = [
     "PRIVATE_HEAD",
@@ -27,6 +27,7 @@ __all__ = [
     "contrastive_loss",
     "initial_parameters",
     "needs_tower",
+    "uses_basis",
 ]
 
 
@@ -41,6 +42,21 @@ def check_method(method: Method) -> None:
             f"method.lmmd_weight = {method.lmmd_weight:g}: {method.adapter} moves no image feature, so there is "
             "nothing to align; expected 0: set it, or take another adapter"
         )
+
+
+def uses_basis(study: StudyFile) -> bool:
+    """Whether the study's method sees features in the study's basis.
+
+    Raises:
+        StudyError: it does not, but the study asks for another basis than the backbone's own.
+    """
+    used = _kind(study.method).uses_basis
+    if not used and study.features.basis != "raw":
+        raise StudyError(
+            f'features.basis = "{study.features.basis}": {study.method.adapter} sees features as the backbone gives '
+            'them; expected "raw": leave [features] out, or take another adapter'
+        )
+    return used
 
 
 def needs_tower(method: Method) -> bool:

@@ -54,10 +54,12 @@ class Adapter(nn.Module, ABC):
         shows_adapted: whether ``forward`` appends the adapted features, for a loss that needs them.
         moves_features: whether image features are moved; if not, the domain term has nothing to align.
         needs_tower: whether the frozen text tower takes part in training.
+        uses_basis: whether the method sees features in the study's basis (``[features]``).
     """
 
     moves_features: ClassVar[bool] = True
     needs_tower: ClassVar[bool] = False
+    uses_basis: ClassVar[bool] = False
 
     def __init__(
         self,

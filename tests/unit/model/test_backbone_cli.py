@@ -84,7 +84,9 @@ def test_all_three_forms_are_one_backbone(forms: dict[str, Path], store: Path, s
     document = json.loads(out)
     assert code == 0
     assert [(row["model"], row["digest"]) for row in document["added"]] == [(QUICK, digest)]
-    assert "mini-clip.safetensors" in [row["file"] for row in document["packaged"]]
+    files = [row["file"] for row in document["packaged"]]
+    assert "mini-clip.safetensors" in files
+    assert not any("statistics" in file for file in files)
     assert "added" in secfacmic("backbone", "list")[1]
     study = Backbone(model=QUICK, weights="random", seed=3, digest=digest)
     assert load_backbone(study, None).digest == digest

@@ -54,6 +54,8 @@ def _changed(change: Any) -> dict[str, Any]:
             "less than bits = 16, the width of a lane",
         ),
         (lambda t: t["encoding"].update(precision_bits=53), "encoding", "over 4 sites hold at most 52 exactly"),
+        (lambda t: t.update(features={"basis": "public"}), "features.dimensions", "takes some dimensions"),
+        (lambda t: t.update(features={"dimensions": 4}), "features.dimensions = 4", "takes all dimensions"),
         (lambda t: t["encoding"].update(lanes=7), "encoding.lanes = 7", "less than or equal to 6"),
         (lambda t: t["sites"].extend({"name": f"s{i}"} for i in range(4)), "sites", "the lanes hold max_sites = 4"),
         (lambda t: t.update(min_sites=2), "min_sites = 2", "at least 3 sites"),

@@ -1,0 +1,164 @@
+"""Where features of public images lie: centre and directions, from which a study's basis is made.
+
+The packaged backbone has its own beside its weights (``configs/models/NAME.statistics.safetensors``), of the images it
+was trained on; of other backbones ``study new --public`` computes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from secure_fed import configs
+from secure_fed.core.errors import StudyError
+from secure_fed.core.storage import write_durable
+from secure_fed.protocol.basis import Basis
+from secure_fed.protocol.study import Features
+
+LEAST_IMAGES = 100
+"""Fewest public images that statistics are taken of."""
+
+AXES = 256
+"""Directions that are kept, those of the most spread."""
+
+WHITENING = 0.7
+"""Power of a direction's standard deviation by which a public basis divides: 0 leaves it, 1 makes all alike. Between
+them noise of a release is spread best over what tells classes apart (docs/facmic.md)."""
+
+RADIUS = 0.85
+"""Radius of a basis in root mean square lengths of what it is made of; about a third of the images lie within."""
+
+
+@dataclass(frozen=True)
+class PublicStatistics:
+    """Of unit features of public images.
+
+    Attributes:
+        centre: float64 [d], the mean of the sources' means.
+        axes: float64 [m, d], orthonormal, those of the most spread within the sources first.
+        deviations: float64 [m], standard deviation along each.
+        spread: float64 [d], root mean square distance from the centre in each of the backbone's own coordinates.
+    """
+
+    centre: NDArray[np.float64]
+    axes: NDArray[np.float64]
+    deviations: NDArray[np.float64]
+    spread: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, sources: Sequence[NDArray[np.float32]]) -> PublicStatistics:
+        """Of the unit features [n, d] of one or more kinds of images, which count alike however many each has.
+
+        Raises:
+            StudyError: too few images.
+        """
+        images = min((len(rows) for rows in sources), default=0)
+        if images < LEAST_IMAGES:
+            raise StudyError(f"{images} public images; expected at least {LEAST_IMAGES}, more than dimensions at best")
+        rows = [source.astype(np.float64) for source in sources]
+        centre = np.mean([source.mean(axis=0) for source in rows], axis=0)
+        within = np.mean([np.cov(source.T) for source in rows], axis=0)
+        variances, directions = np.linalg.eigh(within)
+        kept = np.argsort(-variances)[:AXES]
+        spread = np.sqrt(np.mean([np.square(source - centre).mean(axis=0) for source in rows], axis=0))
+        return cls(centre, directions[:, kept].T, np.sqrt(np.maximum(variances[kept], 0)), spread)
+
+    def save(self, path: Path, backbone: str) -> None:
+        """Write them for the backbone of a digest; in half precision, which moves an axis by a thousandth."""
+        tensors = {
+            "centre": self.centre.astype(np.float32),
+            "axes": self.axes.astype(np.float16),
+            "deviations": self.deviations.astype(np.float32),
+            "spread": self.spread.astype(np.float32),
+        }
+        write_durable(path, bytes(safetensors.numpy.save(tensors, {"backbone": backbone})))
+
+    @classmethod
+    def load(cls, path: Path, backbone: str) -> PublicStatistics:
+        """Read statistics of a backbone.
+
+        Raises:
+            StudyError: they cannot be read, or are of another backbone.
+        """
+        try:
+            with safetensors.safe_open(str(path), "np") as file:
+                digest = (file.metadata() or {}).get("backbone", "none")
+                parts = [
+                    file.get_tensor(name).astype(np.float64) for name in ("centre", "axes", "deviations", "spread")
+                ]
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StudyError(
+                f"{path}: no public statistics ({type(error).__name__}); expected a folder of public images, or the x"
+            ) from error
+        if digest != backbone:
+            raise StudyError(
+                f"{path}: statistics of backbone {digest[:16]}, the study's is {backbone[:16]}; expected those of the "
+                "same backbone: give a folder of public images instead"
+            )
+        return cls(*parts)
+
+
+def packaged_statistics(model: str, backbone: str) -> PublicStatistics | None:
+    """Those that come with a packaged backbone; None if there are none for weights of this digest."""
+    path = configs.MODELS / f"{model}.statistics.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        return PublicStatistics.load(path, backbone)
+    except StudyError:
+        return None
+
+
+def make_basis(features: Features, width: int, seed: int, statistics: PublicStatistics | None) -> Basis:
+    """The study's basis.
+
+    - ``raw``: the backbone's own coordinates, relative to the public centre if there is one.
+    - ``public``: the ``dimensions`` directions in which public images differ most, each divided by its standard
+      deviation to the power of :data:`WHITENING`.
+    - ``random``: ``dimensions`` orthonormal directions drawn from the study's seed; nothing public is needed.
+
+    Args:
+        features: the study's table.
+        width: d, of the backbone's features.
+        seed: the study's.
+        statistics: of public images, if there are any.
+
+    Raises:
+        StudyError: there are none but the basis needs them, or more dimensions than there are.
+    """
+    wanted = features.dimensions or width
+    if features.basis == "raw":
+        if statistics is None:
+            return Basis(np.zeros(width), None, 1.0, np.full(width, 2 / math.sqrt(width)))
+        radius = RADIUS * math.sqrt(float(np.square(statistics.spread).sum()))
+        return Basis(statistics.centre, None, radius, statistics.spread / radius)
+    if features.basis == "random":
+        if wanted > width:
+            raise StudyError(
+                f'features.dimensions = {wanted}: the backbone has {width}; expected at most that, or basis = "raw"'
+            )
+        drawn = np.random.default_rng(seed).standard_normal((width, wanted))
+        radius = RADIUS * math.sqrt(wanted / width)
+        return Basis(np.zeros(width), np.linalg.qr(drawn)[0].T.copy(), radius, np.full(wanted, 2 / math.sqrt(wanted)))
+    if statistics is None:
+        raise StudyError(
+            'features.basis = "public": there are no statistics of public images for this backbone; expected a folder '
+            'of such images: give it with --public, or take basis = "random", which needs none'
+        )
+    there = int(np.count_nonzero(statistics.deviations > 0))
+    if wanted > there:
+        raise StudyError(
+            f"features.dimensions = {wanted}: the public images spread in {there} directions; expected at most that"
+        )
+    deviations = statistics.deviations[:wanted]
+    axes = statistics.axes[:wanted] / deviations[:, None] ** WHITENING
+    scaled = deviations ** (1 - WHITENING)
+    radius = RADIUS * math.sqrt(float(np.square(scaled).sum()))
+    return Basis(statistics.centre, axes, radius, scaled / radius)

@@ -1,0 +1,135 @@
+"""The basis of a study: of public images, drawn, or the backbone's own; never of a site's data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from secure_fed import configs
+from secure_fed.core.errors import StudyError
+from secure_fed.model.adapters import uses_basis
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics
+from secure_fed.protocol.basis import Basis
+from secure_fed.protocol.study import Backbone, Features, InitialState
+from tests.conftest import make_template
+
+DIM = 12
+
+
+def images(count: int = 400, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = 0.5 + rng.standard_normal((count, DIM)) * np.geomspace(1, 1e-3, DIM)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_sources_count_alike_however_many_images_each_has() -> None:
+    few, many = images(150, 1), images(3000, 2)
+    found = PublicStatistics.of([few, many])
+    assert np.allclose(found.centre, (few.mean(axis=0, dtype=float) + many.mean(axis=0, dtype=float)) / 2)
+    assert np.allclose(found.axes @ found.axes.T, np.eye(DIM))
+    assert np.all(np.diff(found.deviations) <= 0)
+    with pytest.raises(StudyError, match="99 public images; expected at least 100"):
+        PublicStatistics.of([few[:99], many])
+
+
+def test_a_public_basis_makes_its_directions_more_alike_and_keeps_lengths_below_one() -> None:
+    x = images()
+    statistics = PublicStatistics.of([x])
+    basis = make_basis(Features(basis="public", dimensions=5), DIM, 0, statistics)
+    assert basis.dimensions == 5
+    projected, straight = basis.project(x), basis.linear(x)
+    assert np.linalg.norm(projected, axis=1).max() <= 1 + 1e-12
+    assert 0.1 < np.mean(np.linalg.norm(straight, axis=1) <= 1) < 0.7
+    assert np.allclose(straight.std(axis=0, ddof=1), basis.spread)
+    assert basis.spread.max() / basis.spread.min() < statistics.deviations[0] / statistics.deviations[4]
+    inside = np.linalg.norm(straight, axis=1) <= 1
+    assert np.array_equal(projected[inside], straight[inside])
+
+
+def test_the_backbones_own_coordinates_need_no_public_image() -> None:
+    bare = make_basis(Features(), DIM, 0, None)
+    assert bare.axes is None
+    assert np.array_equal(bare.linear(images()), images().astype(float))
+    centred = make_basis(Features(), DIM, 0, PublicStatistics.of([images()]))
+    assert np.allclose(centred.linear(images()).mean(axis=0), 0, atol=1e-6)
+
+
+def test_a_random_basis_is_the_seeds() -> None:
+    first, again, other = (make_basis(Features(basis="random", dimensions=4), DIM, seed, None) for seed in (1, 1, 2))
+    assert first.axes is not None
+    assert again.axes is not None
+    assert other.axes is not None
+    assert np.allclose(first.axes @ first.axes.T, np.eye(4))
+    assert np.array_equal(first.axes, again.axes)
+    assert not np.allclose(first.axes, other.axes)
+
+
+@pytest.mark.parametrize(
+    ("features", "statistics", "says"),
+    [
+        (Features(basis="public", dimensions=4), False, "--public"),
+        (Features(basis="public", dimensions=13), True, "spread in 12 directions"),
+        (Features(basis="random", dimensions=13), False, "the backbone has 12"),
+    ],
+)
+def test_what_a_basis_cannot_be_is_named_with_what_would_do(features: Features, statistics: bool, says: str) -> None:
+    with pytest.raises(StudyError, match=says):
+        make_basis(features, DIM, 0, PublicStatistics.of([images()]) if statistics else None)
+
+
+def test_statistics_belong_to_one_backbone(tmp_path: Path) -> None:
+    statistics = PublicStatistics.of([images()])
+    statistics.save(tmp_path / "public.safetensors", "a" * 64)
+    again = PublicStatistics.load(tmp_path / "public.safetensors", "a" * 64)
+    assert np.allclose(again.axes, statistics.axes, atol=1e-3)
+    assert np.allclose(again.centre, statistics.centre, atol=1e-6)
+    with pytest.raises(StudyError, match=r"of backbone a{16}, the study's is b{16}"):
+        PublicStatistics.load(tmp_path / "public.safetensors", "b" * 64)
+    with pytest.raises(StudyError, match="expected a folder of public images"):
+        PublicStatistics.load(tmp_path / "nothing", "b" * 64)
+
+
+def test_mini_clip_brings_its_own() -> None:
+    backbone = load_backbone(Backbone(model="mini-clip", weights="file", file="mini-clip.safetensors"), None)
+    statistics = packaged_statistics("mini-clip", backbone.digest)
+    assert statistics is not None
+    assert statistics.axes.shape == (256, backbone.dim)
+    assert np.allclose(statistics.axes @ statistics.axes.T, np.eye(256), atol=2e-3)
+    assert packaged_statistics("mini-clip", "0" * 64) is None
+    assert packaged_statistics("random-small", backbone.digest) is None
+    assert (configs.MODELS / "mini-clip.statistics.safetensors").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("axes", [True, False])
+def test_the_basis_travels_with_the_study_and_fits_its_backbone(axes: bool) -> None:
+    features = Features(basis="random", dimensions=4) if axes else Features()
+    basis = make_basis(features, DIM, 0, None)
+    prompts = images(3)
+    state = InitialState({"offsets": np.zeros((3, DIM))}, prompts, 10.0, None, basis)
+    again = InitialState.from_bytes(state.to_bytes())
+    assert again.basis is not None
+    assert np.array_equal(again.basis.project(images()), basis.project(images()))
+    assert InitialState.from_bytes(InitialState(state.adapter, prompts, 10.0).to_bytes()).basis is None
+    other = InitialState(state.adapter, images(3)[:, :8], 10.0, None, basis)
+    with pytest.raises(StudyError, match="the basis is of 12 features, the backbone gives 8"):
+        InitialState.from_bytes(other.to_bytes())
+
+
+def test_a_method_that_takes_features_as_they_are_has_no_basis() -> None:
+    assert not uses_basis(make_template())
+    with pytest.raises(
+        StudyError, match=r'features\.basis = "public": facmic sees features as the backbone gives them'
+    ):
+        uses_basis(make_template(features={"basis": "public", "dimensions": 4}))
+
+
+def test_a_basis_holds_no_more_than_numbers() -> None:
+    assert set(Basis(np.zeros(2), np.eye(2), 1.0, np.ones(2)).tensors()) == {
+        "basis.centre",
+        "basis.axes",
+        "basis.radius",
+        "basis.spread",
+    }
