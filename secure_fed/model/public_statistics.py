@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -72,7 +73,7 @@ class PublicStatistics:
 
     def save(self, path: Path, backbone: str) -> None:
         """Write them for the backbone of a digest; in half precision, which moves an axis by a thousandth."""
-        tensors = {
+        tensors: dict[str, NDArray[Any]] = {
             "centre": self.centre.astype(np.float32),
             "axes": self.axes.astype(np.float16),
             "deviations": self.deviations.astype(np.float32),

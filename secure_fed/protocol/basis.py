@@ -43,7 +43,7 @@ class Basis:
     def project(self, x: NDArray[np.float32] | NDArray[np.float64]) -> NDArray[np.float64]:
         """x' [n, k], of length at most 1, of features x [n, d]."""
         moved = self.linear(x)
-        return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1)
+        return np.asarray(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """As tensors of ``study.safetensors``, names beginning with ``basis.``."""
