@@ -44,7 +44,7 @@ def measure(values: int) -> dict[str, Any]:
             start = time.process_time()
             contribution, payload = cipher.seal(integers, binding, f"site-{index}", 1)
             sealed = time.process_time()
-            wire.add(total, payload)
+            total = wire.add(total, payload)
             added = time.process_time()
             cohort.append(contribution)
             best["seal"] = min(best["seal"], sealed - start)

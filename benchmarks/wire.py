@@ -531,7 +531,7 @@ def count_wrong(wanted: int, values: int) -> dict[str, Any]:
             chosen = [(first + step) % count for step in range(parameters.max_sites)]
             total = wire.zero()
             for index in chosen:
-                wire.add(total, sealed[index].payload)
+                total = wire.add(total, sealed[index].payload)
             payload = wire.record(total, len(chosen))
             try:
                 sums = cipher.open(payload, binding, [sealed[index].contribution for index in chosen])

@@ -16,7 +16,7 @@ import hashlib
 import hmac
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -48,12 +48,12 @@ from secure_fed.protocol.residues import (
     DEGREE,
     PRIMES,
     Residues,
+    Stream,
+    SumOfStreams,
     add_into,
     centre,
-    expand,
     multiply,
     pack_residues,
-    sum_of_streams,
 )
 
 TAG_KEY_BYTES: Final = 32
@@ -192,19 +192,29 @@ class Cipher:
         if not cohort_holds(cohort, parameters):
             raise _NotAnHonestSum
         sums = self._wire.residues(record_payload)
-        keys = [stream_key(binding, contribution) for contribution in cohort]
-        second = sum_of_streams(keys, parameters.ciphertexts * DEGREE, parameters.modulus)
-        add_into(sums, self._times_secret(second), parameters.modulus)
-        noisy = centre(sums, parameters.modulus)
-        lanes = unpack_lanes((noisy + parameters.scale // 2) // parameters.scale, parameters)
+        streams = SumOfStreams([stream_key(binding, one) for one in cohort], parameters.modulus)
+        lanes = np.empty((parameters.coefficients, parameters.lanes), np.int64)
+        for polynomials, used in self._blocks():
+            noisy = sums[used]
+            add_into(noisy, self._times_secret(streams.take(polynomials * DEGREE))[: noisy.size], parameters.modulus)
+            packed = (centre(noisy, parameters.modulus) + parameters.scale // 2) // parameters.scale
+            lanes[used] = unpack_lanes(packed, parameters)
         integers = lanes.reshape(-1)[: parameters.integers]
-        values = integers[: parameters.values].copy()
+        values = integers[: parameters.values]
         digit_sums = integers[parameters.values :].reshape(TAGS, parameters.tag_digits)
         # One verdict after all checks, so that the time taken does not tell where a forgery failed.
         verdict = in_range(lanes, parameters, len(cohort)) & self._tags_hold(values, digit_sums, binding, cohort)
         if not verdict:
             raise _NotAnHonestSum
         return values
+
+    def _blocks(self) -> Iterator[tuple[int, slice]]:
+        """The polynomials, as many at a time as SEAL takes in one ciphertext and caches hold: how many, and which of
+        the used coefficients are theirs."""
+        most, count = seal_format.MOST_POLYNOMIALS, self._parameters.ciphertexts
+        for first in range(0, count, most):
+            last = min(first + most, count)
+            yield last - first, slice(first * DEGREE, min(last * DEGREE, self._parameters.coefficients))
 
     def _tags_hold(
         self, sums: Integers, digit_sums: Integers, binding: Binding, cohort: Sequence[Contribution]
@@ -246,42 +256,44 @@ class Cipher:
         Returns:
             uint64 of shape (coefficients,), not in NTT form, cut behind the last used coefficient.
         """
-        modulus, count = self._parameters.modulus, self._parameters.ciphertexts
-        noise = np.empty((count, DEGREE), np.uint64)
+        modulus, stream = self._parameters.modulus, Stream(key, self._parameters.modulus)
+        first = np.empty(self._parameters.coefficients, np.uint64)
         zero, plaintext = sealapi.Ciphertext(self._context), sealapi.Plaintext()
-        for polynomial in noise:
-            self._encryptor.encrypt_zero_symmetric(zero)
-            self._decryptor.decrypt(zero, plaintext)
-            polynomial[:] = self._plaintext_words(seal_format.save(plaintext))
-        second = expand(key, count * DEGREE, modulus).reshape(count, DEGREE)
-        add_into(noise, np.uint64(modulus) - multiply(second, self._secret, modulus), modulus)
-        return self._from_ntt(noise)[: self._parameters.coefficients]
+        for polynomials, used in self._blocks():
+            noise = np.empty((polynomials, DEGREE), np.uint64)
+            for polynomial in noise:
+                self._encryptor.encrypt_zero_symmetric(zero)
+                self._decryptor.decrypt(zero, plaintext)
+                polynomial[:] = self._plaintext_words(seal_format.save(plaintext))
+            second = stream.take(noise.size).reshape(noise.shape)
+            add_into(noise, np.uint64(modulus) - multiply(second, self._secret, modulus), modulus)
+            part = first[used]
+            part[:] = self._from_ntt(noise)[: part.size]
+        return first
 
     def _times_secret(self, second: Residues) -> Residues:
-        """The product with the secret key of polynomials in NTT form, uint64 of shape (polynomials * DEGREE,).
+        """The product with the secret key of at most MOST_POLYNOMIALS polynomials in NTT form.
+
+        Args:
+            second: uint64 of shape (polynomials * DEGREE,).
 
         Returns:
-            uint64 of shape (coefficients,), not in NTT form, cut behind the last used coefficient.
+            The same, not in NTT form.
         """
-        products = multiply(second.reshape(-1, DEGREE), self._secret, self._parameters.modulus)
-        return self._from_ntt(products)[: self._parameters.coefficients]
+        return self._from_ntt(multiply(second.reshape(-1, DEGREE), self._secret, self._parameters.modulus))
 
     def _from_ntt(self, polynomials: Residues) -> Residues:
-        """Polynomials in NTT form, (n, DEGREE), to their coefficients, (n * DEGREE,): by SEAL, as many at a time as
-        it takes in one ciphertext."""
-        most = seal_format.MOST_POLYNOMIALS
-        found = np.empty((len(polynomials), DEGREE), np.uint64)
-        for first in range(0, len(polynomials), most):
-            part = polynomials[first : first + most]
-            used = len(part)
-            if used == 1:  # fewer than two are no ciphertext
-                part = np.concatenate((part, part))
-            carrier = sealapi.Ciphertext(self._context)
-            seal_format.load(carrier, self._context, seal_format.ciphertext(part, self._parms_id))
-            self._evaluator.transform_from_ntt_inplace(carrier)
-            words = seal_format.ciphertext_words(seal_format.save(carrier), self._parms_id, len(part), ntt=False)
-            found[first : first + used] = words[:used]
-        return found.reshape(-1)
+        """At most MOST_POLYNOMIALS polynomials in NTT form, (n, DEGREE), to their coefficients, (n * DEGREE,): by
+        SEAL, as one ciphertext."""
+        count = len(polynomials)
+        if count == 1:  # fewer than two are no ciphertext
+            polynomials = np.concatenate((polynomials, polynomials))
+        carrier = sealapi.Ciphertext(self._context)
+        seal_format.load(carrier, self._context, seal_format.ciphertext(polynomials, self._parms_id))
+        self._evaluator.transform_from_ntt_inplace(carrier)
+        saved = seal_format.save(carrier)
+        words = seal_format.ciphertext_words(saved, self._parms_id, len(polynomials), ntt=False)
+        return words[:count].reshape(-1).copy()  # what SEAL saved is read-only
 
     def _plaintext_words(self, saved: bytes) -> Residues:
         return seal_format.plaintext_words(saved, self._parms_id)

@@ -10,6 +10,8 @@ import secrets
 import shutil
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secure_fed.core.errors import (
@@ -299,7 +301,8 @@ class Coordinator:
         self.attempt = attempts[-1]
         try:
             for path in sorted(self._spool().glob(ENVELOPES)):
-                self._add(self._check(path.read_bytes(), path.stem))
+                envelope = self._check(path.read_bytes(), path.stem)
+                self._count(envelope, self._wire.add(self._total, envelope.payload))
         except EnvelopeError:
             self._clear_sum()
             self.attempt += 1
@@ -312,11 +315,13 @@ class Coordinator:
             if (known.header_text, known.signature) != (envelope.header_text, envelope.signature):
                 raise EnvelopeError(f"a second, different envelope of {site} for round {self.round}; the first counts")
             return
+        # Checked and added in one pass; the sum in force is the old one until the envelope is durable.
+        total = self._wire.add(self._total, envelope.payload)
         make_folder(self._spool())
         # Before the spool: a restart must not take an envelope that it would not have taken again.
         self._heads.keep({site: envelope.header.ledger})
         write_durable(site_envelope(self._spool(), site), data, 0o600)
-        self._add(envelope)
+        self._count(envelope, total)
 
     def _check(self, data: bytes, site: str) -> Envelope:
         if self.finished:
@@ -327,15 +332,15 @@ class Coordinator:
         check_position(envelope.header, self.journal.chain.due)
         if envelope.header.attempt != self.attempt:
             raise EnvelopeError(f"envelope of {site}: attempt {envelope.header.attempt}, expected {self.attempt}")
-        self._wire.check(envelope.payload)
         try:
             self._heads.check(site, envelope.header.ledger)
         except LedgerRollbackError as error:
             raise EnvelopeError(f"envelope of {error}") from None
         return envelope
 
-    def _add(self, envelope: Envelope) -> None:
-        self._wire.add(self._total, envelope.payload)
+    def _count(self, envelope: Envelope, total: npt.NDArray[np.generic]) -> None:
+        """An envelope is in, and the total with it is the round's."""
+        self._total = total
         # The payload stays in the spool; keeping it here would make memory grow with the sites.
         self._envelopes[envelope.header.site] = Envelope(
             envelope.header, envelope.header_text, envelope.signature, b"", envelope.size

@@ -775,7 +775,7 @@ def record_cases(world: World) -> Cases:
     def summed(sites: Sequence[str]) -> bytes:
         total = world.wire.zero()
         for site in sites:
-            world.wire.add(total, payloads[site])
+            total = world.wire.add(total, payloads[site])
         return world.wire.record(total, len(sites))
 
     honest = summed(TRAINING)
@@ -1085,7 +1085,7 @@ def _forgeries(
     def added(parts: Sequence[bytes]) -> bytes:
         total = wire.zero()
         for payload in parts:
-            wire.add(total, payload)
+            total = wire.add(total, payload)
         return wire.record(total, 3)
 
     padding = residues.copy()

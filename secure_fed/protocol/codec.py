@@ -136,8 +136,9 @@ def average_update(
 
     ``sums * bound / (max_integer * sum of the cohort's weights)``, the weights added exactly (in any order).
     """
-    divisor = max_integer * math.fsum(weights)
-    return sums.astype(np.float64) * bounds / divisor
+    update: NDArray[np.float64] = sums * bounds
+    update /= max_integer * math.fsum(weights)
+    return update
 
 
 @dataclass(frozen=True)

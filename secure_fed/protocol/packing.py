@@ -21,9 +21,9 @@ from secure_fed.protocol.residues import (
     GROUP,
     PRIMES,
     Residues,
-    add_into,
     pack_residues,
     packed_bytes,
+    sum_with_packed,
     unpack_residues,
 )
 
@@ -261,11 +261,19 @@ def in_range(lanes: Integers, parameters: LaneParameters, sites: int) -> bool:
         parameters: the study's lanes.
         sites: contributors of the sum.
     """
-    noise = parameters.noise_in_lane(sites)
-    bounds = np.zeros((parameters.coefficients, parameters.lanes), np.int64)
-    bounds.reshape(-1)[: parameters.integers] = sites * parameters.max_integer
-    bounds[:, 0] += noise
-    return bool((np.abs(lanes) <= bounds).all())
+    noise, most = parameters.noise_in_lane(sites), sites * parameters.max_integer
+    padding = lanes.reshape(-1)[parameters.integers :]
+    in_lane_0 = np.arange(parameters.integers, lanes.size) % parameters.lanes == 0
+    return bool(
+        _largest(lanes[:, 0]) <= most + noise
+        and _largest(lanes[:, 1:]) <= most
+        and (np.abs(padding) <= np.where(in_lane_0, noise, 0)).all()
+    )
+
+
+def _largest(integers: Integers) -> int:
+    """Largest magnitude, without the copy that taking all magnitudes would be."""
+    return max(int(integers.max()), -int(integers.min()))
 
 
 def check_integers(integers: Integers, parameters: LaneParameters) -> None:
@@ -283,7 +291,7 @@ def check_integers(integers: Integers, parameters: LaneParameters) -> None:
             f"integers are {integers.dtype} of shape {integers.shape}; expected int64 of shape "
             f"({parameters.values},); encode the update with this study's codec"
         )
-    largest = max(int(integers.max()), -int(integers.min()))
+    largest = _largest(integers)
     if largest > parameters.max_integer:
         raise LanesError(
             f"an integer of magnitude {largest}; expected at most {parameters.max_integer} "
@@ -299,23 +307,22 @@ class Wire(Protocol):
         """Exact length of a payload, of an envelope as of a record."""
         ...
 
-    def check(self, payload: bytes) -> None:
-        """Check an envelope's payload as far as that goes without a key.
-
-        Raises:
-            EnvelopeError: wrong length, a residue >= Q, or in plain mode an integer beyond max_integer.
-        """
-        ...
-
     def zero(self) -> npt.NDArray[np.generic]:
         """Make an empty total for ``add``."""
         ...
 
-    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> None:
-        """Add an envelope into a total, in place; the order of envelopes does not matter.
+    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> npt.NDArray[np.generic]:
+        """Check an envelope's payload as far as that goes without a key, and add it.
+
+        Args:
+            total: of the envelopes before, in whatever order. It stays as it is, whatever the payload is.
+            payload: hostile bytes.
+
+        Returns:
+            The new total.
 
         Raises:
-            EnvelopeError: as ``check``; the total is as it was.
+            EnvelopeError: wrong length, a residue >= Q, or in plain mode an integer beyond max_integer.
         """
         ...
 
@@ -349,17 +356,14 @@ class CipherWire:
         """Exact length of a payload; see ``Wire.payload_bytes``."""
         return self._parameters.payload_bytes
 
-    def check(self, payload: bytes) -> None:
-        """Check length and residues; see ``Wire.check``."""
-        self.residues(payload)
-
     def zero(self) -> npt.NDArray[np.generic]:
         """Make an empty total."""
         return np.zeros(self._parameters.coefficients, np.uint64)
 
-    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> None:
-        """Add an envelope's residues modulo Q; see ``Wire.add``."""
-        add_into(self._checked(total), self.residues(payload), self._parameters.modulus)
+    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> npt.NDArray[np.generic]:
+        """Check an envelope's residues and add them modulo Q, in one pass; see ``Wire.add``."""
+        _check_length("payload", len(payload), self.payload_bytes)
+        return sum_with_packed(self._checked(total), payload, self._parameters.modulus_bits)
 
     def record(self, total: npt.NDArray[np.generic], sites: int) -> bytes:
         """Make a record's payload; see ``Wire.record``."""
@@ -370,7 +374,7 @@ class CipherWire:
         """Read a payload: uint64 of shape (coefficients,), each below Q.
 
         Raises:
-            EnvelopeError: as ``check``.
+            EnvelopeError: wrong length or a residue >= Q.
         """
         _check_length("payload", len(payload), self.payload_bytes)
         return unpack_residues(payload, self._parameters.modulus_bits)
@@ -395,19 +399,13 @@ class PlainWire:
         """Exact length of a payload; see ``Wire.payload_bytes``."""
         return 4 * self._parameters.values
 
-    def check(self, payload: bytes) -> None:
-        """Check length and magnitudes; see ``Wire.check``."""
-        self.integers(payload, 1)
-
     def zero(self) -> npt.NDArray[np.generic]:
         """Make an empty total."""
         return np.zeros(self._parameters.values, np.int64)
 
-    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> None:
-        """Add an envelope's integers; see ``Wire.add``."""
-        integers = self.integers(payload, 1)
-        sums = self._checked(total)
-        sums += integers
+    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> npt.NDArray[np.generic]:
+        """Check an envelope's integers and add them; see ``Wire.add``."""
+        return self._checked(total) + self.integers(payload, 1)
 
     def record(self, total: npt.NDArray[np.generic], sites: int) -> bytes:
         """Make a record's payload; see ``Wire.record``."""
@@ -430,7 +428,7 @@ class PlainWire:
         _check_length("payload", len(payload), self.payload_bytes)
         integers = np.frombuffer(payload, "<i4").astype(np.int64)
         bound = contributors * self._parameters.max_integer
-        largest = max(int(integers.max()), -int(integers.min()))
+        largest = _largest(integers)
         if largest > bound:
             raise EnvelopeError(
                 f"an integer of magnitude {largest}; expected at most {bound}; "

@@ -98,7 +98,7 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iter
                 missing.append(header.site)
                 continue
             try:
-                sums.add(total, payload)
+                total = sums.add(total, payload)
             except EnvelopeError as error:
                 raise RecordError(
                     f"record {record.header.seq}: the envelope of {header.site} is in the sum, but {error}; "

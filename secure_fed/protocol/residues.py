@@ -7,6 +7,7 @@ module is secret by itself, and it imports numpy and a stream cipher alone, so t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -46,41 +47,79 @@ CHECKS: Final = 2
 
 # Residues that are worked on at a time: half a megabyte, which caches hold.
 _BLOCK: Final = 16 * DEGREE
+_ZEROS: Final = memoryview(bytes(8 * _BLOCK))
 # Terms of a dot product at a time; see linear_check.
 _TERMS: Final = 2**13
 _HALF: Final = 28
 
 
-def expand(key: bytes, count: int, modulus: int) -> Residues:
+class Stream:
     """Uniform residues from a key: ChaCha20's stream from block 0 with a nonce of zeros, read as 64-bit little-endian
     words, each cut to the modulus' bits; the words below the modulus, in order.
 
     Args:
         key: 32 bytes.
-        count: how many residues, >= 0.
-        modulus: what they lie below, up to 2^63.
-
-    Returns:
-        uint64 of shape (count,).
+        modulus: what the residues lie below, up to 2^63.
     """
-    stream = StreamCipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
-    mask = np.uint64((1 << modulus.bit_length()) - 1)
-    drawn = np.empty(count, np.uint64)
-    filled = 0
-    while filled < count:
-        words = np.frombuffer(stream.update(bytes(8 * min(count - filled, _BLOCK))), "<u8") & mask
-        if int(words.max()) >= modulus:  # for a prime of PRIMES once in 2^24 words or rarer
-            words = words[words < np.uint64(modulus)]
-        drawn[filled : filled + words.size] = words
-        filled += words.size
-    return drawn
+
+    def __init__(self, key: bytes, modulus: int) -> None:
+        self._stream = StreamCipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+        self._modulus = np.uint64(modulus)
+        self._mask = np.uint64((1 << modulus.bit_length()) - 1)
+
+    def take(self, count: int) -> Residues:
+        """The next residues, uint64 of shape (count,): what is taken does not depend on how many at a time."""
+        drawn = np.empty(count, "<u8")
+        filled = 0
+        while filled < count:
+            words = drawn[filled : filled + _BLOCK]
+            self._stream.update_into(_ZEROS[: words.nbytes], words.data.cast("B"))
+            words &= self._mask
+            if words.max() >= self._modulus:  # for a prime of PRIMES once in 2^24 words or rarer
+                kept = words[words < self._modulus]
+                words[: kept.size] = kept
+                filled += kept.size
+            else:
+                filled += words.size
+        return drawn
+
+
+def expand(key: bytes, count: int, modulus: int) -> Residues:
+    """The first residues of a key's stream (:class:`Stream`), uint64 of shape (count,)."""
+    return Stream(key, modulus).take(count)
+
+
+class SumOfStreams:
+    """Sums modulo Q of the residues that each of some keys gives (:class:`Stream`).
+
+    Args:
+        keys: 32 bytes each.
+        modulus: Q.
+    """
+
+    def __init__(self, keys: Iterable[bytes], modulus: int) -> None:
+        self._streams = [Stream(key, modulus) for key in keys]
+        self._modulus = np.uint64(modulus)
+        self._room = (1 << 64) // modulus - 1  # additions until 64 bits could overflow
+
+    def take(self, count: int) -> Residues:
+        """The next sums, uint64 of shape (count,)."""
+        total = np.zeros(count, np.uint64)
+        for number, stream in enumerate(self._streams, 1):
+            total += stream.take(count)
+            if number % self._room == 0:
+                total %= self._modulus
+        total %= self._modulus
+        return total
 
 
 def centre(residues: Residues, modulus: int) -> npt.NDArray[np.int64]:
     """The representatives in (-Q / 2, Q / 2), int64 of the same shape."""
-    signed = residues.astype(np.int64)
-    signed[residues > np.uint64(modulus // 2)] -= modulus
-    return signed
+    half = np.uint64(modulus // 2)
+    shifted = residues + half
+    np.minimum(shifted, shifted - np.uint64(modulus), out=shifted)  # modulo Q, as in add_into
+    shifted -= half
+    return shifted.view(np.int64)
 
 
 def multiply(left: Residues, right: npt.NDArray[np.int64], modulus: int) -> Residues:
@@ -111,17 +150,6 @@ def add_into(total: Residues, residues: Residues, modulus: int) -> None:
     # Where the sum is below Q the difference wraps to a huge number: the smaller is the residue.
     np.subtract(total, np.uint64(modulus), out=residues)
     np.minimum(total, residues, out=total)
-
-
-def sum_of_streams(keys: list[bytes], count: int, modulus: int) -> Residues:
-    """The sum modulo Q of what each key expands to (:func:`expand`), uint64 of shape (count,)."""
-    total = np.zeros(count, np.uint64)
-    room = (1 << 64) // modulus - 1  # additions until 64 bits could overflow
-    for number, key in enumerate(keys, 1):
-        total += expand(key, count, modulus)
-        if number % room == 0:
-            total %= np.uint64(modulus)
-    return total % np.uint64(modulus)
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -160,21 +188,47 @@ def unpack_residues(packed: bytes | memoryview, bits: int) -> Residues:
     Raises:
         EnvelopeError: a residue is not below Q.
     """
-    groups = len(packed) // bits
-    residues = np.empty((groups, GROUP), np.uint64)
-    step = _BLOCK // GROUP
-    for first in range(0, groups, step):
-        part = residues[first : first + step]
-        for index, (offset, shift) in enumerate(_windows(bits)):
-            window: Residues = np.ndarray((len(part),), "<u8", packed, first * bits + offset, (bits,))
-            np.right_shift(window, np.uint64(shift), out=part[:, index])
-        part &= np.uint64((1 << bits) - 1)
-        if int(part.max()) >= PRIMES[bits]:
-            raise EnvelopeError(
-                f"a residue is {int(part.max())}; expected less than the modulus {PRIMES[bits]}; "
-                "the bytes were damaged or forged, ask their sender to send them again"
-            )
-    return residues.reshape(-1)
+    residues = np.empty(len(packed) // bits * GROUP, np.uint64)
+    for first in range(0, residues.size, _BLOCK):
+        _unpack_block(packed, bits, first, residues[first : first + _BLOCK])
+    return residues
+
+
+def sum_with_packed(total: Residues, packed: bytes | memoryview, bits: int) -> Residues:
+    """A total with packed residues added, modulo Q, unpacked, checked and added in one pass.
+
+    Args:
+        total: uint64 of shape (n,), each below Q; it stays as it is.
+        packed: n residues, from ``pack_residues``.
+        bits: 44 to 57; Q is the prime of so many bits.
+
+    Returns:
+        uint64 of shape (n,), each below Q.
+
+    Raises:
+        EnvelopeError: a residue is not below Q.
+    """
+    sums = np.empty_like(total)
+    for first in range(0, total.size, _BLOCK):
+        part = sums[first : first + _BLOCK]
+        _unpack_block(packed, bits, first, part)
+        add_into(part, total[first : first + _BLOCK].copy(), PRIMES[bits])
+    return sums
+
+
+def _unpack_block(packed: bytes | memoryview, bits: int, first: int, block: Residues) -> None:
+    """Fill a block of whole groups with the residues from number ``first`` on; see ``unpack_residues``."""
+    groups = block.reshape(-1, GROUP)
+    for index, (offset, shift) in enumerate(_windows(bits)):
+        start = first // GROUP * bits + offset
+        window: Residues = np.ndarray((len(groups),), "<u8", packed, start, (bits,))
+        np.right_shift(window, np.uint64(shift), out=groups[:, index])
+    block &= np.uint64((1 << bits) - 1)
+    if int(block.max()) >= PRIMES[bits]:
+        raise EnvelopeError(
+            f"a residue is {int(block.max())}; expected less than the modulus {PRIMES[bits]}; "
+            "the bytes were damaged or forged, ask their sender to send them again"
+        )
 
 
 def _windows(bits: int) -> list[tuple[int, int]]:
@@ -202,19 +256,17 @@ def linear_check(digest: str, residues: Residues, modulus: int) -> tuple[int, in
     Returns:
         Two integers, each from 0 to Q - 1.
     """
-    found = []
-    low, high = residues & np.uint64((1 << _HALF) - 1), residues >> np.uint64(_HALF)
-    halves = [(half.view(np.int64), half.astype(np.float64)) for half in (low, high)]
-    for number in range(1, CHECKS + 1):
-        key = hashlib.sha256(b"secfacmic linear check 1" + bytes([number]) + bytes.fromhex(digest)).digest()
-        rho = expand(key, residues.size, modulus).view(np.int64)
-        rough_rho = rho.astype(np.float64)
-        sums = [0, 0]
-        for first in range(0, residues.size, _TERMS):
-            place = slice(first, first + _TERMS)
-            for index, (half, rough_half) in enumerate(halves):
-                wrapped = int(np.dot(rho[place], half[place]))
-                rough = float(np.dot(rough_rho[place], rough_half[place]))
-                sums[index] += wrapped + (round((rough - wrapped) * 2.0**-64) << 64)
-        found.append((sums[0] + (sums[1] << _HALF)) % modulus)
-    return found[0], found[1]
+    labels = [b"secfacmic linear check 1" + bytes([number]) for number in range(1, CHECKS + 1)]
+    streams = [Stream(hashlib.sha256(label + bytes.fromhex(digest)).digest(), modulus) for label in labels]
+    sums = [0] * CHECKS
+    for first in range(0, residues.size, _TERMS):
+        block = residues[first : first + _TERMS]
+        halves = [half.view(np.int64) for half in (block & np.uint64((1 << _HALF) - 1), block >> np.uint64(_HALF))]
+        rough_halves = [half.astype(np.float64) for half in halves]
+        for number, stream in enumerate(streams):
+            rho = stream.take(block.size).view(np.int64)
+            rough_rho = rho.astype(np.float64)
+            for place, (half, rough_half) in enumerate(zip(halves, rough_halves, strict=True)):
+                wrapped, rough = int(np.dot(rho, half)), float(np.dot(rough_rho, rough_half))
+                sums[number] += (wrapped + (round((rough - wrapped) * 2.0**-64) << 64)) << (_HALF * place)
+    return sums[0] % modulus, sums[1] % modulus

@@ -99,7 +99,7 @@ def _position() -> RoundPosition:
 def envelope(data: bytes) -> None:
     opened = open_envelope(data, world().agreed, world().members, world().wire.payload_bytes)
     check_position(opened.header, _position())
-    world().wire.check(opened.payload)
+    world().wire.add(world().wire.zero(), opened.payload)
 
 
 def record(data: bytes, length: int = 1) -> None:
@@ -187,11 +187,12 @@ def residues(data: bytes) -> None:
 
 
 def payload(data: bytes) -> None:
-    world().wire.check(data)
+    world().wire.add(world().wire.zero(), data)
 
 
 def plain_payload(data: bytes) -> None:
-    PlainWire(world().agreed.lanes).check(data)
+    plain = PlainWire(world().agreed.lanes)
+    plain.add(plain.zero(), data)
 
 
 def checkpoint(data: bytes) -> None:

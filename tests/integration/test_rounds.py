@@ -327,7 +327,7 @@ class Forger:
         """The payload of a sum of these envelopes."""
         total = self.wire.zero()
         for index in indices:
-            self.wire.add(total, self.payloads[index])
+            total = self.wire.add(total, self.payloads[index])
         return self.wire.record(total, len(indices))
 
     def give(self, record: bytes, site: int = 0) -> RoundReply:
@@ -493,7 +493,7 @@ def test_after_eight_refusals_the_key_is_dead(tmp_path: Path, images: Path) -> N
 def test_a_scaled_sum_and_another_runs_envelopes_are_refused(forger: Forger) -> None:
     total = forger.wire.zero()
     for payload in forger.payloads:
-        forger.wire.add(total, payload)
+        total = forger.wire.add(total, payload)
     scaled = (total.astype(object) * 1024 % forger.federation.agreed.lanes.modulus).astype(np.uint64)
     assert forger.give(forger.record(forger.wire.record(scaled, 3))).code == ReplyCode.REFUSED_AGGREGATE
     # The same sites' envelopes of this run, under a new run and key.

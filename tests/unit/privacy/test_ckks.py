@@ -40,7 +40,7 @@ from secure_fed.protocol.packing import (
     pack_lanes,
     unpack_lanes,
 )
-from secure_fed.protocol.residues import DEGREE, PRIMES, centre, expand, multiply, pack_residues
+from secure_fed.protocol.residues import DEGREE, PRIMES, SumOfStreams, centre, expand, multiply, pack_residues
 
 BINDING = Binding(run="aa" * 16, head="bb" * 32, round=7)
 # Two ciphertexts an envelope, the second of them cut.
@@ -95,7 +95,7 @@ def record_of(sealed: Sequence[Sealed], parameters: LaneParameters = PARAMETERS)
     cipher_wire = CipherWire(parameters)
     total = cipher_wire.zero()
     for one in sealed:
-        cipher_wire.add(total, one.payload)
+        total = cipher_wire.add(total, one.payload)
     return cipher_wire.record(total, min(len(sealed), parameters.max_sites))
 
 
@@ -159,7 +159,7 @@ def test_the_opened_sum_is_exact(case: tuple[LaneParameters, int, str, int]) -> 
     plain_wire = PlainWire(parameters)
     total = plain_wire.zero()
     for update, who in zip(updates, names, strict=True):
-        plain_wire.add(total, plain.seal(update, BINDING, *who).payload)
+        total = plain_wire.add(total, plain.seal(update, BINDING, *who).payload)
     assert np.array_equal(plain.open(plain_wire.record(total, sites), BINDING, cohort_of(sealed)), sums)
 
 
@@ -178,8 +178,8 @@ def test_every_number_of_sites_at_its_most_bits(max_sites: int, kind: str, seed:
     for index, key in enumerate(keys):
         total += study._encrypted_zeros(key).astype(object) + packed[index % 4] * parameters.scale
         expected += updates[index % 4]
-    second = ckks.sum_of_streams(keys, parameters.ciphertexts * DEGREE, modulus)
-    noisy = centre(((total + study._times_secret(second)) % modulus).astype(np.uint64), modulus)
+    second = SumOfStreams(keys, modulus).take(parameters.ciphertexts * DEGREE)
+    noisy = centre(((total + study._times_secret(second)[: total.size]) % modulus).astype(np.uint64), modulus)
     lanes_ = unpack_lanes((noisy + parameters.scale // 2) // parameters.scale, parameters)
     assert np.array_equal(lanes_.reshape(-1)[:100], expected)
 
@@ -249,8 +249,8 @@ def noise_of(sealed: Sealed, update: Integers, parameters: LaneParameters = PARA
     """What a holder of the key finds below the integers."""
     study, modulus = cipher(parameters), parameters.modulus
     second = expand(ckks.stream_key(BINDING, sealed.contribution), parameters.ciphertexts * DEGREE, modulus)
-    sums = CipherWire(parameters).residues(sealed.payload) + study._times_secret(second)
-    noisy = centre(sums % np.uint64(modulus), modulus)
+    sums = CipherWire(parameters).residues(sealed.payload)
+    noisy = centre((sums + study._times_secret(second)[: sums.size]) % np.uint64(modulus), modulus)
     return noisy - (noisy + parameters.scale // 2) // parameters.scale * parameters.scale
 
 
@@ -381,7 +381,8 @@ def test_an_envelope_holds_values_and_the_digits_of_both_tags(shape: tuple[int, 
     update, study = updates_of(1, parameters, seed=seed)[0], cipher(parameters)
     sealed = study.seal(update, BINDING, "Krankenhaus Süd", 3)
     second = expand(ckks.stream_key(BINDING, sealed.contribution), parameters.ciphertexts * DEGREE, parameters.modulus)
-    sums = CipherWire(parameters).residues(sealed.payload) + study._times_secret(second)
+    sums = CipherWire(parameters).residues(sealed.payload)
+    sums += study._times_secret(second)[: sums.size]
     noisy = centre(sums % np.uint64(parameters.modulus), parameters.modulus)
     packed = (noisy + parameters.scale // 2) // parameters.scale
     width = parameters.bits - 1

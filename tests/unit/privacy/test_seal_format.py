@@ -226,7 +226,7 @@ secret = StudySecret.from_bytes(StudySecret.generate(parameters.modulus_bits).to
 cipher, w = Cipher(parameters, secret), wire("he", parameters)
 sealed = cipher.seal(np.arange(10), Binding("ab", "cd", 1), "a", 0)
 total = w.zero()
-w.add(total, sealed.payload)
+total = w.add(total, sealed.payload)
 print(cipher.open(w.record(total, 1), Binding("ab", "cd", 1), [sealed.contribution]).tolist())
 """
     temporary = tmp_path / "tmp"

@@ -16,6 +16,8 @@ from secure_fed.protocol import residues
 from secure_fed.protocol.residues import (
     PRIMES,
     Residues,
+    Stream,
+    SumOfStreams,
     add_into,
     centre,
     expand,
@@ -23,7 +25,7 @@ from secure_fed.protocol.residues import (
     multiply,
     pack_residues,
     packed_bytes,
-    sum_of_streams,
+    sum_with_packed,
     unpack_residues,
 )
 
@@ -64,7 +66,7 @@ def test_a_stream_is_words_below_the_modulus_in_order(key: bytes, count: int, bi
     assert expand(key, count, PRIMES[bits]).tolist() == expected
 
 
-@given(st.integers(2, 200), st.integers(0, 3000), st.sampled_from([1, 7, 64, 10**5]))
+@given(st.integers(2, 200), st.integers(0, 3000), st.sampled_from([1, 7, 64, 10**4]))
 @settings(max_examples=60)
 def test_words_beyond_the_modulus_are_left_out(modulus: int, count: int, block: int) -> None:
     """A small modulus leaves out many, over the ends of blocks too."""
@@ -86,20 +88,29 @@ def test_streams_are_uniform() -> None:
         assert ((counts - expected) ** 2 / expected).sum() < 120  # chi square, 63 degrees of freedom: p = 2e-5
 
 
-@given(st.integers(1, 300), st.integers(1, 40), BITS)
+@given(st.binary(min_size=32, max_size=32), st.lists(st.integers(0, 60), max_size=8), st.integers(2, 200))
+@settings(max_examples=40)
+def test_what_a_stream_gives_does_not_depend_on_how_many_are_taken(key: bytes, counts: list[int], modulus: int) -> None:
+    stream = Stream(key, modulus)
+    taken = [value for count in counts for value in stream.take(count).tolist()]
+    assert taken == expand(key, sum(counts), modulus).tolist()
+
+
+@given(st.integers(1, 300), st.lists(st.integers(1, 20), min_size=1, max_size=3), BITS)
 @settings(max_examples=25, deadline=None)
-def test_sums_of_streams(count: int, size: int, bits: int) -> None:
+def test_sums_of_streams(count: int, sizes: list[int], bits: int) -> None:
     """Beyond as many as 64 bits hold: 128 of 57 bits."""
     keys = [index.to_bytes(32, "big") for index in range(count)]
-    expected = sum(expand(key, size, PRIMES[bits]).astype(object) for key in keys) % PRIMES[bits]
-    assert sum_of_streams(keys, size, PRIMES[bits]).tolist() == expected.tolist()
+    expected = sum(expand(key, sum(sizes), PRIMES[bits]).astype(object) for key in keys) % PRIMES[bits]
+    streams = SumOfStreams(keys, PRIMES[bits])
+    assert [value for size in sizes for value in streams.take(size).tolist()] == expected.tolist()
 
 
 def test_sums_of_streams_of_the_largest_words(monkeypatch: pytest.MonkeyPatch) -> None:
     prime = PRIMES[57]
-    monkeypatch.setattr(residues, "expand", lambda key, count, modulus: np.full(count, modulus - 1, np.uint64))
+    monkeypatch.setattr(Stream, "take", lambda _, count: np.full(count, prime - 1, np.uint64))
     for count in (126, 127, 128, 129, 1000):
-        assert sum_of_streams([b""] * count, 2, prime).tolist() == [-count % prime] * 2
+        assert SumOfStreams([bytes(32)] * count, prime).take(2).tolist() == [-count % prime] * 2
 
 
 # Products and sums
@@ -154,13 +165,32 @@ def test_packed_residues_are_one_stream_of_bits(seed: int, bits: int, groups: in
         assert np.array_equal(unpack_residues(packed, bits), drawn)
 
 
-@given(BITS, st.integers(0, 63), st.integers(0, 2))
-def test_a_residue_that_is_none_is_refused(bits: int, place: int, beyond: int) -> None:
+@given(st.integers(0, 2**32), BITS, st.integers(1, 40), st.sampled_from([8, 64, 10**6]))
+@settings(max_examples=60)
+def test_packed_residues_are_added_to_a_total_that_stays(seed: int, bits: int, groups: int, block: int) -> None:
+    rng = np.random.default_rng(seed)
+    total, drawn = (random_residues(rng, 8 * groups, PRIMES[bits]) for _ in range(2))
+    before = total.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residues, "_BLOCK", block)
+        sums = sum_with_packed(total, memoryview(pack_residues(drawn, bits)), bits)
+    assert sums.tolist() == ((total.astype(object) + drawn.astype(object)) % PRIMES[bits]).tolist()
+    assert np.array_equal(total, before)
+
+
+@given(BITS, st.integers(0, 63), st.integers(0, 2), st.sampled_from([8, 64]))
+def test_a_residue_that_is_none_is_refused(bits: int, place: int, beyond: int, block: int) -> None:
     drawn = np.full(64, PRIMES[bits] - 1, np.uint64)
+    total = drawn.copy()
     unpack_residues(pack_residues(drawn, bits), bits)
     drawn[place] = (PRIMES[bits], PRIMES[bits] + 1, 2**bits - 1)[beyond]
-    with pytest.raises(EnvelopeError, match="expected less than the modulus"):
-        unpack_residues(pack_residues(drawn, bits), bits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residues, "_BLOCK", block)
+        with pytest.raises(EnvelopeError, match="expected less than the modulus"):
+            unpack_residues(pack_residues(drawn, bits), bits)
+        with pytest.raises(EnvelopeError, match="expected less than the modulus"):
+            sum_with_packed(total, pack_residues(drawn, bits), bits)
+    assert total.tolist() == [PRIMES[bits] - 1] * 64
 
 
 # The linear check
