@@ -173,7 +173,7 @@ def federate(
         tower: the text tower, for methods that need it.
         after: is called after each round; its values are the curve.
     """
-    study, layout = agreed.study, agreed.layout
+    study, layout = agreed.study, agreed.layout(1)
     state = aggregation.initial_state(study.aggregation, agreed.initial.adapter)
     heads: dict[str, Parameters] = {}
     curve = []

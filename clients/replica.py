@@ -143,7 +143,7 @@ def fold(state: ReplicaState, record: Record, reading: Reading) -> ReplicaState:
     match reading:
         case Sums(values):
             weights = [state.chain.members[entry.site].weight for entry in record.cohort]
-            found = agreed.layout.decode(values, weights)
+            found = agreed.layout(record.header.round).decode(values, weights)
             tensors = aggregation.apply(agreed.study.aggregation, state.tensors, found[codec.UPDATE])
             after = replace(after, tensors=tensors)
             if codec.COUNTS in found:
@@ -380,7 +380,7 @@ class Replica:
             )
         due = state.chain.due
         try:
-            sums = self._sealer(key).open(
+            sums = self._sealer(key, header.round).open(
                 record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort
             )
         except AggregateRefused:
@@ -442,7 +442,7 @@ class Replica:
         Raises:
             KeyFileError: the key is not here.
         """
-        return self._sealer(self.state.chain.key)
+        return self._sealer(self.state.chain.key, self.due.round)
 
     def history(self) -> Iterator[ReplicaState]:
         """The state after each applied round of the run, replayed from the site's own journal.
@@ -553,10 +553,11 @@ class Replica:
     def _holds(self, key: str) -> bool:
         return self._agreed.study.mode == "plain" or self.keys.holds(key)
 
-    def _sealer(self, key: str) -> Sealer:
+    def _sealer(self, key: str, round_number: int) -> Sealer:
+        lanes = self._agreed.layout(round_number).lanes
         if self._agreed.study.mode == "plain":
-            return PlainSealer(self._agreed.lanes)
-        return Cipher(self._agreed.lanes, self.keys.secret(key))
+            return PlainSealer(lanes)
+        return Cipher(lanes, self.keys.secret(key))
 
     def _attestation_key(self, key: str) -> bytes:
         if self._agreed.study.mode == "plain":

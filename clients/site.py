@@ -339,7 +339,7 @@ class Site:
         """The integers of an update and, if the study shares them, of validation counts (zeros unless given)."""
         round_number = self.replica.due.round
         values = {codec.UPDATE: update, codec.COUNTS: np.array(counts, dtype=np.float64)}
-        integers, rounded = self._agreed.layout.encode(values, self.replica.member.weight, draws)
+        integers, rounded = self._agreed.layout(round_number).encode(values, self.replica.member.weight, draws)
         quantised = rounded[codec.UPDATE]
         log.info(
             "round %d: saturated share %.2g, quantisation error %.3g rms",

@@ -27,7 +27,7 @@ from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.envelope import Envelope, check_position, open_envelope
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
-from secure_fed.protocol.packing import Wire, wire
+from secure_fed.protocol.packing import Wire
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.sealed_key import (
@@ -74,7 +74,6 @@ class Coordinator:
             raise StudyError(f"{folder}: no run has begun; begin one with a key's id")
         self.run = run
         self._agreed = agreed
-        self._wire: Wire = wire(agreed.study.mode, agreed.lanes)
         self._folder = state.run(run)
         self._keep_envelopes = keep_envelopes
         self.journal = Journal(agreed, self._folder.journal, key)
@@ -279,6 +278,10 @@ class Coordinator:
     def _clear_sum(self) -> None:
         self._envelopes: dict[str, Envelope] = {}
         self._total = self._wire.zero()
+
+    @property
+    def _wire(self) -> Wire:
+        return self.journal.chain.wire
 
     def _spool(self) -> Path:
         return self._folder.spooled(self.round, self.attempt)

@@ -239,8 +239,8 @@ def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Itera
         update = codec.flatten(trained) - codec.flatten(start)
         draws = codec.rounding_draws(agreed.study.seed, target.name, 1, update.size)
         values = {codec.UPDATE: update, codec.COUNTS: np.zeros(2)}
-        integers = agreed.layout.encode(values, target.weight, draws)[0]
-        plain = agreed.layout.decode(integers, [target.weight])[codec.UPDATE]
+        integers = agreed.layout(1).encode(values, target.weight, draws)[0]
+        plain = agreed.layout(1).decode(integers, [target.weight])[codec.UPDATE]
         coefficients = wire.residues(cipher.seal(integers, binding, target.name, 0).payload)
         # All that is there, read as numbers of the size that updates have.
         centred = np.resize(coefficients.astype(np.float64) / lanes.modulus - 0.5, update.size) * np.sqrt(12)

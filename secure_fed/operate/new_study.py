@@ -152,7 +152,7 @@ def update_size(path: Path, study: StudyFile) -> str:
     """
     initial = path.with_suffix(".safetensors")
     known = InitialState.from_bytes(initial.read_bytes()) if initial.exists() else None
-    lanes = study.packing() if known is None else study.layout(known).lanes
+    lanes = study.packing() if known is None else study.layouts(known)[0].lanes
     if study.mode == "plain":
         return f"{lanes.bits} bits a value, sent in 32, without encryption"
     share = lanes.modulus_bits / lanes.lanes / 32

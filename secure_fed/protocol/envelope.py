@@ -137,7 +137,7 @@ def seal_envelope(
         attempt=contribution.attempt,
         site=contribution.site,
         seed=contribution.seed,
-        values=agreed.lanes.values,
+        values=agreed.layout(position.round).lanes.values,
         ledger_seq=ledger.seq,
         ledger_head=ledger.head,
         ledger_links=ledger.links,
@@ -190,8 +190,9 @@ def verify_contribution(
         raise EnvelopeError(f"envelope of {header.site}: for study {header.study}, expected {agreed.study.id}")
     if member.role != "train":
         raise EnvelopeError(f"envelope of {header.site}, an observer; only training sites send updates")
-    if header.values != agreed.lanes.values:
-        raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {agreed.lanes.values}")
+    values = agreed.layout(header.round).lanes.values
+    if header.values != values:
+        raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {values}")
     if (header.seed == NO_SEED) != (agreed.study.mode == "plain"):
         raise EnvelopeError(f"envelope of {header.site}: seed {header.seed} does not fit mode {agreed.study.mode}")
     return header

@@ -87,10 +87,10 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iter
     Raises:
         RecordError: the journal does not verify.
     """
-    sums = wire(agreed.study.mode, agreed.lanes)
     for record in verify_run(run, agreed):
         if record.header.kind != "aggregate":
             continue
+        sums = wire(agreed.study.mode, agreed.layout(record.header.round).lanes)
         total, missing = sums.zero(), []
         for contribution, header in zip(record.header.contributors, record.contributors, strict=True):
             payload = store.payload(contribution, header.size, header.payload)

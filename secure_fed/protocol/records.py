@@ -146,7 +146,6 @@ class Chain:
 
     def __init__(self, agreed: AgreedStudy) -> None:
         self.agreed = agreed
-        self.wire: Wire = wire(agreed.study.mode, agreed.lanes)
         self.length = 0
         self.head = ZERO_DIGEST
         self.run = ZERO_DIGEST
@@ -161,6 +160,11 @@ class Chain:
     def due(self) -> RoundPosition:
         """Position of the envelopes that are due."""
         return RoundPosition(self.run, self.head, self.key, self.amendment, self.round + 1)
+
+    @property
+    def wire(self) -> Wire:
+        """Of the round that is due."""
+        return wire(self.agreed.study.mode, self.agreed.layout(self.round + 1).lanes)
 
     @property
     def finished(self) -> bool:

@@ -551,8 +551,8 @@ class StudyFile(FileModel):
         """How values lie in ciphertexts, as far as a template knows: of one value."""
         return lane_parameters(self.max_sites, self.encoding.bits, self.encoding.lanes, values=1)
 
-    def layout(self, initial: InitialState) -> Layout:
-        """What a site's message of a round is, in lanes.
+    def layouts(self, initial: InitialState) -> tuple[Layout, ...]:
+        """What a site's message is in lanes, by round, the last one's for all that follow.
 
         Args:
             initial: the study's ``study.safetensors``.
@@ -562,7 +562,7 @@ class StudyFile(FileModel):
         blocks = [Block(UPDATE, bounds, encoding.precision, weighted=True)]
         if encoding.share_validation:
             blocks.append(counts_block())
-        return layout_of(blocks, self.max_sites, encoding.bits, encoding.lanes)
+        return (layout_of(blocks, self.max_sites, encoding.bits, encoding.lanes),)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -699,15 +699,18 @@ class AgreedStudy:
     study: Study
     initial: InitialState
 
-    @cached_property
-    def layout(self) -> Layout:
-        """What a site's message of a round is, in lanes."""
-        return self.study.layout(self.initial)
+    def layout(self, round_number: int) -> Layout:
+        """What a site's message of a round is, in lanes; before the first round and after the last as of those."""
+        return self._layouts[max(0, min(round_number, len(self._layouts)) - 1)]
 
-    @property
+    @cached_property
     def lanes(self) -> LaneParameters:
-        """The packing that the layout gives."""
-        return self.layout.lanes
+        """The packing of the largest message. All have the same prime: it depends on the study's encoding alone."""
+        return max((layout.lanes for layout in self._layouts), key=lambda lanes: lanes.values)
+
+    @cached_property
+    def _layouts(self) -> tuple[Layout, ...]:
+        return self.study.layouts(self.initial)
 
 
 def read_study_file(path: Path) -> Template | Study:

@@ -148,7 +148,7 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
         integers = safetensors.numpy.load(
             next(private.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers")).read_bytes()
         )["integers"]
-        assert not private.agreed.layout.decode(integers, [1.0])[codec.COUNTS].any()
+        assert not private.agreed.layout(1).decode(integers, [1.0])[codec.COUNTS].any()
         seen.append(integers)
     assert np.mean(seen[0] != seen[1]) > 0.5
 
@@ -160,7 +160,7 @@ def sent_counts(federation: Federation, coordinator: Coordinator) -> tuple[int, 
     """The validation counts among the integers that ash has stored."""
     path = next(federation.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers"))
     integers = safetensors.numpy.load(path.read_bytes())["integers"]
-    images, correct = federation.agreed.layout.decode(integers, [1.0])[codec.COUNTS]
+    images, correct = federation.agreed.layout(1).decode(integers, [1.0])[codec.COUNTS]
     return int(images), int(correct)
 
 
