@@ -18,6 +18,7 @@ from secure_fed.core.errors import (
     KeyDeadError,
     ProtocolError,
     RecordError,
+    StorageError,
 )
 from secure_fed.lab.simulation import prepare
 from secure_fed.protocol import codec
@@ -241,7 +242,7 @@ def test_other_hostile_envelopes_are_refused(envelope: tuple[Federation, Coordin
     )
     too_big = honest.payload[:-8] + b"\xff" * 8  # a residue above q
     hostile = {
-        "below 2|modulus|coefficient|q": _resigned(federation, reply.envelope, payload=too_big),
+        "less than the modulus": _resigned(federation, reply.envelope, payload=too_big),
         "payload of": _resigned(federation, reply.envelope, payload=honest.payload[:-1]),
         "at most": reply.envelope + bytes(4096),
         "truncated": reply.envelope[:50],
@@ -249,9 +250,12 @@ def test_other_hostile_envelopes_are_refused(envelope: tuple[Federation, Coordin
         "not this kind": b"SFE1" + reply.envelope[4:],
         "starts with": b"",
     }
+    empty = coordinator._total.copy()
     for match, data in hostile.items():
         with pytest.raises(EnvelopeError, match=match):
             coordinator.receive(replace(reply, envelope=data))
+        assert np.array_equal(coordinator._total, empty)
+    assert coordinator.sites_in == ()
     with pytest.raises(EnvelopeError, match="in a reply of"):
         coordinator.receive(replace(reply, site="birch"))
     with pytest.raises(ProtocolError, match="expected one of"):
@@ -263,6 +267,26 @@ def test_other_hostile_envelopes_are_refused(envelope: tuple[Federation, Coordin
     coordinator.receive(reply)
     with pytest.raises(EnvelopeError, match="the first counts"):
         coordinator.receive(replace(reply, envelope=_resigned(federation, reply.envelope, ledger_seq=1)))
+
+
+def test_an_envelope_that_cannot_be_stored_is_not_in_the_sum(
+    envelope: tuple[Federation, Coordinator, RoundReply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, coordinator, reply = envelope
+    before = coordinator._total.copy()
+
+    def full(path: Path, *_: object) -> None:
+        raise StorageError(f"{path}: not written (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secure_fed.server.coordinator.write_durable", full)
+        with pytest.raises(StorageError):
+            coordinator.receive(reply)
+    assert np.array_equal(coordinator._total, before)
+    assert coordinator.sites_in == ()
+    coordinator.receive(reply)
+    assert coordinator.sites_in == (reply.site,)
+    assert not np.array_equal(coordinator._total, before)
 
 
 def test_an_observer_or_a_non_canonical_header_is_refused(
