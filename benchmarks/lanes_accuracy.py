@@ -1,7 +1,9 @@
-"""Whether three lanes cost accuracy: held-out balanced accuracy with two and with three, paired over seeds.
+"""Whether fewer bits cost accuracy: held-out balanced accuracy at several numbers of bits, paired over seeds.
 
-Each lane count takes the most bits that the study's ``max_sites`` allows. Both train alike (same splits, same batches);
-only the rounding of updates differs. ``python benchmarks/lanes_accuracy.py --brain-mri DIR [--json F]``
+    python benchmarks/lanes_accuracy.py [--bits 18,11,9] [--brain-mri DIR] [--json F]
+
+Lanes and prime follow from the bits. All train alike (same splits, same batches); only the rounding of updates differs.
+Differences are against the first number of bits.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from secure_fed.lab.simulation import Listener, open_run, open_sites, prepare, run_rounds
-from secure_fed.protocol.packing import largest_bits
+from secure_fed.protocol.packing import lane_parameters
 from secure_fed.protocol.study import Template, read_template, with_fields
 
-SEEDS = range(5)
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
 
 
@@ -34,32 +36,53 @@ def held_out(study: Template, data: Path | None) -> float:
         return 100 * float(observer.evaluate(observer.parameters)["balanced_accuracy"] or 0)
 
 
+def measure(template: Template, data: Path | None, all_bits: list[int], seeds: int) -> list[dict[str, Any]]:
+    """One row a number of bits, the first without a difference."""
+    results: dict[int, list[float]] = {bits: [] for bits in all_bits}
+    for seed in range(seeds):
+        for bits, found in results.items():
+            encoding = template.encoding.model_dump(exclude={"lanes"}) | {"bits": bits}
+            found.append(held_out(with_fields(template, seed=seed, encoding=encoding), data))
+    rows: list[dict[str, Any]] = []
+    for bits, found in results.items():
+        lanes = lane_parameters(template.max_sites, bits, None, 1)
+        differences = [one - other for one, other in zip(found, results[all_bits[0]], strict=True)]
+        rows.append(
+            {
+                "study": template.name,
+                "bits": bits,
+                "lanes": lanes.lanes,
+                "against_float32": lanes.modulus_bits / lanes.lanes / 32,
+                "balanced_accuracy": found,
+                "difference": statistics.mean(differences),
+                "standard_error": statistics.stdev(differences) / len(differences) ** 0.5,
+            }
+        )
+    return rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--brain-mri", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[18, 11, 9])
+    parser.add_argument("--seeds", type=int, default=5, help="how many, two or more")
+    parser.add_argument("--brain-mri", type=Path, metavar="DIR", help="holds client_0..3/CLASS/*.jpg")
+    parser.add_argument("--json", type=Path, metavar="F")
     arguments = parser.parse_args()
     studies = [(Path("demo"), None)] + ([(Path("brain_mri"), arguments.brain_mri)] if arguments.brain_mri else [])
-    table = Table("study", "two lanes", "three lanes", "difference", "its standard error")
+    table = Table("study", "bits", "lanes", "x float32", "accuracy, %", "difference", "its standard error")
     rows = []
     for name, data in studies:
-        template = read_template(name)
-        results: dict[int, list[float]] = {2: [], 3: []}
-        for seed in SEEDS:
-            for lanes, values in results.items():
-                bits = min(largest_bits(template.max_sites, lanes), 18)
-                encoding = template.encoding.model_dump() | {"lanes": lanes, "bits": bits}
-                values.append(held_out(with_fields(template, seed=seed, encoding=encoding), data))
-        differences = [three - two for two, three in zip(results[2], results[3], strict=True)]
-        error = statistics.stdev(differences) / len(differences) ** 0.5
-        rows.append({"study": str(name), "two": results[2], "three": results[3]})
-        table.add_row(
-            str(name),
-            f"{statistics.mean(results[2]):.2f}",
-            f"{statistics.mean(results[3]):.2f}",
-            f"{statistics.mean(differences):+.2f}",
-            f"{error:.2f}",
-        )
+        for row in measure(read_template(name), data, arguments.bits, arguments.seeds):
+            rows.append(row)
+            table.add_row(
+                str(row["study"]),
+                str(row["bits"]),
+                str(row["lanes"]),
+                f"{row['against_float32']:.2f}",
+                f"{statistics.mean(row['balanced_accuracy']):.2f}",
+                f"{row['difference']:+.2f}",
+                f"{row['standard_error']:.2f}",
+            )
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
 from secure_fed.core.errors import AggregateRefused, EnvelopeError, LanesError
 from secure_fed.protocol import packing as lanes
+from secure_fed.protocol.envelope import EnvelopeHeader
 from secure_fed.protocol.packing import (
     MAX_LANES,
     MIN_LANES,
@@ -32,7 +35,9 @@ from secure_fed.protocol.packing import (
     unpack_lanes,
     wire,
 )
+from secure_fed.protocol.records import RecordHeader, SignedContribution, sign_record
 from secure_fed.protocol.residues import DEGREE, PRIMES, Residues, pack_residues
+from secure_fed.protocol.signing import encode_header, payload_fields
 
 ROOT = Path(__file__).parents[3]
 BINDING = Binding("ab", "cd", 1)
@@ -345,3 +350,48 @@ def test_lanes_imports_neither_tenseal_nor_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_a_record_of_a_thousand_sites_takes_at_most_2_4_mb_with_all_signatures() -> None:
+    parameters = lane_parameters(1000, largest_bits(1000, 2), 2, 526_336)
+    key, payload = Ed25519PrivateKey.generate(), bytes(parameters.payload_bytes)
+
+    def digest(number: int) -> str:
+        return hashlib.sha256(b"%d" % number).hexdigest()
+
+    def signed(number: int) -> SignedContribution:
+        header = EnvelopeHeader(
+            version=2,
+            study=digest(0),
+            run=digest(1),
+            head=digest(2),
+            key=digest(3),
+            amendment=100,
+            round=1000,
+            attempt=100,
+            site=f"hospital-{number:04d}",
+            values=parameters.values,
+            seed=digest(1000 + number),
+            ledger_seq=1000,
+            ledger_head=digest(5000 + number),
+            ledger_links=(),
+            **payload_fields(digest(number).encode()),
+        )
+        text = encode_header(header)
+        return SignedContribution(header=text.hex(), signature=key.sign(text).hex())
+
+    header = RecordHeader(
+        version=2,
+        kind="aggregate",
+        seq=1000,
+        previous=digest(4),
+        study=digest(0),
+        run=digest(1),
+        key=digest(3),
+        round=1000,
+        contributors=tuple(map(signed, range(1000))),
+        opened_ms=2**41,
+        closed_ms=2**41,
+        **payload_fields(payload),
+    )
+    assert len(sign_record(header, payload, key)) <= 2_400_000
