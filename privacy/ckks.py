@@ -54,6 +54,7 @@ from secure_fed.protocol.residues import (
     centre,
     multiply,
     pack_residues,
+    uncentre,
 )
 
 TAG_KEY_BYTES: Final = 32
@@ -177,7 +178,7 @@ class Cipher:
         packed = pack_lanes(np.concatenate((integers, self._digits(tags))), self._parameters)
         modulus = self._parameters.modulus
         first = self._encrypted_zeros(stream_key(binding, contribution))
-        add_into(first, np.remainder(packed * self._parameters.scale, modulus).view(np.uint64), modulus)
+        add_into(first, uncentre(packed * self._parameters.scale, modulus), modulus)
         return Sealed(contribution, pack_residues(first, self._parameters.modulus_bits))
 
     def open(self, record_payload: bytes, binding: Binding, cohort: Sequence[Contribution]) -> Integers:

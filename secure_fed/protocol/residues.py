@@ -122,6 +122,14 @@ def centre(residues: Residues, modulus: int) -> npt.NDArray[np.int64]:
     return shifted.view(np.int64)
 
 
+def uncentre(integers: npt.NDArray[np.int64], modulus: int) -> Residues:
+    """Undo :func:`centre`: uint64 of the same shape, each below Q. Magnitudes are below Q."""
+    # A negative one wraps to a huge number; with Q added it is the smaller.
+    wrapped: Residues = integers.view(np.uint64)
+    residues: Residues = np.minimum(wrapped, wrapped + np.uint64(modulus))
+    return residues
+
+
 def multiply(left: Residues, right: npt.NDArray[np.int64], modulus: int) -> Residues:
     """Elementwise products modulo Q, exactly.
 

@@ -26,6 +26,7 @@ from secure_fed.protocol.residues import (
     pack_residues,
     packed_bytes,
     sum_with_packed,
+    uncentre,
     unpack_residues,
 )
 
@@ -146,6 +147,8 @@ def test_sums_and_centring_are_exact(seed: int, bits: int) -> None:
     centred = centre(left, prime)
     assert ((centred.astype(object) - left.astype(object)) % prime == 0).all()
     assert 2 * int(np.abs(centred).max()) < prime
+    assert np.array_equal(uncentre(centred, prime), left)
+    assert uncentre(np.array([-1, 0, 1 - prime, prime - 1]), prime).tolist() == [prime - 1, 0, 1, prime - 1]
     add_into(left, right.copy(), prime)
     assert left.tolist() == expected
 
