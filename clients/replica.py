@@ -84,7 +84,7 @@ class ReplicaState:
     @classmethod
     def initial(cls, agreed: AgreedStudy) -> ReplicaState:
         """Before a run's genesis."""
-        return cls(Chain(agreed), aggregation.initial_state(agreed.study.aggregation, agreed.initial.adapter))
+        return cls(Chain(agreed), aggregation.start(agreed))
 
     @property
     def run(self) -> str:
@@ -144,11 +144,10 @@ def fold(state: ReplicaState, record: Record, reading: Reading) -> ReplicaState:
         case Sums(values):
             weights = [state.chain.members[entry.site].weight for entry in record.cohort]
             found = agreed.layout(record.header.round).decode(values, weights)
-            tensors = aggregation.apply(agreed.study.aggregation, state.tensors, found[codec.UPDATE])
-            after = replace(after, tensors=tensors)
-            if codec.COUNTS in found:
-                images, correct = (int(count) for count in found[codec.COUNTS])
-                after = replace(after, validation=Validation(images, correct))
+            after = replace(after, tensors=aggregation.after_round(agreed, state.tensors, found))
+            counts = aggregation.validation_counts(agreed, found)
+            if counts is not None:
+                after = replace(after, validation=Validation(*counts))
         case Confirmed(tensors):
             after = replace(after, tensors=tensors, blind=False)
         case Unreadable():

@@ -7,6 +7,7 @@ Knows nothing of Flower. Everything that must survive a crash lies in the site's
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
+from secure_fed.clients import one_sum
 from secure_fed.clients.data import Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
@@ -43,6 +45,7 @@ from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
 
+NO_DRAWS = np.zeros(0)
 SATURATION_WARNING = 0.001
 """Share of saturated coordinates above which the site warns: the value bound is then too small."""
 
@@ -317,6 +320,8 @@ class Site:
         study = self._agreed.study
         round_number = self.replica.due.round
         features = self.features()
+        if study.method.one_sum:
+            return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
         seed = training_seed(study.seed, self.name, round_number)
         start = self.personal(self.parameters, round_number - 1)
         trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
@@ -337,22 +342,32 @@ class Site:
         self, update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int] = (0, 0)
     ) -> NDArray[np.int64]:
         """The integers of an update and, if the study shares them, of validation counts (zeros unless given)."""
+        return self._encode({codec.UPDATE: update, codec.COUNTS: np.array(counts, dtype=np.float64)}, draws)
+
+    def _encode(
+        self, values: Mapping[str, NDArray[np.float64]], draws: NDArray[np.float64] = NO_DRAWS
+    ) -> NDArray[np.int64]:
+        """The integers of the round's values, by block; what saturates is told, here and nowhere else."""
         round_number = self.replica.due.round
-        values = {codec.UPDATE: update, codec.COUNTS: np.array(counts, dtype=np.float64)}
         integers, rounded = self._agreed.layout(round_number).encode(values, self.replica.member.weight, draws)
-        quantised = rounded[codec.UPDATE]
-        log.info(
-            "round %d: saturated share %.2g, quantisation error %.3g rms",
-            round_number,
-            quantised.saturated,
-            quantised.error,
-        )
-        if quantised.saturated > SATURATION_WARNING:
-            log.warning(
-                "round %d: %.2f %% of the update exceeds its value bound and is cut; expected at most %.1f %%: "
-                "raise encoding.value_bound or lower the learning rate in the next study",
+        for name, quantised in rounded.items():
+            log.info(
+                "round %d, %s: saturated share %.2g, quantisation error %.3g rms",
                 round_number,
-                100 * quantised.saturated,
-                100 * SATURATION_WARNING,
+                name,
+                quantised.saturated,
+                quantised.error,
             )
+            if quantised.saturated > SATURATION_WARNING:
+                log.warning(
+                    "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: "
+                    "%s in the next study",
+                    round_number,
+                    name,
+                    100 * quantised.saturated,
+                    100 * SATURATION_WARNING,
+                    "raise method.most_patients"
+                    if self._agreed.study.method.one_sum
+                    else "raise encoding.value_bound or lower the learning rate",
+                )
         return integers

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softmax
 
+from secure_fed.clients import one_sum
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.lmmd import lmmd
 from secure_fed.core.errors import DataError
@@ -86,6 +87,8 @@ def train_alone(
     Raises:
         DataError: as :func:`train_round`.
     """
+    if agreed.study.method.one_sum:
+        return one_sum.alone(agreed, features)
     rule = agreed.study.aggregation
     state = aggregation.initial_state(rule, agreed.initial.adapter)
     private: Parameters = {}

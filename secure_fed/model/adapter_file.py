@@ -20,6 +20,7 @@ from secure_fed.core.layout import CALIBRATION
 from secure_fed.core.storage import write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter
 from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import Parameters, adapter_digest
 from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method
 
@@ -207,6 +208,7 @@ def load_adapter(path: Path) -> AdapterFile:
             tensors["prompt_features"],
             float(tensors["logit_scale"][0]),
             tensors.get("prompt_tokens"),
+            Basis.of(tensors, tensors["prompt_features"].shape[1]),
         )
         found = AdapterFile(
             metadata["study"],

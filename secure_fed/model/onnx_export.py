@@ -13,7 +13,7 @@ import onnx
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize, softmax
+from torch.nn.functional import normalize, softmax
 
 from secure_fed.core.errors import OnnxError
 from secure_fed.core.storage import write_durable
@@ -39,8 +39,8 @@ class Classifier(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and probabilities."""
         adapted = self._adapter.adapt(normalize(features, dim=-1))
-        logits = self._adapter.logit_scale * linear(adapted, self.get_buffer("class_vectors"))
-        return logits, softmax(logits / self._temperature, dim=-1)
+        logits = self._adapter.score(adapted, self.get_buffer("class_vectors"))
+        return logits.float(), softmax(logits / self._temperature, dim=-1).float()
 
 
 def write_onnx(path: Path, file: AdapterFile, tower: TextTower | None, metadata: Mapping[str, str]) -> None:

@@ -89,8 +89,9 @@ def new_study(
     if needs_tower(template.method):
         tokens = backbone.tokenize([entry.prompts[0] for entry in template.classes])
         tower = backbone.text_tower(tokens)
-    adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower)
     basis = _basis(template, backbone, public, out / PUBLIC)
+    dimensions = None if basis is None else basis.dimensions
+    adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower, dimensions)
     tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens, basis).to_bytes()
     server = ServerState(out / SERVER)
     server.begin()

@@ -8,12 +8,14 @@ follows from the journal alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.protocol import codec
+from secure_fed.protocol import codec, one_sum
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.study import Aggregation
+from secure_fed.protocol.study import Aggregation, AgreedStudy, InitialState, Study
 
 MOMENT = "moment."
 """What the names of moments begin with in a state; names of an adapter's parameters have no dot."""
@@ -66,6 +68,71 @@ def apply(rule: Aggregation, state: State, update: NDArray[np.float64]) -> State
         step = rule.learning_rate * moments[_FIRST] / (np.sqrt(moments[_SECOND]) + rule.tau)
     shapes = {name: value.shape for name, value in adapter.items()}
     return codec.unflatten(codec.flatten(adapter) + step, shapes) | moments
+
+
+def start(agreed: AgreedStudy) -> State:
+    """The state of a study before its first round; all that it will ever hold has its place in it."""
+    study, adapter = agreed.study, agreed.initial.adapter
+    if not study.method.one_sum:
+        return initial_state(study.aggregation, adapter)
+    held = [block for number in range(1, study.rounds + 1) for block in agreed.layout(number).blocks]
+    return {**adapter, **{f"{MOMENT}{block.name}": np.zeros(block.bounds.size) for block in held}}
+
+
+def after_round(agreed: AgreedStudy, state: State, found: Mapping[str, NDArray[np.float64]]) -> State:
+    """The state after a round of a study.
+
+    Args:
+        agreed: the study.
+        state: before it; left as it is.
+        found: what the round's sums stand for, by block (:meth:`secure_fed.protocol.codec.Layout.decode`).
+    """
+    if not agreed.study.method.one_sum:
+        return apply(agreed.study.aggregation, state, found[codec.UPDATE])
+    held = {name.removeprefix(MOMENT): value for name, value in state.items() if name.startswith(MOMENT)}
+    held |= found
+    adapter = one_sum_adapter(agreed.study, agreed.initial, held, adapter_of(state))
+    return {**adapter, **{f"{MOMENT}{name}": value for name, value in held.items()}}
+
+
+def one_sum_adapter(
+    study: Study, initial: InitialState, held: Mapping[str, NDArray[np.float64]], before: Parameters
+) -> Parameters:
+    """The adapter that a study's sums, and histograms if there are any, give.
+
+    Args:
+        study: whose method is ``gaussian_head``.
+        initial: its basis and logit scale.
+        held: blocks by name.
+        before: what stays if fewer than two classes have enough patients.
+    """
+    method, basis = study.method, initial.basis
+    assert basis is not None, "study new makes one for each method that uses one"
+    shrinkage, limits = method.shrinkage, one_sum.NO_LIMITS
+    histograms = held.get(one_sum.HISTOGRAMS)
+    if histograms is not None and histograms.any():
+        place, histogram = one_sum.chosen(histograms, len(study.classes))
+        shrinkage, limits = one_sum.GRID[place], one_sum.limits_of(histogram, method.coverage)
+    head = one_sum.head_of(one_sum.Sums.of(held), shrinkage, method.min_patients)
+    if head is None:
+        return before
+    return one_sum.parameters_of(head, basis, initial.logit_scale) | {"limits": limits.values()}
+
+
+def validation_counts(agreed: AgreedStudy, found: Mapping[str, NDArray[np.float64]]) -> tuple[int, int] | None:
+    """How many validation images a round's sums counted, and correct ones among them; None if the round counts none.
+
+    Args:
+        agreed: the study.
+        found: as for :func:`after_round`. Of one sum's histograms, patients under the chosen shrinkage.
+    """
+    if codec.COUNTS in found:
+        images, correct = (int(count) for count in found[codec.COUNTS])
+        return images, correct
+    if one_sum.HISTOGRAMS in found:
+        histogram = one_sum.chosen(found[one_sum.HISTOGRAMS], len(agreed.study.classes))[1]
+        return round(histogram.patients), round(float(histogram.confusion.trace()))
+    return None
 
 
 def adapter_of(state: State) -> Parameters:

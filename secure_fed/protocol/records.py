@@ -19,6 +19,7 @@ from pydantic import StringConstraints
 from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, StorageError
 from secure_fed.core.layout import record_file
 from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.protocol import aggregation
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
 from secure_fed.protocol.packing import Contribution, Wire, wire
 from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
@@ -239,8 +240,8 @@ class Chain:
                 raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected {expected}")
             return
         # A checkpoint is the float64 adapter with its names, and the moments beside it, sealed.
-        vectors = 1 + self.agreed.study.aggregation.moments
-        state = 8 * vectors * self.agreed.lanes.values + 256 * (len(self.agreed.initial.adapter) + 16)
+        tensors = aggregation.start(self.agreed)
+        state = 8 * sum(value.size for value in tensors.values()) + 256 * (len(tensors) + 16)
         most = {"amendment": MAX_SEALED, "checkpoint": state}.get(header.kind, 0)
         if header.size > most:
             raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")

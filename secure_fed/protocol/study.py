@@ -36,6 +36,7 @@ from secure_fed.protocol.codec import (
     layout_of,
     value_bounds,
 )
+from secure_fed.protocol.one_sum import histograms_block, sums_blocks
 from secure_fed.protocol.packing import MAX_BITS, MAX_LANES, MIN_BITS, MIN_LANES, LaneParameters, lane_parameters
 
 Mode = Literal["he", "plain"]
@@ -146,8 +147,9 @@ class Method(FileModel):
     """What is trained, and by which loss (docs/facmic.md).
 
     Attributes:
-        adapter: ``facmic``, ``fedclip`` (attention gates), ``low_rank`` (residual of rank ``rank``), ``text_head`` or
-            ``prompts`` (``context`` vectors before the class's first prompt): a file of ``secure_fed/model/adapters``.
+        adapter: ``facmic``, ``fedclip`` (attention gates), ``low_rank`` (residual of rank ``rank``), ``text_head``,
+            ``prompts`` (``context`` vectors before the class's first prompt) or ``gaussian_head`` (class statistics in
+            one sum): a file of ``secure_fed/model/adapters``.
         norm: of ``facmic``'s gate; ``batch`` is the paper's, its statistics stay at the site.
         rank: of ``low_rank``.
         context: number of context vectors of ``prompts``.
@@ -155,6 +157,12 @@ class Method(FileModel):
             differential privacy.
         loss: ``class_prompt`` (logit-adjusted cross-entropy) or the paper's in-batch ``contrastive``.
         lmmd_weight: weight of the domain term against the site's own unlabelled images; 0 turns it off.
+        shrinkage: of ``gaussian_head``'s covariance towards a multiple of the identity; with a second round, in which
+            validation patients choose it, only where there are none.
+        min_patients: of ``gaussian_head``: a class with fewer in the sum is left out.
+        most_patients: of ``gaussian_head``: most training patients, and most validation patients, that a site has. The
+            bounds of its sums are made of it.
+        coverage: of ``gaussian_head``: chance that a case's set holds its class.
     """
 
     adapter: Text = "facmic"
@@ -164,6 +172,22 @@ class Method(FileModel):
     private_head: bool = False
     loss: Literal["class_prompt", "contrastive"] = "class_prompt"
     lmmd_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    shrinkage: Annotated[float, Field(gt=0, le=1)] = 0.01
+    min_patients: Annotated[int, Field(ge=1, le=10**6)] = 5
+    most_patients: Annotated[int, Field(ge=2, le=10**6)] = 1000
+    coverage: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
+
+    @property
+    def one_sum(self) -> bool:
+        """Whether sites send statistics, once, instead of updates round by round."""
+        return self.adapter == "gaussian_head"
+
+    @field_validator("private_head")
+    @classmethod
+    def _trains(cls, private_head: bool, info: ValidationInfo) -> bool:
+        if private_head and info.data.get("adapter") == "gaussian_head":
+            raise ValueError("gaussian_head is solved, not trained; expected false, or another adapter")
+        return private_head
 
     @field_validator("adapter")
     @classmethod
@@ -486,6 +510,25 @@ class StudyFile(FileModel):
             )
         return privacy
 
+    @field_validator("method")
+    @classmethod
+    def _one_sum_or_two(cls, method: Method, info: ValidationInfo) -> Method:
+        rounds = info.data.get("rounds", 1)
+        if method.one_sum and rounds > 2:
+            raise ValueError(
+                f"{method.adapter} takes one round for its sum and one for the histograms that choose its shrinkage, "
+                f"but rounds = {rounds}; expected 2, or 1 with a declared shrinkage"
+            )
+        return method
+
+    @field_validator("aggregation")
+    @classmethod
+    def _adds_up(cls, aggregation: Aggregation, info: ValidationInfo) -> Aggregation:
+        method = info.data.get("method")
+        if method is not None and method.one_sum and aggregation.rule != "average":
+            raise ValueError(f"{method.adapter} adds sums up; expected no rule: leave [aggregation] out")
+        return aggregation
+
     @field_validator("encoding")
     @classmethod
     def _fits_lanes(cls, encoding: Encoding, info: ValidationInfo) -> Encoding:
@@ -503,6 +546,10 @@ class StudyFile(FileModel):
         _refuse_duplicates("site", [site.name for site in sites])
         for field in SiteKeys.model_fields:
             _refuse_duplicates(f"{field} key", [getattr(site.keys, field) for site in sites if site.keys])
+        method = info.data.get("method")
+        weighted = [site.name for site in sites if site.weight != 1]
+        if method is not None and method.one_sum and weighted:
+            raise ValueError(f"in one sum each patient weighs 1, but {', '.join(weighted)} has a weight; expected none")
         training = sum(site.role == "train" for site in sites)
         if training > info.data.get("max_sites", training):
             raise ValueError(
@@ -558,6 +605,13 @@ class StudyFile(FileModel):
             initial: the study's ``study.safetensors``.
         """
         encoding = self.encoding
+        if self.method.one_sum:
+            assert initial.basis is not None, "study new makes one for each method that uses one"
+            classes, most = len(self.classes), self.method.most_patients
+            rounds: list[tuple[Block, ...]] = [sums_blocks(classes, initial.basis, most, encoding.precision)]
+            if self.rounds > 1:
+                rounds.append((histograms_block(classes, most),))
+            return tuple(layout_of(each, self.max_sites, encoding.bits, encoding.lanes) for each in rounds)
         bounds = value_bounds(initial.shapes, encoding.value_bound, encoding.value_bounds)
         blocks = [Block(UPDATE, bounds, encoding.precision, weighted=True)]
         if encoding.share_validation:

@@ -626,5 +626,6 @@ def test_a_saturating_value_bound_warns_with_the_share_and_goes_on(
     with caplog.at_level("WARNING"):
         assert exchange(coordinator, sites[0]).code == ReplyCode.UPDATE
     assert re.search(
-        r"round 1: \d+\.\d\d % of the update exceeds its value bound .* expected at most 0\.1 %", caplog.text
+        r"round 1, update: \d+\.\d\d % of the values exceed their bounds .* expected at most 0\.1 %: raise encoding",
+        caplog.text,
     )

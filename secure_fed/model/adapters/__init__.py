@@ -65,7 +65,12 @@ def needs_tower(method: Method) -> bool:
 
 
 def initial_parameters(
-    method: Method, dim: int, prompt_features: NDArray[np.float32], seed: int, tower: TextTower | None = None
+    method: Method,
+    dim: int,
+    prompt_features: NDArray[np.float32],
+    seed: int,
+    tower: TextTower | None = None,
+    dimensions: int | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Where training starts, at or (``facmic``, ``fedclip``, ``prompts``) near zero-shot; shared parameters only.
 
@@ -75,6 +80,7 @@ def initial_parameters(
         prompt_features: unit rows [K, d].
         seed: 0 or more, below 2**63; the global random state is not used.
         tower: the text tower, for adapters that need it.
+        dimensions: of the study's basis, for adapters that use it; d if not given.
 
     Returns:
         Arrays by sorted name.
@@ -83,7 +89,7 @@ def initial_parameters(
         StudyError: as :func:`check_method`; or the context does not fit into the tower.
     """
     check_method(method)
-    parameters = _kind(method).initial(method, Start(dim, prompt_features, seed, tower))
+    parameters = _kind(method).initial(method, Start(dim, prompt_features, seed, tower, dimensions or dim))
     return dict(sorted(parameters.items()))
 
 

@@ -27,10 +27,14 @@ class Start:
         dim: width d of the features.
         prompt_features: unit rows, float32 [K, d].
         tower: the frozen text tower with the classes' tokens, for adapters that ask for it; else None.
+        dimensions: width k of features in the study's basis, for adapters that use it.
     """
 
-    def __init__(self, dim: int, prompt_features: NDArray[np.float32], seed: int, tower: TextTower | None) -> None:
+    def __init__(
+        self, dim: int, prompt_features: NDArray[np.float32], seed: int, tower: TextTower | None, dimensions: int
+    ) -> None:
         self.dim = dim
+        self.dimensions = dimensions
         self.prompt_features = prompt_features
         self.tower = tower
         self._generator = torch.Generator().manual_seed(seed)
@@ -55,11 +59,13 @@ class Adapter(nn.Module, ABC):
         moves_features: whether image features are moved; if not, the domain term has nothing to align.
         needs_tower: whether the frozen text tower takes part in training.
         uses_basis: whether the method sees features in the study's basis (``[features]``).
+        precision: of its parameters.
     """
 
     moves_features: ClassVar[bool] = True
     needs_tower: ClassVar[bool] = False
     uses_basis: ClassVar[bool] = False
+    precision: ClassVar[torch.dtype] = torch.float32
 
     def __init__(
         self,
@@ -76,7 +82,7 @@ class Adapter(nn.Module, ABC):
         self.tower = tower
         self.shows_adapted = False
         for name in sorted(parameters):
-            value = torch.tensor(parameters[name], dtype=torch.float32)
+            value = torch.tensor(parameters[name], dtype=self.precision)
             self.register_parameter(name, nn.Parameter(value))
 
     @classmethod
@@ -115,7 +121,11 @@ class Adapter(nn.Module, ABC):
 
     def compare(self, adapted: Tensor) -> Tensor:
         """Logits [n, K] of features that are already adapted, by what is shared alone."""
-        return self.logit_scale * linear(adapted, self.class_vectors())
+        return self.score(adapted, self.class_vectors())
+
+    def score(self, adapted: Tensor, class_vectors: Tensor) -> Tensor:
+        """Logits [n, K] of adapted features by the class vectors given: scaled cosines."""
+        return self.logit_scale * linear(adapted, class_vectors)
 
     def head_logits(self, adapted: Tensor) -> Tensor:
         """What the private head adds to the logits [n, K] of adapted features; only with a private head."""

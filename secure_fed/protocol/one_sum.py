@@ -1,0 +1,446 @@
+"""The head that one sum gives: class statistics of features added over sites, and the classifier that follows.
+
+Linear discriminant analysis with a shared covariance. Sites send, in coordinates x' of the study's basis, patients by
+class N_c, sums A_c and the second moment B; in a second round histograms of how their validation patients fare under
+each shrinkage of a fixed grid. What every site makes of the sums is here, in elementwise float64 numpy of a fixed order
+(sums, products, quotients and square roots, which IEEE 754 rounds correctly): no BLAS, no LAPACK, no exp, so that all
+sites get the same bits on any CPU.
+
+    mu_c = A_c / N_c,  Sigma = (B - sum_c N_c mu_c mu_c^T) / (N - K),  Sigma_a = (1 - a) Sigma + a tr(Sigma) / k I,
+    logit_c = mu_c^T Sigma_a^-1 x' - mu_c^T Sigma_a^-1 mu_c / 2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fed.protocol.basis import Basis
+from secure_fed.protocol.codec import Block, Parameters
+
+Floats = NDArray[np.float64]
+
+GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+"""Shrinkages that the histograms choose from."""
+
+BINS = 64
+"""Of a histogram of scores or distances."""
+SCORE_STEP = 0.25
+"""Width of a bin of scores, which are log odds of a class; the first bin begins at -8, both end bins are open."""
+DISTANCE_STEP = 0.25
+"""Width of a bin of distances, which are log2 of the squared Mahalanobis distance to the nearest class mean over k; the
+first begins at -6, both end bins are open."""
+CONFIDENCE_BINS = 15
+FAMILIAR = 0.95
+"""Share of the validation patients that the threshold of strangers takes as known."""
+
+PATIENTS, FIRST, SECOND, NOISE, HISTOGRAMS = "patients", "first", "second", "noise", "histograms"
+"""Names of blocks: N_c [K]; A [K k]; the upper triangle of B by rows, off-diagonals times sqrt 2, [k (k + 1) / 2]; the
+variance of a site's noise in B's entries [1]; and the second round's."""
+
+_SLACK = 4.0
+"""Bounds of sums in expected magnitudes."""
+_PART = 64
+"""Parts of a patient that a count resolves: a patient's images are in several classes or bins."""
+_NOISE_BITS, _MOST_NOISE = 25, 2.0**17
+_LEFT_OUT = -1e4
+"""Bias of a class that is left out."""
+_SWEEPS = 40
+_SCORE_START, _DISTANCE_START = -8.0, -6.0
+
+
+# --- what travels ---
+
+
+def sums_blocks(classes: int, basis: Basis, most_patients: int, precision: int) -> tuple[Block, ...]:
+    """The first round's values with their public bounds, made of the basis and the declared most patients of a site."""
+    rows, columns = np.triu_indices(basis.dimensions)
+    second = basis.spread[rows] * basis.spread[columns] * np.where(rows == columns, 1.0, math.sqrt(2))
+    return (
+        _counts(PATIENTS, classes, most_patients),
+        Block(FIRST, np.tile(_SLACK * most_patients * basis.spread, classes), precision),
+        Block(SECOND, _SLACK * most_patients * second, precision),
+        Block(NOISE, np.array([_MOST_NOISE]), _NOISE_BITS),
+    )
+
+
+def histograms_block(classes: int, most_patients: int) -> Block:
+    """The second round's values: for each shrinkage what :class:`Histogram` holds."""
+    return _counts(HISTOGRAMS, len(GRID) * Histogram.size(classes), most_patients)
+
+
+def _counts(name: str, size: int, most_patients: int) -> Block:
+    """Numbers of patients, whole ones exact."""
+    precision = 1 + (_PART * most_patients).bit_length()
+    return Block(name, np.full(size, ((1 << (precision - 1)) - 1) / _PART), precision)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How validation patients fare under one shrinkage; each patient counts 1, in parts by its images.
+
+    Attributes:
+        confusion: float64 [K, K], by true class and most probable one.
+        scores: float64 [K, 2, BINS]: log odds of class c, of patients of other classes (0) and of c (1).
+        gaps: float64 [CONFIDENCE_BINS]: sum of (right - confidence) by confidence.
+        distances: float64 [BINS].
+    """
+
+    confusion: Floats
+    scores: Floats
+    gaps: Floats
+    distances: Floats
+
+    @staticmethod
+    def size(classes: int) -> int:
+        """Values of one."""
+        return classes * classes + classes * 2 * BINS + CONFIDENCE_BINS + BINS
+
+    def values(self) -> Floats:
+        """As one vector [size]."""
+        return np.concatenate([part.ravel() for part in (self.confusion, self.scores, self.gaps, self.distances)])
+
+    @classmethod
+    def of(cls, values: Floats, classes: int) -> Histogram:
+        """Inverse of :meth:`values`."""
+        ends = np.cumsum([classes * classes, classes * 2 * BINS, CONFIDENCE_BINS])
+        confusion, scores, gaps, distances = np.split(values, ends)
+        return cls(confusion.reshape(classes, classes), scores.reshape(classes, 2, BINS), gaps, distances)
+
+    @property
+    def patients(self) -> float:
+        """How many it counts."""
+        return math.fsum(self.confusion.ravel().tolist())
+
+
+def score_bin(log_odds: Floats) -> NDArray[np.int64]:
+    """The bins of log odds."""
+    return np.clip(np.floor((log_odds - _SCORE_START) / SCORE_STEP), 0, BINS - 1).astype(np.int64)
+
+
+def distance_bin(log_distance: Floats) -> NDArray[np.int64]:
+    """The bins of log2 of squared distances over k."""
+    return np.clip(np.floor((log_distance - _DISTANCE_START) / DISTANCE_STEP), 0, BINS - 1).astype(np.int64)
+
+
+# --- the rule ---
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Class statistics of one or more sites.
+
+    Attributes:
+        patients: N_c, float64 [K].
+        first: A, float64 [K, k].
+        second: B, float64 [k, k], symmetric.
+        noise: variance of the noise in B's entries, summed over sites; 0 without privacy budgets.
+    """
+
+    patients: Floats
+    first: Floats
+    second: Floats
+    noise: float = 0.0
+
+    def values(self) -> dict[str, Floats]:
+        """By block, flat."""
+        rows, columns = np.triu_indices(len(self.second))
+        weights = np.where(rows == columns, 1.0, math.sqrt(2))
+        return {
+            PATIENTS: self.patients,
+            FIRST: self.first.ravel(),
+            SECOND: self.second[rows, columns] * weights,
+            NOISE: np.array([self.noise]),
+        }
+
+    @classmethod
+    def of(cls, values: Mapping[str, Floats]) -> Sums:
+        """Inverse of :meth:`values`."""
+        patients = values[PATIENTS]
+        first = values[FIRST].reshape(len(patients), -1)
+        size = first.shape[1]
+        rows, columns = np.triu_indices(size)
+        second = np.zeros((size, size))
+        second[rows, columns] = values[SECOND] / np.where(rows == columns, 1.0, math.sqrt(2))
+        second[columns, rows] = second[rows, columns]
+        return cls(patients, first, second, float(values[NOISE][0]))
+
+    @property
+    def floor(self) -> float:
+        """Least eigenvalue that the noise leaves meaningful in the covariance: its spectral norm, sqrt(2 k) times its
+        deviation, over the patients."""
+        total = math.fsum(self.patients.tolist())
+        return math.sqrt(self.noise) * math.sqrt(2.0 * len(self.second)) / max(total, 1.0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier in the coordinates of the basis.
+
+    Attributes:
+        known: bool [K], the classes with enough patients.
+        means: float64 [K, k]; 0 for the others.
+        factor: float64 [k, k], lower triangle L of Sigma_a = L L^T.
+        weight: float64 [K, k], Sigma_a^-1 mu_c.
+        bias: float64 [K].
+    """
+
+    known: NDArray[np.bool_]
+    means: Floats
+    factor: Floats
+    weight: Floats
+    bias: Floats
+
+
+def known_classes(sums: Sums, min_patients: int) -> NDArray[np.bool_]:
+    """The classes with at least so many patients in the sum, bool [K]."""
+    return np.asarray(sums.patients >= min_patients)
+
+
+def covariance(sums: Sums) -> Floats:
+    """Sigma, floored where noise lies in it: the pooled covariance within classes [k, k]."""
+    scatter = sums.second.copy()
+    for count, total in zip(sums.patients.tolist(), sums.first, strict=True):
+        scatter -= np.multiply.outer(total, total) / max(count, 1.0)
+    patients = math.fsum(sums.patients.tolist())
+    scatter /= max(patients - len(sums.patients), 1.0)
+    return floored(scatter, sums.floor) if sums.noise > 0 else scatter
+
+
+def solve(sums: Sums, shrinkage: float, min_patients: int) -> Head | None:
+    """The head of one shrinkage, in (0, 1]; None if fewer than two classes have enough patients.
+
+    A covariance that rounding made indefinite (its factor has no real diagonal) gets its negative eigenvalues set to 0
+    before it is shrunk, which makes it positive definite.
+    """
+    known = known_classes(sums, min_patients)
+    if known.sum() < 2:
+        return None
+    within = covariance(sums)
+    factor = cholesky(_shrunk(within, shrinkage))
+    if factor is None:
+        factor = cholesky(_shrunk(floored(within, 0.0), shrinkage))
+        assert factor is not None, "positive definite by construction"
+    means = np.where(known[:, None], sums.first / np.maximum(sums.patients, 1.0)[:, None], 0.0)
+    white = _forward(factor, means.T)
+    weight = _backward(factor, white).T.copy()
+    bias = np.array([-0.5 * math.fsum((column * column).tolist()) for column in white.T])
+    return Head(known, means, factor, weight, np.where(known, bias, 0.0))
+
+
+def _shrunk(matrix: Floats, shrinkage: float) -> Floats:
+    size = len(matrix)
+    shrunk = (1.0 - shrinkage) * matrix
+    places = np.arange(size)
+    shrunk[places, places] += shrinkage * math.fsum(matrix.diagonal().tolist()) / size
+    return shrunk
+
+
+def cholesky(matrix: Floats) -> Floats | None:
+    """The lower factor L [k, k] of a symmetric matrix L L^T, right-looking; None if it is not positive definite."""
+    rest, size = matrix.copy(), len(matrix)
+    factor = np.zeros((size, size))
+    for place in range(size):
+        pivot = float(rest[place, place])
+        if not pivot > 0:
+            return None
+        root = math.sqrt(pivot)
+        column = rest[place + 1 :, place] / root
+        factor[place, place] = root
+        factor[place + 1 :, place] = column
+        rest[place + 1 :, place + 1 :] -= np.multiply.outer(column, column)
+    return factor
+
+
+def _forward(factor: Floats, right: Floats) -> Floats:
+    """L^-1 of columns [k, m]."""
+    rest = right.copy()
+    for place in range(len(factor)):
+        rest[place] /= factor[place, place]
+        rest[place + 1 :] -= np.multiply.outer(factor[place + 1 :, place], rest[place])
+    return rest
+
+
+def _backward(factor: Floats, right: Floats) -> Floats:
+    """L^-T of columns [k, m]."""
+    rest = right.copy()
+    for place in range(len(factor) - 1, -1, -1):
+        rest[place] /= factor[place, place]
+        rest[:place] -= np.multiply.outer(factor[place, :place], rest[place])
+    return rest
+
+
+def floored(matrix: Floats, least: float) -> Floats:
+    """A symmetric matrix with its eigenvalues raised to a least one."""
+    values, vectors = eigen(matrix)
+    raised = np.zeros_like(matrix)
+    for value, vector in zip(values.tolist(), vectors.T, strict=True):
+        raised += np.multiply.outer(vector, vector) * max(value, least)
+    return (raised + raised.T) / 2
+
+
+def eigen(matrix: Floats) -> tuple[Floats, Floats]:
+    """Eigenvalues [k] and vectors [k, k], in columns, of a symmetric matrix: Jacobi's rotations, k / 2 at a time.
+
+    The pairs of a step are those of a round-robin tournament, so that no two rotations touch one row.
+    """
+    size = len(matrix)
+    order = np.arange(size + size % 2)
+    rest, vectors = matrix.copy(), np.eye(size)
+    for _ in range(_SWEEPS):
+        distant = np.abs(rest - np.diag(rest.diagonal()))
+        if float(distant.max(initial=0.0)) <= 1e-15 * float(np.abs(rest.diagonal()).max()):
+            break
+        for _ in range(len(order) - 1):
+            half = len(order) // 2
+            pairs = [pair for pair in zip(order[:half], order[half:][::-1], strict=True) if max(pair) < size]
+            first, second = np.array(pairs).T
+            cosine, sine = _rotation(rest[first, first], rest[second, second], rest[first, second])
+            _rotate_rows(rest, first, second, cosine, sine)
+            _rotate_rows(rest.T, first, second, cosine, sine)
+            _rotate_rows(vectors.T, first, second, cosine, sine)
+            order = np.concatenate([order[:1], order[-1:], order[1:-1]])
+    return rest.diagonal().copy(), vectors
+
+
+def _rotation(first: Floats, second: Floats, off: Floats) -> tuple[Floats, Floats]:
+    """Cosines and sines that make off-diagonal entries zero."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        theta = (second - first) / (2.0 * off)
+        tangent = np.where(theta < 0, -1.0, 1.0) / (np.abs(theta) + np.sqrt(theta * theta + 1.0))
+    tangent = np.where(off == 0, 0.0, tangent)
+    cosine = 1.0 / np.sqrt(tangent * tangent + 1.0)
+    return cosine, tangent * cosine
+
+
+def _rotate_rows(
+    matrix: Floats, first: NDArray[np.intp], second: NDArray[np.intp], cosine: Floats, sine: Floats
+) -> None:
+    upper, lower = matrix[first], matrix[second]
+    matrix[first] = cosine[:, None] * upper - sine[:, None] * lower
+    matrix[second] = sine[:, None] * upper + cosine[:, None] * lower
+
+
+# --- what the study holds ---
+
+
+def parameters_of(head: Head, basis: Basis, logit_scale: float) -> Parameters:
+    """The adapter's parameters: the head for the backbone's own features, over the logit scale.
+
+    ``weight`` [K, d], ``bias`` [K]; for distances ``factor`` [k, k] and ``means`` [K, k]; ``limits``: see
+    :class:`Limits`.
+    """
+    if basis.axes is None:
+        weight = head.weight.copy()
+    else:
+        weight = np.zeros((len(head.weight), basis.axes.shape[1]))
+        for column, axis in zip(head.weight.T, basis.axes, strict=True):
+            weight += np.multiply.outer(column, axis)
+    weight /= basis.radius
+    shift = [math.fsum((row * basis.centre).tolist()) for row in weight]
+    bias = np.where(head.known, (head.bias - np.array(shift)) / logit_scale, _LEFT_OUT)
+    return {
+        "bias": bias,
+        "factor": head.factor,
+        "limits": NO_LIMITS.values(),
+        "means": head.means,
+        "weight": weight / logit_scale,
+    }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the pooled validation patients say of single cases.
+
+    Attributes:
+        least: log odds from which on a class is in a case's set; -inf: every class is.
+        farthest: log2 of squared distance over k from which on a case is a stranger; inf: none is.
+        patients: validation patients that both come from; 0: nothing is claimed.
+    """
+
+    least: float
+    farthest: float
+    patients: float
+
+    def values(self) -> Floats:
+        """As the parameter ``limits`` [3]."""
+        return np.array([self.least, self.farthest, self.patients])
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> Limits:
+        """Those of an adapter."""
+        least, farthest, patients = parameters["limits"].tolist()
+        return cls(least, farthest, patients)
+
+
+NO_LIMITS = Limits(-math.inf, math.inf, 0.0)
+
+
+def limits_of(histogram: Histogram, coverage: float) -> Limits:
+    """Split conformal limits: of n patients and a new one, the new one is covered with at least the study's chance.
+
+    The score of a patient is the log odds of its true class. The limit is the highest edge of a bin above which
+    (n + 1) times the coverage lie (Lei et al. 2018); without that many there is none. Distances likewise, from below,
+    with :data:`FAMILIAR`.
+    """
+    patients = histogram.patients
+    least, farthest = -math.inf, math.inf
+    own = np.zeros(BINS)
+    for scores in histogram.scores:
+        own += scores[1]
+    above = 0.0
+    for place in range(BINS - 1, 0, -1):
+        above += float(own[place])
+        if above >= coverage * (patients + 1):
+            least = _SCORE_START + place * SCORE_STEP
+            break
+    below = 0.0
+    for place in range(BINS - 1):
+        below += float(histogram.distances[place])
+        if below >= FAMILIAR * (patients + 1):
+            farthest = _DISTANCE_START + (place + 1) * DISTANCE_STEP
+            break
+    return Limits(least, farthest, patients)
+
+
+def chosen(histograms: Floats, classes: int) -> tuple[int, Histogram]:
+    """Which shrinkage of the grid has the highest balanced accuracy, the larger of two alike, and its histogram."""
+    best, place, kept = -1.0, 0, None
+    for index, values in enumerate(histograms.reshape(len(GRID), -1)):
+        found = Histogram.of(values, classes)
+        score = balanced_accuracy(found.confusion)
+        if score >= best:
+            best, place, kept = score, index, found
+    assert kept is not None  # the grid is not empty
+    return place, kept
+
+
+def balanced_accuracy(confusion: Floats) -> float:
+    """Mean share of recognised patients over the classes that have any; -1 without any."""
+    shares = []
+    for label, row in enumerate(confusion.tolist()):
+        total = math.fsum(row)
+        if total > 0:
+            shares.append(row[label] / total)
+    return math.fsum(shares) / len(shares) if shares else -1.0
+
+
+@lru_cache(maxsize=4)
+def _solved(
+    patients: bytes, first: bytes, second: bytes, noise: float, classes: int, shrinkage: float, min_patients: int
+) -> Head | None:
+    """:func:`solve`, once in a process that holds several sites."""
+    counts, sums = np.frombuffer(patients), np.frombuffer(first).reshape(classes, -1)
+    size = sums.shape[1]
+    return solve(Sums(counts, sums, np.frombuffer(second).reshape(size, size), noise), shrinkage, min_patients)
+
+
+def head_of(sums: Sums, shrinkage: float, min_patients: int) -> Head | None:
+    """As :func:`solve`; what was solved last is not solved again."""
+    parts = (np.ascontiguousarray(part).tobytes() for part in (sums.patients, sums.first, sums.second))
+    return _solved(*parts, sums.noise, len(sums.patients), shrinkage, min_patients)

@@ -1,0 +1,245 @@
+"""A study of one sum among real sites: exact, the same in he and plain, refused where it must be."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from secure_fed.clients import one_sum as at_site
+from secure_fed.clients.training import predict
+from secure_fed.core.errors import DataError, StudyError
+from secure_fed.core.tomlfile import write_toml
+from secure_fed.lab.simulation import prepare
+from secure_fed.model.adapters import build_adapter
+from secure_fed.protocol import aggregation, one_sum
+from secure_fed.protocol.study import InitialState, read_template
+from secure_fed.server.coordinator import Coordinator
+from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
+
+
+def one_sum_template(**changes: Any) -> Any:
+    table: dict[str, Any] = {
+        "rounds": 2,
+        "method": {"adapter": "gaussian_head", "most_patients": 40, "min_patients": 2},
+        "features": {"basis": "random", "dimensions": 16},
+        "encoding": {"bits": 18, "precision_bits": 24, "value_bound": 1.0},
+    }
+    return make_template(**(table | changes))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("one-sum") / "out"
+    prepare(one_sum_template(), folder, images)
+    for site in Federation(folder).sites():
+        site.features()
+    return folder
+
+
+@pytest.fixture
+def study(made: Path, tmp_path: Path) -> Federation:
+    shutil.copytree(made, tmp_path / "out", symlinks=True)
+    return Federation(tmp_path / "out")
+
+
+def finish(federation: Federation) -> tuple[Coordinator, list[Any]]:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    for _ in range(federation.agreed.study.rounds):
+        run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    return coordinator, sites
+
+
+def test_every_site_and_the_observer_hold_the_closed_form_of_all_patients(study: Federation) -> None:
+    coordinator, sites = finish(study)
+    assert {site.adapter_digest for site in sites} == {sites[0].adapter_digest}
+    assert coordinator.finished
+    agreed = study.agreed
+    exact = [at_site.sums(agreed, site.features()) for site in sites if site.name in TRAINING]
+    together = one_sum.Sums(
+        sum(each.patients for each in exact), sum(each.first for each in exact), sum(each.second for each in exact)
+    )
+    histograms = sum(at_site.histograms(agreed, together, site.features()) for site in sites if site.name in TRAINING)
+    place, _ = one_sum.chosen(histograms, 3)
+    held = {name.removeprefix(aggregation.MOMENT): value for name, value in sites[0].replica.state.tensors.items()}
+    assert np.array_equal(held["patients"], together.patients)
+    assert np.allclose(held["first"], together.first.ravel(), atol=1e-3)
+    head = one_sum.solve(one_sum.Sums.of(held), one_sum.GRID[one_sum.chosen(held["histograms"], 3)[0]], 2)
+    assert head is not None
+    expected = one_sum.parameters_of(head, agreed.initial.basis, agreed.initial.logit_scale)  # type: ignore[arg-type]
+    assert np.array_equal(sites[0].parameters["weight"], expected["weight"])
+    assert one_sum.GRID[place] > 0
+    scores = [site.evaluate(site.parameters)["balanced_accuracy"] for site in sites]
+    assert np.mean(scores) > np.mean([site.evaluate(None)["balanced_accuracy"] for site in sites])
+    validation = sites[0].replica.state.validation
+    assert validation is not None
+    assert validation.images == 3 * 6
+
+
+def test_he_equals_plain(study: Federation, images: Path, tmp_path: Path) -> None:
+    _, sites = finish(study)
+    plain = tmp_path / "plain"
+    prepare(one_sum_template(mode="plain"), plain, images)
+    federation = Federation(plain)
+    others = federation.sites()
+    coordinator = Coordinator.begin(federation.agreed, plain / "server", federation.signing, "0" * 64)
+    for _ in range(2):
+        run_round(coordinator, others)
+    for site in others:
+        exchange(coordinator, site)
+    assert others[0].adapter_digest == sites[0].adapter_digest
+
+
+def test_the_second_rounds_envelopes_are_of_their_own_size(study: Federation) -> None:
+    coordinator, _ = finish(study)
+    sizes = [entry.header.size for entry in coordinator.rounds]
+    assert sizes == [study.agreed.layout(number).lanes.payload_bytes for number in (1, 2)]
+    assert sizes[0] != sizes[1]
+
+
+def test_a_site_that_comes_late_and_one_that_restarts_end_at_the_same_head(study: Federation) -> None:
+    sites = study.sites()
+    coordinator = study.begin(sites)
+    present = [site for site in sites if site.name != "dogwood"]
+    run_round(coordinator, present)
+    again = [study.site(site.name) for site in present]
+    run_round(study.reopen(), again)
+    late = study.site("dogwood")
+    coordinator = study.reopen()
+    for site in (*again, late):
+        exchange(coordinator, site)
+    assert late.adapter_digest == again[0].adapter_digest == study.site("ash").adapter_digest
+    states = list(late.replica.history())
+    assert [state.round for state in states] == [1, 2]
+    assert states[1].digest == late.replica.state.digest
+
+
+def test_integers_are_stored_once_and_sent_again(study: Federation) -> None:
+    sites = study.sites()
+    coordinator = study.begin(sites)
+    exchange(coordinator, sites[0])
+    path = next(sites[0].replica.files.folder.outbox.glob("*.integers"))
+    first = safetensors.numpy.load(path.read_bytes())["integers"]
+    assert first.size == study.agreed.layout(1).lanes.values
+    site = study.site("ash")
+    assert site.respond(study.reopen().request(site.run, site.position)).envelope
+    assert np.array_equal(safetensors.numpy.load(path.read_bytes())["integers"], first)
+
+
+def test_without_a_second_round_the_declared_shrinkage_holds_and_nothing_is_claimed(
+    images: Path, tmp_path: Path
+) -> None:
+    method = {"adapter": "gaussian_head", "shrinkage": 0.2, "min_patients": 2}
+    prepare(one_sum_template(rounds=1, method=method), tmp_path / "out", images)
+    _, sites = finish(Federation(tmp_path / "out"))
+    parameters = sites[0].parameters
+    assert one_sum.Limits.of(parameters) == one_sum.NO_LIMITS
+    held = {name.removeprefix(aggregation.MOMENT): value for name, value in sites[0].replica.state.tensors.items()}
+    head = one_sum.solve(one_sum.Sums.of(held), 0.2, 2)
+    assert head is not None
+    assert np.array_equal(parameters["factor"], head.factor)
+
+
+def test_a_class_with_too_few_patients_is_told_and_never_predicted(study: Federation) -> None:
+    sites = study.sites()
+    for site in sites:
+        features = site.features()
+        kept = np.flatnonzero(features.train.y != 2)
+        owners = tuple(features.patients["train"][row] for row in kept)
+        site._features = type(features)(
+            **(
+                vars(features)
+                | {
+                    "train": type(features.train)(features.train.x[kept], features.train.y[kept]),
+                    "patients": {**features.patients, "train": owners},
+                }
+            )
+        )
+    coordinator = study.begin(sites)
+    for _ in range(2):
+        run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    found = predict(study.agreed, sites[0].parameters, sites[0].features().test.x, None)
+    assert not np.any(found.argmax(axis=1) == 2)
+    assert sites[0].replica.state.tensors["moment.patients"][2] == 0
+
+
+def test_more_patients_than_declared_are_refused_before_anything_leaves(images: Path, tmp_path: Path) -> None:
+    method = {"adapter": "gaussian_head", "most_patients": 10, "min_patients": 2}
+    prepare(one_sum_template(method=method), tmp_path / "out", images)
+    federation = Federation(tmp_path / "out")
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    with pytest.raises(DataError, match="15 training patients, but the study declares at most 10"):
+        sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+
+
+def test_zero_shot_until_there_is_a_sum(study: Federation) -> None:
+    site = study.site("ash")
+    test = site.features().test.x
+    expected = predict(study.agreed, site.parameters, test, None)
+    assert np.allclose(expected, site._predict(test, None, study.agreed), atol=1e-6)
+
+
+def test_local_and_pooled_heads_follow_the_same_rule(study: Federation) -> None:
+    site = study.site("ash")
+    parameters = site.train_alone(study.agreed)
+    assert list(parameters) == sorted(study.agreed.initial.adapter)
+    initial = study.agreed.initial
+    adapter = build_adapter(study.agreed.study.method, initial.prompt_features, initial.logit_scale, parameters)
+    assert adapter.get_parameter("weight").dtype.itemsize == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rounds": 3}, "rounds = 3; expected 2, or 1 with a declared shrinkage"),
+        ({"aggregation": {"rule": "fedadam"}}, "adds sums up; expected no rule"),
+        ({"method": {"adapter": "gaussian_head", "private_head": True}}, "solved, not trained"),
+        ({"method": {"adapter": "gaussian_head", "shrinkage": 0.0}}, "greater than 0"),
+        ({"sites": [*({"name": name, "weight": 0.5} for name in TRAINING)]}, "each patient weighs 1, but ash, birch"),
+        ({"features": {"basis": "random", "dimensions": 300}}, "the backbone has 128"),
+        ({"features": {"basis": "public", "dimensions": 16}}, "give it with --public"),
+        ({"method": {"adapter": "gaussian_head", "lmmd_weight": 1.0}}, "moves no image feature"),
+        ({"encoding": {"bits": 18, "precision_bits": 60, "value_bound": 1.0}}, "a precision of 60 bits"),
+    ],
+)
+def test_what_does_not_go_together_is_named(change: dict[str, Any], says: str, images: Path, tmp_path: Path) -> None:
+    with pytest.raises((StudyError, ValueError), match=says):
+        prepare(one_sum_template(**change), tmp_path / "out", images)
+
+
+def test_public_images_make_the_basis(secfacmic: Any, images: Path, tmp_path: Path) -> None:
+    template = one_sum_template(features={"basis": "public", "dimensions": 8}, simulation=None)
+    write_toml(tmp_path / "template.toml", template)
+    ran = secfacmic("study", "new", tmp_path / "template.toml", "--public", images, "--out", tmp_path / "out")
+    assert ran.returncode == 0, ran.stderr
+    basis = study_basis(tmp_path / "out")
+    assert basis is not None
+    assert basis.dimensions == 8
+    again = secfacmic(
+        *("study", "new", tmp_path / "template.toml", "--out", tmp_path / "again"),
+        *("--public", tmp_path / "out" / "public.safetensors"),
+    )
+    assert again.returncode == 0, again.stderr
+    other = study_basis(tmp_path / "again")
+    assert other is not None
+    assert np.allclose(np.abs(np.sum(basis.axes * other.axes, axis=1)), np.square(basis.axes).sum(axis=1), rtol=1e-2)  # type: ignore[operator]
+
+
+def study_basis(folder: Path) -> Any:
+    return InitialState.from_bytes((folder / "study.safetensors").read_bytes()).basis
+
+
+def test_the_packaged_study_asks_for_one_sum() -> None:
+    template = read_template(Path("brain_mri_one_sum"))
+    assert template.method.one_sum
+    assert (template.rounds, template.features.basis) == (2, "raw")

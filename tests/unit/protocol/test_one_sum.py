@@ -1,0 +1,265 @@
+"""The head of one sum: the closed form, the same bits on every processor, and what its limits promise."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secure_fed.protocol import one_sum
+from secure_fed.protocol.basis import Basis
+from secure_fed.protocol.codec import adapter_digest, layout_of
+from secure_fed.protocol.one_sum import GRID, Histogram, Limits, Sums
+
+CLASSES = 3
+
+
+def cases(seed: int, count: int, size: int, spread: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count)
+    x = (
+        rng.standard_normal((count, size)) * np.geomspace(1, 1 / spread, size)
+        + rng.standard_normal((CLASSES, size))[labels]
+    )
+    return x / np.linalg.norm(x, axis=1).max(), labels
+
+
+def sums_of(x: np.ndarray, labels: np.ndarray, noise: float = 0.0) -> Sums:
+    hot = np.eye(CLASSES)[labels]
+    return Sums(hot.sum(axis=0), hot.T @ x, x.T @ x, noise)
+
+
+def closed_form(sums: Sums, shrinkage: float) -> tuple[np.ndarray, np.ndarray]:
+    """As in the books, by LAPACK."""
+    means = sums.first / sums.patients[:, None]
+    within = sums.second - np.einsum("c,ci,cj->ij", sums.patients, means, means)
+    within /= sums.patients.sum() - len(means)
+    shrunk = (1 - shrinkage) * within + shrinkage * np.trace(within) / len(within) * np.eye(len(within))
+    weight = np.linalg.solve(shrunk, means.T).T
+    return weight, -np.sum(weight * means, axis=1) / 2
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**20), st.integers(1, 40), st.sampled_from(GRID))
+def test_the_head_is_the_closed_form(seed: int, size: int, shrinkage: float) -> None:
+    sums = sums_of(*cases(seed, 120, size))
+    head = one_sum.solve(sums, shrinkage, 5)
+    assert head is not None
+    weight, bias = closed_form(sums, shrinkage)
+    assert np.abs(head.weight - weight).max() <= 1e-9 * np.abs(weight).max()
+    assert np.abs(head.bias - bias).max() <= 1e-9 * np.abs(bias).max()
+    shrunk = head.factor @ head.factor.T
+    assert np.allclose(np.linalg.solve(shrunk, head.means.T).T, head.weight)
+
+
+@pytest.mark.parametrize("axes", [True, False])
+def test_the_adapters_weights_take_features_as_the_backbone_gives_them(axes: bool) -> None:
+    rng = np.random.default_rng(1)
+    size = 4 if axes else 9
+    basis = Basis(rng.standard_normal(9), rng.standard_normal((4, 9)) if axes else None, 1.7, np.ones(size))
+    features = rng.standard_normal((90, 9))
+    labels = rng.integers(0, CLASSES, 90)
+    head = one_sum.solve(sums_of(basis.linear(features), labels), 0.01, 5)
+    assert head is not None
+    parameters = one_sum.parameters_of(head, basis, 14.0)
+    logits = 14.0 * (features @ parameters["weight"].T + parameters["bias"])
+    assert np.allclose(logits, basis.linear(features) @ head.weight.T + head.bias)
+
+
+def test_what_travels_comes_back_as_exactly_as_its_precision() -> None:
+    x, labels = cases(2, 50, 6)
+    basis = Basis(np.zeros(6), None, 1.0, np.sqrt(np.square(x).mean(axis=0)))
+    exact = sums_of(x, labels)
+    layout = layout_of(one_sum.sums_blocks(CLASSES, basis, 60, 24), 4, 20, None)
+    integers, rounded = layout.encode(exact.values(), 1.0, np.zeros(0))
+    assert all(block.saturated == 0 for block in rounded.values())
+    found = Sums.of(layout.decode(3 * integers, [1.0] * 3))
+    assert np.array_equal(found.patients, 3 * exact.patients)  # whole patients are exact
+    assert np.allclose(found.first, 3 * exact.first, atol=1e-3)
+    assert np.allclose(found.second, 3 * exact.second, atol=1e-3)
+    assert np.array_equal(found.second, found.second.T)
+
+
+def test_a_class_with_too_few_patients_is_left_out() -> None:
+    x, labels = cases(3, 60, 5)
+    few = np.concatenate([np.flatnonzero(labels != 2), np.flatnonzero(labels == 2)[:4]])
+    sums = sums_of(x[few], labels[few])
+    assert one_sum.known_classes(sums, 5).tolist() == [True, True, False]
+    head = one_sum.solve(sums, 0.01, 5)
+    assert head is not None
+    basis = Basis(np.zeros(5), None, 1.0, np.ones(5))
+    parameters = one_sum.parameters_of(head, basis, 10.0)
+    logits = x @ parameters["weight"].T + parameters["bias"]
+    assert not np.any(logits.argmax(axis=1) == 2)
+    assert one_sum.solve(sums, 0.01, 1000) is None
+
+
+def test_a_covariance_that_rounding_made_indefinite_is_floored() -> None:
+    x, labels = cases(4, 60, 6)
+    sums = sums_of(x, labels)
+    broken = sums.second - 2 * np.diag([0, 0, 0, 0, 0, sums.second[5, 5]])
+    damaged = Sums(sums.patients, sums.first, broken)
+    assert np.linalg.eigvalsh(one_sum.covariance(damaged)).min() < 0
+    head = one_sum.solve(damaged, 1e-3, 5)
+    assert head is not None
+    within = one_sum.covariance(damaged)
+    values, vectors = np.linalg.eigh(within)
+    mended = (vectors * np.maximum(values, 0)) @ vectors.T
+    shrunk = (1 - 1e-3) * mended + 1e-3 * np.trace(mended) / 6 * np.eye(6)
+    assert np.allclose(head.factor @ head.factor.T, shrunk, atol=1e-12)
+
+
+def test_noise_raises_the_least_eigenvalue_to_its_own_norm() -> None:
+    x, labels = cases(5, 200, 8, spread=1e3)
+    sums = sums_of(x, labels, noise=3 * 0.2**2)
+    floor = np.sqrt(3) * 0.2 * np.sqrt(2 * 8) / 200
+    assert sums.floor == pytest.approx(floor)
+    values = np.linalg.eigvalsh(one_sum.covariance(sums))
+    assert values.min() == pytest.approx(floor)
+    bare = np.linalg.eigvalsh(one_sum.covariance(sums_of(x, labels)))
+    assert values.max() == pytest.approx(bare.max())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**20), st.integers(1, 17))
+def test_rotations_find_all_eigenvalues(seed: int, size: int) -> None:
+    drawn = np.random.default_rng(seed).standard_normal((size, size))
+    matrix = drawn + drawn.T
+    values, vectors = one_sum.eigen(matrix)
+    assert np.allclose(np.sort(values), np.linalg.eigvalsh(matrix), atol=1e-12)
+    assert np.allclose((vectors * values) @ vectors.T, matrix, atol=1e-12)
+
+
+# --- the same bits ---
+
+DIGEST = """
+import numpy as np
+from secure_fed.protocol import one_sum
+from secure_fed.protocol.basis import Basis
+from secure_fed.protocol.codec import adapter_digest
+with np.load({path!r}) as saved:
+    sums = one_sum.Sums(saved["patients"], saved["first"], saved["second"], float(saved["noise"]))
+    basis = Basis(saved["centre"], saved["axes"], 1.3, np.ones(len(saved["axes"])))
+head = one_sum.solve(sums, 0.003, 5)
+print(adapter_digest(one_sum.parameters_of(head, basis, 14.0)))
+"""
+
+
+def test_the_head_has_the_same_bits_whatever_the_processor_offers(tmp_path: Path) -> None:
+    x, labels = cases(6, 300, 33)
+    sums = sums_of(x, labels, noise=1e-3)  # so that eigenvalues take part
+    rng = np.random.default_rng(7)
+    path = tmp_path / "sums.npz"
+    arrays = {"patients": sums.patients, "first": sums.first, "second": sums.second, "noise": np.array(sums.noise)}
+    np.savez(path, centre=rng.standard_normal(50), axes=rng.standard_normal((33, 50)), **arrays)
+    everything = " ".join(name for name, there in np._core._multiarray_umath.__cpu_features__.items() if there)
+    dispatched = [name for name in np._core._multiarray_umath.__cpu_dispatch__ if name in everything.split()]
+    found = set()
+    for disabled, core, threads in (
+        ("", "Haswell", "1"),
+        (" ".join(dispatched), "Nehalem", "1"),
+        ("", "SkylakeX", "2"),
+    ):
+        environment = os.environ | {
+            "NPY_DISABLE_CPU_FEATURES": disabled,
+            "OPENBLAS_CORETYPE": core,
+            "OMP_NUM_THREADS": threads,
+        }
+        ran = subprocess.run(
+            [sys.executable, "-P", "-c", DIGEST.format(path=str(path))],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.add(ran.stdout.strip())
+    assert len(found) == 1
+    assert len(found.pop()) == hashlib.sha256().digest_size * 2
+
+
+def test_a_head_is_solved_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = sums_of(*cases(8, 60, 5))
+    first = one_sum.head_of(sums, 0.01, 5)
+    monkeypatch.setattr(one_sum, "solve", lambda *_: pytest.fail("solved again"))
+    assert one_sum.head_of(sums_of(*cases(8, 60, 5)), 0.01, 5) is first
+
+
+# --- histograms ---
+
+
+def histogram(confusion: np.ndarray, own: np.ndarray | None = None, far: np.ndarray | None = None) -> Histogram:
+    scores = np.zeros((CLASSES, 2, one_sum.BINS))
+    if own is not None:
+        scores[0, 1] = own
+    empty = np.zeros(one_sum.BINS)
+    return Histogram(confusion, scores, np.zeros(one_sum.CONFIDENCE_BINS), empty if far is None else far)
+
+
+def test_histograms_come_back_and_whole_patients_are_exact() -> None:
+    rng = np.random.default_rng(0)
+    block = one_sum.histograms_block(CLASSES, 300)
+    layout = layout_of([block], 4, 12, None)
+    values = rng.integers(0, 300, block.bounds.size).astype(float)
+    integers, _ = layout.encode({one_sum.HISTOGRAMS: values}, 1.0, np.zeros(0))
+    assert np.array_equal(layout.decode(2 * integers, [1.0] * 2)[one_sum.HISTOGRAMS], 2 * values)
+    one = Histogram.of(values[: Histogram.size(CLASSES)], CLASSES)
+    assert np.array_equal(one.values(), values[: Histogram.size(CLASSES)])
+
+
+def test_the_shrinkage_with_the_highest_balanced_accuracy_is_chosen_the_larger_of_two_alike() -> None:
+    good, bad = np.diag([8.0, 8, 8]), np.full((CLASSES, CLASSES), 4.0)
+    for place in (0, 4, len(GRID) - 1):
+        grid = np.concatenate([histogram(good if index == place else bad).values() for index in range(len(GRID))])
+        assert one_sum.chosen(grid, CLASSES)[0] == place
+    alike = np.concatenate([histogram(good).values()] * len(GRID))
+    assert one_sum.chosen(alike, CLASSES)[0] == len(GRID) - 1
+    assert one_sum.balanced_accuracy(np.array([[9.0, 1, 0], [0, 0, 0], [5, 0, 5]])) == pytest.approx(0.7)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**20), st.integers(12, 400), st.sampled_from([0.6, 0.8, 0.9]))
+def test_the_limit_covers_at_least_what_is_promised_of_what_it_was_made_of(
+    seed: int, patients: int, coverage: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(0, 3, patients)
+    own = np.bincount(one_sum.score_bin(scores), minlength=one_sum.BINS).astype(float)
+    limits = one_sum.limits_of(histogram(np.diag([float(patients), 0, 0]), own), coverage)
+    if np.isfinite(limits.least):
+        assert np.sum(scores >= limits.least) >= coverage * (patients + 1)
+        higher = np.sum(scores >= limits.least + one_sum.SCORE_STEP)
+        assert higher < coverage * (patients + 1) or limits.least >= 7.75
+    else:
+        assert np.sum(scores >= -7.75) < coverage * (patients + 1)
+    assert limits.patients == patients
+
+
+def test_a_new_patient_is_covered_as_promised() -> None:
+    rng = np.random.default_rng(3)
+    covered = []
+    for _ in range(300):
+        known, fresh = rng.normal(1, 3, 99), rng.normal(1, 3, 50)
+        own = np.bincount(one_sum.score_bin(known), minlength=one_sum.BINS).astype(float)
+        least = one_sum.limits_of(histogram(np.diag([99.0, 0, 0]), own), 0.9).least
+        covered.append(np.mean(fresh >= least))
+    assert 0.9 <= np.mean(covered) <= 0.925
+
+
+def test_strangers_lie_farther_than_nineteen_in_twenty() -> None:
+    far = np.zeros(one_sum.BINS)
+    far[24:34] = 20.0
+    limits = one_sum.limits_of(histogram(np.diag([200.0, 0, 0]), far=far), 0.9)
+    assert limits.farthest == -6 + 34 * 0.25  # 191 of 200 need all ten bins
+    assert one_sum.limits_of(histogram(np.diag([3.0, 0, 0])), 0.9) == Limits(-np.inf, np.inf, 3.0)
+    assert Limits.of({"limits": limits.values()}) == limits
+
+
+def test_the_digest_of_an_adapter_holds_infinite_limits() -> None:
+    assert len(adapter_digest({"limits": one_sum.NO_LIMITS.values()})) == 64
