@@ -141,6 +141,7 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
             for member in study.sites
         ],
         "min_sites": study.min_sites,
+        "quorum": dataclasses.asdict(study.quorum(study.sites)),
     }
 
 

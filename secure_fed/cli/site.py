@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from secure_fed.cli.output import Delta, Epsilon, Json, out, print_json
+from secure_fed.protocol.quorum import Quorum
 
 app = typer.Typer(help="A site's identity, what it agrees to, and what has left it.", no_args_is_help=True)
 
@@ -106,7 +107,8 @@ def _show_terms(shown: dict[str, Any]) -> None:
         maker = "makes the study's key" if member["key_maker"] else ""
         members.add_row(member["name"], member["role"], f"{member['weight']:g}", maker)
     out.print(members)
-    _say(f"no sum of fewer than {shown['min_sites']} sites is opened")
+    for line in Quorum(**shown["quorum"]).words:
+        _say(line)
     _say("")
     _say("what leaves this site, and nothing else, to the study's server:")
     if leaves["updates"]:

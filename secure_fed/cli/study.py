@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -63,11 +64,15 @@ def check(study: StudyPath, json_: Json = False) -> None:
     found = check_study(study)
     missing = found.missing()
     if json_:
-        print_json({"name": found.name, "study_id": found.id, "complete": not missing, "missing": missing})
+        agreeing = asdict(found.quorum(found.sites))
+        print_json({"name": found.name, "study_id": found.id, "complete": not missing, "missing": missing,
+                    "quorum": agreeing})  # fmt: skip
         return
     kind = "a template" if missing else "a complete study"
     out.print(f"{study}: {kind}, without errors; study id {found.id}", highlight=False, soft_wrap=True)
     out.print(f"an update: {update_size(study, found)}", highlight=False, soft_wrap=True)
+    for line in found.quorum(found.sites).words:
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol import aggregation
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
 from secure_fed.protocol.packing import Contribution, Wire, wire
+from secure_fed.protocol.quorum import Quorum
 from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
 from secure_fed.protocol.signing import (
     ZERO_DIGEST,
@@ -168,6 +169,11 @@ class Chain:
         return wire(self.agreed.study.mode, self.agreed.layout(self.round + 1).lanes)
 
     @property
+    def quorum(self) -> Quorum:
+        """Whose words a round needs, with the members in force."""
+        return self.agreed.study.quorum(self.members.values())
+
+    @property
     def finished(self) -> bool:
         """Whether every round of the study has its record."""
         return self.round >= self.agreed.study.rounds
@@ -265,10 +271,11 @@ class Chain:
         if names != sorted(set(names)):
             raise RecordError(f"record {header.seq}: acknowledged by {names}; expected each once, sorted by name")
         study = self.agreed.study
-        if len(names) < study.min_sites or study.key_maker not in names:
+        needed = self.quorum.needed
+        if sum(self.members[name].role == "train" for name in names) < needed or study.key_maker not in names:
             raise RecordError(
                 f"record {header.seq}: acknowledged by {', '.join(names) or 'nobody'}; expected at least "
-                f"{study.min_sites} members, {study.key_maker} among them"
+                f"{needed} training members, and {study.key_maker}"
             )
         if len({entry.checkpoint for entry in signed}) > 1:
             raise RecordError(f"record {header.seq}: the members acknowledge different adapters")
@@ -294,8 +301,11 @@ class Chain:
         names = [contributor.site for contributor in contributors]
         if names != sorted(set(names)):
             raise RecordError(f"record {header.seq}: contributors {names}; expected each site once, sorted by name")
-        if len(names) < study.min_sites:
-            raise RecordError(f"record {header.seq}: {len(names)} contributors; expected at least {study.min_sites}")
+        if len(names) < self.quorum.needed:
+            raise RecordError(
+                f"record {header.seq}: {len(names)} contributors; expected at least {self.quorum.needed} of "
+                f"{self.quorum.training} that train"
+            )
         return tuple(contributors)
 
 

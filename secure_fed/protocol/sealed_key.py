@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from secure_fed.core.errors import KeyFileError, RecordError
+from secure_fed.protocol.quorum import refuse_quorum
 from secure_fed.protocol.signing import (
     Count,
     SignedHeader,
@@ -136,6 +137,8 @@ def members_after(
         raise KeyFileError(
             f"{training} training sites would be left; expected {study.min_sites} to {study.max_sites} of this study"
         )
+    if study.mode == "he":
+        refuse_quorum(training, study.faulty, study.min_sites, KeyFileError)
     return after
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ from secure_fed.protocol.codec import (
 )
 from secure_fed.protocol.one_sum import histograms_block, sums_blocks
 from secure_fed.protocol.packing import MAX_BITS, MAX_LANES, MIN_BITS, MIN_LANES, LaneParameters, lane_parameters
+from secure_fed.protocol.quorum import Quorum, quorum, refuse_quorum
 
 Mode = Literal["he", "plain"]
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -444,7 +446,11 @@ class StudyFile(FileModel):
         rounds: how many aggregates are applied.
         max_sites: most training sites that the lanes of a ciphertext have room for.
         min_sites: fewest sites of an aggregate; in ``he`` mode at least 3: of two, each can subtract itself.
-        round_seconds: how long a round waits for missing sites before it goes on with ``min_sites``.
+        faulty: how many training sites may lie, or come back from an older disk, without stopping or fooling the others
+            (:mod:`secure_fed.protocol.quorum`).
+        collusion: how many of those may pool all they have with the server without learning another site's update. 0:
+            one is enough, since all sites hold the study's key; pads, which alone could change that, are not there.
+        round_seconds: how long a round waits for missing sites before it goes on with a quorum.
         classes: at least two; a class's number is its place in this list.
         backbone: the frozen CLIP.
         features: in which coordinates a method that takes statistics sees the backbone's features.
@@ -467,6 +473,8 @@ class StudyFile(FileModel):
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     max_sites: Annotated[int, Field(ge=1, le=4096)]
     min_sites: Annotated[int, Field(ge=1, le=4096)]
+    faulty: Annotated[int, Field(ge=1, le=1000)] = 1
+    collusion: Annotated[int, Field(ge=0, le=1000)] = 0
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
     classes: tuple[StudyClass, ...]
     backbone: Backbone
@@ -490,6 +498,16 @@ class StudyFile(FileModel):
         if minimum > info.data.get("max_sites", minimum):
             raise ValueError(f"more than max_sites = {info.data['max_sites']}; expected at most that")
         return minimum
+
+    @field_validator("collusion")
+    @classmethod
+    def _no_pads(cls, collusion: int) -> int:
+        if collusion:
+            raise ValueError(
+                "every site holds the study's key, so one that colludes with the server opens single updates; expected "
+                "0, until updates are padded"
+            )
+        return collusion
 
     @field_validator("classes")
     @classmethod
@@ -559,6 +577,8 @@ class StudyFile(FileModel):
             raise ValueError(
                 f"{training} training sites; expected at least min_sites = {info.data.get('min_sites', 1)}"
             )
+        if "min_sites" in info.data and "faulty" in info.data and info.data.get("mode") == "he":
+            refuse_quorum(training, info.data["faulty"], info.data["min_sites"], ValueError)
         return sites
 
     @field_validator("key_maker")
@@ -617,6 +637,17 @@ class StudyFile(FileModel):
         if encoding.share_validation:
             blocks.append(counts_block())
         return (layout_of(blocks, self.max_sites, encoding.bits, encoding.lanes),)
+
+    def quorum(self, members: Iterable[StudySite]) -> Quorum:
+        """Whose words a round needs while the study has these members.
+
+        In ``plain`` mode the server reads and could forge everything: a bare majority, and at least ``min_sites``, is
+        asked, so that rounds go as in ``he`` mode.
+        """
+        training = sum(member.role == "train" for member in members)
+        if self.mode == "plain":
+            return Quorum(training, 0, 0, max(training // 2 + 1, self.min_sites))
+        return Quorum(training, self.faulty, self.collusion, quorum(training, self.faulty, self.min_sites))
 
     @property
     def class_names(self) -> tuple[str, ...]:

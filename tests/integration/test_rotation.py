@@ -337,8 +337,8 @@ def test_nothing_but_an_honest_checkpoint_follows_an_amendment(federation: Feder
     journal = coordinator.journal
     by_name = [frames[name] for name in sorted(frames)]
     for chosen, says in (
-        ([frames["ash"], frames["birch"]], "expected at least 3 members, ash among them"),
-        ([frames["birch"], frames["cedar"], frames[OBSERVER]], "ash among them"),
+        ([frames["ash"], frames["birch"]], "expected at least 3 training members, and ash"),
+        ([frames["birch"], frames["cedar"], frames[OBSERVER]], "and ash"),
         ([frames["ash"], frames["ash"], frames["birch"]], "expected each once"),
     ):
         with pytest.raises(RecordError, match=says):

@@ -1,0 +1,59 @@
+"""How many signed words a round needs."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from secure_fed.core.errors import StudyError
+from secure_fed.protocol.quorum import quorum
+from secure_fed.protocol.study import Template, with_fields
+from tests.conftest import make_template
+
+
+def test_with_one_faulty_site_the_quorum_is_above_half_of_all_and_one() -> None:
+    assert [quorum(training, 1, 3) for training in range(3, 10)] == [3, 3, 4, 4, 5, 5, 6]
+
+
+@pytest.mark.parametrize("faulty", [1, 2, 3])
+def test_two_quorums_share_more_sites_than_may_lie(faulty: int) -> None:
+    for training in range(faulty + 2, 10):
+        needed = quorum(training, faulty, 1)
+        if needed > training:
+            continue
+        assert needed >= faulty + 2
+        sets = [set(chosen) for chosen in combinations(range(training), needed)]
+        assert min(len(one & other) for one in sets for other in sets) > faulty
+        # One fewer would not do, unless it must hide two more.
+        fewer = [set(chosen) for chosen in combinations(range(training), needed - 1)]
+        assert needed == faulty + 2 or min(len(one & other) for one in fewer for other in fewer) <= faulty
+
+
+def test_min_sites_raises_it_and_never_lowers_it() -> None:
+    assert quorum(6, 1, 5) == 5
+    assert quorum(6, 1, 1) == 4
+
+
+def test_a_study_whose_members_can_never_agree_is_refused_with_the_numbers_that_would_do() -> None:
+    with pytest.raises(StudyError, match=r"3 training sites, of which faulty = 2 .* needs 4; expected at least 4"):
+        with_fields(make_template(), faulty=2)
+
+
+def test_collusion_is_refused_until_updates_are_padded() -> None:
+    with pytest.raises(StudyError, match="opens single updates; expected 0"):
+        with_fields(make_template(), collusion=1)
+
+
+def test_in_plain_mode_a_bare_majority_is_asked() -> None:
+    study: Template = make_template(mode="plain", min_sites=1)
+    assert study.quorum(study.sites).needed == 2
+    assert study.quorum(study.sites).away == 1
+
+
+def test_people_are_told_what_follows() -> None:
+    study = make_template()
+    words = " ".join(study.quorum(study.sites).words)
+    assert "3 sites train; 3 of them must agree" in words
+    assert "one that is away stops the rounds" in words
+    assert "can open single updates" in words
