@@ -57,7 +57,7 @@ def sums(agreed: AgreedStudy, features: SiteFeatures, *, declared: bool = True) 
     """
     if len(features.train.y) == 0:
         raise DataError("no labelled training image; expected at least one: add some, or join the study as an observer")
-    x, labels, owners = _views(agreed, features)
+    x, labels, owners = views(agreed, features)
     if declared:
         _refuse_more(agreed, len(set(owners)), "training")
     return exact_sums(x, labels, owners, len(agreed.study.classes))
@@ -94,6 +94,11 @@ def histograms(
     return np.concatenate([one.values() for one in found])
 
 
+def nothing(agreed: AgreedStudy, round_number: int) -> Values:
+    """A round's values by block of a site that has nothing to say in it."""
+    return {block.name: np.zeros(block.bounds.size) for block in agreed.layout(round_number).blocks}
+
+
 def _refuse_more(agreed: AgreedStudy, patients: int, split: str) -> None:
     most = agreed.study.method.most_patients
     if patients > most:
@@ -109,8 +114,8 @@ def _basis(agreed: AgreedStudy) -> Basis:
     return basis
 
 
-def _views(agreed: AgreedStudy, features: SiteFeatures) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
-    """Training features in the basis; an image and its mirrored view are one row, their mean."""
+def views(agreed: AgreedStudy, features: SiteFeatures) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
+    """Training features in the basis, labels, and whose they are; an image and its mirrored view are one row."""
     train, owners, basis = features.train, list(features.patients["train"]), _basis(agreed)
     x = basis.project(train.x)
     if not agreed.study.backbone.mirrored:

@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import one_hot, softmax
 
+from secure_fed.clients import one_sum
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.clients.training import predict
 from secure_fed.core.errors import BudgetError, DataError, LedgerError, LedgerRollbackError
-from secure_fed.core.storage import write_durable
+from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import Adapter, build_adapter
-from secure_fed.privacy import class_means, validation
+from secure_fed.privacy import class_means, class_statistics, validation
 from secure_fed.privacy.accounting import Mechanism, uniforms
 from secure_fed.privacy.class_means import ClassMeans
 from secure_fed.privacy.dp_training import (
@@ -149,6 +150,82 @@ class PrivateRounds:
                 ledger.require(plan.round_mechanism)
                 integers = self._draw(ledger, plan, position.round, purpose, parameters, path, features(), quantise)
             self.head = ledger.travelling(self._heads.newest(self._file.site)[0])
+        return integers
+
+    def sums(
+        self,
+        position: RoundPosition,
+        path: Path,
+        features: Callable[[], SiteFeatures],
+        encode: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.int64]],
+    ) -> NDArray[np.int64]:
+        """The integers of a study of one sum: the one release, made once, and of later rounds nothing.
+
+        The noise is that of the whole budget, with nothing in reserve: after a crash between the reservation and the
+        stored integers, a fraction of a second, the site goes on as an observer. Histograms of validation patients
+        would cost more than they tell, so that none leave: zeros do, the same whatever the patients.
+
+        Args:
+            position, path, features: as for :meth:`integers`.
+            encode: makes integers of a round's values.
+
+        Raises:
+            as :meth:`integers`.
+        """
+        purpose = f"round {position.round} of run {position.run[:16]}"
+        with self._opened() as ledger:
+            self._confirm(ledger)
+            ledger.mark_sent(still_open=_purposes(purpose))
+            if position.round > 1:
+                integers = encode(one_sum.nothing(self._agreed, position.round))
+            elif path.exists():
+                integers = self._stored(ledger, path)
+            else:
+                plan = ledger.plan(position.run)
+                if plan is None:
+                    plan = ledger.make_plan(position.run, 0, 1, class_statistics.SENSITIVITY, 1.0)
+                ledger.require(plan.round_mechanism)
+                integers = self._release(ledger, plan, purpose, path, features(), encode)
+            self.head = ledger.travelling(self._heads.newest(self._file.site)[0])
+        return integers
+
+    def _release(
+        self,
+        ledger: Ledger,
+        plan: Plan,
+        purpose: str,
+        path: Path,
+        features: SiteFeatures,
+        encode: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.int64]],
+    ) -> NDArray[np.int64]:
+        release, study, basis = plan.round_mechanism, self._agreed.study, self._agreed.initial.basis
+        assert basis is not None, "study new makes one for each method that uses one"
+        if not features.patients.get("train"):
+            raise DataError("no labelled training patient; expected at least one: join the study as an observer")
+        class_statistics.check_sums(len(study.classes), basis.dimensions)
+        block_of = _register(ledger, features)
+        learning = {block for patient, block in block_of.items() if patient not in _only_validated(features)}
+        blocks = sorted(learning & set(ledger.able(release)))
+        if not blocks:
+            raise BudgetError("no block of patients in this folder can pay for the sum; expected one at least")
+        x, labels, owners = one_sum.views(self._agreed, features)
+        make_folder(path.parent, 0o700)
+        for old in path.parent.iterdir():
+            old.unlink()
+        event = ledger.reserve(release, purpose, blocks)
+        paying = {patient for patient, block in block_of.items() if block in blocks}
+        rows = class_statistics.capped(owners, paying, study.privacy.images_per_patient)
+        whole = class_statistics.finite_rows(x[rows], [owners[row] for row in rows])
+        rows = [rows[row] for row in whole]
+        exact = class_statistics.exact_sums(x[rows], labels[rows], [owners[row] for row in rows], len(study.classes))
+        integers = encode(class_statistics.noisy_values(exact, plan.noise_multiplier))
+        data = bytes(safetensors.numpy.save({"integers": integers, "events": np.array([event.seq], dtype=np.int64)}))
+        write_durable(path, data, 0o600)
+        ledger.commit([event.seq], data)
+        log.info(
+            "%s: the sum of %s: epsilon spent %.4f of %g at delta %g, all of it meant for this one release",
+            *(self._file.site, purpose, ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
+        )
         return integers
 
     def register(self, features: SiteFeatures) -> None:

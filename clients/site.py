@@ -304,6 +304,8 @@ class Site:
 
         With them the head of the privacy ledger that paid for them; zeros without a budget.
         """
+        if self._private is not None and self._agreed.study.method.one_sum:
+            return self._private.sums(self.replica.due, path, self.features, self._encode), self._private.head
         if self._private is not None:
             integers = self._private.integers(self.replica.due, self.parameters, path, self.features, self._quantise)
             return integers, self._private.head

@@ -120,11 +120,6 @@ def refuse_method(method: Method) -> None:
     Raises:
         PrivateMethodError: with the reason and what to use instead.
     """
-    if method.one_sum:
-        raise PrivateMethodError(
-            f'method.adapter = "{method.adapter}" under differential privacy: its sum has no noise yet; expected '
-            "text_head, or no budget"
-        )
     if method.loss == "contrastive":
         raise PrivateMethodError(
             'method.loss = "contrastive" under differential privacy: each image\'s loss depends on the whole batch, '

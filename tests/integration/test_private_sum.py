@@ -1,0 +1,126 @@
+"""One sum under a budget: one release, paid once, whatever happens in between."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from secure_fed.core.errors import EnvelopeError, StorageError
+from secure_fed.lab.simulation import prepare
+from secure_fed.privacy import class_statistics
+from secure_fed.privacy.accounting import plan_noise
+from secure_fed.protocol import aggregation, one_sum
+from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
+from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.protocol.signing import split_frame
+from tests.conftest import TRAINING, Federation, exchange, run_round
+from tests.integration.test_dp_site import begin, ledger_of, set_budget
+from tests.integration.test_one_sum import one_sum_template
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("private-sum") / "out"
+    prepare(one_sum_template(mode="plain"), folder, images)
+    for site in Federation(folder).sites():
+        site.features()
+    set_budget(folder, "ash", 3.0)
+    return folder
+
+
+@pytest.fixture
+def study(made: Path, tmp_path: Path) -> Federation:
+    shutil.copytree(made, tmp_path / "out", symlinks=True)
+    return Federation(tmp_path / "out")
+
+
+def stored(site: Any) -> np.ndarray:
+    path = next(site.replica.files.folder.outbox.glob("*.integers"))
+    return np.asarray(safetensors.numpy.load(path.read_bytes())["integers"])
+
+
+def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: Federation) -> None:
+    sites = [study.site(name) for name in TRAINING]
+    coordinator = begin(study)
+    run_round(coordinator, sites)
+    facts = ledger_of(study).summary()
+    assert [event["state"] for event in facts["events"]] == ["committed"]
+    std = plan_noise([], 3.0, 1e-5, 1) * class_statistics.SENSITIVITY  # type: ignore[operator]
+    assert facts["events"][0]["noise_std"] == pytest.approx(std, rel=1e-6)
+    assert 2.99 < facts["epsilon_spent"] <= 3
+    reply = sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+    second = split_frame(MAGIC, reply.envelope, MAX_HEADER, EnvelopeError).payload
+    assert len(second) == 4 * study.agreed.layout(2).lanes.values
+    assert not any(second)
+    coordinator.receive(reply)
+    run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+    facts = ledger_of(study).summary()
+    assert [event["state"] for event in facts["events"]] == ["sent"]
+    held = sites[1].replica.state.tensors
+    assert held[f"{aggregation.MOMENT}noise"][0] == pytest.approx((std / 0.6) ** 2, rel=1e-3)
+    # The other two sites' validation patients choose the shrinkage, and the private site's are not among them.
+    validation = sites[1].replica.state.validation
+    assert validation is not None
+    assert validation.images == 2 * 6
+
+
+def test_what_leaves_is_the_noised_sum_and_is_drawn_once(study: Federation) -> None:
+    site = study.site("ash")
+    coordinator = begin(study)
+    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+    first = stored(site)
+    again = study.site("ash")
+    assert again.respond(study.reopen().request(again.run, again.position)).code == ReplyCode.UPDATE
+    assert np.array_equal(stored(again), first)
+    assert len(ledger_of(study).events) == 1
+    found = study.agreed.layout(1).decode(first, [1.0])
+    assert np.abs(found[one_sum.FIRST]).max() > 1  # of 15 patients within the unit ball: noise
+
+
+def test_a_crash_after_the_reservation_pays_and_the_site_goes_on_as_an_observer(study: Federation) -> None:
+    site = study.site("ash")
+    coordinator = begin(study)
+    with (
+        mock.patch("secure_fed.clients.private_round.write_durable", side_effect=StorageError("disk full")),
+        pytest.raises(StorageError),
+    ):
+        site.respond(coordinator.request(site.run, site.position))
+    assert [event.state for event in ledger_of(study).events] == ["reserved"]
+    again = study.site("ash")
+    reply = again.respond(study.reopen().request(again.run, again.position))
+    assert (reply.code, reply.envelope) == (ReplyCode.APPLIED, b"")
+    assert ledger_of(study).epsilon_spent <= 3
+
+
+def test_a_second_run_finds_nothing_left_and_reads_no_data(study: Federation) -> None:
+    sites = [study.site(name) for name in TRAINING]
+    run_round(begin(study), sites)
+    site = study.site("ash")
+    study.folder.joinpath("sites/ash/state/features.sqlite").unlink()
+    shutil.rmtree(study.folder / "data", ignore_errors=True)
+    coordinator = begin(study)
+    with mock.patch.object(type(site), "features", side_effect=AssertionError("data were read")):
+        assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.APPLIED
+
+
+def test_no_noise_comes_from_a_seedable_generator(study: Federation) -> None:
+    drawn = []
+    for _ in range(2):
+        folder = study.folder.parent / f"copy-{len(drawn)}"
+        shutil.copytree(study.folder, folder, symlinks=True)
+        copy = Federation(folder)
+        np.random.seed(1)
+        site = copy.site("ash")
+        coordinator = begin(copy)
+        site.respond(coordinator.request(site.run, site.position))
+        drawn.append(stored(site))
+    assert np.mean(drawn[0] != drawn[1]) > 0.5
