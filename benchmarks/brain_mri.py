@@ -181,12 +181,12 @@ def federate(
         adapter = aggregation.adapter_of(state)
         sums = np.zeros(layout.lanes.values, dtype=np.int64)
         for name, own in features.items():
-            seed = training_seed(study.seed, name, number)
+            seed = training_seed(study.seed, "", name, number)
             trained = train_round(agreed, adapter | heads.get(name, {}), own, seed, tower)
             if PRIVATE_HEAD in trained:
                 heads[name] = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
             update = codec.flatten(trained) - codec.flatten(adapter)
-            draws = codec.rounding_draws(study.seed, name, number, update.size)
+            draws = codec.rounding_draws(study.seed, "", name, number, update.size)
             values = {codec.UPDATE: update, codec.COUNTS: np.zeros(2)}
             sums += layout.encode(values, study.site(name).weight, draws)[0]
         weights = [study.site(name).weight for name in features]

@@ -123,7 +123,7 @@ def federate(
         if private:
             local = [site.round(parameters) for site in private]
         else:
-            seeds = [training_seed(seed, str(index), round_number) for index in range(len(features))]
+            seeds = [training_seed(seed, "", str(index), round_number) for index in range(len(features))]
             local = [train_round(own, parameters, *pair) for pair in zip(features, seeds, strict=True)]
         parameters = {name: np.mean([result[name] for result in local], axis=0) for name in parameters}
     return test(own, parameters, features)

@@ -227,7 +227,7 @@ def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition) -> dict[
     seconds, size = [], 0
     for index in range(sites):
         update = update_of(index, values)
-        draws = codec.rounding_draws(1, name_of(index), 1, values)
+        draws = codec.rounding_draws(1, due.run, name_of(index), 1, values)
         integers = codec.quantise(update, bounds, 1.0, agreed.lanes.max_integer, draws).integers
         start = time.perf_counter()
         data = seal_envelope(agreed, due, cipher.seal(integers, binding, name_of(index), 1), NO_LEDGER, keys[index])

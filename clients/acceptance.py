@@ -1,7 +1,8 @@
-"""What a site agrees to before it takes part, in words, and the signed note of who agreed and when.
+"""What a site agrees to before it takes part, in words, and the signed notes of who agreed and when.
 
-``STATE/accepted/STUDY_ID.signed``  the note: a signed frame whose payload is what was shown
-``STATE/accepted/STUDY_ID.toml``    the study's file as it was accepted, to compare a later one with
+``STATE/accepted/STUDY_ID.N.signed``  a note: a signed frame whose payload is what was shown; the last is in force,
+                                      none is ever replaced
+``STATE/accepted/STUDY_ID.toml``      the study's file as it was accepted, to compare a later one with
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import StringConstraints
 
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import NotAcceptedError
+from secure_fed.core.layout import acceptance_note
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import to_toml
 from secure_fed.privacy.keys import Identity
@@ -77,6 +79,16 @@ NEVER = (
 )
 
 
+AGAIN = (
+    "again: a further run of a study that this site has taken part in. Its sums are of the same data as those of the "
+    "runs before. Whoever has two sums that differ by one site has, without a privacy budget, nearly that site's update"
+)
+"""What a further run means, to be shown to who accepts it."""
+
+_ACCEPT = "secfacmic site accept STUDY --site site.toml"
+_RESTORE = f"restore the folder from a backup; or, if what was accepted is lost, remove it and accept anew: {_ACCEPT}"
+
+
 class AcceptanceHeader(SignedHeader):
     """One acceptance.
 
@@ -85,13 +97,17 @@ class AcceptanceHeader(SignedHeader):
         site: who takes part.
         by: who accepted, as they call themselves.
         accepted_ms: the site's clock, milliseconds since 1970.
+        number: of this note among the site's of this study, from 1.
+        runs: in how many runs of the study the site may take part.
     """
 
-    version: Literal[1]
+    version: Literal[2]
     study: Hex64
     site: Name
     by: Person
     accepted_ms: Count
+    number: Count
+    runs: Count
 
 
 def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
@@ -152,14 +168,23 @@ def policy(file: SiteFile) -> dict[str, Any]:
     return {**content, "data": {"kind": file.data.kind, "unit": file.data.unit}}
 
 
-def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, by: str) -> Path:
-    """Note durably who accepted a study here; one note a study, the newest.
+def record_acceptance(
+    file: SiteFile, agreed: AgreedStudy, identity: Identity, by: str, *, again: bool = False
+) -> Path:
+    """Note durably who accepted a study here, beside the notes before.
+
+    Args:
+        file: the site's ``site.toml``, with the budget it will run under.
+        agreed: the study.
+        identity: the site's.
+        by: who accepts.
+        again: accept one run more than the site has taken part in.
 
     Returns:
-        Where it lies.
+        Where the note lies.
 
     Raises:
-        NotAcceptedError: nobody is named.
+        NotAcceptedError: nobody is named; or ``again`` before there was a run; or a note before is damaged.
         StorageError: it cannot be written.
     """
     if not by:
@@ -167,19 +192,28 @@ def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, b
             f"study {agreed.study.name}: not accepted, and nothing was recorded; to accept what is shown above, give "
             "the name of who does: --by NAME"
         )
+    begun = len(list(file.state_folder.begun_runs()))
+    if again and not begun:
+        raise NotAcceptedError(
+            f"study {agreed.study.name}: --again, but site {file.site} has taken part in no run of it yet; expected a "
+            "second run to accept: leave --again out"
+        )
+    before = notes(file.state_folder.accepted, agreed.study.id, file.site, identity.keys.signing)
     payload = canonical_json(terms(file, agreed))
     header = AcceptanceHeader(
-        version=1,
+        version=2,
         study=agreed.study.id,
         site=file.site,
         by=by,
         accepted_ms=time.time_ns() // 1_000_000,
+        number=len(before) + 1,
+        runs=max([1, begun + again, *(note.runs for note, _ in before)]),
         **payload_fields(payload),
     )
     file.state_folder.begin()
-    folder = _folder(file)
+    folder = file.state_folder.accepted
     make_folder(folder, 0o700)
-    path = folder / f"{agreed.study.id}.signed"
+    path = acceptance_note(folder, agreed.study.id, header.number)
     write_durable(folder / f"{agreed.study.id}.toml", to_toml(agreed.study).encode())
     write_durable(path, sign_frame(MAGIC, header, identity.signing, payload))
     return path
@@ -206,8 +240,45 @@ def check_acceptance(data: bytes, key: str) -> tuple[AcceptanceHeader, dict[str,
     return header, shown
 
 
+def notes(folder: Path, study: str, site: str, key: str) -> list[tuple[AcceptanceHeader, dict[str, Any]]]:
+    """A site's notes of a study, oldest first, as :func:`check_acceptance` gives them.
+
+    Args:
+        folder: where they lie.
+        study: the study's id.
+        site: the site's name.
+        key: its public signing key, 64 hex digits.
+
+    Raises:
+        NotAcceptedError: one is damaged, of another site or study, not signed by that key, or missing in between.
+    """
+    found = []
+    for number, path in enumerate(sorted(folder.glob(f"{study}.*.signed")), 1):
+        try:
+            header, shown = check_acceptance(path.read_bytes(), key)
+        except NotAcceptedError as error:
+            raise NotAcceptedError(f"{path}: {error}; {_RESTORE}") from None
+        if (header.study, header.site, header.number) != (study, site, number):
+            raise NotAcceptedError(
+                f"{path}: note {header.number} of another study or site, or one is missing; expected note {number} of "
+                f"site {site}; {_RESTORE}"
+            )
+        found.append((header, shown))
+    return found
+
+
+def runs_accepted(file: SiteFile, agreed: AgreedStudy, key: str) -> int:
+    """In how many runs of a study this site may take part; 0 before anybody accepted it.
+
+    Raises:
+        NotAcceptedError: as :func:`notes`.
+    """
+    before = notes(file.state_folder.accepted, agreed.study.id, file.site, key)
+    return before[-1][0].runs if before else 0
+
+
 def require_acceptance(file: SiteFile, agreed: AgreedStudy, key: str) -> AcceptanceHeader:
-    """The note of this very study at this site.
+    """The last note of this very study at this site.
 
     Args:
         file: its ``site.toml``.
@@ -217,36 +288,23 @@ def require_acceptance(file: SiteFile, agreed: AgreedStudy, key: str) -> Accepta
     Raises:
         NotAcceptedError: there is none, or it is not by this site's key.
     """
-    study = agreed.study
-    path = _folder(file) / f"{study.id}.signed"
-    accept = "secfacmic site accept STUDY --site site.toml"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        others = sorted(_folder(file).glob("*.toml"), key=lambda other: other.stat().st_mtime)
-        if others:
-            raise NotAcceptedError(
-                f"study {study.name}, id {study.id}: not accepted at site {file.site}; accepted was {others[-1].stem}: "
-                f"the study was changed. See what changed with: secfacmic study diff {others[-1]} {file.study}; then "
-                f"accept it by hand: {accept}"
-            ) from None
+    study, folder = agreed.study, file.state_folder.accepted
+    found = notes(folder, study.id, file.site, key)
+    if found:
+        return found[-1][0]
+    others = sorted(folder.glob("*.toml"), key=lambda other: other.stat().st_mtime)
+    if others:
         raise NotAcceptedError(
-            f"study {study.name}, id {study.id}: not accepted at site {file.site}; expected somebody's word that what "
-            f"leaves is known: {accept}"
-        ) from None
-    try:
-        header, _ = check_acceptance(data, key)
-    except NotAcceptedError as error:
-        raise NotAcceptedError(f"{path}: {error}; accept the study again: {accept}") from None
-    if (header.study, header.site) != (study.id, file.site):
-        raise NotAcceptedError(f"{path}: of another study or site; accept this one: {accept}")
-    return header
+            f"study {study.name}, id {study.id}: not accepted at site {file.site}; accepted was {others[-1].stem}: "
+            f"the study was changed. See what changed with: secfacmic study diff {others[-1]} {file.study}; then "
+            f"accept it by hand: {_ACCEPT}"
+        )
+    raise NotAcceptedError(
+        f"study {study.name}, id {study.id}: not accepted at site {file.site}; expected somebody's word that what "
+        f"leaves is known: {_ACCEPT}"
+    )
 
 
 def when(milliseconds: int) -> str:
     """A note's time, UTC."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
-
-
-def _folder(file: SiteFile) -> Path:
-    return file.state_folder.accepted

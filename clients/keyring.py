@@ -92,14 +92,15 @@ class KeyRing:
     def may_begin(self, key: str) -> bool:
         """Whether a run may begin under a key: the newest, or one that the newest replaced in its run.
 
-        A site that joins late lacks the older keys; it may still follow their run, without opening anything.
+        A key that replaced another goes on with that one's run and begins none. A site that joins late lacks the older
+        keys; it may still follow their run, without opening anything.
         """
         newest = max(self.headers, default=0)
         known = {header.key: header for header in self.headers.values()}
         current = self.headers[newest].key if newest else ZERO_DIGEST
         while current in known:
             if current == key:
-                return True
+                return known[key].previous == ZERO_DIGEST
             current = known[current].previous
         return current != ZERO_DIGEST and not self.holds(key)
 

@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from secure_fed.clients.acceptance import runs_accepted
 from secure_fed.clients.keyring import membership
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import (
@@ -29,10 +30,11 @@ from secure_fed.core.errors import (
     AggregateRefused,
     KeyDeadError,
     KeyFileError,
+    NotAcceptedError,
     RecordError,
     SiteFileError,
 )
-from secure_fed.core.layout import RunState, SiteRun, record_file
+from secure_fed.core.layout import RECORDS, RunState, SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.privacy.ckks import Cipher
 from secure_fed.privacy.keys import attestation_key, open_checkpoint, seal_checkpoint
@@ -265,6 +267,12 @@ def _metadata(data: bytes) -> dict[str, str]:
     return {str(key): str(value) for key, value in metadata.items()}
 
 
+def _keys_of(folder: Path, agreed: AgreedStudy) -> set[str]:
+    """The keys that a run's records name."""
+    paths = RunState(folder).journal.glob(RECORDS)
+    return {read_header(path.read_bytes(), agreed)[1].key for path in paths}
+
+
 # --- the site's part ---
 
 
@@ -319,6 +327,7 @@ class Replica:
         Raises:
             RecordError, LedgerRollbackError: it is refused; all is as it was, but for evidence.
             SiteFileError: an amendment that this site's policy leaves to its people.
+            NotAcceptedError: a further run of the study, which nobody here has accepted.
             AdapterMismatchError: the members hold another adapter.
             KeyDeadError: the key has refused too many aggregates.
             KeyFileError: an amendment's key is refused, or a genesis names one that is not here.
@@ -337,6 +346,7 @@ class Replica:
         for name, head in heads.items():
             self.heads.check(name, head)
         if record.amendment is not None:
+            self._refuse_used(record.amendment.key, header.run)
             self._check_policy(record.amendment)
         if record.header.kind == "aggregate":
             self.files.pin(record)
@@ -521,12 +531,13 @@ class Replica:
                     f"genesis of run {run[:16]} names key {key[:16]}; the newest here is key {newest[:16]} of epoch "
                     f"{epoch}; a site never goes back to an older key, nor to one it does not hold"
                 )
-            for other in self._folder.run_folders():
-                if other.name != run and self._key_of_run(other) == key:
-                    raise RecordError(
-                        f"genesis of run {run[:16]} names key {key[:16]}, already used in run {other.name[:16]}; "
-                        "every run has a new key"
-                    )
+            if not self.keys.holds(key) and self._run_of(newest, but=run) is not None:
+                raise RecordError(
+                    f"genesis of run {run[:16]} names key {key[:16]}, which is not here; the newest here, key "
+                    f"{newest[:16]}, is another run's; take this run's sealed key file first: secfacmic keys accept"
+                )
+            self._refuse_used(key, run)
+        self._require_word(run)
         records = RecordFolder(self._folder.run(run).journal)
         if records.file(0).exists() and records.read(0) != data:
             raise RecordError(f"a second genesis of run {run[:16]}, different from the one known here")
@@ -534,9 +545,34 @@ class Replica:
         self._folder.enter_run(run)
         self._enter_run(run)
 
-    def _key_of_run(self, folder: Path) -> str | None:
-        first = record_file(RunState(folder).journal, 0)
-        return read_header(first.read_bytes(), self._agreed)[1].key if first.exists() else None
+    def _require_word(self, run: str) -> None:
+        """Enter another run only at the word of this site's people: its sums and those before are of the same data."""
+        before = [folder.name for folder in self._folder.begun_runs()]
+        if run in before or not before:
+            return
+        accepted = runs_accepted(self._file, self._agreed, self.identity.keys.signing)
+        if len(before) >= accepted:
+            raise NotAcceptedError(
+                f"a genesis of run {run[:16]}: this site has taken part in {len(before)} of study "
+                f"{self._agreed.study.name}, and {max(accepted, 1)} accepted; expected its people's word before a further "
+                "one, whose sums are of the same data: whoever has two sums of different sites has their difference. "
+                "If it is meant: secfacmic site accept STUDY --site site.toml --again"
+            )
+
+    def _refuse_used(self, key: str, run: str) -> None:
+        """Refuse a key that a record of another run names: a key opens one run, for ever."""
+        other = self._run_of(key, but=run)
+        if other is not None:
+            raise RecordError(
+                f"run {run[:16]} names key {key[:16]}, already used in run {other[:16]}; every run has a new key"
+            )
+
+    def _run_of(self, key: str, but: str) -> str | None:
+        """Another run of which a record here, genesis or amendment, names a key."""
+        for folder in self._folder.begun_runs():
+            if folder.name != but and key in _keys_of(folder, self._agreed):
+                return folder.name
+        return None
 
     def _enter_run(self, run: str) -> None:
         """Rebuild the state from the run's journal, from the stored one on if it is there."""

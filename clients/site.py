@@ -292,9 +292,10 @@ class Site:
             if header.attempt == attempt:
                 check_position(header, due)
                 return data
+        sealer = self.replica.sealer  # first: who cannot seal reads no data and spends no budget
         integers, ledger = self._integers(folder.integers(due.round))
         binding = Binding(run=due.run, head=due.head, round=due.round)
-        sealed = self.replica.sealer.seal(integers, binding, self.name, attempt)
+        sealed = sealer.seal(integers, binding, self.name, attempt)
         data = seal_envelope(self._agreed, due, sealed, ledger, self.replica.identity.signing)
         write_durable(path, data, 0o600)
         return data
@@ -324,7 +325,7 @@ class Site:
         features = self.features()
         if study.method.one_sum:
             return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
-        seed = training_seed(study.seed, self.name, round_number)
+        seed = training_seed(study.seed, self.run, self.name, round_number)
         start = self.personal(self.parameters, round_number - 1)
         trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
         if PRIVATE_HEAD in trained:
@@ -337,7 +338,7 @@ class Site:
         if study.encoding.share_validation and len(features.val.y):
             predicted = self._predict(features.val.x, start, self._agreed).argmax(axis=1)
             counts = len(features.val.y), int(np.count_nonzero(predicted == features.val.y))
-        draws = codec.rounding_draws(study.seed, self.name, round_number, update.size)
+        draws = codec.rounding_draws(study.seed, self.run, self.name, round_number, update.size)
         return self._quantise(update, draws, counts)
 
     def _quantise(

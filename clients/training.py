@@ -80,7 +80,7 @@ def train_alone(
     Args:
         agreed: the study, or one like it with another method.
         features: the site's, or several sites' together.
-        name: whose order of images to take; with a site's own name, the first round is the federation's.
+        name: whose order of images to take.
         tower: the frozen text tower, for methods that need it.
         device: where to compute.
 
@@ -94,16 +94,20 @@ def train_alone(
     private: Parameters = {}
     for round_number in range(1, agreed.study.rounds + 1):
         adapter = aggregation.adapter_of(state)
-        seed = training_seed(agreed.study.seed, name, round_number)
+        seed = training_seed(agreed.study.seed, "", name, round_number)
         trained = train_round(agreed, {**adapter, **private}, features, seed, tower, device)
         private = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)} if PRIVATE_HEAD in trained else {}
         state = aggregation.apply(rule, state, codec.flatten(trained) - codec.flatten(adapter))
     return aggregation.adapter_of(state) | private
 
 
-def training_seed(seed: int, site: str, round_number: int) -> int:
-    """Seed of one site's training in one round, in [0, 2**63)."""
-    context = f"secfacmic training 1\n{seed}\n{site}\n{round_number}".encode()
+def training_seed(seed: int, run: str, site: str, round_number: int) -> int:
+    """Seed of one site's training in one round of a run, in [0, 2**63); of training outside of a run if that is empty.
+
+    Two runs train differently: from the difference of two sums with one site more, its update could be had, bit for
+    bit, if it came again.
+    """
+    context = f"secfacmic training 2\n{seed}\n{run}\n{site}\n{round_number}".encode()
     return int.from_bytes(hashlib.sha256(context).digest()[:8], "big") >> 1
 
 

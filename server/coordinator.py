@@ -92,9 +92,16 @@ class Coordinator:
         key: Ed25519PrivateKey,
         key_id: str,
         keep_envelopes: Path | None = None,
+        run: str | None = None,
     ) -> Coordinator:
-        """Begin a new run: a random run id and a genesis that names the key's id (zeros in ``plain`` mode)."""
-        run = secrets.token_hex(32)
+        """Begin a new run with a genesis that names it and the key.
+
+        Args:
+            agreed, folder, key, keep_envelopes: as for the class.
+            key_id: of the study's key, zeros in ``plain`` mode.
+            run: its id, of a simulation only; random if not given. What sites draw follows from it.
+        """
+        run = run or secrets.token_hex(32)
         state = ServerState(folder)
         state.begin()
         Journal(agreed, state.run(run).journal, key).append_genesis(run, key_id)

@@ -108,7 +108,13 @@ def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | Non
                     f"maker, {agreed.study.key_maker}, makes with: secfacmic keys create"
                 )
             return
-        key_id = check_sealed_key(read_sealed_file(key), agreed).key
+        header = check_sealed_key(read_sealed_file(key), agreed)
+        if header.previous != ZERO_DIGEST:
+            raise StudyError(
+                f"{key}: replaces key {header.previous[:16]} in its run, and begins none; expected a key of its own, "
+                "made with: secfacmic keys create"
+            )
+        key_id = header.key
     elif begun:
         return
     if begun:

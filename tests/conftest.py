@@ -20,7 +20,7 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.layout import ServerState
 from secure_fed.core.tomlfile import parse_table
-from secure_fed.lab.simulation import prepare, simulate
+from secure_fed.lab.simulation import accept_another_run, prepare, run_id, simulate
 from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.protocol.signing import load_signing_key
@@ -126,7 +126,14 @@ class Federation:
         """Hand a new key to the sites and begin a run."""
         sealed = self.seal_key(sites[0].replica.keys.newest[0] + 1)
         (key,) = {site.replica.keys.accept(sealed).key for site in sites}
-        return Coordinator.begin(self.agreed, self.folder / "server", self.signing, key)
+        return self.open_run(key)
+
+    def open_run(self, key: str = "0" * 64) -> Coordinator:
+        """Begin a run under a key, which all have accepted: a second one too."""
+        accept_another_run(self.agreed, self.folder)
+        folder = self.folder / SERVER
+        number = 1 + sum(1 for _ in ServerState(folder).run_folders())
+        return Coordinator.begin(self.agreed, folder, self.signing, key, run=run_id(self.agreed.study, number))
 
     def reopen(self) -> Coordinator:
         """The coordinator as a new process would find it."""

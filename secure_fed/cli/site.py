@@ -52,10 +52,13 @@ def accept(
     ] = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Accept one run more of a study that this site has taken part in.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
-    from secure_fed.clients.acceptance import record_acceptance, require_acceptance, terms, when
+    from secure_fed.clients.acceptance import AGAIN, record_acceptance, require_acceptance, terms, when
     from secure_fed.clients.keyring import membership
     from secure_fed.clients.sitefile import read_site, with_budget
 
@@ -68,12 +71,15 @@ def accept(
         print_json(shown)
     else:
         _show_terms(shown)
+        if again:
+            _say(AGAIN)
     if by is None and sys.stdin.isatty():
         by = typer.prompt("your name, to accept this for the site (empty: do not)", default="", err=True).strip()
-    path = record_acceptance(file, agreed, identity, by or "")
+    path = record_acceptance(file, agreed, identity, by or "", again=again)
     header = require_acceptance(file, agreed, identity.keys.signing)
     if not json_:
-        _say(f"accepted by {header.by} at {when(header.accepted_ms)}; recorded and signed in {path}")
+        times = "" if header.runs == 1 else f", for {header.runs} runs of it in all"
+        _say(f"accepted by {header.by} at {when(header.accepted_ms)}{times}; recorded and signed in {path}")
 
 
 @app.command()

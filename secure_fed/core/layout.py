@@ -88,6 +88,11 @@ def site_envelope(folder: Path, site: str) -> Path:
     return folder / f"{site}.envelope"
 
 
+def acceptance_note(folder: Path, study: str, number: int) -> Path:
+    """Where a study's note of that number lies in a folder of acceptances."""
+    return folder / f"{study}.{numbered(number)}.signed"
+
+
 def kept_round(folder: Path, run: str, round_number: int) -> Path:
     """Folder of a round's envelopes below a server's ``--keep-envelopes``, which is a folder outside of the state."""
     return folder / run / numbered(round_number)
@@ -266,6 +271,12 @@ class StateFolder:
     def run_folders(self) -> Iterator[Path]:
         """Folders of the runs that are there, by id."""
         yield from sorted(self.runs.glob("*"))
+
+    def begun_runs(self) -> Iterator[Path]:
+        """Folders of the runs that have a genesis here, by id."""
+        for folder in self.run_folders():
+            if record_file(RunState(folder).journal, 0).exists():
+                yield folder
 
     @property
     def current_run(self) -> str | None:

@@ -237,7 +237,7 @@ def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Itera
     for target, members in zip(shadow.targets, chosen, strict=True):
         trained = _train(shadow, target, members, start, 1)
         update = codec.flatten(trained) - codec.flatten(start)
-        draws = codec.rounding_draws(agreed.study.seed, target.name, 1, update.size)
+        draws = codec.rounding_draws(agreed.study.seed, "", target.name, 1, update.size)
         values = {codec.UPDATE: update, codec.COUNTS: np.zeros(2)}
         integers = agreed.layout(1).encode(values, target.weight, draws)[0]
         plain = agreed.layout(1).decode(integers, [target.weight])[codec.UPDATE]
@@ -263,7 +263,7 @@ def _train(
     shadow: _Shadow, target: _Target, members: NDArray[np.bool_], parameters: Parameters, round_number: int
 ) -> Parameters:
     """One site's round without differential privacy; what it shares of it."""
-    seed = training_seed(shadow.agreed.study.seed, target.name, round_number)
+    seed = training_seed(shadow.agreed.study.seed, "", target.name, round_number)
     trained = train_round(shadow.agreed, parameters, target.features(members), seed, shadow.tower)
     return {name: value for name, value in trained.items() if name != PRIVATE_HEAD}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -45,8 +47,12 @@ from secure_fed.protocol.codec import Parameters, adapter_digest
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
-from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Template, as_template, load_study
+from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Study, Template, as_template, load_study
 from secure_fed.server.coordinator import Coordinator
+
+
+BY = "simulation"
+"""Who accepts studies here."""
 
 
 class Budget(NamedTuple):
@@ -368,7 +374,7 @@ def _accept(agreed: AgreedStudy, out: Path) -> None:
         try:
             require_acceptance(file, agreed, identity.keys.signing)
         except NotAcceptedError:
-            record_acceptance(file, agreed, identity, "simulation")
+            record_acceptance(file, agreed, identity, BY)
 
 
 def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
@@ -376,6 +382,28 @@ def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
     if data == own and missing:
         groups = [PhantomSite(**group.model_dump()) for group in missing]
         make_phantoms(own, groups, plan.phantom_seed)
+
+
+def run_id(study: Study, number: int) -> str:
+    """Id of a simulation's run, 64 hex digits: the same study, seed and number give the same draws.
+
+    By the study's name: its id hangs on keys, which are new in each folder, and on the mode, of which no result may
+    depend.
+
+    Args:
+        study: the study.
+        number: of the run in its folder, from 1.
+    """
+    context = f"secfacmic simulated run 1\n{study.name}\n{study.seed}\n{number}".encode()
+    return hashlib.sha256(context).hexdigest()
+
+
+def accept_another_run(agreed: AgreedStudy, out: Path) -> None:
+    """Accept one run more of the study for every site that has taken part in one; no patient is in it."""
+    for member in agreed.study.sites:
+        file = read_site_file(out / "sites" / member.name / "site.toml")
+        if any(file.state_folder.begun_runs()):
+            record_acceptance(file, agreed, _identity(out, member.name), BY, again=True)
 
 
 def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinator:
@@ -395,7 +423,19 @@ def open_run(agreed: AgreedStudy, out: Path, sites: Sequence[Site]) -> Coordinat
         sealed = create_sealed_key(agreed, identity, epoch + 1)
         for site in sites:
             key_id = site.replica.keys.accept(sealed).key
-    return Coordinator.begin(agreed, folder, signing, key_id)
+    accept_another_run(agreed, out)
+    return Coordinator.begin(agreed, folder, signing, key_id, run=_next_run(agreed.study, state))
+
+
+def _next_run(study: Study, state: ServerState) -> str:
+    number = 1
+    while state.run(run_id(study, number)).path.exists():
+        number += 1
+    last = run_id(study, number - 1)
+    if number > 1 and state.current_run != last:
+        shutil.rmtree(state.run(last).path)  # killed before anybody heard of it
+        return last
+    return run_id(study, number)
 
 
 def run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Site], listener: Listener) -> None:

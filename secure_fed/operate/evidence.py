@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from secure_fed.clients.acceptance import check_acceptance, policy, when
+from secure_fed.clients.acceptance import notes, policy, when
 from secure_fed.clients.outgoing_log import SentMessage, read_sent
 from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.sitefile import read_site_file
@@ -252,9 +252,10 @@ def verify_evidence(path: Path) -> dict[str, Any]:
         if not keys:
             raise EvidenceError(f"{path}: its manifest is not signed by the key that the study names for site {site}")
         (key,) = keys
-        accepted, shown = check_acceptance(_read(folder, f"accepted/{agreed.study.id}.signed"), key)
-        if (accepted.study, accepted.site) != (agreed.study.id, site):
-            raise EvidenceError(f"{path}: its acceptance is of another study or site")
+        acceptances = notes(folder / "accepted", agreed.study.id, site, key)
+        if not acceptances:
+            raise EvidenceError(f"{path}: no acceptance of study {agreed.study.id[:16]}; expected one at least")
+        accepted, shown = acceptances[-1]
         sent = _sent(folder, journals, site)
         return {
             "site": site,
@@ -262,7 +263,9 @@ def verify_evidence(path: Path) -> dict[str, Any]:
             "study_id": agreed.study.id,
             "accepted_by": accepted.by,
             "accepted": when(accepted.accepted_ms),
+            "acceptances": len(acceptances),
             "budget_accepted": shown["budget"],
+            "runs_accepted": accepted.runs,
             "runs": journals.runs,
             "records": journals.records,
             "rounds": journals.rounds,

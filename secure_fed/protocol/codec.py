@@ -75,13 +75,14 @@ def value_bounds(
     )
 
 
-def rounding_draws(seed: int, site: str, round_number: int, count: int) -> NDArray[np.float64]:
+def rounding_draws(seed: int, run: str, site: str, round_number: int, count: int) -> NDArray[np.float64]:
     """Uniform draws in [0, 1) for unbiased rounding without DP, float64 [count] of 32 bits each.
 
-    A counter PRF (ChaCha20 keystream) of study seed, site and round: ``he``, ``plain`` and a rerun round alike.
-    Anyone who knows the study can compute them; under DP they must come from the operating system instead.
+    A counter PRF (ChaCha20 keystream) of study seed, run, site and round: ``he``, ``plain`` and a restart round alike,
+    two runs do not. Anyone who knows the run can compute them; under DP they must come from the operating system
+    instead.
     """
-    context = f"secfacmic rounding 1\n{seed}\n{site}\n{round_number}".encode()
+    context = f"secfacmic rounding 2\n{seed}\n{run}\n{site}\n{round_number}".encode()
     key = hashlib.sha256(context).digest()
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(4 * count))
     draws: NDArray[np.float64] = np.frombuffer(stream, dtype="<u4") * 2.0**-32

@@ -262,7 +262,7 @@ def test_alone_is_a_federation_of_one(rule):
     state = aggregation.initial_state(chosen, agreed.initial.adapter)
     for number in (1, 2, 3):
         adapter = aggregation.adapter_of(state)
-        trained = train_round(agreed, adapter, site, training_seed(3, "oak", number))
+        trained = train_round(agreed, adapter, site, training_seed(3, "", "oak", number))
         state = aggregation.apply(chosen, state, codec.flatten(trained) - codec.flatten(adapter))
     assert same(found, aggregation.adapter_of(state))
     assert not same(found, train_alone(agreed, site, "elm"))

@@ -40,7 +40,7 @@ def test_the_edges_stay_inside_whatever_the_draw() -> None:
 
 
 def test_rounding_is_unbiased() -> None:
-    draws = codec.rounding_draws(1, "ash", 1, 200_000)
+    draws = codec.rounding_draws(1, "ab", "ash", 1, 200_000)
     value = np.full(draws.size, 0.123456)
     integers = codec.quantise(value, np.full(draws.size, 1.0), 1.0, 127, draws).integers
     mean, expected = integers.mean(), 0.123456 * 127
@@ -49,16 +49,17 @@ def test_rounding_is_unbiased() -> None:
     assert set(np.unique(integers)) == {15, 16}
 
 
-def test_draws_are_uniform_repeatable_and_differ_by_seed_site_and_round() -> None:
-    draws = codec.rounding_draws(1, "ash", 2, 100_000)
-    assert np.array_equal(draws, codec.rounding_draws(1, "ash", 2, 100_000))
-    assert np.array_equal(draws[:10], codec.rounding_draws(1, "ash", 2, 10))
+def test_draws_are_uniform_repeatable_and_differ_by_seed_run_site_and_round() -> None:
+    draws = codec.rounding_draws(1, "ab", "ash", 2, 100_000)
+    assert np.array_equal(draws, codec.rounding_draws(1, "ab", "ash", 2, 100_000))
+    assert np.array_equal(draws[:10], codec.rounding_draws(1, "ab", "ash", 2, 10))
     assert draws.min() >= 0
     assert draws.max() < 1
     histogram = np.histogram(draws, bins=20, range=(0, 1))[0]
     assert ((histogram - 5000) ** 2 / 5000).sum() < 60  # chi-square, 19 degrees of freedom
     others = [
-        codec.rounding_draws(*place, 100_000) for place in ((2, "ash", 2), (1, "asi", 2), (1, "ash", 3), (1, "ash2", 2))
+        codec.rounding_draws(*place, 100_000)
+        for place in ((2, "ab", "ash", 2), (1, "ac", "ash", 2), (1, "ab", "asi", 2), (1, "ab", "ash", 3))
     ]
     for other in others:
         assert abs(np.corrcoef(draws, other)[0, 1]) < 0.02
