@@ -168,9 +168,7 @@ def policy(file: SiteFile) -> dict[str, Any]:
     return {**content, "data": {"kind": file.data.kind, "unit": file.data.unit}}
 
 
-def record_acceptance(
-    file: SiteFile, agreed: AgreedStudy, identity: Identity, by: str, *, again: bool = False
-) -> Path:
+def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, by: str, *, again: bool = False) -> Path:
     """Note durably who accepted a study here, beside the notes before.
 
     Args:

@@ -346,7 +346,6 @@ class Replica:
         for name, head in heads.items():
             self.heads.check(name, head)
         if record.amendment is not None:
-            self._refuse_used(record.amendment.key, header.run)
             self._check_policy(record.amendment)
         if record.header.kind == "aggregate":
             self.files.pin(record)
@@ -536,7 +535,12 @@ class Replica:
                     f"genesis of run {run[:16]} names key {key[:16]}, which is not here; the newest here, key "
                     f"{newest[:16]}, is another run's; take this run's sealed key file first: secfacmic keys accept"
                 )
-            self._refuse_used(key, run)
+            other = self._run_of(key, but=run)
+            if other is not None:
+                raise RecordError(
+                    f"genesis of run {run[:16]} names key {key[:16]}, already used in run {other[:16]}; every run has "
+                    "a new key"
+                )
         self._require_word(run)
         records = RecordFolder(self._folder.run(run).journal)
         if records.file(0).exists() and records.read(0) != data:
@@ -554,17 +558,9 @@ class Replica:
         if len(before) >= accepted:
             raise NotAcceptedError(
                 f"a genesis of run {run[:16]}: this site has taken part in {len(before)} of study "
-                f"{self._agreed.study.name}, and {max(accepted, 1)} accepted; expected its people's word before a further "
-                "one, whose sums are of the same data: whoever has two sums of different sites has their difference. "
-                "If it is meant: secfacmic site accept STUDY --site site.toml --again"
-            )
-
-    def _refuse_used(self, key: str, run: str) -> None:
-        """Refuse a key that a record of another run names: a key opens one run, for ever."""
-        other = self._run_of(key, but=run)
-        if other is not None:
-            raise RecordError(
-                f"run {run[:16]} names key {key[:16]}, already used in run {other[:16]}; every run has a new key"
+                f"{self._agreed.study.name}, and {max(accepted, 1)} accepted; expected its people's word before "
+                "a further one, whose sums are of the same data: whoever has two sums of different sites has their "
+                "difference. If it is meant: secfacmic site accept STUDY --site site.toml --again"
             )
 
     def _run_of(self, key: str, but: str) -> str | None:

@@ -50,7 +50,6 @@ from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Study, Template, as_template, load_study
 from secure_fed.server.coordinator import Coordinator
 
-
 BY = "simulation"
 """Who accepts studies here."""
 

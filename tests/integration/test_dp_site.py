@@ -35,7 +35,7 @@ from secure_fed.core.errors import (
     StorageError,
 )
 from secure_fed.core.tomlfile import read_toml, write_toml
-from secure_fed.lab.simulation import Budget, prepare, simulate
+from secure_fed.lab.simulation import Budget, accept_another_run, prepare, simulate
 from secure_fed.privacy import class_means
 from secure_fed.privacy.accounting import Mechanism, epsilon_of, uniforms
 from secure_fed.privacy.dp_training import Descent
@@ -89,7 +89,7 @@ def private(prepared_private: Path, tmp_path: Path) -> Federation:
 
 
 def begin(federation: Federation) -> Coordinator:
-    return Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+    return federation.open_run()
 
 
 def ledger_of(federation: Federation, site: str = "ash") -> Ledger:
@@ -481,6 +481,7 @@ def test_a_copied_folder_that_has_grown_elsewhere_is_noticed_by_server_and_sites
         grown = ledger.head[0]
     assert (grown > ledger_of(private).head[0]) == (longer == "copy")
     second = begin(private)
+    accept_another_run(private.agreed, copy)
     with mock.patch.object(type(twin._private), "_confirm"):
         reply = twin.respond(second.request(twin.run, twin.position))
     assert reply.code == ReplyCode.UPDATE
