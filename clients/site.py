@@ -21,6 +21,7 @@ from secure_fed.clients import one_sum
 from secure_fed.clients.data import Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
+from secure_fed.clients.given_sums import GivenSums
 from secure_fed.clients.images import site_images
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.replica import Replica
@@ -324,6 +325,9 @@ class Site:
         round_number = self.replica.due.round
         features = self.features()
         if study.method.one_sum:
+            if round_number == 1 and self._file.data.kind == "patients":
+                images = [image for patient in set(features.patients["train"]) for image in features.digests[patient]]
+                GivenSums(self._file.state_folder).give(self.replica.due.run, images)
             return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
         seed = training_seed(study.seed, self.run, self.name, round_number)
         start = self.personal(self.parameters, round_number - 1)

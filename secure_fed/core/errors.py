@@ -224,6 +224,12 @@ class EvidenceError(SecfacmicError):
     exit_code = 55
 
 
+class RepeatedSumError(SecfacmicError):
+    """A second exact sum of statistics with images that were in one before."""
+
+    exit_code = 56
+
+
 class StorageError(SecfacmicError):
     """A file that could not be written durably (disk full, permissions)."""
 

@@ -30,6 +30,7 @@ At a site:
 | ``privacy/`` | the privacy ledger, :mod:`secure_fed.privacy.ledger` | site |
 | ``features.sqlite`` | image features, unless ``site.toml`` says elsewhere | site |
 | ``forgotten.json`` | keyed hashes of forgotten patients | ``data forget`` |
+| ``given-sums.json`` | keyed hashes of images that were in an exact sum | site |
 | ``sent.jsonl`` | the list of all that left the site | site |
 | ``adapter.safetensors`` | results: the adapter, | ``client`` |
 | ``calibration.safetensors`` | its temperature here, | ``client`` |
@@ -327,6 +328,11 @@ class SiteState(StateFolder):
     def forgotten(self) -> Path:
         """The list of forgotten patients."""
         return self.path / "forgotten.json"
+
+    @property
+    def given_sums(self) -> Path:
+        """The list of images that were in an exact sum of statistics."""
+        return self.path / "given-sums.json"
 
     @property
     def sent(self) -> Path:

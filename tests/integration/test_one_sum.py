@@ -11,12 +11,16 @@ import pytest
 import safetensors.numpy
 
 from secure_fed.clients import one_sum as at_site
+from secure_fed.clients.given_sums import GivenSums
+from secure_fed.clients.sitefile import SiteFile
 from secure_fed.clients.training import predict
-from secure_fed.core.errors import DataError, StudyError
-from secure_fed.core.tomlfile import write_toml
+from secure_fed.core.errors import DataError, RepeatedSumError, StudyError
+from secure_fed.core.layout import SiteState
+from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import prepare
 from secure_fed.model.adapters import build_adapter
 from secure_fed.protocol import aggregation, one_sum
+from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.study import InitialState, read_template
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
@@ -243,3 +247,37 @@ def test_the_packaged_study_asks_for_one_sum() -> None:
     template = read_template(Path("brain_mri_one_sum"))
     assert template.method.one_sum
     assert (template.rounds, template.features.basis) == (2, "raw")
+
+
+def of_patients(federation: Federation, *names: str) -> None:
+    """Say of sites that their images are patients'."""
+    for name in names:
+        path = federation.folder / "sites" / name / "site.toml"
+        file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+        write_toml(path, file.model_copy(update={"data": file.data.model_copy(update={"kind": "patients"})}))
+
+
+def test_patients_images_are_given_to_one_exact_sum_and_no_other(study: Federation, tmp_path: Path) -> None:
+    of_patients(study, "ash")
+    _, sites = finish(study)
+    given = study.folder / "sites" / "ash" / "state" / "given-sums.json"
+    assert given.stat().st_mode & 0o777 == 0o600
+    assert not (study.folder / "sites" / "birch" / "state" / "given-sums.json").exists()
+    again = study.sites()
+    coordinator = study.begin(again)
+    with pytest.raises(RepeatedSumError, match="15 of 15 training images are in the exact sum"):
+        again[0].respond(coordinator.request(again[0].run, again[0].position))
+    assert exchange(coordinator, again[1]).code == ReplyCode.UPDATE  # its images are simulated
+    given.write_bytes(b"{")
+    with pytest.raises(RepeatedSumError, match="cannot be read"):
+        again[0].respond(coordinator.request(again[0].run, again[0].position))
+    assert sites[0].finished
+
+
+def test_a_few_images_more_are_no_other_sum(study: Federation) -> None:
+    list_ = GivenSums(SiteState(study.folder / "sites" / "ash" / "state"))
+    list_.give("1" * 64, [b"a", b"b"])
+    list_.give("1" * 64, [b"b", b"a"])
+    with pytest.raises(RepeatedSumError, match="2 of 3 training images"):
+        GivenSums(SiteState(study.folder / "sites" / "ash" / "state")).give("2" * 64, [b"a", b"b", b"c"])
+    GivenSums(SiteState(study.folder / "sites" / "ash" / "state")).give("2" * 64, [b"c"])
