@@ -440,6 +440,7 @@ def _recipe(backbone: Backbone, device: Device) -> str:
     return json.dumps(
         {
             "digest": backbone.digest,
+            "id": backbone.id,
             "model": backbone.model,
             "tag": backbone.tag,
             "config": hashlib.sha256(ours.read_bytes()).hexdigest() if ours.is_file() else None,

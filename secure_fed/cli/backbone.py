@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
+from secure_fed.cli.data import say
 from secure_fed.cli.output import Json, out, print_json
 
 app = typer.Typer(help="Weights of the frozen CLIP.", no_args_is_help=True)
@@ -45,15 +47,56 @@ def fetch(
 
 @app.command()
 def add(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, or a folder of backbone fetch.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder in any form that is read.")],
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="MODEL or MODEL:TAG of a checkpoint; a folder says it itself.")
     ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(metavar="gelu|quickgelu", help="Of a checkpoint whose model there is with both."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with config.json and tokenizer of its text model.")
+    ] = None,
 ) -> None:
-    """Check that weights load, and copy them to where every study that names them finds them; print their digest."""
+    """Recognise and check weights, and copy them to where every study that names them finds them.
+
+    Forms, step by step, and what is not read: docs/backbones.md.
+    """
     from secure_fed.model.backbone_fetch import add as run
 
-    _tell(*run(path, model))
+    _tell(*run(path, model, activation, text))
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A backbone of the store, a file or a folder.")],
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folders of images by class: how well prompts tell them apart.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="As of backbone add.")] = None,
+    activation: Annotated[str | None, typer.Option(metavar="gelu|quickgelu", help="As of backbone add.")] = None,
+    text: Annotated[Path | None, typer.Option(metavar="DIR", help="As of backbone add.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say what a backbone is and how long it takes; with images, also whether something about it is off."""
+    from secure_fed.operate.backbone_check import check_backbone
+
+    report = check_backbone(name, images, model, activation, text)
+    if json_:
+        print_json(report)
+        return
+    for key, value in report.items():
+        if key not in ("told", "zero_shot"):
+            say(f"{key.replace('_', ' ')}: {value}")
+    for line in report["told"]:
+        say(f"assumed: {line}")
+    if report["zero_shot"] is not None:
+        rows = Table("zero-shot", "correct")
+        for way, share in report["zero_shot"]["correct"].items():
+            rows.add_row(escape(way), "-" if share is None else f"{100 * share:.1f} %")
+        out.print(rows)
+        say(report["zero_shot"]["hint"])
 
 
 @app.command("list")
@@ -64,7 +107,15 @@ def list_(json_: Json = False) -> None:
 
     store = store_folder()
     rows: list[dict[str, Any]] = [
-        {"model": entry.model, "tag": entry.tag, "digest": entry.digest, "bytes": entry.bytes, "folder": str(path)}
+        {
+            "model": entry.model,
+            "tag": entry.tag,
+            "activation": entry.activation,
+            "digest": entry.digest,
+            "id": entry.id,
+            "bytes": entry.bytes,
+            "folder": str(path),
+        }
         for path, entry in entries(store).items()
     ]
     packaged: list[dict[str, Any]] = [
@@ -75,11 +126,19 @@ def list_(json_: Json = False) -> None:
     if json_:
         print_json({"store": str(store), "added": rows, "packaged": packaged})
         return
-    table = Table("model", "tag", "size", "digest", "where")
+    table = Table("model", "tag", "activation", "size", "digest", "id", "where")
     for row in rows:
-        table.add_row(row["model"], row["tag"] or "-", _size(row["bytes"]), row["digest"][:12], "added")
+        table.add_row(
+            row["model"],
+            row["tag"] or "-",
+            row["activation"],
+            _size(row["bytes"]),
+            row["digest"][:12],
+            row["id"][:12],
+            "added",
+        )
     for row in packaged:
-        table.add_row(row["model"], "-", _size(row["bytes"]), "-", f'comes along: file = "{row["file"]}"')
+        table.add_row(row["model"], "-", "-", _size(row["bytes"]), "-", "-", f'comes along: file = "{row["file"]}"')
     out.print(table)
     out.print(f"added ones lie in {store}", highlight=False, soft_wrap=True)
 
@@ -89,5 +148,9 @@ def _size(count: int) -> str:
 
 
 def _tell(path: Path, backbone: Any) -> None:
-    out.print(f"{path}: {backbone.description}", highlight=False, soft_wrap=True)
-    out.print(f"digest = {backbone.digest}", highlight=False, soft_wrap=True)
+    say(f"{path}: {backbone.description}")
+    say(f"found: {backbone.form.kind}; activation {backbone.activation}, context {backbone.context} tokens")
+    for line in backbone.form.told:
+        say(f"assumed: {line}")
+    say(f"id = {backbone.id}")
+    say(f"digest = {backbone.digest}")

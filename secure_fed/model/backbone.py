@@ -1,4 +1,4 @@
-"""The frozen CLIP: loaded through open_clip, known by the digest of its weights, asked for features only."""
+"""The frozen CLIP: known by the digest of its weights and by an id of all else, asked for features only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import copy
 import hashlib
 import json
 import logging
-import warnings
-import zipfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,11 +20,25 @@ from torch import Tensor, nn
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
-from secure_fed.core.storage import write_durable
 from secure_fed.model import backbone_store
+from secure_fed.model.backbone_form import (
+    HUB,
+    Form,
+    activation,
+    build,
+    facts,
+    known_model,
+    make_network,
+    open_clip,
+    preparer,
+    read_form,
+    with_activation,
+)
+from secure_fed.model.backbone_hub import download
 from secure_fed.model.device import Device
 from secure_fed.model.text_tower import TextTower
-from secure_fed.protocol.study import Backbone
+from secure_fed.model.weights import write_weights
+from secure_fed.protocol.study import Backbone, canonical_json
 
 BATCH = 32
 """Images or texts encoded at once; smaller batches are padded to it."""
@@ -42,11 +53,8 @@ _LARGE_BATCH = 8
 _BF16_COSINE = 0.999
 """Least cosine between a bfloat16 and a float32 feature for bfloat16 to be used."""
 
-_LONGEST = 4096
-"""More tokens than a study's text can have."""
-
-_HUB = "hf-hub:"
-_SHARED_KEYS = ("mean", "std", "interpolation", "resize_mode")
+_SAME = 1e-6
+"""Features of quite different images that are nearer than this do not depend on the image."""
 
 
 class LoadedBackbone:
@@ -59,6 +67,10 @@ class LoadedBackbone:
     Attributes:
         digest: SHA-256 (64 hex digits) of the weights' content: names, shapes and float32 values. How they are
             stored (PyTorch, TorchScript, safetensors; float16 counts by its value) makes no difference.
+        id: SHA-256 of the digest and all else that features depend on, the precision apart: activation, heads,
+            epsilon, pooler, context, tokenizer, preprocessing.
+        activation: of both towers, as ``gelu``, ``quickgelu`` or ``gelu_tanh``.
+        facts: what the id is of, by tower.
         dim: width of the features.
         logit_scale: exp of CLIP's learned log temperature, about 100 for a trained CLIP.
         precision: ``float32`` or ``bfloat16``, of the image tower's arithmetic.
@@ -67,42 +79,65 @@ class LoadedBackbone:
         device: where it computes.
         context: tokens that the text tower takes at most.
         batch: images that are encoded at once.
+        form: what it was loaded from.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        preprocess: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[..., Tensor],
-        name: str,
-        device: Device = "cpu",
-    ) -> None:
-        self._model = model.float().eval().requires_grad_(False)
-        self._preprocess = preprocess
-        self._tokenizer = tokenizer
-        self.context = int(tokenizer([""]).shape[1])
+    def __init__(self, model: Any, form: Form, name: str, device: Device = "cpu", exact: bool = False) -> None:
+        """Take a network in float32, and see that it can be used.
+
+        Args:
+            model: the network.
+            form: what it was built of.
+            name: of model and source, for messages.
+            device: where it computes.
+            exact: keep float32 whatever is faster.
+
+        Raises:
+            BackboneError: weights or features are not finite, features do not depend on the image, or the towers have
+                different widths.
+        """
+        self._model = model
+        self._name = name
+        self._prepare = preparer(form.preprocess)
+        self.form = form
+        self._tokens = form.tokens
+        self.context = form.tokens.context
+        _refuse_not_finite(model, name)
         self.digest = _digest(model)
+        self.facts = facts(model, form)
+        self.activation = activation(self.facts)
+        whole = [self.digest, self.facts, self._tokens.identity, form.preprocess]
+        self.id = hashlib.sha256(b"secfacmic backbone id 1\n" + canonical_json(whole)).hexdigest()
         self.logit_scale = float(np.exp(np.float64(self._model.logit_scale.item())))
-        config = _open_clip().get_model_preprocess_cfg(model)
         self.precision = "float32"
         self.device = device
         self._model.to(device)
         self._model.visual.to(memory_format=torch.channels_last)  # convolutions take half the time on a CPU
         large = sum(one.numel() for one in model.visual.parameters()) >= _LARGE
         self.batch = _LARGE_BATCH if large and device == "cpu" else BATCH
-        if large and _multiplies_bfloat16(device):
+        self._try_images()
+        if large and not exact and _multiplies_bfloat16(device):
             self._choose_precision()
-        self.preprocessing = json.dumps(config | {"precision": self.precision}, sort_keys=True)
-        self.dim = int(self.encode_texts([""]).shape[1])
+        self.preprocessing = json.dumps(form.preprocess | {"precision": self.precision}, sort_keys=True)
+        texts = self.encode_texts([""]).shape[1]
+        if texts != self.dim:
+            raise BackboneError(
+                f"{name}: towers of different widths, images {self.dim} and texts {texts}; expected one space for "
+                "both: these are not the weights of one CLIP"
+            )
         weights = sum(parameter.numel() for parameter in model.parameters())
         self.description = f"{name}, {weights / 1e6:.1f} M weights, {self.dim} features, digest {self.digest[:12]}"
 
     def prepare(self, image: Image.Image) -> NDArray[np.float32]:
         """What the image tower takes, [3, size, size], of any Pillow mode that converts to RGB and any size."""
-        return np.asarray(self._preprocess(image).numpy(), dtype=np.float32)
+        return self._prepare(image)
 
     def encode_prepared(self, prepared: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Unit image features, [n, dim], of prepared images, each [3, size, size]."""
+        """Unit image features, [n, dim], of prepared images, each [3, size, size].
+
+        Raises:
+            BackboneError: a feature is not finite.
+        """
         if not prepared:
             return np.empty((0, self.dim), dtype=np.float32)
         dtype = next(self._model.visual.parameters()).dtype
@@ -118,16 +153,15 @@ class LoadedBackbone:
         """Unit text features, [n, dim]. A text longer than the model's context is cut off there."""
         if not texts:
             return np.empty((0, self.dim), dtype=np.float32)
-        return self._encode(self._tokenizer(list(texts)), self._model.encode_text)
+        return self._encode(self._tokens(texts), self._model.encode_text)
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Tokens of the texts, [n, context length]."""
-        return np.asarray(self._tokenizer(list(texts)).numpy(), dtype=np.int64)
+        return np.asarray(self._tokens(texts).numpy(), dtype=np.int64)
 
     def count_tokens(self, text: str) -> int:
         """Tokens that a text takes, start and end included; above :attr:`context` it is cut off."""
-        tokens = self._tokenizer([text], context_length=_LONGEST)[0]
-        return int((tokens != tokens[-1]).nonzero().max()) + 1
+        return self._tokens.count(text)
 
     def text_tower(self, tokens: NDArray[np.int64]) -> TextTower:
         """The text tower, bound to the tokens of one text a class.
@@ -136,6 +170,38 @@ class LoadedBackbone:
             BackboneError: it takes no context vectors.
         """
         return TextTower(self._model, tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name; in bfloat16 where that was chosen."""
+        return dict(self._model.state_dict())
+
+    def seconds_per_image(self) -> float:
+        """How long one image takes here on one processor, measured now."""
+        image = Image.fromarray(np.full((64, 64, 3), 127, dtype=np.uint8))
+        prepared = torch.from_numpy(self.prepare(image))[None].to(next(self._model.visual.parameters()).dtype)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                start = time.perf_counter()
+                self._model.encode_image(prepared.to(self.device)).float().sum().item()
+                return time.perf_counter() - start
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def _try_images(self) -> None:
+        """Two quite different images must give two finite features; sets the width. No padding: this takes seconds."""
+        pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        images = [Image.fromarray(np.zeros_like(pixels)), Image.fromarray(pixels)]
+        prepared = torch.from_numpy(np.stack([self.prepare(one) for one in images]))
+        found = self._unit(self._model.encode_image(prepared.to(self.device)), "an image")
+        self.dim = found.shape[1]
+        if float(np.abs(found[0] - found[1]).max()) < _SAME:
+            raise BackboneError(
+                f"{self._name}: its features do not depend on the image: a black one and noise give the same; expected "
+                "trained weights: get the file again"
+            )
 
     def _choose_precision(self) -> None:
         """Compare both on test images: two even ones and some of seeded noise; keep the tower that is chosen.
@@ -146,24 +212,42 @@ class LoadedBackbone:
         pixels = [np.zeros((64, 64, 3)), np.full((64, 64, 3), 255), *rng.integers(0, 256, (6, 64, 64, 3))]
         images = [Image.fromarray(picture.astype(np.uint8)) for picture in pixels]
         exact, tower = self.encode_images(images), self._model.visual
-        self._model.visual = copy.deepcopy(tower).bfloat16()
-        cosines = (exact * self.encode_images(images)).sum(axis=1)
-        if float(cosines.min()) > _BF16_COSINE:
+        # Parameters go into the copy in half their bytes, without a whole one in between.
+        halves: dict[int, Any] = {
+            id(one): nn.Parameter(one.detach().bfloat16(), requires_grad=False) for one in tower.parameters()
+        }
+        self._model.visual = copy.deepcopy(tower, halves).bfloat16()
+        del halves
+        try:
+            cosine = float((exact * self.encode_images(images)).sum(axis=1).min())
+        except BackboneError:
+            cosine = 0.0  # bfloat16 is too coarse for it
+        if cosine > _BF16_COSINE:
             self.precision = "bfloat16"
         else:
             self._model.visual = tower
 
     @torch.inference_mode()
     def _encode(self, inputs: Tensor, encode: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
+        what = "a text" if inputs.dtype == torch.int64 else "an image"
         rows = []
         for start in range(0, len(inputs), self.batch):
             batch = inputs[start : start + self.batch]
             # Matrix kernels are chosen by size and may round differently, so the size is always the same.
             padded = batch.new_zeros((self.batch, *batch.shape[1:]))
             padded[: len(batch)] = batch
-            features = encode(padded.to(self.device))[: len(batch)]
-            rows.append(nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+            rows.append(self._unit(encode(padded.to(self.device))[: len(batch)], what))
         return np.concatenate(rows)
+
+    def _unit(self, features: Tensor, what: str) -> NDArray[np.float32]:
+        """Unit rows on the CPU; a row that is not finite, or zero, must not reach anything that is trained."""
+        found = np.asarray(nn.functional.normalize(features.float(), dim=-1).cpu().numpy(), dtype=np.float32)
+        if not np.isfinite(found).all() or not np.abs(found).max(axis=-1).all():
+            raise BackboneError(
+                f"{self._name}: features of {what} that are not finite, or all zero; expected finite ones: the weights "
+                "are damaged or those of a diverged training: get the file again"
+            )
+        return found
 
 
 def make_random_checkpoint(model: str, seed: int, path: Path) -> None:
@@ -178,81 +262,84 @@ def make_random_checkpoint(model: str, seed: int, path: Path) -> None:
         path: the file to write; its folder exists.
 
     Raises:
-        BackboneError: there is no model of that name.
+        BackboneError: there is no model of that name, or its tokenizer does not come with open_clip.
         StorageError: the file cannot be written.
     """
-    _known_model(model)
+    config = known_model(model)
+    text = config["text_cfg"]
+    if needed := text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise BackboneError(
+            f"model {model}: its text tower or tokenizer is that of {needed}, which does not come with open_clip; "
+            "random weights are made of models with open_clip's own, such as ViT-B-32 or random-small: name one"
+        )
     with torch.random.fork_rng(devices=[]), _without_warnings():
         torch.manual_seed(seed)
-        network = _open_clip().create_model(model, pretrained_text=False)
-    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-    write_durable(path, safetensors.torch.save(tensors))
+        network = make_network(config, empty=False)
+    write_weights(path, network.state_dict())
 
 
 def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = "cpu") -> LoadedBackbone:
-    """Load the study's backbone through open_clip's own loader.
+    """Load the study's backbone; what is here asks no hub.
 
-        Args:
-            backbone: the study's table. A ``model`` that begins with ``hf-hub:`` names a repository of that hub; its
-                ``tag`` is then ignored, as open_clip does.
-            checkpoint: where the weights lie at this site, if not where the study says. open_clip's PyTorch and
-    safetensors forms and OpenAI's TorchScript archives are read.
-            device: where it is to compute, as :func:`secure_fed.model.device.choose_device` gives it.
-        Raises:
-            BackboneError: no such model or tag, or weights that are missing, unreadable or of another model.
-            BackboneDigestError: the weights are not those that the study names.
+    Args:
+        backbone: the study's table. A ``model`` that begins with ``hf-hub:`` names a repository of that hub.
+        checkpoint: where the weights lie at this site, if not where the study says: a file or a folder of any form
+            that :mod:`secure_fed.model.backbone_form` reads.
+        device: where it is to compute, as :func:`secure_fed.model.device.choose_device` gives it.
+
+    Raises:
+        BackboneError: no such model or tag, or weights that are missing, unreadable, of another model or not usable.
+        BackboneDigestError: the weights, or what decides about their features, are not those that the study names.
     """
-    if not backbone.model.startswith(_HUB):
-        _known_model(backbone.model)
-    refuse_other_gelu(backbone)
-    path = _checkpoint_path(backbone, checkpoint)
-    options: dict[str, Any] = {}
-    source: AbstractContextManager[str] = nullcontext(backbone.model)
-    pretrained = None
+    path = _path(backbone, checkpoint)
     if path is None:
-        name = f"{backbone.model} ({backbone.tag})"
-        pretrained = None if backbone.model.startswith(_HUB) else backbone.tag
-    elif path.is_dir():
-        name = f"{backbone.model} ({path.name})"
-        source = backbone_store.as_open_clip_folder(path)
+        form, source = download(backbone), backbone.tag or "hub"
     else:
-        name = f"{backbone.model} ({path.name})"
-        pretrained = str(path)
-        options = _local_preprocessing(backbone.model, backbone.tag)
-        if _is_torchscript(path):
-            if not _open_clip().get_model_config(backbone.model).get("quick_gelu", False):
-                raise BackboneError(
-                    f"{path}: an OpenAI archive, trained with QuickGELU, but model {backbone.model} has none; "
-                    f"expected a model such as {backbone.model}-quickgelu: name that one in the study"
-                )
-            options["weights_only"] = False  # torch.load reads a TorchScript archive no other way.
-    try:
-        with source as model, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*TorchScript")
-            network, preprocess = _open_clip().create_model_from_pretrained(model, pretrained, **options)
-            tokenizer = _open_clip().get_tokenizer(model)
-    except Exception as error:  # the readers of four file formats and a download raise of every kind
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BackboneError(
-            f"{path or name}: not loaded as {backbone.model} ({reason}); expected that model's weights: "
-            "check the study's backbone table, or fetch the file again"
-        ) from error
-    loaded = LoadedBackbone(network, preprocess, tokenizer, name, device)
-    if backbone.digest is not None and loaded.digest != backbone.digest:
-        raise BackboneDigestError(
-            f"{path or name}: weights have digest {loaded.digest}, but the study names {backbone.digest}; "
-            "get the checkpoint that the study was made with"
-        )
+        model = backbone.model
+        if path.is_dir() and not model.startswith(HUB) and (path / backbone_store.ENTRY).is_file():
+            model = backbone_store.read_entry(path).model
+        seeded = backbone.weights == "random"
+        form = read_form(path, model, backbone.tag, backbone.activation, seeded=seeded)
+        source = path.name if path.is_file() or checkpoint is not None else form.weights.name
+    loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", device)
+    refuse_others(backbone, loaded, str(path or backbone.model))
     return loaded
 
 
+def refuse_others(backbone: Backbone, loaded: LoadedBackbone, where: str) -> None:
+    """Refuse a backbone that is not the one named.
+
+    Raises:
+        BackboneError: it has another activation than was named.
+        BackboneDigestError: its weights, or what decides about their features, are others.
+    """
+    if backbone.digest is not None and loaded.digest != backbone.digest:
+        raise BackboneDigestError(
+            f"{where}: weights have digest {loaded.digest}, but the study names {backbone.digest}; "
+            "get the checkpoint that the study was made with"
+        )
+    if backbone.activation is not None and loaded.activation != backbone.activation:
+        raise BackboneError(
+            f"{where}: its activation is {loaded.activation}, but {backbone.activation} is named; expected one: a "
+            "configuration beside the weights decides, so leave activation out or take the other model"
+        )
+    if backbone.id is not None and loaded.id != backbone.id:
+        raise BackboneDigestError(
+            f"{where}: the weights are the study's, but with what decides about their features they have id "
+            f"{loaded.id}, and the study names {backbone.id}: activation, heads, epsilon, pooler, context, tokenizer "
+            "or preprocessing differ; get the whole folder that the study was made with"
+        )
+
+
 def image_size(backbone: Backbone) -> int | None:
-    """Side in pixels of the square that a backbone sees; None for a model of a hub, which is known once it is here."""
-    if backbone.model.startswith(_HUB):
+    """Side in pixels of the square that a backbone sees; None for one that is not here and that no name tells."""
+    if backbone.model in open_clip().list_models():
+        size = known_model(backbone.model)["vision_cfg"].get("image_size", 224)
+        return int(size[0] if isinstance(size, list | tuple) else size)
+    path = None if backbone.file is None and backbone_store.find(backbone) is None else _path(backbone, None)
+    if path is None or not path.is_dir():
         return None
-    _known_model(backbone.model)
-    size = _open_clip().get_model_config(backbone.model)["vision_cfg"].get("image_size", 224)
-    return int(size[0] if isinstance(size, list | tuple) else size)
+    return int(read_form(path, backbone.model).preprocess["size"][0])
 
 
 def _multiplies_bfloat16(device: Device) -> bool:
@@ -262,26 +349,8 @@ def _multiplies_bfloat16(device: Device) -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-@cache
-def _open_clip() -> Any:
-    """open_clip, which knows our models too. Imported here: it takes seconds, and cached features need none of it."""
-    import open_clip
-
-    open_clip.add_model_config(configs.MODELS)
-    return open_clip
-
-
-def _known_model(model: str) -> None:
-    if model not in _open_clip().list_models():
-        ours = ", ".join(sorted(path.stem for path in configs.MODELS.glob("*.json")))
-        raise BackboneError(
-            f"model {model!r}: open_clip {_open_clip().__version__} has none of that name; expected one of "
-            f"open_clip.list_models(), {_HUB}OWNER/NAME, or of ours: {ours}"
-        )
-
-
-def _checkpoint_path(backbone: Backbone, checkpoint: Path | None) -> Path | None:
-    """Where the weights lie; None if open_clip fetches them."""
+def _path(backbone: Backbone, checkpoint: Path | None) -> Path | None:
+    """Where the weights lie; None if they are to be fetched."""
     path = checkpoint
     if path is None and backbone.file is not None:
         path = Path(backbone.file)
@@ -298,11 +367,9 @@ def _checkpoint_path(backbone: Backbone, checkpoint: Path | None) -> Path | None
             f"backbone {backbone.model}: random weights, but no checkpoint was given; make it once with "
             "secfacmic backbone random, pass it to all sites and say where it lies"
         )
-    if path.is_dir():
-        path = backbone_store.weights_in(path)
-    elif not path.is_file():
+    if not path.exists():
         raise BackboneError(f"{path}: no such file; expected the weights of {backbone.model} there")
-    return path.resolve()
+    return path
 
 
 def refuse_other_gelu(backbone: Backbone) -> None:
@@ -311,37 +378,23 @@ def refuse_other_gelu(backbone: Backbone) -> None:
     Raises:
         BackboneError: they were.
     """
-    if backbone.tag is None or backbone.model.startswith(_HUB):
-        return
-    tag = _open_clip().get_pretrained_cfg(backbone.model, backbone.tag)
-    if tag.get("quick_gelu") and not _open_clip().get_model_config(backbone.model).get("quick_gelu"):
+    if backbone.tag is not None and not backbone.model.startswith(HUB):
+        with_activation(backbone.model, backbone.tag, backbone.activation, backbone.model)
+
+
+def _refuse_not_finite(model: nn.Module, name: str) -> None:
+    state = model.state_dict()
+    broken = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        shown = ", ".join(broken[:2]) + (" and so on" if len(broken) > 2 else "")
         raise BackboneError(
-            f"tag {backbone.tag}: trained with QuickGELU, but model {backbone.model} has GELU; expected model "
-            f"{backbone.model}-quickgelu: name that one in the study"
+            f"{name}: {len(broken)} of {len(state)} tensors hold values that are not finite ({shown}); expected finite "
+            "ones: the file is damaged or of a training that diverged: get it again"
         )
-
-
-def _local_preprocessing(model: str, known_tag: str | None = None) -> dict[str, Any]:
-    """Options for open_clip, which knows the preprocessing of its tags but not of a local file.
-
-    That of the tag whose weights the file holds, if the study names one. Else, if all the tags published for a model
-    agree, then a file of that model is treated alike; otherwise, and for models of our own, open_clip's default
-    (OpenAI's) holds. The image size is always the model's.
-    """
-    tags = _open_clip().list_pretrained_tags_by_model(model)
-    if known_tag in tags:
-        tags = [known_tag]
-    found = [_open_clip().get_pretrained_cfg(model, tag) for tag in tags]
-    known = [{f"image_{key}": tag[key] for key in _SHARED_KEYS} for tag in found]
-    return dict(known[0]) if known and all(entry == known[0] for entry in known) else {}
-
-
-def _is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
+    if not any(bool(value.any()) for key, value in state.items() if key.startswith("visual.")):
+        raise BackboneError(
+            f"{name}: all weights of the image tower are zero; expected trained ones: get the file again"
+        )
 
 
 def _digest(model: nn.Module) -> str:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import open_clip
-from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+import torch
+from torch import Tensor
 
-from secure_fed.core.errors import BackboneError, OutputError, StorageError
+from secure_fed.core.errors import BackboneDigestError, BackboneError, OutputError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
-from secure_fed.model.backbone import LoadedBackbone, load_backbone, refuse_other_gelu
-from secure_fed.model.backbone_store import CONFIG, ENTRY, TEXT, Entry, read_entry, store_folder
+from secure_fed.model.backbone import LoadedBackbone, refuse_other_gelu
+from secure_fed.model.backbone_form import CONFIG, ENTRY, HUB, TEXT, build, read_form
+from secure_fed.model.backbone_hub import download
+from secure_fed.model.backbone_store import Entry, read_entry, store_folder
+from secure_fed.model.tokenizer import FileTokens
+from secure_fed.model.transformers_form import OURS
+from secure_fed.model.weights import write_weights
 from secure_fed.protocol.study import Backbone
 
-_HUB = "hf-hub:"
+WEIGHTS = "open_clip_model.safetensors"
+"""Name of the weights in a folder of the store; open_clip looks for it first."""
 
 
 def fetch(name: str, to: Path) -> tuple[Path, LoadedBackbone]:
-    """Download a backbone with open_clip's own functions, and load it to see that it is whole.
+    """Download a backbone, and load it to see that it is whole.
 
     Args:
-        name: ``MODEL:TAG`` of open_clip, or ``hf-hub:OWNER/NAME``.
+        name: ``MODEL:TAG`` of open_clip, or ``hf-hub:OWNER/NAME`` in open_clip's or transformers' form.
         to: gets a folder with the weights and all that else is needed to load them without internet.
 
     Returns:
@@ -39,70 +45,70 @@ def fetch(name: str, to: Path) -> tuple[Path, LoadedBackbone]:
     """
     backbone = _named(name)
     refuse_other_gelu(backbone)
-    folder = to / name.removeprefix(_HUB).replace("/", "--").replace(":", ".")
+    folder = to / name.removeprefix(HUB).replace("/", "--").replace(":", ".")
     if folder.exists():
         raise OutputError(f"{folder}: exists already; expected a new folder: remove it, or choose another --to")
-    with _new_folder(folder) as new:
-        try:
-            source = _download_repository(backbone, new) if backbone.tag is None else _download_tag(backbone, new)
-        except Exception as error:  # downloads fail in every way
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise BackboneError(
-                f"{name}: cannot be downloaded ({reason}); this command needs internet: check the name, the connection "
-                "and the proxy, or run it on another machine and carry the folder over"
-            ) from error
-        loaded = load_backbone(backbone, new if backbone.tag is None else new / source)
-        _write_entry(new, backbone, loaded, source, source)
+    make_folder(to)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=to) as cache:
+        form = download(backbone, Path(cache))
+        loaded = LoadedBackbone(build(form), form, f"{form.model} ({backbone.tag or form.weights.name})", exact=True)
+        with _new_folder(folder) as new:
+            _write(new, loaded, backbone.tag, form.weights.name)
     return folder, loaded
 
 
-def add(path: Path, name: str | None) -> tuple[Path, LoadedBackbone]:
-    """Copy weights into this user's store, where every study that names their digest finds them.
+def add(
+    path: Path, name: str | None, activation: str | None = None, text: Path | None = None
+) -> tuple[Path, LoadedBackbone]:
+    """Copy a backbone into this user's store, where every study that names its digest or id finds it.
 
     Args:
-        path: a checkpoint, or a folder that :func:`fetch` wrote.
-        name: ``MODEL``, ``MODEL:TAG`` or ``hf-hub:OWNER/NAME``; needed for a checkpoint, a folder says it itself.
+        path: a checkpoint or a folder, in any form that :mod:`secure_fed.model.backbone_form` reads.
+        name: ``MODEL`` or ``MODEL:TAG``, needed for a checkpoint; of a folder, ``hf-hub:OWNER/NAME`` or what else it is
+            to be called.
+        activation: ``gelu`` or ``quickgelu``, for a checkpoint of a model that there is with both.
+        text: folder with ``config.json`` and tokenizer of a text model of transformers.
 
     Returns:
         The folder in the store, and the loaded backbone.
 
     Raises:
-        BackboneError: it does not load as that model.
+        BackboneError: it is no backbone, or one that cannot be used.
         BackboneDigestError: the weights are not those that were fetched.
         StorageError: the store cannot be written.
     """
-    store = store_folder()
-    make_folder(store)
-    if path.is_dir():
-        entry = read_entry(path)
-        backbone = Backbone(model=entry.model, weights="pretrained", tag=entry.tag, digest=entry.digest)
+    model: str | None
+    entry = read_entry(path) if (path / ENTRY).is_file() else None
+    if entry is not None:
         if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
             raise BackboneError(f"{path}: holds {entry.model}, not {name}; leave --model out, or name that one")
-        files, source = [one for one in path.rglob("*") if one.is_file()], entry.source
-    elif path.is_file():
-        if name is None:
-            raise BackboneError(
-                f"{path}: a checkpoint does not say of which model it is; name it with --model, as the study does"
-            )
-        backbone, files, source = _named(name, tagged=False), [path], path.name
-        if backbone.model.startswith(_HUB):
-            raise BackboneError(
-                f"{path}: {backbone.model} is more than its weights (its configuration, a tokenizer); expected the "
-                "folder that secfacmic backbone fetch writes"
-            )
+        model, tag, source = entry.model, entry.tag, entry.source
+    elif name is not None and path.is_file() and not name.startswith(HUB):
+        backbone = _named(name, tagged=False)
+        model, tag, source = backbone.model, backbone.tag, path.name
     else:
-        raise BackboneError(f"{path}: no such file; expected a checkpoint, or a folder of secfacmic backbone fetch")
-    base = path if path.is_dir() else path.parent
+        model, tag, source = name, None, path.name
+    form = read_form(path, model, tag, activation, text)
+    form.licence = form.licence or (entry.licence if entry is not None else None)
+    loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", exact=True)
+    if activation is not None and loaded.activation != activation:
+        raise BackboneError(
+            f"{path}: its activation is {loaded.activation}, not {activation}, which its configuration or container "
+            "decides; leave --activation out"
+        )
+    if entry is not None and (loaded.digest, loaded.id) != (entry.digest, entry.id):
+        what = "weights have digest" if loaded.digest != entry.digest else "with its configuration it has id"
+        found, expected = (loaded.digest, entry.digest) if loaded.digest != entry.digest else (loaded.id, entry.id)
+        raise BackboneDigestError(
+            f"{path}: {what} {found}, but {expected} was fetched; copy the folder again from where it was fetched"
+        )
+    store = store_folder()
+    make_folder(store)
+    kept = store / loaded.id
     with tempfile.TemporaryDirectory(prefix=".new-", dir=store) as temporary:
         new = Path(temporary) / "backbone"
-        for one in files:
-            make_folder((new / one.relative_to(base)).parent)
-            _copy(one, new / one.relative_to(base))
-        weights = read_entry(new).weights if path.is_dir() else path.name
-        loaded = load_backbone(backbone, new if path.is_dir() else new / weights)
-        if path.is_file():
-            _write_entry(new, backbone, loaded, weights, source)
-        kept = store / loaded.digest
+        make_folder(new)
+        _write(new, loaded, tag, source)
         if not (kept / ENTRY).exists():
             os.replace(new, kept)
             sync_folder(store)
@@ -111,9 +117,9 @@ def add(path: Path, name: str | None) -> tuple[Path, LoadedBackbone]:
 
 def _named(name: str, tagged: bool = True) -> Backbone:
     """The backbone that a name on the command line means."""
-    if name.startswith(_HUB):
-        if len(name.removeprefix(_HUB).split("/")) != 2:
-            raise BackboneError(f"{name}: expected {_HUB}OWNER/NAME")
+    if name.startswith(HUB):
+        if len(name.removeprefix(HUB).split("/")) != 2:
+            raise BackboneError(f"{name}: expected {HUB}OWNER/NAME")
         return Backbone(model=name, weights="pretrained")
     model, _, tag = name.partition(":")
     known = open_clip.list_pretrained_tags_by_model(model)
@@ -123,45 +129,48 @@ def _named(name: str, tagged: bool = True) -> Backbone:
         return Backbone(model=model, weights="pretrained", tag=tag)
     if tagged:
         raise BackboneError(
-            f"{name}: expected MODEL:TAG or {_HUB}OWNER/NAME; tags of {model} are {', '.join(known) or 'none'}"
+            f"{name}: expected MODEL:TAG or {HUB}OWNER/NAME; tags of {model} are {', '.join(known) or 'none'}"
         )
     return Backbone(model=model, weights="file", file="checkpoint")
 
 
-def _download_tag(backbone: Backbone, folder: Path) -> str:
-    """The checkpoint of a tag, under its own name; that name."""
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as cache:
-        # Through the hub's links to the file itself.
-        found = Path(download_pretrained(open_clip.get_pretrained_cfg(backbone.model, backbone.tag), cache_dir=cache))
-        _copy(found, folder / found.name)
-    return found.name
-
-
-def _download_repository(backbone: Backbone, folder: Path) -> str:
-    """A hub repository in the form that open_clip reads from a folder; the name of its checkpoint."""
-    repository = backbone.model.removeprefix(_HUB)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as cache:
-        config = Path(download_pretrained_from_hf(repository, filename=CONFIG, cache_dir=cache))
-        _copy(config, folder / CONFIG)
-        found = Path(download_pretrained_from_hf(repository, cache_dir=cache))
-        _copy(found, folder / found.name)
-        text = json.loads(config.read_text(encoding="utf-8"))["model_cfg"].get("text_cfg", {})
-        if "hf_model_name" in text or "hf_tokenizer_name" in text:
-            from transformers import AutoConfig, AutoTokenizer
-
-            if "hf_tokenizer_name" in text:
-                AutoTokenizer.from_pretrained(text["hf_tokenizer_name"], cache_dir=cache).save_pretrained(folder)
-            if "hf_model_name" in text:
-                AutoConfig.from_pretrained(text["hf_model_name"], cache_dir=cache).save_pretrained(folder / TEXT)
-    return found.name
-
-
-def _write_entry(folder: Path, backbone: Backbone, loaded: LoadedBackbone, weights: str, source: str) -> None:
-    size = (folder / weights).stat().st_size
+def _write(folder: Path, loaded: LoadedBackbone, tag: str | None, source: str) -> None:
+    """All of a backbone in the store's form; its entry last."""
+    form = loaded.form
+    config = dict(form.config)
+    tokens = form.tokens
+    if isinstance(tokens, FileTokens):
+        config[OURS] = config.get(OURS, {}) | {"tokenizer": tokens.rules}
+        write_durable(folder / "tokenizer.json", json.dumps(tokens.content, ensure_ascii=False).encode())
+    write_durable(folder / CONFIG, _json({"model_cfg": config, "preprocess_cfg": form.preprocess}))
+    if form.text is not None:
+        make_folder(folder / TEXT)
+        write_durable(folder / TEXT / "config.json", _json(form.text))
+    write_weights(folder / WEIGHTS, {name: _halved(value) for name, value in loaded.tensors().items()})
     entry = Entry(
-        model=backbone.model, tag=backbone.tag, digest=loaded.digest, weights=weights, source=source, bytes=size
+        model=form.model,
+        tag=tag,
+        digest=loaded.digest,
+        id=loaded.id,
+        activation=loaded.activation,
+        weights=WEIGHTS,
+        source=source,
+        bytes=(folder / WEIGHTS).stat().st_size,
+        licence=form.licence,
     )
     write_durable(folder / ENTRY, (entry.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
+
+
+def _halved(value: Tensor) -> Tensor:
+    """In float16 if that holds its very values, as those of OpenAI's archives."""
+    if value.dtype != torch.float32:
+        return value
+    half = value.half()
+    return half if torch.equal(half.float(), value) else value
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 @contextmanager
@@ -174,13 +183,3 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         yield new
         os.replace(new, folder)
         sync_folder(folder.parent)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file, content only, and fsync it."""
-    try:
-        shutil.copyfile(source, target)
-        with target.open("rb") as stream:
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise StorageError(f"{target}: not written ({error.strerror}); free space or choose another place") from error

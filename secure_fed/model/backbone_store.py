@@ -1,16 +1,14 @@
 """Weights on this machine's disk: folders that ``secfacmic backbone fetch`` and ``add`` write, found by studies.
 
-Such a folder holds ``backbone.json`` and either one checkpoint, or what open_clip's ``local-dir:`` reads: a model's own
-``open_clip_config.json``, its weights, its tokenizer and, in ``text/``, the configuration of its text model.
+Whatever a backbone came as, such a folder is of one form: ``backbone.json``, the whole configuration in
+``open_clip_config.json``, weights under open_clip's names as safetensors, its tokenizer if it does not come with
+open_clip, and in ``text/`` the configuration of a text model of transformers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +19,6 @@ from secure_fed.core.tomlfile import FileModel, parse_table
 from secure_fed.protocol.study import Backbone, Hex64, Text
 
 ENTRY = "backbone.json"
-CONFIG = "open_clip_config.json"
-TEXT = "text"
-"""Folder with the configuration of a text model that open_clip takes from the Hugging Face hub."""
 
 PLACE = "SECFACMIC_BACKBONES"
 """Environment variable that names the store's folder."""
@@ -36,17 +31,23 @@ class Entry(FileModel):
         model: name for open_clip, ``hf-hub:OWNER/NAME`` included.
         tag: open_clip's tag, if the weights are one.
         digest: SHA-256 of the weights' content, as in a study.
+        id: SHA-256 of it and all else that features depend on, as in a study.
+        activation: of the towers.
         weights: name of the checkpoint in the folder.
         source: name of the file that it was made of.
         bytes: size of the checkpoint.
+        licence: of the weights, if a README beside them named it.
     """
 
     model: Text
     tag: Text | None = None
     digest: Hex64
+    id: Hex64
+    activation: Text
     weights: Text
     source: Text
     bytes: Annotated[int, Field(ge=1)]
+    licence: Text | None = None
 
 
 def store_folder() -> Path:
@@ -87,52 +88,32 @@ def read_entry(folder: Path) -> Entry:
 
 
 def find(backbone: Backbone) -> Path | None:
-    """The folder in this user's store that holds a study's weights; None if it has none.
+    """The folder in this user's store that holds a study's backbone; None if it has none.
 
-    By their digest if the study names it, else by model and tag or file name.
-    """
-    folder = store_folder()
-    if backbone.digest is not None:
-        return folder / backbone.digest if (folder / backbone.digest / ENTRY).is_file() else None
-    if backbone.weights == "random":
-        return None  # of what seed they are is not known
-    for path, entry in entries(folder).items():
-        same = entry.source == backbone.file if backbone.weights == "file" else entry.tag == backbone.tag
-        if entry.model == backbone.model and (same or backbone.model.startswith("hf-hub:")):
-            return path
-    return None
-
-
-def weights_in(folder: Path) -> Path:
-    """What is to be loaded of such a folder: its checkpoint, or the folder itself if open_clip reads it whole.
+    By its id if the study names it, else by the digest of its weights, else by model and tag or file name.
 
     Raises:
-        BackboneError: neither is there.
+        BackboneError: several fit, or an entry is malformed.
     """
-    if (folder / CONFIG).is_file():
-        return folder
-    path = folder / read_entry(folder).weights
-    if not path.is_file():
-        raise BackboneError(f"{path}: no such file; expected the weights that {folder / ENTRY} names")
-    return path
+    folder = store_folder()
+    if backbone.id is not None:
+        return folder / backbone.id if (folder / backbone.id / ENTRY).is_file() else None
+    if backbone.digest is None and backbone.weights == "random":
+        return None  # of what seed they are is not known
+    found = [path for path, entry in entries(folder).items() if _fits(entry, backbone)]
+    if len(found) > 1:
+        raise BackboneError(
+            f"{folder}: {len(found)} backbones fit {backbone.model} ({', '.join(path.name[:12] for path in found)}); "
+            "expected one: name its id in the template, as secfacmic backbone list shows it"
+        )
+    return found[0] if found else None
 
 
-@contextmanager
-def as_open_clip_folder(folder: Path) -> Iterator[str]:
-    """The name by which open_clip loads a folder in its own form, without a look at any hub.
-
-    open_clip asks the hub for the configuration of a Hugging Face text model unless it is named by its path, which no
-    file that travels can hold; so the folder is shown to it through links, with the path filled in.
-    """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    text = config.get("model_cfg", {}).get("text_cfg", {})
-    if "hf_model_name" not in text or not (folder / TEXT).is_dir():
-        yield f"local-dir:{folder}"
-        return
-    text["hf_model_name"] = str((folder / TEXT).resolve())
-    with tempfile.TemporaryDirectory(prefix="secfacmic-") as name:
-        for path in folder.iterdir():
-            if path.name != CONFIG:
-                (Path(name) / path.name).symlink_to(path.resolve())
-        (Path(name) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        yield f"local-dir:{name}"
+def _fits(entry: Entry, backbone: Backbone) -> bool:
+    if backbone.activation is not None and entry.activation != backbone.activation:
+        return False
+    if backbone.digest is not None:
+        return entry.digest == backbone.digest
+    if backbone.weights == "file":
+        return entry.source == backbone.file
+    return entry.model == backbone.model and (backbone.model.startswith("hf-hub:") or entry.tag == backbone.tag)

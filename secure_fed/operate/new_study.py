@@ -100,7 +100,8 @@ def new_study(
     study = with_fields(
         template,
         format=2,
-        backbone=template.backbone.model_dump(mode="json", exclude_none=True) | {"digest": backbone.digest},
+        backbone=template.backbone.model_dump(mode="json", exclude_none=True)
+        | {"activation": backbone.activation, "digest": backbone.digest, "id": backbone.id},
         sites=[_with_keys(site, keys.get(site.name)) for site in template.sites],
         coordinator=public_hex(signing),
         initial=hashlib.sha256(tensors).hexdigest(),

@@ -85,7 +85,11 @@ class Backbone(FileModel):
         seed: for ``random``.
         mirrored: whether training also uses mirrored images.
         licence: of the weights, as their publisher names it; for the model card of an export.
+        activation: of the towers, as ``gelu``, ``quickgelu`` or ``gelu_tanh``; needed for a file of a model that
+            there is with another activation too, which no weight tells. ``study new`` fills it in.
         digest: SHA-256 of the weights; ``study new`` fills it in.
+        id: SHA-256 over the digest and all else that a feature depends on: activation, heads, eps, pooler, context,
+            tokenizer and preprocessing; ``study new`` fills it in.
     """
 
     model: Text
@@ -95,7 +99,9 @@ class Backbone(FileModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     mirrored: bool = False
     licence: Text | None = None
+    activation: Text | None = None
     digest: Hex64 | None = None
+    id: Hex64 | None = None
 
     @field_validator("seed")
     @classmethod
@@ -855,7 +861,8 @@ def as_template(file: StudyFile) -> dict[str, Any]:
     """What a study has from its template, without all that ``study new`` fills in, to compare two of them."""
     content = file.model_dump(mode="json", exclude={"simulation", "coordinator", "initial"})
     del content["format"]
-    content["backbone"].pop("digest")
+    for key in ("activation", "digest", "id"):
+        content["backbone"].pop(key)
     for site in content["sites"]:
         site.pop("keys")
     return content

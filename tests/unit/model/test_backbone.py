@@ -153,7 +153,7 @@ def test_bare_file_names_are_looked_up_in_the_package(checkpoint, loaded, tmp_pa
     shutil.copy(configs.MODELS / "random-small.json", tmp_path)
     shutil.copy(checkpoint, tmp_path / "packaged.safetensors")
     monkeypatch.setattr(configs, "MODELS", tmp_path)
-    backbone = Backbone(model="random-small", weights="file", file="packaged.safetensors")
+    backbone = Backbone(model="random-small", weights="file", file="packaged.safetensors", activation="gelu")
     assert load_backbone(backbone, None).digest == loaded.digest
     with pytest.raises(BackboneError, match="no such file"):
         load_backbone(backbone.model_copy(update={"file": "sub/packaged.safetensors"}), None)
@@ -169,11 +169,11 @@ def test_preprocessing_has_the_models_size_and_its_tags_mean(loaded):
 
 def test_a_local_file_is_prepared_as_the_tags_of_its_model():
     # SigLIP's own preprocessing, not open_clip's default for local files.
-    from secure_fed.model.backbone import _local_preprocessing
+    from secure_fed.model.backbone_form import _local_preprocessing
 
-    assert _local_preprocessing("ViT-B-16-SigLIP")["image_mean"] == (0.5, 0.5, 0.5)
-    assert _local_preprocessing("ViT-B-16-SigLIP")["image_resize_mode"] == "squash"
-    assert _local_preprocessing("ViT-B-32")["image_mean"] == open_clip.OPENAI_DATASET_MEAN
+    assert _local_preprocessing("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
+    assert _local_preprocessing("ViT-B-16-SigLIP")["resize_mode"] == "squash"
+    assert _local_preprocessing("ViT-B-32")["mean"] == open_clip.OPENAI_DATASET_MEAN
     assert _local_preprocessing("random-small") == {}
 
 

@@ -32,6 +32,13 @@ from tests.unit.model.test_backbone import _Archive
 torch.set_num_threads(1)
 
 QUICK = "random-small-quickgelu"
+MEDICAL = {
+    "biomedclip": "microsoft/BiomedCLIP",
+    "pubmedclip": "flaviagiammarino/pubmed-clip-vit-base-patch32",
+    "plip": "vinid/plip",
+    "monet": "suinleelab/monet",
+    "medsiglip_448": "google/medsiglip-448",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +86,11 @@ def test_all_three_forms_are_one_backbone(forms: dict[str, Path], store: Path, s
         assert code == 0, errors
         digests.add(out.splitlines()[-1].removeprefix("digest = "))
     (digest,) = digests
-    assert [path.name for path in store.iterdir()] == [digest]
+    (kept,) = store.iterdir()
     code, out, _ = secfacmic("backbone", "list", "--json")
     document = json.loads(out)
     assert code == 0
-    assert [(row["model"], row["digest"]) for row in document["added"]] == [(QUICK, digest)]
+    assert [(row["model"], row["digest"], row["id"]) for row in document["added"]] == [(QUICK, digest, kept.name)]
     files = [row["file"] for row in document["packaged"]]
     assert "mini-clip.safetensors" in files
     assert not any("statistics" in file for file in files)
@@ -100,7 +107,7 @@ def test_what_does_not_load_is_not_kept(forms: dict[str, Path], store: Path, tmp
         (forms["open_clip.pt"], "hf-hub:a/b", "more than its weights"),
         (tmp_path / "text.pt", QUICK, "not loaded"),
         (tmp_path / "absent.pt", QUICK, "no such file"),
-        (tmp_path, None, "backbone.json"),
+        (tmp_path, None, "no open_clip_config.json and no config.json"),
     ):
         with pytest.raises(BackboneError, match=says):
             add(path, model)
@@ -174,7 +181,11 @@ def test_a_tag_is_fetched_carried_over_and_found(
     code, out, errors = secfacmic("backbone", "fetch", tag, "--to", tmp_path / "usb")
     assert code == 0, errors
     folder = tmp_path / "usb" / f"{QUICK}.tiny"
-    assert sorted(path.name for path in folder.iterdir()) == ["backbone.json", "open_clip.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "backbone.json",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+    ]
     assert [path.name for path in (tmp_path / "usb").iterdir()] == [folder.name]
     digest = load_backbone(Backbone(model=QUICK, weights="file", file="x"), forms["form.safetensors"]).digest
     assert f"digest = {digest}" in out
@@ -189,9 +200,9 @@ def test_a_tag_is_fetched_carried_over_and_found(
 
 def test_a_folder_damaged_on_the_way_is_refused(tag: str, tmp_path: Path, store: Path) -> None:
     folder, _ = fetch(tag, tmp_path)
-    stored = torch.load(folder / "open_clip.pt")
-    stored["state_dict"]["visual.proj"][0, 0] += 1
-    torch.save(stored, folder / "open_clip.pt")
+    stored = safetensors.torch.load_file(folder / "open_clip_model.safetensors")
+    stored["visual.proj"][0, 0] += 1
+    safetensors.torch.save_file(stored, folder / "open_clip_model.safetensors")
     with pytest.raises(BackboneDigestError):
         add(folder, None)
     entry = json.loads((folder / "backbone.json").read_text())
@@ -276,7 +287,8 @@ def test_a_model_of_the_hub_is_fetched_with_all_that_it_needs(hub: Path, tmp_pat
     kept, _ = add(folder, None)
     shutil.rmtree(folder)
     loaded = load_backbone(Backbone(model=name, weights="pretrained"), None)
-    assert loaded.digest == fetched.digest == kept.name
+    assert loaded.digest == fetched.digest
+    assert loaded.id == fetched.id == kept.name
     assert loaded.context == 20
     assert json.loads(loaded.preprocessing)["mean"] == [0.1, 0.2, 0.3]
     assert loaded.count_tokens("a head with a mass") == 7
@@ -287,13 +299,14 @@ def test_a_model_of_the_hub_is_fetched_with_all_that_it_needs(hub: Path, tmp_pat
 # --- templates and prompts ---
 
 
-@pytest.mark.parametrize("name", ["biomedclip", "vit_b_16_openai", "vit_b_16_laion2b"])
+@pytest.mark.parametrize("name", [*MEDICAL, "vit_b_16_openai", "vit_b_16_laion2b"])
 def test_templates_for_real_weights_hold_together(name: str, secfacmic: Run) -> None:
     assert secfacmic("study", "check", name)[0] == 0
     backbone = read_template(Path(name)).backbone
     assert backbone.licence
     if backbone.tag is None:
-        assert backbone.model.startswith("hf-hub:microsoft/BiomedCLIP")
+        assert backbone.model.startswith(f"hf-hub:{MEDICAL[name]}")
+        assert backbone.weights == "pretrained"
     else:
         entry = open_clip.get_pretrained_cfg(backbone.model, backbone.tag)
         assert bool(entry.get("quick_gelu")) == bool(open_clip.get_model_config(backbone.model).get("quick_gelu"))

@@ -1,0 +1,137 @@
+"""Backbones from a hub, where there is internet: their files, downloaded into the hub's own cache, and their form."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secure_fed.core.errors import BackboneError
+from secure_fed.model.backbone_form import CONFIG, HUB, Form, known_model, open_clip, read_form
+from secure_fed.model.weights import read_weights
+from secure_fed.protocol.study import Backbone
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+_TRANSFORMERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def download(backbone: Backbone, cache: Path | None = None) -> Form:
+    """Download a backbone and recognise it.
+
+    Args:
+        backbone: a model and tag of open_clip, or ``hf-hub:OWNER/NAME`` in open_clip's or transformers' form.
+        cache: where downloaded files go; the hub's usual cache without.
+
+    Raises:
+        BackboneError: it cannot be downloaded, or is none of the forms that are read.
+    """
+    try:
+        if backbone.model.startswith(HUB):
+            return _repository(backbone.model.removeprefix(HUB), cache)
+        return _tag(backbone, cache)
+    except BackboneError:
+        raise
+    except Exception as error:  # downloads fail in every way
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        name = backbone.model if backbone.tag is None else f"{backbone.model}:{backbone.tag}"
+        raise BackboneError(
+            f"{name}: cannot be downloaded ({reason}), and is not here; check name, connection and proxy, or run "
+            f"secfacmic backbone fetch {name} --to DIR where there is internet, carry the folder over and add it: "
+            "secfacmic backbone add"
+        ) from error
+
+
+def _tag(backbone: Backbone, cache: Path | None) -> Form:
+    config = known_model(backbone.model)
+    entry = open_clip().get_pretrained_cfg(backbone.model, backbone.tag)
+    if not entry:
+        known = ", ".join(open_clip().list_pretrained_tags_by_model(backbone.model)) or "none"
+        raise BackboneError(f"tag {backbone.tag!r}: not a known tag of {backbone.model}; open_clip knows {known}")
+    from open_clip.pretrained import download_pretrained
+
+    place = None if cache is None else str(cache)
+    path = Path(download_pretrained(entry, cache_dir=place))
+    text_cfg = config["text_cfg"]
+    with _text(text_cfg, cache) as text:
+        return read_form(path, backbone.model, backbone.tag, backbone.activation, text)
+
+
+def _repository(name: str, cache: Path | None) -> Form:
+    config = _file(name, CONFIG, cache)
+    if config is not None:
+        from open_clip.pretrained import download_pretrained_from_hf
+
+        folder = config.parent
+        for one in _TOKENIZER:
+            _file(name, one, cache)
+        download_pretrained_from_hf(name, cache_dir=None if cache is None else str(cache))
+        text_cfg = _text_config(config)
+        with _text(text_cfg, cache) as text:
+            return read_form(folder, HUB + name, text=text)
+    config = _file(name, "config.json", cache)
+    if config is None:
+        raise BackboneError(
+            f"{HUB}{name}: has no {CONFIG} and no config.json; expected a model in open_clip's or transformers' form"
+        )
+    for one in ("preprocessor_config.json", "processor_config.json", *_TOKENIZER):
+        _file(name, one, cache)
+    weights = next((found for one in _TRANSFORMERS if (found := _file(name, one, cache)) is not None), None)
+    if weights is not None and weights.name.endswith(".index.json"):
+        for shard in sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())):
+            _file(name, shard, cache)
+        read_weights(weights)
+    return read_form(config.parent, HUB + name)
+
+
+def _text_config(config: Path) -> dict[str, Any]:
+    content = json.loads(config.read_text(encoding="utf-8"))
+    found: dict[str, Any] = content.get("model_cfg", content).get("text_cfg", {})
+    return found
+
+
+@contextmanager
+def _text(text_cfg: dict[str, Any], cache: Path | None) -> Iterator[Path | None]:
+    """A folder with a text model's configuration and tokenizer, which other repositories than the weights' hold."""
+    model, tokenizer = text_cfg.get("hf_model_name"), text_cfg.get("hf_tokenizer_name")
+    name = str(model or tokenizer)
+    if model is None and tokenizer is None:
+        yield None
+        return
+    if Path(name).is_absolute() and Path(name).is_dir():
+        yield Path(name)
+        return
+    with tempfile.TemporaryDirectory(prefix="secfacmic-") as folder:
+        wanted = [(tokenizer or name, one) for one in _TOKENIZER]
+        for repository, one in [*wanted, *([(model, "config.json")] if model is not None else [])]:
+            if (found := _file(repository, one, cache)) is not None:
+                (Path(folder) / one).write_bytes(found.read_bytes())
+        yield Path(folder)
+
+
+def _file(name: str, file: str, cache: Path | None) -> Path | None:
+    """A file of a repository; None if it has none of that name."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from open_clip import pretrained
+
+    try:
+        return Path(pretrained.hf_hub_download(repo_id=name, filename=file, cache_dir=cache))
+    except LocalEntryNotFoundError:
+        raise
+    except (EntryNotFoundError, FileNotFoundError):
+        return None

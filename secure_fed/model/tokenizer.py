@@ -1,0 +1,396 @@
+"""A text's tokens: by open_clip's own vocabulary, or by the tokenizer files that lie beside a backbone's weights.
+
+Files are read by the ``tokenizers`` library and by a small reader of SentencePiece models; no hub is asked, and
+transformers is not needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from secure_fed.core.errors import BackboneError
+from secure_fed.protocol.study import canonical_json
+
+FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json")
+"""Any of these makes a tokenizer; ``vocab.json`` with ``merges.txt``."""
+
+_CLIP_SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_PADS = {"siglip": ("</s>", "<pad>"), "clip": ("<|endoftext|>",)}
+
+
+class Tokens(Protocol):
+    """What a backbone asks of a tokenizer.
+
+    Attributes:
+        context: tokens that a row has.
+        identity: SHA-256 (64 hex digits) of all that decides about a text's tokens but the context.
+    """
+
+    context: int
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of vocabulary and rules."""
+        ...
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Tokens, int64 [n, context]; what is longer is cut off, with its end kept."""
+        ...
+
+    def count(self, text: str) -> int:
+        """Tokens that a text takes, start and end included, if nothing is cut off."""
+        ...
+
+
+class ClipTokens:
+    """open_clip's own byte pairs of English, which come with it."""
+
+    def __init__(self, context: int, options: dict[str, Any] | None = None) -> None:
+        from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
+        self.context = context
+        self._options = options or {}
+        self._tokenizer = SimpleTokenizer(context_length=context, **self._options)
+        self._vocabulary = Path(default_bpe())
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of vocabulary and options."""
+        return hashlib.sha256(self._vocabulary.read_bytes() + canonical_json(self._options)).hexdigest()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Tokens, int64 [n, context]."""
+        tokens: Tensor = self._tokenizer(list(texts))
+        return tokens
+
+    def count(self, text: str) -> int:
+        """Tokens that a text takes, start and end included."""
+        return len(self._tokenizer.encode(text)) + 2
+
+
+class FileTokens:
+    """A tokenizer of the ``tokenizers`` library, with the padding and the cleaning that its model was trained with."""
+
+    def __init__(self, content: dict[str, Any], context: int, rules: dict[str, Any]) -> None:
+        """Make it.
+
+        Args:
+            content: a parsed ``tokenizer.json``; its own truncation and padding do not count.
+            context: tokens that a row has.
+            rules: ``pad``, the token that fills rows up; ``clean``, what happens to a text first (``none``, open_clip's
+                ``whitespace``, ``lower`` or ``canonicalize``, or ``siglip``); ``without``, a token that is set to 0.
+
+        Raises:
+            BackboneError: it is malformed, or lacks a token of the rules.
+        """
+        from tokenizers import Tokenizer
+
+        self.context, self.rules = context, rules
+        self.content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        try:
+            self._tokenizer = Tokenizer.from_str(json.dumps(self.content))
+            self._whole = Tokenizer.from_str(json.dumps(self.content))
+        except Exception as error:  # the library raises nothing narrower
+            raise BackboneError(
+                f"tokenizer.json: malformed ({' '.join(str(error).split())[:200]}); copy the folder again from where "
+                "it came from"
+            ) from error
+        self.pad = self._id(rules["pad"])
+        self._without = None if rules.get("without") is None else self._id(rules["without"])
+        self._clean = _cleaner(rules["clean"])
+        self._tokenizer.enable_truncation(context)
+        self._tokenizer.enable_padding(length=context, pad_id=self.pad, pad_token=rules["pad"])
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the parsed file and the rules."""
+        return hashlib.sha256(canonical_json([self.content, self.rules])).hexdigest()
+
+    @property
+    def largest(self) -> int:
+        """The highest token there is."""
+        return max(self._whole.get_vocab(with_added_tokens=True).values())
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Tokens, int64 [n, context]."""
+        rows = self._tokenizer.encode_batch([self._clean(text) for text in texts])
+        tokens = torch.tensor([row.ids for row in rows], dtype=torch.int64)
+        return tokens if self._without is None else torch.where(tokens == self._without, 0, tokens)
+
+    def count(self, text: str) -> int:
+        """Tokens that a text takes, start and end included."""
+        return len(self._whole.encode(self._clean(text)).ids)
+
+    def _id(self, token: str) -> int:
+        found = self._whole.token_to_id(token)
+        if found is None:
+            raise BackboneError(
+                f"the tokenizer has no token {token!r}, which its model needs; expected the tokenizer files that came "
+                "with the weights: copy the folder again"
+            )
+        return int(found)
+
+
+def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: dict[str, Any]) -> FileTokens | None:
+    """The tokenizer whose files lie in a folder; None if there is none.
+
+    Args:
+        folder: with one of :data:`FILES`, and ``tokenizer_config.json`` or ``special_tokens_map.json``.
+        context: tokens that a row has.
+        kind: whose it is where the files do not say: ``clip``, ``siglip`` or a text model's type, as ``bert``.
+        clean: as :class:`FileTokens` takes it.
+        options: open_clip's ``tokenizer_kwargs``.
+
+    Raises:
+        BackboneError: the files are malformed, or of a form that is not read.
+    """
+    if not any((folder / name).is_file() for name in FILES):
+        return None
+    config = _json(folder / "tokenizer_config.json")
+    special = _json(folder / "special_tokens_map.json")
+    name = str(config.get("tokenizer_class") or "")
+    pieces = next((folder / one for one in ("spiece.model", "tokenizer.model") if (folder / one).is_file()), None)
+    if (folder / "tokenizer.json").is_file() and not (kind == "siglip" and pieces and "Siglip" in name):
+        content = _json(folder / "tokenizer.json")
+        _follow_config(content, name, config)
+    elif pieces is not None:
+        content = _sentencepiece(pieces)
+        if kind == "siglip":
+            clean = "siglip" if config.get("do_lower_case", True) else "siglip_cased"
+    elif (folder / "vocab.txt").is_file():
+        content = _wordpiece(folder / "vocab.txt", config)
+    elif (folder / "merges.txt").is_file() and kind == "clip":
+        content = _byte_pairs(folder)
+    else:
+        raise BackboneError(
+            f"{folder}: a vocabulary, but no tokenizer.json, which says how it is used; expected one: on a machine "
+            "with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
+        )
+    vocabulary = {entry["content"] for entry in content.get("added_tokens", [])} | _vocabulary(content)
+    given = [_token(table.get("pad_token")) for table in (config, special)]
+    known = [*filter(None, given), *_PADS.get(kind, ()), "[PAD]", "<pad>"]
+    pad = next((one for one in known if one in vocabulary), None)
+    if pad is None:
+        raise BackboneError(
+            f"{folder}: the tokenizer's files name no token that fills short texts up; expected pad_token in "
+            "tokenizer_config.json: copy the folder again from where it came from"
+        )
+    without = None
+    if options.get("strip_sep_token"):
+        without = next(filter(None, (_token(table.get("sep_token")) for table in (config, special))), "[SEP]")
+    return FileTokens(content, context, {"pad": pad, "clean": clean, "without": without})
+
+
+def _follow_config(content: dict[str, Any], name: str, config: dict[str, Any]) -> None:
+    """What ``tokenizer_config.json`` says about case, and transformers puts over ``tokenizer.json``."""
+    normalizer = content.get("normalizer") or {}
+    if name.startswith("Bert") and normalizer.get("type") == "BertNormalizer":
+        for key, ours in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents")):
+            if key in config:
+                normalizer[ours] = config[key]
+    if name.startswith("Siglip2") and "Lowercase" not in json.dumps(normalizer):
+        parts = [{"type": "Lowercase"}, *([normalizer] if normalizer else [])]
+        content["normalizer"] = {"type": "Sequence", "normalizers": parts}
+
+
+def _wordpiece(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """BERT's tokenizer of a list of words (Devlin et al., arXiv 1810.04805), as transformers makes it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    words = path.read_text(encoding="utf-8").split("\n")
+    vocabulary = {word.rstrip("\r"): number for number, word in enumerate(words) if word}
+    unknown, start, end = (
+        _token(config.get(key)) or usual
+        for key, usual in (("unk_token", "[UNK]"), ("cls_token", "[CLS]"), ("sep_token", "[SEP]"))
+    )
+    for token in (unknown, start, end):
+        if token not in vocabulary:
+            raise BackboneError(f"{path}: has no token {token}; expected a BERT vocabulary: copy the folder again")
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    made.normalizer = normalizers.BertNormalizer(
+        lowercase=config.get("do_lower_case", True),
+        strip_accents=config.get("strip_accents"),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+    )
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing((end, vocabulary[end]), (start, vocabulary[start]))
+    made.add_special_tokens([one for one in (unknown, start, end, "[PAD]", "[MASK]") if one in vocabulary])
+    return dict(json.loads(made.to_str()))
+
+
+def _byte_pairs(folder: Path) -> dict[str, Any]:
+    """CLIP's tokenizer of ``vocab.json`` and ``merges.txt``, as transformers makes it."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = _json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [(pair[0], pair[-1]) for pair in pairs]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    if start not in vocabulary or end not in vocabulary:
+        raise BackboneError(f"{folder / 'vocab.json'}: has no {start} or {end}; expected CLIP's vocabulary")
+    model = models.BPE(
+        vocab=vocabulary,
+        merges=merges,
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
+        fuse_unk=False,
+        unk_token=end,
+    )
+    made = Tokenizer(model)
+    made.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    made.post_processor = processors.RobertaProcessing((end, vocabulary[end]), (start, vocabulary[start]), False, False)
+    made.add_special_tokens([start, end])
+    return dict(json.loads(made.to_str()))
+
+
+def _sentencepiece(path: Path) -> dict[str, Any]:
+    """A unigram SentencePiece model (Kudo, arXiv 1804.10959) with an end of text, as T5 and SigLIP use it."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    try:
+        pieces, trainer, charsmap = _read_pieces(path.read_bytes())
+    except (IndexError, UnicodeDecodeError, KeyError) as error:
+        raise BackboneError(
+            f"{path}: no whole SentencePiece model; copy the folder again from where it came from"
+        ) from error
+    if trainer["model_type"] != 1:
+        raise BackboneError(
+            f"{path}: a SentencePiece model of byte pairs, which is read from tokenizer.json only; expected that file "
+            "beside it: on a machine with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) "
+            "writes it"
+        )
+    end = "</s>"
+    names = {piece: number for number, (piece, _) in enumerate(pieces)}
+    if end not in names:
+        raise BackboneError(f"{path}: has no {end}; expected the SentencePiece model of a T5 or SigLIP text tower")
+    made = Tokenizer(models.Unigram(pieces, unk_id=trainer["unk_id"], byte_fallback=bool(trainer["byte_fallback"])))
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    made.normalizer = normalizers.Sequence(
+        [
+            *steps,
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
+    made.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, names[end])])
+    return dict(json.loads(made.to_str()))
+
+
+def _read_pieces(data: bytes) -> tuple[list[tuple[str, float]], dict[str, int], bytes]:
+    """Pieces with scores, the trainer's model type (1: unigram), unknown piece and byte fallback, the character map.
+
+    The fields of sentencepiece_model.proto: ModelProto 1 pieces, 2 trainer_spec, 3 normalizer_spec; SentencePiece 1
+    piece, 2 score; TrainerSpec 3 model_type, 35 byte_fallback, 40 unk_id; NormalizerSpec 2 precompiled_charsmap.
+    """
+    pieces: list[tuple[str, float]] = []
+    trainer = {"model_type": 1, "byte_fallback": 0, "unk_id": 0}
+    charsmap = b""
+    for field, value in _fields(data):
+        if field == 1:
+            parts = dict(_fields(value))
+            score = torch.frombuffer(bytearray(parts.get(2, bytes(4))), dtype=torch.float32)
+            pieces.append((parts[1].decode("utf-8"), float(score)))
+        elif field == 2:
+            numbers = dict(_fields(value))
+            trainer |= {
+                name: numbers[number]
+                for name, number in (("model_type", 3), ("byte_fallback", 35), ("unk_id", 40))
+                if number in numbers
+            }
+        elif field == 3:
+            charsmap = dict(_fields(value)).get(2, b"")
+    if not pieces:
+        raise KeyError("pieces")
+    return pieces, trainer, charsmap
+
+
+def _fields(data: bytes) -> list[tuple[int, Any]]:
+    """The fields of a protocol buffer: bytes for lengths and fixed sizes, int for numbers."""
+    found: list[tuple[int, Any]] = []
+    place = 0
+
+    def number() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = data[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while place < len(data):
+        key = number()
+        kind = key & 7
+        if kind == 0:
+            found.append((key >> 3, number()))
+            continue
+        size = {1: 8, 5: 4}[kind] if kind != 2 else number()
+        if place + size > len(data):
+            raise IndexError("a field ends after the file")
+        found.append((key >> 3, data[place : place + size]))
+        place += size
+    return found
+
+
+def _cleaner(name: str) -> Callable[[str], str]:
+    if name == "none":
+        return str
+    if name in ("siglip", "siglip_cased"):
+        drop = str.maketrans("", "", string.punctuation)
+
+        def canonical(text: str) -> str:
+            lowered = text.lower() if name == "siglip" else text
+            return re.sub(r"\s+", " ", lowered.translate(drop)).strip()
+
+        return canonical
+    from open_clip.tokenizer import get_clean_fn
+
+    clean: Callable[[str], str] = get_clean_fn(name)
+    return clean
+
+
+def _vocabulary(content: dict[str, Any]) -> set[str]:
+    found = content.get("model", {}).get("vocab", {})
+    return set(found) if isinstance(found, dict) else {str(entry[0]) for entry in found}
+
+
+def _token(value: Any) -> str | None:
+    """A special token, which is a text or a table with its content."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BackboneError(
+            f"{path}: no whole JSON file ({error}); copy the folder again from where it came from"
+        ) from error
+    if not isinstance(content, dict):
+        raise BackboneError(f"{path}: holds no JSON object; copy the folder again from where it came from")
+    return content

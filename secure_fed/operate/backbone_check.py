@@ -1,0 +1,182 @@
+"""What a backbone is, how long it takes here, and whether images hint that something about it is off."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from secure_fed import configs
+from secure_fed.clients.data import image_files
+from secure_fed.clients.decoding import UndecodableError, decode
+from secure_fed.core.errors import BackboneError, DataError
+from secure_fed.model.backbone import LoadedBackbone
+from secure_fed.model.backbone_form import HUB, Form, build, read_form
+from secure_fed.model.backbone_store import ENTRY, entries, read_entry, store_folder
+from secure_fed.model.transformers_form import OURS
+
+PER_CLASS = 50
+"""Images of a class that are looked at, the first by path."""
+
+_BETTER = 0.05
+"""Share of correct images by which another way must be better to be worth a word; a few images differ by chance."""
+
+_OPENAI = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+_HALF = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+
+
+def check_backbone(
+    name: str,
+    images: Path | None = None,
+    model: str | None = None,
+    activation: str | None = None,
+    text: Path | None = None,
+) -> dict[str, Any]:
+    """Load a backbone and describe it.
+
+    Args:
+        name: a file or folder; or of the store or the package the model, or the beginning of its id or digest.
+        images: folder with a folder of images for each class, named as the class.
+        model: as for :func:`secure_fed.model.backbone_fetch.add`, and so the next two.
+        activation: likewise.
+        text: likewise.
+
+    Returns:
+        A JSON document; ``zero_shot`` is None without images, else ``chance``, ``images``, ``correct`` (share by way of
+        preparing and computing; None for what this model cannot do) and ``hint``.
+
+    Raises:
+        BackboneError: there is none of that name, or it cannot be used.
+        DataError: no classes with images in the folder.
+    """
+    form, source = _find(name, model, activation, text)
+    loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})")
+    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+    start = time.perf_counter()
+    loaded.encode_images([Image.fromarray(one) for one in noise[: max(1, min(4, loaded.batch))]] * (loaded.batch // 4))
+    seconds = (time.perf_counter() - start) / loaded.batch
+    report: dict[str, Any] = {
+        "model": form.model,
+        "found": form.kind,
+        "weights_millions": round(sum(value.numel() for value in loaded.tensors().values()) / 1e6, 1),
+        "image_size": form.preprocess["size"],
+        "features": loaded.dim,
+        "context": loaded.context,
+        "activation": loaded.activation,
+        "towers": {tower: loaded.facts[tower] for tower in ("vision", "text")},
+        "preprocessing": form.preprocess,
+        "precision": loaded.precision,
+        "tokenizer": form.tokens.identity,
+        "licence": form.licence or "not stated beside the weights: ask their publisher",
+        "digest": loaded.digest,
+        "id": loaded.id,
+        "seconds_for_100_images": round(100 * seconds, 2),
+        "memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "told": list(form.told),
+        "zero_shot": None,
+    }
+    if images is not None:
+        report["zero_shot"] = _zero_shot(loaded, images)
+    return report
+
+
+def _find(name: str, model: str | None, activation: str | None, text: Path | None) -> tuple[Form, str]:
+    path = Path(name)
+    if not path.exists():
+        known = entries(store_folder())
+        found = [
+            folder
+            for folder, entry in known.items()
+            if entry.model == name or (len(name) >= 6 and (entry.id.startswith(name) or entry.digest.startswith(name)))
+        ]
+        packaged = configs.MODELS / f"{name.removesuffix('.safetensors')}.safetensors"
+        if not found and packaged.is_file():
+            return read_form(packaged, packaged.stem, seeded=True), packaged.name
+        if len(found) != 1:
+            raise BackboneError(
+                f"{name}: no such file or folder, and {len(found)} backbones of that name in {store_folder()}; "
+                "expected one: name a path, or the id that secfacmic backbone list shows"
+            )
+        path = found[0]
+    if (path / ENTRY).is_file():
+        entry = read_entry(path)
+        form = read_form(path, entry.model)
+        form.licence = form.licence or entry.licence
+        return form, path.name[:12]
+    model, _, tag = (model or "").partition(":") if not (model or "").startswith(HUB) else (model, "", "")
+    return read_form(path, model or None, tag or None, activation, text), path.name
+
+
+def _zero_shot(loaded: LoadedBackbone, folder: Path) -> dict[str, Any]:
+    classes = sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
+    pictures: list[Image.Image] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        for path in sorted(image_files(folder / name))[:PER_CLASS]:
+            try:
+                pictures.append(decode(path.read_bytes(), None))
+                labels.append(label)
+            except (UndecodableError, OSError):
+                continue
+    if len(set(labels)) < 2:
+        raise DataError(f"{folder}: {len(set(labels))} classes with images; expected a folder of images for each class")
+    prompts = [f"an image of {name.replace('_', ' ')}" for name in classes]
+    form, truth = loaded.form, np.array(labels)
+    correct: dict[str, float | None] = {"as it is": _share(loaded, pictures, prompts, truth)}
+    for way, changed in _others(form, loaded.activation).items():
+        if changed is None:
+            correct[way] = None
+            continue
+        correct[way] = _share(LoadedBackbone(build(changed), changed, way), pictures, prompts, truth)
+    usual = correct["as it is"] or 0.0
+    better = {way: share for way, share in correct.items() if share is not None and share > usual + _BETTER}
+    chance = 1 / len(classes)
+    hint = f"{len(pictures)} images of {len(classes)} classes, chance {100 * chance:.1f} %: "
+    if better:
+        hint += "better with " + ", ".join(
+            f"{way} (+{100 * (share - usual):.0f} points)" for way, share in better.items()
+        )
+        hint += ": see whether its configuration is its own; few images differ by chance too"
+    else:
+        hint += "no other way is clearly better"
+    if usual < chance + _BETTER:
+        hint += "; and it does no better than chance: other prompts, another backbone, or not this task"
+    return {"chance": chance, "images": len(pictures), "correct": correct, "hint": hint}
+
+
+def _others(form: Form, activation: str) -> dict[str, Form | None]:
+    """The same backbone with one thing that people get wrong changed."""
+    other = {"gelu": "quickgelu", "quickgelu": "gelu", "gelu_tanh": "gelu"}.get(activation)
+    found: dict[str, Form | None] = {}
+    if other is None or form.text is not None:
+        found["the other activation"] = None
+    else:
+        config = copy.deepcopy(form.config)
+        ours = config.setdefault(OURS, {})
+        for tower in ("vision", "text"):
+            ours.setdefault(tower, {}).update(activation=other)
+        found[f"the other activation, {other}"] = replace(form, config=config)
+    mean, std = _HALF if form.preprocess["mean"][0] != 0.5 else _OPENAI
+    found["the other usual mean and std"] = replace(form, preprocess=form.preprocess | {"mean": mean, "std": std})
+    size = form.preprocess["size"]
+    squashed = form.preprocess["resize_mode"] == "squash"
+    mode = {"resize_mode": "shortest" if squashed else "squash", "resize_to": size[0] if squashed else size}
+    found["cut instead of squashed" if squashed else "squashed instead of cut"] = replace(
+        form, preprocess=form.preprocess | mode
+    )
+    return found
+
+
+def _share(
+    loaded: LoadedBackbone, pictures: Sequence[Image.Image], prompts: Sequence[str], truth: NDArray[np.int64]
+) -> float:
+    cosines = loaded.encode_images(pictures) @ loaded.encode_texts(prompts).T
+    return float((cosines.argmax(axis=1) == truth).mean())
