@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,106 @@ def check(site: SiteToml, json_: Json = False) -> None:
     else:
         _show(report)
     refuse_leaks(file, report["leaks"])
+
+
+@app.command()
+def fetch(
+    dicomweb: Annotated[str, typer.Option(metavar="URL", help="Root of the archive's DICOMweb service.")],
+    into: Annotated[Path, typer.Option("--out", metavar="DIR", help="Data folder: new, empty, or of the same query.")],
+    query: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEYWORD=VALUE", help="What to fetch, as in StudyDate=20240101-20241231; once a keyword."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="CSV of label and accession or patient, joined to the images.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the archive's token; else SECFACMIC_DICOMWEB_TOKEN is looked at.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="Certificate of the archive's authority, instead of known ones.")
+    ] = None,
+    proxy: Annotated[str | None, typer.Option(metavar="URL", help="HTTP proxy on the way to the archive.")] = None,
+    rate: Annotated[float, typer.Option(min=0.01, max=1000, help="Most requests a second.")] = 20.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Fetch without asking; a terminal is asked otherwise.")] = False,
+    json_: Json = False,
+) -> None:
+    """Fetch images from the hospital's archive into a data folder with a manifest.
+
+    Says how many and how large before it begins. Interrupted, the same command goes on from there. Without a keyword of
+    a study in --query, the studies of the table of labels are fetched.
+    """
+    from secure_fed.operate.dicomweb import Pacs, parse_query
+    from secure_fed.operate.fetch import fetch as fetch_images
+    from secure_fed.operate.fetch import plan_fetch, read_token
+    from secure_fed.operate.labels import Labels
+
+    try:
+        wanted = parse_query(query or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--query") from error
+    if not wanted and labels is None:
+        raise typer.BadParameter("expected --query, or --labels, or both: what is to be fetched?")
+    table = None if labels is None else Labels.read(labels)
+    pacs = Pacs(dicomweb, token=read_token(token_file), authority=ca, proxy=proxy, rate=rate)
+    if pacs.url.startswith("http:"):
+        console.print(f"{pacs.url}: without TLS; whoever is on the way sees names and images", markup=False)
+    with progress("searching", "searches") as tell:
+        plan = plan_fetch(pacs, wanted, table, into, tell)
+    _show_plan(plan.document())
+    if plan.absent and not yes and sys.stdin.isatty():
+        typer.confirm("fetch them?", abort=True, err=True)
+    with progress("fetching images") as tell:
+        done = fetch_images(pacs, plan, tell)
+    if json_:
+        print_json(done.document())
+    else:
+        say(f"fetched {len(plan.absent) - len(done.lost)} images; {into / 'manifest.csv'} lists all that are there")
+    if done.unlisted:
+        _tell(f"{done.unlisted} files of an earlier fetch are not in the archive any more, and not in the manifest")
+    done.refuse_gaps()
+
+
+def _tell(line: str) -> None:
+    """One line on stderr."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    _tell(
+        f"found: {plan['images']} images in {plan['series']} series of {plan['studies']} studies, "
+        f"{plan['patients']} patients"
+    )
+    for modality, count in sorted(plan["series_left_out"].items()):
+        _tell(f"left out: {count} series of {modality}, which are no pictures")
+    for key, count in sorted(plan["query_not_heeded"].items()):
+        _tell(f"the archive did not heed {key}: {count} of its answers are of others, and left out")
+    if plan["unpaged"]:
+        _tell("the archive gives everything at once, whatever is asked for; taken as complete")
+    if plan["images_without_patient"]:
+        _tell(f"{plan['images_without_patient']} images have no PatientID")
+    if plan["labels"] is not None:
+        joined = plan["labels"]
+        _tell(
+            f"labels: {joined['rows_joined']} of {joined['rows']} rows joined; without a label: "
+            f"{joined['images_without_label']} images of {len(joined['studies_without_label'])} studies"
+        )
+        for lines in (joined["rows_not_joined"], joined["studies_without_label"]):
+            for line in lines[:10]:
+                _tell(f"  {line}")
+            if len(lines) > 10:
+                _tell(f"  and {len(lines) - 10} more: fetch.json, or --json, has all")
+    unknown = f" ({plan['sizes_unknown']} of unknown size)" if plan["sizes_unknown"] else ""
+    _tell(
+        f"to fetch: {plan['to_fetch']} images, at most about {_size(plan['bytes_at_most'])}{unknown}; "
+        f"{_size(plan['bytes_free'])} are free"
+    )
+    if plan["bytes_at_most"] > plan["bytes_free"]:
+        _tell("that is more than is free, unless the archive keeps them compressed; a full disk loses nothing")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 @app.command()
@@ -104,17 +205,21 @@ def _show(report: dict[str, Any]) -> None:
 
 
 class _Rate(ProgressColumn):
-    """Images a second."""
+    """So many a second."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        super().__init__()
 
     def render(self, task: RichTask) -> Text:
         """Empty before anything was done."""
-        return Text("" if not task.speed else f"{task.speed:,.0f} images/s")
+        return Text("" if not task.speed else f"{task.speed:,.0f} {self._unit}/s")
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr with rate and time left; gives the function to tell it how far things are."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None)
 

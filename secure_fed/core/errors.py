@@ -318,3 +318,9 @@ class DemoError(SecfacmicError):
     """A process of the demonstration that ended before the study did."""
 
     exit_code = 87
+
+
+class PacsError(SecfacmicError):
+    """An image archive that cannot be asked, lets nobody in, or answers with something else than images."""
+
+    exit_code = 88
