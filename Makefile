@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .PHONY: environment test test-unit test-slow test-browser lint docs coverage audit lock demo demo-figures fuzz mini-clip
-.PHONY: test-faults test-network wheelhouse brain-mri sweep-demo
+.PHONY: test-pacs test-faults test-network wheelhouse brain-mri sweep-demo
 
 # Makes .venv anew when pyproject.toml or requirements-dev.txt changes, or when it runs another checkout's code.
 environment:
@@ -53,6 +53,10 @@ test-slow: environment
 # The report in Chromium (/usr/bin/chromium and chromedriver, Debian's chromium and chromium-driver).
 test-browser: environment
 	$(BIN)/python -P -m pytest -m browser
+
+# Fetching from a real archive: Orthanc on loopback (Debian's orthanc and orthanc-dicomweb).
+test-pacs: environment
+	$(BIN)/python -P -m pytest tests/integration/test_pacs.py -m pacs
 
 # Every fault of docs/faults.md, with real processes; needs root for the disks that are full.
 test-faults: environment

@@ -55,9 +55,7 @@ def fetch(
     token_file: Annotated[
         Path | None, typer.Option(help="File with the archive's token; else SECFACMIC_DICOMWEB_TOKEN is looked at.")
     ] = None,
-    ca: Annotated[
-        Path | None, typer.Option(help="Certificate of the archive's authority, instead of known ones.")
-    ] = None,
+    ca: Annotated[Path | None, typer.Option(help="Certificate of the archive's authority, PEM.")] = None,
     proxy: Annotated[str | None, typer.Option(metavar="URL", help="HTTP proxy on the way to the archive.")] = None,
     rate: Annotated[float, typer.Option(min=0.01, max=1000, help="Most requests a second.")] = 20.0,
     yes: Annotated[bool, typer.Option("--yes", help="Fetch without asking; a terminal is asked otherwise.")] = False,
@@ -114,7 +112,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
     for key, count in sorted(plan["query_not_heeded"].items()):
         _tell(f"the archive did not heed {key}: {count} of its answers are of others, and left out")
     if plan["unpaged"]:
-        _tell("the archive gives everything at once, whatever is asked for; taken as complete")
+        _tell("the archive answers with everything at once and has no pages; taken as complete")
     if plan["images_without_patient"]:
         _tell(f"{plan['images_without_patient']} images have no PatientID")
     if plan["labels"] is not None:

@@ -1,8 +1,8 @@
 """An image archive over DICOMweb: which images a query finds, and each as the bytes of a file.
 
-Only searches (QIDO-RS) and retrievals (WADO-RS) are sent, to the one address given: no redirect is followed, and proxy and
-passwords of the environment are not looked at. Answers are not believed: what does not match the query, or is another image
-than the one asked for, or stops before its end, is not taken.
+Only searches (QIDO-RS) and retrievals (WADO-RS) are sent, to the one address given: no redirect is followed, and proxy
+and passwords of the environment are not looked at. Answers are not believed: what does not match the query, or is
+another image than the one asked for, or stops before its end, is not taken.
 """
 
 from __future__ import annotations
@@ -40,35 +40,9 @@ STUDY_KEYS = (
 SERIES_KEYS = ("Modality", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "BodyPartExamined", "ProtocolName")
 
 NO_PICTURES = frozenset(
-    [
-        "ANN",
-        "ASMT",
-        "AU",
-        "DOC",
-        "ECG",
-        "EPS",
-        "FID",
-        "HD",
-        "KO",
-        "M3D",
-        "PLAN",
-        "PR",
-        "REG",
-        "RESP",
-        "RTDOSE",
-        "RTPLAN",
-        "RTRECORD",
-        "RTSTRUCT",
-        "RWV",
-        "SEG",
-        "SMR",
-        "SR",
-    ]
-)
+    ("ANN", "ASMT", "AU", "DOC", "ECG", "EPS", "FID", "HD", "KO", "M3D", "PLAN", "PR", "REG", "RESP", "RTDOSE")
+) | {"RTPLAN", "RTRECORD", "RTSTRUCT", "RWV", "SEG", "SMR", "SR"}
 """Modalities of what is stored beside pictures, and is none."""
-
-PAGE = 200
-"""Results asked for at once."""
 
 TIMEOUT = (10.0, 120.0)
 """Seconds to connect, and between two pieces of an answer."""
@@ -314,31 +288,28 @@ class Pacs:
         search = getattr(self._client, f"search_for_{level}")
         results: dict[str, dict[str, Any]] = {}
         offset = 0
+        self._more = False
         while True:
-            self._more = False
             with self._asking(f"a search for {level}"):
                 try:
-                    page = search(
-                        *place, limit=PAGE, offset=offset, fields=sorted(set(fields)), search_filters=dict(terms)
-                    )
+                    # No limit: Orthanc 1.10 cuts by it before it filters by modality, and then says there is no more.
+                    page = search(*place, offset=offset or None, fields=sorted(set(fields)), search_filters=dict(terms))
                 except requests.exceptions.JSONDecodeError as error:
                     raise PacsError(f"{self.url}: the answer to a search is no JSON; {_ADDRESS}") from error
             if not isinstance(page, list) or not all(isinstance(result, dict) for result in page):
                 raise PacsError(f"{self.url}: the answer to a search is no list of results; {_ADDRESS}")
             fresh = {uid: result for result in page if (uid := _uid(result, key)) not in results}
-            if page and not fresh:
-                if offset < PAGE and not self._more:
-                    return list(results.values()), True
-                raise PacsError(
-                    f"{self.url}: the archive gave the same {len(page)} results again for those after number {offset}: "
-                    f"it ignores pages, so that nobody knows how many {level} there are; expected others or none: "
-                    "narrow the query (StudyDate, Modality) below that number"
-                )
             results.update(fresh)
-            if len(page) > PAGE and not self._more:  # it ignored the limit, so this is all there is
-                return list(results.values()), True
             if not page or count == str(len(results)):
                 return list(results.values()), False
+            if not fresh:
+                if self._more:
+                    raise PacsError(
+                        f"{self.url}: the archive says that there are more {level}, and gave the same {len(page)} "
+                        "again when it was asked for those: it ignores pages; expected others: narrow the query "
+                        "(StudyDate, Modality) below that number"
+                    )
+                return list(results.values()), True
             offset += len(page)
 
     def _examine(self, response: requests.Response, *_: Any, **__: Any) -> requests.Response:
@@ -396,13 +367,13 @@ class Pacs:
             raise (error if text.startswith(what) else NotFetchedError(f"{what}: {text}")) from error
         except requests.exceptions.SSLError as error:
             raise CertificateError(
-                f"{self.url}: the archive does not prove to be the one meant ({_reason(error)}); expected a certificate "
-                "for this name, issued by somebody trusted here: give the authority's certificate with --ca FILE"
+                f"{self.url}: the archive does not prove to be the one meant ({_reason(error)}); expected a "
+                "certificate for this name, issued by somebody trusted here: name the authority's with --ca FILE"
             ) from error
         except requests.exceptions.ProxyError as error:
             raise PacsError(
-                f"{self._proxy}: the proxy does not lead to {self.url} ({_reason(error)}); look at --proxy, or leave it "
-                "out where the archive is reached directly"
+                f"{self._proxy}: the proxy does not lead to {self.url} ({_reason(error)}); look at --proxy, or leave "
+                "it out where the archive is reached directly"
             ) from error
         except requests.exceptions.ConnectTimeout as error:
             raise PacsError(self._unreached(error)) from error
@@ -451,12 +422,14 @@ class _Paced(HTTPAdapter):
         super().__init__(max_retries=retry)
         self._pause, self._next = 1 / rate, 0.0
 
-    def send(self, *arguments: Any, **options: Any) -> requests.Response:
+    def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
         """Send a request when it is its turn."""
+        # Orthanc 1.10 does not decode queries, and the client encodes more than it has to.
+        request.url = (request.url or "").replace("%2A", "*").replace("%3F", "?")
         now = time.monotonic()
         time.sleep(max(0.0, self._next - now))
         self._next = max(now, self._next) + self._pause
-        return super().send(*arguments, **options)
+        return super().send(request, *arguments, **options)
 
 
 def _check_url(url: str, token: str | None) -> None:

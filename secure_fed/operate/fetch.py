@@ -1,7 +1,7 @@
 """From a hospital's image archive to a data folder: files, and a manifest with labels joined from a table.
 
-The folder holds ``images/STUDY/SERIES/IMAGE.dcm``, ``manifest.csv`` and ``fetch.json``, which says what was asked for and
-what did not fit. A file is whole or not there; the same command goes on where another was interrupted.
+The folder holds ``images/STUDY/SERIES/IMAGE.dcm``, ``manifest.csv`` and ``fetch.json``, which says what was asked for
+and what did not fit. A file is whole or not there; the same command goes on where another was interrupted.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def plan_fetch(
     by_table = labels is not None and not any(key in STUDY_KEYS for key in query)
     asked = dict(query) | ({"labels": str(labels.path.name)} if labels is not None and by_table else {})
     _check_folder(out, pacs.url, asked)
-    queries = [{**query, **key} for key in labels.keys()] if labels is not None and by_table else [query]
+    queries = [{**query, **key} for key in labels.queries()] if labels is not None and by_table else [query]
     found = pacs.search(queries, tell)
     if not found.images:
         left_out = ", ".join(f"{count} of {modality}" for modality, count in sorted(found.left_out.items()))
@@ -181,7 +181,7 @@ def plan_fetch(
             f"{pacs.url}: no image matches {_as_text(asked)}"
             + (f" (series that are no pictures: {left_out})" if left_out else "")
             + (f" (answered, and left out: {ignored})" if ignored else "")
-            + "; expected some: look at the values, which may have * and ? in them"
+            + "; expected some: look at the values, which may have * and ? in them (some archives need ? for a blank)"
         )
     joined = None if labels is None else labels.join(found.images)
     absent = tuple(image for image in found.images if not _file(out, image).exists())

@@ -109,7 +109,7 @@ class Labels:
             raise ManifestError(f"{path}: no row with a label; expected one a study or patient")
         return cls(path, tuple(rows))
 
-    def keys(self) -> Iterator[dict[str, str]]:
+    def queries(self) -> Iterator[dict[str, str]]:
         """A query for each accession number, or patient, once."""
         told: set[tuple[str, str]] = set()
         for row in self.rows:
