@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from secure_fed.core.layout import acceptance_note
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import to_toml
 from secure_fed.privacy.keys import Identity
+from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.rounds import RoundReply
@@ -120,9 +122,7 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
     study = agreed.study
     payload = wire(study.mode, agreed.lanes).payload_bytes
     observes = file.observes(study)
-    budget = None
-    if file.privacy is not None and not observes:
-        budget = {"epsilon": file.privacy.epsilon, "delta": file.privacy.delta, "unit": file.data.unit}
+    budget = None if observes else _budget(file)
     return {
         "study": study.name,
         "study_id": study.id,
@@ -159,6 +159,16 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
         "min_sites": study.min_sites,
         "quorum": dataclasses.asdict(study.quorum(study.sites)),
     }
+
+
+def _budget(file: SiteFile) -> dict[str, Any] | None:
+    """The budget that the site will run under: of its file, else the one that its ledger remembers."""
+    if file.privacy is not None:
+        return {"epsilon": file.privacy.epsilon, "delta": file.privacy.delta, "unit": file.data.unit}
+    if not Ledger.exists(file.state_folder.ledger):
+        return None
+    account = Ledger(file.state_folder.ledger).account
+    return {"epsilon": account.epsilon, "delta": account.delta, "unit": account.unit}
 
 
 def policy(file: SiteFile) -> dict[str, Any]:
@@ -284,12 +294,21 @@ def require_acceptance(file: SiteFile, agreed: AgreedStudy, key: str) -> Accepta
         key: the site's public signing key.
 
     Raises:
-        NotAcceptedError: there is none, or it is not by this site's key.
+        NotAcceptedError: there is none, or it is not by this site's key; or the site would take part under terms
+            weaker than those accepted.
     """
     study, folder = agreed.study, file.state_folder.accepted
     found = notes(folder, study.id, file.site, key)
     if found:
-        return found[-1][0]
+        header, accepted = found[-1]
+        changed = weaker(accepted, terms(file, agreed))
+        if changed:
+            raise NotAcceptedError(
+                f"study {study.name}: site {file.site} would take part under weaker terms than {header.by} accepted at "
+                f"{when(header.accepted_ms)}:\n  " + "\n  ".join(changed) + "\nexpected these or stricter ones: set "
+                f"site.toml and the command back as they were; or, if it is meant, accept anew: {_ACCEPT}"
+            )
+        return header
     others = sorted(folder.glob("*.toml"), key=lambda other: other.stat().st_mtime)
     if others:
         raise NotAcceptedError(
@@ -301,6 +320,100 @@ def require_acceptance(file: SiteFile, agreed: AgreedStudy, key: str) -> Accepta
         f"study {study.name}, id {study.id}: not accepted at site {file.site}; expected somebody's word that what "
         f"leaves is known: {_ACCEPT}"
     )
+
+
+def weaker(accepted: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each term that protects the site less than the accepted one, with both values; stricter ones are none.
+
+    Args:
+        accepted: the terms in a note.
+        now: the terms that would hold.
+    """
+    found = []
+    for path, is_weaker in _WEAKER.items():
+        before, after = _at(accepted, path), _at(now, path)
+        # What a note says nothing about was not accepted.
+        if before is _UNSAID or is_weaker(before, after):
+            told = "nothing" if before is _UNSAID else json.dumps(before)
+            found.append(f"{path}: accepted {told}, now {json.dumps(after)}")
+    return found
+
+
+_UNSAID = object()
+
+
+def _at(shown: Any, path: str) -> Any:
+    for name in path.split("."):
+        if not isinstance(shown, dict) or name not in shown:
+            return _UNSAID
+        shown = shown[name]
+    return shown
+
+
+def _more(accepted: Any, now: Any) -> bool:
+    return bool(now > accepted)
+
+
+def _less(accepted: Any, now: Any) -> bool:
+    return bool(now < accepted)
+
+
+def _other(accepted: Any, now: Any) -> bool:
+    return bool(now != accepted)
+
+
+def _names_more(accepted: Any, now: Any) -> bool:
+    return not set(now) <= set(accepted)
+
+
+def _limit_raised(accepted: float | None, now: float | None) -> bool:
+    return accepted is not None and (now is None or now > accepted)
+
+
+def _takes_more(accepted: list[str], now: list[str]) -> bool:
+    return bool(accepted) and (not now or _names_more(accepted, now))
+
+
+def _falls(*strictest_first: Any) -> Callable[[Any, Any], bool]:
+    return lambda accepted, now: strictest_first.index(now) > strictest_first.index(accepted)
+
+
+def _budget_weaker(accepted: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    if accepted is None:
+        return False
+    if now is None or _falls("patient", "image")(accepted["unit"], now["unit"]):
+        return True
+    return bool(now["epsilon"] > accepted["epsilon"] or now["delta"] > accepted["delta"])
+
+
+_WEAKER: dict[str, Callable[[Any, Any], bool]] = {
+    "study_id": _other,
+    "members": _other,
+    "role": _falls("observer", "train"),
+    "mode": _falls("he", "plain"),
+    "rounds": _more,
+    "min_sites": _less,
+    "quorum.needed": _less,
+    "quorum.faulty": _less,
+    "quorum.collusion": _less,
+    "budget": _budget_weaker,
+    "policy.allow_plain": _falls(False, True),
+    "policy.min_sites": _less,
+    "policy.max_epsilon": _limit_raised,
+    "policy.studies": _takes_more,
+    "policy.amendments": _falls("none", "removals", "all"),
+    "policy.data.kind": lambda accepted, now: accepted == "patients" and now != accepted,
+    "policy.data.unit": _falls("patient", "image"),
+    "leaves.updates": _more,
+    "leaves.update_bytes": _more,
+    "leaves.update_header_bytes": _more,
+    "leaves.update_values": _more,
+    "leaves.update_bits": _more,
+    "leaves.validation_counts": _falls(False, True),
+    "leaves.reply_fields": _names_more,
+    "leaves.update_fields": _names_more,
+}
+"""What an acceptance binds, and when a value is weaker than an accepted one."""
 
 
 def when(milliseconds: int) -> str:

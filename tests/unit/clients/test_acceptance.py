@@ -13,8 +13,16 @@ import pytest
 from typer.testing import CliRunner
 
 from secure_fed.cli import app, main
-from secure_fed.clients.acceptance import HEADER_WORDS, REPLY_WORDS, check_acceptance, require_acceptance
-from secure_fed.clients.sitefile import read_site_file
+from secure_fed.clients.acceptance import (
+    HEADER_WORDS,
+    REPLY_WORDS,
+    check_acceptance,
+    record_acceptance,
+    require_acceptance,
+    terms,
+    weaker,
+)
+from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import (
     CertificateError,
     KeyFileError,
@@ -26,6 +34,7 @@ from secure_fed.core.errors import (
 from secure_fed.core.storage import exclusive
 from secure_fed.operate.closing import close_site, refuse_closed
 from secure_fed.privacy.keys import create_sealed_key, load_identity
+from secure_fed.privacy.ledger import Account, Ledger
 from secure_fed.protocol.envelope import EnvelopeHeader
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.rounds import RoundReply
@@ -339,3 +348,92 @@ def test_an_amendment_needs_no_new_acceptance(federation: Federation) -> None:
     coordinator.amend(sealed)
     file = read_site_file(site_toml(federation))
     assert require_acceptance(file, load_study(federation.folder / "study.toml"), identity.keys.signing)
+
+
+# --- what was accepted binds ---
+
+
+def accept(federation: Federation, *options: object) -> None:
+    study, site = federation.folder / "study.toml", site_toml(federation)
+    assert call("site", "accept", study, "--site", site, "--by", "Ada", *options)[0] == 0
+
+
+def check(federation: Federation, **changes: object) -> None:
+    file = read_site_file(site_toml(federation)).model_copy(update=changes)
+    key = load_identity(Path(file.identity), "ash").keys.signing
+    require_acceptance(file, federation.agreed, key)
+
+
+def test_a_start_under_weaker_terms_is_refused_with_both_values(federation: Federation) -> None:
+    file = read_site_file(site_toml(federation))
+    strict = {
+        "privacy": SitePrivacy(epsilon=1, delta=1e-6),
+        "max_epsilon": 2.0,
+        "studies": ("small",),
+        "amendments": "none",
+        "min_sites": 4,
+        "data": file.data.model_copy(update={"kind": "patients", "unit": "patient"}),
+    }
+    strict_file = file.model_copy(update=strict)
+    record_acceptance(strict_file, federation.agreed, load_identity(Path(file.identity), "ash"), "Ada")
+    check(federation, **strict)
+    weaker = {
+        "privacy": [
+            (None, r'budget: accepted .*"epsilon": 1\.0.*now null'),
+            (SitePrivacy(epsilon=8, delta=1e-6), r'budget: accepted .*"epsilon": 1\.0.*now .*"epsilon": 8\.0'),
+            (SitePrivacy(epsilon=1, delta=1e-5), "1e-05"),
+        ],
+        "allow_plain": [(True, r"policy\.allow_plain: accepted false, now true")],
+        "max_epsilon": [(None, r"policy\.max_epsilon: accepted 2\.0, now null"), (3.0, "now 3.0")],
+        "studies": [((), r'policy\.studies: accepted \["small"\], now \[\]'), (("small", "other"), "other")],
+        "amendments": [("removals", "none"), ("all", r'policy\.amendments: accepted "none", now "all"')],
+        "min_sites": [(3, r"policy\.min_sites: accepted 4, now 3")],
+        "data": [(file.data.model_copy(update={"kind": "public", "unit": "patient"}), r"data\.kind"),
+                 (file.data.model_copy(update={"kind": "patients", "unit": "image"}), r"data\.unit")],
+    }  # fmt: skip
+    for name, values in weaker.items():
+        for value, said in values:
+            with pytest.raises(NotAcceptedError, match=said) as refused:
+                check(federation, **strict | {name: value})
+            assert "than Ada accepted at 20" in str(refused.value)
+            assert "site accept" in str(refused.value)
+
+
+def test_stricter_terms_need_no_new_word(federation: Federation) -> None:
+    accept(federation, "--epsilon", 3)
+    check(federation, privacy=SitePrivacy(epsilon=2, delta=1e-6), max_epsilon=2.5, amendments="none", min_sites=4)
+    check(federation, privacy=SitePrivacy(epsilon=3), studies=("small",))
+
+
+def test_what_was_accepted_with_a_budget_does_not_start_without_one(federation: Federation) -> None:
+    """Given on the command line, it is in no file: forgotten at the start, the site would train without any."""
+    accept(federation, "--epsilon", 3)
+    with pytest.raises(NotAcceptedError, match="now null"):
+        check(federation)
+    Ledger.create(site_toml(federation).parent / "state" / "privacy", Account("ash", "image", "simulated", 3.0, 1e-5))
+    check(federation)  # a ledger remembers it
+
+
+def test_a_second_acceptance_is_kept_beside_the_first_and_the_last_holds(federation: Federation) -> None:
+    folder = site_toml(federation).parent / "state" / "accepted"
+    accept(federation, "--epsilon", 1)
+    before = {path: path.read_bytes() for path in folder.glob("*.signed")}
+    accept(federation, "--epsilon", 8)
+    check(federation, privacy=SitePrivacy(epsilon=8))
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert len(list(folder.glob("*.signed"))) == len(before) + 1 == 3
+    sorted(folder.glob("*.signed"))[1].unlink()
+    with pytest.raises(NotAcceptedError, match="or one is missing"):
+        check(federation, privacy=SitePrivacy(epsilon=1))
+
+
+def test_more_that_leaves_than_was_accepted_asks_for_a_new_word(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = terms(read_site_file(site_toml(federation)), federation.agreed)
+    more = json.loads(json.dumps(shown))
+    more["leaves"]["reply_fields"]["loss"] = "of its training"
+    assert weaker(shown, more)[0].startswith("leaves.reply_fields")
+    assert weaker(more, shown) == []
+    del shown["quorum"]
+    assert weaker(shown, more)[0] == f"quorum.needed: accepted nothing, now {more['quorum']['needed']}"
