@@ -18,6 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from secure_fed.clients.dicom import patient_id
+from secure_fed.clients.nifti import Axis
+from secure_fed.clients.reading import Place, Source
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.study import Shares
 
@@ -44,7 +46,8 @@ class SiteImage:
         patient: whose it is; the file's path below the data folder where an image counts as a patient.
         label: index into the study's classes; None exactly if ``split`` is ``unlabelled``.
         split: what it is used for; all images of a patient share one.
-        frame: of a multi-frame DICOM file, which frame, from 0; None takes the middle one.
+        frame: of a multi-frame DICOM file or a NIfTI volume, which frame or slice, from 0; None takes the middle one.
+        axis: of a NIfTI volume, which way it is cut.
     """
 
     path: Path
@@ -52,6 +55,12 @@ class SiteImage:
     label: int | None
     split: Split
     frame: int | None = None
+    axis: Axis = "axial"
+
+    @property
+    def source(self) -> Source:
+        """Where its picture is."""
+        return Source(self.path, Place(self.frame, self.axis))
 
 
 Groups = Callable[[Sequence[SiteImage]], Collection[Collection[str]]]

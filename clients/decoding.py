@@ -1,42 +1,32 @@
-"""From a file to pixels, image by image in worker processes: Pillow's formats and DICOM."""
+"""From files to what is made of their pictures, in worker processes."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from secure_fed.clients.dicom import is_dicom, read_slice
+from secure_fed.clients.nifti import Axis
+from secure_fed.clients.reading import ImageFile, Place, Source, identity_of, open_file, see
+from secure_fed.clients.rules import Picture, Rules, UndecodableError
 from secure_fed.core.errors import StorageError
 from secure_fed.core.processes import die_with
 
 T = TypeVar("T")
 
 MOST_WORKERS = 16
+_PLAIN = Rules()
 _INLINE = 64
 """Fewer images than this are decoded in this process: starting others takes longer."""
-
-
-class UndecodableError(Exception):
-    """Why a file is no usable image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One image: a file, and of a multi-frame file which frame (from 0; None takes the middle one)."""
-
-    path: Path
-    frame: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +35,7 @@ class Decoded(Generic[T]):
 
     Attributes:
         index: its place in the list.
-        identity: :func:`identity` of the bytes that were decoded; empty if they could not be read.
+        identity: :func:`secure_fed.clients.reading.identity` of what was decoded; empty if it could not be read.
         value: what was made of the image; None if it cannot be decoded.
         reason: why not; else empty.
     """
@@ -56,43 +46,67 @@ class Decoded(Generic[T]):
     reason: str
 
 
-def identity(content: bytes, frame: int | None) -> bytes:
-    """By which an image is known for ever: SHA-256 of its file, and of a chosen frame its number too."""
-    digest = hashlib.sha256(content).digest()
-    return digest if frame is None else hashlib.sha256(digest + b"frame %d" % frame).digest()
-
-
-def decode(content: bytes, frame: int | None = None) -> Image.Image:
-    """The whole image, decoded; any Pillow mode of at most 8 bits a channel.
+def decode(content: bytes, frame: int | None = None, axis: Axis = "axial", rules: Rules = _PLAIN) -> Image.Image:
+    """One picture of a file, of at most 8 bits a channel.
 
     Raises:
         UndecodableError: it is broken, or would be turned into something else without a word.
     """
-    if is_dicom(content):
+    return see(open_file(content), Place(frame, axis), rules).image
+
+
+class _Files:
+    """Opens files and keeps the last one: frames of one file follow one another, and it is read and hashed once."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._content = b""
+        self._digest = b""
+        self._opened: ImageFile | UndecodableError | None = None
+
+    def identity(self, source: Source) -> bytes:
+        """By which the image is known.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if source.path != self._path:
+            self._path = None
+            self._content = source.path.read_bytes()
+            self._path, self._opened = source.path, None
+            self._digest = hashlib.sha256(self._content).digest()
+        return identity_of(self._digest, source.place)
+
+    def picture(self, source: Source, rules: Rules) -> Picture:
+        """The picture of the source whose identity was just asked for.
+
+        Raises:
+            UndecodableError: there is none.
+        """
+        if self._opened is None:
+            try:
+                self._opened = open_file(self._content)
+            except UndecodableError as error:
+                self._opened = error
+            self._content = b""  # what is opened holds what it needs of it
+        if isinstance(self._opened, UndecodableError):
+            raise self._opened
+        return see(self._opened, source.place, rules)
+
+
+def identities(sources: Iterable[Source]) -> Iterator[bytes | OSError]:
+    """By which images are known, in order; the reason for a file that cannot be read. Each file is read once if its
+    frames follow one another."""
+    files = _Files()
+    for source in sources:
         try:
-            return read_slice(content, frame)
-        except ValueError as error:
-            raise UndecodableError(str(error)) from error
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except UnidentifiedImageError as error:
-        raise UndecodableError("no image in a format that Pillow or pydicom knows") from error
-    except Exception as error:  # Pillow's readers raise of every kind on broken files
-        raise UndecodableError(str(error) or type(error).__name__) from error
-    if image.mode[0] in "IF":
-        # Pillow cuts these off at 255; which grey values matter is for the site to say.
-        raise UndecodableError(f"pixels of mode {image.mode}, more than 8 bits; choose a window and convert it")
-    frames = getattr(image, "n_frames", 1)
-    if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews
-        raise UndecodableError(f"{frames} frames; expected one image a file, or DICOM")
-    if frame is not None:
-        raise UndecodableError(f"frame {frame} of a file with one image; expected no frame, or multi-frame DICOM")
-    return image
+            yield files.identity(source)
+        except OSError as error:
+            yield error
 
 
 def decode_all(
-    sources: Sequence[Source], work: Callable[[Iterator[Image.Image]], Sequence[T]], batch: int
+    sources: Sequence[Source], work: Callable[[Iterator[Picture]], Sequence[T]], batch: int, rules: Rules = _PLAIN
 ) -> Iterator[list[Decoded[T]]]:
     """Decode images and do some work on them, batch by batch, in processes of their own: one a processor.
 
@@ -104,6 +118,7 @@ def decode_all(
         work: from those pictures of a batch that can be decoded, one at a time, to what is wanted of each; runs in
             the other process on one thread.
         batch: results come in lists of this many, in order; the last one may be shorter.
+        rules: how pictures are to be seen.
 
     Raises:
         StorageError: a process was killed, most likely for want of memory.
@@ -111,7 +126,7 @@ def decode_all(
     inline = len(sources) < _INLINE or multiprocessing.current_process().daemon  # a daemon may have no children
     workers = 0 if inline else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     loader: DataLoader[Decoded[T]] = DataLoader(
-        _Decoding(sources, work),
+        _Decoding(sources, work, rules),
         batch_size=batch,
         collate_fn=_as_they_are,
         num_workers=workers,
@@ -132,9 +147,12 @@ def decode_all(
 
 
 class _Decoding(Dataset[Decoded[T]], Generic[T]):
-    def __init__(self, sources: Sequence[Source], work: Callable[[Iterator[Image.Image]], Sequence[T]]) -> None:
+    def __init__(
+        self, sources: Sequence[Source], work: Callable[[Iterator[Picture]], Sequence[T]], rules: Rules
+    ) -> None:
         self._sources = sources
         self._work = work
+        self._rules = rules
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -144,14 +162,14 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
         identities: dict[int, bytes] = {}
         reasons: dict[int, str] = {}
         decoded: list[int] = []
+        files = _Files()
 
-        def pictures() -> Iterator[Image.Image]:
+        def pictures() -> Iterator[Picture]:
             for index in indices:
                 source = self._sources[index]
                 try:
-                    content = source.path.read_bytes()
-                    identities[index] = identity(content, source.frame)
-                    picture = decode(content, source.frame)
+                    identities[index] = files.identity(source)
+                    picture = files.picture(source, self._rules)
                 except (UndecodableError, OSError) as error:
                     reasons[index] = str(error.strerror if isinstance(error, OSError) else error)
                     continue

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import imagehash
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageStat
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from secure_fed.clients.data import SiteImage
-from secure_fed.clients.decoding import Decoded, Source, decode_all, identity
+from secure_fed.clients.decoding import Decoded, decode_all, identities
 from secure_fed.clients.features import FeatureCache, Progress
+from secure_fed.clients.rules import Facts, Picture, Rules
 
 HASH_BITS = 256
 NEAR_BITS = 16
@@ -28,34 +30,63 @@ ALWAYS_TOGETHER = 10
 
 _SIDE = 16  # of the hash, squared its bits
 _BATCH = 256
+_PLAIN = Rules()
+_NO_FACTS = Facts()
 _BLOCK = 2048
 
 
 class Fingerprint(NamedTuple):
-    """What is kept of an image's content to find its copies.
+    """What is kept of an image's content, to find its copies and what is odd about it.
 
     Attributes:
         pixels: SHA-256 of size and pixels as RGB: equal exactly for equal pictures, whatever the file format.
         look: 256-bit perceptual hash (the low frequencies of the picture in grey, each above or below their median).
         width: in pixels.
         height: in pixels.
+        mean: of the grey values, 0 to 255.
+        contrast: standard deviation of the grey values.
+        colour: mean distance of the colours from grey, 0 to 255.
+        facts: what the file says of it.
     """
 
     pixels: bytes
     look: bytes
     width: int
     height: int
+    mean: float = 0.0
+    contrast: float = 0.0
+    colour: float = 0.0
+    facts: Facts = Facts()
+
+    def to_bytes(self) -> bytes:
+        """As the cache keeps it."""
+        numbers = _FORM.pack(self.pixels, self.look, self.width, self.height, self.mean, self.contrast, self.colour)
+        return numbers + json.dumps(self.facts).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Fingerprint:
+        """Inverse of :meth:`to_bytes`."""
+        modality, scanner, kind, notes = json.loads(content[_FORM.size :])
+        facts = Facts(modality, scanner, kind, tuple(notes))
+        pixels, look, width, height, mean, contrast, colour = _FORM.unpack(content[: _FORM.size])
+        return cls(pixels, look, width, height, mean, contrast, colour, facts)
 
 
-_FORM = struct.Struct(f"<32s{HASH_BITS // 8}sII")
+_FORM = struct.Struct(f"<32s{HASH_BITS // 8}sIIfff")
 
 
-def fingerprint(image: Image.Image) -> Fingerprint:
+def fingerprint(image: Image.Image, facts: Facts = _NO_FACTS) -> Fingerprint:
     """The fingerprint of a decoded image."""
-    colours = image.convert("RGB")
+    grey = image if image.mode == "L" else image.convert("RGB")
+    colours = grey if grey.mode == "RGB" else grey.convert("RGB")
     digest = hashlib.sha256(struct.pack("<II", *image.size) + colours.tobytes()).digest()
-    look = np.packbits(imagehash.phash(colours, hash_size=_SIDE).hash.flatten()).tobytes()
-    return Fingerprint(digest, look, *image.size)
+    look = np.packbits(imagehash.phash(grey, hash_size=_SIDE).hash.flatten()).tobytes()
+    statistics = ImageStat.Stat(grey.convert("L"))
+    spread = 0.0
+    if grey.mode == "RGB":
+        small = np.asarray(grey.reduce(max(1, min(grey.size) // 64)), dtype=np.int16)
+        spread = float((small.max(axis=2) - small.min(axis=2)).mean())
+    return Fingerprint(digest, look, *image.size, statistics.mean[0], statistics.stddev[0], spread, facts)
 
 
 class Fingerprints(NamedTuple):
@@ -65,13 +96,16 @@ class Fingerprints(NamedTuple):
     unreadable: dict[int, str]
 
 
-def fingerprints(images: Sequence[SiteImage], cache: FeatureCache, progress: Progress | None = None) -> Fingerprints:
+def fingerprints(
+    images: Sequence[SiteImage], cache: FeatureCache, progress: Progress | None = None, rules: Rules = _PLAIN
+) -> Fingerprints:
     """The fingerprints of images, from the cache or, decoded in other processes, computed and cached.
 
     Args:
         images: of the site.
         cache: keeps them by the image's identity; interrupted, all but the last batch is there the next time.
         progress: told the number of images done and of all.
+        rules: how pictures are to be seen.
 
     Raises:
         StorageError: the cache cannot be used.
@@ -79,28 +113,29 @@ def fingerprints(images: Sequence[SiteImage], cache: FeatureCache, progress: Pro
     found: list[Fingerprint | None] = [None] * len(images)
     unreadable: dict[int, str] = {}
     missing = []
-    for index, image in enumerate(images):
-        try:
-            known = cache.get_fingerprint(identity(image.path.read_bytes(), image.frame))
-        except OSError as error:
-            unreadable[index] = str(error.strerror)
-            continue
-        if known is None:
+    for index, known_as in enumerate(identities(image.source for image in images)):
+        if isinstance(known_as, OSError):
+            unreadable[index] = str(known_as.strerror)
+        elif (known := cache.get_look(known_as, rules)) is None:
             missing.append(index)
         else:
-            found[index] = Fingerprint._make(_FORM.unpack(known))
+            found[index] = Fingerprint.from_bytes(known)
     done = len(images) - len(missing)
     if progress is not None:
         progress(done, len(images))
-    sources = [Source(images[index].path, images[index].frame) for index in missing]
-    for batch in decode_all(sources, lambda pictures: [fingerprint(one) for one in pictures], _BATCH):
-        cache.put_fingerprints([(one.identity, _FORM.pack(*one.value)) for one in batch if one.value is not None])
+    sources = [images[index].source for index in missing]
+    for batch in decode_all(sources, _fingerprinted, _BATCH, rules):
+        cache.put_looks(rules, [(one.identity, one.value.to_bytes()) for one in batch if one.value is not None])
         for one in batch:
             _note(one, missing[one.index], found, unreadable)
         done += len(batch)
         if progress is not None:
             progress(done, len(images))
     return Fingerprints(found, unreadable)
+
+
+def _fingerprinted(pictures: Iterator[Picture]) -> list[Fingerprint]:
+    return [fingerprint(one.image, one.facts) for one in pictures]
 
 
 def _note(one: Decoded[Fingerprint], index: int, found: list[Fingerprint | None], unreadable: dict[int, str]) -> None:

@@ -8,16 +8,19 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from secure_fed.clients.decoding import Decoded, Source, decode_all
+from secure_fed.clients.decoding import Decoded, decode_all
+from secure_fed.clients.reading import Source
+from secure_fed.clients.rules import Picture, Rules
 from secure_fed.model.backbone import LoadedBackbone
 
 View = Literal["plain", "mirrored"]
+_PLAIN = Rules()
 
 
 def encode_all(
-    sources: Sequence[Source], backbone: LoadedBackbone, view: View = "plain"
+    sources: Sequence[Source], backbone: LoadedBackbone, view: View = "plain", rules: Rules = _PLAIN
 ) -> Iterator[list[Decoded[NDArray[np.float32]]]]:
     """Unit features [dim] of images, in order and in short lists, to be kept as they come.
 
@@ -29,20 +32,21 @@ def encode_all(
         sources: what to encode.
         backbone: by what.
         view: the image as it is, or mirrored left to right.
+        rules: how pictures are to be seen.
 
     Raises:
         StorageError: a process was killed, most likely for want of memory.
     """
 
-    def prepared(pictures: Iterator[Image.Image]) -> list[NDArray[np.float32]]:
-        return [backbone.prepare(one if view == "plain" else ImageOps.mirror(one)) for one in pictures]
+    def prepared(pictures: Iterator[Picture]) -> list[NDArray[np.float32]]:
+        return [backbone.prepare(one.image if view == "plain" else ImageOps.mirror(one.image)) for one in pictures]
 
-    def encoded(pictures: Iterator[Image.Image]) -> list[NDArray[np.float32]]:
+    def encoded(pictures: Iterator[Picture]) -> list[NDArray[np.float32]]:
         return list(backbone.encode_prepared(prepared(pictures)))
 
     if backbone.device == "cpu":
-        yield from decode_all(sources, encoded, backbone.batch)
+        yield from decode_all(sources, encoded, backbone.batch, rules)
         return
-    for batch in decode_all(sources, prepared, backbone.batch):
+    for batch in decode_all(sources, prepared, backbone.batch, rules):
         features = iter(backbone.encode_prepared([one.value for one in batch if one.value is not None]))
         yield [one if one.value is None else replace(one, value=next(features)) for one in batch]

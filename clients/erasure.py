@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from secure_fed.clients.decoding import identity
+from secure_fed.clients.decoding import identities
 from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import every_image
@@ -62,12 +62,11 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     others: list[bytes] = []
     unread, count = "", 0
     try:
-        for image in every_image(file, agreed):
+        images = every_image(file, agreed)
+        for image, known in zip(images, identities(one.source for one in images), strict=True):
             mine = image.patient == patient
             count += mine
-            try:
-                known = identity(image.path.read_bytes(), image.frame)
-            except OSError:
+            if isinstance(known, OSError):
                 continue
             if mine:
                 theirs.append(known)

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from secure_fed import configs
 from secure_fed.clients.data import SiteImage, Split
-from secure_fed.clients.decoding import Source, identity
+from secure_fed.clients.decoding import identities
 from secure_fed.clients.encoding import View, encode_all
+from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.device import Device
@@ -31,11 +32,14 @@ Progress = Callable[[int, int], None]
 
 _LISTED = 10
 _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow", "pydicom")
+_PLAIN = Rules()
 _TABLES = """
 CREATE TABLE IF NOT EXISTS recipes (recipe TEXT PRIMARY KEY, preprocessing TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS features (image BLOB, space BLOB, feature BLOB NOT NULL, PRIMARY KEY (image, space))
     WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fingerprints (image BLOB PRIMARY KEY, content BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS looks (image BLOB, rules BLOB, content BLOB NOT NULL, PRIMARY KEY (image, rules))
+    WITHOUT ROWID;
+DROP TABLE IF EXISTS fingerprints;
 """
 
 
@@ -58,7 +62,7 @@ class SiteFeatures:
         unreadable: images that were left out because they cannot be decoded.
         encoded: features that were computed in this call; the others came from the cache.
         patients: whose each row is, by split.
-        digests: identities of all images (:func:`secure_fed.clients.decoding.identity`), by patient.
+        digests: identities of all images (:func:`secure_fed.clients.reading.identity`), by patient.
     """
 
     train: Labelled
@@ -133,6 +137,7 @@ class FeatureCache:
         skip_unreadable: bool,
         progress: Progress | None = None,
         device: Device = "cpu",
+        rules: Rules = _PLAIN,
     ) -> Encoded:
         """Have the features of all images in the cache; only those that it lacks are computed.
 
@@ -146,13 +151,14 @@ class FeatureCache:
             skip_unreadable: leave out images that cannot be decoded instead of refusing.
             progress: told after each batch, and once at the end.
             device: where the backbone computes.
+            rules: how pictures are to be seen.
 
         Raises:
             UnreadableImageError: some images cannot be decoded; the features of all others are kept.
             StorageError: the cache cannot be read or written.
             BackboneError: as ``load``; or the backbone's preprocessing is not what the cached features had.
         """
-        return _Encoding(self, images, backbone, load, view, progress, device).run(skip_unreadable)
+        return _Encoding(self, images, backbone, load, view, progress, device, rules).run(skip_unreadable)
 
     def preprocessing(self, recipe: str) -> str | None:
         """What the backbone of a recipe does to an image first, if it has ever been loaded for this cache."""
@@ -197,16 +203,18 @@ class FeatureCache:
         with self._typed_errors(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", content)
 
-    def get_fingerprint(self, image: bytes) -> bytes | None:
-        """The fingerprint of an image (:mod:`secure_fed.clients.duplicates`), if any; empty if it is undecodable."""
+    def get_look(self, image: bytes, rules: Rules) -> bytes | None:
+        """What an image looks like by rules (:mod:`secure_fed.clients.duplicates`), if that is known."""
+        query = "SELECT content FROM looks WHERE image = ? AND rules = ?"
         with self._typed_errors():
-            row = self._database.execute("SELECT content FROM fingerprints WHERE image = ?", (image,)).fetchone()
+            row = self._database.execute(query, (image, rules.digest)).fetchone()
         return None if row is None else bytes(row[0])
 
-    def put_fingerprints(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
-        """Keep fingerprints, by image, in one transaction."""
+    def put_looks(self, rules: Rules, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Keep looks, by image, in one transaction."""
+        content = [(image, rules.digest, look) for image, look in rows]
         with self._typed_errors(), self._database:
-            self._database.executemany("INSERT OR REPLACE INTO fingerprints VALUES (?, ?)", rows)
+            self._database.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?, ?)", content)
 
     def keep_only(self, images: Collection[bytes]) -> int:
         """Drop all that is of other images, and overwrite it on the disk; how many images were dropped."""
@@ -232,7 +240,7 @@ class FeatureCache:
             ) from error
 
 
-_BY_IMAGE = ("features", "fingerprints")
+_BY_IMAGE = ("features", "looks")
 
 
 class _Encoding:
@@ -247,8 +255,10 @@ class _Encoding:
         view: View,
         progress: Progress | None,
         device: Device,
+        rules: Rules,
     ) -> None:
         self._cache = cache
+        self._rules = rules
         self._images = images
         self._load = load
         self._view = view
@@ -274,7 +284,8 @@ class _Encoding:
             more = f"\n  and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
             raise UnreadableImageError(
                 f"{len(unreadable)} of {len(self._images)} images cannot be decoded; expected whole 8-bit "
-                f"images or DICOM: replace or remove them, or leave them out with --skip-unreadable{shown}{more}"
+                "images, DICOM or NIfTI: replace or remove them, or leave them out with --skip-unreadable "
+                f"(in site.toml: skip_unreadable = true){shown}{more}"
             )
         found = [(image, digest) for image, digest in zip(self._images, self._digests, strict=True) if digest]
         return Encoded(
@@ -288,11 +299,10 @@ class _Encoding:
     def _look_up(self) -> list[int]:
         """Find what the cache has; the places of what it lacks."""
         missing = []
-        for index, image in enumerate(self._images):
-            try:
-                digest = identity(image.path.read_bytes(), image.frame)
-            except OSError as error:
-                self._unreadable.append(f"{image.path}: {error.strerror}")
+        known = identities(image.source for image in self._images)
+        for index, (image, digest) in enumerate(zip(self._images, known, strict=True)):
+            if isinstance(digest, OSError):
+                self._unreadable.append(f"{image.path}: {digest.strerror}")
                 continue
             if self._cache.has(digest, self._space):
                 self._digests[index] = digest
@@ -306,7 +316,9 @@ class _Encoding:
             preprocessing = self._backbone().preprocessing
             self._cache.note_preprocessing(self._recipe, preprocessing)
         self._preprocessing = preprocessing
-        return hashlib.sha256(json.dumps([self._recipe, preprocessing, self._view]).encode()).digest()
+        return hashlib.sha256(
+            json.dumps([self._recipe, preprocessing, self._view, self._rules.digest.hex()]).encode()
+        ).digest()
 
     def _backbone(self) -> LoadedBackbone:
         if self._loaded is None:
@@ -321,8 +333,8 @@ class _Encoding:
                 f"by {self._preprocessing}; restore its configuration, or remove the feature cache"
             )
 
-        sources = [Source(self._images[index].path, self._images[index].frame) for index in missing]
-        for batch in encode_all(sources, backbone, self._view):
+        sources = [self._images[index].source for index in missing]
+        for batch in encode_all(sources, backbone, self._view, self._rules):
             rows = []
             for one in batch:
                 place = missing[one.index]
@@ -350,6 +362,7 @@ def load_features(
     skip_unreadable: bool,
     progress: Progress | None = None,
     device: Device = "cpu",
+    rules: Rules = _PLAIN,
 ) -> SiteFeatures:
     """A site's features, from the cache or computed.
 
@@ -361,6 +374,7 @@ def load_features(
         skip_unreadable: leave out images that cannot be decoded instead of refusing.
         progress: for mirrored images, called for a second pass.
         device: where the backbone computes.
+        rules: how pictures are to be seen.
 
     Raises:
         UnreadableImageError, StorageError, BackboneError: as :meth:`FeatureCache.encode`.
@@ -375,11 +389,11 @@ def load_features(
             loaded.append(load_backbone(backbone, checkpoint, device))
         return loaded[0]
 
-    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device)
+    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device, rules)
     passes = [plain]
     if backbone.mirrored:
         trained = [image for image in plain.images if image.split in ("train", "unlabelled")]
-        passes.append(cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress, device))
+        passes.append(cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress, device, rules))
 
     loaded.clear()  # before the features take its place in memory
 

@@ -11,13 +11,14 @@ import hashlib
 import hmac
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
 from secure_fed.clients.data import SiteImage
-from secure_fed.clients.decoding import identity
+from secure_fed.clients.decoding import identities
 from secure_fed.core.errors import ForgottenError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import write_durable
@@ -72,17 +73,18 @@ class Forgotten:
         """Whether the image of this identity was a forgotten patient's."""
         return bool(self._images) and self._hash("image", known_as) in self._images
 
-    def has(self, image: SiteImage) -> bool:
-        """Whether an image is a forgotten patient's, under that name or any other."""
-        if self.patient(image.patient):
-            return True
+    def among(self, images: Sequence[SiteImage]) -> list[bool]:
+        """Which images are a forgotten patient's, under that name or any other.
+
+        What cannot be read nobody can use; whoever decodes it tells why.
+        """
         if not self._images:
-            return False
-        try:
-            known_as = identity(image.path.read_bytes(), image.frame)
-        except OSError:
-            return False  # nobody can use it; whoever decodes it tells why
-        return self.image(known_as)
+            return [self.patient(image.patient) for image in images]
+        known = identities(image.source for image in images)
+        return [
+            self.patient(image.patient) or (not isinstance(known_as, OSError) and self.image(known_as))
+            for image, known_as in zip(images, known, strict=True)
+        ]
 
     def add(self, name: str, images: list[bytes]) -> None:
         """Put a patient and the identities of the images on the list, durably."""

@@ -10,6 +10,7 @@ from secure_fed.clients.duplicates import Fingerprints, fingerprints, inseparabl
 from secure_fed.clients.features import FeatureCache, Progress
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.private_round import has_budget
+from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.protocol.study import AgreedStudy
 
@@ -42,7 +43,7 @@ def compared_images(
     images, places, looks = _kept(file, agreed, progress)
     kept = [images[place] for place in places]
     if looks is None:
-        return kept, _look(file, kept, progress)
+        return kept, _look(file, agreed, kept, progress)
     reasons = {index: looks.unreadable[place] for index, place in enumerate(places) if place in looks.unreadable}
     return kept, Fingerprints([looks.found[place] for place in places], reasons)
 
@@ -50,7 +51,8 @@ def compared_images(
 def present_images(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
     """The images of :func:`site_images`, their split aside: that may be another one, as no picture is looked at."""
     forgotten = Forgotten(Path(file.state))
-    return [image for image in every_image(file, agreed) if not forgotten.has(image)]
+    images = every_image(file, agreed)
+    return [image for image, gone in zip(images, forgotten.among(images), strict=True) if not gone]
 
 
 def every_image(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
@@ -66,11 +68,11 @@ def _kept(
     looks: list[Fingerprints] = []
 
     def together(images: Sequence[SiteImage]) -> list[frozenset[str]]:
-        looks.append(_look(file, images, progress))
+        looks.append(_look(file, agreed, images, progress))
         return inseparable(images, looks[0].found)
 
     images = _read(file, agreed, None if has_budget(file) else together)
-    places = [place for place, image in enumerate(images) if not forgotten.has(image)]
+    places = [place for place, gone in enumerate(forgotten.among(images)) if not gone]
     return images, places, looks[0] if looks else None
 
 
@@ -80,6 +82,11 @@ def _read(file: SiteFile, agreed: AgreedStudy, together: Groups | None) -> list[
     return read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed, extra, together)
 
 
-def _look(file: SiteFile, images: Sequence[SiteImage], progress: Progress | None) -> Fingerprints:
+def _look(file: SiteFile, agreed: AgreedStudy, images: Sequence[SiteImage], progress: Progress | None) -> Fingerprints:
     with FeatureCache(file.feature_cache) as cache:
-        return fingerprints(images, cache, progress)
+        return fingerprints(images, cache, progress, rules_of(file, agreed))
+
+
+def rules_of(file: SiteFile, agreed: AgreedStudy) -> Rules:
+    """How the site's pictures are to be seen."""
+    return Rules.of(agreed.study, file.data.most_pixels)

@@ -22,7 +22,7 @@ from secure_fed.clients.data import Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
 from secure_fed.clients.given_sums import GivenSums
-from secure_fed.clients.images import site_images
+from secure_fed.clients.images import rules_of, site_images
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import SiteFile, read_site_file
@@ -144,7 +144,14 @@ class Site:
             images = site_images(self._file, self._agreed, progress)
             with FeatureCache(self._file.feature_cache) as cache:
                 self._features = load_features(
-                    images, self._agreed, cache, checkpoint, self._file.skip_unreadable, progress, self.device
+                    images,
+                    self._agreed,
+                    cache,
+                    checkpoint,
+                    self._file.skip_unreadable,
+                    progress,
+                    self.device,
+                    rules_of(self._file, self._agreed),
                 )
             if self._private is not None:
                 self._private.register(self._features)

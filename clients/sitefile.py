@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
+from secure_fed.clients.rules import MOST_PIXELS
 from secure_fed.core.errors import SiteFileError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
@@ -23,6 +24,7 @@ class SiteData(FileModel):
         unit: what counts as one patient; ``image`` only for data without patient ids.
         shares: how a folder without a split column is split.
         unlabelled: another folder, of images without labels, as target of domain adaptation.
+        most_pixels: of one picture; a larger one is refused before it is unpacked.
     """
 
     folder: Text
@@ -30,6 +32,7 @@ class SiteData(FileModel):
     unit: Literal["patient", "image"] = "patient"
     shares: Shares | None = None
     unlabelled: Text | None = None
+    most_pixels: Annotated[int, Field(ge=1, le=2**32)] = MOST_PIXELS
 
 
 class SiteServer(FileModel):

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.decoding import Source
 from secure_fed.clients.encoding import encode_all
+from secure_fed.clients.reading import Source
 from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import make_folder, write_durable

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.clients.data import MANIFEST, image_files
-from secure_fed.clients.decoding import Source
 from secure_fed.clients.encoding import encode_all
+from secure_fed.clients.reading import Source
 from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone

@@ -261,6 +261,22 @@ class Aggregation(FileModel):
         return rate
 
 
+class Window(FileModel):
+    """Which grey values of one modality are shown, so that all sites show them alike.
+
+    Attributes:
+        modality: as DICOM files name it, ``CT``, ``MR``; ``NIFTI`` for NIfTI files, which name none.
+        centre: the value in the middle of the grey scale.
+        width: ``centre`` - ``width`` / 2 becomes black, ``centre`` + ``width`` / 2 white.
+        unit: of both: ``HU`` refuses files whose values are none; ``rescaled`` takes what the modality rescale gives.
+    """
+
+    modality: Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_]{1,16}$")]
+    centre: Annotated[float, Field(ge=-1e9, le=1e9)]
+    width: Annotated[float, Field(gt=0, le=1e9)]
+    unit: Literal["HU", "rescaled"]
+
+
 class Encoding(FileModel):
     """How an update becomes bounded integers.
 
@@ -464,6 +480,8 @@ class StudyFile(FileModel):
         training: one round's local training.
         aggregation: what every site makes of a round's average.
         encoding: how an update becomes bounded integers.
+        windows: which grey values are shown, by modality; without one, what each file says.
+        background: what shows through where a picture is transparent.
         privacy: public constants of training under differential privacy.
         sites: the members.
         key_maker: name of the site that makes the study's keys.
@@ -489,6 +507,8 @@ class StudyFile(FileModel):
     training: Training
     aggregation: Aggregation = Aggregation()
     encoding: Encoding
+    windows: tuple[Window, ...] = ()
+    background: Literal["black", "white"] = "black"
     privacy: PrivateTraining = PrivateTraining()
     sites: tuple[StudySite, ...]
     key_maker: Name
@@ -552,6 +572,12 @@ class StudyFile(FileModel):
         if method is not None and method.one_sum and aggregation.rule != "average":
             raise ValueError(f"{method.adapter} adds sums up; expected no rule: leave [aggregation] out")
         return aggregation
+
+    @field_validator("windows")
+    @classmethod
+    def _one_window_a_modality(cls, windows: tuple[Window, ...]) -> tuple[Window, ...]:
+        _refuse_duplicates("window for", [window.modality for window in windows])
+        return windows
 
     @field_validator("encoding")
     @classmethod

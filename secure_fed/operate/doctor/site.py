@@ -36,6 +36,7 @@ def examine_site(path: Path) -> Iterator[Finding]:
     state = Path(file.state)
     yield check("key modes", lambda: modes([*Path(file.identity).glob("*.key"), *SiteState(state).keys.glob(SEALED)]))
     yield check("memory", lambda: memory(MEMORY))
+    yield check("image formats", _formats)
     yield check("ledger", lambda: _ledger(file))
     yield from examine_way(file)
     if agreed is None:
@@ -104,6 +105,20 @@ def _ledger(file: SiteFile) -> str:
     return f"verifies; epsilon {spent:.3f} of {budget:g} spent"
 
 
+def _formats() -> str:
+    from secure_fed.clients.reading import FORMATS, transfer_syntaxes
+
+    syntaxes = transfer_syntaxes()
+    missing = [name for name, plugins in syntaxes.items() if not plugins]
+    if missing:
+        raise Fault(
+            f"no decoder for DICOM's {', '.join(missing)}",
+            "install secfacmic's dependencies again: pip install --force-reinstall secfacmic",
+        )
+    names = "".join(f"\n  {name} ({', '.join(plugins)})" for name, plugins in syntaxes.items())
+    return f"{', '.join(one.name for one in FORMATS)}; DICOM's transfer syntaxes, and what decodes them:{names}"
+
+
 def _backbone(file: SiteFile, agreed: AgreedStudy) -> str:
     from secure_fed.model.backbone import load_backbone
 
@@ -112,16 +127,14 @@ def _backbone(file: SiteFile, agreed: AgreedStudy) -> str:
 
 
 def _data(file: SiteFile, agreed: AgreedStudy) -> str:
-    from secure_fed.clients.decoding import UndecodableError, decode
-    from secure_fed.clients.images import present_images
+    from secure_fed.clients.decoding import decode_all
+    from secure_fed.clients.images import present_images, rules_of
 
     images = present_images(file, agreed)
-    broken = []
-    for image in images:
-        try:
-            decode(image.path.read_bytes(), image.frame)
-        except (UndecodableError, OSError) as error:
-            broken.append(f"{image.path}: {error.strerror if isinstance(error, OSError) else error}")
+    decoded = decode_all(
+        [image.source for image in images], lambda pictures: [True for _ in pictures], 64, rules_of(file, agreed)
+    )
+    broken = [f"{images[one.index].path}: {one.reason}" for batch in decoded for one in batch if one.reason]
     if broken and not file.skip_unreadable:
         shown = "\n".join(broken[:10]) + (f"\nand {len(broken) - 10} more" if len(broken) > 10 else "")
         raise Fault(

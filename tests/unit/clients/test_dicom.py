@@ -11,8 +11,10 @@ from pydicom.pixels.processing import apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, MRImageStorage, RLELossless, generate_uid
 
-from secure_fed.clients.decoding import UndecodableError, decode, identity
+from secure_fed.clients.decoding import decode
 from secure_fed.clients.dicom import is_dicom, patient_id
+from secure_fed.clients.reading import identity
+from secure_fed.clients.rules import UndecodableError
 
 RAMP = np.arange(-600, 1000, 25, dtype=np.int16).reshape(8, 8)
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from secure_fed.cli import main
-from secure_fed.clients.decoding import identity
 from secure_fed.clients.erasure import forget
 from secure_fed.clients.forgotten import Forgotten
+from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import ForgottenError
 from secure_fed.core.tomlfile import write_toml

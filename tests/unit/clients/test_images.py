@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from secure_fed.clients.data_check import check_data
-from secure_fed.clients.decoding import identity
 from secure_fed.clients.duplicates import fingerprint
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import compared_images, every_image, present_images, site_images
+from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import ForgottenError
 from secure_fed.protocol.study import Shares

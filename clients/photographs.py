@@ -1,0 +1,129 @@
+"""Pictures that Pillow reads: photographs, screenshots, exports of viewers."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from secure_fed.clients.rules import Picture, Rules, UndecodableError
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+"""Those of Pillow's formats that are tried; others are programs' own, or run programs."""
+
+_BITS_PER_SAMPLE = 258
+
+
+class PhotographFile:
+    """A file with one picture.
+
+    Args:
+        content: the file.
+
+    Raises:
+        UndecodableError: it has more than 8 bits a channel, or is of no format in :data:`FORMATS`.
+
+    Attributes:
+        frames: how many pictures are in it: 1.
+    """
+
+    frames = 1
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def picture(self, frame: int | None, rules: Rules) -> Picture:
+        """The whole picture, turned as its EXIF orientation says, transparency filled with the background.
+
+        Raises:
+            UndecodableError: it is broken, too large, or would be turned into something else without a word.
+        """
+        with _own_limit():
+            try:
+                image: Image.Image = Image.open(io.BytesIO(self._content), formats=FORMATS)
+                rules.refuse_size(*image.size)
+                _refuse_deep(image, self._content)
+                frames = getattr(image, "n_frames", 1)
+                if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews
+                    raise UndecodableError(f"{frames} frames; expected one image a file, DICOM or NIfTI: split it")
+                image.load()
+                if image.mode[0] in "IF":
+                    raise _too_deep(f"mode {image.mode}")
+                image = _filled(ImageOps.exif_transpose(image), rules)
+            except UnidentifiedImageError as error:
+                raise UndecodableError(
+                    f"no image in a format that is read ({', '.join(FORMATS)}, DICOM, NIfTI); convert it"
+                ) from error
+            except UndecodableError:
+                raise
+            except Exception as error:  # Pillow's readers raise of every kind on broken files
+                reason = " ".join(str(error).split())[:160] or type(error).__name__
+                raise UndecodableError(f"broken image ({reason}); export it again") from error
+        if frame is not None:
+            raise UndecodableError(
+                f"frame {frame} of a file with one image; expected no frame, or multi-frame DICOM or NIfTI"
+            )
+        return Picture(image)
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Pillow's limit on pixels, which the site cannot set, gives way to :attr:`Rules.most_pixels`."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _refuse_deep(image: Image.Image, content: bytes) -> None:
+    """Refuse more than 8 bits a channel: Pillow would keep the upper 8, black where 12 of 16 are used."""
+    depth = 8
+    if image.format == "PNG":
+        depth = content[24]
+    elif image.format == "TIFF":
+        found = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))  # type: ignore[attr-defined]
+        depth = max(found if isinstance(found, tuple) else (found,))
+    elif image.format == "JPEG2000":
+        start = content.find(b"\xff\x4f\xff\x51", 0, 1 << 16)
+        if 0 <= start < len(content) - 42:
+            depth = (content[start + 42] & 0x7F) + 1
+    elif image.format == "PPM":
+        header = re.sub(rb"#[^\n]*\n", b" ", content[:4096]).split(maxsplit=4)
+        if header[0] in (b"P2", b"P3", b"P5", b"P6") and len(header) > 3 and header[3].isdigit():
+            depth = int(header[3][:9]).bit_length()
+    if depth > 8:
+        raise _too_deep(f"{depth} bits a channel")
+
+
+def _too_deep(found: str) -> UndecodableError:
+    return UndecodableError(
+        f"pixels of {found}, more than 8 bits; expected at most 8, as which grey values matter is for the site to say: "
+        "choose a window and convert it, or use DICOM"
+    )
+
+
+def _filled(image: Image.Image, rules: Rules) -> Image.Image:
+    """The picture without transparency."""
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return image.convert("RGB") if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX") else image
+    clear = image.convert("RGBA")
+    ground = Image.new("RGBA", clear.size, rules.background)
+    return Image.alpha_composite(ground, clear).convert("RGB")
+
+
+def looks_like_one(head: bytes) -> bool:
+    """Whether a file begins as one of :data:`FORMATS` does."""
+    return (
+        head.startswith(
+            (
+                *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"GIF8"),
+                *(b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "),
+            )
+        )
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace())
+    )

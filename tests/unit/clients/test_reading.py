@@ -1,0 +1,398 @@
+"""Each format becomes the picture that its writers meant, or one sentence says why not; others decode to compare."""
+
+import gzip
+import io
+import struct
+import time
+from pathlib import Path
+
+import imagecodecs
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.sequence import Sequence
+
+from secure_fed.clients.decoding import decode, decode_all, identities
+from secure_fed.clients.nifti import AXES
+from secure_fed.clients.reading import Place, Source, identity, is_meant_as_image, transfer_syntaxes
+from secure_fed.clients.rules import Rules, UndecodableError
+from secure_fed.protocol.study import Window
+from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, grey
+
+SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(64)).astype(np.uint16) * 16  # 12 bits
+
+
+def encapsulated(pixels, syntax, codestream, **fields):
+    dataset = dicom(pixels, **fields)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([codestream])
+    dataset["PixelData"].is_undefined_length = True
+    return dataset
+
+
+TWELVE = {"BitsStored": 12, "HighBit": 11, "WindowCenter": 1536, "WindowWidth": 3072, "VOILUTFunction": "LINEAR_EXACT"}
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode", "decode_otherwise"),
+    [
+        (uid.JPEGLossless, lambda x: imagecodecs.ljpeg_encode(x, bitspersample=12), imagecodecs.ljpeg_decode),
+        (uid.JPEGLosslessSV1, lambda x: imagecodecs.ljpeg_encode(x, bitspersample=12), imagecodecs.ljpeg_decode),
+        (uid.JPEGLSLossless, imagecodecs.jpegls_encode, imagecodecs.jpegls_decode),
+        (uid.JPEGLSNearLossless, lambda x: imagecodecs.jpegls_encode(x, level=3), imagecodecs.jpegls_decode),
+        (uid.JPEG2000Lossless, lambda x: j2k(x), imagecodecs.jpeg2k_decode),
+        (uid.JPEG2000, lambda x: j2k(x, level=60), imagecodecs.jpeg2k_decode),
+        (uid.HTJ2KLossless, imagecodecs.htj2k_encode, imagecodecs.htj2k_decode),
+        (uid.HTJ2KLosslessRPCL, imagecodecs.htj2k_encode, imagecodecs.htj2k_decode),
+        (uid.HTJ2K, imagecodecs.htj2k_encode, imagecodecs.htj2k_decode),
+    ],
+    ids=lambda value: value.name if isinstance(value, uid.UID) else "",
+)
+def test_what_another_library_encoded_is_shown_as_that_decodes_it(syntax, encode, decode_otherwise):
+    stream = encode(SMOOTH)
+    expected = grey(dicom(decode_otherwise(stream).astype(np.uint16), **TWELVE))
+    assert len(np.unique(expected)) > 100
+    found = grey(encapsulated(SMOOTH, syntax, stream, **TWELVE))
+    assert np.abs(found - expected).max() <= 1
+    if "Lossless" in syntax.name and "Near" not in syntax.name:
+        assert np.array_equal(found, grey(dicom(SMOOTH, **TWELVE)))
+
+
+def j2k(pixels, **options):
+    return imagecodecs.jpeg2k_encode(pixels, codecformat="j2k", bitspersample=12, **options)
+
+
+def test_extended_jpeg_of_twelve_bits_is_shown_as_dcmtk_decodes_it():
+    # Encoded by dcmtk's dcmcjpeg +ee, and decoded by its dcmdjpeg.
+    folder = Path(__file__).parent
+    content = (folder / "extended_12bit.dcm").read_bytes()
+    dataset = pydicom.dcmread(io.BytesIO(content))
+    assert (dataset.file_meta.TransferSyntaxUID, dataset.BitsStored) == (uid.JPEGExtended12Bit, 12)
+    decoded = np.frombuffer(gzip.decompress((folder / "extended_12bit.raw.gz").read_bytes()), "<u2").reshape(64, 64)
+    found = np.asarray(decode(content)).astype(int)
+    assert np.abs(found - grey(dicom(decoded, **TWELVE))).max() <= 1
+    assert np.abs(found - grey(dicom(SMOOTH, **TWELVE))).max() <= 2
+
+
+def test_baseline_jpeg_and_run_lengths_are_shown_as_other_decoders_show_them():
+    eight = (SMOOTH >> 4).astype(np.uint8)
+    window = {"WindowCenter": 128, "WindowWidth": 256, "VOILUTFunction": "LINEAR_EXACT"}
+    stream = imagecodecs.jpeg8_encode(eight, level=95)
+    found = grey(encapsulated(eight, uid.JPEGBaseline8Bit, stream, **window))
+    expected = np.rint(imagecodecs.jpeg8_decode(stream).astype(float) / 256 * 255)
+    assert np.abs(found - expected).max() <= 1
+    packed = dicom(SMOOTH, **TWELVE)
+    packed.compress(uid.RLELossless)
+    assert np.array_equal(grey(packed), grey(dicom(SMOOTH, **TWELVE)))
+
+
+def test_every_transfer_syntax_has_a_decoder_here():
+    assert all(transfer_syntaxes().values())
+    assert len(transfer_syntaxes()) == 16
+
+
+def test_a_windows_width_below_one_is_exact_and_one_of_nothing_is_passed_over_and_told():
+    small = {"RescaleSlope": 0.0002, "RescaleIntercept": 0, "WindowCenter": 0.1, "WindowWidth": 0.2}
+    values = np.array([[0, 250], [500, 1000]], dtype=np.uint16)
+    assert grey(dicom(values, **small)).tolist() == [[0, 64], [128, 255]]
+    for width in (0, -5):
+        dataset = dicom(RAMP, WindowCenter=10, WindowWidth=width)
+        assert np.array_equal(grey(dataset), grey(dicom(RAMP)))
+        (batch,) = decode_all_of([as_bytes(dataset)])
+        assert f"window of width {width} (0028,1051) passed over" in batch.notes[0]
+    second = dicom(RAMP, WindowCenter=[10, 150], WindowWidth=[0, 400])
+    assert np.array_equal(grey(second), grey(dicom(RAMP, WindowCenter=150, WindowWidth=400)))
+
+
+def decode_all_of(contents, rules=Rules()):
+    from secure_fed.clients.reading import open_file, see
+
+    return [see(open_file(content), Place(), rules).facts for content in contents]
+
+
+def raw(dataset, keyword, value):
+    """A file with an element as no library would write it."""
+    setattr(dataset, keyword, "1" * len(value))
+    content = as_bytes(dataset)
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    head = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + b"DS"
+    place = content.index(head) + len(head) + 2
+    return content[:place] + value.ljust(len(value) + len(value) % 2) + content[place + len(value) + len(value) % 2 :]
+
+
+def test_numbers_are_read_as_their_writers_meant_them():
+    plain = grey(dicom(RAMP, WindowCenter="150.5", WindowWidth="400"))
+    commas = np.asarray(decode(raw(dicom(RAMP, WindowWidth="400"), "WindowCenter", b"150,5 "))).astype(int)
+    assert np.array_equal(commas, plain)
+    both = dicom(RAMP, WindowWidth="400")
+    assert np.array_equal(np.asarray(decode(raw(both, "WindowCenter", b"\\150.5"))).astype(int), plain)
+    assert np.array_equal(grey(dicom(RAMP, RescaleSlope=None, RescaleIntercept=None)), grey(dicom(RAMP)))
+    lower = dicom(RAMP, WindowCenter=150, WindowWidth=400, VOILUTFunction="linear_exact")
+    upper = dicom(RAMP, WindowCenter=150, WindowWidth=400, VOILUTFunction="LINEAR_EXACT")
+    assert np.array_equal(grey(lower), grey(upper))
+    with pytest.raises(UndecodableError, match=r"WindowCenter \(0028,1050\) is 'abc'; expected a decimal number"):
+        decode(raw(dicom(RAMP, WindowWidth="400"), "WindowCenter", b"abc"))
+    with pytest.raises(UndecodableError, match=r"RescaleSlope \(0028,1053\) is 0"):
+        grey(dicom(RAMP, RescaleSlope=0, RescaleIntercept=1))
+
+
+def test_empty_tables_are_none():
+    empty = Sequence([Dataset()])
+    assert np.array_equal(grey(dicom(RAMP, VOILUTSequence=empty, ModalityLUTSequence=empty)), grey(dicom(RAMP)))
+
+
+def test_padding_has_no_part_in_the_least_and_greatest_value():
+    padded = RAMP.copy()
+    padded[0] = -2000
+    found = grey(dicom(padded, PixelPaddingValue=-2000))
+    assert not found[0].any()
+    assert np.array_equal(found[1:], grey(dicom(RAMP[1:])))
+    high = RAMP.copy()
+    high[0, :4], high[0, 4:] = 30000, 30005
+    found = grey(dicom(high, PixelPaddingValue=30000, PixelPaddingRangeLimit=30005))
+    assert not found[0].any()
+    assert np.array_equal(found[1:], grey(dicom(RAMP[1:])))
+
+
+def test_the_presentation_shape_says_whether_grey_is_inverted():
+    window = {"WindowCenter": 150, "WindowWidth": 400}
+    plain = grey(dicom(RAMP, **window))
+    for colour, shape, inverted in (
+        ("MONOCHROME2", "INVERSE", True),
+        ("MONOCHROME1", "INVERSE", True),  # once, not twice
+        ("MONOCHROME2", "IDENTITY", False),
+        ("MONOCHROME1", "IDENTITY", False),
+    ):
+        found = grey(dicom(RAMP, colour, PresentationLUTShape=shape, **window))
+        assert np.array_equal(found, 255 - plain if inverted else plain), (colour, shape)
+
+
+def test_of_jpeg_2000_the_codestream_says_whether_there_is_a_sign():
+    signed = (RAMP // 4).astype(np.int16)
+    stream = imagecodecs.jpeg2k_encode(signed, codecformat="j2k", bitspersample=16)
+    window = {"WindowCenter": 40, "WindowWidth": 500}
+    expected = grey(dicom(signed, **window))
+    contradicted = encapsulated(signed, uid.JPEG2000Lossless, stream, PixelRepresentation=0, **window)
+    assert np.array_equal(grey(contradicted), expected)
+
+
+def test_big_endian_palettes_show_the_same_colours():
+    indices = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    pictures = []
+    for order in ("<", ">"):
+        dataset = dicom(indices, "PALETTE COLOR")
+        for place, name in enumerate(("Red", "Green", "Blue")):
+            setattr(dataset, f"{name}PaletteColorLookupTableDescriptor", [4, 0, 16])
+            table = (np.array([0, 80, 160, 240]) // (place + 1) * 257).astype(f"{order}u2")
+            setattr(dataset, f"{name}PaletteColorLookupTableData", table.tobytes())
+            dataset[f"{name}PaletteColorLookupTableDescriptor"].VR = "US"
+        stream = io.BytesIO()
+        if order == ">":
+            dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
+            pydicom.dcmwrite(stream, dataset, enforce_file_format=True, little_endian=False, implicit_vr=False)
+        else:
+            pydicom.dcmwrite(stream, dataset, enforce_file_format=True)
+        pictures.append(np.asarray(decode(stream.getvalue())).tolist())
+    assert pictures[0] == pictures[1]
+    assert pictures[0][1][1] == [240, 120, 80]
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_a_file_without_preamble_is_read(implicit, tmp_path):
+    dataset = dicom(RAMP, WindowCenter=150, WindowWidth=400)
+    expected = grey(dataset)
+    del dataset.file_meta
+    stream = io.BytesIO()
+    dataset.save_as(stream, implicit_vr=implicit, little_endian=True)
+    assert np.array_equal(np.asarray(decode(stream.getvalue())).astype(int), expected)
+    (tmp_path / "IM0001").write_bytes(stream.getvalue())
+    assert is_meant_as_image(tmp_path / "IM0001")
+
+
+@pytest.mark.parametrize(
+    ("sop", "modality", "what"),
+    [
+        ("1.2.840.10008.5.1.4.1.1.66.4", "SEG", "a segmentation"),
+        ("1.2.840.10008.5.1.4.1.1.66.7", "SEG", "a segmentation"),
+        ("1.2.840.10008.5.1.4.1.1.481.2", "RTDOSE", "a dose"),
+        ("1.2.840.10008.5.1.4.1.1.88.22", "SR", "a structured report"),
+        ("1.2.840.10008.5.1.4.1.1.104.1", "DOC", "a document"),
+        ("", "SEG", "a segmentation"),
+    ],
+)
+def test_what_is_no_picture_of_a_patient_is_refused_by_its_class(sop, modality, what):
+    with pytest.raises(UndecodableError, match=f"DICOM that holds {what}"):
+        grey(dicom(np.eye(8, dtype=np.uint8), SOPClassUID=sop, Modality=modality))
+
+
+def test_scouts_and_screenshots_are_known():
+    scout = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    capture = dicom(RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2")
+    burned = dicom(RAMP, BurnedInAnnotation="YES", Manufacturer="ACME", ManufacturerModelName="Seer 3")
+    plain = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY"], BurnedInAnnotation="NO")
+    found = decode_all_of([as_bytes(one) for one in (scout, capture, burned, plain)])
+    assert [one.kind for one in found] == ["scout", "screenshot", "screenshot", ""]
+    assert found[2].scanner == "ACME Seer 3"
+    assert {one.modality for one in found} == {"MR"}
+
+
+CT = Rules(windows=(Window(modality="CT", centre=40, width=80, unit="HU"),))
+
+
+def test_the_studys_window_holds_for_its_modality_whatever_the_file_says():
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    stored = np.array([[1024, 1044], [1064, 1104]], dtype=np.uint16)
+    for own in ({}, {"WindowCenter": 3, "WindowWidth": 9}):
+        content = as_bytes(dicom(stored, Modality="CT", **rescale, **own))
+        assert np.asarray(decode(content, rules=CT)).tolist() == [[0, 64], [128, 255]]
+    other = as_bytes(dicom(stored, Modality="MR", **rescale))
+    assert np.array_equal(np.asarray(decode(other, rules=CT)), np.asarray(decode(other)))
+    with pytest.raises(UndecodableError, match=r"window for CT is in HU, but the file has no RescaleSlope"):
+        decode(as_bytes(dicom(stored, Modality="CT")), rules=CT)
+    with pytest.raises(UndecodableError, match=r"RescaleType \(0028,1054\) 'OD'"):
+        decode(as_bytes(dicom(stored, Modality="CT", RescaleType="OD", **rescale)), rules=CT)
+    assert CT.digest != Rules().digest
+
+
+VOLUME = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
+
+
+def nifti(volume=VOLUME, affine=np.eye(4), packed=True, **header):
+    image = nibabel.Nifti1Image(volume, affine)
+    for name, value in header.items():
+        image.header[name] = value
+    content = image.to_bytes()
+    return gzip.compress(content) if packed else content
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_nifti_slice_is_shown_as_radiologists_look_at_it(packed):
+    found = np.asarray(decode(nifti(packed=packed), 2)).astype(int)
+    cut = VOLUME[:, :, 2].astype(float)
+    expected = np.rint(255 * (cut - cut.min()) / (cut.max() - cut.min()))
+    # The patient's right (greatest first index) at the left, front (greatest second) up.
+    assert found.shape == (5, 4)
+    assert np.array_equal(found, expected.T[::-1, ::-1])
+    assert np.array_equal(np.asarray(decode(nifti())), np.asarray(decode(nifti(), 3)))  # the middle one
+    shapes = [np.asarray(decode(nifti(), 0, axis)).shape for axis in AXES]
+    assert shapes == [(5, 4), (6, 4), (6, 5)]
+
+
+def test_a_nifti_is_turned_whatever_way_it_was_stored():
+    stored = nifti(
+        VOLUME[::-1, :, ::-1].transpose(1, 0, 2),
+        np.array([[0, -1, 0, 3], [1, 0, 0, 0], [0, 0, -1, 5], [0, 0, 0, 1]], dtype=float),
+    )
+    for frame in range(6):
+        assert np.array_equal(np.asarray(decode(stored, frame)), np.asarray(decode(nifti(), frame)))
+
+
+def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
+    rules = Rules(windows=(Window(modality="NIFTI", centre=60, width=120, unit="rescaled"),))
+    expected = np.rint(255 * VOLUME[:, :, 1].clip(0, 120) / 120).T[::-1, ::-1]
+    assert np.array_equal(np.asarray(decode(nifti(), 1, rules=rules)), expected)
+    assert np.array_equal(np.asarray(decode(nifti(cal_min=0, cal_max=120), 1)), expected)
+    holes = VOLUME.astype(np.float32)
+    holes[0, 0, 1] = np.nan
+    assert np.asarray(decode(nifti(holes), 1))[-1, -1] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (nifti(np.zeros((4, 4, 4, 3), np.int16)), "4 x 4 x 4 x 3 values; expected a volume of three dimensions"),
+        (gzip.compress(struct.pack("<I", 348) + bytes(4444)), "NIfTI header with magic"),
+        (nifti()[:-9], "gzipped file that ends too early"),
+        (nifti(np.zeros((9, 9, 9), np.int16), packed=False)[:400], "a NIfTI of 9 x 9 x 9 values in 400 bytes"),
+        (gzip.compress(nifti(packed=False)[:348] + bytes(2**28)), "more than 268,435,456 bytes"),
+    ],
+)
+def test_a_nifti_that_cannot_be_shown_says_why(content, reason):
+    with pytest.raises(UndecodableError, match=reason):
+        decode(content)
+
+
+def saved(image, form, **options):
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def test_photographs_are_shown_as_viewers_do():
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 12) * 5)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode(saved(image, "PNG", exif=exif))
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
+    clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    clear.putpixel((1, 0), (255, 0, 0, 128))
+    for background, colours in (("black", [[0, 0, 0], [128, 0, 0]]), ("white", [[255, 255, 255], [255, 127, 127]])):
+        assert np.asarray(decode(saved(clear, "PNG"), rules=Rules(background=background))).tolist() == [colours]
+    transparent = Image.new("P", (2, 2), 1)
+    transparent.putpalette([9, 9, 9, 200, 0, 0])
+    assert not np.asarray(decode(saved(transparent, "PNG", transparency=1))).any()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_more_than_eight_bits_of_a_channel_are_refused_and_never_cut(channels):
+    deep = np.full((8, 8, channels), 3000, dtype=np.uint16).squeeze()
+    contents = [imagecodecs.png_encode(deep)]
+    if channels in (1, 3):
+        contents += [imagecodecs.jpeg2k_encode(deep, codecformat="jp2", bitspersample=12)]
+        magic = b"P5" if channels == 1 else b"P6"
+        contents += [magic + b" 8 8 4095\n" + deep.astype(">u2").tobytes(), tiff(deep)]
+    for content in contents:
+        with pytest.raises(UndecodableError, match="more than 8 bits"):
+            decode(content)
+
+
+def tiff(deep):
+    """An uncompressed TIFF of 16 bits a channel."""
+    channels = 1 if deep.ndim == 2 else deep.shape[2]
+    pixels = deep.astype("<u2").tobytes()
+    bits = struct.pack("<3H", 16, 16, 16)
+    entries = [(256, 3, 1, deep.shape[1]), (257, 3, 1, deep.shape[0]), (259, 3, 1, 1), (277, 3, 1, channels)]
+    entries += [(262, 3, 1, 1 if channels == 1 else 2), (278, 3, 1, deep.shape[0]), (279, 4, 1, len(pixels))]
+    size = 8 + 2 + 12 * (len(entries) + 2) + 4
+    entries += [(273, 4, 1, size + 6), (258, 3, channels, 16 if channels == 1 else size)]
+    ifd = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + ifd + bytes(4) + bits + pixels
+
+
+def test_a_small_file_that_claims_many_pixels_is_refused_with_the_setting_that_raises_it():
+    png = saved(Image.new("1", (20_000, 20_000)), "PNG")
+    assert len(png) < 100_000
+    with pytest.raises(UndecodableError, match=r"20000 x 20000 pixels.*raise most_pixels in \[data\] of site.toml"):
+        decode(png)
+    assert decode(png, rules=Rules(most_pixels=400_000_000)).size == (20_000, 20_000)
+    small = Rules(most_pixels=63)
+    for content in (as_bytes(dicom(RAMP)), saved(Image.new("L", (8, 8)), "PNG"), nifti(np.zeros((8, 8, 1), np.int8))):
+        with pytest.raises(UndecodableError, match="8 x 8 pixels; expected at most 63"):
+            decode(content, rules=small)
+
+
+def test_frames_of_one_file_are_read_and_hashed_once(tmp_path, monkeypatch):
+    frames = np.zeros((150, 512, 512), dtype=np.uint16)
+    frames[:, 0, 0] = np.arange(150) + 1
+    content = as_bytes(dicom(frames))
+    (tmp_path / "many.dcm").write_bytes(content)
+    sources = [Source(tmp_path / "many.dcm", Place(frame)) for frame in range(150)]
+    reads = []
+    real = type(tmp_path).read_bytes
+    monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: reads.append(path) or real(path))
+    begun = time.process_time()
+    assert list(identities(sources))[7] == identity(content, 7)
+    assert len(reads) == 1
+    found = [
+        one
+        for batch in decode_all(sources[:40], lambda pictures: [one.image.size for one in pictures], 64)
+        for one in batch
+    ]
+    assert len(reads) == 2
+    assert [one.value for one in found] == [(512, 512)] * 40
+    assert time.process_time() - begun < 3
