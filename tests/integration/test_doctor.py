@@ -41,7 +41,7 @@ from tests.conftest import make_template
 from tests.network import Network
 
 SERVER_CHECKS = ["study", "flwr version", "key modes", "certificate", "memory", "port", "coordinator key"]
-SITE_CHECKS = ["site file", "flwr version", "study", "identity", "key modes", "memory", "ledger"]
+SITE_CHECKS = ["site file", "flwr version", "study", "identity", "key modes", "memory", "image formats", "ledger"]
 REACHED = ["authority", "reachability", "certificate", "server", "clock", "admission"]
 
 
@@ -201,6 +201,7 @@ def test_a_sound_site(site: Path, serve: Serve) -> None:
     assert not any(finding.mend for finding in found.values())
     assert found["clock"].found in ("+0 s from the server's", "+1 s from the server's", "-0 s from the server's")
     assert "30 images" in found["data folder"].found
+    assert "JPEG-LS Lossless Image Compression (gdcm, pyjpegls)" in found["image formats"].found
 
 
 def test_a_site_file_with_errors(site: Path) -> None:
