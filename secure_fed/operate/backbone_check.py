@@ -16,7 +16,8 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.clients.data import image_files
-from secure_fed.clients.decoding import UndecodableError, decode
+from secure_fed.clients.decoding import decode
+from secure_fed.clients.rules import UndecodableError
 from secure_fed.core.errors import BackboneError, DataError
 from secure_fed.model.backbone import LoadedBackbone
 from secure_fed.model.backbone_form import HUB, Form, build, read_form
