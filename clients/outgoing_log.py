@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from secure_fed.core.errors import EnvelopeError, EvidenceError, StorageError
 from secure_fed.core.layout import SiteState
-from secure_fed.core.storage import sync_folder
+from secure_fed.core.storage import as_open_as_its_folder, sync_folder
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.rounds import RoundReply
@@ -98,7 +98,7 @@ class SentList:
         new = not self._path.exists()
         size = 0 if new else self._path.stat().st_size
         try:
-            with self._path.open("ab") as stream:
+            with open(self._path, "ab", opener=as_open_as_its_folder) as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -45,13 +45,17 @@ from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
 from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, read_header
 from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader
-from secure_fed.protocol.signing import payload_fields, sign_frame
+from secure_fed.protocol.signing import Frame, check_payload, payload_fields, sign_frame
 from secure_fed.protocol.study import AgreedStudy
 
 log = logging.getLogger(__name__)
 
 MAX_REFUSALS = 8
 """Refused aggregates after which a key decrypts nothing more: each is one answer to a forger."""
+
+
+MAX_EVIDENCE = 8
+"""Second records of a run that are kept; a server that signs more fills no disk."""
 
 
 # --- what a record makes of an adapter ---
@@ -178,13 +182,14 @@ class RunFiles:
         self.folder = folder
         self.records = RecordFolder(folder.journal)
 
-    def refuse_another(self, header: RecordHeader, data: bytes) -> None:
+    def refuse_another(self, frame: Frame, header: RecordHeader, data: bytes) -> None:
         """Check that a record is the one of its number here.
 
         Raises:
-            RecordError: it is another, and is kept as evidence.
+            RecordError: it is another, and is kept as evidence; or its payload is not the one that it names.
         """
         if data != self.records.read(header.seq):
+            check_payload(frame, header, RecordError)
             self._keep_evidence(data)
             raise RecordError(
                 f"a second record {header.seq}, different from the one applied here; both are signed by the "
@@ -257,7 +262,8 @@ class RunFiles:
 
     def _keep_evidence(self, data: bytes) -> None:
         make_folder(self.folder.evidence)
-        write_durable(self.folder.second_record(hashlib.sha256(data).hexdigest()), data)
+        if len(list(self.folder.evidence.glob(RECORDS))) < MAX_EVIDENCE:  # one proves as much as a thousand
+            write_durable(self.folder.second_record(hashlib.sha256(data).hexdigest()), data)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -333,12 +339,12 @@ class Replica:
             KeyFileError: an amendment's key is refused, or a genesis names one that is not here.
             StorageError: something cannot be written.
         """
-        header = read_header(data, self._agreed)[1]
+        frame, header = read_header(data, self._agreed)
         if header.kind == "genesis" and header.run != self.state.run:
             self._begin_run(header, data)
             return
         if header.run == self.state.run and header.seq < self.state.chain.length:
-            self.files.refuse_another(header, data)
+            self.files.refuse_another(frame, header, data)
             return
         record = self.state.chain.check(data)
         self._check_void(record)

@@ -6,6 +6,7 @@ envelopes are spooled to disk until their round's record is durable, and added i
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 from pathlib import Path
@@ -24,7 +25,14 @@ from secure_fed.core.errors import (
 )
 from secure_fed.core.layout import ENVELOPES, ServerRun, ServerState, kept_round, numbered, site_envelope
 from secure_fed.core.storage import make_folder, write_durable
-from secure_fed.protocol.envelope import Envelope, check_position, open_envelope
+from secure_fed.protocol.envelope import (
+    Envelope,
+    EnvelopeHeader,
+    Seeds,
+    check_position,
+    open_envelope,
+    refuse_repeated_seed,
+)
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire
@@ -33,6 +41,7 @@ from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundR
 from secure_fed.protocol.sealed_key import (
     ACKNOWLEDGEMENT_MAGIC,
     MAX_ACKNOWLEDGEMENT_HEADER,
+    Members,
     check_amendment,
     verify_acknowledgement,
 )
@@ -240,6 +249,7 @@ class Coordinator:
         self._acknowledged: dict[str, Frame] = {}
         self._opened_ms = now_ms()
         self._clear_sum()
+        self._seeds: Seeds = {}  # of this round's envelopes, in all its attempts
         for folder in self._folder.spool.glob("*"):
             if folder.name != numbered(self.round):
                 shutil.rmtree(folder)
@@ -309,6 +319,9 @@ class Coordinator:
         if not attempts:
             return
         self.attempt = attempts[-1]
+        for path in folder.glob(f"*/{ENVELOPES}"):
+            with contextlib.suppress(EnvelopeError):
+                self._keep_seed(open_envelope(path.read_bytes(), *self._study_now()).header)
         try:
             for path in sorted(self._spool().glob(ENVELOPES)):
                 envelope = self._check(path.read_bytes(), path.stem)
@@ -336,21 +349,30 @@ class Coordinator:
     def _check(self, data: bytes, site: str) -> Envelope:
         if self.finished:
             raise EnvelopeError(f"an envelope of {site}, but the study's {self.round - 1} rounds are over")
-        envelope = open_envelope(data, self._agreed, self.journal.chain.members, self._wire.payload_bytes)
+        envelope = open_envelope(data, *self._study_now())
         if envelope.header.site != site:
             raise EnvelopeError(f"an envelope of {envelope.header.site} in a reply of {site}")
         check_position(envelope.header, self.journal.chain.due)
         if envelope.header.attempt != self.attempt:
             raise EnvelopeError(f"envelope of {site}: attempt {envelope.header.attempt}, expected {self.attempt}")
+        refuse_repeated_seed(envelope.header, self.journal.chain.seeds | self._seeds)
         try:
             self._heads.check(site, envelope.header.ledger)
         except LedgerRollbackError as error:
             raise EnvelopeError(f"envelope of {error}") from None
         return envelope
 
+    def _study_now(self) -> tuple[AgreedStudy, Members, int]:
+        """What an envelope is checked against."""
+        return self._agreed, self.journal.chain.members, self._wire.payload_bytes
+
+    def _keep_seed(self, header: EnvelopeHeader) -> None:
+        self._seeds[header.site, header.seed] = header.payload
+
     def _count(self, envelope: Envelope, total: npt.NDArray[np.generic]) -> None:
         """An envelope is in, and the total with it is the round's."""
         self._total = total
+        self._keep_seed(envelope.header)
         # The payload stays in the spool; keeping it here would make memory grow with the sites.
         self._envelopes[envelope.header.site] = Envelope(
             envelope.header, envelope.header_text, envelope.signature, b"", envelope.size

@@ -53,6 +53,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from secure_fed.core.errors import StateFormatError
 from secure_fed.core.storage import LOCK, make_folder, write_durable
@@ -206,6 +207,7 @@ class StateFolder:
     """
 
     path: Path
+    _mode: ClassVar[int] = 0o755
 
     def __post_init__(self) -> None:
         # Here, so that nothing can reach into a folder that it would misread.
@@ -227,7 +229,9 @@ class StateFolder:
         Raises:
             StorageError: it cannot be made.
         """
-        make_folder(self.path)
+        make_folder(self.path, self._mode)
+        if self.path.stat().st_mode & 0o777 & ~self._mode:
+            self.path.chmod(self._mode)
         if not self._format.exists():
             write_durable(self._format, f"{FORMAT}\n".encode())
 
@@ -298,7 +302,9 @@ class StateFolder:
 
 
 class SiteState(StateFolder):
-    """A site's state folder."""
+    """A site's state folder, for the site's own user only."""
+
+    _mode: ClassVar[int] = 0o700
 
     def run(self, run: str) -> SiteRun:
         """The folder of the run of that id."""

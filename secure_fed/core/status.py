@@ -22,7 +22,7 @@ from typing import Any
 from secure_fed.core.errors import StorageError
 from secure_fed.core.layout import StateFolder
 from secure_fed.core.processes import safe_message
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import as_open_as_its_folder, make_folder, write_durable
 
 LOG_BYTES, LOG_FILES = 5_000_000, 5
 """A log's size, and how many of them are kept."""
@@ -107,6 +107,9 @@ def keep_log(state: Path, name: str, status: StatusFile) -> None:
 class _JsonLines(logging.handlers.RotatingFileHandler):
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1, encoding="utf-8", delay=True)
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=as_open_as_its_folder)
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))

@@ -1,4 +1,4 @@
-"""Durable files: whole or absent, never half-written."""
+"""Durable files: whole or absent, never half-written; and nobody may do more with one than with the folder it is in."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ LOCK = "lock"
 
 
 def make_folder(path: Path, mode: int = 0o755) -> None:
-    """Make a folder and its parents.
+    """Make a folder and its parents, none open to more people than the folder it is in.
 
     Raises:
         StorageError: the folder cannot be made.
     """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        for folder in reversed(missing):
+            folder.mkdir(_within(folder.parent, mode), exist_ok=True)
+        if not missing:
+            path.mkdir(exist_ok=True)  # refuses a file
     except OSError as error:
         raise StorageError(
             f"{path}: the folder cannot be made ({error.strerror}); free space or choose another place"
@@ -32,7 +36,8 @@ def make_folder(path: Path, mode: int = 0o755) -> None:
 def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a file so that a crash leaves either the old content or the new one.
 
-    Writes a temporary file beside ``path``, fsyncs it, renames it and fsyncs the folder.
+    Writes a temporary file beside ``path``, fsyncs it, renames it and fsyncs the folder. Its mode is ``mode`` as far as
+    the folder's goes.
 
     Raises:
         StorageError: the disk is full or the place not writable; ``path`` is as it was.
@@ -41,7 +46,7 @@ def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
+            os.fchmod(stream.fileno(), _within(path.parent, mode))
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -64,12 +69,21 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: another process holds it.
     """
-    with (folder / LOCK).open("w") as stream:
+    with open(folder / LOCK, "w", opener=as_open_as_its_folder) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StorageError(f"{folder}: another process is using it; wait for it, or stop it") from error
         yield
+
+
+def as_open_as_its_folder(path: str, flags: int) -> int:
+    """Opener for :func:`open`: a file that is made by it is open to nobody to whom its folder is not."""
+    return os.open(path, flags, _within(Path(path).parent, 0o644))
+
+
+def _within(folder: Path, mode: int) -> int:
+    return mode & folder.stat().st_mode
 
 
 def sync_folder(folder: Path) -> None:

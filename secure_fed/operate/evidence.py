@@ -34,7 +34,7 @@ from secure_fed.clients.outgoing_log import SentMessage, read_sent
 from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import EvidenceError, RecordError, StorageError
-from secure_fed.core.layout import RECORDS
+from secure_fed.core.layout import RECORDS, SiteState
 from secure_fed.core.storage import exclusive, sync_folder
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.privacy.accounting import Mechanism, epsilon_spent
@@ -252,7 +252,7 @@ def verify_evidence(path: Path) -> dict[str, Any]:
         if not keys:
             raise EvidenceError(f"{path}: its manifest is not signed by the key that the study names for site {site}")
         (key,) = keys
-        acceptances = notes(folder / "accepted", agreed.study.id, site, key)
+        acceptances = notes(SiteState(folder).accepted, agreed.study.id, site, key)
         if not acceptances:
             raise EvidenceError(f"{path}: no acceptance of study {agreed.study.id[:16]}; expected one at least")
         accepted, shown = acceptances[-1]

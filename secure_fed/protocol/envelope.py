@@ -198,6 +198,27 @@ def verify_contribution(
     return header
 
 
+Seeds = dict[tuple[str, str], str]
+"""Payload digests of envelopes by site and seed."""
+
+
+def refuse_repeated_seed(header: EnvelopeHeader, seen: Seeds) -> None:
+    """Refuse a seed that came from this site before with other bytes.
+
+    Two ciphertexts of one seed in one round share their second polynomials, so that their difference needs no key. By
+    site: what another site copies hits nobody.
+
+    Raises:
+        EnvelopeError: it did.
+    """
+    known = seen.get((header.site, header.seed), header.payload)
+    if known != header.payload and header.seed != NO_SEED:
+        raise EnvelopeError(
+            f"envelope of {header.site}: its seed came before, with other bytes ({known[:16]}); expected one that was "
+            "never used: that site's random numbers repeat, as in a copied machine, or it runs twice"
+        )
+
+
 def check_position(header: EnvelopeHeader, due: RoundPosition) -> None:
     """Check that a header belongs to the round that is due.
 

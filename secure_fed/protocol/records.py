@@ -20,7 +20,14 @@ from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, Sto
 from secure_fed.core.layout import record_file
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol import aggregation
-from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
+from secure_fed.protocol.envelope import (
+    EnvelopeHeader,
+    RoundPosition,
+    Seeds,
+    check_position,
+    refuse_repeated_seed,
+    verify_contribution,
+)
 from secure_fed.protocol.packing import Contribution, Wire, wire
 from secure_fed.protocol.quorum import Quorum
 from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
@@ -144,6 +151,7 @@ class Chain:
         members: by name; amendments change them.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
         open_round: the round of the last record if it is an aggregate, which alone can still be voided.
+        seeds: of the envelopes in the sums so far.
     """
 
     def __init__(self, agreed: AgreedStudy) -> None:
@@ -157,6 +165,7 @@ class Chain:
         self.members: Members = {site.name: site for site in agreed.study.sites}
         self.awaits_checkpoint = False
         self.open_round: int | None = None
+        self.seeds: Seeds = {}
 
     @property
     def due(self) -> RoundPosition:
@@ -236,6 +245,8 @@ class Chain:
         self.awaits_checkpoint = header.kind == "amendment"
         if header.kind == "aggregate":
             self.round = self.open_round = header.round
+            # A new one: chains that come of one another share it.
+            self.seeds = self.seeds | {(entry.site, entry.seed): entry.payload for entry in record.contributors}
         elif header.kind == "amendment":
             self.amendment += 1
 
@@ -295,6 +306,7 @@ class Chain:
             try:
                 signed = verify_contribution(*entry.signed, self.agreed, self.members)
                 check_position(signed, self.due)
+                refuse_repeated_seed(signed, self.seeds)
             except EnvelopeError as error:
                 raise RecordError(f"record {header.seq}: {error}") from None
             contributors.append(signed)
