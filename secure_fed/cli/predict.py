@@ -19,16 +19,20 @@ def predict(
     ] = None,
     into: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write to a file, not to stdout.")] = None,
     form: Annotated[Literal["csv", "json"], typer.Option("--format", help="Of what is written.")] = "csv",
+    dicom_sr: Annotated[
+        Path | None,
+        typer.Option("--dicom-sr", metavar="DIR", help="Also a DICOM structured report a patient, into a folder."),
+    ] = None,
     skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where images are encoded.")] = "auto",
     json_: Json = False,
 ) -> None:
-    """Calibrated probabilities of each class for every image of a folder."""
+    """Calibrated probabilities of each class for every image of a folder, and for every patient."""
     import json
 
     from secure_fed.core.storage import write_durable
     from secure_fed.model.device import choose_device
-    from secure_fed.operate.predict import predict_folder
+    from secure_fed.operate.predict import predict_folder, write_reports
 
     with console.status("loading the backbone") as status:
         found = predict_folder(
@@ -44,12 +48,24 @@ def predict(
     text = found.csv() if form == "csv" else json.dumps(document, indent=2) + "\n"
     if into is not None:
         write_durable(into, text.encode())
+    reports = None if dicom_sr is None else write_reports(found, dicom_sr)
     if json_:
         print_json(document)
     elif into is None:
         typer.echo(text, nl=False)
     for name, reason in found.unreadable.items():
         console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for name, what in found.passed_over.items():
+        console.print(f"passed over: {name}: {what}", markup=False, highlight=False, soft_wrap=True)
+    unknown = found.owners.count("")
+    if unknown and unknown < len(found.owners):
+        console.print(f"{unknown} images are of nobody known, and in no patient's row", highlight=False, soft_wrap=True)
+    if reports is not None:
+        console.print(f"{dicom_sr}: {reports[0]} structured reports", markup=False, highlight=False, soft_wrap=True)
+        if reports[1]:
+            console.print(
+                f"no report for {reports[1]} patients: none of their images is DICOM with identifiers", soft_wrap=True
+            )
     if not document["calibrated"]:
         console.print(
             "not calibrated: there is no calibration.safetensors of this adapter beside it",

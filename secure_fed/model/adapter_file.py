@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import safetensors
@@ -22,12 +22,13 @@ from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import Parameters, adapter_digest
-from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method
+from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method, PatientRule
 
 MODEL_CARD = "model_card"
 """Key of the model card in the metadata of an exported adapter."""
 
 _CALIBRATION = "calibration."
+_RULES: dict[str, PatientRule] = {rule: rule for rule in get_args(PatientRule)}
 _ROWS = 8192
 """Features that are classified at once."""
 
@@ -82,6 +83,7 @@ class AdapterFile:
         method: which adapter it is.
         initial: prompt features, logit scale and prompt tokens; its ``adapter`` is the trained one.
         calibration: what its site adds, from the file itself (an export) or the one beside it; None without.
+        per_patient: the study's rule for a patient's prediction.
     """
 
     study: str
@@ -90,6 +92,7 @@ class AdapterFile:
     method: Method
     initial: InitialState
     calibration: Calibration | None
+    per_patient: PatientRule = "mean"
 
     @property
     def digest(self) -> str:
@@ -170,6 +173,7 @@ def save_adapter(
         "classes": json.dumps(study.class_names),
         "prompts": json.dumps([entry.prompts for entry in study.classes]),
         "method": study.method.model_dump_json(),
+        "per_patient": study.per_patient,
         "adapter_digest": adapter_digest(parameters),
     }
     if card is not None:
@@ -217,6 +221,7 @@ def load_adapter(path: Path) -> AdapterFile:
             Method.model_validate_json(metadata["method"]),
             initial,
             Calibration.of(tensors),
+            _RULES[metadata.get("per_patient", "mean")],
         )
     except (KeyError, ValueError, IndexError) as error:
         raise AdapterFileError(_malformed(path, error)) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 from secure_fed.clients.data import MANIFEST
 from secure_fed.core.errors import DataError, KeyFileError, OutputError, PacsError
-from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.core.storage import LOCK, exclusive, make_folder, write_durable
 from secure_fed.operate.dicomweb import STUDY_KEYS, Found, NotFetchedError, Pacs, PacsImage
 from secure_fed.operate.labels import Joined, Labels
 from secure_fed.protocol.signing import read_private
@@ -249,7 +249,7 @@ def _check_folder(out: Path, url: str, query: Mapping[str, str]) -> None:
         content = json.loads((out / RECORD).read_bytes())
         before = (str(content["dicomweb"]), dict(content["query"]))
     except FileNotFoundError as error:
-        if any(entry.name != "lock" for entry in out.iterdir()):
+        if any(entry.name != LOCK for entry in out.iterdir()):
             raise OutputError(
                 f"{out}: holds something else; expected a new or empty folder, or one of an earlier fetch: choose "
                 "another"

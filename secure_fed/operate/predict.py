@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.clients.data import MANIFEST, image_files
+from secure_fed.clients.dicom import no_picture, read_header
+from secure_fed.clients.dicom import text as text_of
 from secure_fed.clients.encoding import encode_all
-from secure_fed.clients.reading import Source
-from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError
+from secure_fed.clients.reading import Source, is_meant_as_image
+from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
+from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.device import Device
-from secure_fed.protocol.study import load_study
+from secure_fed.operate.dicomweb import as_written
+from secure_fed.protocol.study import PatientRule, load_study
 
 _LISTED = 10
 
@@ -30,44 +35,115 @@ class Probabilities:
 
     Attributes:
         adapter: that said it.
+        folder: they lie in.
         images: paths below the folder, in order.
+        owners: patient ids, in the order of the images; empty where nobody knows.
         probabilities: [len(images), classes], rows sum to 1.
         unreadable: why not, by path, of images that were left out.
+        passed_over: what it is, by path, of files that are no image.
     """
 
     adapter: AdapterFile
+    folder: Path
     images: tuple[str, ...]
+    owners: tuple[str, ...]
     probabilities: NDArray[np.float64]
     unreadable: dict[str, str]
+    passed_over: dict[str, str]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a temperature was fitted."""
+        return self.adapter.calibration is not None and self.adapter.calibration.temperature is not None
+
+    def patients(self) -> dict[str, tuple[list[int], NDArray[np.float64]]]:
+        """By patient, the indices of its images and its probabilities [classes] by the study's rule; sorted by id."""
+        indices: dict[str, list[int]] = defaultdict(list)
+        for index, owner in enumerate(self.owners):
+            if owner:
+                indices[owner].append(index)
+        return {
+            owner: (own, of_patient(self.probabilities[own], self.adapter.per_patient))
+            for owner, own in sorted(indices.items())
+        }
 
     def document(self) -> dict[str, Any]:
         """As a JSON document."""
         classes, own = self.adapter.classes, self.adapter.calibration
-        calibrated = own is not None and own.temperature is not None
         return {
             "adapter_digest": self.adapter.digest,
             "study_id": self.adapter.study,
             "backbone_digest": self.adapter.backbone.digest,
             "classes": list(classes),
-            "calibrated": calibrated,
+            "calibrated": self.calibrated,
             "temperature": self.adapter.temperature,
-            "validation_images": own.images if own is not None and calibrated else 0,
+            "validation_images": own.images if own is not None and self.calibrated else 0,
             "images": [
-                {"image": image, "prediction": classes[int(row.argmax())], "probabilities": _by_class(classes, row)}
-                for image, row in zip(self.images, self.probabilities, strict=True)
+                {"image": image, "patient": owner or None} | _said(classes, row)
+                for image, owner, row in zip(self.images, self.owners, self.probabilities, strict=True)
+            ],
+            "per_patient": self.adapter.per_patient,
+            "patients": [
+                {"patient": owner, "images": len(own)} | _said(classes, row)
+                for owner, (own, row) in self.patients().items()
             ],
             "unreadable": self.unreadable,
+            "passed_over": self.passed_over,
         }
 
     def csv(self) -> str:
-        """As CSV: ``image``, ``prediction`` and, for each class, ``probability of CLASS``."""
+        """As CSV: a row for each image, then one for each patient, whose ``image`` is empty.
+
+        Columns: ``image``, ``patient``, ``images`` (how many a row is made of), ``prediction`` and, for each class,
+        ``probability of CLASS``.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         classes = self.adapter.classes
-        writer.writerow(["image", "prediction", *(f"probability of {name}" for name in classes)])
-        for image, row in zip(self.images, self.probabilities, strict=True):
-            writer.writerow([image, classes[int(row.argmax())], *(f"{value:.6f}" for value in row)])
+        writer.writerow(["image", "patient", "images", "prediction", *(f"probability of {name}" for name in classes)])
+        rows = [
+            (image, owner, 1, row)
+            for image, owner, row in zip(self.images, self.owners, self.probabilities, strict=True)
+        ]
+        rows += [("", owner, len(own), row) for owner, (own, row) in self.patients().items()]
+        for *about, row in rows:
+            writer.writerow([*about, classes[int(row.argmax())], *(f"{value:.6f}" for value in row)])
         return text.getvalue()
+
+
+def of_patient(probabilities: NDArray[np.float64], rule: PatientRule) -> NDArray[np.float64]:
+    """A patient's probabilities [K] of those of its images [n, K], n > 0."""
+    row: NDArray[np.float64] = probabilities.mean(axis=0) if rule == "mean" else probabilities.max(axis=0)
+    return np.asarray(row / row.sum())
+
+
+def write_reports(found: Probabilities, folder: Path) -> tuple[int, int]:
+    """Write a DICOM structured report for each patient with DICOM images, ``UID.dcm``, readable by the owner alone.
+
+    Args:
+        found: what an adapter says.
+        folder: made if it is not there.
+
+    Returns:
+        How many reports were written, and for how many patients there could be none.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    from secure_fed.operate.structured_report import report_on
+
+    make_folder(folder, 0o700)
+    written = 0
+    patients = found.patients()
+    for patient, (own, row) in patients.items():
+        files = [found.folder / found.images[index] for index in own]
+        report = report_on(patient, files, row, found.adapter, found.calibrated)
+        if report is not None:
+            content = io.BytesIO()
+            report.save_as(content)
+            write_durable(folder / f"{report.SOPInstanceUID}.dcm", content.getvalue(), mode=0o600)
+            written += 1
+    return written, len(patients) - written
 
 
 def predict_folder(
@@ -85,7 +161,8 @@ def predict_folder(
     Args:
         adapter: an ``adapter.safetensors``; the ``calibration.safetensors`` beside it is used if it is of this adapter.
         folder: of images, searched whole, DICOM included (of a file with many frames the middle one); only
-            read.
+            read. Files that are no images are passed over. An image's patient is who ``manifest.csv`` says, if there is
+            one with columns ``path`` and ``patient``, else a DICOM file's PatientID.
         study: a ``study.toml`` that the adapter must be of, if given.
         checkpoint: the backbone's weights, if they do not lie where the study says.
         skip_unreadable: leave out images that cannot be decoded instead of refusing.
@@ -95,6 +172,7 @@ def predict_folder(
     Raises:
         AdapterFileError: the adapter cannot be read, is of another study, or lacks batch norm's statistics.
         DataError: no such folder, or no image in it.
+        ManifestError: there is a ``manifest.csv`` that cannot be read.
         UnreadableImageError: images that cannot be decoded.
         BackboneError, BackboneDigestError: the weights are missing, or others.
     """
@@ -107,9 +185,20 @@ def predict_folder(
     file.require_statistics()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with images in it")
-    paths = sorted(path for path in image_files(folder) if path.name != MANIFEST)
+    paths, passed_over, headers = [], {}, {}
+    for path in sorted(path for path in image_files(folder) if path.name != MANIFEST):
+        name = path.relative_to(folder).as_posix()
+        header = read_header(path)
+        what = no_picture(header) if header is not None else "" if is_meant_as_image(path) else "no image"
+        if what:
+            passed_over[name] = what
+        else:
+            paths.append(path)
+            headers[name] = "" if header is None else text_of(header, "PatientID")
     if not paths:
-        raise DataError(f"{folder}: no image; expected images in it, or in folders below it")
+        others = f" ({len(passed_over)} other files)" if passed_over else ""
+        raise DataError(f"{folder}: no image{others}; expected images in it, or in folders below it")
+    listed = _listed_patients(folder / MANIFEST)
     backbone = load_backbone(file.backbone, checkpoint, device)
     names, features, unreadable = [], [], {}
     sources = [Source(path) for path in paths]
@@ -132,8 +221,38 @@ def predict_folder(
     tokens = file.initial.prompt_tokens
     tower = None if tokens is None else backbone.text_tower(tokens)
     x = np.stack(features) if features else np.empty((0, backbone.dim), dtype=np.float32)
-    return Probabilities(file, tuple(names), file.predict(x, tower), unreadable)
+    owners = tuple(as_written(listed.get(name) or headers[name]) for name in names)
+    return Probabilities(file, folder, tuple(names), owners, file.predict(x, tower), unreadable, passed_over)
 
 
-def _by_class(classes: tuple[str, ...], row: NDArray[np.float64]) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(classes, row, strict=True)}
+def _said(classes: tuple[str, ...], row: NDArray[np.float64]) -> dict[str, Any]:
+    by_class = {name: float(value) for name, value in zip(classes, row, strict=True)}
+    return {"prediction": classes[int(row.argmax())], "probabilities": by_class}
+
+
+def _listed_patients(manifest: Path) -> dict[str, str]:
+    """Patients by path, as a manifest has them; empty if there is none, or none with patients."""
+    if not manifest.exists():
+        return {}
+    try:
+        rows = csv.reader(io.StringIO(manifest.read_text(encoding="utf-8-sig"), newline=""), strict=True)
+        header = [name.strip() for name in next(rows, [])]
+        content = [row for row in rows if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{manifest}: cannot be read ({error}); expected a UTF-8 CSV file, or none") from error
+    if not {"path", "patient"} <= set(header):
+        return {}
+    patients: dict[str, str] = {}
+    path, patient = header.index("path"), header.index("patient")
+    for row in content:
+        if len(row) != len(header) or header.count("patient") > 1 or header.count("path") > 1:
+            raise ManifestError(
+                f"{manifest}: {len(row)} cells under the columns {', '.join(header)}; expected one cell a column, and "
+                "each column once"
+            )
+        name = Path(row[path].strip()).as_posix()
+        if patients.setdefault(name, row[patient].strip()) != row[patient].strip():
+            raise ManifestError(
+                f"{manifest}: {name} is of patient {patients[name]!r} and of {row[patient].strip()!r}; expected one"
+            )
+    return patients

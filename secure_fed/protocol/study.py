@@ -232,6 +232,9 @@ class Training(FileModel):
     prox: Annotated[float, Field(ge=0, le=1000)] = 0.0
 
 
+PatientRule = Literal["mean", "largest"]
+
+
 class Aggregation(FileModel):
     """What every site makes of a round's average update; the others need no server that could read it.
 
@@ -483,6 +486,8 @@ class StudyFile(FileModel):
         windows: which grey values are shown, by modality; without one, what each file says.
         background: what shows through where a picture is transparent.
         privacy: public constants of training under differential privacy.
+        per_patient: how a prediction for a patient comes of those for its images: their ``mean``, or for each class the
+            ``largest``, made to sum to 1.
         sites: the members.
         key_maker: name of the site that makes the study's keys.
         coordinator: Ed25519 public key of the coordinator, in hex; ``study new`` fills it in.
@@ -510,6 +515,7 @@ class StudyFile(FileModel):
     windows: tuple[Window, ...] = ()
     background: Literal["black", "white"] = "black"
     privacy: PrivateTraining = PrivateTraining()
+    per_patient: PatientRule = "mean"
     sites: tuple[StudySite, ...]
     key_maker: Name
     coordinator: Hex64 | None = None

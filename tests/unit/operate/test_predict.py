@@ -15,6 +15,7 @@ import pydicom
 import pytest
 import safetensors.numpy
 import torch
+from highdicom.sr import srread
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,15 +25,16 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, ge
 from secure_fed.clients.data import read_data
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.clients.training import predict
-from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError
+from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
 from secure_fed.core.layout import CALIBRATION
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import LEAST, MOST, fit_temperature, tempered
-from secure_fed.operate.predict import predict_folder
+from secure_fed.operate.predict import of_patient, predict_folder
 from secure_fed.operate.site_results import write_results
 from secure_fed.protocol.study import AgreedStudy, Method, load_study
 from tests.conftest import CLASSES, TRAINING, Federation, Run, run_round
+from tests.unit.clients.test_dicom import as_bytes, dicom
 
 torch.set_num_threads(1)
 
@@ -299,3 +301,111 @@ def test_wrong_studies_and_folders_are_refused(run: Path, federation: Federation
             predict_folder(adapter, run, other, weights)
     else:
         pytest.fail("both federations made their own keys, so that their ids differ")
+
+
+# --- patients ---
+
+
+def slice_of(patient: str, study: str, number: int, value: int, **fields: Any) -> Dataset:
+    pixels = np.full((32, 32), value, dtype=np.uint16) + np.arange(32, dtype=np.uint16)
+    ids = {"StudyInstanceUID": study, "SeriesInstanceUID": f"{study}.1", "InstanceNumber": number}
+    return dicom(pixels, PatientID=patient, WindowCenter=128, WindowWidth=256, **(ids | fields))
+
+
+@pytest.fixture
+def ward(run: Path) -> Path:
+    """Two patients as DICOM, one picture of a third by the manifest, one of nobody, and what is no image."""
+    folder = run / "ward"
+    folder.mkdir()
+    for number, value in enumerate((20, 120, 200)):
+        (folder / f"a{number}.dcm").write_bytes(as_bytes(slice_of("A-1", "1.2.3", number, value)))
+    (folder / "b.dcm").write_bytes(as_bytes(slice_of("Müller", "1.2.4", 1, 200, SpecificCharacterSet="ISO_IR 192")))
+    for name in ("known.png", "nobody.png"):
+        Image.new("L", (32, 32), 180).save(folder / name)
+    (folder / "manifest.csv").write_text("path,patient,label\nknown.png,C-7,\n")
+    (folder / "letter.pdf").write_bytes(b"%PDF-1.7 dear colleague")
+    (folder / "report.dcm").write_bytes(as_bytes(slice_of("A-1", "1.2.3", 9, 5, Modality="SR")))
+    return folder
+
+
+def test_a_patients_row_is_the_mean_of_its_images_and_names_no_others(run: Path, ward: Path, secfacmic: Run) -> None:
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", ward]
+    command += ["--checkpoint", run / "backbone.safetensors"]
+    code, out, errors = secfacmic(*command)
+    assert code == 0, errors
+    rows = list(csv.DictReader(io.StringIO(out)))
+    images, patients = [row for row in rows if row["image"]], [row for row in rows if not row["image"]]
+    assert {(row["image"], row["patient"]) for row in images} == {
+        *(("a0.dcm", "A-1"), ("a1.dcm", "A-1"), ("a2.dcm", "A-1")),
+        *(("b.dcm", "Müller"), ("known.png", "C-7"), ("nobody.png", "")),
+    }
+    assert [(row["patient"], row["images"]) for row in patients] == [("A-1", "3"), ("C-7", "1"), ("Müller", "1")]
+    for name in CLASSES:
+        own = [float(row[f"probability of {name}"]) for row in images if row["patient"] == "A-1"]
+        assert float(patients[0][f"probability of {name}"]) == pytest.approx(np.mean(own), abs=1e-5)
+    assert "passed over: letter.pdf: no image" in errors
+    assert "passed over: report.dcm: a structured report" in errors
+    assert "1 images are of nobody known" in errors
+    document = json.loads(secfacmic(*command, "--json")[1])
+    assert set(document["passed_over"]) == {"letter.pdf", "report.dcm"}
+    assert [(entry["patient"], entry["images"]) for entry in document["patients"]] == [
+        *(("A-1", 3), ("C-7", 1), ("Müller", 1))
+    ]
+    assert document["per_patient"] == "mean"
+
+
+def test_the_studys_rule_for_patients_travels_with_the_adapter(run: Path, federation: Federation) -> None:
+    agreed = federation.agreed
+    study = agreed.study.model_copy(update={"per_patient": "largest"})
+    changed = replace(agreed, study=study)
+    save_adapter(run / "other.safetensors", changed, agreed.initial.adapter)
+    assert load_adapter(run / "other.safetensors").per_patient == "largest"
+    rows = np.array([[0.9, 0.1, 0.0], [0.2, 0.2, 0.6]])
+    assert of_patient(rows, "mean").tolist() == pytest.approx([0.55, 0.15, 0.3])
+    assert of_patient(rows, "largest").tolist() == pytest.approx([0.9 / 1.7, 0.2 / 1.7, 0.6 / 1.7])
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "path,patient,patient\nknown.png,C-7,C-8\n",
+        "path,patient\nknown.png,C-7,and more\n",
+        "path,patient\nknown.png,C-7\n./known.png,C-8\n",
+        "path,patient\nknown.png,M\xfcller\n",
+    ],
+)
+def test_a_manifest_that_leaves_a_patient_uncertain_is_refused(run: Path, ward: Path, manifest: str) -> None:
+    (ward / "manifest.csv").write_bytes(manifest.encode("latin-1"))
+    with pytest.raises(ManifestError):
+        predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
+
+
+def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward: Path, secfacmic: Run) -> None:
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", ward, "--json"]
+    command += ["--checkpoint", run / "backbone.safetensors"]
+    code, out, errors = secfacmic(*command, "--dicom-sr", run / "reports")
+    assert code == 0, errors
+    assert "2 structured reports" in errors
+    assert "no report for 1 patients" in errors
+    reports = {str(report.PatientID): report for report in map(srread, (run / "reports").iterdir())}
+    assert set(reports) == {"A-1", "Müller"}
+    sent = {
+        str(one.SOPInstanceUID): str(one.PatientID)
+        for one in (pydicom.dcmread(path) for path in ward.glob("[ab]*.dcm"))
+    }
+    for entry in json.loads(out)["patients"]:
+        if entry["patient"] == "C-7":
+            continue
+        report = reports[entry["patient"]]
+        assert report.StudyInstanceUID == {"A-1": "1.2.3", "Müller": "1.2.4"}[entry["patient"]]
+        assert (report.CompletionFlag, report.VerificationFlag) == ("COMPLETE", "UNVERIFIED")
+        (group,) = report.content.get_image_measurement_groups()
+        told = {measurement.name.meaning: measurement.value for measurement in group.get_measurements()}
+        assert told == {
+            f"Probability of {name}": pytest.approx(value, abs=1e-6) for name, value in entry["probabilities"].items()
+        }
+        (evaluation,) = group.get_qualitative_evaluations()
+        assert evaluation.value.meaning == entry["prediction"]
+        pointed = {image.referenced_sop_instance_uid for image in group.source_images}
+        assert pointed == {uid for uid, patient in sent.items() if patient == entry["patient"]}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (run / "reports").iterdir())

@@ -1,0 +1,131 @@
+"""Predictions as DICOM structured reports: one for each patient, in the study of its newest images (TID 1500)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from highdicom.sr import (
+    AlgorithmIdentification,
+    CodedConcept,
+    Comprehensive3DSR,
+    DeviceObserverIdentifyingAttributes,
+    Measurement,
+    MeasurementReport,
+    MeasurementsAndQualitativeEvaluations,
+    ObservationContext,
+    ObserverContext,
+    QualitativeEvaluation,
+    SourceImageForMeasurementGroup,
+    TrackingIdentifier,
+)
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import generate_uid
+
+from secure_fed.clients.dicom import is_dicom
+from secure_fed.model.adapter_file import AdapterFile
+
+_SCHEME = "99SECFACMIC"
+_NEEDED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
+_INHERITED = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime"),
+)
+_PROCEDURE = CodedConcept("18748-4", "LN", "Diagnostic imaging study")
+_MEANING = 64  # characters of a code's meaning, at most
+
+
+def report_on(
+    patient: str, files: Sequence[Path], row: NDArray[np.float64], adapter: AdapterFile, calibrated: bool
+) -> Dataset | None:
+    """The report of one patient's prediction; None if no file of it is DICOM that a report can point at.
+
+    Args:
+        patient: the id under which it was predicted, which becomes the report's.
+        files: of its images.
+        row: [classes], the patient's probabilities.
+        adapter: that said it.
+        calibrated: whether a temperature was fitted.
+
+    Returns:
+        Complete, neither final nor verified: a person has to look at it. It names all images, the class of the largest
+        probability, each class's probability, and the adapter's digest.
+    """
+    evidence = [header for path in files if (header := _header(path, patient)) is not None]
+    if not evidence:
+        return None
+    evidence.sort(key=lambda header: str(header.StudyDate), reverse=True)
+    algorithm = AlgorithmIdentification(
+        "secfacmic",
+        importlib.metadata.version("secfacmic"),
+        [
+            f"adapter {adapter.digest}",
+            f"study {adapter.study}",
+            f"per patient: {adapter.per_patient}",
+            "calibrated" if calibrated else "not calibrated",
+            "for research, no medical device",
+        ],
+    )
+    group = MeasurementsAndQualitativeEvaluations(
+        TrackingIdentifier(uid=generate_uid(), identifier="classification"),
+        algorithm_id=algorithm,
+        measurements=[
+            Measurement(_code(f"P{index}", f"Probability of {name}"), float(value), codes.UCUM.NoUnits)
+            for index, (name, value) in enumerate(zip(adapter.classes, row, strict=True))
+        ],
+        qualitative_evaluations=[
+            QualitativeEvaluation(
+                _code("PREDICTION", "Most probable class"),
+                _code(f"C{int(row.argmax())}", adapter.classes[int(row.argmax())]),
+            )
+        ],
+        source_images=[
+            SourceImageForMeasurementGroup(header.SOPClassUID, header.SOPInstanceUID) for header in evidence
+        ],
+    )
+    device = DeviceObserverIdentifyingAttributes(generate_uid(), name="secfacmic", model_name=adapter.digest[:16])
+    context = ObservationContext(observer_device_context=ObserverContext(codes.DCM.Device, device))
+    report = MeasurementReport(
+        context,
+        _PROCEDURE,
+        [group],
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    return Comprehensive3DSR(
+        evidence=evidence,
+        content=report,
+        series_instance_uid=generate_uid(),
+        series_number=9999,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer="secfacmic",
+        is_complete=True,
+        specific_character_set="ISO_IR 192",
+    )
+
+
+def _code(value: str, meaning: str) -> CodedConcept:
+    return CodedConcept(value, _SCHEME, meaning[:_MEANING])
+
+
+def _header(path: Path, patient: str) -> Dataset | None:
+    """What a report needs of an image; None if it is no DICOM file with identifiers, or of another patient."""
+    try:
+        with path.open("rb") as stream:
+            if not is_dicom(stream.read(132)):
+                return None
+        read = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*_NEEDED, *_INHERITED], force=True)
+        if not all(read.get(key) for key in _NEEDED):
+            return None
+        header = Dataset()
+        for key in (*_NEEDED, *_INHERITED):
+            setattr(header, key, read.get(key) or "")
+        header.PatientID = patient
+        return header
+    except Exception:  # broken in a way that its picture does not mind
+        return None
