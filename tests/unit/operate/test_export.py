@@ -39,7 +39,7 @@ SHARED = {"prompt_features", "logit_scale"} | {
     f"adapter.{name}"
     for name in ("first_weight", "first_bias", "norm_weight", "norm_bias", "second_weight", "second_bias")
 }
-METADATA = {"study", "backbone", "classes", "prompts", "method", "adapter_digest", "model_card"}
+METADATA = {"study", "backbone", "classes", "prompts", "method", "per_patient", "adapter_digest", "model_card"}
 FIGURE = re.compile(r"\| (federated|zero-shot), |Temperature \d|validation images, ?is in")
 
 
