@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from secure_fed.clients.data import SiteImage, Split
 from secure_fed.clients.duplicates import Fingerprint, exact_copies, near_twins
+from secure_fed.clients.encoding import expected_seconds
 from secure_fed.clients.features import Progress
 from secure_fed.clients.images import compared_images
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import DataLeakError
-from secure_fed.model.backbone import image_size
+from secure_fed.core.errors import BackboneDigestError, BackboneError, DataLeakError
+from secure_fed.model.backbone import image_size, load_backbone
 from secure_fed.protocol.study import AgreedStudy
 
 LISTED = 10
@@ -33,6 +35,8 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         A JSON document. ``classes``: images by class and split; ``patients``: by split; ``missing_classes``;
         ``exact_copies`` and ``near_twins``: groups, those that lie in more than one split, and a list of these;
         ``unreadable`` and ``far_from_size``: count and list; ``backbone_size``: side of the square, None if unknown;
+        ``encoding``: how long the first round's encoding will take here, ``seconds`` and ``seconds_per_image`` on one
+        processor, both None with a ``reason`` if the backbone is not here;
         ``leaks``: what is wrong, in words; empty if nothing is.
 
     Raises:
@@ -63,6 +67,7 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         "unreadable": _files(f"{images[index].path}: {reason}" for index, reason in sorted(unreadable.items())),
         "far_from_size": _files(_describe(images[index], found[index]) for index in far),
         "backbone_size": size,
+        "encoding": _encoding(file, agreed, len(images) - len(unreadable)),
         "leaks": [
             f"the same picture in splits {', '.join(sorted({images[index].split for index in group}))}: "
             + ", ".join(str(images[index].path) for index in group[:LISTED])
@@ -70,6 +75,15 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
             if _is_separated(images, group)
         ],
     }
+
+
+def _encoding(file: SiteFile, agreed: AgreedStudy, images: int) -> dict[str, Any]:
+    try:
+        loaded = load_backbone(agreed.study.backbone, None if file.checkpoint is None else Path(file.checkpoint))
+    except (BackboneError, BackboneDigestError) as error:
+        return {"images": images, "seconds_per_image": None, "seconds": None, "reason": str(error)}
+    each = loaded.seconds_per_image()
+    return {"images": images, "seconds_per_image": each, "seconds": expected_seconds(each, images)}
 
 
 def refuse_leaks(file: SiteFile, leaks: Sequence[str]) -> None:

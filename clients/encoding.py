@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageOps
 
-from secure_fed.clients.decoding import Decoded, decode_all
+from secure_fed.clients.decoding import MOST_WORKERS, Decoded, decode_all
 from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import Picture, Rules
 from secure_fed.model.backbone import LoadedBackbone
@@ -50,3 +51,13 @@ def encode_all(
     for batch in decode_all(sources, prepared, backbone.batch, rules):
         features = iter(backbone.encode_prepared([one.value for one in batch if one.value is not None]))
         yield [one if one.value is None else replace(one, value=next(features)) for one in batch]
+
+
+def expected_seconds(each: float, images: int) -> float:
+    """How long encoding will take on all processors of this machine.
+
+    Args:
+        each: seconds that an image takes on one, as the backbone measures it.
+        images: how many there are.
+    """
+    return each * images / min(MOST_WORKERS, len(os.sched_getaffinity(0)))

@@ -188,6 +188,7 @@ class FeatureCache:
 
         Raises:
             StorageError: one is not there, or of another width.
+            BackboneError: one is not finite: nothing may be trained, or paid for, with it.
         """
         rows = np.empty((len(keys), dim), dtype=np.float32)
         query = "SELECT feature FROM features WHERE image = ? AND space = ?"
@@ -201,6 +202,12 @@ class FeatureCache:
                     "them: run again, and if that does not help remove the file (features are then computed anew)"
                 )
             rows[index] = np.frombuffer(found[0], dtype="<f4")
+        broken = int((~np.isfinite(rows).all(axis=1)).sum())
+        if broken:
+            raise BackboneError(
+                f"{self._path}: {broken} of {len(rows)} features are not finite; expected finite ones: see what "
+                "secfacmic backbone check says of the weights, then remove the file (features are computed anew)"
+            )
         return rows
 
     def put(self, space: bytes, rows: Sequence[tuple[bytes, NDArray[np.float32]]]) -> None:

@@ -179,6 +179,13 @@ def say(line: str) -> None:
     out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def duration(seconds: float) -> str:
+    """About how long, in words."""
+    if seconds < 120:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
+
+
 def _show(report: dict[str, Any]) -> None:
     table = Table("class", "train", "val", "test")
     for name, counts in report["classes"].items():
@@ -194,6 +201,11 @@ def _show(report: dict[str, Any]) -> None:
         say(f"{text}: {found['groups']} groups, {found['images']} images; {found['across_splits']} across splits")
         for group in found["listed"]:
             say("  " + ", ".join(f"{image['path']} ({image['split']})" for image in group))
+    encoding = report["encoding"]
+    if encoding["seconds"] is None:
+        say(f"how long encoding will take is not known: {encoding['reason']}")
+    else:
+        say(f"encoding, once, before the first round: {encoding['images']} images, {duration(encoding['seconds'])}")
     size = report["backbone_size"]
     far = "unknown" if size is None else f"{size} x {size}"
     for key, text in (("unreadable", "unreadable"), ("far_from_size", f"far from the backbone's size, {far}")):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from secure_fed.cli.data import duration
 from secure_fed.cli.output import Json, out, print_json
 from secure_fed.protocol.study import Template, load_study, read_study_file, read_template, with_fields
 
@@ -44,6 +45,7 @@ def new(
     ] = None,
 ) -> None:
     """Make a study of a template: coordinator's key, initial adapter, prompt features, digests."""
+    from secure_fed.clients.encoding import expected_seconds
     from secure_fed.operate.new_study import new_study, update_size
     from secure_fed.privacy.keys import read_public_identity
 
@@ -51,6 +53,8 @@ def new(
     made, backbone = new_study(template(study, seed, mode), members, into, checkpoint, public)
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
     out.print(f"backbone: {backbone.description}", highlight=False, soft_wrap=True)
+    long = duration(expected_seconds(backbone.seconds_per_image(), 1000))
+    out.print(f"encoding at a site like this machine: {long} for 1000 images", highlight=False, soft_wrap=True)
     out.print(f"an update: {update_size(into / 'study.toml', made)}", highlight=False, soft_wrap=True)
     for line in made.missing():
         out.print(f"still missing: {line}", highlight=False, soft_wrap=True)

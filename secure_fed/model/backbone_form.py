@@ -414,7 +414,7 @@ def _read_open_clip(path: Path, model: str | None, text: Path | None) -> Form:
         told.append(f"{CONFIG} has no preprocess_cfg: open_clip's usual mean, std and cut are taken")
     given = given or {}
     preprocess = dict(given) if given.get("cut") == "floor" else _open_clip_preprocess(config, given)
-    tokens = _tokens(path, text, config, inner, told)
+    tokens = _tokens(path, text, config, inner, weights)
     return Form(
         "a folder of secfacmic's store" if own else "a folder in open_clip's form",
         model or _name_of(config) or path.name,
@@ -633,7 +633,7 @@ def _assume_bert(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None
 
 
 def _tokens(
-    path: Path | None, text: Path | None, config: Mapping[str, Any], inner: Mapping[str, Any] | None, told: list[str]
+    path: Path | None, text: Path | None, config: Mapping[str, Any], inner: Mapping[str, Any] | None, weights: Path
 ) -> Tokens:
     """The tokenizer of a model in open_clip's form, of files unless it is open_clip's own."""
     text_cfg = config["text_cfg"]
@@ -662,13 +662,13 @@ def _tokens(
                 )
             return found
     name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name") or "its own"
-    raise _no_tokenizer(path, f"its tokenizer, that of {name}", str(name))
+    raise _no_tokenizer(path or weights, f"its tokenizer, that of {name},", str(name))
 
 
-def _no_tokenizer(path: Path | None, what: str, name: str | None = None) -> BackboneError:
+def _no_tokenizer(path: Path, what: str, name: str | None = None) -> BackboneError:
     fetch = "" if name is None else f": where there is internet, {_fetch_text(name)}, and give that folder by --text"
     return BackboneError(
-        f"{path or 'the file'}: {what} is not here, without which no prompt can be read; expected tokenizer.json, "
+        f"{path}: {what} is not here, without which no prompt can be read; expected tokenizer.json, "
         f"vocab.txt, vocab.json with merges.txt, or spiece.model{fetch or ' beside the weights: copy the whole folder'}"
     )
 
@@ -771,7 +771,7 @@ def _read_file(
                 f"checkpoint; give the folder that has them by --text: where there is internet, {_fetch_text(name)}"
             )
         inner = _text_model(path.parent, text, name, path, told)
-    tokens = _tokens(None, text, config, inner, told)
+    tokens = _tokens(None, text, config, inner, path)
     return Form(
         "an OpenAI archive" if quick else "a checkpoint",
         model,

@@ -219,7 +219,12 @@ def _write(
     if onnx:
         from secure_fed.model.onnx_export import write_onnx
 
-        facts = {"study": study.id, "backbone": study.backbone.digest, "adapter_digest": file.digest}
+        facts = {
+            "study": study.id,
+            "backbone": study.backbone.digest,
+            "backbone_id": study.backbone.id or "",
+            "adapter_digest": file.digest,
+        }
         write_onnx(out / ONNX, file, tower, {**facts, "temperature": f"{file.temperature:.6g}", "model_card": card})
         written.append(out / ONNX)
     write_durable(out / CARD, card.encode())
@@ -239,6 +244,7 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
         "study": f"{study.name}, digest `{study.id}`",
         "adapter": f"{method.adapter}, {values:,} values, digest `{file.digest}`",
         "backbone": f"{backbone.model} ({weights}), digest `{backbone.digest}`",
+        "its features": f"activation {backbone.activation or 'not stated'}, id `{backbone.id or 'not stated'}`",
         "licence of the backbone": backbone.licence or "not stated in the study: ask its publisher before use",
         "sites": ", ".join(
             site.name + (" (observer)" if site.role == "observer" else f" (weight {site.weight:g})")

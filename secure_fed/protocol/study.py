@@ -808,6 +808,8 @@ class InitialState:
             adapter = {
                 name.removeprefix("adapter."): value for name, value in tensors.items() if name.startswith("adapter.")
             }
+            if broken := sorted(name for name, value in tensors.items() if not np.isfinite(value).all()):
+                raise ValueError(f"{', '.join(broken)} not finite, of a backbone that cannot be used")
             prompts = tensors["prompt_features"]
             basis = Basis.of(tensors, prompts.shape[1])
             return cls(adapter, prompts, float(tensors["logit_scale"][0]), tensors.get("prompt_tokens"), basis)

@@ -9,6 +9,7 @@ import multiprocessing
 import re
 import shutil
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
 from secure_fed.core.errors import (
+    BackboneError,
     BudgetError,
     EnvelopeError,
     GuardError,
@@ -36,6 +38,7 @@ from secure_fed.core.errors import (
 )
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import Budget, accept_another_run, prepare, simulate
+from secure_fed.model.backbone import LoadedBackbone
 from secure_fed.privacy import class_means
 from secure_fed.privacy.accounting import Mechanism, epsilon_of, uniforms
 from secure_fed.privacy.dp_training import Descent
@@ -345,6 +348,41 @@ def test_a_failing_guard_spends_nothing(private: Federation) -> None:
     ):
         site.respond(coordinator.request(site.run, site.position))
     assert ledger_of(private).events == []
+
+
+@pytest.mark.parametrize("place", ["weights", "one image", "cache"])
+def test_a_backbone_with_one_nan_spends_nothing(place: str, private: Federation) -> None:
+    (cache,) = (private.folder / "sites/ash").rglob("features.sqlite")
+    if place == "weights":
+        path = private.folder / "backbone.safetensors"
+        tensors = {name: value.copy() for name, value in safetensors.numpy.load_file(path).items()}
+        tensors["visual.proj"][3, 4] = np.nan
+        safetensors.numpy.save_file(tensors, path)
+        cache.unlink()
+    elif place == "cache":
+        with sqlite3.connect(cache) as database:
+            broken = np.full(128, np.nan, dtype="<f4").tobytes()
+            changed = database.execute(
+                "UPDATE features SET feature = ? WHERE image = (SELECT min(image) FROM features)", (broken,)
+            )
+            assert changed.rowcount == 1
+    else:
+        cache.unlink()
+    site = private.site("ash")
+    coordinator = begin(private)
+    whole, calls = LoadedBackbone._unit, []
+
+    def overflowing(self: LoadedBackbone, features: Any, what: str) -> Any:
+        calls.append(what)
+        return whole(self, features * np.nan if place == "one image" and len(calls) > 2 else features, what)
+
+    with (
+        mock.patch.object(LoadedBackbone, "_unit", overflowing),
+        pytest.raises(BackboneError, match="not finite"),
+    ):
+        site.respond(coordinator.request(site.run, site.position))
+    assert ledger_of(private).events == []
+    assert ledger_of(private).epsilon_spent == 0
 
 
 def test_a_budget_cannot_be_raised_forgotten_or_changed(private: Federation) -> None:

@@ -123,7 +123,7 @@ def _backbone(file: SiteFile, agreed: AgreedStudy) -> str:
     from secure_fed.model.backbone import load_backbone
 
     loaded = load_backbone(agreed.study.backbone, None if file.checkpoint is None else Path(file.checkpoint))
-    return f"{loaded.description}, digest as in the study"
+    return f"{loaded.description}, digest and id as in the study, features finite"
 
 
 def _data(file: SiteFile, agreed: AgreedStudy) -> str:

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
+import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
-from secure_fed.model import backbone_store
-from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed import configs
+from secure_fed.core.errors import BackboneDigestError, BackboneError
+from secure_fed.model import backbone_form, backbone_store
+from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.protocol.study import Backbone
 
 torch.set_num_threads(1)
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 TEXTS = ["a head with a mass", "An  x-ray, without MASS!", "the head", "mass " * 40]
 WORDS = ["a", "an", "head", "mass", "with", "without", "x", "ray", "the", "-", ",", "!"]
 SHAPES = [(50, 70), (71, 50), (33, 32), (32, 32), (47, 32), (200, 61), (64, 101)]
@@ -44,17 +52,20 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES]
 
 
-def scale_up(model: Any, factor: float = 3.0) -> None:
-    """So far that a wrong activation, head count or epsilon shows."""
+def scale_up(model: Any) -> None:
+    """So far that a wrong activation, head count, epsilon or pooler shows."""
     torch.manual_seed(7)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.ndim > 1:
+                inner = re.search(r"fc1|c_fc|intermediate", name)
+                outer = re.search(r"fc2|c_proj|[0-9]\.output\.dense", name)
+                factor = 1.0 if inner else 40 if outer else 3.0
                 value.copy_(torch.randn_like(value) * factor / value.shape[-1] ** 0.5)
+                if "embedding" in name:
+                    value.mul_(0.01)  # near epsilon, so that it counts
             elif "logit" not in name:
                 value.add_(0.3 * torch.randn_like(value))
-            if "embedding" in name or "embeddings" in name:
-                value.mul_(0.01)  # near epsilon, so that it counts
 
 
 # --- small models of transformers ---
@@ -183,3 +194,503 @@ def test_a_siglip_of_transformers_is_transformers_own(tmp_path: Path) -> None:
     loaded = taken(tmp_path / "siglip", None)
     same(loaded, expected)
     assert loaded.activation == "gelu_tanh"
+
+
+# --- a BERT text tower in open_clip's form ---
+
+
+def bert_folder(folder: Path, **changes: Any) -> Any:
+    """A small BiomedCLIP as a hub's snapshot has it; its text model's config.json lies in ``text`` beside."""
+    from transformers import BertConfig, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    text = folder.parent / "text"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    text.mkdir(exist_ok=True)
+    (text / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    BertConfig(vocab_size=len(words), max_position_embeddings=24, **sizes).save_pretrained(text)
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    tokenizer.save_pretrained(folder)
+    config: dict[str, Any] = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8},
+        "text_cfg": {
+            "hf_model_name": str(text),
+            "hf_tokenizer_name": str(text),
+            "hf_proj_type": "mlp",
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+            "context_length": 20,
+        },
+    }
+    config["text_cfg"] |= changes
+    preprocess = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.4, 0.3],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    torch.manual_seed(0)
+    network = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False, load_weights=False)
+    scale_up(network)
+    torch.save(network.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return network.eval()
+
+
+def of_open_clip(folder: Path) -> tuple[Any, Any, Any, Any]:
+    """Pixels, tokens, image and text features, as open_clip itself computes them from a folder."""
+    network, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", pretrained_text=False)
+    network.eval()
+    pixels = torch.stack([preprocess(one) for one in pictures()])
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    with torch.inference_mode():
+        images, texts = network.encode_image(pixels, normalize=True), network.encode_text(tokens, normalize=True)
+    return pixels.numpy(), tokens.numpy(), images.numpy(), texts.numpy()
+
+
+@pytest.mark.parametrize("pooler", ["cls_last_hidden_state_pooler", "mean_pooler", "cls_pooler"])
+def test_an_open_clip_folder_with_a_bert_is_open_clips_own(pooler: str, tmp_path: Path) -> None:
+    bert_folder(tmp_path / "biomed", hf_pooler_type=pooler)
+    expected = of_open_clip(tmp_path / "biomed")
+    loaded = taken(tmp_path / "biomed", "hf-hub:fake/biomed", None, tmp_path / "text")
+    same(loaded, expected)
+    assert loaded.facts["text"]["heads"] == [4]
+
+
+def test_without_its_config_only_the_usual_berts_are_assumed_and_told(tmp_path: Path) -> None:
+    bert_folder(tmp_path / "biomed")
+    with pytest.raises(BackboneError, match="not those of BERT base or large"):
+        add(tmp_path / "biomed", None)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(BackboneError, match=r"config\.json: no such file"):
+        add(tmp_path / "biomed", None, None, tmp_path / "none")
+    base = {
+        "x.embeddings.word_embeddings.weight": (30522, 768),
+        "x.embeddings.position_embeddings.weight": (512, 768),
+        "x.embeddings.token_type_embeddings.weight": (2, 768),
+        "x.encoder.layer.0.intermediate.dense.weight": (3072, 768),
+        **{f"x.encoder.layer.{layer}.attention.self.query.weight": (768, 768) for layer in range(12)},
+    }
+    assumed = backbone_form._assume_bert(base)
+    assert assumed is not None
+    assert (assumed["num_attention_heads"], assumed["layer_norm_eps"], assumed["pad_token_id"]) == (12, 1e-12, 0)
+    roberta = base | {"x.embeddings.position_embeddings.weight": (514, 768)}
+    assert backbone_form._assume_bert(roberta) is None
+    assert backbone_form._assume_bert(base | {"x.embeddings.token_type_embeddings.weight": (1, 768)}) is None
+
+
+# --- what a strict load does not see, must show ---
+
+
+def clip_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        change(content)
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return apply
+
+
+def both(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        for tower in ("text_config", "vision_config"):
+            content[tower] |= changes
+
+    return change
+
+
+def furthest(first: LoadedBackbone, second: LoadedBackbone) -> list[float]:
+    """Of images and of texts."""
+    differences: list[NDArray[np.float32]] = [
+        first.encode_images(pictures()) - second.encode_images(pictures()),
+        first.encode_texts(TEXTS) - second.encode_texts(TEXTS),
+    ]
+    return [float(np.abs(one).max()) for one in differences]
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (clip_folder, {"hidden_act": "gelu"}),
+        (clip_folder, {"num_attention_heads": 8}),
+        (clip_folder, {"layer_norm_eps": 1e-3}),
+        (siglip_folder, {"hidden_act": "gelu"}),
+        (siglip_folder, {"num_attention_heads": 8}),
+        (siglip_folder, {"layer_norm_eps": 1e-3}),
+    ],
+)
+def test_what_no_shape_tells_differs_by_ten_tolerances_and_has_another_id(
+    make: Any, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    make(tmp_path / "right")
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    clip_config(both(**changes))(tmp_path / "wrong")
+    (_, right), (_, wrong) = add(tmp_path / "right", None), add(tmp_path / "wrong", None)
+    assert right.digest == wrong.digest
+    assert right.id != wrong.id
+    assert min(furthest(right, wrong)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hf_pooler_type": "mean_pooler"},
+        {"hf_pooler_type": "max_pooler"},
+        {"context_length": 12},
+        {"num_attention_heads": 2},
+        {"hidden_act": "relu"},
+        {"layer_norm_eps": 1e-3},
+    ],
+)
+def test_of_a_bert_too(change: dict[str, Any], tmp_path: Path) -> None:
+    bert_folder(tmp_path / "right")
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    shutil.copytree(tmp_path / "text", tmp_path / "other")
+    if "hf_pooler_type" in change and change["hf_pooler_type"] == "max_pooler":
+        change = {"hf_pooler_type": "cls_pooler"}  # has a layer more, so the load itself refuses it
+    path, text = tmp_path / "wrong" / "open_clip_config.json", tmp_path / "other" / "config.json"
+    if set(change) & {"hf_pooler_type", "context_length"}:
+        content = json.loads(path.read_text())
+        content["model_cfg"]["text_cfg"] |= change
+        path.write_text(json.dumps(content))
+    else:
+        text.write_text(json.dumps(json.loads(text.read_text()) | change))
+    _, right = add(tmp_path / "right", "hf-hub:a/b", None, tmp_path / "text")
+    if change.get("hf_pooler_type") == "cls_pooler":
+        with pytest.raises(BackboneError, match="are missing"):
+            add(tmp_path / "wrong", "hf-hub:a/b", None, tmp_path / "other")
+        return
+    _, wrong = add(tmp_path / "wrong", "hf-hub:a/b", None, tmp_path / "other")
+    assert right.digest == wrong.digest
+    assert right.id != wrong.id
+    assert furthest(right, wrong)[1] > 10 * TOLERANCE
+
+
+def test_tokenizer_and_preprocessing_are_in_the_id(tmp_path: Path) -> None:
+    clip_folder(tmp_path / "right")
+    _, right = add(tmp_path / "right", None)
+    for file, change in (
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}),
+        ("preprocessor_config.json", {"resample": 2}),
+        ("preprocessor_config.json", {"do_center_crop": False, "size": {"height": 32, "width": 32}}),
+        ("tokenizer_config.json", {"pad_token": "<|startoftext|>"}),
+    ):
+        shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+        content = json.loads((tmp_path / "wrong" / file).read_text())
+        (tmp_path / "wrong" / file).write_text(json.dumps(content | change))
+        _, wrong = add(tmp_path / "wrong", None)
+        assert (wrong.digest == right.digest, wrong.id == right.id) == (True, False), change
+        shutil.rmtree(tmp_path / "wrong")
+
+
+# --- one model in any container ---
+
+
+def test_the_same_values_have_one_digest_in_any_container(tmp_path: Path) -> None:
+    model, _, _ = clip_folder(tmp_path / "clip")
+    loaded = load_backbone(Backbone(model="x", weights="file", file=str(tmp_path / "clip")), None)
+    state = dict(model.state_dict())
+    extra: dict[str, Any] = {"epoch": 3, "loss": np.float64(0.5), "optimizer": {"state": {0: {"m": torch.zeros(3)}}}}
+    forms: dict[str, Any] = {
+        "plain": state,
+        "state_dict": {"state_dict": state} | extra,
+        "model": {"model": state} | extra,
+        "model_state_dict": {"model_state_dict": {f"module.{name}": value for name, value in state.items()}} | extra,
+        "lightning": {
+            "state_dict": {f"model.{name}": value for name, value in state.items()} | {"loss.weight": torch.ones(2)},
+            "pytorch-lightning_version": "2.5",
+        },
+        "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
+        "compiled in parallel": {f"module._orig_mod.{name}": value for name, value in state.items()},
+        "wrapped": {f"module.clip.model.{name}": value for name, value in state.items()},
+    }
+    (tmp_path / "clip/model.safetensors").unlink()
+    for name, content in forms.items():
+        torch.save(content, tmp_path / "clip/pytorch_model.bin")
+        kept = load_backbone(Backbone(model="x", weights="file", file=str(tmp_path / "clip")), None)
+        assert (kept.digest, kept.id) == (loaded.digest, loaded.id), name
+
+
+def test_shards_and_cache_folders_are_read(tmp_path: Path, store: Path) -> None:
+    model, _, _ = clip_folder(tmp_path / "clip")
+    _, whole = add(tmp_path / "clip", None)
+    snapshot = tmp_path / "models--fake--clip/snapshots/abc"
+    (tmp_path / "clip/model.safetensors").unlink()
+    shutil.copytree(tmp_path / "clip", snapshot)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    names = sorted(state)
+    for kind in ("safetensors", "bin"):
+        index = {}
+        for number, part in enumerate((names[::2], names[1::2]), 1):
+            stem = "model" if kind == "safetensors" else "pytorch_model"
+            file = f"{stem}-{number:05d}-of-00002.{kind}"
+            tensors = {name: state[name] for name in part}
+            if kind == "safetensors":
+                safetensors.torch.save_file(tensors, snapshot / file)
+            else:
+                torch.save(tensors, snapshot / file)
+            index |= dict.fromkeys(part, file)
+        listed = snapshot / f"{stem}.{kind}.index.json"
+        listed.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        _, sharded = add(tmp_path / "models--fake--clip", None)
+        assert sharded.digest == whole.digest
+        assert sharded.form.model == "hf-hub:fake/clip"
+        (snapshot / file).unlink()
+        with pytest.raises(BackboneError, match=f"names 2 shards, but {file} is not beside it"):
+            add(tmp_path / "models--fake--clip", None)
+        listed.unlink()
+        for one in snapshot.glob(f"*.{kind}"):
+            one.unlink()
+
+
+def test_a_vocabulary_without_tokenizer_json_is_the_same_tokenizer(tmp_path: Path) -> None:
+    _, tokenizer, _ = clip_folder(tmp_path / "clip")
+    content = json.loads((tmp_path / "clip/tokenizer.json").read_text())
+    (tmp_path / "clip/tokenizer.json").unlink()
+    (tmp_path / "clip/vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in content["model"]["merges"])
+    (tmp_path / "clip/merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    loaded = load_backbone(Backbone(model="x", weights="file", file=str(tmp_path / "clip")), None)
+    expected = tokenizer(TEXTS, padding="max_length", max_length=20, truncation=True)["input_ids"]
+    np.testing.assert_array_equal(loaded.tokenize(TEXTS), expected)
+    bert_folder(tmp_path / "biomed")
+    whole = load_backbone(Backbone(model="hf-hub:a/b", weights="pretrained"), taken_text(tmp_path))
+    (tmp_path / "biomed/tokenizer.json").unlink()
+    (tmp_path / "biomed/vocab.txt").write_bytes((tmp_path / "text/vocab.txt").read_bytes())
+    words = load_backbone(Backbone(model="hf-hub:a/b", weights="pretrained"), tmp_path / "biomed")
+    np.testing.assert_array_equal(words.tokenize(TEXTS), whole.tokenize(TEXTS))
+
+
+def taken_text(folder: Path) -> Path:
+    """The folder, its text model's configuration put where a site without ``--text`` looks for it."""
+    (folder / "biomed/text").mkdir()
+    shutil.copy(folder / "text/config.json", folder / "biomed/text/config.json")
+    return folder / "biomed"
+
+
+# --- what is refused: one sentence, and nothing in the store ---
+
+Make = Callable[[Path], Any]
+
+
+def edit(name: str, **changes: Any) -> Make:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | changes))
+
+    return apply
+
+
+def without(*names: str) -> Make:
+    def apply(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return apply
+
+
+def write(name: str, content: bytes) -> Make:
+    def apply(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return apply
+
+
+def change_tensors(change: Callable[[dict[str, Any]], Any]) -> Make:
+    def apply(folder: Path) -> None:
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        change(tensors)
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def second_checkpoint(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    torch.save({name: value + 1 for name, value in tensors.items()}, folder / "pytorch_model.bin")
+
+
+def lose_links(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/gone")
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 335000000\n"
+ZERO = change_tensors(lambda tensors: [value.zero_() for value in tensors.values()])
+BAD: dict[str, tuple[Make, str]] = {
+    "lfs": (write("model.safetensors", POINTER), r"is a Git LFS pointer of 335 MB.*git lfs pull"),
+    "web page": (write("model.safetensors", b"<!DOCTYPE html><html>"), "is a web page"),
+    "cut": (cut_short, r"ends after 0.02 MB of 0.\d+ MB"),
+    "empty file": (write("model.safetensors", b""), "is empty"),
+    "empty folder": (empty, "is empty"),
+    "half copied": (without("model.safetensors"), "no weights in it; the folder is half copied"),
+    "lost links": (lose_links, "only the link is here"),
+    "links as text": (write("model.safetensors", b"../../blobs/" + b"a" * 64), "only the link is here"),
+    "two checkpoints": (second_checkpoint, r"2 checkpoints that differ \(model.safetensors, pytorch_model.bin\)"),
+    "no tokenizer": (without("tokenizer.json"), "its tokenizer is not here"),
+    "no preprocessor": (without("preprocessor_config.json"), "has no preprocessor_config.json"),
+    "no configuration": (without("config.json"), "has no open_clip_config.json and no config.json"),
+    "broken configuration": (write("config.json", b'{"model_type": '), "no whole JSON file"),
+    "image size": (clip_config(lambda c: c["vision_config"].update(image_size=48)), r"images become 32 x 32, but"),
+    "width": (clip_config(lambda c: c["text_config"].update(hidden_size=48)), "have other shapes"),
+    "layers": (clip_config(lambda c: c["text_config"].update(num_hidden_layers=3)), "tensors are missing"),
+    "activation": (clip_config(lambda c: c["text_config"].update(hidden_act="mystery")), "hidden_act 'mystery'"),
+    "siglip2": (edit("config.json", model_type="siglip2"), "NaFlex"),
+    "chinese_clip": (edit("config.json", model_type="chinese_clip"), "'chinese_clip' in config.json, another kind"),
+    "vision only": (edit("config.json", model_type="dinov2"), "an image tower alone, without the text tower"),
+    "clip vision": (edit("config.json", model_type="clip_vision_model"), "an image tower alone"),
+    "code": (edit("config.json", auto_map={"AutoModel": "evil.Model"}), "code of its own .auto_map.*never run"),
+    "quantised by word": (edit("config.json", quantization_config={"bits": 4}), "quantised weights"),
+    "quantised": (
+        change_tensors(lambda t: t.update({"visual_projection.weight": torch.ones(16, 32, dtype=torch.int8)})),
+        r"quantised weights \(visual.proj, int8\)",
+    ),
+    "float8": (
+        change_tensors(lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items() if "fc1.w" in k})),
+        r"quantised weights \(.*float8",
+    ),
+    "peft": (
+        write("adapter_config.json", b'{"base_model_name_or_path": "vinid/plip"}'),
+        r"a PEFT adapter of vinid/plip.*merge_and_unload",
+    ),
+    "nan": (change_tensors(lambda t: t["visual_projection.weight"].fill_(float("nan"))), "not finite .visual.proj"),
+    "one nan": (
+        change_tensors(lambda t: t["text_model.final_layer_norm.bias"].view(-1)[3:4].fill_(float("nan"))),
+        r"1 of \d+ tensors hold values that are not finite \(ln_final.bias\)",
+    ),
+    "all zero": (ZERO, "all weights of the image tower are zero"),
+    "one feature": (
+        change_tensors(lambda t: t["vision_model.post_layernorm.weight"].zero_()),
+        "do not depend on the image",
+    ),
+    "padding": (edit("preprocessor_config.json", do_pad=True), "do_pad = true"),
+    "filter": (edit("preprocessor_config.json", resample=9), "resample 9"),
+    "tokens": (
+        clip_config(lambda c: c["text_config"].update(vocab_size=30)),
+        r"the tokenizer has token \d+, but the text tower 30",
+    ),
+    **{
+        f"only {name}": (
+            lambda folder, name=name: [without("model.safetensors")(folder), write(name, b"\x08\x01")(folder)],
+            says,
+        )
+        for name, says in (
+            ("tf_model.h5", "TensorFlow's weights"),
+            ("flax_model.msgpack", "Flax's weights"),
+            ("model.onnx", "an ONNX model"),
+            ("model.gguf", "quantised weights in GGUF"),
+        )
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "clip"
+    clip_folder(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(case: str, whole: Path, tmp_path: Path, store: Path) -> None:
+    shutil.copytree(whole, tmp_path / "clip")
+    make, says = BAD[case]
+    make(tmp_path / "clip")
+    with pytest.raises(BackboneError) as refused:
+        add(tmp_path / "clip", None)
+    text = str(refused.value)
+    assert re.search(says, text, re.DOTALL), text
+    assert "weights_only" not in text
+    assert not store.exists() or not list(store.iterdir())
+
+
+class Innocent:
+    """What a training program keeps beside its weights."""
+
+
+def test_files_by_themselves(whole: Path, tmp_path: Path, store: Path) -> None:
+    def checked(name: str, content: Any, says: str, *options: Any) -> None:
+        path = tmp_path / name
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(BackboneError) as refused:
+            add(path, *options)
+        assert re.search(says, str(refused.value), re.DOTALL), str(refused.value)
+        assert "weights_only" not in str(refused.value)
+        assert not store.exists() or not list(store.iterdir())
+
+    theirs = safetensors.torch.load_file(whole / "model.safetensors")
+    checked("theirs.pt", theirs, "under transformers' names, without their config.json", None)
+    checked("named.pt", theirs, "under transformers' names", "random-small")
+    checked("code.pt", {"model": theirs, "args": Innocent()}, r"Innocent besides tensors.*pickle_module=pickle", None)
+    checked("cut.pt", b"PK\x03\x04" + bytes(3000), "ends after 0.003 MB, before its table of contents", None)
+    checked(
+        "tower.pt", {"blocks.0.attn.qkv.weight": torch.zeros(6, 2), "norm.bias": torch.zeros(2)}, "no text tower", None
+    )
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    small = safetensors.torch.load_file(tmp_path / "small.safetensors")
+    checked("unnamed.pt", {f"module.{name}": value for name, value in small.items()}, "shapes fit random-small", None)
+    checked("other.pt", small, "not loaded as mini-clip.*its shapes fit random-small", "mini-clip")
+    checked("text.pt", small, "the text tower of roberta-ViT-B-32 is roberta-base.*--text", "roberta-ViT-B-32")
+    checked("siglip.pt", small, "its tokenizer, that of timm/ViT-B-16-SigLIP, is not here.*--text", "ViT-B-16-SigLIP")
+    twice = {f"{place}.{name}": value for place in ("model", "ema") for name, value in small.items()}
+    checked("twice.pt", twice, "holds the model twice, under (model and ema|ema and model)", "random-small")
+    with pytest.raises(BackboneError, match="roberta-base, which does not come with open_clip"):
+        make_random_checkpoint("roberta-ViT-B-32", 0, tmp_path / "x")
+
+
+def test_the_lines_that_are_given_make_safetensors(tmp_path: Path) -> None:
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    small = safetensors.torch.load_file(tmp_path / "small.safetensors")
+    torch.save({"state_dict": small, "args": Innocent()}, tmp_path / "code.pt")
+    with pytest.raises(BackboneError) as refused:
+        add(tmp_path / "code.pt", "random-small", "gelu")
+    lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
+    program = "\n".join(lines).replace("'code.pt'", repr(str(tmp_path / "code.pt")))
+    exec(program.replace("'code.safetensors'", repr(str(tmp_path / "code.safetensors"))), {})
+    _, added = add(tmp_path / "code.safetensors", "random-small", "gelu")
+    assert (
+        added.digest
+        == load_backbone(
+            Backbone(model="random-small", weights="random", seed=0), tmp_path / "small.safetensors"
+        ).digest
+    )
+
+
+def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((configs.MODELS / "random-small.json").read_text())
+    for name, quick in (("twin", False), ("twin-quickgelu", True)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | {"quick_gelu": quick}))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    make_random_checkpoint("twin", 0, tmp_path / "tuned.safetensors")
+    path = tmp_path / "tuned.safetensors"
+    with pytest.raises(BackboneError, match="--activation gelu or --activation quickgelu"):
+        add(path, "twin")
+    with pytest.raises(BackboneError, match="activation ="):
+        load_backbone(Backbone(model="twin", weights="file", file=str(path)), None)
+    (_, gelu), (_, quick) = add(path, "twin", "gelu"), add(path, "twin", "quickgelu")
+    assert (gelu.activation, quick.activation) == ("gelu", "quickgelu")
+    assert gelu.digest == quick.digest
+    assert gelu.id != quick.id
+    assert quick.form.model == "twin-quickgelu"
+    named = Backbone(model="twin", weights="file", file="tuned.safetensors", activation="quickgelu")
+    assert load_backbone(named, None).id == quick.id
+    ambiguous = named.model_copy(update={"activation": None})
+    with pytest.raises(BackboneError, match="2 backbones fit twin"):
+        load_backbone(ambiguous, None)
+    with pytest.raises(BackboneDigestError, match="the study names"):
+        load_backbone(named.model_copy(update={"id": gelu.id, "file": str(path)}), None)
+    assert [twin for twin in ("ViT-B-32", "RN50") if backbone_form.twin(twin) == f"{twin}-quickgelu"] == [
+        "ViT-B-32",
+        "RN50",
+    ]
