@@ -1,15 +1,14 @@
-"""A site's images: read from class folders, a manifest or DICOM, checked as a whole, split by patient."""
+"""A site's images: found in class folders or a manifest, checked as a whole, split by patient."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
+import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -17,9 +16,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from secure_fed.clients.dicom import patient_id
-from secure_fed.clients.nifti import Axis
-from secure_fed.clients.reading import Place, Source
+from secure_fed.clients.dicom import facts, patient_id, read_header
+from secure_fed.clients.manifest import read_table
+from secure_fed.clients.nifti import AXES, Axis
+from secure_fed.clients.patients import SETTLED, in_one_form, read_settled
+from secure_fed.clients.reading import Place, Source, count_frames, is_meant_as_image, place_in_series
+from secure_fed.clients.rules import Kind
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.study import Shares
 
@@ -33,7 +35,9 @@ UNLABELLED: Split = "unlabelled"
 _COLUMNS = ("path", "label")
 _SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
-_NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir"}
+_KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
+_NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
+_NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 _LISTED = 10
 
 
@@ -63,6 +67,42 @@ class SiteImage:
         return Source(self.path, Place(self.frame, self.axis))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which of the pictures that are there a site uses.
+
+    Attributes:
+        slices: of each series, be it one file or many: ``middle``, ``every:N`` or ``all``; None takes each file for one
+            image, of many frames the middle one. Rows of a manifest that name a frame or slice stay.
+        leave_out: kinds of DICOM files that are left out.
+        patients: ``patients.csv``, if not in the data folder.
+    """
+
+    slices: str | None = None
+    leave_out: tuple[Kind, ...] = ()
+    patients: Path | None = None
+
+
+_EVERYTHING = Choice()
+
+
+@dataclass
+class Notes:
+    """What was noticed while data were found; it names files, and is for people at the site.
+
+    Attributes:
+        told: what was sniffed or guessed, in words.
+        passed_over: files and folders that are no images, with the reason.
+        left_out: how many images were left out by the site's choice, by kind.
+        settled: ids that people have said to be patients of their own.
+    """
+
+    told: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    settled: frozenset[str] = frozenset()
+
+
 Groups = Callable[[Sequence[SiteImage]], Collection[Collection[str]]]
 """From images to groups of patients that must not be separated."""
 
@@ -76,11 +116,13 @@ class _Row:
     split: str
     frame: str = ""
     base: Path = Path()
+    axis: str = ""
+    series: str = ""
 
     @property
-    def key(self) -> tuple[Path, str]:
+    def key(self) -> tuple[str, str, str]:
         """What two rows must not share."""
-        return Path(os.path.normpath(self.base / self.path)), self.frame
+        return os.path.normpath(os.path.join(self.base, self.path)), self.frame, self.axis
 
 
 def read_data(
@@ -91,13 +133,16 @@ def read_data(
     seed: int,
     unlabelled: Path | None = None,
     together: Groups | None = lambda images: (),
+    choice: Choice = _EVERYTHING,
+    notes: Notes | None = None,
 ) -> list[SiteImage]:
     """Read a site's data folder.
 
     It holds a ``manifest.csv`` or one folder per class, named exactly as the class, and perhaps ``unlabelled``, each
-    searched whole. Hidden files are passed over. The manifest's columns are ``path`` (relative to the folder),
-    ``label`` (empty if unknown), and, if wanted, ``patient``, ``split`` and ``frame``; others are free. Where it names
-    no patient, a DICOM file's own PatientID counts.
+    searched whole, links followed. Hidden files, and what is no image by content and name, are passed over. The
+    manifest's columns are ``path`` (relative to the folder), ``label`` (empty if unknown), and, if wanted, ``patient``,
+    ``split``, ``frame`` or ``slice``, ``axis`` and ``series``; others are free. Where it names no patient, a DICOM
+    file's own PatientID counts. Ids are taken in one form; ``patients.csv`` beside it says which ids are one patient.
 
     A ``split`` column holds; without one, ``shares`` apply. Labels of split ``unlabelled`` are hidden.
 
@@ -115,6 +160,8 @@ def read_data(
             first by name, or go to ``unlabelled`` if one of them has to. None draws each patient's split by itself,
             from the seed and the patient's own id: shares then hold on average only, but no other patient decides
             who trains, which is what differential privacy's adjacency asks for.
+        choice: which pictures are used.
+        notes: what is noticed is added here.
 
     Returns:
         The images, sorted by path; a function of the folder's content and the arguments alone.
@@ -128,14 +175,18 @@ def read_data(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected {MANIFEST} or one folder per class in it")
     manifest = folder / MANIFEST
+    notes = Notes() if notes is None else notes
     if manifest.exists():
-        rows, has_splits = _read_manifest(manifest, unit, shares is not None)
+        rows, has_splits = _read_manifest(manifest, unit, shares is not None, notes)
     else:
-        rows, has_splits = _read_folders(folder, classes, unit), False
+        rows, has_splits = _read_folders(folder, classes, unit, notes), False
         if shares is None:
             raise DataError(f"{folder}: no {MANIFEST} and no shares; set train, val, test and unlabelled shares")
     if unlabelled is not None:
-        rows += _read_unlabelled(unlabelled, unit)
+        rows += _read_unlabelled(unlabelled, unit, notes)
+    rows = _chosen(rows, choice, unit, notes)
+    if unit == "patient":
+        rows = _settled(rows, choice.patients or folder / SETTLED, notes)
     _refuse(manifest, _double_faults(rows, has_splits))
     if not rows:
         raise DataError(f"{folder}: no image; expected images in {MANIFEST} or in one folder per class")
@@ -162,94 +213,305 @@ def _images(rows: Sequence[_Row], ids: dict[str, int], splits: dict[str, Split])
         split = splits[row.patient]
         label = None if split == UNLABELLED else ids[row.label]
         frame = int(row.frame) if row.frame else None
-        images.append(SiteImage(row.base / row.path, row.patient, label, split, frame))
-    return sorted(images, key=lambda image: (image.path.as_posix(), -1 if image.frame is None else image.frame))
+        images.append(SiteImage(row.base / row.path, row.patient, label, split, frame, _axis(row.axis)))
+    return sorted(images, key=lambda one: (one.path.as_posix(), one.axis, -1 if one.frame is None else one.frame))
 
 
-def _read_folders(folder: Path, classes: Sequence[str], unit: Unit) -> list[_Row]:
-    entries = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes) -> list[_Row]:
+    try:
+        entries = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_passed_over(entry.name))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); give this user access to it") from error
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
+    forms = {unicodedata.normalize("NFC", name): name for name in classes}
+    meant = {name: forms[form] for name in strangers if (form := unicodedata.normalize("NFC", name)) in forms}
+    strangers = [name for name in strangers if name not in meant]
     if strangers:
         counts = Counter({name: sum(1 for _ in image_files(folder / name)) for name in strangers})
         _refuse_labels(folder, counts, "images", [*classes, UNLABELLED])
     rows = []
     for name in entries:
-        label = name if name in classes else ""
-        rows += [_found_row(folder, path, unit, label, "") for path in image_files(folder / name)]
+        label = "" if name == UNLABELLED and name not in classes else meant.get(name, name)
+        rows += [_found_row(folder, path, unit, label, "") for path in image_files(folder / name, notes)]
+    _refuse_nameless(rows)
     return rows
 
 
 def _found_row(folder: Path, path: Path, unit: Unit, label: str, split: str) -> _Row:
     """The row of a file that no manifest lists."""
     relative = path.relative_to(folder).as_posix()
-    patient = relative if unit == "image" else patient_id(path)
-    if not patient:
-        raise DataError(
-            f"{path}: class folders carry no patient ids, and this is no DICOM file with a PatientID; expected a "
-            f'{MANIFEST} with a patient column, or unit = "image" if every image may count as its own patient'
-        )
+    patient = relative if unit == "image" else in_one_form(patient_id(path))
     return _Row(relative, relative, patient, label, split, base=folder)
 
 
-def _read_unlabelled(folder: Path, unit: Unit) -> list[_Row]:
+def _refuse_nameless(rows: Sequence[_Row]) -> None:
+    """Refuse files of which nobody says whose they are."""
+    nameless = [row for row in rows if not row.patient]
+    if nameless:
+        shown = "".join(f"\n  {row.base / row.path}" for row in nameless[:_LISTED])
+        more = f"\n  and {len(nameless) - _LISTED} more" if len(nameless) > _LISTED else ""
+        raise DataError(
+            f"{len(nameless)} of {len(rows)} files have no patient: folders carry no patient ids, and these are no "
+            f'DICOM files with a PatientID; expected a {MANIFEST} with a patient column, or unit = "image" if every '
+            f"image may count as its own patient{shown}{more}"
+        )
+
+
+def _read_unlabelled(folder: Path, unit: Unit, notes: Notes) -> list[_Row]:
     """The rows of the folder of images without labels; an image that counts as a patient is known by its whole path."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected images without labels in it")
     if (folder / MANIFEST).exists():
-        rows, _ = _read_manifest(folder / MANIFEST, unit, has_shares=True, needed=("path",))
+        rows, _ = _read_manifest(folder / MANIFEST, unit, True, notes, needed=("path",))
         rows = [replace(row, label="", split=UNLABELLED) for row in rows]
     else:
-        rows = [_found_row(folder, path, unit, "", UNLABELLED) for path in image_files(folder)]
+        rows = [_found_row(folder, path, unit, "", UNLABELLED) for path in image_files(folder, notes)]
+        _refuse_nameless(rows)
     if unit == "image":
         rows = [replace(row, patient=(folder / row.path).as_posix() + row.frame) for row in rows]
     return rows
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, hidden ones and what file managers leave behind passed over."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
+def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
+    """All images below a folder, links followed, each folder once.
+
+    Hidden files, what file managers and CDs leave behind, and files that are no image by content and name are passed
+    over, and so told.
+
+    Raises:
+        DataError: a folder or file cannot be read.
+    """
+    notes = Notes() if notes is None else notes
+    seen: set[tuple[int, int]] = set()
+
+    def stop(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot be read ({error.strerror}); give this user access to it, or move it out of the "
+            "data folder"
+        ) from error
+
+    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        state = os.stat(parent)
+        if (state.st_dev, state.st_ino) in seen:
+            notes.passed_over.append(f"{parent}: a link to a folder that was read already")
+            folders[:] = []
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(
+            (name for name in folders if not _is_passed_over(name)),
+            key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
+        )
         for name in names:
-            if name[0] != "." and name.lower() not in _NOT_IMAGES:
-                yield Path(parent, name)
+            path = Path(parent, name)
+            if name[0] == ".":
+                continue
+            if name.lower() in _NOT_IMAGES:
+                notes.passed_over.append(f"{path}: no image")
+                continue
+            try:
+                if is_meant_as_image(path):
+                    yield path
+                else:
+                    notes.passed_over.append(f"{path}: no image, by its content and its name")
+            except OSError as error:
+                error.filename = error.filename or str(path)
+                stop(error)
+
+
+def _is_passed_over(folder: str) -> bool:
+    return folder[0] == "." or folder.lower() in _NO_FOLDERS
+
+
+def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[_Row]:
+    """The rows that the site's choice leaves, a row for each slice."""
+    if choice.leave_out:
+        kept = []
+        for row in rows:
+            header = read_header(row.base / row.path)
+            kind = "" if header is None else facts(header).kind
+            if kind and kind in choice.leave_out:
+                notes.left_out[kind] += 1
+            else:
+                kept.append(row)
+        rows = kept
+    if choice.slices is None:
+        return rows
+    series: defaultdict[tuple[str, ...], list[tuple[tuple[float, ...], str, _Row]]] = defaultdict(list)
+    chosen = [row for row in rows if row.frame]
+    for row in rows:
+        if row.frame:
+            continue
+        path = row.base / row.path
+        count = count_frames(path, _axis(row.axis))
+        if count > 1:
+            for place in _places(count, choice.slices):
+                patient = f"{row.patient}#{place}" if unit == "image" else row.patient
+                chosen.append(replace(row, frame=str(place), patient=patient))
+            notes.left_out["other slice"] += count - len(_places(count, choice.slices))
+            continue
+        name, position = place_in_series(path)
+        name = row.series or name
+        key = (name, row.patient if unit == "patient" else "", row.label) if name else ("", row.path)
+        series[key].append((position, row.path, row))
+    for slices in series.values():
+        ordered = [row for _, _, row in sorted(slices, key=lambda entry: entry[:2])]
+        places = _places(len(ordered), choice.slices)
+        chosen += [ordered[place] for place in places]
+        notes.left_out["other slice"] += len(ordered) - len(places)
+    return chosen
+
+
+def _axis(name: str) -> Axis:
+    return next((axis for axis in AXES if axis == name), "axial")
+
+
+def _places(count: int, slices: str) -> list[int]:
+    """Which of so many slices a rule takes: ``middle``, ``every:N`` or ``all``."""
+    if slices == "middle":
+        return [count // 2]
+    step = 1 if slices == "all" else int(slices.removeprefix("every:"))
+    return list(range(min(step // 2, count // 2), count, step))
+
+
+def _settled(rows: list[_Row], path: Path, notes: Notes) -> list[_Row]:
+    """The rows under the ids that people have settled upon."""
+    if not path.exists():
+        return rows
+    same, notes.settled = read_settled(path)
+    merged = sorted({row.patient for row in rows} & set(same))
+    if merged:
+        notes.told.append(f"{path}: {len(merged)} ids are taken for another one, as it says")
+    return [replace(row, patient=same.get(row.patient, row.patient)) for row in rows]
 
 
 def _read_manifest(
-    manifest: Path, unit: Unit, has_shares: bool, needed: Sequence[str] = _COLUMNS
+    manifest: Path, unit: Unit, has_shares: bool, notes: Notes, needed: Sequence[str] = _COLUMNS
 ) -> tuple[list[_Row], bool]:
     """The rows, checked, and whether they carry splits."""
-    try:
-        # Spreadsheets put a byte-order mark in front.
-        reader = csv.DictReader(io.StringIO(manifest.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-        content = [(reader.line_num, entry) for entry in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{manifest}: cannot be read ({error}); expected a UTF-8 CSV file") from error
-    columns = reader.fieldnames or ()
-    has_splits = "split" in columns
-    missing = [name for name in needed if name not in columns]
+    table = read_table(manifest, _KNOWN, needed)
+    notes.told += table.told
+    has_splits = "split" in table.columns
+    missing = [name for name in needed if name not in table.columns]
     if not has_splits and not has_shares:
         missing.append("split")
     if missing:
         raise ManifestError(
-            f"{manifest}: no column {', '.join(missing)}; found {', '.join(columns) or 'none'}, expected "
+            f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns) or 'none'}, expected "
             f"{', '.join(needed)} and split (unless shares are set); patient and frame where they are needed"
         )
     has_splits = has_splits and "label" in needed
+    files = _Files(manifest.parent)
     rows, faults = [], []
-    for line, entry in content:
-        cells = {name: (entry.get(name) or "").strip() for name in ("path", "patient", "label", "split", "frame")}
-        patient = cells["path"] + (f"#{cells['frame']}" if cells["frame"] else "")
+    for line, entry in table.rows:
+        cells = {name: entry.get(name, "") for name in _KNOWN}
+        path = files.find(cells["path"])
+        frame = cells["frame"] or cells["slice"]
+        patient = path + (f"#{frame}" if frame else "")
         if unit == "patient":
-            patient = cells["patient"] or patient_id(manifest.parent / cells["path"])
-        where, base = f"line {line}", manifest.parent
-        row = _Row(where, cells["path"], patient, cells["label"], cells["split"], cells["frame"], base)
-        fault = _fault(row, manifest.parent, has_splits)
+            patient = in_one_form(cells["patient"] or patient_id(manifest.parent / path))
+        row = _Row(
+            f"line {line}",
+            path,
+            patient,
+            cells["label"],
+            cells["split"],
+            frame,
+            manifest.parent,
+            cells["axis"],
+            cells["series"],
+        )
+        fault = files.fault(path) or _fault(row, has_splits)
+        if not fault and cells["frame"] and cells["slice"] not in ("", cells["frame"]):
+            fault = f"{path!r} has frame {cells['frame']} and slice {cells['slice']}; expected one of the two"
         if fault:
             faults.append(f"{row.where}: {fault}")
         rows.append(row)
+    if files.guessed:
+        notes.told.append(
+            f"{manifest}: {files.guessed} paths with backslashes, or in another Unicode form than the files' names, "
+            "were taken for the files that they can only mean"
+        )
     # Two rows for one file are told together with what is wrong in each.
     _refuse(manifest, faults + (_double_faults(rows, has_splits) if faults else []))
     return rows, has_splits
+
+
+class _Files:
+    """The files below a data folder, each folder listed once.
+
+    Attributes:
+        guessed: how many paths were not written as the files are named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._root = os.path.realpath(folder)
+        self._listings: dict[str, dict[str, bool]] = {}
+        self._forms: dict[str, dict[str, list[str]]] = {}
+        self._inside: dict[str, bool] = {}
+        self.guessed = 0
+
+    def find(self, path: str) -> str:
+        """The path of the one file that a manifest's path means; the path itself if there is none or several."""
+        if not path or self._is_file(path):
+            return path
+        for form in (path, path.replace("\\", "/")):
+            found = form if self._is_file(form) else self._in_other_form(form)
+            if found:
+                self.guessed += 1
+                return found
+        return path
+
+    def fault(self, path: str) -> str | None:
+        """What is wrong with a path."""
+        if not path:
+            return "no path"
+        whole = os.path.join(self._folder, path)
+        if "\0" in path or not self._is_inside(whole):
+            return f"path {path!r} leads out of the data folder; expected a relative path inside it"
+        if not self._is_file(path):
+            return f"path {path!r}: no such file"
+        return None
+
+    def _is_inside(self, whole: str) -> bool:
+        if os.path.islink(whole):
+            return self._within(os.path.realpath(whole))
+        parent = os.path.dirname(whole)
+        if parent not in self._inside:
+            self._inside[parent] = self._within(os.path.realpath(parent))
+        return self._inside[parent]
+
+    def _within(self, real: str) -> bool:
+        return real == self._root or real.startswith(self._root.rstrip("/") + "/")
+
+    def _is_file(self, path: str) -> bool:
+        parent, name = os.path.split(os.path.join(self._folder, path))
+        return self._listing(parent).get(name, False)
+
+    def _listing(self, parent: str) -> dict[str, bool]:
+        parent = os.path.normpath(parent)
+        if parent not in self._listings:
+            try:
+                with os.scandir(parent) as entries:
+                    self._listings[parent] = {entry.name: entry.is_file() for entry in entries}
+            except (OSError, ValueError):
+                self._listings[parent] = {}
+        return self._listings[parent]
+
+    def _in_other_form(self, path: str) -> str:
+        """A path each of whose parts is there once, up to Unicode's forms."""
+        found = ""
+        for part in path.split("/"):
+            parent = os.path.normpath(os.path.join(self._folder, found))
+            if parent not in self._forms:
+                self._forms[parent] = defaultdict(list)
+                for name in self._listing(parent):
+                    self._forms[parent][unicodedata.normalize("NFC", name)].append(name)
+            names = self._forms[parent].get(unicodedata.normalize("NFC", part), [])
+            if len(names) != 1:
+                return ""
+            found = os.path.join(found, names[0])
+        return found if self._is_file(found) else ""
 
 
 def _refuse(manifest: Path, faults: Sequence[str]) -> None:
@@ -260,18 +522,13 @@ def _refuse(manifest: Path, faults: Sequence[str]) -> None:
         raise ManifestError(f"{manifest}: {count} not fit; mend or remove them{shown}{more}")
 
 
-def _fault(row: _Row, folder: Path, has_splits: bool) -> str | None:
-    if not row.path:
-        return "no path"
-    path = folder / row.path
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return f"path {row.path!r} leads out of the data folder; expected a relative path inside it"
-    if not path.is_file():
-        return f"path {row.path!r}: no such file"
+def _fault(row: _Row, has_splits: bool) -> str | None:
     if not row.patient:
         return f'{row.path!r} has no patient; expected an id, a DICOM file with a PatientID, or unit = "image"'
     if row.frame and not (row.frame.isascii() and row.frame.isdecimal()):
         return f"{row.path!r} has frame {row.frame!r}; expected a number from 0, or none for the middle one"
+    if row.axis and row.axis not in AXES:
+        return f"{row.path!r} has axis {row.axis!r}; expected one of {', '.join(AXES)}, or none"
     if has_splits and row.split not in _SPLITS:
         return f"{row.path!r} has split {row.split!r}; expected one of {', '.join(_SPLITS)}"
     if has_splits and row.split != UNLABELLED and not row.label:
@@ -282,7 +539,7 @@ def _fault(row: _Row, folder: Path, has_splits: bool) -> str | None:
 def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
     """Files that are listed twice, and patients in two splits: test images must not be of trained patients."""
     faults = []
-    first: dict[tuple[Path, str], _Row] = {}
+    first: dict[tuple[str, str, str], _Row] = {}
     splits: dict[str, _Row] = {}
     for row in rows:
         if row.path and row.key in first:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from secure_fed.clients.data import SiteImage, Split
 from secure_fed.clients.duplicates import Fingerprint, exact_copies, near_twins
 from secure_fed.clients.encoding import expected_seconds
@@ -24,6 +26,18 @@ FAR = 2.0
 """An image is far from the backbone's size if enlarged by more than this, or if its long side is more than this many
 times the short one, so that cutting out the middle square loses more than half."""
 
+BLANK = 1.0
+"""A picture whose grey values have a smaller standard deviation, of 255, shows nothing."""
+
+TINY = 32
+"""A side of fewer pixels shows little."""
+
+COLOUR = 12.0
+"""A picture whose colours lie further from grey on average, of 255, is coloured."""
+
+UNLIKE = 8.0
+"""A picture is unlike the others if its mean grey lies so many median deviations from the median one."""
+
 
 def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> dict[str, Any]:
     """Read, decode and compare all of a site's images; nothing is trained or encoded.
@@ -32,7 +46,13 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
     finds them there.
 
     Returns:
-        A JSON document. ``classes``: images by class and split; ``patients``: by split; ``missing_classes``;
+        A JSON document. ``told``: what was sniffed or guessed; ``passed_over``: what is no image, count and list;
+        ``left_out``: how many images by kind, as the site chose; ``doubts``: about who is who, each with ``kind``,
+        ``ids``, ``images``, ``splits`` and ``text``; ``kinds``: scouts and screenshots among the images, by kind;
+        ``modalities`` and ``scanners``: images by each; ``largest_patients``: those with most images; ``odd``:
+        ``blank``, ``tiny``, ``colour`` and ``unlike`` pictures, and ``noted`` ones, whose file says what cannot be
+        followed.
+        ``classes``: images by class and split; ``patients``: by split; ``missing_classes``;
         ``exact_copies`` and ``near_twins``: groups, those that lie in more than one split, and a list of these;
         ``unreadable`` and ``far_from_size``: count and list; ``backbone_size``: side of the square, None if unknown;
         ``encoding``: how long the first round's encoding will take here, ``seconds`` and ``seconds_per_image`` on one
@@ -44,14 +64,37 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         StorageError: the cache cannot be used.
     """
     file.state_folder.begin()
-    images, (found, unreadable) = compared_images(file, agreed, progress)
+    (images, notes, doubts), (found, unreadable) = compared_images(file, agreed, progress)
     classes, size = agreed.study.class_names, image_size(agreed.study.backbone)
     counts = Counter((image.label, image.split) for image in images)
     patients = {split: len({image.patient for image in images if image.split == split}) for split in get_args(Split)}
     exact = exact_copies(found)
     far = [index for index, one in enumerate(found) if one is not None and size is not None and _is_far(one, size)]
+    seen = [(image, one) for image, one in zip(images, found, strict=True) if one is not None]
+    by_patient = Counter(image.patient for image in images)
     return {
         "site": file.site,
+        "told": notes.told,
+        "passed_over": _files(notes.passed_over),
+        "left_out": dict(sorted(notes.left_out.items())),
+        "doubts": [
+            {
+                "kind": doubt.kind,
+                "ids": list(doubt.ids),
+                "images": doubt.images,
+                "splits": sorted({image.split for image in images if image.patient in doubt.ids}),
+                "text": doubt.text,
+            }
+            for doubt in doubts
+        ],
+        "kinds": dict(Counter(one.facts.kind for _, one in seen if one.facts.kind)),
+        "modalities": dict(Counter(one.facts.modality or "none" for _, one in seen).most_common()),
+        "scanners": dict(Counter(one.facts.scanner or "unknown" for _, one in seen).most_common()),
+        "largest_patients": [
+            {"patient": patient, "images": count} for patient, count in by_patient.most_common(LISTED)
+        ],
+        "odd": {name: _files(str(image.path) for image, _ in odd) for name, odd in _odd(seen).items()}
+        | {"noted": _files(f"{image.path}: {note}" for image, one in seen for note in one.facts.notes)},
         "images": len(images),
         "classes": {
             name: {split: counts[label, split] for split in get_args(Split) if split != "unlabelled"}
@@ -84,6 +127,20 @@ def _encoding(file: SiteFile, agreed: AgreedStudy, images: int) -> dict[str, Any
         return {"images": images, "seconds_per_image": None, "seconds": None, "reason": str(error)}
     each = loaded.seconds_per_image()
     return {"images": images, "seconds_per_image": each, "seconds": expected_seconds(each, images)}
+
+
+def _odd(seen: Sequence[tuple[SiteImage, Fingerprint]]) -> dict[str, list[tuple[SiteImage, Fingerprint]]]:
+    """Pictures that somebody should look at: without contrast, tiny, coloured among grey ones, unlike all others."""
+    colourful = [entry for entry in seen if entry[1].colour > COLOUR]
+    means = np.array([one.mean for _, one in seen] or [0.0])
+    middle = float(np.median(means))
+    spread = float(np.median(np.abs(means - middle)))
+    return {
+        "blank": [entry for entry in seen if entry[1].contrast < BLANK],
+        "tiny": [entry for entry in seen if min(entry[1].width, entry[1].height) < TINY],
+        "colour": colourful if len(colourful) < len(seen) / 2 else [],
+        "unlike": [entry for entry in seen if abs(entry[1].mean - middle) > max(UNLIKE * spread, BLANK)],
+    }
 
 
 def refuse_leaks(file: SiteFile, leaks: Sequence[str]) -> None:

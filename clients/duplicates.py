@@ -204,6 +204,15 @@ def inseparable(images: Sequence[SiteImage], found: Sequence[Fingerprint | None]
     return sorted(kept, key=min)
 
 
+def merged(groups: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """Groups that have a member in common as one, sorted."""
+    kept: list[frozenset[str]] = []
+    for group in groups:
+        apart = [other for other in kept if not other & group]
+        kept = [*apart, group.union(*(other for other in kept if other & group))]
+    return sorted(kept, key=min)
+
+
 def _of_patients(images: Sequence[SiteImage], groups: Sequence[Sequence[int]]) -> list[frozenset[str]]:
     """The patients whom groups of images connect."""
     names = sorted({image.patient for image in images})

@@ -8,9 +8,10 @@ from pathlib import Path
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.forgotten import Forgotten
-from secure_fed.clients.images import every_image
+from secure_fed.clients.images import every_image, named_patients
+from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, similar
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import EnvelopeError, SecfacmicError
+from secure_fed.core.errors import EnvelopeError, SecfacmicError, UnknownPatientError
 from secure_fed.core.layout import SiteRun, SiteState
 from secure_fed.core.storage import exclusive, sync_folder, write_durable
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
@@ -47,6 +48,7 @@ def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
 
     Raises:
         ForgottenError: the list of the forgotten cannot be read.
+        UnknownPatientError: no image, row or list of the site has this id; nothing was changed.
         StorageError: another process, as the site's client, holds the state folder; or the list or the cache cannot be
             written: what is on the list stays away all the same.
     """
@@ -58,6 +60,7 @@ def forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
 def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     state = file.state_folder
     forgotten = Forgotten(state.path)
+    patient = _known(file, agreed, forgotten, patient)
     theirs: list[bytes] = []
     others: list[bytes] = []
     unread, count = "", 0
@@ -83,6 +86,33 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
         with FeatureCache(file.feature_cache) as cache:
             dropped = cache.keep_only(set(others))
     return Forgetting(count, dropped, rounds, heads, unread)
+
+
+def _known(file: SiteFile, agreed: AgreedStudy, forgotten: Forgotten, patient: str) -> str:
+    """The id under which the site knows a patient.
+
+    Raises:
+        UnknownPatientError: under none.
+    """
+    meant = patient if file.data.unit == "image" else in_one_form(patient)
+    names: set[str] = set()
+    reason = ""
+    try:
+        names = {image.patient for image in every_image(file, agreed)}
+    except SecfacmicError as error:
+        reason = f"; the data cannot be read ({' '.join(str(error).split())[:160]})"
+        names = named_patients(file)
+    settled = Path(file.data.patients or Path(file.data.folder) / SETTLED)
+    if file.data.unit == "patient" and settled.exists():
+        meant = read_settled(settled)[0].get(meant, meant)
+    if meant in names or forgotten.patient(meant):
+        return meant
+    alike = similar(meant, names)
+    known = f"similar ids here: {', '.join(map(repr, alike))}" if alike else "no similar id is here"
+    raise UnknownPatientError(
+        f"{patient!r}: no patient of this site has this id{reason}; expected an id as the manifest or the DICOM header "
+        f"has it: {known}. Nothing was changed"
+    )
 
 
 def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:

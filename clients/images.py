@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from secure_fed.clients.data import Groups, SiteImage, read_data
-from secure_fed.clients.duplicates import Fingerprints, fingerprints, inseparable
+from secure_fed.clients.data import MANIFEST, Choice, Groups, Notes, SiteImage, read_data
+from secure_fed.clients.duplicates import Fingerprints, fingerprints, inseparable, merged
 from secure_fed.clients.features import FeatureCache, Progress
 from secure_fed.clients.forgotten import Forgotten
+from secure_fed.clients.manifest import read_table
+from secure_fed.clients.patients import SETTLED, Doubt, doubts, in_one_form
 from secure_fed.clients.private_round import has_budget
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.errors import ManifestError, PatientError
 from secure_fed.protocol.study import AgreedStudy
+
+_LISTED = 10
 
 
 def site_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> list[SiteImage]:
@@ -32,20 +39,64 @@ def site_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None =
         DataError, LabelError, ManifestError: as :func:`secure_fed.clients.data.read_data`.
         StorageError: the feature cache cannot be used.
     """
-    images, places, _ = _kept(file, agreed, progress)
-    return [images[place] for place in places]
+    return find_images(file, agreed, progress).images
+
+
+class Found(NamedTuple):
+    """What a site has.
+
+    Attributes:
+        images: as :func:`site_images` gives them.
+        notes: what was noticed while they were found.
+        doubts: ids that may not tell patients apart.
+    """
+
+    images: list[SiteImage]
+    notes: Notes
+    doubts: list[Doubt]
+
+
+def find_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> Found:
+    """:func:`site_images` with what was noticed on the way."""
+    images, places, _, notes = _kept(file, agreed, progress)
+    kept = [images[place] for place in places]
+    return Found(kept, notes, _doubts(file, kept, notes))
 
 
 def compared_images(
     file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None
-) -> tuple[list[SiteImage], Fingerprints]:
-    """:func:`site_images` with the fingerprints of all of them, in the same order."""
-    images, places, looks = _kept(file, agreed, progress)
+) -> tuple[Found, Fingerprints]:
+    """:func:`find_images` with the fingerprints of all images, in the same order."""
+    images, places, looks, notes = _kept(file, agreed, progress)
     kept = [images[place] for place in places]
+    found = Found(kept, notes, _doubts(file, kept, notes))
     if looks is None:
-        return kept, _look(file, agreed, kept, progress)
+        return found, _look(file, agreed, kept, progress)
     reasons = {index: looks.unreadable[place] for index, place in enumerate(places) if place in looks.unreadable}
-    return kept, Fingerprints([looks.found[place] for place in places], reasons)
+    return found, Fingerprints([looks.found[place] for place in places], reasons)
+
+
+def refuse_doubts(file: SiteFile, found: Found) -> None:
+    """Under a privacy budget, check that ids tell patients apart: one patient under two ids would have two budgets.
+
+    Raises:
+        PatientError: they do not, or nobody has said so yet.
+    """
+    if not found.doubts or not has_budget(file):
+        return
+    shown = "".join(f"\n  {doubt.text}" for doubt in found.doubts[:_LISTED])
+    more = f"\n  and {len(found.doubts) - _LISTED} more" if len(found.doubts) > _LISTED else ""
+    raise PatientError(
+        f"{file.data.folder}: {len(found.doubts)} doubts about who is who; under a privacy budget each patient must "
+        f"have one id: mend the ids, or settle each in {SETTLED} (columns id, same_as; an empty same_as says that the "
+        f"id is a patient of its own){shown}{more}"
+    )
+
+
+def _doubts(file: SiteFile, images: Sequence[SiteImage], notes: Notes) -> list[Doubt]:
+    if file.data.unit == "image":
+        return []
+    return doubts(Counter(image.patient for image in images), notes.settled)
 
 
 def present_images(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
@@ -57,29 +108,46 @@ def present_images(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
 
 def every_image(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
     """All images in a site's folders, the forgotten patients' too; their split says nothing."""
-    return _read(file, agreed, lambda images: ())
+    return _read(file, agreed, lambda images: (), Notes())
+
+
+def named_patients(file: SiteFile) -> set[str]:
+    """The ids that a manifest names, whatever else is wrong with it or with the files; empty if it cannot be read."""
+    manifest = Path(file.data.folder) / MANIFEST
+    name = "patient" if file.data.unit == "patient" else "path"
+    try:
+        return {in_one_form(row.cells.get(name, "")) for row in read_table(manifest, (), ("path",)).rows} - {""}
+    except ManifestError:
+        return set()
 
 
 def _kept(
     file: SiteFile, agreed: AgreedStudy, progress: Progress | None
-) -> tuple[list[SiteImage], list[int], Fingerprints | None]:
-    """All images, the places of those that are not forgotten, and all fingerprints if the splits needed them."""
+) -> tuple[list[SiteImage], list[int], Fingerprints | None, Notes]:
+    """All images, the places of those that are not forgotten, all fingerprints if the splits needed them, notes."""
     forgotten = Forgotten(Path(file.state))
+    notes = Notes()
     looks: list[Fingerprints] = []
 
     def together(images: Sequence[SiteImage]) -> list[frozenset[str]]:
         looks.append(_look(file, agreed, images, progress))
-        return inseparable(images, looks[0].found)
+        # Who may be one patient in two writings is never split either.
+        one = [frozenset(doubt.ids) for doubt in _doubts(file, images, notes) if doubt.kind == "writings"]
+        return merged([*inseparable(images, looks[0].found), *one])
 
-    images = _read(file, agreed, None if has_budget(file) else together)
+    images = _read(file, agreed, None if has_budget(file) else together, notes)
     places = [place for place, gone in enumerate(forgotten.among(images)) if not gone]
-    return images, places, looks[0] if looks else None
+    return images, places, looks[0] if looks else None, notes
 
 
-def _read(file: SiteFile, agreed: AgreedStudy, together: Groups | None) -> list[SiteImage]:
+def _read(file: SiteFile, agreed: AgreedStudy, together: Groups | None, notes: Notes) -> list[SiteImage]:
     data, study = file.data, agreed.study
     extra = None if data.unlabelled is None else Path(data.unlabelled)
-    return read_data(Path(data.folder), study.class_names, data.unit, data.shares, study.seed, extra, together)
+    choice = Choice(data.slices, data.leave_out, None if data.patients is None else Path(data.patients))
+    folder = Path(data.folder)
+    return read_data(
+        folder, study.class_names, data.unit, data.shares, study.seed, extra, together, choice=choice, notes=notes
+    )
 
 
 def _look(file: SiteFile, agreed: AgreedStudy, images: Sequence[SiteImage], progress: Progress | None) -> Fingerprints:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from pydicom import uid
 from pydicom.pixels.decoders import base
 
-from secure_fed.clients.dicom import HEADER, DicomFile, is_dicom
+from secure_fed.clients.dicom import HEADER, DicomFile, is_dicom, read_header, text
 from secure_fed.clients.nifti import Axis, NiftiFile, is_nifti
 from secure_fed.clients.photographs import PhotographFile, looks_like_one
 from secure_fed.clients.rules import Picture, Rules, UndecodableError
@@ -144,6 +145,36 @@ def is_meant_as_image(path: Path) -> bool:
     with path.open("rb") as stream:
         head = stream.read(4 * HEADER)
     return any(one.begins(head) for one in FORMATS)
+
+
+def count_frames(path: Path, axis: Axis) -> int:
+    """How many pictures a file has; 1 also of one that cannot be read: why it cannot comes out when it is decoded."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(4 * HEADER)
+        if is_nifti(head):
+            return NiftiFile(path.read_bytes()).frames_along(axis)
+    except (OSError, UndecodableError):
+        return 1
+    header = read_header(path)
+    found = "" if header is None else text(header, "NumberOfFrames")
+    return max(1, int(found)) if found.isdecimal() else 1
+
+
+def place_in_series(path: Path) -> tuple[str, tuple[float, ...]]:
+    """Of a DICOM file, the UID of its series, and what slices of a series are ordered by; else empty."""
+    header = read_header(path)
+    if header is None:
+        return "", ()
+    number = along = 0.0
+    try:
+        number = float(text(header, "InstanceNumber") or 0)
+        position = np.array(header.get("ImagePositionPatient"), dtype=np.float64)
+        rows, columns = np.array(header.get("ImageOrientationPatient"), dtype=np.float64).reshape(2, 3)
+        along = float(np.cross(rows, columns) @ position)
+    except Exception:  # without a position the numbers have to do, and without these the names
+        along = 0.0
+    return text(header, "SeriesInstanceUID"), (along, number)
 
 
 def identity(content: bytes, frame: int | None, axis: Axis = "axial") -> bytes:

@@ -22,7 +22,7 @@ from secure_fed.clients.data import Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
 from secure_fed.clients.given_sums import GivenSums
-from secure_fed.clients.images import rules_of, site_images
+from secure_fed.clients.images import find_images, refuse_doubts, rules_of
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import SiteFile, read_site_file
@@ -141,7 +141,12 @@ class Site:
         if self._features is None:
             torch.set_num_threads(self._file.threads)
             checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
-            images = site_images(self._file, self._agreed, progress)
+            found = find_images(self._file, self._agreed, progress)
+            refuse_doubts(self._file, found)
+            if found.doubts:
+                count = len(found.doubts)
+                log.warning("%s: %d doubts about who is who; see them: secfacmic data check", self.name, count)
+            images = found.images
             with FeatureCache(self._file.feature_cache) as cache:
                 self._features = load_features(
                     images,

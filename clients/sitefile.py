@@ -24,6 +24,10 @@ class SiteData(FileModel):
         unit: what counts as one patient; ``image`` only for data without patient ids.
         shares: how a folder without a split column is split.
         unlabelled: another folder, of images without labels, as target of domain adaptation.
+        slices: of each series of slices, be it one file or many: ``middle``, ``every:N`` or ``all``; without it each
+            file is one image, of many frames the middle one.
+        leave_out: DICOM files that are left out: ``scout``, ``screenshot``, ``no picture`` (segmentations, reports).
+        patients: which ids are one patient, if not in ``patients.csv`` of the folder.
         most_pixels: of one picture; a larger one is refused before it is unpacked.
     """
 
@@ -32,6 +36,9 @@ class SiteData(FileModel):
     unit: Literal["patient", "image"] = "patient"
     shares: Shares | None = None
     unlabelled: Text | None = None
+    slices: Annotated[str, StringConstraints(pattern=r"^(middle|all|every:[1-9][0-9]{0,3})$")] | None = None
+    leave_out: tuple[Literal["scout", "screenshot", "no picture"], ...] = ()
+    patients: Text | None = None
     most_pixels: Annotated[int, Field(ge=1, le=2**32)] = MOST_PIXELS
 
 
@@ -250,7 +257,9 @@ def read_site_file(path: Path) -> SiteFile:
     paths = {name: str(base / getattr(file, name)) for name in ("study", "state", "identity")}
     checkpoint = None if file.checkpoint is None else str(base / file.checkpoint)
     extra = None if file.data.unlabelled is None else str(base / file.data.unlabelled)
-    data = file.data.model_copy(update={"folder": str(base / file.data.folder), "unlabelled": extra})
+    same = None if file.data.patients is None else str(base / file.data.patients)
+    folders = {"folder": str(base / file.data.folder), "unlabelled": extra, "patients": same}
+    data = file.data.model_copy(update=folders)
     features = None if file.features is None else str(base / file.features)
     server = file.server
     if server is not None:

@@ -19,6 +19,15 @@ from secure_fed.cli.output import Json, console, out, print_json
 
 app = typer.Typer(help="A site's images.", no_args_is_help=True)
 
+ODD = {
+    "blank": "without contrast",
+    "tiny": "tiny",
+    "colour": "in colour, where most are grey",
+    "unlike": "much darker or brighter than the others",
+    "noted": "shown, though their files say what cannot be followed",
+}
+"""What is odd about pictures, by its name in the report."""
+
 SiteToml = Annotated[Path, typer.Option(help="The site's site.toml.")]
 
 
@@ -194,6 +203,16 @@ def _show(report: dict[str, Any]) -> None:
     patients = report["patients"]
     say(f"{report['images']} images of {patients['all']} patients; {report['unlabelled']} without a label")
     say("patients: " + ", ".join(f"{split} {patients[split]}" for split in ("train", "val", "test", "unlabelled")))
+    for line in report["told"]:
+        say(line)
+    for doubt in report["doubts"]:
+        say(f"doubt: {doubt['text']}; in splits {', '.join(doubt['splits'])}: mend it, or settle it in patients.csv")
+    for kind, count in report["left_out"].items():
+        say(f"left out, as site.toml says: {count} of kind {kind}")
+    for kind, count in report["kinds"].items():
+        say(f"among the images: {count} of kind {kind}; leave_out in [data] of site.toml leaves them out")
+    for key in ("modalities", "scanners"):
+        say(f"{key}: " + ", ".join(f"{name} {count}" for name, count in report[key].items()))
     for name in report["missing_classes"]:
         say(f"no labelled image of class {name}")
     for key, text in (("exact_copies", "exact copies"), ("near_twins", "near twins")):
@@ -208,9 +227,12 @@ def _show(report: dict[str, Any]) -> None:
         say(f"encoding, once, before the first round: {encoding['images']} images, {duration(encoding['seconds'])}")
     size = report["backbone_size"]
     far = "unknown" if size is None else f"{size} x {size}"
-    for key, text in (("unreadable", "unreadable"), ("far_from_size", f"far from the backbone's size, {far}")):
-        say(f"{text}: {report[key]['count']}")
-        for line in report[key]["listed"]:
+    listed = {"passed over": report["passed_over"], "unreadable": report["unreadable"]}
+    listed |= {f"far from the backbone's size, {far}": report["far_from_size"]}
+    listed |= {ODD[name]: files for name, files in report["odd"].items() if files["count"]}
+    for text, files in listed.items():
+        say(f"{text}: {files['count']}")
+        for line in files["listed"]:
             say(f"  {line}")
 
 

@@ -116,6 +116,18 @@ class ForgottenError(SecfacmicError):
     exit_code = 25
 
 
+class PatientError(SecfacmicError):
+    """Ids that may be one patient twice, or many patients in one, where a privacy budget needs to know."""
+
+    exit_code = 26
+
+
+class UnknownPatientError(SecfacmicError):
+    """A patient to be forgotten whom the site does not know; nothing was changed."""
+
+    exit_code = 27
+
+
 class BackboneError(SecfacmicError):
     """A backbone that cannot be loaded."""
 

@@ -13,7 +13,7 @@ from secure_fed.clients.erasure import forget
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import ForgottenError
+from secure_fed.core.errors import ForgottenError, UnknownPatientError
 from secure_fed.core.tomlfile import write_toml
 from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.rounds import ReplyCode
@@ -220,3 +220,17 @@ def test_the_list_holds_hashes_under_a_key_of_its_own(tmp_path):
     contents = [Forgotten(path.parent)._content for path in texts]
     assert set(contents[0].patients).isdisjoint(contents[1].patients)
     assert second.patient(PATIENT)
+
+
+def test_an_unknown_id_changes_nothing_and_similar_ones_are_shown(federation, hospital):
+    path, _ = hospital
+    federation.site("ash").features()
+    before = state_bytes(federation)
+    for unknown in ("OTHER-1", "other-01", "other-99", ""):
+        with pytest.raises(UnknownPatientError):
+            forget(read_site_file(path), federation.agreed, unknown)
+        after = state_bytes(federation)
+        assert {file: content for file, content in after.items() if file.name != "lock"} == before
+    with pytest.raises(UnknownPatientError, match="similar ids here: 'other-1'"):
+        forget(read_site_file(path), federation.agreed, "OTHER-1")
+    assert forget(read_site_file(path), federation.agreed, f" {PATIENT} ").images == 2  # only form

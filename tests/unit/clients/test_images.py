@@ -7,10 +7,17 @@ from PIL import Image
 from secure_fed.clients.data_check import check_data
 from secure_fed.clients.duplicates import fingerprint
 from secure_fed.clients.forgotten import Forgotten
-from secure_fed.clients.images import compared_images, every_image, present_images, site_images
+from secure_fed.clients.images import (
+    compared_images,
+    every_image,
+    find_images,
+    present_images,
+    refuse_doubts,
+    site_images,
+)
 from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
-from secure_fed.core.errors import ForgottenError
+from secure_fed.core.errors import ForgottenError, PatientError
 from secure_fed.protocol.study import Shares
 
 SHARES = Shares(train=0.5, val=0.2, test=0.2, unlabelled=0.1)
@@ -73,7 +80,7 @@ def test_everybody_gets_the_same_images_and_none_of_the_forgotten_under_any_name
     used = site_images(file, agreed)
     assert len(used) == 46
     assert not {"p00", "p01"} & set(splits(used))
-    compared, looks = compared_images(file, agreed)
+    (compared, _, _), looks = compared_images(file, agreed)
     assert compared == used
     assert [one.pixels for one in looks.found if one] == [fingerprint(Image.open(one.path)).pixels for one in used]
     assert [image.path for image in present_images(file, agreed)] == [image.path for image in used]
@@ -86,7 +93,7 @@ def test_what_cannot_be_read_keeps_its_reason_at_its_place(file, federation, tmp
     broken.write_bytes(broken.read_bytes()[:60])
     Forgotten(tmp_path / "state").add("p00", [])
     for one in (file, with_privacy(file)):  # fingerprints made for the splits, and for the comparison alone
-        images, looks = compared_images(one, federation.agreed)
+        (images, _, _), looks = compared_images(one, federation.agreed)
         (place,) = looks.unreadable
         assert images[place].path == broken
         assert [index for index, found in enumerate(looks.found) if found is None] == [place]
@@ -116,3 +123,19 @@ def test_without_the_list_of_the_forgotten_nothing_is_read(file, federation, tmp
     (tmp_path / "hospital" / "manifest.csv").unlink()
     with pytest.raises(ForgottenError):
         ask(file, federation.agreed)
+
+
+def test_doubtful_ids_stop_a_start_under_a_budget_until_they_are_settled(file, federation, tmp_path):
+    manifest = tmp_path / "hospital" / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("02.png,p02", "02.png,P01").replace("03.png,p03", "03.png,nan"))
+    found = find_images(file, federation.agreed)
+    assert [doubt.ids for doubt in found.doubts] == [("nan",), ("P01", "p01")]
+    refuse_doubts(file, found)  # without a budget it is told only
+    owners = splits(found.images)
+    assert owners["p01"] == owners["P01"]  # and they are never in two splits
+    private = with_privacy(file)
+    with pytest.raises(PatientError, match=r"'P01', 'p01' .2 images. may be one patient in several writings"):
+        refuse_doubts(private, find_images(private, federation.agreed))
+    (tmp_path / "hospital" / "patients.csv").write_text("id,same_as\nP01,p01\nnan,\n")
+    refuse_doubts(private, find_images(private, federation.agreed))
+    assert "P01" not in splits(find_images(private, federation.agreed).images)

@@ -1,0 +1,171 @@
+"""Tables of hospitals and spreadsheets, read as text: nothing in a cell becomes a number, and no row shifts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from secure_fed.core.errors import ManifestError
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_LISTED = 10
+
+
+class Row(NamedTuple):
+    """One row: its line in the file (from 1), and its cells by column, without blanks around."""
+
+    line: int
+    cells: dict[str, str]
+
+
+class Table(NamedTuple):
+    """A table of texts.
+
+    Attributes:
+        columns: names, without blanks around.
+        rows: those that are not empty.
+        told: what was sniffed and not as expected, in words.
+    """
+
+    columns: tuple[str, ...]
+    rows: list[Row]
+    told: list[str]
+
+
+def read_table(path: Path, known: Sequence[str], needed: Sequence[str]) -> Table:
+    """Read a CSV file as its writer meant it, where that is beyond doubt.
+
+    UTF-8, UTF-16 (with a mark) and, where it is neither, Windows-1252; commas, semicolons, tabs or bars, by the header
+    or a spreadsheet's ``sep=`` line.
+
+    Args:
+        path: the file.
+        known: names of columns that mean something; one that differs from them in form alone is refused.
+        needed: those by which the header's separator is known.
+
+    Raises:
+        ManifestError: it cannot be read; two columns have one name or one that is nearly known; rows have more or fewer
+            cells than the header. All rows are told together, by line.
+    """
+    text, told = _decoded(path)
+    skipped = 0
+    separator = ""
+    if match := re.match(r'"?sep=(.)"?[;,\t]*\r?\n', text, re.IGNORECASE):
+        separator, skipped, text = match[1], 1, text[match.end() :]
+        told.append(f"{path}: separated by {separator!r}, as its first line says")
+    elif (separator := _separator(text, needed)) != ",":
+        told.append(f"{path}: separated by {_SEPARATORS[separator]}")
+    found = _cells(path, text, separator, skipped)
+    while found and not any(found[0][1]):
+        found.pop(0)
+    if not found:
+        return Table((), [], told)
+    line, header = found[0]
+    while not header[-1]:
+        header.pop()
+    _refuse_header(path, line, header, known)
+    rows, faults, empty = [], [], 0
+    for line, cells in found[1:]:
+        if not any(cells):
+            empty += 1
+        elif len(cells) < len(header) or any(cells[len(header) :]):
+            faults.append(f"line {line}: {len(cells)} cells; expected {len(header)}, as in the header")
+        else:
+            rows.append(Row(line, {name: cell for name, cell in zip(header, cells, strict=False) if name}))
+    if faults:
+        shown = "".join(f"\n  {fault}" for fault in faults[:_LISTED])
+        more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise ManifestError(
+            f"{path}: {len(faults)} row{'s' * (len(faults) > 1)} with cells too many or too few; put quotes around "
+            f"cells that hold a separator, and add what is missing{shown}{more}"
+        )
+    if empty:
+        told.append(f"{path}: {empty} empty rows passed over")
+    return Table(tuple(header), rows, told)
+
+
+def _decoded(path: Path) -> tuple[str, list[str]]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}); expected a CSV file there") from error
+    told = []
+    encoding = "utf-8-sig"
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+        told.append(f"{path}: read as UTF-16")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        try:
+            if encoding == "utf-16":
+                raise
+            text = content.decode("cp1252")
+            told.append(f"{path}: not UTF-8, read as Windows-1252; save it as UTF-8 if letters are wrong")
+        except UnicodeDecodeError:
+            raise ManifestError(
+                f"{path}: cannot be read ({encoding.removesuffix('-sig')} ends at byte {error.start}); expected a CSV "
+                "file in UTF-8: save it again as that"
+            ) from error
+    if "\0" in text:
+        raise ManifestError(
+            f"{path}: cannot be read (byte 0 in line {text[: text.index(chr(0))].count(chr(10)) + 1}); expected a CSV "
+            "file in UTF-8, not a spreadsheet's own file: save it again as that"
+        )
+    return text, told
+
+
+def _separator(text: str, needed: Sequence[str]) -> str:
+    """The one separator by which the header has a column that is needed; the comma if there is no such."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    fitting = []
+    for separator in _SEPARATORS:
+        names = {name.strip().casefold() for name in next(csv.reader([header], delimiter=separator), [])}
+        if names.intersection(needed):
+            fitting.append(separator)
+    several = [separator for separator in fitting if separator in header]
+    return several[0] if len(several) == 1 else ","
+
+
+def _cells(path: Path, text: str, separator: str, skipped: int) -> list[tuple[int, list[str]]]:
+    """All rows, each with the line that it begins in; of the standard library, which alone tells short rows from empty
+    cells."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    found, line = [], skipped + 1
+    try:
+        for cells in reader:
+            found.append((line, [cell.strip() for cell in cells]))
+            line = skipped + reader.line_num + 1
+    except csv.Error as error:
+        raise ManifestError(
+            f"{path}: line {line}: cannot be read as CSV ({error}); expected quotes in pairs, around whole cells"
+        ) from error
+    return found
+
+
+def _refuse_header(path: Path, line: int, header: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse names that are there twice, and names that differ from known ones in form alone."""
+    faults = []
+    first: dict[str, int] = {}
+    forms = {_form(name): name for name in known} | ({} if "patient" in header else {"patientid": "patient"})
+    for place, name in enumerate(header, start=1):
+        if not name:
+            continue
+        meant = forms.get(_form(name), name)
+        if meant in first:
+            faults.append(
+                f"column {place}, {name!r}, has the name of column {first[meant]}: keep one, rename the other"
+            )
+        elif meant != name:
+            faults.append(f"column {place} is named {name!r}; expected {meant!r}: rename it, or remove it")
+        first.setdefault(meant, place)
+    if faults:
+        raise ManifestError(f"{path}: line {line}: " + "; ".join(faults))
+
+
+def _form(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).casefold()

@@ -1,0 +1,234 @@
+"""Hospitals' tables are read as their writers meant them, or refused by line and column: nothing shifts."""
+
+import unicodedata
+from collections import Counter
+
+import pytest
+
+from secure_fed.clients.data import Choice, Notes, read_data
+from secure_fed.clients.manifest import read_table
+from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
+from secure_fed.core.errors import DataError, ManifestError
+from secure_fed.protocol.study import Shares
+from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
+
+CLASSES = ("dark", "light")
+ROWS = [("a.png", "dark", "p1"), ("b.png", "light", "p2")]
+HALF = Shares(train=0.5, val=0.5, test=0, unlabelled=0)
+
+
+def found(folder, content, unit="patient", **options):
+    for name, *_ in ROWS:
+        (folder / name).touch()
+    (folder / "manifest.csv").write_bytes(content)
+    return [(image.path.name, image.patient) for image in read_data(folder, CLASSES, unit, HALF, 0, **options)]
+
+
+def text(separator=",", end="\n", header="path,label,patient"):
+    return end.join(separator.join(row) for row in [header.split(","), *ROWS]) + end
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (text(";").encode(), "semicolons"),
+        (text("\t").encode(), "tabs"),
+        (("sep=;\r\n" + text(";", "\r\n")).encode(), "as its first line says"),
+        (text().encode("utf-16"), "UTF-16"),
+        (text("\t").encode("utf-16"), "tabs"),
+        (b"\xef\xbb\xbf" + (text(end="\r\n") + ",,\r\n\r\n").encode(), "2 empty rows"),
+        (text(header=" path , label,patient ").encode(), ""),
+        ("\n".join(line + ",," for line in text().splitlines()).encode(), ""),
+    ],
+)
+def test_other_countries_and_spreadsheets_tables_are_read_and_told(tmp_path, content, told):
+    notes = Notes()
+    assert found(tmp_path, content, notes=notes) == [("a.png", "p1"), ("b.png", "p2")]
+    assert told in " ".join(notes.told)
+
+
+def test_what_is_not_utf8_is_windows(tmp_path):
+    notes = Notes()
+    assert found(tmp_path, text().replace("p1", "Müller").encode("cp1252"), notes=notes)[0][1] == "Müller"
+    assert "Windows-1252" in notes.told[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("path,label,patient,label\na.png,dark,p1,light\n", "line 1: column 4, 'label', has the name of column 2"),
+        ("path,label,patient,Label\na.png,dark,p1,light\n", "line 1: column 4, 'Label', has the name of column 2"),
+        ("path,label,patient,Split\na.png,dark,p1,test\n", "line 1: column 4 is named 'Split'; expected 'split'"),
+        ("path,label,Patient_ID\na.png,dark,p1\n", "column 3 is named 'Patient_ID'; expected 'patient'"),
+        ("path,label,patient,s p-l_i t\na.png,dark,p1,test\n", "expected 'split'"),
+        ("path,label,patient\na.png,dark,p1\nb.png,no, light,p2\n", "line 3: 4 cells; expected 3"),
+        ("path,label,patient\na.png,dark,p1\nb.png,light\n", "line 3: 2 cells; expected 3"),
+        ('path,label,patient\n"a.png,dark,p1\nb.png,light,p2\n', "line 2: cannot be read as CSV"),
+        ("path,label,patient\na.png,dark,p\0\n", "byte 0 in line 2"),
+    ],
+)
+def test_what_would_shift_or_hide_a_cell_is_refused_by_line_and_column(tmp_path, content, fault):
+    with pytest.raises(ManifestError) as caught:
+        found(tmp_path, content.encode())
+    assert fault in str(caught.value)
+
+
+def test_lines_are_counted_as_editors_count_them(tmp_path):
+    (tmp_path / "t.csv").write_text('\npath,note\na,"two\nlines"\n\nb,x\n')
+    table = read_table(tmp_path / "t.csv", ("path",), ("path",))
+    assert [(row.line, row.cells["path"]) for row in table.rows] == [(3, "a"), (6, "b")]
+    (tmp_path / "u.csv").write_text("sep=,\npath,note\na,1\nb,2,3\n")
+    with pytest.raises(ManifestError, match="line 4: 3 cells"):
+        read_table(tmp_path / "u.csv", ("path",), ("path",))
+
+
+def test_paths_are_taken_for_the_only_files_they_can_mean(tmp_path):
+    name = unicodedata.normalize("NFD", "Läsion.png")
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / name).touch()
+    notes = Notes()
+    rows = "path,label,patient\nscans\\Läsion.png,dark,p1\n"
+    assert found(tmp_path, rows.encode(), notes=notes) == [(name, "p1")]
+    assert "1 paths with backslashes" in notes.told[-1]
+    (tmp_path / "scans" / unicodedata.normalize("NFC", name)).touch()  # now it could be either
+    assert found(tmp_path, rows.encode())[0][0] == unicodedata.normalize("NFC", name)
+
+
+def test_ids_are_taken_in_one_form(tmp_path):
+    rows = f"path,label,patient\na.png,dark,M\u00fcller\nb.png,light,\u00a0{unicodedata.normalize('NFD', 'Müller')} \n"
+    assert {patient for _, patient in found(tmp_path, rows.encode())} == {"Müller"}
+    assert in_one_form("\ufeff 007\0") == "007"
+
+
+@pytest.mark.parametrize(
+    ("ids", "kinds"),
+    [
+        (("007", "7"), ["writings"]),
+        (("p1", "P1"), ["writings"]),
+        (("12", "12.0"), ["writings"]),
+        (("P-01", "p\u20131"), ["writings"]),
+        (("1.23457E+11", "b"), ["spreadsheet"]),
+        (("12-Mar", "#REF!"), ["spreadsheet", "spreadsheet"]),
+        (("nan", "b"), ["placeholder"]),
+        (("ANONYMOUS", "N/A", "-"), ["placeholder"] * 3),
+        (("0000", "b"), ["placeholder"]),
+        (("12", "120", "1.2", "1-2", "P1E3"), []),
+    ],
+)
+def test_ids_that_leave_open_who_is_who_are_found(ids, kinds):
+    assert [doubt.kind for doubt in doubts(dict.fromkeys(ids, 1))] == kinds
+
+
+def test_one_patient_with_more_than_half_of_all_images_is_doubtful():
+    counts = {"a": 11, "b": 5, "c": 5}
+    assert [(doubt.kind, doubt.ids) for doubt in doubts(counts)] == [("share", ("a",))]
+    assert not doubts(counts, {"a"})
+    assert not doubts({"a": 5, "b": 4})
+
+
+def test_people_settle_who_is_who(tmp_path):
+    for name in ("c.png", "d.png"):
+        (tmp_path / name).touch()
+    content = b"path,label,patient\na.png,dark,007\nb.png,light,7\nc.png,dark,p1\nd.png,light,P1\n"
+    (tmp_path / "patients.csv").write_text("id;same_as\n007;7\nP1;\n")
+    notes = Notes()
+    names = Counter(patient for _, patient in found(tmp_path, content, notes=notes))
+    assert names == {"7": 2, "p1": 1, "P1": 1}
+    assert not doubts(names, notes.settled)
+    assert doubts({"007": 1, "7": 1})[0].ids == ("007", "7")
+    for text_, fault in (
+        ("id,same_as\na,b\nb,c\n", "itself the same as"),
+        ("id,same_as\na,b\na,c\n", "line 3: id 'a'"),
+    ):
+        (tmp_path / "patients.csv").write_text(text_)
+        with pytest.raises(ManifestError, match=fault):
+            read_settled(tmp_path / "patients.csv")
+
+
+def test_similar_ids_are_shown():
+    assert similar("7", ["007", "12", "99"]) == ["007"]
+
+
+def test_links_are_followed_once_and_what_is_no_image_is_passed_over_and_told(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "dark" / "p1").mkdir(parents=True)
+    (elsewhere / "p2").mkdir(parents=True)
+    (data / "dark" / "p1" / "a.png").touch()
+    (elsewhere / "p2" / "b.png").touch()
+    (data / "dark" / "p2").symlink_to(elsewhere / "p2")
+    (data / "dark" / "p1" / "round").symlink_to(data / "dark")
+    (data / "dark" / "__MACOSX").mkdir()
+    (data / "dark" / "__MACOSX" / "a.png").touch()
+    (data / "dark" / "AUTORUN.INF").touch()
+    (data / "dark" / "report.pdf").write_bytes(b"%PDF-1.7")
+    notes = Notes()
+    images = read_data(data, CLASSES, "image", HALF, 0, notes=notes)
+    assert [image.path.name for image in images] == ["a.png", "b.png"]
+    told = "\n".join(notes.passed_over)
+    assert "report.pdf: no image" in told
+    assert "AUTORUN.INF: no image" in told
+    assert "round: a link to a folder that was read already" in told
+
+
+def test_a_folder_that_cannot_be_read_stops(tmp_path, monkeypatch):
+    import os
+
+    (tmp_path / "dark" / "p1").mkdir(parents=True)
+    (tmp_path / "dark" / "a.png").touch()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("p1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=r"p1: cannot be read .Permission denied"):
+        read_data(tmp_path, CLASSES, "image", HALF, 0)
+
+
+def series(folder, count, **fields):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        # Names and instance numbers run the other way than the positions.
+        position = {"ImagePositionPatient": [0, 0, -number], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        content = as_bytes(dicom(RAMP, PatientID="P1", InstanceNumber=number, **position, **fields))
+        (folder / f"{number:02}.dcm").write_bytes(content)
+
+
+def names(folder, **choice):
+    notes = Notes()
+    images = read_data(folder, CLASSES, "patient", HALF, 0, choice=Choice(**choice), notes=notes)
+    return [image.path.name for image in images], notes.left_out
+
+
+def test_of_a_series_the_rule_takes_slices_by_their_position(tmp_path):
+    series(tmp_path / "dark" / "s1", 7, SeriesInstanceUID="1.2.1")
+    assert len(names(tmp_path)[0]) == 7
+    assert names(tmp_path, slices="middle") == (["03.dcm"], {"other slice": 6})
+    assert names(tmp_path, slices="every:3")[0] == ["02.dcm", "05.dcm"]
+    assert len(names(tmp_path, slices="all")[0]) == 7
+
+
+def test_of_a_file_with_many_frames_the_rule_takes_slices_too(tmp_path):
+    import numpy as np
+
+    (tmp_path / "dark").mkdir()
+    (tmp_path / "dark" / "m.dcm").write_bytes(as_bytes(dicom(np.stack([RAMP] * 5), PatientID="P1")))
+    for slices, frames in ((None, [None]), ("middle", [2]), ("every:2", [1, 3]), ("all", [0, 1, 2, 3, 4])):
+        images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice(slices=slices))
+        assert [image.frame for image in images] == frames
+    rows = "path,label,patient,slice\ndark/m.dcm,dark,p1,4\n"
+    (tmp_path / "manifest.csv").write_text(rows)
+    images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice(slices="all"))
+    assert [image.frame for image in images] == [4]
+
+
+def test_scouts_screenshots_and_segmentations_are_left_out_by_rule_and_counted(tmp_path):
+    series(tmp_path / "dark" / "scout", 2, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    series(tmp_path / "dark" / "seg", 1, Modality="SEG")
+    series(tmp_path / "dark" / "ct", 3)
+    assert len(names(tmp_path)[0]) == 6
+    kept, left_out = names(tmp_path, leave_out=("scout", "no picture"))
+    assert len(kept) == 3
+    assert left_out == {"scout": 2, "no picture": 1}
