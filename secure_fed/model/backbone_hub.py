@@ -78,7 +78,7 @@ def _repository(name: str, cache: Path | None) -> Form:
         from open_clip.pretrained import download_pretrained_from_hf
 
         folder = config.parent
-        for one in _TOKENIZER:
+        for one in ("README.md", *_TOKENIZER):
             _file(name, one, cache)
         download_pretrained_from_hf(name, cache_dir=None if cache is None else str(cache))
         text_cfg = _text_config(config)
@@ -89,7 +89,7 @@ def _repository(name: str, cache: Path | None) -> Form:
         raise BackboneError(
             f"{HUB}{name}: has no {CONFIG} and no config.json; expected a model in open_clip's or transformers' form"
         )
-    for one in ("preprocessor_config.json", "processor_config.json", *_TOKENIZER):
+    for one in ("preprocessor_config.json", "processor_config.json", "README.md", *_TOKENIZER):
         _file(name, one, cache)
     weights = next((found for one in _TRANSFORMERS if (found := _file(name, one, cache)) is not None), None)
     if weights is not None and weights.name.endswith(".index.json"):
