@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.core.errors import DataError
+from secure_fed.model.cases import log_odds
 from secure_fed.privacy.class_statistics import exact_sums, shares
 from secure_fed.protocol import aggregation, one_sum
 from secure_fed.protocol.basis import Basis
@@ -163,13 +164,3 @@ def _histogram(
     np.add.at(gaps, bins, each * ((most == labels) - confidence))
     np.add.at(far, one_sum.distance_bin(np.log2(np.maximum(distances, 1e-300))), each)
     return Histogram(confusion, scores, gaps, far)
-
-
-def log_odds(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log odds of each class [n, K] under a softmax; -inf where a logit is."""
-    found = np.empty_like(logits)
-    for label in range(logits.shape[1]):
-        others = np.delete(logits, label, axis=1)
-        top = others.max(axis=1)
-        found[:, label] = logits[:, label] - (top + np.log(np.exp(others - top[:, None]).sum(axis=1)))
-    return found

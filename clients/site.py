@@ -176,13 +176,17 @@ class Site:
             parameters: an adapter, perhaps with a private head; None for zero-shot.
             agreed: the study whose method the adapter is of, if not the site's own.
         """
+        images, labels, patients = self.test_images()
+        return Predictions(self._predict(images, parameters, agreed or self._agreed), labels, patients)
+
+    def test_images(self) -> tuple[NDArray[np.float32], NDArray[np.int64], tuple[str, ...]]:
+        """Features [n, d] of the images that figures are made of, their labels [n], and whose they are."""
         features = self.features()
         splits: tuple[Split, ...] = ("train", "val", "test") if self.replica.member.role == "observer" else ("test",)
         tests = [getattr(features, split) for split in splits]
         images = np.concatenate([test.x for test in tests])
         labels = np.concatenate([test.y for test in tests])
-        patients = tuple(patient for split in splits for patient in features.patients[split])
-        return Predictions(self._predict(images, parameters, agreed or self._agreed), labels, patients)
+        return images, labels, tuple(patient for split in splits for patient in features.patients[split])
 
     def validate(self, parameters: Parameters) -> float | None:
         """Balanced accuracy on the site's validation images, by which choices are made; None without any."""

@@ -72,5 +72,14 @@ def predict(
             highlight=False,
             soft_wrap=True,
         )
+    if document["coverage"] is not None:
+        strangers = sum(image["stranger"] for image in document["images"])
+        console.print(
+            f"sets hold the class of {100 * document['coverage']['promised']:g} % of patients like the "
+            f"{document['coverage']['validation_patients']} validation patients of the study; {strangers} of "
+            f"{len(document['images'])} images are like none of them",
+            highlight=False,
+            soft_wrap=True,
+        )
     if into is not None:
         console.print(f"{into}: {len(found.images)} images", highlight=False, soft_wrap=True)

@@ -30,6 +30,7 @@ from secure_fed.model.device import DeviceChoice, describe_device
 from secure_fed.model.evaluation import mean, metrics, pool
 from secure_fed.model.scores import Scores
 from secure_fed.operate.new_study import RANDOM_CHECKPOINT, SERVER, new_study
+from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.operate.summary import (
     FORMAT,
     BackboneFacts,
@@ -43,7 +44,7 @@ from secure_fed.operate.summary import (
 )
 from secure_fed.privacy.keys import Identity, create_identity, create_sealed_key, load_identity
 from secure_fed.privacy.ledger import Ledger, opened
-from secure_fed.protocol.codec import Parameters, adapter_digest
+from secure_fed.protocol.codec import COUNTS, Parameters, adapter_digest
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
@@ -194,12 +195,13 @@ def finish(
         seed=agreed.study.seed,
         sites=tuple(site.name for site in agreed.study.sites if site.role == "train"),
         observers=tuple(site.name for site in agreed.study.sites if site.role == "observer"),
-        values=sum(value.size for value in final.values()),
+        values=sum(block.bounds.size for block in agreed.layout(1).blocks if block.name != COUNTS),
         adapter_digest=adapter_digest(final),
         rounds=_rounds(agreed, sites, rounds, spent),
         metrics=evaluate(agreed, sites, final),
         seconds_total=time.monotonic() - start,
         privacy=spent,
+        one_sum=one_sum_figures(agreed, training, [site for site in sites if site not in training]),
     )
     write_summary(out / SUMMARY, summary)
     return summary

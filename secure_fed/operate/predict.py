@@ -22,6 +22,7 @@ from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, U
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone
+from secure_fed.model.cases import Cases, judge
 from secure_fed.model.device import Device
 from secure_fed.operate.dicomweb import as_written
 from secure_fed.protocol.study import PatientRule, load_study
@@ -41,6 +42,7 @@ class Probabilities:
         probabilities: [len(images), classes], rows sum to 1.
         unreadable: why not, by path, of images that were left out.
         passed_over: what it is, by path, of files that are no image.
+        cases: of a head of one sum: the classes that may be meant, and which images are like none it knows.
     """
 
     adapter: AdapterFile
@@ -50,6 +52,7 @@ class Probabilities:
     probabilities: NDArray[np.float64]
     unreadable: dict[str, str]
     passed_over: dict[str, str]
+    cases: Cases | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -70,6 +73,9 @@ class Probabilities:
     def document(self) -> dict[str, Any]:
         """As a JSON document."""
         classes, own = self.adapter.classes, self.adapter.calibration
+        coverage = None
+        if self.cases is not None:
+            coverage = {"promised": self.adapter.method.coverage, "validation_patients": round(self.cases.patients)}
         return {
             "adapter_digest": self.adapter.digest,
             "study_id": self.adapter.study,
@@ -78,9 +84,12 @@ class Probabilities:
             "calibrated": self.calibrated,
             "temperature": self.adapter.temperature,
             "validation_images": own.images if own is not None and self.calibrated else 0,
+            "coverage": coverage,
             "images": [
-                {"image": image, "patient": owner or None} | _said(classes, row)
-                for image, owner, row in zip(self.images, self.owners, self.probabilities, strict=True)
+                {"image": image, "patient": owner or None} | _said(classes, row) | self._of_case(place)
+                for place, (image, owner, row) in enumerate(
+                    zip(self.images, self.owners, self.probabilities, strict=True)
+                )
             ],
             "per_patient": self.adapter.per_patient,
             "patients": [
@@ -95,20 +104,38 @@ class Probabilities:
         """As CSV: a row for each image, then one for each patient, whose ``image`` is empty.
 
         Columns: ``image``, ``patient``, ``images`` (how many a row is made of), ``prediction`` and, for each class,
-        ``probability of CLASS``.
+        ``probability of CLASS``; of a head of one sum that has limits also ``set``, classes with a semicolon between
+        them, and ``stranger``, of images.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         classes = self.adapter.classes
-        writer.writerow(["image", "patient", "images", "prediction", *(f"probability of {name}" for name in classes)])
+        writer.writerow(
+            ["image", "patient", "images", "prediction", *(f"probability of {name}" for name in classes)]
+            + ["set", "stranger"] * (self.cases is not None)
+        )
         rows = [
             (image, owner, 1, row)
             for image, owner, row in zip(self.images, self.owners, self.probabilities, strict=True)
         ]
         rows += [("", owner, len(own), row) for owner, (own, row) in self.patients().items()]
-        for *about, row in rows:
-            writer.writerow([*about, classes[int(row.argmax())], *(f"{value:.6f}" for value in row)])
+        for place, (*about, row) in enumerate(rows):
+            more = [] if self.cases is None else ["", ""]
+            if self.cases is not None and place < len(self.images):
+                more = ["; ".join(self._set(place)), "yes" if self.cases.strangers[place] else "no"]
+            writer.writerow([*about, classes[int(row.argmax())], *(f"{value:.6f}" for value in row), *more])
         return text.getvalue()
+
+    def _set(self, place: int) -> list[str]:
+        """The classes that may be meant by an image; none if nothing is claimed."""
+        if self.cases is None:
+            return []
+        return [name for name, within in zip(self.adapter.classes, self.cases.sets[place], strict=True) if within]
+
+    def _of_case(self, place: int) -> dict[str, Any]:
+        if self.cases is None:
+            return {"set": None, "stranger": None}
+        return {"set": self._set(place), "stranger": bool(self.cases.strangers[place])}
 
 
 def of_patient(probabilities: NDArray[np.float64], rule: PatientRule) -> NDArray[np.float64]:
@@ -222,7 +249,8 @@ def predict_folder(
     tower = None if tokens is None else backbone.text_tower(tokens)
     x = np.stack(features) if features else np.empty((0, backbone.dim), dtype=np.float32)
     owners = tuple(as_written(listed.get(name) or headers[name]) for name in names)
-    return Probabilities(file, folder, tuple(names), owners, file.predict(x, tower), unreadable, passed_over)
+    cases = judge(file.initial, file.initial.adapter, x)
+    return Probabilities(file, folder, tuple(names), owners, file.predict(x, tower), unreadable, passed_over, cases)
 
 
 def _said(classes: tuple[str, ...], row: NDArray[np.float64]) -> dict[str, Any]:

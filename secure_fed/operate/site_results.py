@@ -12,6 +12,7 @@ from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.device import describe_device
 from secure_fed.model.evaluation import Metrics
 from secure_fed.model.scores import Scores
+from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.operate.summary import FORMAT, SiteMetrics, SiteSummary, read_summary, write_summary
 from secure_fed.protocol.study import AgreedStudy
 
@@ -53,6 +54,7 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics)
         metrics=SiteMetrics(
             zero_shot=Scores(**before), federated=Scores(**site.evaluate(site.personal(site.parameters)))
         ),
+        one_sum=one_sum_figures(agreed, [site], []),
     )
     write_summary(folder.summary, summary)
 

@@ -130,6 +130,65 @@ class BackboneFacts(FileModel):
     digest: Digest | None
 
 
+class CaseFigures(FileModel):
+    """How a head's sets of classes and its flag of strangers fare on test images.
+
+    Attributes:
+        coverage: share of images whose set holds their class.
+        coverage_by_class: likewise of each class's images.
+        set_size: mean number of classes in a set.
+        strangers: share of images that are flagged.
+        images: tested on.
+    """
+
+    coverage: Share
+    coverage_by_class: dict[str, Share]
+    set_size: Amount
+    strangers: Share
+    images: Count
+
+
+class PooledValidation(FileModel):
+    """All sites' validation patients together, from summed histograms; no single site's figure is known.
+
+    Attributes:
+        patients: how many.
+        accuracy, balanced_accuracy, auroc, expected_calibration_error: as far as the histograms' bins resolve them.
+    """
+
+    patients: Amount
+    accuracy: Share
+    balanced_accuracy: Share
+    auroc: Share | None
+    expected_calibration_error: Share
+
+
+class OneSum(FileModel):
+    """A head of one sum.
+
+    Attributes:
+        shrinkage: that the pooled validation chose, or that the study declares.
+        patients: in the sum, by class; noisy under privacy budgets.
+        left_out: classes with too few of them.
+        spectrum: standard deviations of the covariance within classes, in the study's basis, by rank from 1.
+        noise_floor: likewise the least one that the noise of budgets leaves meaningful; 0 without any.
+        validation: pooled figures; None without histograms.
+        promised: chance that a set holds its case's class; None if nothing is claimed.
+        per_site: sets and flags on each site's own test images.
+        held_out: likewise on the observers'.
+    """
+
+    shrinkage: Share
+    patients: dict[str, Amount]
+    left_out: tuple[str, ...]
+    spectrum: dict[int, Amount]
+    noise_floor: Amount
+    validation: PooledValidation | None = None
+    promised: Share | None = None
+    per_site: dict[str, CaseFigures | None] = Field(default_factory=dict)
+    held_out: CaseFigures | None = None
+
+
 class StudySummary(FileModel):
     """A whole study, on public or simulated data.
 
@@ -150,6 +209,7 @@ class StudySummary(FileModel):
         metrics: on test images.
         seconds_total: that the study took.
         privacy: by site that has a ledger.
+        one_sum: of a study of one sum.
     """
 
     kind: Literal["study"]
@@ -168,10 +228,12 @@ class StudySummary(FileModel):
     metrics: Comparison
     seconds_total: Amount
     privacy: dict[str, Spent] = Field(default_factory=dict)
+    one_sum: OneSum | None = None
 
     def content(self) -> dict[str, Any]:
-        """What is in the file; ``privacy`` only where a site has a ledger."""
-        return self.model_dump(mode="json", exclude=None if self.privacy else {"privacy"})
+        """What is in the file; ``privacy`` only where a site has a ledger, ``one_sum`` only of such a study."""
+        absent = {name for name in ("privacy", "one_sum") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=absent)
 
 
 class SiteMetrics(FileModel):
@@ -201,6 +263,7 @@ class SiteSummary(FileModel):
         adapter_digest: of the adapter after that round.
         validations: by round of this run, as :attr:`Round.validation`; None or absent where the site knows none.
         metrics: on its test images.
+        one_sum: of a study of one sum, with this site's own test images alone.
     """
 
     kind: Literal["site"]
@@ -214,10 +277,11 @@ class SiteSummary(FileModel):
     adapter_digest: Digest
     validations: dict[RoundNumber, Share | None] = Field(default_factory=dict)
     metrics: SiteMetrics
+    one_sum: OneSum | None = None
 
     def content(self) -> dict[str, Any]:
-        """What is in the file."""
-        return self.model_dump(mode="json")
+        """What is in the file; ``one_sum`` only of such a study."""
+        return self.model_dump(mode="json", exclude=None if self.one_sum else {"one_sum"})
 
 
 Summary = TypeVar("Summary", StudySummary, SiteSummary)

@@ -354,6 +354,43 @@ def parameters_of(head: Head, basis: Basis, logit_scale: float) -> Parameters:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """What the histograms say of the head on all sites' validation patients together, and of no single site.
+
+    Attributes:
+        patients: of the validation.
+        accuracy, balanced_accuracy: in [0, 1].
+        auroc: mean over the classes, one against the rest, as far as bins resolve it; None if undefined.
+        expected_calibration_error: in [0, 1].
+    """
+
+    patients: float
+    accuracy: float
+    balanced_accuracy: float
+    auroc: float | None
+    expected_calibration_error: float
+
+
+def pooled(histogram: Histogram) -> Pooled | None:
+    """Figures of a histogram; None if it counts nobody. For display: nothing that sites compare depends on them."""
+    patients = histogram.patients
+    if patients <= 0:
+        return None
+    areas = []
+    for rest, own in histogram.scores:
+        if rest.sum() > 0 and own.sum() > 0:
+            below = np.cumsum(rest) - rest / 2  # those in the same bin are as often above as below
+            areas.append(float(np.sum(own * below) / (rest.sum() * own.sum())))
+    return Pooled(
+        patients,
+        float(histogram.confusion.trace()) / patients,
+        balanced_accuracy(histogram.confusion),
+        float(np.mean(areas)) if areas else None,
+        float(np.abs(histogram.gaps).sum()) / patients,
+    )
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the pooled validation patients say of single cases.
 
