@@ -136,7 +136,8 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
             "update_header_bytes": 8 + MAX_HEADER + SIGNATURE_BYTES,
             "update_values": agreed.lanes.values,
             "update_bits": study.encoding.bits,
-            "validation_counts": study.encoding.share_validation and not observes,
+            "validation_counts": study.encoding.share_validation and not observes and not study.method.one_sum,
+            "statistics": [] if observes or not study.method.one_sum else _statistics(agreed, budget is not None),
             "reply_fields": {
                 field.name: REPLY_WORDS[field.name]
                 for field in dataclasses.fields(RoundReply)
@@ -169,6 +170,30 @@ def _budget(file: SiteFile) -> dict[str, Any] | None:
         return None
     account = Ledger(file.state_folder.ledger).account
     return {"epsilon": account.epsilon, "delta": account.delta, "unit": account.unit}
+
+
+def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
+    """What a site says in a study of one sum, and what the sum discloses."""
+    study, basis = agreed.study, agreed.initial.basis
+    assert basis is not None, "study new makes one for each method that uses one"
+    lines = [
+        f"round 1: patients by class, the sums of their features by class and of the products of features, in "
+        f"{basis.dimensions} dimensions; each patient counts 1",
+    ]
+    if study.rounds > 1:
+        lines.append(
+            "round 2: nothing but zeros, as histograms would cost more budget than they tell"
+            if budget
+            else "round 2: histograms of how validation patients fare under each shrinkage; no single image's figures"
+        )
+    if not budget:
+        lines += [
+            "all sites read the sums over all sites: of a class that one site alone has, they are that site's; the "
+            "mean of few patients is nearly a patient's feature, so that a class with fewer than "
+            f"{study.method.min_patients} in the sum is left out of the head, though its sum was read",
+            "patients' images are given to one such sum and to no other, in any run or study",
+        ]
+    return lines
 
 
 def policy(file: SiteFile) -> dict[str, Any]:

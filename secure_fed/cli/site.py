@@ -126,6 +126,8 @@ def _show_terms(shown: dict[str, Any]) -> None:
         )
         for name, words in leaves["update_fields"].items():
             _say(f"    {name}: {words}")
+        for line in leaves["statistics"]:
+            _say(f"  inside the encrypted numbers, {line}")
         if leaves["validation_counts"]:
             _say("  inside the encrypted numbers: how many validation images, and how many of them are right")
     else:

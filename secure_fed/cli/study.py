@@ -96,7 +96,13 @@ def show(study: StudyPath, json_: Json = False) -> None:
         ("method", f"{method.adapter}, norm {method.norm}, loss {method.loss}, LMMD weight {method.lmmd_weight:g}"),
         ("head", "one at each site, never shared" if method.private_head else "none of a site's own"),
         ("aggregation", f"{found.aggregation.rule}, learning rate {found.aggregation.learning_rate:g}"),
-        ("rounds", f"{found.rounds} of {training.steps} steps, batch {training.batch_size}, {training.optimizer}"),
+        (
+            "rounds",
+            f"{found.rounds} of {training.steps} steps, batch {training.batch_size}, {training.optimizer}"
+            if not method.one_sum
+            else str(found.rounds),
+        ),
+        *((("training", found.work),) if method.one_sum else ()),
         ("sites", f"at least {found.min_sites}, at most {found.max_sites} in a sum; key maker {found.key_maker}"),
         ("values", f"{encoding.bits} bits, {found.packing().lanes} lanes, bound {encoding.value_bound:g}"),
         ("seed", str(found.seed)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.privacy.accounting import plan_noise
 from secure_fed.privacy.attacks import PublicFeatures, hit_rate, log_odds, membership, reconstruct
 from secure_fed.privacy.ckks import Cipher, StudySecret
+from secure_fed.privacy.class_statistics import exact_sums, noisy_values
 from secure_fed.privacy.dp_training import (
     Descent,
     class_prompt_patient_loss,
@@ -43,6 +44,7 @@ from secure_fed.privacy.dp_training import (
 )
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.one_sum import Sums
 from secure_fed.protocol.packing import Binding, CipherWire
 from secure_fed.protocol.study import AgreedStudy, Template
 
@@ -210,6 +212,8 @@ def _run_shadow(shadow: _Shadow) -> tuple[NDArray[np.bool_], dict[str, _Seen]]:
     torch.set_num_threads(1)
     generator = np.random.default_rng(secrets.randbits(64))
     chosen = [_half(generator, target.patients) for target in shadow.targets]
+    if shadow.agreed.study.method.one_sum:
+        return np.concatenate(chosen), dict(_sum_views(shadow, chosen))
     seen: dict[str, _Seen] = dict(_update_views(shadow, chosen))
     start = shadow.agreed.initial.adapter
     for name, epsilon in [("released", None), *((f"released_dp {one:g}", one) for one in shadow.epsilons)]:
@@ -257,6 +261,66 @@ def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Itera
                 sum(guesses for _, _, guesses in parts),
             ),
         )
+
+
+def _sum_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Iterator[tuple[str, _Seen]]:
+    """One sum's views: what each site sends, in plain and as ciphertext coefficients, and the released head.
+
+    Whoever sees statistics solves the head that they give, and takes each class mean for a patient: of few patients it
+    nearly is one.
+    """
+    agreed, layout = shadow.agreed, shadow.agreed.layout(1)
+    cipher, wire = Cipher(layout.lanes, shadow.secret), CipherWire(layout.lanes)
+    binding = Binding(run=secrets.token_hex(32), head=secrets.token_hex(32), round=1)
+    parts: dict[str, list[tuple[NDArray[np.float64], list[float], int]]] = {"plain_update": [], "server_he": []}
+    sums = [_sums_of(shadow, target, members) for target, members in zip(shadow.targets, chosen, strict=True)]
+    for target, members, own in zip(shadow.targets, chosen, sums, strict=True):
+        integers = layout.encode(own.values(), 1.0, np.zeros(0))[0]
+        coefficients = wire.residues(cipher.seal(integers, binding, target.name, 0).payload)
+        # All that is there, read as integers of the size that lanes hold.
+        centred = np.resize(coefficients.astype(np.float64) / layout.lanes.modulus - 0.5, layout.lanes.values)
+        guessed = np.round(2 * centred * layout.lanes.max_integer).astype(np.int64)
+        for name, seen in (("plain_update", integers), ("server_he", guessed)):
+            held = layout.decode(seen, [1.0])
+            model = aggregation.one_sum_adapter(agreed.study, agreed.initial, held, agreed.initial.adapter)
+            parts[name].append((_log_odds(shadow, target, model), *_invert_means(shadow, held, [target], [members])))
+    for name, views in parts.items():
+        hits = [hit for _, found, _ in views for hit in found]
+        yield name, _Seen(np.concatenate([scores for scores, _, _ in views]), hits, sum(count for *_, count in views))
+    for name, epsilon in [("released", None), *((f"released_dp {one:g}", one) for one in shadow.epsilons)]:
+        sent = [own.values() for own in sums]
+        if epsilon is not None:
+            noise = plan_noise([], epsilon, shadow.delta, 1)
+            assert noise is not None  # an untouched budget pays for any plan
+            sent = [noisy_values(own, noise) for own in sums]
+        held = {block: np.sum([one[block] for one in sent], axis=0) for block in sent[0]}
+        model = aggregation.one_sum_adapter(agreed.study, agreed.initial, held, agreed.initial.adapter)
+        scores = np.concatenate([_log_odds(shadow, target, model) for target in shadow.targets])
+        yield name, _Seen(scores, *_invert_means(shadow, held, shadow.targets, chosen))
+
+
+def _sums_of(shadow: _Shadow, target: _Target, members: NDArray[np.bool_]) -> Sums:
+    rows, basis = members[target.owner], shadow.agreed.initial.basis
+    assert basis is not None, "study new makes one for each method that uses one"
+    owners = [str(owner) for owner in target.owner[rows]]
+    return exact_sums(basis.project(target.x[rows]), target.y[rows], owners, len(shadow.agreed.study.classes))
+
+
+def _invert_means(
+    shadow: _Shadow,
+    held: Mapping[str, NDArray[np.float64]],
+    targets: Sequence[_Target],
+    chosen: Sequence[NDArray[np.bool_]],
+) -> tuple[list[float], int]:
+    """As :func:`_invert`, by the class means that sums hold."""
+    sums, basis = Sums.of(held), shadow.agreed.initial.basis
+    if shadow.public is None or basis is None:
+        return [], 0
+    known = sums.patients >= 1
+    means = basis.radius * sums.first[known] / sums.patients[known, None]
+    features = basis.centre + (means if basis.axes is None else means @ np.linalg.pinv(basis.axes).T)
+    guesses = shadow.public.directions(features.astype(np.float32)) if known.any() else np.empty((0, 1))
+    return _hits(shadow.public, guesses, targets, chosen)
 
 
 def _train(
@@ -328,14 +392,22 @@ def _invert(
     adapter = build_adapter(
         shadow.agreed.study.method, initial.prompt_features, initial.logit_scale, after, shadow.tower
     )
-    guesses = reconstruct(adapter, update, shadow.public)
+    return _hits(shadow.public, reconstruct(adapter, update, shadow.public), targets, chosen)
+
+
+def _hits(
+    public: PublicFeatures,
+    guesses: NDArray[np.float64],
+    targets: Sequence[_Target],
+    chosen: Sequence[NDArray[np.bool_]],
+) -> tuple[list[float], int]:
     if not len(guesses):
         return [], 0
     inside = np.concatenate([target.x[members[target.owner]] for target, members in zip(targets, chosen, strict=True)])
     outside = np.concatenate(
         [target.x[~members[target.owner]] for target, members in zip(targets, chosen, strict=True)]
     )
-    return [hit_rate(guesses, shadow.public.directions(inside), shadow.public.directions(outside))], len(guesses)
+    return [hit_rate(guesses, public.directions(inside), public.directions(outside))], len(guesses)
 
 
 # All of them -------------------------------------------------------------------------------------------------

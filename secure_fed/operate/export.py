@@ -26,6 +26,7 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.operate.summary import METHODS, StudySummary, read_summary
 from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.ledger_heads import NO_LEDGER
+from secure_fed.protocol.one_sum import Limits
 from secure_fed.protocol.records import Chain, Record
 from secure_fed.protocol.study import AgreedStudy, load_study
 
@@ -238,7 +239,7 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
     values = sum(value.size for value in file.initial.adapter.values())
     weights = backbone.tag or backbone.file or ("seeded random weights" if backbone.weights == "random" else "its own")
     few, many = min(origin.contributors, default=0), max(origin.contributors, default=0)
-    training, method = study.training, study.method
+    method = study.method
     heading = f"# Adapter of study {study.name}, after round {origin.rounds} of {study.rounds}"
     facts = {
         "study": f"{study.name}, digest `{study.id}`",
@@ -252,9 +253,7 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
         ),
         "rounds": f"{origin.rounds}, each the sum of {few} to {many} sites' updates" if few < many else
         f"{origin.rounds}, each the sum of {many} sites' updates",
-        "training": f"{training.steps} steps a round of batches of {training.batch_size}, {training.optimizer}, "
-        f"learning rate {training.learning_rate:g}; loss {method.loss}; weight of the domain term "
-        f"{method.lmmd_weight:g}; aggregation {study.aggregation.rule}",
+        "training": f"{study.work}; aggregation {study.aggregation.rule}",
         "encryption": "updates were encrypted (CKKS, exact sums); the server held no key"
         if study.mode == "he"
         else "none: updates were sent in plain",
@@ -266,6 +265,8 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
         "## Classes",
         f"In the order of the outputs, from 0, with the prompts that training started at.\n\n{classes}",
     ]
+    if method.one_sum:
+        parts += ["## Sets and strangers", _claims_of_cases(file)]
     parts += ["## Privacy", "\n\n".join(origin.privacy) or _no_claim(origin)]
     parts += ["## Results", _results(origin), "## Calibration", _calibration(file)]
     parts += ["## Use", _use(file, onnx), "## Intended use and limits", _LIMITS]
@@ -277,6 +278,18 @@ device**: not for diagnosis, triage or any decision about a patient. It always n
 that show none of them. Figures hold for the sites that they were measured at; another scanner, population or prevalence
 can change them: measure on images of your own first. Without a privacy claim above, what the adapter may reveal of
 single patients is not bounded; with one, it holds for the sites that make it."""
+
+
+def _claims_of_cases(file: AdapterFile) -> str:
+    limits = Limits.of(file.initial.adapter)
+    if limits.patients == 0:
+        return "Nothing is claimed of single cases: no histograms of validation patients are in the sum."
+    return (
+        "`secfacmic predict` gives each image a set of classes, which holds the true one of "
+        f"{100 * file.method.coverage:g} % of patients like the {limits.patients:.0f} validation patients of the "
+        "study, and flags images that lie farther from all class means than 95 % of those. Other patients may fare "
+        "worse: measure."
+    )
 
 
 def _no_claim(origin: Origin) -> str:

@@ -652,6 +652,19 @@ class StudyFile(FileModel):
         content = self.model_dump(mode="json", exclude={"simulation"}, exclude_unset=True, exclude_none=True)
         return hashlib.sha256(b"secfacmic study 1\n" + canonical_json(content)).hexdigest()
 
+    @property
+    def work(self) -> str:
+        """What a site does in a round, in words."""
+        method, training = self.method, self.training
+        if not method.one_sum:
+            return (
+                f"{training.steps} steps a round of batches of {training.batch_size}, {training.optimizer}, learning "
+                f"rate {training.learning_rate:g}; loss {method.loss}; weight of the domain term {method.lmmd_weight:g}"
+            )
+        basis = self.features.basis + (f", {self.features.dimensions} dimensions" if self.features.dimensions else "")
+        how = f"{method.shrinkage:g}, declared" if self.rounds == 1 else "chosen by summed validation histograms"
+        return f"none: class statistics in one sum (basis {basis}; {self.encoding.precision} bits); shrinkage {how}"
+
     def packing(self) -> LaneParameters:
         """How values lie in ciphertexts, as far as a template knows: of one value."""
         return lane_parameters(self.max_sites, self.encoding.bits, self.encoding.lanes, values=1)

@@ -75,11 +75,12 @@ def sections(analysis: Analysis) -> list[Section]:
         _fairness(analysis),
         _learning(analysis),
         _confusion(analysis),
+        _one_sum(analysis),
         _traffic(analysis),
         _attacks(analysis),
     ]
     if analysis.results.withheld:
-        local = {"utility", "comparison", "fairness", "learning", "confusion"}
+        local = {"utility", "comparison", "fairness", "learning", "confusion", "one_sum"}
         made = [
             replace(EMPTY, key=one.key, title=one.title, missing=WITHHELD) if one.key in local else one for one in made
         ]
@@ -543,6 +544,102 @@ def _most_confused(counts: Sequence[Sequence[float]] | None, classes: Sequence[s
         return f"{_capital(place)}: no class is taken for another."
     share, true_name, predicted_name = max(wrong)
     return f"{_capital(place)}: the commonest error takes {100 * share:.0f} % of {true_name} for {predicted_name}."
+
+
+def _one_sum(analysis: Analysis) -> Section:
+    """Of heads of one sum: shrinkage and spectrum, sets and strangers, and what a byte buys beside other methods."""
+    key, title = "one_sum", "One sum"
+    heads = [(group, one.one_sum) for group in analysis.groups for one in group.summaries if one.one_sum is not None]
+    if not heads:
+        return Section(key, title)
+    rows, cases = [], []
+    for group, head in heads:
+        pooled = head.validation
+        rows.append(
+            (
+                Cell(group.label),
+                _epsilon(group),
+                cell(head.shrinkage, "{:g}"),
+                cell(pooled.patients if pooled else None, "{:.0f}"),
+                cell(100 * pooled.balanced_accuracy if pooled else None),
+                cell(pooled.auroc if pooled else None, "{:.3f}"),
+                cell(pooled.expected_calibration_error if pooled else None, "{:.3f}"),
+                Cell(", ".join(head.left_out) or "none"),
+            )
+        )
+        for place, found in (*head.per_site.items(), (HELD_OUT, head.held_out)):
+            if found is None or head.promised is None:
+                continue
+            worst = min(found.coverage_by_class, key=lambda name, found=found: found.coverage_by_class[name])  # type: ignore[misc]
+            cases.append(
+                (
+                    Cell(group.label),
+                    Cell(place),
+                    cell(100 * head.promised),
+                    cell(100 * found.coverage),
+                    Cell(f"{100 * found.coverage_by_class[worst]:.1f} ({worst})", 100 * found.coverage_by_class[worst]),
+                    cell(found.set_size, "{:.2f}"),
+                    cell(100 * found.strangers),
+                    cell(found.images, "{:.0f}"),
+                )
+            )
+    bytes_rows = []
+    for group in analysis.groups:
+        up = mean_of(
+            sum(entry.bytes_up / entry.sites_in for entry in one.rounds if entry.sites_in) for one in group.summaries
+        )
+        measures = [(what, group.mean(value)) for what, value in _measures(analysis)]
+        if up is not None:
+            bytes_rows.append(
+                (
+                    Cell(group.label),
+                    _epsilon(group),
+                    cell(up.value / 1e6, "{:.3f}"),
+                    *(cell(mean.value if mean else None) for _, mean in measures),
+                )
+            )
+    spectrum = heads[0][1].spectrum
+    marks = tuple(
+        Mark(math.log2(rank), math.log10(max(value, 1e-12)), f"{rank}: {value:.3g}") for rank, value in spectrum.items()
+    )
+    line = Series("standard deviation", marks, 0)
+    chart = Chart(
+        f"Spectrum within classes: {heads[0][0].label}",
+        nice_axis("log2 of rank", [mark.x for mark in marks]),
+        nice_axis("log10 of standard deviation", [mark.y for mark in marks]),
+        (line,),
+    )
+    tables = (
+        Table(
+            "The head and the consortium's pooled validation",
+            ("setting", "epsilon", "shrinkage", "patients", "balanced accuracy, %", "AUROC", "calibration error",
+             "classes left out"),
+            tuple(rows),
+        ).without_empty(),
+        Table(
+            "Sets and strangers on test images",
+            ("setting", "where", "promised, %", "covered, %", "least covered class, %", "classes in a set",
+             "strangers, %", "images"),
+            tuple(cases),
+        ),
+        Table(
+            "What a byte buys",
+            ("setting", "epsilon", "MB sent by a site in all", *(what for what, _ in _measures(analysis))),
+            tuple(bytes_rows),
+        ).without_empty(),
+    )  # fmt: skip
+    covered = [found.coverage for _, head in heads for found in (head.held_out,) if found is not None]
+    promised = heads[0][1].promised
+    finding = f"The pooled validation chose a shrinkage of {heads[0][1].shrinkage:g}."
+    if covered and promised is not None:
+        finding += f" Held out, sets hold the class of {100 * fmean(covered):.1f} %; {100 * promised:g} % are promised."
+    notes = (
+        "Pooled figures come from summed histograms; no single site's are known. The promise holds for patients like "
+        "those of the validation, not for every site or class.",
+    )
+    return Section(
+        key, title, finding, (chart,), (), tuple(table for table in tables if table.rows), ("method",), notes=notes
+    )
 
 
 def _traffic(analysis: Analysis) -> Section:

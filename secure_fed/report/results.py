@@ -20,7 +20,7 @@ from secure_fed.core.errors import ReportError, StudyError
 from secure_fed.core.layout import SUMMARY, SiteState
 from secure_fed.lab.sweep import Finished, Sweep, read_sweep
 from secure_fed.lab.sweep_file import DELTA
-from secure_fed.operate.summary import Result, Round, SiteSummary, Spent, StudySummary, read_summary
+from secure_fed.operate.summary import OneSum, Result, Round, SiteSummary, Spent, StudySummary, read_summary
 from secure_fed.protocol.study import (
     AgreedStudy,
     Study,
@@ -69,6 +69,7 @@ class Summary:
         rounds: finished ones.
         metrics: by method; of one site of a deployment, at that site alone.
         privacy: by site that has a ledger.
+        one_sum: of a study of one sum.
     """
 
     study_id: str = ""
@@ -80,6 +81,7 @@ class Summary:
     rounds: tuple[Round, ...] = ()
     metrics: dict[str, Result] = field(default_factory=dict)
     privacy: dict[str, Spent] = field(default_factory=dict)
+    one_sum: OneSum | None = None
 
 
 def _of_study(found: StudySummary) -> Summary:
@@ -93,6 +95,7 @@ def _of_study(found: StudySummary) -> Summary:
         rounds=found.rounds,
         metrics=dict(found.metrics),
         privacy=found.privacy,
+        one_sum=found.one_sum,
     )
 
 
@@ -447,6 +450,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
         rounds=tuple(rounds),
         metrics=metrics,
         privacy={} if ledger is None else {file.site: Spent.of(ledger)},
+        one_sum=None if found is None or withheld else found.one_sum,
     )
     results.trials.append(
         Trial(
@@ -547,8 +551,8 @@ def study_facts(agreed: AgreedStudy, kind: str) -> list[tuple[str, str]]:
         ("Backbone", f"{study.backbone.model}, frozen, digest {study.backbone.digest[:16]}"),
         ("Method", f"{method.adapter}, loss {method.loss}, LMMD weight {method.lmmd_weight:g}"),
         ("Trained values", f"{values:,}"),
-        ("Local training", f"{training.steps} steps of {training.batch_size} images, {training.optimizer}, "
-                           f"learning rate {training.learning_rate:g}"),
+        ("Local training", study.work if method.one_sum else f"{training.steps} steps of {training.batch_size} images, "
+                           f"{training.optimizer}, learning rate {training.learning_rate:g}"),
         ("Private training", f"{private.steps} noisy steps a round, clip {private.clip:g}, learning rate "
                              f"{private.learning_rate:g} (used by sites with a budget)"),
         ("Encryption", encryption),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,34 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from onnx.reference import ReferenceEvaluator
 
 from secure_fed.clients import one_sum as at_site
+from secure_fed.clients.acceptance import terms
 from secure_fed.clients.given_sums import GivenSums
-from secure_fed.clients.sitefile import SiteFile
+from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.clients.training import predict
 from secure_fed.core.errors import DataError, RepeatedSumError, StudyError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.tomlfile import read_toml, write_toml
-from secure_fed.lab.simulation import prepare
+from secure_fed.lab.attack import attack
+from secure_fed.lab.simulation import prepare, simulate
+from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.adapters import build_adapter
+from secure_fed.model.cases import judge, log_distances
 from secure_fed.protocol import aggregation, one_sum
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.study import InitialState, read_template
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
 
+METHOD: dict[str, Any] = {"adapter": "gaussian_head", "most_patients": 40, "min_patients": 2}
+
 
 def one_sum_template(**changes: Any) -> Any:
     table: dict[str, Any] = {
         "rounds": 2,
-        "method": {"adapter": "gaussian_head", "most_patients": 40, "min_patients": 2},
+        "method": METHOD,
         "features": {"basis": "random", "dimensions": 16},
         "encoding": {"bits": 18, "precision_bits": 24, "value_bound": 1.0},
     }
@@ -281,3 +289,125 @@ def test_a_few_images_more_are_no_other_sum(study: Federation) -> None:
     with pytest.raises(RepeatedSumError, match="2 of 3 training images"):
         GivenSums(SiteState(study.folder / "sites" / "ash" / "state")).give("2" * 64, [b"a", b"b", b"c"])
     GivenSums(SiteState(study.folder / "sites" / "ash" / "state")).give("2" * 64, [b"c"])
+
+
+# --- sets and strangers ---
+
+
+def test_predict_gives_a_set_and_a_flag_for_each_image_and_says_what_they_rest_on(
+    secfacmic: Any, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    summary = simulate(one_sum_template(method={**METHOD, "coverage": 0.7}), out, images)
+    figures = summary["one_sum"]
+    assert figures["promised"] == 0.7
+    assert figures["patients"] == dict.fromkeys(("dark", "light", "striped"), 15.0)
+    assert figures["left_out"] == []
+    assert figures["validation"]["patients"] == 18
+    assert figures["shrinkage"] in one_sum.GRID
+    assert set(figures["per_site"]) == set(TRAINING)
+    for found in (*figures["per_site"].values(), figures["held_out"]):
+        assert 1 <= found["set_size"] <= 3
+        assert set(found["coverage_by_class"]) == {"dark", "light", "striped"}
+    assert figures["held_out"]["images"] == 27
+    assert list(figures["spectrum"].values()) == sorted(figures["spectrum"].values(), reverse=True)
+    ran = secfacmic(
+        *("predict", "--adapter", out / "adapter.safetensors", "--images", images / "dogwood", "--json"),
+        *("--checkpoint", out / "backbone.safetensors"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    assert document["coverage"] == {"promised": 0.7, "validation_patients": 18}
+    assert "the 18 validation patients of the study" in " ".join(ran.stderr.split())
+    for image in document["images"]:
+        assert image["prediction"] in image["set"]
+        assert image["stranger"] in (True, False)
+    table = secfacmic(
+        *("predict", "--adapter", out / "adapter.safetensors", "--images", images / "dogwood"),
+        *("--checkpoint", out / "backbone.safetensors"),
+    ).stdout
+    assert table.splitlines()[0].endswith(",set,stranger")
+
+
+def test_an_image_like_none_is_told(study: Federation) -> None:
+    _, sites = finish(study)
+    site = sites[0]
+    limits = one_sum.Limits.of(site.parameters)
+    known = judge(study.agreed.initial, site.parameters, site.features().train.x)
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((50, 128)).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    odd = judge(study.agreed.initial, site.parameters, noise)
+    assert known is not None
+    assert odd is not None
+    assert limits.patients == 18
+    far = log_distances(study.agreed.initial, site.parameters, noise)
+    near = log_distances(study.agreed.initial, site.parameters, site.features().train.x)
+    assert np.median(far) > np.median(near) + 2
+    # 18 patients are too few to name the farthest twentieth: nobody is flagged.
+    assert np.isinf(limits.farthest)
+    assert not odd.strangers.any()
+    limited = site.parameters | {"limits": np.array([limits.least, float(np.quantile(near, 0.95)), 18.0])}
+    flagged = judge(study.agreed.initial, limited, noise)
+    assert flagged is not None
+    assert flagged.strangers.mean() > 0.9
+    everything = site.parameters | {"limits": np.array([-np.inf, np.inf, 18.0])}
+    whole = judge(study.agreed.initial, everything, noise)
+    assert whole is not None
+    assert whole.sets.all()
+    assert judge(study.agreed.initial, site.parameters | {"limits": one_sum.NO_LIMITS.values()}, noise) is None
+
+
+def test_distances_are_mahalanobis_distances_in_the_basis(study: Federation) -> None:
+    _, sites = finish(study)
+    parameters, basis = sites[0].parameters, study.agreed.initial.basis
+    x = sites[0].features().test.x
+    assert basis is not None
+    inverse = np.linalg.inv(parameters["factor"] @ parameters["factor"].T)
+    apart = basis.linear(x)[:, None, :] - parameters["means"][None]
+    squared = np.einsum("nci,ij,ncj->nc", apart, inverse, apart).min(axis=1) / 16
+    assert np.allclose(log_distances(study.agreed.initial, parameters, x), np.log2(squared))
+
+
+def test_onnx_gives_the_same_logits(secfacmic: Any, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    simulate(one_sum_template(), out, images)
+    ran = secfacmic("export", "--run", out, "--out", tmp_path / "export", "--onnx")
+    assert ran.returncode == 0, ran.stderr
+    session = ReferenceEvaluator(str(tmp_path / "export" / "adapter.onnx"))
+    file = load_adapter(tmp_path / "export" / "adapter.safetensors")
+    assert file.initial.basis is not None
+    x = Federation(out).site("ash").features().test.x
+    logits, probabilities = session.run(None, {"features": x})
+    own = file.initial.adapter
+    expected = file.initial.logit_scale * (x @ own["weight"].T + own["bias"])
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(probabilities - file.predict(x)).max() < 1e-5
+    assert "one sum" in (tmp_path / "export" / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_the_report_tells_of_the_head_and_of_what_a_byte_buys(secfacmic: Any, images: Path, tmp_path: Path) -> None:
+    simulate(one_sum_template(), tmp_path / "out", images)
+    ran = secfacmic("report", tmp_path / "out", "--out", tmp_path / "report.md")
+    assert ran.returncode == 0, ran.stderr
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for words in ("## One sum", "The pooled validation chose a shrinkage", "least covered class", "What a byte buys"):
+        assert words in text
+
+
+def test_attacks_read_sums_and_not_the_encrypted_ones(images: Path, tmp_path: Path) -> None:
+    report = attack(one_sum_template(), tmp_path / "out", images, epsilons=(1.0,), shadows=8)
+    views = {view["view"]: view for view in report["views"]}
+    assert set(views) == {"plain_update", "server_he", "released", "released_dp"}
+    encrypted = views["server_he"]["membership"]
+    assert abs(encrypted["auc"] - 0.5) < 0.12  # four standard deviations of guessing
+    assert views["plain_update"]["inversion"]["n"] > 0
+    assert views["plain_update"]["membership"]["auc"] > encrypted["auc"]
+
+
+def test_what_a_class_of_one_site_discloses_is_shown_before_anybody_accepts(study: Federation) -> None:
+    site = study.site("ash")
+    shown = terms(read_site_file(study.folder / "sites" / "ash" / "site.toml"), study.agreed)
+    assert site.name == "ash"
+    assert any("one site alone" in line for line in shown["leaves"]["statistics"])
+    assert shown["leaves"]["update_bytes"] == study.agreed.lanes.payload_bytes
