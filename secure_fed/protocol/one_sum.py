@@ -48,6 +48,8 @@ _SLACK = 4.0
 _PART = 64
 """Parts of a patient that a count resolves: a patient's images are in several classes or bins."""
 _NOISE_BITS, _MOST_NOISE = 25, 2.0**17
+NO_LIMIT = 1e9
+"""Beyond any log odds and distance: adapters hold finite numbers only."""
 _LEFT_OUT = -1e4
 """Bias of a class that is left out."""
 _SWEEPS = 40
@@ -395,8 +397,8 @@ class Limits:
     """What the pooled validation patients say of single cases.
 
     Attributes:
-        least: log odds from which on a class is in a case's set; -inf: every class is.
-        farthest: log2 of squared distance over k from which on a case is a stranger; inf: none is.
+        least: log odds from which on a class is in a case's set; -NO_LIMIT: every class is.
+        farthest: log2 of squared distance over k from which on a case is a stranger; NO_LIMIT: none is.
         patients: validation patients that both come from; 0: nothing is claimed.
     """
 
@@ -415,7 +417,7 @@ class Limits:
         return cls(least, farthest, patients)
 
 
-NO_LIMITS = Limits(-math.inf, math.inf, 0.0)
+NO_LIMITS = Limits(-NO_LIMIT, NO_LIMIT, 0.0)
 
 
 def limits_of(histogram: Histogram, coverage: float) -> Limits:
@@ -426,7 +428,7 @@ def limits_of(histogram: Histogram, coverage: float) -> Limits:
     with :data:`FAMILIAR`.
     """
     patients = histogram.patients
-    least, farthest = -math.inf, math.inf
+    least, farthest = -NO_LIMIT, NO_LIMIT
     own = np.zeros(BINS)
     for scores in histogram.scores:
         own += scores[1]

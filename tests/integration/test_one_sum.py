@@ -345,13 +345,13 @@ def test_an_image_like_none_is_told(study: Federation) -> None:
     near = log_distances(study.agreed.initial, site.parameters, site.features().train.x)
     assert np.median(far) > np.median(near) + 2
     # 18 patients are too few to name the farthest twentieth: nobody is flagged.
-    assert np.isinf(limits.farthest)
+    assert limits.farthest == one_sum.NO_LIMIT
     assert not odd.strangers.any()
     limited = site.parameters | {"limits": np.array([limits.least, float(np.quantile(near, 0.95)), 18.0])}
     flagged = judge(study.agreed.initial, limited, noise)
     assert flagged is not None
     assert flagged.strangers.mean() > 0.9
-    everything = site.parameters | {"limits": np.array([-np.inf, np.inf, 18.0])}
+    everything = site.parameters | {"limits": np.array([-one_sum.NO_LIMIT, one_sum.NO_LIMIT, 18.0])}
     whole = judge(study.agreed.initial, everything, noise)
     assert whole is not None
     assert whole.sets.all()
