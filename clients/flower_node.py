@@ -7,6 +7,7 @@ it pulls a message, checks the bundle that its run came with, hands it to the si
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import ssl
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
@@ -46,6 +49,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -54,10 +58,12 @@ from secure_fed.transport.certificates import read_authority
 from secure_fed.transport.connection import (
     AHEAD_SECONDS,
     BEHIND_SECONDS,
+    REQUEST_SIGNATURE,
     Mistrust,
     clock_fault,
     mistrust,
     proxy_to,
+    request_message,
     seconds_ahead,
     trusting,
     without_password,
@@ -155,6 +161,21 @@ def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
     connection.stay(FAREWELL_SECONDS)
 
 
+class _RequestSignature:
+    """Signs method and path of a request; Flower signs only the time. After its interceptor, whose header it reads."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
+        self._key = key
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Add the header."""
+        request = context.request
+        signed = request_message(request.headers[TIMESTAMP_HEADER], request.method, request.url.path)
+        signature = self._key.sign(signed, ec.ECDSA(hashes.SHA256()))
+        request.headers[REQUEST_SIGNATURE] = base64.b64encode(signature).decode("ascii")
+        return call_next(context)
+
+
 class _Connection:
     """The Fleet API as one node: every call repeats until the server is there."""
 
@@ -173,6 +194,7 @@ class _Connection:
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(key, key.public_key()),
+                _RequestSignature(key),
             ],
         )
         # flwr's own would follow redirects, and takes no proxy but the environment's.

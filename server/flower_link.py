@@ -16,6 +16,7 @@ import base64
 import binascii
 import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import secrets
@@ -24,6 +25,8 @@ import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,18 @@ import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Context, Message
-from flwr.common.constant import ISOLATION_MODE_PROCESS, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE
+from flwr.common.constant import (
+    ISOLATION_MODE_PROCESS,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    TRANSPORT_TYPE_GRPC_RERE,
+)
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Metadata
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import (
@@ -42,11 +54,12 @@ from flwr.supercore.constant import (
     NOOP_FEDERATION_ID,
     TaskType,
 )
+from flwr.supercore.date import now
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -56,7 +69,9 @@ from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
 
 from secure_fed.core.errors import AddressError, CertificateError
+from secure_fed.server.listener import Callers, Listener
 from secure_fed.transport.certificates import SERVER, SERVER_KEY, server_context
+from secure_fed.transport.connection import REQUEST_SIGNATURE, request_message
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +94,12 @@ FLEET_PATHS = frozenset(
 
 PUSH_MESSAGES = "/v1/fleet/push-messages"
 
+MAX_PARTS = 64
+"""Most parts of one reply, of at most MAX_BODY each."""
+
+BODY_SECONDS, SLOWEST_BODY = 30.0, 50_000.0
+"""A body's time: so many seconds, and one for so many bytes more."""
+
 MAX_BODY = 8 * 2**20
 """Most bytes of one request from outside; Flower cuts arrays into chunks of 5 MiB."""
 
@@ -97,13 +118,13 @@ class Gate:
     Args:
         app: Flower's.
         paths: whether a path is served.
-        keys: public keys that may call the Fleet API, and may change; None for a listener that has none.
+        members: who may call the Fleet API; None for a listener on loopback.
     """
 
-    def __init__(self, app: App, paths: Callable[[str], bool], keys: set[bytes] | None) -> None:
+    def __init__(self, app: App, paths: Callable[[str], bool], members: Members | None) -> None:
         self._app = app
         self._paths = paths
-        self._keys = keys
+        self._members = members
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
@@ -112,7 +133,7 @@ class Gate:
             await _refuse(send, 404)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._keys is not None and path != "/health":
+        if self._members is not None and path != "/health":
             length = headers.get(b"content-length", b"")
             if not length.isdigit() or int(length) > MAX_BODY:
                 await _refuse(send, 413)
@@ -121,26 +142,54 @@ class Gate:
                 key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()], validate=True)
             except (KeyError, binascii.Error):
                 key = b""
-            if key not in self._keys:
+            if key not in self._members.keys:
                 await _refuse(send, 403)
                 return
-            if path == PUSH_MESSAGES:
-                body = await _body(receive, int(length))
-                if not _own_replies(body):
-                    await _refuse(send, 403)
-                    return
-                receive = _again(body, receive)
+            # Before the body, which Flower would read first.
+            if not _signed(key, headers, scope["method"], path):
+                await _refuse(send, 401)
+                return
+            peer = scope.get("client")
+            self._members.callers.prove(None if peer is None else (peer[0], peer[1]), key)
+            try:
+                async with asyncio.timeout(BODY_SECONDS + int(length) / SLOWEST_BODY):
+                    body = await _body(receive, int(length))
+            except TimeoutError:
+                await _refuse(send, 408)
+                return
+            if len(body) != int(length) or (path == PUSH_MESSAGES and not self._members.may_push(body)):
+                await _refuse(send, 403)
+                return
+            receive = _again(body, receive)
         await self._app(scope, receive, send)
 
 
-def _own_replies(body: bytes) -> bool:
-    """Whether all replies are of the node that sends them; flwr checks only that the node is the caller."""
-    request = PushMessagesRequest()
+@dataclass(frozen=True)
+class Members:
+    """Who may call the Fleet API.
+
+    Attributes:
+        keys: their public keys, which may change.
+        callers: their connections and all others.
+        may_push: whether the head of a reply may be taken.
+    """
+
+    keys: set[bytes]
+    callers: Callers
+    may_push: Callable[[bytes], bool]
+
+
+def _signed(key: bytes, headers: Mapping[bytes, bytes], method: str, path: str) -> bool:
+    """Whether a member's key has signed this request's time, method and path just now."""
     try:
-        request.ParseFromString(body)
-    except DecodeError:
+        timestamp = headers[TIMESTAMP_HEADER.lower().encode()].decode("ascii")
+        signature = base64.b64decode(headers[REQUEST_SIGNATURE.encode()], validate=True)
+        age = (now() - datetime.fromisoformat(timestamp)).total_seconds()
+    except (KeyError, ValueError, TypeError):
         return False
-    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
+    if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+        return False
+    return bool(verify_signature(bytes_to_public_key(key), request_message(timestamp, method, path), signature))
 
 
 async def _body(receive: Receive, length: int) -> bytes:
@@ -167,7 +216,13 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 async def _refuse(send: Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-length", b"0"), (b"connection", b"close")],
+        }
+    )
     await send({"type": "http.response.body", "body": b""})
 
 
@@ -212,6 +267,29 @@ class _State(InMemoryLinkState):
             if reply is not None:
                 self.object_store.delete(reply)
 
+    def may_push(self, body: bytes) -> bool:
+        """Whether the head of a reply may be taken: of the node that sends it, flwr checks only that the node is the
+        caller; the one reply to what that node was asked; and of few parts, since flwr keeps them all in memory."""
+        request = PushMessagesRequest()
+        try:
+            request.ParseFromString(body)
+        except DecodeError:
+            return False
+        trees = request.message_object_trees
+        parts = itertools.islice((part for tree in trees for part in iterate_object_tree(tree)), MAX_PARTS + 1)
+        if len(request.messages_list) > 1 or len(trees) > 1 or len(list(parts)) > MAX_PARTS:
+            return False
+        return all(self._answers(message.metadata, request.node.node_id) for message in request.messages_list)
+
+    def _answers(self, reply: Metadata, node: int) -> bool:
+        if reply.src_node_id != node:
+            return False
+        with self.lock:
+            asked = self.message_ins_store.get(reply.reply_to_message_id)
+            known = self.message_ins_id_to_message_res_id.get(reply.reply_to_message_id)
+        # What is not asked any more flwr refuses itself.
+        return asked is None or (asked.metadata.dst_node_id == node and known in (None, reply.message_id))
+
     def _arriving(self, identifier: str) -> bool:
         reply = self.message_ins_id_to_message_res_id.get(identifier)
         asked = self.message_ins_store.get(identifier)
@@ -238,6 +316,7 @@ class SuperLink:
 
     Attributes:
         nodes: Flower's node ids, by site.
+        callers: the connections from outside.
         runtime: address of the runtime API on loopback.
     """
 
@@ -276,19 +355,20 @@ class SuperLink:
         factory.state_instance = _State(factory.federation_manager, factory.objectstore_factory.store())
         self._state = factory.state()
         self._allowed: set[bytes] = set()
+        self.callers = Callers()
         self.nodes: dict[str, int] = {}
         self.register(sites)
         # Flower's own lifespan would start legacy servers; nothing else depends on it.
         common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False, "ws": "none"}
         # Idle connections of sites must not hold up the end.
         common["timeout_graceful_shutdown"] = 1
-        fleet = Gate(app, lambda path: path in FLEET_PATHS or path == "/health", self._allowed)
+        members = Members(self._allowed, self.callers, self._state.may_push)
+        fleet = Gate(app, lambda path: path in FLEET_PATHS or path == "/health", members)
         runtime = Gate(app, lambda path: path.startswith("/v1/runtime/"), None)
-        public = uvicorn.Config(
-            fleet, ssl_context_factory=lambda *_: context, server_header=False, proxy_headers=False, **common
-        )
+        public = uvicorn.Config(fleet, http="h11", server_header=False, proxy_headers=False, **common)
         private = uvicorn.Config(runtime, **common)
-        self._servers = [(uvicorn.Server(public), outside), (uvicorn.Server(private), inside)]
+        listener = Listener(public, outside, context, self.callers)
+        self._servers = [(listener, outside), (uvicorn.Server(private), inside)]
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="superlink", daemon=True)
         self._thread.start()
 

@@ -15,6 +15,9 @@ from urllib.request import getproxies, proxy_bypass
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+REQUEST_SIGNATURE = "secfacmic-signature"
+"""Header of a site's signature over :func:`request_message`, base64."""
+
 AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 305.0
 """Flower's limits for a site's clock."""
 
@@ -92,6 +95,16 @@ def clock_fault(ahead: float) -> str | None:
         return None
     side = "ahead of" if ahead > 0 else "behind"
     return f"this computer's clock is {abs(ahead):.0f} s {side} the server's"
+
+
+def request_message(timestamp: str, method: str, path: str) -> bytes:
+    """What a site signs of a request besides Flower's bare timestamp, to be checked before its body is read.
+
+    Args:
+        timestamp: as in Flower's header.
+        method, path: of the request.
+    """
+    return f"secfacmic request 1\n{timestamp}\n{method}\n{path}".encode()
 
 
 def unsigned_pull(host: str, key: ec.EllipticCurvePublicKey) -> str:

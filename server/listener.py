@@ -1,0 +1,208 @@
+"""A listener that outsiders cannot fill: who has not proven to be a member holds little, and not for long.
+
+uvicorn speaks HTTP; which connections there are is decided here, since neither it nor asyncio has a limit for
+handshakes and headers, or one for each address, and asyncio reports every accept that fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.sslproto
+import contextlib
+import logging
+import socket
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+log = logging.getLogger(__name__)
+
+STRANGER_SECONDS = 10.0
+"""From a connection's first byte to its first signed request: handshake and headers."""
+
+STRANGERS, STRANGERS_AT_ADDRESS = 64, 32
+"""Most connections that have not signed anything yet, in all and of one address; the oldest make room."""
+
+MEMBER_CONNECTIONS = 8
+"""Most connections of one member; a site needs three at a time."""
+
+HEADER_BYTES = 16 * 1024
+
+TLS_BUFFER = 32 * 1024
+"""What asyncio reads of one connection at a time, a TLS record being 16 KiB at most. Its own 256 KiB, held from before
+the handshake until the garbage collector comes, made 500 connections cost 130 MB."""
+TELL_SECONDS = 60.0
+"""At most one line in so many seconds about connections that cannot be taken."""
+
+
+@dataclass(eq=False)
+class Caller:
+    """One connection.
+
+    Attributes:
+        peer: address and port at the other end.
+        key: the member that it has proven to be; empty before.
+        hang_up: ends it.
+    """
+
+    peer: tuple[str, int]
+    key: bytes = b""
+    hang_up: Callable[[], object] = lambda: None
+    since: float = field(default_factory=time.monotonic)
+
+
+class Callers:
+    """The connections that there are. Used by the listener's event loop only."""
+
+    def __init__(self) -> None:
+        self._all: dict[tuple[str, int], Caller] = {}
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def come(self, peer: tuple[str, int]) -> Caller:
+        """Take a connection; strangers that are too many make room, first those of the address that has most."""
+        strangers = [caller for caller in self._all.values() if not caller.key]
+        here = [caller for caller in strangers if caller.peer[0] == peer[0]]
+        if len(here) >= STRANGERS_AT_ADDRESS:
+            self._drop(here[0])
+        elif len(strangers) >= STRANGERS:
+            ((most, _),) = Counter(caller.peer[0] for caller in strangers).most_common(1)
+            self._drop(next(caller for caller in strangers if caller.peer[0] == most))
+        caller = self._all[peer] = Caller(peer)
+        return caller
+
+    def go(self, caller: Caller) -> None:
+        """Forget a connection that has ended."""
+        if self._all.get(caller.peer) is caller:
+            del self._all[caller.peer]
+
+    def prove(self, peer: tuple[str, int] | None, key: bytes) -> None:
+        """Note that a connection is a member's; its oldest makes room for more than it may have."""
+        caller = self._all.get(peer) if peer is not None else None
+        if caller is None or caller.key:
+            return
+        caller.key = key
+        own = [other for other in self._all.values() if other.key == key]
+        for other in own[:-MEMBER_CONNECTIONS]:
+            self._drop(other)
+
+    def expire(self, caller: Caller) -> None:
+        """End a connection that has not signed anything in its time."""
+        if not caller.key:
+            self._drop(caller)
+
+    def drop_strangers(self) -> None:
+        """Make room."""
+        for caller in [caller for caller in self._all.values() if not caller.key]:
+            self._drop(caller)
+
+    def _drop(self, caller: Caller) -> None:
+        self.go(caller)
+        caller.hang_up()
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which says when it ends."""
+
+    ended: Callable[[], None]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.ended()
+
+
+class Listener(uvicorn.Server):
+    """uvicorn's server, whose connections are taken here.
+
+    Args:
+        config: uvicorn's, without TLS.
+        bound: where to listen.
+        context: TLS.
+        callers: the connections.
+    """
+
+    def __init__(self, config: uvicorn.Config, bound: socket.socket, context: ssl.SSLContext, callers: Callers) -> None:
+        config.h11_max_incomplete_event_size = HEADER_BYTES
+        super().__init__(config)
+        self._bound = bound
+        self._context = context
+        self._callers = callers
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._told = -TELL_SECONDS
+        self._failed = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to take connections."""
+        await self.lifespan.startup()
+        asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER  # there is no parameter for it
+        self.servers = []
+        self._keep(asyncio.get_running_loop().create_task(self._accept()))
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take none any more, and end those that there are."""
+        for task in list(self._tasks):
+            task.cancel()
+        self._bound.close()
+        await super().shutdown(sockets)
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._bound.setblocking(False)
+        while True:
+            try:
+                connection, address = await loop.sock_accept(self._bound)
+            except OSError as error:
+                # Out of descriptors, or whoever called has gone.
+                self._tell(error)
+                self._callers.drop_strangers()
+                await asyncio.sleep(0.1)
+                continue
+            caller = self._callers.come((str(address[0]), int(address[1])))
+            self._keep(loop.create_task(self._serve_one(connection, caller)))
+
+    async def _serve_one(self, connection: socket.socket, caller: Caller) -> None:
+        loop = asyncio.get_running_loop()
+        this = asyncio.current_task()
+        assert this is not None  # it runs
+        caller.hang_up = this.cancel
+
+        def made() -> _Protocol:
+            protocol = _Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+            protocol.ended = lambda: self._callers.go(caller)
+            return protocol
+
+        expiry = loop.call_later(STRANGER_SECONDS, self._callers.expire, caller)
+        try:
+            transport, _ = await loop.connect_accepted_socket(
+                made, connection, ssl=self._context, ssl_handshake_timeout=STRANGER_SECONDS, ssl_shutdown_timeout=2.0
+            )
+        except (OSError, asyncio.CancelledError):
+            expiry.cancel()
+            connection.close()
+            self._callers.go(caller)
+            return
+        caller.hang_up = transport.abort
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell(self, error: OSError) -> None:
+        self._failed += 1
+        if time.monotonic() - self._told >= TELL_SECONDS:
+            with contextlib.suppress(OSError):
+                log.warning(
+                    "%d connections could not be taken (%s); members that are connected go on, and this is told at "
+                    "most once in %g s",
+                    self._failed,
+                    error.strerror,
+                    TELL_SECONDS,
+                )
+            self._told, self._failed = time.monotonic(), 0

@@ -1,0 +1,269 @@
+"""Who has no key can neither lock the members out nor fill the server's memory, disk or log."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.date import now
+
+from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.server import flower_link, listener
+from secure_fed.server.listener import MEMBER_CONNECTIONS, STRANGERS, STRANGERS_AT_ADDRESS, Callers
+from secure_fed.transport.connection import REQUEST_SIGNATURE, request_message
+from secure_fed.transport.flower_messages import read_reply
+from tests.integration.test_flower_site import Link, _asked, _first_push, _reply
+
+OUTSIDER = """
+import socket, ssl, sys, threading, time
+port, authority, key, slow, bodies = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+trust = ssl.create_default_context(cafile=authority)
+held = []
+def connect(secure):
+    plain = socket.create_connection(("127.0.0.1", port), timeout=10)
+    return trust.wrap_socket(plain, server_hostname="127.0.0.1") if secure else plain
+def hold(number):
+    try:
+        link = connect(number % 4 == 0)
+        held.append(link)
+        link.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\\r\\nX-Slow: ")
+    except OSError:
+        pass
+def send(number):
+    try:
+        link = connect(True)
+        held.append(link)
+        link.sendall((f"POST /v1/fleet/push-object HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 8000000\\r\\n"
+                      f"flwr-public-key: {key}\\r\\n\\r\\n").encode())
+        for _ in range(80):
+            link.sendall(bytes(100_000))
+    except OSError:
+        pass
+threads = [threading.Thread(target=hold, args=(n,), daemon=True) for n in range(slow)]
+threads += [threading.Thread(target=send, args=(n,), daemon=True) for n in range(bodies)]
+for thread in threads:
+    thread.start()
+time.sleep(1.0)
+print("ready", flush=True)
+while True:  # drip, and come back
+    time.sleep(0.5)
+    for link in list(held):
+        try:
+            link.sendall(b"x")
+        except OSError:
+            held.remove(link)
+"""
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> Iterator[Link]:
+    made = Link(tmp_path, ["127.0.0.1"])
+    yield made
+    made.link.stop()
+
+
+def public_key(link: Link) -> str:
+    pem = link.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return base64.b64encode(pem).decode()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def exchange(link: Link) -> None:
+    """What a site does of a round: it joins, is asked, and its reply is taken."""
+    ash = link.connect()
+    grid, identifier = _asked(link)
+    received = ash.pull()
+    assert received is not None
+    ash.push(_reply(received[0]), 0.1)
+    (message,) = grid.pull_messages([identifier])
+    assert read_reply(message.content, "ash").code == ReplyCode.MORE
+    ash.leave()
+    grid.close()
+
+
+def test_members_are_served_while_outsiders_hold_connections_and_send_bodies(
+    link: Link, caplog: pytest.LogCaptureFixture
+) -> None:
+    exchange(link)
+    before = resident()
+    authority = str(link.folder / "tls" / "ca.crt")
+    command = [sys.executable, "-c", OUTSIDER, str(link.port), authority, public_key(link), "500", "50"]
+    outsider = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert outsider.stdout is not None
+        assert outsider.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        for _ in range(3):
+            exchange(link)
+        took = time.monotonic() - began
+        grown = resident() - before
+        assert len(link.link.callers) <= STRANGERS + MEMBER_CONNECTIONS
+    finally:
+        outsider.kill()
+        outsider.wait()
+        outsider.stdout.close()  # type: ignore[union-attr]
+    assert grown < 50e6
+    assert sum(len(record.getMessage()) for record in caplog.records) < 1e6
+    assert took < 30
+
+
+def raw(link: Link) -> ssl.SSLSocket:
+    trust = ssl.create_default_context(cafile=str(link.folder / "tls" / "ca.crt"))
+    return trust.wrap_socket(socket.create_connection(("127.0.0.1", link.port)), server_hostname="127.0.0.1")
+
+
+def head(link: Link, length: int, path: str = "/v1/fleet/pull-messages", **signed: str) -> bytes:
+    """The head of a member's request; signed for another time, method or path if one is given, unsigned if empty."""
+    timestamp = now().isoformat()
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {length}", f"flwr-public-key: {public_key(link)}"]
+    if signed != {"nothing": ""}:
+        parts = {"timestamp": timestamp, "method": "POST", "path": path} | signed
+        signature = link.key.sign(request_message(**parts), ec.ECDSA(hashes.SHA256()))
+        lines += [f"{TIMESTAMP_HEADER}: {timestamp}", f"{REQUEST_SIGNATURE}: {base64.b64encode(signature).decode()}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def answer(link: Link, request: bytes) -> bytes:
+    with raw(link) as connection:
+        connection.settimeout(10)
+        connection.sendall(request)
+        return connection.recv(100)
+
+
+def test_a_body_is_not_read_before_its_signature_is_checked(link: Link) -> None:
+    assert answer(link, head(link, 100, nothing="")).startswith(b"HTTP/1.1 401")  # no byte of the body was sent
+
+
+@pytest.mark.parametrize(
+    "other", [{"path": "/v1/fleet/get-run"}, {"method": "PUT"}, {"timestamp": "2026-01-01T00:00:00+00:00"}]
+)
+def test_a_signature_counts_for_its_own_time_method_and_path(link: Link, other: dict[str, str]) -> None:
+    assert answer(link, head(link, 0, **other)).startswith(b"HTTP/1.1 401")
+    # Signed right, it is let through to Flower, which misses its own signature: and only then is there a text.
+    assert b"content-length: 0" not in answer(link, head(link, 0)).lower()
+
+
+def drip(connection: socket.socket, seconds: float) -> bool:
+    """Whether the other end hung up."""
+    ended = time.monotonic() + seconds
+    try:
+        while time.monotonic() < ended:
+            connection.sendall(b"x")
+            time.sleep(0.05)
+    except OSError:
+        return True
+    return False
+
+
+def test_headers_and_handshakes_have_a_time_limit(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "STRANGER_SECONDS", 0.5)
+    silent = socket.create_connection(("127.0.0.1", link.port))
+    with raw(link) as dripping:
+        dripping.sendall(b"POST / HTTP/1.1\r\nX: ")
+        assert drip(dripping, 5)
+    silent.settimeout(5)
+    with contextlib.suppress(ConnectionError):
+        assert silent.recv(1) == b""
+    silent.close()
+    assert len(link.link.callers) == 0
+
+
+def test_headers_have_a_size(link: Link) -> None:
+    with raw(link) as connection:
+        connection.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"POST / HTTP/1.1\r\nX: " + b"x" * 100_000)
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_a_body_that_drips_is_given_up(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_link, "BODY_SECONDS", 0.3)
+    with raw(link) as connection:
+        connection.settimeout(5)
+        connection.sendall(head(link, 1000) + b"x")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        assert drip(connection, 5)
+
+
+def test_a_member_leaves_no_more_in_memory_than_one_reply_to_what_it_was_asked(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ash = link.connect()
+    grid, _ = _asked(link)
+    received = ash.pull()
+    assert received is not None
+    store = link.link._state.object_store
+    ash._client.PushMessages(_first_push(ash, _reply(received[0])))
+    held = len(store)
+    for code in (ReplyCode.FAILED, ReplyCode.FAILED_DATA):
+        with pytest.raises(httpx.HTTPStatusError, match="403"):
+            ash._client.PushMessages(_first_push(ash, _reply(received[0], code)))
+    assert len(store) == held
+    monkeypatch.setattr(flower_link, "MAX_PARTS", 2)
+    request = _first_push(ash, _reply(received[0]))
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        ash._client.PushMessages(request)
+    ash.leave()
+    grid.close()
+
+
+# --- who makes room ---
+
+
+def test_strangers_make_room_and_members_do_not() -> None:
+    callers, gone = Callers(), []
+
+    def come(address: str, port: int):  # type: ignore[no-untyped-def]
+        caller = callers.come((address, port))
+        caller.hang_up = lambda: gone.append((address, port))
+        return caller
+
+    come("10.0.0.1", 1)
+    callers.prove(("10.0.0.1", 1), b"ash")
+    for port in range(100):
+        come("10.0.0.9", port)
+    assert len(gone) == 100 - STRANGERS_AT_ADDRESS
+    come("10.0.0.2", 1)
+    for port in range(100):
+        come("10.0.0.8", port)
+    assert ("10.0.0.1", 1) not in gone
+    assert ("10.0.0.2", 1) not in gone
+    assert len(callers) == 1 + STRANGERS
+    for port in range(2, 20):
+        come("10.0.0.1", port)
+        callers.prove(("10.0.0.1", port), b"ash")
+    assert sum(address == "10.0.0.1" for address, _ in gone) == 19 - MEMBER_CONNECTIONS
+
+
+def test_failed_accepts_are_told_once_a_minute(
+    link: Link, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = link.server
+    for _ in range(10_000):
+        server._tell(OSError(24, "Too many open files"))  # type: ignore[attr-defined]
+    lines = [record for record in caplog.records if "could not be taken" in record.message]
+    assert len(lines) == 1
+    monkeypatch.setattr(listener, "TELL_SECONDS", 0.0)
+    server._tell(OSError(24, "Too many open files"))  # type: ignore[attr-defined]
+    assert "10000 connections could not be taken (Too many open files)" in caplog.text
+
+
+def test_an_unknown_key_is_refused_without_more(link: Link) -> None:
+    link.key = ec.generate_private_key(ec.SECP384R1())
+    assert answer(link, head(link, 0)).startswith(b"HTTP/1.1 403")
