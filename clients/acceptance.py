@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import StringConstraints
 
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import NotAcceptedError
+from secure_fed.core.errors import LedgerError, NotAcceptedError
 from secure_fed.core.layout import acceptance_note
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import to_toml
@@ -168,7 +168,10 @@ def _budget(file: SiteFile) -> dict[str, Any] | None:
         return {"epsilon": file.privacy.epsilon, "delta": file.privacy.delta, "unit": file.data.unit}
     if not Ledger.exists(file.state_folder.ledger):
         return None
-    account = Ledger(file.state_folder.ledger).account
+    try:
+        account = Ledger(file.state_folder.ledger).account
+    except LedgerError:
+        return None  # no round is paid by it: the site refuses to start for that
     return {"epsilon": account.epsilon, "delta": account.delta, "unit": account.unit}
 
 
