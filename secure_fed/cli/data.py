@@ -32,7 +32,11 @@ SiteToml = Annotated[Path, typer.Option(help="The site's site.toml.")]
 
 
 @app.command()
-def check(site: SiteToml, json_: Json = False) -> None:
+def check(
+    site: SiteToml,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also a page with pictures, to look at.")] = None,
+    json_: Json = False,
+) -> None:
     """Count, decode and compare all images; ends with an error if the splits leak.
 
     Interrupted, the same command goes on from there.
@@ -43,6 +47,12 @@ def check(site: SiteToml, json_: Json = False) -> None:
     file, agreed = read_site(site)
     with progress("checking images") as tell:
         report = check_data(file, agreed, tell)
+    if html is not None:
+        from secure_fed.clients.rules import Rules
+        from secure_fed.report.data_page import write_data_page
+
+        rules = Rules.of(agreed.study, file.data.most_pixels)
+        write_data_page(report, rules, Path(file.data.folder), html)
     if json_:
         print_json(report)
     else:

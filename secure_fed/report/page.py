@@ -60,18 +60,18 @@ class Tile:
 
 def as_html(analysis: Analysis) -> str:
     """The page."""
-    environment = _environment()
-    style = _source("report.css") + _shades()
-    script = _source("report.js")
-    policy = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'"
-    return environment.get_template("report.html").render(
+    templates = environment()
+    style = source("report.css") + _shades()
+    script = source("report.js")
+    policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; base-uri 'none'"
+    return templates.get_template("report.html").render(
         **_content(analysis), style=Markup(style), script=Markup(script), policy=policy
     )
 
 
 def as_markdown(analysis: Analysis) -> str:
     """The same figures as tables in Markdown."""
-    text = _environment().get_template("report.md").render(**_content(analysis))
+    text = environment().get_template("report.md").render(**_content(analysis))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -370,20 +370,21 @@ def _legend(chart: Chart) -> list[tuple[str, str]]:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates of pages, with what they may call."""
+    made = Environment(
         loader=PackageLoader("secure_fed.report"),
         autoescape=lambda name: bool(name and name.endswith(".html")),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["md"] = _md
-    environment.filters["together"] = lambda text: re.sub(r" (?=[%×±])", "\u00a0", text)
-    environment.globals["draw"] = lambda chart, name, width: Markup(svg.draw(chart, name, width))
-    environment.globals["markup"] = Markup
-    environment.globals |= {"NARROW": svg.NARROW, "WIDE": svg.WIDE, "UNKNOWN": UNKNOWN, "shade": shade}
-    return environment
+    made.filters["md"] = _md
+    made.filters["together"] = lambda text: re.sub(r" (?=[%×±])", "\u00a0", text)
+    made.globals["draw"] = lambda chart, name, width: Markup(svg.draw(chart, name, width))
+    made.globals["markup"] = Markup
+    made.globals |= {"NARROW": svg.NARROW, "WIDE": svg.WIDE, "UNKNOWN": UNKNOWN, "shade": shade}
+    return made
 
 
 def shade(share: float | None) -> str:
@@ -397,13 +398,15 @@ def _md(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", flat_text.replace("&", "&amp;"))
 
 
-def _source(name: str) -> str:
-    environment = _environment()
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
+def source(name: str) -> str:
+    """A template's own text."""
+    templates = environment()
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """By which a content security policy allows a style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
