@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from secure_fed.clients.decoding import UndecodableError
 from secure_fed.clients.reading import Place, open_file, see
-from secure_fed.clients.rules import Rules
+from secure_fed.clients.rules import Rules, UndecodableError
 from secure_fed.core.storage import write_durable
 from secure_fed.report.page import digest, environment, source
 

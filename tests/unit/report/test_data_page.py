@@ -88,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_page_tells_counts_leaks_doubts_and_what_is_left_out(folder: Path) -> None:
     text = Page(data_page(checked(folder), Rules(), folder)).text
     for told in (
-        *("40 images of 13 patients", "1 pictures lie in more than one split", "No labelled image of class striped"),
+        *("40 images of 13 patients", "1 picture lies in more than one split", "No labelled image of class striped"),
         *("dark 20 5 5", "<b>light 10 0 0", "MR 30", "CT 10", "Acme <X> 40", "P1 12", "9 2 2 0"),
         *("the same picture in splits test, train: a.png, b.png", "a.png (train)", "b.png (test)", "7 and 007"),
         *("letter.pdf", "x.png: broken and 11 more", "3 of kind scout", "2 images of kind screenshot"),

@@ -29,7 +29,7 @@ from secure_fed.lab.simulation import Listener, simulate
 from secure_fed.operate.site_results import write_results
 from secure_fed.report import write_report
 from secure_fed.report.chart import nice_axis
-from secure_fed.report.page import SHADES, _source
+from secure_fed.report.page import SHADES, source
 from tests.conftest import Federation, make_template, run_round
 from tests.report_folders import CLASSES, EPSILONS, METHODS, SITES, VALUES, make_attack, make_sweep, summary
 
@@ -751,7 +751,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_contrast_is_aa_by_day_and_by_night(swept: tuple[Path, list[Any], Page]) -> None:
-    style = _source("report.css")
+    style = source("report.css")
     blocks = re.findall(r":root\{(.*?)\}", style, re.DOTALL)
     assert len(blocks) == 2
     shades = re.findall(r"\.w(\d+)\{background:(#\w{6})\}", swept[2].text)
