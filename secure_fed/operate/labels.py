@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secure_fed.clients.manifest import read_table
 from secure_fed.core.errors import ManifestError
 from secure_fed.operate.dicomweb import PacsImage, as_written
 
 _NAMES = {
     "accession": {"accession", "accessionnumber", "accessionno"},
-    "patient": {"patient", "patientid"},
+    "patient": {"patient"},
     "label": {"label", "class"},
 }
 _LISTED = 10
@@ -193,40 +192,23 @@ def _loose(text: str) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows that have a label, with their line; cells by our names for the columns."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror}); expected a table of labels") from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: not UTF-8 (byte {error.start}); save it as CSV in UTF-8") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = next(reader, [])
-    columns: dict[str, int] = {}
-    for index, head in enumerate(header):
+    table = read_table(path, (), tuple(name for names in _NAMES.values() for name in names))
+    columns: dict[str, str] = {}
+    for head in table.columns:
         plain = re.sub(r"[\s_-]", "", as_written(head).casefold())
         name = next((name for name, names in _NAMES.items() if plain in names), None)
         if name is not None and name in columns:
-            raise ManifestError(f"{path}: columns {header[columns[name]]!r} and {head!r} both say {name}; expected one")
+            raise ManifestError(f"{path}: columns {columns[name]!r} and {head!r} both say {name}; expected one")
         if name is not None:
-            columns[name] = index
+            columns[name] = head
     if "label" not in columns or len(columns) < 2:
         raise ManifestError(
-            f"{path}: columns {', '.join(header) or 'none'}; expected label, and accession or patient, in a header of "
-            "comma-separated values"
+            f"{path}: columns {', '.join(table.columns) or 'none'}; expected label, and accession or patient"
         )
-    faults = []
-    found = []
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            faults.append(f"line {reader.line_num}: {len(cells)} cells; expected {len(header)}, as the header has")
-            continue
-        row = {name: as_written(cells[index]) for name, index in columns.items()}
+    for line, cells in table.rows:
+        row = {name: as_written(cells[head]) for name, head in columns.items()}
         if row["label"]:
-            found.append((reader.line_num, row))
-    _refuse(path, faults)
-    yield from found
+            yield line, row
 
 
 def _refuse(path: Path, faults: Sequence[str]) -> None:

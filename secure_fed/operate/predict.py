@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import MANIFEST, image_files
+from secure_fed.clients.data import MANIFEST, Notes, image_files
 from secure_fed.clients.dicom import no_picture, read_header
 from secure_fed.clients.dicom import text as text_of
 from secure_fed.clients.encoding import encode_all
-from secure_fed.clients.reading import Source, is_meant_as_image
+from secure_fed.clients.manifest import read_table
+from secure_fed.clients.reading import Source
 from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
@@ -212,11 +213,19 @@ def predict_folder(
     file.require_statistics()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with images in it")
-    paths, passed_over, headers = [], {}, {}
-    for path in sorted(path for path in image_files(folder) if path.name != MANIFEST):
+    notes = Notes()
+    paths, headers = [], {}
+    found = sorted(image_files(folder, notes))
+    passed_over = {
+        name: reason
+        for line in notes.passed_over
+        for name, reason in [line.removeprefix(f"{folder}/").rsplit(": ", 1)]
+        if name != MANIFEST
+    }
+    for path in found:
         name = path.relative_to(folder).as_posix()
         header = read_header(path)
-        what = no_picture(header) if header is not None else "" if is_meant_as_image(path) else "no image"
+        what = "" if header is None else no_picture(header)
         if what:
             passed_over[name] = what
         else:
@@ -262,25 +271,15 @@ def _listed_patients(manifest: Path) -> dict[str, str]:
     """Patients by path, as a manifest has them; empty if there is none, or none with patients."""
     if not manifest.exists():
         return {}
-    try:
-        rows = csv.reader(io.StringIO(manifest.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-        header = [name.strip() for name in next(rows, [])]
-        content = [row for row in rows if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{manifest}: cannot be read ({error}); expected a UTF-8 CSV file, or none") from error
-    if not {"path", "patient"} <= set(header):
+    table = read_table(manifest, ("path", "patient"), ("path",))
+    if not {"path", "patient"} <= set(table.columns):
         return {}
     patients: dict[str, str] = {}
-    path, patient = header.index("path"), header.index("patient")
-    for row in content:
-        if len(row) != len(header) or header.count("patient") > 1 or header.count("path") > 1:
+    for line, cells in table.rows:
+        name, patient = Path(cells["path"]).as_posix(), as_written(cells["patient"])
+        if patients.setdefault(name, patient) != patient:
             raise ManifestError(
-                f"{manifest}: {len(row)} cells under the columns {', '.join(header)}; expected one cell a column, and "
-                "each column once"
-            )
-        name = Path(row[path].strip()).as_posix()
-        if patients.setdefault(name, row[patient].strip()) != row[patient].strip():
-            raise ManifestError(
-                f"{manifest}: {name} is of patient {patients[name]!r} and of {row[patient].strip()!r}; expected one"
+                f"{manifest}: line {line}: {name} is of patient {patient!r}, and before of {patients[name]!r}; "
+                "expected one"
             )
     return patients

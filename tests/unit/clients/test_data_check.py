@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -144,6 +145,26 @@ def test_a_leaking_manifest_is_reported_and_refused(hospital, check):
     code, _, errors = check(path)
     assert code == 22
     assert "patient 'p0' is in split 'val'" in errors
+
+
+def test_the_page_shows_what_the_check_found(hospital, check, tmp_path):
+    path, folder = hospital
+    for number in range(6):
+        picture(number).save(folder / f"{number}.png")
+    Image.new("L", (64, 64), 9).save(folder / "blank.png")
+    picture(7, 20).save(folder / "tiny.png")
+    Image.merge("RGB", [picture(8), picture(9), picture(10)]).save(folder / "colour.png")
+    picture(0).save(folder / "again.bmp")
+    names = [f"{number}.png" for number in range(6)] + ["blank.png", "tiny.png", "colour.png", "again.bmp"]
+    rows = [(name, f"patient {name}", "dark", "train" if name != "again.bmp" else "test") for name in names]
+    write(folder, rows)
+    code, _, _ = check(path, "--html", str(tmp_path / "page.html"))
+    assert code == 24  # the page is there all the same
+    text = (tmp_path / "page.html").read_text()
+    assert "1 picture lies in more than one split" in text
+    shown = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="([^"]+)"', text)
+    assert {"blank.png", "tiny.png", "colour.png"} <= set(shown)
+    assert not {"1.png", "2.png"} & set(shown)
 
 
 def test_drawn_splits_keep_copies_and_near_twins_together(hospital, federation, check):

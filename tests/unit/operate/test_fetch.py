@@ -531,8 +531,13 @@ def test_labels_are_joined_by_accession_number_and_what_does_not_join_is_reporte
     assert json.loads((tmp_path / "data/fetch.json").read_text())["labels"] == done.document()["labels"]
 
 
+def test_a_spreadsheets_semicolons_are_read(archive, tmp_path):
+    run(archive, tmp_path / "data", labels=table(tmp_path, "accession;label", "A2;light, mild"))
+    assert {row["label"] for row in manifest(tmp_path / "data")} == {"light, mild"}
+
+
 def test_labels_are_joined_by_patient(archive, tmp_path):
-    labels = table(tmp_path, "patient_id,label", "P1,glioma", "1.2E+11,none")
+    labels = table(tmp_path, "patient,label", "P1,glioma", "1.2E+11,none")
     done = run(archive, tmp_path / "data", "StudyDate=2024-", "Modality=MR", labels=labels)
     found = {(row["patient"], row["label"]) for row in manifest(tmp_path / "data")}
     assert found == {("P1", "glioma"), ("P0", "")}
@@ -550,9 +555,9 @@ def test_without_a_query_for_studies_the_table_says_which(archive, tmp_path):
 @pytest.mark.parametrize(
     ("lines", "text"),
     [
-        (["accession,label,label"], "both say label"),
+        (["accession,label,label"], "has the name of column 2"),
         (["accession,label,Class"], "both say label"),
-        (["accession;label", "A1;x"], "expected label, and accession or patient"),
+        (["accession,diagnosis", "A1,x"], "expected label, and accession or patient"),
         (["accession,label", "A1,x,y"], "line 2: 3 cells; expected 2"),
         (["accession,label", "A1,x", "A1,y"], "line 3: accession A1 is 'y', and on line 2 'x'"),
         (["accession,label", ",x"], "line 2: a label and neither"),

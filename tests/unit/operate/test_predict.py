@@ -371,7 +371,7 @@ def test_the_studys_rule_for_patients_travels_with_the_adapter(run: Path, federa
         "path,patient,patient\nknown.png,C-7,C-8\n",
         "path,patient\nknown.png,C-7,and more\n",
         "path,patient\nknown.png,C-7\n./known.png,C-8\n",
-        "path,patient\nknown.png,M\xfcller\n",
+        "path,Patient ID\nknown.png,C-7\n",
     ],
 )
 def test_a_manifest_that_leaves_a_patient_uncertain_is_refused(run: Path, ward: Path, manifest: str) -> None:
