@@ -5,6 +5,8 @@ BIN := .venv/bin
 .PHONY: test-pacs test-faults test-network wheelhouse brain-mri sweep-demo
 
 # Makes .venv anew when pyproject.toml or requirements-dev.txt changes, or when it runs another checkout's code.
+# TORCH_INDEX: where to take torch and torchvision from, for a machine without a graphics card.
+export TORCH_INDEX
 environment:
 	@$(PYTHON) scripts/environment.py
 

@@ -1,5 +1,7 @@
 """The development environment ``.venv``, as the Makefile's targets need it: ``python3.11 scripts/environment.py``.
 
+``TORCH_INDEX`` in the environment, or ``make TORCH_INDEX=...``, names an index of torch builds without CUDA.
+
 It is made anew when it is not what this checkout asks for, and left alone otherwise. What modules that have moved left
 behind goes first: Python takes a folder that holds nothing but ``__pycache__`` for a package.
 """
@@ -7,15 +9,22 @@ behind goes first: Python takes a folder that holds nothing but ``__pycache__`` 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
+import time
+import tomllib
 from pathlib import Path
 
 LOCK = "requirements-dev.txt"
 LOCKED = ((3, 11), "linux-x86_64", "CPython")
 """What the lock was made for."""
+
+SIZE = "6.8 GB (4.1 GB of it for graphics cards: make TORCH_INDEX=... does without, see README.md)"
+SIZE_WITHOUT_CUDA = "some 2.7 GB"
 
 CODE = ("benchmarks", "clients", "configs", "docs", "examples", "privacy", "scripts", "secure_fed", "server", "tests")
 PROBE = "import secure_fed.clients; print(secure_fed.clients.__file__)"
@@ -64,23 +73,49 @@ def misdirected(root: Path) -> str | None:
     return None if found == expected else f"it runs the code of {found.parents[2]}, expected {root}"
 
 
-def make(root: Path) -> None:
-    """Make the environment, from the lock where the lock holds."""
+def make(root: Path, torch_index: str | None) -> None:
+    """Make the environment, from the lock where the lock holds.
+
+    Args:
+        root: the checkout.
+        torch_index: an index to take torch and torchvision from, as their makers keep one of builds without CUDA. Such
+            builds are not those whose hashes the lock knows: of the lock, the other versions hold then.
+    """
     python = root / ".venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet"]
+    pip = [python, "-m", "pip", "install"]  # not --quiet: it shows what it fetches, how large and how long it takes
     run(root, sys.executable, "-m", "venv", "--clear", ".venv")
-    if (sys.version_info[:2], sysconfig.get_platform(), platform.python_implementation()) == LOCKED:
+    locked = (sys.version_info[:2], sysconfig.get_platform(), platform.python_implementation()) == LOCKED
+    if locked and torch_index is None:
         run(root, *pip, "--require-hashes", "--requirement", LOCK)
         run(root, *pip, "--no-deps", "--no-build-isolation", "--editable", ".")
-        run(root, python, "-m", "pip", "check")  # a dependency that the lock lacks is not found otherwise
     else:
-        print(f"{LOCK} is for Python 3.11 on Linux x86_64: here the newest versions that fit are installed")
         run(root, *pip, "--upgrade", "pip")
-        run(root, *pip, "--editable", ".[dev,docs]")
+        if torch_index is not None:
+            run(root, *pip, "--index-url", torch_index, *torch_requirements(root))
+        if locked:
+            versions = root / ".venv" / "versions.txt"
+            versions.write_text("\n".join(versions_besides_torch(root)) + "\n")
+            run(root, *pip, "--constraint", versions, "--editable", ".[dev,docs]")
+        else:
+            print(f"{LOCK} is for Python 3.11 on Linux x86_64: here the newest versions that fit are installed", flush=True)
+            run(root, *pip, "--editable", ".[dev,docs]")
+    run(root, python, "-m", "pip", "check")  # a dependency that the lock lacks is not found otherwise
     problem = misdirected(root)
     if problem:
         sys.exit(f".venv: made, but {problem}")
     (root / ".venv" / "ready").write_text(wanted(root))
+
+
+def torch_requirements(root: Path) -> list[str]:
+    """What pyproject.toml asks of torch and torchvision."""
+    dependencies = tomllib.loads((root / "pyproject.toml").read_text())["project"].get("dependencies", [])
+    return [line for line in dependencies if re.match(r"torch(vision)?\b(?!-)", line)]
+
+
+def versions_besides_torch(root: Path) -> list[str]:
+    """The lock's versions, without torch and what only its builds for graphics cards need."""
+    pinned = re.findall(r"^([\w.-]+==\S+)", (root / LOCK).read_text(), re.MULTILINE)
+    return [line for line in pinned if not re.match(r"torch|nvidia-|cuda-|triton", line)]
 
 
 def run(root: Path, *command: str | Path) -> None:
@@ -100,8 +135,12 @@ def main() -> None:
         print(f"removed {len(removed)} compiled modules without a source, {removed[0].relative_to(root)} among them")
     why = stale(root)
     if why:
-        print(f".venv is made anew, which takes minutes: {why}", flush=True)
-        make(root)
+        torch_index = os.environ.get("TORCH_INDEX") or None
+        size = SIZE_WITHOUT_CUDA if torch_index else SIZE
+        print(f".venv is made anew, which takes minutes and {size}: {why}", flush=True)
+        started = time.monotonic()
+        make(root, torch_index)
+        print(f".venv is ready, after {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -154,6 +155,51 @@ def test_make_makes_the_environment_once_and_again_when_it_runs_another_checkout
     assert "removed 1 compiled modules" in said
     assert f"it runs the code of {other}" in said
     assert make() == ""
+
+
+def tiny_wheel(folder: Path, name: str, version: str) -> None:
+    """A package of nothing on an index of files."""
+    folder.mkdir(parents=True)
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    about = f"{name}-{version}.dist-info"
+    with ZipFile(wheel, "w") as content:
+        content.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        content.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        content.writestr(f"{about}/RECORD", "")
+    (folder / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_torch_comes_from_the_index_that_is_named_and_what_else_the_lock_pins_stays(
+    checkout: Path, tmp_path: Path
+) -> None:
+    script = (checkout / "scripts" / "environment.py").read_text()
+    here = (sys.version_info[:2], environment.sysconfig.get_platform(), environment.platform.python_implementation())
+    (checkout / "scripts" / "environment.py").write_text(re.sub(r"(?m)^LOCKED = .*$", f"LOCKED = {here!r}", script))
+    needs = 'dependencies = ["torch>=2", "torchvision>=0.1", "torch-like"]\noptional-dependencies = {dev = [], docs = []}\n'
+    (checkout / "pyproject.toml").write_text(PYPROJECT + needs)
+    backend = (checkout / "backend.py").read_text()
+    requires = "".join(f"Requires-Dist: {name}\\n" for name in ("torch>=2", "torchvision>=0.1", "other"))
+    (checkout / "backend.py").write_text(backend.replace("Version: 1\\n", f"Version: 1\\n{requires}", 1))
+    hashed = "".join(f"{line} \\\n    --hash=sha256:{0:064}\n" for line in ("other==1", "torch==9", "nvidia-x==1"))
+    (checkout / environment.LOCK).write_text(hashed)
+    for index, name, version in [("cpu", "torch", "2.1+cpu"), ("cpu", "torchvision", "0.2+cpu")]:
+        tiny_wheel(tmp_path / index / name, name, version)
+    for version in ("1", "2"):
+        tiny_wheel(tmp_path / "main" / "other" / version, "other", version)
+    links = "".join(f'<a href="{v}/other-{v}-py3-none-any.whl">other-{v}-py3-none-any.whl</a>' for v in ("1", "2"))
+    (tmp_path / "main" / "other" / "index.html").write_text(links)
+    names = {"MAKEFLAGS", "MAKELEVEL", "PYTHONPATH", "PIP_NO_INDEX"}
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    clean |= {"PIP_INDEX_URL": (tmp_path / "main").as_uri(), "PIP_CONFIG_FILE": os.devnull}
+    command = ["make", f"PYTHON={sys.executable}", f"TORCH_INDEX={(tmp_path / 'cpu').as_uri()}", "environment"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, env=clean)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2.7 GB" in done.stdout
+    assert "ready, after" in done.stdout
+    pip = [checkout / ".venv" / "bin" / "python", "-m", "pip", "list", "--format=freeze"]
+    found = subprocess.run(pip, capture_output=True, text=True, env=clean).stdout
+    assert {"torch==2.1+cpu", "torchvision==0.2+cpu", "other==1"} <= set(found.split())
 
 
 # The lock
