@@ -97,7 +97,10 @@ def make(root: Path, torch_index: str | None) -> None:
             versions.write_text("\n".join(versions_besides_torch(root)) + "\n")
             run(root, *pip, "--constraint", versions, "--editable", ".[dev,docs]")
         else:
-            print(f"{LOCK} is for Python 3.11 on Linux x86_64: here the newest versions that fit are installed", flush=True)
+            print(
+                f"{LOCK} is for Python 3.11 on Linux x86_64: here the newest versions that fit are installed",
+                flush=True,
+            )
             run(root, *pip, "--editable", ".[dev,docs]")
     run(root, python, "-m", "pip", "check")  # a dependency that the lock lacks is not found otherwise
     problem = misdirected(root)

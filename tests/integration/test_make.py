@@ -176,7 +176,9 @@ def test_torch_comes_from_the_index_that_is_named_and_what_else_the_lock_pins_st
     script = (checkout / "scripts" / "environment.py").read_text()
     here = (sys.version_info[:2], environment.sysconfig.get_platform(), environment.platform.python_implementation())
     (checkout / "scripts" / "environment.py").write_text(re.sub(r"(?m)^LOCKED = .*$", f"LOCKED = {here!r}", script))
-    needs = 'dependencies = ["torch>=2", "torchvision>=0.1", "torch-like"]\noptional-dependencies = {dev = [], docs = []}\n'
+    needs = (
+        'dependencies = ["torch>=2", "torchvision>=0.1", "torch-like"]\noptional-dependencies = {dev = [], docs = []}\n'
+    )
     (checkout / "pyproject.toml").write_text(PYPROJECT + needs)
     backend = (checkout / "backend.py").read_text()
     requires = "".join(f"Requires-Dist: {name}\\n" for name in ("torch>=2", "torchvision>=0.1", "other"))
