@@ -694,3 +694,57 @@ def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, monkeypa
         "ViT-B-32",
         "RN50",
     ]
+
+
+@pytest.mark.parametrize("make", [clip_folder, siglip_folder, bert_folder])
+def test_the_choice_of_precision_works_for_each_family(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "folder")
+    if make is bert_folder:
+        shutil.copytree(tmp_path / "text", tmp_path / "folder/text")
+    backbone = Backbone(model="hf-hub:a/b", weights="pretrained")
+    exact = load_backbone(backbone, tmp_path / "folder")
+    monkeypatch.setattr("secure_fed.model.backbone._LARGE", 0)
+    monkeypatch.setattr("secure_fed.model.backbone._multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("secure_fed.model.backbone._BF16_COSINE", 0.9)
+    half = load_backbone(backbone, tmp_path / "folder")
+    assert (exact.precision, half.precision) == ("float32", "bfloat16")
+    assert half.id == exact.id
+    cosines = (half.encode_images(pictures()) * exact.encode_images(pictures())).sum(axis=1)
+    assert 0.9 < cosines.min() < 1 - 1e-7
+    np.testing.assert_array_equal(half.encode_texts(TEXTS), exact.encode_texts(TEXTS))
+
+
+def test_bad_folders_in_open_clips_form(tmp_path: Path, store: Path) -> None:
+    def checked(change: Make, says: str, *options: Any) -> None:
+        shutil.copytree(tmp_path / "whole", tmp_path / "wrong")
+        change(tmp_path / "wrong")
+        with pytest.raises(BackboneError) as refused:
+            add(tmp_path / "wrong", None, None, *(options or (tmp_path / "text",)))
+        assert re.search(says, str(refused.value), re.DOTALL), str(refused.value)
+        assert not store.exists() or not list(store.iterdir())
+        shutil.rmtree(tmp_path / "wrong")
+
+    def configure(**changes: Any) -> Make:
+        def apply(folder: Path) -> None:
+            content = json.loads((folder / "open_clip_config.json").read_text())
+            for table, values in changes.items():
+                content["model_cfg"][table] = content["model_cfg"][table] | values
+            (folder / "open_clip_config.json").write_text(json.dumps(content))
+
+        return apply
+
+    bert_folder(tmp_path / "whole")
+    checked(configure(vision_cfg={"image_size": 48}), "embedding is of 17 places, but images of 48 pixels need 37")
+    checked(configure(vision_cfg={"width": 64}), "have other shapes")
+    checked(configure(vision_cfg={"mystery": 1}), "cannot build this model")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "text/config.json", tmp_path / "bare")
+    no_words = without("tokenizer.json", "tokenizer_config.json")
+    checked(no_words, "its tokenizer, that of .*, is not here", tmp_path / "bare")
+    shutil.copytree(tmp_path / "text", tmp_path / "padded")
+    edit("config.json", pad_token_id=1)(tmp_path / "padded")
+    checked(lambda folder: None, "fills up with 0, but the text model takes 1", tmp_path / "padded")
+    edit("config.json", model_type="gpt_neox")(tmp_path / "padded")
+    checked(lambda folder: None, "model_type 'gpt_neox'; expected a text model", tmp_path / "padded")
