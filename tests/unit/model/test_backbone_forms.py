@@ -403,6 +403,7 @@ def test_the_same_values_have_one_digest_in_any_container(tmp_path: Path) -> Non
         },
         "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
         "compiled in parallel": {f"module._orig_mod.{name}": value for name, value in state.items()},
+        "compiled inside": {name.replace("encoder.", "encoder._orig_mod."): value for name, value in state.items()},
         "wrapped": {f"module.clip.model.{name}": value for name, value in state.items()},
     }
     (tmp_path / "clip/model.safetensors").unlink()
