@@ -317,6 +317,7 @@ class SuperLink:
     Attributes:
         nodes: Flower's node ids, by site.
         callers: the connections from outside.
+        address: where it listens for the sites.
         runtime: address of the runtime API on loopback.
     """
 
@@ -369,6 +370,7 @@ class SuperLink:
         private = uvicorn.Config(runtime, **common)
         listener = Listener(public, outside, context, self.callers)
         self._servers = [(listener, outside), (uvicorn.Server(private), inside)]
+        self.address: tuple[str, int] = outside.getsockname()[:2]
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="superlink", daemon=True)
         self._thread.start()
 

@@ -16,6 +16,7 @@ from secure_fed.cli import (
     data,
     demo,
     doctor,
+    drill,
     evidence,
     explain,
     export,
@@ -67,6 +68,7 @@ app.command()(server.server)
 app.command()(client.client)
 app.command()(status.status)
 app.command()(doctor.doctor)
+app.command()(drill.drill)
 app.command()(explain.explain)
 app.command()(audit.audit)
 

@@ -284,6 +284,12 @@ class WorkersError(SecfacmicError):
     exit_code = 72
 
 
+class DrillError(SecfacmicError):
+    """A drill in which an attack succeeded against this installation."""
+
+    exit_code = 73
+
+
 class AddressError(SecfacmicError):
     """An address that cannot be listened on: in use, not ours, or not an address."""
 

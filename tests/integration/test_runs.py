@@ -134,8 +134,8 @@ def test_who_cannot_seal_reads_no_data_and_spends_no_budget(
     rotate(federation, coordinator)
     drive(coordinator, sites)
     ash = sites[0]
-    ledger = Ledger(ledger_folder(read_site_file(federation.folder / "sites" / "ash" / "site.toml")))
-    spent = ledger.summary()["epsilon_spent"]
+    ledger = ledger_folder(read_site_file(federation.folder / "sites" / "ash" / "site.toml"))
+    spent = Ledger(ledger).summary()["epsilon_spent"]
     assert spent > 0
     accept_another_run(federation.agreed, federation.folder)
     bogus = another(federation, "9" * 64)
@@ -147,4 +147,4 @@ def test_who_cannot_seal_reads_no_data_and_spends_no_budget(
     monkeypatch.setattr(Site, "features", lambda *_: pytest.fail("data were read"))
     with pytest.raises(KeyFileError, match="is not here"):
         ash.respond(bogus.request("", 0))
-    assert ledger.summary()["epsilon_spent"] == spent
+    assert Ledger(ledger).summary()["epsilon_spent"] == spent

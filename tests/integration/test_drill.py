@@ -1,0 +1,91 @@
+"""The drill holds here, and each of its attacks succeeds where its defence is taken out: that row, and no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from secure_fed.clients import acceptance
+from secure_fed.clients.keyring import KeyRing
+from secure_fed.clients.replica import Replica
+from secure_fed.core.errors import DrillError, KeyFileError
+from secure_fed.lab import drill
+from secure_fed.lab.drill import ATTACKS, Ground
+from secure_fed.server import coordinator, flower_link
+from tests.conftest import Run
+
+Mutate = Callable[[pytest.MonkeyPatch], None]
+
+
+class _SealsLate:
+    """What a site had before it asked for its key first: it finds out when it seals."""
+
+    def seal(self, *_: object) -> None:
+        raise KeyFileError("no key")
+
+
+def _seals_last(patch: pytest.MonkeyPatch) -> None:
+    true, sealer = KeyRing.may_begin, Replica.sealer
+    patch.setattr(KeyRing, "may_begin", lambda ring, key: not ring.holds(key) or true(ring, key))
+    run_of = Replica._run_of
+    patch.setattr(
+        Replica, "_run_of", lambda self, key, but: None if self.keys.newest[1] == key else run_of(self, key, but)
+    )
+    held = sealer.fget
+    assert held is not None
+    patch.setattr(
+        Replica, "sealer", property(lambda self: held(self) if self._holds(self.state.chain.key) else _SealsLate())
+    )
+
+
+MUTATIONS: dict[str, Mutate] = {
+    "B1": lambda patch: patch.setattr(Replica, "_require_word", lambda *_: None),
+    "B2": _seals_last,
+    "B11": lambda patch: patch.setattr(flower_link, "_signed", lambda *_: True),
+    "B12": lambda patch: patch.setattr(acceptance, "weaker", lambda *_: []),
+    "B13": lambda patch: patch.setattr(coordinator, "refuse_repeated_seed", lambda *_: None),
+}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground.prepare(tmp_path_factory.mktemp("drill") / "ground")
+
+
+def test_every_attack_has_a_mutation() -> None:
+    assert set(MUTATIONS) == {attack.id for attack in ATTACKS}
+
+
+def test_all_defences_hold(secfacmic: Run, ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill.Ground, "prepare", lambda folder: ground)
+    done = secfacmic("drill", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["id"] for row in found["attacks"]] == [attack.id for attack in ATTACKS]
+    assert all(set(row) == {"id", "attacker", "tried", "seen", "held"} for row in found["attacks"])
+    assert [row["id"] for row in found["attacks"] if not row["held"]] == []
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
+def test_an_attack_succeeds_without_its_defence(
+    attack: drill.Attack, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MUTATIONS[attack.id](monkeypatch)
+    fallen = []
+    for each in ATTACKS:
+        outcome = each.carry_out(ground.copy(tmp_path / each.id))
+        if not outcome.held:
+            fallen.append((each.id, outcome.seen))
+    assert [name for name, _ in fallen] == [attack.id], fallen
+
+
+def test_a_fallen_defence_is_an_exit_code(secfacmic: Run, ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill.Ground, "prepare", lambda folder: ground)
+    MUTATIONS["B12"](monkeypatch)
+    monkeypatch.setattr(drill, "ATTACKS", tuple(attack for attack in ATTACKS if attack.id == "B12"))
+    done = secfacmic("drill")
+    assert done.returncode == DrillError.exit_code
+    assert "1 of 1 attacks succeeded: B12" in done.stderr
