@@ -311,6 +311,7 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
         (nifti(np.zeros((9, 9, 9), np.int16), packed=False)[:400], "a NIfTI of 9 x 9 x 9 values in 400 bytes"),
         (gzip.compress(nifti(packed=False)[:348] + bytes(2**28)), "more than 268,435,456 bytes"),
     ],
+    ids=["four dimensions", "no magic", "cut gzip", "cut", "bomb"],  # gzip has the time in it
 )
 def test_a_nifti_that_cannot_be_shown_says_why(content, reason):
     with pytest.raises(UndecodableError, match=reason):
