@@ -33,7 +33,7 @@ from rich.console import Console
 
 from secure_fed.clients.features import SiteFeatures, pool_features
 from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
-from secure_fed.lab.simulation import open_sites, prepare
+from secure_fed.lab.simulation import open_sites, prepare, run_id
 from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters, needs_tower
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.evaluation import Metrics, balanced_accuracy, metrics
@@ -174,6 +174,7 @@ def federate(
         after: is called after each round; its values are the curve.
     """
     study, layout = agreed.study, agreed.layout(1)
+    run = run_id(study, 1)
     state = aggregation.initial_state(study.aggregation, agreed.initial.adapter)
     heads: dict[str, Parameters] = {}
     curve = []
@@ -181,12 +182,12 @@ def federate(
         adapter = aggregation.adapter_of(state)
         sums = np.zeros(layout.lanes.values, dtype=np.int64)
         for name, own in features.items():
-            seed = training_seed(study.seed, "", name, number)
+            seed = training_seed(study.seed, run, name, number)
             trained = train_round(agreed, adapter | heads.get(name, {}), own, seed, tower)
             if PRIVATE_HEAD in trained:
                 heads[name] = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
             update = codec.flatten(trained) - codec.flatten(adapter)
-            draws = codec.rounding_draws(study.seed, "", name, number, update.size)
+            draws = codec.rounding_draws(study.seed, run, name, number, update.size)
             values = {codec.UPDATE: update, codec.COUNTS: np.zeros(2)}
             sums += layout.encode(values, study.site(name).weight, draws)[0]
         weights = [study.site(name).weight for name in features]

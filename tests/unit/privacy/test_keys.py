@@ -24,7 +24,7 @@ def _identity(federation: Federation, name: str) -> keys.Identity:
 def test_private_files_are_0600_in_a_0700_folder_and_loose_ones_are_refused(tmp_path: Path) -> None:
     keys.create_identity(tmp_path / "id", "ash")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "id").iterdir()}
-    assert modes == {"signing.key": 0o600, "flower.key": 0o600, "recipient.key": 0o600, "ash.pub": 0o644}
+    assert modes == {"signing.key": 0o600, "flower.key": 0o600, "recipient.key": 0o600, "ash.pub": 0o600}
     assert stat.S_IMODE((tmp_path / "id").stat().st_mode) == 0o700
     for name in ("signing.key", "flower.key", "recipient.key"):
         path = tmp_path / "id" / name
