@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from secure_fed.protocol.study import Study, Window
+from secure_fed.protocol.study import Background, StudyFile, Window
 
 VERSION = 2
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
@@ -60,12 +60,12 @@ class Rules:
     """
 
     windows: tuple[Window, ...] = ()
-    background: Literal["black", "white"] = "black"
+    background: Background = "black"
     most_pixels: int = MOST_PIXELS
 
     @classmethod
-    def of(cls, study: Study, most_pixels: int = MOST_PIXELS) -> Rules:
-        """A study's rules at a site that allows so many pixels."""
+    def of(cls, study: StudyFile, most_pixels: int = MOST_PIXELS) -> Rules:
+        """The rules of a study or template at a site that allows so many pixels."""
         return cls(study.windows, study.background, most_pixels)
 
     @property
@@ -89,7 +89,7 @@ class Rules:
         if width * height > self.most_pixels:
             raise UndecodableError(
                 f"{width} x {height} pixels; expected at most {self.most_pixels:,} (a small file can claim any size): "
-                "make it smaller, or raise most_pixels in [data] of site.toml"
+                "make it smaller, or raise most_pixels in [data] of site.toml (of predict: --most-pixels)"
             )
 
 

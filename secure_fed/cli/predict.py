@@ -24,12 +24,16 @@ def predict(
         typer.Option("--dicom-sr", metavar="DIR", help="Also a DICOM structured report a patient, into a folder."),
     ] = None,
     skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    most_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Of one picture, as in site.toml; about 89 million if not given.")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where images are encoded.")] = "auto",
     json_: Json = False,
 ) -> None:
     """Calibrated probabilities of each class for every image of a folder, and for every patient."""
     import json
 
+    from secure_fed.clients.rules import MOST_PIXELS
     from secure_fed.core.storage import write_durable
     from secure_fed.model.device import choose_device
     from secure_fed.operate.predict import predict_folder, write_reports
@@ -41,6 +45,7 @@ def predict(
             study,
             checkpoint,
             skip_unreadable=skip_unreadable,
+            most_pixels=most_pixels or MOST_PIXELS,
             device=choose_device(device),
             progress=lambda done, total: status.update(f"{done} of {total} images"),
         )

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch.nn.functional import softmax
 
 from secure_fed.core.errors import AdapterFileError
@@ -22,13 +23,15 @@ from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import Parameters, adapter_digest
-from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method, PatientRule
+from secure_fed.protocol.study import AgreedStudy, Backbone, Background, InitialState, Method, PatientRule, Window
 
 MODEL_CARD = "model_card"
 """Key of the model card in the metadata of an exported adapter."""
 
 _CALIBRATION = "calibration."
 _RULES: dict[str, PatientRule] = {rule: rule for rule in get_args(PatientRule)}
+_BACKGROUNDS: dict[str, Background] = {colour: colour for colour in get_args(Background)}
+_WINDOWS = TypeAdapter(tuple[Window, ...])
 _ROWS = 8192
 """Features that are classified at once."""
 
@@ -84,6 +87,8 @@ class AdapterFile:
         initial: prompt features, logit scale and prompt tokens; its ``adapter`` is the trained one.
         calibration: what its site adds, from the file itself (an export) or the one beside it; None without.
         per_patient: the study's rule for a patient's prediction.
+        windows: the study's, by modality: whoever predicts shows the backbone what training showed it.
+        background: the study's, behind what is transparent.
     """
 
     study: str
@@ -93,6 +98,8 @@ class AdapterFile:
     initial: InitialState
     calibration: Calibration | None
     per_patient: PatientRule = "mean"
+    windows: tuple[Window, ...] = ()
+    background: Background = "black"
 
     @property
     def digest(self) -> str:
@@ -174,6 +181,8 @@ def save_adapter(
         "prompts": json.dumps([entry.prompts for entry in study.classes]),
         "method": study.method.model_dump_json(),
         "per_patient": study.per_patient,
+        "windows": _WINDOWS.dump_json(study.windows).decode(),
+        "background": study.background,
         "adapter_digest": adapter_digest(parameters),
     }
     if card is not None:
@@ -222,6 +231,8 @@ def load_adapter(path: Path) -> AdapterFile:
             initial,
             Calibration.of(tensors),
             _RULES[metadata.get("per_patient", "mean")],
+            _WINDOWS.validate_json(metadata.get("windows", "[]")),
+            _BACKGROUNDS[metadata.get("background", "black")],
         )
     except (KeyError, ValueError, IndexError) as error:
         raise AdapterFileError(_malformed(path, error)) from error

@@ -214,6 +214,9 @@ def _write(
         study.method,
         replace(agreed.initial, adapter=parameters),
         origin.calibration,
+        study.per_patient,
+        study.windows,
+        study.background,
     )
     card = model_card(agreed, file, origin, onnx)
     written = []

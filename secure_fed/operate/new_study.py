@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from secure_fed.clients.encoding import encode_all
 from secure_fed.clients.reading import Source
+from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import make_folder, write_durable
@@ -124,21 +125,21 @@ def _basis(template: Template, backbone: LoadedBackbone, public: Path | None, ke
     if public is None:
         statistics = packaged_statistics(template.backbone.model, backbone.digest)
     elif public.is_dir():
-        statistics = public_statistics(public, backbone)
+        statistics = public_statistics(public, backbone, Rules.of(template))
         statistics.save(kept, backbone.digest)
     else:
         statistics = PublicStatistics.load(public, backbone.digest)
     return make_basis(template.features, backbone.dim, template.seed, statistics)
 
 
-def public_statistics(folder: Path, backbone: LoadedBackbone) -> PublicStatistics:
-    """Statistics of all images in a folder and below it, encoded by a backbone; labels play no part.
+def public_statistics(folder: Path, backbone: LoadedBackbone, rules: Rules) -> PublicStatistics:
+    """Statistics of all images in a folder and below it, encoded as a study's sites see them; labels play no part.
 
     Raises:
         StudyError: too few of them can be decoded.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    batches = encode_all([Source(path) for path in paths], backbone)
+    batches = encode_all([Source(path) for path in paths], backbone, rules=rules)
     rows = [one.value for batch in batches for one in batch if one.value is not None]
     if not rows:
         raise StudyError(f"{folder}: no image that can be decoded; expected a folder of public images")

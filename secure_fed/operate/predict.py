@@ -19,6 +19,7 @@ from secure_fed.clients.dicom import text as text_of
 from secure_fed.clients.encoding import encode_all
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.reading import Source
+from secure_fed.clients.rules import MOST_PIXELS, Rules
 from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
@@ -181,6 +182,7 @@ def predict_folder(
     checkpoint: Path | None = None,
     *,
     skip_unreadable: bool = False,
+    most_pixels: int = MOST_PIXELS,
     device: Device = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probabilities:
@@ -188,12 +190,14 @@ def predict_folder(
 
     Args:
         adapter: an ``adapter.safetensors``; the ``calibration.safetensors`` beside it is used if it is of this adapter.
-        folder: of images, searched whole, DICOM included (of a file with many frames the middle one); only
-            read. Files that are no images are passed over. An image's patient is who ``manifest.csv`` says, if there is
-            one with columns ``path`` and ``patient``, else a DICOM file's PatientID.
+        folder: of images, searched whole, DICOM included (of a file with many frames the middle one); only read. They
+            are seen by the study's windows and background. Files that are no images are passed over. An image's
+            patient is who ``manifest.csv`` says, if there is one with columns ``path`` and ``patient``, else a DICOM
+            file's PatientID.
         study: a ``study.toml`` that the adapter must be of, if given.
         checkpoint: the backbone's weights, if they do not lie where the study says.
         skip_unreadable: leave out images that cannot be decoded instead of refusing.
+        most_pixels: of one picture; a larger one cannot be decoded. Sites say it in ``site.toml``.
         device: where the backbone computes.
         progress: told how many images are done, of how many.
 
@@ -238,7 +242,7 @@ def predict_folder(
     backbone = load_backbone(file.backbone, checkpoint, device)
     names, features, unreadable = [], [], {}
     sources = [Source(path) for path in paths]
-    for batch in encode_all(sources, backbone):
+    for batch in encode_all(sources, backbone, rules=Rules(file.windows, file.background, most_pixels)):
         for one in batch:
             name = paths[one.index].relative_to(folder).as_posix()
             if one.value is None:

@@ -233,6 +233,7 @@ class Training(FileModel):
 
 
 PatientRule = Literal["mean", "largest"]
+Background = Literal["black", "white"]
 
 
 class Aggregation(FileModel):
@@ -513,7 +514,7 @@ class StudyFile(FileModel):
     aggregation: Aggregation = Aggregation()
     encoding: Encoding
     windows: tuple[Window, ...] = ()
-    background: Literal["black", "white"] = "black"
+    background: Background = "black"
     privacy: PrivateTraining = PrivateTraining()
     per_patient: PatientRule = "mean"
     sites: tuple[StudySite, ...]

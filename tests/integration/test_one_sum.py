@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from onnx.reference import ReferenceEvaluator
+from PIL import Image
 
 from secure_fed.clients import one_sum as at_site
 from secure_fed.clients.acceptance import terms
@@ -25,6 +26,7 @@ from secure_fed.lab.simulation import prepare, simulate
 from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.adapters import build_adapter
 from secure_fed.model.cases import judge, log_distances
+from secure_fed.operate.new_study import new_study
 from secure_fed.protocol import aggregation, one_sum
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.study import InitialState, read_template
@@ -245,6 +247,24 @@ def test_public_images_make_the_basis(secfacmic: Any, images: Path, tmp_path: Pa
     other = study_basis(tmp_path / "again")
     assert other is not None
     assert np.allclose(np.abs(np.sum(basis.axes * other.axes, axis=1)), np.square(basis.axes).sum(axis=1), rtol=1e-2)  # type: ignore[operator]
+
+
+def test_public_images_are_seen_as_the_sites_will_see_theirs(images: Path, tmp_path: Path) -> None:
+    for path in images.glob("*/*/*.png"):
+        grey = np.asarray(Image.open(path)).astype(int)
+        alpha = 255 - grey // 2
+        name = f"{path.parent.parent.name}-{path.parent.name}-{path.name}"
+        for folder in ("clear", "white"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        clear = Image.merge("LA", [Image.fromarray(one.astype(np.uint8)) for one in (grey, alpha)])
+        clear.save(tmp_path / "clear" / name)
+        white = Image.new("RGBA", clear.size, "white")
+        Image.alpha_composite(white, clear.convert("RGBA")).convert("L").save(tmp_path / "white" / name)
+    table = one_sum_template(features={"basis": "public", "dimensions": 8}, background="white")
+    for folder in ("clear", "white"):
+        new_study(table, (), tmp_path / f"of {folder}", public=tmp_path / folder)
+    seen, expected = (study_basis(tmp_path / f"of {folder}") for folder in ("clear", "white"))
+    assert np.allclose(seen.centre, expected.centre, atol=1e-3)
 
 
 def study_basis(folder: Path) -> Any:

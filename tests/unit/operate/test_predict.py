@@ -27,13 +27,15 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.clients.training import predict
 from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
 from secure_fed.core.layout import CALIBRATION
+from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import LEAST, MOST, fit_temperature, tempered
+from secure_fed.operate.export import export_run
 from secure_fed.operate.predict import of_patient, predict_folder
 from secure_fed.operate.site_results import write_results
 from secure_fed.protocol.study import AgreedStudy, Method, load_study
-from tests.conftest import CLASSES, TRAINING, Federation, Run, run_round
+from tests.conftest import CLASSES, TRAINING, Federation, Run, make_template, run_round
 from tests.unit.clients.test_dicom import as_bytes, dicom
 
 torch.set_num_threads(1)
@@ -169,6 +171,65 @@ def test_dicom_and_ordinary_images_alike_wherever_they_lie(run: Path) -> None:
     found = predict_folder(run / "adapter.safetensors", folder, checkpoint=run / "backbone.safetensors")
     assert found.images == ("deep/b.png", "deep/er/a.dcm")
     np.testing.assert_allclose(found.probabilities[0], found.probabilities[1], atol=1e-6)
+
+
+# --- as training saw them ---
+
+
+def test_pictures_are_seen_by_the_studys_windows_and_background_as_training_saw_them(
+    images: Path, tmp_path: Path
+) -> None:
+    for number, path in enumerate(sorted(images.glob("*/*/*.png"))):
+        grey = np.asarray(Image.open(path))
+        to = tmp_path / "images" / path.relative_to(images)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if number % 2:  # a file that names a window of its own, which shows next to nothing
+            shown = dicom(grey.astype(np.uint16), WindowCenter=2000, WindowWidth=4000)
+            to.with_suffix(".dcm").write_bytes(as_bytes(shown))
+        else:
+            Image.merge("LA", [Image.fromarray(grey), Image.fromarray(255 - grey // 2)]).save(to)
+    windows = [{"modality": "MR", "centre": 110, "width": 60, "unit": "rescaled"}]
+    template = make_template(mode="plain", rounds=1, windows=windows, background="white")
+    out, folder = tmp_path / "out", tmp_path / "images/ash"
+    simulate(template, out, tmp_path / "images")
+    export_run(out, tmp_path / "export", onnx=False)
+    federation = Federation(out)
+    site = federation.site("ash")
+    file, study = read_site_file(out / "sites/ash/site.toml"), federation.agreed.study
+    own = read_data(folder, study.class_names, file.data.unit, file.data.shares, study.seed)
+    names = [image.path.relative_to(folder).as_posix() for image in own if image.split == "test"]
+    assert {Path(name).suffix for name in names} == {".dcm", ".png"}
+    expected = site.predictions(site.parameters).probabilities
+    for adapter in (out / "adapter.safetensors", tmp_path / "export/adapter.safetensors"):
+        found = predict_folder(adapter, folder, checkpoint=out / "backbone.safetensors")
+        rows = dict(zip(found.images, found.probabilities, strict=True))
+        seen = tempered(expected, found.adapter.temperature)
+        np.testing.assert_allclose([rows[name] for name in names], seen, atol=1e-6)
+
+
+def test_an_adapter_without_windows_and_background_is_taken_as_one_of_a_study_without(run: Path) -> None:
+    path = run / "adapter.safetensors"
+    with safetensors.safe_open(str(path), "np") as file:
+        metadata = dict(file.metadata())
+    tensors = safetensors.numpy.load_file(path)
+    older = {name: text for name, text in metadata.items() if name not in ("windows", "background")}
+    assert len(older) == len(metadata) - 2
+    path.write_bytes(safetensors.numpy.save(tensors, older))
+    found = load_adapter(path)
+    assert (found.windows, found.background) == ((), "black")
+    for damage in ({"windows": "5"}, {"windows": "[{}]"}, {"background": "blue"}):
+        path.write_bytes(safetensors.numpy.save(tensors, metadata | damage))
+        with pytest.raises(AdapterFileError, match="no adapter file"):
+            load_adapter(path)
+
+
+def test_pictures_above_most_pixels_are_unreadable(run: Path, images: Path, secfacmic: Run) -> None:
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", images / "ash" / CLASSES[0]]
+    command += ["--checkpoint", run / "backbone.safetensors"]
+    assert secfacmic(*command, "--most-pixels", 32 * 32).returncode == 0
+    code, _, errors = secfacmic(*command, "--most-pixels", 32 * 32 - 1)
+    assert code == UnreadableImageError.exit_code
+    assert "expected at most 1,023" in " ".join(errors.split())
 
 
 # --- what the file needs ---
