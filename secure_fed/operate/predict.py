@@ -18,6 +18,7 @@ from secure_fed.clients.dicom import no_picture, read_header
 from secure_fed.clients.dicom import text as text_of
 from secure_fed.clients.encoding import encode_all
 from secure_fed.clients.manifest import read_table
+from secure_fed.clients.patients import in_one_form
 from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import MOST_PIXELS, Rules
 from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
@@ -26,7 +27,6 @@ from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases, judge
 from secure_fed.model.device import Device
-from secure_fed.operate.dicomweb import as_written
 from secure_fed.protocol.study import PatientRule, load_study
 
 _LISTED = 10
@@ -261,7 +261,7 @@ def predict_folder(
     tokens = file.initial.prompt_tokens
     tower = None if tokens is None else backbone.text_tower(tokens)
     x = np.stack(features) if features else np.empty((0, backbone.dim), dtype=np.float32)
-    owners = tuple(as_written(listed.get(name) or headers[name]) for name in names)
+    owners = tuple(in_one_form(listed.get(name) or headers[name]) for name in names)
     cases = judge(file.initial, file.initial.adapter, x)
     return Probabilities(file, folder, tuple(names), owners, file.predict(x, tower), unreadable, passed_over, cases)
 
@@ -280,7 +280,7 @@ def _listed_patients(manifest: Path) -> dict[str, str]:
         return {}
     patients: dict[str, str] = {}
     for line, cells in table.rows:
-        name, patient = Path(cells["path"]).as_posix(), as_written(cells["patient"])
+        name, patient = Path(cells["path"]).as_posix(), in_one_form(cells["patient"])
         if patients.setdefault(name, patient) != patient:
             raise ManifestError(
                 f"{manifest}: line {line}: {name} is of patient {patient!r}, and before of {patients[name]!r}; "

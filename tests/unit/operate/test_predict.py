@@ -441,6 +441,16 @@ def test_a_manifest_that_leaves_a_patient_uncertain_is_refused(run: Path, ward: 
         predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
 
 
+def test_a_manifests_ids_are_taken_in_the_form_in_which_training_takes_them(run: Path, ward: Path) -> None:
+    marks = "path,patient\nknown.png,\ufeff A-1\nnobody.png,Mu\u0308ller \n"
+    (ward / "manifest.csv").write_text(marks, encoding="utf-8")
+    found = predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
+    assert dict(zip(found.images, found.owners, strict=True)) == {
+        **dict.fromkeys(("a0.dcm", "a1.dcm", "a2.dcm", "known.png"), "A-1"),
+        **dict.fromkeys(("b.dcm", "nobody.png"), "M\u00fcller"),
+    }
+
+
 def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward: Path, secfacmic: Run) -> None:
     command = ["predict", "--adapter", run / "adapter.safetensors", "--images", ward, "--json"]
     command += ["--checkpoint", run / "backbone.safetensors"]
