@@ -157,8 +157,11 @@ class Gate:
             except TimeoutError:
                 await _refuse(send, 408)
                 return
-            if len(body) != int(length) or (path == PUSH_MESSAGES and not self._members.may_push(body)):
+            if len(body) != int(length):
                 await _refuse(send, 403)
+                return
+            if path == PUSH_MESSAGES and not self._members.may_push(body):
+                await _refuse(send, 409)  # not 403, which ends a site: a reply can come twice
                 return
             receive = _again(body, receive)
         await self._app(scope, receive, send)

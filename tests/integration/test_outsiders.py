@@ -212,12 +212,12 @@ def test_a_member_leaves_no_more_in_memory_than_one_reply_to_what_it_was_asked(
     ash._client.PushMessages(_first_push(ash, _reply(received[0])))
     held = len(store)
     for code in (ReplyCode.FAILED, ReplyCode.FAILED_DATA):
-        with pytest.raises(httpx.HTTPStatusError, match="403"):
+        with pytest.raises(httpx.HTTPStatusError, match="409"):
             ash._client.PushMessages(_first_push(ash, _reply(received[0], code)))
     assert len(store) == held
     monkeypatch.setattr(flower_link, "MAX_PARTS", 2)
     request = _first_push(ash, _reply(received[0]))
-    with pytest.raises(httpx.HTTPStatusError, match="403"):
+    with pytest.raises(httpx.HTTPStatusError, match="409"):
         ash._client.PushMessages(request)
     ash.leave()
     grid.close()
