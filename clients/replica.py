@@ -68,6 +68,11 @@ class Validation:
     images: int
     correct: int
 
+    def clamped(self, most: int) -> Validation:
+        """The nearest that can be: ``0 <= correct <= images <= most``."""
+        images = min(max(0, self.images), most)
+        return Validation(images, min(max(0, self.correct), images))
+
 
 @dataclass(frozen=True)
 class ReplicaState:
@@ -153,7 +158,8 @@ def fold(state: ReplicaState, record: Record, reading: Reading) -> ReplicaState:
             after = replace(after, tensors=aggregation.after_round(agreed, state.tensors, found))
             counts = aggregation.validation_counts(agreed, found)
             if counts is not None:
-                after = replace(after, validation=Validation(*counts))
+                most = aggregation.most_validated(agreed, len(record.cohort))
+                after = replace(after, validation=_possible(Validation(*counts), most, record.header.round))
         case Confirmed(tensors):
             after = replace(after, tensors=tensors, blind=False)
         case Unreadable():
@@ -162,6 +168,19 @@ def fold(state: ReplicaState, record: Record, reading: Reading) -> ReplicaState:
         return after
     digests = [*state.digests.items(), (after.chain.head, (after.digest, after.chain.key))]
     return replace(after, digests=dict(digests[-2:]))
+
+
+def _possible(counts: Validation, most: int, round_number: int) -> Validation:
+    """A round's counts as they may be shown: any member can send what no images give, and nobody sees who."""
+    possible = counts.clamped(most)
+    if possible != counts:
+        log.warning(
+            "round %d: the sites' validation counts sum to %d correct of %d; expected 0 <= correct <= all <= %d. Taken "
+            "as %d of %d. A site has sent counts that no images give: do not choose an adapter by this round's share, "
+            "and ask the operators",
+            *(round_number, counts.correct, counts.images, most, possible.correct, possible.images),
+        )
+    return possible
 
 
 # --- what lies on disk ---

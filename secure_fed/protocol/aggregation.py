@@ -125,6 +125,9 @@ def validation_counts(agreed: AgreedStudy, found: Mapping[str, NDArray[np.float6
     Args:
         agreed: the study.
         found: as for :func:`after_round`. Of one sum's histograms, patients under the chosen shrinkage.
+
+    Returns:
+        As they were sent, which may be what no images give.
     """
     if codec.COUNTS in found:
         images, correct = (int(count) for count in found[codec.COUNTS])
@@ -133,6 +136,12 @@ def validation_counts(agreed: AgreedStudy, found: Mapping[str, NDArray[np.float6
         histogram = one_sum.chosen(found[one_sum.HISTOGRAMS], len(agreed.study.classes))[1]
         return round(histogram.patients), round(float(histogram.confusion.trace()))
     return None
+
+
+def most_validated(agreed: AgreedStudy, members: int) -> int:
+    """How many validation images, or of one sum patients, so many members can have counted: each has a bound."""
+    study = agreed.study
+    return members * (study.method.most_patients if study.method.one_sum else codec.MOST_COUNTED)
 
 
 def adapter_of(state: State) -> Parameters:

@@ -20,7 +20,10 @@ from secure_fed.core.errors import LanesError, NonFiniteUpdateError
 from secure_fed.protocol.packing import LaneParameters, lane_parameters
 
 COUNT_BITS = 24
-"""Width of a validation count: up to 16.7 million images a site."""
+"""Width of a validation count."""
+
+MOST_COUNTED = (1 << COUNT_BITS) - 1
+"""Highest validation count of a site, 16.7 million images."""
 
 COUNTS = "counts"
 """Name of the block of validation counts."""
@@ -285,7 +288,7 @@ def check_precision(precision: int, max_sites: int) -> None:
 def counts_block() -> Block:
     """Validation images of a site, and correct ones among them: two whole numbers."""
     precision = COUNT_BITS + 1
-    return Block(COUNTS, np.full(2, float((1 << COUNT_BITS) - 1)), precision)
+    return Block(COUNTS, np.full(2, float(MOST_COUNTED)), precision)
 
 
 def adapter_digest(parameters: Mapping[str, NDArray[np.float64]]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from secure_fed.clients.replica import Confirmed, ReplicaState, Sums, Unreadable, fold
+from secure_fed.clients.replica import Confirmed, ReplicaState, Sums, Unreadable, Validation, fold
 from secure_fed.clients.site import Site
+from secure_fed.protocol import codec
 from secure_fed.protocol.records import Record
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import Federation, exchange, run_round
@@ -69,6 +71,48 @@ def test_a_fold_leaves_the_state_before_it_as_it_was(federation: Federation) -> 
     assert (refused.round, refused.blind, refused.digest) == (1, False, before)
     restored = fold(blind, record, Confirmed(added.tensors))
     assert (restored.blind, restored.digest) == (False, added.digest)
+
+
+MOST = 3 * (2**24 - 1)
+"""Validation images that three sites can count: 24 bits each."""
+
+
+def test_validation_counts_that_no_images_give_are_clamped_and_told(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    state = ReplicaState.initial(federation.agreed)
+    state = fold(state, state.chain.check(coordinator.journal.read(0)), None)
+    record = state.chain.check(coordinator.journal.read(1))
+    size = codec.flatten(federation.agreed.initial.adapter).size
+
+    def folded(images: int, correct: int) -> Validation | None:
+        """What follows from sums of these counts, whatever the members sent to make them."""
+        values = np.zeros(federation.agreed.lanes.values, dtype=np.int64)
+        digits = codec.Digits(16, codec.COUNT_BITS + 1)
+        values[size:] = digits.split(np.array([images, correct]))
+        assert digits.join(values[size:]).tolist() == [images, correct]
+        return fold(state, record, Sums(values)).validation
+
+    for images, correct in [(0, 0), (9, 0), (9, 9), (MOST, MOST)]:
+        assert folded(images, correct) == Validation(images, correct)
+    assert not caplog.records
+    impossible = {
+        (9, 10): (9, 9),
+        (9, -1): (9, 0),
+        (-3, 2): (0, 0),
+        (-3, -5): (0, 0),
+        (MOST + 1, 5): (MOST, 5),
+        (MOST + 2, MOST + 1): (MOST, MOST),
+    }
+    for (images, correct), clamped in impossible.items():
+        caplog.clear()
+        assert folded(images, correct) == Validation(*clamped)
+        (told,) = [entry.getMessage() for entry in caplog.records]
+        assert f"round 1: the sites' validation counts sum to {correct} correct of {images}; expected" in told
+        assert f"Taken as {clamped[1]} of {clamped[0]}" in told
 
 
 def test_looking_back_writes_nothing_and_leaves_out_rounds_whose_key_is_gone(federation: Federation) -> None:
