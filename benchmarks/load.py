@@ -136,6 +136,7 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
             "unit": "image",
             "shares": {"train": 0.5, "val": 0.2, "test": 0.2, "unlabelled": 0.1},
             "sites": [{"name": name, "folder": "ash"} for name in names],
+            "shared": True,
         },
     )
     agreed = prepare_federation(template, folder, folder / "images")

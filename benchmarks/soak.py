@@ -61,6 +61,7 @@ def template(rounds: int, sites: int) -> Template:
         "unit": "image",
         "shares": {"train": 0.5, "val": 0.2, "test": 0.2, "unlabelled": 0.1},
         "sites": [{"name": name, "folder": folders[index % 4]} for index, name in enumerate(names)],
+        "shared": True,
     }
     return make_template(
         sites=[{"name": name} for name in names],

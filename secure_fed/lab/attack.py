@@ -128,7 +128,7 @@ def attack(
         DataError: a site has fewer than four labelled patients.
         SecfacmicError: whatever a site refuses, or a repetition fails with.
     """
-    plan = plan_of(template, data)
+    plan = plan_of(template, out, data)
     make_folder(out)
     with exclusive(out):
         agreed = prepare(template, out, data)

@@ -115,7 +115,7 @@ def run_demo(
         DemoError: a process ended before the study did.
         SecfacmicError: others, as ``simulate``.
     """
-    plan_of(template, data)
+    plan_of(template, out, data)
     make_folder(out)
     with exclusive(out):
         begun = time.monotonic()

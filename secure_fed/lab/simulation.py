@@ -123,7 +123,7 @@ def simulate(
     Raises:
         SecfacmicError: whatever a site or the coordinator refuses.
     """
-    plan_of(template, data)
+    plan_of(template, out, data)
     make_folder(out)
     with exclusive(out):
         return _simulate(template, out, data, listener or Listener(), skip_unreadable, budget, device)
@@ -227,7 +227,7 @@ def prepare(
         StudyError: the template cannot be simulated.
         OutputError: the folder holds another study, or sites with other data.
     """
-    plan = plan_of(template, data)
+    plan = plan_of(template, out, data)
     make_folder(out)
     if (out / "study.toml").exists():
         agreed = load_study(out / "study.toml")
@@ -251,15 +251,19 @@ def prepare(
     return agreed
 
 
-def plan_of(template: Template, data: Path | None) -> Simulation:
+def plan_of(template: Template, out: Path, data: Path | None) -> Simulation:
     """The template's ``[simulation]`` table, if it can be played with this data folder.
 
+    Args:
+        template, out, data: as for :func:`prepare`.
+
     Raises:
-        StudyError: it cannot.
+        StudyError: it cannot; or two sites share images and the table does not say so.
     """
     plan = template.plan
     if data is None and not plan.phantoms:
         raise StudyError(f"study {template.name}: it has no phantoms; give its data folder with --data")
+    plan.refuse_shared(data or out / "data")
     return plan
 
 

@@ -140,6 +140,7 @@ def plan_trials(file: SweepFile, study: Template) -> list[Trial]:
         SweepFileError: a value occurs in no trial that could run, with the reason.
     """
     images = _images_digest(file, study)
+    data = Path("phantoms" if file.data is None else file.data)
     names = dict.fromkeys([*file.grid, *(name for entry in file.list for name in entry), "epsilon"])
     usual = {name: value for name in names for value in _usual(study, name)}
     trials = []
@@ -149,7 +150,7 @@ def plan_trials(file: SweepFile, study: Template) -> list[Trial]:
                 chosen = {**dict(zip(file.grid, values, strict=True)), **entry, "seed": seed}
                 if chosen.get("epsilon") == "none":
                     chosen["epsilon"] = None
-                trials.append(_trial(study, chosen, {**usual, **chosen}, images))
+                trials.append(_trial(study, chosen, {**usual, **chosen}, data, images))
     _refuse_hopeless(trials)
     twice = {trial.id for trial in trials}
     if len(twice) < len(trials):
@@ -173,11 +174,12 @@ def _usual(study: Template, path: str) -> Iterator[Any]:
         yield at
 
 
-def _trial(base: Template, chosen: Settings, settings: Settings, images: str) -> Trial:
+def _trial(base: Template, chosen: Settings, settings: Settings, data: Path, images: str) -> Trial:
     """A trial with the settings that are chosen for it; ``settings`` also has what others choose otherwise."""
     try:
         epsilon, delta = _budget(settings)
         study = with_settings(base, {key: value for key, value in chosen.items() if key not in ("epsilon", "delta")})
+        study.plan.refuse_shared(data)
     except SecfacmicError as error:
         failed = digest({"settings": settings, "base": base.model_dump(mode="json")})
         return Trial(failed, settings, None, images, str(error))

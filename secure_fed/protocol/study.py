@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -451,6 +452,8 @@ class Simulation(FileModel):
         sites: each study site's folder below ``--data``.
         phantoms: what is generated when no ``--data`` is given, one group a folder.
         phantom_seed: seed of the phantoms.
+        shared: whether sites may have one folder, or one inside another's. Then one site trains on what another is
+            tested on, so that figures say nothing of new patients; right for measuring speed.
     """
 
     kind: Literal["public", "simulated"]
@@ -459,6 +462,29 @@ class Simulation(FileModel):
     sites: tuple[SimulatedSite, ...]
     phantoms: tuple[PhantomGroup, ...] = ()
     phantom_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    shared: bool = False
+
+    def refuse_shared(self, data: Path) -> None:
+        """Refuse two sites on one folder, or one site's folder inside another's, unless the table says ``shared``.
+
+        Args:
+            data: the folder below which the sites' are; links are followed.
+
+        Raises:
+            StudyError: naming the two sites and their folders.
+        """
+        if self.shared:
+            return
+        folders = {site.name: (data / site.folder).resolve() for site in self.sites}
+        for first, second in permutations(folders, 2):
+            inner, outer = folders[first], folders[second]
+            if inner == outer or outer in inner.parents:
+                how = "are one" if inner == outer else "lie one inside the other"
+                raise StudyError(
+                    f"simulation.sites: the folders of {first}, {inner}, and of {second}, {outer}, {how}; expected a "
+                    "folder of its own for each site, or one site trains on what another is tested on: separate their "
+                    "images, or say shared = true in [simulation] if that is meant"
+                )
 
 
 class StudyFile(FileModel):

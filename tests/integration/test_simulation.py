@@ -19,8 +19,10 @@ import tomli_w
 
 from secure_fed.clients.features import pool_features
 from secure_fed.clients.training import train_alone
-from secure_fed.core.errors import OutputError, StorageError
+from secure_fed.core.errors import OutputError, StorageError, StudyError
 from secure_fed.core.storage import exclusive
+from secure_fed.lab.attack import attack
+from secure_fed.lab.demo import run_demo
 from secure_fed.lab.simulation import Listener, RoundFacts, simulate
 from secure_fed.model.scores import SCALARS
 from secure_fed.protocol import codec
@@ -46,6 +48,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[Pa
     out = tmp_path_factory.mktemp("finished") / "out"
     heard = Heard()
     return out, simulate(make_template(), out, images, heard), heard
+
+
+def test_sites_that_share_a_folder_are_refused_before_anything_is_written(tmp_path: Path, images: Path) -> None:
+    table = template_table()
+    table["simulation"]["sites"][1]["folder"] = table["simulation"]["sites"][0]["folder"]
+    template = make_template(simulation=table["simulation"])
+    runs = (
+        lambda: simulate(template, tmp_path / "out", images),
+        lambda: attack(template, tmp_path / "out", images),
+        lambda: run_demo(template, tmp_path / "out", images, Heard()),
+    )
+    for run in runs:
+        with pytest.raises(StudyError, match=r"the folders of ash.*birch.*are one"):
+            run()
+    assert not (tmp_path / "out").exists()
+    shared = make_template(simulation=table["simulation"] | {"shared": True}, rounds=1)
+    assert simulate(shared, tmp_path / "out", images)["sites"] == list(TRAINING)
 
 
 def test_the_summary_keeps_its_contract(finished: tuple[Path, dict[str, Any], Heard]) -> None:

@@ -137,6 +137,15 @@ def test_combinations_that_do_not_fit_are_trials_that_fail(tmp_path: Path) -> No
     assert "16" in str(trials[3].error)
 
 
+def test_trials_whose_sites_share_a_folder_fail_before_anything_is_made(tmp_path: Path) -> None:
+    table = template_table()
+    table["simulation"]["sites"][1]["folder"] = "ash/0"
+    with pytest.raises(SweepFileError, match=r"the folders of birch.*lie one inside the other"):
+        planned(write(tmp_path, table))
+    shared = planned(write(tmp_path, table, grid={"simulation.shared": [True]}))
+    assert [trial.error for trial in shared] == [None]
+
+
 def test_patients_are_never_swept(tmp_path: Path) -> None:
     table = template_table()
     without = {key: value for key, value in table.items() if key != "simulation"}

@@ -14,7 +14,15 @@ from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.core.errors import BackboneDigestError, OutputError, SiteFileError, StudyError
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.operate.new_study import new_study
-from secure_fed.protocol.study import Study, Template, load_study, read_study_file, read_template, with_fields
+from secure_fed.protocol.study import (
+    Simulation,
+    Study,
+    Template,
+    load_study,
+    read_study_file,
+    read_template,
+    with_fields,
+)
 from tests.conftest import Federation, make_template, template_table
 
 
@@ -29,9 +37,56 @@ def _changed(change: Any) -> dict[str, Any]:
     return table
 
 
+def _plan(ash: str, birch: str, **changes: Any) -> Simulation:
+    table = template_table()["simulation"]
+    folders = {"ash": ash, "birch": birch}
+    sites = [site | {"folder": folders.get(site["name"], site["folder"])} for site in table["sites"]]
+    return parse_table(table | {"sites": sites} | changes, Simulation, StudyError, "simulation")
+
+
+@pytest.mark.parametrize(
+    ("ash", "birch", "how"),
+    [
+        ("one", "one", "are one"),
+        ("one", "./two/../one", "are one"),
+        ("one", "link", "are one"),
+        ("one", "one/inner", "lie one inside the other"),
+        ("one/inner", "one", "lie one inside the other"),
+        ("one", "link/inner", "lie one inside the other"),
+        ("link/inner", "one", "lie one inside the other"),
+        ("one", "deep", "lie one inside the other"),
+        ("one", ".", "lie one inside the other"),
+        ("none", "none", "are one"),
+        ("none/a", "none/a/b/c", "lie one inside the other"),
+    ],
+)
+def test_two_simulated_sites_do_not_share_images_unless_the_template_says_so(
+    tmp_path: Path, ash: str, birch: str, how: str
+) -> None:
+    (tmp_path / "one" / "inner").mkdir(parents=True)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "deep").symlink_to(tmp_path / "one" / "inner")
+    with pytest.raises(StudyError) as caught:
+        _plan(ash, birch).refuse_shared(tmp_path)
+    said = str(caught.value)
+    for part in ("ash", "birch", how, "expected a folder of its own", "shared = true"):
+        assert part in said
+    assert str((tmp_path / ash).resolve()) in said
+    assert str((tmp_path / birch).resolve()) in said
+    _plan(ash, birch, shared=True).refuse_shared(tmp_path)
+
+
+def test_simulated_sites_beside_each_other_share_nothing(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for ash, birch in [("one", "one-more"), ("one", "two"), ("a/one", "b/one"), ("a/one", "one")]:
+        _plan(ash, birch).refuse_shared(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "key", "says"),
     [
+        (lambda t: t["simulation"].update(shared="yes"), "simulation.shared", "boolean"),
         (lambda t: t.update(colour="red"), "colour", "unknown key"),
         (lambda t: t["training"].update(setps=3), "training.setps", "unknown key"),
         (lambda t: t.update(rounds="ten"), "rounds = 'ten'", "integer"),
