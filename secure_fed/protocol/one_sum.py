@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -374,7 +374,13 @@ class Pooled:
 
 
 def pooled(histogram: Histogram) -> Pooled | None:
-    """Figures of a histogram; None if it counts nobody. For display: nothing that sites compare depends on them."""
+    """Figures of a histogram; None if it counts nobody. For display: nothing that sites compare depends on them.
+
+    Numbers below zero, which no patients give but a site can send, count as zero: shares stay within 0 and 1.
+    """
+    histogram = replace(
+        histogram, confusion=np.maximum(histogram.confusion, 0.0), scores=np.maximum(histogram.scores, 0.0)
+    )
     patients = histogram.patients
     if patients <= 0:
         return None
@@ -388,7 +394,7 @@ def pooled(histogram: Histogram) -> Pooled | None:
         float(histogram.confusion.trace()) / patients,
         balanced_accuracy(histogram.confusion),
         float(np.mean(areas)) if areas else None,
-        float(np.abs(histogram.gaps).sum()) / patients,
+        min(1.0, float(np.abs(histogram.gaps).sum()) / patients),
     )
 
 

@@ -264,3 +264,15 @@ def test_strangers_lie_farther_than_nineteen_in_twenty() -> None:
 def test_limits_are_finite_numbers_also_without_any() -> None:
     assert np.isfinite(one_sum.NO_LIMITS.values()).all()
     assert len(adapter_digest({"limits": one_sum.NO_LIMITS.values()})) == 64
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pooled_figures_of_histograms_that_no_patients_give_are_still_shares(seed: int) -> None:
+    values = np.random.default_rng(seed).integers(-50, 50, Histogram.size(CLASSES)).astype(np.float64)
+    found = one_sum.pooled(Histogram.of(values, CLASSES))
+    assert found is not None
+    assert found.patients > 0
+    assert found.auroc is not None
+    for share in (found.accuracy, found.balanced_accuracy, found.auroc, found.expected_calibration_error):
+        assert 0 <= share <= 1
+    assert one_sum.pooled(Histogram.of(-np.abs(values), CLASSES)) is None
