@@ -9,21 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import tomli_w
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 
+from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import simulate
 from secure_fed.model import backbone_store
-from secure_fed.model.backbone import load_backbone
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add, fetch
 from secure_fed.operate.doctor.site import _backbone
 from secure_fed.operate.new_study import new_study
 from secure_fed.protocol.study import Backbone, Template, load_study
 from tests.conftest import CLASSES, Run, template_table
+from tests.network import Network
 from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, siglip_folder
 
 torch.set_num_threads(1)
@@ -184,3 +187,72 @@ def test_a_repository_in_transformers_form_is_fetched_with_all_that_it_needs(
     loaded = load_backbone(Backbone(model="hf-hub:fake/tiny", weights="pretrained"), None)
     assert loaded.id == fetched.id == kept.name
     assert backbone_store.read_entry(kept).licence == "mit"
+
+
+def make_unequal(folder: Path) -> None:
+    """In open_clip's form, of a text tower without its projection: texts 64 wide, images 128."""
+    folder.mkdir()
+    config = json.loads((configs.MODELS / "random-small.json").read_text())
+    config["text_cfg"]["proj_type"] = "none"
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    torch.save(network.state_dict(), folder / "open_clip_pytorch_model.bin")
+
+
+def test_towers_of_different_widths_are_refused_wherever_a_backbone_comes_in(tmp_path: Path) -> None:
+    make_unequal(tmp_path / "unequal")
+    named = Backbone(model="hf-hub:fake/unequal", weights="pretrained")
+    content = table({"adapter": "facmic"}, {"model": named.model, "weights": "pretrained"})
+    template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
+    for refuse in (
+        lambda: add(tmp_path / "unequal", named.model),
+        lambda: new_study(template, [], tmp_path / "made", tmp_path / "unequal"),
+        lambda: load_backbone(named, tmp_path / "unequal"),
+    ):
+        with pytest.raises(BackboneError, match="different widths, images 128 and texts 64"):
+            refuse()
+    assert not (tmp_path / "made/study.toml").exists()
+    assert not list((tmp_path / "store").glob("*"))
+
+    siglip_folder(tmp_path / "siglip")
+    config = json.loads((tmp_path / "siglip/config.json").read_text())
+    config["text_config"]["projection_size"] = 48
+    (tmp_path / "siglip/config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match="different widths, images 32 and texts 48"):
+        add(tmp_path / "siglip", None)
+
+
+def test_a_client_encodes_its_images_and_calls_nobody_but_its_server(images: Path, tmp_path: Path) -> None:
+    clip_folder(tmp_path / "clip")
+    add(tmp_path / "clip", "hf-hub:fake/clip")
+    content = table({"adapter": "facmic"}, {"model": "hf-hub:fake/clip", "weights": "pretrained"})
+    template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
+    network = Network(tmp_path / "out", template, images)
+    for cache in (tmp_path / "out/sites/ash").rglob("features.sqlite*"):
+        cache.unlink()
+    with socket.create_server(("127.0.0.1", network.port)) as server:
+        server.settimeout(120)
+        network.start("ash")
+        try:
+            server.accept()[0].close()
+        finally:
+            network.processes["ash"].kill()
+            network.processes["ash"].wait()
+    assert list((tmp_path / "out/sites/ash").rglob("features.sqlite"))
+    called = [line for line in network.audit_file.read_text().splitlines() if "socket.bind" not in line]
+    assert [line for line in called if "127.0.0.1" not in line and "localhost" not in line] == []
+
+
+def test_a_lone_checkpoint_file_is_taken_without_asking(tmp_path: Path, asked: list[Any], secfacmic: Run) -> None:
+    make_random_checkpoint("random-small", 5, tmp_path / "lone.safetensors")
+    code, out, errors = secfacmic("backbone", "add", tmp_path / "lone.safetensors", "--model", "random-small")
+    assert code == 0, errors
+    facts = dict(line.split(" = ") for line in out.splitlines() if " = " in line)
+    lone = {"model": "random-small", "weights": "file", "file": str(tmp_path / "lone.safetensors")}
+    content = table({"adapter": "facmic"}, lone)
+    (tmp_path / "t.toml").write_text(tomli_w.dumps(content))
+    code, _, errors = secfacmic("study", "new", tmp_path / "t.toml", "--out", tmp_path / "made")
+    assert code == 0, errors
+    assert facts["digest"].strip('"') in (tmp_path / "made/study.toml").read_text()
+    assert asked[0].read_text() == ""

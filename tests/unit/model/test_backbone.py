@@ -266,3 +266,29 @@ def test_bfloat16_weights_are_taken_only_if_they_are_accurate(checkpoint, loaded
     exact = load_backbone(RANDOM, checkpoint)
     assert exact.precision == "float32"
     np.testing.assert_allclose(exact.encode_images(images), loaded.encode_images(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(("matrix", "what"), [("visual.proj", "an image"), ("text_projection", "a text")])
+def test_finite_weights_whose_features_are_not_are_refused_at_load(checkpoint, tmp_path, matrix, what):
+    tensors = safetensors.torch.load_file(checkpoint)
+    tensors[matrix] = torch.full_like(tensors[matrix], 3e38) * torch.sign(tensors[matrix])
+    safetensors.torch.save_file(tensors, tmp_path / "large.safetensors")
+    with pytest.raises(BackboneError, match=f"features of {what} that are not finite"):
+        load_backbone(RANDOM, tmp_path / "large.safetensors")
+
+
+def test_hub_libraries_are_offline_while_a_model_is_built_and_as_before_afterwards(checkpoint, monkeypatch):
+    from huggingface_hub import constants
+
+    seen = []
+
+    def building(*arguments, **options):
+        seen.append(constants.HF_HUB_OFFLINE)
+        return create(*arguments, **options)
+
+    create = open_clip.CLIP
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(open_clip, "CLIP", building)
+    load_backbone(RANDOM, checkpoint)
+    assert set(seen) == {True}
+    assert constants.HF_HUB_OFFLINE is False
