@@ -259,7 +259,7 @@ def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
     stolen.join()
     try:
         # It even knows the question; its own node id and key are in order.
-        with pytest.raises(httpx.HTTPStatusError, match="403"):
+        with pytest.raises(httpx.HTTPStatusError, match="409"):
             stolen._client.PushMessages(_first_push(stolen, _reply(received[0], ReplyCode.FAILED)))
         assert list(grid.pull_messages([identifier])) == []
         ash.push(_reply(received[0]), 0.1)
