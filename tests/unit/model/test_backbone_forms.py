@@ -196,6 +196,28 @@ def test_a_siglip_of_transformers_is_transformers_own(tmp_path: Path) -> None:
     assert loaded.activation == "gelu_tanh"
 
 
+def test_a_siglip_2_with_gemmas_tokenizer_is_transformers_own(tmp_path: Path) -> None:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model, _, processor = siglip_folder(tmp_path / "siglip")
+    for one in ("spiece.model", "spiece.vocab", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / "siglip" / one).unlink(missing_ok=True)
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    pairs.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    pairs.train_from_iterator([" ".join(WORDS[number:]) for number in range(len(WORDS))], trainer)
+    pairs.post_processor = tokenizers.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+    names = {f"{one[1:-1]}_token": one for one in special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, model_max_length=16, padding_side="right", **names)
+    tokenizer.save_pretrained(tmp_path / "siglip")
+    expected = of_transformers(model, tokenizer, processor, 16)
+    assert len(np.unique(expected[1])) > 8
+    same(taken(tmp_path / "siglip", None), expected)
+
+
 # --- a BERT text tower in open_clip's form ---
 
 
