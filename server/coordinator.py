@@ -106,8 +106,11 @@ class Coordinator:
         """Begin a new run with a genesis that names it and the key.
 
         Args:
-            agreed, folder, key, keep_envelopes: as for the class.
+            agreed: as for the class.
+            folder: as for the class.
+            key: as for the class.
             key_id: of the study's key, zeros in ``plain`` mode.
+            keep_envelopes: as for the class.
             run: its id, of a simulation only; random if not given. What sites draw follows from it.
         """
         run = run or secrets.token_hex(32)
