@@ -234,11 +234,30 @@ def _byte_pairs(folder: Path) -> dict[str, Any]:
 
     vocabulary = _json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    merges = [(pair[0], pair[-1]) for pair in pairs]
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#version"):
+            continue
+        pair = line.split()
+        if len(pair) != 2 or "".join(pair) not in vocabulary:
+            raise BackboneError(
+                f"{folder / 'merges.txt'}, line {number}: found {line[:40]!r}, expected two pieces that make a token "
+                "of vocab.json: copy both files again from where they came from"
+            )
+        merges.append((pair[0], pair[1]))
     start, end = "<|startoftext|>", "<|endoftext|>"
     if start not in vocabulary or end not in vocabulary:
         raise BackboneError(f"{folder / 'vocab.json'}: has no {start} or {end}; expected CLIP's vocabulary")
+    # A file that was cut would make other tokens, and nothing else would tell.
+    joined = {first + second for first, second in merges}
+    special = re.compile(r"<.*>")
+    words = {word: word.removesuffix("</w>") for word in vocabulary if word not in joined}
+    lost = [word for word, bare in words.items() if len(bare) > 1 and not special.fullmatch(bare)]
+    if lost:
+        raise BackboneError(
+            f"{folder / 'merges.txt'}: nothing in it makes {len(lost)} of vocab.json's tokens, {lost[0]!r} among them; "
+            "expected a merge for each: the file was cut, copy it again"
+        )
     model = models.BPE(
         vocab=vocabulary,
         merges=merges,

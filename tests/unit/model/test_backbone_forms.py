@@ -485,6 +485,29 @@ def test_a_vocabulary_without_tokenizer_json_is_the_same_tokenizer(tmp_path: Pat
     np.testing.assert_array_equal(words.tokenize(TEXTS), whole.tokenize(TEXTS))
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda lines: lines[:-2], "nothing in it makes .* of vocab.json's tokens"),
+        (lambda lines: lines[:1], "nothing in it makes .* of vocab.json's tokens"),
+        (lambda lines: [*lines, "h"], "line 8: found 'h', expected two pieces"),
+        (lambda lines: [*lines, "h zz"], "line 8: found 'h zz', expected two pieces"),
+    ],
+    ids=["cut", "empty", "half a line", "another vocabulary's"],
+)
+def test_merges_that_do_not_make_the_vocabulary_are_refused(
+    tmp_path: Path, damage: Callable[[list[str]], list[str]], said: str
+) -> None:
+    clip_folder(tmp_path / "clip")
+    content = json.loads((tmp_path / "clip/tokenizer.json").read_text())
+    (tmp_path / "clip/tokenizer.json").unlink()
+    (tmp_path / "clip/vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in content["model"]["merges"])]
+    (tmp_path / "clip/merges.txt").write_text("\n".join(damage(lines)))
+    with pytest.raises(BackboneError, match=said):
+        load_backbone(Backbone(model="x", weights="file", file=str(tmp_path / "clip")), None)
+
+
 def taken_text(folder: Path) -> Path:
     """The folder, its text model's configuration put where a site without ``--text`` looks for it."""
     (folder / "biomed/text").mkdir()
