@@ -22,7 +22,7 @@ from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled
 from secure_fed.clients.reading import Place, Source, count_frames, is_meant_as_image, place_in_series
 from secure_fed.clients.rules import Kind
-from secure_fed.core.errors import DataError, LabelError, ManifestError
+from secure_fed.core.errors import DataError, LabelError, ManifestError, fault_lines
 from secure_fed.protocol.study import Shares
 
 Split = Literal["train", "val", "test", "unlabelled"]
@@ -38,7 +38,6 @@ _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
 _NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
-_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +247,11 @@ def _refuse_nameless(rows: Sequence[_Row]) -> None:
     """Refuse files of which nobody says whose they are."""
     nameless = [row for row in rows if not row.patient]
     if nameless:
-        shown = "".join(f"\n  {row.base / row.path}" for row in nameless[:_LISTED])
-        more = f"\n  and {len(nameless) - _LISTED} more" if len(nameless) > _LISTED else ""
+        lines = [str(row.base / row.path) for row in nameless]
         raise DataError(
             f"{len(nameless)} of {len(rows)} files have no patient: folders carry no patient ids, and these are no "
             f'DICOM files with a PatientID; expected a {MANIFEST} with a patient column, or unit = "image" if every '
-            f"image may count as its own patient{shown}{more}"
+            f"image may count as its own patient{fault_lines(lines)}"
         )
 
 
@@ -517,9 +515,7 @@ class _Files:
 def _refuse(manifest: Path, faults: Sequence[str]) -> None:
     if faults:
         count = f"{len(faults)} rows do" if len(faults) > 1 else "1 row does"
-        shown = "".join(f"\n  {fault}" for fault in faults[:_LISTED])
-        more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise ManifestError(f"{manifest}: {count} not fit; mend or remove them{shown}{more}")
+        raise ManifestError(f"{manifest}: {count} not fit; mend or remove them{fault_lines(faults)}")
 
 
 def _fault(row: _Row, has_splits: bool) -> str | None:

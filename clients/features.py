@@ -24,7 +24,7 @@ from secure_fed.clients.data import SiteImage, Split
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.encoding import View, encode_all
 from secure_fed.clients.rules import Rules
-from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError
+from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError, fault_lines
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.device import Device
 from secure_fed.protocol.study import AgreedStudy, Backbone
@@ -32,7 +32,6 @@ from secure_fed.protocol.study import AgreedStudy, Backbone
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
 
-_LISTED = 10
 _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow", "pydicom")
 _PLAIN = Rules()
 _TABLES = """
@@ -293,12 +292,10 @@ class _Encoding:
         self._tell(len(self._images))
         unreadable = self._unreadable
         if unreadable and not skip_unreadable:
-            shown = "".join(f"\n  {line}" for line in unreadable[:_LISTED])
-            more = f"\n  and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
             raise UnreadableImageError(
                 f"{len(unreadable)} of {len(self._images)} images cannot be decoded; expected whole 8-bit "
                 "images, DICOM or NIfTI: replace or remove them, or leave them out with --skip-unreadable "
-                f"(in site.toml: skip_unreadable = true){shown}{more}"
+                f"(in site.toml: skip_unreadable = true){fault_lines(unreadable)}"
             )
         found = [(image, digest) for image, digest in zip(self._images, self._digests, strict=True) if digest]
         return Encoded(

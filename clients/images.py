@@ -16,10 +16,8 @@ from secure_fed.clients.patients import SETTLED, Doubt, doubts, in_one_form
 from secure_fed.clients.private_round import has_budget
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import ManifestError, PatientError
+from secure_fed.core.errors import ManifestError, PatientError, fault_lines
 from secure_fed.protocol.study import AgreedStudy
-
-_LISTED = 10
 
 
 def site_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> list[SiteImage]:
@@ -84,12 +82,11 @@ def refuse_doubts(file: SiteFile, found: Found) -> None:
     """
     if not found.doubts or not has_budget(file):
         return
-    shown = "".join(f"\n  {doubt.text}" for doubt in found.doubts[:_LISTED])
-    more = f"\n  and {len(found.doubts) - _LISTED} more" if len(found.doubts) > _LISTED else ""
+    lines = [doubt.text for doubt in found.doubts]
     raise PatientError(
         f"{file.data.folder}: {len(found.doubts)} doubts about who is who; under a privacy budget each patient must "
         f"have one id: mend the ids, or settle each in {SETTLED} (columns id, same_as; an empty same_as says that the "
-        f"id is a patient of its own){shown}{more}"
+        f"id is a patient of its own){fault_lines(lines)}"
     )
 
 

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from secure_fed.core.errors import ManifestError
+from secure_fed.core.errors import ManifestError, fault_lines
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_LISTED = 10
 
 
 class Row(NamedTuple):
@@ -77,11 +76,9 @@ def read_table(path: Path, known: Sequence[str], needed: Sequence[str]) -> Table
         else:
             rows.append(Row(line, {name: cell for name, cell in zip(header, cells, strict=False) if name}))
     if faults:
-        shown = "".join(f"\n  {fault}" for fault in faults[:_LISTED])
-        more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise ManifestError(
             f"{path}: {len(faults)} row{'s' * (len(faults) > 1)} with cells too many or too few; put quotes around "
-            f"cells that hold a separator, and add what is missing{shown}{more}"
+            f"cells that hold a separator, and add what is missing{fault_lines(faults)}"
         )
     if empty:
         told.append(f"{path}: {empty} empty rows passed over")

@@ -7,7 +7,17 @@ A message says what was found, what was expected and what to do. Exit codes go b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+_LISTED = 10
+"""Most single faults that a message names."""
+
+
+def fault_lines(faults: Sequence[str]) -> str:
+    """The end of a message that names single faults: a line for each of the first, and how many more there are."""
+    shown = "".join(f"\n  {fault}" for fault in faults[:_LISTED])
+    return shown + (f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else "")
 
 
 class SecfacmicError(Exception):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.clients.manifest import read_table
-from secure_fed.core.errors import ManifestError
+from secure_fed.core.errors import ManifestError, fault_lines
 from secure_fed.operate.dicomweb import PacsImage, as_written
 
 _NAMES = {
@@ -18,7 +18,6 @@ _NAMES = {
     "patient": {"patient"},
     "label": {"label", "class"},
 }
-_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +213,4 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def _refuse(path: Path, faults: Sequence[str]) -> None:
     if faults:
         count = f"{len(faults)} contradictions" if len(faults) > 1 else "1 contradiction"
-        shown = "".join(f"\n  {fault}" for fault in faults[:_LISTED])
-        more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise ManifestError(f"{path}: {count}; expected a label that is certain: mend the table{shown}{more}")
+        raise ManifestError(f"{path}: {count}; expected a label that is certain: mend the table{fault_lines(faults)}")

@@ -21,15 +21,13 @@ from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import in_one_form
 from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import MOST_PIXELS, Rules
-from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
+from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError, fault_lines
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases, judge
 from secure_fed.model.device import Device
 from secure_fed.protocol.study import PatientRule, load_study
-
-_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -252,11 +250,10 @@ def predict_folder(
                 features.append(one.value)
         progress(batch[-1].index + 1, len(paths))
     if unreadable and not skip_unreadable:
-        shown = "".join(f"\n  {name}: {reason}" for name, reason in list(unreadable.items())[:_LISTED])
-        more = f"\n  and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
+        lines = [f"{name}: {reason}" for name, reason in unreadable.items()]
         raise UnreadableImageError(
             f"{len(unreadable)} of {len(paths)} images in {folder} cannot be decoded; expected whole 8-bit images or "
-            f"DICOM: replace or remove them, or leave them out with --skip-unreadable{shown}{more}"
+            f"DICOM: replace or remove them, or leave them out with --skip-unreadable{fault_lines(lines)}"
         )
     tokens = file.initial.prompt_tokens
     tower = None if tokens is None else backbone.text_tower(tokens)
