@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from secure_fed import configs
 from secure_fed.cli import main
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
@@ -44,6 +46,33 @@ def own_logging() -> Iterator[None]:
     for logger, handlers, level in kept:
         logger.handlers[:] = handlers
         logger.setLevel(level)
+
+
+@contextmanager
+def models_as_found() -> Iterator[None]:
+    """Models that are registered within are unknown to open_clip afterwards; a fixture of a module needs it too.
+
+    Those of open_clip itself and ours stay, whoever loaded the library first.
+    """
+    library = sys.modules.get("open_clip.factory")
+    before = [] if library is None else list(library._MODEL_CONFIG_PATHS)
+    yield
+    library = sys.modules.get("open_clip.factory")
+    if library is None:
+        return
+    lasting = [*before, Path(str(library.__file__)).parent / "model_configs", configs.MODELS]
+    kept = [path for path in library._MODEL_CONFIG_PATHS if path in lasting]
+    if kept != library._MODEL_CONFIG_PATHS:
+        library._MODEL_CONFIG_PATHS[:] = kept
+        library._MODEL_CONFIGS.clear()
+        library._rescan_model_configs()
+
+
+@pytest.fixture(autouse=True)
+def own_models() -> Iterator[None]:
+    """No test sees the models that another one registered in open_clip."""
+    with models_as_found():
+        yield
 
 
 def template_table(**changes: Any) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError, DeviceError
+from secure_fed.model import backbone_form
 from secure_fed.model.backbone import BATCH, load_backbone, make_random_checkpoint
 from secure_fed.model.device import choose_device, describe_device
 from secure_fed.protocol.study import Backbone
+from tests.conftest import models_as_found
 
 torch.set_num_threads(1)
 
@@ -292,3 +294,12 @@ def test_hub_libraries_are_offline_while_a_model_is_built_and_as_before_afterwar
     load_backbone(RANDOM, checkpoint)
     assert set(seen) == {True}
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_models_that_a_test_registers_are_gone_after_it_and_ours_stay(tmp_path):
+    with models_as_found():
+        shutil.copy(configs.MODELS / "random-small.json", tmp_path / "of-a-test.json")
+        open_clip.add_model_config(tmp_path / "of-a-test.json")
+        assert "of-a-test" in open_clip.list_models()
+    assert "of-a-test" not in open_clip.list_models()
+    assert {"ViT-B-32", "random-small"} <= set(backbone_form.open_clip().list_models())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from secure_fed.model.backbone_fetch import add, fetch
 from secure_fed.operate.new_study import new_study
 from secure_fed.operate.predict import predict_folder
 from secure_fed.protocol.study import Backbone, Template, read_template
-from tests.conftest import CLASSES, Run, make_template, template_table
+from tests.conftest import CLASSES, Run, make_template, models_as_found, template_table
 from tests.unit.model.test_backbone import _Archive
 
 torch.set_num_threads(1)
@@ -54,13 +55,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """The same weights as open_clip's PyTorch and safetensors files, and as OpenAI's archive."""
     folder = tmp_path_factory.mktemp("forms")
     config = json.loads((configs.MODELS / "random-small.json").read_text()) | {"quick_gelu": True}
     (folder / f"{QUICK}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / f"{QUICK}.json")
-    return write_forms(folder, QUICK, 96)
+    with models_as_found():
+        open_clip.add_model_config(folder / f"{QUICK}.json")
+        yield write_forms(folder, QUICK, 96)
 
 
 def write_forms(folder: Path, model: str, size: int) -> dict[str, Path]:
