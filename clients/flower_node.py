@@ -398,7 +398,7 @@ def _check_certificate(error: BaseException, address: str) -> None:
     if why is Mistrust.NAME:
         help_text = (
             "its certificate is for another name; connect by a name that it has, or make one with: "
-            "secfacmic study ca --host NAME"
+            "secfacmic study ca --renew --host NAME"
         )
     elif why is Mistrust.TIME:
         help_text = "its certificate is not valid at this time; check this computer's clock, or make a new one"

@@ -21,7 +21,6 @@ import logging
 import math
 import secrets
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
@@ -70,7 +69,7 @@ from google.protobuf.message import DecodeError
 
 from secure_fed.core.errors import AddressError, CertificateError
 from secure_fed.server.listener import Callers, Listener
-from secure_fed.transport.certificates import SERVER, SERVER_KEY, server_context
+from secure_fed.transport.certificates import SOON_DAYS, ServerCertificate
 from secure_fed.transport.connection import REQUEST_SIGNATURE, request_message
 
 log = logging.getLogger(__name__)
@@ -102,6 +101,9 @@ BODY_SECONDS, SLOWEST_BODY = 30.0, 50_000.0
 
 MAX_BODY = 8 * 2**20
 """Most bytes of one request from outside; Flower cuts arrays into chunks of 5 MiB."""
+
+CERTIFICATE_SECONDS, WARN_SECONDS = 5.0, 86_400.0
+"""How often the certificate is looked at, and how often it is told that its time will soon be over."""
 
 HEARTBEAT_SECONDS = 10
 """Flower's shortest interval; it takes a site for gone after two."""
@@ -325,7 +327,9 @@ class SuperLink:
     """
 
     def __init__(self, certificates: Path, listen: tuple[str, int], sites: Mapping[str, str]) -> None:
-        context = _tls(certificates)
+        self._certificate = ServerCertificate(certificates)
+        self._looked_at_certificate = self._warned = -math.inf
+        self.look_after_certificate()
         outside = _bind(listen)
         inside = _bind(("127.0.0.1", 0))
         self.runtime = f"127.0.0.1:{inside.getsockname()[1]}"
@@ -371,7 +375,7 @@ class SuperLink:
         runtime = Gate(app, lambda path: path.startswith("/v1/runtime/"), None)
         public = uvicorn.Config(fleet, http="h11", server_header=False, proxy_headers=False, **common)
         private = uvicorn.Config(runtime, **common)
-        listener = Listener(public, outside, context, self.callers)
+        listener = Listener(public, outside, self._certificate, self.callers)
         self._servers = [(listener, outside), (uvicorn.Server(private), inside)]
         self.address: tuple[str, int] = outside.getsockname()[:2]
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="superlink", daemon=True)
@@ -381,6 +385,27 @@ class SuperLink:
     def alive(self) -> bool:
         """Whether the listeners still answer."""
         return self._thread.is_alive()
+
+    def look_after_certificate(self) -> None:
+        """Take a certificate that was renewed, for the connections from now on; warn before the one in use ends."""
+        now = time.monotonic()
+        if now - self._looked_at_certificate < CERTIFICATE_SECONDS:
+            return
+        self._looked_at_certificate = now
+        held = self._certificate
+        try:
+            if held.look():
+                self._warned = -math.inf
+                log.info("a new certificate is in use, valid until %s", f"{held.until:%Y-%m-%d}")
+        except CertificateError as error:
+            log.warning("the certificate was changed and is not taken, the one before stays in use: %s", error)
+        if held.days < SOON_DAYS and now - self._warned >= WARN_SECONDS:
+            self._warned = now
+            log.warning(
+                "the server's certificate, or its authority's, ends on %s; then no site connects any more: renew it "
+                "with secfacmic study ca --renew, while the server is running",
+                f"{held.until:%Y-%m-%d}",
+            )
 
     def register(self, sites: Mapping[str, str]) -> None:
         """Let in these sites, and no others.
@@ -448,17 +473,6 @@ def open_grid(runtime: str, token: str) -> Iterator[tuple[HttpGrid, Context]]:
         if heartbeat.is_running:
             heartbeat.stop()
         grid.close()
-
-
-def _tls(folder: Path) -> ssl.SSLContext:
-    try:
-        return server_context(folder / SERVER, folder / SERVER_KEY)
-    except (OSError, ssl.SSLError) as error:
-        reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
-        raise CertificateError(
-            f"{folder}: {SERVER} and {SERVER_KEY} cannot be used ({reason}); make them with: "
-            f"secfacmic study ca --host NAME --out {folder}"
-        ) from error
 
 
 def _bind(address: tuple[str, int]) -> socket.socket:

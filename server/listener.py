@@ -11,7 +11,6 @@ import asyncio.sslproto
 import contextlib
 import logging
 import socket
-import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from secure_fed.transport.certificates import ServerCertificate
 
 log = logging.getLogger(__name__)
 
@@ -123,15 +124,17 @@ class Listener(uvicorn.Server):
     Args:
         config: uvicorn's, without TLS.
         bound: where to listen.
-        context: TLS.
+        certificate: of the server; each connection begins with the one that is in use then.
         callers: the connections.
     """
 
-    def __init__(self, config: uvicorn.Config, bound: socket.socket, context: ssl.SSLContext, callers: Callers) -> None:
+    def __init__(
+        self, config: uvicorn.Config, bound: socket.socket, certificate: ServerCertificate, callers: Callers
+    ) -> None:
         config.h11_max_incomplete_event_size = HEADER_BYTES
         super().__init__(config)
         self._bound = bound
-        self._context = context
+        self._certificate = certificate
         self._callers = callers
         self._tasks: set[asyncio.Task[None]] = set()
         self._told = -TELL_SECONDS
@@ -181,7 +184,11 @@ class Listener(uvicorn.Server):
         expiry = loop.call_later(STRANGER_SECONDS, self._callers.expire, caller)
         try:
             transport, _ = await loop.connect_accepted_socket(
-                made, connection, ssl=self._context, ssl_handshake_timeout=STRANGER_SECONDS, ssl_shutdown_timeout=2.0
+                made,
+                connection,
+                ssl=self._certificate.context,
+                ssl_handshake_timeout=STRANGER_SECONDS,
+                ssl_shutdown_timeout=2.0,
             )
         except (OSError, asyncio.CancelledError):
             expiry.cancel()

@@ -152,6 +152,7 @@ def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> 
             }
             _hand_over(child, setup)
             while child.poll() is None and link.alive:
+                link.look_after_certificate()
                 time.sleep(0.1)
         finally:
             stop([child])

@@ -121,8 +121,16 @@ def show(study: StudyPath, json_: Json = False) -> None:
 
 @app.command()
 def ca(
-    host: Annotated[list[str], typer.Option(help="A name or address by which sites reach the server; once for each.")],
-    into: Annotated[Path, typer.Option("--out", help="Folder for the certificates: tls in the server's state folder.")],
+    into: Annotated[Path, typer.Option("--out", help="Folder of the certificates: tls in the server's state folder.")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="A name or address by which sites reach the server; once for each.")
+    ] = None,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Issue the server's certificate anew, by the same authority; --host adds.")
+    ] = False,
+    ca_key: Annotated[
+        Path | None, typer.Option(help="The authority's key, to renew with, where it is kept offline.")
+    ] = None,
     cert: Annotated[
         Path | None, typer.Option(help="The hospital's own certificate for the server (PEM), intermediates after it.")
     ] = None,
@@ -131,20 +139,36 @@ def ca(
         Path | None, typer.Option(help="The authority that issued it (PEM): what sites trust.")
     ] = None,
 ) -> None:
-    """Make the study's certificate authority and the server's certificate, or take the hospital's own."""
-    from secure_fed.transport.certificates import CA, CA_KEY, adopt_certificate, create_authority
+    """Make the study's certificate authority and the server's certificate, or take the hospital's own.
 
+    A running server takes a renewed certificate by itself.
+    """
+    from secure_fed.transport import certificates
+
+    hosts = host or []
+    if renew:
+        if authority is not None or (cert is None) != (key is None) or (cert is not None and ca_key is not None):
+            raise typer.BadParameter("--renew takes --ca-key, or --cert and --key; the authority stays as it is")
+        if cert is not None and key is not None:
+            until = certificates.renew_adopted(into, hosts, cert, key)
+        else:
+            until = certificates.renew_certificate(into, hosts, ca_key)
+        names = ", ".join(certificates.names_held(into))
+        out.print(f"valid until {until:%Y-%m-%d}, for {names}", highlight=False, soft_wrap=True)
+        return
+    if ca_key is not None:
+        raise typer.BadParameter("--ca-key is for --renew")
     given = [path for path in (cert, key, authority) if path is not None]
     if not given:
-        create_authority(into, host)
+        certificates.create_authority(into, hosts)
     elif cert is not None and key is not None and authority is not None:
-        until = adopt_certificate(into, host, cert, key, authority)
+        until = certificates.adopt_certificate(into, hosts, cert, key, authority)
         out.print(f"valid until {until:%Y-%m-%d}", highlight=False)
     else:
         raise typer.BadParameter("a certificate of your own takes all of --cert, --key and --authority")
-    out.print(f"give this file to every site: {into / CA}", highlight=False, soft_wrap=True)
+    out.print(f"give this file to every site: {into / certificates.CA}", highlight=False, soft_wrap=True)
     if not given:
-        out.print(f"keep this file offline: {into / CA_KEY}", highlight=False, soft_wrap=True)
+        out.print(f"keep this file offline: {into / certificates.CA_KEY}", highlight=False, soft_wrap=True)
 
 
 @app.command("add-site")

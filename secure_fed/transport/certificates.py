@@ -25,8 +25,15 @@ SERVER = "server.crt"
 SERVER_KEY = "server.key"
 
 DAYS = 825
-"""Validity; longer than a study, shorter than the memory of who holds the key."""
+"""Validity of the server's certificate, which is renewed (:func:`renew_certificate`)."""
 
+AUTHORITY_DAYS = 3650
+"""Validity of the authority: sites trust it for as long as a study may last, since replacing it is a matter for all."""
+
+SOON_DAYS = 30
+"""A certificate that ends sooner is told of: it would end in the middle of a study."""
+
+_FILES = (CA, CA_KEY, SERVER, SERVER_KEY)
 _PEM = serialization.Encoding.PEM
 
 
@@ -36,45 +43,28 @@ def create_authority(folder: Path, hosts: Sequence[str]) -> None:
     Writes ``ca.crt`` (for every site), ``ca.key`` (to be kept offline), ``server.crt`` and ``server.key``.
 
     Args:
-        folder: must not hold an authority yet.
+        folder: must not hold any of these yet.
         hosts: names and addresses by which sites reach the server.
 
     Raises:
         CertificateError: the folder holds one already, or a host is neither a name nor an address.
     """
-    if (folder / CA_KEY).exists():
-        raise CertificateError(f"{folder}: holds an authority already; keys are never overwritten: choose another")
-    if not hosts:
-        raise CertificateError("no host; expected the names or addresses by which sites reach the server")
-    names = [_alternative(host) for host in hosts]
+    _refuse_held(folder)
+    names = _alternatives(hosts)
     make_folder(folder, 0o700)
     os.chmod(folder, 0o700)
     authority = ec.generate_private_key(ec.SECP256R1())
-    server = ec.generate_private_key(ec.SECP256R1())
     subject = _name("secfacmic study authority")
-    own = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
     ca = (
-        _builder(subject, subject, authority.public_key())
+        _builder(subject, subject, authority.public_key(), _from_now(AUTHORITY_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(own, critical=False)
-        .sign(authority, hashes.SHA256())
-    )
-    certificate = (
-        _builder(_name("secfacmic server"), subject, server.public_key())
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(server.public_key()), critical=False)
-        .add_extension(issuer, critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
         .sign(authority, hashes.SHA256())
     )
     write_durable(folder / CA, ca.public_bytes(_PEM))
-    write_durable(folder / SERVER, certificate.public_bytes(_PEM))
-    write_durable(folder / SERVER_KEY, _private(server), PRIVATE)
-    write_durable(folder / CA_KEY, _private(authority), PRIVATE)  # last: its presence marks the folder as whole
+    _replace(folder, *_issue(ca, authority, names))
+    write_durable(folder / CA_KEY, _private(authority), PRIVATE)
 
 
 def adopt_certificate(
@@ -85,7 +75,7 @@ def adopt_certificate(
     Writes ``ca.crt``, ``server.crt`` and ``server.key``.
 
     Args:
-        folder: must not hold a certificate yet.
+        folder: must not hold a certificate or an authority yet.
         hosts: names and addresses by which sites reach the server; it must be valid for each.
         certificate: PEM, the server's first, then intermediates.
         key: PEM, its private key, without a passphrase.
@@ -97,32 +87,167 @@ def adopt_certificate(
     Raises:
         CertificateError: with everything that is wrong.
     """
-    if (folder / SERVER_KEY).exists():
-        raise CertificateError(f"{folder}: holds a certificate already; keys are never overwritten: choose another")
-    read_authority(authority)
-    try:
-        context = server_context(certificate, key)
-        own = certificates(certificate.read_bytes())
-    except (OSError, ssl.SSLError, ValueError) as error:
-        reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
-        raise CertificateError(
-            f"{certificate}, {key}: cannot be used ({reason}); expected PEM files of one pair, the key without a "
-            "passphrase"
-        ) from error
-    faults = [f"{host}: {fault}" for host in hosts if (fault := _fault(context, authority, host)) is not None]
+    _refuse_held(folder)
+    trusted = read_authority(authority)
     if not hosts:
-        faults.append("no host; expected the names or addresses by which sites reach the server")
-    if faults:
-        raise CertificateError(
-            f"{certificate}: sites would refuse it; expected one that {authority} has issued for these hosts:\n  "
-            + "\n  ".join(faults)
-        )
+        raise CertificateError("no host; expected the names or addresses by which sites reach the server")
+    _try_out(certificate, key, authority, hosts)
     make_folder(folder, 0o700)
     os.chmod(folder, 0o700)
-    write_durable(folder / CA, authority.read_bytes())
-    write_durable(folder / SERVER, certificate.read_bytes())
-    write_durable(folder / SERVER_KEY, key.read_bytes(), PRIVATE)
-    return min(entry.not_valid_after_utc for entry in [*own, *certificates(authority.read_bytes())])
+    write_durable(folder / CA, trusted)
+    _replace(folder, certificate.read_bytes(), key.read_bytes())
+    return valid_until(folder)
+
+
+def renew_certificate(folder: Path, hosts: Sequence[str], authority_key: Path | None = None) -> datetime.datetime:
+    """Issue the server's certificate anew, with a new key, under the study's own authority, which stays as it is.
+
+    Args:
+        folder: holds ``ca.crt`` and ``server.crt``.
+        hosts: more names and addresses; those of the certificate so far are kept.
+        authority_key: the authority's key, if it is not in the folder any more.
+
+    Returns:
+        Until when certificate and authority are valid.
+
+    Raises:
+        CertificateError: nothing is there to renew, the key is not the authority's, or the authority's time is over.
+    """
+    ca = _own_authority(folder)
+    path = authority_key or folder / CA_KEY
+    try:
+        authority = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a private key without a passphrase"
+        raise CertificateError(
+            f"{path}: {reason}; expected the authority's key, which was taken offline after study ca: bring it for "
+            f"the moment and name it with --ca-key. A hospital's own authority issues the certificate itself: give "
+            "that with --cert and --key"
+        ) from None
+    if not isinstance(authority, ec.EllipticCurvePrivateKey) or authority.public_key() != ca.public_key():
+        raise CertificateError(
+            f"{path}: not the key of {folder / CA}; expected the one that study ca made with it: sites trust no other"
+        )
+    known = names_held(folder)
+    _replace(folder, *_issue(ca, authority, _alternatives([*known, *(host for host in hosts if host not in known)])))
+    return valid_until(folder)
+
+
+def renew_adopted(folder: Path, hosts: Sequence[str], certificate: Path, key: Path) -> datetime.datetime:
+    """Take a new certificate of the authority that sites trust already, after trying it out as a site would.
+
+    Args:
+        folder: holds ``ca.crt`` and ``server.crt``.
+        hosts: names and addresses that it must be valid for besides those of the certificate so far.
+        certificate: PEM, the server's first, then intermediates.
+        key: PEM, its private key, without a passphrase.
+
+    Returns:
+        Until when certificate and authority are valid.
+
+    Raises:
+        CertificateError: nothing is there to renew, or sites would refuse it.
+    """
+    _own_authority(folder)
+    known = names_held(folder)
+    _try_out(certificate, key, folder / CA, [*known, *(host for host in hosts if host not in known)])
+    _replace(folder, certificate.read_bytes(), key.read_bytes())
+    return valid_until(folder)
+
+
+def names_held(folder: Path) -> list[str]:
+    """The names and addresses of the server's certificate.
+
+    Raises:
+        CertificateError: there is none.
+    """
+    try:
+        return names_of(certificates((folder / SERVER).read_bytes())[0])
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a certificate"
+        raise CertificateError(
+            f"{folder / SERVER}: {reason}; expected the certificate that is to be renewed: for a first one leave out "
+            "--renew"
+        ) from None
+
+
+def valid_until(folder: Path) -> datetime.datetime:
+    """Until when the server's certificate and what is above it are valid.
+
+    Raises:
+        OSError, ValueError: a file is missing or holds none.
+    """
+    chain = [*certificates((folder / SERVER).read_bytes()), *certificates((folder / CA).read_bytes())]
+    return min(one.not_valid_after_utc for one in chain)
+
+
+class ServerCertificate:
+    """The server's certificate as it lies in a folder: used from there on the next connection when it was renewed.
+
+    Args:
+        folder: of ``ca.crt``, ``server.crt`` and ``server.key``.
+
+    Attributes:
+        context: TLS for the next connection.
+        until: when its time is over.
+
+    Raises:
+        CertificateError: it cannot be used, or its time is over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen = self._stamp()
+        self.context, self.until = self._load()
+
+    def look(self) -> bool:
+        """Take what lies in the folder now, if it changed.
+
+        Returns:
+            Whether a new one was taken.
+
+        Raises:
+            CertificateError: it changed, and cannot be used; the one so far stays.
+        """
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return False
+        self._seen = stamp
+        self.context, self.until = self._load()
+        return True
+
+    @property
+    def days(self) -> int:
+        """For how many whole days it is valid yet; negative when its time is over."""
+        return (self.until - datetime.datetime.now(datetime.UTC)).days
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        found = []
+        for name in (SERVER, SERVER_KEY, CA):
+            with contextlib.suppress(OSError):
+                status = (self._folder / name).stat()
+                found.append((status.st_mtime_ns, status.st_ino))
+        return found
+
+    def _load(self) -> tuple[ssl.SSLContext, datetime.datetime]:
+        folder = self._folder
+        try:
+            context = server_context(folder / SERVER, folder / SERVER_KEY)
+            until = valid_until(folder)
+        except (OSError, ssl.SSLError, ValueError) as error:
+            reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
+            raise CertificateError(
+                f"{folder}: {SERVER} and {SERVER_KEY} cannot be used ({reason}); make them with: "
+                f"secfacmic study ca --host NAME --out {folder}"
+            ) from error
+        for host in names_held(folder):
+            fault = None if host.startswith("*") else _fault(context, folder / CA, host)
+            if fault is not None:
+                raise CertificateError(
+                    f"{folder / SERVER}: sites would refuse it for {host} ({fault}), valid until {until:%Y-%m-%d}; "
+                    f"renew it with: secfacmic study ca --renew --out {folder}"
+                )
+        return context, until
 
 
 def certificates(pem: bytes) -> list[x509.Certificate]:
@@ -198,6 +323,78 @@ def read_authority(path: Path) -> bytes:
     return data
 
 
+def _refuse_held(folder: Path) -> None:
+    held = [name for name in _FILES if (folder / name).exists()]
+    if held:
+        raise CertificateError(
+            f"{folder}: holds {', '.join(held)} already; keys and certificates are never overwritten: issue the "
+            "server's certificate anew with --renew, or choose another folder"
+        )
+
+
+def _own_authority(folder: Path) -> x509.Certificate:
+    """The authority that sites trust, for whose certificates there is time yet."""
+    found = certificates(read_authority(folder / CA))[0]
+    if found.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
+        raise CertificateError(
+            f"{folder / CA}: the authority's time was over on {found.not_valid_after_utc:%Y-%m-%d}; nothing under it "
+            "convinces a site: make another authority in another folder, and give its ca.crt to every site"
+        )
+    return found
+
+
+def _try_out(certificate: Path, key: Path, authority: Path, hosts: Sequence[str]) -> None:
+    try:
+        context = server_context(certificate, key)
+        certificates(certificate.read_bytes())
+    except (OSError, ssl.SSLError, ValueError) as error:
+        reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
+        raise CertificateError(
+            f"{certificate}, {key}: cannot be used ({reason}); expected PEM files of one pair, the key without a "
+            "passphrase"
+        ) from error
+    faults = [f"{host}: {fault}" for host in hosts if (fault := _fault(context, authority, host)) is not None]
+    if faults:
+        raise CertificateError(
+            f"{certificate}: sites would refuse it; expected one that {authority} has issued for these hosts:\n  "
+            + "\n  ".join(faults)
+        )
+
+
+def _issue(
+    ca: x509.Certificate, authority: ec.EllipticCurvePrivateKey, names: list[x509.GeneralName]
+) -> tuple[bytes, bytes]:
+    """A new certificate of the server and its key, PEM."""
+    server = ec.generate_private_key(ec.SECP256R1())
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    # Nothing under an authority is valid for longer than it.
+    until = min(_from_now(DAYS), ca.not_valid_after_utc)
+    certificate = (
+        _builder(_name("secfacmic server"), ca.subject, server.public_key(), until)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(server.public_key()), critical=False)
+        .add_extension(issuer, critical=False)
+        .sign(authority, hashes.SHA256())
+    )
+    return certificate.public_bytes(_PEM), _private(server)
+
+
+def _replace(folder: Path, certificate: bytes, key: bytes) -> None:
+    """Put a pair in place of another. Cut off between the two, a running server keeps the old pair, and the same
+    renewal, which needs none of the old key, ends it."""
+    write_durable(folder / SERVER_KEY, key, PRIVATE)
+    write_durable(folder / SERVER, certificate)
+
+
+def _alternatives(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    if not hosts:
+        raise CertificateError("no host; expected the names or addresses by which sites reach the server")
+    return [_alternative(host) for host in hosts]
+
+
 def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
@@ -212,17 +409,22 @@ def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    # From an hour ago: the sites' clocks may be behind.
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+def _from_now(days: int) -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0) + datetime.timedelta(days=days)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime.datetime
+) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(start)
-        .not_valid_after(start + datetime.timedelta(days=DAYS))
+        # From an hour ago: the sites' clocks may be behind.
+        .not_valid_before(_from_now(0) - datetime.timedelta(hours=1))
+        .not_valid_after(until)
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
+import ssl
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
-from secure_fed.transport.certificates import create_authority
+from secure_fed.transport.certificates import create_authority, renew_certificate
 from secure_fed.transport.flower_messages import contract, read_reply, reply_content, request_content
 from tests.conftest import Federation
 from tests.flower_messages import as_message
@@ -217,6 +219,34 @@ def test_a_port_in_use_is_named(link: Link) -> None:
 def test_a_server_without_a_certificate_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="secfacmic study ca"):
         SuperLink(tmp_path / "tls", ("127.0.0.1", 0), {})
+
+
+def test_a_renewed_certificate_is_taken_while_the_server_runs(link: Link, caplog: pytest.LogCaptureFixture) -> None:
+    """Connections of before go on; new ones get the new one, which an old authority's copy at a site trusts."""
+    caplog.set_level("INFO", "secure_fed")
+    before = link.connect()
+    old = ssl.get_server_certificate(("127.0.0.1", link.port))
+    renew_certificate(link.folder / "tls", ["localhost"])
+    link.link._looked_at_certificate = -math.inf
+    link.link.look_after_certificate()
+    assert "a new certificate is in use" in caplog.text
+    assert ssl.get_server_certificate(("127.0.0.1", link.port)) != old
+    assert before.pull() is None
+    before.leave()
+    link.connect().leave()
+
+
+def test_a_server_warns_before_its_certificate_ends(link: Link, caplog: pytest.LogCaptureFixture) -> None:
+    link.link._certificate.until = datetime.now(UTC) + timedelta(days=29)
+    for _ in range(2):
+        link.link._looked_at_certificate = -math.inf
+        link.link.look_after_certificate()
+    assert caplog.text.count("--renew") == 1
+    (link.folder / "tls" / "server.crt").write_text("no certificate")
+    link.link._looked_at_certificate = -math.inf
+    link.link.look_after_certificate()
+    assert "the one before stays in use" in caplog.text
+    link.connect().leave()
 
 
 def test_a_modified_bundle_is_refused_over_the_wire(link: Link) -> None:

@@ -14,10 +14,9 @@ from cryptography import x509
 from secure_fed.operate.doctor.finding import Fault
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.study import AgreedStudy
+from secure_fed.transport.certificates import SOON_DAYS
 
 SPARE_DISK = 200e6
-SOON_DAYS = 30
-"""A certificate that ends sooner is a fault: it would end in the middle of a study."""
 
 
 def flwr() -> str:

@@ -23,6 +23,7 @@ from secure_fed.transport.certificates import (
     CA_KEY,
     SERVER,
     SERVER_KEY,
+    ServerCertificate,
     certificates,
     names_of,
     server_context,
@@ -74,10 +75,13 @@ def _certificate(folder: Path) -> str:
         raise Fault(f"{error.filename or folder}: not there", mend) from None
     except (ValueError, ssl.SSLError):
         raise Fault(f"{folder}: {SERVER} and {SERVER_KEY} are not a certificate and its key", mend) from None
-    new = f"make a new one in another folder and move it here: secfacmic study ca --host {names_of(own)[0]} --out NEW"
+    renew = f"renew it, with the server running or not: secfacmic study ca --renew --out {folder}"
+    replace = "make another authority in another folder (secfacmic study ca), and give its ca.crt to every site"
     days = min(
-        days_left(one, str(folder / name), new) for name, one in [(SERVER, own), *((CA, one) for one in authority)]
+        days_left(one, str(folder / name), mend)
+        for name, one, mend in [(SERVER, own, renew), *((CA, one, replace) for one in authority)]
     )
+    ServerCertificate(folder)
     still = f"; {CA_KEY} is still on this machine: take it offline" if (folder / CA_KEY).exists() else ""
     return f"for {', '.join(names_of(own))}, valid for {days} days{still}"
 

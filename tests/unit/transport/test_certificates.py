@@ -1,0 +1,186 @@
+"""Certificates: never overwritten, renewed under the same authority, taken by a server that runs."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from typer.testing import CliRunner
+
+from secure_fed.cli import app
+from secure_fed.core.errors import CertificateError
+from secure_fed.transport.certificates import (
+    CA,
+    CA_KEY,
+    SERVER,
+    SERVER_KEY,
+    ServerCertificate,
+    adopt_certificate,
+    create_authority,
+    names_held,
+    renew_adopted,
+    renew_certificate,
+)
+
+FILES = (CA, CA_KEY, SERVER, SERVER_KEY)
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Path:
+    create_authority(tmp_path / "tls", ["127.0.0.1", "fl.example.org"])
+    return tmp_path / "tls"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def issue(authority: Path, into: Path, hosts: list[str], days: int = 100) -> tuple[Path, Path]:
+    """What an authority of a hospital issues: a certificate and its key."""
+    ca = x509.load_pem_x509_certificate((authority / CA).read_bytes())
+    signer = load_pem_private_key((authority / CA_KEY).read_bytes(), None)
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([]))
+        .issuer_name(ca.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=400))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts]), critical=True)
+        .sign(signer, hashes.SHA256())  # type: ignore[arg-type]
+    )
+    into.mkdir(exist_ok=True)
+    (into / "new.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    (into / "new.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return into / "new.crt", into / "new.key"
+
+
+@pytest.mark.parametrize("held", FILES)
+def test_no_certificate_is_made_where_one_of_the_four_files_lies(tls: Path, held: str, tmp_path: Path) -> None:
+    for name in FILES:
+        if name != held:
+            (tls / name).unlink()
+    before = content(tls)
+    with pytest.raises(CertificateError, match=f"holds {held} already.*never overwritten"):
+        create_authority(tls, ["127.0.0.1"])
+    create_authority(tmp_path / "hospital", ["fl.example.org"])
+    certificate, key = issue(tmp_path / "hospital", tmp_path / "issued", ["fl.example.org"])
+    with pytest.raises(CertificateError, match="never overwritten"):
+        adopt_certificate(tls, ["fl.example.org"], certificate, key, tmp_path / "hospital" / CA)
+    assert content(tls) == before
+
+
+def test_a_renewal_keeps_authority_and_names_and_adds_some(tls: Path, tmp_path: Path) -> None:
+    before = content(tls)
+    (tls / CA_KEY).rename(tmp_path / "stick.key")  # as the page says
+    until = renew_certificate(tls, ["::1", "127.0.0.1"], tmp_path / "stick.key")
+    after = content(tls)
+    assert after[CA] == before[CA]
+    assert after[SERVER] != before[SERVER]
+    assert after[SERVER_KEY] != before[SERVER_KEY]
+    assert (tls / SERVER_KEY).stat().st_mode & 0o077 == 0
+    assert sorted(names_held(tls)) == ["127.0.0.1", "::1", "fl.example.org"]
+    assert ServerCertificate(tls).until == until  # sites that trust the authority take it, for each name
+
+
+def test_a_renewal_needs_the_authoritys_own_key(tls: Path, tmp_path: Path) -> None:
+    create_authority(tmp_path / "other", ["127.0.0.1"])
+    before = content(tls)
+    with pytest.raises(CertificateError, match="not the key of"):
+        renew_certificate(tls, [], tmp_path / "other" / CA_KEY)
+    with pytest.raises(CertificateError, match="neither a name nor an address"):
+        renew_certificate(tls, ["a b"])
+    assert content(tls) == before
+    (tls / CA_KEY).unlink()
+    with pytest.raises(CertificateError, match="--ca-key"):
+        renew_certificate(tls, [])
+    with pytest.raises(CertificateError, match="leave out --renew"):
+        names_held(tmp_path)
+
+
+def test_a_hospitals_new_certificate_is_taken_if_sites_would_take_it(tls: Path, tmp_path: Path) -> None:
+    create_authority(tmp_path / "hospital", ["fl.example.org"])
+    hospital, mine = tmp_path / "hospital", tmp_path / "mine"
+    first = issue(hospital, tmp_path / "first", ["fl.example.org"])
+    adopt_certificate(mine, ["fl.example.org"], *first, hospital / CA)
+    before = content(mine)
+    with pytest.raises(CertificateError, match=r"fl2\.example\.org"):
+        renew_adopted(mine, ["fl2.example.org"], *issue(hospital, tmp_path / "one", ["fl.example.org"]))
+    with pytest.raises(CertificateError, match=r"fl\.example\.org"):
+        renew_adopted(mine, [], *issue(hospital, tmp_path / "name", ["another.example.org"]))
+    with pytest.raises(CertificateError, match="sites would refuse it"):
+        renew_adopted(mine, [], *issue(tls, tmp_path / "authority", ["fl.example.org"]))
+    with pytest.raises(CertificateError, match="expired"):
+        renew_adopted(mine, [], *issue(hospital, tmp_path / "old", ["fl.example.org"], days=-1))
+    assert content(mine) == before
+    renew_adopted(mine, [], *issue(hospital, tmp_path / "two", ["fl.example.org", "fl2.example.org"], days=50))
+    assert ServerCertificate(mine).days == 49
+    assert content(mine)[CA] == before[CA]
+
+
+def test_a_renewal_that_was_cut_off_is_ended_by_the_same_command(tls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secure_fed.transport import certificates
+
+    held = ServerCertificate(tls)
+    write = certificates.write_durable
+
+    def cut(path: Path, *arguments: object) -> None:
+        if path.name == SERVER:
+            raise KeyboardInterrupt
+        write(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(certificates, "write_durable", cut)
+    with pytest.raises(KeyboardInterrupt):
+        renew_certificate(tls, [])
+    monkeypatch.setattr(certificates, "write_durable", write)
+    context = held.context
+    with pytest.raises(CertificateError, match="not a certificate and its key"):
+        held.look()
+    assert held.context is context  # a running server goes on
+    renew_certificate(tls, [])
+    assert held.look()
+    assert held.context is not context
+    assert not held.look()
+
+
+def test_an_expired_certificate_and_one_that_sites_would_refuse_serve_nobody(tls: Path, tmp_path: Path) -> None:
+    held = ServerCertificate(tls)
+    certificate, key = issue(tls, tmp_path / "new", ["fl.example.org"], days=-3)
+    (tls / SERVER).write_bytes(certificate.read_bytes())
+    (tls / SERVER_KEY).write_bytes(key.read_bytes())
+    with pytest.raises(CertificateError, match=r"expired.*--renew"):
+        ServerCertificate(tls)
+    with pytest.raises(CertificateError, match="expired"):
+        held.look()
+    renew_certificate(tls, [])
+    create_authority(tmp_path / "other", ["fl.example.org"])
+    (tls / CA).write_bytes((tmp_path / "other" / CA).read_bytes())
+    with pytest.raises(CertificateError, match="sites would refuse it"):
+        ServerCertificate(tls)
+
+
+def test_nothing_outlives_its_authority(tls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secure_fed.transport import certificates
+
+    monkeypatch.setattr(certificates, "DAYS", 10_000)
+    until = renew_certificate(tls, [])
+    assert until == x509.load_pem_x509_certificate((tls / CA).read_bytes()).not_valid_after_utc
+
+
+def test_the_command_renews_and_refuses_what_does_not_go_together(tls: Path) -> None:
+    run = CliRunner()
+    done = run.invoke(app, ["study", "ca", "--renew", "--host", "fl3.example.org", "--out", str(tls)])
+    assert done.exit_code == 0, done.output
+    assert "fl3.example.org" in done.output
+    for wrong in (["--renew", "--cert", "x"], ["--renew", "--authority", "x"], ["--ca-key", "x", "--host", "h"]):
+        assert run.invoke(app, ["study", "ca", "--out", str(tls), *wrong]).exit_code == 2
+    again = run.invoke(app, ["study", "ca", "--host", "fl.example.org", "--out", str(tls)])
+    assert isinstance(again.exception, CertificateError)
