@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from secure_fed.core.layout import ServerState
+from secure_fed.core.layout import ServerState, SiteState
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import open_sites
 from secure_fed.protocol.journal import JournalEntry
@@ -73,7 +73,8 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     run = ServerState(network.folder / "server").current_run
     records = RecordFolder(network.folder / "server" / "runs" / str(run) / "journal")
     entries = [JournalEntry(record) for record in records.replay(chain) if record.header.kind == "aggregate"]
-    work = {name: answers(network.log(name)) for name in network.names}
+    logs = {name: SiteState(network.site_folder(name) / "state").log("site") for name in network.names}
+    work = {name: answers(path.read_text()) for name, path in logs.items()}
     table = []
     for entry in entries[1:]:  # the first contains the sites' start
         seconds = (entry.header.closed_ms - entry.header.opened_ms) / 1000

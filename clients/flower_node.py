@@ -93,6 +93,9 @@ REJOIN_SECONDS = 60.0
 CALL_SECONDS = 30.0
 """Time for one call; a message goes in parts of at most 5 MiB."""
 
+OVER_SECONDS = 15.0
+"""How long a site whose study is over here waits for a server that may still ask for its last word."""
+
 FAREWELL_SECONDS = 5.0
 """How long a site stays after its last reply: Flower drops replies of nodes that have left."""
 
@@ -101,6 +104,10 @@ T = TypeVar("T")
 
 class _Stale(Exception):
     """The server no longer waits for this message: its run has ended."""
+
+
+class _Over(Exception):
+    """The study is over here, and no server asks for anything any more."""
 
 
 class _Forgotten(Exception):
@@ -125,12 +132,13 @@ def run_site(app: SiteApp, address: str, authority: Path, sites: int, proxy: str
         SecfacmicError: why the site itself cannot go on.
     """
     way = proxy_to(address, proxy)
-    connection = _Connection(address, read_authority(authority), app.site.connection_key, way)
+    connection = _Connection(address, read_authority(authority), app.site.connection_key, way, lambda: app.site.over)
     try:
-        while not app.finished and app.failure is None:
-            connection.join()
-            with contextlib.suppress(_Forgotten):
-                _answer_messages(app, connection, sites)
+        with contextlib.suppress(_Over):
+            while not app.finished and app.failure is None:
+                connection.join()
+                with contextlib.suppress(_Forgotten):
+                    _answer_messages(app, connection, sites)
     finally:
         connection.leave()
     if app.failure is not None:
@@ -140,11 +148,13 @@ def run_site(app: SiteApp, address: str, authority: Path, sites: int, proxy: str
 def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
     fastest, slowest = max(FASTEST, sites / FAST_CALLS), max(SLOWEST, sites / SLOW_CALLS)
     pause = fastest
+    asked = time.monotonic()
     while app.failure is None and not app.finished:
         received = None
         with contextlib.suppress(_Stale):
             received = connection.pull()
         if received is None:
+            connection.end_if_over(asked)
             time.sleep(pause)
             pause = min(slowest, pause * SLOWING)
             continue
@@ -154,10 +164,11 @@ def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
         began = time.monotonic()
         answer = app.answer(message, context, bundle)
         seconds = time.monotonic() - began
-        log.info("round %s: answered in %.2f s", message.metadata.group_id, seconds)
+        log.debug("round %s: answered in %.2f s", message.metadata.group_id, seconds)
         with contextlib.suppress(_Stale):
             connection.push(answer, seconds)
         app.after_reply()
+        asked = time.monotonic()
     connection.stay(FAREWELL_SECONDS)
 
 
@@ -180,9 +191,15 @@ class _Connection:
     """The Fleet API as one node: every call repeats until the server is there."""
 
     def __init__(
-        self, address: str, authority: bytes, key: ec.EllipticCurvePrivateKey, proxy: str | None = None
+        self,
+        address: str,
+        authority: bytes,
+        key: ec.EllipticCurvePrivateKey,
+        proxy: str | None = None,
+        over: Callable[[], bool] = lambda: False,
     ) -> None:
         self.node = Node()
+        self._over = over
         self._address = address
         # For messages: without user and password.
         self._through = "" if proxy is None else f" through the proxy {without_password(proxy)}"
@@ -333,9 +350,11 @@ class _Connection:
         Raises:
             HTTPStatusError: it is there and refuses.
             CertificateError, ClockError, NotAdmittedError: it never will, as things are.
+            _Over: it is away, and not needed any more.
         """
         pause = RETRY_FIRST
         told = False
+        began = time.monotonic()
         while True:
             try:
                 result = call()
@@ -362,9 +381,22 @@ class _Connection:
                 place = f"{self._address}{self._through}"
                 log.info("waiting for the server at %s (%s); it is tried again and again", place, reason)
                 told = True
+            self.end_if_over(began)
             if self._left.wait(pause):
                 raise _Stale  # a worker of flwr's, still trying while we end
             pause = min(RETRY_MOST, pause * 1.5)
+
+    def end_if_over(self, since: float) -> None:
+        """Once the study is over here, do not wait for a server for longer than it could take to ask.
+
+        Args:
+            since: when the server was last heard of, by the monotonic clock.
+
+        Raises:
+            _Over: it is, and nothing was heard for too long.
+        """
+        if time.monotonic() - since > OVER_SECONDS and self._over():
+            raise _Over
 
     def _beat(self) -> None:
         """Heartbeats, also while the site trains."""

@@ -63,6 +63,8 @@ class SentList:
     def __init__(self, state: Path) -> None:
         self._path = SiteState(state).sent
         self._last: tuple[int, str] | None = None
+        self.updates = self.bytes = 0
+        """What was added through this object."""
 
     def add(self, reply: RoundReply, round_number: int) -> None:
         """Note a reply durably; call before it is sent.
@@ -111,6 +113,8 @@ class SentList:
                 "free space"
             ) from error
         self._last = seq + 1, hashlib.sha256(data[:-1]).hexdigest()
+        self.updates += bool(line.envelope)
+        self.bytes += line.bytes
 
     def read(self) -> list[SentMessage]:
         """All messages in order.

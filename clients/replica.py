@@ -574,6 +574,12 @@ class Replica:
         self._folder.enter_run(run)
         self._enter_run(run)
 
+    @property
+    def awaits_run(self) -> bool:
+        """Whether this site's people have accepted a run more than it has taken part in."""
+        begun = sum(1 for _ in self._folder.begun_runs())
+        return begun < runs_accepted(self._file, self._agreed, self.identity.keys.signing)
+
     def _require_word(self, run: str) -> None:
         """Enter another run only at the word of this site's people: its sums and those before are of the same data."""
         before = [folder.name for folder in self._folder.begun_runs()]

@@ -112,6 +112,11 @@ class Site:
         return self.replica.state.chain.finished
 
     @property
+    def over(self) -> bool:
+        """Whether nothing is left to do here: every round is applied, and no further run was accepted."""
+        return self.finished and not self.replica.awaits_run
+
+    @property
     def parameters(self) -> Parameters:
         """The global adapter, float64, after the last applied record."""
         return self.replica.state.parameters
@@ -374,7 +379,7 @@ class Site:
         round_number = self.replica.due.round
         integers, rounded = self._agreed.layout(round_number).encode(values, self.replica.member.weight, draws)
         for name, quantised in rounded.items():
-            log.info(
+            log.debug(
                 "round %d, %s: saturated share %.2g, quantisation error %.3g rms",
                 round_number,
                 name,

@@ -14,6 +14,9 @@ from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
 from secure_fed.model.device import DeviceChoice
 from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Name, Shares, Study, Text, load_study
 
+SITE_FILE = "site.toml"
+"""A site's own file; a site is named to a command by it, or by the folder that it is in."""
+
 
 class SiteData(FileModel):
     """The site's images.
@@ -227,11 +230,16 @@ def new_site_file(path: Path, name: str, identity: Path, data: Path, kind: str, 
     return parse_table(content, SiteFile, SiteFileError, str(path))
 
 
+def site_file_in(path: Path) -> Path:
+    """A site's file, by the file's own path or by its folder's."""
+    return path / SITE_FILE if path.is_dir() else path
+
+
 def read_site(path: Path, study: Path | None = None) -> tuple[SiteFile, AgreedStudy]:
     """Read ``site.toml`` and the study that it is for.
 
     Args:
-        path: the file.
+        path: the file, or the folder that it is in.
         study: a copy of the study, which must be the same; the one that the file names if not given.
 
     Raises:
@@ -249,9 +257,13 @@ def read_site(path: Path, study: Path | None = None) -> tuple[SiteFile, AgreedSt
 def read_site_file(path: Path) -> SiteFile:
     """Read ``site.toml`` with its paths made absolute.
 
+    Args:
+        path: the file, or the folder that it is in.
+
     Raises:
         SiteFileError: with every error of the file.
     """
+    path = site_file_in(path)
     file = read_toml(path, SiteFile, SiteFileError)
     base = path.resolve().parent
     paths = {name: str(base / getattr(file, name)) for name in ("study", "state", "identity")}

@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secure_fed.cli.output import Delta, Device, Epsilon, Pace
+from secure_fed.cli.output import SITE_HELP, Delta, Device, Epsilon, Pace, console
+
+if TYPE_CHECKING:
+    from secure_fed.clients.sitefile import SiteFile
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +23,7 @@ LOG_SECONDS = 10
 
 
 def client(
-    site: Annotated[Path, typer.Option(help="The site's site.toml.")],
+    site: Annotated[Path, typer.Option(help=SITE_HELP)],
     epsilon: Epsilon = None,
     delta: Delta = None,
     device: Device = None,
@@ -39,7 +42,23 @@ def client(
 
     log_lines()
     file = with_device(with_budget(read_site_file(site), epsilon, delta), device)
-    take_part(file, _logged_progress(file.site), in_full=sys.stderr.isatty())
+    at_a_terminal = sys.stderr.isatty()
+    take_part(file, _logged_progress(file.site), in_full=at_a_terminal)
+    if at_a_terminal:  # logs name no place of this machine
+        for line in _next_steps(file, site):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _next_steps(file: SiteFile, site: Path) -> list[str]:
+    """Where the result is, and what can be done with it."""
+    state = file.state_folder
+    return [
+        f"the adapter is {state.adapter}, its figures here are in {state.summary}; next:",
+        f"  see its figures      secfacmic report {site if site.is_dir() else site.parent}",
+        f"  use it               secfacmic predict --adapter {state.adapter} --images DIR --out FILE",
+        f"  keep the evidence    secfacmic evidence {site} --out evidence.zip",
+        f"  end it for good      secfacmic study close {file.study} --site {site}",
+    ]
 
 
 def _logged_progress(site: str) -> Callable[[int, int], None]:

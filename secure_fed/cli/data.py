@@ -15,7 +15,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from secure_fed.cli.output import Json, console, out, print_json
+from secure_fed.cli.output import SITE_HELP, Json, console, out, print_json
 
 app = typer.Typer(help="A site's images.", no_args_is_help=True)
 
@@ -28,7 +28,7 @@ ODD = {
 }
 """What is odd about pictures, by its name in the report."""
 
-SiteToml = Annotated[Path, typer.Option(help="The site's site.toml.")]
+SiteToml = Annotated[Path, typer.Option(help=SITE_HELP)]
 
 
 @app.command()

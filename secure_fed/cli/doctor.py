@@ -18,7 +18,7 @@ MOST = 9
 
 
 def doctor(
-    site: Annotated[Path | None, typer.Option(help="Look at a site: its site.toml.")] = None,
+    site: Annotated[Path | None, typer.Option(help="Look at a site: its site.toml, or its folder.")] = None,
     server: Annotated[Path | None, typer.Option(metavar="STATE", help="Look at a server: its state folder.")] = None,
     study: Annotated[
         Path | None, typer.Option(help="The server's study.toml; else the nearest in or above its state folder.")

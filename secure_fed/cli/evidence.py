@@ -9,7 +9,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from secure_fed.cli.output import Json, out, print_json
+from secure_fed.cli.output import SITE_HELP, Json, out, print_json
 
 
 class _PackByDefault(TyperGroup):
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 @app.command()
 def pack(
-    site: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder, with its site.toml.")],
+    site: Annotated[Path, typer.Argument(metavar="SITE", help=SITE_HELP)],
     into: Annotated[Path, typer.Option("--out", help="The archive, a zip file.")],
     json_: Json = False,
 ) -> None:

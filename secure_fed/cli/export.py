@@ -12,7 +12,9 @@ from secure_fed.cli.output import Json, out, print_json
 
 def export(
     into: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder that gets the files.")],
-    site: Annotated[Path | None, typer.Option(help="site.toml of the site whose adapter it is.")] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="site.toml, or the folder, of the site whose adapter it is.")
+    ] = None,
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Instead: the folder of a finished simulate or demo.")
     ] = None,

@@ -20,7 +20,7 @@ app = typer.Typer(help="Journals: verify, show, recompute, rebuild. No key is ne
 
 Folder = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="A server's or a site's state folder, a run's folder, or a folder of records."),
+    typer.Argument(metavar="DIR", help="A state folder, a site's folder, a run's folder, or a folder of records."),
 ]
 StudyFile = Annotated[
     Path | None, typer.Option("--study", help="The study's study.toml; else looked for in DIR and above it.")
@@ -32,7 +32,7 @@ def verify(folder: Folder, study: StudyFile = None, json_: Json = False) -> None
     """Check signatures, chain, contributors and payloads of every record; at a site its pins and evidence too."""
     from secure_fed.protocol.journal import find_runs, verify_run
 
-    agreed = _study(study, folder)
+    folder, agreed = _place(folder, study)
     results: list[dict[str, Any]] = []
     for run in find_runs(folder):
         kinds: Counter[str] = Counter()
@@ -70,7 +70,7 @@ def show(folder: Folder, study: StudyFile = None, json_: Json = False) -> None:
     """List the records of every run, each checked first."""
     from secure_fed.protocol.journal import find_runs, verify_run
 
-    agreed = _study(study, folder)
+    folder, agreed = _place(folder, study)
     listed: list[tuple[RunFolder, list[dict[str, Any]]]] = []
     for run in find_runs(folder):
         rows: list[dict[str, Any]] = [
@@ -132,7 +132,7 @@ def recompute(
     from secure_fed.protocol.recompute import EnvelopeStore, refuse_differences
     from secure_fed.protocol.recompute import recompute as recompute_run
 
-    agreed = _study(study, folder)
+    folder, agreed = _place(folder, study)
     store = EnvelopeStore(envelopes)
     results = [(run, result) for run in find_runs(folder) for result in recompute_run(run, agreed, store)]
     if json_:
@@ -184,8 +184,12 @@ def rebuild(
         _say(f"put the coordinator's signing key back too: {key}")
 
 
-def _study(given: Path | None, folder: Path) -> AgreedStudy:
-    return _load(study_path(given, folder))
+def _place(folder: Path, given: Path | None) -> tuple[Path, AgreedStudy]:
+    """The folder with the journals, of a site named by its folder the state folder; and the study."""
+    from secure_fed.operate.standing import place_of
+
+    state, of_site = place_of(folder)
+    return state, _load(study_path(given or of_site, state))
 
 
 def _load(path: Path) -> AgreedStudy:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from secure_fed.cli.output import Json, out, print_json
+from secure_fed.cli.output import SITE_HELP, Json, out, print_json
 
 if TYPE_CHECKING:
     from secure_fed.protocol.sealed_key import SealedKeyHeader
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The study's key: make, take, rotate, show.", no_args_is_help=True)
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml.")]
-SitePath = Annotated[Path, typer.Option("--site", help="This site's site.toml.")]
+SitePath = Annotated[Path, typer.Option("--site", help=SITE_HELP)]
 OutFile = Annotated[Path, typer.Option("--out", help="The sealed key file to write; it may travel over the server.")]
 
 

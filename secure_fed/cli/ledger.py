@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from secure_fed.cli.output import Json, out, print_json
+from secure_fed.cli.output import SITE_HELP, Json, out, print_json
 
 if TYPE_CHECKING:
     from secure_fed.clients.sitefile import SiteFile
 
 app = typer.Typer(help="What a site has spent of its patients' privacy.", no_args_is_help=True)
 
-SiteDir = Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The site's folder, with its site.toml.")]
+SitePath = Annotated[Path, typer.Argument(metavar="SITE", help=SITE_HELP)]
 
 
 @app.command()
-def show(site: SiteDir, json_: Json = False) -> None:
+def show(site: SitePath, json_: Json = False) -> None:
     """Show every release, what it cost, and what is left."""
     from secure_fed.operate.ledger_copies import ledger_facts
 
@@ -56,7 +56,7 @@ def show(site: SiteDir, json_: Json = False) -> None:
 
 
 @app.command()
-def verify(site: SiteDir, json_: Json = False) -> None:
+def verify(site: SitePath, json_: Json = False) -> None:
     """Check chain, MACs and sums of a ledger."""
     from secure_fed.operate.ledger_copies import ledger_facts
 
@@ -74,7 +74,7 @@ def verify(site: SiteDir, json_: Json = False) -> None:
 
 @app.command()
 def export(
-    site: SiteDir,
+    site: SitePath,
     into: Annotated[Path, typer.Option("--out", help="The export; holds the ledger's key, so keep it as safe.")],
 ) -> None:
     """Write the ledger, its blocks and its key as one file, from which it can be restored."""
@@ -86,7 +86,7 @@ def export(
 
 @app.command()
 def restore(
-    site: SiteDir, exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="A file made by ledger export.")]
+    site: SitePath, exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="A file made by ledger export.")]
 ) -> None:
     """Put an export in place of a lost or damaged ledger; it opens when the study's journal confirms its head."""
     from secure_fed.operate.ledger_copies import restore_ledger
@@ -99,7 +99,7 @@ def restore(
     )
 
 
-def _site_file(folder: Path) -> SiteFile:
+def _site_file(path: Path) -> SiteFile:
     from secure_fed.clients.sitefile import read_site_file
 
-    return read_site_file(folder / "site.toml")
+    return read_site_file(path)

@@ -21,6 +21,7 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option(help="Where images are encoded and adapters trained, if not as site.toml says; auto is the default."),
 ]
+SITE_HELP = "The site's site.toml, or its folder."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 
 

@@ -12,7 +12,8 @@ from secure_fed.cli.output import Json, console, out, print_json
 
 def plot(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder of a finished simulate or demo, or one with a site.toml.")
+        Path,
+        typer.Argument(metavar="DIR", help="The folder of a finished simulate or demo; or a site's, or its site.toml."),
     ],
     into: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for the pictures; DIR/plots if not given.")
@@ -20,11 +21,13 @@ def plot(
     json_: Json = False,
 ) -> None:
     """Draw learning curves, confusion matrices, calibration and the features before and after the adapter, as PNG."""
+    from secure_fed.clients.sitefile import site_file_in
     from secure_fed.operate.plots import plot_run, plot_site
 
-    into = folder / "plots" if into is None else into
+    of_a_site = site_file_in(folder).is_file()
+    into = (folder if folder.is_dir() else folder.parent) / "plots" if into is None else into
     with console.status("drawing"):
-        written = (plot_site if (folder / "site.toml").exists() else plot_run)(folder, into)
+        written = (plot_site if of_a_site else plot_run)(folder, into)
     if json_:
         print_json({"files": [str(path) for path in written]})
         return

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from secure_fed.cli.output import Delta, Epsilon, Json, out, print_json
+from secure_fed.cli.output import SITE_HELP, Delta, Epsilon, Json, out, print_json
 from secure_fed.protocol.quorum import Quorum
 
 app = typer.Typer(help="A site's identity, what it agrees to, and what has left it.", no_args_is_help=True)
 
-SitePath = Annotated[Path, typer.Option("--site", help="This site's site.toml.")]
+SitePath = Annotated[Path, typer.Option("--site", help=SITE_HELP)]
 
 
 @app.command()
@@ -84,14 +84,14 @@ def accept(
 
 @app.command()
 def sent(
-    site: Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The site's folder, with its site.toml.")],
+    site: Annotated[Path, typer.Argument(metavar="SITE", help=SITE_HELP)],
     json_: Json = False,
 ) -> None:
     """List every message that left this site for the server: when, in which round, how many bytes, which digest."""
     from secure_fed.clients.outgoing_log import SentList
     from secure_fed.clients.sitefile import read_site_file
 
-    file = read_site_file(site / "site.toml")
+    file = read_site_file(site)
     rows = SentList(Path(file.state)).read()
     if json_:
         print_json({"site": file.site, "messages": len(rows), "bytes": sum(row.bytes for row in rows),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,17 +12,19 @@ from secure_fed.cli.output import Json, out, print_json
 
 
 def status(
-    state: Annotated[Path, typer.Argument(metavar="STATE", help="State folder of a server or a site.")],
+    state: Annotated[
+        Path, typer.Argument(metavar="STATE", help="State folder of a server or a site; or a site's folder.")
+    ],
     json_: Json = False,
 ) -> None:
     """Say where a server or a site stands: round, who is in, what it reported last, whether it runs at all."""
-    from secure_fed.operate.standing import standing
+    from secure_fed.operate.standing import place_of, standing
 
-    facts = standing(state)
+    facts = standing(place_of(state)[0])
     if json_:
         print_json(facts)
         return
-    _say(f"{facts['role']}: {'running' if facts['running'] else 'NOT running'}")
+    _say(f"{facts['role']}: {_process(facts)}")
     if "study" in facts:
         _say(f"study {facts['study']}, id {facts['study_id']}")
     over = ", over" if facts.get("finished") else ""
@@ -39,6 +41,15 @@ def status(
         entry = facts.get(name)
         if entry:
             _say(f"{words}, {entry['time']}: {entry['text']}")
+
+
+def _process(facts: dict[str, Any]) -> str:
+    """Whether it runs, and if not, whether it should."""
+    if facts["running"]:
+        return "running"
+    if facts["closed"]:
+        return "finished, and the study is closed here"
+    return "finished" if facts.get("finished") else "NOT running"
 
 
 def _yes(value: bool) -> str:

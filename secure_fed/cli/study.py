@@ -238,7 +238,7 @@ def _cell(value: object) -> str:
 @app.command()
 def close(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml.")],
-    site: Annotated[Path | None, typer.Option(help="Close it at this site: its site.toml.")] = None,
+    site: Annotated[Path | None, typer.Option(help="Close it at this site: its site.toml, or its folder.")] = None,
     state: Annotated[Path | None, typer.Option(help="Close it at the server: its state folder.")] = None,
     abandon: Annotated[bool, typer.Option("--abandon", help="Close it though rounds are missing.")] = False,
     identity: Annotated[

@@ -69,17 +69,20 @@ def be_quiet_outside() -> None:
 def log_lines(stream: IO[str] | None = None) -> None:
     """Send what our own modules report to stderr, one line each; of other libraries only errors.
 
+    What they report as of no interest but to who looks for a fault (``DEBUG``) goes to log files alone.
+
     Call after flwr is imported, which sets up its own logging then.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_OneLine())
+    handler.setLevel(logging.INFO)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.ERROR)
     logging.captureWarnings(True)  # which are none of an operator's business, and may quote what was read
     own = logging.getLogger(_OWN)
     own.handlers.clear()
-    own.setLevel(logging.INFO)
+    own.setLevel(logging.DEBUG)
     # Flower writes to a handler of its own, and reports every refused message as an error; what matters of that is
     # reported by us.
     flower = logging.getLogger("flwr")

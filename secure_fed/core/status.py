@@ -124,6 +124,7 @@ class _LastLine(logging.Handler):
     def __init__(self, status: StatusFile) -> None:
         super().__init__()
         self._status = status
+        self.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = safe_message(record)

@@ -92,7 +92,7 @@ def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
     """Write a site's archive, whole or not at all.
 
     Args:
-        folder: the site's, with its ``site.toml``; the site must not be running.
+        folder: the site's, or its ``site.toml``; the site must not be running.
         into: the archive.
 
     Returns:
@@ -102,7 +102,7 @@ def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
         StorageError: the site is running, or the archive cannot be written.
         EvidenceError, RecordError, LedgerError: what is to be packed does not verify.
     """
-    file = read_site_file(folder / "site.toml")
+    file = read_site_file(folder)
     study_path, state = Path(file.study), file.state_folder
     agreed = load_study(study_path)
     identity = load_identity(Path(file.identity), file.site)

@@ -113,19 +113,19 @@ def plot_site(folder: Path, out: Path) -> list[Path]:
     """Draw what one site of a deployment sees: its own images, on its own disk.
 
     Args:
-        folder: with the site's ``site.toml``.
+        folder: the site's, or its ``site.toml``.
         out: as in :func:`plot_run`.
 
     Raises:
         AdapterFileError: no round is applied yet.
         SecfacmicError: others, as the site gives them.
     """
-    file = read_site_file(folder / "site.toml")
+    file = read_site_file(folder)
     with exclusive(file.state_folder.path):
         agreed = load_study(Path(file.study))
         site = Site(file, agreed)
         if not site.round:
-            raise AdapterFileError(f"{folder}: no round is applied here yet; expected at least one: take part first")
+            raise AdapterFileError(f"{file.site}: no round is applied here yet; expected at least one: take part first")
         own = calibrate(agreed, [site], site.parameters, personal=True)
         return _draw(Run(agreed, [site], site.parameters, own.temperature or 1.0), out)
 

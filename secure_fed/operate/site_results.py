@@ -10,14 +10,13 @@ from secure_fed.core.errors import SummaryError
 from secure_fed.core.layout import SiteState
 from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.device import describe_device
-from secure_fed.model.evaluation import Metrics
 from secure_fed.model.scores import Scores
 from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.operate.summary import FORMAT, SiteMetrics, SiteSummary, read_summary, write_summary
 from secure_fed.protocol.study import AgreedStudy
 
 
-def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics) -> None:
+def write_results(state: Path, agreed: AgreedStudy, site: Site) -> None:
     """Write the adapter after the last round and what it does on this site's test images.
 
     ``STATE/adapter.safetensors``, ``STATE/calibration.safetensors`` and ``STATE/summary.json``; nothing before the
@@ -27,7 +26,6 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics)
         state: the site's state folder.
         agreed: the study.
         site: after the round.
-        before: metrics of zero-shot classification on the same images.
 
     Raises:
         StorageError: a file cannot be written.
@@ -52,7 +50,7 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site, before: Metrics)
         adapter_digest=site.adapter_digest,
         validations=_validations(folder.summary, site) | {site.round: share},
         metrics=SiteMetrics(
-            zero_shot=Scores(**before), federated=Scores(**site.evaluate(site.personal(site.parameters)))
+            zero_shot=Scores(**site.evaluate(None)), federated=Scores(**site.evaluate(site.personal(site.parameters)))
         ),
         one_sum=one_sum_figures(agreed, [site], []),
     )

@@ -6,28 +6,58 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.core.errors import RecordError
-from secure_fed.core.layout import RECORDS, ServerState
+from secure_fed.core.layout import RECORDS, RunState, ServerState, StateFolder
 from secure_fed.core.status import StatusFile, is_running
 from secure_fed.protocol.journal import find_runs
 from secure_fed.protocol.records import MAGIC, RecordHeader
 from secure_fed.protocol.signing import parse_header, split_frame
+from secure_fed.protocol.study import AgreedStudy
+
+
+def place_of(path: Path) -> tuple[Path, Path | None]:
+    """The state folder that is meant by a path: itself, or of a site named by folder or ``site.toml`` that site's.
+
+    Returns:
+        The folder, and of a site so named its study's file.
+
+    Raises:
+        SiteFileError: there is a ``site.toml``, and it does not hold together.
+    """
+    if path.is_file() or (path / "site.toml").is_file():
+        from secure_fed.clients.sitefile import read_site_file  # loads torch, which a server does without
+
+        file = read_site_file(path)
+        return Path(file.state), Path(file.study)
+    return path, None
+
+
+def is_over(state: Path, agreed: AgreedStudy) -> bool:
+    """Whether nothing is left to do in a state folder: the study is closed there, or every round has its record."""
+    folder = StateFolder(state)
+    if folder.closed.exists():
+        return True
+    run = folder.current_run
+    journal = None if run is None else RunState(folder.runs / run).journal
+    return journal is not None and any(journal.glob(RECORDS)) and _last_round(journal) >= agreed.study.rounds
 
 
 def standing(state: Path) -> dict[str, Any]:
-    """The status file with whether a process holds the folder; without a file, what the journal says.
+    """The status file with whether a process holds the folder, and whether the study was closed there; without a file,
+    what the journal says.
 
     Args:
         state: the folder.
 
     Returns:
-        A JSON document with at least ``role``, ``running``, ``round`` and ``last_error``.
+        A JSON document with at least ``role``, ``running``, ``closed``, ``round`` and ``last_error``.
 
     Raises:
         RecordError: there is neither.
     """
     found = StatusFile(state).read()
+    now = {"running": is_running(state), "closed": StateFolder(state).closed.exists()}
     if found:
-        return {**found, "running": is_running(state)}
+        return {**found, **now}
     if not state.is_dir():
         raise RecordError(f"{state}: no folder; expected the state folder of a server or a site")
     run = next(run for run in find_runs(state) if run.current)
@@ -35,7 +65,7 @@ def standing(state: Path) -> dict[str, Any]:
     role = "server" if ServerState(state).key.exists() else "site"
     return {
         "role": role,
-        "running": is_running(state),
+        **now,
         "run": run.folder.name,
         "records": records,
         "round": _last_round(run.journal),

@@ -15,12 +15,14 @@ from secure_fed.clients.features import Progress
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.flower_node import run_site
 from secure_fed.clients.outgoing_log import SentList
+from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import RoundFailedError, SecfacmicError, SiteFileError, StorageError
 from secure_fed.core.status import StatusFile
 from secure_fed.operate.running import running
 from secure_fed.operate.site_results import write_results
+from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.study import load_study
 
 log = logging.getLogger(__name__)
@@ -51,22 +53,45 @@ def take_part(file: SiteFile, progress: Progress | None = None, *, in_full: bool
         status.begin("site", site=file.site, study=study.name, study_id=study.id, rounds=study.rounds, round=0)
         site = Site(file, agreed)
         require_acceptance(file, agreed, site.signing_key)
-        status.tell(round=site.round)
+        status.tell(run=site.run, round=site.round, finished=site.finished)
         log.info("%s: study %s, %d rounds, mode %s", file.site, study.name, study.rounds, study.mode)
-        log.info("%s: computes on %s", file.site, site.device)
-        features = site.features(progress)
-        log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
-        before = site.evaluate(None)
+        if site.over:
+            log.info(
+                "%s: the study is over here, with all %d rounds applied; whether the server still asks for anything is "
+                "looked for a moment",
+                file.site,
+                site.round,
+            )
+        else:
+            log.info("%s: computes on %s", file.site, site.device)
+            features = site.features(progress)
+            log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
+        sent = SentList(state)
 
         def after_round(done: Site) -> None:
-            write_results(state, agreed, done, before)
+            write_results(state, agreed, done)
             if done.round:
-                log.info("%s: round %d of %d applied", done.name, done.round, study.rounds)
+                log.info("%s: %s", done.name, _round_in_words(file, done, study.rounds, sent))
             status.tell(run=done.run, round=done.round, finished=done.finished)
 
-        app = SiteApp(site, study.id, after_round, SentList(state).add)
+        app = SiteApp(site, study.id, after_round, sent.add)
         run_site(app, file.server.address, Path(file.server.authority), len(study.sites), file.server.proxy)
         log.info("%s: the study is over after %d rounds", file.site, site.round)
+
+
+def _round_in_words(file: SiteFile, site: Site, rounds: int, sent: SentList) -> str:
+    """What the people of the site want to know after a round."""
+    words = [f"round {site.round} of {rounds} applied"]
+    counts = site.replica.state.validation
+    if counts is not None and counts.images:
+        share = 100 * counts.correct / counts.images
+        words.append(f"{share:.1f} % of {counts.images} validation images of all sites were right before it")
+    if Ledger.exists(ledger_folder(file)):
+        spent = Ledger(ledger_folder(file)).summary()
+        left = spent["epsilon_budget"] - spent["epsilon_spent"]
+        words.append(f"epsilon {spent['epsilon_spent']:.3f} of {spent['epsilon_budget']:g} spent, {left:.3f} left")
+    words.append(f"left this site since its start: {sent.updates} updates, {sent.bytes / 1e6:.2f} MB in all")
+    return "; ".join(words)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def find_runs(folder: Path) -> list[RunFolder]:
 
 
 def find_study(folder: Path) -> Path:
-    """The study of a journal: the nearest ``study.toml`` in its folder or above.
+    """The study of a journal: the nearest ``study.toml`` in its folder or above, or in a folder ``study`` of these.
 
     Raises:
         RecordError: there is no such folder.
@@ -69,9 +69,13 @@ def find_study(folder: Path) -> Path:
     if not folder.is_dir():
         raise RecordError(f"{folder}: no folder; expected one with a journal")
     for place in (folder.resolve(), *folder.resolve().parents):
-        if (place / "study.toml").is_file():
-            return place / "study.toml"
-    raise StudyError(f"{folder}: no study.toml in it or above it; expected the journal's study: name it with --study")
+        for path in (place / "study.toml", place / "study" / "study.toml"):
+            if path.is_file():
+                return path
+    raise StudyError(
+        f"{folder}: no study.toml in it, above it, or in a folder study of these; expected the journal's study: name "
+        "it with --study"
+    )
 
 
 def verify_run(run: RunFolder, agreed: AgreedStudy) -> Iterator[Record]:

@@ -29,19 +29,21 @@ from secure_fed.core.storage import exclusive
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.demo import prepare_federation
 from secure_fed.operate import doctor
+from secure_fed.operate.closing import close_server, close_site
 from secure_fed.operate.doctor import Finding, examine_server, examine_site, machine, network
 from secure_fed.operate.doctor import server as server_checks
 from secure_fed.operate.doctor import site as site_checks
 from secure_fed.operate.doctor.finding import check
 from secure_fed.privacy.keys import create_identity
 from secure_fed.privacy.ledger import CLOSED
+from secure_fed.protocol.study import load_study
 from secure_fed.transport import certificates
 from secure_fed.transport.certificates import create_authority
 from tests.conftest import make_template
 from tests.network import Network
 
 SERVER_CHECKS = ["study", "flwr version", "key modes", "certificate", "memory", "port", "coordinator key"]
-SITE_CHECKS = ["site file", "flwr version", "study", "identity", "key modes", "memory", "image formats", "ledger"]
+SITE_CHECKS = ["site file", "flwr version", "study", "key modes", "identity", "memory", "image formats", "ledger"]
 REACHED = ["authority", "reachability", "certificate", "server", "clock", "admission"]
 
 
@@ -565,17 +567,33 @@ def test_keys_and_certificates_of_the_server(folder: Path) -> None:
     assert "study ca" in only(server(folder), "certificate").mend
 
 
-def test_another_coordinators_key_and_a_closed_study(folder: Path, tmp_path: Path) -> None:
+def test_another_coordinators_key(folder: Path) -> None:
     from secure_fed.protocol.signing import create_signing_key
 
     key = folder / "server" / "coordinator.key"
-    own = key.read_bytes()
     key.unlink()
     create_signing_key(key)
     assert "not the key that the study names" in only(server(folder), "coordinator key").found
-    key.write_bytes(own)
-    (folder / "server" / "closed").write_text("{}")
-    assert "closed" in only(server(folder), "coordinator key").found
+
+
+def test_who_has_done_its_work_needs_nothing_more(finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out, symlinks=True)
+    ash, state = out / "sites" / "ash", out / "server"
+    for closed in (False, True):
+        if closed:
+            agreed = load_study(out / "study.toml")
+            close_server(state, agreed, abandon=False)
+            close_site(ash / "state", ash / "identity", agreed, abandon=False, destroy_identity=True)
+        for found in (server(out, None), {finding.check: finding for finding in examine_site(ash)}):
+            assert [finding for finding in found.values() if not finding.ok] == []
+            assert "the study is over" in found["end"].found
+    with exclusive(state):  # it runs, so that it is looked at whole
+        assert "end" not in server(out, None)
+
+
+def test_a_study_that_goes_on_is_not_over(folder: Path) -> None:
+    assert "end" not in server(folder)
 
 
 def test_a_journal_that_was_changed_or_lies_in_the_future(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

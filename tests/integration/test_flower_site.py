@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -28,8 +30,11 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from secure_fed.clients import flower_node
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.flower_node import _Connection
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile, SiteServer, read_site_file
 from secure_fed.core.errors import (
     AddressError,
     BundleError,
@@ -44,13 +49,17 @@ from secure_fed.core.errors import (
     StudyError,
 )
 from secure_fed.core.layout import ServerState
+from secure_fed.core.status import StatusFile
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.lab.simulation import accept_another_run
+from secure_fed.operate.taking_part import take_part
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
 from secure_fed.transport.certificates import create_authority, renew_certificate
 from secure_fed.transport.flower_messages import contract, read_reply, reply_content, request_content
-from tests.conftest import Federation
+from tests.conftest import Federation, Run
 from tests.flower_messages import as_message
 
 HELLO = RoundRequest(1, 1, (), more=True)
@@ -420,3 +429,50 @@ def test_a_thread_that_fails_says_so_in_one_line(capfd: pytest.CaptureFixture[st
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith("ERROR a thread ended with IndexError")
+
+
+@pytest.fixture
+def over(finished_run: Path, tmp_path: Path) -> Path:
+    """A site that has applied the last round, and whose server is gone."""
+    shutil.copytree(finished_run, tmp_path / "out", symlinks=True)
+    create_authority(tmp_path / "tls", ["localhost"])
+    folder = tmp_path / "out" / "sites" / "ash"
+    file = read_toml(folder / "site.toml", SiteFile, ValueError)  # type: ignore[type-var]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    server = SiteServer(address=address, authority=str(tmp_path / "tls" / "ca.crt"))
+    write_toml(folder / "site.toml", file.model_copy(update={"server": server}))
+    return folder
+
+
+def test_a_site_whose_study_is_over_says_so_and_ends(
+    over: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_node, "OVER_SECONDS", 0.3)
+    monkeypatch.setattr(Site, "features", None)  # no image is looked at
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    ended = secfacmic("client", "--site", over)
+    assert ended.returncode == 0
+    assert "ash: the study is over here, with all 3 rounds applied" in ended.stderr
+    for told in (f"the adapter is {over / 'state' / 'adapter.safetensors'}", "secfacmic predict", f"evidence {over} "):
+        assert told in ended.stderr
+    assert (StatusFile(over / "state").read()["finished"], StatusFile(over / "state").read()["round"]) == (True, 3)
+    assert "site: finished\n" in secfacmic("status", over).stdout
+
+
+def test_a_site_that_expects_another_run_waits_for_it(over: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waits(Exception):
+        pass
+
+    def wait(site: Site, progress: object) -> None:
+        raise Waits
+
+    monkeypatch.setattr(flower_node, "OVER_SECONDS", 0.3)
+    monkeypatch.setattr(Site, "features", wait)  # which are needed only to train
+    agreed = Federation(over.parents[1]).agreed
+    accept_another_run(agreed, over.parents[1])
+    site = Site(read_site_file(over), agreed)
+    assert site.finished
+    assert not site.over
+    with pytest.raises(RoundFailedError, match="Waits"):
+        take_part(read_site_file(over))

@@ -10,6 +10,9 @@ from secure_fed.core.errors import SecfacmicError
 
 T = TypeVar("T")
 
+END = "the study is over here, or closed: no process needs to run, and nothing that one would need was looked at"
+"""What is found where nothing is left to do."""
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from secure_fed.core.layout import ServerState
 from secure_fed.core.status import StatusFile, is_running
-from secure_fed.operate.closing import refuse_closed
-from secure_fed.operate.doctor.finding import Fault, Finding, attempt, check
+from secure_fed.operate.doctor.finding import END, Fault, Finding, attempt, check
 from secure_fed.operate.doctor.machine import days_left, disk, flwr, memory, modes
 from secure_fed.operate.doctor.network import dial
+from secure_fed.operate.standing import is_over
 from secure_fed.protocol.journal import find_runs, verify_run
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.signing import load_signing_key, public_hex
@@ -45,6 +45,10 @@ def examine_server(state: Path, study: Path, listen: tuple[str, int] | None) -> 
     yield found
     yield check("flwr version", flwr)
     yield check("key modes", lambda: modes(_secrets(ServerState(state))))
+    if agreed is not None and is_over(state, agreed) and not is_running(state):
+        yield Finding("end", True, END)
+        yield check("journal and clock", lambda: _journal(state, agreed))
+        return
     yield check("certificate", lambda: _certificate(ServerState(state).certificates))
     yield check("memory", lambda: memory(MEMORY))
     yield check("port", lambda: _port(state, listen))
@@ -112,7 +116,6 @@ def _port(state: Path, listen: tuple[str, int] | None) -> str:
 
 
 def _coordinator(state: Path, agreed: AgreedStudy) -> str:
-    refuse_closed(state)
     if public_hex(load_signing_key(ServerState(state).key)) != agreed.study.coordinator:
         raise Fault(
             f"{ServerState(state).key}: not the key that the study names", "put back the key that study new made"

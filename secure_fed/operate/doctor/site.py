@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secure_fed.core.layout import SEALED, SiteState
-from secure_fed.operate.doctor.finding import Fault, Finding, attempt, check
+from secure_fed.core.status import is_running
+from secure_fed.operate.doctor.finding import END, Fault, Finding, attempt, check
 from secure_fed.operate.doctor.machine import disk, flwr, memory, modes
 from secure_fed.operate.doctor.network import examine_way
+from secure_fed.operate.standing import is_over
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 if TYPE_CHECKING:
@@ -32,9 +34,13 @@ def examine_site(path: Path) -> Iterator[Finding]:
         return
     found, agreed = attempt("study", lambda: _study(file))
     yield found
-    yield check("identity", lambda: _identity(file))
     state = Path(file.state)
     yield check("key modes", lambda: modes([*Path(file.identity).glob("*.key"), *SiteState(state).keys.glob(SEALED)]))
+    if agreed is not None and is_over(state, agreed) and not is_running(state):
+        yield Finding("end", True, END)
+        yield check("ledger", lambda: _ledger(file))
+        return
+    yield check("identity", lambda: _identity(file))
     yield check("memory", lambda: memory(MEMORY))
     yield check("image formats", _formats)
     yield check("ledger", lambda: _ledger(file))
@@ -70,9 +76,7 @@ def _identity(file: SiteFile) -> str:
 def _membership(file: SiteFile, agreed: AgreedStudy) -> str:
     from secure_fed.clients.acceptance import require_acceptance, when
     from secure_fed.clients.keyring import membership
-    from secure_fed.operate.closing import refuse_closed
 
-    refuse_closed(Path(file.state))
     identity, ring, _ = membership(file, agreed)
     accepted = require_acceptance(file, agreed, identity.keys.signing)
     if agreed.study.mode == "he":

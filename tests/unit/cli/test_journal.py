@@ -328,3 +328,21 @@ def test_a_site_without_a_run_gives_no_journal(played: Played) -> None:
     with pytest.raises(RecordError, match="no journal"):
         _cli("rebuild", "--from", played.state("ash"))
     assert isinstance(played.federation.site("ash"), Site)
+
+
+def test_a_journal_is_verified_where_the_deployment_page_puts_it(played: Played, tmp_path: Path) -> None:
+    """``study/`` and ``state/`` beside ``site.toml``; by state folder, by the site's folder and by its file."""
+    home = tmp_path / "north"
+    (home / "study").mkdir(parents=True)
+    shutil.copytree(played.state("ash"), home / "state")
+    for name in ("study.toml", "study.safetensors"):
+        shutil.copy(played.folder / name, home / "study" / name)
+    text = (played.folder / "sites" / "ash" / "site.toml").read_text()
+    (home / "site.toml").write_text(text.replace("../../study.toml", "study/study.toml"))
+    expected = _cli("verify", played.state("ash"))
+    assert _cli("verify", home / "state") == _cli("verify", home) == _cli("verify", home / "site.toml") == expected
+    (home / "study").rename(home / "agreed")
+    with pytest.raises(StudyError, match="in a folder study of these"):
+        _cli("verify", home / "state")
+    (home / "site.toml").write_text(text.replace("../../study.toml", "agreed/study.toml"))
+    assert _cli("verify", home) == expected

@@ -145,6 +145,25 @@ def test_the_command_says_who_is_in_and_what_went_wrong(tmp_path: Path) -> None:
     assert [cell.strip() for cell in rows["elm"].split("│")[2:5]] == ["train", "yes", "no"]
 
 
+def test_who_has_done_its_work_is_not_said_to_be_down(finished_run: Path, tmp_path: Path) -> None:
+    status = StatusFile(tmp_path)
+    status.begin("server", study="small", rounds=3)
+    status.tell(round=3, finished=True)
+    assert "server: finished\n" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    with exclusive(tmp_path):
+        assert "server: running\n" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    (tmp_path / "closed").write_text("{}")
+    assert (
+        "server: finished, and the study is closed here\n" in CliRunner().invoke(app, ["status", str(tmp_path)]).output
+    )
+    site = finished_run / "sites" / "ash"
+    shown = {
+        CliRunner().invoke(app, ["status", str(path)]).output for path in (site, site / "site.toml", site / "state")
+    }
+    assert len(shown) == 1
+    assert "site: NOT running" in shown.pop()  # no process has ever said that it is over
+
+
 def test_metrics_on_loopback(tmp_path: Path) -> None:
     status = StatusFile(tmp_path)
     status.begin("server", study="small", rounds=3, min_sites=3, restarts=1)

@@ -136,7 +136,7 @@ def test_a_client_leaves_a_calibration_of_its_own_beside_its_adapter(federation:
     site = sites[0]
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     assert site.round == 1
-    write_results(Path(file.state), federation.agreed, site, site.evaluate(None))
+    write_results(Path(file.state), federation.agreed, site)
     own = load_adapter(Path(file.state) / "adapter.safetensors").calibration
     assert own is not None
     assert own.images == len(site.features().val.y) > 0

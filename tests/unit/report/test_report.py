@@ -598,7 +598,7 @@ def test_a_sites_page_shows_its_rounds_as_a_curve(federation: Federation, tmp_pa
         run_round(coordinator, sites)
         site = federation.site("ash")
         site.respond(coordinator.request(site.run, site.position))
-        write_results(Path(file.state), federation.agreed, site, site.evaluate(None))
+        write_results(Path(file.state), federation.agreed, site)
         counts = site.replica.state.validation
         assert counts is not None
         expected[str(site.round)] = counts.correct / counts.images
@@ -620,7 +620,7 @@ def test_what_another_run_noted_is_no_part_of_the_curve(federation: Federation) 
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     for left in ('{"run": "another", "validations": {"7": 0.5}}', '{"run": "' + site.run + '"}', "[]", "half of a fi"):
         (Path(file.state) / "summary.json").write_text(left)
-        write_results(Path(file.state), federation.agreed, site, site.evaluate(None))
+        write_results(Path(file.state), federation.agreed, site)
         assert list(json.loads((Path(file.state) / "summary.json").read_text())["validations"]) == ["1"]
 
 
