@@ -50,7 +50,10 @@ BOUND_STEPS = 60
 """Value bound in steps' lengths: Adam moves a coordinate by about one learning rate a step, and a round has 50."""
 
 WEIGHTS = (0.1, 1.0)
-"""Weights of the domain term that validation chooses from; the paper's is 1."""
+"""Weights of LMMD that validation chooses from; the paper's is 1."""
+
+ADVERSARIAL = (0.1, 0.5)
+"""Weights of the adversarial term that validation chooses from; the paper's is 0.5."""
 
 PAPER = {"adapter": "facmic", "norm": "batch", "loss": "contrastive"}
 
@@ -66,7 +69,8 @@ class Row:
         training: changes of ``[training]``.
         aggregation: the study's ``[aggregation]``.
         rates: learning rates to choose from.
-        weights: weights of the domain term to choose from.
+        weights: weights of the domain term to choose from; 0 for none.
+        term: the domain term.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Row:
     aggregation: dict[str, Any] | None = None
     rates: tuple[float, ...] = RATES
     weights: tuple[float, ...] = (0.0,)
+    term: str = "lmmd"
 
 
 ROWS = (
@@ -87,8 +92,16 @@ ROWS = (
     Row("fedclip + LMMD", {"adapter": "fedclip"}, "fedclip", weights=WEIGHTS),
     Row("facmic", {"adapter": "facmic"}),
     Row("facmic + LMMD", {"adapter": "facmic"}, "facmic", weights=WEIGHTS),
+    Row("facmic + adversarial", {"adapter": "facmic"}, "facmic", weights=ADVERSARIAL, term="adversarial"),
     Row("facmic, paper's norm and loss", PAPER),
     Row("facmic, paper's norm and loss + LMMD", PAPER, "facmic, paper's norm and loss", weights=WEIGHTS),
+    Row(
+        "facmic, paper's norm and loss + adversarial",
+        PAPER,
+        "facmic, paper's norm and loss",
+        weights=ADVERSARIAL,
+        term="adversarial",
+    ),
     Row("facmic, paper's learning rate", {"adapter": "facmic"}, rates=(5e-5,)),
     Row("facmic, private head", {"adapter": "facmic", "private_head": True}, "facmic"),
     Row("facmic, prox 0.1", {"adapter": "facmic"}, "facmic", training={"prox": 0.1}),
@@ -125,7 +138,7 @@ class World:
         before = self.template.study
         study = with_fields(
             before,
-            method=row.method | {"lmmd_weight": weight},
+            method=row.method | {f"{row.term}_weight": weight, "adaptation": row.term if weight else "none"},
             training=before.training.model_dump(mode="json") | {"learning_rate": rate} | (row.training or {}),
             aggregation=row.aggregation or {"rule": "average"},
             encoding=before.encoding.model_dump(mode="json") | {"value_bound": BOUND_STEPS * rate},
@@ -306,7 +319,7 @@ def tables(summary: dict[str, Any]) -> str:
 
     columns = ("balanced_accuracy", "macro_f1", "auroc", "sensitivity_at_95_specificity", "expected_calibration_error")
     heads = ("method", "validation", "own test", "held out", *(SCALARS[key] for key in columns[1:]))
-    lines = [f"| {' | '.join((*heads, 'learning rates', 'LMMD weights'))} |", "|---" * (len(heads) + 2) + "|"]
+    lines = [f"| {' | '.join((*heads, 'learning rates', 'domain term'))} |", "|---" * (len(heads) + 2) + "|"]
     for name in ORDER:
         entry = summary[name]
         cells = [
@@ -357,8 +370,8 @@ def plot(summary: dict[str, Any], results: Sequence[dict[str, Any]], out: Path) 
 MARK = "<!-- everything below is written by benchmarks/brain_mri.py -->\n"
 LEGEND = """Means and standard errors over {count} seeds, in %. *Validation* and *own test* are balanced accuracies,
 means over the three training sites; *held out* is the fourth site's balanced accuracy, and the columns right of it are
-its too. *Sensitivity* is at 95 % specificity, one class against the rest. *Learning rates* and *LMMD weights* are what
-each seed's validation chose. A local row's held-out figures are means over the three sites' adapters.
+its too. *Sensitivity* is at 95 % specificity, one class against the rest. *Learning rates* and *domain term*, its
+weight, are what each seed's validation chose. A local row's held-out figures are means over the three sites' adapters.
 """
 
 

@@ -56,7 +56,7 @@ class PublicTerm:
     """
 
     def __init__(self, method: Method, settings: PrivateTraining, source: ClassMeans, target: ClassMeans) -> None:
-        self._weight = method.lmmd_weight
+        self._weight = method.domain_weight
         self._settings = settings
         self._source, self._target = source, target
         self._classes = np.flatnonzero(source.known & target.known)
@@ -97,7 +97,7 @@ class PublicTerm:
 def attraction(method: Method, settings: PrivateTraining, target: ClassMeans) -> ImageTerm:
     """lambda |psi(z_i) - (m_t^y - c0)|^2, a bound on the distance of the means by Jensen; 0 for a class without one."""
     means = _relative(target, settings)
-    weights = method.lmmd_weight * torch.from_numpy(target.known).double()
+    weights = method.domain_weight * torch.from_numpy(target.known).double()
 
     def term(adapted: Tensor, labels: Tensor) -> Tensor:
         return weights[labels] * (cut(adapted, settings) - means[labels]).square().sum(-1)
@@ -112,7 +112,7 @@ def witness(method: Method, settings: PrivateTraining, source: ClassMeans, targe
     common = source.known & target.known
     difference = _relative(source, settings) - _relative(target, settings)
     weights = np.zeros(len(common))
-    weights[common] = 2 * method.lmmd_weight / (max(common.sum(), 1) * source.shares[common])
+    weights[common] = 2 * method.domain_weight / (max(common.sum(), 1) * source.shares[common])
     directions = torch.from_numpy(weights)[:, None] * difference
 
     def term(adapted: Tensor, labels: Tensor) -> Tensor:

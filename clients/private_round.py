@@ -281,7 +281,7 @@ class PrivateRounds:
     def _mean_releases(self) -> MeanReleases:
         """Which class means the study's use of them asks for, and when they are not worth it."""
         study = self._agreed.study
-        if study.method.lmmd_weight == 0:
+        if study.method.domain_weight == 0:
             return NO_MEANS
         each_round = released_each_round(study.method, study.privacy)
         before = self._released() is not None
@@ -408,7 +408,7 @@ class PrivateRounds:
         adapter = self._adapter(parameters)
         classes, dim = initial.prompt_features.shape
         term = None
-        if study.method.lmmd_weight:
+        if study.method.domain_weight:
             rows = np.random.default_rng(20).standard_normal((2, classes, dim)) / np.sqrt(dim)
             shares = np.full(classes, 1 / classes)
             source, target = (ClassMeans(means, np.ones(classes, dtype=bool), shares) for means in rows)
@@ -471,7 +471,7 @@ class PrivateRounds:
     ) -> Mapping[Side, ClassMeans] | None:
         """The means that the study's use needs from the start: those released before, else released now, once a run."""
         study = self._agreed.study
-        if study.method.lmmd_weight == 0:
+        if study.method.domain_weight == 0:
             return None
         path, constants = self._means_path(), study.privacy
         sides = released_once(study.method, constants)

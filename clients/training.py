@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softmax
 
 from secure_fed.clients import one_sum
+from secure_fed.clients.adversary import Discriminator
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.lmmd import lmmd
 from secure_fed.core.errors import DataError
@@ -35,8 +36,8 @@ def train_round(
     """Train for ``training.steps`` mini-batches, from a fresh optimiser state.
 
     A mini-batch is the next ``batch_size`` images of a shuffled pass over the site's training images, or what is
-    left of the pass. With ``lmmd_weight``, each is aligned to a mini-batch of the site's own unlabelled images,
-    whose classes the adapter guesses; a site without any goes on without this term. The same arguments on one
+    left of the pass. With a domain term, each is aligned to a mini-batch of the site's own unlabelled
+    images; a site without any goes on without this term. The same arguments on one
     machine with one number of threads give the same bits; the global random state is not used.
 
     Args:
@@ -153,9 +154,13 @@ def _descend(adapter: Adapter, method: Method, training: Training, features: Sit
     sources = _batches(len(y), training.batch_size, np.random.default_rng([seed, 0]))
     # Their own order, so that unlabelled images do not change that of the labelled ones.
     targets = _batches(len(unlabelled), training.batch_size, np.random.default_rng([seed, 1]))
-    aligns = method.lmmd_weight > 0 and len(unlabelled) > 0
+    aligns = method.aligns if len(unlabelled) > 0 else "none"
     start = {name: value.detach().clone() for name, value in adapter.shared_parameters().items()}
-    optimizer = _optimizer(adapter, training)
+    learned = [value for _, value in sorted(adapter.named_parameters())]
+    if aligns == "adversarial":
+        discriminator = Discriminator(adapter.prompts.shape[1], seed)
+        learned += discriminator.parameters()
+    optimizer = _optimizer(learned, training)
     adapter.train()
     for _ in range(training.steps):
         chosen = next(sources)
@@ -172,18 +177,20 @@ def _descend(adapter: Adapter, method: Method, training: Training, features: Sit
         if training.prox > 0:
             moved = [(value - start[name]).square().sum() for name, value in adapter.shared_parameters().items()]
             loss = loss + training.prox / 2 * torch.stack(moved).sum()
-        if aligns:
+        if aligns == "lmmd":
             target = unlabelled[next(targets)]
             with torch.no_grad():
                 guesses = softmax(adapter.logits(target), dim=1)
-            loss = loss + method.lmmd_weight * lmmd(adapted, labels, target, guesses)
+            loss = loss + method.domain_weight * lmmd(adapted, labels, target, guesses)
+        elif aligns == "adversarial":
+            target = adapter.adapt(unlabelled[next(targets)])
+            loss = loss + method.domain_weight * discriminator.domain_term(adapted, target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
-def _optimizer(adapter: Adapter, training: Training) -> torch.optim.Optimizer:
-    parameters = [value for _, value in sorted(adapter.named_parameters())]
+def _optimizer(parameters: list[torch.nn.Parameter], training: Training) -> torch.optim.Optimizer:
     if training.optimizer == "adam":
         # Adam with L2 in the gradient, as in FACMIC, not AdamW.
         return torch.optim.Adam(

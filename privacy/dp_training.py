@@ -133,6 +133,12 @@ def refuse_method(method: Method) -> None:
             "the images and the adapter's gradient, so one patient moved the clipped sum by 4.4 times the clipping "
             "norm C; expected false"
         )
+    if method.aligns == "adversarial":
+        raise PrivateMethodError(
+            'method.adaptation = "adversarial" under differential privacy: the discriminator is trained without noise '
+            "on all patients together and its gradient reaches the gate, so that one patient changes everybody's "
+            'gradient, step by step; expected "lmmd", which uses released class means, or "none"'
+        )
     if method.adapter == "prompts":
         raise PrivateMethodError(
             'method.adapter = "prompts" under differential privacy: gradients pass through the text tower, where they '

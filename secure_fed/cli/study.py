@@ -93,7 +93,7 @@ def show(study: StudyPath, json_: Json = False) -> None:
         ("id", found.id),
         ("mode", found.mode),
         ("backbone", f"{found.backbone.model}, {found.backbone.weights}, digest {found.backbone.digest or 'not set'}"),
-        ("method", f"{method.adapter}, norm {method.norm}, loss {method.loss}, LMMD weight {method.lmmd_weight:g}"),
+        ("method", f"{method.adapter}, norm {method.norm}, loss {method.loss}, domain term: {method.domain_term}"),
         ("head", "one at each site, never shared" if method.private_head else "none of a site's own"),
         ("aggregation", f"{found.aggregation.rule}, learning rate {found.aggregation.learning_rate:g}"),
         (

@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -59,6 +59,7 @@ class PhantomSite:
         scanner: which scanner took the pictures, see :func:`scanner_of`.
         class_mix: shares of the patients by class, in the order of ``CLASSES``; any positive scale.
         unlabelled: share of the patients, in [0, 1), whose images carry no label.
+        unlabelled_scanner: which scanner took these patients' pictures, if it is another one.
     """
 
     name: str
@@ -66,6 +67,7 @@ class PhantomSite:
     scanner: int
     class_mix: tuple[float, float, float, float]
     unlabelled: float
+    unlabelled_scanner: int | None = field(default=None, repr=False)  # the site's seed is made of the others
 
 
 @dataclass(frozen=True)
@@ -356,9 +358,10 @@ def default_sites(count: int) -> list[PhantomSite]:
 def _check(site: PhantomSite) -> None:
     if not site.name or Path(site.name).name != site.name or site.name in {".", ".."}:
         raise DataError(f"site name {site.name!r}: expected a plain folder name")
-    if site.patients < 1 or site.scanner < 0 or not 0 <= site.unlabelled < 1:
+    scanners = [site.scanner] if site.unlabelled_scanner is None else [site.scanner, site.unlabelled_scanner]
+    if site.patients < 1 or min(scanners) < 0 or not 0 <= site.unlabelled < 1:
         raise DataError(
-            f"site {site.name}: {site.patients} patients, scanner {site.scanner}, share without label "
+            f"site {site.name}: {site.patients} patients, scanner {min(scanners)}, share without label "
             f"{site.unlabelled}; expected at least 1, at least 0 and a share in [0, 1)"
         )
     if len(site.class_mix) != len(CLASSES) or min(site.class_mix) < 0 or not 0 < sum(site.class_mix) < np.inf:
@@ -375,6 +378,7 @@ def _make_site(root: Path, seed: int, site: PhantomSite) -> None:
     rng.shuffle(labels)
     splits = _split(labels, site.unlabelled, rng)
     scanner = scanner_of(site.scanner)
+    other = scanner if site.unlabelled_scanner is None else scanner_of(site.unlabelled_scanner)
     make_folder(folder / "images")
     rows = []
     for number, (label, split) in enumerate(zip(labels.tolist(), splits, strict=True)):
@@ -384,7 +388,8 @@ def _make_site(root: Path, seed: int, site: PhantomSite) -> None:
         for position in range(int(rng.integers(1, 5))):
             facts = _neighbour(centre, position, rng)
             name = f"images/{number:04d}_{position}.png"
-            picture = Image.fromarray(render_slice(facts, scanner, anatomy, position))
+            taken_by = other if split == "unlabelled" else scanner
+            picture = Image.fromarray(render_slice(facts, taken_by, anatomy, position))
             picture.save(folder / name, compress_level=1)
             rows.append((name, patient, "" if split == "unlabelled" else label, split))
     table = io.StringIO()

@@ -165,7 +165,12 @@ class Method(FileModel):
         private_head: whether each site also trains a linear head of its own, which it never shares; not under
             differential privacy.
         loss: ``class_prompt`` (logit-adjusted cross-entropy) or the paper's in-batch ``contrastive``.
-        lmmd_weight: weight of the domain term against the site's own unlabelled images; 0 turns it off.
+        lmmd_weight: weight of LMMD.
+        adversarial_weight: weight of ``adversarial``.
+        adaptation: what aligns labelled features with those of the site's own unlabelled images: ``lmmd`` (FACMIC's,
+            by ``lmmd_weight``), ``adversarial`` (FAA-CLIP's private discriminator, by ``adversarial_weight``; not under
+            differential privacy) or ``none``, whatever the weights are. If it is not said: ``lmmd`` where
+            ``lmmd_weight`` is above 0, else ``none``.
         shrinkage: of ``gaussian_head``'s covariance towards a multiple of the identity; with a second round, in which
             validation patients choose it, only where there are none.
         min_patients: of ``gaussian_head``: a class with fewer in the sum is left out.
@@ -181,6 +186,8 @@ class Method(FileModel):
     private_head: bool = False
     loss: Literal["class_prompt", "contrastive"] = "class_prompt"
     lmmd_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    adversarial_weight: Annotated[float, Field(gt=0, le=1000)] = 0.5
+    adaptation: Literal["lmmd", "adversarial", "none"] | None = None
     shrinkage: Annotated[float, Field(gt=0, le=1)] = 0.01
     min_patients: Annotated[int, Field(ge=1, le=10**6)] = 5
     most_patients: Annotated[int, Field(ge=2, le=10**6)] = 1000
@@ -190,6 +197,31 @@ class Method(FileModel):
     def one_sum(self) -> bool:
         """Whether sites send statistics, once, instead of updates round by round."""
         return self.adapter == "gaussian_head"
+
+    @property
+    def aligns(self) -> Literal["lmmd", "adversarial", "none"]:
+        """What aligns labelled features with unlabelled ones."""
+        return self.adaptation or ("lmmd" if self.lmmd_weight > 0 else "none")
+
+    @property
+    def domain_weight(self) -> float:
+        """Weight of what aligns; 0 if nothing does."""
+        return {"lmmd": self.lmmd_weight, "adversarial": self.adversarial_weight, "none": 0.0}[self.aligns]
+
+    @property
+    def domain_term(self) -> str:
+        """What aligns and with which weight, in words."""
+        names = {"lmmd": "LMMD", "adversarial": "adversarial", "none": "none"}
+        return names[self.aligns] + (f", weight {self.domain_weight:g}" if self.aligns != "none" else "")
+
+    @field_validator("adaptation")
+    @classmethod
+    def _has_a_weight(cls, adaptation: str | None, info: ValidationInfo) -> str | None:
+        if adaptation == "lmmd" and info.data.get("lmmd_weight") == 0:
+            raise ValueError(
+                'lmmd_weight = 0 turns it off; expected its weight, such as lmmd_weight = 1.0 as in FACMIC, or "none"'
+            )
+        return adaptation
 
     @field_validator("private_head")
     @classmethod
@@ -433,6 +465,7 @@ class PhantomGroup(FileModel):
         scanner: which scanner took the pictures; each number is another one.
         class_mix: shares of the patients without a tumour, with glioma, meningioma and pituitary tumour; any scale.
         unlabelled: share of the patients whose images carry no label.
+        unlabelled_scanner: which scanner took these patients' pictures, if it is another one.
     """
 
     name: Name
@@ -440,6 +473,7 @@ class PhantomGroup(FileModel):
     scanner: Annotated[int, Field(ge=0)]
     class_mix: tuple[Share, Share, Share, Share]
     unlabelled: Share
+    unlabelled_scanner: Annotated[int, Field(ge=0)] | None = None
 
 
 class Simulation(FileModel):
@@ -686,7 +720,7 @@ class StudyFile(FileModel):
         if not method.one_sum:
             return (
                 f"{training.steps} steps a round of batches of {training.batch_size}, {training.optimizer}, learning "
-                f"rate {training.learning_rate:g}; loss {method.loss}; weight of the domain term {method.lmmd_weight:g}"
+                f"rate {training.learning_rate:g}; loss {method.loss}; domain term: {method.domain_term}"
             )
         basis = self.features.basis + (f", {self.features.dimensions} dimensions" if self.features.dimensions else "")
         how = f"{method.shrinkage:g}, declared" if self.rounds == 1 else "chosen by summed validation histograms"

@@ -549,7 +549,7 @@ def study_facts(agreed: AgreedStudy, kind: str) -> list[tuple[str, str]]:
         ("Sites", ", ".join(sites)),
         ("Rounds", f"{study.rounds}, at least {study.min_sites} sites each"),
         ("Backbone", f"{study.backbone.model}, frozen, digest {study.backbone.digest[:16]}"),
-        ("Method", f"{method.adapter}, loss {method.loss}, LMMD weight {method.lmmd_weight:g}"),
+        ("Method", f"{method.adapter}, loss {method.loss}, domain term: {method.domain_term}"),
         ("Trained values", f"{values:,}"),
         ("Local training", study.work if method.one_sum else f"{training.steps} steps of {training.batch_size} images, "
                            f"{training.optimizer}, learning rate {training.learning_rate:g}"),

@@ -27,6 +27,7 @@ from secure_fed.lab.simulation import Listener, RoundFacts, simulate
 from secure_fed.model.scores import SCALARS
 from secure_fed.protocol import codec
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.protocol.study import load_study
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, template_table
 
 
@@ -225,11 +226,12 @@ def test_local_only_trains_as_long_as_the_federation(
     "change",
     [
         {"method": {"adapter": "facmic", "norm": "batch", "lmmd_weight": 1.0, "loss": "contrastive"}},
+        {"method": {"adapter": "facmic", "norm": "batch", "adaptation": "adversarial", "loss": "contrastive"}},
         {"method": {"adapter": "low_rank", "rank": 4, "lmmd_weight": 0.5}},
         {"method": {"adapter": "text_head"}},
         {"encoding": {"bits": 11, "lanes": 3, "value_bound": 0.1, "share_validation": False}},
     ],
-    ids=["paper", "low rank", "text head", "three lanes"],
+    ids=["paper", "adversarial", "low rank", "text head", "three lanes"],
 )
 def test_every_method_runs_encrypted(images: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     heard = Heard()
@@ -238,6 +240,9 @@ def test_every_method_runs_encrypted(images: Path, tmp_path: Path, change: dict[
     assert (heard.rounds[0].validation is None) == ("encoding" in change)
     shared = safetensors.numpy.load((tmp_path / "out/adapter.safetensors").read_bytes())
     assert not any("running" in name or "mean" in name or "var" in name for name in shared)
+    assert {name for name in shared if name.startswith("adapter.")} == {
+        f"adapter.{name}" for name in load_study(tmp_path / "out/study.toml").initial.adapter
+    }  # no discriminator, for one
 
 
 def _start(out: Path, images: Path, template: Path, *more: str) -> subprocess.Popen[str]:

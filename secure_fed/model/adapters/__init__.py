@@ -14,13 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.core.errors import StudyError
-from secure_fed.model.adapters._base import PRIVATE_HEAD, Adapter, Start, class_prompt_loss, contrastive_loss
+from secure_fed.model.adapters._base import (
+    PRIVATE_HEAD,
+    Adapter,
+    Start,
+    batch_norm,
+    class_prompt_loss,
+    contrastive_loss,
+)
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol.study import Method, StudyFile
 
 __all__ = [
     "PRIVATE_HEAD",
     "Adapter",
+    "batch_norm",
     "build_adapter",
     "check_method",
     "class_prompt_loss",
@@ -37,10 +45,13 @@ def check_method(method: Method) -> None:
     Raises:
         StudyError: a domain term for an adapter that moves no image feature.
     """
-    if method.lmmd_weight > 0 and not _kind(method).moves_features:
+    if method.aligns != "none" and not _kind(method).moves_features:
+        found, expected = f"method.lmmd_weight = {method.lmmd_weight:g}", "0"
+        if method.adaptation is not None:
+            found, expected = f'method.adaptation = "{method.adaptation}"', '"none"'
         raise StudyError(
-            f"method.lmmd_weight = {method.lmmd_weight:g}: {method.adapter} moves no image feature, so there is "
-            "nothing to align; expected 0: set it, or take another adapter"
+            f"{found}: {method.adapter} moves no image feature, so there is nothing to align; expected {expected}: set "
+            "it, or take another adapter"
         )
 
 

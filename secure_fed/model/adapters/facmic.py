@@ -10,11 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, linear, normalize, softmax
 
-from secure_fed.model.adapters._base import Adapter, Start
+from secure_fed.model.adapters._base import NORM_EPSILON, Adapter, Start, batch_norm
 from secure_fed.protocol.study import Method
-
-NORM_EPSILON = 1e-5
-"""Added to a variance before its root, as torch does in both norms."""
 
 
 class AttentionGate(Adapter):
@@ -86,12 +83,7 @@ class AttentionGate(Adapter):
 
     def _batch_norm(self, hidden: Tensor) -> Tensor:
         if self.training:
-            # The kernel under nn.functional.batch_norm, which would refuse a batch of one; twice as fast as by hand.
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            normed = torch.batch_norm(
-                rows, self.norm_weight, self.norm_bias, None, None, True, 0.0, NORM_EPSILON, False
-            )
-            return normed.reshape(hidden.shape)
+            return batch_norm(hidden, self.norm_weight, self.norm_bias)
         if self._statistics is not None:
             mean, variance = self._statistics
         else:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from secure_fed.clients import training as module
+from secure_fed.clients.adversary import Discriminator
 from secure_fed.clients.features import Labelled, SiteFeatures
 from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
 from secure_fed.core.errors import DataError
@@ -24,6 +25,8 @@ METHODS = {
     "text_head contrastive": Method(adapter="text_head", loss="contrastive"),
     "fedclip": Method(adapter="fedclip"),
     "private head": Method(private_head=True),
+    "adversarial": Method(adaptation="adversarial"),
+    "FAA-CLIP": Method(norm="batch", loss="contrastive", adaptation="adversarial"),
 }
 
 
@@ -186,6 +189,35 @@ def test_optimizer_is_torchs_with_l2_in_the_gradient(optimizer):
                     value -= 0.01 * first / (1 - 0.9**step) / corrected
     for name, value in adapter.shared_parameters().items():
         np.testing.assert_allclose(found[name], value.detach().numpy(), atol=2e-5)
+
+
+def test_adversarial_training_is_one_descent_of_gate_and_discriminator():
+    # FAA-CLIP: gate and discriminator share an optimiser; the reversed gradient is what sets them against each other.
+    rate, weight = 0.05, 0.7
+    settings = {"steps": 3, "learning_rate": rate, "batch_size": 1000, "optimizer": "sgd", "momentum": 0.0}
+    method = Method(adaptation="adversarial", adversarial_weight=weight)
+    agreed, site = agreement(method, **settings), features(train=20, unlabelled=12)
+    found = train_round(agreed, agreed.initial.adapter, site, 5)
+    adapter = build_adapter(method, agreed.initial.prompt_features, SCALE, agreed.initial.adapter)
+    judge = Discriminator(DIM, 5)
+    gate, judged = list(adapter.shared_parameters().values()), list(judge.parameters())
+    # Batch norm adds rows up in their order.
+    x, y, target = torch.from_numpy(site.train.x), torch.from_numpy(site.train.y), torch.from_numpy(site.unlabelled)
+    prior = torch.log(torch.bincount(y, minlength=CLASSES) / len(y))
+    ones, zeros = torch.ones(len(x)), torch.zeros(len(target))
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    for _ in range(3):
+        adapted = adapter.adapt(x)
+        told = (entropy(judge(adapted), ones) + entropy(judge(adapter.adapt(target)), zeros)) / 2
+        label = class_prompt_loss(adapter.compare(adapted), y, prior).mean()
+        down = torch.autograd.grad(label - weight * told, gate, retain_graph=True)
+        theirs = torch.autograd.grad(weight * told, judged)
+        with torch.no_grad():
+            for value, gradient in zip([*gate, *judged], [*down, *theirs], strict=True):
+                value -= rate * gradient
+    for name, value in adapter.shared_parameters().items():
+        np.testing.assert_allclose(found[name], value.detach().numpy(), atol=2e-5)
+    assert not same(found, train_round(agreement(Method(), **settings), agreed.initial.adapter, site, 5))
 
 
 def test_values_that_do_not_move_come_back_exactly():

@@ -187,6 +187,7 @@ def test_default_sites_differ() -> None:
         {"name": ".."},
         {"patients": 0},
         {"scanner": -1},
+        {"unlabelled_scanner": -1},
         {"unlabelled": 1.0},
         {"class_mix": (0.0, 0.0, 0.0, 0.0)},
         {"class_mix": (1.0, -0.1, 1.0, 1.0)},
@@ -229,3 +230,16 @@ def test_two_thousand_pictures_in_twenty_seconds(tmp_path: Path) -> None:
     taken = time.process_time() - start
     count = len(rows_of(tmp_path / "many"))
     assert taken * 2000 / count < 20
+
+
+def test_unlabelled_patients_may_have_another_scanner_and_nothing_else_changes(tmp_path: Path) -> None:
+    moved = replace(SITE, unlabelled_scanner=9)
+    make_phantoms(tmp_path / "one", [SITE], seed=7)
+    make_phantoms(tmp_path / "two", [moved], seed=7)
+    one, two = (tmp_path / name / SITE.name for name in ("one", "two"))
+    assert (one / "manifest.csv").read_bytes() == (two / "manifest.csv").read_bytes()
+    rows = list(csv.DictReader((one / "manifest.csv").open()))
+    assert {row["split"] == "unlabelled" for row in rows} == {True, False}
+    for row in rows:
+        equal = (one / row["path"]).read_bytes() == (two / row["path"]).read_bytes()
+        assert equal == (row["split"] != "unlabelled")

@@ -148,6 +148,8 @@ def test_a_domain_term_needs_features_that_move(adapter):
         initial_parameters(method, DIM, PROMPTS, 0)
     with pytest.raises(StudyError, match="expected 0"):
         build_adapter(method, PROMPTS, SCALE, {"offsets": PROMPTS.astype(float)})
+    with pytest.raises(StudyError, match=r'adaptation = "adversarial": .* moves no image feature.*expected "none"'):
+        initial_parameters(Method(adapter=adapter, adaptation="adversarial"), DIM, PROMPTS, 0)
 
 
 def test_private_head_adds_to_the_logits_and_is_not_shared():

@@ -211,7 +211,11 @@ def test_a_public_term_is_added_after_the_noise() -> None:
 
 @pytest.mark.parametrize(
     ("method", "reason"),
-    [({"loss": "contrastive"}, "18 times the clipping norm.*class_prompt"), ({"norm": "batch"}, "4.4 times.*layer")],
+    [
+        ({"loss": "contrastive"}, "18 times the clipping norm.*class_prompt"),
+        ({"norm": "batch"}, "4.4 times.*layer"),
+        ({"adaptation": "adversarial"}, "discriminator is trained without noise.*lmmd"),
+    ],
 )
 def test_the_papers_losses_are_refused_with_the_reason(method: dict[str, str], reason: str) -> None:
     with pytest.raises(PrivateMethodError, match=reason):

@@ -15,6 +15,7 @@ from secure_fed.core.errors import BackboneDigestError, OutputError, SiteFileErr
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.operate.new_study import new_study
 from secure_fed.protocol.study import (
+    Method,
     Simulation,
     Study,
     Template,
@@ -122,6 +123,13 @@ def test_simulated_sites_beside_each_other_share_nothing(tmp_path: Path) -> None
         (lambda t: t["backbone"].pop("seed"), "backbone.seed", "takes seed"),
         (lambda t: t["backbone"].update(weights="file"), "backbone.seed", "takes file"),
         (lambda t: t["method"].update(adapter="_base"), "method.adapter", "expected one of facmic, fedclip,"),
+        (
+            lambda t: t["method"].update(adaptation="lmmd", lmmd_weight=0.0),
+            "method.adaptation = 'lmmd'",
+            "lmmd_weight = 0 turns it off",
+        ),
+        (lambda t: t["method"].update(adaptation="coral"), "method.adaptation = 'coral'", "'adversarial' or 'none'"),
+        (lambda t: t["method"].update(adversarial_weight=0.0), "method.adversarial_weight", "greater than 0"),
         (lambda t: t.update(aggregation={"learning_rate": 0.5}), "aggregation.learning_rate", "expected 1"),
         (lambda t: t.update(aggregation={"rule": "fedadam", "tau": 0}), "aggregation.tau", "greater than 0"),
         (lambda t: t["training"].update(prox=-1), "training.prox", "greater than or equal to 0"),
@@ -179,6 +187,21 @@ def test_new_fields_and_other_defaults_leave_old_ids_alone(tmp_path: Path, monke
     assert read_study_file(again).id == whole.id
     monkeypatch.setattr(Training.model_fields["weight_decay"], "default", 0.5)
     assert read_study_file(again).id == whole.id
+
+
+@pytest.mark.parametrize(
+    ("table", "aligns", "weight"),
+    [
+        ({}, "none", 0.0),
+        ({"lmmd_weight": 0.3}, "lmmd", 0.3),
+        ({"lmmd_weight": 0.3, "adaptation": "lmmd"}, "lmmd", 0.3),
+        ({"lmmd_weight": 0.3, "adaptation": "none"}, "none", 0.0),
+        ({"lmmd_weight": 0.3, "adaptation": "adversarial"}, "adversarial", 0.5),
+    ],
+)
+def test_one_field_says_what_aligns_and_studies_of_before_keep_lmmd(table: Any, aligns: str, weight: float) -> None:
+    method = Method.model_validate(table)
+    assert (method.aligns, method.domain_weight) == (aligns, weight)
 
 
 def test_a_path_that_does_not_exist_is_looked_up_among_the_packaged_configs(
