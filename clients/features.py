@@ -26,7 +26,7 @@ from secure_fed.clients.encoding import View, encode_all
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError, fault_lines
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
-from secure_fed.model.device import Device
+from secure_fed.model.device import Device, kind_of
 from secure_fed.protocol.study import AgreedStudy, Backbone
 
 Progress = Callable[[int, int], None]
@@ -468,7 +468,7 @@ def _recipe(backbone: Backbone, device: Device) -> str:
             "model": backbone.model,
             "tag": backbone.tag,
             "config": hashlib.sha256(ours.read_bytes()).hexdigest() if ours.is_file() else None,
-            "device": device,
+            "device": kind_of(device),
             "versions": {name: version(name) for name in _LIBRARIES},
         },
         sort_keys=True,

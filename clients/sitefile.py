@@ -95,8 +95,9 @@ class SiteFile(FileModel):
         amendments: which rotations of the study's key are applied unasked: all, those by which no site joins, or
             none; others are accepted by hand.
         threads: CPU threads of training; other counts give other rounding.
-        device: where images are encoded and the adapter is trained: ``auto`` takes a CUDA card if there is one.
-            Training under differential privacy, in double precision, stays on the CPU.
+        device: where images are encoded and the adapter is trained: ``auto`` takes a CUDA card if there is one,
+            ``cuda:1`` the card of that number. Training under differential privacy, in double
+            precision, stays on the CPU.
         features: file of the feature cache, if not ``STATE/features.sqlite``; studies of one site may share it.
         skip_unreadable: go on without images that cannot be decoded.
     """

@@ -386,15 +386,25 @@ class SuperLink:
         """Whether the listeners still answer."""
         return self._thread.is_alive()
 
-    def look_after_certificate(self) -> None:
-        """Take a certificate that was renewed, for the connections from now on; warn before the one in use ends."""
+    @property
+    def certificate_until(self) -> str:
+        """When the certificate in use ends, UTC."""
+        return f"{self._certificate.until:%Y-%m-%dT%H:%M:%SZ}"
+
+    def look_after_certificate(self) -> bool:
+        """Take a certificate that was renewed, for the connections from now on; warn before the one in use ends.
+
+        Returns:
+            Whether a new one was taken.
+        """
         now = time.monotonic()
         if now - self._looked_at_certificate < CERTIFICATE_SECONDS:
-            return
+            return False
         self._looked_at_certificate = now
-        held = self._certificate
+        held, taken = self._certificate, False
         try:
-            if held.look():
+            taken = held.look()
+            if taken:
                 self._warned = -math.inf
                 log.info("a new certificate is in use, valid until %s", f"{held.until:%Y-%m-%d}")
         except CertificateError as error:
@@ -406,6 +416,7 @@ class SuperLink:
                 "with secfacmic study ca --renew, while the server is running",
                 f"{held.until:%Y-%m-%d}",
             )
+        return taken
 
     def register(self, sites: Mapping[str, str]) -> None:
         """Let in these sites, and no others.

@@ -23,7 +23,6 @@ from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Member, load_study
 from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.flower_link import SuperLink
-from secure_fed.server.metrics import serve_metrics
 from secure_fed.transport.flower_messages import contract
 
 log = logging.getLogger(__name__)
@@ -55,9 +54,7 @@ class ServerFolders:
         return Coordinator(agreed, self.state, load_signing_key(ServerState(self.state).key), self.keep_envelopes)
 
 
-def serve(
-    folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None, metrics: int | None = None
-) -> None:
+def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None) -> None:
     """Serve a study until it is over.
 
     Args:
@@ -65,7 +62,6 @@ def serve(
         mode: must be the study's, so that nobody serves in plain by oversight.
         listen: host and port for the sites.
         key: a sealed key file with which a run is to begin, if it has not yet.
-        metrics: port on loopback for Prometheus, if it is to be served.
 
     Raises:
         StudyError: the study has another mode, or no run was begun.
@@ -84,9 +80,8 @@ def serve(
     link = SuperLink(ServerState(folders.state).certificates, listen, _flower_keys(members))
     study = agreed.study
     facts = {"study": study.name, "study_id": study.id, "rounds": study.rounds, "min_sites": study.min_sites}
-    StatusFile(folders.state).begin("server", **facts, listen=f"{listen[0]}:{listen[1]}", restarts=0)
-    if metrics is not None:
-        serve_metrics(folders.state, metrics)
+    facts |= {"listen": f"[{listen[0]}]:{listen[1]}" if ":" in listen[0] else f"{listen[0]}:{listen[1]}"}
+    StatusFile(folders.state).begin("server", **facts, certificate_until=link.certificate_until, restarts=0)
     log.info("study %s, %d rounds, mode %s; listening on %s:%d", agreed.study.name, agreed.study.rounds, mode, *listen)
     try:
         _supervise(link, agreed, folders)
@@ -152,7 +147,8 @@ def _supervise(link: SuperLink, agreed: AgreedStudy, folders: ServerFolders) -> 
             }
             _hand_over(child, setup)
             while child.poll() is None and link.alive:
-                link.look_after_certificate()
+                if link.look_after_certificate():
+                    StatusFile(folders.state).tell(certificate_until=link.certificate_until)
                 time.sleep(0.1)
         finally:
             stop([child])

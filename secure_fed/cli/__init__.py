@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import sys
+from typing import Annotated
 
 import typer
 import typer.core
@@ -41,7 +43,6 @@ typer.core.HAS_RICH = False  # else brackets are escaped for a markup that is of
 
 app = typer.Typer(
     name="secfacmic",
-    help="Hospitals train one image classifier together and show each other nothing.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -71,6 +72,21 @@ app.command()(doctor.doctor)
 app.command()(drill.drill)
 app.command()(explain.explain)
 app.command()(audit.audit)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"secfacmic {importlib.metadata.version('secfacmic')}")
+        raise typer.Exit
+
+
+@app.callback()
+def secfacmic(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Hospitals train one image classifier together and show each other nothing."""
 
 
 INTERRUPTED = 130

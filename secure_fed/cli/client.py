@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secure_fed.cli.output import SITE_HELP, Delta, Device, Epsilon, Pace, console
+from secure_fed.cli.output import SITE_HELP, Delta, Device, Epsilon, Metrics, Pace, console, host_and_port
 
 if TYPE_CHECKING:
     from secure_fed.clients.sitefile import SiteFile
@@ -27,6 +27,7 @@ def client(
     epsilon: Epsilon = None,
     delta: Delta = None,
     device: Device = None,
+    metrics: Metrics = None,
 ) -> None:
     """Take part in a study until it is over; started again, it goes on.
 
@@ -41,9 +42,10 @@ def client(
     from secure_fed.operate.taking_part import take_part
 
     log_lines()
+    figures = None if metrics is None else host_and_port(metrics, "--metrics", "127.0.0.1")
     file = with_device(with_budget(read_site_file(site), epsilon, delta), device)
     at_a_terminal = sys.stderr.isatty()
-    take_part(file, _logged_progress(file.site), in_full=at_a_terminal)
+    take_part(file, _logged_progress(file.site), figures, in_full=at_a_terminal)
     if at_a_terminal:  # logs name no place of this machine
         for line in _next_steps(file, site):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

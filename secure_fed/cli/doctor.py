@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secure_fed.cli.output import Json, out, print_json
+from secure_fed.cli.output import Json, host_and_port, out, print_json
 
 if TYPE_CHECKING:
     from secure_fed.operate.doctor import Finding
@@ -41,10 +41,9 @@ def doctor(
         findings = _shown(examine_site(site), json_)
     else:
         from secure_fed.cli.journal import study_path
-        from secure_fed.cli.server import listen_address
 
         assert server is not None
-        address = None if listen is None else listen_address(listen)
+        address = None if listen is None else host_and_port(listen, "--listen")
         findings = _shown(examine_server(server, study_path(study, server), address), json_)
     failed = sum(not finding.ok for finding in findings)
     if json_:

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from secure_fed.core.errors import AddressError
+
 console = Console(stderr=True)
 out = Console()
+
+_DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
+
+
+def _device(value: str | None) -> str | None:
+    if value is not None and not _DEVICES.fullmatch(value):
+        raise typer.BadParameter(f"{value!r} is none; expected auto, cpu, cuda or a card by its number, as cuda:1")
+    return value
+
 
 Epsilon = Annotated[
     float | None, typer.Option(help="Privacy budget of each patient; once set, it can only be lowered.")
 ]
 Delta = Annotated[float | None, typer.Option(help="The budget's delta; 1e-5 unless site.toml says otherwise.")]
 Device = Annotated[
-    Literal["auto", "cpu", "cuda"] | None,
-    typer.Option(help="Where images are encoded and adapters trained, if not as site.toml says; auto is the default."),
+    str | None,
+    typer.Option(
+        metavar="auto|cpu|cuda|cuda:N",
+        help="Where images are encoded and adapters trained; auto, unless site.toml says otherwise.",
+        callback=_device,
+    ),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[HOST:]PORT",
+        help="Serve figures for Prometheus there, on 127.0.0.1 without a host, to who has STATE/metrics.token.",
+    ),
 ]
 SITE_HELP = "The site's site.toml, or its folder."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
@@ -50,6 +73,29 @@ class Pace:
         left = (total - done) / rate
         remaining = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 6000 else f"{left / 3600:.1f} h"
         return f"{done:,} of {total:,}, {rate:.3g}/s, {remaining} left"
+
+
+def host_and_port(text: str, option: str, host: str | None = None) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``, an IPv6 address in brackets.
+
+    Args:
+        text: what was given.
+        option: with which it was given.
+        host: where a port alone is meant; None refuses it.
+
+    Raises:
+        AddressError: it is none.
+    """
+    before, colon, port = text.rpartition(":")
+    if not colon and host is not None:
+        before = host
+    inside = before.removeprefix("[").removesuffix("]")
+    bracketed = before == f"[{inside}]"
+    if not inside or not (port.isascii() and port.isdigit()) or not 0 <= int(port) <= 65535:
+        raise AddressError(f"{option} {text}: expected HOST:PORT with a port up to 65535, as 0.0.0.0:8443")
+    if (":" in inside) != bracketed:
+        raise AddressError(f"{option} {text}: expected an IPv6 address in brackets, and nothing else, as [::1]:8443")
+    return inside, int(port)
 
 
 def print_json(document: Any) -> None:

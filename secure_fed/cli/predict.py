@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from secure_fed.cli.output import Json, console, print_json
+from secure_fed.cli.output import Device, Json, console, print_json
 
 
 def predict(
@@ -27,7 +27,7 @@ def predict(
     most_pixels: Annotated[
         int | None, typer.Option(min=1, help="Of one picture, as in site.toml; about 89 million if not given.")
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where images are encoded.")] = "auto",
+    device: Device = None,
     json_: Json = False,
 ) -> None:
     """Calibrated probabilities of each class for every image of a folder, and for every patient."""
@@ -46,7 +46,7 @@ def predict(
             checkpoint,
             skip_unreadable=skip_unreadable,
             most_pixels=most_pixels or MOST_PIXELS,
-            device=choose_device(device),
+            device=choose_device(device or "auto"),
             progress=lambda done, total: status.update(f"{done} of {total} images"),
         )
     document = found.document()

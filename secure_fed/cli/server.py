@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from secure_fed.core.errors import AddressError, SecfacmicError
+from secure_fed.cli.output import Metrics, host_and_port
+from secure_fed.core.errors import SecfacmicError
 
 
 def server(
@@ -21,9 +22,7 @@ def server(
     keep_envelopes: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the envelopes of every sum, to recompute it.")
     ] = None,
-    metrics: Annotated[
-        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Serve Prometheus metrics on 127.0.0.1:PORT.")
-    ] = None,
+    metrics: Metrics = None,
 ) -> None:
     """Serve a study to its sites until it is over; started again, it goes on.
 
@@ -34,25 +33,17 @@ def server(
     die_with_parent()
     end_on_sigterm()
     be_quiet_outside()
+    from secure_fed.operate.metrics import serve_metrics
     from secure_fed.operate.running import running
     from secure_fed.server.supervisor import ServerFolders, serve
 
     log_lines()
     with running(state, "server") as status:
         try:
-            serve(ServerFolders(study, state, keep_envelopes), mode, listen_address(listen), key, metrics)
+            address = host_and_port(listen, "--listen")
+            if metrics is not None:
+                serve_metrics(state, host_and_port(metrics, "--metrics", "127.0.0.1"))
+            serve(ServerFolders(study, state, keep_envelopes), mode, address, key)
         except SecfacmicError as error:
             status.error(str(error))
             raise
-
-
-def listen_address(text: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``.
-
-    Raises:
-        AddressError: it is none.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise AddressError(f"--listen {text}: expected HOST:PORT, as 0.0.0.0:8443")
-    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -11,6 +11,7 @@ In both:
 | ``ledger_heads.json`` | the newest privacy-ledger head seen of every site | replica, coordinator |
 | ``status.json`` | where the process stands | the running process |
 | ``log/NAME.jsonl`` | what it reported | the running process |
+| ``metrics.token`` | by which the process's figures may be read | the running process |
 | ``closed`` | that the study is over for good | ``study close`` |
 
 At a site:
@@ -258,6 +259,11 @@ class StateFolder:
     def status(self) -> Path:
         """Where the process stands."""
         return self.path / "status.json"
+
+    @property
+    def metrics_token(self) -> Path:
+        """The token by which the process's figures may be read."""
+        return self.path / "metrics.token"
 
     @property
     def logs(self) -> Path:

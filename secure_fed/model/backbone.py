@@ -35,7 +35,7 @@ from secure_fed.model.backbone_form import (
     with_activation,
 )
 from secure_fed.model.backbone_hub import download
-from secure_fed.model.device import Device
+from secure_fed.model.device import Device, kind_of
 from secure_fed.model.text_tower import TextTower
 from secure_fed.model.weights import write_weights
 from secure_fed.protocol.study import Backbone, canonical_json
@@ -343,8 +343,9 @@ def image_size(backbone: Backbone) -> int | None:
 
 
 def _multiplies_bfloat16(device: Device) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if kind_of(device) == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 

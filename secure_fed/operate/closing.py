@@ -102,6 +102,7 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
             folder.accepted: "who accepted the study, and when",
             folder.sent: "what left this site",
             folder.status: "where the site's process stood last",
+            folder.metrics_token: "the token for its figures, to which nothing answers any more",
             folder.logs: "what the site's process reported",
         }
         if not destroy_identity:
@@ -136,6 +137,7 @@ def close_server(state: Path, agreed: AgreedStudy, *, abandon: bool) -> Closed:
             folder.ledger_heads: "how far each site's privacy ledger has come",
             folder.certificates: "certificates, which are public",
             folder.status: "where the server stood last",
+            folder.metrics_token: "the token for its figures, to which nothing answers any more",
             folder.logs: "what the server reported",
         }
         return Closed(rounds, erased, _present(remains))

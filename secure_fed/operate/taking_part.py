@@ -20,6 +20,7 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import RoundFailedError, SecfacmicError, SiteFileError, StorageError
 from secure_fed.core.status import StatusFile
+from secure_fed.operate.metrics import serve_metrics
 from secure_fed.operate.running import running
 from secure_fed.operate.site_results import write_results
 from secure_fed.privacy.ledger import Ledger
@@ -28,12 +29,19 @@ from secure_fed.protocol.study import load_study
 log = logging.getLogger(__name__)
 
 
-def take_part(file: SiteFile, progress: Progress | None = None, *, in_full: bool = False) -> None:
+def take_part(
+    file: SiteFile,
+    progress: Progress | None = None,
+    metrics: tuple[str, int] | None = None,
+    *,
+    in_full: bool = False,
+) -> None:
     """Take part in a study until it is over; called again, it goes on.
 
     Args:
         file: the site's, paths absolute, with the budget and device of this run.
         progress: is told how many images are decoded and encoded, of how many.
+        metrics: host and port at which to serve its figures, if they are to be served.
         in_full: whether only people of the site read a refusal, as at a terminal: it may then quote names of images and
             patients. Status and log never do.
 
@@ -51,6 +59,8 @@ def take_part(file: SiteFile, progress: Progress | None = None, *, in_full: bool
     file.state_folder.begin()
     with running(state, "site") as status, _reported(file, status, in_full):
         status.begin("site", site=file.site, study=study.name, study_id=study.id, rounds=study.rounds, round=0)
+        if metrics is not None:
+            serve_metrics(state, metrics)
         site = Site(file, agreed)
         require_acceptance(file, agreed, site.signing_key)
         status.tell(run=site.run, round=site.round, finished=site.finished)

@@ -17,6 +17,8 @@ import yaml
 
 from secure_fed.cli import app
 from secure_fed.core.exit_codes import pages
+from secure_fed.core.status import StatusFile
+from secure_fed.operate.metrics import _StatusCollector
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -101,6 +103,25 @@ def test_compose_runs_commands_that_exist() -> None:
     # The server listens where the page's step 5 does.
     page = (ROOT / "docs" / "deploy.md").read_text()
     assert "secfacmic " + shlex.join(services["server"]["command"]) in page
+
+
+def test_alerts_are_on_figures_that_there_are(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path)
+    status.begin("server")
+    status.tell(sites={"ash": {"role": "train", "connected": True, "in": True}})
+    shown = {sample.name for metric in _StatusCollector(status).collect() for sample in metric.samples}
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert len({rule["alert"] for rule in rules}) == len(rules) > 5
+    for rule in rules:
+        used = set(re.findall(r"secfacmic_\w+", rule["expr"]))
+        assert used <= shown, used - shown
+        assert used or "up{" in rule["expr"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
+def test_prometheus_takes_the_alerts() -> None:
+    found = subprocess.run(["promtool", "check", "rules", str(DEPLOY / "alerts.yml")], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_the_image_is_made_of_what_is_here() -> None:

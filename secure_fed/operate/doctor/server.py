@@ -94,7 +94,7 @@ def _port(state: Path, listen: tuple[str, int] | None) -> str:
     told = str(StatusFile(state).read().get("listen", ""))
     if listen is None:
         host, _, port = (told or "127.0.0.1:8443").rpartition(":")
-        listen = host, int(port)
+        listen = host.strip("[]"), int(port)
     host, number = listen
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if is_running(state):

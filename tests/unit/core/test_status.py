@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
+import re
 import socket
 import threading
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -13,11 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
+from secure_fed.cli.output import host_and_port
 from secure_fed.core import status as module
 from secure_fed.core.errors import AddressError, RecordError, StorageError
 from secure_fed.core.status import StatusFile, is_running, keep_log
 from secure_fed.core.storage import exclusive
-from secure_fed.server.metrics import serve_metrics
+from secure_fed.operate.metrics import serve_metrics
 from tests.conftest import Federation, exchange, run_round
 
 
@@ -164,7 +168,7 @@ def test_who_has_done_its_work_is_not_said_to_be_down(finished_run: Path, tmp_pa
     assert "site: NOT running" in shown.pop()  # no process has ever said that it is over
 
 
-def test_metrics_on_loopback(tmp_path: Path) -> None:
+def test_metrics_for_who_has_the_token(tmp_path: Path) -> None:
     status = StatusFile(tmp_path)
     status.begin("server", study="small", rounds=3, min_sites=3, restarts=1)
     sites = {
@@ -172,10 +176,14 @@ def test_metrics_on_loopback(tmp_path: Path) -> None:
         "elm": {"role": "train", "connected": False, "in": False},
     }
     status.tell(round=2, sites=sites, rounds_closed=1, bytes_up=4200, last_round_seconds=1.5, finished=False)
+    status.tell(certificate_until="2026-01-01T00:00:00Z", updated="2026-01-01T00:00:01Z")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    serve_metrics(tmp_path, port)
-    text = fetch(port)
+    serve_metrics(tmp_path, ("127.0.0.1", port))
+    path = tmp_path / "metrics.token"
+    assert path.stat().st_mode & 0o077 == 0
+    token = path.read_text().strip()
+    text = fetch(port, token)
     for line in (
         "secfacmic_round 2.0",
         "secfacmic_rounds 3.0",
@@ -186,20 +194,75 @@ def test_metrics_on_loopback(tmp_path: Path) -> None:
         "secfacmic_bytes_up_total 4200.0",
         "secfacmic_restarts_total 1.0",
         "secfacmic_round_seconds 1.5",
+        "secfacmic_certificate_until_seconds 1.7672256e+09",
+        "secfacmic_last_error_seconds 0.0",
     ):
         assert f"\n{line}\n" in text, line
     status.tell(round=3)
-    assert "\nsecfacmic_round 3.0\n" in fetch(port)  # read anew each time
+    assert "\nsecfacmic_round 3.0\n" in fetch(port, token)  # read anew each time
     # On no other address of this machine.
     with pytest.raises(OSError):
         socket.create_connection((own_address(), port), 5)
     with pytest.raises(AddressError, match="choose another with --metrics"):
-        serve_metrics(tmp_path, port)
+        serve_metrics(tmp_path, ("127.0.0.1", port))
+    for wrong in ("", "x", token[:-1], token + "x", "ü"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            fetch(port, wrong)
     assert threading.active_count() < 50
 
 
-def fetch(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+def test_metrics_of_a_site_say_nothing_but_where_it_stands(tmp_path: Path) -> None:
+    """The allow-list: whatever else a status may hold one day is not shown."""
+    status = StatusFile(tmp_path)
+    status.begin("site", site="ash", study="small", rounds=3, images=4711)
+    status.tell(round=2, finished=False)
+    (tmp_path / "metrics.token").write_text("kept over restarts\n")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as probe:
+        port = probe.getsockname()[1]
+    serve_metrics(tmp_path, ("::1", port))
+    text = fetch(port, "kept over restarts", "[::1]")
+    names = {line.split()[0] for line in text.splitlines() if not line.startswith("#")}
+    assert names == {
+        *("secfacmic_round", "secfacmic_rounds", "secfacmic_finished"),
+        *("secfacmic_updated_seconds", "secfacmic_last_error_seconds"),
+    }
+    assert "4711" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("0.0.0.0:8443", ("0.0.0.0", 8443)),
+        ("[::1]:8443", ("::1", 8443)),
+        ("fl.example.org:1", ("fl.example.org", 1)),
+        ("::1:8443", None),
+        ("[::1:8443", None),
+        ("[fl]:1", None),
+        ("8443", None),
+        (":8443", None),
+        ("h:65536", None),
+        ("h:1\u00b2", None),
+        ("h:", None),
+    ],
+)
+def test_an_address_to_listen_on_is_unmistakable(text: str, found: tuple[str, int] | None) -> None:
+    if found is not None:
+        assert host_and_port(text, "--listen") == found
+        return
+    with pytest.raises(AddressError, match=rf"--listen {re.escape(text)}: expected"):
+        host_and_port(text, "--listen")
+    assert host_and_port("9464", "--metrics", "127.0.0.1") == ("127.0.0.1", 9464)
+
+
+def test_the_version_is_said() -> None:
+    said = CliRunner().invoke(app, ["--version"])
+    assert (said.exit_code, said.output) == (0, f"secfacmic {importlib.metadata.version('secfacmic')}\n")
+
+
+def fetch(port: int, token: str, host: str = "127.0.0.1") -> str:
+    headers = {"Authorization": f"Bearer {token}".encode().decode("latin-1")}
+    request = urllib.request.Request(f"http://{host}:{port}/metrics", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return str(answer.read().decode())
 
 

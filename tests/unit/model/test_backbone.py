@@ -251,8 +251,27 @@ def test_devices(monkeypatch):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [choose_device(choice) for choice in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     assert [describe_device(device) for device in ("cpu", "cuda")] == ["cpu", "cuda (A card)"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device(choice) for choice in ("cuda:0", "cuda:1")] == ["cuda:0", "cuda:1"]
+    assert describe_device("cuda:1") == "cuda:1 (A card)"
+    with pytest.raises(DeviceError, match="finds 2 cards here; expected a number from 0 to 1"):
+        choose_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=r'device = "cuda:1".*finds no card'):
+        choose_device("cuda:1")
+
+
+@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda:1 ", "CUDA", "cuda:123"])
+def test_a_device_that_is_none_is_refused_where_it_is_written(text, tmp_path):
+    from typer.testing import CliRunner
+
+    from secure_fed.cli import app
+
+    refused = CliRunner().invoke(app, ["client", "--site", str(tmp_path / "site.toml"), "--device", text])
+    assert refused.exit_code == 2
+    assert "cuda:1" in refused.output
 
 
 def test_bfloat16_weights_are_taken_only_if_they_are_accurate(checkpoint, loaded, monkeypatch):

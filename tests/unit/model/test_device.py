@@ -55,11 +55,11 @@ def test_the_device_reaches_backbone_training_and_cache(federation, monkeypatch)
 
     seen = []
     member = federation.site("ash")
-    member.device = "cuda"
+    member.device = "cuda:1"
     monkeypatch.setattr(features, "load_backbone", lambda backbone, checkpoint, device: seen.append(device) or 1 / 0)
     with pytest.raises(ZeroDivisionError):  # features of the CPU are not taken for the card's
         member.features()
-    assert seen == ["cuda"]
+    assert seen == ["cuda:1"]
     monkeypatch.setattr(site, "train_alone", lambda *arguments: arguments[-1])
     member._features = federation.site("ash").features()
-    assert member.train_alone(federation.agreed) == "cuda"
+    assert member.train_alone(federation.agreed) == "cuda:1"
