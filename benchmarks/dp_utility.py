@@ -176,7 +176,7 @@ class PrivateSite:
 
         once, each = len(released_once(method, settings)), released_each_round(method, settings)
         with tempfile.TemporaryDirectory() as folder:
-            Ledger.create(Path(folder) / "ledger", Account("site", "patient", "simulated", epsilon, DELTA))
+            Ledger.create(Path(folder) / "ledger", Account("site", "", "patient", "simulated", epsilon, DELTA))
             ledger = Ledger(Path(folder) / "ledger")
             means = MeanReleases(settings.lmmd_use, once, each, why_not)
             return ledger.make_plan("0" * 64, self._agreed.study.rounds, settings.steps, settings.clip, 1.0, means)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints
 
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError, NotAcceptedError
 from secure_fed.core.layout import acceptance_note
@@ -67,9 +68,9 @@ HEADER_WORDS = {
     "site": "its name",
     "values": "how many numbers the update has: the same for every site",
     "seed": "random digits from which half of the ciphertext follows; zeros without encryption",
-    "ledger_seq": "how many entries its privacy ledger has; 0 without a budget",
-    "ledger_head": "salted digest of the ledger's last entry; zeros without a budget",
-    "ledger_links": "numbers and salted digests of earlier entries, so that a copied ledger is noticed",
+    "ledger_seq": "how many updates its privacy ledger has paid for in this study; 0 without a budget",
+    "ledger_head": "salted digest of the ledger's entry for the last of them; zeros without a budget",
+    "ledger_links": "numbers and salted digests of earlier ones, so that a copied ledger is noticed",
     "size": "bytes of the update",
     "payload": "digest of the update as it is sent",
 }
@@ -166,10 +167,10 @@ def _budget(file: SiteFile) -> dict[str, Any] | None:
     """The budget that the site will run under: of its file, else the one that its ledger remembers."""
     if file.privacy is not None:
         return {"epsilon": file.privacy.epsilon, "delta": file.privacy.delta, "unit": file.data.unit}
-    if not Ledger.exists(file.state_folder.ledger):
+    if not Ledger.exists(ledger_folder(file)):
         return None
     try:
-        account = Ledger(file.state_folder.ledger).account
+        account = Ledger(ledger_folder(file)).account
     except LedgerError:
         return None  # no round is paid by it: the site refuses to start for that
     return {"epsilon": account.epsilon, "delta": account.delta, "unit": account.unit}

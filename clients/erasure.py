@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from secure_fed.clients.budget import has_budget
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import every_image, named_patients
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, similar
 from secure_fed.clients.sitefile import SiteFile
+from secure_fed.clients.snapshot import read_snapshot, without, write_snapshot
 from secure_fed.core.errors import EnvelopeError, SecfacmicError, UnknownPatientError
 from secure_fed.core.layout import SiteRun, SiteState
 from secure_fed.core.storage import exclusive, sync_folder, write_durable
@@ -78,7 +80,13 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     except SecfacmicError as error:
         unread, others = str(error), []
     forgotten.add(patient, sorted(set(theirs) - set(others)))
-    rounds, heads = _withdraw(state)
+    if has_budget(file):
+        # What it sent, or will send again, is noised: it may stay, and to send nothing would tell that somebody left.
+        rounds: tuple[str, ...] = ()
+        heads = 0
+        _leave_snapshots(state, patient, set(theirs) - set(others))
+    else:
+        rounds, heads = _withdraw(state)
     # Its temperature was fitted to validation images, and statistics in it may be of training images.
     state.calibration.unlink(missing_ok=True)
     dropped = 0
@@ -113,6 +121,16 @@ def _known(file: SiteFile, agreed: AgreedStudy, forgotten: Forgotten, patient: s
         f"{patient!r}: no patient of this site has this id{reason}; expected an id as the manifest or the DICOM header "
         f"has it: {known}. Nothing was changed"
     )
+
+
+def _leave_snapshots(state: SiteState, patient: str, images: set[bytes]) -> None:
+    """Take a patient out of the data of all runs, under that name and under any that has its images."""
+    for folder in state.run_folders():
+        path = SiteRun(folder).snapshot
+        if path.exists():
+            features = read_snapshot(path)
+            names = {name for name, digests in features.digests.items() if digests & images} | {patient}
+            write_snapshot(path, without(features, names))
 
 
 def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:

@@ -15,6 +15,7 @@ from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.transport.flower_messages import contract, read_request, reply_content
 
 if TYPE_CHECKING:
+    from secure_fed.clients.reply_clock import ReplyClock
     from secure_fed.clients.site import Site
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class SiteApp:
         study_id: of its study; the one bundle that is taken is this study's contract.
         after_round: is called after a reply was sent that followed new records.
         note: is called with each reply and its round before it is sent; what it cannot note is not sent.
+        clock: holds replies for which a site with a budget worked on its data; None without one.
 
     Attributes:
         failure: why the site cannot go on; its code was sent, its text stays here.
@@ -48,6 +50,7 @@ class SiteApp:
         study_id: str,
         after_round: Callable[[Site], None],
         note: Callable[[RoundReply, int], None] = lambda reply, round_number: None,
+        clock: ReplyClock | None = None,
     ) -> None:
         self.site = site
         self.failure: SecfacmicError | None = None
@@ -60,8 +63,11 @@ class SiteApp:
 
         @self._app.train("round")
         def train(message: Message, context: Context) -> Message:
+            began = None if clock is None else clock.begin()
             request = read_request(message.content)
             reply = site.respond(request)
+            if clock is not None and began is not None and site.read_data:
+                clock.hold(began)
             self._note(reply, request.round)
             self._answered_last = site.finished and not request.more
             return Message(reply_content(reply), reply_to=message)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from secure_fed.clients.budget import has_budget
 from secure_fed.clients.data import MANIFEST, Choice, Groups, Notes, SiteImage, read_data
+from secure_fed.clients.decoding import identities
 from secure_fed.clients.duplicates import Fingerprints, fingerprints, inseparable, merged
-from secure_fed.clients.features import FeatureCache, Progress
+from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import SETTLED, Doubt, doubts, in_one_form
-from secure_fed.clients.private_round import has_budget
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import ManifestError, PatientError, fault_lines
+from secure_fed.core.errors import ManifestError, PatientError, SecfacmicError, fault_lines
 from secure_fed.protocol.study import AgreedStudy
 
 
@@ -116,6 +118,39 @@ def named_patients(file: SiteFile) -> set[str]:
         return {in_one_form(row.cells.get(name, "")) for row in read_table(manifest, (), ("path",)).rows} - {""}
     except ManifestError:
         return set()
+
+
+def by_patient(
+    images: Sequence[SiteImage], looks: Fingerprints, unit: str
+) -> tuple[list[SiteImage], dict[str, frozenset[bytes]]]:
+    """The pictures of each patient, by digest of their pixels, and the images with whom each is of.
+
+    Where an image counts as one patient, the picture is the patient: a copy of it under another path is the same one.
+
+    Args:
+        images: of the site.
+        looks: their fingerprints, in the same order.
+        unit: what counts as one patient.
+    """
+    found: dict[str, set[bytes]] = {}
+    named = []
+    for image, look in zip(images, looks.found, strict=True):
+        if unit == "image" and look is not None:
+            image = replace(image, patient=look.pixels.hex())
+        named.append(image)
+        pictures = found.setdefault(image.patient, set())
+        if look is not None:
+            pictures.add(look.pixels)
+    return named, {patient: frozenset(pictures) for patient, pictures in found.items()}
+
+
+def data_changed(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures) -> bool:
+    """Whether the site's folders hold other images than those that features were made of, or cannot be read."""
+    before = {digest for digests in features.digests.values() for digest in digests}
+    try:
+        return before != set(identities(image.source for image in present_images(file, agreed)))
+    except SecfacmicError:
+        return True
 
 
 def _kept(

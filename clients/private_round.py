@@ -1,18 +1,22 @@
 """A site's rounds under differential privacy: reserve, train, store, commit; in this order and no other.
 
+Whether a site sends, when, how much and under which noise follows from the study and from what the site declared. Who
+takes part is each patient's own matter: its id and its history decide, nobody else's. Whoever cannot pay is left out in
+silence, and over nobody noise alone is sent.
+
 The steps have the numbers of docs/privacy.md, "Ten steps of a round": 1 plan (under the lock, as the plan is an entry
 of the ledger), 2 lock, 3 verify the ledger, 4 check that the budget pays, 5 reserve, 6 compute with fresh noise, 7
 store the noised integers, 8 commit, 9 hand the envelope over, 10 note it as sent.
 Whatever happens between two of them, a restart spends again or sends the same bytes; it never draws twice for one
-event.
+event. An event belongs to the state of the adapter that it was drawn at: asked again at that state, after a void, a
+site sends the same integers and spends nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,15 +29,17 @@ from torch import Tensor
 from torch.nn.functional import one_hot, softmax
 
 from secure_fed.clients import one_sum
+from secure_fed.clients.budget import has_budget, ledger_folder, refuse_unadopted
+from secure_fed.clients.data import Split
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.clients.training import predict
-from secure_fed.core.errors import BudgetError, DataError, LedgerError, LedgerRollbackError
+from secure_fed.core.errors import BudgetError, LedgerError, LedgerRollbackError, TwinsError
+from secure_fed.core.layout import SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import Adapter, build_adapter
 from secure_fed.privacy import class_means, class_statistics, validation
-from secure_fed.privacy.accounting import Mechanism, uniforms
+from secure_fed.privacy.accounting import Noise, gaussian_noise, uniforms
 from secure_fed.privacy.class_means import ClassMeans
 from secure_fed.privacy.dp_training import (
     Descent,
@@ -41,6 +47,7 @@ from secure_fed.privacy.dp_training import (
     ImageTerm,
     PatientBatch,
     PatientLoss,
+    Patients,
     class_prompt_patient_loss,
     gather_patients,
     public_log_prior,
@@ -57,6 +64,13 @@ from secure_fed.protocol.study import AgreedStudy, canonical_json
 
 log = logging.getLogger(__name__)
 
+People = Mapping[Split, Sequence[str]]
+"""Whose each row is, by split: persons of the ledger."""
+
+_LISTED = 20
+_ONE_SUM = "one-sum"
+"""Stands for the state at which the one sum is given: no record changes what it is made of."""
+
 
 class Quantise(Protocol):
     """Makes the round's integers of a flat update, uniform draws and validation counts."""
@@ -67,192 +81,223 @@ class Quantise(Protocol):
         """The integers, those of the counts last."""
 
 
-def ledger_folder(file: SiteFile) -> Path:
-    """Where a site's ledger lies."""
-    return file.state_folder.ledger
-
-
-def has_budget(file: SiteFile) -> bool:
-    """Whether the site's ``site.toml`` sets a budget or its ledger remembers one."""
-    return file.privacy is not None or Ledger.exists(ledger_folder(file))
-
-
-def private_rounds(file: SiteFile, agreed: AgreedStudy, heads: LedgerHeads) -> PrivateRounds | None:
+def private_rounds(
+    file: SiteFile, agreed: AgreedStudy, heads: LedgerHeads, identity: str, rehearse: Callable[[], None]
+) -> PrivateRounds | None:
     """The site's private rounds, if it has a budget.
+
+    Args:
+        file: the site's.
+        agreed: the study.
+        heads: the newest ledger heads that others hold.
+        identity: public signing key of the site's identity.
+        rehearse: checks the rounds on synthetic patients; called before the first reservation.
 
     Raises:
         BudgetError: the budget is higher than the ledger's, or of another kind.
         PrivateMethodError: the study's method cannot be made private.
-        LedgerError: the ledger does not verify.
+        LedgerError: the ledger does not verify, or an older one was not adopted.
     """
     if not has_budget(file):
         return None
     refuse_method(agreed.study.method)
-    return PrivateRounds(file, agreed, heads)
+    refuse_unadopted(file)
+    return PrivateRounds(file, agreed, heads, identity, rehearse)
 
 
 class PrivateRounds:
     """What :class:`secure_fed.clients.site.Site` asks for when a round is due and the site has a budget.
 
+    Args:
+        file, agreed, heads, identity, rehearse: as for :func:`private_rounds`.
+        noise: where noise comes from; anything but the default is for rehearsals and tests.
+
     Attributes:
         head: the ledger's entry that committed the last integers, with links to earlier ones; travels with them.
+        drew: whether the last integers were drawn for it, which takes time, and not found on the disk.
     """
 
-    def __init__(self, file: SiteFile, agreed: AgreedStudy, heads: LedgerHeads) -> None:
+    def __init__(
+        self,
+        file: SiteFile,
+        agreed: AgreedStudy,
+        heads: LedgerHeads,
+        identity: str,
+        rehearse: Callable[[], None] | None,
+        noise: Noise = gaussian_noise,
+    ) -> None:
         self.head: LedgerHead = NO_LEDGER
+        self.drew = False
         self._file = file
         self._agreed = agreed
         self._heads = heads
         self._folder = ledger_folder(file)
-        self._guarded = False
-        self._ledger: Ledger | None = None  # while this object holds it
+        self._rehearse = rehearse
+        self._noise = noise
+        self._run_epsilon = None if file.privacy is None else file.privacy.run_epsilon
+        self._runs = 1 if file.privacy is None else file.privacy.runs
         declared = file.privacy.n_ref if file.privacy is not None else None
         self._n_ref = declared or agreed.study.privacy.n_ref
         if file.privacy is None:
             return
-        account = Account(file.site, file.data.unit, file.data.kind, file.privacy.epsilon, file.privacy.delta)
+        account = Account(file.site, identity, file.data.unit, file.data.kind, file.privacy.epsilon, file.privacy.delta)
         if not Ledger.exists(self._folder):
             self._refuse_loss()
             Ledger.create(self._folder, account)
         with opened(self._folder) as ledger:
             ledger.agree(account)
+            ledger.declare(self._run_epsilon, self._runs)
+
+    @property
+    def n_ref(self) -> int:
+        """Declared number of training patients."""
+        return self._n_ref
 
     def integers(
         self,
         position: RoundPosition,
+        state: str,
         parameters: Parameters,
-        path: Path,
+        folder: SiteRun,
         features: Callable[[], SiteFeatures],
         quantise: Quantise,
     ) -> NDArray[np.int64]:
-        """The round's integers: those stored, else trained, noised and stored after the ledger has paid.
+        """The integers at an adapter state: those stored, else trained, noised and stored after the ledger has paid.
 
         Args:
             position: the round that is due.
+            state: digest of what the round builds on, adapter and moments.
             parameters: the global adapter.
-            path: where the integers lie, once drawn.
-            features: gives the site's features; called only when the ledger can pay.
+            folder: of the run; the integers lie there, once drawn.
+            features: gives the features of the run's snapshot; called only when the plan has rounds left.
             quantise: makes integers of an update.
 
         Raises:
-            BudgetError: the budget does not pay for the round; no data were read.
+            BudgetError: the site's plan has no round left; no data were read.
             GuardError: the training code fails its check; nothing was spent.
             LedgerError, LedgerRollbackError, StorageError: the ledger cannot be used; nothing was drawn.
         """
-        purpose = f"round {position.round} of run {position.run[:16]}"
-        with self._opened() as ledger:
+        path = folder.noised(state)
+        with opened(self._folder) as ledger:
             self._confirm(ledger)
-            ledger.mark_sent(still_open=_purposes(purpose))
-            if path.exists():
-                integers = self._stored(ledger, path)
-            else:
+            self.drew = not path.exists()
+            ledger.mark_sent(still_open=() if self.drew else self._read(path)[0])
+            if self.drew:
                 plan = self._plan(ledger, position)
-                ledger.require(plan.round_mechanism)
-                integers = self._draw(ledger, plan, position.round, purpose, parameters, path, features(), quantise)
-            self.head = ledger.travelling(self._heads.newest(self._file.site)[0])
+                self._refuse_more(ledger, plan)
+                integers = self._draw(ledger, plan, position, parameters, path, features(), quantise)
+            else:
+                integers = self._stored(ledger, position, path)
+            known = self._heads.newest(self._file.site)[0]
+            self.head = ledger.travelling(self._agreed.study.id, known)
         return integers
 
     def sums(
         self,
         position: RoundPosition,
-        path: Path,
+        folder: SiteRun,
         features: Callable[[], SiteFeatures],
         encode: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.int64]],
     ) -> NDArray[np.int64]:
         """The integers of a study of one sum: the one release, made once, and of later rounds nothing.
 
-        The noise is that of the whole budget, with nothing in reserve: after a crash between the reservation and the
-        stored integers, a fraction of a second, the site goes on as an observer. Histograms of validation patients
-        would cost more than they tell, so that none leave: zeros do, the same whatever the patients.
+        The noise is that of all that was declared for the run, with nothing in reserve: after a crash between the
+        reservation and the stored integers, a fraction of a second, the site goes on as an observer. Histograms of
+        validation patients would cost more than they tell, so that none leave: zeros do, the same whatever the
+        patients.
 
         Args:
-            position, path, features: as for :meth:`integers`.
+            position, folder, features: as for :meth:`integers`.
             encode: makes integers of a round's values.
 
         Raises:
             as :meth:`integers`.
         """
-        purpose = f"round {position.round} of run {position.run[:16]}"
-        with self._opened() as ledger:
+        path, study = folder.noised(_ONE_SUM), self._agreed.study
+        with opened(self._folder) as ledger:
             self._confirm(ledger)
-            ledger.mark_sent(still_open=_purposes(purpose))
+            again = path.exists()
+            ledger.mark_sent(still_open=self._read(path)[0] if again and position.round == 1 else ())
+            self.drew = False
             if position.round > 1:
                 integers = encode(one_sum.nothing(self._agreed, position.round))
-            elif path.exists():
-                integers = self._stored(ledger, path)
+            elif again:
+                integers = self._stored(ledger, position, path)
             else:
                 plan = ledger.plan(position.run)
                 if plan is None:
-                    plan = ledger.make_plan(position.run, 0, 1, class_statistics.SENSITIVITY, 1.0)
-                ledger.require(plan.round_mechanism)
-                integers = self._release(ledger, plan, purpose, path, features(), encode)
-            self.head = ledger.travelling(self._heads.newest(self._file.site)[0])
+                    declared = ledger.declare(self._run_epsilon, self._runs)
+                    sensitivity = class_statistics.SENSITIVITY
+                    plan = ledger.make_plan(study.id, position.run, declared, 0, 1, sensitivity)
+                self._refuse_more(ledger, plan)
+                self.drew = True
+                integers = self._release(ledger, plan, position, path, features(), encode)
+            self.head = ledger.travelling(study.id, self._heads.newest(self._file.site)[0])
         return integers
 
     def _release(
         self,
         ledger: Ledger,
         plan: Plan,
-        purpose: str,
+        position: RoundPosition,
         path: Path,
         features: SiteFeatures,
         encode: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.int64]],
     ) -> NDArray[np.int64]:
         release, study, basis = plan.round_mechanism, self._agreed.study, self._agreed.initial.basis
         assert basis is not None, "study new makes one for each method that uses one"
-        if not features.patients.get("train"):
-            raise DataError("no labelled training patient; expected at least one: join the study as an observer")
-        class_statistics.check_sums(len(study.classes), basis.dimensions)
-        block_of = _register(ledger, features)
-        learning = {block for patient, block in block_of.items() if patient not in _only_validated(features)}
-        blocks = sorted(learning & set(ledger.able(release)))
-        if not blocks:
-            raise BudgetError("no block of patients in this folder can pay for the sum; expected one at least")
-        x, labels, owners = one_sum.views(self._agreed, features)
+        purpose = f"round {position.round} of run {position.run[:16]}"
+        if self._rehearse is not None:
+            class_statistics.check_sums(len(study.classes), basis.dimensions)
+            self._rehearse()
+            self._rehearse = None
+        people = _people(ledger, features)
+        x, labels, names = one_sum.views(self._agreed, features)
+        owners = [ledger.person(name) for name in names]
+        paying = ledger.able(set(people["train"]), release.mu_squared)
         make_folder(path.parent, 0o700)
-        for old in path.parent.iterdir():
-            old.unlink()
-        event = ledger.reserve(release, purpose, blocks)
-        paying = {patient for patient, block in block_of.items() if block in blocks}
+        event = ledger.reserve(release, purpose, plan.run, paying)
         rows = class_statistics.capped(owners, paying, study.privacy.images_per_patient)
         whole = class_statistics.finite_rows(x[rows], [owners[row] for row in rows])
         rows = [rows[row] for row in whole]
         exact = class_statistics.exact_sums(x[rows], labels[rows], [owners[row] for row in rows], len(study.classes))
-        integers = encode(class_statistics.noisy_values(exact, plan.noise_multiplier))
+        integers = encode(class_statistics.noisy_values(exact, plan.noise_multiplier, self._noise))
         data = bytes(safetensors.numpy.save({"integers": integers, "events": np.array([event.seq], dtype=np.int64)}))
         write_durable(path, data, 0o600)
-        ledger.commit([event.seq], data)
+        ledger.commit([event.seq], data, study.id, plan.run)
         log.info(
             "%s: the sum of %s: epsilon spent %.4f of %g at delta %g, all of it meant for this one release",
             *(self._file.site, purpose, ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
         )
         return integers
 
-    def register(self, features: SiteFeatures) -> None:
-        """Give every patient its block; new ones open a new one, with a budget of its own.
+    def settle(self, pictures: Mapping[str, Collection[bytes]], files: Mapping[str, Collection[bytes]]) -> None:
+        """Register who is in the data, and refuse to start while equal pictures stand under two ids.
+
+        Args:
+            pictures: digests of each patient's pictures, by id.
+            files: digests of each patient's files, by which ledgers of version 0.1 knew them.
 
         Raises:
+            TwinsError: nobody has said whether two ids are one patient.
             LedgerError, StorageError: the ledger cannot be used.
         """
-        if self._ledger is not None:
-            _register(self._ledger, features)
-            return
-        with self._opened() as ledger:
-            _register(ledger, features)
+        with opened(self._folder) as ledger:
+            ledger.register(pictures, files)
+            twins = ledger.unsettled(pictures)
+        if twins:
+            shown = "".join(f"\n  {one.patient}  {one.other}" for one in twins[:_LISTED])
+            more = f"\n  and {len(twins) - _LISTED} more" if len(twins) > _LISTED else ""
+            raise TwinsError(
+                f"{len(twins)} pairs of patient ids have an equal picture; expected to know of each whether it is one "
+                "patient: secfacmic ledger link A B (their histories add), or secfacmic ledger distinct A B; until "
+                f"then this site does not start:{shown}{more}"
+            )
 
     def finish(self) -> None:
         """Note after the last round that everything was handed over."""
-        with self._opened() as ledger:
-            ledger.mark_sent(still_open=())
-
-    @contextmanager
-    def _opened(self) -> Iterator[Ledger]:
         with opened(self._folder) as ledger:
-            self._ledger = ledger
-            try:
-                yield ledger
-            finally:
-                self._ledger = None
+            ledger.mark_sent(still_open=())
 
     # --- before the data ---
 
@@ -262,19 +307,22 @@ class PrivateRounds:
             study = self._agreed.study
             constants = study.privacy
             plan = ledger.make_plan(
+                study.id,
                 position.run,
-                study.rounds - position.round + 1,
+                ledger.declare(self._run_epsilon, self._runs),
+                study.rounds,
                 constants.steps,
                 constants.clip,
-                constants.sampling_rate,
                 self._mean_releases(),
-                self._validation_rounds(position.round),
+                self._validation_rounds(),
             )
             log.info(
-                "%s: plan for %d rounds of %d steps (and one round in case of a crash): noise multiplier %.3g, "
-                "clipping norm %g; LMMD %s; validation counts %s; epsilon spent %.4f of %g at delta %g",
-                *(self._file.site, plan.rounds, plan.steps, plan.noise_multiplier, plan.clip, plan.lmmd_note),
-                *(plan.validation_note, ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
+                "%s: plan for %d rounds of %d steps (and one round in case of a crash), epsilon %.4f declared for the "
+                "run: noise multiplier %.3g, clipping norm %g; LMMD %s; validation counts %s; epsilon spent %.4f of "
+                "%g at delta %g",
+                *(self._file.site, plan.rounds, plan.steps, plan.epsilon, plan.noise_multiplier, plan.clip),
+                *(plan.lmmd_note, plan.validation_note),
+                *(ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
             )
         return plan
 
@@ -297,23 +345,33 @@ class PrivateRounds:
             lambda noise_multiplier: class_means.why_not(study.privacy, noise_multiplier, self._n_ref, classes, dim),
         )
 
-    def _validation_rounds(self, first: int) -> tuple[int, ...]:
-        """The rounds, from the one that is due, in which the study asks for validation counts."""
+    def _refuse_more(self, ledger: Ledger, plan: Plan) -> None:
+        """A run has as many draws as were declared, the one for a crash included."""
+        drawn = sum(event.purpose.startswith("round ") for event in ledger.of_run(plan.run))
+        if drawn > plan.rounds:
+            raise BudgetError(
+                f"the plan of run {plan.run[:16]} had {plan.rounds} rounds and one in case of a crash; all "
+                f"{drawn} are paid for: this site takes part as an observer until the run is over"
+            )
+
+    def _validation_rounds(self) -> tuple[int, ...]:
+        """The rounds in which the study asks for validation counts."""
         study = self._agreed.study
         asked = min(study.privacy.validation_rounds, study.rounds)
         if not study.encoding.share_validation:
             return ()
         every = {study.rounds - place * study.rounds // asked for place in range(asked)}
-        return tuple(sorted(number for number in every if number >= first))
+        return tuple(sorted(every))
 
     def _confirm(self, ledger: Ledger) -> None:
         """The ledger must hold the newest head that server and peers know; a restored one opens only then."""
         seq, head = self._heads.newest(self._file.site)
-        if not ledger.holds(seq, head):
+        study = self._agreed.study.id
+        if not ledger.holds(study, seq, head):
             raise LedgerRollbackError(
-                f"{self._folder}: the ledger ends at entry {ledger.head[0]}; the other sites hold entry {seq}, head "
-                f"{head[:16]}, of it: an older copy was put back; restore the newest (secfacmic ledger restore), "
-                "nothing is spent until then"
+                f"{self._folder}: the ledger has paid for {ledger.sent(study)} updates in this study; the other sites "
+                f"hold its update {seq}, head {head[:16]}: an older copy was put back; restore the newest (secfacmic "
+                "ledger restore), nothing is spent until then"
             )
         closed = self._folder / CLOSED
         if closed.exists() and not seq:
@@ -328,25 +386,27 @@ class PrivateRounds:
         seq, head = self._heads.newest(self._file.site)
         if seq:
             raise LedgerRollbackError(
-                f"{self._folder}: no ledger, but the other sites hold its entry {seq}, head {head[:16]}; put it back "
+                f"{self._folder}: no ledger, but the other sites hold its update {seq}, head {head[:16]}; put it back "
                 "from the newest export (secfacmic ledger restore)"
             )
 
-    def _stored(self, ledger: Ledger, path: Path) -> NDArray[np.int64]:
-        """Integers drawn before; their event is committed if a crash came in between."""
-        data = path.read_bytes()
+    def _read(self, path: Path) -> tuple[list[int], NDArray[np.int64]]:
+        """Integers drawn before, and the events that they are the output of."""
         try:
-            tensors = safetensors.numpy.load(data)
-            events, integers = [int(seq) for seq in tensors["events"]], tensors["integers"]
+            tensors = safetensors.numpy.load(path.read_bytes())
+            return [int(seq) for seq in tensors["events"]], np.asarray(tensors["integers"])
         except (safetensors.SafetensorError, KeyError, ValueError):
             raise LedgerError(
                 f"{path}: not the noised integers of a ledger's event; expected them unchanged; remove the file, which "
                 "costs the round's budget again"
             ) from None
-        states = {ledger.state(event) for event in events}
-        if "reserved" in states:
-            ledger.commit(events, data)
-        return np.asarray(integers)
+
+    def _stored(self, ledger: Ledger, position: RoundPosition, path: Path) -> NDArray[np.int64]:
+        """Integers drawn before; their event is committed if a crash came in between."""
+        events, integers = self._read(path)
+        if "reserved" in {ledger.state(event) for event in events}:
+            ledger.commit(events, path.read_bytes(), self._agreed.study.id, position.run)
+        return integers
 
     # --- with the data ---
 
@@ -354,8 +414,7 @@ class PrivateRounds:
         self,
         ledger: Ledger,
         plan: Plan,
-        round_number: int,
-        purpose: str,
+        position: RoundPosition,
         parameters: Parameters,
         path: Path,
         features: SiteFeatures,
@@ -363,41 +422,49 @@ class PrivateRounds:
     ) -> NDArray[np.int64]:
         release = plan.round_mechanism
         study, adapter = self._agreed.study, self._adapter(parameters)
-        descent = Descent(study.privacy, release.noise_std, self._n_ref)
-        if not features.patients.get("train"):
-            raise DataError("no labelled training patient; expected at least one: join the study as an observer")
-        if not self._guarded:
+        purposes = _purposes(f"round {position.round} of run {plan.run[:16]}")
+        descent = Descent(study.privacy, release.noise_std, self._n_ref, self._noise)
+        if self._rehearse is not None:
             self._guard(descent, parameters)
-            self._guarded = True
-        block_of = _register(ledger, features)
-        learning = {block for patient, block in block_of.items() if patient not in _only_validated(features)}
-        means = self._means(ledger, plan, features, block_of, learning)
-        blocks = sorted(learning & set(ledger.able(release)))
-        if not blocks:
-            ledger.require(release)
-            raise BudgetError("no block of patients in this folder can pay for the round; expected one at least")
-        for old in path.parent.iterdir():
+            self._rehearse()
+            self._rehearse = None
+        people = _people(ledger, features)
+        means = self._means(ledger, plan, features, people)
+        each_round = None
+        if means is not None and plan.lmmd_round_noise_multiplier is not None:
+            each_round = class_means.mechanism(study.privacy, plan.lmmd_round_noise_multiplier)
+        # Who trains must be able to pay for all that the round releases of it.
+        cost = release.mu_squared + (0.0 if each_round is None else each_round.mu_squared)
+        trains = set(people["train"])
+        paying = ledger.able(trains, cost)
+        if len(paying) < len(trains) or not trains:
+            log.warning(
+                "%s: for its own eyes: %d of %d training patients can pay for the round; the others are left out",
+                *(self._file.site, len(paying), len(trains)),
+            )
+        make_folder(path.parent, 0o700)
+        for old in path.parent.glob(f"*{path.suffix}"):
             old.unlink()
-        events = [ledger.reserve(release, purpose, blocks)]
-        paying = {patient for patient, block in block_of.items() if block in blocks}
-        batch = _gather(features, "train", paying, study.privacy.images_per_patient)
-        current = means is not None and self._reserve_current_means(ledger, plan, purpose, blocks, events)
-        counted = self._reserve_validation(ledger, plan, round_number, purpose, features, block_of, events)
+        events = [ledger.reserve(release, purposes[0], plan.run, paying)]
+        if each_round is not None:
+            events.append(ledger.reserve(each_round, purposes[2], plan.run, paying))
+        counted = self._reserve_validation(ledger, plan, position.round, purposes[1], people, events)
+        patients = _gather(features, people, "train", paying, study.privacy.images_per_patient)
         before = codec.flatten(_numpy(adapter))
-        term, public = self._domain_term(adapter, means, batch if current else None, plan)
+        term, public = self._domain_term(adapter, means, None if each_round is None else patients, plan)
         adapter.shows_adapted = term is not None
-        descent.run(adapter, batch, self._loss(term), public)
+        descent.run(adapter, patients, self._loss(term), public)
         update = codec.flatten(_numpy(adapter)) - before
-        counts = (0, 0) if counted is None else self._noisy_counts(plan, parameters, features, counted)
+        counts = (0, 0) if counted is None else self._noisy_counts(plan, parameters, features, people, counted)
         integers = quantise(update, uniforms(update.size), counts)
         numbers = [event.seq for event in events]
         tensors = {"integers": integers, "events": np.array(numbers, dtype=np.int64)}
         data = bytes(safetensors.numpy.save(tensors))
         write_durable(path, data, 0o600)
-        ledger.commit(numbers, data)
+        ledger.commit(numbers, data, study.id, plan.run)
         log.info(
             "%s: %s: epsilon spent %.4f of %g, left %.4f, at delta %g",
-            *(self._file.site, purpose, ledger.epsilon_spent, ledger.account.epsilon),
+            *(self._file.site, purposes[0], ledger.epsilon_spent, ledger.account.epsilon),
             *(ledger.account.epsilon - ledger.epsilon_spent, ledger.account.delta),
         )
         return integers
@@ -428,36 +495,37 @@ class PrivateRounds:
         plan: Plan,
         round_number: int,
         purpose: str,
-        features: SiteFeatures,
-        block_of: Mapping[str, int],
+        people: People,
         events: list[Event],
     ) -> set[str] | None:
-        """Pay for the round's validation counts; the patients to count, or None if it has none.
+        """Pay for the round's validation counts; the patients to count, or None if the plan has none in this round.
 
-        Only patients of blocks that never train are counted. The noise comes also without any: that there are none
-        would else be seen.
+        Only who does not train is counted. The noise comes also over nobody: that there is none would else be seen.
         """
         if plan.validation_noise_multiplier is None or round_number not in plan.validation_rounds:
             return None
         release = validation.mechanism(plan.validation_noise_multiplier)
-        validated = {patient: block_of[patient] for patient in _only_validated(features)}
-        blocks = sorted(set(validated.values()) & set(ledger.validation_blocks) & set(ledger.able(release)))
-        if blocks:
-            events.append(ledger.reserve(release, _purposes(purpose)[1], blocks))
-        return {patient for patient, block in validated.items() if block in blocks}
+        counted = ledger.able(set(people["val"]) - set(people["train"]), release.mu_squared)
+        events.append(ledger.reserve(release, purpose, plan.run, counted))
+        return counted
 
     def _noisy_counts(
-        self, plan: Plan, parameters: Parameters, features: SiteFeatures, counted: set[str]
+        self, plan: Plan, parameters: Parameters, features: SiteFeatures, people: People, counted: set[str]
     ) -> tuple[int, int]:
         """Validation counts of the adapter that the round began with."""
         assert plan.validation_noise_multiplier is not None  # or nobody would be counted
-        owners = features.patients.get("val", ())
+        adapter, classes = self._adapter(parameters), len(self._agreed.study.classes)
+        owners = people["val"]
         rows = [row for row, owner in enumerate(owners) if owner in counted]
-        right = np.zeros(0, dtype=bool)
-        if rows:
-            chosen = predict(self._agreed, parameters, features.val.x[rows], None).argmax(axis=1)
-            right = chosen == features.val.y[rows]
-        return validation.noisy_counts(right, [owners[row] for row in rows], plan.validation_noise_multiplier)
+        right = np.zeros(len(rows), dtype=bool)
+        with torch.no_grad():
+            for place, row in enumerate(rows):
+                # One by one: in a batch, one image more may move the last bit of another's.
+                logits = adapter(torch.from_numpy(features.val.x[row : row + 1]).double())[0, :classes]
+                right[place] = bool(logits.isfinite().all()) and int(logits.argmax()) == int(features.val.y[row])
+        return validation.noisy_counts(
+            right, [owners[row] for row in rows], plan.validation_noise_multiplier, self._noise
+        )
 
     def _adapter(self, parameters: Parameters) -> Adapter:
         initial = self._agreed.initial
@@ -467,7 +535,7 @@ class PrivateRounds:
     # --- released means ---
 
     def _means(
-        self, ledger: Ledger, plan: Plan, features: SiteFeatures, block_of: Mapping[str, int], learning: set[int]
+        self, ledger: Ledger, plan: Plan, features: SiteFeatures, people: People
     ) -> Mapping[Side, ClassMeans] | None:
         """The means that the study's use needs from the start: those released before, else released now, once a run."""
         study = self._agreed.study
@@ -475,8 +543,8 @@ class PrivateRounds:
             return None
         path, constants = self._means_path(), study.privacy
         sides = released_once(study.method, constants)
-        purposes = [f"class means of the {side} images for run {plan.run[:16]}" for side in sides]
-        mine = [event for event in ledger.events if event.purpose in purposes]
+        purposes = {side: f"class means of the {side} images for run {plan.run[:16]}" for side in sides}
+        mine = [event for event in ledger.of_run(plan.run) if event.purpose in purposes.values()]
         released = self._released()
         if released is not None:
             open_ones = [event.seq for event in mine if event.state == "reserved"]
@@ -486,14 +554,10 @@ class PrivateRounds:
         if plan.lmmd_noise_multiplier is None or mine:
             return None  # off, or a crash came between paying and storing: they are not paid for twice
         release = class_means.mechanism(constants, plan.lmmd_noise_multiplier)
-        together = Mechanism(release.sensitivity, release.noise_std, len(sides))
-        blocks = sorted(learning & set(ledger.able(together)))
-        if not blocks:
-            return None
-        events = [ledger.reserve(release, purpose, blocks) for purpose in purposes]
-        paying = {patient for patient, block in block_of.items() if block in blocks}
+        paying = {side: ledger.able(set(people[_split(side)]), release.mu_squared) for side in sides}
+        events = [ledger.reserve(release, purposes[side], plan.run, paying[side]) for side in sides]
         sums: dict[str, NDArray[np.float64]] = {
-            side: self._noisy_sum(features, side, paying, plan.lmmd_noise_multiplier) for side in sides
+            side: self._noisy_sum(features, people, side, paying[side], plan.lmmd_noise_multiplier) for side in sides
         }
         data = bytes(safetensors.numpy.save(sums))
         write_durable(path, data, 0o600)
@@ -501,28 +565,15 @@ class PrivateRounds:
         return self._released()
 
     def _noisy_sum(
-        self, features: SiteFeatures, side: Side, paying: set[str], noise_multiplier: float
+        self, features: SiteFeatures, people: People, side: Side, paying: set[str], noise_multiplier: float
     ) -> NDArray[np.float64]:
-        constants, classes = self._agreed.study.privacy, len(self._agreed.study.classes)
-        split = "train" if side == "labelled" else side
-        batch = _gather(features, split, paying, constants.images_per_patient)
-        shares = one_hot(batch.labels, classes).double() if side == "labelled" else self._guesses(batch)
-        return class_means.noisy_sum(batch, shares, constants, noise_multiplier)
-
-    def _reserve_current_means(
-        self, ledger: Ledger, plan: Plan, purpose: str, blocks: list[int], events: list[Event]
-    ) -> bool:
-        """Pay for the means of the adapted labelled features, if the use needs them and all who train can pay."""
-        if plan.lmmd_round_noise_multiplier is None:
-            return False
-        release = class_means.mechanism(self._agreed.study.privacy, plan.lmmd_round_noise_multiplier)
-        if not set(blocks) <= set(ledger.able(release)):
-            return False  # the reserve for a crash is used up: the round goes without the term
-        events.append(ledger.reserve(release, _purposes(purpose)[2], blocks))
-        return True
+        constants, shape = self._agreed.study.privacy, self._agreed.initial.prompt_features.shape
+        patients = _gather(features, people, _split(side), paying, constants.images_per_patient)
+        shares = self._labels if side == "labelled" else self._guesses
+        return class_means.noisy_sum(patients, shares, shape, constants, noise_multiplier, self._noise)
 
     def _domain_term(
-        self, adapter: Adapter, means: Mapping[Side, ClassMeans] | None, paid: PatientBatch | None, plan: Plan
+        self, adapter: Adapter, means: Mapping[Side, ClassMeans] | None, paid: Patients | None, plan: Plan
     ) -> tuple[ImageTerm | None, Callable[[Adapter], Gradients] | None]:
         """The domain term, inside the patients' losses or as a public gradient; neither if it is off.
 
@@ -536,13 +587,19 @@ class PrivateRounds:
             if paid is None or plan.lmmd_round_noise_multiplier is None:
                 return None, None
             with torch.no_grad():
-                adapted = PatientBatch(adapter.adapt(paid.features), paid.labels, paid.mask)
-            shares = one_hot(paid.labels, len(study.classes)).double()
-            noisy = class_means.noisy_sum(adapted, shares, study.privacy, plan.lmmd_round_noise_multiplier)
+                adapted = [PatientBatch(adapter.adapt(one.features), one.labels, one.mask) for one in paid]
+            shape = self._agreed.initial.prompt_features.shape
+            noisy = class_means.noisy_sum(
+                adapted, self._labels, shape, study.privacy, plan.lmmd_round_noise_multiplier, self._noise
+            )
             return _image_term(self._agreed, class_means.means_of(noisy, study.privacy), means["unlabelled"]), None
         if study.privacy.lmmd_use == "attraction":
             return _image_term(self._agreed, means["unlabelled"], means["unlabelled"]), None
         return None, PublicTerm(study.method, study.privacy, means["labelled"], means["unlabelled"]).gradient
+
+    def _labels(self, batch: PatientBatch) -> Tensor:
+        """Class shares [n, I, K] of labelled images: all on the label."""
+        return one_hot(batch.labels, len(self._agreed.study.classes)).double()
 
     def _guesses(self, batch: PatientBatch) -> Tensor:
         """Zero-shot class shares [n, I, K] of unlabelled images: from the frozen CLIP alone."""
@@ -584,23 +641,24 @@ def _purposes(purpose: str) -> tuple[str, str, str]:
     return purpose, f"validation counts of {purpose}", f"class means of the adapted images of {purpose}"
 
 
-def _only_validated(features: SiteFeatures) -> set[str]:
-    """The patients of the validation split; a patient is in one split."""
-    return set(features.patients.get("val", ()))
+def _split(side: Side) -> Split:
+    return "train" if side == "labelled" else "unlabelled"
 
 
-def _register(ledger: Ledger, features: SiteFeatures) -> dict[str, int]:
-    """The block of each patient; validation patients have their own."""
-    return ledger.register(features.digests, _only_validated(features))
+def _people(ledger: Ledger, features: SiteFeatures) -> People:
+    """The person whom each row of each split is of."""
+    return {split: [ledger.person(owner) for owner in owners] for split, owners in features.patients.items()}
 
 
-def _gather(features: SiteFeatures, split: str, paying: set[str], images_per_patient: int) -> PatientBatch:
+def _gather(
+    features: SiteFeatures, people: People, split: Split, paying: set[str], images_per_patient: int
+) -> Patients:
     """The paying patients of a split."""
     if split == "train":
-        x, y, owners = features.train.x, features.train.y, features.patients["train"]
+        x, y = features.train.x, features.train.y
     else:
-        x, owners = features.unlabelled, features.patients["unlabelled"]
-        y = np.zeros(len(x), dtype=np.int64)
+        x, y = features.unlabelled, np.zeros(len(features.unlabelled), dtype=np.int64)
+    owners = people[split]
     chosen = [row for row, owner in enumerate(owners) if owner in paying]
     return gather_patients(x[chosen], y[chosen], [owners[row] for row in chosen], images_per_patient)
 

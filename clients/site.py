@@ -22,10 +22,12 @@ from secure_fed.clients.data import Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
 from secure_fed.clients.given_sums import GivenSums
-from secure_fed.clients.images import find_images, refuse_doubts, rules_of
+from secure_fed.clients.images import by_patient, compared_images, data_changed, find_images, refuse_doubts, rules_of
 from secure_fed.clients.private_round import private_rounds
+from secure_fed.clients.rehearsal import rehearse
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import SiteFile, read_site_file
+from secure_fed.clients.snapshot import read_snapshot, write_snapshot
 from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
 from secure_fed.core.errors import BudgetError, EnvelopeError, KeyFileError, ProtocolError, SiteFileError
 from secure_fed.core.storage import make_folder, write_durable
@@ -78,7 +80,13 @@ class Site:
         self._agreed = agreed
         self._features: SiteFeatures | None = None
         trains = self.replica.member.role == "train"
-        self._private = private_rounds(file, agreed, self.replica.heads) if trains else None
+        self._private = (
+            private_rounds(
+                file, agreed, self.replica.heads, self.replica.identity.keys.signing, lambda: rehearse(file, agreed)
+            )
+            if trains
+            else None
+        )
 
     @classmethod
     def open(cls, path: Path) -> Site:
@@ -145,30 +153,73 @@ class Site:
         """
         if self._features is None:
             torch.set_num_threads(self._file.threads)
-            checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
-            found = find_images(self._file, self._agreed, progress)
-            refuse_doubts(self._file, found)
-            if found.doubts:
-                count = len(found.doubts)
-                log.warning("%s: %d doubts about who is who; see them: secfacmic data check", self.name, count)
-            images = found.images
-            with FeatureCache(self._file.feature_cache) as cache:
-                self._features = load_features(
-                    images,
-                    self._agreed,
-                    cache,
-                    checkpoint,
-                    self._file.skip_unreadable,
-                    progress,
-                    self.device,
-                    rules_of(self._file, self._agreed),
-                )
-            if self._private is not None:
-                self._private.register(self._features)
+            frozen = self._snapshot
+            if frozen is not None and frozen.exists():
+                self._features = read_snapshot(frozen)
+                if data_changed(self._file, self._agreed, self._features):
+                    log.warning(
+                        "%s: for its own eyes: the data are not what they were when run %s began; the run goes on with "
+                        "what they were then",
+                        *(self.name, self.run[:16]),
+                    )
+            else:
+                self._features = self._read_data(progress)
             left_out = self._features.unreadable
             if left_out:
                 log.warning("%s: left out %d unreadable image%s", self.name, left_out, "s" * (left_out > 1))
         return self._features
+
+    def _read_data(self, progress: Progress | None) -> SiteFeatures:
+        checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
+        pictures: dict[str, frozenset[bytes]] = {}
+        looks = None
+        if self._private is None:
+            found = find_images(self._file, self._agreed, progress)
+        else:
+            found, looks = compared_images(self._file, self._agreed, progress)
+        refuse_doubts(self._file, found)
+        if found.doubts:
+            count = len(found.doubts)
+            log.warning("%s: %d doubts about who is who; see them: secfacmic data check", self.name, count)
+        images = found.images
+        if looks is not None:
+            images, pictures = by_patient(images, looks, self._file.data.unit)
+        with FeatureCache(self._file.feature_cache) as cache:
+            features = load_features(
+                images,
+                self._agreed,
+                cache,
+                checkpoint,
+                self._file.skip_unreadable,
+                progress,
+                self.device,
+                rules_of(self._file, self._agreed),
+            )
+        if self._private is not None:
+            self._private.settle(pictures, features.digests)
+        return features
+
+    @property
+    def _snapshot(self) -> Path | None:
+        """Where the data of the run that goes on are kept; None without a budget or a run."""
+        if self._private is None or not self.run or self.finished:
+            return None
+        return self.replica.files.folder.snapshot
+
+    @property
+    def _can_seal(self) -> bool:
+        """Whether it holds the key in force; who does not reads no data and spends no budget."""
+        return self._agreed.study.mode == "plain" or self.replica.keys.holds(self.replica.state.chain.key)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether it trains under a privacy budget."""
+        return self._private is not None
+
+    @property
+    def read_data(self) -> bool:
+        """Whether the last reply took work on the site's data, under a budget: then it leaves at a fixed time."""
+        return self._private is not None and self._private.drew
 
     def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Metrics:
         """Metrics of :meth:`predictions`."""
@@ -257,6 +308,11 @@ class Site:
         torch.set_num_threads(self._file.threads)
         for data in request.records:
             self.replica.take(data)
+        if self._private is not None:
+            self._private.drew = False
+        frozen = self._snapshot
+        if frozen is not None and not frozen.exists() and self._can_seal:
+            write_snapshot(frozen, self.features())  # before the run's first message
         if self.replica.refused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
         self.replica.compare(request.attested_head, request.attestations)
@@ -280,7 +336,7 @@ class Site:
             self._private.finish()
         if chain.finished or self.replica.member.role == "observer":
             return self._reply(ReplyCode.APPLIED)
-        if withdrawn(self.replica.files.folder, request.round, request.attempt):
+        if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
             log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
             return self._reply(ReplyCode.APPLIED)
         try:
@@ -328,9 +384,13 @@ class Site:
         With them the head of the privacy ledger that paid for them; zeros without a budget.
         """
         if self._private is not None and self._agreed.study.method.one_sum:
-            return self._private.sums(self.replica.due, path, self.features, self._encode), self._private.head
+            run = self.replica.files.folder
+            return self._private.sums(self.replica.due, run, self.features, self._encode), self._private.head
         if self._private is not None:
-            integers = self._private.integers(self.replica.due, self.parameters, path, self.features, self._quantise)
+            folder, state = self.replica.files.folder, self.replica.state.digest
+            integers = self._private.integers(
+                self.replica.due, state, self.parameters, folder, self.features, self._quantise
+            )
             return integers, self._private.head
         if path.exists():
             stored: NDArray[np.int64] = safetensors.numpy.load(path.read_bytes())["integers"]

@@ -67,11 +67,19 @@ class SitePrivacy(FileModel):
         delta: its other half; far below one over the number of patients.
         n_ref: declared number of training patients, by which noisy sums are divided; public, so never the count;
             the study's if not set.
+        run_epsilon: what one run may cost a patient, at most ``epsilon``; public. If not set, the ledger's life is
+            shared by ``runs`` in equal parts of squared mu.
+        runs: how many runs the site means to take part in, if ``run_epsilon`` is not set.
+        reply_seconds: after how many seconds, or a multiple, a reply leaves for which data were read; at least twice
+            the worst case that the client measures at its start. If not set, that, rounded up to whole seconds.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=100)]
     delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
     n_ref: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    run_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    runs: Annotated[int, Field(ge=1, le=1000)] = 1
+    reply_seconds: Annotated[float, Field(gt=0, le=86400)] | None = None
 
 
 class SiteFile(FileModel):

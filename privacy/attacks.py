@@ -156,7 +156,7 @@ def attack_with_and_without(
 
     def train(clip: float, noise: Noise, rate: float) -> Train:
         settings = PrivateTraining(clip=clip, steps=40, learning_rate=rate)
-        multiplier = plan_noise([], epsilon, delta, settings.steps)
+        multiplier = plan_noise(epsilon, delta, settings.steps)
         assert multiplier is not None  # an untouched budget pays for any plan
         descent = Descent(settings, multiplier * clip, patients // 2, noise)
 

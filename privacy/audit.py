@@ -21,7 +21,14 @@ from torch.nn.functional import linear
 
 from secure_fed.model.adapters import Adapter
 from secure_fed.privacy.accounting import plan_noise
-from secure_fed.privacy.dp_training import Descent, PatientBatch, class_prompt_patient_loss, public_log_prior
+from secure_fed.privacy.dp_training import (
+    Descent,
+    PatientBatch,
+    PatientLoss,
+    Patients,
+    class_prompt_patient_loss,
+    public_log_prior,
+)
 from secure_fed.protocol.study import Method, PrivateTraining
 
 CONFIDENCE = 0.95
@@ -29,7 +36,7 @@ DIM, CLASSES = 32, 4
 
 CAVEAT = "The bound is no estimate of epsilon: a right build may give 0, and no audit can confirm a claimed epsilon."
 
-Run = Callable[[Descent, Adapter, PatientBatch, Callable[..., Tensor]], None]
+Run = Callable[[Descent, Adapter, Patients, PatientLoss], None]
 
 
 @dataclass(frozen=True)
@@ -90,18 +97,36 @@ def audit(
         patients: synthetic patients beside the canaries.
         run: trains; another than the real one is for tests with seeded bugs.
     """
-    noise = plan_noise([], epsilon, delta, settings.steps, settings.sampling_rate)
-    assert noise is not None  # an untouched budget pays for any plan
+    noise = plan_noise(epsilon, delta, settings.steps)
     took_part = np.array([secrets.randbits(1) for _ in range(canaries)], dtype=bool)
     generator = torch.Generator().manual_seed(secrets.randbits(60))
     adapter = _Tapped(generator, canaries)
     batch = _patients(generator, patients, took_part)
-    run(Descent(settings, noise * settings.clip, patients), adapter, batch, _loss)
-    order = np.argsort(adapter.tap.detach().numpy()[0])
-    half = guesses // 2
+    run(Descent(settings, noise * settings.clip, patients), adapter, (batch,), _loss)
+    return judge(adapter.tap.detach().numpy()[0], took_part, guesses, epsilon, delta, CONFIDENCE)
+
+
+def judge(
+    scores: NDArray[np.float64],
+    took_part: NDArray[np.bool_],
+    guesses: int,
+    epsilon: float,
+    delta: float,
+    confidence: float,
+) -> AuditResult:
+    """What guesses from scores refute: the highest took part, the lowest did not.
+
+    Args:
+        scores: float64 [m], one a canary.
+        took_part: [m], the coin flips.
+        guesses: r, at most m, even; fixed beforehand.
+        epsilon, delta: claimed.
+        confidence: of the bound, in (0, 1).
+    """
+    order, half = np.argsort(scores), guesses // 2
     correct = int(took_part[order[-half:]].sum() + (~took_part[order[:half]]).sum())
-    bound = lower_bound(canaries, guesses, correct, delta, 1 - CONFIDENCE)
-    return AuditResult(epsilon, delta, bound, canaries, guesses, correct, CONFIDENCE)
+    bound = lower_bound(len(scores), guesses, correct, delta, 1 - confidence)
+    return AuditResult(epsilon, delta, bound, len(scores), guesses, correct, confidence)
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:

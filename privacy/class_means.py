@@ -10,6 +10,7 @@ Its norm is at most sqrt(R^2 + kappa^2) = R sqrt(2), which is what one patient m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from secure_fed.privacy.accounting import Mechanism, gaussian_noise
-from secure_fed.privacy.dp_training import PatientBatch
+from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise
+from secure_fed.privacy.dp_training import PatientBatch, Patients
 from secure_fed.protocol.study import PrivateTraining
 
 LARGEST_ERROR = 0.4
@@ -57,19 +58,28 @@ def why_not(settings: PrivateTraining, noise_multiplier: float, n_ref: int, clas
 
 
 def noisy_sum(
-    batch: PatientBatch, weights: Tensor, settings: PrivateTraining, noise_multiplier: float
+    patients: Patients,
+    weights: Callable[[PatientBatch], Tensor],
+    shape: tuple[int, int],
+    settings: PrivateTraining,
+    noise_multiplier: float,
+    noise: Noise = gaussian_noise,
 ) -> NDArray[np.float64]:
     """The noised sum of the patients' contributions, float64 [K, d + 1].
 
     Args:
-        batch: patients; a patient that is not finite contributes zero.
-        weights: [n, I, K], rows sum to 1.
+        patients: nobody included; a patient that is not finite contributes zero.
+        weights: gives a batch's [n, I, K], rows sum to 1.
+        shape: (K, d).
         settings: public radius and centre.
         noise_multiplier: noise over sensitivity.
+        noise: where noise comes from; anything but the default is for rehearsals and tests.
     """
-    total = exact_sum(batch, weights, settings)
+    total = np.zeros((shape[0], shape[1] + 1))
+    for batch in patients:
+        total += exact_sum(batch, weights(batch), settings)
     std = mechanism(settings, noise_multiplier).noise_std
-    return total + gaussian_noise(total.size, std).reshape(total.shape)
+    return total + noise(total.size, std).reshape(total.shape)
 
 
 def exact_sum(batch: PatientBatch, weights: Tensor, settings: PrivateTraining) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.core.errors import GuardError
-from secure_fed.privacy.accounting import Mechanism, gaussian_noise
+from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise
 from secure_fed.protocol.one_sum import FIRST, NOISE, PATIENTS, SECOND, Sums
 
 SCALES = {SECOND: 0.6, FIRST: 1.0, PATIENTS: 0.3}
@@ -67,17 +67,18 @@ def finite_rows(x: NDArray[np.float64], owners: Sequence[str]) -> list[int]:
     return [row for row, owner in enumerate(owners) if owner not in broken]
 
 
-def noisy_values(sums: Sums, noise_multiplier: float) -> dict[str, NDArray[np.float64]]:
+def noisy_values(sums: Sums, noise_multiplier: float, noise: Noise = gaussian_noise) -> dict[str, NDArray[np.float64]]:
     """The statistics by block as they leave under a budget, with the variance of the noise in B's entries.
 
     Args:
         sums: exact; of no patient, if there is none.
         noise_multiplier: noise over sensitivity.
+        noise: where noise comes from; anything but the default is for rehearsals and tests.
     """
     std = mechanism(noise_multiplier).noise_std
     values = sums.values()
     for name, scale in SCALES.items():
-        values[name] = values[name] + gaussian_noise(values[name].size, std / scale)
+        values[name] = values[name] + noise(values[name].size, std / scale)
     values[NOISE] = np.array([(std / SCALES[SECOND]) ** 2])
     return values
 

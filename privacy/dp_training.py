@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 
 from secure_fed.core.errors import PrivateMethodError
 from secure_fed.model.adapters import Adapter, class_prompt_loss
-from secure_fed.privacy.accounting import Noise, gaussian_noise, uniforms
+from secure_fed.privacy.accounting import Noise, gaussian_noise
 from secure_fed.protocol.study import Method, PrivateTraining
 
 CHUNK = 4096
-"""Patients whose activations are in memory at once."""
+"""Images whose activations are in memory at once; a patient with more is taken alone."""
 
 Gradients = dict[str, Tensor]
 """One float64 tensor a shared parameter, by name."""
@@ -39,7 +39,8 @@ Gradients = dict[str, Tensor]
 class PatientBatch(NamedTuple):
     """Patients of a site: ``features`` [n, I, d] float64, ``labels`` [n, I] int64, ``mask`` [n, I] bool.
 
-    ``I`` is the largest number of images of a patient; ``mask`` says which of a patient's I places hold an image.
+    ``mask`` says which of a patient's I places hold an image. :func:`gather_patients` makes batches without empty
+    places.
     """
 
     features: Tensor
@@ -55,10 +56,17 @@ PatientLoss = Callable[[Callable[[Tensor], Tensor], PatientBatch], Tensor]
 """Losses [n] of the patients, given the adapter as a function from features [n, I, d] to logits [n, I, K]."""
 
 
+Patients = Sequence[PatientBatch]
+"""All patients of a sum, in batches; none is nobody."""
+
+
 def gather_patients(
     features: NDArray[np.float32], labels: NDArray[np.int64], patients: Sequence[str], images_per_patient: int
-) -> PatientBatch:
+) -> Patients:
     """Images by patient, at most ``images_per_patient`` of each, the first ones given.
+
+    Patients with equally many images form a batch, so that work and memory follow the images: padded to the longest,
+    one patient with many images would slow down everybody's step, which an observer can time.
 
     Args:
         features: [m, d], one row an image.
@@ -71,16 +79,17 @@ def gather_patients(
         chosen = rows.setdefault(patient, [])
         if len(chosen) < images_per_patient:
             chosen.append(index)
-    most = max((len(chosen) for chosen in rows.values()), default=1)
-    gathered = torch.zeros(len(rows), most, features.shape[1], dtype=torch.float64)
-    gathered[..., 0] = 1.0  # empty places hold a unit vector, at which every adapter is differentiable
-    known = torch.zeros(len(rows), most, dtype=torch.int64)
-    mask = torch.zeros(len(rows), most, dtype=torch.bool)
-    for place, chosen in enumerate(rows.values()):
-        gathered[place, : len(chosen)] = torch.from_numpy(features[chosen]).double()
-        known[place, : len(chosen)] = torch.from_numpy(labels[chosen])
-        mask[place, : len(chosen)] = True
-    return PatientBatch(gathered, known, mask)
+    by_size: dict[int, list[list[int]]] = {}
+    for chosen in rows.values():
+        by_size.setdefault(len(chosen), []).append(chosen)
+    return tuple(
+        PatientBatch(
+            torch.from_numpy(features[group]).double(),
+            torch.from_numpy(labels[group]),
+            torch.ones(len(group), size, dtype=torch.bool),
+        )
+        for size, group in sorted(by_size.items())
+    )
 
 
 ImageTerm = Callable[[Tensor, Tensor], Tensor]
@@ -178,8 +187,9 @@ def clipped_sum(adapter: Adapter, batch: PatientBatch, loss: PatientLoss, clip: 
         name: torch.zeros_like(parameter, requires_grad=False)
         for name, parameter in adapter.shared_parameters().items()
     }
-    for start in range(0, len(batch.mask), CHUNK):
-        for name, part in _clip_chunk(adapter, batch.choose(slice(start, start + CHUNK)), loss, clip):
+    size = max(1, CHUNK // max(1, batch.mask.shape[1]))
+    for start in range(0, len(batch.mask), size):
+        for name, part in _clip_chunk(adapter, batch.choose(slice(start, start + size)), loss, clip):
             total[name] += part
     return total
 
@@ -210,7 +220,7 @@ class Descent:
         settings: the study's public constants.
         noise_std: of the noise on a clipped sum, in the sum's units (noise multiplier times clip).
         n_ref: declared number of training patients, the divisor of the mean; never the true number.
-        noise: where noise comes from; anything but the default is for the guard's tests.
+        noise: where noise comes from; anything but the default is for rehearsals and tests.
     """
 
     settings: PrivateTraining
@@ -221,7 +231,7 @@ class Descent:
     def run(
         self,
         adapter: Adapter,
-        batch: PatientBatch,
+        patients: Patients,
         loss: PatientLoss,
         public_gradient: Callable[[Adapter], Gradients] | None = None,
     ) -> None:
@@ -229,27 +239,29 @@ class Descent:
 
         Args:
             adapter: float64.
-            batch: the site's training patients.
+            patients: the site's training patients.
             loss: as for :func:`clipped_sum`.
             public_gradient: of a term that depends on released figures only, added to each noisy mean.
         """
-        rate = self.settings.sampling_rate
         optimizer = self._optimizer(adapter.shared_parameters().values())
         for _ in range(self.settings.steps):
-            drawn = batch
-            if rate < 1:
-                drawn = batch.choose(torch.from_numpy(uniforms(len(batch.mask)) < rate))
-            noisy = self.noisy_sum(adapter, drawn, loss)
+            noisy = self.noisy_sum(adapter, patients, loss)
             public = public_gradient(adapter) if public_gradient else {}
             for name, parameter in adapter.shared_parameters().items():
-                parameter.grad = noisy[name] / (rate * self.n_ref)
+                parameter.grad = noisy[name] / self.n_ref
                 if name in public:
                     parameter.grad += public[name]
             optimizer.step()
 
-    def noisy_sum(self, adapter: Adapter, batch: PatientBatch, loss: PatientLoss) -> Gradients:
+    def noisy_sum(self, adapter: Adapter, patients: Patients, loss: PatientLoss) -> Gradients:
         """A clipped sum with fresh noise: what the optimiser, and so everybody, may see of the patients."""
-        total = clipped_sum(adapter, batch, loss, self.settings.clip)
+        total = {
+            name: torch.zeros_like(parameter, requires_grad=False)
+            for name, parameter in adapter.shared_parameters().items()
+        }
+        for batch in patients:
+            for name, part in clipped_sum(adapter, batch, loss, self.settings.clip).items():
+                total[name] += part
         for value in total.values():
             value += torch.from_numpy(self.noise(value.numel(), self.noise_std)).view(value.shape)
         return total

@@ -252,7 +252,7 @@ def _check_steps(adapter: Adapter, loss: PatientLoss, descent: Descent) -> None:
     sums = _Sensitivity(adapter, loss, descent.settings.clip, clipped_sum)
     batch = sums._batch(patients=2)
     exact = sums._sum(batch)
-    noisy = descent.noisy_sum(adapter, batch, loss)
+    noisy = descent.noisy_sum(adapter, (batch,), loss)
     drawn = (torch.cat([noisy[name].flatten() for name in sorted(noisy)]) - exact) / descent.noise_std
     size = drawn.numel()
     squares = float(drawn.square().sum())

@@ -1,17 +1,16 @@
 """A site's privacy ledger: what was spent on whom, written before it is spent.
 
-Three files in ``STATE/privacy``, and nothing in the data folder:
+Three files in the folder of the site's identity, and nothing in the data folder; all studies and state folders of the
+identity spend from it:
 
 ``ledger.key``    secret of 32 bytes: keys the MACs and the hashes of patients
 ``ledger.jsonl``  entries: ``open``, ``budget``, ``plan``, ``reserve``, ``commit``, ``sent``
-``blocks.jsonl``  which patient is in which cohort block, as keyed hashes of ids and of image digests
+``blocks.jsonl``  who was in which release, as keyed hashes (:mod:`secure_fed.privacy.histories`)
 
-Each line names the one before by its SHA-256, carries a MAC, and a random salt, so that the ledger's head, which
-travels with every update, tells nothing of the content. A file is replaced as a whole, so that it is never half
-written. Order is by number; no clock is read.
+How many entries there are, and of what kinds, follows from the study and from what the site declared, never from its
+patients: whatever does depend on them stands in ``blocks.jsonl``. Order is by number; no clock is read.
 
-A block is a set of patients with one budget. A patient stays in its block under any run, study or export; new
-patients open a new block, validation patients one of their own. What is reserved is spent, whatever becomes of it.
+Every patient has a history of its own. What is reserved is spent, whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import secrets
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -32,15 +33,14 @@ from pydantic import ValidationError
 from secure_fed.core.errors import BudgetError, KeyFileError, LedgerError, StorageError
 from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.core.tomlfile import FileModel
-from secure_fed.privacy.accounting import ROUNDING, Mechanism, epsilon_spent, mu_squared_of, plan_noise
+from secure_fed.privacy.accounting import ROUNDING, Mechanism, epsilon_of, epsilon_spent, mu_squared_of
+from secure_fed.privacy.chain_file import ChainFile
+from secure_fed.privacy.histories import Histories, Twins
 from secure_fed.protocol.ledger_heads import MAX_LINKS, SHORT, LedgerHead, Link
 from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST, read_private
 from secure_fed.protocol.study import canonical_json
 
 ADJACENCY = "add or remove one"
-LEAST_SHARE = 0.3
-"""Share of its budget that a block must have left to enter a new plan: with less, noise drowns what is learnt, and
-what the last plan kept for a crash is not worth a run."""
 
 Unit = Literal["patient", "image"]
 Kind = Literal["patients", "public", "simulated"]
@@ -53,13 +53,15 @@ class Account:
 
     Attributes:
         site: its name.
+        identity: public signing key of the site's identity, 64 hex digits.
         unit: what counts as one patient.
         data: kind of the data; of all but ``patients``, every figure is labelled simulated.
-        epsilon: the budget of each block, above 0; it can only fall.
+        epsilon: the budget of each patient, above 0; it can only fall.
         delta: in (0, 1).
     """
 
     site: str
+    identity: str
     unit: Unit
     data: Kind
     epsilon: float
@@ -72,9 +74,10 @@ class Event:
 
     Attributes:
         seq: number of its entry.
-        blocks: whose budget it is charged to.
+        blocks: whose budget it is charged to; none if nobody could pay, and noise alone was released.
         purpose: what for, in words.
         mechanism: what is released.
+        run: id of the run that it is part of.
         state: how far it came; of no matter for what is spent.
     """
 
@@ -82,35 +85,53 @@ class Event:
     blocks: tuple[int, ...]
     purpose: str
     mechanism: Mechanism
+    run: str
     state: State
 
 
+@dataclass(frozen=True)
+class Declaration:
+    """What a site says, once and in public, that a run may cost each of its patients.
+
+    Attributes:
+        epsilon: of the run, at the ledger's delta.
+        mu_squared: that it buys.
+        runs: how many runs share the ledger's life in equal parts; None if the run's epsilon was given.
+    """
+
+    epsilon: float
+    mu_squared: float
+    runs: int | None
+
+
 class Plan(FileModel):
-    """The noise of one run, fixed before its first round.
+    """The noise of one run, fixed before its first round; it follows from the declaration and the study alone.
 
     Attributes:
         run: the run's id.
-        rounds: rounds still to come when it was made; noise is planned for one more, in case of a crash.
+        study: the study's.
+        epsilon: that was declared for the run.
+        rounds: of the study; noise is planned for one more, in case of a crash.
         steps: noisy sums of one round.
         clip: sensitivity of each.
         noise_multiplier: noise over clip.
-        sampling_rate: share of the patients in each sum.
         lmmd_noise_multiplier: noise over sensitivity of each release of class means that is made once; None if none
             is to be made.
         lmmd_round_noise_multiplier: likewise of the one that each round makes; None if none does.
         lmmd_note: why LMMD is on or off, in words.
-        validation_rounds: the rounds in which validation counts are released; the budget is that of the validation
-            patients' own block, with one release more in case of a crash.
+        validation_rounds: the rounds in which validation counts are released, paid for by the validation patients,
+            who train in no round, with one release more in case of a crash.
         validation_noise_multiplier: noise over sensitivity of each; None if none is to be made.
-        validation_note: why they are released or not, in words.
+        validation_note: whether they are released, in words.
     """
 
     run: str
+    study: str
+    epsilon: float
     rounds: int
     steps: int
     clip: float
     noise_multiplier: float
-    sampling_rate: float
     lmmd_noise_multiplier: float | None
     lmmd_round_noise_multiplier: float | None
     lmmd_note: str
@@ -121,7 +142,7 @@ class Plan(FileModel):
     @property
     def round_mechanism(self) -> Mechanism:
         """What the training of one round releases."""
-        return Mechanism(self.clip, self.noise_multiplier * self.clip, self.steps, self.sampling_rate)
+        return Mechanism(self.clip, self.noise_multiplier * self.clip, self.steps)
 
 
 @dataclass(frozen=True)
@@ -145,86 +166,11 @@ class MeanReleases:
 NO_MEANS = MeanReleases("", 0, False, lambda noise_multiplier: "off: the study has no domain term")
 
 
-@dataclass(frozen=True)
-class _Line:
-    seq: int
-    id: str
-    fields: dict[str, Any]
-
-
-class _ChainFile:
-    """Lines that cannot be changed, cut in the middle or put in another order without the key."""
-
-    def __init__(self, path: Path, key: bytes) -> None:
-        self._path = path
-        self._key = key
-        self._data = b""
-        self.lines: list[_Line] = []
-
-    @property
-    def head(self) -> tuple[int, str]:
-        """Number and id of the last line; 0 and zeros before the first."""
-        return (self.lines[-1].seq, self.lines[-1].id) if self.lines else (0, ZERO_DIGEST)
-
-    def load(self, data: bytes) -> None:
-        """Check and take all lines.
-
-        Raises:
-            LedgerError: a line does not verify.
-        """
-        texts = data.split(b"\n")
-        if texts.pop() != b"":
-            raise self._damaged(len(texts) + 1)
-        for text in texts:
-            self.lines.append(self._check(text))
-        self._data = data
-
-    def append(self, fields: dict[str, Any]) -> _Line:
-        """Add a line durably.
-
-        Raises:
-            StorageError: it was not written; the file is as it was.
-        """
-        seq, previous = self.head
-        content = {"seq": seq + 1, "previous": previous, "salt": secrets.token_hex(32), **fields}
-        text = canonical_json({**content, "mac": self._mac(content)})
-        line = self._check(text)
-        data = self._data + text + b"\n"
-        write_durable(self._path, data, PRIVATE)
-        self._data = data
-        self.lines.append(line)
-        return line
-
-    def _check(self, text: bytes) -> _Line:
-        number, previous = self.head
-        try:
-            content = json.loads(text)
-            mac = content.pop("mac")
-            right = hmac.compare_digest(self._mac(content), mac) and canonical_json({**content, "mac": mac}) == text
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise self._damaged(number + 1) from None
-        if not right or content.pop("seq") != number + 1 or content.pop("previous") != previous:
-            raise self._damaged(number + 1)
-        del content["salt"]
-        return _Line(number + 1, hashlib.sha256(text).hexdigest(), content)
-
-    def _mac(self, content: dict[str, Any]) -> str:
-        message = self._path.name.encode() + b"\n" + canonical_json(content)
-        return hmac.new(self._key, message, hashlib.sha256).hexdigest()
-
-    def _damaged(self, number: int) -> LedgerError:
-        return LedgerError(
-            f"{self._path}: line {number} does not verify; expected an unbroken chain under this site's ledger.key. "
-            "The file or the key was changed: no more is spent; put back both from the newest export (secfacmic "
-            "ledger restore)"
-        )
-
-
 class Ledger:
-    """The ledger of one site, read whole and checked whole at each opening. Open it through :func:`opened`.
+    """The ledger of one site's identity, read whole and checked whole at each opening, by :func:`opened`.
 
     Args:
-        folder: ``STATE/privacy``; must hold a ledger.
+        folder: of the three files; must hold a ledger.
 
     Raises:
         LedgerError: it does not verify, or a file of it is missing.
@@ -234,18 +180,18 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         secret = _secret(read_private(folder / "ledger.key"), folder)
-        self._hash_key = _derive(secret, "hash")
-        self._entries = _ChainFile(folder / "ledger.jsonl", _derive(secret, "mac"))
-        self._registry = _ChainFile(folder / "blocks.jsonl", _derive(secret, "mac"))
-        for chain in (self._entries, self._registry):
+        self._entries = ChainFile(folder / "ledger.jsonl", _derive(secret, "mac"))
+        registry = ChainFile(folder / "blocks.jsonl", _derive(secret, "mac"))
+        for chain in (self._entries, registry):
             try:
-                data = chain._path.read_bytes()
+                data = chain.path.read_bytes()
             except OSError as error:
                 raise LedgerError(
-                    f"{chain._path}: cannot be read ({error.strerror}), though this site has spent before; expected "
+                    f"{chain.path}: cannot be read ({error.strerror}), though this site has spent before; expected "
                     "it there: put it back from the newest export (secfacmic ledger restore)"
                 ) from error
             chain.load(data)
+        self._histories = Histories(registry, _derive(secret, "hash"))
         self._read()
 
     # --- opening ---
@@ -270,6 +216,7 @@ class Ledger:
         opening = {
             "kind": "open",
             "site": account.site,
+            "identity": account.identity,
             "unit": account.unit,
             "adjacency": ADJACENCY,
             "data": account.data,
@@ -280,21 +227,30 @@ class Ledger:
             with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
                 new = Path(name) / "new"
                 make_folder(new, 0o700)
-                _ChainFile(new / "ledger.jsonl", _derive(secret, "mac")).append(opening)
+                ChainFile(new / "ledger.jsonl", _derive(secret, "mac")).append(opening)
                 write_durable(new / "blocks.jsonl", b"", PRIVATE)
                 write_durable(new / "ledger.key", f"{secret.hex()}\n".encode(), PRIVATE)
                 new.rename(folder)
             sync_folder(folder.parent)
         except OSError as error:
-            raise StorageError(f"{folder}: cannot be made ({error.strerror}); is another process making it?") from error
+            raise StorageError(
+                f"{folder}: cannot be made ({error.strerror}); expected a writable folder that no other process makes: "
+                "the ledger lies with the identity's keys"
+            ) from error
 
     def agree(self, account: Account) -> None:
         """Check that the site asks for what the ledger was opened for, and lower the budget if it asks for less.
 
         Raises:
+            LedgerError: the ledger is another identity's.
             BudgetError: it asks for more, or for something else.
         """
         own = self.account
+        if account.identity != own.identity:
+            raise LedgerError(
+                f"{self._folder}: the ledger of identity {own.identity[:16]}; expected that of this site's identity "
+                f"{account.identity[:16]}: a ledger belongs to one identity, put each back with its own keys"
+            )
         for name, found, expected in (
             ("site", account.site, own.site),
             ("unit", account.unit, own.unit),
@@ -322,55 +278,99 @@ class Ledger:
         """Number and id of the last entry."""
         return self._entries.head
 
-    def travelling(self, known: int) -> LedgerHead:
-        """What travels with an update: the entry that committed it, with links to entries that others may hold.
+    def travelling(self, study: str, known: int) -> LedgerHead:
+        """What travels with an update: how many updates this ledger has paid for in that study, the salted digest of
+        the entry that committed the last of them, and links to earlier ones that others may hold.
 
         These are the newest that the journal shows, and of each run the last that travelled, the last but one and so
         on: whoever followed a run to its end, or missed some of its updates, finds the one it holds.
 
         Args:
+            study: its id.
             known: number of the newest head of this site that the journal shows; 0 without any.
         """
-        lines = self._entries.lines
-        runs: list[list[int]] = [[]]
-        for line in lines:
-            if line.fields["kind"] == "plan":
-                runs.append([])
-            elif line.fields["kind"] == "commit":
-                runs[-1].append(line.seq)
-        newest = max((seq for run in runs for seq in run), default=len(lines))
-        earlier = [[seq for seq in run if seq < newest] for run in reversed(runs)]
-        longest = max(map(len, earlier))
+        ids = self._anchors[study]
+        if not ids:
+            return LedgerHead(0, ZERO_DIGEST)
+        newest = len(ids)
+        runs: defaultdict[str, list[int]] = defaultdict(list)
+        for number, (run, _) in enumerate(ids, 1):
+            if number < newest:
+                runs[run].append(number)
+        earlier = list(reversed(runs.values()))
+        longest = max(map(len, earlier), default=0)
         named = [known, *(run[-back] for back in range(1, longest + 1) for run in earlier if len(run) >= back)]
-        chosen = [seq for seq in dict.fromkeys(named) if 0 < seq < newest][:MAX_LINKS]
-        links: tuple[Link, ...] = tuple((seq, lines[seq - 1].id[:SHORT]) for seq in sorted(chosen))
-        return LedgerHead(newest, lines[newest - 1].id, links)
+        chosen = [number for number in dict.fromkeys(named) if 0 < number < newest][:MAX_LINKS]
+        links: tuple[Link, ...] = tuple((number, ids[number - 1][1][:SHORT]) for number in sorted(chosen))
+        return LedgerHead(newest, ids[-1][1], links)
 
-    def holds(self, seq: int, head: str) -> bool:
-        """Whether an entry of that number and id is in this ledger; number 0 always is."""
-        return seq == 0 or (seq <= len(self._entries.lines) and self._entries.lines[seq - 1].id == head)
+    def holds(self, study: str, seq: int, head: str) -> bool:
+        """Whether the update of that number in a study was committed by the entry of that id; number 0 always was."""
+        ids = self._anchors[study]
+        return seq == 0 or (seq <= len(ids) and ids[seq - 1][1] == head)
 
-    def mechanisms(self, block: int) -> list[Mechanism]:
-        """All that was reserved on a block."""
-        return [event.mechanism for event in self.events if block in event.blocks]
+    def sent(self, study: str) -> int:
+        """How many updates this ledger has paid for in a study."""
+        return len(self._anchors[study])
+
+    @property
+    def _own(self) -> dict[int, list[int]]:
+        """Numbers of the events that name a block, by block."""
+        found: defaultdict[int, list[int]] = defaultdict(list)
+        for event in self.events:
+            for block in event.blocks:
+                found[block].append(event.seq)
+        return found
+
+    def _cost(self, block: int, own: Mapping[int, Sequence[int]]) -> float:
+        """Squared mu of a block. Who was in one release under two ids moved its sum by twice as much."""
+        carried, events = self._histories.history(block, own)
+        return carried + math.fsum(
+            times * times * self._event(seq).mechanism.mu_squared for seq, times in events.items()
+        )
+
+    def costs(self) -> dict[int, float]:
+        """Squared mu spent, by block that has persons."""
+        own = self._own
+        return {block: self._cost(block, own) for block in self._histories.members}
 
     def spent(self, block: int) -> float:
-        """Epsilon spent on a block."""
-        return epsilon_spent(self.mechanisms(block), self.account.delta)
+        """Epsilon spent by each person of a block."""
+        return epsilon_of(self._cost(block, self._own), self.account.delta)
 
     @property
     def epsilon_spent(self) -> float:
-        """Of the fullest block; 0 without any."""
-        return max((self.spent(block) for block in self.blocks), default=0.0)
+        """Of the person who has spent most; 0 without any."""
+        return epsilon_of(max(self.costs().values(), default=0.0), self.account.delta)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that have persons."""
+        return list(self._histories.members)
+
+    @property
+    def adopted(self) -> dict[str, str]:
+        """Of the adopted ledgers, the head that each had, by the id of its first entry."""
+        return self._histories.adopted
 
     def plan(self, run: str) -> Plan | None:
         """The plan of a run, if it has one."""
         return self._plans.get(run)
 
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of all runs, in order."""
+        return list(self._plans.values())
+
+    def of_run(self, run: str) -> list[Event]:
+        """What was reserved for a run, in order."""
+        return [event for event in self.events if event.run == run]
+
     def _read(self) -> None:
         """Rebuild everything from the lines."""
         events: dict[int, Event] = {}
         self._plans: dict[str, Plan] = {}
+        self._anchors: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         account: Account | None = None
         for line in self._entries.lines:
             fields = dict(line.fields)
@@ -379,172 +379,187 @@ class Ledger:
                 if kind == "open" and account is None and fields.pop("adjacency") == ADJACENCY:
                     account = Account(**fields)
                 elif kind == "budget" and account is not None and fields["epsilon"] < account.epsilon:
-                    account = Account(**{**account.__dict__, **fields})
+                    account = replace(account, **fields)
                 elif kind == "plan":
                     plan = Plan.model_validate_json(canonical_json(fields))  # JSON has no tuples
                     self._plans[plan.run] = plan
                 elif kind == "reserve":
                     self._check_registry(fields)
-                    blocks, purpose = tuple(fields["blocks"]), fields["purpose"]
-                    events[line.seq] = Event(line.seq, blocks, purpose, _mechanism(fields), "reserved")
+                    mechanism = Mechanism(fields["sensitivity"], fields["noise_std"], fields["steps"])
+                    events[line.seq] = Event(
+                        line.seq, tuple(fields["blocks"]), fields["purpose"], mechanism, fields["run"], "reserved"
+                    )
                 elif kind in ("commit", "sent"):
                     state: State = "committed" if kind == "commit" else "sent"
-                    events.update({seq: _with_state(events[seq], state) for seq in fields["events"]})
+                    events.update({seq: replace(events[seq], state=state) for seq in fields["events"]})
+                    if kind == "commit" and fields["study"]:
+                        self._anchors[fields["study"]].append((fields["run"], line.id))
                 else:
                     raise KeyError(kind)
             except (KeyError, TypeError, ValidationError):
                 raise LedgerError(
-                    f"{self._entries._path}: line {line.seq} is of a kind or form that this version does not know; "
+                    f"{self._entries.path}: line {line.seq} is of a kind or form that this version does not know; "
                     "expected what it wrote itself: use the newest version of secfacmic that ran here"
                 ) from None
         if account is None:
-            raise LedgerError(f"{self._entries._path}: empty; expected the entry that opened it")
+            raise LedgerError(f"{self._entries.path}: empty; expected the entry that opened it")
         self.account = account
+        self._by_number = events
         self.events = [events[seq] for seq in sorted(events)]
-        self._units: dict[str, int] = {}
-        self._images: dict[str, int] = {}
-        for line in self._registry.lines:
-            block = line.fields["block"]
-            self._units.update((digest, block) for digest in line.fields["units"])
-            self._images.update((digest, block) for digest in line.fields["images"])
-        known = {line.fields["block"] for line in self._registry.lines}
-        self.blocks = sorted(known | {block for event in self.events for block in event.blocks})
-        training = {line.fields["block"] for line in self._registry.lines if line.fields["trains"]}
-        self.training_blocks = sorted(training)
 
     def _check_registry(self, fields: Mapping[str, Any]) -> None:
-        """An older registry under a newer ledger would open fresh blocks for known patients."""
+        """An older register under a newer ledger would give known patients a fresh history."""
         seq, head = fields["registry"]
-        lines = self._registry.lines
-        if seq > len(lines) or (seq and lines[seq - 1].id != head):
+        if not self._histories.holds(seq, head):
             raise LedgerError(
-                f"{self._registry._path}: {len(lines)} lines; the ledger has seen line {seq} of another or longer "
-                "one: put back both from the newest export (secfacmic ledger restore)"
+                f"{self._folder / 'blocks.jsonl'}: {self._histories.head[0]} lines; the ledger has seen line {seq} of "
+                "another or longer one: put back both from the newest export (secfacmic ledger restore)"
             )
 
-    # --- spending ---
+    # --- patients ---
 
-    @property
-    def validation_blocks(self) -> list[int]:
-        """Blocks none of whose patients was ever registered for anything but validation."""
-        return [block for block in self.blocks if block not in self.training_blocks]
+    def person(self, patient: str) -> str:
+        """The person whose id this is; two ids that were linked are one."""
+        return self._histories.person(patient)
+
+    def unsettled(self, pictures: Mapping[str, Collection[bytes]]) -> list[Twins]:
+        """Pairs of ids with an equal picture of which nobody has said whether they are one patient."""
+        return self._histories.unsettled(pictures)
 
     def register(
-        self, patients: Mapping[str, Collection[bytes]], validation: Collection[str] = frozenset()
-    ) -> dict[str, int]:
-        """The block of each patient; patients that are new here open a new block together, those for validation
-        another one.
-
-        A patient is known by its id, or by the bytes of any of its images under another id. Who turns up in several
-        blocks is counted in the fullest, so that nobody's spending is ever forgotten.
+        self, pictures: Mapping[str, Collection[bytes]], files: Mapping[str, Collection[bytes]] | None = None
+    ) -> None:
+        """Note who is in the site's data; those who are new begin with what adopted ledgers tell of them.
 
         Args:
-            patients: SHA-256 digests of each patient's images, by id.
-            validation: those that are only validated on. The block of any other is one that trains, from now on.
+            pictures: digests of each patient's pictures, by id.
+            files: digests of each patient's files, by which ledgers of version 0.1 knew them.
 
         Raises:
-            StorageError: the blocks cannot be written.
+            StorageError: it cannot be written.
         """
-        fullness = {block: self.spent(block) for block in self.blocks}
-        fresh: dict[bool, int] = {}
-        blocks: dict[str, int] = {}
-        changes: dict[int, tuple[list[str], list[str]]] = {}
-        training: set[int] = set()
-        for patient in sorted(patients):
-            unit = self._hash("unit", patient.encode())
-            images = [self._hash("image", digest) for digest in sorted(patients[patient])]
-            known = [self._images[image] for image in images if image in self._images]
-            if unit in self._units:
-                known.append(self._units[unit])
-            trains = patient not in validation
-            if not known:
-                known.append(fresh.setdefault(trains, max([0, *self.blocks, *fresh.values()]) + 1))
-            block = max(known, key=lambda one: (fullness.get(one, 0.0), -one))
-            if trains:
-                training.add(block)
-            blocks[patient] = block
-            new_units = [unit] if self._units.get(unit) != block else []
-            new_images = [image for image in images if self._images.get(image) != block]
-            if new_units or new_images:
-                units, digests = changes.setdefault(block, ([], []))
-                units += new_units
-                digests += new_images
-                # Two new ids with one image are one patient's: they must meet in one block already here.
-                self._units.update(dict.fromkeys(new_units, block))
-                self._images.update(dict.fromkeys(new_images, block))
-        for block in training.difference(self.training_blocks):
-            changes.setdefault(block, ([], []))
-        for block, (units, digests) in sorted(changes.items()):
-            trains = block in training or block in self.training_blocks
-            self._registry.append({"block": block, "units": units, "images": digests, "trains": trains})
-        self._read()
-        return blocks
+        self._histories.register(pictures, files or {}, self.head[0])
+
+    def link(self, first: str, second: str) -> float:
+        """Two ids are one patient from now on, whose histories add.
+
+        Returns:
+            Epsilon that it has spent; above the budget it takes part in nothing any more.
+
+        Raises:
+            LedgerError: one is unknown, or they are linked.
+        """
+        self._histories.link(first, second, self.head[0])
+        block = self._histories.block_of(self._histories.person(first)) if not first.startswith("#") else None
+        block = max(self._histories.blocks) if block is None else block
+        return self.spent(block)
+
+    def distinct(self, first: str, second: str) -> None:
+        """Two ids with an equal picture are two patients.
+
+        Raises:
+            LedgerError: one is unknown, or they are linked.
+        """
+        self._histories.distinct(first, second)
+
+    def adopt(self, older: OlderLedger) -> None:
+        """Take over a ledger of version 0.1; what it spent on a patient adds to what is spent here.
+
+        Raises:
+            LedgerError: it was adopted before, or its delta or unit is another.
+        """
+        own = self.account
+        for name, found, expected in (("delta", older.delta, own.delta), ("unit", older.unit, own.unit)):
+            if found != expected:
+                raise LedgerError(
+                    f"the ledger to adopt has {name} = {found}, this one {expected}; expected the same: figures of "
+                    "different kinds do not add"
+                )
+        self._histories.adopt(older.first, older.head, older.hash_key, older.spent)
+
+    # --- planning ---
+
+    def declare(self, run_epsilon: float | None, runs: int) -> Declaration:
+        """What a run may cost each patient.
+
+        Args:
+            run_epsilon: as the site gives it; else the ledger's squared mu in equal parts.
+            runs: how many parts, from 1.
+
+        Raises:
+            BudgetError: it is more than the budget of a patient's life here.
+        """
+        account = self.account
+        if run_epsilon is None:
+            share = mu_squared_of(account.epsilon, account.delta) / runs
+            return Declaration(epsilon_of(share, account.delta), share, runs)
+        if run_epsilon > account.epsilon:
+            raise BudgetError(
+                f"privacy.run_epsilon = {run_epsilon:g}, but each patient's budget is epsilon {account.epsilon:g}; "
+                "expected at most that"
+            )
+        return Declaration(run_epsilon, mu_squared_of(run_epsilon, account.delta), None)
 
     def make_plan(
         self,
+        study: str,
         run: str,
+        declared: Declaration,
         rounds: int,
         steps: int,
         clip: float,
-        sampling_rate: float,
         means: MeanReleases = NO_MEANS,
         validation: Sequence[int] = (),
     ) -> Plan:
-        """Plan and note the noise of a run, for its rounds and one more.
-
-        The noise suits the fullest of the training blocks that have ``LEAST_SHARE`` of their budget left; blocks with
-        less enter no plan. A site without any block plans with the whole budget.
+        """Plan and note the noise of a run, for its rounds and one more. No patient is looked at.
 
         Args:
-            run: its id.
-            rounds: still to come, from 1.
+            study: the study's id.
+            run: the run's.
+            declared: what it may cost.
+            rounds: of the study, from 1.
             steps: noisy sums a round.
             clip: sensitivity of each.
-            sampling_rate: share of the patients in each.
             means: which class means are to be released.
             validation: rounds in which validation counts are to be released.
 
         Raises:
-            BudgetError: no block has enough left.
+            BudgetError: all runs that share the budget have been made.
             StorageError: the plan cannot be written.
         """
-        account = self.account
-        total = (rounds + 1) * steps
-        found = self._fullest(self.training_blocks, total, sampling_rate)
-        if found is None:
+        if declared.runs is not None and len(self._plans) >= declared.runs:
             raise BudgetError(
-                f"epsilon spent {self.epsilon_spent:.4f} of {account.epsilon:g}; expected at least "
-                f"{100 * LEAST_SHARE:.0f} % of the budget (in squared mu) for a new run: this site takes part as an "
-                "observer"
+                f"this ledger has planned {len(self._plans)} runs, as many as privacy.runs = {declared.runs} says; "
+                "expected fewer: this site takes part as an observer. To train in another run, raise privacy.runs or "
+                "set privacy.run_epsilon: patients who can pay for it take part"
             )
-        noise, share, mechanisms = found
-        left = mu_squared_of(account.epsilon, account.delta) * share
+        left = declared.mu_squared
         once = (LMMD_SHARE * left) ** -0.5
         each_round = once * (rounds + 1) ** 0.5
         note = means.why_not(each_round if means.each_round else once)
-        if note is None:
-            costs = [Mechanism(1.0, once, means.once)] if means.once else []
-            costs += [Mechanism(1.0, each_round, rounds + 1)] if means.each_round else []
-            planned = plan_noise([*mechanisms, *costs], account.epsilon, account.delta, total, sampling_rate)
-            if planned is None:
-                note = "off: with sampled steps nothing would be left for them"
-            else:
-                noise = planned
         on = note is None
+        training = left * (1 - LMMD_SHARE * (means.once + means.each_round) * on)
         said = [f"{means.once} release{'s' * (means.once > 1)} at noise multiplier {once:.2f}"] * (means.once > 0)
         said += [f"one release a round at noise multiplier {each_round:.2f}"] * means.each_round
-        counts, counts_note = self._plan_validation(validation)
+        counts, counts_note = None, "off: the study asks for none"
+        if validation:
+            counts = _noise(left, len(validation) + 1)
+            times = ", ".join(map(str, validation))
+            counts_note = (
+                f"on: after rounds {times} at noise multiplier {counts:.2f}, from the validation patients' budget"
+            )
         plan = Plan(
             run=run,
+            study=study,
+            epsilon=declared.epsilon,
             rounds=rounds,
             steps=steps,
             clip=clip,
-            noise_multiplier=noise * (1 + 100 * ROUNDING),  # so that the last round fits whatever the rounding
-            sampling_rate=sampling_rate,
-            lmmd_noise_multiplier=once if on and means.once else None,
-            lmmd_round_noise_multiplier=each_round if on and means.each_round else None,
+            noise_multiplier=_noise(training, (rounds + 1) * steps),
+            lmmd_noise_multiplier=once * (1 + 100 * ROUNDING) if on and means.once else None,
+            lmmd_round_noise_multiplier=each_round * (1 + 100 * ROUNDING) if on and means.each_round else None,
             lmmd_note=note or f"on ({means.use}): {' and '.join(said)}",
-            validation_rounds=tuple(validation) if counts is not None else (),
+            validation_rounds=tuple(validation),
             validation_noise_multiplier=counts,
             validation_note=counts_note,
         )
@@ -552,83 +567,53 @@ class Ledger:
         self._read()
         return plan
 
-    def _plan_validation(self, rounds: Sequence[int]) -> tuple[float | None, str]:
-        """The noise multiplier of validation counts in these rounds and once more, and what is to be said of it."""
-        if not rounds:
-            return None, "off: the study asks for none"
-        blocks = self.validation_blocks
-        found = self._fullest(blocks, len(rounds) + 1, 1.0) if blocks or not self.blocks else None
-        if found is None:
-            return None, "off: no block of validation patients has enough of its budget left"
-        noise = found[0] * (1 + 100 * ROUNDING)
-        times = ", ".join(map(str, rounds))
-        return noise, f"on: after rounds {times} at noise multiplier {noise:.2f}, from the validation patients' budget"
+    # --- spending ---
 
-    def _fullest(
-        self, blocks: Sequence[int], steps: int, sampling_rate: float
-    ) -> tuple[float, float, list[Mechanism]] | None:
-        """Of the blocks that have enough left, the fullest: the noise multiplier at which so many steps use up what
-        it has left, the share of its budget (in squared mu) that this is, and what it has spent. Without any block, an
-        empty one; None if none has enough."""
-        epsilon, delta = self.account.epsilon, self.account.delta
-        best = plan_noise([], epsilon, delta, steps, sampling_rate)
-        assert best is not None  # an empty ledger pays for any plan
-        spent = [self.mechanisms(block) for block in blocks] or [[]]
-        noises = [(plan_noise(one, epsilon, delta, steps, sampling_rate), one) for one in spent]
-        able = [(noise, one) for noise, one in noises if noise is not None and noise <= best * LEAST_SHARE**-0.5]
-        if not able:
-            return None
-        noise, mechanisms = max(able, key=lambda pair: pair[0])
-        return noise, (best / noise) ** 2, mechanisms
+    def able(self, persons: Collection[str], mu_squared: float) -> set[str]:
+        """Those of some persons who can pay, each by its own history.
 
-    def able(self, mechanism: Mechanism) -> list[int]:
-        """The blocks that can pay for a release."""
-        limit, delta = self.account.epsilon, self.account.delta
-        return [block for block in self.blocks if epsilon_spent([*self.mechanisms(block), mechanism], delta) <= limit]
-
-    def require(self, mechanism: Mechanism) -> None:
-        """Refuse training that no block can pay for, before any data are read; known training blocks decide.
-
-        Raises:
-            BudgetError: none can, though there are some.
+        Args:
+            persons: registered ones.
+            mu_squared: what is to be paid.
         """
-        blocks = self.training_blocks
-        if blocks and not set(self.able(mechanism)) & set(blocks):
-            cost = epsilon_spent([*self.mechanisms(max(blocks, key=self.spent)), mechanism], self.account.delta)
-            raise BudgetError(
-                f"epsilon spent {self.epsilon_spent:.4f} of {self.account.epsilon:g}; this round would make it "
-                f"{cost:.4f}; expected at most {self.account.epsilon:g}: this site takes part as an observer"
-            )
+        limit = mu_squared_of(self.account.epsilon, self.account.delta)
+        costs = self.costs()
+        rich = {block for block, spent in costs.items() if spent + mu_squared <= limit}
+        return {person for person in persons if self._histories.block_of(person) in rich}
 
-    def reserve(self, mechanism: Mechanism, purpose: str, blocks: Sequence[int]) -> Event:
-        """Spend, durably, before the data are touched. Nothing gives it back.
+    def reserve(self, mechanism: Mechanism, purpose: str, run: str, persons: Collection[str]) -> Event:
+        """Spend, durably, before the data are touched. Nothing gives it back. Over nobody, noise alone is released.
 
         Raises:
-            BudgetError: a block cannot pay; nothing was spent.
+            BudgetError: somebody cannot pay; nothing was spent.
             StorageError: it was not written; nothing was spent, and nothing may be computed.
         """
-        able = self.able(mechanism)
-        poor = [block for block in blocks if block not in able]
-        if poor or not blocks:
-            raise BudgetError(f"blocks {poor} cannot pay for {purpose}; expected some that can: {able}")
+        poor = len(set(persons)) - len(self.able(persons, mechanism.mu_squared))
+        if poor:
+            raise BudgetError(f"{poor} patients cannot pay for {purpose}; expected only those who can")
+        blocks = self._histories.take_out(persons, self.head[0])
         line = self._entries.append(
             {
                 "kind": "reserve",
-                "blocks": list(blocks),
-                "mechanism": "gaussian" if mechanism.sampling_rate >= 1 else "poisson-gaussian",
+                "blocks": blocks,
                 "purpose": purpose,
+                "run": run,
                 "sensitivity": mechanism.sensitivity,
                 "noise_std": mechanism.noise_std,
                 "steps": mechanism.steps,
-                "sampling_rate": mechanism.sampling_rate,
-                "registry": list(self._registry.head),
+                "registry": list(self._histories.head),
             }
         )
         self._read()
-        return next(event for event in self.events if event.seq == line.seq)
+        return self._event(line.seq)
 
-    def commit(self, events: Sequence[int], output: bytes) -> None:
+    def commit(self, events: Sequence[int], output: bytes, study: str = "", run: str = "") -> None:
         """Note that the noised output of some events is stored. Once only: an event has one output.
+
+        Args:
+            events: their numbers.
+            output: what was stored.
+            study, run: of the update that it is; empty for what does not travel by itself.
 
         Raises:
             LedgerError: no such event, or it has an output already.
@@ -636,25 +621,28 @@ class Ledger:
         for seq in events:
             if self._event(seq).state != "reserved":
                 raise LedgerError(f"event {seq} has an output already; expected one draw an event")
-        self._entries.append({"kind": "commit", "events": list(events), "output": hashlib.sha256(output).hexdigest()})
+        digest = hashlib.sha256(output).hexdigest()
+        self._entries.append({"kind": "commit", "events": list(events), "output": digest, "study": study, "run": run})
         self._read()
 
-    def mark_sent(self, still_open: Collection[str]) -> None:
+    def mark_sent(self, still_open: Collection[int]) -> None:
         """Note that committed outputs were handed over, or their time is over.
 
         Args:
-            still_open: purposes of the events that may not have been sent yet.
+            still_open: numbers of the events that may have to be sent yet.
         """
-        sent = [event.seq for event in self.events if event.state == "committed" and event.purpose not in still_open]
+        sent = [event.seq for event in self.events if event.state == "committed" and event.seq not in still_open]
         if sent:
             self._entries.append({"kind": "sent", "events": sent})
             self._read()
 
     def _event(self, seq: int) -> Event:
-        for event in self.events:
-            if event.seq == seq:
-                return event
-        raise LedgerError(f"event {seq} is not in this ledger; expected one of {[event.seq for event in self.events]}")
+        try:
+            return self._by_number[seq]
+        except KeyError:
+            raise LedgerError(
+                f"event {seq} is not in this ledger; expected one of {[event.seq for event in self.events]}"
+            ) from None
 
     def state(self, seq: int) -> State:
         """How far an event came.
@@ -664,53 +652,91 @@ class Ledger:
         """
         return self._event(seq).state
 
-    def _hash(self, what: str, content: bytes) -> str:
-        return hmac.new(self._hash_key, what.encode() + b"\n" + content, hashlib.sha256).hexdigest()[:32]
-
     # --- for people ---
 
     def summary(self) -> dict[str, Any]:
-        """The ledger as a JSON document; anyone can recompute epsilon from its events."""
-        account = self.account
-        rows = [
-            {
-                "seq": event.seq,
-                "block": block,
-                "mechanism": "gaussian" if event.mechanism.sampling_rate >= 1 else "poisson-gaussian",
-                "purpose": event.purpose,
-                "sensitivity": event.mechanism.sensitivity,
-                "noise_std": event.mechanism.noise_std,
-                "steps": event.mechanism.steps,
-                "sampling_rate": event.mechanism.sampling_rate,
-                "mu_squared": event.mechanism.mu_squared,
-                "state": event.state,
-            }
-            for event in self.events
-            for block in event.blocks
-        ]
+        """The ledger as a JSON document for the site's own eyes; anyone can recompute epsilon from its events."""
+        account, own, costs = self.account, self._own, self.costs()
+        rows = []
+        for block in costs:
+            carried, events = self._histories.history(block, own)
+            if carried:
+                rows.append({"block": block, "purpose": "adopted ledgers", "mu_squared": carried, "state": "sent"})
+            for seq, times in sorted(events.items()):
+                event = self._event(seq)
+                cost = times * times * event.mechanism.mu_squared
+                rows.append({"block": block, **_row(event), "times": times, "mu_squared": cost})
+        members = self._histories.members
         return {
             "site": account.site,
             "data": account.data,
             "simulated": account.data != "patients",
+            "local": "blocks, events by block and epsilon_spent depend on single patients: for this site's own eyes",
             "epsilon_spent": self.epsilon_spent,
             "epsilon_budget": account.epsilon,
             "delta": account.delta,
             "unit": account.unit,
             "adjacency": f"{ADJACENCY} {account.unit}",
             "claim": claim(account),
-            "blocks": {str(block): self.spent(block) for block in self.blocks},
+            "blocks": {str(block): epsilon_of(cost, account.delta) for block, cost in costs.items()},
+            "members": {str(block): number for block, number in members.items()},
+            "adopted": list(self.adopted),
             "head": {"seq": self.head[0], "id": self.head[1]},
+            "releases": [_row(event) for event in self.events],
             "events": rows,
+        }
+
+    def public_summary(self, study: str) -> dict[str, Any]:
+        """What of the ledger may leave the site: the claim, the plans, and every release, whoever was in it.
+
+        Args:
+            study: id of the one for whose updates the anchors are listed.
+        """
+        account = self.account
+        # Of a patient who was in all of it, whether there is one or not.
+        at_most = epsilon_spent([event.mechanism for event in self.events], account.delta)
+        return {
+            "site": account.site,
+            "identity": account.identity,
+            "data": account.data,
+            "simulated": account.data != "patients",
+            "epsilon_at_most": min(account.epsilon, at_most),
+            "epsilon_budget": account.epsilon,
+            "delta": account.delta,
+            "unit": account.unit,
+            "adjacency": f"{ADJACENCY} {account.unit}",
+            "claim": claim(account),
+            "plans": [plan.model_dump(mode="json") for plan in self._plans.values()],
+            "releases": [_row(event) for event in self.events],
+            "anchors": [head for _, head in self._anchors[study]],
         }
 
     def export(self) -> bytes:
         """All three files as one, key included: to be kept as safe as the key."""
         files = {name: (self._folder / name).read_text(encoding="ascii") for name in _FILES}
-        return canonical_json({"format": 1, "files": files}) + b"\n"
+        return canonical_json({"format": 2, "files": files}) + b"\n"
+
+
+def _row(event: Event) -> dict[str, Any]:
+    return {
+        "seq": event.seq,
+        "mechanism": "gaussian",
+        "purpose": event.purpose,
+        "sensitivity": event.mechanism.sensitivity,
+        "noise_std": event.mechanism.noise_std,
+        "steps": event.mechanism.steps,
+        "mu_squared": event.mechanism.mu_squared,
+        "state": event.state,
+    }
+
+
+def _noise(mu_squared: float, steps: int) -> float:
+    """The noise multiplier at which so many sums cost that much, rounded up so that the last one fits."""
+    return math.sqrt(steps / mu_squared) * (1 + 100 * ROUNDING)
 
 
 LMMD_SHARE = 0.12
-"""Share of what is left (in squared mu) for each set of class means, be it released once or anew in every round
+"""Share of what a run may cost (in squared mu) for each set of class means, be it released once or anew in every round
 (docs/privacy.md, Cost and budget)."""
 
 _FILES = ("ledger.jsonl", "blocks.jsonl", "ledger.key")
@@ -722,9 +748,10 @@ def claim(account: Account) -> str:
     text = (
         f"Everything that leaves site {account.site} is ({account.epsilon:g}, {account.delta:g})-differentially "
         f"private with respect to adding or removing any {unit} of that site, over the lifetime of this ledger, "
-        "assuming correct code and the operating system's randomness, whatever the server, the other sites or "
-        "outsiders do. Encryption additionally hides single updates from the server. Excluded: the declared number of "
-        "patients N_ref, participation, configuration."
+        "from the first message of each run on, for the data as they were then, assuming correct code and the "
+        "operating system's randomness, whatever the server, the other sites or outsiders do. Encryption additionally "
+        "hides single updates from the server. Excluded: the declared number of patients N_ref, participation, "
+        "configuration."
     )
     return text if account.data == "patients" else f"Simulated ({account.data} data): {text}"
 
@@ -764,7 +791,7 @@ def restore(folder: Path, export: bytes) -> Ledger:
         except (LedgerError, KeyFileError):
             pass  # lost or damaged, which is why it is being replaced
         else:
-            if not restored.holds(*present.head):
+            if not restored._entries.holds(*present.head):
                 raise LedgerError(
                     f"{folder}: holds a whole ledger with head {present.head[0]}, which the export (head "
                     f"{restored.head[0]}) does not continue; a ledger never goes back: nothing was changed"
@@ -793,9 +820,68 @@ def _secret(text: bytes, folder: Path) -> bytes:
     return secret
 
 
-def _mechanism(fields: Mapping[str, Any]) -> Mechanism:
-    return Mechanism(fields["sensitivity"], fields["noise_std"], fields["steps"], fields["sampling_rate"])
+# --- ledgers of version 0.1 ---
 
 
-def _with_state(event: Event, state: State) -> Event:
-    return Event(event.seq, event.blocks, event.purpose, event.mechanism, state)
+@dataclass(frozen=True)
+class OlderLedger:
+    """What is taken over of a ledger of version 0.1, which lay in a study's state folder.
+
+    Attributes:
+        first, head: ids of its first and its last entry.
+        unit, delta: that it was opened with.
+        hash_key: of its hashes.
+        spent: ``units`` and ``images``, by hash the block, and ``blocks``, by block (as text) the squared mu.
+    """
+
+    first: str
+    head: str
+    unit: str
+    delta: float
+    hash_key: bytes
+    spent: dict[str, Any]
+
+
+def read_older(folder: Path) -> OlderLedger:
+    """Read and check a ledger of version 0.1.
+
+    Raises:
+        LedgerError: there is none, or it does not verify.
+        KeyFileError: its key is missing or readable by others.
+    """
+    secret = _secret(read_private(folder / "ledger.key"), folder)
+    chains = []
+    for name in ("ledger.jsonl", "blocks.jsonl"):
+        chain = ChainFile(folder / name, _derive(secret, "mac"))
+        try:
+            chain.load(chain.path.read_bytes())
+        except OSError as error:
+            raise LedgerError(f"{chain.path}: cannot be read ({error.strerror}); expected a whole ledger") from error
+        chains.append(chain)
+    entries, registry = chains
+    try:
+        opening = entries.lines[0].fields
+        blocks: defaultdict[str, float] = defaultdict(float)
+        units: dict[str, int] = {}
+        images: dict[str, int] = {}
+        for line in registry.lines:
+            block = line.fields["block"]
+            blocks[str(block)] += 0.0
+            units.update(dict.fromkeys(line.fields["units"], block))
+            images.update(dict.fromkeys(line.fields["images"], block))
+        for line in entries.lines:
+            if line.fields["kind"] == "reserve":
+                # Of a sampled mechanism this is an upper bound.
+                cost = Mechanism(line.fields["sensitivity"], line.fields["noise_std"], line.fields["steps"]).mu_squared
+                for block in line.fields["blocks"]:
+                    blocks[str(block)] += cost
+        return OlderLedger(
+            entries.lines[0].id,
+            entries.head[1],
+            str(opening["unit"]),
+            float(opening["delta"]),
+            _derive(secret, "hash"),
+            {"units": units, "images": images, "blocks": dict(blocks)},
+        )
+    except (LookupError, TypeError, ValueError):
+        raise LedgerError(f"{folder}: no ledger of version 0.1; expected one: nothing was adopted") from None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.privacy.accounting import Mechanism, gaussian_noise
+from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise
 
 SENSITIVITY = math.sqrt(2)
 
@@ -35,13 +35,16 @@ def exact_counts(right: NDArray[np.bool_], patients: Sequence[str]) -> NDArray[n
     return np.array([len(images), math.fsum(float(np.mean(one)) for one in images.values())], dtype=np.float64)
 
 
-def noisy_counts(right: NDArray[np.bool_], patients: Sequence[str], noise_multiplier: float) -> tuple[int, int]:
+def noisy_counts(
+    right: NDArray[np.bool_], patients: Sequence[str], noise_multiplier: float, noise: Noise = gaussian_noise
+) -> tuple[int, int]:
     """The noised sums, as integers with 0 <= right <= patients; rounding and limits are post-processing.
 
     Args:
         right, patients: as for :func:`exact_counts`; may be empty, which gives noise alone.
         noise_multiplier: noise over sensitivity.
+        noise: where noise comes from; anything but the default is for rehearsals and tests.
     """
-    noisy = exact_counts(right, patients) + gaussian_noise(2, mechanism(noise_multiplier).noise_std)
+    noisy = exact_counts(right, patients) + noise(2, mechanism(noise_multiplier).noise_std)
     count = max(0, round(float(noisy[0])))
     return count, min(max(0, round(float(noisy[1]))), count)

@@ -12,6 +12,7 @@ from secure_fed.privacy.dp_training import (
     Gradients,
     PatientBatch,
     PatientLoss,
+    Patients,
     class_prompt_patient_loss,
     gather_patients,
     public_log_prior,
@@ -46,7 +47,23 @@ def make_batch(
     rng = np.random.default_rng(seed)
     owners = [f"p{number}" for number in range(patients) for _ in range(rng.integers(1, most + 1))]
     labels = rng.integers(0, classes, len(owners))
-    return gather_patients(unit_rows(rng, len(owners), dim), labels, owners, cap)
+    return padded(gather_patients(unit_rows(rng, len(owners), dim), labels, owners, cap), dim)
+
+
+def padded(batches: Patients, dim: int) -> PatientBatch:
+    """One batch of several, with empty places, as adapters and losses must bear them too."""
+    most = max((batch.mask.shape[1] for batch in batches), default=1)
+    empty = torch.zeros(dim, dtype=torch.float64)
+    empty[0] = 1.0
+    features, labels, masks = [], [], []
+    for batch in batches:
+        count, size = batch.mask.shape
+        features.append(torch.cat((batch.features, empty.expand(count, most - size, dim)), dim=1))
+        labels.append(torch.nn.functional.pad(batch.labels, (0, most - size)))
+        masks.append(torch.nn.functional.pad(batch.mask, (0, most - size)))
+    if not features:
+        return PatientBatch(empty.expand(0, 1, dim), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1).bool())
+    return PatientBatch(torch.cat(features), torch.cat(labels), torch.cat(masks))
 
 
 def make_loss(classes: int = 3) -> PatientLoss:

@@ -17,6 +17,9 @@ app = typer.Typer(help="What a site has spent of its patients' privacy.", no_arg
 
 SitePath = Annotated[Path, typer.Argument(metavar="SITE", help=SITE_HELP)]
 
+SiteFileOption = Annotated[Path, typer.Option("--site", help="This site's site.toml.")]
+PatientId = Annotated[str, typer.Argument(help="A patient's id, or # and the digits that the start of the site told.")]
+
 
 @app.command()
 def show(site: SitePath, json_: Json = False) -> None:
@@ -32,6 +35,9 @@ def show(site: SitePath, json_: Json = False) -> None:
         return
     table = Table("seq", "block", "purpose", "sensitivity", "noise std", "steps", "mu squared", "state")
     for event in facts["events"]:
+        if "seq" not in event:
+            table.add_row("", str(event["block"]), event["purpose"], "", "", "", f"{event['mu_squared']:.4g}", "sent")
+            continue
         table.add_row(
             str(event["seq"]),
             str(event["block"]),
@@ -44,8 +50,11 @@ def show(site: SitePath, json_: Json = False) -> None:
         )
     out.print(table)
     label = "simulated " if facts["simulated"] else ""
+    out.print("local, for this site's own eyes: who is in which block depends on single patients", highlight=False)
     for block, spent in facts["blocks"].items():
-        out.print(f"block {block}: {label}epsilon {spent:.4f}", highlight=False)
+        out.print(
+            f"block {block}, {facts['members'][block]} {facts['unit']}s: {label}epsilon {spent:.4f}", highlight=False
+        )
     out.print(
         f"{facts['site']}: {label}epsilon {facts['epsilon_spent']:.4f} of {facts['epsilon_budget']:g} spent at delta "
         f"{facts['delta']:g}; unit: one {facts['unit']}",
@@ -65,7 +74,7 @@ def verify(site: SitePath, json_: Json = False) -> None:
         print_json({"verified": True, **{name: facts[name] for name in ("head", "epsilon_spent", "epsilon_budget")}})
         return
     out.print(
-        f"{facts['site']}: the ledger verifies; {len(facts['events'])} releases, head {facts['head']['seq']} "
+        f"{facts['site']}: the ledger verifies; {len(facts['releases'])} releases, head {facts['head']['seq']} "
         f"{facts['head']['id']}",
         highlight=False,
         soft_wrap=True,
@@ -97,6 +106,44 @@ def restore(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def adopt(
+    states: Annotated[list[Path], typer.Argument(metavar="STATE...", help="State folders of this identity, of 0.1.")],
+    site: SiteFileOption,
+) -> None:
+    """Take over the ledgers that version 0.1 left in state folders; histories add for each patient."""
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.operate.ledger_copies import adopt_ledger
+
+    file = read_site_file(site)
+    for state in states:
+        adopt_ledger(file, state)
+        out.print(f"{state}: its ledger is adopted; start no older version there", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def link(first: PatientId, second: PatientId, site: SiteFileOption) -> None:
+    """Say that two patient ids are one patient: what was spent on both adds up."""
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.operate.ledger_copies import link_patients
+
+    spent, budget = link_patients(read_site_file(site), first, second)
+    said = "" if spent <= budget else ": above the budget, so that the patient takes part in nothing any more"
+    out.print(
+        f"local: one patient, who has spent epsilon {spent:.4f} of {budget:g}{said}", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def distinct(first: PatientId, second: PatientId, site: SiteFileOption) -> None:
+    """Say that two patient ids with an equal picture are two patients all the same."""
+    from secure_fed.clients.sitefile import read_site_file
+    from secure_fed.operate.ledger_copies import tell_apart
+
+    tell_apart(read_site_file(site), first, second)
+    out.print("noted: two patients", highlight=False)
 
 
 def _site_file(path: Path) -> SiteFile:

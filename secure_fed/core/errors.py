@@ -270,6 +270,12 @@ class LedgerRollbackError(SecfacmicError):
     exit_code = 62
 
 
+class TwinsError(SecfacmicError):
+    """Equal pictures under two patient ids of a site with a budget, of which nobody has said whether they are one."""
+
+    exit_code = 64
+
+
 class StateFormatError(SecfacmicError):
     """A state folder whose layout this version does not know."""
 

@@ -23,12 +23,14 @@ At a site:
 | ``runs/RUN/evidence/X.record`` | a second record that the coordinator signed | replica |
 | ``runs/RUN/adapter.safetensors`` | adapter and moments after the last record | replica |
 | ``runs/RUN/outbox/N.integers`` | the rounded update | site |
+| ``runs/RUN/outbox/STATE.noised`` | that of a site with a budget, by the adapter's state | site |
+| ``runs/RUN/snapshot.safetensors`` | its data as they were when the run began | site |
 | ``runs/RUN/outbox/N.envelope`` | the update as it was sent | site |
 | ``runs/RUN/outbox/N.withdrawn`` | that a round's update was dropped | ``data forget`` |
 | ``runs/RUN/heads/N`` | the private head after a round | site |
 | ``keys/EPOCH.sealed`` | the study's sealed keys | ``keys accept``, replica |
 | ``accepted/STUDY.*`` | who accepted which study | ``site accept`` |
-| ``privacy/`` | the privacy ledger, :mod:`secure_fed.privacy.ledger` | site |
+| ``privacy/`` | a privacy ledger of version 0.1; now it lies with the identity | nobody any more |
 | ``features.sqlite`` | image features, unless ``site.toml`` says elsewhere | site |
 | ``forgotten.json`` | keyed hashes of forgotten patients | ``data forget`` |
 | ``given-sums.json`` | keyed hashes of images that were in an exact sum | site |
@@ -148,6 +150,15 @@ class SiteRun(RunState):
     def envelope(self, round_number: int) -> Path:
         """A round's update as it was sent."""
         return self.outbox / f"{numbered(round_number)}.envelope"
+
+    def noised(self, state: str) -> Path:
+        """The noised and rounded update at an adapter state of that digest."""
+        return self.outbox / f"{state[:32]}.noised"
+
+    @property
+    def snapshot(self) -> Path:
+        """The data of a site with a budget as they were when the run began."""
+        return self.path / "snapshot.safetensors"
 
     def withdrawn(self, round_number: int) -> Path:
         """The note that a round's update was dropped: the last attempt it was sealed for, else 0."""
@@ -328,7 +339,7 @@ class SiteState(StateFolder):
 
     @property
     def ledger(self) -> Path:
-        """Folder of the privacy ledger."""
+        """Folder of a privacy ledger of version 0.1."""
         return self.path / "privacy"
 
     @property

@@ -290,7 +290,7 @@ def _sum_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Iterator
     for name, epsilon in [("released", None), *((f"released_dp {one:g}", one) for one in shadow.epsilons)]:
         sent = [own.values() for own in sums]
         if epsilon is not None:
-            noise = plan_noise([], epsilon, shadow.delta, 1)
+            noise = plan_noise(epsilon, shadow.delta, 1)
             assert noise is not None  # an untouched budget pays for any plan
             sent = [noisy_values(own, noise) for own in sums]
         held = {block: np.sum([one[block] for one in sent], axis=0) for block in sent[0]}
@@ -361,8 +361,7 @@ def _train_privately(
     batch = gather_patients(target.x[rows], target.y[rows], owners, constants.images_per_patient)
     # One round more than there are, which a site keeps for a crash.
     steps = constants.steps * (study.rounds + 1)
-    noise = plan_noise([], epsilon, shadow.delta, steps, constants.sampling_rate)
-    assert noise is not None  # an untouched budget pays for any plan
+    noise = plan_noise(epsilon, shadow.delta, steps)
     adapter = to_double(build_adapter(study.method, initial.prompt_features, initial.logit_scale, parameters))
     loss = class_prompt_patient_loss(public_log_prior(constants, len(study.classes)))
     n_ref = max(10, round(target.patients // 2, -1))

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
-from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
 from secure_fed.core.errors import EnvelopeError, NotAcceptedError, SecfacmicError, StudyError
@@ -80,7 +80,7 @@ class Ground:
     @classmethod
     def prepare(cls, folder: Path) -> Ground:
         """Make it."""
-        agreed = prepare(_template(), folder, None, budget=Budget(8.0, 1e-5))
+        agreed = prepare(_template(), folder, None, budget=Budget(8.0, 1e-5, runs=2))
         for site in open_sites(agreed, folder):
             if agreed.study.site(site.name).role == "train":
                 site.features()

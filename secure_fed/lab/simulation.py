@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.features import pool_features
 from secure_fed.clients.images import site_images
-from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.replica import Validation
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
@@ -56,10 +56,11 @@ BY = "simulation"
 
 
 class Budget(NamedTuple):
-    """A privacy budget: ``epsilon`` above 0, ``delta`` in (0, 1e-3]."""
+    """A privacy budget: ``epsilon`` above 0, ``delta`` in (0, 1e-3], and the runs that share it."""
 
     epsilon: float
     delta: float
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,7 @@ def _set_budgets(agreed: AgreedStudy, plan: Simulation, out: Path, budget: Budge
     for played in plan.sites:
         path = out / "sites" / played.name / "site.toml"
         file = read_toml(path, SiteFile, SiteFileError)
-        privacy = SitePrivacy(epsilon=budget.epsilon, delta=budget.delta)
+        privacy = SitePrivacy(epsilon=budget.epsilon, delta=budget.delta, runs=budget.runs)
         if file.privacy is not None:
             n_ref = file.privacy.n_ref
         else:

@@ -89,6 +89,9 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
             "integers and envelopes in the outbox": _erase(
                 path for run in folder.run_folders() for path in SiteRun(run).outbox.glob("*")
             ),
+            "snapshots of the data of its runs": _erase(
+                path for run in folder.run_folders() if (path := SiteRun(run).snapshot).exists()
+            ),
         }
         if destroy_identity:
             erased["private keys of the site"] = _erase(identity.glob("*.key"))
@@ -98,7 +101,9 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
             folder.summary: "its figures on this site's test images",
             folder.runs: "the journal: encrypted sums, which nothing here opens any more",
             folder.features: "features of the images, as sensitive as the images; delete it when you need it no more",
-            folder.ledger: "the privacy ledger. Keep it: what was spent on a patient stays spent in every later study",
+            folder.ledger: "a privacy ledger of version 0.1; once adopted, its copy in the identity's ledger counts",
+            identity / "ledger": "the privacy ledger. Keep it: what was spent on a patient stays spent in every later "
+            "study",
             folder.accepted: "who accepted the study, and when",
             folder.sent: "what left this site",
             folder.status: "where the site's process stood last",

@@ -6,7 +6,7 @@ and SHA-256 and is signed by the site; what it holds:
 ``study/``       study.toml and study.safetensors
 ``journal/RUN/`` the signed records of every run, amendments among them
 ``accepted/``    who accepted the study, when, and what was shown
-``ledger/``      the privacy ledger's entries and its summary, without its key and without the register of patients
+``ledger/``      what of the privacy ledger depends on no patient: claim, plans, releases, and what travelled of it
 ``sent.jsonl``   every message that left the site
 ``policy.json``  what the site demands of a study; ``versions.json`` and ``bom.json`` what it ran (CycloneDX 1.5)
 """
@@ -22,7 +22,6 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -30,8 +29,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from secure_fed.clients.acceptance import notes, policy, when
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.outgoing_log import SentMessage, read_sent
-from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import EvidenceError, RecordError, StorageError
 from secure_fed.core.layout import RECORDS, SiteState
@@ -123,8 +122,8 @@ def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
                 parts[f"journal/{run.folder.name}/{path.name}"] = path
         ledger = ledger_folder(file)
         if Ledger.exists(ledger):
-            parts["ledger/summary.json"] = _json(Ledger(ledger).summary())
-            parts["ledger/ledger.jsonl"] = ledger / "ledger.jsonl"
+            # Nothing of the register: who was in which release, and what the fullest spent, tells of single patients.
+            parts["ledger/public.json"] = _json(Ledger(ledger).public_summary(agreed.study.id))
         if state.sent.exists():
             data = state.sent.read_bytes()
             parts[_SENT] = data[: data.rfind(b"\n") + 1]
@@ -367,48 +366,35 @@ def _sent(folder: Path, journals: _Journals, site: str) -> list[SentMessage]:
 
 
 def _ledger(folder: Path, agreed: AgreedStudy, journals: _Journals, site: str) -> str:
-    """Chain and sums of the ledger, and that every head which travelled is in it."""
-    ids = [ZERO_DIGEST]
-    path = folder / "ledger" / "ledger.jsonl"
+    """What was declared and released, and that every head which travelled is in it."""
+    path = folder / "ledger" / "public.json"
     travelled = {(header.ledger_seq, header.ledger_head) for header, _ in journals.own}
     if not path.exists():
         if any(seq for seq, _ in travelled):
             raise EvidenceError(f"ledger: not in the archive, but {site} sent updates that a ledger paid for")
         return "none"
-    delta = 0.0
-    blocks: dict[int, list[Mechanism]] = {}
-    for fields, digest in _ledger_lines(path.read_bytes()):
-        ids.append(digest)
-        delta = fields.get("delta", delta) if fields["kind"] == "open" else delta
-        if fields["kind"] == "reserve":
-            release = Mechanism(fields["sensitivity"], fields["noise_std"], fields["steps"], fields["sampling_rate"])
-            for block in fields["blocks"]:
-                blocks.setdefault(block, []).append(release)
+    try:
+        facts = json.loads(path.read_bytes())
+        heads = [ZERO_DIGEST, *facts["anchors"]]
+        delta, budget = float(facts["delta"]), float(facts["epsilon_budget"])
+        releases = [Mechanism(one["sensitivity"], one["noise_std"], one["steps"]) for one in facts["releases"]]
+        declared = [float(plan["epsilon"]) for plan in facts["plans"]]
+        said = float(facts["epsilon_at_most"])
+    except (ValueError, KeyError, TypeError):
+        raise EvidenceError(f"{path.name}: no public part of a ledger; expected what evidence packs") from None
     for seq, head in travelled:
-        if seq >= len(ids) or ids[seq] != head:
-            raise EvidenceError(f"ledger: has no entry {seq} with head {head[:16]}, which {site} sent with an update")
-    summary = json.loads(_read(folder, "ledger/summary.json"))
-    spent = max((epsilon_spent(releases, delta) for releases in blocks.values()), default=0.0)
-    if abs(spent - summary["epsilon_spent"]) > 1e-9:
+        if seq >= len(heads) or heads[seq] != head:
+            raise EvidenceError(f"ledger: paid for no update {seq} with head {head[:16]}, which {site} sent")
+    at_most = min(budget, epsilon_spent(releases, delta))
+    if abs(at_most - said) > 1e-9 or max(declared, default=0.0) > budget * (1 + 1e-6):
         raise EvidenceError(
-            f"ledger: its entries add up to epsilon {spent}, its summary says {summary['epsilon_spent']}"
+            f"ledger: its releases cost a patient who was in all of them epsilon {at_most}, with {budget:g} at most; "
+            f"its summary says {said}, and its runs declare {declared}"
         )
-    return f"{len(ids) - 1} entries, epsilon {spent:.4f} of {summary['epsilon_budget']:g} spent at delta {delta:g}"
-
-
-def _ledger_lines(data: bytes) -> Iterator[tuple[dict[str, Any], str]]:
-    """Entries with their ids; the MACs are for whoever has the key."""
-    previous = ZERO_DIGEST
-    for number, line in enumerate(data.splitlines(), 1):
-        try:
-            fields = json.loads(line)
-            right = (fields["seq"], fields["previous"]) == (number, previous) and isinstance(fields["kind"], str)
-        except (ValueError, KeyError, TypeError):
-            right = False
-        if not right:
-            raise EvidenceError(f"ledger: line {number} does not follow the one before; expected an unbroken chain")
-        previous = hashlib.sha256(line).hexdigest()
-        yield fields, previous
+    return (
+        f"{len(declared)} runs declared, {len(releases)} releases, {len(heads) - 1} updates in this study; epsilon at "
+        f"most {at_most:.4f} of {budget:g} for a patient at delta {delta:g}"
+    )
 
 
 def _read(folder: Path, name: str) -> bytes:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from secure_fed.clients.budget import ledger_folder, unpaid
 from secure_fed.clients.calibration import calibrate
-from secure_fed.clients.private_round import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.core.errors import AdapterFileError, BudgetError, OutputError
@@ -144,9 +144,8 @@ def export_run(folder: Path, out: Path, *, onnx: bool) -> list[Path]:
 def _origin_of_site(file: SiteFile, agreed: AgreedStudy, site: Site, own_results: bool) -> Origin:
     sums = list(_applied(site.replica.files.records.replay(Chain(agreed))))
     last = sums[-1]
-    budgeted = Ledger.exists(ledger_folder(file))
     patients = file.data.kind == "patients"
-    if patients and own_results and budgeted:
+    if own_results and unpaid(file):
         raise BudgetError(
             f"site {site.name}: its own metrics and temperature are made of patients' images, and its privacy budget "
             "has not paid for them; expected an export without --own-results"
@@ -187,8 +186,9 @@ def _claim(file: SiteFile) -> list[str]:
     if not Ledger.exists(folder):
         return []
     with opened(folder) as ledger:
-        facts = ledger.summary()
-    return [f"{facts['claim']} Spent so far: epsilon {facts['epsilon_spent']:.3f} at delta {facts['delta']:g}."]
+        facts = ledger.public_summary("")
+    declared = ", ".join(f"{plan['epsilon']:.3f}" for plan in facts["plans"])
+    return [f"{facts['claim']} Declared for the runs so far: epsilon {declared or 'none'} at delta {facts['delta']:g}."]
 
 
 def _refuse_used(out: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError
+from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import write_durable
-from secure_fed.privacy.ledger import Ledger, opened, restore
+from secure_fed.privacy.keys import load_identity
+from secure_fed.privacy.ledger import Account, Ledger, opened, read_older, restore
 from secure_fed.protocol.signing import PRIVATE
 
 
@@ -35,7 +37,11 @@ def ledger_facts(file: SiteFile) -> dict[str, Any]:
         "delta": None if budget is None else budget.delta,
         "unit": file.data.unit,
         "claim": "",
+        "local": "for this site's own eyes",
         "blocks": {},
+        "members": {},
+        "adopted": [],
+        "releases": [],
         "head": {"seq": 0, "id": "0" * 64},
         "events": [],
     }
@@ -55,10 +61,7 @@ def export_ledger(file: SiteFile, into: Path) -> int:
         LedgerError: there is no ledger, or it does not verify.
         StorageError: the export cannot be written.
     """
-    folder = ledger_folder(file)
-    if not Ledger.exists(folder):
-        raise LedgerError(f"{folder}: no ledger; expected one: this site has spent nothing, or its state is elsewhere")
-    with opened(folder) as ledger:
+    with opened(_existing(file)) as ledger:
         write_durable(into, ledger.export(), PRIVATE)
         return ledger.head[0]
 
@@ -81,3 +84,62 @@ def restore_ledger(file: SiteFile, exported: Path) -> int:
     except OSError as error:
         raise LedgerError(f"{exported}: cannot be read ({error.strerror}); expected a ledger's export") from error
     return restore(ledger_folder(file), data).head[0]
+
+
+def adopt_ledger(file: SiteFile, state: Path) -> None:
+    """Take over the ledger that version 0.1 left in a state folder of this site's identity.
+
+    Args:
+        file: the site's; without a ledger yet, its budget opens one.
+        state: the state folder.
+
+    Raises:
+        LedgerError: there is none, it was adopted before, or no budget is set here.
+        StorageError: the ledger cannot be written, or is in use.
+    """
+    older = read_older(SiteState(state).ledger)
+    folder = ledger_folder(file)
+    if not Ledger.exists(folder):
+        if file.privacy is None:
+            raise LedgerError(
+                f"{folder}: no ledger yet, and site.toml sets no budget; expected [privacy] epsilon there, which the "
+                "ledger is opened with"
+            )
+        keys = load_identity(Path(file.identity), file.site).keys
+        budget = file.privacy
+        account = Account(file.site, keys.signing, file.data.unit, file.data.kind, budget.epsilon, budget.delta)
+        Ledger.create(folder, account)
+    with opened(folder) as ledger:
+        ledger.adopt(older)
+
+
+def link_patients(file: SiteFile, first: str, second: str) -> tuple[float, float]:
+    """Two ids are one patient from now on.
+
+    Returns:
+        Epsilon that the patient has spent, histories added, and the budget; above it takes part in nothing any more.
+
+    Raises:
+        LedgerError: there is no ledger, or an id is unknown.
+    """
+    with opened(_existing(file)) as ledger:
+        return ledger.link(first, second), ledger.account.epsilon
+
+
+def tell_apart(file: SiteFile, first: str, second: str) -> None:
+    """Two ids with an equal picture are two patients.
+
+    Raises:
+        LedgerError: there is no ledger, or an id is unknown.
+    """
+    with opened(_existing(file)) as ledger:
+        ledger.distinct(first, second)
+
+
+def _existing(file: SiteFile) -> Path:
+    folder = ledger_folder(file)
+    if not Ledger.exists(folder):
+        raise LedgerError(
+            f"{folder}: no ledger; expected one: this site has spent nothing, or its identity is elsewhere"
+        )
+    return folder

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secure_fed.clients.acceptance import require_acceptance
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.features import Progress
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.flower_node import run_site
 from secure_fed.clients.outgoing_log import SentList
-from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.reply_clock import ReplyClock, reply_seconds
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import RoundFailedError, SecfacmicError, SiteFileError, StorageError
@@ -77,6 +78,9 @@ def take_part(
             features = site.features(progress)
             log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
         sent = SentList(state)
+        clock = ReplyClock(reply_seconds(file, agreed)) if site.budgeted and not site.over else None
+        if clock is not None:
+            log.info("%s: replies that read data leave after %g seconds", file.site, clock.seconds)
 
         def after_round(done: Site) -> None:
             write_results(state, agreed, done)
@@ -84,7 +88,7 @@ def take_part(
                 log.info("%s: %s", done.name, _round_in_words(file, done, study.rounds, sent))
             status.tell(run=done.run, round=done.round, finished=done.finished)
 
-        app = SiteApp(site, study.id, after_round, sent.add)
+        app = SiteApp(site, study.id, after_round, sent.add, clock)
         run_site(app, file.server.address, Path(file.server.authority), len(study.sites), file.server.proxy)
         log.info("%s: the study is over after %d rounds", file.site, site.round)
 

@@ -354,11 +354,11 @@ class PrivateTraining(FileModel):
 
     Attributes:
         clip: most that one patient moves a sum of gradients (L2 norm).
-        steps: noisy steps of one round, over all patients unless ``sampling_rate`` says otherwise.
+        steps: noisy steps of one round, each over all patients.
         learning_rate: of the optimiser, which sees noisy mean gradients only.
         optimizer: ``sgd`` with ``momentum``, or ``adam``.
         momentum: of ``sgd``.
-        sampling_rate: share of the patients that each step draws at random; below 1 only to save time.
+        sampling_rate: share of the patients in each step; 1, as nothing else is accounted for.
         n_ref: declared number of training patients of a site that declares none itself.
         images_per_patient: at most so many images of a patient are trained on, the first by path.
         prior: shares of the classes that logits are adjusted by; uniform if empty.
@@ -374,7 +374,7 @@ class PrivateTraining(FileModel):
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.5
     optimizer: Literal["adam", "sgd"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sampling_rate: Annotated[float, Field(ge=1, le=1)] = 1.0
     n_ref: Annotated[int, Field(ge=1, le=10**9)] = 500
     images_per_patient: Annotated[int, Field(ge=1, le=4096)] = 8
     prior: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()

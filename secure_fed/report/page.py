@@ -243,7 +243,7 @@ def _claims(analysis: Analysis) -> list[str]:
     found = []
     for site, spent in best.summaries[0].privacy.items() if best is not None and best.summaries else ():
         kind: Literal["public", "simulated"] = "public" if "public" in analysis.results.kinds else "simulated"
-        found.append(claim(Account(site, spent.unit, kind, spent.epsilon_budget, spent.delta)))
+        found.append(claim(Account(site, "", spent.unit, kind, spent.epsilon_budget, spent.delta)))
     return found
 
 

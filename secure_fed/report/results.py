@@ -421,17 +421,17 @@ def _site_file(folder: Path) -> Path | None:
 
 
 def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
-    from secure_fed.clients.private_round import ledger_folder
+    from secure_fed.clients.budget import ledger_folder, unpaid
     from secure_fed.clients.sitefile import read_site_file
     from secure_fed.privacy.ledger import Ledger
 
     file = read_site_file(path)
     agreed = load_study(Path(file.study))
     study, state = agreed.study, Path(file.state)
-    ledger = Ledger(ledger_folder(file)).summary() if Ledger.exists(ledger_folder(file)) else None
+    # Of all that it says of itself, only what depends on no patient.
+    ledger = Ledger(ledger_folder(file)).public_summary(study.id) if Ledger.exists(ledger_folder(file)) else None
     patients = file.data.kind == "patients"
-    unpaid = patients and (ledger is not None or file.privacy is not None)
-    withheld = unpaid and not local_metrics
+    withheld = unpaid(file) and not local_metrics
     found = read_summary(state / SUMMARY, SiteSummary) if (state / SUMMARY).exists() else None
     rounds = _journal_rounds(state, agreed)
     metrics: dict[str, Result] = {}
@@ -449,7 +449,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
         values=sum(array.size for array in agreed.initial.adapter.values()),
         rounds=tuple(rounds),
         metrics=metrics,
-        privacy={} if ledger is None else {file.site: Spent.of(ledger)},
+        privacy={} if ledger is None else {file.site: Spent.of({**ledger, "epsilon_spent": ledger["epsilon_at_most"]})},
         one_sum=None if found is None or withheld else found.one_sum,
     )
     results.trials.append(
@@ -524,8 +524,8 @@ def _site_facts(
             "Privacy budget",
             f"{label}epsilon {ledger['epsilon_budget']:g}, delta {ledger['delta']:g}, unit {ledger['unit']}",
         ),
-        ("Spent", f"{label}epsilon {ledger['epsilon_spent']:.4f} in {len(ledger['events'])} releases"),
-        ("Ledger head", f"{ledger['head']['seq']} {ledger['head']['id'][:16]}"),
+        ("Spent at most", f"{label}epsilon {ledger['epsilon_at_most']:.4f} in {len(ledger['releases'])} releases"),
+        ("Updates paid for in this study", str(len(ledger["anchors"]))),
     ]
 
 

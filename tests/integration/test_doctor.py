@@ -319,7 +319,7 @@ def test_the_ledger(site: Path, serve: Serve) -> None:
     from secure_fed.clients.site import Site
 
     Site.open(site)  # begins the ledger
-    ledger = site.parent / "state" / "privacy"
+    ledger = site.parent / "identity" / "ledger"
     assert look(site)["ledger"].found == "verifies; epsilon 0.000 of 3 spent"
     write_toml(site, file.model_copy(update={"privacy": SitePrivacy(epsilon=5.0)}))
     assert "can only be lowered" in only(look(site), "ledger").mend

@@ -21,7 +21,7 @@ import safetensors.numpy
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
-from secure_fed.clients.private_round import ledger_folder
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
 from secure_fed.core.errors import (
@@ -45,7 +45,7 @@ from secure_fed.privacy.dp_training import Descent
 from secure_fed.privacy.guard import check_training
 from secure_fed.privacy.ledger import Ledger, opened, restore
 from secure_fed.protocol import codec
-from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
+from secure_fed.protocol.envelope import EnvelopeHeader
 from secure_fed.protocol.records import RecordHeader
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import parse_header, split_frame
@@ -67,9 +67,13 @@ def make_private(folder: Path, images: Path, **changes: Any) -> Federation:
     return Federation(folder)
 
 
-def set_budget(folder: Path, site: str, epsilon: float | None, n_ref: int = 20, **changes: Any) -> None:
+def set_budget(folder: Path, site: str, epsilon: float | None, n_ref: int = 20, runs: int = 0, **changes: Any) -> None:
+    """A budget, all of which each run may cost unless ``runs`` share it."""
     path = folder / "sites" / site / "site.toml"
-    privacy = None if epsilon is None else SitePrivacy(epsilon=epsilon, delta=1e-5, n_ref=n_ref)
+    privacy = None
+    if epsilon is not None:
+        given = {"runs": runs} if runs else {"run_epsilon": epsilon}
+        privacy = SitePrivacy(epsilon=epsilon, delta=1e-5, n_ref=n_ref, **given)
     file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
     write_toml(path, file.model_copy(update={"privacy": privacy, **changes}))
 
@@ -136,8 +140,9 @@ def test_a_private_study_runs_and_its_ledger_tells_what_was_done(
         record = next(private.folder.glob(f"server/runs/*/journal/{entry.header.seq:08d}.record")).read_bytes()
         header = parse_header(split_frame(b"SFR2", record, 10**6, RecordError).header, RecordHeader, RecordError)
         heads += [parse_header(one.signed[0], EnvelopeHeader, EnvelopeError) for one in header.contributors]
-    assert all(ledger_of(private).holds(head.ledger_seq, head.ledger_head) for head in heads[::3])
-    assert 0 < heads[0].ledger_seq < heads[3].ledger_seq
+    study = private.agreed.study.id
+    assert all(ledger_of(private).holds(study, head.ledger_seq, head.ledger_head) for head in heads[::3])
+    assert (heads[0].ledger_seq, heads[3].ledger_seq) == (1, 2)  # updates sent, and nothing of the entries
     assert {head.ledger_seq for head in heads if head.site != "ash"} == {0}
 
 
@@ -149,7 +154,7 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
         reply = site.respond(coordinator.request(site.run, site.position))
         assert reply.code == ReplyCode.UPDATE
         integers = safetensors.numpy.load(
-            next(private.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers")).read_bytes()
+            next(private.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.noised")).read_bytes()
         )["integers"]
         assert not private.agreed.layout(1).decode(integers, [1.0])[codec.COUNTS].any()
         seen.append(integers)
@@ -161,7 +166,7 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
 
 def sent_counts(federation: Federation, coordinator: Coordinator) -> tuple[int, int]:
     """The validation counts among the integers that ash has stored."""
-    path = next(federation.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.integers"))
+    path = next(federation.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.noised"))
     integers = safetensors.numpy.load(path.read_bytes())["integers"]
     images, correct = federation.agreed.layout(1).decode(integers, [1.0])[codec.COUNTS]
     return int(images), int(correct)
@@ -176,18 +181,21 @@ def test_validation_counts_are_paid_for_by_their_own_patients(
     for site in sites:
         site.features()
     coordinator = begin(federation)
-    exact = mock.patch("secure_fed.privacy.validation.gaussian_noise", side_effect=lambda size, std: np.zeros(size))
-    with exact as noise:
+    assert sites[0]._private is not None
+    noise = mock.Mock(side_effect=lambda size, std: np.zeros(size))
+    trusted = mock.patch("secure_fed.clients.private_round.check_training")
+    with trusted, mock.patch.object(sites[0]._private, "_noise", noise):
         exchange(coordinator, sites[0])
         assert sent_counts(federation, coordinator) == (0, 0)  # round 1 is not paid for
-        noise.assert_not_called()
+        assert 2 not in [call.args[0] for call in noise.call_args_list]
         for site in sites[1:]:
             exchange(coordinator, site)
         coordinator.close_round()
         exchange(coordinator, sites[0])
         counts = sent_counts(federation, coordinator)
-        noise.assert_called_once_with(2, ledger_of(federation).events[-1].mechanism.noise_std)
+        assert noise.call_args.args == (2, ledger_of(federation).events[-1].mechanism.noise_std)
     before = sites[0].features()
+    assert len(set(before.patients["val"])) == len(before.val.y)
     right = sites[0]._predict(before.val.x, sites[0].parameters, federation.agreed).argmax(axis=1) == before.val.y
     assert counts == (len(before.val.y), round(float(np.mean(right)) * len(before.val.y)))
     for site in sites[1:]:
@@ -200,12 +208,13 @@ def test_validation_counts_are_paid_for_by_their_own_patients(
     assert summed.images >= counts[0]  # the aggregate's share is shown, ash's counts among it
     training, _, validated = ledger_of(federation).events
     facts = ledger_of(federation).summary()
-    assert [(event["block"], event["steps"]) for event in facts["events"]] == [(1, 2), (1, 2), (2, 1)]
+    assert [event["steps"] for event in facts["releases"]] == [2, 2, 1]
     assert validated.purpose.startswith("validation counts of round 2 of run")
     assert validated.mechanism.sensitivity == pytest.approx(np.sqrt(2))
     # One release and one more in case of a crash would use up the validation patients' budget.
-    assert ledger_of(federation).spent(2) == pytest.approx(epsilon_of(2.7757 / 2, 1e-5), rel=1e-3)
-    assert (training.blocks, validated.blocks) == ((1,), (2,))
+    (block,) = validated.blocks
+    assert ledger_of(federation).spent(block) == pytest.approx(epsilon_of(2.7757 / 2, 1e-5), rel=1e-3)
+    assert not set(training.blocks) & set(validated.blocks)
     assert {event["state"] for event in facts["events"]} == {"sent"}
     assert "validation counts on: after rounds 2 at noise multiplier 0.849, from the" in caplog.text.replace(
         "0.85", "0.849"
@@ -216,29 +225,23 @@ def test_validation_noise_comes_also_without_any_validation_patient(tmp_path: Pa
     """Zeros would say that there is none."""
     federation = make_private(tmp_path / "out", images, rounds=1, privacy={"steps": 2, "validation_rounds": 1})
     site = federation.site("ash")
-    features = site.features()
-    with opened(ledger_folder(read_site_file(federation.folder / "sites/ash/site.toml"))) as ledger:
-        # All of them have been trained on before, under another split.
-        ledger.register(features.digests)
-        assert ledger.validation_blocks == []
+    found = site.features()
+    assert site._private is not None
+    nobody = found.val._replace(x=found.val.x[:0], y=found.val.y[:0])
+    site._features = dataclasses.replace(found, val=nobody, patients={**found.patients, "val": ()})
     coordinator = begin(federation)
-    large = mock.patch(
-        "secure_fed.privacy.validation.gaussian_noise", side_effect=lambda size, std: np.full(size, 41.0)
-    )
-    with large:
-        # Planned before that was known: the plan is an entry, and stays.
-        with mock.patch.object(Ledger, "validation_blocks", [2]):
-            assert site._private is not None
-            with site._private._opened() as ledger:
-                site._private._plan(ledger, RoundPosition(coordinator.run, "", "", 0, 1))
+    site._private._noise = lambda size, std: np.full(size, 41.0 if size == 2 else 0.0)
+    with mock.patch("secure_fed.clients.private_round.check_training"):
         exchange(coordinator, site)
     assert sent_counts(federation, coordinator) == (41, 41)
-    assert [event.purpose.split(" ")[0] for event in ledger_of(federation).events] == ["round"]
+    assert [event.purpose.split(" ")[0] for event in ledger_of(federation).events] == ["round", "validation"]
+    assert ledger_of(federation).events[-1].blocks == ()
 
 
 def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) -> None:
     site = private.site("ash")
     with (
+        mock.patch("secure_fed.clients.site.rehearse"),
         mock.patch("secure_fed.protocol.codec.rounding_draws", side_effect=AssertionError("seeded")),
         mock.patch("secure_fed.clients.private_round.uniforms", side_effect=uniforms) as draws,
         mock.patch.object(codec, "quantise", side_effect=codec.quantise) as quantise,
@@ -249,19 +252,28 @@ def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) 
     draws.assert_called_once_with(update.size)
 
 
-def test_a_spent_site_reads_no_data_and_stays_as_an_observer(private: Federation) -> None:
+def test_a_site_whose_declared_runs_are_over_observes(private: Federation) -> None:
+    """A fact of the plan, whoever its patients are; new ones train when another run is declared."""
+    set_budget(private.folder, "ash", 8.0, runs=1)
     sites = trained_sites(private)
     play(private, sites)
     spent = ledger_of(private).epsilon_spent
-    private.folder.joinpath("sites/ash/state/features.sqlite").unlink()
-    set_budget(private.folder, "ash", spent / 2)
-    set_data_folder(private, "ash", "/nowhere")
-    site = private.site("ash")
     coordinator = begin(private)
-    reply = site.respond(coordinator.request(site.run, site.position))
-    assert reply.code == ReplyCode.APPLIED  # with its data gone, which it did not notice
-    assert reply.envelope == b""
+    reply = exchange(coordinator, private.site("ash"))
+    assert (reply.code, reply.envelope) == (ReplyCode.APPLIED, b"")
     assert ledger_of(private).epsilon_spent == spent
+
+
+def test_what_happens_to_the_data_during_a_run_shows_in_nothing(
+    private: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    set_data_folder(private, "ash", "/nowhere")
+    sites[0] = private.site("ash")
+    assert exchange(coordinator, sites[0]).code == ReplyCode.UPDATE
+    assert "the data are not what they were when run" in caplog.text
 
 
 def set_data_folder(federation: Federation, site: str, folder: str) -> None:
@@ -270,14 +282,16 @@ def set_data_folder(federation: Federation, site: str, folder: str) -> None:
     write_toml(path, file.model_copy(update={"data": file.data.model_copy(update={"folder": folder})}))
 
 
-def test_a_site_whose_budget_ends_in_mid_study_goes_on_as_an_observer(private: Federation) -> None:
+def test_a_site_whose_budget_is_lowered_in_mid_study_goes_on_with_noise(private: Federation) -> None:
     sites = trained_sites(private)
     coordinator = begin(private)
     run_round(coordinator, sites)
     set_budget(private.folder, "ash", ledger_of(private).epsilon_spent + 0.01)  # lowered between two rounds
     sites[0] = private.site("ash")
     reply = exchange(coordinator, sites[0])
-    assert reply.code == ReplyCode.APPLIED
+    # Nobody can pay any more: over nobody noise is sent, as planned.
+    assert reply.code == ReplyCode.UPDATE
+    assert ledger_of(private).events[-1].blocks == ()
     assert sites[0].round == 1
 
 
@@ -293,13 +307,12 @@ def test_a_new_run_and_a_new_export_spend_the_same_budget(private: Federation, t
         shutil.copy(path, target)
     set_data_folder(private, "ash", str(tmp_path / "export"))
     site = private.site("ash")
-    # Block 2 are the validation patients, some of whom the new names have moved to training.
-    assert set(ledger.register(site.features().digests).values()) == {1, 2}
+    site.features()
+    # An image that counts as a patient is known by its picture: nobody is new.
+    assert ledger_of(private).summary()["members"] == ledger.summary()["members"]
     coordinator = begin(private)
-    codes = [exchange(coordinator, one).code for one in (site, private.site("birch"))]
-    assert codes[1] == ReplyCode.UPDATE
+    exchange(coordinator, site)
     again = ledger_of(private)
-    assert again.blocks == [1, 2]
     assert first <= again.epsilon_spent <= 8.0
 
 
@@ -314,18 +327,18 @@ def test_new_patients_train_on_a_budget_of_their_own(private: Federation) -> Non
     for name in ("dark", "light", "striped"):
         for number in range(20):
             Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(copy / name / f"new{number}.png")
-    with opened(ledger_folder(read_site_file(private.folder / "sites/ash/site.toml"))) as ledger:
-        release = ledger.events[0].mechanism
-        while 1 in ledger.able(release):
-            ledger.reserve(release, "used up", [1])
     set_data_folder(private, "ash", str(copy))
+    old = ledger_of(private)
     site = private.site("ash")
     coordinator = begin(private)
-    assert exchange(coordinator, site).code == ReplyCode.APPLIED  # it has not looked at its data yet
-    site.features()
     assert exchange(coordinator, site).code == ReplyCode.UPDATE
-    (new,) = set(ledger_of(private).training_blocks) - {1}
-    assert ledger_of(private).events[-1].blocks == (new,)
+    last = ledger_of(private).events[-1]
+    # Those who have trained before can pay for one round more, that of the crash which did not happen.
+    run_round(coordinator, [site, *map(private.site, TRAINING[1:])])
+    exchange(coordinator, site)
+    (new,) = ledger_of(private).events[-1].blocks
+    assert new in last.blocks
+    assert new not in old.blocks
 
 
 # --- refusals before anything is spent ---
@@ -336,7 +349,7 @@ def test_the_papers_losses_are_refused_at_once(tmp_path: Path, images: Path) -> 
         folder = tmp_path / next(iter(method))
         with pytest.raises(PrivateMethodError, match=reason):
             make_private(folder, images, method=method).site("ash")
-        assert not (folder / "sites/ash/state/privacy").exists()
+        assert not (folder / "sites/ash/identity/ledger").exists()
 
 
 def test_a_failing_guard_spends_nothing(private: Federation) -> None:
@@ -405,7 +418,7 @@ def test_a_budget_cannot_be_raised_forgotten_or_changed(private: Federation) -> 
 def test_a_lost_ledger_is_missed(private: Federation) -> None:
     sites = trained_sites(private)
     play(private, sites)
-    shutil.rmtree(private.folder / "sites/ash/state/privacy")
+    shutil.rmtree(private.folder / "sites/ash/identity/ledger")
     with pytest.raises(LedgerRollbackError, match="no ledger, but the other sites hold"):
         private.site("ash")
 
@@ -414,9 +427,8 @@ def test_data_without_patients_need_unit_image(private: Federation) -> None:
     file = read_site_file(private.folder / "sites/ash/site.toml")
     set_budget(private.folder, "ash", 8.0, data=file.data.model_copy(update={"unit": "patient"}))
     site = private.site("ash")
-    coordinator = begin(private)
     with pytest.raises(Exception, match='unit = "image"'):
-        site.respond(coordinator.request(site.run, site.position))
+        site.features()
     assert ledger_of(private).events == []
 
 
@@ -427,7 +439,7 @@ def test_the_command_line_gives_a_budget(private: Federation) -> None:
     assert given is not None
     assert (given.epsilon, given.delta, given.n_ref) == (3.0, 1e-5, None)
     file = read_site_file(private.folder / "sites/ash/site.toml")
-    assert with_budget(file, 1.0, 1e-6).privacy == SitePrivacy(epsilon=1.0, delta=1e-6, n_ref=20)
+    assert with_budget(file, 1.0, 1e-6).privacy == SitePrivacy(epsilon=1.0, delta=1e-6, n_ref=20, run_epsilon=8.0)
     for wrong in ((-1.0, None), (3.0, 0.5)):
         with pytest.raises(SiteFileError, match="epsilon, --delta"):
             with_budget(file, *wrong)
@@ -449,7 +461,7 @@ def refused_by_the_other_sites(coordinator: Coordinator, reply: RoundReply, site
 
 def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation) -> None:
     sites = trained_sites(private)
-    folder = private.folder / "sites/ash/state/privacy"
+    folder = private.folder / "sites/ash/identity/ledger"
     old = private.folder / "old"
     shutil.copytree(folder, old)
     play(private, sites)
@@ -469,11 +481,11 @@ def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation
 
 
 def test_a_rolled_back_machine_learns_from_the_journal_that_it_was(private: Federation) -> None:
-    """The whole state goes back, as with a machine's snapshot; the site's own heads with it."""
+    """All goes back, as with a machine's snapshot: state, identity and ledger, the site's own heads with it."""
     sites = trained_sites(private)
     coordinator = begin(private)
     run_round(coordinator, sites)
-    state = private.folder / "sites/ash/state"
+    state = private.folder / "sites/ash"
     shutil.copytree(state, private.folder / "snapshot")
     play(private, sites, coordinator)
     shutil.rmtree(state)
@@ -512,12 +524,13 @@ def test_a_copied_folder_that_has_grown_elsewhere_is_noticed_by_server_and_sites
     for site in sites:
         exchange(coordinator, site)
     twin = Federation(copy).site("ash")
-    with opened(copy / "sites/ash/state/privacy") as ledger:
-        release = Mechanism(1.0, 1000.0, 1)
+    with opened(copy / "sites/ash/identity/ledger") as ledger:
+        release, study = Mechanism(1.0, 1000.0, 1), private.agreed.study.id
         for number in range(12 if longer == "copy" else 1):
-            ledger.commit([ledger.reserve(release, f"elsewhere {number}", [1]).seq], b"%d" % number)
-        grown = ledger.head[0]
-    assert (grown > ledger_of(private).head[0]) == (longer == "copy")
+            event = ledger.reserve(release, f"elsewhere {number}", "7" * 64, ())
+            ledger.commit([event.seq], b"%d" % number, study, "7" * 64)
+        grown = ledger.sent(study)
+    assert (grown > ledger_of(private).sent(study)) == (longer == "copy")
     second = begin(private)
     accept_another_run(private.agreed, copy)
     with mock.patch.object(type(twin._private), "_confirm"):
@@ -563,10 +576,11 @@ def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Fed
     sites = trained_sites(private)
     coordinator = begin(private)
     run_round(coordinator, sites)
-    folder = private.folder / "sites/ash/state/privacy"
+    folder = private.folder / "sites/ash/identity/ledger"
     export = ledger_of(private).export()
-    # The whole state is lost, and the export is put into a new one.
-    shutil.rmtree(folder.parent)
+    # The ledger and the whole state are lost, and the export is put into its place.
+    shutil.rmtree(folder)
+    shutil.rmtree(private.folder / "sites/ash/state")
     restore(folder, export)
     site = private.site("ash")
     before = ledger_of(private).epsilon_spent
@@ -580,7 +594,7 @@ def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Fed
 def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newer_one(private: Federation) -> None:
     private.site("ash")
     early = ledger_of(private).export()
-    folder = private.folder / "sites/ash/state/privacy"
+    folder = private.folder / "sites/ash/identity/ledger"
     shutil.rmtree(folder)
     restore(folder, early)
     site = private.site("ash")
@@ -590,7 +604,8 @@ def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newe
     (folder / "closed").unlink()
     sites = trained_sites(private)
     run_round(coordinator, sites)
-    shutil.rmtree(folder.parent)
+    shutil.rmtree(folder)
+    shutil.rmtree(private.folder / "sites/ash/state")
     restore(folder, early)
     site = private.site("ash")
     with pytest.raises(LedgerRollbackError, match="older copy"):
@@ -649,13 +664,14 @@ def workers() -> Iterator[list[Worker]]:
 
 
 WRITES = {
-    "plan": r"/privacy/ledger\.jsonl plan$",
-    "blocks": r"/privacy/blocks\.jsonl$",
-    "reserve": r"/privacy/ledger\.jsonl reserve$",
-    "integers": r"/outbox/\d+\.integers$",
-    "commit": r"/privacy/ledger\.jsonl commit$",
+    "blocks": r"/identity/ledger/blocks\.jsonl \w+$",
+    "snapshot": r"/snapshot\.safetensors$",
+    "plan": r"/identity/ledger/ledger\.jsonl plan$",
+    "reserve": r"/identity/ledger/ledger\.jsonl reserve$",
+    "integers": r"/outbox/\w+\.noised$",
+    "commit": r"/identity/ledger/ledger\.jsonl commit$",
     "envelope": r"/outbox/\d+\.envelope$",
-    "sent": r"/privacy/ledger\.jsonl sent$",
+    "sent": r"/identity/ledger/ledger\.jsonl sent$",
 }
 """The durable writes of a private round, in order; a test below finds any that is not here."""
 
@@ -669,17 +685,19 @@ def at_call(name: str, phase: str) -> dict[str, Any]:
 
 
 VERIFY = "secure_fed.clients.private_round:PrivateRounds._confirm"
-PAYS = "secure_fed.privacy.ledger:Ledger.require"
+PAYS = "secure_fed.privacy.ledger:Ledger.able"
 COMPUTE = "secure_fed.privacy.dp_training:Descent.run"
 
 CRASHES = [
+    (0, at_write("blocks", "during")),
+    (0, at_write("blocks", "after")),
+    (2, at_write("snapshot", "during")),
+    (2, at_write("snapshot", "after")),
     (2, at_call(VERIFY, "before")),
     (3, at_call(VERIFY, "after")),
     (3, at_write("plan", "during")),
     (1, at_write("plan", "after")),
     (4, at_call(PAYS, "after")),
-    (4, at_write("blocks", "during")),
-    (4, at_write("blocks", "after")),
     (4, at_write("reserve", "during")),
     (5, at_write("reserve", "after")),
     (5, at_call(COMPUTE, "before")),
@@ -718,7 +736,9 @@ def test_every_durable_write_of_a_private_round_is_known(
             exchange(coordinator, other)
         coordinator.close_round()
     assert worker.respond(coordinator.request(worker.run, worker.position)).code == ReplyCode.APPLIED
-    lines = [line for line in writes.read_text().splitlines() if "/privacy/" in line or "/outbox/" in line]
+    lines = [
+        line for line in writes.read_text().splitlines() if re.search(r"/identity/ledger/|/outbox/|snapshot", line)
+    ]
     found = [name for line in lines for name, pattern in WRITES.items() if re.search(pattern, line)]
     assert len(found) == len(lines)
     assert list(dict.fromkeys(found)) == list(WRITES)
@@ -748,12 +768,12 @@ def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
     assert worker.respond(coordinator.request(worker.run, worker.position)) is None
     assert worker.died()
     outbox = private.folder / "sites/ash/state/runs" / coordinator.run / "outbox"
-    kept = {path: path.read_bytes() for path in outbox.glob("[0-9]*")}
+    kept = {path: path.read_bytes() for path in outbox.glob("[0-9a-f]*")}
     left = ledger_of(private)
     reserved, spent = len(left.events), left.epsilon_spent
     assert reserved == (2 if last else int(step >= 5))
     assert {path.suffix for path in kept} == (
-        {".integers", ".envelope"} if step >= 9 else {".integers"} if step >= 7 else set()
+        {".noised", ".envelope"} if step >= 9 else {".noised"} if step >= 7 else set()
     )
     state = "sent" if step >= 10 else "committed" if step >= 8 else "reserved"
     assert all(event.state == state for event in left.events[-1:])
@@ -802,7 +822,7 @@ def test_a_site_killed_again_while_it_recovers_draws_nothing_anew(private: Feder
         workers.append(worker)
         assert worker.respond(coordinator.request(worker.run, worker.position)) is None
         assert worker.died()
-        kept.append(next(private.folder.glob("sites/ash/state/runs/*/outbox/*.integers")).read_bytes())
+        kept.append(next(private.folder.glob("sites/ash/state/runs/*/outbox/*.noised")).read_bytes())
     assert len(set(kept)) == 1
     sealed = next(private.folder.glob("sites/ash/state/runs/*/outbox/*.envelope")).read_bytes()
     worker = Worker(private)
@@ -838,7 +858,7 @@ def test_a_full_disk_at_the_reservation_draws_nothing(private: Federation) -> No
     with mock.patch.object(Ledger, "reserve", full), pytest.raises(StorageError, match="No space left"):
         site.respond(coordinator.request(site.run, site.position))
     assert ledger_of(private).events == []
-    assert not list(private.folder.glob("sites/ash/state/runs/*/outbox/*.integers"))
+    assert not list(private.folder.glob("sites/ash/state/runs/*/outbox/*.noised"))
     assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
 
 
@@ -848,7 +868,7 @@ def test_integers_of_an_event_that_the_ledger_does_not_know_are_refused(private:
     exchange(coordinator, sites[0])
     outbox = next(private.folder.glob("sites/ash/state/runs/*/outbox"))
     next(outbox.glob("*.envelope")).unlink()
-    path = next(outbox.glob("*.integers"))
+    path = next(outbox.glob("*.noised"))
     tensors = safetensors.numpy.load(path.read_bytes())
     for wrong in (tensors | {"events": np.array([77])}, {"integers": tensors["integers"]}):
         path.write_bytes(safetensors.numpy.save(wrong))
@@ -895,7 +915,7 @@ def test_each_use_releases_the_means_it_needs_and_no_more(
     spent = sum(event.mechanism.mu_squared for event in events)
     assert spent == pytest.approx(2.7757 * (0.12 * len(once) + (1 - 0.12 * len(once)) * 2 / 3), rel=1e-3)
     # A new run of the same study uses what was released once.
-    assert len(list((tmp_path / "out/sites/ash/state/privacy").glob("means-*"))) == 1
+    assert len(list((tmp_path / "out/sites/ash/identity/ledger").glob("means-*"))) == 1
 
 
 def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(tmp_path: Path, images: Path) -> None:
@@ -911,40 +931,41 @@ def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(t
     site = federation.site("ash")
     private = site._private
     assert private is not None
-    with mock.patch.object(private, "register"):
-        found = site.features()
+    found = site.features()
     patients = dict(found.patients)
     for split in ("train", "unlabelled"):
         places = range(len(found.train.x))
         patients[split] = tuple(f"{('able', 'spent')[place // 3 % 2]} {split} {place // 3}" for place in places)
     digests = {name: frozenset({name.encode()}) for row in patients.values() for name in row}
     site._features = dataclasses.replace(found, unlabelled=found.train.x, patients=patients, digests=digests)
-    with private._opened() as ledger:
-        ledger.register({name: own for name, own in digests.items() if name.startswith("spent")})
-        ledger.reserve(Mechanism(1.0, 0.61, 1), "before", [1])
-    private.register(site._features)
+    private.settle(digests, digests)
+    with opened(ledger_folder(read_site_file(federation.folder / "sites/ash/site.toml"))) as ledger:
+        spent = {ledger.person(name) for name in digests if name.startswith("spent")}
+        ledger.reserve(Mechanism(1.0, 0.61, 1), "before", "", spent)
     with (
+        mock.patch("secure_fed.clients.site.rehearse"),
         mock.patch("secure_fed.clients.private_round.check_training", side_effect=check_training) as guard,
         mock.patch.object(class_means, "noisy_sum", side_effect=class_means.noisy_sum) as means,
         mock.patch.object(Descent, "run", autospec=True, side_effect=Descent.run) as run,
     ):
         assert exchange(begin(federation), site).code == ReplyCode.UPDATE
     _, once, training, current = ledger_of(federation).events
-    assert once.blocks == training.blocks == current.blocks != (1,)
+    assert training.blocks == current.blocks
+    assert not set(once.blocks) & set(training.blocks)  # the unlabelled, and those who train
     descent, _, trained = run.call_args.args[:3]
     assert (descent.noise_std, descent.n_ref) == (training.mechanism.noise_std, 100_000)
     checked, _, checked_descent = guard.call_args.args
     assert (checked.shows_adapted, checked_descent) == (True, descent)
     sums = [trained]
     for call, event in zip(means.call_args_list, (once, current), strict=True):
-        batch, _, settings, noise_multiplier = call.args
+        batch, _, _, settings, noise_multiplier = call.args[:5]
         assert class_means.mechanism(settings, noise_multiplier) == event.mechanism
         sums.append(batch)
     able = {name for name in patients["train"] if name.startswith("able")}
     assert 2 <= len(able) < len(set(patients["train"]))
-    for batch in sums:
-        assert len(batch.mask) == len(able)
-        assert batch.mask.sum(1).max() == 2
+    for batches in sums:
+        assert sum(len(batch.mask) for batch in batches) == len(able)
+        assert max(batch.mask.shape[1] for batch in batches) == 2
 
 
 def test_means_that_only_waste_budget_are_off_for_each_use(
@@ -982,7 +1003,7 @@ def test_simulate_with_a_budget_labels_every_figure_simulated(tmp_path: Path, im
     export = tmp_path / "export"
     CliRunner().invoke(app, ["ledger", "export", str(out / "sites/ash"), "--out", str(export)])
     assert export.stat().st_mode & 0o077 == 0
-    (out / "sites/ash/state/privacy/ledger.jsonl").unlink()
+    (out / "sites/ash/identity/ledger/ledger.jsonl").unlink()
     failed = CliRunner().invoke(app, ["ledger", "show", str(out / "sites/ash")])
     assert isinstance(failed.exception, LedgerError)
     assert CliRunner().invoke(app, ["ledger", "restore", str(out / "sites/ash"), str(export)]).exit_code == 0

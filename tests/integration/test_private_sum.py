@@ -41,7 +41,7 @@ def study(made: Path, tmp_path: Path) -> Federation:
 
 
 def stored(site: Any) -> np.ndarray:
-    path = next(site.replica.files.folder.outbox.glob("*.integers"))
+    path = next(site.replica.files.folder.outbox.glob("*.noised"))
     return np.asarray(safetensors.numpy.load(path.read_bytes())["integers"])
 
 
@@ -51,7 +51,7 @@ def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: 
     run_round(coordinator, sites)
     facts = ledger_of(study).summary()
     assert [event["state"] for event in facts["events"]] == ["committed"]
-    std = plan_noise([], 3.0, 1e-5, 1) * class_statistics.SENSITIVITY  # type: ignore[operator]
+    std = plan_noise(3.0, 1e-5, 1) * class_statistics.SENSITIVITY
     assert facts["events"][0]["noise_std"] == pytest.approx(std, rel=1e-6)
     assert 2.99 < facts["epsilon_spent"] <= 3
     reply = sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
@@ -90,6 +90,7 @@ def test_a_crash_after_the_reservation_pays_and_the_site_goes_on_as_an_observer(
     site = study.site("ash")
     coordinator = begin(study)
     with (
+        mock.patch("secure_fed.clients.site.rehearse"),
         mock.patch("secure_fed.clients.private_round.write_durable", side_effect=StorageError("disk full")),
         pytest.raises(StorageError),
     ):
@@ -105,10 +106,13 @@ def test_a_second_run_finds_nothing_left_and_reads_no_data(study: Federation) ->
     sites = [study.site(name) for name in TRAINING]
     run_round(begin(study), sites)
     site = study.site("ash")
-    study.folder.joinpath("sites/ash/state/features.sqlite").unlink()
+    set_budget(study.folder, "ash", 3.0, runs=1)
+    site.features()
+    site = study.site("ash")
+    site.features()
     shutil.rmtree(study.folder / "data", ignore_errors=True)
     coordinator = begin(study)
-    with mock.patch.object(type(site), "features", side_effect=AssertionError("data were read")):
+    with mock.patch("secure_fed.clients.private_round.one_sum.views", side_effect=AssertionError("data were read")):
         assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.APPLIED
 
 

@@ -88,7 +88,7 @@ def _membership(file: SiteFile, agreed: AgreedStudy) -> str:
 
 
 def _ledger(file: SiteFile) -> str:
-    from secure_fed.clients.private_round import ledger_folder
+    from secure_fed.clients.budget import ledger_folder
     from secure_fed.privacy.ledger import CLOSED, Ledger
 
     folder = ledger_folder(file)

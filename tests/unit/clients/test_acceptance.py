@@ -410,7 +410,9 @@ def test_what_was_accepted_with_a_budget_does_not_start_without_one(federation: 
     accept(federation, "--epsilon", 3)
     with pytest.raises(NotAcceptedError, match="now null"):
         check(federation)
-    Ledger.create(site_toml(federation).parent / "state" / "privacy", Account("ash", "image", "simulated", 3.0, 1e-5))
+    Ledger.create(
+        site_toml(federation).parent / "identity" / "ledger", Account("ash", "1" * 64, "image", "simulated", 3.0, 1e-5)
+    )
     check(federation)  # a ledger remembers it
 
 

@@ -91,7 +91,7 @@ def test_a_reviewer_without_anything_else_checks_it(archive: Path, tmp_path: Pat
     assert (found["runs"], found["rounds"], found["updates_in_sums"]) == (1, 2, 2)
     assert found["records"] == 4  # genesis, two aggregates, an amendment
     assert found["messages_sent"] == 3
-    assert "of 8 spent" in found["ledger"]
+    assert "epsilon at most 6.7316 of 8" in found["ledger"]
     with zipfile.ZipFile(archive) as content:
         names = set(content.namelist())
         assert {"study/study.toml", "study/study.safetensors", "policy.json", "bom.json", "versions.json"} <= names
@@ -118,8 +118,8 @@ def test_no_secret_is_in_it(site: Path, folder: Path, tmp_path: Path) -> None:
     pack_evidence(site, tmp_path / "evidence.zip")
     data = (tmp_path / "evidence.zip").read_bytes()
     secrets = {path.name: path.read_bytes().strip() for path in (site / "identity").glob("*.key")}
-    secrets["ledger key"] = (site / "state" / "privacy" / "ledger.key").read_bytes().strip()
-    secrets["blocks"] = (site / "state" / "privacy" / "blocks.jsonl").read_bytes().strip().splitlines()[0][-80:]
+    secrets["ledger key"] = (site / "identity" / "ledger" / "ledger.key").read_bytes().strip()
+    secrets["blocks"] = (site / "identity" / "ledger" / "blocks.jsonl").read_bytes().strip().splitlines()[0][-80:]
     federation = Federation(folder)
     identity = load_identity(site / "identity", "ash")
     for sealed in (site / "state" / "keys").glob("*.sealed"):
@@ -215,38 +215,24 @@ def test_signing_it_anew_does_not_help_a_site_that_lies(archive: Path, run: Path
         verify(change_sent)
 
     def drop_ledger(parts: dict[str, bytes]) -> None:
-        del parts["ledger/ledger.jsonl"]
+        del parts["ledger/public.json"]
 
     with pytest.raises(EvidenceError, match="updates that a ledger paid for"):
         verify(drop_ledger)
 
-    def cheaper(parts: dict[str, bytes]) -> None:
-        summary = json.loads(parts["ledger/summary.json"])
-        parts["ledger/summary.json"] = json.dumps(summary | {"epsilon_spent": 0.1}).encode()
+    def changed(**fields: object) -> Callable[[dict[str, bytes]], None]:
+        def change(parts: dict[str, bytes]) -> None:
+            facts = json.loads(parts["ledger/public.json"])
+            parts["ledger/public.json"] = json.dumps(facts | fields).encode()
 
-    with pytest.raises(EvidenceError, match=r"add up to epsilon .*, its summary says 0\.1"):
-        verify(cheaper)
+        return change
 
-    def shorter(parts: dict[str, bytes]) -> None:
-        lines = parts["ledger/ledger.jsonl"].splitlines(keepends=True)
-        parts["ledger/ledger.jsonl"] = b"".join(lines[:3])
-
-    with pytest.raises(EvidenceError, match="has no entry"):
-        verify(shorter)
-
-    def rewritten(parts: dict[str, bytes]) -> None:
-        """Another first entry, and every later one chained to it: only the heads that travelled tell."""
-        out, previous = [], "0" * 64
-        for line in parts["ledger/ledger.jsonl"].splitlines():
-            fields = json.loads(line) | {"previous": previous}
-            if fields["kind"] == "open":
-                fields["epsilon"] = 100.0
-            out.append(canonical_json(fields))
-            previous = hashlib.sha256(out[-1]).hexdigest()
-        parts["ledger/ledger.jsonl"] = b"\n".join(out) + b"\n"
-
-    with pytest.raises(EvidenceError, match="has no entry"):
-        verify(rewritten)
+    with pytest.raises(EvidenceError, match=r"its summary says 0\.1"):
+        verify(changed(epsilon_at_most=0.1))
+    with pytest.raises(EvidenceError, match="paid for no update"):
+        verify(changed(anchors=["0" * 64]))
+    with pytest.raises(EvidenceError, match="no public part of a ledger"):
+        verify(changed(releases=None))
 
     def other_acceptance(parts: dict[str, bytes]) -> None:
         (name,) = (name for name in parts if name.startswith("accepted/") and name.endswith(".signed"))

@@ -166,12 +166,12 @@ def test_a_budget_pays_for_no_results_and_its_claim_is_told(trained: Federation,
     path = of_patients(trained, "ash", "\n[privacy]\nepsilon = 2.5\ndelta = 1e-6\n")
     with pytest.raises(BudgetError, match="has not paid"):
         export_site(path, tmp_path / "e", onnx=False, own_results=True)
-    assert Ledger.exists(Path(read_site_file(path).state) / "privacy")
+    assert Ledger.exists(Path(read_site_file(path).identity) / "ledger")
     assert not (tmp_path / "e").exists()
     export_site(path, tmp_path / "e", onnx=False, own_results=False)
     card = (tmp_path / "e/MODEL_CARD.md").read_text()
     assert "site ash is (2.5, 1e-06)-differentially private" in card
-    assert "Spent so far: epsilon 0.000 at delta 1e-06" in card
+    assert "Declared for the runs so far: epsilon none at delta 1e-06" in card
     assert not FIGURE.search(card)
     assert set(safetensors.numpy.load_file(tmp_path / "e/adapter.safetensors")) == SHARED
     # The adapter's budget is not needed to have been set again: the ledger remembers it.

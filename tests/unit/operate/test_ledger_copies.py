@@ -34,7 +34,7 @@ def test_an_export_is_secret_and_is_put_back_as_it_was(file: SiteFile, federatio
     seq = export_ledger(file, tmp_path / "export")
     assert seq == before["head"]["seq"]
     assert (tmp_path / "export").stat().st_mode & 0o777 == 0o600
-    shutil.rmtree(Path(file.state) / "privacy")
+    shutil.rmtree(Path(file.identity) / "ledger")
     assert restore_ledger(file, tmp_path / "export") == seq
     assert ledger_facts(file) == before
     with pytest.raises(LedgerError, match=r"none: cannot be read .*; expected a ledger's export"):

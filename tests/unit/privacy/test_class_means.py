@@ -69,7 +69,8 @@ def test_noise_is_added_to_every_value() -> None:
     batch = make_batch(3, 1, dim=500)
     constants = PrivateTraining()
     weights = one_hot(batch.labels, 3)
-    noise = noisy_sum(batch, weights, constants, 7.0) - exact_sum(batch, weights, constants)
+    shape = (weights.shape[-1], batch.features.shape[-1])
+    noise = noisy_sum((batch,), lambda _: weights, shape, constants, 7.0) - exact_sum(batch, weights, constants)
     assert noise.std() == pytest.approx(7 * np.sqrt(2), rel=0.1)
     assert (noise != 0).all()
     assert np.unique(noise).size == noise.size  # a draw used twice would cancel in a difference

@@ -79,15 +79,24 @@ def test_a_patient_without_images_and_no_patients_count_nothing(kind: str) -> No
 def test_a_patients_images_are_gathered_capped_and_averaged() -> None:
     rng = np.random.default_rng(0)
     features, labels = unit_rows(rng, 6, 12), np.array([0, 1, 2, 0, 1, 2])
-    batch = gather_patients(features, labels, ["b", "a", "b", "b", "a", "c"], 2)
-    assert batch.mask.tolist() == [[True, True], [True, True], [True, False]]
-    assert batch.labels[0].tolist() == [0, 2]
-    assert np.array_equal(batch.features[1].numpy(), features[[1, 4]].astype(np.float64))
+    one, two = gather_patients(features, labels, ["b", "a", "b", "b", "a", "c"], 2)
+    assert (one.mask.tolist(), two.mask.tolist()) == ([[True]], [[True, True], [True, True]])
+    assert two.labels[0].tolist() == [0, 2]
+    assert np.array_equal(two.features[1].numpy(), features[[1, 4]].astype(np.float64))
     adapter = make_adapter("facmic")
     log_prior = public_log_prior(PrivateTraining(prior=(0.5, 0.3, 0.2)), 3)
-    losses = class_prompt_patient_loss(log_prior)(adapter, batch)
+    losses = torch.cat([class_prompt_patient_loss(log_prior)(adapter, batch) for batch in (two, one)])
     single = class_prompt_loss(adapter(torch.from_numpy(features).double()), torch.from_numpy(labels), log_prior)
     assert torch.allclose(losses, torch.stack([(single[0] + single[2]) / 2, (single[1] + single[4]) / 2, single[5]]))
+
+
+def test_one_patient_with_many_images_makes_no_work_for_the_others() -> None:
+    """Padded to the longest, 200 patients with one image each would cost 200 times 64 rows."""
+    rng = np.random.default_rng(0)
+    owners = [f"p{number}" for number in range(200)] + ["long"] * 64
+    batches = gather_patients(unit_rows(rng, len(owners), 12), np.zeros(len(owners), dtype=np.int64), owners, 64)
+    assert sum(batch.mask.numel() for batch in batches) == 264
+    assert all(bool(batch.mask.all()) for batch in batches)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -135,7 +144,7 @@ def test_a_step_divides_by_the_declared_number_and_never_by_the_true_one(kind: s
     before = {name: value.detach().clone() for name, value in adapter.shared_parameters().items()}
     total = clipped_sum(adapter, batch, make_loss(), 0.5)
     constants = PrivateTraining(clip=0.5, steps=1, learning_rate=0.1)
-    Descent(constants, 1.0, 40, no_noise).run(adapter, batch, make_loss())
+    Descent(constants, 1.0, 40, no_noise).run(adapter, (batch,), make_loss())
     for name, value in adapter.shared_parameters().items():
         assert torch.allclose(value, before[name] - 0.1 * total[name] / 40, rtol=1e-12, atol=1e-15)
 
@@ -150,9 +159,11 @@ def test_noise_of_the_declared_size_is_added_to_every_step() -> None:
 
     constants = PrivateTraining(clip=1.0, steps=3, learning_rate=0.1)
     plain = flat(clipped_sum(adapter, batch, make_loss(), 1.0))
-    assert torch.allclose(flat(Descent(constants, 2.5, 10, noise).noisy_sum(adapter, batch, make_loss())), plain + 2.5)
+    assert torch.allclose(
+        flat(Descent(constants, 2.5, 10, noise).noisy_sum(adapter, (batch,), make_loss())), plain + 2.5
+    )
     asked.clear()
-    Descent(constants, 2.5, 10, noise).run(adapter, batch, make_loss())
+    Descent(constants, 2.5, 10, noise).run(adapter, (batch,), make_loss())
     assert sum(size for size, _ in asked) == 3 * plain.numel()
     assert {std for _, std in asked} == {2.5}
 
@@ -166,7 +177,7 @@ def test_momentum_and_adam_see_noisy_gradients_only(optimizer: str) -> None:
     adapter = make_adapter("text_head")
     before = adapter.offsets.detach().clone()
     Descent(constants, 5.0, 10, lambda size, std: np.full(size, std)).run(
-        adapter, make_batch(2).choose(slice(0, 0)), make_loss()
+        adapter, (make_batch(2).choose(slice(0, 0)),), make_loss()
     )
     expected = (
         -0.1 * 0.5 * sum(sum(0.5**k for k in range(step + 1)) for step in range(4)) if optimizer == "sgd" else -0.4
@@ -174,37 +185,12 @@ def test_momentum_and_adam_see_noisy_gradients_only(optimizer: str) -> None:
     assert torch.allclose(adapter.offsets - before, torch.full_like(before, expected), rtol=1e-6)
 
 
-def test_poisson_sampling_draws_each_patient_with_its_rate() -> None:
-    adapter, batch = make_adapter("text_head"), make_batch(400, most=1)
-    sizes: list[int] = []
-    real = clipped_sum
-
-    def spy(adapter: Adapter, drawn: PatientBatch, *others: object) -> dp_training.Gradients:
-        sizes.append(len(drawn.mask))
-        return real(adapter, drawn, *others)  # type: ignore[arg-type]
-
-    with mock.patch.object(dp_training, "clipped_sum", spy):
-        Descent(PrivateTraining(steps=40, sampling_rate=0.25), 1.0, 400).run(adapter, batch, make_loss())
-    assert abs(np.mean(sizes) - 100) < 6 * np.sqrt(75 / 40)
-    assert 4 < np.std(sizes) < 15  # sqrt(75) = 8.7; a fixed batch size is no Poisson sample
-
-
-def test_a_sampled_step_divides_by_the_expected_number_and_never_by_the_number_drawn() -> None:
-    adapter, batch = make_adapter("text_head"), make_batch(6)
-    before = adapter.offsets.detach().clone()
-    total = clipped_sum(adapter, batch.choose(torch.tensor([0, 3])), make_loss(), 0.5)
-    constants = PrivateTraining(clip=0.5, steps=1, learning_rate=0.1, sampling_rate=0.25)
-    with mock.patch.object(dp_training, "uniforms", return_value=np.array([0.2, 0.3, 0.9, 0.1, 0.5, 0.7])):
-        Descent(constants, 1.0, 40, no_noise).run(adapter, batch, make_loss())
-    assert torch.allclose(adapter.offsets, before - 0.1 * total["offsets"] / 10, rtol=1e-12, atol=1e-15)
-
-
 def test_a_public_term_is_added_after_the_noise() -> None:
     adapter, batch = make_adapter("text_head"), make_batch(2).choose(slice(0, 0))
     before = adapter.offsets.detach().clone()
     constants = PrivateTraining(steps=1, learning_rate=1.0)
     Descent(constants, 1.0, 10, no_noise).run(
-        adapter, batch, make_loss(), lambda moved: {"offsets": torch.ones_like(moved.offsets)}
+        adapter, (batch,), make_loss(), lambda moved: {"offsets": torch.ones_like(moved.offsets)}
     )
     assert torch.allclose(adapter.offsets, before - 1)
 

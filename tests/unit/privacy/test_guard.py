@@ -21,6 +21,7 @@ from secure_fed.privacy.dp_training import (
     Gradients,
     PatientBatch,
     PatientLoss,
+    Patients,
     class_prompt_patient_loss,
     clipped_sum,
     to_double,
@@ -278,7 +279,8 @@ def test_a_broken_image_that_spoils_the_sum() -> None:
 
 def test_noise_that_is_declared_but_not_added() -> None:
     class Silent(Descent):
-        def noisy_sum(self, adapter: Adapter, batch: PatientBatch, loss: PatientLoss) -> Gradients:
+        def noisy_sum(self, adapter: Adapter, patients: Patients, loss: PatientLoss) -> Gradients:
+            (batch,) = patients
             return clipped_sum(adapter, batch, loss, self.settings.clip)
 
     with pytest.raises(GuardError, match="noise on a sum"):

@@ -27,11 +27,22 @@ from secure_fed.core.errors import (
 )
 from secure_fed.privacy import ledger as module
 from secure_fed.privacy.accounting import Mechanism, epsilon_of
-from secure_fed.privacy.ledger import CLOSED, LEAST_SHARE, Account, Ledger, MeanReleases, opened, restore
+from secure_fed.privacy.ledger import (
+    CLOSED,
+    NO_MEANS,
+    Account,
+    Ledger,
+    MeanReleases,
+    Plan,
+    opened,
+    read_older,
+    restore,
+)
 from secure_fed.protocol.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHeads
 
-ACCOUNT = Account(site="ash", unit="patient", data="patients", epsilon=3.0, delta=1e-5)
+ACCOUNT = Account(site="ash", identity="1" * 64, unit="patient", data="patients", epsilon=3.0, delta=1e-5)
 ROUND = Mechanism(1.0, 10.0, 4)
+RUN, STUDY = "r" * 64, "5" * 64
 
 
 def patients(*names: str) -> dict[str, frozenset[bytes]]:
@@ -48,15 +59,26 @@ def spend(folder: Path, times: int = 1, mechanism: Mechanism = ROUND) -> Ledger:
     ledger = Ledger(folder)
     ledger.register(patients("a", "b"))
     for number in range(times):
-        event = ledger.reserve(mechanism, f"round {len(ledger.events)}", [1])
-        ledger.commit([event.seq], b"output %d" % number)
+        event = ledger.reserve(mechanism, f"round {len(ledger.events)}", RUN, people(ledger, "a", "b"))
+        ledger.commit([event.seq], b"output %d" % number, STUDY, RUN)
     return ledger
+
+
+def people(ledger: Ledger, *names: str) -> set[str]:
+    return {ledger.person(name) for name in names}
+
+
+def spent_by(ledger: Ledger, name: str) -> float:
+    """Squared mu that a patient has spent."""
+    block = ledger._histories.block_of(ledger.person(name))
+    assert block is not None
+    return ledger.costs()[block]
 
 
 def test_what_is_reserved_is_spent_and_anyone_can_recompute_it(folder: Path) -> None:
     spend(folder, 3)
     ledger = Ledger(folder)
-    ledger.reserve(Mechanism(1.5, 30.0, 2), "never finished", [1])
+    ledger.reserve(Mechanism(1.5, 30.0, 2), "never finished", RUN, people(ledger, "a", "b"))
     document = json.loads(json.dumps(Ledger(folder).summary()))
     assert {"epsilon_spent", "epsilon_budget", "delta", "unit", "events", "claim"} <= set(document)
     for event in document["events"]:
@@ -73,7 +95,7 @@ def test_what_is_reserved_is_spent_and_anyone_can_recompute_it(folder: Path) -> 
 
 
 def test_figures_on_other_data_than_patients_are_labelled_simulated(tmp_path: Path) -> None:
-    Ledger.create(tmp_path / "privacy", Account("ash", "image", "public", 1.0, 1e-5))
+    Ledger.create(tmp_path / "privacy", Account("ash", "1" * 64, "image", "public", 1.0, 1e-5))
     document = Ledger(tmp_path / "privacy").summary()
     assert document["simulated"]
     assert document["claim"].startswith("Simulated (public data)")
@@ -92,7 +114,7 @@ def test_the_budget_is_never_exceeded_and_never_falls(
         ledger = Ledger(folder)
         ledger.register(patients("a"))
         try:
-            ledger.reserve(Mechanism(*part), "a release", [1])
+            ledger.reserve(Mechanism(*part), "a release", RUN, people(ledger, "a"))
         except BudgetError:
             assert (
                 epsilon_of(sum(e.mechanism.mu_squared for e in ledger.events) + Mechanism(*part).mu_squared, 1e-5) > 3
@@ -104,9 +126,9 @@ def test_the_budget_is_never_exceeded_and_never_falls(
 
 def test_a_budget_can_only_be_lowered(folder: Path) -> None:
     with opened(folder) as ledger, pytest.raises(BudgetError, match="can only be lowered"):
-        ledger.agree(Account("ash", "patient", "patients", 3.1, 1e-5))
+        ledger.agree(Account("ash", "1" * 64, "patient", "patients", 3.1, 1e-5))
     with opened(folder) as ledger:
-        ledger.agree(Account("ash", "patient", "patients", 2.0, 1e-5))
+        ledger.agree(Account("ash", "1" * 64, "patient", "patients", 2.0, 1e-5))
     assert Ledger(folder).account.epsilon == 2.0
     with opened(folder) as ledger, pytest.raises(BudgetError, match="this site's budget is 2"):
         ledger.agree(ACCOUNT)
@@ -127,38 +149,127 @@ def test_an_account_of_another_kind_is_refused(folder: Path, field: str, value: 
 # --- blocks ---
 
 
-def test_a_patient_keeps_its_block_and_new_patients_open_a_new_one(folder: Path) -> None:
+def test_a_patients_history_is_its_own(folder: Path) -> None:
     ledger = Ledger(folder)
-    assert ledger.register(patients("a", "b")) == {"a": 1, "b": 1}
-    assert ledger.register(patients("a", "b")) == {"a": 1, "b": 1}
+    ledger.register(patients("a", "b", "c"))
+    ledger.reserve(ROUND, "all", RUN, people(ledger, "a", "b", "c"))
+    ledger.reserve(ROUND, "two of them", RUN, people(ledger, "a", "b"))
+    ledger = Ledger(folder)
+    ledger.register(patients("a", "d"))
+    ledger.reserve(ROUND, "one of them and a new one", RUN, people(ledger, "a", "d"))
+    ledger = Ledger(folder)
+    times = {name: round(spent_by(ledger, name) / ROUND.mu_squared, 9) for name in "abcd"}
+    assert times == {"a": 3, "b": 2, "c": 1, "d": 1}
+    limit = 0.5171 - 2.5 * ROUND.mu_squared
+    assert ledger.able(people(ledger, *"abcd"), limit) == people(ledger, *"bcd")
+    with pytest.raises(BudgetError, match="1 patients cannot pay"):
+        ledger.reserve(Mechanism(1.0, 10.0, 41), "too much", RUN, people(ledger, *"abcd"))
+
+
+def test_the_same_patients_again_write_nothing(folder: Path) -> None:
+    Ledger(folder).register(patients("a", "b"))
     length = len((folder / "blocks.jsonl").read_bytes().splitlines())
-    assert length == 1  # the same patients again write nothing
-    assert Ledger(folder).register(patients("b", "c", "d")) == {"b": 1, "c": 2, "d": 2}
-    assert Ledger(folder).register(patients("e")) == {"e": 3}
+    Ledger(folder).register(patients("a", "b"))
+    assert len((folder / "blocks.jsonl").read_bytes().splitlines()) == length
 
 
-def test_a_new_export_under_new_ids_finds_the_old_block(folder: Path) -> None:
-    spend(folder)
-    renamed = {"x1": frozenset({b"a" * 8}), "x2": frozenset({b"b" * 8, b"a new image"}), "x3": frozenset({b"new"})}
-    assert Ledger(folder).register(renamed) == {"x1": 1, "x2": 1, "x3": 2}
-    # And the ids and the image that came with it are known from now on.
-    assert Ledger(folder).register({"x2": frozenset({b"later"}), "y": frozenset({b"a new image"})}) == {"x2": 1, "y": 1}
-
-
-def test_whoever_is_in_two_blocks_counts_in_the_fuller(folder: Path) -> None:
+def test_no_registration_changes_what_others_can_pay(folder: Path) -> None:
+    """A spent patient with copies of everybody's pictures takes nobody along."""
     ledger = Ledger(folder)
-    ledger.register(patients("a"))
-    ledger.register(patients("b"))
-    ledger.reserve(ROUND, "block 2 alone", [2])
-    swapped = {"a": frozenset({b"b" * 8})}
-    assert Ledger(folder).register(swapped) == {"a": 2}
-    assert Ledger(folder).register(patients("a", "b")) == {"a": 2, "b": 2}
+    ledger.register({"p": {b"a", b"b", b"c"}})
+    ledger.reserve(Mechanism(1.0, 1.5, 1), "all it had", RUN, people(ledger, "p"))
+    ledger.register({"p": {b"a", b"b", b"c"}, "a": {b"a"}, "b": {b"b"}, "c": {b"c"}})
+    assert ledger.able(people(ledger, "p", "a", "b", "c"), 0.5) == people(ledger, "a", "b", "c")
 
 
-def test_two_new_ids_with_one_image_share_a_block(folder: Path) -> None:
+def test_equal_pictures_under_two_ids_are_told_until_they_are_settled(folder: Path) -> None:
     ledger = Ledger(folder)
-    twins = {"p": frozenset({b"same"}), "q": frozenset({b"same"})}
-    assert set(ledger.register(twins).values()) == {1}
+    first = {"a": {b"same"}, "b": {b"same", b"other"}, "c": {b"third"}}
+    ledger.register(first)
+    assert ledger.unsettled(first) == [("a", "b")]
+    ledger.distinct("b", "a")
+    assert Ledger(folder).unsettled(first) == []
+    # A new export under new pseudonyms, of whom nobody knows the old ones any more.
+    renamed = {"x": {b"third"}}
+    ((patient, other),) = Ledger(folder).unsettled(renamed)
+    assert (patient, other[0], len(other)) == ("x", "#", 13)
+    ledger = Ledger(folder)
+    ledger.register(renamed)
+    ledger.reserve(ROUND, "under the old name", RUN, people(ledger, "c"))
+    ledger.reserve(Mechanism(1.0, 20.0, 4), "under the new one", RUN, people(ledger, "x"))
+    ledger.link("x", other)
+    ledger = Ledger(folder)
+    assert ledger.unsettled(renamed) == []
+    assert ledger.person("x") == ledger.person("c")
+    assert spent_by(ledger, "x") == pytest.approx(ROUND.mu_squared + 0.01)
+    with pytest.raises(LedgerError, match="one patient here already"):
+        ledger.link("c", "x")
+    with pytest.raises(LedgerError, match="never taken back"):
+        ledger.distinct("c", "x")
+    with pytest.raises(LedgerError, match="nobody: no patient of that id"):
+        ledger.link("c", "nobody")
+
+
+def test_who_was_in_one_release_under_two_ids_has_spent_four_times_its_cost(folder: Path) -> None:
+    """It moved the sum by twice as much as anybody else."""
+    ledger = spend(folder)
+    ledger.link("a", "b")
+    assert spent_by(ledger, "a") == pytest.approx(4 * ROUND.mu_squared)
+    assert spent_by(Ledger(folder), "b") == pytest.approx(4 * ROUND.mu_squared)
+
+
+def test_a_link_that_exceeds_the_budget_puts_the_patient_out(folder: Path) -> None:
+    ledger = Ledger(folder)
+    ledger.register(patients("a", "b"))
+    for name in "ab":
+        ledger.reserve(Mechanism(1.0, 1.6, 1), f"nearly all of {name}", RUN, people(ledger, name))
+    assert ledger.link("a", "b") > 3.0
+    assert ledger.able(people(ledger, "a", "b"), 0.0) == set()
+
+
+def older_ledger(folder: Path, spent: dict[str, float]) -> None:
+    """A ledger as version 0.1 left it: blocks of patients, one event for each."""
+    from secure_fed.privacy.chain_file import ChainFile
+    from secure_fed.privacy.histories import keyed_hash
+    from secure_fed.privacy.ledger import _derive
+
+    folder.mkdir(parents=True)
+    secret = os.urandom(32)
+    (folder / "ledger.key").write_text(secret.hex() + "\n")
+    (folder / "ledger.key").chmod(0o600)
+    entries = ChainFile(folder / "ledger.jsonl", _derive(secret, "mac"))
+    registry = ChainFile(folder / "blocks.jsonl", _derive(secret, "mac"))
+    key = _derive(secret, "hash")
+    opening = {"site": "ash", "unit": "patient", "adjacency": "add or remove one", "data": "patients"}
+    entries.append({"kind": "open", **opening, "delta": 1e-5, "epsilon": 3.0})
+    for block, (name, mu_squared) in enumerate(spent.items(), 1):
+        units, images = [keyed_hash(key, "unit", name.encode())], [keyed_hash(key, "image", f"file {name}".encode())]
+        registry.append({"block": block, "units": units, "images": images, "trains": True})
+        event = {"blocks": [block], "mechanism": "gaussian", "purpose": "round", "sensitivity": 1.0}
+        event |= {"noise_std": mu_squared**-0.5, "steps": 1, "sampling_rate": 1.0}
+        entries.append({"kind": "reserve", **event, "registry": list(registry.head)})
+
+
+def test_adopted_ledgers_add_to_each_patients_history(folder: Path, tmp_path: Path) -> None:
+    older_ledger(tmp_path / "one", {"a": 0.1, "b": 0.2})
+    older_ledger(tmp_path / "two", {"a": 0.05})
+    ledger = Ledger(folder)
+    for name in ("one", "two"):
+        ledger.adopt(read_older(tmp_path / name))
+    ledger.register({"a": {b"pa"}, "b2": {b"pb"}, "c": {b"pc"}}, {"b2": {b"file b"}})
+    spent = {name: round(spent_by(Ledger(folder), name), 9) for name in ("a", "b2", "c")}
+    assert spent == {"a": 0.15, "b2": 0.2, "c": 0.0}  # b is known by its file under another id
+    with pytest.raises(LedgerError, match="was adopted before"):
+        Ledger(folder).adopt(read_older(tmp_path / "one"))
+    with pytest.raises(LedgerError, match=r"no ledger of version 0.1|cannot be read"):
+        read_older(folder)
+    facts = Ledger(folder).summary()
+    assert sum(event["mu_squared"] for event in facts["events"]) == pytest.approx(0.35)
+
+
+def test_a_ledger_of_another_identity_is_refused(folder: Path) -> None:
+    with opened(folder) as ledger, pytest.raises(LedgerError, match="identity 1111111111111111; expected that of this"):
+        ledger.agree(Account(**{**ACCOUNT.__dict__, "identity": "2" * 64}))
 
 
 def test_no_patient_id_and_no_digest_stands_in_the_files(folder: Path, tmp_path: Path) -> None:
@@ -170,103 +281,83 @@ def test_no_patient_id_and_no_digest_stands_in_the_files(folder: Path, tmp_path:
     # Whoever has no key cannot try ids either: another ledger writes the same patient otherwise.
     Ledger.create(tmp_path / "other", ACCOUNT)
     Ledger(tmp_path / "other").register({"Jane Doe 1970-01-01": frozenset({digest})})
-    lines = [json.loads((one / "blocks.jsonl").read_bytes()) for one in (folder, tmp_path / "other")]
-    assert not {*lines[0]["units"], *lines[0]["images"]} & {*lines[1]["units"], *lines[1]["images"]}
+    lines = [json.loads((one / "blocks.jsonl").read_bytes().splitlines()[0]) for one in (folder, tmp_path / "other")]
+    assert len({unit for line in lines for unit in line["images"]}) == 2
     assert all(path.stat().st_mode & 0o077 == 0 for path in folder.glob("*.jsonl"))
-
-
-def test_each_block_has_a_budget_of_its_own_and_the_fullest_is_told(folder: Path) -> None:
-    ledger = spend(folder, 2)
-    ledger.register(patients("c"))
-    assert ledger.able(Mechanism(1.0, 10.0, 48)) == [2]
-    ledger.reserve(ROUND, "both", [1, 2])
-    assert ledger.spent(1) > ledger.spent(2) > 0
-    assert ledger.summary()["epsilon_spent"] == ledger.spent(1)
-    assert [(row["seq"], row["block"]) for row in ledger.summary()["events"]][-2:] == [(6, 1), (6, 2)]
-    with pytest.raises(BudgetError, match=r"blocks \[1\] cannot pay"):
-        ledger.reserve(Mechanism(1.0, 10.0, 44), "too much", [1, 2])
 
 
 # --- plans ---
 
 
+def make_plan(ledger: Ledger, run: str, rounds: int, steps: int, *rest: object, epsilon: float | None = None) -> Plan:
+    return ledger.make_plan(STUDY, run, ledger.declare(epsilon, 1), rounds, steps, 1.0, *rest)  # type: ignore[arg-type]
+
+
 def test_a_plan_leaves_room_for_one_crash_and_no_more(folder: Path) -> None:
     ledger = Ledger(folder)
-    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0)
+    plan = make_plan(ledger, RUN, 10, 4)
     assert plan.noise_multiplier == pytest.approx(math.sqrt(44 / 0.5171), rel=1e-3)
     ledger.register(patients("a"))
     for number in range(11):
-        ledger.require(plan.round_mechanism)
-        ledger.reserve(plan.round_mechanism, f"round {number}", [1])
+        ledger.reserve(plan.round_mechanism, f"round {number}", RUN, people(ledger, "a"))
     assert 2.999 < ledger.epsilon_spent <= 3.0
-    with pytest.raises(BudgetError, match="expected at most 3"):
-        ledger.require(plan.round_mechanism)
-    assert Ledger(folder).plan("r" * 64) == plan
+    assert not ledger.able(people(ledger, "a"), plan.round_mechanism.mu_squared)
+    assert Ledger(folder).plan(RUN) == plan
 
 
-def test_a_new_run_spends_the_same_budget(folder: Path) -> None:
+def test_a_plan_follows_from_the_declaration_alone(folder: Path, tmp_path: Path) -> None:
+    """Whoever is registered, and whatever they have spent."""
+    untouched = make_plan(Ledger(folder), RUN, 10, 4)
+    Ledger.create(tmp_path / "used", ACCOUNT)
+    used = spend(tmp_path / "used", 12)
+    assert make_plan(used, RUN, 10, 4) == untouched
+
+
+def test_a_run_costs_what_was_declared(folder: Path) -> None:
     ledger = Ledger(folder)
-    ledger.register(patients("a"))
-    plan = ledger.make_plan("r" * 64, 2, 4, 1.0, 1.0)
-    ledger.reserve(plan.round_mechanism, "round 1", [1])
-    second = Ledger(folder).make_plan("s" * 64, 2, 4, 1.0, 1.0)
-    assert second.noise_multiplier == pytest.approx(plan.noise_multiplier / math.sqrt(2 / 3), rel=1e-6)
+    assert ledger.declare(None, 1).epsilon == pytest.approx(3.0)
+    half = ledger.declare(None, 2)
+    assert half.mu_squared == pytest.approx(0.5171 / 2, rel=1e-3)
+    plan = make_plan(ledger, RUN, 10, 4, epsilon=1.0)
+    assert plan.noise_multiplier == pytest.approx(math.sqrt(44 / 0.0719), rel=1e-3)
+    with pytest.raises(BudgetError, match=r"run_epsilon = 4.*epsilon 3"):
+        ledger.declare(4.0, 1)
+
+
+def test_as_many_runs_are_planned_as_share_the_budget(folder: Path) -> None:
     ledger = Ledger(folder)
-    ledger.reserve(plan.round_mechanism, "round 2", [1])
-    ledger.reserve(plan.round_mechanism, "round 2 after a crash", [1])
-    with pytest.raises(BudgetError, match="for a new run"):
-        ledger.make_plan("t" * 64, 2, 4, 1.0, 1.0)
-
-
-def test_new_patients_make_a_new_run_possible_at_full_budget(folder: Path) -> None:
-    ledger = spend(folder, 12)
-    with pytest.raises(BudgetError):
-        ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0)
-    ledger.register(patients("c"))
-    plan = ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0)
-    assert plan.noise_multiplier == pytest.approx(math.sqrt(40 / 0.5171), rel=1e-3)
-    assert ledger.able(plan.round_mechanism) == [2]
-    assert LEAST_SHARE > 0.1
-
-
-def test_a_plan_suits_the_fullest_block_that_has_enough_left(folder: Path) -> None:
-    ledger = Ledger(folder)
-    ledger.register(patients("a"))
-    ledger.reserve(Mechanism(1.0, 2.0, 1), "before", [1])
-    ledger.register(patients("b"))
-    asked: list[float] = []
-    plan = ledger.make_plan("r" * 64, 9, 4, 1.0, 1.0, MeanReleases("any", 1, False, lambda noise: asked.append(noise)))
-    left = 0.5171 - 0.25
-    assert asked == [pytest.approx((0.12 * left) ** -0.5, rel=1e-3)]
-    assert plan.noise_multiplier**-2 * 40 == pytest.approx(0.88 * left, rel=1e-3)
+    for run in "ab":
+        ledger.make_plan(STUDY, run * 64, ledger.declare(None, 2), 10, 4, 1.0)
+    with pytest.raises(BudgetError, match=r"has planned 2 runs, as many as privacy.runs = 2"):
+        ledger.make_plan(STUDY, "c" * 64, ledger.declare(None, 2), 10, 4, 1.0)
+    ledger.make_plan(STUDY, "c" * 64, ledger.declare(3.0, 2), 10, 4, 1.0)  # for whoever can pay
 
 
 @pytest.mark.parametrize(("once", "each_round"), [(2, False), (1, False), (1, True), (0, True)])
 def test_released_means_are_planned_for_or_left_out(folder: Path, once: int, each_round: bool) -> None:
     ledger = Ledger(folder)
     asked: list[float] = []
-    means = MeanReleases("any", once, each_round, lambda noise: asked.append(noise))
-    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, means)
+    plan = make_plan(ledger, RUN, 10, 4, MeanReleases("any", once, each_round, lambda noise: asked.append(noise)))
     # 12 % of a budget of epsilon 3: 4, made once; as much for eleven releases, one a round and one more.
     assert asked[0] == pytest.approx(4.01 * (11**0.5 if each_round else 1), rel=0.005)
     assert plan.lmmd_noise_multiplier == (pytest.approx(4.01, abs=0.02) if once else None)
-    assert plan.lmmd_round_noise_multiplier == (asked[0] if each_round else None)
+    assert plan.lmmd_round_noise_multiplier == (pytest.approx(asked[0]) if each_round else None)
     assert plan.lmmd_note.startswith("on (any): ")
     assert plan.noise_multiplier**-2 * 44 == pytest.approx((1 - 0.12 * (once + each_round)) * 0.5171, rel=1e-3)
     # All of it, and one round more, is paid for; nothing is left.
     ledger.register(patients("a"))
+    everybody = people(ledger, "a")
     for _ in range(once):
-        ledger.reserve(Mechanism(1.0, plan.lmmd_noise_multiplier or 0, 1), "once", [1])
+        ledger.reserve(Mechanism(1.0, plan.lmmd_noise_multiplier or 0, 1), "once", RUN, everybody)
     for _ in range(11):
-        ledger.reserve(plan.round_mechanism, "round", [1])
+        ledger.reserve(plan.round_mechanism, "round", RUN, everybody)
         if plan.lmmd_round_noise_multiplier is not None:
-            ledger.reserve(Mechanism(1.0, plan.lmmd_round_noise_multiplier, 1), "each round", [1])
+            ledger.reserve(Mechanism(1.0, plan.lmmd_round_noise_multiplier, 1), "each round", RUN, everybody)
     assert 2.999 < ledger.epsilon_spent <= 3.0
 
 
 def test_means_that_are_not_worth_it_are_left_out(folder: Path) -> None:
-    means = MeanReleases("any", 2, False, lambda noise: "off: too few")
-    plan = Ledger(folder).make_plan("s" * 64, 10, 4, 1.0, 1.0, means)
+    plan = make_plan(Ledger(folder), RUN, 10, 4, MeanReleases("any", 2, False, lambda noise: "off: too few"))
     assert (plan.lmmd_noise_multiplier, plan.lmmd_round_noise_multiplier) == (None, None)
     assert plan.lmmd_note == "off: too few"
     assert plan.noise_multiplier**-2 * 44 == pytest.approx(0.5171, rel=1e-3)
@@ -274,55 +365,15 @@ def test_means_that_are_not_worth_it_are_left_out(folder: Path) -> None:
 
 def test_validation_is_planned_on_the_validation_patients_own_budget(folder: Path) -> None:
     ledger = Ledger(folder)
-    assert ledger.register(patients("a", "b", "v", "w"), {"v", "w"}) == {"a": 1, "b": 1, "v": 2, "w": 2}
-    assert (ledger.training_blocks, ledger.validation_blocks) == ([1], [2])
-    plan = ledger.make_plan("r" * 64, 10, 4, 1.0, 1.0, validation=(5, 10))
+    plan = make_plan(ledger, RUN, 10, 4, NO_MEANS, (5, 10))
     assert plan.noise_multiplier**-2 * 44 == pytest.approx(0.5171, rel=1e-3)  # training pays nothing for it
     assert plan.validation_noise_multiplier == pytest.approx(math.sqrt(3 / 0.5171), rel=1e-3)
     assert plan.validation_note.startswith("on: after rounds 5, 10 at noise multiplier 2.41")
+    ledger.register(patients("a", "v"))
     for _ in range(3):
-        ledger.reserve(Mechanism(1.0, plan.validation_noise_multiplier or 0, 1), "counts", [2])
-    assert (ledger.spent(1), 2.999 < ledger.spent(2) <= 3.0) == (0.0, True)
-    # The next run has nothing left to validate with, and trains all the same.
-    second = Ledger(folder).make_plan("s" * 64, 10, 4, 1.0, 1.0, validation=(10,))
-    assert (second.validation_rounds, second.validation_noise_multiplier) == ((), None)
-    assert second.validation_note == "off: no block of validation patients has enough of its budget left"
-    assert Ledger(folder).make_plan("t" * 64, 10, 4, 1.0, 1.0).validation_note == "off: the study asks for none"
-
-
-def test_a_block_whose_patients_train_never_pays_for_validation_again(folder: Path) -> None:
-    ledger = Ledger(folder)
-    ledger.register(patients("a", "v", "w"), {"v", "w"})
-    assert ledger.register(patients("a", "v", "w"), {"a", "w"}) == {"a": 1, "v": 2, "w": 2}  # another split
-    reopened = Ledger(folder)
-    assert (reopened.training_blocks, reopened.validation_blocks) == ([1, 2], [])
-
-
-def test_a_full_training_block_is_refused_though_validation_patients_have_a_budget_left(folder: Path) -> None:
-    ledger = Ledger(folder)
-    ledger.register(patients("a", "v"), {"v"})
-    plan = ledger.make_plan("r" * 64, 1, 4, 1.0, 1.0)
-    for _ in range(2):
-        ledger.reserve(plan.round_mechanism, "round", [1])
-    assert ledger.able(plan.round_mechanism) == [2]
-    with pytest.raises(BudgetError, match="expected at most 3"):
-        ledger.require(plan.round_mechanism)
-    with pytest.raises(BudgetError, match="for a new run"):
-        ledger.make_plan("s" * 64, 1, 4, 1.0, 1.0)
-
-
-def test_a_sampled_plan_is_accounted_as_sampled(folder: Path) -> None:
-    ledger = Ledger(folder)
-    ledger.register(patients("a"))
-    plan = ledger.make_plan("r" * 64, 9, 10, 1.0, 0.1)
-    full = Ledger(folder).make_plan("s" * 64, 9, 10, 1.0, 1.0)
-    assert plan.noise_multiplier < full.noise_multiplier / 3
-    for number in range(10):
-        ledger.reserve(plan.round_mechanism, f"round {number}", [1])
-    assert 2.9 < ledger.epsilon_spent <= 3.0
-    assert {row["mechanism"] for row in ledger.summary()["events"]} == {"poisson-gaussian"}
-    with pytest.raises(BudgetError):
-        ledger.reserve(plan.round_mechanism, "one more", [1])
+        release = Mechanism(1.0, plan.validation_noise_multiplier or 0, 1)
+        ledger.reserve(release, "counts", RUN, people(ledger, "v"))
+    assert (spent_by(ledger, "a"), 2.999 < ledger.epsilon_spent <= 3.0) == (0.0, True)
 
 
 # --- tampering ---
@@ -400,9 +451,9 @@ def test_an_older_registry_under_a_newer_ledger_is_refused(folder: Path) -> None
     ledger = spend(folder)
     old = (folder / "blocks.jsonl").read_bytes()
     ledger.register(patients("c"))
-    ledger.reserve(ROUND, "with c", [1, 2])
+    ledger.reserve(ROUND, "with c", RUN, people(ledger, "a", "b", "c"))
     (folder / "blocks.jsonl").write_bytes(old)
-    with pytest.raises(LedgerError, match="the ledger has seen line 2"):
+    with pytest.raises(LedgerError, match="the ledger has seen line 4"):
         Ledger(folder)
 
 
@@ -431,17 +482,17 @@ def travel(folder: Path, heads: LedgerHeads, times: int = 1) -> None:
     """Rounds whose heads a server takes."""
     for _ in range(times):
         ledger = spend(folder)
-        sent = ledger.travelling(heads.newest("ash")[0])
+        sent = ledger.travelling(STUDY, heads.newest("ash")[0])
         heads.check("ash", sent)
         heads.keep({"ash": sent})
 
 
 def test_an_older_copy_is_noticed_by_whoever_keeps_heads(folder: Path, tmp_path: Path) -> None:
     heads = LedgerHeads(tmp_path / "heads.json")
-    first = spend(folder).travelling(0)
+    first = spend(folder).travelling(STUDY, 0)
     shutil.copytree(folder, tmp_path / "copy")
     heads.keep({"ash": first})
-    second = spend(folder).travelling(first.seq)
+    second = spend(folder).travelling(STUDY, first.seq)
     assert second.links == ((first.seq, first.head[:16]),)
     heads.check("ash", second)
     heads.keep({"ash": second})
@@ -450,12 +501,12 @@ def test_an_older_copy_is_noticed_by_whoever_keeps_heads(folder: Path, tmp_path:
     with pytest.raises(LedgerRollbackError, match="older copy"):
         reopened.check("ash", first)
     # A copied folder that runs on its own reaches the same number under another head.
-    twin = spend(tmp_path / "copy").travelling(first.seq)
+    twin = spend(tmp_path / "copy").travelling(STUDY, first.seq)
     assert twin.seq == second.seq
     with pytest.raises(LedgerRollbackError, match="runs twice"):
         reopened.check("ash", twin)
-    assert not Ledger(tmp_path / "copy").holds(second.seq, second.head)
-    assert Ledger(folder).holds(second.seq, second.head)
+    assert not Ledger(tmp_path / "copy").holds(STUDY, second.seq, second.head)
+    assert Ledger(folder).holds(STUDY, second.seq, second.head)
     with pytest.raises(LedgerRollbackError):
         reopened.check("ash", NO_LEDGER)  # differential privacy turned off
     reopened.check("birch", NO_LEDGER)
@@ -476,19 +527,19 @@ def test_a_copy_that_has_grown_is_noticed_however_both_have_grown(
     small = Mechanism(1.0, 100.0, 1)
     for _ in range(shared):
         ledger = spend(folder, 1, small)
-        heads.keep({"ash": ledger.travelling(0)})
+        heads.keep({"ash": ledger.travelling(STUDY, 0)})
     shutil.copytree(folder, copy)
     for _ in range(true):
         ledger = spend(folder, 1, small)
-        sent = ledger.travelling(heads.newest("ash")[0])
+        sent = ledger.travelling(STUDY, heads.newest("ash")[0])
         heads.check("ash", sent)
         heads.keep({"ash": sent})
     for number in range(forked):
         if plans and number == 0:
-            Ledger(copy).make_plan("f" * 64, 3, 1, 1.0, 1.0)
+            make_plan(Ledger(copy), "f" * 64, 3, 1)
         ledger = spend(copy, 1, small)
     with pytest.raises(LedgerRollbackError):
-        heads.check("ash", ledger.travelling(heads.newest("ash")[0] if known else 0))
+        heads.check("ash", ledger.travelling(STUDY, heads.newest("ash")[0] if known else 0))
 
 
 def test_a_restored_export_that_has_grown_is_noticed(folder: Path, tmp_path: Path) -> None:
@@ -500,9 +551,9 @@ def test_a_restored_export_that_has_grown_is_noticed(folder: Path, tmp_path: Pat
     restore(folder, export)
     (folder / CLOSED).unlink()  # by hand, against what it is for
     grown = spend(folder, 6)
-    assert grown.head[0] > heads.newest("ash")[0]
+    assert grown.sent(STUDY) > heads.newest("ash")[0]
     with pytest.raises(LedgerRollbackError, match=r"does not name|names [0-9a-f]{16} as its entry"):
-        heads.check("ash", grown.travelling(heads.newest("ash")[0]))
+        heads.check("ash", grown.travelling(STUDY, heads.newest("ash")[0]))
 
 
 def test_the_true_ledger_is_never_taken_for_a_copy(folder: Path, tmp_path: Path) -> None:
@@ -513,12 +564,12 @@ def test_the_true_ledger_is_never_taken_for_a_copy(folder: Path, tmp_path: Path)
     for run, server in enumerate([0, 1, 0, 2, 1, 0, 0, 2]):
         ledger = Ledger(folder)
         ledger.register(patients("a", "b"))
-        ledger.make_plan(f"{run:064d}", 4, 1, 0.001, 1.0)
+        make_plan(ledger, f"{run:064d}", 4, 1, epsilon=0.1)
         for number in range(4):
             ledger = spend(folder, 1, small)
             if run == 3 and number == 1:
                 ledger.agree(Account(**{**ACCOUNT.__dict__, "epsilon": 2.9}))
-            sent = ledger.travelling(own.newest("ash")[0])
+            sent = ledger.travelling(STUDY, own.newest("ash")[0])
             assert sent.links == tuple(sorted(sent.links))
             assert len(sent.links) <= MAX_LINKS
             servers[server].check("ash", sent)
@@ -576,10 +627,10 @@ def test_a_full_disk_spends_nothing_and_changes_nothing(folder: Path) -> None:
         mock.patch("secure_fed.core.storage.os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")),
         pytest.raises(StorageError, match="No space left"),
     ):
-        ledger.reserve(ROUND, "round", [1])
+        ledger.reserve(ROUND, "round", RUN, people(ledger, "a", "b"))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert len(ledger.events) == 1
-    ledger.reserve(ROUND, "round", [1])
+    ledger.reserve(ROUND, "round", RUN, people(ledger, "a", "b"))
     assert len(Ledger(folder).events) == 2
 
 
@@ -598,7 +649,7 @@ def test_an_export_restores_a_lost_ledger_closed(folder: Path) -> None:
     restored = restore(folder, export)
     assert (restored.head, restored.epsilon_spent) == (head, spent)
     assert (folder / CLOSED).exists()
-    assert Ledger(folder).register(patients("a")) == {"a": 1}
+    assert spent_by(Ledger(folder), "a") == pytest.approx(2 * ROUND.mu_squared)
     assert not list(folder.glob(".*"))
 
 

@@ -1,0 +1,521 @@
+"""The real private round, tried on synthetic patients before any budget is touched.
+
+:class:`PrivateRounds` runs whole, plan, ledger and stored integers included, in a throw-away folder, with noise that is
+the real one and is written down. From what the ledger says was paid, and from the noise alone, the round is done a
+second time by other code, patient by patient. Both must give the same update, and every
+draw must have the size that was paid for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from secure_fed.clients.budget import ledger_folder
+from secure_fed.clients.data import Split
+from secure_fed.clients.features import Labelled, SiteFeatures
+from secure_fed.clients.private_lmmd import released_once
+from secure_fed.clients.private_round import PrivateRounds
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy
+from secure_fed.core.errors import GuardError
+from secure_fed.core.layout import SiteRun
+from secure_fed.model.adapters import Adapter, build_adapter
+from secure_fed.privacy import class_means, class_statistics, validation
+from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise, mu_squared_of
+from secure_fed.privacy.dp_training import (
+    PatientBatch,
+    class_prompt_patient_loss,
+    public_log_prior,
+    to_double,
+)
+from secure_fed.privacy.ledger import Event, Ledger, Plan, opened
+from secure_fed.protocol import codec
+from secure_fed.protocol.codec import Layout, Parameters
+from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.ledger_heads import LedgerHeads
+from secure_fed.protocol.one_sum import FIRST, NOISE, PATIENTS, SECOND
+from secure_fed.protocol.study import AgreedStudy
+
+TOLERANCE = 1e-6
+"""Relative to the update; both ways compute in float64."""
+
+TRAINING, VALIDATING, UNLABELLED = 8, 4, 3
+"""Synthetic patients by split, with one to three images each. One who trains cannot pay."""
+
+IMAGES = 2
+"""At most so many images of each are taken."""
+
+RUN = "5" * 64
+
+_NO_DRAWS = np.zeros(0)
+
+
+class Recorder:
+    """The real noise, written down.
+
+    Attributes:
+        draws: standard deviation and values of each.
+    """
+
+    def __init__(self, noise: Noise = gaussian_noise) -> None:
+        self._noise = noise
+        self.draws: list[tuple[float, NDArray[np.float64]]] = []
+
+    def __call__(self, size: int, std: float) -> NDArray[np.float64]:
+        """Noise."""
+        values = self._noise(size, std)
+        self.draws.append((std, values.copy()))
+        return values
+
+
+def rehearse(file: SiteFile, agreed: AgreedStudy) -> None:
+    """Try the private round with a site's own settings; returns only if all of it holds.
+
+    The study's domain term, which is made of released means, is tried as it is for the noise on every release; the
+    update itself is done a second time without it.
+
+    Args:
+        file: the site's.
+        agreed: its study.
+
+    Raises:
+        GuardError: with what was found and what the ledger was told.
+    """
+    method, private = agreed.study.method, agreed.study.privacy
+    # A cap below the images of some synthetic patients, so that it is seen at work.
+    capped = private.model_copy(update={"images_per_patient": min(private.images_per_patient, IMAGES)})
+    own = agreed.study.model_copy(update={"privacy": capped})
+    if method.one_sum:
+        _SumRehearsal(file, AgreedStudy(own, agreed.initial)).check()
+        return
+    bare = own.model_copy(update={"method": method.model_copy(update={"lmmd_weight": 0.0})})
+    _Rehearsal(file, AgreedStudy(bare, agreed.initial)).check(exactly=True)
+    if method.lmmd_weight:
+        _Rehearsal(file, agreed).check(exactly=False)
+
+
+class ThrownAway(NamedTuple):
+    """What a run on synthetic patients left.
+
+    Attributes:
+        messages: of each round, the values that its integers stand for, by block of the study's layout.
+        paid: what its ledger says that each patient has paid, squared mu.
+    """
+
+    messages: list[dict[str, NDArray[np.float64]]]
+    paid: float
+
+
+def run_on(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures, rounds: Sequence[int]) -> ThrownAway:
+    """Some of a run's real private rounds on features that are nobody's, each at the initial adapter, with a ledger
+    that is thrown away.
+
+    Args:
+        file: the site's, with its budget.
+        agreed: the study.
+        features: synthetic ones; all patients can pay.
+        rounds: their numbers.
+    """
+    messages = []
+    with TemporaryDirectory(prefix="secfacmic-rehearsal-") as name:
+        apart, private = _apart(file, agreed, Path(name), gaussian_noise)
+        place, run = ledger_folder(apart), SiteRun(Path(name) / "throw-away")
+        with opened(place) as ledger:
+            ledger.register({owner: (owner.encode(),) for found in features.patients.values() for owner in found})
+        for number in rounds:
+            layout = agreed.layout(number)
+
+            def encode(
+                values: Mapping[str, NDArray[np.float64]],
+                draws: NDArray[np.float64] = _NO_DRAWS,
+                layout: Layout = layout,
+            ) -> NDArray[np.int64]:
+                return layout.encode(values, 1.0, draws)[0]
+
+            def quantise(
+                update: NDArray[np.float64],
+                draws: NDArray[np.float64],
+                counts: tuple[int, int],
+                encode: Callable[..., NDArray[np.int64]] = encode,
+            ) -> NDArray[np.int64]:
+                return encode({codec.UPDATE: update, codec.COUNTS: np.array(counts, dtype=np.float64)}, draws)
+
+            position = RoundPosition(RUN, "0" * 64, "0" * 64, 0, number)
+            if agreed.study.method.one_sum:
+                integers = private.sums(position, run, lambda: features, encode)
+            else:
+                integers = private.integers(
+                    position, f"state {number}", agreed.initial.adapter, run, lambda: features, quantise
+                )
+            messages.append(layout.decode(integers, [1.0]))
+        paid = max(Ledger(place).costs().values(), default=0.0)
+    return ThrownAway(messages, paid)
+
+
+def budget_of(file: SiteFile) -> SitePrivacy:
+    """The budget of the site's file, else the one that its ledger remembers.
+
+    Raises:
+        LedgerError: there is neither.
+    """
+    if file.privacy is not None:
+        return file.privacy
+    account = Ledger(ledger_folder(file)).account  # it remembers
+    return SitePrivacy(epsilon=account.epsilon, delta=account.delta)
+
+
+def _apart(file: SiteFile, agreed: AgreedStudy, folder: Path, noise: Noise) -> tuple[SiteFile, PrivateRounds]:
+    """The site's private rounds with a ledger of their own."""
+    identity = folder / "identity"
+    identity.mkdir()
+    places = {"state": str(folder / "state"), "identity": str(identity), "privacy": budget_of(file)}
+    apart = file.model_copy(update=places)
+    return apart, PrivateRounds(apart, agreed, LedgerHeads(folder / "seen"), "0" * 64, None, noise)
+
+
+def _open_account(place: Path, budget: SitePrivacy, features: SiteFeatures) -> None:
+    """Register the synthetic patients, one of whom has spent all it had."""
+    names = sorted({owner for owners in features.patients.values() for owner in owners})
+    with opened(place) as ledger:
+        ledger.register({name: (name.encode(),) for name in names})
+        everything = mu_squared_of(budget.epsilon, budget.delta) * (1 - 1e-6)
+        spent = Mechanism(1.0, 1.0 / math.sqrt(everything), 1)
+        ledger.reserve(spent, "all that one of them has", "", {ledger.person("train 0")})
+
+
+def _unchanged(
+    place: Path, events: list[Event], before: tuple[NDArray[np.int64], int], after: tuple[NDArray[np.int64], int]
+) -> None:
+    """Asked again at one adapter state: the same integers, no draw of noise and no event more."""
+    if not np.array_equal(before[0], after[0]) or before[1] != after[1]:
+        raise GuardError("asked again at one adapter state, the round drew anew; expected the stored integers")
+    if [event.seq for event in Ledger(place).of_run(RUN)] != [event.seq for event in events]:
+        raise GuardError("asked again at one adapter state, the round was paid again; expected nothing to be spent")
+
+
+class _SumRehearsal:
+    """The release of a study of one sum, held against statistics that are added up patient by patient."""
+
+    def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
+        self._budget = budget_of(file)
+        self._file = file
+        self._agreed = agreed
+        self._features = _synthetic(agreed)
+
+    def check(self) -> None:
+        with TemporaryDirectory(prefix="secfacmic-rehearsal-") as name:
+            self._check(Path(name))
+
+    def _check(self, folder: Path) -> None:
+        recorder = Recorder()
+        file, rounds = _apart(self._file, self._agreed, folder, recorder)
+        place, run = ledger_folder(file), SiteRun(folder / "throw-away")
+        _open_account(place, self._budget, self._features)
+        seen: list[dict[str, NDArray[np.float64]]] = []
+
+        def encode(values: Mapping[str, NDArray[np.float64]]) -> NDArray[np.int64]:
+            seen.append(dict(values))
+            return np.concatenate([np.rint(values[name] * 2.0**30) for name in sorted(values)]).astype(np.int64)
+
+        def ask(number: int) -> NDArray[np.int64]:
+            return rounds.sums(RoundPosition(RUN, "0" * 64, "0" * 64, 0, number), run, lambda: self._features, encode)
+
+        first = ask(1)
+        drawn = len(recorder.draws)
+        events = Ledger(place).of_run(RUN)
+        if [event.state for event in events] != ["committed"]:
+            raise GuardError(f"one sum was paid by {len(events)} events; expected one, committed after it was stored")
+        mechanism = events[0].mechanism
+        declared = Ledger(place).declare(self._budget.run_epsilon, self._budget.runs).mu_squared
+        if mechanism.sensitivity != class_statistics.SENSITIVITY or mechanism.mu_squared > declared * (1 + 1e-6):
+            raise GuardError(
+                f"the release costs a squared mu of {mechanism.mu_squared:.6g} at sensitivity "
+                f"{mechanism.sensitivity:.6g}; declared are {declared:.6g} at {class_statistics.SENSITIVITY:.6g}"
+            )
+        self._check_values(seen[0], mechanism, recorder.draws)
+        sent = np.concatenate([np.rint(seen[0][name] * 2.0**30) for name in sorted(seen[0])]).astype(np.int64)
+        if not np.array_equal(first, sent):
+            raise GuardError("the stored integers are not those of the noised sums; expected them so")
+        _unchanged(place, events, (first, drawn), (ask(1), len(recorder.draws)))
+        if ask(2).any() or len(recorder.draws) != drawn:
+            raise GuardError("something of the patients is in the second round, which nobody paid for; expected zeros")
+
+    def _check_values(
+        self,
+        values: Mapping[str, NDArray[np.float64]],
+        mechanism: Mechanism,
+        draws: list[tuple[float, NDArray[np.float64]]],
+    ) -> None:
+        exact = self._exact()
+        left = list(draws)
+        for name, scale in class_statistics.SCALES.items():
+            std = mechanism.noise_std / scale
+            noises = [noise for at, noise in left if math.isclose(at, std) and noise.size == exact[name].size]
+            if len(noises) != 1:
+                raise GuardError(
+                    f"noise of (standard deviation, values) {_totals([(at, one.size) for at, one in draws])} was "
+                    f"drawn; the ledger paid for {std:.9g} on {exact[name].size} {name}"
+                )
+            left = [one for one in left if one[1] is not noises[0]]
+            if not np.allclose(values[name], exact[name] + noises[0], rtol=1e-9, atol=1e-9 * std):
+                raise GuardError(
+                    f"{name}: not the sum of the patients who can pay, each at most once, and the noise that was paid"
+                )
+        others = set(values) - {*class_statistics.SCALES, NOISE}
+        if left or others:
+            raise GuardError(f"{len(left)} draws and blocks {sorted(others)} too many; expected what was paid alone")
+
+    def _exact(self) -> dict[str, NDArray[np.float64]]:
+        """Added up patient by patient and image by image, as the page on privacy has it."""
+        study, basis = self._agreed.study, self._agreed.initial.basis
+        assert basis is not None, "study new makes one for each method that uses one"
+        classes, size = len(study.classes), basis.dimensions
+        (x, y), owners = self._features.train, np.array(self._features.patients["train"])
+        projected = basis.project(x)
+        if study.backbone.mirrored:
+            half = len(y) // 2
+            projected, y, owners = (projected[:half] + projected[half:]) / 2, y[:half], owners[:half]
+        patients, first, second = np.zeros(classes), np.zeros((classes, size)), np.zeros((size, size))
+        for name in sorted(set(owners) - {"train 0"}):
+            rows = np.flatnonzero(owners == name)[: study.privacy.images_per_patient]
+            for row in rows:
+                patients[y[row]] += 1 / len(rows)
+                first[y[row]] += projected[row] / len(rows)
+                second += np.outer(projected[row], projected[row]) / len(rows)
+        above = np.triu_indices(size)
+        triangle = second[above] * np.where(above[0] == above[1], 1.0, math.sqrt(2))
+        return {PATIENTS: patients, FIRST: first.ravel(), SECOND: triangle}
+
+
+class _Rehearsal:
+    def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
+        self._budget = budget_of(file)
+        self._file = file
+        self._agreed = agreed
+        self._features = _synthetic(agreed)
+
+    def check(self, *, exactly: bool) -> None:
+        with TemporaryDirectory(prefix="secfacmic-rehearsal-") as name:
+            self._check(Path(name), exactly)
+
+    def _check(self, folder: Path, exactly: bool) -> None:
+        recorder = Recorder()
+        file, rounds = _apart(self._file, self._agreed, folder, recorder)
+        seen: list[tuple[NDArray[np.float64], tuple[int, int]]] = []
+
+        def quantise(
+            update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int]
+        ) -> NDArray[np.int64]:
+            seen.append((update, counts))
+            return np.concatenate([np.floor(update * 2.0**30 + draws), counts]).astype(np.int64)
+
+        place = ledger_folder(file)
+        _open_account(place, self._budget, self._features)
+        number = self._agreed.study.rounds  # the last one: it has the validation counts, if any has
+        position = RoundPosition(RUN, "0" * 64, "0" * 64, 0, number)
+        run = SiteRun(folder / "throw-away")
+        initial = self._agreed.initial.adapter
+
+        def ask() -> NDArray[np.int64]:
+            return rounds.integers(position, "state", initial, run, lambda: self._features, quantise)
+
+        first = ask()
+        found = Ledger(place)
+        plan, events = found.plan(RUN), found.of_run(RUN)
+        draws = list(recorder.draws)
+        if plan is None:
+            raise GuardError("the round was trained without a plan in the ledger; expected one before any noise")
+        self._check_plan(plan, found.declare(self._budget.run_epsilon, self._budget.runs).mu_squared)
+        self._check_noise(events, draws)
+        ((update, counts),) = seen
+        if exactly:
+            self._check_update(update, events, draws)
+        self._check_counts(counts, events, draws)
+        held = np.floor(update * 2.0**30)
+        if np.any((first[: update.size] - held < 0) | (first[: update.size] - held > 1)):
+            raise GuardError("the stored integers are not those of the noised update; expected them so")
+        _unchanged(place, events, (first, len(draws)), (ask(), len(recorder.draws)))
+
+    def _check_plan(self, plan: Plan, declared: float) -> None:
+        """What the run can cost at most, by the formulas of docs/privacy.md, is what was declared."""
+        rounds = plan.rounds + 1
+        cost = rounds * plan.steps / plan.noise_multiplier**2
+        if plan.lmmd_noise_multiplier is not None:
+            cost += len(released_once(self._agreed.study.method, self._agreed.study.privacy)) / (
+                plan.lmmd_noise_multiplier**2
+            )
+        if plan.lmmd_round_noise_multiplier is not None:
+            cost += rounds / plan.lmmd_round_noise_multiplier**2
+        if (
+            plan.rounds != self._agreed.study.rounds
+            or plan.steps != self._agreed.study.privacy.steps
+            or (cost > declared * (1 + 1e-6))
+        ):
+            raise GuardError(
+                f"the run's plan costs a squared mu of {cost:.6g} over {rounds} rounds of {plan.steps} steps; declared "
+                f"are {declared:.6g}, {self._agreed.study.rounds} rounds and one, and the study's steps"
+            )
+
+    def _check_noise(self, events: list[Event], draws: list[tuple[float, NDArray[np.float64]]]) -> None:
+        """Every sum that the ledger was told of got noise of the size that it was told, and nothing else was drawn."""
+        classes, dim = self._agreed.initial.prompt_features.shape
+        values = sum(value.size for value in self._agreed.initial.adapter.values())
+        constants = self._agreed.study.privacy
+        expected: list[tuple[float, int]] = []
+        for event in events:
+            if event.state != "committed":
+                raise GuardError(f"{event.purpose}: {event.state} after its output was stored; expected it committed")
+            if event.purpose.startswith("class means"):
+                size, sensitivity = classes * (dim + 1), class_means.mechanism(constants, 1.0).sensitivity
+            elif event.purpose.startswith("validation"):
+                size, sensitivity = 2, validation.SENSITIVITY
+            else:
+                size, sensitivity = values, constants.clip
+            if event.mechanism.sensitivity != sensitivity:
+                raise GuardError(
+                    f"{event.purpose}: the ledger was told a sensitivity of {event.mechanism.sensitivity:g}; expected "
+                    f"{sensitivity:g}"
+                )
+            expected += [(event.mechanism.noise_std, size)] * event.mechanism.steps
+        found: list[tuple[float, int]] = []
+        for std, noise in draws:
+            found.append((std, noise.size))
+        if _totals(found) != _totals(expected):
+            raise GuardError(
+                f"noise of (standard deviation, values) {_totals(found)} was drawn; the ledger paid for "
+                f"{_totals(expected)}"
+            )
+
+    def _check_update(
+        self, update: NDArray[np.float64], events: list[Event], draws: list[tuple[float, NDArray[np.float64]]]
+    ) -> None:
+        """The update is what the noise that was written down and the patients who can pay give, and nothing else."""
+        event = next(event for event in events if event.purpose.startswith("round "))
+        study = self._agreed.study
+        noises = [noise for std, noise in draws if std == event.mechanism.noise_std]
+        adapter = initial_adapter(self._agreed)
+        before = codec.flatten(_values(adapter))
+        constants = study.privacy
+        parameters = adapter.shared_parameters()
+        optimizer: torch.optim.Optimizer
+        if constants.optimizer == "adam":
+            optimizer = torch.optim.Adam(parameters.values(), lr=constants.learning_rate)
+        else:
+            optimizer = torch.optim.SGD(parameters.values(), lr=constants.learning_rate, momentum=constants.momentum)
+        loss = class_prompt_patient_loss(public_log_prior(constants, len(study.classes)))
+        n_ref = self._budget.n_ref or constants.n_ref
+        for _ in range(event.mechanism.steps):
+            gradients = {name: torch.zeros_like(value) for name, value in parameters.items()}
+            for one in self._paying():
+                alone = torch.autograd.grad(loss(adapter, one).sum(), list(parameters.values()))
+                length = math.sqrt(sum(float(part.square().sum()) for part in alone))
+                for name, part in zip(parameters, alone, strict=True):
+                    gradients[name] += part * min(1.0, event.mechanism.sensitivity / max(length, 1e-300))
+            for name, value in parameters.items():
+                noise = torch.from_numpy(noises.pop(0)).view(value.shape)
+                value.grad = (gradients[name].detach() + noise) / n_ref
+            optimizer.step()
+        expected = codec.flatten(_values(adapter)) - before
+        away = float(np.linalg.norm(update - expected)) / max(float(np.linalg.norm(expected)), 1e-300)
+        if not away <= TOLERANCE:
+            raise GuardError(
+                f"the update is {away:.3g} of its length away from what {event.mechanism.steps} steps of patients "
+                f"clipped to {event.mechanism.sensitivity:g}, with the noise that the ledger paid for, give; expected "
+                f"at most {TOLERANCE:g}: something else of the patients is in it"
+            )
+
+    def _paying(self) -> list[PatientBatch]:
+        """The synthetic patients who train and can pay, each alone."""
+        x, y = self._features.train
+        owners = np.array(self._features.patients["train"])
+        cap = self._agreed.study.privacy.images_per_patient
+        found = []
+        for name in sorted(set(owners) - {"train 0"}):
+            rows = np.flatnonzero(owners == name)[:cap]
+            features, labels = torch.from_numpy(x[rows]).double(), torch.from_numpy(y[rows])
+            found.append(PatientBatch(features[None], labels[None], torch.ones(1, len(rows), dtype=torch.bool)))
+        return found
+
+    def _check_counts(
+        self, counts: tuple[int, int], events: list[Event], draws: list[tuple[float, NDArray[np.float64]]]
+    ) -> None:
+        event = next((event for event in events if event.purpose.startswith("validation")), None)
+        if event is None:
+            if counts != (0, 0):
+                raise GuardError(f"validation counts {counts} were sent, and nobody paid for them; expected zeros")
+            return
+        noise = next(noise for std, noise in draws if std == event.mechanism.noise_std and noise.size == 2)
+        adapter = initial_adapter(self._agreed)
+        x, y = self._features.val
+        with torch.no_grad():
+            logits = adapter(torch.from_numpy(x).double())[:, : len(self._agreed.study.classes)]
+        right = logits.argmax(1).numpy() == y
+        exact = validation.exact_counts(right, self._features.patients["val"]) + noise
+        count = max(0, round(float(exact[0])))
+        expected = (count, min(max(0, round(float(exact[1]))), count))
+        if counts != expected:
+            raise GuardError(f"validation counts {counts} were sent; counts and paid noise give {expected}")
+
+
+def _totals(draws: list[tuple[float, int]]) -> dict[str, int]:
+    """How many values were drawn, by standard deviation to nine digits."""
+    totals: dict[str, int] = {}
+    for std, size in draws:
+        totals[f"{std:.9g}"] = totals.get(f"{std:.9g}", 0) + size
+    return dict(sorted(totals.items()))
+
+
+def initial_adapter(agreed: AgreedStudy) -> Adapter:
+    """The adapter that the study begins with, in float64."""
+    initial = agreed.initial
+    return to_double(build_adapter(agreed.study.method, initial.prompt_features, initial.logit_scale, initial.adapter))
+
+
+def _values(adapter: Adapter) -> Parameters:
+    return {name: value.detach().numpy().copy() for name, value in adapter.shared_parameters().items()}
+
+
+def _synthetic(agreed: AgreedStudy) -> SiteFeatures:
+    """Patients with one to three random images each; a seed, so that a refusal can be repeated."""
+    rng = np.random.default_rng(21)
+    classes, dim = agreed.initial.prompt_features.shape
+    patients: dict[Split, tuple[str, ...]] = {}
+    parts: dict[Split, Labelled] = {}
+    sizes: dict[Split, int] = {"train": TRAINING, "val": VALIDATING, "unlabelled": UNLABELLED, "test": 0}
+    for split, count in sizes.items():
+        owners = [f"{split} {number}" for number in range(count) for _ in range(1 + number % 3)]
+        rows = rng.standard_normal((len(owners), dim)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        labels = rng.integers(0, classes, len(owners))
+        if agreed.study.backbone.mirrored and split == "train":  # each image, then each mirrored view
+            rows, labels, owners = np.concatenate((rows, rows[::-1])), np.tile(labels, 2), owners * 2
+        parts[split] = Labelled(rows, labels)
+        patients[split] = tuple(owners)
+    return SiteFeatures(
+        parts["train"],
+        parts["val"],
+        parts["test"],
+        parts["unlabelled"].x,
+        0,
+        0,
+        patients,
+    )
+
+
+def synthetic_features(agreed: AgreedStudy, patients: int, images: int, rng: np.random.Generator) -> SiteFeatures:
+    """Training patients with equally many random images each, and nothing else."""
+    classes, dim = agreed.initial.prompt_features.shape
+    rows = rng.standard_normal((patients * images, dim), dtype=np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    nobody = Labelled(np.zeros((0, dim), dtype=np.float32), np.zeros(0, dtype=np.int64))
+    owners = tuple(f"patient {number}" for number in range(patients) for _ in range(images))
+    labelled = Labelled(rows, rng.integers(0, classes, len(rows)))
+    splits: dict[Split, tuple[str, ...]] = {"train": owners, "val": (), "test": (), "unlabelled": ()}
+    return SiteFeatures(labelled, nobody, nobody, nobody.x, 0, 0, splits)

@@ -1,0 +1,424 @@
+"""What leaves a site with a budget, compared on neighbouring data: the guard against the next leak.
+
+Two worlds differ by one patient. In both the noise is nothing and roundings are fixed, so that what leaves is a
+function of the data. Codes, sizes, times, headers, numbers of entries, exits and archives must be equal; integers
+may differ by what one patient is claimed to move them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from secure_fed.clients import private_round
+from secure_fed.clients import site as site_module
+from secure_fed.clients.budget import ledger_folder
+from secure_fed.clients.data import Notes, Split
+from secure_fed.clients.duplicates import Fingerprints
+from secure_fed.clients.features import Labelled, SiteFeatures
+from secure_fed.clients.images import Found
+from secure_fed.clients.outgoing_log import SentList
+from secure_fed.clients.private_round import PrivateRounds
+from secure_fed.clients.reply_clock import ReplyClock
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
+from secure_fed.core.errors import SecfacmicError, TwinsError
+from secure_fed.core.layout import SiteRun
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.lab.simulation import prepare
+from secure_fed.operate import evidence
+from secure_fed.operate.evidence import pack_evidence
+from secure_fed.privacy.accounting import Noise
+from secure_fed.privacy.dp_training import Descent
+from secure_fed.privacy.ledger import Ledger, opened
+from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.ledger_heads import LedgerHeads
+from tests.conftest import TRAINING, Federation, exchange, make_template
+
+CLIP, RATE, N_REF = 4.0, 0.5, 20
+SPLITS: tuple[Split, ...] = ("train", "val", "test", "unlabelled")
+
+
+class Patient(NamedTuple):
+    """One patient: its split, and the label and the direction of each image."""
+
+    split: Split
+    images: tuple[tuple[int, int], ...]
+    scale: float = 1.0
+    pictures: str = ""
+    """Of whom the pictures are copies; its own by default."""
+
+
+World = dict[str, Patient]
+
+
+def patient(split: Split, *labels: int, seed: int = 0, **changes: Any) -> Patient:
+    return Patient(split, tuple((label, seed * 1000 + number) for number, label in enumerate(labels)), **changes)
+
+
+def others() -> World:
+    world = {f"t{n}": patient("train", n % 3, seed=n + 1) for n in range(6)}
+    world |= {f"v{n}": patient("val", n % 3, seed=n + 21) for n in range(3)}
+    return world | {f"u{n}": patient("unlabelled", 0, seed=n + 31) for n in range(2)}
+
+
+def features_of(world: World, dim: int) -> SiteFeatures:
+    rows: dict[Split, list[NDArray[np.float32]]] = {split: [] for split in SPLITS}
+    labels: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    owners: dict[Split, list[str]] = {split: [] for split in SPLITS}
+    for name, one in world.items():
+        for label, seed in one.images:
+            row = np.random.default_rng(seed).standard_normal(dim)
+            rows[one.split].append(np.float32(one.scale) * (row / np.linalg.norm(row)).astype(np.float32))
+            labels[one.split].append(label)
+            owners[one.split].append(name)
+    parts = {
+        split: Labelled(
+            np.array(rows[split], dtype=np.float32).reshape(-1, dim), np.array(labels[split], dtype=np.int64)
+        )
+        for split in SPLITS
+    }
+    digests = {name: frozenset({(one.pictures or name).encode()}) for name, one in world.items()}
+    return SiteFeatures(
+        parts["train"], parts["val"], parts["test"], parts["unlabelled"].x, 0, 0,
+        {split: tuple(found) for split, found in owners.items()}, digests,
+    )  # fmt: skip
+
+
+def no_noise(size: int, std: float) -> NDArray[np.float64]:
+    return np.zeros(size)
+
+
+@contextmanager
+def without_chance() -> Iterator[None]:
+    with (
+        mock.patch.object(private_round, "uniforms", lambda size: np.full(size, 0.5)),
+        mock.patch("secure_fed.clients.private_round.check_training"),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def prepared_worlds(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("worlds") / "out"
+    template = make_template(
+        mode="plain",
+        rounds=2,
+        method={"adapter": "text_head"},
+        privacy={"steps": 1, "validation_rounds": 2, "images_per_patient": 3, "clip": CLIP, "learning_rate": RATE},
+        encoding={"bits": 16, "lanes": 2, "value_bound": 10.0},
+    )
+    prepare(template, folder, images)
+    for name in TRAINING[1:]:
+        Federation(folder).site(name).features()
+    path = folder / "sites" / "ash" / "site.toml"
+    file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+    data = file.data.model_copy(update={"kind": "simulated", "unit": "patient"})
+    write_toml(path, file.model_copy(update={"privacy": SitePrivacy(epsilon=8.0, n_ref=N_REF), "data": data}))
+    return folder
+
+
+class Clock:
+    """Time that passes only when somebody works or sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def whole_path(prepared: Path, folder: Path, world: World, before: Callable[[Path], None] | None = None) -> Any:
+    """Everything that leaves in a run of two rounds and afterwards, with what depends on keys or chance masked."""
+    shutil.copytree(prepared, folder, symlinks=True)
+    federation = Federation(folder)
+    rest = [federation.site(name) for name in TRAINING[1:]]
+    for site in rest:
+        site.features()
+    dim = federation.agreed.initial.prompt_features.shape[1]
+    found = features_of(world, dim)
+    clock = Clock()
+    real = Descent.run
+
+    def work(self: Descent, adapter: Any, patients: Any, *rest: Any) -> None:
+        clock.now += 0.01 * sum(batch.mask.numel() for batch in patients)  # as padded work would
+        real(self, adapter, patients, *rest)
+
+    with (
+        without_chance(),
+        mock.patch.object(site_module, "compared_images", return_value=(Found([], Notes(), []), Fingerprints([], {}))),
+        mock.patch.object(site_module, "by_patient", return_value=([], dict(found.digests))),
+        mock.patch.object(site_module, "load_features", return_value=found),
+        mock.patch.object(site_module, "rehearse"),
+        mock.patch.object(Descent, "run", work),
+    ):
+        if before is not None:
+            before(folder)
+        ash = federation.site("ash")
+        assert ash._private is not None
+        ash._private._noise = no_noise
+        sites = [ash, *rest]
+        from secure_fed.server.coordinator import Coordinator
+
+        coordinator = Coordinator.begin(federation.agreed, folder / "server", federation.signing, "0" * 64)
+        sent, hold = SentList(folder / "sites/ash/state"), ReplyClock(1.0, clock, clock.sleep)
+        left: list[Any] = []
+        first: NDArray[np.int64] | None = None
+        ash.features()  # what is wrong is settled before the first message
+        while True:
+            began = hold.begin()
+            try:
+                reply = ash.respond(coordinator.request(ash.run, ash.position))
+            except SecfacmicError as error:
+                left.append(("fails", error.exit_code))
+                break
+            if ash.read_data:
+                hold.hold(began)
+            sent.add(reply, coordinator.round if hasattr(coordinator, "round") else 0)
+            header = None
+            if reply.envelope:
+                from secure_fed.core.errors import EnvelopeError
+                from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
+                from secure_fed.protocol.signing import parse_header, split_frame
+
+                frame = split_frame(MAGIC, reply.envelope, MAX_HEADER, EnvelopeError)
+                facts = parse_header(frame.header, EnvelopeHeader, EnvelopeError).model_dump(mode="json")
+                masked = ("run", "head", "ledger_head", "payload")
+                header = {name: value for name, value in facts.items() if name not in masked}
+                header["ledger_links"] = [seq for seq, _ in facts["ledger_links"]]
+                if first is None:
+                    first = np.array(next(folder.glob("sites/ash/state/runs/*/outbox/*.noised")).stat().st_size)
+            left.append((reply.code.value, reply.position, len(reply.envelope), header, round(clock.now - began, 6)))
+            coordinator.receive(reply)
+            if coordinator.finished:
+                break
+            for site in sites[1:]:
+                exchange(coordinator, site)
+            coordinator.close_round()
+        status = (
+            json.loads((folder / "sites/ash/state/status.json").read_text())
+            if (folder / "sites/ash/state/status.json").exists()
+            else {}
+        )
+        with mock.patch.object(evidence, "bill_of_materials", return_value={}):  # seconds, of packages and no patient
+            pack_evidence(folder / "sites/ash", folder / "evidence.zip")
+        with zipfile.ZipFile(folder / "evidence.zip") as archive:
+            names = sorted(archive.namelist())
+            public = json.loads(archive.read("ledger/public.json"))
+        run = coordinator.run
+        names = [name.replace(run, "RUN") for name in names]
+        public["anchors"] = len(public["anchors"])
+        text = json.dumps(public).replace(run, "RUN").replace(run[:16], "RUN")
+        rows = [(row.seq, row.code, row.bytes) for row in sent.read()]
+        ledger = Ledger(ledger_folder(read_site_file(folder / "sites/ash/site.toml")))
+        return left, names, text, rows, status, ledger.head[0]
+
+
+def spend_all(*names: str) -> Callable[[Path], None]:
+    """Some patients have spent all they had, in an earlier run."""
+
+    def before(folder: Path) -> None:
+        with opened(ledger_folder(read_site_file(folder / "sites/ash/site.toml"))) as ledger:
+            ledger.register({name: (name.encode(),) for name in names})
+            from secure_fed.privacy.accounting import Mechanism
+
+            ledger.reserve(Mechanism(1.0, 0.601, 1), "before", "", {ledger.person(name) for name in names})
+
+    def all_before(folder: Path) -> None:
+        Federation(folder).site("ash")
+        before(folder)
+
+    return all_before
+
+
+def told_apart(first: str, second: str) -> Callable[[Path], None]:
+    """The operator was told of equal pictures, and has settled it."""
+
+    def before(folder: Path) -> None:
+        site = Federation(folder).site("ash")
+        with suppress(TwinsError):
+            site.features()
+        with opened(ledger_folder(read_site_file(folder / "sites/ash/site.toml"))) as ledger, suppress(SecfacmicError):
+            ledger.distinct(first, second)
+
+    return before
+
+
+ONE = {
+    "one more who trains": (others(), patient("train", 1, seed=99)),
+    "one more who validates": (others(), patient("val", 1, seed=99)),
+    "the only one who validates": (
+        {name: one for name, one in others().items() if one.split != "val"},
+        patient("val", 1, seed=99),
+    ),
+    "the only one who trains": (
+        {name: one for name, one in others().items() if one.split != "train"},
+        patient("train", 1, seed=99),
+    ),
+    "the only patient at all": ({}, patient("train", 1, seed=99)),
+    "unlabelled only": (others(), patient("unlabelled", 0, seed=99)),
+    "all classes": (others(), patient("train", 0, 1, 2, seed=99)),
+    "500 images": (others(), patient("train", *([1] * 500), seed=99)),
+    "images that are not finite": (others(), patient("train", 1, 2, seed=99, scale=float("nan"))),
+    "a validated image that is not finite": (others(), patient("val", 1, seed=99, scale=float("inf"))),
+    "huge features": (others(), patient("train", 1, seed=99, scale=1e30)),
+}
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_nothing_that_leaves_depends_on_one_patient_but_integers(
+    prepared_worlds: Path, tmp_path: Path, case: str
+) -> None:
+    world, one = ONE[case]
+    without = whole_path(prepared_worlds, tmp_path / "without", world)
+    with_one = whole_path(prepared_worlds, tmp_path / "with", {**world, "p": one})
+    assert without == with_one
+    codes = [message[0] for message in without[0]]
+    assert codes == ["update", "update", "applied"]
+
+
+def test_a_new_patient_beside_a_spent_cohort(prepared_worlds: Path, tmp_path: Path) -> None:
+    spent = spend_all(*others())
+    without = whole_path(prepared_worlds, tmp_path / "without", others(), spent)
+    with_one = whole_path(prepared_worlds, tmp_path / "with", {**others(), "p": patient("train", 1, seed=99)}, spent)
+    assert without == with_one
+    assert [message[0] for message in without[0]] == ["update", "update", "applied"]  # over nobody noise is sent
+
+
+def test_copies_of_others_pictures_are_settled_before_the_start(prepared_worlds: Path, tmp_path: Path) -> None:
+    copy = patient("train", 1, seed=99, pictures="t0")
+    with pytest.raises(TwinsError, match=r"1 pairs of patient ids[\s\S]*p  t0"):
+        whole_path(prepared_worlds, tmp_path / "unsettled", {**others(), "p": copy})
+    settled = told_apart("p", "t0")
+    without = whole_path(prepared_worlds, tmp_path / "without", others(), settled)
+    with_one = whole_path(prepared_worlds, tmp_path / "with", {**others(), "p": copy}, settled)
+    assert without == with_one
+
+
+# --- the integers, by how much ---
+
+
+class Outputs(NamedTuple):
+    updates: list[NDArray[np.float64]]
+    counts: list[tuple[int, int]]
+    entries: int
+
+
+def rounds_on(
+    prepared: Path, folder: Path, worlds: list[World], noise: Noise = no_noise, links: tuple[tuple[str, str], ...] = ()
+) -> Outputs:
+    """All rounds of several runs, each on data of its own, always at the same adapters."""
+    file = read_site_file(prepared / "sites/ash/site.toml")
+    agreed = Federation(prepared).agreed
+    (folder / "identity").mkdir(parents=True)
+    privacy = SitePrivacy(epsilon=8.0, n_ref=N_REF, run_epsilon=4.0)
+    places = {"state": str(folder / "state"), "identity": str(folder / "identity"), "privacy": privacy}
+    file = file.model_copy(update=places)
+    heads = LedgerHeads(folder / "heads")
+    outputs = Outputs([], [], 0)
+    initial = agreed.initial.adapter
+
+    def quantise(update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int]) -> NDArray[np.int64]:
+        outputs.updates.append(update)
+        outputs.counts.append(counts)
+        return np.zeros(1, dtype=np.int64)
+
+    with without_chance():
+        for number, world in enumerate(worlds):
+            rounds = PrivateRounds(file, agreed, heads, "1" * 64, None, noise)
+            features = features_of(world, agreed.initial.prompt_features.shape[1])
+            rounds.settle(features.digests, features.digests)
+            for first, second in links if number == 0 else ():
+                with opened(ledger_folder(file)) as ledger:
+                    ledger.link(first, second)
+            run = f"{number:064x}"
+            for place in (1, 2):
+                position = RoundPosition(run, "0" * 64, "0" * 64, 0, place)
+                rounds.integers(
+                    position, f"state {place}", initial, SiteRun(folder / run), lambda found=features: found, quantise
+                )  # type: ignore[misc]
+    return outputs._replace(entries=Ledger(ledger_folder(file)).head[0])
+
+
+def compare(prepared: Path, folder: Path, without: list[World], with_one: list[World]) -> None:
+    """No output may move by more than what the ledger charges one patient for."""
+    first = rounds_on(prepared, folder / "without", without)
+    second = rounds_on(prepared, folder / "with", with_one)
+    assert (first.entries, len(first.updates)) == (second.entries, len(second.updates))
+    for one, other in zip(first.updates, second.updates, strict=True):
+        assert np.linalg.norm(one - other) <= RATE * CLIP / N_REF * (1 + 1e-9)
+    for (patients, right), (more, righter) in zip(first.counts, second.counts, strict=True):
+        assert abs(patients - more) <= 1
+        assert abs(right - righter) <= 1
+
+
+LABEL = st.integers(0, 2)
+PATIENT = st.builds(
+    lambda split, labels, seed, scale: patient(split, *labels, seed=seed, scale=scale),
+    st.sampled_from(SPLITS),
+    st.lists(LABEL, min_size=1, max_size=5),
+    st.integers(40, 90),
+    st.sampled_from([1.0, 1.0, 1e-12, 1e30, float("nan")]),
+)
+WORLD = st.dictionaries(st.sampled_from([f"q{n}" for n in range(8)]), PATIENT, max_size=6)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(WORLD, WORLD, PATIENT, PATIENT, st.booleans())
+def test_random_neighbours_through_two_runs(
+    prepared_worlds: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    world: World,
+    later: World,
+    one: Patient,
+    then: Patient,
+    again: bool,
+) -> None:
+    """A patient that is there in one run or in both, in whatever splits, beside whatever others."""
+    folder = tmp_path_factory.mktemp("pair")
+    compare(
+        prepared_worlds,
+        folder,
+        [world, later, world],
+        [{**world, "p": one}, {**later, "p": then} if again else later, {**world, "p": then}],
+    )
+    shutil.rmtree(folder)
+
+
+def test_a_validation_patient_who_turns_to_training_takes_nobody_along(prepared_worlds: Path, tmp_path: Path) -> None:
+    world = others()
+    moves = {**world, "p": patient("val", 1, seed=99)}
+    compare(prepared_worlds, tmp_path, [world, world], [moves, {**world, "p": patient("train", 1, seed=99)}])
+
+
+def test_with_every_patient_in_two_splits_and_linked_ids(prepared_worlds: Path, tmp_path: Path) -> None:
+    """Two ids that were linked are one patient, whose gradient is clipped once."""
+    world = others()
+    twins = {**world, "p": patient("train", 1, seed=99), "q": patient("train", 2, seed=98)}
+    alone = rounds_on(prepared_worlds, tmp_path / "alone", [world, world])
+    both = rounds_on(prepared_worlds, tmp_path / "both", [twins, twins], links=(("p", "q"),))
+    for one, other in zip(alone.updates, both.updates, strict=True):
+        assert np.linalg.norm(one - other) <= RATE * CLIP / N_REF * (1 + 1e-9)
+
+
+def test_the_harness_sees_a_patient_at_all(prepared_worlds: Path, tmp_path: Path) -> None:
+    """Without this, everything above would pass because nothing is compared."""
+    one = rounds_on(prepared_worlds, tmp_path / "one", [others()])
+    two = rounds_on(prepared_worlds, tmp_path / "two", [{**others(), "p": patient("train", 1, seed=99)}])
+    assert np.linalg.norm(one.updates[0] - two.updates[0]) == pytest.approx(RATE * CLIP / N_REF, rel=1e-6)
+    assert dataclasses.is_dataclass(SiteFeatures)
