@@ -38,10 +38,13 @@ class SiteData(FileModel):
     kind: Literal["patients", "public", "simulated"] = "patients"
     unit: Literal["patient", "image"] = "patient"
     shares: Shares | None = None
-    unlabelled: Text | None = None
-    slices: Annotated[str, StringConstraints(pattern=r"^(middle|all|every:[1-9][0-9]{0,3})$")] | None = None
+    unlabelled: Annotated[Text | None, Field(examples=["/data/without-labels"])] = None
+    slices: Annotated[
+        Annotated[str, StringConstraints(pattern=r"^(middle|all|every:[1-9][0-9]{0,3})$")] | None,
+        Field(examples=["middle"]),
+    ] = None
     leave_out: tuple[Literal["scout", "screenshot", "no picture"], ...] = ()
-    patients: Text | None = None
+    patients: Annotated[Text | None, Field(examples=["patients.csv"])] = None
     most_pixels: Annotated[int, Field(ge=1, le=2**32)] = MOST_PIXELS
 
 
@@ -54,9 +57,15 @@ class SiteServer(FileModel):
         proxy: HTTP proxy on the way, ``http://proxy.example.org:3128``; the environment's ``HTTPS_PROXY`` if not set.
     """
 
-    address: Annotated[str, StringConstraints(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
-    authority: Text
-    proxy: Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$", max_length=300)] | None = None
+    address: Annotated[
+        Annotated[str, StringConstraints(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")],
+        Field(examples=["fl.example.org:8443"]),
+    ]
+    authority: Annotated[Text, Field(examples=["study/ca.crt"])]
+    proxy: Annotated[
+        Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$", max_length=300)] | None,
+        Field(examples=["http://proxy.example.org:3128"]),
+    ] = None
 
 
 class SitePrivacy(FileModel):
@@ -74,12 +83,12 @@ class SitePrivacy(FileModel):
             the worst case that the client measures at its start. If not set, that, rounded up to whole seconds.
     """
 
-    epsilon: Annotated[float, Field(gt=0, le=100)]
+    epsilon: Annotated[float, Field(gt=0, le=100, examples=[3.0])]
     delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
-    n_ref: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    run_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    n_ref: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Field(examples=[500])] = None
+    run_epsilon: Annotated[Annotated[float, Field(gt=0, le=100)] | None, Field(examples=[1.0])] = None
     runs: Annotated[int, Field(ge=1, le=1000)] = 1
-    reply_seconds: Annotated[float, Field(gt=0, le=86400)] | None = None
+    reply_seconds: Annotated[Annotated[float, Field(gt=0, le=86400)] | None, Field(examples=[60.0])] = None
 
 
 class SiteFile(FileModel):
@@ -115,18 +124,18 @@ class SiteFile(FileModel):
     study: Text
     state: Text
     identity: Text
-    checkpoint: Text | None = None
+    checkpoint: Annotated[Text | None, Field(examples=["weights.safetensors"])] = None
     server: SiteServer | None = None
     privacy: SitePrivacy | None = None
     data: SiteData
     allow_plain: bool = False
     min_sites: Annotated[int, Field(ge=1, le=4096)] = MIN_SITES_HE
-    max_epsilon: Annotated[float, Field(gt=0, le=100)] | None = None
+    max_epsilon: Annotated[Annotated[float, Field(gt=0, le=100)] | None, Field(examples=[3.0])] = None
     studies: tuple[Text, ...] = ()
     amendments: Literal["all", "removals", "none"] = "removals"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     device: DeviceChoice = "auto"
-    features: Text | None = None
+    features: Annotated[Text | None, Field(examples=["features.sqlite"])] = None
     skip_unreadable: bool = False
 
     @property

@@ -19,7 +19,7 @@ import typer
 import secure_fed
 from secure_fed.cli import app
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.tomlfile import FileModel
+from secure_fed.core.tomlfile import FileModel, meanings
 from secure_fed.lab.sweep_file import SweepFile
 from secure_fed.protocol.study import Study
 
@@ -67,15 +67,15 @@ def file_page(name: str, model: type[FileModel], introduction: str) -> str:
             "|---|---|---|---|",
         ]
         definition = schema if table is model else schema["$defs"][table.__name__]
-        meanings = _meanings(table)
+        said = meanings(table)
         for key, value in definition["properties"].items():
-            if key not in meanings:
+            if key not in said:
                 raise Undescribed(
                     f"{name}: key {key} of {path or 'the top'} has no description; expected a line under Attributes: "
                     f"in the docstring of {table.__module__}.{table.__qualname__}"
                 )
             default = "required" if key in definition.get("required", ()) else _default(value)
-            lines.append(f"| `{key}` | {_value(value, schema)} | {default} | {_cell(meanings[key])} |")
+            lines.append(f"| `{key}` | {_value(value, schema)} | {default} | {_cell(said[key])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,23 +101,6 @@ def _models(annotation: Any) -> Iterator[type[FileModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models(argument)
-
-
-def _meanings(model: type[FileModel]) -> dict[str, str]:
-    """What the docstrings of a model and its bases say under ``Attributes:``, by key."""
-    found: dict[str, str] = {}
-    for base in reversed(model.__mro__):
-        _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
-        key = ""
-        for line in section.splitlines():
-            entry = re.fullmatch(r"    (\w+): (.+)", line)
-            if entry:
-                key, found[entry[1]] = entry[1], entry[2]
-            elif line.startswith("     ") and key:
-                found[key] += " " + line.strip()
-            elif line.strip():
-                break  # another section
-    return found
 
 
 def _summary(model: type[FileModel]) -> str:

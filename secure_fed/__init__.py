@@ -7,6 +7,7 @@ first asked for, so that a server that imports this package loads nothing that t
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,15 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The names for programs, and nothing that is on its way."""
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """The names above, from where they are at home (PEP 562)."""
+    if name == "__version__":
+        return version("secfacmic")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -7,6 +7,7 @@ import logging
 import sys
 from typing import Annotated
 
+import click
 import typer
 import typer.core
 
@@ -37,6 +38,7 @@ from secure_fed.cli import (
     sweep,
 )
 from secure_fed.cli.output import ConsoleHandler, console
+from secure_fed.cli.version import show as show_version
 from secure_fed.core.errors import SecfacmicError, StorageError
 
 typer.core.HAS_RICH = False  # else brackets are escaped for a markup that is off, and shown as \[required]
@@ -46,8 +48,19 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    add_completion=False,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Versions and formats, and end."),
+    ] = False,
+) -> None:
+    """Hospitals train one image classifier together and show each other nothing."""
+
+
 app.add_typer(study.app, name="study")
 app.add_typer(site.app, name="site")
 app.add_typer(data.app, name="data")
@@ -93,12 +106,28 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, which typer turns into it."""
 
 
+def command() -> click.Command:
+    """All of it, as click has it; where commands are listed, each with its whole first sentence."""
+    whole = typer.main.get_command(app)
+    _spell_out(whole)
+    return whole
+
+
+def _spell_out(command: click.Command) -> None:
+    """click would cut a first sentence that does not fit beside the name; told itself, it breaks the line."""
+    if command.help:
+        command.short_help = " ".join(command.help.partition("\n\n")[0].split())
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _spell_out(each)
+
+
 def main() -> None:
     """Entry point of ``secfacmic``."""
     logging.getLogger().addHandler(logging.NullHandler())  # Opacus sets up a root handler where there is none
     logging.getLogger("secure_fed").handlers = [ConsoleHandler()]
     try:
-        app()
+        command()()
     except SecfacmicError as error:
         _end(str(error), error.exit_code)
     except OSError as error:

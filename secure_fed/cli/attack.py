@@ -28,14 +28,16 @@ def attack(
     json_: Json = False,
 ) -> None:
     """Attack a study on public or simulated data: membership inference and inversion, of each view of it."""
+    from secure_fed.protocol.study import read_template
+
+    template = read_template(study)  # before anything that takes long to load
     from secure_fed.lab.attack import attack as run
     from secure_fed.lab.attack import describe
-    from secure_fed.protocol.study import read_template
 
     with Progress(console=console) as progress:
         bar = progress.add_task("training and attacking", total=shadows)
         report = run(
-            read_template(study),
+            template,
             into,
             data,
             epsilons=epsilon or [3.0],

@@ -35,10 +35,11 @@ def simulate(
     json_: Json = False,
 ) -> None:
     """Run a study with all its sites on this machine, encryption included."""
+    chosen = template(study, seed, mode)  # before anything that takes long to load
     from secure_fed.lab.simulation import simulate as run
 
+    budget = budget_of(epsilon, delta)
     with live() as listener:
-        chosen, budget = template(study, seed, mode), budget_of(epsilon, delta)
         summary = run(chosen, into, data, listener, skip_unreadable=skip_unreadable, budget=budget, device=device)
     if json_:
         print_json(summary)

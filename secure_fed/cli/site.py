@@ -36,9 +36,11 @@ def init(
     chosen = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True) if passphrase else ""
     create_identity(folder, name, chosen)
     if site_file is not None:
-        from secure_fed.core.tomlfile import write_toml
+        from secure_fed.core.storage import write_durable
+        from secure_fed.core.tomlfile import explained_toml
 
-        write_toml(Path("site.toml"), site_file)
+        write_durable(Path("site.toml"), explained_toml(site_file).encode())
+        _say("site.toml: every key there is, with its meaning; look through it: it is this site's own policy")
         _say(f"site.toml: expects what the coordinator sends in {Path(site_file.study).parent}/")
     _say(f"send this file to the coordinator: {folder / name}.pub")
 

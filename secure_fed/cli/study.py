@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
+from secure_fed import configs
 from secure_fed.cli.data import duration
 from secure_fed.cli.output import Json, out, print_json
+from secure_fed.core.errors import StudyError
 from secure_fed.protocol.study import Template, load_study, read_study_file, read_template, with_fields
 
 app = typer.Typer(help="Make, check and show study files.", no_args_is_help=True)
@@ -45,12 +48,13 @@ def new(
     ] = None,
 ) -> None:
     """Make a study of a template: coordinator's key, initial adapter, prompt features, digests."""
+    chosen = template(study, seed, mode)  # before anything that takes long to load
     from secure_fed.clients.encoding import expected_seconds
     from secure_fed.operate.new_study import new_study, update_size
     from secure_fed.privacy.keys import read_public_identity
 
     members = [read_public_identity(path) for path in site or []]
-    made, backbone = new_study(template(study, seed, mode), members, into, checkpoint, public)
+    made, backbone = new_study(chosen, members, into, checkpoint, public)
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
     out.print(f"backbone: {backbone.description}", highlight=False, soft_wrap=True)
     long = duration(expected_seconds(backbone.seconds_per_image(), 1000))
@@ -63,6 +67,8 @@ def new(
 @app.command()
 def check(study: StudyPath, json_: Json = False) -> None:
     """Check a study file or a template; every error at once."""
+    if not configs.find(study).exists():
+        raise StudyError(configs.unknown(study, "study"))  # before anything that takes long to load
     from secure_fed.operate.new_study import check_study, update_size
 
     found = check_study(study)
@@ -79,10 +85,30 @@ def check(study: StudyPath, json_: Json = False) -> None:
         out.print(line, highlight=False, soft_wrap=True)
 
 
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """List the templates that come with secfacmic; each runs by its name, and can be copied with study show --toml."""
+    found = configs.packaged()
+    if json_:
+        print_json(found)
+        return
+    table = Table("name", "what it is", box=None)
+    for name, first in found.items():
+        table.add_row(name, Text(first))
+    out.print(table)
+
+
 @app.command()
-def show(study: StudyPath, json_: Json = False) -> None:
+def show(
+    study: StudyPath,
+    as_toml: Annotated[bool, typer.Option("--toml", help="The file itself, with its comments, to be copied.")] = False,
+    json_: Json = False,
+) -> None:
     """Show what a study says."""
     found = read_study_file(study)
+    if as_toml:
+        typer.echo(configs.find(study).read_text(encoding="utf-8"), nl=False)
+        return
     if json_:
         print_json({"study_id": found.id, **found.model_dump(mode="json", exclude_none=True)})
         return

@@ -22,6 +22,9 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """Run a study many times, on public or simulated data, and compare settings."""
+    from secure_fed.lab.sweep_file import read_sweep_file
+
+    read_sweep_file(file)  # its errors before anything that takes long to load
     from secure_fed.core.errors import TrialFailedError
     from secure_fed.lab.sweep import SweepListener, run_sweep
     from secure_fed.report.recommendation import compare

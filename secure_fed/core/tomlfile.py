@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import textwrap
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from secure_fed.core.errors import SecfacmicError
 from secure_fed.core.storage import write_durable
@@ -19,8 +24,80 @@ class FileModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
+    @classmethod
+    def completed(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """The content of a file with what follows from the rest of it where it is not given."""
+        return content
+
 
 Model = TypeVar("Model", bound=FileModel)
+
+_DEPTH = 5
+"""How often a file is read again for errors that others hide."""
+
+
+def meanings(model: type[FileModel]) -> dict[str, str]:
+    """What the docstrings of a model and its bases say under ``Attributes:``, by key."""
+    found: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        key = ""
+        for line in section.splitlines():
+            entry = re.fullmatch(r"    (\w+): (.+)", line)
+            if entry:
+                key, found[entry[1]] = entry[1], entry[2]
+            elif line.startswith("     ") and key:
+                found[key] += " " + line.strip()
+            elif line.strip():
+                break  # another section
+    return found
+
+
+def explained_toml(model: FileModel) -> str:
+    """The model as TOML text with every key there is: those that are not set stand as comments, each with its meaning.
+
+    A key without a default shows its example (pydantic's ``examples``), so that each comment is a line that can be put
+    into force as it is.
+    """
+    return "\n".join(_explained(type(model), model, "", set_=True)) + "\n"
+
+
+def _explained(kind: type[FileModel], model: FileModel | None, path: str, *, set_: bool) -> Iterator[str]:
+    said = meanings(kind)
+    tables = []
+    for key, field in kind.model_fields.items():
+        inner = _table_in(field.annotation)
+        value = None if model is None else getattr(model, key)
+        if inner is not None:
+            tables.append((key, inner, value))
+            continue
+        yield from _comment(said[key])
+        given = value is not None and (field.is_required() or value != field.default)
+        if not given:
+            value = field.default if field.default is not None and not field.is_required() else _example(kind, key)
+        yield ("" if given and set_ else "# ") + tomli_w.dumps({key: to_jsonable_python(value)}).strip()
+        yield ""
+    for key, inner, value in tables:
+        yield from _comment(said[key])
+        yield ("" if value is not None else "# ") + f"[{path}{key}]"
+        yield from _explained(inner, value, f"{path}{key}.", set_=value is not None)
+
+
+def _example(kind: type[FileModel], key: str) -> Any:
+    examples = kind.model_fields[key].examples
+    assert examples, f"{kind.__name__}.{key} has neither default nor example"
+    return examples[0]
+
+
+def _comment(text: str) -> list[str]:
+    plain = re.sub(r":\w+:`~?([^`]*)`|``([^`]*)``", lambda match: match[1] or match[2], text)
+    return textwrap.wrap(plain, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+
+
+def _table_in(annotation: Any) -> type[FileModel] | None:
+    """The one table in an annotation, as in ``Model | None``."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, FileModel)), None)
 
 
 def parse_toml(text: str, model: type[Model], refusal: type[SecfacmicError], where: str) -> Model:
@@ -47,10 +124,9 @@ def parse_toml(text: str, model: type[Model], refusal: type[SecfacmicError], whe
 def parse_table(content: dict[str, Any], model: type[Model], refusal: type[SecfacmicError], where: str) -> Model:
     """Read a model from a parsed table; as :func:`parse_toml`."""
     try:
-        # JSON mode is strict about types but takes an array where a tuple is asked for.
-        return model.model_validate_json(json.dumps(content, default=str))
+        return _validated(content, model)
     except ValidationError as error:
-        lines = [_line(entry["loc"], entry) for entry in error.errors()]
+        lines = [*map(_line, error.errors()), *_hidden(content, model, error)]
         count = f"{len(lines)} errors" if len(lines) > 1 else "1 error"
         raise refusal(f"{where}: {count}\n" + "\n".join(lines)) from None
     except RecursionError:
@@ -81,9 +157,58 @@ def write_toml(path: Path, model: FileModel) -> None:
     write_durable(path, to_toml(model).encode())
 
 
-def _line(location: tuple[int | str, ...], entry: Any) -> str:
+def _validated(content: dict[str, Any], model: type[Model]) -> Model:
+    # JSON mode is strict about types but takes an array where a tuple is asked for.
+    # The context is where validators leave what others compare with, though it was refused itself.
+    return model.model_validate_json(json.dumps(model.completed(content), default=str), context={})
+
+
+def _hidden(content: dict[str, Any], model: type[Model], error: ValidationError) -> Iterator[str]:
+    """Lines for the errors that others hide: what is compared with a value is not looked at while that is wrong itself.
+
+    Found by reading the file again without the wrong values, names in a form that would do. What is missing then, or
+    wrong in the same place, is no news.
+    """
+    content = json.loads(json.dumps(content, default=str))
+    told = {entry["loc"] for entry in error.errors()}
+    for _ in range(_DEPTH):
+        for entry in error.errors():
+            _mend(content, entry)
+        try:
+            _validated(content, model)
+            return
+        except ValidationError as again:
+            error = again
+        news = [entry for entry in error.errors() if entry["type"] != "missing" and not _is_at(entry["loc"], told)]
+        if not news:
+            return
+        told |= {entry["loc"] for entry in news}
+        yield from map(_line, news)
+
+
+def _is_at(location: tuple[int | str, ...], told: set[tuple[int | str, ...]]) -> bool:
+    """Whether something was told there already, or of what it is in."""
+    return any(location[: len(other)] == other for other in told)
+
+
+def _mend(content: Any, entry: Any) -> None:
+    """Take a wrong value out, or bring a name into a form that would do; nothing if it is not there any more."""
+    *parents, last = entry["loc"] or ("",)
+    try:
+        at = content
+        for part in parents:
+            at = at[part]
+        if entry["type"] == "string_pattern_mismatch":
+            at[last] = re.sub(r"[^a-z0-9_-]", "-", str(at[last]).lower()).strip("-_") or "x"
+        elif isinstance(at, dict):
+            del at[last]
+    except (KeyError, IndexError, TypeError):
+        return
+
+
+def _line(entry: Any) -> str:
     key = ""
-    for part in location:
+    for part in entry["loc"]:
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
     message = str(entry["msg"]).removeprefix("Value error, ")
     if entry["type"] == "extra_forbidden":

@@ -48,7 +48,16 @@ from secure_fed.protocol.codec import COUNTS, Parameters, adapter_digest
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
-from secure_fed.protocol.study import AgreedStudy, Method, Simulation, Study, Template, as_template, load_study
+from secure_fed.protocol.study import (
+    AgreedStudy,
+    Method,
+    Simulation,
+    Study,
+    Template,
+    as_template,
+    load_study,
+    read_template,
+)
 from secure_fed.server.coordinator import Coordinator
 
 BY = "simulation"
@@ -95,9 +104,9 @@ class Listener:
 
 
 def simulate(
-    template: Template,
-    out: Path,
-    data: Path | None = None,
+    template: Template | Path | str,
+    out: Path | str,
+    data: Path | str | None = None,
     listener: Listener | None = None,
     *,
     skip_unreadable: bool = False,
@@ -110,7 +119,7 @@ def simulate(
     with a new key, journal and run id.
 
     Args:
-        template: with a ``[simulation]`` table.
+        template: with a ``[simulation]`` table; or its file, or the name of a packaged one.
         out: gets ``study.toml, study.safetensors, summary.json, adapter.safetensors, server/, sites/SITE/``.
         data: folder of the sites' data; without it the template's phantoms are made in ``out/data``.
         listener: is told what happens, if anybody wants to know.
@@ -124,6 +133,9 @@ def simulate(
     Raises:
         SecfacmicError: whatever a site or the coordinator refuses.
     """
+    if not isinstance(template, Template):
+        template = read_template(Path(template))
+    out, data = Path(out), None if data is None else Path(data)
     plan_of(template, out, data)
     make_folder(out)
     with exclusive(out):

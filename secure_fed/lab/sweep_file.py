@@ -112,6 +112,8 @@ def read_sweep_file(path: Path) -> tuple[SweepFile, Template]:
     """
     found = path if path.is_file() else configs.find(Path("sweeps") / path)
     found = found if found.is_file() else configs.find(path)
+    if not found.exists():
+        raise SweepFileError(configs.unknown(path, "sweep", configs.FOLDER / "sweeps"))
     file = read_toml(found, SweepFile, SweepFileError)
     beside = found.parent / file.study
     study = read_template(beside if beside.is_file() else Path(file.study))

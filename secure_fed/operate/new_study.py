@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secure_fed import configs
 from secure_fed.clients.encoding import encode_all
 from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import make_folder, write_durable
-from secure_fed.core.tomlfile import to_toml, write_toml
+from secure_fed.core.tomlfile import parse_table, to_toml, write_toml
 from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, uses_basis
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics
@@ -25,6 +27,7 @@ from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
 from secure_fed.protocol.study import (
     InitialState,
+    Method,
     SiteKeys,
     StudyFile,
     StudySite,
@@ -172,12 +175,35 @@ def check_study(path: Path) -> StudyFile:
     Raises:
         StudyError: with every error of the file, or what the other file lacks.
     """
-    study = read_study_file(path)
-    check_method(study.method)
-    uses_basis(study)
+    try:
+        study = read_study_file(path)
+    except StudyError as error:
+        faults = _method_faults(path)
+        raise (StudyError("\n  ".join([str(error), *faults])) if faults else error) from None
+    faults = [*_refused(lambda: check_method(study.method)), *_refused(lambda: uses_basis(study))]
+    if faults:
+        raise StudyError(f"{path}: " + "\n  ".join(faults))
     if not study.missing() and path.with_suffix(".safetensors").exists():
         load_study(path)
     return study
+
+
+def _method_faults(path: Path) -> list[str]:
+    """What is wrong with the method of a file that cannot be read as a whole; nothing if that cannot be told."""
+    try:
+        table = tomllib.loads(configs.find(path).read_text(encoding="utf-8"))
+        method = parse_table(table["method"], Method, StudyError, "method")
+    except (OSError, ValueError, KeyError, StudyError):
+        return []
+    return _refused(lambda: check_method(method))
+
+
+def _refused(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except StudyError as error:
+        return [str(error)]
+    return []
 
 
 def add_site(path: Path, identity: PublicIdentity, role: Literal["train", "observer"], weight: float) -> StudyFile:

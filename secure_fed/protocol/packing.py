@@ -36,8 +36,11 @@ TAGS: Final = 2
 MIN_BITS: Final = 8
 MAX_BITS: Final = 21
 """Bits that a value may have: below, rounding costs more than the update carries; above, no study has use for them."""
+USUAL_BITS: Final = 11
+"""What a study has that names none: docs/facmic.md has what fewer bits cost."""
 MIN_LANES: Final = 2
 MAX_LANES: Final = 6
+LANES: Final = range(MIN_LANES, MAX_LANES + 1)
 NOISE_MOST: Final = 21
 """Largest magnitude of a coefficient's noise in one ciphertext: SEAL draws it as the difference of the numbers of ones
 in two times 21 random bits."""
@@ -134,10 +137,7 @@ def lane_parameters(max_sites: int, bits: int, lanes: int | None, values: int) -
         raise LanesError(f"lanes is {lanes}; expected {MIN_LANES} to {MAX_LANES}; {_what_fits(max_sites)}")
     modulus_bits = _modulus_bits(max_sites, bits, lanes)
     if modulus_bits is None:
-        raise LanesError(
-            f"{bits} bits for {max_sites} sites in {lanes} lanes need a prime of more than {max(PRIMES)} bits, the "
-            f"largest there is; {_what_fits(max_sites)}"
-        )
+        raise LanesError(f"{bits} bits for {max_sites} sites do not fit into {lanes} lanes; {_what_fits(max_sites)}")
     guard_bits, scale = _guard_and_scale(max_sites)
     tag_digits = -(-TAG_PRIME.bit_length() // (bits - 1))
     integers = values + TAGS * tag_digits
@@ -174,11 +174,21 @@ def largest_bits(max_sites: int, lanes: int) -> int:
     return next(fitting, 0)
 
 
+def usual_bits(max_sites: int, lanes: int) -> int:
+    """Width of the values of a study that names none: ``USUAL_BITS``, or the most that fit so many sites.
+
+    Args:
+        max_sites: most sites a round may sum, >= 1.
+        lanes: that must hold them.
+    """
+    return min(USUAL_BITS, largest_bits(max_sites, lanes) or MIN_BITS)
+
+
 def _fewest_bytes(max_sites: int, bits: int) -> int:
     """The lanes with the fewest bits of the modulus a value; of two alike, the fewer lanes."""
     costs = {
         lanes: modulus_bits / lanes
-        for lanes in range(MIN_LANES, MAX_LANES + 1)
+        for lanes in LANES
         if (modulus_bits := _modulus_bits(max_sites, bits, lanes)) is not None
     }
     if not costs:
@@ -201,9 +211,12 @@ def _guard_and_scale(max_sites: int) -> tuple[int, int]:
 
 def _what_fits(max_sites: int) -> str:
     """What a study of so many sites can have, for messages."""
-    most = {lanes: largest_bits(max_sites, lanes) for lanes in range(MIN_LANES, MAX_LANES + 1)}
-    fitting = [f"{bits} bits in {lanes} lanes" for lanes, bits in most.items() if bits]
-    return f"for {max_sites} sites at most {', '.join(fitting) or 'nothing'} would fit; change bits, lanes or max_sites"
+    most = {lanes: bits for lanes in LANES if (bits := largest_bits(max_sites, lanes))}
+    if not most:
+        return f"for {max_sites} sites nothing fits: lower max_sites"
+    fitting = ", ".join(f"{bits} bits in {lanes} lanes" for lanes, bits in most.items())
+    widest = max(most.values())
+    return f"for {max_sites} sites at most {fitting} fit: set bits = {widest} or less, or leave bits and lanes out"
 
 
 def pack_lanes(integers: Integers, parameters: LaneParameters) -> Integers:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -39,7 +39,16 @@ from secure_fed.protocol.codec import (
     value_bounds,
 )
 from secure_fed.protocol.one_sum import histograms_block, sums_blocks
-from secure_fed.protocol.packing import MAX_BITS, MAX_LANES, MIN_BITS, MIN_LANES, LaneParameters, lane_parameters
+from secure_fed.protocol.packing import (
+    LANES,
+    MAX_BITS,
+    MAX_LANES,
+    MIN_BITS,
+    MIN_LANES,
+    LaneParameters,
+    lane_parameters,
+    usual_bits,
+)
 from secure_fed.protocol.quorum import Quorum, quorum, refuse_quorum
 
 Mode = Literal["he", "plain"]
@@ -50,6 +59,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 ADAPTERS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "model" / "adapters").glob("[!_]*.py")))
 """Names of the adapters: those of the files in ``secure_fed/model/adapters``, which are not imported to know them."""
+
+TEMPLATE_FORMAT, STUDY_FORMAT = 1, 2
+"""Formats of the two kinds of file."""
 
 MIN_SITES_HE = 3
 """Fewest contributors of an aggregate in ``he`` mode: of two, each can subtract itself."""
@@ -318,7 +330,8 @@ class Encoding(FileModel):
     """How an update becomes bounded integers.
 
     Attributes:
-        bits: width of one value in its lane, sign included (8 to 21).
+        bits: width of one value in its lane, sign included (8 to 21); in a template, 11 if not given, or what fits so
+            many sites.
         precision_bits: width of a value before it goes into lanes, sign included; as ``bits`` if not given. A wider one
             takes several lanes, as digits: any precision then fits any number of sites.
         lanes: values in one coefficient of a ciphertext, 2 to 6; if not given, the number that takes the fewest bytes.
@@ -430,10 +443,10 @@ class Shares(FileModel):
         unlabelled: whose labels are not looked at: the target of the domain term.
     """
 
-    train: Share
-    val: Share
-    test: Share
-    unlabelled: Share
+    train: Annotated[Share, Field(examples=[0.6])]
+    val: Annotated[Share, Field(examples=[0.1])]
+    test: Annotated[Share, Field(examples=[0.2])]
+    unlabelled: Annotated[Share, Field(examples=[0.1])]
 
     @field_validator("unlabelled")
     @classmethod
@@ -530,7 +543,8 @@ class StudyFile(FileModel):
         mode: ``he`` encrypts updates; ``plain`` does not, and is for public or simulated data.
         seed: of splits, initial adapter, training and rounding.
         rounds: how many aggregates are applied.
-        max_sites: most training sites that the lanes of a ciphertext have room for.
+        max_sites: most training sites that the lanes of a ciphertext have room for; in a template, the next power of
+            two of those it lists if not given.
         min_sites: fewest sites of an aggregate; in ``he`` mode at least 3: of two, each can subtract itself.
         faulty: how many training sites may lie, or come back from an older disk, without stopping or fooling the others
             (:mod:`secure_fed.protocol.quorum`).
@@ -550,11 +564,34 @@ class StudyFile(FileModel):
         per_patient: how a prediction for a patient comes of those for its images: their ``mean``, or for each class the
             ``largest``, made to sum to 1.
         sites: the members.
-        key_maker: name of the site that makes the study's keys.
+        key_maker: name of the site that makes the study's keys; in a template, the first training one if not given.
         coordinator: Ed25519 public key of the coordinator, in hex; ``study new`` fills it in.
         initial: SHA-256 of ``study.safetensors``; ``study new`` fills it in.
         simulation: how ``simulate`` plays the sites; no part of the study id.
     """
+
+    @classmethod
+    def completed(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """``max_sites``, ``key_maker`` and ``encoding.bits`` follow from the sites unless they are given.
+
+        Room is left up to the next power of two of training sites: it costs next to nothing in the lanes, and a
+        hospital can join.
+        """
+        sites = content.get("sites")
+        names = [
+            site.get("name")
+            for site in (sites if isinstance(sites, list) else ())
+            if isinstance(site, dict) and site.get("role", "train") == "train"
+        ]
+        following: dict[str, Any] = {}
+        if names:
+            following = {"max_sites": 1 << (len(names) - 1).bit_length(), "key_maker": names[0]}
+        whole = following | content
+        encoding, most = whole.get("encoding"), whole.get("max_sites")
+        if isinstance(encoding, dict) and "bits" not in encoding and isinstance(most, int) and 1 <= most <= 4096:
+            lanes = encoding.get("lanes", MIN_LANES)
+            whole["encoding"] = {"bits": usual_bits(most, lanes if lanes in LANES else MIN_LANES)} | encoding
+        return whole
 
     format: Literal[1, 2]
     name: Name
@@ -660,40 +697,46 @@ class StudyFile(FileModel):
     @field_validator("sites")
     @classmethod
     def _members_fit(cls, sites: tuple[StudySite, ...], info: ValidationInfo) -> tuple[StudySite, ...]:
-        _refuse_duplicates("site", [site.name for site in sites])
+        if info.context is not None:
+            info.context["sites"] = sites
+        known, faults = info.data, list(_duplicates("site", [site.name for site in sites]))
         for field in SiteKeys.model_fields:
-            _refuse_duplicates(f"{field} key", [getattr(site.keys, field) for site in sites if site.keys])
-        method = info.data.get("method")
+            faults += _duplicates(f"{field} key", [getattr(site.keys, field) for site in sites if site.keys])
+        method = known.get("method")
         weighted = [site.name for site in sites if site.weight != 1]
         if method is not None and method.one_sum and weighted:
-            raise ValueError(f"in one sum each patient weighs 1, but {', '.join(weighted)} has a weight; expected none")
+            faults.append(f"in one sum each patient weighs 1, but {', '.join(weighted)} has a weight; expected none")
         training = sum(site.role == "train" for site in sites)
-        if training > info.data.get("max_sites", training):
-            raise ValueError(
-                f"{training} training sites, but the lanes hold max_sites = {info.data['max_sites']}; raise max_sites"
+        if training > known.get("max_sites", training):
+            faults.append(
+                f"{training} training sites, but the lanes hold max_sites = {known['max_sites']}; raise max_sites, or "
+                "leave it out"
             )
-        if training < info.data.get("min_sites", 1):
-            raise ValueError(
-                f"{training} training sites; expected at least min_sites = {info.data.get('min_sites', 1)}"
-            )
-        if "min_sites" in info.data and "faulty" in info.data and info.data.get("mode") == "he":
-            refuse_quorum(training, info.data["faulty"], info.data["min_sites"], ValueError)
+        if training < known.get("min_sites", 1):
+            faults.append(f"{training} training sites; expected at least min_sites = {known['min_sites']}")
+        elif {"min_sites", "faulty"} <= set(known) and known.get("mode") == "he":
+            try:
+                refuse_quorum(training, known["faulty"], known["min_sites"], ValueError)
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError("; ".join(faults))
         return sites
 
     @field_validator("key_maker")
     @classmethod
     def _maker_is_member(cls, maker: str, info: ValidationInfo) -> str:
-        names = [site.name for site in info.data.get("sites", ())]
-        if "sites" in info.data and maker not in names:
+        names = [site.name for site in _sites(info)]
+        if names and maker not in names:
             raise ValueError(f"not a site of the study; expected one of {', '.join(names)}")
         return maker
 
     @field_validator("simulation")
     @classmethod
     def _plays_every_site(cls, simulation: Simulation | None, info: ValidationInfo) -> Simulation | None:
-        if simulation is None or "sites" not in info.data:
+        members = sorted({site.name for site in _sites(info)})
+        if simulation is None or not members:
             return simulation
-        members = sorted(site.name for site in info.data["sites"])
         played = sorted(site.name for site in simulation.sites)
         if members != played:
             raise ValueError(f"its sites are {played}; expected exactly the study's, {members}")
@@ -918,7 +961,10 @@ def read_study_file(path: Path) -> Template | Study:
     Raises:
         StudyError: with every error of the file.
     """
-    return _of_its_kind(configs.find(path))
+    found = configs.find(path)
+    if not found.exists():
+        raise StudyError(configs.unknown(path, "study"))
+    return _of_its_kind(found)
 
 
 def read_template(path: Path) -> Template:
@@ -1044,7 +1090,18 @@ def canonical_json(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
+def _sites(info: ValidationInfo) -> tuple[StudySite, ...]:
+    """The sites of a file that is being read, be they right together or not; none if one of them is malformed."""
+    found: tuple[StudySite, ...] = info.data.get("sites") or (info.context or {}).get("sites", ())
+    return found
+
+
 def _refuse_duplicates(what: str, names: list[str]) -> None:
+    for fault in _duplicates(what, names):
+        raise ValueError(fault)
+
+
+def _duplicates(what: str, names: list[str]) -> Iterator[str]:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise ValueError(f"{what} {', '.join(twice)} more than once; expected each once")
+        yield f"{what} {', '.join(twice)} more than once; expected each once"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import pytest
+import tomli_w
 from nbclient import NotebookClient
 
 import secure_fed
@@ -16,7 +18,7 @@ from secure_fed.clients.site import Site
 from secure_fed.lab.simulation import simulate
 from secure_fed.protocol.study import Template
 from secure_fed.server.coordinator import Coordinator
-from tests.conftest import Federation
+from tests.conftest import Federation, template_table
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "open_clip", "opacus", "tenseal", "secure_fed.clients", "secure_fed.server", "numpy")
@@ -32,6 +34,8 @@ def test_the_names_are_those_at_home() -> None:
     assert secure_fed.__all__ == ["Coordinator", "Site", "Template", "simulate"]
     found = [getattr(secure_fed, name) for name in secure_fed.__all__]
     assert found == [Coordinator, Site, Template, simulate]
+    assert set(dir(secure_fed)) == {*secure_fed.__all__, "__version__"}
+    assert secure_fed.__version__ == version("secfacmic")
     with pytest.raises(AttributeError, match="no attribute 'Sight'"):
         secure_fed.__getattr__("Sight")
 
@@ -40,6 +44,13 @@ def test_a_packaged_template_is_read_by_name(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     assert Template.read("demo").name == "demo"
     assert Template.read(Path("configs/demo.toml")) == Template.read("demo")
+
+
+def test_what_is_simulated_is_named_by_strings_too(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(tomli_w.dumps(template_table(rounds=1)))
+    out = tmp_path / "out"
+    found = simulate(str(tmp_path / "small.toml"), str(out), str(images))
+    assert found == json.loads((out / "summary.json").read_text())
 
 
 def test_the_name_of_0_1_still_reads_either_kind_and_warns(federation: Federation) -> None:

@@ -59,7 +59,7 @@ def test_a_combination_below_eight_bits_is_shown_as_refused(tmp_path: Path) -> N
     report, text = _run(tmp_path, "--values", "1000", "--sites", "256", "--turns", "1", "--rows", "ours-three-lanes")
     (row,) = report["rows"]
     assert set(row) == FIELDS
-    assert "8 bits for 256 sites in 3 lanes need a prime of more than 57 bits" in row["refused"]
+    assert "8 bits for 256 sites do not fit into 3 lanes" in row["refused"]
     assert all(row[name] is None for name in FIELDS - {"name", "sites", "values", "refused"})
     assert "refused" in text
 

@@ -211,7 +211,7 @@ def test_study_commands_by_hand(secfacmic: Run, tmp_path: Path) -> None:
         errors.StudyError,
         "zelkova: no site of the template",
     )
-    refused(secfacmic("study", "check", "none.toml", cwd=tmp_path), errors.StudyError, "cannot be read")
+    refused(secfacmic("study", "check", "none.toml", cwd=tmp_path), errors.StudyError, "packaged are biomedclip")
 
 
 def test_keys_by_hand(secfacmic: Run, federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_largest_bits_of_some_studies(max_sites: int, scale: int, most: tuple[in
         if bits:
             assert lane_parameters(max_sites, bits, count, 1).scale == scale
         if bits < 21:
-            with pytest.raises(LanesError, match="prime of more than 57 bits"):
+            with pytest.raises(LanesError, match="do not fit into"):
                 lane_parameters(max_sites, max(bits + 1, 8), count, 1)
 
 
@@ -110,9 +110,12 @@ def test_lanes_that_are_not_given_are_those_of_the_fewest_bytes(
         ((4, 8, 2, 0), "values is 0"),
         ((4, 7, 2, 1), "bits is 7; expected 8 to 21"),
         ((4, 22, None, 1), "bits is 22; expected 8 to 21"),
-        ((4, 15, 3, 1), "15 bits for 4 sites in 3 lanes need a prime of more than 57 bits.*would fit"),
+        (
+            (4, 15, 3, 1),
+            "15 bits for 4 sites do not fit into 3 lanes; .*: set bits = 21 or less",
+        ),
         ((16, 21, None, 1), "no lanes hold 21 bits for 16 sites; for 16 sites at most 20 bits in 2 lanes"),
-        ((10**6, 8, None, 1), "nothing would fit"),
+        ((10**6, 8, None, 1), "nothing fits"),
     ],
 )
 def test_refusals_name_the_bound_and_what_would_fit(arguments: tuple[int, int, int | None, int], named: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import tomli_w
 
-from secure_fed.clients.sitefile import SiteFile, read_site_file
+from secure_fed import configs
+from secure_fed.clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, new_site_file, read_site_file
 from secure_fed.core.errors import BackboneDigestError, OutputError, SiteFileError, StudyError
-from secure_fed.core.tomlfile import parse_table
-from secure_fed.operate.new_study import new_study
+from secure_fed.core.tomlfile import explained_toml, parse_table, read_toml
+from secure_fed.operate.new_study import check_study, new_study
+from secure_fed.protocol.packing import largest_bits
 from secure_fed.protocol.study import (
     Method,
     Simulation,
@@ -166,6 +169,76 @@ def test_all_errors_of_a_file_come_at_once(tmp_path: Path) -> None:
         assert f"\n  {key}" in text
 
 
+def test_no_error_hides_behind_another(tmp_path: Path) -> None:
+    """What is compared with a wrong value is looked at in the same reading."""
+    table = _changed(
+        lambda t: (
+            t.update(max_sites="many", key_maker="zelkova"),
+            t["sites"][0].update(name="Ash Hospital"),
+            t["sites"][1].update(weight=7),
+            t["sites"].append({"name": "cedar"}),
+            t["sites"].append({"name": "elm", "role": "observer"}),
+            t["method"].update(adapter="gaussian_head", rank="low"),
+            t["simulation"].update(shared="yes"),
+        )
+    )
+    with pytest.raises(StudyError) as caught:
+        read_study_file(_write(tmp_path / "study.toml", table))
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert lines[0].endswith(f": {len(lines) - 1} errors")
+    found = {line.partition(" = ")[0].partition(":")[0] for line in lines[1:]}
+    assert found == {
+        *("max_sites", "sites[0].name", "sites[1].weight", "method.rank", "simulation.shared"),
+        *("sites", "key_maker", "simulation", "method"),  # which were hidden
+    }
+    assert "site cedar more than once" in str(caught.value)
+    assert not [line for line in lines if line == "x"]
+
+
+def test_of_a_hidden_error_nothing_is_made_up(tmp_path: Path) -> None:
+    """What is missing only because a wrong value was taken out for the second reading is not told."""
+    table = _changed(lambda t: (t.update(rounds="ten", min_sites=0), t["training"].update(steps=-1)))
+    with pytest.raises(StudyError) as caught:
+        read_study_file(_write(tmp_path / "study.toml", table))
+    assert str(caught.value).splitlines()[0].endswith(": 3 errors")
+
+
+def test_several_faults_of_the_members_are_told_together(tmp_path: Path) -> None:
+    table = _changed(lambda t: (t.update(max_sites=3), t["sites"].extend([{"name": "ash"}, {"name": "elm"}])))
+    with pytest.raises(StudyError, match=r"site ash more than once.*the lanes hold max_sites = 3"):
+        read_study_file(_write(tmp_path / "study.toml", table))
+
+
+def test_a_method_that_does_not_hold_together_is_told_with_the_files_other_errors(tmp_path: Path) -> None:
+    both = {"method": {"adapter": "text_head", "lmmd_weight": 1.0}, "features": {"basis": "random", "dimensions": 8}}
+    for table, first in ((template_table(rounds="ten", **both), "rounds = 'ten'"), (template_table(**both), "sees")):
+        with pytest.raises(StudyError) as caught:
+            check_study(_write(tmp_path / "study.toml", table))
+        assert first in str(caught.value)
+        assert "text_head moves no image feature" in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "room", "bits"), [(3, 4, 11), (5, 8, 11), (16, 16, 11), (600, 1024, 11)])
+def test_what_follows_from_the_sites_need_not_be_said(tmp_path: Path, count: int, room: int, bits: int) -> None:
+    path = configs.FOLDER / "hospitals.toml"
+    names = ["north", "east", "south", *(f"hospital-{number}" for number in range(count - 3))]
+    text = path.read_text().partition("[[sites]]")[0]
+    (tmp_path / "mine.toml").write_text(text + "".join(f'[[sites]]\nname = "{name}"\n' for name in names))
+    found = read_template(tmp_path / "mine.toml")
+    assert (found.max_sites, found.encoding.bits, found.key_maker) == (room, bits, "north")
+    assert found.packing().max_sites == room
+
+
+def test_bits_that_are_not_said_are_as_many_as_fit(tmp_path: Path) -> None:
+    def said(**encoding: Any) -> Any:
+        table = _changed(lambda t: (t["encoding"].clear(), t["encoding"].update(value_bound=0.1, **encoding)))
+        return read_template(_write(tmp_path / "study.toml", table | {"max_sites": 64})).encoding
+
+    assert (said().bits, said().lanes) == (11, None)
+    assert said(lanes=3).bits == largest_bits(64, 3) < 11
+    assert said(bits=9).bits == 9
+
+
 def test_the_id_is_of_the_content_not_of_the_bytes(tmp_path: Path) -> None:
     table = template_table()
     plain = read_study_file(_write(tmp_path / "a.toml", table))
@@ -210,7 +283,7 @@ def test_a_path_that_does_not_exist_is_looked_up_among_the_packaged_configs(
     monkeypatch.chdir(tmp_path)
     ids = {read_study_file(Path(name)).id for name in ("brain_mri", "brain_mri.toml", "configs/brain_mri.toml")}
     assert len(ids) == 1
-    with pytest.raises(StudyError, match="cannot be read"):
+    with pytest.raises(StudyError, match="no packaged study of that name; packaged are biomedclip, brain_mri"):
         read_study_file(Path("no_such_study.toml"))
 
 
@@ -343,3 +416,26 @@ def test_a_site_with_other_keys_or_another_name_is_refused(federation: Federatio
     _write(federation.folder / "sites/ash/site.toml", table)
     with pytest.raises(StudyError, match="'zelkova' is not in study"):
         federation.site("ash")
+
+
+# --- the file that site init writes ---
+
+
+def test_a_new_site_file_has_every_key_with_its_meaning(tmp_path: Path) -> None:
+    new = new_site_file(tmp_path / "site.toml", "north", Path("identity"), tmp_path, "patients", "fl.example.org:8443")
+    text = explained_toml(new)
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    assert read_toml(path, SiteFile, SiteFileError) == new
+    # What stands in comments is a line that holds as it is.
+    lines = [re.sub(r"^# (?=\[|\w+ = )", "", line) for line in text.splitlines()]
+    path.write_text("\n".join(lines))
+    every = read_toml(path, SiteFile, SiteFileError)
+    assert set(every.model_fields_set) == set(SiteFile.model_fields)
+    for table, kind in ((every.data, SiteData), (every.server, SiteServer), (every.privacy, SitePrivacy)):
+        assert table is not None
+        assert set(table.model_fields_set) == set(kind.model_fields)
+    assert every.data.shares is not None
+    assert "# CPU threads of training; other counts give other rounding.\n# threads = 1\n" in text
+    assert "``" not in text
+    assert max(map(len, text.splitlines())) <= 120
