@@ -36,6 +36,10 @@ them noise of a release is spread best over what tells classes apart (docs/facmi
 RADIUS = 0.85
 """Radius of a basis in root mean square lengths of what it is made of; about a third of the images lie within."""
 
+LEAST_SPREAD = 0.1
+"""Least that a coordinate of a raw basis is expected to spread, in root mean square spreads of all: in directions in
+which public images hardly differ, those of a site may."""
+
 
 @dataclass(frozen=True)
 class PublicStatistics:
@@ -117,10 +121,23 @@ def packaged_statistics(model: str, backbone: str) -> PublicStatistics | None:
         return None
 
 
+def precision_for(features: Features, statistics: PublicStatistics | None) -> int:
+    """Bits of a value, sign included, at which rounding costs a head nothing that shows (docs/results/brain_mri.md).
+
+    Coordinates along public directions need few, each having bounds of its own size: 12 if they are whitened, 18 if
+    not. Without public statistics all coordinates have one bound, and what tells classes apart is small beside it.
+    """
+    if features.basis == "public":
+        return 12
+    return 18 if features.basis == "raw" and statistics is not None else 24
+
+
 def make_basis(features: Features, width: int, seed: int, statistics: PublicStatistics | None) -> Basis:
     """The study's basis.
 
-    - ``raw``: the backbone's own coordinates, relative to the public centre if there is one.
+    - ``raw``: all of the backbone's dimensions; with public statistics relative to their centre and along their
+      directions, most spread first, then any that complete them. Turning changes no head, but each coordinate then has
+      bounds of its own size: 18 bits lose nothing where they lose a point of accuracy in the backbone's coordinates.
     - ``public``: the ``dimensions`` directions in which public images differ most, each divided by its standard
       deviation to the power of :data:`WHITENING`.
     - ``random``: ``dimensions`` orthonormal directions drawn from the study's seed; nothing public is needed.
@@ -139,7 +156,10 @@ def make_basis(features: Features, width: int, seed: int, statistics: PublicStat
         if statistics is None:
             return Basis(np.zeros(width), None, 1.0, np.full(width, 2 / math.sqrt(width)))
         radius = RADIUS * math.sqrt(float(np.square(statistics.spread).sum()))
-        return Basis(statistics.centre, None, radius, statistics.spread / radius)
+        deviations = np.full(width, statistics.deviations[-1])  # of all others at most that
+        deviations[: len(statistics.deviations)] = statistics.deviations
+        least = LEAST_SPREAD * math.sqrt(float(np.square(deviations).mean()))
+        return Basis(statistics.centre, _completed(statistics.axes), radius, np.maximum(deviations, least) / radius)
     if features.basis == "random":
         if wanted > width:
             raise StudyError(
@@ -163,3 +183,9 @@ def make_basis(features: Features, width: int, seed: int, statistics: PublicStat
     scaled = deviations ** (1 - WHITENING)
     radius = RADIUS * math.sqrt(float(np.square(scaled).sum()))
     return Basis(statistics.centre, axes, radius, scaled / radius)
+
+
+def _completed(axes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Orthonormal directions [d, d] that begin with, but for their rounding, those given [m, d]."""
+    missing = np.eye(axes.shape[1])
+    return np.linalg.qr(np.concatenate([axes, missing]).T)[0].T.copy()

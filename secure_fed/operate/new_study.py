@@ -21,9 +21,9 @@ from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import parse_table, to_toml, write_toml
 from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, uses_basis
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
-from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics
+from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics, precision_for
 from secure_fed.privacy.keys import PublicIdentity
-from secure_fed.protocol.basis import Basis
+from secure_fed.protocol.codec import lane_width
 from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
 from secure_fed.protocol.study import (
     InitialState,
@@ -93,8 +93,11 @@ def new_study(
     if needs_tower(template.method):
         tokens = backbone.tokenize([entry.prompts[0] for entry in template.classes])
         tower = backbone.text_tower(tokens)
-    basis = _basis(template, backbone, public, out / PUBLIC)
-    dimensions = None if basis is None else basis.dimensions
+    statistics = _statistics(template, backbone, public, out / PUBLIC)
+    basis, dimensions = None, None
+    if uses_basis(template):
+        basis = make_basis(template.features, backbone.dim, template.seed, statistics)
+        dimensions = basis.dimensions
     adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower, dimensions)
     tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens, basis).to_bytes()
     server = ServerState(out / SERVER)
@@ -106,6 +109,7 @@ def new_study(
         format=2,
         backbone=template.backbone.model_dump(mode="json", exclude_none=True)
         | {"activation": backbone.activation, "digest": backbone.digest, "id": backbone.id},
+        encoding=_encoding(template, statistics),
         sites=[_with_keys(site, keys.get(site.name)) for site in template.sites],
         coordinator=public_hex(signing),
         initial=hashlib.sha256(tensors).hexdigest(),
@@ -116,8 +120,23 @@ def new_study(
     return study, backbone
 
 
-def _basis(template: Template, backbone: LoadedBackbone, public: Path | None, kept: Path) -> Basis | None:
-    """The basis of a method that uses one; statistics that had to be computed are kept for other studies."""
+def _encoding(template: Template, statistics: PublicStatistics | None) -> dict[str, Any]:
+    """The study's ``[encoding]``, with the precision of a sum that names none."""
+    encoding = template.encoding
+    found = encoding.model_dump(mode="json", exclude_none=True)
+    if not template.method.one_sum or encoding.precision_bits is not None:
+        return found
+    precision = precision_for(template.features, statistics)
+    return found | {
+        "precision_bits": precision,
+        "bits": lane_width(precision, template.max_sites, encoding.lanes),
+    }
+
+
+def _statistics(
+    template: Template, backbone: LoadedBackbone, public: Path | None, kept: Path
+) -> PublicStatistics | None:
+    """What a method that uses a basis takes it from; statistics that had to be computed are kept for other studies."""
     if not uses_basis(template):
         if public is not None:
             raise StudyError(
@@ -126,13 +145,12 @@ def _basis(template: Template, backbone: LoadedBackbone, public: Path | None, ke
             )
         return None
     if public is None:
-        statistics = packaged_statistics(template.backbone.model, backbone.digest)
-    elif public.is_dir():
-        statistics = public_statistics(public, backbone, Rules.of(template))
-        statistics.save(kept, backbone.digest)
-    else:
-        statistics = PublicStatistics.load(public, backbone.digest)
-    return make_basis(template.features, backbone.dim, template.seed, statistics)
+        return packaged_statistics(template.backbone.model, backbone.digest)
+    if not public.is_dir():
+        return PublicStatistics.load(public, backbone.digest)
+    statistics = public_statistics(public, backbone, Rules.of(template))
+    statistics.save(kept, backbone.digest)
+    return statistics
 
 
 def public_statistics(folder: Path, backbone: LoadedBackbone, rules: Rules) -> PublicStatistics:

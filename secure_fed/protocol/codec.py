@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
 from secure_fed.core.errors import LanesError, NonFiniteUpdateError
-from secure_fed.protocol.packing import LaneParameters, lane_parameters
+from secure_fed.protocol.packing import MIN_BITS, LaneParameters, lane_parameters
 
 COUNT_BITS = 24
 """Width of a validation count."""
@@ -283,6 +283,34 @@ def check_precision(precision: int, max_sites: int) -> None:
             f"a precision of {precision} bits; sums over {max_sites} sites hold at most {most} exactly: take that, or "
             "fewer sites"
         )
+
+
+def lane_width(precision: int, max_sites: int, lanes: int | None) -> int:
+    """The width of lanes in which values of a precision take the fewest bytes, whole or as digits.
+
+    Args:
+        precision: bits of a value, sign included.
+        max_sites, lanes: as for :func:`secure_fed.protocol.packing.lane_parameters`.
+
+    Raises:
+        LanesError: no lanes hold them.
+    """
+    check_precision(precision, max_sites)
+    costs: dict[int, float] = {}
+    for digits in range(1, precision):
+        width = max(MIN_BITS, 1 - (1 - precision) // digits)
+        try:
+            found = lane_parameters(max_sites, width, lanes, values=1)
+        except LanesError:
+            if width == MIN_BITS:
+                break
+            continue
+        costs.setdefault(width, digits * found.modulus_bits / found.lanes)
+        if width == MIN_BITS:
+            break
+    if not costs:
+        lane_parameters(max_sites, MIN_BITS, lanes, values=1)
+    return min(costs, key=lambda width: costs[width])
 
 
 def counts_block() -> Block:

@@ -184,7 +184,7 @@ class Method(FileModel):
             differential privacy) or ``none``, whatever the weights are. If it is not said: ``lmmd`` where
             ``lmmd_weight`` is above 0, else ``none``.
         shrinkage: of ``gaussian_head``'s covariance towards a multiple of the identity; with a second round, in which
-            validation patients choose it, only where there are none.
+            patients' histograms choose it, only where there are none.
         min_patients: of ``gaussian_head``: a class with fewer in the sum is left out.
         most_patients: of ``gaussian_head``: most training patients, and most validation patients, that a site has. The
             bounds of its sums are made of it.
@@ -333,7 +333,8 @@ class Encoding(FileModel):
         bits: width of one value in its lane, sign included (8 to 21); in a template, 11 if not given, or what fits so
             many sites.
         precision_bits: width of a value before it goes into lanes, sign included; as ``bits`` if not given. A wider one
-            takes several lanes, as digits: any precision then fits any number of sites.
+            takes several lanes, as digits: any precision then fits any number of sites. Of ``gaussian_head``, if not
+            given, ``study new`` writes what its basis asks for, and with it the ``bits`` that take the fewest bytes.
         lanes: values in one coefficient of a ciphertext, 2 to 6; if not given, the number that takes the fewest bytes.
         value_bound: public bound on each coordinate of an update; what exceeds it saturates.
         value_bounds: other bounds for single tensors, by parameter name.

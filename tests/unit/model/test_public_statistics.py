@@ -11,8 +11,10 @@ from secure_fed import configs
 from secure_fed.core.errors import StudyError
 from secure_fed.model.adapters import uses_basis
 from secure_fed.model.backbone import load_backbone
-from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics
+from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics, precision_for
 from secure_fed.protocol.basis import Basis
+from secure_fed.protocol.codec import layout_of
+from secure_fed.protocol.one_sum import Sums, solve, sums_blocks
 from secure_fed.protocol.study import Backbone, Features, InitialState
 from tests.conftest import make_template
 
@@ -133,3 +135,57 @@ def test_a_basis_holds_no_more_than_numbers() -> None:
         "basis.radius",
         "basis.spread",
     }
+
+
+def test_a_raw_basis_turns_coordinates_so_that_rounding_costs_little_and_moves_no_head() -> None:
+    mixed = np.linalg.qr(np.random.default_rng(4).standard_normal((DIM, DIM)))[0].astype(np.float32)
+    x = (images(600) @ mixed).astype(np.float64)
+    statistics = PublicStatistics.of([images(150, 3) @ mixed])
+    labels = (x[:, 3] > np.median(x[:, 3])).astype(np.int64) + 2 * (x[:, -1] > np.median(x[:, -1]))
+    turned = make_basis(Features(), DIM, 0, statistics)
+    assert turned.axes is not None
+    assert np.allclose(turned.axes @ turned.axes.T, np.eye(DIM), atol=1e-12)
+    own = Basis(statistics.centre, None, turned.radius, statistics.spread / turned.radius)
+    assert np.allclose(np.linalg.norm(turned.linear(x), axis=1), np.linalg.norm(own.linear(x), axis=1))
+    hot = np.eye(4)[labels]
+    logits, apart = {}, {}
+    for name, basis in (("turned", turned), ("own", own)):
+        projected = basis.project(x)
+        exact = Sums(hot.sum(axis=0), hot.T @ projected, projected.T @ projected)
+        layout = layout_of(sums_blocks(4, basis, 1000, 18), 4, 18, None)
+        integers, rounded = layout.encode(exact.values(), 1.0, np.zeros(0))
+        assert not any(block.saturated for block in rounded.values())
+        for kind, sums in (("exact", exact), ("rounded", Sums.of(layout.decode(integers, [1.0])))):
+            head = solve(sums, 3e-5, 1)
+            assert head is not None
+            logits[name, kind] = basis.linear(x) @ head.weight.T + head.bias
+        apart[name] = np.abs(logits[name, "rounded"] - logits[name, "exact"]).max()
+    assert np.allclose(logits["turned", "exact"], logits["own", "exact"], rtol=1e-6, atol=1e-6)
+    assert apart["turned"] < apart["own"] / 5
+
+
+def test_a_raw_basis_of_few_public_images_has_room_where_they_do_not_differ() -> None:
+    width = 40
+    rng = np.random.default_rng(5)
+    rows = rng.standard_normal((700, width)) * np.geomspace(1, 1e-2, width)
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    few = PublicStatistics.of([rows[:100]])
+    fewer = PublicStatistics(few.centre, few.axes[:20], few.deviations[:20] * (np.arange(20) < 10), few.spread)
+    for statistics in (few, fewer):
+        basis = make_basis(Features(), width, 0, statistics)
+        assert basis.dimensions == width
+        assert basis.spread.min() > 0
+        assert np.allclose(basis.axes @ basis.axes.T, np.eye(width), atol=1e-9)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("features", "public", "bits"),
+    [
+        (Features(), True, 18),
+        (Features(), False, 24),
+        (Features(basis="public", dimensions=4), True, 12),
+        (Features(basis="random", dimensions=4), True, 24),
+    ],
+)
+def test_each_basis_asks_for_a_precision_of_its_own(features: Features, public: bool, bits: int) -> None:
+    assert precision_for(features, PublicStatistics.of([images()]) if public else None) == bits

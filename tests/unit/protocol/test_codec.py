@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from fractions import Fraction
 
@@ -147,6 +148,22 @@ def test_a_wider_value_is_as_exact_as_its_precision_whatever_the_lanes(
     step = bounds / (weight * (2 ** (precision - 1) - 1))
     assert np.all(np.abs(found[codec.UPDATE] - update) <= step * (1 + 1e-6))
     assert found[codec.COUNTS].tolist() == [21, 15]
+
+
+def test_lanes_are_as_wide_as_takes_the_fewest_bytes() -> None:
+    for max_sites in (3, 4, 16, 64, 256, 1000):
+        for precision in (8, 12, 18, 24, 32):
+            width = codec.lane_width(precision, max_sites, None)
+            blocks = [codec.Block("b", np.ones(40_000), precision)]
+            sizes = {}
+            for bits in range(8, 22):
+                with contextlib.suppress(LanesError):
+                    sizes[bits] = codec.layout_of(blocks, max_sites, bits, None).lanes.payload_bytes
+            assert sizes[width] <= 1.001 * min(sizes.values())  # beside tags
+    with pytest.raises(LanesError, match="precision of 53 bits"):
+        codec.lane_width(53, 4, None)
+    with pytest.raises(LanesError, match="in 6 lanes need a prime"):
+        codec.lane_width(18, 1000, 6)
 
 
 def test_a_precision_that_no_float_holds_is_refused_with_what_would_do() -> None:
