@@ -188,7 +188,8 @@ def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
         lines.append(
             "round 2: nothing but zeros, as histograms would cost more budget than they tell"
             if budget
-            else "round 2: histograms of how validation patients fare under each shrinkage; no single image's figures"
+            else "round 2: histograms of how validation patients, and training patients under heads without them, "
+            "fare under each shrinkage; no single image's figures"
         )
     if not budget:
         lines += [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,7 +70,11 @@ def sums(agreed: AgreedStudy, features: SiteFeatures, *, declared: bool = True) 
 def histograms(
     agreed: AgreedStudy, together: Sums, features: SiteFeatures, *, declared: bool = True
 ) -> NDArray[np.float64]:
-    """How the validation patients fare under each shrinkage of the grid, flat.
+    """How patients fare under each shrinkage of the grid, flat: those of the validation, and those of the training.
+
+    A patient of the training is judged by the head of the sums without its own part (:func:`_left_out`), as one that
+    the head has never seen. With them there are several times as many patients as the validation has, so that the
+    shrinkage is chosen, and the limits are drawn, by more than a few.
 
     Args:
         agreed: the study.
@@ -78,21 +85,28 @@ def histograms(
     Raises:
         DataError: more patients than the study declares.
     """
-    classes, val = len(agreed.study.classes), features.val
+    classes, val, basis = len(agreed.study.classes), features.val, _basis(agreed)
     owners = features.patients.get("val", ())
     if declared:
         _refuse_more(agreed, len(set(owners)), "validation")
     known = one_sum.known_classes(together, agreed.study.method.min_patients)
-    kept = [row for row, label in enumerate(val.y) if known[label]]
-    if not kept or known.sum() < 2:
+    if known.sum() < 2:
         return np.zeros(len(GRID) * Histogram.size(classes))
-    basis = _basis(agreed)
+    kept = [row for row, label in enumerate(val.y) if known[label]]
+    head = _Eigen.of(together, known)
+    x = basis.linear(val.x[kept])
     each = shares([owners[row] for row in kept])
-    found = [
-        _histogram(*_scores(together, known, shrinkage, basis.linear(val.x[kept])), val.y[kept], each, classes)
-        for shrinkage in GRID
-    ]
-    return np.concatenate([one.values() for one in found])
+    added, labels, whose = views(agreed, features)
+    own = _left_out(head, added, basis.linear(features.train.x[: len(labels)]), labels, whose)
+    return np.concatenate(
+        [
+            np.add(
+                _histogram(*head.scores(x, place), val.y[kept], each, classes).values(),
+                _histogram(own.logits[place], own.distances[place], own.labels, own.each, classes).values(),
+            )
+            for place in range(len(GRID))
+        ]
+    )
 
 
 def nothing(agreed: AgreedStudy, round_number: int) -> Values:
@@ -125,22 +139,129 @@ def views(agreed: AgreedStudy, features: SiteFeatures) -> tuple[NDArray[np.float
     return (x[:half] + x[half:]) / 2, train.y[:half], owners[:half]
 
 
-def _scores(
-    sums: Sums, known: NDArray[np.bool_], shrinkage: float, x: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Logits [n, K], -inf for classes that are left out, and squared distances to the nearest class mean [n].
+@dataclass(frozen=True)
+class _Eigen:
+    """The heads of all shrinkages, in coordinates in which every one of their covariances is diagonal.
 
     By LAPACK: what a site counts is its own, and need not be the same bits anywhere else.
+
+    Attributes:
+        vectors: float64 [k, k], eigenvectors of the covariance in columns.
+        variances: float64 [k], its eigenvalues.
+        counts: float64 [K], patients by class.
+        means: float64 [K, k], in these coordinates.
+        known: bool [K].
     """
-    within = one_sum.covariance(sums)
-    size = len(within)
-    shrunk = (1 - shrinkage) * within + shrinkage * np.trace(within) / size * np.eye(size)
-    values, vectors = np.linalg.eigh(shrunk)
-    root = vectors / np.sqrt(np.maximum(values, shrinkage * np.trace(within) / size))
-    white, means = x @ root, (sums.first / np.maximum(sums.patients, 1)[:, None]) @ root
-    distances = np.square(white[:, None, :] - means[None]).sum(axis=2)
-    logits = np.where(known, white @ means.T - np.square(means).sum(axis=1) / 2, -np.inf)
-    return logits, np.where(known, distances, np.inf).min(axis=1) / size
+
+    vectors: NDArray[np.float64]
+    variances: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    means: NDArray[np.float64]
+    known: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, sums: Sums, known: NDArray[np.bool_]) -> _Eigen:
+        variances, vectors = np.linalg.eigh(one_sum.covariance(sums))
+        means = (sums.first / np.maximum(sums.patients, 1)[:, None]) @ vectors
+        return cls(vectors, np.maximum(variances, 0.0), sums.patients, means, known)
+
+    def scores(self, x: NDArray[np.float64], place: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logits [n, K], -inf for classes that are left out, and squared distances to the nearest mean over k [n].
+
+        Args:
+            x: features in the basis [n, k].
+            place: of the shrinkage in the grid.
+        """
+        shrinkage, size = GRID[place], len(self.variances)
+        root = 1 / np.sqrt((1 - shrinkage) * self.variances + shrinkage * self.variances.sum() / size)
+        white, means = x @ self.vectors * root, self.means * root
+        logits = white @ means.T - np.square(means).sum(axis=1) / 2
+        distances = np.square(white).sum(axis=1)[:, None] - 2 * logits
+        return np.where(self.known, logits, -np.inf), np.where(self.known, distances, np.inf).min(axis=1) / size
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Images of training patients, judged without their patient: by shrinkage [G], labels [n], what each counts [n]."""
+
+    logits: NDArray[np.float64]
+    distances: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    each: NDArray[np.float64]
+
+
+def _left_out(
+    head: _Eigen,
+    x: NDArray[np.float64],
+    seen: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    owners: Sequence[str],
+) -> _LeftOut:
+    """Every patient of known classes under the heads of the sums without it.
+
+    With w_i a patient's shares, d_i = x_i - mu_c, s_c = sum_i w_i d_i and n_c = sum_i w_i over its images of class c,
+    taking it out leaves
+
+        mu_c - s_c / (N_c - n_c),  scatter - sum_i w_i d_i d_i^T - sum_c s_c s_c^T / (N_c - n_c),  N - 1 patients,
+
+    a change of low rank, so that no head is solved anew (Woodbury). Patients without whom a class, or a direction of
+    the covariance, would be empty are not counted.
+
+    Args:
+        head: of the sums with all patients.
+        x: what they added to the sums, in the basis, float64 [n, k].
+        seen: their features as a head sees them, in the basis, float64 [n, k].
+        labels: int64 [n].
+        owners: whose each is, length n.
+    """
+    each, size, classes = shares(owners), len(head.variances), len(head.counts)
+    turned, seen = x @ head.vectors, seen @ head.vectors
+    total, degrees = head.counts.sum(), max(head.counts.sum() - classes - 1, 1.0)
+    scatter = head.variances * max(total - classes, 1.0)
+    grid = np.array(GRID)
+    rows_of: dict[str, list[int]] = {}
+    for row, owner in enumerate(owners):
+        rows_of.setdefault(owner, []).append(row)
+    kept: list[int] = []
+    logits, distances = [], []
+    for rows in rows_of.values():
+        own, weights = labels[rows], each[rows]
+        share = np.bincount(own, weights, classes)
+        left = head.counts - share
+        if not head.known[own].all() or np.any(left[own] < 1):
+            continue
+        apart = turned[rows] - head.means[own]
+        moved = np.zeros((classes, size))
+        np.add.at(moved, own, weights[:, None] * apart)
+        there = np.unique(own)
+        moved[there] /= left[there, None]
+        means = head.means - moved
+        gone = np.concatenate([apart * np.sqrt(weights)[:, None], moved[there] * np.sqrt(left[there])[:, None]])
+        trace = max(scatter.sum() - np.square(gone).sum(), 0.0) / degrees
+        variances = np.multiply.outer((1 - grid) / degrees, scatter) + (grid * trace / size)[:, None]
+        inverse = 1 / np.maximum(variances, np.finfo(float).tiny)
+        inner = np.eye(len(gone)) - ((1 - grid) / degrees)[:, None, None] * np.einsum(
+            "gk,ik,jk->gij", inverse, gone, gone, optimize=True
+        )
+        if np.linalg.eigvalsh(inner).min() <= 0:
+            continue
+        # (M - c U^T U)^-1 = M^-1 + c M^-1 U^T (1 - c U M^-1 U^T)^-1 U M^-1
+        points = np.concatenate([seen[rows], means])
+        white = inverse[:, None, :] * points
+        across = white @ gone.T
+        mended = np.linalg.solve(inner, across.transpose(0, 2, 1))
+        products = white @ points.T + ((1 - grid) / degrees)[:, None, None] * (across @ mended)
+        count = len(rows)
+        norms = np.diagonal(products, axis1=1, axis2=2)
+        found = products[:, :count, count:] - norms[:, None, count:] / 2
+        far = norms[:, :count, None] - 2 * found
+        logits.append(np.where(head.known, found, -np.inf))
+        distances.append(np.where(head.known, far, np.inf).min(axis=2) / size)
+        kept += rows
+    if not kept:
+        nobody = np.zeros(0)
+        return _LeftOut(np.zeros((len(GRID), 0, classes)), np.zeros((len(GRID), 0)), nobody.astype(np.int64), nobody)
+    return _LeftOut(np.concatenate(logits, axis=1), np.concatenate(distances, axis=1), labels[kept], each[kept])
 
 
 def _histogram(

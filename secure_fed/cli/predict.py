@@ -81,7 +81,7 @@ def predict(
         strangers = sum(image["stranger"] for image in document["images"])
         console.print(
             f"sets hold the class of {100 * document['coverage']['promised']:g} % of patients like the "
-            f"{document['coverage']['validation_patients']} validation patients of the study; {strangers} of "
+            f"{document['coverage']['calibration_patients']} calibration patients of the study; {strangers} of "
             f"{len(document['images'])} images are like none of them",
             highlight=False,
             soft_wrap=True,

@@ -18,9 +18,9 @@ class Cases:
 
     Attributes:
         sets: bool [n, K]: the classes that are probable enough, the most probable one always among them. With the
-            chance that the study promises, the true one is, for patients like those of the pooled validation.
-        strangers: bool [n]: whether a case lies farther from all class means than nearly all validation patients.
-        patients: validation patients that both rest on.
+            chance that the study promises, the true one is, for patients like those of the calibration.
+        strangers: bool [n]: whether a case lies farther from all class means than nearly all calibration patients.
+        patients: calibration patients that both rest on.
     """
 
     sets: NDArray[np.bool_]

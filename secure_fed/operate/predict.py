@@ -75,7 +75,7 @@ class Probabilities:
         classes, own = self.adapter.classes, self.adapter.calibration
         coverage = None
         if self.cases is not None:
-            coverage = {"promised": self.adapter.method.coverage, "validation_patients": round(self.cases.patients)}
+            coverage = {"promised": self.adapter.method.coverage, "calibration_patients": round(self.cases.patients)}
         return {
             "adapter_digest": self.adapter.digest,
             "study_id": self.adapter.study,

@@ -149,7 +149,9 @@ class CaseFigures(FileModel):
 
 
 class PooledValidation(FileModel):
-    """All sites' validation patients together, from summed histograms; no single site's figure is known.
+    """All sites' patients together, under a head that does not know them; no single site's figure is known.
+
+    From summed histograms: patients of the validation, and of the training without their own part of the sums.
 
     Attributes:
         patients: how many.

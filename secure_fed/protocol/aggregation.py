@@ -141,7 +141,7 @@ def validation_counts(agreed: AgreedStudy, found: Mapping[str, NDArray[np.float6
 def most_validated(agreed: AgreedStudy, members: int) -> int:
     """How many validation images, or of one sum patients, so many members can have counted: each has a bound."""
     study = agreed.study
-    return members * (study.method.most_patients if study.method.one_sum else codec.MOST_COUNTED)
+    return members * (2 * study.method.most_patients if study.method.one_sum else codec.MOST_COUNTED)
 
 
 def adapter_of(state: State) -> Parameters:

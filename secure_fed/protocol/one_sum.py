@@ -1,7 +1,7 @@
 """The head that one sum gives: class statistics of features added over sites, and the classifier that follows.
 
 Linear discriminant analysis with a shared covariance. Sites send, in coordinates x' of the study's basis, patients by
-class N_c, sums A_c and the second moment B; in a second round histograms of how their validation patients fare under
+class N_c, sums A_c and the second moment B; in a second round histograms of how patients fare under
 each shrinkage of a fixed grid. What every site makes of the sums is here, in elementwise float64 numpy of a fixed order
 (sums, products, quotients and square roots, which IEEE 754 rounds correctly): no BLAS, no LAPACK, no exp, so that all
 sites get the same bits on any CPU.
@@ -37,7 +37,7 @@ DISTANCE_STEP = 0.25
 first begins at -6, both end bins are open."""
 CONFIDENCE_BINS = 15
 FAMILIAR = 0.95
-"""Share of the validation patients that the threshold of strangers takes as known."""
+"""Share of the calibration patients that the threshold of strangers takes as known."""
 
 PATIENTS, FIRST, SECOND, NOISE, HISTOGRAMS = "patients", "first", "second", "noise", "histograms"
 """Names of blocks: N_c [K]; A [K k]; the upper triangle of B by rows, off-diagonals times sqrt 2, [k (k + 1) / 2]; the
@@ -72,8 +72,8 @@ def sums_blocks(classes: int, basis: Basis, most_patients: int, precision: int) 
 
 
 def histograms_block(classes: int, most_patients: int) -> Block:
-    """The second round's values: for each shrinkage what :class:`Histogram` holds."""
-    return _counts(HISTOGRAMS, len(GRID) * Histogram.size(classes), most_patients)
+    """The second round's values: for each shrinkage what :class:`Histogram` holds, of training and of validation."""
+    return _counts(HISTOGRAMS, len(GRID) * Histogram.size(classes), 2 * most_patients)
 
 
 def _counts(name: str, size: int, most_patients: int) -> Block:
@@ -84,7 +84,7 @@ def _counts(name: str, size: int, most_patients: int) -> Block:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How validation patients fare under one shrinkage; each patient counts 1, in parts by its images.
+    """How patients fare under one shrinkage, none of them known to the head; each counts 1, in parts by its images.
 
     Attributes:
         confusion: float64 [K, K], by true class and most probable one.
@@ -357,7 +357,7 @@ def parameters_of(head: Head, basis: Basis, logit_scale: float) -> Parameters:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What the histograms say of the head on all sites' validation patients together, and of no single site.
+    """What the histograms say of the head on all sites' patients together, and of no single site.
 
     Attributes:
         patients: of the validation.
@@ -400,12 +400,12 @@ def pooled(histogram: Histogram) -> Pooled | None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the pooled validation patients say of single cases.
+    """What the histograms' patients say of single cases.
 
     Attributes:
         least: log odds from which on a class is in a case's set; -NO_LIMIT: every class is.
         farthest: log2 of squared distance over k from which on a case is a stranger; NO_LIMIT: none is.
-        patients: validation patients that both come from; 0: nothing is claimed.
+        patients: how many both come from, the calibration's; 0: nothing is claimed.
     """
 
     least: float

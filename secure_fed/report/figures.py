@@ -611,7 +611,7 @@ def _one_sum(analysis: Analysis) -> Section:
     )
     tables = (
         Table(
-            "The head and the consortium's pooled validation",
+            "The head, and the consortium's patients under one that does not know them",
             ("setting", "epsilon", "shrinkage", "patients", "balanced accuracy, %", "AUROC", "calibration error",
              "classes left out"),
             tuple(rows),
@@ -630,12 +630,12 @@ def _one_sum(analysis: Analysis) -> Section:
     )  # fmt: skip
     covered = [found.coverage for _, head in heads for found in (head.held_out,) if found is not None]
     promised = heads[0][1].promised
-    finding = f"The pooled validation chose a shrinkage of {heads[0][1].shrinkage:g}."
+    finding = f"The pooled histograms chose a shrinkage of {heads[0][1].shrinkage:g}."
     if covered and promised is not None:
         finding += f" Held out, sets hold the class of {100 * fmean(covered):.1f} %; {100 * promised:g} % are promised."
     notes = (
-        "Pooled figures come from summed histograms; no single site's are known. The promise holds for patients like "
-        "those of the validation, not for every site or class.",
+        "Pooled figures come from summed histograms of patients that the head judged without knowing them; no single "
+        "site's are known. The promise holds for patients like those, not for every site or class.",
     )
     return Section(
         key, title, finding, (chart,), (), tuple(table for table in tables if table.rows), ("method",), notes=notes

@@ -94,7 +94,7 @@ def test_every_site_and_the_observer_hold_the_closed_form_of_all_patients(study:
     assert np.mean(scores) > np.mean([site.evaluate(None)["balanced_accuracy"] for site in sites])
     validation = sites[0].replica.state.validation
     assert validation is not None
-    assert validation.images == 3 * 6
+    assert validation.images == 3 * (15 + 6)
 
 
 def test_he_equals_plain(study: Federation, images: Path, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_predict_gives_a_set_and_a_flag_for_each_image_and_says_what_they_rest_o
     assert figures["promised"] == 0.7
     assert figures["patients"] == dict.fromkeys(("dark", "light", "striped"), 15.0)
     assert figures["left_out"] == []
-    assert figures["validation"]["patients"] == 18
+    assert figures["validation"]["patients"] == 63
     assert figures["shrinkage"] in one_sum.GRID
     assert set(figures["per_site"]) == set(TRAINING)
     for found in (*figures["per_site"].values(), figures["held_out"]):
@@ -337,8 +337,8 @@ def test_predict_gives_a_set_and_a_flag_for_each_image_and_says_what_they_rest_o
     )
     assert ran.returncode == 0, ran.stderr
     document = json.loads(ran.stdout)
-    assert document["coverage"] == {"promised": 0.7, "validation_patients": 18}
-    assert "the 18 validation patients of the study" in " ".join(ran.stderr.split())
+    assert document["coverage"] == {"promised": 0.7, "calibration_patients": 63}
+    assert "the 63 calibration patients of the study" in " ".join(ran.stderr.split())
     for image in document["images"]:
         assert image["prediction"] in image["set"]
         assert image["stranger"] in (True, False)
@@ -360,17 +360,12 @@ def test_an_image_like_none_is_told(study: Federation) -> None:
     odd = judge(study.agreed.initial, site.parameters, noise)
     assert known is not None
     assert odd is not None
-    assert limits.patients == 18
+    assert limits.patients == 63
     far = log_distances(study.agreed.initial, site.parameters, noise)
     near = log_distances(study.agreed.initial, site.parameters, site.features().train.x)
     assert np.median(far) > np.median(near) + 2
-    # 18 patients are too few to name the farthest twentieth: nobody is flagged.
-    assert limits.farthest == one_sum.NO_LIMIT
-    assert not odd.strangers.any()
-    limited = site.parameters | {"limits": np.array([limits.least, float(np.quantile(near, 0.95)), 18.0])}
-    flagged = judge(study.agreed.initial, limited, noise)
-    assert flagged is not None
-    assert flagged.strangers.mean() > 0.9
+    assert odd.strangers.mean() > 0.9
+    assert known.strangers.mean() < 0.1
     everything = site.parameters | {"limits": np.array([-one_sum.NO_LIMIT, one_sum.NO_LIMIT, 18.0])}
     whole = judge(study.agreed.initial, everything, noise)
     assert whole is not None
@@ -411,7 +406,7 @@ def test_the_report_tells_of_the_head_and_of_what_a_byte_buys(secfacmic: Any, im
     ran = secfacmic("report", tmp_path / "out", "--out", tmp_path / "report.md")
     assert ran.returncode == 0, ran.stderr
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for words in ("## One sum", "The pooled validation chose a shrinkage", "least covered class", "What a byte buys"):
+    for words in ("## One sum", "The pooled histograms chose a shrinkage", "least covered class", "What a byte buys"):
         assert words in text
 
 

@@ -67,10 +67,10 @@ def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: 
     assert [event["state"] for event in facts["events"]] == ["sent"]
     held = sites[1].replica.state.tensors
     assert held[f"{aggregation.MOMENT}noise"][0] == pytest.approx((std / 0.6) ** 2, rel=1e-3)
-    # The other two sites' validation patients choose the shrinkage, and the private site's are not among them.
+    # The other two sites' patients choose the shrinkage, and the private site's are not among them.
     validation = sites[1].replica.state.validation
     assert validation is not None
-    assert validation.images == 2 * 6
+    assert validation.images == 2 * (15 + 6)
 
 
 def test_what_leaves_is_the_noised_sum_and_is_drawn_once(study: Federation) -> None:
