@@ -64,7 +64,7 @@ PROMPTS = {
 NAMES = ("north", "east", "south")
 
 
-def phantom_template(seed: int, second_scanner: bool) -> Template:
+def phantom_template(seed: int, second_scanner: bool, patients: int = PATIENTS) -> Template:
     """Three hospitals; with ``second_scanner``, for each one group of patients more, seen by another scanner."""
     names = [*NAMES, *(f"{name}-new" for name in NAMES)] if second_scanner else list(NAMES)
     table = {
@@ -87,7 +87,7 @@ def phantom_template(seed: int, second_scanner: bool) -> Template:
             "unit": "patient",
             "sites": [{"name": name, "folder": name} for name in names],
             "phantoms": [
-                {"name": name, "patients": PATIENTS, "scanner": index, "class_mix": [0.25] * 4, "unlabelled": 0.0}
+                {"name": name, "patients": patients, "scanner": index, "class_mix": [0.25] * 4, "unlabelled": 0.0}
                 for index, name in enumerate(names)
             ],
             "phantom_seed": seed,
