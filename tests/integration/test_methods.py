@@ -246,8 +246,13 @@ def test_the_guard_too_refuses_a_private_head() -> None:
     [
         {"method": {"adapter": "facmic", "lmmd_weight": 1.0, "private_head": True}},
         {"method": {"adapter": "low_rank"}, "aggregation": {"rule": "fedadam", "learning_rate": 0.01}},
+        {
+            "method": {"adapter": "gaussian_head", "most_patients": 40, "min_patients": 2},
+            "rounds": 2,
+            "features": {"basis": "random", "dimensions": 8},
+        },
     ],
-    ids=["private head", "fedadam"],
+    ids=["private head", "fedadam", "one sum"],
 )
 def test_the_comparisons_federation_in_memory_is_the_sites(
     images: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
