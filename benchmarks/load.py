@@ -1,9 +1,9 @@
 """What many sites cost one server: canned sites, which neither train nor decrypt, over TLS on loopback.
 
 Each canned site is a thread that speaks the same protocol through the same client code as a site does
-(``secure_fed.clients.flower_node``, ``secure_fed.clients.flower_app``): it takes the records, signs an envelope of the
-true size for the round that is due, and sends it. The encrypted payload is made once and is every site's; header and
-signature are each site's own.
+(``secure_fed.clients.flower_node``, ``secure_fed.clients.flower_app``): it takes the records, says that it is ready,
+signs an envelope of the true size for the cohort, and reveals its check. The encrypted payload is made once and is
+every site's; headers and signatures are each site's own.
 The server is ``secfacmic server``, unchanged.
 
     python benchmarks/load.py [--sites 64] [--rounds 5] [--json FILE]
@@ -28,13 +28,23 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from secure_fed.core.errors import EnvelopeError, ProtocolError
 from secure_fed.core.processes import be_quiet_outside
-from secure_fed.protocol.envelope import seal_envelope
+from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.packing import Contribution, Sealed
-from secure_fed.protocol.records import RoundPosition, read_header
+from secure_fed.protocol.packing import Contribution, Sealed, wire
+from secure_fed.protocol.records import RecordHeader, head_after, read_header
+from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
+    COHORT_MAGIC,
+    arrived_digest,
+    arrived_header,
+    max_header,
+    sign_ready,
+    sign_reveal,
+)
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
+from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 NODE_PROCESSES = 2
@@ -53,33 +63,51 @@ class CannedSite:
         key = load_ssh_private_key((folder / "identity" / "flower.key").read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         self.connection_key = key
-        self._run = ""
-        self._head = self._key = ZERO_DIGEST
-        self._round = 0
+        self._due = RoundPosition("", ZERO_DIGEST, ZERO_DIGEST, 0, 1)
+        self._wire = wire(agreed.study.mode, agreed.layout(1).lanes)
 
     @property
     def finished(self) -> bool:
         """Whether it has the last round's record."""
-        return self._round >= self._agreed.study.rounds
+        return self._due.round > self._agreed.study.rounds
 
     def respond(self, request: RoundRequest) -> RoundReply:
-        """Take the records, and send the canned update of the round that is due."""
+        """Take the records unchecked, and answer the round's questions with the canned update."""
         for data in request.records:
             frame, header = read_header(data, self._agreed)
-            self._run, self._head, self._key = header.run, frame.digest, header.key
-            self._round = header.round
+            head = frame.digest if header.kind == "genesis" else self._head_after(header)
+            self._due = RoundPosition(header.run, head, header.key, 0, header.round + 1)
             self.position = header.seq + 1
-        if request.more or self.finished:
+        if request.more or self.finished or not request.attempt:
             return self._reply(ReplyCode.MORE if request.more else ReplyCode.APPLIED)
-        due = RoundPosition(self._run, self._head, self._key, 0, self._round + 1)
-        sealed = Sealed(Contribution(self.name, request.attempt, secrets.token_hex(32)), self._payload)
-        envelope = seal_envelope(self._agreed, due, sealed, NO_LEDGER, self._signing)
-        return self._reply(ReplyCode.UPDATE, envelope)
+        asked = request.question[:4]
+        if asked == COHORT_MAGIC:
+            cohort = split_frame(COHORT_MAGIC, request.question, max_header(self._agreed), ProtocolError).digest
+            sealed = Sealed(Contribution(self.name, secrets.token_hex(32)), self._payload)
+            envelope = seal_envelope(
+                *(self._agreed, self._due, sealed, NO_LEDGER, self._signing), attempt=request.attempt, cohort=cohort
+            )
+            return self._reply(ReplyCode.UPDATE, envelope)
+        if asked == ARRIVED_MAGIC:
+            arrived = split_frame(ARRIVED_MAGIC, request.question, max_header(self._agreed), ProtocolError).digest
+            check = self._wire.check_words(arrived, self._payload)
+            return self._reply(ReplyCode.REVEALED, sign_reveal(self._agreed, arrived, self.name, check, self._signing))
+        ready = sign_ready(self._agreed, self._due, request.attempt, self.name, self._signing)
+        return self._reply(ReplyCode.READY, ready)
+
+    def _head_after(self, header: RecordHeader) -> str:
+        """The head after an aggregate, as :class:`secure_fed.protocol.records.Chain` finds it."""
+        words = header.contributors
+        first = parse_header(words[0].signed[0], EnvelopeHeader, EnvelopeError)
+        arrived = arrived_header(
+            self._agreed, self._due, first.attempt, first.cohort, (header.size, header.payload), words
+        )
+        return head_after(self._due.head, arrived_digest(arrived))
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
         # Keyed digests of an adapter are a site's business; random ones cost the server the same.
         attested = secrets.token_hex(32) if self.position else ""
-        return RoundReply(self.name, code, self._run, self.position, attested, envelope)
+        return RoundReply(self.name, code, self._due.run, self.position, attested, envelope)
 
 
 def nodes(folder: Path, port: int, names: list[str]) -> None:
@@ -144,7 +172,7 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
     integers = np.zeros(agreed.lanes.values, dtype=np.int64)
     binding = Binding(run="0" * 64, head="0" * 64, round=1)
     sealed = Cipher(agreed.lanes, site.replica.keys.secret(site.replica.keys.newest[1])).seal(
-        integers, binding, names[0], 1
+        integers, binding, names[0]
     )
     (folder / PAYLOAD).write_bytes(sealed.payload)
 

@@ -310,7 +310,7 @@ def sites_study(count: int) -> dict[str, float]:
     total, cohort = wire.zero(), []
     integers = layout.encode(values, 1.0, np.zeros(0))[0]
     for number in range(count):
-        sealed = cipher.seal(integers, binding, f"site-{number}", 1)
+        sealed = cipher.seal(integers, binding, f"site-{number}")
         total = wire.add(total, sealed.payload)
         cohort.append(sealed.contribution)
     sums = cipher.open(wire.record(total, count), binding, cohort)

@@ -42,7 +42,7 @@ def measure(values: int) -> dict[str, Any]:
             integers = rng.integers(-most, most + 1, values)
             expected += integers
             start = time.process_time()
-            contribution, payload = cipher.seal(integers, binding, f"site-{index}", 1)
+            contribution, payload = cipher.seal(integers, binding, f"site-{index}")
             sealed = time.process_time()
             total = wire.add(total, payload)
             added = time.process_time()

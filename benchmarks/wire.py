@@ -6,8 +6,9 @@
 
 Every role runs in a process of its own: the coordinator's (with our real Coordinator: signatures, spool, fsync and
 journal), the sites', and a site that opens the record. Times are medians over all sites and turns, wall clock; every
-row runs once a turn, so that what else the machine does falls on all rows alike. Bytes are those of one envelope with
-header and signature, and of one record.
+row runs once a turn, so that what else the machine does falls on all rows alike. Ours counts all of a round that grows
+with the update: at a site sealing and the check of its REVEAL, at the server envelopes, REVEALs and the record. Bytes
+are those of one envelope and one REVEAL with header and signature, and of one record.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
-from secure_fed.core.errors import AggregateRefused, LanesError
+from secure_fed.core.errors import AggregateRefused, LanesError, ProtocolError
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.protocol import codec
 from secure_fed.protocol.envelope import RoundPosition, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.packing import MIN_BITS, Binding, lane_parameters, largest_bits
+from secure_fed.protocol.packing import MIN_BITS, Binding, lane_parameters, largest_bits, wire
 from secure_fed.protocol.records import Chain
+from secure_fed.protocol.round_frames import ARRIVED_MAGIC, COHORT_MAGIC, max_header, sign_ready, sign_reveal
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
-from secure_fed.protocol.signing import public_hex
+from secure_fed.protocol.signing import public_hex, split_frame
 from secure_fed.protocol.study import AgreedStudy, InitialState, Study
 from secure_fed.server.coordinator import Coordinator
 
@@ -199,11 +201,27 @@ def signing_keys(count: int) -> list[Ed25519PrivateKey]:
     return [Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"%d" % index).digest()) for index in range(count + 1)]
 
 
-def begin(folder: Path, shape: Shape) -> RoundPosition:
-    """Begin a run; where the envelopes of its first round belong."""
+def begin(folder: Path, shape: Shape) -> tuple[RoundPosition, str]:
+    """Begin a run, for whose first round all sites are ready: where its envelopes belong, and the cohort's digest."""
     keys = signing_keys(shape[0])
-    coordinator = Coordinator.begin(study_of(*shape, keys), folder / "server", keys[-1], "1" * 64)
-    return coordinator.journal.chain.due
+    agreed = study_of(*shape, keys)
+    coordinator = Coordinator.begin(agreed, folder / "server", keys[-1], "1" * 64)
+    due = coordinator.journal.chain.due
+    for index in range(shape[0]):
+        ready = sign_ready(agreed, due, coordinator.attempt, name_of(index), keys[index])
+        coordinator.receive(reply_of(index, ReplyCode.READY, due.run, ready))
+    coordinator.advance()
+    return due, split_frame(COHORT_MAGIC, asked_of(coordinator, 0), max_header(agreed), ProtocolError).digest
+
+
+def asked_of(coordinator: Coordinator, index: int) -> bytes:
+    """The question that a site is asked."""
+    return coordinator.request(name_of(index), coordinator.run, 1).question
+
+
+def reply_of(index: int, code: ReplyCode, run: str, word: bytes) -> RoundReply:
+    """A site's reply that carries a signed word."""
+    return RoundReply(name_of(index), code, run, 1, "", word)
 
 
 def make_secret(modulus_bits: int) -> bytes:
@@ -213,7 +231,7 @@ def make_secret(modulus_bits: int) -> bytes:
     return StudySecret.generate(modulus_bits).to_bytes()
 
 
-def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition) -> dict[str, Any]:
+def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition, cohort: str) -> dict[str, Any]:
     """Every site's envelope as a file, and what the sum must be."""
     from secure_fed.privacy.ckks import Cipher, StudySecret
 
@@ -230,7 +248,8 @@ def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition) -> dict[
         draws = codec.rounding_draws(1, due.run, name_of(index), 1, values)
         integers = codec.quantise(update, bounds, 1.0, agreed.lanes.max_integer, draws).integers
         start = time.perf_counter()
-        data = seal_envelope(agreed, due, cipher.seal(integers, binding, name_of(index), 1), NO_LEDGER, keys[index])
+        sealed = cipher.seal(integers, binding, name_of(index))
+        data = seal_envelope(agreed, due, sealed, NO_LEDGER, keys[index], attempt=1, cohort=cohort)
         seconds.append(time.perf_counter() - start)
         size = len(data)
         (folder / f"{index}.up").write_bytes(data)
@@ -242,22 +261,55 @@ def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition) -> dict[
 
 
 def serve(folder: Path, shape: Shape) -> dict[str, Any]:
-    """Receive every envelope and append the record."""
+    """Receive every envelope and fix their sum."""
     keys = signing_keys(shape[0])
     coordinator = Coordinator(study_of(*shape, keys), folder / "server", keys[-1])
     seconds = []
     for index in range(shape[0]):
-        path = folder / f"{index}.up"
-        data = path.read_bytes()
-        path.unlink()
-        reply = RoundReply(name_of(index), ReplyCode.UPDATE, coordinator.run, 1, "", data)
+        data = (folder / f"{index}.up").read_bytes()
+        reply = reply_of(index, ReplyCode.UPDATE, coordinator.run, data)
         start = time.perf_counter()
         coordinator.receive(reply)
         seconds.append(time.perf_counter() - start)
         del data, reply
-    assert coordinator.close_round() is not None
+    coordinator.advance()
     assert not {"tenseal", "torch"} & set(sys.modules)
-    return {"bytes_down": coordinator.journal.records[-1].size, "server": seconds}
+    (folder / "arrived").write_bytes(asked_of(coordinator, 0))
+    return {"server": seconds}
+
+
+def reveal(folder: Path, shape: Shape) -> dict[str, Any]:
+    """Every site's REVEAL, from the payload that it sent."""
+    keys = signing_keys(shape[0])
+    agreed = study_of(*shape, keys)
+    question = (folder / "arrived").read_bytes()
+    arrived = split_frame(ARRIVED_MAGIC, question, max_header(agreed), ProtocolError).digest
+    words = wire("he", agreed.lanes)
+    seconds = []
+    for index in range(shape[0]):
+        payload = (folder / f"{index}.up").read_bytes()[-words.payload_bytes :]
+        start = time.perf_counter()
+        word = sign_reveal(agreed, arrived, name_of(index), words.check_words(arrived, payload), keys[index])
+        seconds.append(time.perf_counter() - start)
+        (folder / f"{index}.reveal").write_bytes(word)
+        (folder / f"{index}.up").unlink()
+    return {"reveal": seconds, "bytes_reveal": len(word)}
+
+
+def close(folder: Path, shape: Shape) -> dict[str, Any]:
+    """Receive every REVEAL and append the record."""
+    keys = signing_keys(shape[0])
+    coordinator = Coordinator(study_of(*shape, keys), folder / "server", keys[-1])
+    seconds = []
+    for index in range(shape[0]):
+        reply = reply_of(index, ReplyCode.REVEALED, coordinator.run, (folder / f"{index}.reveal").read_bytes())
+        start = time.perf_counter()
+        coordinator.receive(reply)
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    assert coordinator.advance() is not None
+    append = (time.perf_counter() - start) / shape[0]
+    return {"bytes_down": coordinator.journal.records[-1].size, "close": [each + append for each in seconds]}
 
 
 def receive(folder: Path, shape: Shape, secret: bytes) -> dict[str, Any]:
@@ -290,11 +342,20 @@ def measure_ours(sites: int, values: int, encoding: Encoding) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         secret, _ = in_process(make_secret, agreed.lanes.modulus_bits)
-        due, _ = in_process(begin, folder, shape)
-        sent, _ = in_process(send, folder, shape, secret, due)
+        (due, cohort), _ = in_process(begin, folder, shape)
+        sent, _ = in_process(send, folder, shape, secret, due, cohort)
         served, peak = in_process(serve, folder, shape)
+        revealed, _ = in_process(reveal, folder, shape)
+        closed, closing = in_process(close, folder, shape)
         received, _ = in_process(receive, folder, shape, secret)
-    return {**sent, **served, **received, "peak_rss_bytes": peak}
+    return {
+        **received,
+        "bytes_up": sent["bytes_up"] + revealed["bytes_reveal"],
+        "bytes_down": closed["bytes_down"],
+        "encrypt": [sum(parts) for parts in zip(sent["encrypt"], revealed["reveal"], strict=True)],
+        "server": [sum(parts) for parts in zip(served["server"], closed["close"], strict=True)],
+        "peak_rss_bytes": max(peak, closing),
+    }
 
 
 # --- others ---
@@ -526,7 +587,7 @@ def count_wrong(wanted: int, values: int) -> dict[str, Any]:
         else:
             integers = rng.integers(-most, most + 1, (count, values))
         binding = Binding(run=os.urandom(32).hex(), head="0" * 64, round=1)
-        sealed = [cipher.seal(row, binding, name_of(index), 1) for index, row in enumerate(integers)]
+        sealed = [cipher.seal(row, binding, name_of(index)) for index, row in enumerate(integers)]
         for first in range(count):
             chosen = [(first + step) % count for step in range(parameters.max_sites)]
             total = wire.zero()

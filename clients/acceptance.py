@@ -48,11 +48,12 @@ Person = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,120}$")]
 
 REPLY_WORDS = {
     "site": "its name, by the key that opens the connection",
-    "code": "one word of a fixed list: update, applied, more, acknowledged, refused-..., failed-...",
+    "code": "one word of a fixed list: ready, update, revealed, applied, more, acknowledged, refused-..., failed-...",
     "run": "the run it is in, 64 hex digits",
     "position": "how many journal records it has, a number",
     "attestation": "a keyed digest of the adapter that all sites hold, 64 hex digits; the server lacks the key",
-    "envelope": "the update, as above; or the signed word that a key rotation was applied",
+    "envelope": "the signed word that the code names: that it is ready; the update, as above; two numbers that follow "
+    "from its encrypted bytes; that a key rotation was applied",
 }
 """Every field of a reply, and what it says."""
 
@@ -64,6 +65,7 @@ HEADER_WORDS = {
     "key": "id of the key in force",
     "amendment": "how many key rotations were applied",
     "round": "which round",
+    "cohort": "which sites take part in this attempt, as a digest of their signed words",
     "attempt": "which attempt of it",
     "site": "its name",
     "values": "how many numbers the update has: the same for every site",

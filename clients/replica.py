@@ -23,12 +23,12 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from secure_fed.clients.acceptance import runs_accepted
+from secure_fed.clients.bound import Bound, read_bound, write_bound
 from secure_fed.clients.keyring import membership
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import (
     AdapterMismatchError,
     AggregateRefused,
-    KeyDeadError,
     KeyFileError,
     NotAcceptedError,
     RecordError,
@@ -49,10 +49,6 @@ from secure_fed.protocol.signing import Frame, check_payload, payload_fields, si
 from secure_fed.protocol.study import AgreedStudy
 
 log = logging.getLogger(__name__)
-
-MAX_REFUSALS = 8
-"""Refused aggregates after which a key decrypts nothing more: each is one answer to a forger."""
-
 
 MAX_EVIDENCE = 8
 """Second records of a run that are kept; a server that signs more fills no disk."""
@@ -232,6 +228,19 @@ class RunFiles:
                 f"a second aggregate for round {record.header.round}; one candidate a round is decrypted, never another"
             )
 
+    @property
+    def bound(self) -> Bound:
+        """What this site has bound itself to."""
+        return read_bound(self.folder.bound)
+
+    def bind(self, bound: Bound) -> None:
+        """Bind this site, durably, before it speaks.
+
+        Raises:
+            StorageError: it could not be written: nothing may be sent.
+        """
+        write_bound(self.folder.bound, bound)
+
     def refuse(self, round_number: int, key: str) -> None:
         """Mark a round's aggregate as refused under a key."""
         make_folder(self.folder.refused)
@@ -240,10 +249,6 @@ class RunFiles:
     def refused(self, round_number: int) -> bool:
         """Whether a round's aggregate was refused."""
         return self.folder.refusal(round_number).exists()
-
-    def refusals(self, key: str) -> int:
-        """How many aggregates were refused under a key."""
-        return sum(path.read_text() == key for path in self.folder.refused.glob("*"))
 
     def store(self, state: ReplicaState) -> None:
         """Keep a state, so that a restart need not decrypt all rounds again; a blind one has no adapter yet."""
@@ -354,7 +359,6 @@ class Replica:
             SiteFileError: an amendment that this site's policy leaves to its people.
             NotAcceptedError: a further run of the study, which nobody here has accepted.
             AdapterMismatchError: the members hold another adapter.
-            KeyDeadError: the key has refused too many aggregates.
             KeyFileError: an amendment's key is refused, or a genesis names one that is not here.
             StorageError: something cannot be written.
         """
@@ -366,12 +370,17 @@ class Replica:
             self.files.refuse_another(frame, header, data)
             return
         record = self.state.chain.check(data)
-        self._check_void(record)
         heads = {entry.site: entry.ledger for entry in record.contributors}
         for name, head in heads.items():
             self.heads.check(name, head)
         if record.amendment is not None:
             self._check_policy(record.amendment)
+            bound = self.files.bound.at(record.header.round)
+            if bound.attempt:
+                raise RecordError(
+                    f"an amendment within round {bound.round}, for which this site answered attempt {bound.attempt} "
+                    "already; expected members and keys to change between rounds only"
+                )
         if record.header.kind == "aggregate":
             self.files.pin(record)
         self.heads.keep(heads)
@@ -406,11 +415,6 @@ class Replica:
             return self._confirm(state, record)
         if self.files.refused(header.round):
             return None
-        if self.files.refusals(key) >= MAX_REFUSALS:
-            raise KeyDeadError(
-                f"key {key[:16]} has refused {MAX_REFUSALS} aggregates and decrypts nothing more; "
-                "the coordinator or the network forges: make a new key"
-            )
         due = state.chain.due
         try:
             sums = self._sealer(key, header.round).open(
@@ -418,7 +422,7 @@ class Replica:
             )
         except AggregateRefused:
             self.files.refuse(header.round, key)
-            log.warning("round %d: the aggregate was refused", header.round)
+            log.error("round %d: the sum is out of range; the study pauses for people", header.round)
             return None
         return Sums(sums)
 
@@ -447,21 +451,17 @@ class Replica:
                 f'amendments = "{allowed}"; accept this one by hand (secfacmic keys accept) or change site.toml'
             )
 
-    def _check_void(self, record: Record) -> None:
-        """A void may only withdraw what was refused here; and what was refused here must be withdrawn."""
-        open_round = self.state.chain.open_round
-        if record.header.kind == "void" and not self.refused:
-            raise RecordError(f"void of round {open_round}, which was applied here; only a refused round can be voided")
-        if record.header.kind != "void" and self.refused:
-            raise RecordError(f"record {record.header.seq}: round {open_round} was refused here; expected its void")
-
     # --- what a site asks ---
 
     @property
-    def refused(self) -> bool:
-        """Whether the last record is an aggregate that was refused here, and awaits its void."""
-        open_round = self.state.chain.open_round
-        return open_round is not None and self.files.refused(open_round)
+    def paused(self) -> bool:
+        """Whether the last sum was out of range, so that people must find out whose envelope was.
+
+        Its check held: some member sent what no training gives. All honest sites see the same; the round is closed, the
+        adapter stays as it was, and an amendment lets the study go on.
+        """
+        chain = self.state.chain
+        return self.files.refused(chain.round) and chain.amended_after < chain.round
 
     @property
     def due(self) -> RoundPosition:
@@ -501,23 +501,40 @@ class Replica:
     def compare(self, head: str, attestations: Mapping[str, str]) -> None:
         """Compare the adapter with the other sites' at a head that this site has had too.
 
+        One that differs is named and left alone: its word stops nobody. Only where more training sites differ than
+        agree (this one among them) is it this site that is odd.
+
         Args:
             head: at which they made the attestations.
             attestations: by site name.
 
         Raises:
-            AdapterMismatchError: another site holds another adapter.
+            AdapterMismatchError: most of the others hold another adapter.
         """
         digest, key = self.state.digests.get(head, ("", ""))
         if not digest or not self._holds(key):
             return
+        members = self.state.chain.members
+        odd = []
         for site, attested in sorted(attestations.items()):
             expected = codec.attestation(self._attestation_key(key), site, head, digest)
-            if site != self.name and not hmac.compare_digest(expected, attested):
-                raise AdapterMismatchError(
-                    f"site {site} attests another adapter than the one here after record {head[:16]}; "
-                    "either the server garbles attestations or one of the two is damaged: compare by phone"
-                )
+            if site in members and site != self.name and not hmac.compare_digest(expected, attested):
+                odd.append(site)
+        if not odd:
+            return
+        training = [site for site in attestations if site in members and members[site].role == "train"]
+        against = sum(site in odd for site in training)
+        if against > sum(site not in odd and site != self.name for site in training) + 1:
+            raise AdapterMismatchError(
+                f"{', '.join(odd)} attest another adapter than the one here after record {head[:16]}, more sites than "
+                "agree; either the server garbles attestations or this site is damaged: compare by phone"
+            )
+        log.warning(
+            "%s attest another adapter than the one here after record %s: damaged, or the server garbles their words; "
+            "compare by phone; the study goes on",
+            ", ".join(odd),
+            head[:16],
+        )
 
     def acknowledgement(self) -> bytes:
         """The signed word that the amendment is applied; the key maker's carries the checkpoint."""

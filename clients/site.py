@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
 from secure_fed.clients import one_sum
+from secure_fed.clients.bound import Bound
 from secure_fed.clients.data import Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
@@ -29,7 +30,15 @@ from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.clients.snapshot import read_snapshot, write_snapshot
 from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
-from secure_fed.core.errors import BudgetError, EnvelopeError, KeyFileError, ProtocolError, SiteFileError
+from secure_fed.core.errors import (
+    AggregateRefused,
+    BudgetError,
+    EnvelopeError,
+    KeyFileError,
+    ProtocolError,
+    SiteFileError,
+)
+from secure_fed.core.layout import SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, check_method
 from secure_fed.model.backbone import load_backbone
@@ -41,9 +50,18 @@ from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
-from secure_fed.protocol.packing import Binding
+from secure_fed.protocol.packing import Binding, Sealed
+from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
+    COHORT_MAGIC,
+    SignedWord,
+    check_arrived,
+    check_cohort,
+    sign_ready,
+    sign_reveal,
+)
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import parse_header, split_frame
+from secure_fed.protocol.signing import check_payload, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
@@ -301,7 +319,6 @@ class Site:
         Raises:
             RecordError: a record is refused; the adapter is as it was.
             AdapterMismatchError: another site holds another adapter.
-            KeyDeadError: the key has refused too many aggregates.
             NonFiniteUpdateError: training diverged; nothing is sent.
             SecfacmicError: others, for the site's own data and disk.
         """
@@ -313,8 +330,6 @@ class Site:
         frozen = self._snapshot
         if frozen is not None and not frozen.exists() and self._can_seal:
             write_snapshot(frozen, self.features())  # before the run's first message
-        if self.replica.refused:
-            return self._reply(ReplyCode.REFUSED_AGGREGATE)
         self.replica.compare(request.attested_head, request.attestations)
         if request.more:
             return self._reply(ReplyCode.MORE)
@@ -339,8 +354,17 @@ class Site:
         if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
             log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
             return self._reply(ReplyCode.APPLIED)
+        if self.replica.paused:
+            return self._reply(ReplyCode.REFUSED_AGGREGATE)
+        if not request.attempt:
+            return self._reply(ReplyCode.APPLIED)
+        kind = request.question[:4]
+        if kind == ARRIVED_MAGIC:
+            return self._reply(ReplyCode.REVEALED, self._reveal(request.question))
         try:
-            return self._reply(ReplyCode.UPDATE, self._envelope(request.attempt))
+            if kind == COHORT_MAGIC:
+                return self._reply(ReplyCode.UPDATE, self._envelope(request.question, request.held))
+            return self._reply(ReplyCode.READY, self._ready(request.attempt))
         except BudgetError as error:
             log.warning("%s: %s", self.name, error)
             return self._reply(ReplyCode.APPLIED)
@@ -348,35 +372,131 @@ class Site:
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
         return RoundReply(self.name, code, self.run, self.position, self.replica.attestation(), envelope)
 
-    # --- the update ---
+    # --- the round: READY, then an envelope for one COHORT after the other, then one REVEAL ---
 
-    def _envelope(self, attempt: int) -> bytes:
-        """The envelope of the round that is due: stored bytes if they fit, else the stored integers sealed anew."""
+    def _ready(self, attempt: int) -> bytes:
+        """Train, unless the round's integers are there, and say so."""
         due = self.replica.due
-        folder = self.replica.files.folder
-        make_folder(folder.outbox, 0o700)
-        path = folder.envelope(due.round)
-        if path.exists():
-            data = path.read_bytes()
-            header = parse_header(
-                split_frame(ENVELOPE_MAGIC, data, MAX_HEADER, EnvelopeError).header,
-                EnvelopeHeader,
-                EnvelopeError,
+        bound = self.replica.files.bound.at(due.round)
+        if bound.arrived or attempt < bound.attempt:
+            raise ProtocolError(
+                f"asked for attempt {attempt} of round {due.round}, but "
+                + ("a REVEAL" if bound.arrived else f"attempt {bound.attempt}")
+                + " was sent already"
             )
-            if header.attempt > attempt:
-                raise ProtocolError(
-                    f"asked for attempt {attempt} of round {due.round}, but attempt {header.attempt} was sent already"
-                )
-            if header.attempt == attempt:
-                check_position(header, due)
-                return data
-        sealer = self.replica.sealer  # first: who cannot seal reads no data and spends no budget
-        integers, ledger = self._integers(folder.integers(due.round))
+        self.replica.sealer  # noqa: B018 -- who cannot seal reads no data and spends no budget
+        self._integers(self._outbox.integers(due.round))
+        return sign_ready(self._agreed, due, attempt, self.name, self.replica.identity.signing)
+
+    def _envelope(self, question: bytes, held: str) -> bytes:
+        """The envelope for a COHORT, without its payload if the server has that already.
+
+        The bytes are made once a round, head and key: another attempt signs another header over the same ones.
+        """
+        due, files = self.replica.due, self.replica.files
+        chain = self.replica.state.chain
+        header, names, cohort = check_cohort(question, self._agreed, chain.members, due, chain.quorum)
+        if self.name not in names:
+            raise ProtocolError(f"COHORT of {', '.join(names)}; expected this site in it")
+        bound = files.bound.at(due.round)
+        again = (header.attempt, cohort) == (bound.attempt, bound.cohort)
+        if not again and (bound.arrived or header.attempt <= bound.attempt):
+            raise ProtocolError(
+                f"COHORT of attempt {header.attempt} of round {due.round}, but attempt {bound.attempt} was answered "
+                "already; expected a later one, and none after a REVEAL"
+            )
+        self._refuse_another_cohort(bound, names)
+        data = self._sealed(header.attempt, cohort)
+        if not again:
+            write_durable(files.folder.question("cohort"), question, 0o600)
+            files.bind(bound.model_copy(update={"attempt": header.attempt, "cohort": cohort, "names": names}))
+        frame = split_frame(ENVELOPE_MAGIC, data, MAX_HEADER, EnvelopeError)
+        known = parse_header(frame.header, EnvelopeHeader, EnvelopeError).payload
+        return data[: len(data) - len(frame.payload)] if held == known else data
+
+    def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...]) -> None:
+        """At one adapter state a site without a budget gives its integers to one cohort: of two sums, who is in one
+        and not in the other could be computed."""
+        if self._private is None and bound.state == self.replica.state.digest and bound.with_whom != names:
+            raise ProtocolError(
+                f"a cohort of {', '.join(names)} at an adapter for which this site has revealed to "
+                f"{', '.join(bound.with_whom)}; expected the same one: the difference of the two sums is somebody's "
+                "update"
+            )
+
+    def _sealed(self, attempt: int, cohort: str) -> bytes:
+        """The envelope of an attempt, on disk; opened and compared with the stored integers before anybody gets it."""
+        due = self.replica.due
+        path = self._outbox.envelope(due.round)
+        integers, ledger = self._integers(self._outbox.integers(due.round))
         binding = Binding(run=due.run, head=due.head, round=due.round)
-        sealed = sealer.seal(integers, binding, self.name, attempt)
-        data = seal_envelope(self._agreed, due, sealed, ledger, self.replica.identity.signing)
+        sealed = self._sealed_before(path)
+        if sealed is None:
+            sealed = self.replica.sealer.seal(integers, binding, self.name)
+        data = seal_envelope(
+            self._agreed, due, sealed, ledger, self.replica.identity.signing, attempt=attempt, cohort=cohort
+        )
+        final = data[len(data) - len(sealed.payload) :]
+        try:
+            opened = self.replica.sealer.open(final, binding, [sealed.contribution])
+        except AggregateRefused:
+            opened = None
+        if opened is None or not np.array_equal(opened, integers):
+            path.unlink(missing_ok=True)
+            raise EnvelopeError(
+                f"round {due.round}: the envelope does not open to the integers that were stored; nothing was sent: "
+                "this computer's memory or disk is damaged; start the site again, elsewhere if it comes back"
+            )
         write_durable(path, data, 0o600)
         return data
+
+    def _sealed_before(self, path: Path) -> Sealed | None:
+        """What was sealed for this very position, if it is whole; a damaged one was not sent, or is made anew."""
+        try:
+            frame = split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
+            header = parse_header(frame.header, EnvelopeHeader, EnvelopeError)
+            check_payload(frame, header, EnvelopeError)
+            check_position(header, self.replica.due)
+        except (FileNotFoundError, EnvelopeError):
+            return None
+        return Sealed(header.contribution, bytes(frame.payload))
+
+    def _reveal(self, question: bytes) -> bytes:
+        """The REVEAL for an ARRIVED: the point from which the round waits for its members.
+
+        At most one a round, whatever the server asks; the answer to the same question is the same.
+        """
+        due, files = self.replica.due, self.replica.files
+        arrived, envelopes, digest = check_arrived(question, self._agreed, self.replica.state.chain.members, due)
+        bound = files.bound.at(due.round)
+        if (arrived.attempt, arrived.cohort) != (bound.attempt, bound.cohort):
+            raise ProtocolError(
+                f"ARRIVED of attempt {arrived.attempt}; the newest here is attempt {bound.attempt}, of another COHORT"
+            )
+        if tuple(entry.site for entry in envelopes) != bound.names:
+            raise ProtocolError(
+                f"ARRIVED: envelopes of {', '.join(entry.site for entry in envelopes)}; expected all of the cohort, "
+                f"{', '.join(bound.names)}"
+            )
+        if bound.arrived not in ("", digest):
+            raise ProtocolError(f"a second ARRIVED of round {due.round}; this site has revealed for another")
+        self._refuse_another_cohort(bound, bound.names)
+        frame = split_frame(ENVELOPE_MAGIC, self._outbox.envelope(due.round).read_bytes(), MAX_HEADER, EnvelopeError)
+        own = SignedWord.of(frame.header, frame.signature)
+        if arrived.envelopes[bound.names.index(self.name)] != own:
+            raise ProtocolError("ARRIVED: names another envelope of this site than it sent")
+        check = self.replica.state.chain.wire.check_words(digest, bytes(frame.payload))
+        write_durable(files.folder.question("arrived"), question, 0o600)
+        files.bind(
+            bound.model_copy(update={"arrived": digest, "state": self.replica.state.digest, "with_whom": bound.names})
+        )
+        return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing)
+
+    @property
+    def _outbox(self) -> SiteRun:
+        folder = self.replica.files.folder
+        make_folder(folder.outbox, 0o700)
+        return folder
 
     def _integers(self, path: Path) -> tuple[NDArray[np.int64], LedgerHead]:
         """The round's integers: those stored, else trained, rounded once and stored before they are used.

@@ -168,10 +168,10 @@ class Cipher:
         # Fail here, by name, rather than as a refused aggregate, if this SEAL does something else.
         self._test_against_seal()
 
-    def seal(self, integers: Integers, binding: Binding, site: str, attempt: int) -> Sealed:
+    def seal(self, integers: Integers, binding: Binding, site: str) -> Sealed:
         """Tag, pack and encrypt one update; see ``Sealer.seal``."""
         check_integers(integers, self._parameters)
-        contribution = Contribution(site, attempt, secrets.token_hex(_SEED_BYTES))
+        contribution = Contribution(site, secrets.token_hex(_SEED_BYTES))
         dots = _dot_products(self._tag_key, binding, integers)
         masks = self._masks(binding, contribution)
         tags = [(dot + mask) % TAG_PRIME for dot, mask in zip(dots, masks, strict=True)]
@@ -234,8 +234,7 @@ class Cipher:
     def _masks(self, binding: Binding, contribution: Contribution) -> list[int]:
         """Return u_ij of one envelope, for each j."""
         return [
-            int.from_bytes(_derive(self._tag_key, "u", j, binding, str(contribution.attempt), contribution.site), "big")
-            % TAG_PRIME
+            int.from_bytes(_derive(self._tag_key, "u", j, binding, contribution.site), "big") % TAG_PRIME
             for j in range(TAGS)
         ]
 

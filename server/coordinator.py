@@ -7,8 +7,13 @@ envelopes are spooled to disk until their round's record is durable, and added i
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import secrets
 import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +31,8 @@ from secure_fed.core.errors import (
 from secure_fed.core.layout import ENVELOPES, ServerRun, ServerState, kept_round, numbered, site_envelope
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.envelope import (
+    MAGIC,
+    MAX_HEADER,
     Envelope,
     EnvelopeHeader,
     Seeds,
@@ -36,7 +43,22 @@ from secure_fed.protocol.envelope import (
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire
-from secure_fed.protocol.records import Chain, RecordFolder
+from secure_fed.protocol.records import Chain, RecordFolder, summed_checks
+from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
+    READY_MAGIC,
+    REVEAL_MAGIC,
+    Revealed,
+    SignedWord,
+    arrived_digest,
+    arrived_header,
+    check_arrived,
+    check_cohort,
+    check_ready,
+    check_reveal,
+    sign_cohort,
+    split_word,
+)
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.sealed_key import (
     ACKNOWLEDGEMENT_MAGIC,
@@ -45,9 +67,34 @@ from secure_fed.protocol.sealed_key import (
     check_amendment,
     verify_acknowledgement,
 )
-from secure_fed.protocol.signing import Frame, check_payload, public_hex, split_frame
+from secure_fed.protocol.signing import Frame, check_payload, parse_header, public_hex, sign_frame, split_frame
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.server.journal import Journal, now_ms
+
+log = logging.getLogger(__name__)
+
+
+COHORT, ARRIVED, REVEAL_OF = "cohort", "arrived", "reveal-"
+"""Names of an attempt's frames in the spool; no site's name follows the first two."""
+
+
+class Step(StrEnum):
+    """What a round waits for."""
+
+    READY = "ready"
+    ENVELOPE = "envelope"
+    REVEAL = "reveal"
+    ACKNOWLEDGED = "acknowledged"
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A signed frame of the server's, whom it is for, its digest, and the envelopes that it names, if any."""
+
+    data: bytes
+    names: tuple[str, ...]
+    digest: str
+    envelopes: tuple[SignedWord, ...] = ()
 
 
 class Coordinator:
@@ -83,12 +130,15 @@ class Coordinator:
             raise StudyError(f"{folder}: no run has begun; begin one with a key's id")
         self.run = run
         self._agreed = agreed
+        self._key = key
         self._folder = state.run(run)
         self._keep_envelopes = keep_envelopes
         self.journal = Journal(agreed, self._folder.journal, key)
         if not self.journal.records:
             raise RecordError(f"{self._folder.path}: no genesis; the run was not begun whole: begin a new one")
         self._attestations: dict[str, dict[str, str]] = {}
+        self._cohort: _Question | None
+        self._arrived: _Question | None
         self._heads = LedgerHeads(state.ledger_heads)
         self._open_round()
         self._take_spool()
@@ -132,20 +182,15 @@ class Coordinator:
         return self.journal.chain.finished
 
     @property
-    def sites_in(self) -> tuple[str, ...]:
-        """Sites whose envelope for the current round was accepted, by name; those that acknowledged an amendment,
-        while one awaits its checkpoint."""
-        return tuple(sorted(self._acknowledged if self.journal.chain.awaits_checkpoint else self._envelopes))
-
-    @property
     def rounds(self) -> list[JournalEntry]:
         """The aggregates so far, in order."""
         return [entry for entry in self.journal.records if entry.header.kind == "aggregate"]
 
-    def request(self, run: str, position: int) -> RoundRequest:
-        """What to send to a site.
+    def request(self, site: str, run: str, position: int) -> RoundRequest:
+        """What to send to a site: the records that it lacks, and what the round asks of it now, if anything.
 
         Args:
+            site: its name.
             run: the run the site says it is in.
             position: how many of its records the site says it has; ignored when it is in another run.
         """
@@ -158,9 +203,16 @@ class Coordinator:
                 break
             records.append(self.journal.read(seq))
         head = self._attested_head()
+        asked = site in self.asked
+        held = self._held.get(site)
+        question = b""
+        if asked and self._cohort is not None:
+            question = self._cohort.data if self._arrived is None or site not in self._envelopes else self._arrived.data
         return RoundRequest(
             round=self.round,
-            attempt=self.attempt,
+            attempt=self.attempt if asked else 0,
+            question=question,
+            held="" if held is None else held[0],
             records=tuple(records),
             more=start + len(records) < len(self.journal.records),
             attested_head=head,
@@ -187,33 +239,208 @@ class Coordinator:
             self._attestations.setdefault(head, {})[reply.site] = reply.attestation
         for old in list(self._attestations)[:-2]:
             del self._attestations[old]
-        if reply.code == ReplyCode.UPDATE:
+        if reply.code == ReplyCode.READY:
+            self._take_ready(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.UPDATE:
             self._accept(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.REVEALED:
+            self._take_reveal(reply.envelope, reply.site)
         elif reply.code == ReplyCode.ACKNOWLEDGED:
             self._acknowledge(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.REFUSED_AGGREGATE and head == self.journal.chain.head:
+            self._refusing.add(reply.site)
 
-    def close_round(self) -> JournalEntry | None:
-        """Append the record that is due if enough sites are in; else change nothing and return None.
+    # --- the round ---
 
-        That is the round's aggregate, after which the spooled envelopes are erased, since their sum is durable. If an
-        amendment waits, it comes first: then the amendment, next its checkpoint, and then a new attempt of the round,
-        for which the sites seal their stored integers under the new key.
-        """
-        if self.finished or len(self.sites_in) < self._agreed.study.min_sites:
-            return None
+    @property
+    def step(self) -> Step:
+        """What the round waits for."""
         if self.journal.chain.awaits_checkpoint:
+            return Step.ACKNOWLEDGED
+        if self._cohort is None:
+            return Step.READY
+        return Step.ENVELOPE if self._arrived is None else Step.REVEAL
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """Whom the step still waits for: those that are asked and have not answered."""
+        if self.finished:
+            return frozenset()
+        if self._cohort is None or self.journal.chain.awaits_checkpoint:
+            training = {name for name, member in self.journal.chain.members.items() if member.role == "train"}
+            return frozenset(training - set(self.sites_in) - self._left_out)
+        return frozenset(self._cohort.names) - set(self.sites_in)
+
+    @property
+    def sites_in(self) -> tuple[str, ...]:
+        """Who has answered what the step asks, by name: sites that are ready, whose envelope came, or that revealed."""
+        if self.journal.chain.awaits_checkpoint:
+            return tuple(sorted(self._acknowledged))
+        if self._cohort is None:
+            return tuple(sorted(self._readies))
+        if self._arrived is None:
+            return tuple(sorted(self._envelopes))
+        return tuple(sorted(set(self._reveals) & set(self._envelopes)))
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Who is not asked any more in this round: gone in an attempt that failed."""
+        return frozenset(self._left_out)
+
+    @property
+    def paused(self) -> bool:
+        """Whether so many say that the last sum is out of range that an honest one is among them, and no amendment
+        waits that would let the study go on."""
+        needed = self.journal.chain.quorum
+        training = {name for name in self._refusing if self.journal.chain.members[name].role == "train"}
+        return len(training) > needed.faulty and self._waiting_amendment() is None
+
+    @property
+    def refusing(self) -> tuple[str, ...]:
+        """Who says that the last sum is out of range."""
+        return tuple(sorted(self._refusing))
+
+    def advance(self) -> JournalEntry | None:
+        """Take the step that is due with those who are in, if they are enough; the record, if one was appended.
+
+        READY: a quorum becomes the cohort, or, before any cohort of the round, lets a waiting amendment in. ENVELOPE:
+        once all of the cohort's are in, their sum is fixed. REVEAL: once all of the cohort have revealed, the record
+        is appended and the spool erased. A step that is not complete changes nothing.
+        """
+        if self.finished:
+            return None
+        chain, needed = self.journal.chain, self.journal.chain.quorum.needed
+        if chain.awaits_checkpoint:
             return self._close_amendment()
-        waiting = self._waiting_amendment()
-        if waiting is not None:
-            # Here, not earlier: who sent an envelope has accepted the last aggregate, which nobody can void any more.
-            self.journal.append_amendment(waiting)
-            self._acknowledged.clear()
-            return self.journal.records[-1]
-        envelopes = [self._envelopes[site] for site in self.sites_in]
-        self._keep()
-        self.journal.append_aggregate(envelopes, self._wire.record(self._total, len(envelopes)), self._opened_ms)
+        if self._cohort is None:
+            waiting = self._waiting_amendment()
+            if waiting is not None and not self._begun and len(set(self._readies) | self._refusing) >= needed:
+                self.journal.append_amendment(waiting)
+                self._acknowledged.clear()
+                self._readies.clear()
+                self._refusing.clear()
+                return self.journal.records[-1]
+            if len(self._readies) >= needed:
+                self._choose()
+            return None
+        if set(self._envelopes) != set(self._cohort.names):
+            return None
+        if self._arrived is None:
+            self._fix_sum()
+            return None
+        if set(self._reveals) != set(self._cohort.names) or not self._checks_hold():
+            return None
+        return self._append()
+
+    def fail(self, gone: Collection[str]) -> bool:
+        """Give an attempt up and begin another without those who are gone, for the rest of the round.
+
+        Possible, and free, until the sum is fixed: nobody has revealed anything, and who sent an envelope need not send
+        its bytes again. After that the round waits.
+
+        Returns:
+            Whether it was given up; not if too few would be left, or the sum is fixed.
+        """
+        if self._cohort is None or self._arrived is not None:
+            return False
+        if len(set(self._cohort.names) - set(gone)) < self.journal.chain.quorum.needed:
+            return False
+        self._left_out |= set(gone)
+        self._next_attempt()
+        return True
+
+    def _choose(self) -> None:
+        """COHORT: who is ready takes part."""
+        chosen = [self._readies[name] for name in sorted(self._readies)]
+        data = sign_cohort(self._agreed, self.journal.chain.due, self.attempt, chosen, self._key)
+        make_folder(self._spool())
+        write_durable(self._folder.frame(self.round, self.attempt, COHORT), data, 0o600)
+        self._set_cohort(data)
+
+    def _set_cohort(self, data: bytes) -> None:
+        chain = self.journal.chain
+        _, names, digest = check_cohort(data, self._agreed, chain.members, chain.due, chain.quorum)
+        self._cohort = _Question(data, names, digest)
+        self._begun = True
+
+    def _fix_sum(self) -> None:
+        """ARRIVED: these envelopes, and this sum of them."""
+        assert self._cohort is not None
+        payload = self._sum()
+        words = tuple(SignedWord.of(self._envelopes[name].header_text, self._envelopes[name].signature)
+                      for name in self._cohort.names)  # fmt: skip
+        facts = len(payload), hashlib.sha256(payload).hexdigest()
+        due, cohort = self.journal.chain.due, self._cohort.digest
+        header = arrived_header(self._agreed, due, self.attempt, cohort, facts, words)
+        data = sign_frame(ARRIVED_MAGIC, header, self._key, b"")
+        write_durable(self._folder.frame(self.round, self.attempt, ARRIVED), data, 0o600)
+        self._arrived = _Question(data, self._cohort.names, arrived_digest(header), words)
+
+    def _sum(self) -> bytes:
+        return self._wire.record(self._total, len(self._envelopes))
+
+    def _checks_hold(self) -> bool:
+        """Whether the cohort's checks add up to the sum's; if not, whose is wrong is found, named and kept.
+
+        Each is held against the sender's own envelope: bytes and a word that it signed, so that it can be shown to
+        whoever may see them.
+        """
+        assert self._arrived is not None
+        digest = self._arrived.digest
+        checks = {name: (kept.first, kept.second) for name, kept in self._reveals.items()}
+        if self._wire.check_words(digest, self._sum()) == summed_checks(checks.values(), self._wire.modulus):
+            return True
+        for name, check in checks.items():
+            envelope = site_envelope(self._spool(), name).read_bytes()
+            if self._wire.check_words(digest, envelope[-self._wire.payload_bytes :]) != check:
+                log.error(
+                    "%s: its REVEAL of round %d is wrong: it does not fit the envelope that it signed; both are kept "
+                    "in %s; the round waits for its right one, or for people",
+                    *(name, self.round, self._spool()),
+                )
+                del self._reveals[name]
+        return False
+
+    def _append(self) -> JournalEntry:
+        assert self._cohort is not None
+        envelopes = [self._envelopes[name] for name in self._cohort.names]
+        self._keep(self._cohort.names)
+        reveals = [self._reveals[name] for name in self._cohort.names]
+        self.journal.append_aggregate(envelopes, reveals, self._sum(), self._opened_ms)
         self._open_round()
         return self.journal.records[-1]
+
+    def _take_ready(self, data: bytes, site: str) -> None:
+        if self._cohort is not None or self.journal.chain.awaits_checkpoint or self.finished:
+            return  # too late for this attempt
+        word = split_word(READY_MAGIC, data)
+        chain = self.journal.chain
+        header = check_ready(word, self._agreed, chain.members, chain.due, self.attempt)
+        if header.site != site:
+            raise EnvelopeError(f"a READY of {header.site} in a reply of {site}")
+        self._readies[site] = word
+
+    def _take_reveal(self, data: bytes, site: str) -> None:
+        if self._arrived is None or site not in self._arrived.names:
+            return  # of a round that is over
+        word = split_word(REVEAL_MAGIC, data)
+        header = check_reveal(word, self._agreed, self.journal.chain.members, self._arrived.digest)
+        if header.site != site:
+            raise EnvelopeError(f"a REVEAL of {header.site} in a reply of {site}")
+        write_durable(self._folder.frame(self.round, self.attempt, REVEAL_OF + site), data, 0o600)
+        self._reveals[site] = Revealed(*header.check, word.signature)
+
+    def _next_attempt(self) -> None:
+        self._clear_attempt()
+        self.attempt += 1
+        make_folder(self._spool())
+
+    def _clear_attempt(self) -> None:
+        self._cohort = None
+        self._arrived = None
+        self._readies: dict[str, SignedWord] = {}
+        self._reveals: dict[str, Revealed] = {}
+        self._clear_sum()
 
     def amend(self, sealed: bytes) -> None:
         """Leave an amendment for the next round to take force with; it survives a restart.
@@ -223,15 +450,6 @@ class Coordinator:
         """
         store_amendment(self._agreed, self._folder.path, self.journal.chain, sealed)
 
-    def void_round(self) -> None:
-        """Withdraw the last aggregate, which sites refused. Its updates are lost.
-
-        Raises:
-            RecordError: the last record is no aggregate.
-        """
-        self.journal.append_void()
-        self._open_round()
-
     def require_enough(self, able: int) -> None:
         """Refuse to wait for ever.
 
@@ -239,20 +457,25 @@ class Coordinator:
             able: how many training sites can still send updates.
 
         Raises:
-            NotEnoughSitesError: fewer than ``min_sites``.
+            NotEnoughSitesError: fewer than the quorum.
         """
-        if able < self._agreed.study.min_sites:
+        needed = self.journal.chain.quorum.needed
+        if able < needed:
             raise NotEnoughSitesError(
-                f"round {self.round}: {able} sites can still train; expected at least min_sites = "
-                f"{self._agreed.study.min_sites}; the study ends here with {self.journal.chain.round} rounds"
+                f"round {self.round}: {able} sites can still train; expected at least the quorum, {needed}; "
+                f"the study ends here with {self.journal.chain.round} rounds"
             )
 
     def _open_round(self) -> None:
         self.attempt = 1
         self._acknowledged: dict[str, Frame] = {}
         self._opened_ms = now_ms()
-        self._clear_sum()
         self._seeds: Seeds = {}  # of this round's envelopes, in all its attempts
+        self._begun = False  # whether a cohort of the round was sent out, after which its members are frozen
+        self._left_out: set[str] = set()
+        self._refusing: set[str] = set()
+        self._held: dict[str, tuple[str, Path]] = {}
+        self._clear_attempt()
         for folder in self._folder.spool.glob("*"):
             if folder.name != numbered(self.round):
                 shutil.rmtree(folder)
@@ -283,16 +506,15 @@ class Coordinator:
         self._acknowledged[site] = frame
 
     def _close_amendment(self) -> JournalEntry | None:
+        chain = self.journal.chain
         maker = self._acknowledged.get(self._agreed.study.key_maker)
-        if maker is None:
+        training = sum(chain.members[name].role == "train" for name in self._acknowledged)
+        if maker is None or training < chain.quorum.needed:
             return None
         frames = [self._acknowledged[site] for site in self.sites_in]
         self.journal.append_checkpoint(frames, bytes(maker.payload))
         self._acknowledged.clear()
-        # The envelopes so far name the old head and key.
-        self._clear_sum()
-        self.attempt += 1
-        make_folder(self._spool())
+        self._next_attempt()
         return self.journal.records[-1]
 
     def _clear_sum(self) -> None:
@@ -306,13 +528,13 @@ class Coordinator:
     def _spool(self) -> Path:
         return self._folder.spooled(self.round, self.attempt)
 
-    def _keep(self) -> None:
+    def _keep(self, names: Collection[str]) -> None:
         """Keep the round's envelopes before its record, so that there is no record without them."""
         if self._keep_envelopes is None:
             return
         folder = kept_round(self._keep_envelopes, self.run, self.round)
         make_folder(folder, 0o700)
-        for site in self.sites_in:
+        for site in names:
             write_durable(site_envelope(folder, site), site_envelope(self._spool(), site).read_bytes(), 0o600)
 
     def _take_spool(self) -> None:
@@ -321,20 +543,54 @@ class Coordinator:
         attempts = sorted(int(path.name) for path in folder.glob("*")) if folder.exists() else []
         if not attempts:
             return
+        self._begun = any(self._folder.frame(self.round, number, COHORT).is_file() for number in attempts)
+        for number in attempts:
+            for path in sorted(self._folder.spooled(self.round, number).glob(ENVELOPES)):
+                self._hold(path)
         self.attempt = attempts[-1]
-        for path in folder.glob(f"*/{ENVELOPES}"):
-            with contextlib.suppress(EnvelopeError):
-                self._keep_seed(open_envelope(path.read_bytes(), *self._study_now()).header)
-        try:
-            for path in sorted(self._spool().glob(ENVELOPES)):
+        cohort, arrived = (self._folder.frame(self.round, self.attempt, name) for name in (COHORT, ARRIVED))
+        if not cohort.is_file():
+            return
+        self._set_cohort(cohort.read_bytes())
+        damaged = False
+        for path in sorted(self._spool().glob(ENVELOPES)):
+            try:
                 envelope = self._check(path.read_bytes(), path.stem)
                 self._count(envelope, self._wire.add(self._total, envelope.payload))
-        except EnvelopeError:
-            self._clear_sum()
-            self.attempt += 1
-            make_folder(self._spool())
+            except EnvelopeError as error:
+                log.warning("%s: damaged, and asked for again (%s)", path, error)
+                damaged = True
+        if arrived.is_file():
+            self._take_arrived(arrived.read_bytes())
+        elif damaged:
+            self._next_attempt()
+
+    def _take_arrived(self, data: bytes) -> None:
+        assert self._cohort is not None
+        chain = self.journal.chain
+        header, _, digest = check_arrived(data, self._agreed, chain.members, chain.due)
+        self._arrived = _Question(data, self._cohort.names, digest, header.envelopes)
+        for name in self._cohort.names:
+            path = self._folder.frame(self.round, self.attempt, REVEAL_OF + name)
+            if path.is_file():
+                self._take_reveal(path.read_bytes(), name)
+
+    def _hold(self, path: Path) -> None:
+        """Remember a payload that need not be sent again; a damaged one shows when it is used."""
+        data = path.read_bytes()
+        with contextlib.suppress(EnvelopeError):
+            frame = split_frame(MAGIC, data, MAX_HEADER, EnvelopeError)
+            header = parse_header(frame.header, EnvelopeHeader, EnvelopeError)
+            check_payload(frame, header, EnvelopeError)
+            self._held[path.stem] = header.payload, path
+            self._keep_seed(header)
 
     def _accept(self, data: bytes, site: str) -> None:
+        if self._cohort is None or site not in self._cohort.names:
+            raise EnvelopeError(f"an envelope of {site}, which was not asked for one in attempt {self.attempt}")
+        held = self._held.get(site)
+        if held is not None and len(data) < self._wire.payload_bytes:
+            data += held[1].read_bytes()[-self._wire.payload_bytes :]
         envelope = self._check(data, site)
         known = self._envelopes.get(site)
         if known is not None:
@@ -346,8 +602,10 @@ class Coordinator:
         make_folder(self._spool())
         # Before the spool: a restart must not take an envelope that it would not have taken again.
         self._heads.keep({site: envelope.header.ledger})
-        write_durable(site_envelope(self._spool(), site), data, 0o600)
+        path = site_envelope(self._spool(), site)
+        write_durable(path, data, 0o600)
         self._count(envelope, total)
+        self._held[site] = envelope.header.payload, path
 
     def _check(self, data: bytes, site: str) -> Envelope:
         if self.finished:
@@ -359,6 +617,12 @@ class Coordinator:
         if envelope.header.attempt != self.attempt:
             raise EnvelopeError(f"envelope of {site}: attempt {envelope.header.attempt}, expected {self.attempt}")
         refuse_repeated_seed(envelope.header, self.journal.chain.seeds | self._seeds)
+        assert self._cohort is not None  # else nobody is asked for one
+        if envelope.header.cohort != self._cohort.digest:
+            raise EnvelopeError(f"envelope of {site}: for another cohort than the one that was sent out")
+        word = SignedWord.of(envelope.header_text, envelope.signature)
+        if self._arrived is not None and word not in self._arrived.envelopes:
+            raise EnvelopeError(f"envelope of {site}: another one than it sent before the sum was fixed")
         try:
             self._heads.check(site, envelope.header.ledger)
         except LedgerRollbackError as error:
@@ -384,6 +648,15 @@ class Coordinator:
     def _attested_head(self) -> str:
         """The newest head at which sites attested; a pair that misses each other here meets in the next round."""
         return next(reversed(self._attestations), "")
+
+
+def paused_text(coordinator: Coordinator) -> str:
+    """What people are told when a study pauses."""
+    return (
+        f"the sum of round {coordinator.round - 1} is out of range, say {', '.join(coordinator.refusing)}; its sites "
+        "sent it so; expected updates within the study's bounds. Adapter, keys and budgets are as before; find the "
+        "site that is broken or lies by other means, then remove it: secfacmic keys rotate --remove SITE"
+    )
 
 
 def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed: bytes) -> None:

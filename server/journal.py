@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from secure_fed.core.errors import KeyFileError, RecordError
 from secure_fed.protocol.envelope import Envelope
 from secure_fed.protocol.journal import JournalEntry
-from secure_fed.protocol.records import Chain, Kind, RecordFolder, SignedContribution, new_header, sign_record
+from secure_fed.protocol.records import Chain, Kind, RecordFolder, new_header, sign_record
+from secure_fed.protocol.round_frames import Revealed, SignedWord
 from secure_fed.protocol.sealed_key import check_sealed_key
 from secure_fed.protocol.signing import Frame
 from secure_fed.protocol.study import AgreedStudy
@@ -48,16 +49,19 @@ class Journal:
         """Open a run."""
         self._append("genesis", 0, run=run, key_id=key_id)
 
-    def append_aggregate(self, envelopes: Sequence[Envelope], payload: bytes, opened_ms: int) -> None:
+    def append_aggregate(
+        self, envelopes: Sequence[Envelope], reveals: Sequence[Revealed], payload: bytes, opened_ms: int
+    ) -> None:
         """Append one round's encrypted sum.
 
         Args:
             envelopes: those in the sum, by site name.
+            reveals: their sites' REVEALs, in the same order.
             payload: the sum.
             opened_ms: when the round began.
         """
         signed = [(envelope.header_text, envelope.signature) for envelope in envelopes]
-        self._append("aggregate", self.chain.round + 1, payload, signed, opened_ms=opened_ms)
+        self._append("aggregate", self.chain.round + 1, payload, signed, reveals, opened_ms=opened_ms)
 
     def append_amendment(self, sealed: bytes) -> None:
         """Append a new sealed key, and with it a change of members.
@@ -80,14 +84,6 @@ class Journal:
         signed = [(frame.header, frame.signature) for frame in acknowledgements]
         self._append("checkpoint", self.chain.round + 1, checkpoint, signed)
 
-    def append_void(self) -> None:
-        """Withdraw the last record, an aggregate that sites refused.
-
-        Raises:
-            RecordError: the last record is no aggregate.
-        """
-        self._append("void", self.chain.round)
-
     def read(self, seq: int) -> bytes:
         """A record's bytes."""
         return self._folder.read(seq)
@@ -98,6 +94,7 @@ class Journal:
         round_number: int,
         payload: bytes = b"",
         signed: Sequence[tuple[bytes, bytes]] = (),
+        reveals: Sequence[Revealed] = (),
         *,
         run: str | None = None,
         key_id: str | None = None,
@@ -112,7 +109,8 @@ class Journal:
             run=self.chain.run if run is None else run,
             key=self.chain.key if key_id is None else key_id,
             round_number=round_number,
-            contributors=tuple(SignedContribution.of(text, signature) for text, signature in signed),
+            contributors=tuple(SignedWord.of(text, signature) for text, signature in signed),
+            reveals=tuple(reveals),
             times_ms=(opened, max(opened, now)),
             payload=payload,
         )

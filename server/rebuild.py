@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secure_fed.core.errors import EnvelopeError, RecordError, StorageError
-from secure_fed.core.layout import RECORDS, ServerState, SiteState, numbered
-from secure_fed.core.storage import exclusive, make_folder
+from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError, StorageError
+from secure_fed.core.layout import RECORDS, ServerRun, ServerState, SiteState, numbered
+from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.journal import find_runs, verify_run
 from secure_fed.protocol.records import Chain, RecordFolder, read_header
+from secure_fed.protocol.round_frames import check_arrived, check_cohort
 from secure_fed.protocol.signing import SIGNATURE_BYTES, check_payload, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
+from secure_fed.server.coordinator import ARRIVED, COHORT
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def rebuild(agreed: AgreedStudy, sources: Sequence[Path], state: Path) -> Rebuil
             )
         target = folder.run(chain.run)
         added = _complete(RecordFolder(target.journal), longest, agreed)
-        attempt = _next_attempt(sources, chain)
+        attempt = _take_over(sources, agreed, chain, target) or _next_attempt(sources, chain)
         if attempt > 1:
             # The coordinator takes up the highest attempt that it finds a folder of.
             make_folder(target.spooled(chain.round + 1, attempt))
@@ -138,6 +140,25 @@ def _fork(one: Path, other: Path) -> RecordError:
         f"{one} and {other}: two different records of one place, both signed by the coordinator; "
         "expected one journal: keep both files and show them to the other sites"
     )
+
+
+def _take_over(sources: Sequence[Path], agreed: AgreedStudy, chain: Chain, target: ServerRun) -> int:
+    """The attempt whose sum is fixed, if a site has revealed for it: its COHORT and ARRIVED go back into the spool, so
+    that the coordinator asks its members for the same envelopes and REVEALs, and for no others; else 0."""
+    for source in sources:
+        run = SiteState(source).run(chain.run)
+        try:
+            frames = {name: run.question(name).read_bytes() for name in (COHORT, ARRIVED)}
+            arrived, _, _ = check_arrived(frames[ARRIVED], agreed, chain.members, chain.due)
+            _, _, digest = check_cohort(frames[COHORT], agreed, chain.members, chain.due, chain.quorum)
+        except (FileNotFoundError, ProtocolError):
+            continue  # of no round, or of another one
+        if digest == arrived.cohort:
+            make_folder(target.spooled(chain.round + 1, arrived.attempt))
+            for name, data in frames.items():
+                write_durable(target.frame(chain.round + 1, arrived.attempt, name), data, 0o600)
+            return arrived.attempt
+    return 0
 
 
 def _next_attempt(sources: Sequence[Path], chain: Chain) -> int:

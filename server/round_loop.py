@@ -17,11 +17,11 @@ import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError
+from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError, StudyPausedError
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.study import AgreedStudy
-from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.coordinator import Coordinator, Step, paused_text
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, read_reply, request_content
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,10 @@ class _Site:
     since: str = ""  # when it connected; empty while it is not
     asked: str = ""  # id of the message it has not answered yet
     asked_since: str = ""
+    asked_step: Step | None = None  # what it was asked then, beside the records
     run: str = ""
     position: int | None = None  # records it has; None until it says so
+    left: float = 0.0  # when its connection was last lost or made
     not_before: float = 0.0
     told_the_end: bool = False
     passed: tuple[int, int] = (0, 0)  # round and attempt for which it has no update
@@ -73,6 +75,7 @@ class RoundLoop:
     report: Callable[[dict[str, Any]], None] = lambda facts: None
     _sites: list[_Site] = field(init=False)
     _opened: float = field(init=False)
+    _stepped: float = field(init=False)
     _absent: set[str] = field(init=False, default_factory=set)
     _told: str = field(init=False, default="")
     _malformed: bool = field(init=False, default=False)
@@ -86,7 +89,7 @@ class RoundLoop:
             for site in members.values()
             if site.name in self.nodes
         ]
-        self._opened = time.monotonic()
+        self._opened = self._stepped = time.monotonic()
 
     def run(self) -> bool:
         """Run the study to its end; every site that is connected then has the last record.
@@ -108,7 +111,7 @@ class RoundLoop:
         """Look once at sites and replies; whether anything came."""
         self._look()
         moved = self._collect()
-        self._close_if_due()
+        self._advance_if_due()
         for site in self._sites:
             self._ask(site)
         if time.monotonic() - self._reported >= LOOK_SECONDS:
@@ -125,6 +128,7 @@ class RoundLoop:
                 "round": min(coordinator.round, self.agreed.study.rounds),
                 "finished": coordinator.finished,
                 "attempt": coordinator.attempt,
+                "step": coordinator.step.value,
                 "sites": {
                     site.name: {
                         "role": "train" if site.trains else "observer",
@@ -154,6 +158,7 @@ class RoundLoop:
             if since != site.since:
                 log.info("%s %s", site.name, "connected" if since else "is not connected any more")
                 site.not_before = 0.0
+                site.left = now
             site.since = since
             if since:
                 self._absent.discard(site.name)
@@ -179,6 +184,7 @@ class RoundLoop:
         )
         (identifier,) = self.grid.push_messages([message])
         site.asked, site.asked_since = identifier, site.since
+        site.asked_step = self.coordinator.step if request.attempt and not request.more else None
 
     def _request(self, site: _Site) -> RoundRequest | None:
         """What the site lacks; None if nothing."""
@@ -187,11 +193,14 @@ class RoundLoop:
             # Where is it? Without an answer it would be sent the whole journal again.
             return RoundRequest(coordinator.round, coordinator.attempt, (), more=True)
         behind = site.run != coordinator.run or site.position < len(coordinator.journal.records)
-        if coordinator.finished:
-            due = behind or not site.told_the_end
-        else:
-            due = behind or (site.trains and site.name not in coordinator.sites_in and not self._passes(site))
-        return coordinator.request(site.run, site.position) if due else None
+        wanted = not site.told_the_end if coordinator.finished else self._is_asked(site)
+        due = behind or wanted
+        return coordinator.request(site.name, site.run, site.position) if due else None
+
+    def _is_asked(self, site: _Site) -> bool:
+        if self.coordinator.step == Step.ACKNOWLEDGED:
+            return site.trains and site.name not in self.coordinator.sites_in
+        return site.name in self.coordinator.asked and not self._passes(site)
 
     def _passes(self, site: _Site) -> bool:
         return site.passed == (self.coordinator.round, self.coordinator.attempt)
@@ -254,13 +263,17 @@ class RoundLoop:
             coordinator.receive(reply)
         site.run, site.position = reply.run, reply.position
         if reply.code == ReplyCode.REFUSED_AGGREGATE and reply.position == known:
-            if coordinator.journal.records[-1].header.kind == "aggregate":
-                log.warning("%s: refuses the aggregate of round %d; it is void", site.name, coordinator.round - 1)
-                coordinator.void_round()
-                self._open()
+            log.error("%s: finds the sum of round %d out of range", site.name, coordinator.round - 1)
+            self._ask_later(site)
+            site.position = reply.position
+            if coordinator.paused:
+                raise StudyPausedError(paused_text(coordinator))
+        elif reply.code == ReplyCode.APPLIED and site.asked_step in (Step.ENVELOPE, Step.REVEAL):
+            self._ask_later(site)  # it dropped its update
+            site.position = reply.position
         elif reply.code != ReplyCode.MORE and reply.position == known:
             site.told_the_end = coordinator.finished
-            if reply.code == ReplyCode.APPLIED and site.trains and not coordinator.journal.chain.awaits_checkpoint:
+            if reply.code == ReplyCode.APPLIED and site.trains and site.asked_step is Step.READY:
                 # It has the head, was asked for an update and has none to give, now or later.
                 site.passed = (coordinator.round, coordinator.attempt)
                 if not coordinator.finished:
@@ -269,36 +282,71 @@ class RoundLoop:
 
     # --- rounds ---
 
-    def _close_if_due(self) -> None:
-        coordinator, study = self.coordinator, self.agreed.study
+    def _advance_if_due(self) -> None:
+        """Take the round's next step when all whom it needs have answered, or at the deadline when enough have."""
+        coordinator = self.coordinator
         if coordinator.finished:
             return
+        step = coordinator.step
         inside = set(coordinator.sites_in)
-        missing = {site.name for site in self._sites if site.trains and not self._passes(site)} - inside
-        late = time.monotonic() - self._opened >= study.round_seconds
-        enough = len(inside) >= study.min_sites
-        if enough and (late or not missing - self._absent):
-            entry = coordinator.close_round()
-            if entry is not None:
-                self._closed(entry, missing)
+        late = time.monotonic() - self._stepped >= self.agreed.study.round_seconds
+        if step in (Step.READY, Step.ACKNOWLEDGED):
+            missing = {site.name for site in self._sites if site.trains and not self._passes(site)} - inside
+            missing -= coordinator.left_out
+            due = late or not missing - self._absent
+        else:
+            missing = set(coordinator.asked)
+            gone = self._gone(inside | missing) | (missing if late else set())
+            if step is Step.ENVELOPE and gone and missing <= gone and coordinator.fail(gone):
+                log.warning("round %d: another attempt, without %s", coordinator.round, ", ".join(sorted(gone)))
+                self._step_taken()
                 return
-        away = sorted(site.name for site in self._sites if site.name in missing and not site.since)
-        if away and (late or not self._busy(missing)):
-            until = "until there are min_sites" if late else f"for at most {study.round_seconds:g} s"
-            self._tell(
-                f"round {coordinator.round}: {len(inside)} sites in, min_sites {study.min_sites}; waiting {until} for "
-                f"{', '.join(away)}, not connected"
-            )
+            # Fixed only while all of them are there: after that the round waits for every one.
+            due = not missing and (step is Step.REVEAL or self._all_there(inside))
+        if due:
+            entry = coordinator.advance()
+            if entry is not None:
+                self._closed(entry)
+                return
+            if coordinator.step is not step:
+                if missing:
+                    log.warning("round %d goes on without %s", coordinator.round, ", ".join(sorted(missing)))
+                # Who is away is not waited for in every round; who is slow is.
+                self._absent |= {site.name for site in self._sites if site.name in missing and not site.since}
+                self._step_taken()
+                return
+        self._tell_waiting(step, inside, missing, late)
 
-    def _closed(self, entry: JournalEntry, missing: set[str]) -> None:
+    def _gone(self, names: set[str]) -> set[str]:
+        """Which of these have not been connected for a while; who only starts anew keeps its place."""
+        now = time.monotonic()
+        return {
+            site.name for site in self._sites if site.name in names and not site.since and now > site.left + PATIENCE
+        }
+
+    def _all_there(self, names: set[str]) -> bool:
+        return all(site.since for site in self._sites if site.name in names)
+
+    def _tell_waiting(self, step: Step, inside: set[str], missing: set[str], late: bool) -> None:
+        away = sorted(site.name for site in self._sites if site.name in missing and not site.since)
+        if not away or not (late or not self._busy(missing)):
+            return
+        needed, seconds = self.coordinator.journal.chain.quorum.needed, self.agreed.study.round_seconds
+        if step is Step.REVEAL:
+            until = "until they are back: the sum is fixed, and only they can reveal it;"
+        else:
+            until = "until there are enough" if late else f"for at most {seconds:g} s"
+        self._tell(
+            f"round {self.coordinator.round}: {len(inside)} sites in, quorum {needed}; waiting {until} for "
+            f"{', '.join(away)}, not connected"
+        )
+
+    def _closed(self, entry: JournalEntry) -> None:
         header = entry.header
+        self._step_taken()
         if header.kind != "aggregate":
             log.info("%s appended before round %d", header.kind, self.coordinator.round)
             return
-        if missing:
-            log.warning("round %d goes on without %s", header.round, ", ".join(sorted(missing)))
-        # Who is away is not waited for in every round; who is slow is.
-        self._absent |= {site.name for site in self._sites if site.name in missing and not site.since}
         log.info(
             "round %d of %d: %d sites in, %.2f MB, %.1f s",
             header.round,
@@ -313,7 +361,11 @@ class RoundLoop:
         return any(site.since for site in self._sites if site.name in missing)
 
     def _open(self) -> None:
-        self._opened = time.monotonic()
+        self._opened = self._stepped = time.monotonic()
+        self._told = ""
+
+    def _step_taken(self) -> None:
+        self._stepped = time.monotonic()
         self._told = ""
 
     def _tell(self, text: str) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,21 @@ from secure_fed.core.tomlfile import parse_table, to_toml
 from secure_fed.privacy import ckks, keys
 from secure_fed.protocol import codec, envelope, records, sealed_key
 from secure_fed.protocol.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHead
-from secure_fed.protocol.packing import Binding, CipherWire, Contribution, Sealed, pack_lanes
-from secure_fed.protocol.records import SignedContribution, new_header
+from secure_fed.protocol.packing import Binding, CipherWire, Contribution, pack_lanes
+from secure_fed.protocol.records import new_header
 from secure_fed.protocol.residues import PRIMES, expand, linear_check, pack_residues
+from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
+    COHORT_MAGIC,
+    REVEAL_MAGIC,
+    Revealed,
+    SignedWord,
+    arrived_digest,
+    arrived_header,
+    sign_ready,
+    sign_reveal,
+    split_word,
+)
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.signing import (
     SignedHeader,
@@ -263,6 +275,8 @@ class World:
         size = (3, len(TRAINING), self.agreed.lanes.values)
         self.integers = rng.integers(-most, most + 1, size)
         self.coordinator = self._begin()
+        self.cohorts: dict[int, Golden] = {}
+        self.arrived: dict[int, Golden] = {}
         self.envelopes: dict[tuple[int, str], Golden] = {}
         self.records = {0: self._golden_record(self.coordinator, 0)}
         for number in (1, 2):
@@ -315,25 +329,94 @@ class World:
         return Golden(name, data, records.MAGIC)
 
     def seal(
-        self, coordinator: Coordinator, number: int, site: str, attempt: int = 1, ledger: LedgerHead = NO_LEDGER
+        self,
+        coordinator: Coordinator,
+        number: int,
+        site: str,
+        attempt: int = 1,
+        ledger: LedgerHead = NO_LEDGER,
+        cohort: str | None = None,
     ) -> bytes:
+        """A site's envelope, for the true run's COHORT of the round unless another is named."""
         due = coordinator.journal.chain.due
         binding = Binding(run=due.run, head=due.head, round=due.round)
         integers = self.integers[number - 1, TRAINING.index(site)]
-        sealed = self.ciphers[due.key].seal(integers, binding, site, attempt)
-        return envelope.seal_envelope(self.agreed, due, sealed, ledger, self.identities[site].signing)
+        sealed = self.ciphers[due.key].seal(integers, binding, site)
+        return envelope.seal_envelope(
+            self.agreed,
+            due,
+            sealed,
+            ledger,
+            self.identities[site].signing,
+            attempt=attempt,
+            cohort=self.cohorts[number].frame.digest if cohort is None else cohort,
+        )
+
+    def reveals(
+        self, due: envelope.RoundPosition, words: Sequence[SignedWord], payload: bytes, own: Mapping[str, bytes]
+    ) -> tuple[Revealed, ...]:
+        """What the sites would have to say for a record to hold: each its own check, for whatever ARRIVED follows.
+
+        Args:
+            due: the record's position.
+            words: the contributors' envelope headers, as the record has them.
+            payload: its sum.
+            own: each site's own payload.
+        """
+        headers = [fields_of(envelope.MAGIC, word.signed[0]) for word in words]
+        if not headers:
+            return ()
+        facts = len(payload), hashlib.sha256(payload).hexdigest()
+        attempt, cohort = headers[0]["attempt"], headers[0]["cohort"]
+        digest = arrived_digest(arrived_header(self.agreed, due, attempt, cohort, facts, words))
+        found = []
+        for header in headers:
+            check = self.wire.check_words(digest, own[header["site"] if header["site"] in own else "ash"])
+            signing = self.identities[header["site"]].signing
+            word = split_word(REVEAL_MAGIC, sign_reveal(self.agreed, digest, header["site"], check, signing))
+            found.append(Revealed(*check, word.signature))
+        return tuple(found)
 
     def _golden_record(self, coordinator: Coordinator, seq: int) -> Golden:
         return Golden(f"journal/{seq:08d}.record", coordinator.journal.read(seq), records.MAGIC)
 
     def _round(self, number: int) -> None:
-        for site in TRAINING:
-            data = self.seal(self.coordinator, number, site)
+        cohort, envelopes, arrived = self.play(self.coordinator, number)
+        self.cohorts[number] = Golden(f"cohorts/{number}.cohort", cohort, COHORT_MAGIC)
+        self.arrived[number] = Golden(f"arrived/{number}.arrived", arrived, ARRIVED_MAGIC)
+        for site, data in envelopes.items():
             self.envelopes[number, site] = Golden(f"envelopes/{number}/{site}.envelope", data, envelope.MAGIC)
-            position = len(self.records)
-            self.coordinator.receive(RoundReply(site, ReplyCode.UPDATE, self.coordinator.run, position, "", data))
-        assert self.coordinator.close_round() is not None
         self._keep_record()
+
+    def play(
+        self, coordinator: Coordinator, number: int, ledgers: Mapping[str, LedgerHead] | None = None
+    ) -> tuple[bytes, dict[str, bytes], bytes]:
+        """One round with its four words: its COHORT, the envelopes by site, its ARRIVED."""
+        position = len(coordinator.journal.records)
+
+        def send(site: str, code: ReplyCode, data: bytes) -> None:
+            coordinator.receive(RoundReply(site, code, coordinator.run, position, "", data))
+
+        due = coordinator.journal.chain.due
+        for site in TRAINING:
+            send(site, ReplyCode.READY, sign_ready(self.agreed, due, 1, site, self.identities[site].signing))
+        assert coordinator.advance() is None
+        cohort = coordinator._cohort
+        assert cohort is not None
+        envelopes = {}
+        for site in TRAINING:
+            ledger = (ledgers or {}).get(site, NO_LEDGER)
+            envelopes[site] = self.seal(coordinator, number, site, ledger=ledger, cohort=cohort.digest)
+            send(site, ReplyCode.UPDATE, envelopes[site])
+        assert coordinator.advance() is None
+        arrived = coordinator._arrived
+        assert arrived is not None
+        for site in TRAINING:
+            check = self.wire.check_words(arrived.digest, envelopes[site][-self.wire.payload_bytes :])
+            signing = self.identities[site].signing
+            send(site, ReplyCode.REVEALED, sign_reveal(self.agreed, arrived.digest, site, check, signing))
+        assert coordinator.advance() is not None
+        return cohort.data, envelopes, arrived.data
 
     def _keep_record(self) -> None:
         seq = len(self.records)
@@ -389,7 +472,8 @@ class World:
         return values
 
     def _write(self) -> None:
-        for golden in (*self.envelopes.values(), *self.records.values()):
+        words = (*self.cohorts.values(), *self.arrived.values())
+        for golden in (*words, *self.envelopes.values(), *self.records.values()):
             path = self.folder / golden.name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(golden.data)
@@ -542,6 +626,7 @@ def envelope_cases(world: World) -> Cases:
     )
     other = world._begin()
     cases.add("another run's, same keys", [literal(world.seal(other, 2, "ash"))], "invalid", "WrongPlace")
+    cases.add("for another cohort", ash.with_fields(key, cohort="1" * 64), "invalid", "WrongPlace")
     cases.group(
         "The coordinator collects round 3 after an amendment.",
         journal=[world.records[seq].name for seq in range(5)],
@@ -649,10 +734,10 @@ class Forger:
         self.chain = world.chain(length)
         self.sent: list[list[Piece]] = [world.records[seq].whole() for seq in range(length)]
 
-    def headers(self, number: int, sites: Sequence[str]) -> tuple[SignedContribution, ...]:
+    def headers(self, number: int, sites: Sequence[str]) -> tuple[SignedWord, ...]:
         """The sites' signed envelope headers of a round."""
         return tuple(
-            SignedContribution.of(golden.frame.header, golden.frame.signature)
+            SignedWord.of(golden.frame.header, golden.frame.signature)
             for golden in (self.world.envelopes[number, site] for site in sites)
         )
 
@@ -663,19 +748,26 @@ class Forger:
         *,
         kind: str = "aggregate",
         number: int | None = None,
-        contributors: tuple[SignedContribution, ...] | None = None,
+        contributors: tuple[SignedWord, ...] | None = None,
+        own: Mapping[str, bytes] | None = None,
         signer: Ed25519PrivateKey | None = None,
         **fields: Any,
     ) -> list[Piece]:
         chain = self.chain
         default = self.headers(chain.round + 1, TRAINING) if kind == "aggregate" and contributors is None else ()
+        words = default if contributors is None else contributors
+        if own is None:
+            number_ = min(3, chain.round + 1)
+            own = {site: bytes(self.world.envelopes[number_, site].frame.payload) for site in TRAINING}
+        reveals = self.world.reveals(chain.due, words, payload, own) if kind == "aggregate" else ()
         header = new_header(
             chain,
             kind,  # type: ignore[arg-type]
             run=fields.pop("run", chain.run),
             key=fields.pop("key", chain.key),
             round_number=chain.round + (kind == "aggregate") if number is None else number,
-            contributors=default if contributors is None else contributors,
+            contributors=words,
+            reveals=reveals,
             times_ms=(1, 2),
             payload=payload,
         )
@@ -686,7 +778,7 @@ class Forger:
         return [literal(start), *(pieces if pieces is not None else [literal(payload)] if payload else [])]
 
     def take(self, pieces: list[Piece]) -> None:
-        """Go on behind this record, valid or refused after decryption."""
+        """Go on behind this record."""
         self.chain.advance(self.chain.check(join(pieces, self.world.folder)))
         self.sent.append(pieces)
 
@@ -712,11 +804,10 @@ def record_cases(world: World) -> Cases:
         Header="Signed by the coordinator, but not this version in its one encoding.",
         WrongPlace="Signed by the coordinator for another study, run, key, round or place in the chain.",
         Signer="Not signed by the coordinator that the study names.",
-        Cohort="Contributors below min_sites, twice, unsorted, unknown, or not of this round.",
-        Forgery="A sum that is not of the envelopes that the contributors signed; refused after decryption.",
-        SecondRecord="Two records for one round, or a second candidate after a refusal.",
-        Void="A void that withdraws what it must not, or what does.",
-        DeadKey="After eight refusals the key decrypts nothing more.",
+        Cohort="Contributors below the quorum, twice, unsorted, unknown, or not of this round.",
+        Reveal="A REVEAL that is missing, another's, for another ARRIVED or with a wrong check.",
+        Forgery="A sum that is not of its contributors' envelopes, though they revealed for it; nothing is decrypted.",
+        SecondRecord="Two records for one round.",
         Amendment="A new key or its checkpoint, honest or not what the members signed.",
         Ledger="A contributor whose privacy ledger does, or does not, continue the one seen before.",
     )
@@ -757,7 +848,7 @@ def record_cases(world: World) -> Cases:
         "round 2": {"round": 2},
         "round 0": {"round": 0},
         "a genesis": {"kind": "genesis"},
-        "a void": {"kind": "void"},
+        "a void, which there is none of": {"kind": "void"},
         "an unknown kind": {"kind": "retract"},
         "a payload of another size": {"size": size + 1},
         "a payload of 8 PiB": {"size": 2**53 - 1},
@@ -783,11 +874,11 @@ def record_cases(world: World) -> Cases:
     ash, birch, cedar = forger.headers(1, TRAINING)
     other_run = world._begin()
     strange = {site: Golden("", world.seal(other_run, 1, site), envelope.MAGIC) for site in TRAINING}
-    foreign = tuple(SignedContribution.of(golden.frame.header, golden.frame.signature) for golden in strange.values())
+    foreign = tuple(SignedWord.of(golden.frame.header, golden.frame.signature) for golden in strange.values())
     text = encoded(envelope.MAGIC, fields_of(envelope.MAGIC, ash.signed[0]) | {"site": OBSERVER})
-    observer = SignedContribution.of(text, world.identities[OBSERVER].signing.sign(envelope.MAGIC + text))
-    unsigned = SignedContribution(header=birch.header, signature=ash.signature)
-    lists: dict[str, tuple[tuple[SignedContribution, ...], bytes]] = {
+    observer = SignedWord.of(text, world.identities[OBSERVER].signing.sign(envelope.MAGIC + text))
+    unsigned = SignedWord(header=birch.header, signature=ash.signature)
+    lists: dict[str, tuple[tuple[SignedWord, ...], bytes]] = {
         "nobody": ((), honest),
         "one site": ((ash,), summed(["ash"])),
         "two sites, below min_sites": ((ash, birch), summed(["ash", "birch"])),
@@ -812,8 +903,22 @@ def record_cases(world: World) -> Cases:
     abroad = {name: bytes(item.frame.payload) for name, item in strange.items()}
     forgeries = _forgeries(world, payloads, honest, abroad, summed)
     for comment, payload in forgeries.items():
-        cases.add(comment, forger.record(payload), "invalid", "Forgery", error="refused-aggregate")
+        cases.add(comment, forger.record(payload), "invalid", "Forgery", **refused)
 
+    reveals = one.fields["reveals"]
+    foreign_word = golden[2].fields["reveals"][0]
+    wrong = world.reveals(forger.chain.due, forger.headers(1, TRAINING), honest, dict.fromkeys(TRAINING, honest))
+    swapped = [[*reveals[0][:2], reveals[1][2]], *reveals[1:]]
+    for comment, words in {
+        "of nobody": [],
+        "of two only": reveals[:2],
+        "of one twice": [reveals[0], reveals[0], reveals[2]],
+        "in another order": [reveals[1], reveals[0], reveals[2]],
+        "of another round": [foreign_word, *reveals[1:]],
+        "with another site's signature": swapped,
+        "with wrong checks, signed": [list(word) for word in wrong],
+    }.items():
+        cases.add(f"reveals {comment}", one.with_fields(key, reveals=words), "invalid", "Reveal", **refused)
     bad = forgeries["one site twice, one left out"]
     bad_record = forger.record(bad)
     cases.group("A site that applied round 1.", site=OBSERVER, before=[golden[0].whole(), one.whole()])
@@ -842,10 +947,8 @@ def record_cases(world: World) -> Cases:
         Forger(world, 2).record(honest, one.payload()),
         "invalid",
         "Forgery",
-        error="refused-aggregate",
+        **refused,
     )
-    cases.add("a void for an applied round", Forger(world, 2).record(b"", kind="void"), "invalid", "Void", **refused)
-    cases.add("a void for round 2", Forger(world, 2).record(b"", kind="void", number=2), "invalid", "Void", **refused)
     cases.add(
         "a second genesis", Forger(world, 2).record(b"", kind="genesis", number=0), "invalid", "WrongPlace", **refused
     )
@@ -857,52 +960,7 @@ def record_cases(world: World) -> Cases:
     plain = Forger(world, 0).record(b"", kind="genesis", number=0, run="8" * 64, key="0" * 64)
     cases.add("another run's genesis, in plain mode", plain, "invalid", "WrongPlace", **refused)
 
-    after = Forger(world, 1)
-    bad_record = [_outside(piece, world.folder) for piece in bad_record]
-    after.take(bad_record)
-    cases.group("A site that refused round 1's aggregate.", site=OBSERVER, before=list(after.sent))
-    cases.add("its void", after.record(b"", kind="void"), "valid", "Void", adapter=0)
-    cases.add("a second candidate after a refusal: the honest one", one.whole(), "invalid", "SecondRecord", **refused)
-    cases.add("the refused record again", bad_record, "invalid", "Forgery", error="refused-aggregate")
-    signed_two = _headers_at(world, after.chain)
-    cases.add(
-        "another aggregate without a void", after.record(bad, contributors=signed_two), "invalid", "Void", **refused
-    )
-    cases.add("a void with a payload", after.record(b"1", kind="void"), "invalid", "Void", **refused)
-    cases.add(
-        "a void with contributors",
-        after.record(b"", kind="void", contributors=forger.headers(1, TRAINING)),
-        "invalid",
-        "Void",
-        **refused,
-    )
-    cases.add(
-        "a void signed by a site",
-        after.record(b"", kind="void", signer=world.identities["ash"].signing),
-        "invalid",
-        "Signer",
-        **refused,
-    )
-
     _amendment_cases(world, cases)
-    dead = Forger(world, 1)
-    for refusals in range(1, 10):
-        headers = _headers_at(world, dead.chain)
-        record = dead.record(bad, [_outside(literal(bad), world.folder)], contributors=headers)
-        if refusals in (8, 9):
-            cases.group(
-                f"A site after {refusals - 1} refused and voided rounds.", site=OBSERVER, before=list(dead.sent)
-            )
-            comment, error = (
-                ("the eighth refusal", "refused-aggregate")
-                if refusals == 8
-                else ("a ninth aggregate: the key is dead", "KeyDeadError")
-            )
-            cases.add(comment, record, "invalid", "DeadKey", error=error)
-            if refusals == 9:
-                break
-        dead.take(record)
-        dead.take(dead.record(b"", kind="void"))
     return cases
 
 
@@ -989,7 +1047,6 @@ def _amendment_cases(world: World, cases: Cases) -> None:
         "acknowledged with an adapter that is not here", record, "invalid", "Amendment", error="AdapterMismatchError"
     )
     cases.add("an aggregate in its place", golden[5].whole(), "invalid", "WrongPlace", **refused)
-    cases.add("a void in its place", forger.record(b"", kind="void"), "invalid", "Void", **refused)
     again = forger.record(payload, amendment.payload(), kind="amendment", number=3)
     cases.add("a second amendment in its place", again, "invalid", "Amendment", **refused)
 
@@ -1000,8 +1057,8 @@ def _amendment_cases(world: World, cases: Cases) -> None:
     cases.add("the amendment again: known already", amendment.whole(), "valid", "Amendment", adapter=2)
 
 
-def _signed(frames: Sequence[Any]) -> tuple[SignedContribution, ...]:
-    return tuple(SignedContribution.of(frame.header, frame.signature) for frame in frames)
+def _signed(frames: Sequence[Any]) -> tuple[SignedWord, ...]:
+    return tuple(SignedWord.of(frame.header, frame.signature) for frame in frames)
 
 
 def _joined(sealed: Golden, text: bytes, key: Ed25519PrivateKey) -> bytes:
@@ -1014,28 +1071,12 @@ def _edited(sealed: Golden, key: Ed25519PrivateKey, **fields: Any) -> bytes:
     return _joined(sealed, encoded(sealed.magic, sealed.fields | fields), key)
 
 
-def _headers_at(world: World, chain: records.Chain) -> tuple[SignedContribution, ...]:
-    """Envelope headers that the sites truly signed at this place of a forged journal."""
-    signed = []
-    for site in TRAINING:
-        due = chain.due
-        nothing = Sealed(Contribution(site, 1, "5" * 64), bytes(world.wire.payload_bytes))
-        data = envelope.seal_envelope(world.agreed, due, nothing, NO_LEDGER, world.identities[site].signing)
-        frame = split_frame(envelope.MAGIC, data, 10**6, SecfacmicError)
-        signed.append(SignedContribution.of(frame.header, frame.signature))
-    return tuple(signed)
-
-
 def _ledger_cases(world: World, cases: Cases) -> None:
     """Two rounds of a run in which ash has a privacy ledger, and copies of that ledger that went their own way."""
     run = world._begin()
     ledgers = {1: LedgerHead(7, "a" * 64), 2: LedgerHead(12, "b" * 64, ((4, "9" * 16), (7, "a" * 16)))}
-    for number, ledger in ledgers.items():
-        for site in TRAINING:
-            data = world.seal(run, number, site, ledger=ledger if site == "ash" else NO_LEDGER)
-            position = len(run.journal.records)
-            run.receive(RoundReply(site, ReplyCode.UPDATE, run.run, position, "", data))
-        assert run.close_round() is not None
+    played = {number: world.play(run, number, {"ash": ledger}) for number, ledger in ledgers.items()}
+    own = {site: data[-world.wire.payload_bytes :] for site, data in played[2][1].items()}
     golden = [world.keep(f"ledger/{seq:08d}.record", run.journal.read(seq)) for seq in range(3)]
     cases.group(
         "A site that applied round 1, in which ash's ledger stood at entry 7.",
@@ -1044,6 +1085,8 @@ def _ledger_cases(world: World, cases: Cases) -> None:
     )
     cases.add("the ledger continues the one seen", golden[2].whole(), "valid", "Ledger", adapter=2)
     others = golden[2].fields["contributors"]
+    first = fields_of(envelope.MAGIC, bytes.fromhex(others[0][0]))
+    due = envelope.RoundPosition(*(first[name] for name in ("run", "head", "key", "amendment", "round")))
     header = fields_of(envelope.MAGIC, bytes.fromhex(others[0][0]))
     signing = world.identities["ash"].signing
     for comment, fields, result in [
@@ -1058,7 +1101,11 @@ def _ledger_cases(world: World, cases: Cases) -> None:
     ]:
         text = encoded(envelope.MAGIC, header | fields)
         contributors = [[text.hex(), signing.sign(envelope.MAGIC + text).hex()], *others[1:]]
-        pieces = golden[2].with_fields(world.coordinator_key, contributors=contributors)
+        words = [SignedWord(*word) for word in contributors]
+        reveals = world.reveals(due, words, bytes(golden[2].frame.payload), own)
+        pieces = golden[2].with_fields(
+            world.coordinator_key, contributors=contributors, reveals=[list(word) for word in reveals]
+        )
         more = {"adapter": 2} if result == "valid" else {"error": "LedgerRollbackError"}
         cases.add(f"ash's ledger: {comment}", pieces, result, "Ledger", **more)
 
@@ -1126,7 +1173,7 @@ def arithmetic(folder: Path) -> None:
         }
         for comment, modulus in moduli.items()
     ]
-    binding, who = Binding("1" * 64, "2" * 64, 3), Contribution("ash", 1, "4" * 64)
+    binding, who = Binding("1" * 64, "2" * 64, 3), Contribution("ash", "4" * 64)
     keys_of_streams = [
         {
             "run": binding.run,

@@ -17,6 +17,7 @@ print(json.dumps({"cpu": torch.backends.cpu.get_cpu_capability()}), flush=True)
 for line in sys.stdin:
     fields = json.loads(line)
     fields["records"] = tuple(base64.b64decode(record) for record in fields["records"])
+    fields["question"] = base64.b64decode(fields["question"])
     reply = site.respond(RoundRequest(**fields))
     answer = {
         "reply": {**reply.__dict__, "envelope": base64.b64encode(reply.envelope).decode()},

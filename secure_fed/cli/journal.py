@@ -47,7 +47,6 @@ def verify(folder: Folder, study: StudyFile = None, json_: Json = False) -> None
                 "current": run.current,
                 "records": last.header.seq + 1,
                 "aggregates": kinds["aggregate"],
-                "voids": kinds["void"],
                 "amendments": kinds["amendment"],
                 "rounds": agreed.study.rounds,
                 "head": last.id,
@@ -59,7 +58,7 @@ def verify(folder: Folder, study: StudyFile = None, json_: Json = False) -> None
     for result in results:
         _say(
             f"run {result['run'][:16]}{' (current)' if result['current'] else ''}: {result['records']} records, "
-            f"{result['aggregates']} aggregates of {result['rounds']} rounds, {result['voids']} voids, "
+            f"{result['aggregates']} aggregates of {result['rounds']} rounds, "
             f"{result['amendments']} amendments; all signatures, contributors and digests hold"
         )
         _say(f"head {result['head']}")

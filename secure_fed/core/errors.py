@@ -192,8 +192,8 @@ class AggregateRefused(SecfacmicError):
     exit_code = 45
 
 
-class KeyDeadError(SecfacmicError):
-    """A key that has seen too many refused aggregates and decrypts nothing more."""
+class StudyPausedError(SecfacmicError):
+    """A sum that is what its sites sent, but out of range: people must find whose envelope it was."""
 
     exit_code = 46
 

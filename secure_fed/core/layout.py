@@ -173,6 +173,15 @@ class SiteRun(RunState):
         """The private head after a round."""
         return self.heads / numbered(round_number)
 
+    @property
+    def bound(self) -> Path:
+        """What the site has bound itself to in the open round."""
+        return self.path / "bound.json"
+
+    def question(self, name: str) -> Path:
+        """The last ``cohort`` or ``arrived`` that the site has answered, for a server that lost them."""
+        return self.path / f"{name}.frame"
+
     def pin(self, round_number: int) -> Path:
         """The digest of a round's one candidate."""
         return self.path / "pins" / numbered(round_number)
@@ -201,6 +210,10 @@ class ServerRun(RunState):
     def spooled(self, round_number: int, attempt: int) -> Path:
         """Folder of what was received for an attempt of a round, a file a site."""
         return self.spooled_round(round_number) / f"{attempt:04d}"
+
+    def frame(self, round_number: int, attempt: int, name: str) -> Path:
+        """A signed word of an attempt: ``cohort``, ``arrived``, or a site's name for its REVEAL."""
+        return self.spooled(round_number, attempt) / f"{name}.frame"
 
     def amendment(self, key: str) -> Path:
         """The amendment that waits and follows the key of that id."""

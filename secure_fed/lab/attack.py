@@ -245,7 +245,7 @@ def _update_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Itera
         values = {codec.UPDATE: update, codec.COUNTS: np.zeros(2)}
         integers = agreed.layout(1).encode(values, target.weight, draws)[0]
         plain = agreed.layout(1).decode(integers, [target.weight])[codec.UPDATE]
-        coefficients = wire.residues(cipher.seal(integers, binding, target.name, 0).payload)
+        coefficients = wire.residues(cipher.seal(integers, binding, target.name).payload)
         # All that is there, read as numbers of the size that updates have.
         centred = np.resize(coefficients.astype(np.float64) / lanes.modulus - 0.5, update.size) * np.sqrt(12)
         for name, flat in (("plain_update", plain), ("server_he", centred * np.sqrt(np.mean(plain**2)))):
@@ -276,7 +276,7 @@ def _sum_views(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]]) -> Iterator
     sums = [_sums_of(shadow, target, members) for target, members in zip(shadow.targets, chosen, strict=True)]
     for target, members, own in zip(shadow.targets, chosen, sums, strict=True):
         integers = layout.encode(own.values(), 1.0, np.zeros(0))[0]
-        coefficients = wire.residues(cipher.seal(integers, binding, target.name, 0).payload)
+        coefficients = wire.residues(cipher.seal(integers, binding, target.name).payload)
         # All that is there, read as integers of the size that lanes hold.
         centred = np.resize(coefficients.astype(np.float64) / layout.lanes.modulus - 0.5, layout.lanes.values)
         guessed = np.round(2 * centred * layout.lanes.max_integer).astype(np.int64)

@@ -33,7 +33,7 @@ from secure_fed.lab.simulation import Budget, accept_another_run, open_run, open
 from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.privacy.ledger import Ledger
-from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, read_template
 from secure_fed.server.coordinator import Coordinator
@@ -115,26 +115,39 @@ class Ground:
         """Sites in a run whose key was replaced after its first round."""
         sites = self.sites()
         coordinator = open_run(self.agreed, self.folder, open_sites(self.agreed, self.folder))
-        step(coordinator, sites)
+        play_round(coordinator, sites)
         coordinator.amend(self.seal_key(2, coordinator.journal.chain.key))
-        for _ in range(3):
+        for _ in range(2):  # the amendment, then its checkpoint
             step(coordinator, sites)
+        play_round(coordinator, sites)
         return sites, coordinator
 
 
 def step(coordinator: Coordinator, sites: list[Site]) -> None:
-    """Exchange messages with the sites until they lack nothing, and close what is due."""
+    """Ask every site what the round asks now, and take the step."""
     for site in sites:
-        while ask(coordinator, site) == ReplyCode.MORE:
+        while ask(coordinator, site).code == ReplyCode.MORE:
             pass
-    coordinator.close_round()
+    coordinator.advance()
 
 
-def ask(coordinator: Coordinator, site: Site) -> ReplyCode:
+def play_round(coordinator: Coordinator, sites: list[Site]) -> None:
+    """All steps of the round that is due, to its record."""
+    due = coordinator.round
+    while coordinator.round == due:
+        step(coordinator, sites)
+
+
+def ask(coordinator: Coordinator, site: Site) -> RoundReply:
     """One request and reply."""
-    reply = site.respond(coordinator.request(site.run, site.position))
+    reply = answer(coordinator, site)
     coordinator.receive(reply)
-    return reply.code
+    return reply
+
+
+def answer(coordinator: Coordinator, site: Site) -> RoundReply:
+    """A reply that the server has not taken yet."""
+    return site.respond(coordinator.request(site.name, site.run, site.position))
 
 
 def drill(tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -198,11 +211,11 @@ def _second_run(ground: Ground) -> Outcome:
 
     def under_a_new_key() -> None:
         key = site.replica.keys.accept(ground.seal_key(3)).key
-        site.respond(ground.another_run(key).request("", 0))
+        site.respond(ground.another_run(key).request(site.name, "", 0))
 
     def under_the_rotated_key() -> None:
         accept_another_run(ground.agreed, ground.folder)
-        sites[1].respond(ground.another_run(rotated).request("", 0))
+        sites[1].respond(ground.another_run(rotated).request(sites[1].name, "", 0))
 
     return _refused(
         {"a new key, no word of the site's people": under_a_new_key, "the rotated key": under_the_rotated_key}
@@ -216,7 +229,7 @@ def _bogus_key(ground: Ground) -> Outcome:
     accept_another_run(ground.agreed, ground.folder)
     told = "it answered"
     try:
-        sites[0].respond(ground.another_run(secrets.token_hex(32)).request("", 0))
+        sites[0].respond(ground.another_run(secrets.token_hex(32)).request(sites[0].name, "", 0))
     except SecfacmicError as error:
         told = f"refused ({type(error).__name__})"
     after = Ledger(ledger).summary()["epsilon_spent"]
@@ -291,11 +304,13 @@ def _seed_and_disk(ground: Ground) -> Outcome:
     sites = ground.sites()
     coordinator = open_run(ground.agreed, ground.folder, open_sites(ground.agreed, ground.folder))
     site, seed = sites[0], secrets.token_hex(32)
+    step(coordinator, sites)
     with mock.patch("secure_fed.privacy.ckks.secrets.token_hex", return_value=seed):  # a generator that repeats
         ask(coordinator, site)
-        coordinator._clear_sum()
-        coordinator.attempt += 1
-        reply = site.respond(coordinator.request(site.run, site.position))
+        site.replica.files.folder.envelope(1).unlink()
+        coordinator.fail(())
+        step(coordinator, sites)
+        reply = answer(coordinator, site)
     try:
         coordinator.receive(reply)
         repeated = "taken"

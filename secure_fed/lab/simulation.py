@@ -19,7 +19,14 @@ from secure_fed.clients.replica import Validation
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
 from secure_fed.clients.training import train_alone
-from secure_fed.core.errors import AdapterMismatchError, NotAcceptedError, OutputError, SiteFileError, StudyError
+from secure_fed.core.errors import (
+    AdapterMismatchError,
+    NotAcceptedError,
+    OutputError,
+    SiteFileError,
+    StudyError,
+    StudyPausedError,
+)
 from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, ServerState
 from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.core.tomlfile import read_toml, write_toml
@@ -58,7 +65,7 @@ from secure_fed.protocol.study import (
     load_study,
     read_template,
 )
-from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.coordinator import Coordinator, paused_text
 
 BY = "simulation"
 """Who accepts studies here."""
@@ -460,31 +467,33 @@ def run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Si
     """Exchange messages until every site has applied the last round.
 
     Raises:
-        NotEnoughSitesError: fewer than ``min_sites`` can still train.
+        NotEnoughSitesError: fewer than the quorum can still train.
+        StudyPausedError: a sum is out of range.
         SecfacmicError: whatever a site or the coordinator refuses.
     """
     told = 0
     while True:
-        refused = [site for site in sites if _bring_up(coordinator, site) == ReplyCode.REFUSED_AGGREGATE]
+        step = coordinator.step
+        able = sum(_bring_up(coordinator, site) for site in sites)
         for entry in coordinator.rounds[told:]:
             share = validation_share(sites[0].replica.state.validation) if entry is coordinator.rounds[-1] else None
             listener.round(round_facts(agreed, entry, share))
         told = len(coordinator.rounds)
-        if refused:
-            coordinator.void_round()
-        elif coordinator.finished:
+        if coordinator.finished:
             return
-        elif coordinator.close_round() is None:
-            coordinator.require_enough(len(coordinator.sites_in))
+        if coordinator.paused:
+            raise StudyPausedError(paused_text(coordinator))
+        if coordinator.advance() is None and coordinator.step == step:
+            coordinator.require_enough(able)
 
 
-def _bring_up(coordinator: Coordinator, site: Site) -> ReplyCode:
-    """Pass requests to a site until it lacks no record; its last reply's code."""
+def _bring_up(coordinator: Coordinator, site: Site) -> bool:
+    """Pass requests to a site until it lacks no record; whether it has a word to give for the round."""
     while True:
-        reply = site.respond(coordinator.request(site.run, site.position))
+        reply = site.respond(coordinator.request(site.name, site.run, site.position))
         coordinator.receive(reply)
         if reply.code != ReplyCode.MORE:
-            return reply.code
+            return reply.code in (ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.REVEALED, ReplyCode.ACKNOWLEDGED)
 
 
 def validation_share(counts: Validation | None) -> float | None:

@@ -171,13 +171,11 @@ def _origin_of_site(file: SiteFile, agreed: AgreedStudy, site: Site, own_results
 
 
 def _applied(records: Iterable[Record]) -> Iterable[Record]:
-    """The aggregates, in order, without those that a void withdrew."""
+    """The aggregates, in order."""
     kept: dict[int, Record] = {}
     for record in records:
         if record.header.kind == "aggregate":
             kept[record.header.round] = record
-        elif record.header.kind == "void":
-            kept.pop(record.header.round)
     return kept.values()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationInfo, field_validator
@@ -18,15 +17,14 @@ from secure_fed.protocol.ledger_heads import MAX_LINKS, LedgerHead, Link
 from secure_fed.protocol.packing import NO_SEED, Contribution, Sealed
 from secure_fed.protocol.signing import (
     Count,
-    SignedHeader,
+    MemberHeader,
     check_payload,
-    parse_header,
     payload_fields,
     sign_frame,
     split_frame,
-    verify_signature,
+    verify_member,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
+from secure_fed.protocol.study import AgreedStudy, Hex64, Member
 
 MAGIC = b"SFE2"
 MAX_HEADER = 2048
@@ -51,14 +49,15 @@ class RoundPosition:
     round: int
 
 
-class EnvelopeHeader(SignedHeader):
+class EnvelopeHeader(MemberHeader):
     """Everything that an envelope says in clear.
 
     Attributes:
         version: of the format.
         study: study id.
         run, head, key, amendment, round: see :class:`RoundPosition`.
-        attempt: from 1; a later attempt carries the same stored integers.
+        attempt: from 1; a later attempt carries the same stored integers and, under the same head, the same bytes.
+        cohort: digest of the COHORT that it answers: who else takes part in this attempt.
         site: the sender.
         values: integers carried, validation counts included, tags excluded.
         seed: from which the second polynomials follow; zeros in ``plain`` mode.
@@ -67,15 +66,13 @@ class EnvelopeHeader(SignedHeader):
             DP.
     """
 
-    version: Literal[2]
-    study: Hex64
     run: Hex64
     head: Hex64
     key: Hex64
     amendment: Count
     round: Count
     attempt: Count
-    site: Name
+    cohort: Hex64
     values: Count
     seed: Hex64
     ledger_seq: Count
@@ -102,8 +99,8 @@ class EnvelopeHeader(SignedHeader):
 
     @property
     def contribution(self) -> Contribution:
-        """Site, attempt and seed, to which tags and second polynomials are bound."""
-        return Contribution(self.site, self.attempt, self.seed)
+        """Site and seed, to which tags and second polynomials are bound."""
+        return Contribution(self.site, self.seed)
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,11 @@ def seal_envelope(
     sealed: Sealed,
     ledger: LedgerHead,
     key: Ed25519PrivateKey,
+    *,
+    attempt: int,
+    cohort: str,
 ) -> bytes:
-    """Sign a sealed update for one round."""
+    """Sign a sealed update for one attempt of one round, in answer to the COHORT of that digest."""
     contribution, payload = sealed
     header = EnvelopeHeader(
         version=2,
@@ -134,7 +134,8 @@ def seal_envelope(
         key=position.key,
         amendment=position.amendment,
         round=position.round,
-        attempt=contribution.attempt,
+        attempt=attempt,
+        cohort=cohort,
         site=contribution.site,
         seed=contribution.seed,
         values=agreed.layout(position.round).lanes.values,
@@ -179,15 +180,8 @@ def verify_contribution(
     Raises:
         EnvelopeError: with what was found and expected.
     """
-    if len(text) > MAX_HEADER:
-        raise EnvelopeError(f"envelope header: {len(text)} bytes; expected at most {MAX_HEADER}")
-    header = parse_header(text, EnvelopeHeader, EnvelopeError)
-    member = members.get(header.site)
-    if member is None:
-        raise EnvelopeError(f"envelope of {header.site!r}, which is no site of the study")
-    verify_signature(MAGIC, text, signature, member.keys.signing, EnvelopeError)
-    if header.study != agreed.study.id:
-        raise EnvelopeError(f"envelope of {header.site}: for study {header.study}, expected {agreed.study.id}")
+    header = verify_member(MAGIC, text, signature, EnvelopeHeader, agreed.study.id, members, MAX_HEADER, EnvelopeError)
+    member = members[header.site]
     if member.role != "train":
         raise EnvelopeError(f"envelope of {header.site}, an observer; only training sites send updates")
     values = agreed.layout(header.round).lanes.values

@@ -21,6 +21,7 @@ from secure_fed.protocol.residues import (
     GROUP,
     PRIMES,
     Residues,
+    linear_check,
     pack_residues,
     packed_bytes,
     sum_with_packed,
@@ -348,6 +349,21 @@ class Wire(Protocol):
         """
         ...
 
+    def check_words(self, digest: str, payload: bytes) -> tuple[int, int]:
+        """The linear check of an envelope's or a record's payload: a record's is the sum of its envelopes', modulo
+        :attr:`modulus`.
+
+        Args:
+            digest: of the ARRIVED, from which the check is drawn.
+            payload: of the right length, else EnvelopeError.
+        """
+        ...
+
+    @property
+    def modulus(self) -> int:
+        """What the linear check is computed modulo."""
+        ...
+
 
 def wire(mode: Literal["he", "plain"], parameters: LaneParameters) -> Wire:
     """Return the wire of a study's mode."""
@@ -391,6 +407,15 @@ class CipherWire:
         """
         _check_length("payload", len(payload), self.payload_bytes)
         return unpack_residues(payload, self._parameters.modulus_bits)
+
+    @property
+    def modulus(self) -> int:
+        """The data prime; see ``Wire.modulus``."""
+        return self._parameters.modulus
+
+    def check_words(self, digest: str, payload: bytes) -> tuple[int, int]:
+        """The linear check of a payload; see ``Wire.check_words``."""
+        return linear_check(digest, self.residues(payload), self.modulus)
 
     def _checked(self, total: npt.NDArray[np.generic]) -> Residues:
         if total.dtype != np.uint64 or total.shape != (self._parameters.coefficients,):
@@ -449,6 +474,17 @@ class PlainWire:
             )
         return integers
 
+    @property
+    def modulus(self) -> int:
+        """The study's data prime; see ``Wire.modulus``."""
+        return self._parameters.modulus
+
+    def check_words(self, digest: str, payload: bytes) -> tuple[int, int]:
+        """The linear check of a payload's integers as residues; see ``Wire.check_words``."""
+        _check_length("payload", len(payload), self.payload_bytes)
+        integers = np.frombuffer(payload, "<i4").astype(np.int64)
+        return linear_check(digest, np.remainder(integers, self.modulus).view(np.uint64), self.modulus)
+
     def _checked(self, total: npt.NDArray[np.generic]) -> Integers:
         if total.dtype != np.int64 or total.shape != (self._parameters.values,):
             raise LanesError(f"a total of {total.dtype} {total.shape}; use the one that zero() made")
@@ -461,12 +497,10 @@ class Contribution:
 
     Attributes:
         site: the site's name in the study.
-        attempt: number of this sealing of the site's stored integers in this round, from 0.
         seed: from which its second polynomials follow, 64 hex digits; ``NO_SEED`` in plain mode.
     """
 
     site: str
-    attempt: int
     seed: str
 
 
@@ -495,13 +529,13 @@ class Sealed(NamedTuple):
 class Sealer(Protocol):
     """Seals a site's integers for one round, and opens the round's sum."""
 
-    def seal(self, integers: Integers, binding: Binding, site: str, attempt: int) -> Sealed:
+    def seal(self, integers: Integers, binding: Binding, site: str) -> Sealed:
         """Seal one update, under a fresh seed and with fresh noise: a second sealing shows neither of the first.
 
         Args:
             integers: int64 of shape (values,), magnitudes at most max_integer.
             binding: the round.
-            site, attempt: see ``Contribution``.
+            site: see ``Contribution``.
 
         Raises:
             LanesError: wrong type, shape or magnitude: a bug of the caller.
@@ -532,10 +566,10 @@ class PlainSealer:
         self._parameters = parameters
         self._wire = PlainWire(parameters)
 
-    def seal(self, integers: Integers, binding: Binding, site: str, attempt: int) -> Sealed:
+    def seal(self, integers: Integers, binding: Binding, site: str) -> Sealed:
         """Write the integers down; see ``Sealer.seal``."""
         check_integers(integers, self._parameters)
-        return Sealed(Contribution(site, attempt, NO_SEED), integers.astype("<i4").tobytes())
+        return Sealed(Contribution(site, NO_SEED), integers.astype("<i4").tobytes())
 
     def open(self, record_payload: bytes, binding: Binding, cohort: Sequence[Contribution]) -> Integers:
         """Read the sums, checking length, cohort and magnitudes only; see ``Sealer.open``."""

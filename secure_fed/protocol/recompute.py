@@ -16,7 +16,7 @@ from secure_fed.core.layout import ENVELOPES
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.journal import RunFolder, verify_run
 from secure_fed.protocol.packing import wire
-from secure_fed.protocol.records import SignedContribution
+from secure_fed.protocol.round_frames import SignedWord
 from secure_fed.protocol.signing import SIGNATURE_BYTES, split_frame
 from secure_fed.protocol.study import AgreedStudy
 
@@ -60,7 +60,7 @@ class EnvelopeStore:
                 continue  # no envelope, so nobody's contribution
             self._paths.setdefault(_mark(frame.header, frame.signature), path)
 
-    def payload(self, contribution: SignedContribution, size: int, digest: str) -> bytes | None:
+    def payload(self, contribution: SignedWord, size: int, digest: str) -> bytes | None:
         """The payload that a contributor signed, None if no file here holds it whole."""
         text, signature = contribution.signed
         path = self._paths.get(_mark(text, signature))

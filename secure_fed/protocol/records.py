@@ -7,29 +7,33 @@ payload. The journal *is* the model: genesis and the decrypted aggregates in ord
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import StringConstraints
 
 from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, StorageError
 from secure_fed.core.layout import record_file
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol import aggregation
-from secure_fed.protocol.envelope import (
-    EnvelopeHeader,
-    RoundPosition,
-    Seeds,
-    check_position,
-    refuse_repeated_seed,
-    verify_contribution,
-)
+from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, Seeds, refuse_repeated_seed
 from secure_fed.protocol.packing import Contribution, Wire, wire
 from secure_fed.protocol.quorum import Quorum
+from secure_fed.protocol.round_frames import (
+    Revealed,
+    SignedWord,
+    arrived_digest,
+    arrived_header,
+    check_envelopes,
+    check_reveal,
+    max_header,
+    refuse_cohort,
+    reveal_word,
+)
 from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
 from secure_fed.protocol.signing import (
     ZERO_DIGEST,
@@ -46,42 +50,23 @@ from secure_fed.protocol.signing import (
 from secure_fed.protocol.study import AgreedStudy, Hex64
 
 MAGIC = b"SFR2"
-HEADER_BASE = 4096
-HEADER_PER_SITE = 4096
 
-
-Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint"]
-
-
-class SignedContribution(NamedTuple):
-    """A contributor's envelope header as it signed it: exact bytes and signature, both in hex."""
-
-    header: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){8,2048}$")]
-    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
-
-    @classmethod
-    def of(cls, header: bytes, signature: bytes) -> SignedContribution:
-        """From the bytes."""
-        return cls(header.hex(), signature.hex())
-
-    @property
-    def signed(self) -> tuple[bytes, bytes]:
-        """Header and signature as bytes."""
-        return bytes.fromhex(self.header), bytes.fromhex(self.signature)
+Kind = Literal["genesis", "aggregate", "amendment", "checkpoint"]
 
 
 class RecordHeader(SignedHeader):
     """One record.
 
     Attributes:
-        kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``void`` withdraws the
-            aggregate just before it, which sites refused; ``amendment`` brings a new sealed key and perhaps other
-            members; ``checkpoint``, always next, the members' acknowledgements and the adapter sealed under the key.
+        kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``amendment`` brings a new
+            sealed key and perhaps other members; ``checkpoint``, always next, the members' acknowledgements and the
+            adapter sealed under the key.
         seq: 0 for genesis, then one more each.
         previous: id of the record before; zeros for genesis.
         study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
-        round: of an aggregate or void; the first in force for an amendment or checkpoint; 0 for genesis.
+        round: of an aggregate; the first in force for an amendment or checkpoint; 0 for genesis.
         contributors: by site name; signed envelope headers of an aggregate, acknowledgements of a checkpoint.
+        reveals: of an aggregate, each contributor's REVEAL, in the same order; else none.
         opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
     """
 
@@ -93,7 +78,8 @@ class RecordHeader(SignedHeader):
     run: Hex64
     key: Hex64
     round: Count
-    contributors: tuple[SignedContribution, ...]
+    contributors: tuple[SignedWord, ...]
+    reveals: tuple[Revealed, ...]
     opened_ms: Count
     closed_ms: Count
 
@@ -104,7 +90,8 @@ class Record:
 
     Attributes:
         header: its header.
-        id: SHA-256 of the header, the journal head once it is appended.
+        id: the journal head once it is appended: of an aggregate, SHA-256 over the head before and the digest of its
+            ARRIVED, so that other signatures or times make no other head; of others, SHA-256 of the header.
         contributors: the headers of the envelopes in an aggregate's sum, by site name.
         checkpoint: the keyed adapter digest that a checkpoint's members agree on; else empty.
         amendment: header of the sealed key, for an amendment.
@@ -149,8 +136,8 @@ class Chain:
         round: of the last aggregate; 0 before the first.
         amendment: number of the last amendment in force (none yet: 0).
         members: by name; amendments change them.
+        amended_after: the last round before the last amendment; -1 before the first.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
-        open_round: the round of the last record if it is an aggregate, which alone can still be voided.
         seeds: of the envelopes in the sums so far.
     """
 
@@ -164,8 +151,8 @@ class Chain:
         self.amendment = 0
         self.members: Members = {site.name: site for site in agreed.study.sites}
         self.awaits_checkpoint = False
-        self.open_round: int | None = None
         self.seeds: Seeds = {}
+        self.amended_after = -1
 
     @property
     def due(self) -> RoundPosition:
@@ -212,20 +199,26 @@ class Chain:
             raise RecordError(
                 f"record {header.seq}: a {header.kind}; a checkpoint follows an amendment and nothing else"
             )
-        if header.kind == "void" and header.round != self.open_round:
-            raise RecordError(f"void of round {header.round}: only the aggregate just before it can be voided")
         if header.kind not in ("aggregate", "checkpoint") and header.contributors:
             raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
         if header.kind in ("amendment", "checkpoint") and header.round != self.round + 1:
             raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
-        contributors = self._check_contributors(header) if header.kind == "aggregate" else ()
+        contributors: tuple[EnvelopeHeader, ...] = ()
+        identity = frame.digest
+        if header.kind == "aggregate":
+            contributors, arrived = self._check_contributors(header)
+            identity = head_after(self.head, arrived)
+        elif header.reveals:
+            raise RecordError(f"record {header.seq}: a {header.kind} with reveals; expected none")
         self._check_size(header)
         check_payload(frame, header, RecordError)
         amendment, members = None, self.members
         if header.kind == "amendment":
             amendment, members = self._check_amendment(header, bytes(frame.payload))
         checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
-        return Record(header, frame.digest, contributors, checkpoint, amendment, members, data)
+        if header.kind == "aggregate":
+            self._check_sum(header, [entry.site for entry in contributors], arrived, bytes(frame.payload))
+        return Record(header, identity, contributors, checkpoint, amendment, members, data)
 
     def after(self, record: Record) -> Chain:
         """The chain with a checked record; this one stays as it is."""
@@ -240,15 +233,15 @@ class Chain:
         self.head = record.id
         self.run = header.run
         self.key = header.key
-        self.open_round = None
         self.members = record.members
         self.awaits_checkpoint = header.kind == "amendment"
         if header.kind == "aggregate":
-            self.round = self.open_round = header.round
+            self.round = header.round
             # A new one: chains that come of one another share it.
             self.seeds = self.seeds | {(entry.site, entry.seed): entry.payload for entry in record.contributors}
         elif header.kind == "amendment":
             self.amendment += 1
+            self.amended_after = self.round
 
     def _check_size(self, header: RecordHeader) -> None:
         if header.kind == "aggregate":
@@ -295,30 +288,56 @@ class Chain:
             raise RecordError(f"record {header.seq}: its payload is not the checkpoint that {study.key_maker} signed")
         return maker.checkpoint
 
-    def _check_contributors(self, header: RecordHeader) -> tuple[EnvelopeHeader, ...]:
+    def _check_contributors(self, header: RecordHeader) -> tuple[tuple[EnvelopeHeader, ...], str]:
+        """Headers of the envelopes in a sum, and the digest of the ARRIVED that follows from them."""
         study = self.agreed.study
+        what = f"record {header.seq}"
         if header.round != self.round + 1 or header.round > study.rounds:
+            raise RecordError(f"{what}: aggregate of round {header.round}, expected {self.round + 1} of {study.rounds}")
+        try:
+            contributors = check_envelopes(header.contributors, self.agreed, self.members, self.due)
+            for entry in contributors:
+                refuse_repeated_seed(entry, self.seeds)
+        except EnvelopeError as error:
+            raise RecordError(f"{what}: {error}") from None
+        refuse_cohort(tuple(entry.site for entry in contributors), self.quorum, what, RecordError)
+        first, payload = contributors[0], (header.size, header.payload)
+        arrived = arrived_header(self.agreed, self.due, first.attempt, first.cohort, payload, header.contributors)
+        return contributors, arrived_digest(arrived)
+
+    def _check_sum(self, header: RecordHeader, names: Sequence[str], arrived: str, payload: bytes) -> None:
+        """Check that a sum is that of its contributors' envelopes, by their own words: without any key, and before
+        anybody decrypts.
+
+        Without pads every contributor must have revealed, since nobody else can speak for its envelope.
+        """
+        what = f"record {header.seq}"
+        try:
+            if len(header.reveals) != len(names):
+                raise RecordError(f"{what}: {len(header.reveals)} reveals; expected one of each of {', '.join(names)}")
+            reveals = [
+                check_reveal(reveal_word(self.agreed, arrived, name, kept), self.agreed, self.members, arrived)
+                for name, kept in zip(names, header.reveals, strict=True)
+            ]
+            found = self.wire.check_words(arrived, payload)
+        except EnvelopeError as error:
+            raise RecordError(f"{what}: {error}") from None
+        if found != summed_checks((word.check for word in reveals), self.wire.modulus):
             raise RecordError(
-                f"record {header.seq}: aggregate of round {header.round}, expected {self.round + 1} of {study.rounds}"
+                f"{what}: its sum is not that of the envelopes that its contributors sent (their linear check fails); "
+                "nothing was decrypted; the server bent it: show the record to the other sites"
             )
-        contributors = []
-        for entry in header.contributors:
-            try:
-                signed = verify_contribution(*entry.signed, self.agreed, self.members)
-                check_position(signed, self.due)
-                refuse_repeated_seed(signed, self.seeds)
-            except EnvelopeError as error:
-                raise RecordError(f"record {header.seq}: {error}") from None
-            contributors.append(signed)
-        names = [contributor.site for contributor in contributors]
-        if names != sorted(set(names)):
-            raise RecordError(f"record {header.seq}: contributors {names}; expected each site once, sorted by name")
-        if len(names) < self.quorum.needed:
-            raise RecordError(
-                f"record {header.seq}: {len(names)} contributors; expected at least {self.quorum.needed} of "
-                f"{self.quorum.training} that train"
-            )
-        return tuple(contributors)
+
+
+def summed_checks(checks: Iterable[tuple[int, int]], modulus: int) -> tuple[int, int]:
+    """The linear check of a sum, from those of its envelopes."""
+    first, second = zip(*checks, strict=True)
+    return sum(first) % modulus, sum(second) % modulus
+
+
+def head_after(head: str, arrived: str) -> str:
+    """The journal head after an aggregate: SHA-256 of a label, the head before and the digest of its ARRIVED."""
+    return hashlib.sha256(b"secfacmic head 1" + bytes.fromhex(head) + bytes.fromhex(arrived)).hexdigest()
 
 
 def read_header(data: bytes, agreed: AgreedStudy) -> tuple[Frame, RecordHeader]:
@@ -327,7 +346,7 @@ def read_header(data: bytes, agreed: AgreedStudy) -> tuple[Frame, RecordHeader]:
     Raises:
         RecordError: with what was found and expected.
     """
-    frame = split_frame(MAGIC, data, HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites, RecordError)
+    frame = split_frame(MAGIC, data, max_header(agreed), RecordError)
     verify_signature(MAGIC, frame.header, frame.signature, agreed.study.coordinator, RecordError)
     header = parse_header(frame.header, RecordHeader, RecordError)
     if header.study != agreed.study.id:
@@ -399,7 +418,8 @@ def new_header(
     run: str,
     key: str,
     round_number: int,
-    contributors: tuple[SignedContribution, ...],
+    contributors: tuple[SignedWord, ...],
+    reveals: tuple[Revealed, ...] = (),
     times_ms: tuple[int, int],
     payload: bytes,
 ) -> RecordHeader:
@@ -414,6 +434,7 @@ def new_header(
         key=key,
         round=round_number,
         contributors=contributors,
+        reveals=reveals,
         opened_ms=times_ms[0],
         closed_ms=times_ms[1],
         **payload_fields(payload),

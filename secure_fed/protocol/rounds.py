@@ -12,7 +12,9 @@ PAGE_BYTES = 16 * 2**20
 class ReplyCode(StrEnum):
     """All that a reply can say in words: flwr would otherwise carry exception texts to the server."""
 
+    READY = "ready"
     UPDATE = "update"
+    REVEALED = "revealed"
     APPLIED = "applied"
     MORE = "more"
     ACKNOWLEDGED = "acknowledged"
@@ -32,11 +34,13 @@ class RoundRequest:
 
     Attributes:
         round: the round that is due; beyond the study's rounds there is nothing left to train.
-        attempt: from 1.
+        attempt: from 1, of which the site is asked whether it is ready; 0 asks for nothing but to take the records.
         records: journal records that the site lacks, in order, at most 16 MiB (or one record).
         more: whether further records follow; then nothing is trained yet.
         attested_head: the head at which the sites made the attestations; empty when there are none.
         attestations: keyed adapter digests of the sites at that head, by site name.
+        question: a signed COHORT or ARRIVED, to be answered instead; else empty.
+        held: SHA-256 of this site's payload that the server has of an earlier attempt and need not be sent again.
     """
 
     round: int
@@ -45,6 +49,8 @@ class RoundRequest:
     more: bool
     attested_head: str = ""
     attestations: dict[str, str] = field(default_factory=dict)
+    question: bytes = b""
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class RoundReply:
         run: the run the site is in; empty before its first genesis.
         position: number of records of that run that the site has.
         attestation: keyed digest of its adapter at that position; empty while it cannot open the adapter.
-        envelope: its update, for code ``update``; its signed acknowledgement of an amendment, for code
-            ``acknowledged``; else empty.
+        envelope: the signed word that the code names: READY for ``ready``, the update's envelope for ``update``,
+            REVEAL for ``revealed``, the acknowledgement of an amendment for ``acknowledged``; else empty.
     """
 
     site: str

@@ -17,10 +17,12 @@ from secure_fed.core.errors import KeyFileError, RecordError
 from secure_fed.protocol.quorum import refuse_quorum
 from secure_fed.protocol.signing import (
     Count,
+    MemberHeader,
     SignedHeader,
     check_payload,
     parse_header,
     split_frame,
+    verify_member,
     verify_signature,
 )
 from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
@@ -60,7 +62,7 @@ class SealedKeyHeader(SignedHeader):
     created_ms: Count
 
 
-class AcknowledgementHeader(SignedHeader):
+class AcknowledgementHeader(MemberHeader):
     """A member's word that it has applied an amendment.
 
     Attributes:
@@ -70,11 +72,8 @@ class AcknowledgementHeader(SignedHeader):
         checkpoint: keyed digest of the adapter it holds there; the server lacks the key.
     """
 
-    version: Literal[2]
-    study: Hex64
     run: Hex64
     head: Hex64
-    site: Name
     checkpoint: Hex64
 
 
@@ -169,13 +168,16 @@ def verify_acknowledgement(
     Raises:
         RecordError: with what was found and expected.
     """
-    if len(text) > MAX_ACKNOWLEDGEMENT_HEADER:
-        raise RecordError(f"acknowledgement: a header of {len(text)} bytes")
-    header = parse_header(text, AcknowledgementHeader, RecordError)
-    member = members.get(header.site)
-    if member is None:
-        raise RecordError(f"acknowledgement of {header.site!r}, which is no member")
-    verify_signature(ACKNOWLEDGEMENT_MAGIC, text, signature, member.keys.signing, RecordError)
-    if (header.study, header.run, header.head) != (agreed.study.id, run, head):
-        raise RecordError(f"acknowledgement of {header.site}: of another study, run or amendment")
+    header = verify_member(
+        ACKNOWLEDGEMENT_MAGIC,
+        text,
+        signature,
+        AcknowledgementHeader,
+        agreed.study.id,
+        members,
+        MAX_ACKNOWLEDGEMENT_HEADER,
+        RecordError,
+    )
+    if (header.run, header.head) != (run, head):
+        raise RecordError(f"acknowledgement of {header.site}: of another run or amendment")
     return header

@@ -16,9 +16,10 @@ import json
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, TypedDict, TypeVar
+from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
 
 import cbor2
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -29,7 +30,7 @@ from pydantic import Field, ValidationError
 from secure_fed.core.errors import KeyFileError, SecfacmicError
 from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
-from secure_fed.protocol.study import Hex64
+from secure_fed.protocol.study import Hex64, Member, Name
 
 PRIVATE = 0o600
 """Mode of every file that holds a private key."""
@@ -48,7 +49,16 @@ class SignedHeader(FileModel):
     payload: Hex64
 
 
+class MemberHeader(SignedHeader):
+    """What the header of every site's word has besides: the study's id, and the sender's name."""
+
+    version: Literal[2]
+    study: Hex64
+    site: Name
+
+
 Header = TypeVar("Header", bound=SignedHeader)
+SiteHeader = TypeVar("SiteHeader", bound="MemberHeader")
 
 _HEX: Final = re.compile(r"([0-9a-f]{2}){8,}")
 _MOST_DEPTH: Final = 8
@@ -176,6 +186,44 @@ def verify_signature(magic: bytes, header: bytes, signature: bytes, key: str, re
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, magic + header)
     except (InvalidSignature, ValueError):
         raise refusal("its signature is not by the key that the study names") from None
+
+
+def verify_member(
+    magic: bytes,
+    text: bytes,
+    signature: bytes,
+    model: type[SiteHeader],
+    study: str,
+    members: Mapping[str, Member],
+    most: int,
+    refusal: type[SecfacmicError],
+) -> SiteHeader:
+    """Read a header that a member signed, on its own or inside another frame: the one check of every site's word.
+
+    Args:
+        magic: of its kind.
+        text: hostile bytes, as signed.
+        signature: 64 bytes.
+        model: of the kind; has ``study`` and ``site``.
+        study: the study's id.
+        members: by name.
+        most: bytes that the header may have.
+        refusal: class of what is raised.
+
+    Raises:
+        SecfacmicError: of class ``refusal``.
+    """
+    what = model.__name__.removesuffix("Header").lower()
+    if len(text) > most:
+        raise refusal(f"{what} header: {len(text)} bytes; expected at most {most}")
+    header = parse_header(text, model, refusal)
+    member = members.get(header.site)
+    if member is None:
+        raise refusal(f"{what} of {header.site!r}, which is no site of the study")
+    verify_signature(magic, text, signature, member.keys.signing, refusal)
+    if header.study != study:
+        raise refusal(f"{what} of {header.site}: for study {header.study}, expected {study}")
+    return header
 
 
 def check_payload(frame: Frame, header: SignedHeader, refusal: type[SecfacmicError]) -> None:

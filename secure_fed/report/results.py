@@ -490,8 +490,6 @@ def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[Round]:
         if not run.current:
             continue
         for record in verify_run(run, agreed):
-            if record.header.kind == "void" and rounds:
-                rounds.pop()
             if record.header.kind != "aggregate":
                 continue
             entry = JournalEntry(record)

@@ -24,10 +24,12 @@ ROUND_MESSAGE = "train.round"
 """The one message type of the protocol."""
 
 RECORD_TYPE = "secfacmic.record"
+QUESTION_TYPE = "secfacmic.question"
 ENVELOPE_TYPE = "secfacmic.envelope"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
-WITH_ENVELOPE = frozenset({ReplyCode.UPDATE, ReplyCode.ACKNOWLEDGED})
+QUESTION = "question"
+WITH_ENVELOPE = frozenset({ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.REVEALED, ReplyCode.ACKNOWLEDGED})
 
 Fields = TypeVar("Fields", bound=FileModel)
 
@@ -39,6 +41,7 @@ class _RequestFields(FileModel):
     attested_head: str
     sites: tuple[str, ...]
     attestations: tuple[str, ...]
+    held: str
 
 
 class _ReplyFields(FileModel):
@@ -59,9 +62,12 @@ def request_content(request: RoundRequest) -> RecordDict:
             "attested_head": request.attested_head,
             "sites": sites,
             "attestations": [request.attestations[site] for site in sites],
+            "held": request.held,
         }
     )
     records = {f"{index:06d}": _array(data, RECORD_TYPE) for index, data in enumerate(request.records)}
+    if request.question:
+        records[QUESTION] = _array(request.question, QUESTION_TYPE)
     return RecordDict({"request": fields, "records": ArrayRecord(records)})
 
 
@@ -75,7 +81,8 @@ def read_request(content: RecordDict) -> RoundRequest:
     parsed = _parse(fields, _RequestFields)
     if len(parsed.sites) != len(parsed.attestations) or len(set(parsed.sites)) != len(parsed.sites):
         raise ProtocolError(f"{len(parsed.attestations)} attestations of {len(parsed.sites)} sites; expected one each")
-    records = tuple(_bytes(arrays[name], RECORD_TYPE) for name in sorted(arrays))
+    records = tuple(_bytes(arrays[name], RECORD_TYPE) for name in sorted(set(arrays) - {QUESTION}))
+    question = _bytes(arrays[QUESTION], QUESTION_TYPE) if QUESTION in arrays else b""
     if len(records) > 1 and sum(map(len, records)) > PAGE_BYTES:
         raise ProtocolError(f"a page of {sum(map(len, records))} bytes; expected at most {PAGE_BYTES}")
     return RoundRequest(
@@ -85,6 +92,8 @@ def read_request(content: RecordDict) -> RoundRequest:
         more=parsed.more,
         attested_head=parsed.attested_head,
         attestations=dict(zip(parsed.sites, parsed.attestations, strict=True)),
+        question=question,
+        held=parsed.held,
     )
 
 

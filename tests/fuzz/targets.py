@@ -277,7 +277,9 @@ def targets() -> dict[str, Target]:
     private = (world().folder / "ash/recipient.key").read_bytes()
     reply_text = b'{"code":"update","run":"' + b"0" * 64 + b'","position":1,"attestation":"' + b"0" * 64 + b'"}'
     request_text = (
-        b'{"round":1,"attempt":1,"more":false,"attested_head":"","sites":["ash"],"attestations":["' + b"0" * 64 + b'"]}'
+        b'{"round":1,"attempt":1,"more":false,"attested_head":"","sites":["ash"],"attestations":["'
+        + b"0" * 64
+        + b'"],"held":""}'
     )
     return {
         "envelope": Target(envelope, envelopes, True, EnvelopeError),

@@ -45,7 +45,7 @@ def test_rows_and_fields(tmp_path: Path) -> None:
     for name, (bits, lanes) in OURS.items():
         row, packing = rows[name], lane_parameters(4, bits, lanes, 40_000)
         assert row["wrong_integers"] == 0
-        assert 0 < row["bytes_up"] - packing.payload_bytes < 500
+        assert 0 < row["bytes_up"] - packing.payload_bytes < 1_000  # headers and signatures of envelope and REVEAL
         assert 0 < row["bytes_down"] - packing.payload_bytes < 2_000
         assert 0 < row["max_error"] < 2e-4
         assert min(row["encrypt_s"], row["server_s_per_site"], row["decrypt_s"]) > 0

@@ -41,7 +41,7 @@ from secure_fed.core.errors import (
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.protocol.rounds import RoundRequest
 from secure_fed.transport.flower_messages import contract, read_reply
-from tests.conftest import CLASSES, Federation, make_template
+from tests.conftest import CLASSES, Federation, make_template, pass_step
 from tests.flower_messages import as_message
 from tests.network import AUDIT, Network
 
@@ -261,21 +261,29 @@ def test_no_message_of_a_site_has_a_canary(federation: Federation, images: Path,
         messages.append(message_to_proto(answer).SerializeToString())
         return answer
 
-    update = read_reply(ask(coordinator.request("", 0)).content, "ash")
+    def question() -> RoundRequest:
+        return coordinator.request("ash", sites[0].run, sites[0].position)
+
+    coordinator.receive(read_reply(ask(question()).content, "ash"))
+    pass_step(coordinator, sites[1:])
+    update = read_reply(ask(question()).content, "ash")
     assert update.envelope
+    coordinator.receive(update)
+    pass_step(coordinator, sites[1:])
+    ask(question())
     ask(RoundRequest(9, 1, (), more=False))  # does not fit: refused
-    ask(coordinator.request(sites[0].run, 1), b"code")  # another bundle
+    ask(question(), b"code")  # another bundle
     assert isinstance(app.failure, BundleError)
     shutil.rmtree(path / "state" / "runs")  # nothing of the site works any more
     app.failure = None
     sites[0]._features = None
     (data / "manifest.csv").unlink()
-    ask(coordinator.request("", 0))
+    ask(coordinator.request("ash", "", 0))
     codes = [row.code for row in sent.read()]
-    assert codes[:3] == ["update", "failed-protocol", "refused-bundle"]
-    assert codes[3].startswith("failed")
+    assert codes[:-1] == ["ready", "update", "revealed", "failed-protocol", "refused-bundle"]
+    assert codes[-1].startswith("failed")
     assert [message for message in messages if CANARY.encode() in message] == []
-    assert update.envelope in messages[0]  # the control: these are the bytes
+    assert update.envelope in messages[1]  # the control: these are the bytes
     assert with_canary(path / "state") == []
 
 

@@ -248,7 +248,7 @@ def test_keys_by_hand(secfacmic: Run, federation: Federation, monkeypatch: pytes
     assert secfacmic("study", "amend", "study.toml", "key-2", "--state", "server").returncode == 0
     for site in sites:
         exchange(coordinator, site)
-    assert coordinator.close_round().header.kind == "amendment"  # type: ignore[union-attr]
+    assert coordinator.advance().header.kind == "amendment"  # type: ignore[union-attr]
 
 
 def test_sites_are_added_until_a_run_begins(secfacmic: Run, federation: Federation, tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ from secure_fed.protocol.envelope import EnvelopeHeader
 from secure_fed.protocol.records import RecordHeader
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import parse_header, split_frame
-from secure_fed.server.coordinator import Coordinator
-from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
+from secure_fed.server.coordinator import Coordinator, Step
+from tests.conftest import TRAINING, Federation, close_round, exchange, make_template, pass_step, run_round
 from tests.integration.test_simulation import Heard
 from tests.private_worker import serve
 
@@ -151,8 +151,8 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
     for _ in range(2):
         site = private.site("ash")
         coordinator = begin(private)
-        reply = site.respond(coordinator.request(site.run, site.position))
-        assert reply.code == ReplyCode.UPDATE
+        reply = site.respond(coordinator.request(site.name, site.run, site.position))
+        assert reply.code == ReplyCode.READY
         integers = safetensors.numpy.load(
             next(private.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.noised")).read_bytes()
         )["integers"]
@@ -190,7 +190,7 @@ def test_validation_counts_are_paid_for_by_their_own_patients(
         assert 2 not in [call.args[0] for call in noise.call_args_list]
         for site in sites[1:]:
             exchange(coordinator, site)
-        coordinator.close_round()
+        close_round(coordinator, sites)
         exchange(coordinator, sites[0])
         counts = sent_counts(federation, coordinator)
         assert noise.call_args.args == (2, ledger_of(federation).events[-1].mechanism.noise_std)
@@ -200,7 +200,7 @@ def test_validation_counts_are_paid_for_by_their_own_patients(
     assert counts == (len(before.val.y), round(float(np.mean(right)) * len(before.val.y)))
     for site in sites[1:]:
         exchange(coordinator, site)
-    coordinator.close_round()
+    close_round(coordinator, sites)
     for site in sites:
         exchange(coordinator, site)
     summed = sites[1].replica.state.validation
@@ -247,7 +247,7 @@ def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) 
         mock.patch.object(codec, "quantise", side_effect=codec.quantise) as quantise,
     ):
         coordinator = begin(private)
-        assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+        assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.READY
     update = quantise.call_args_list[0].args[0]
     draws.assert_called_once_with(update.size)
 
@@ -272,7 +272,7 @@ def test_what_happens_to_the_data_during_a_run_shows_in_nothing(
     run_round(coordinator, sites)
     set_data_folder(private, "ash", "/nowhere")
     sites[0] = private.site("ash")
-    assert exchange(coordinator, sites[0]).code == ReplyCode.UPDATE
+    assert exchange(coordinator, sites[0]).code == ReplyCode.READY
     assert "the data are not what they were when run" in caplog.text
 
 
@@ -290,7 +290,7 @@ def test_a_site_whose_budget_is_lowered_in_mid_study_goes_on_with_noise(private:
     sites[0] = private.site("ash")
     reply = exchange(coordinator, sites[0])
     # Nobody can pay any more: over nobody noise is sent, as planned.
-    assert reply.code == ReplyCode.UPDATE
+    assert reply.code == ReplyCode.READY
     assert ledger_of(private).events[-1].blocks == ()
     assert sites[0].round == 1
 
@@ -331,10 +331,12 @@ def test_new_patients_train_on_a_budget_of_their_own(private: Federation) -> Non
     old = ledger_of(private)
     site = private.site("ash")
     coordinator = begin(private)
-    assert exchange(coordinator, site).code == ReplyCode.UPDATE
+    assert exchange(coordinator, site).code == ReplyCode.READY
     last = ledger_of(private).events[-1]
     # Those who have trained before can pay for one round more, that of the crash which did not happen.
-    run_round(coordinator, [site, *map(private.site, TRAINING[1:])])
+    sites = [site, *map(private.site, TRAINING[1:])]
+    pass_step(coordinator, sites[1:])
+    close_round(coordinator, sites)
     exchange(coordinator, site)
     (new,) = ledger_of(private).events[-1].blocks
     assert new in last.blocks
@@ -359,7 +361,7 @@ def test_a_failing_guard_spends_nothing(private: Federation) -> None:
         mock.patch("secure_fed.clients.private_round.check_training", side_effect=GuardError("a seeded bug")),
         pytest.raises(GuardError),
     ):
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     assert ledger_of(private).events == []
 
 
@@ -393,7 +395,7 @@ def test_a_backbone_with_one_nan_spends_nothing(place: str, private: Federation)
         mock.patch.object(LoadedBackbone, "_unit", overflowing),
         pytest.raises(BackboneError, match="not finite"),
     ):
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     assert ledger_of(private).events == []
     assert ledger_of(private).epsilon_spent == 0
 
@@ -448,15 +450,23 @@ def test_the_command_line_gives_a_budget(private: Federation) -> None:
 # --- older ledgers ---
 
 
-def refused_by_the_other_sites(coordinator: Coordinator, reply: RoundReply, sites: list[Site]) -> None:
+def envelope_of(coordinator: Coordinator, site: Site, others: list[Site]) -> RoundReply:
+    """A site's envelope, once all are ready, from a site that does not look at its own ledger's past."""
+    with mock.patch.object(type(site._private), "_confirm"):
+        pass_step(coordinator, [site, *others])
+        reply: RoundReply = site.respond(coordinator.request(site.name, site.run, site.position))
+    return reply
+
+
+def refused_by_the_other_sites(coordinator: Coordinator, reply: RoundReply, sites: list[Site], site: Site) -> None:
     """They see the old head in the record of a server that does not look."""
     with mock.patch.object(type(coordinator._heads), "check"):
         coordinator.receive(reply)
     for one in sites[1:]:
         exchange(coordinator, one)
-    assert coordinator.close_round() is not None
+    close_round(coordinator, [site, *sites[1:]])
     with pytest.raises(LedgerRollbackError, match="ash: privacy ledger at entry"):
-        sites[1].respond(coordinator.request(sites[1].run, sites[1].position))
+        sites[1].respond(coordinator.request(sites[1].name, sites[1].run, sites[1].position))
 
 
 def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation) -> None:
@@ -470,14 +480,13 @@ def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation
     site = private.site("ash")
     second = begin(private)
     with pytest.raises(LedgerRollbackError, match="an older copy was put back"):
-        site.respond(second.request(site.run, site.position))
+        site.respond(second.request(site.name, site.run, site.position))
     # A site that does not look is refused by the server,
-    with mock.patch.object(type(site._private), "_confirm"):
-        reply = site.respond(second.request(site.run, site.position))
+    reply = envelope_of(second, site, sites[1:])
     with pytest.raises(EnvelopeError, match="an older copy"):
         second.receive(reply)
     # and, if the server lets it pass, by the other sites.
-    refused_by_the_other_sites(second, reply, sites)
+    refused_by_the_other_sites(second, reply, sites, site)
 
 
 def test_a_rolled_back_machine_learns_from_the_journal_that_it_was(private: Federation) -> None:
@@ -494,7 +503,7 @@ def test_a_rolled_back_machine_learns_from_the_journal_that_it_was(private: Fede
     exchange(coordinator, site)
     second = begin(private)
     with pytest.raises(LedgerRollbackError, match="an older copy was put back"):
-        site.respond(second.request(site.run, site.position))
+        site.respond(second.request(site.name, site.run, site.position))
 
 
 def test_a_copied_folder_cannot_run_twice(private: Federation) -> None:
@@ -502,9 +511,11 @@ def test_a_copied_folder_cannot_run_twice(private: Federation) -> None:
     copy = private.folder.parent / "copy"
     shutil.copytree(private.folder, copy, symlinks=True)
     coordinator = begin(private)
-    exchange(coordinator, private.site("ash"))
+    others = [private.site(name) for name in TRAINING[1:]]
+    coordinator.receive(envelope_of(coordinator, private.site("ash"), others))
+    assert coordinator.fail([])
     twin = Federation(copy).site("ash")
-    reply = twin.respond(coordinator.request(twin.run, twin.position))
+    reply = envelope_of(coordinator, twin, others)
     with pytest.raises(EnvelopeError, match=r"runs twice|older copy"):
         coordinator.receive(reply)
 
@@ -533,13 +544,12 @@ def test_a_copied_folder_that_has_grown_elsewhere_is_noticed_by_server_and_sites
     assert (grown > ledger_of(private).sent(study)) == (longer == "copy")
     second = begin(private)
     accept_another_run(private.agreed, copy)
-    with mock.patch.object(type(twin._private), "_confirm"):
-        reply = twin.respond(second.request(twin.run, twin.position))
+    reply = envelope_of(second, twin, sites[1:])
     assert reply.code == ReplyCode.UPDATE
     with pytest.raises(EnvelopeError, match=r"older copy of the ledger was put back"):
         second.receive(reply)
     # A server that lets it pass does not get it past the other sites.
-    refused_by_the_other_sites(second, reply, sites)
+    refused_by_the_other_sites(second, reply, sites, twin)
 
 
 def test_the_true_site_goes_on_after_lost_updates_and_new_runs(private: Federation) -> None:
@@ -551,7 +561,7 @@ def test_the_true_site_goes_on_after_lost_updates_and_new_runs(private: Federati
     run_round(second, sites)
     set_budget(private.folder, "ash", 7.9)
     sites[0] = private.site("ash")
-    assert exchange(second, sites[0]).code == ReplyCode.UPDATE
+    assert exchange(second, sites[0]).code == ReplyCode.READY
 
 
 def test_a_clock_set_back_changes_nothing(private: Federation) -> None:
@@ -568,8 +578,8 @@ def test_a_ledger_in_use_is_refused(private: Federation) -> None:
     site = private.site("ash")
     coordinator = begin(private)
     with opened(folder), pytest.raises(StorageError, match="another process"):
-        site.respond(coordinator.request(site.run, site.position))
-    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+        site.respond(coordinator.request(site.name, site.run, site.position))
+    assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.READY
 
 
 def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Federation) -> None:
@@ -584,8 +594,10 @@ def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Fed
     restore(folder, export)
     site = private.site("ash")
     before = ledger_of(private).epsilon_spent
-    reply = site.respond(coordinator.request(site.run, site.position))  # brings the journal, and with it the head
-    assert reply.code == ReplyCode.UPDATE
+    reply = site.respond(
+        coordinator.request(site.name, site.run, site.position)
+    )  # brings the journal, and with it the head
+    assert reply.code == ReplyCode.READY
     coordinator.receive(reply)
     assert ledger_of(private).epsilon_spent > before
     assert not (folder / "closed").exists()
@@ -599,7 +611,7 @@ def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newe
     restore(folder, early)
     site = private.site("ash")
     coordinator = begin(private)
-    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.APPLIED
+    assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.APPLIED
     assert ledger_of(private).events == []
     (folder / "closed").unlink()
     sites = trained_sites(private)
@@ -609,7 +621,7 @@ def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newe
     restore(folder, early)
     site = private.site("ash")
     with pytest.raises(LedgerRollbackError, match="older copy"):
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     assert (folder / "closed").exists()
 
 
@@ -621,6 +633,8 @@ FORKSERVER.set_forkserver_preload(["tests.private_worker"])
 
 class Worker:
     """The site ash in a process of its own."""
+
+    name = "ash"
 
     def __init__(self, federation: Federation, **fault: Any) -> None:
         self._pipe, other = FORKSERVER.Pipe()
@@ -731,11 +745,11 @@ def test_every_durable_write_of_a_private_round_is_known(
     worker = Worker(private, record=str(writes))
     workers.append(worker)
     while not coordinator.finished:
-        coordinator.receive(worker.respond(coordinator.request(worker.run, worker.position)))
+        coordinator.receive(worker.respond(coordinator.request(worker.name, worker.run, worker.position)))
         for other in others:
             exchange(coordinator, other)
-        coordinator.close_round()
-    assert worker.respond(coordinator.request(worker.run, worker.position)).code == ReplyCode.APPLIED
+        coordinator.advance()
+    assert worker.respond(coordinator.request(worker.name, worker.run, worker.position)).code == ReplyCode.APPLIED
     lines = [
         line for line in writes.read_text().splitlines() if re.search(r"/identity/ledger/|/outbox/|snapshot", line)
     ]
@@ -760,12 +774,13 @@ def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
     worker = Worker(private, kill=kill)
     workers.append(worker)
     last = kill.get("number", 1) > 1  # in the run's last message, after both rounds
-    for _ in range(2 if last else 0):
-        coordinator.receive(worker.respond(coordinator.request(worker.run, worker.position)))
+    sealing = kill.get("write") == WRITES["envelope"]
+    while coordinator.step != Step.ENVELOPE if sealing else last and not coordinator.finished:
+        coordinator.receive(worker.respond(coordinator.request(worker.name, worker.run, worker.position)))
         for other in others:
             exchange(coordinator, other)
-        coordinator.close_round()
-    assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+        coordinator.advance()
+    assert worker.respond(coordinator.request(worker.name, worker.run, worker.position)) is None
     assert worker.died()
     outbox = private.folder / "sites/ash/state/runs" / coordinator.run / "outbox"
     kept = {path: path.read_bytes() for path in outbox.glob("[0-9a-f]*")}
@@ -779,7 +794,7 @@ def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
     assert all(event.state == state for event in left.events[-1:])
     again = Worker(private)
     workers.append(again)
-    reply = again.respond(coordinator.request(again.run, again.position))
+    reply = again.respond(coordinator.request(again.name, again.run, again.position))
     assert reply is not None
     if not last:
         coordinator.receive(reply)
@@ -789,8 +804,8 @@ def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
     while not coordinator.finished:
         for other in others:
             exchange(coordinator, other)
-        coordinator.close_round()
-        coordinator.receive(again.respond(coordinator.request(again.run, again.position)))
+        coordinator.advance()
+        coordinator.receive(again.respond(coordinator.request(again.name, again.run, again.position)))
     for other in others:
         exchange(coordinator, other)
     assert {other.adapter_digest for other in others} == {again.adapter_digest}
@@ -809,6 +824,7 @@ def test_a_site_killed_after_any_step_never_forgets_and_never_draws_twice(
 
 
 def test_a_site_killed_again_while_it_recovers_draws_nothing_anew(private: Federation, workers: list[Worker]) -> None:
+    others = [private.site(name) for name in TRAINING[1:]]
     coordinator = begin(private)
     kept: list[bytes] = []
     for name, phase in (
@@ -820,14 +836,17 @@ def test_a_site_killed_again_while_it_recovers_draws_nothing_anew(private: Feder
     ):
         worker = Worker(private, kill=at_write(name, phase))
         workers.append(worker)
-        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+        if name == "envelope" and coordinator.step == Step.READY:
+            coordinator.receive(worker.respond(coordinator.request(worker.name, worker.run, worker.position)))
+            pass_step(coordinator, others)
+        assert worker.respond(coordinator.request(worker.name, worker.run, worker.position)) is None
         assert worker.died()
         kept.append(next(private.folder.glob("sites/ash/state/runs/*/outbox/*.noised")).read_bytes())
     assert len(set(kept)) == 1
     sealed = next(private.folder.glob("sites/ash/state/runs/*/outbox/*.envelope")).read_bytes()
     worker = Worker(private)
     workers.append(worker)
-    assert worker.respond(coordinator.request(worker.run, worker.position)).envelope == sealed
+    assert worker.respond(coordinator.request(worker.name, worker.run, worker.position)).envelope == sealed
     assert [event.state for event in ledger_of(private).events] == ["committed"]
 
 
@@ -836,11 +855,11 @@ def test_too_many_crashes_end_in_an_observer_and_not_in_a_deficit(private: Feder
     for _ in range(3):  # two rounds were planned, and one more
         worker = Worker(private, kill=at_write("integers", "before"))
         workers.append(worker)
-        assert worker.respond(coordinator.request(worker.run, worker.position)) is None
+        assert worker.respond(coordinator.request(worker.name, worker.run, worker.position)) is None
         assert worker.died()
     worker = Worker(private)
     workers.append(worker)
-    reply = worker.respond(coordinator.request(worker.run, worker.position))
+    reply = worker.respond(coordinator.request(worker.name, worker.run, worker.position))
     assert reply.code == ReplyCode.APPLIED
     assert [event.state for event in ledger_of(private).events] == ["reserved"] * 3
     assert 7.99 < ledger_of(private).epsilon_spent <= 8.0
@@ -856,10 +875,10 @@ def test_a_full_disk_at_the_reservation_draws_nothing(private: Federation) -> No
             return real(self, *arguments)
 
     with mock.patch.object(Ledger, "reserve", full), pytest.raises(StorageError, match="No space left"):
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     assert ledger_of(private).events == []
     assert not list(private.folder.glob("sites/ash/state/runs/*/outbox/*.noised"))
-    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+    assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.READY
 
 
 def test_integers_of_an_event_that_the_ledger_does_not_know_are_refused(private: Federation) -> None:
@@ -867,13 +886,12 @@ def test_integers_of_an_event_that_the_ledger_does_not_know_are_refused(private:
     coordinator = begin(private)
     exchange(coordinator, sites[0])
     outbox = next(private.folder.glob("sites/ash/state/runs/*/outbox"))
-    next(outbox.glob("*.envelope")).unlink()
     path = next(outbox.glob("*.noised"))
     tensors = safetensors.numpy.load(path.read_bytes())
     for wrong in (tensors | {"events": np.array([77])}, {"integers": tensors["integers"]}):
         path.write_bytes(safetensors.numpy.save(wrong))
         with pytest.raises(LedgerError):
-            sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+            sites[0].respond(private.reopen().request(sites[0].name, sites[0].run, sites[0].position))
 
 
 # --- with encryption, means and the whole of simulate ---
@@ -948,7 +966,7 @@ def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(t
         mock.patch.object(class_means, "noisy_sum", side_effect=class_means.noisy_sum) as means,
         mock.patch.object(Descent, "run", autospec=True, side_effect=Descent.run) as run,
     ):
-        assert exchange(begin(federation), site).code == ReplyCode.UPDATE
+        assert exchange(begin(federation), site).code == ReplyCode.READY
     _, once, training, current = ledger_of(federation).events
     assert training.blocks == current.blocks
     assert not set(once.blocks) & set(training.blocks)  # the unlabelled, and those who train

@@ -23,7 +23,7 @@ from secure_fed.protocol import codec
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import Template
 from secure_fed.server.coordinator import store_amendment
-from tests.conftest import Federation, exchange, make_template
+from tests.conftest import Federation, close_round, exchange, make_template
 from tests.network import Network
 
 SITES = ("ash", "birch", "cedar", "dogwood")
@@ -83,9 +83,9 @@ def digest_without_fault(folder: Path, images: Path, template: Template, cohorts
     for cohort in cohorts:
         for name in cohort:
             exchange(coordinator, sites[name])
-        assert coordinator.close_round() is not None
+        close_round(coordinator, sites.values())
     (site,) = [sites[cohorts[-1][0]]]
-    site.respond(coordinator.request(site.run, site.position))
+    site.respond(coordinator.request(site.name, site.run, site.position))
     return site.adapter_digest
 
 

@@ -23,7 +23,7 @@ from secure_fed.clients.site import Site
 from secure_fed.core.errors import NotEnoughSitesError
 from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.rounds import ReplyCode
-from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.round_loop import RoundLoop
 from secure_fed.transport.flower_messages import contract, read_request
 from tests.conftest import OBSERVER, TRAINING, Federation, make_template
@@ -177,7 +177,7 @@ def test_below_min_sites_the_study_waits_beyond_the_deadline_and_says_so(
         loop._looked = 0.0
         loop.step()
     assert not coordinator.rounds
-    assert "2 sites in, min_sites 3; waiting until there are min_sites for birch, not connected" in caplog.text
+    assert "2 sites in, quorum 3; waiting until there are enough for birch, not connected" in caplog.text
     wire.away = set()
     _steps(loop, lambda: len(coordinator.rounds) == 1)
 
@@ -196,6 +196,7 @@ def test_a_site_that_reconnects_is_asked_again_and_counts_once(federation: Feder
 
 def test_a_new_loop_goes_on_in_mid_round_and_no_envelope_counts_twice(federation: Federation) -> None:
     _, wire, loop = _begin(federation)
+    _steps(loop, lambda: loop.coordinator.step is Step.ENVELOPE)
     wire.silent = {"cedar"}
     _steps(loop, lambda: loop.coordinator.sites_in == ("ash", "birch"))
     wire.silent = set()

@@ -143,7 +143,7 @@ def test_integers_are_stored_once_and_sent_again(study: Federation) -> None:
     first = safetensors.numpy.load(path.read_bytes())["integers"]
     assert first.size == study.agreed.layout(1).lanes.values
     site = study.site("ash")
-    assert site.respond(study.reopen().request(site.run, site.position)).envelope
+    assert site.respond(study.reopen().request(site.name, site.run, site.position)).envelope
     assert np.array_equal(safetensors.numpy.load(path.read_bytes())["integers"], first)
 
 
@@ -193,7 +193,7 @@ def test_more_patients_than_declared_are_refused_before_anything_leaves(images: 
     sites = federation.sites()
     coordinator = federation.begin(sites)
     with pytest.raises(DataError, match="15 training patients, but the study declares at most 10"):
-        sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+        sites[0].respond(coordinator.request(sites[0].name, sites[0].run, sites[0].position))
 
 
 def test_zero_shot_until_there_is_a_sum(study: Federation) -> None:
@@ -294,11 +294,11 @@ def test_patients_images_are_given_to_one_exact_sum_and_no_other(study: Federati
     again = study.sites()
     coordinator = study.begin(again)
     with pytest.raises(RepeatedSumError, match="15 of 15 training images are in the exact sum"):
-        again[0].respond(coordinator.request(again[0].run, again[0].position))
-    assert exchange(coordinator, again[1]).code == ReplyCode.UPDATE  # its images are simulated
+        again[0].respond(coordinator.request(again[0].name, again[0].run, again[0].position))
+    assert exchange(coordinator, again[1]).code == ReplyCode.READY  # its images are simulated
     given.write_bytes(b"{")
     with pytest.raises(RepeatedSumError, match="cannot be read"):
-        again[0].respond(coordinator.request(again[0].run, again[0].position))
+        again[0].respond(coordinator.request(again[0].name, again[0].run, again[0].position))
     assert sites[0].finished
 
 

@@ -19,7 +19,7 @@ from secure_fed.protocol import aggregation, one_sum
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import split_frame
-from tests.conftest import TRAINING, Federation, exchange, run_round
+from tests.conftest import TRAINING, Federation, exchange, pass_step, run_round
 from tests.integration.test_dp_site import begin, ledger_of, set_budget
 from tests.integration.test_one_sum import one_sum_template
 
@@ -54,7 +54,8 @@ def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: 
     std = plan_noise(3.0, 1e-5, 1) * class_statistics.SENSITIVITY
     assert facts["events"][0]["noise_std"] == pytest.approx(std, rel=1e-6)
     assert 2.99 < facts["epsilon_spent"] <= 3
-    reply = sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+    pass_step(coordinator, sites)
+    reply = sites[0].respond(coordinator.request(sites[0].name, sites[0].run, sites[0].position))
     second = split_frame(MAGIC, reply.envelope, MAX_HEADER, EnvelopeError).payload
     assert len(second) == 4 * study.agreed.layout(2).lanes.values
     assert not any(second)
@@ -76,10 +77,10 @@ def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: 
 def test_what_leaves_is_the_noised_sum_and_is_drawn_once(study: Federation) -> None:
     site = study.site("ash")
     coordinator = begin(study)
-    assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.UPDATE
+    assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.READY
     first = stored(site)
     again = study.site("ash")
-    assert again.respond(study.reopen().request(again.run, again.position)).code == ReplyCode.UPDATE
+    assert again.respond(study.reopen().request(again.name, again.run, again.position)).code == ReplyCode.READY
     assert np.array_equal(stored(again), first)
     assert len(ledger_of(study).events) == 1
     found = study.agreed.layout(1).decode(first, [1.0])
@@ -94,10 +95,10 @@ def test_a_crash_after_the_reservation_pays_and_the_site_goes_on_as_an_observer(
         mock.patch("secure_fed.clients.private_round.write_durable", side_effect=StorageError("disk full")),
         pytest.raises(StorageError),
     ):
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     assert [event.state for event in ledger_of(study).events] == ["reserved"]
     again = study.site("ash")
-    reply = again.respond(study.reopen().request(again.run, again.position))
+    reply = again.respond(study.reopen().request(again.name, again.run, again.position))
     assert (reply.code, reply.envelope) == (ReplyCode.APPLIED, b"")
     assert ledger_of(study).epsilon_spent <= 3
 
@@ -113,7 +114,7 @@ def test_a_second_run_finds_nothing_left_and_reads_no_data(study: Federation) ->
     shutil.rmtree(study.folder / "data", ignore_errors=True)
     coordinator = begin(study)
     with mock.patch("secure_fed.clients.private_round.one_sum.views", side_effect=AssertionError("data were read")):
-        assert site.respond(coordinator.request(site.run, site.position)).code == ReplyCode.APPLIED
+        assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.APPLIED
 
 
 def test_no_noise_comes_from_a_seedable_generator(study: Federation) -> None:
@@ -125,6 +126,6 @@ def test_no_noise_comes_from_a_seedable_generator(study: Federation) -> None:
         np.random.seed(1)
         site = copy.site("ash")
         coordinator = begin(copy)
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
         drawn.append(stored(site))
     assert np.mean(drawn[0] != drawn[1]) > 0.5

@@ -227,7 +227,7 @@ def test_a_site_rehearses_before_its_first_reservation_and_spends_nothing_if_it_
     federation = make_private(tmp_path / "out", images, privacy={"steps": 2})
     site, coordinator = federation.site("ash"), federation.open_run()
     with an_extra_step_without_noise(), pytest.raises(GuardError, match="something else of the patients is in it"):
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     assert Ledger(private_round.ledger_folder(file)).events == []
 
@@ -238,7 +238,7 @@ def test_a_site_of_one_sum_rehearses_too(tmp_path: Path, images: Path) -> None:
     federation = Federation(tmp_path / "out")
     site, coordinator = federation.site("ash"), federation.open_run()
     with ONE_SUM["noise of another size"](), pytest.raises(GuardError):
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     assert Ledger(private_round.ledger_folder(file)).events == []
 

@@ -21,7 +21,7 @@ from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, check_sea
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
 from secure_fed.protocol.study import Member
 from secure_fed.server.coordinator import Coordinator
-from tests.conftest import OBSERVER, Federation, corrupt, exchange, run_round
+from tests.conftest import OBSERVER, Federation, close_round, corrupt, exchange, run_round, send_envelopes
 
 
 def rotate(federation: Federation, coordinator: Coordinator, **changes: Any) -> bytes:
@@ -42,8 +42,7 @@ def drive(coordinator: Coordinator, sites: list[Site]) -> list[str]:
                 pass
         if coordinator.finished:
             return kinds
-        entry = coordinator.close_round()
-        assert entry is not None
+        entry = close_round(coordinator, sites)
         kinds.append(entry.header.kind)
     raise AssertionError(kinds)
 
@@ -62,7 +61,7 @@ def test_a_rotation_loses_no_round_retrains_nothing_and_changes_no_bit(federatio
     for site in sites:
         exchange(coordinator, site)
     stored = {path: path.read_bytes() for path in federation.folder.glob("sites/*/state/runs/*/outbox/*.integers")}
-    assert coordinator.close_round().header.kind == "amendment"  # type: ignore[union-attr]
+    assert coordinator.advance().header.kind == "amendment"  # type: ignore[union-attr]
     assert drive(coordinator, sites) == ["checkpoint", "aggregate", "aggregate"]
     assert [entry.header.round for entry in coordinator.rounds] == [1, 2, 3]
     assert {site.adapter_digest for site in sites} == {plain_sites[0].adapter_digest}
@@ -86,13 +85,13 @@ def test_the_second_attempt_carries_the_stored_integers(
     before = path.read_bytes()
     monkeypatch.delattr("secure_fed.clients.site.train_round")  # whoever trains again fails
     rotate(federation, coordinator)
-    coordinator.close_round()
+    coordinator.advance()
     for site in sites:
         assert exchange(coordinator, site).code == ReplyCode.ACKNOWLEDGED
-    coordinator.close_round()
+    coordinator.advance()
     assert coordinator.attempt == 2
-    reply = exchange(coordinator, sites[0])
-    assert reply.code == ReplyCode.UPDATE
+    for reply in send_envelopes(coordinator, sites[:3]):
+        assert reply.code == ReplyCode.UPDATE
     assert path.read_bytes() == before
 
 
@@ -103,12 +102,14 @@ def test_restarts_in_the_middle_of_a_rotation(federation: Federation) -> None:
     for site in sites:
         exchange(coordinator, site)
     coordinator = federation.reopen()  # the amendment waits on disk
-    assert coordinator.close_round().header.kind == "amendment"  # type: ignore[union-attr]
+    for site in sites:
+        exchange(coordinator, site)
+    assert coordinator.advance().header.kind == "amendment"  # type: ignore[union-attr]
     for site in sites[:2]:
         exchange(coordinator, site)
     coordinator, sites = federation.reopen(), federation.sites()  # acknowledgements are given again
     assert coordinator.sites_in == ()
-    assert coordinator.close_round() is None
+    assert coordinator.advance() is None
     assert drive(coordinator, sites) == ["checkpoint", "aggregate", "aggregate", "aggregate"]
     assert len({site.adapter_digest for site in sites}) == 1
     assert {site.adapter_digest for site in federation.sites()} == {sites[0].adapter_digest}
@@ -122,7 +123,7 @@ def test_a_removed_site_reads_nothing_later(federation: Federation) -> None:
     for site in sites:
         exchange(coordinator, site)
     gone, staying = sites[3], sites[:3]
-    coordinator.close_round()
+    coordinator.advance()
     with pytest.raises(SiteFileError, match="left the study with amendment 1"):
         exchange(coordinator, gone)
     assert drive(coordinator, staying) == ["checkpoint", "aggregate", "aggregate"]
@@ -138,7 +139,10 @@ def test_a_removed_site_reads_nothing_later(federation: Federation) -> None:
     assert gone.adapter_digest == digest != staying[0].adapter_digest
     with pytest.raises(ProtocolError, match="expected one of"):
         coordinator.receive(
-            replace(staying[0].respond(coordinator.request(staying[0].run, staying[0].position)), site=OBSERVER)
+            replace(
+                staying[0].respond(coordinator.request(staying[0].name, staying[0].run, staying[0].position)),
+                site=OBSERVER,
+            )
         )
 
 
@@ -170,7 +174,7 @@ def test_a_site_that_joins_starts_at_the_checkpoint_and_opens_nothing_earlier(fe
     sealed = rotate(federation, coordinator, added=(elm,))
     for site in sites:
         exchange(coordinator, site)
-    coordinator.close_round()
+    coordinator.advance()
     (federation.folder / "sites/elm/state/keys").mkdir(parents=True, exist_ok=True)
     (federation.folder / "sites/elm/state/keys/000002.sealed").write_bytes(sealed)  # as keys accept does
     joined = federation.site("elm")
@@ -179,7 +183,7 @@ def test_a_site_that_joins_starts_at_the_checkpoint_and_opens_nothing_earlier(fe
     assert exchange(coordinator, joined).code == ReplyCode.APPLIED
     for site in sites:
         assert exchange(coordinator, site).code == ReplyCode.ACKNOWLEDGED
-    coordinator.close_round()
+    coordinator.advance()
     everyone = [*sites, joined]
     assert drive(coordinator, everyone) == ["aggregate", "aggregate"]
     assert len({site.adapter_digest for site in everyone}) == 1
@@ -219,7 +223,7 @@ def test_amendments_are_applied_unasked_only_as_the_site_says(federation: Federa
     sealed = rotate(federation, coordinator, added=(elm,))
     for site in sites:
         exchange(coordinator, site)
-    coordinator.close_round()
+    coordinator.advance()
     with pytest.raises(SiteFileError, match=r'elm would join, nobody leave.*amendments = "removals"'):
         exchange(coordinator, sites[1])
     assert sites[1].position == 1
@@ -283,6 +287,7 @@ class Rotation:
             key=check_sealed_key(self.sealed, self.federation.agreed).key,
             round=chain.round + 1,
             contributors=(),
+            reveals=(),
             opened_ms=1,
             closed_ms=1,
             **payload_fields(sealed),
@@ -330,7 +335,7 @@ def test_a_sealed_key_for_fewer_than_the_members_is_no_amendment(federation: Fed
 def test_nothing_but_an_honest_checkpoint_follows_an_amendment(federation: Federation) -> None:
     rotation = Rotation(federation)
     coordinator, sites = rotation.coordinator, rotation.sites
-    coordinator.close_round()
+    coordinator.advance()
     replies = [exchange(coordinator, site) for site in sites]
     frames = dict(coordinator._acknowledged)
     payload = bytes(frames["ash"].payload)
@@ -346,44 +351,44 @@ def test_nothing_but_an_honest_checkpoint_follows_an_amendment(federation: Feder
     with pytest.raises(RecordError, match="is not the checkpoint that ash signed"):
         journal.append_checkpoint(by_name, payload[:-1] + bytes([payload[-1] ^ 1]))
     with pytest.raises(RecordError, match="a checkpoint follows an amendment and nothing else"):
-        journal.append_aggregate([], b"", 0)
+        journal.append_aggregate([], [], b"", 0)
     for damaged in (replies[1].envelope[:-70], b"", replies[1].envelope[:40] + b"?" + replies[1].envelope[41:]):
         with pytest.raises(ProtocolError):
             coordinator.receive(replace(replies[1], envelope=damaged))
     with pytest.raises(ProtocolError, match="in a reply of"):
         coordinator.receive(replace(replies[1], site="cedar"))
-    assert coordinator.close_round().header.kind == "checkpoint"  # type: ignore[union-attr]
+    assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
 
 
 def test_members_with_another_adapter_stop_the_rotation(federation: Federation) -> None:
     rotation = Rotation(federation)
     coordinator, sites = rotation.coordinator, rotation.sites
-    coordinator.close_round()
+    coordinator.advance()
     name = sorted(sites[2].parameters)[0]
     exchange(coordinator, sites[0])
     exchange(coordinator, sites[1])
-    request = replace(coordinator.request(sites[2].run, sites[2].position), attestations={})
+    request = replace(coordinator.request(sites[2].name, sites[2].run, sites[2].position), attestations={})
     sites[2].respond(request)
     corrupt(sites[2], **{name: sites[2].parameters[name] + 2.0**-30})
     coordinator.receive(sites[2].respond(replace(request, records=())))
     with pytest.raises(RecordError, match="acknowledge different adapters"):
-        coordinator.close_round()
+        coordinator.advance()
     sites[2] = federation.site("cedar")
     exchange(coordinator, sites[2])
-    coordinator.close_round()
+    coordinator.advance()
     corrupt(sites[3], **{name: sites[3].parameters[name] + 2.0**-30})
     with pytest.raises(AdapterMismatchError, match="another adapter than the one here"):
-        sites[3].respond(replace(coordinator.request(sites[3].run, sites[3].position), attestations={}))
+        sites[3].respond(replace(coordinator.request(sites[3].name, sites[3].run, sites[3].position), attestations={}))
 
 
 def test_the_checkpoint_tells_the_server_nothing(federation: Federation) -> None:
     rotation = Rotation(federation)
     coordinator, sites = rotation.coordinator, rotation.sites
-    run_round_records = coordinator.close_round()
+    run_round_records = coordinator.advance()
     assert run_round_records is not None
     for site in sites:
         exchange(coordinator, site)
-    coordinator.close_round()
+    coordinator.advance()
     record = coordinator.journal.read(2)
     plain = bytes(safetensors.numpy.save(sites[0].parameters))
     assert not any(plain[start : start + 24] in record for start in range(200, len(plain), 997))

@@ -46,7 +46,7 @@ def test_a_key_that_came_by_rotation_opens_no_second_run(federation: Federation)
     second = another(federation, key)
     for site in sites:
         with pytest.raises(RecordError, match="never goes back to an older key"):
-            site.respond(second.request("", 0))
+            site.respond(second.request(site.name, "", 0))
         assert site.run == coordinator.run
 
 
@@ -60,7 +60,7 @@ def test_a_key_that_replaces_another_begins_no_run_before_its_amendment_either(f
     accept_another_run(federation.agreed, federation.folder)
     second = another(federation, key)
     with pytest.raises(RecordError, match="never goes back to an older key"):
-        sites[0].respond(second.request("", 0))
+        sites[0].respond(second.request(sites[0].name, "", 0))
 
 
 def test_the_server_begins_no_run_with_a_key_that_replaces_another(federation: Federation, tmp_path: Path) -> None:
@@ -81,24 +81,24 @@ def test_a_second_run_needs_each_sites_word(federation: Federation) -> None:
     ash = sites[0]
     before = stored_integers(ash)
     with pytest.raises(NotAcceptedError, match=r"taken part in 1 .* and 1 accepted.*--again"):
-        ash.respond(second.request(ash.run, ash.position))
+        ash.respond(second.request(ash.name, ash.run, ash.position))
     assert ash.run != second.run
     assert np.array_equal(stored_integers(ash), before)
     file = federation.folder / "sites" / "ash" / "site.toml"
     command = ["site", "accept", str(federation.folder / "study.toml"), "--site", str(file), "--by", "Dr. Ada"]
     CliRunner().invoke(app, command, catch_exceptions=False)  # the terms once more are no word for another run
     with pytest.raises(NotAcceptedError):
-        ash.respond(second.request(ash.run, ash.position))
+        ash.respond(second.request(ash.name, ash.run, ash.position))
     said = CliRunner().invoke(app, [*command, "--again"], catch_exceptions=False).output
     assert "a further run of a study" in said
     assert "for 2 runs of it in all" in " ".join(said.split())
-    assert exchange(second, ash).code == ReplyCode.UPDATE
+    assert exchange(second, ash).code == ReplyCode.READY
     assert ash.run == second.run
     assert len(list((file.parent / "state" / "accepted").glob("*.signed"))) == 3
     third_key = ash.replica.keys.accept(federation.seal_key(3)).key
     third = another(federation, third_key, 8)
     with pytest.raises(NotAcceptedError, match="taken part in 2"):
-        ash.respond(third.request(ash.run, ash.position))
+        ash.respond(third.request(ash.name, ash.run, ash.position))
 
 
 def test_there_is_no_again_before_the_first_run(federation: Federation) -> None:
@@ -140,11 +140,11 @@ def test_who_cannot_seal_reads_no_data_and_spends_no_budget(
     accept_another_run(federation.agreed, federation.folder)
     bogus = another(federation, "9" * 64)
     with pytest.raises(RecordError, match=r"is another run's; take this run's sealed key file first"):
-        ash.respond(bogus.request("", 0))
+        ash.respond(bogus.request("ash", "", 0))
     # Nor would it where the genesis is let in, as for a site that joins late and lacks the first key.
     monkeypatch.setattr(KeyRing, "may_begin", lambda *_: True)
     monkeypatch.setattr(type(ash.replica), "_run_of", lambda *_, **__: None)
     monkeypatch.setattr(Site, "features", lambda *_: pytest.fail("data were read"))
     with pytest.raises(KeyFileError, match="is not here"):
-        ash.respond(bogus.request("", 0))
+        ash.respond(bogus.request("ash", "", 0))
     assert Ledger(ledger).summary()["epsilon_spent"] == spent

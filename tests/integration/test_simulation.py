@@ -300,10 +300,13 @@ def test_all_sites_hold_the_same_adapter_on_any_kind_of_cpu_and_thread_count(fed
         positions = dict.fromkeys(workers, ("", 0))
         digests: dict[str, str] = {}
         threads: dict[str, int] = {}
-        for number in range(federation.agreed.study.rounds + 1):
+        for number in range(3 * federation.agreed.study.rounds + 1):
             for name, worker in workers.items():
-                request = coordinator.request(*positions[name])
-                fields = request.__dict__ | {"records": [base64.b64encode(data).decode() for data in request.records]}
+                request = coordinator.request(name, *positions[name])
+                fields = request.__dict__ | {
+                    "question": base64.b64encode(request.question).decode(),
+                    "records": [base64.b64encode(data).decode() for data in request.records],
+                }
                 worker.stdin.write(json.dumps(fields) + "\n")  # type: ignore[union-attr]
                 worker.stdin.flush()  # type: ignore[union-attr]
                 answer = json.loads(worker.stdout.readline())  # type: ignore[union-attr]
@@ -315,7 +318,7 @@ def test_all_sites_hold_the_same_adapter_on_any_kind_of_cpu_and_thread_count(fed
                 positions[name] = (reply.run, reply.position)
                 digests[name], threads[name] = answer["digest"], answer["threads"]
             assert len(set(digests.values())) == 1
-            assert (coordinator.close_round() is None) == (number == federation.agreed.study.rounds)
+            assert (coordinator.advance() is not None) == (number % 3 == 2)
         assert threads == {"ash": 1, "birch": 2, "cedar": 1, OBSERVER: 2}
         assert digests["ash"] != codec.adapter_digest(federation.agreed.initial.adapter)
     finally:

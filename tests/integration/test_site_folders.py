@@ -12,16 +12,14 @@ import pytest
 from secure_fed.clients.replica import MAX_EVIDENCE
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import EnvelopeError, RecordError
-from secure_fed.core.layout import ServerState
 from secure_fed.core.status import StatusFile, keep_log
 from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.lab.simulation import prepare
-from secure_fed.operate.new_study import SERVER
 from secure_fed.protocol.records import Chain, RecordHeader, sign_record
 from secure_fed.protocol.rounds import RoundRequest
 from secure_fed.protocol.signing import parse_header, split_frame
-from secure_fed.server.coordinator import Coordinator
-from tests.conftest import OBSERVER, Federation, exchange, make_template, run_round
+from secure_fed.server.coordinator import Coordinator, Step
+from tests.conftest import OBSERVER, Federation, close_round, exchange, make_template, pass_step, run_round
 
 
 def modes(folder: Path) -> dict[str, int]:
@@ -111,18 +109,19 @@ def test_a_seed_comes_back_under_the_same_bytes_only(federation: Federation) -> 
     """Two envelopes of one seed in one round differ by what they hide, without any key."""
     sites = federation.sites()
     coordinator = federation.begin(sites)
-    seed = "5e" * 32
-    with mock.patch("secure_fed.privacy.ckks.secrets.token_hex", return_value=seed):
-        exchange(coordinator, sites[0])
+    pass_step(coordinator, sites)
+    with mock.patch("secure_fed.privacy.ckks.secrets.token_hex", return_value="5e" * 32):
+        first = exchange(coordinator, sites[0]).envelope
         exchange(coordinator, sites[0])  # the same bytes again
-        coordinator._clear_sum()  # as when an attempt fails
-        coordinator.attempt += 1
-        reply = sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+        sites[0].replica.files.folder.envelope(1).unlink()
+        assert coordinator.fail(())
+        pass_step(coordinator, sites)
+        reply = sites[0].respond(coordinator.request(sites[0].name, sites[0].run, sites[0].position))
+        assert reply.envelope[-1000:] != first[-1000:]
         with pytest.raises(EnvelopeError, match="its seed came before, with other bytes"):
             coordinator.receive(reply)
-        make_folder(ServerState(federation.folder / SERVER).run(coordinator.run).spooled(1, 2))
         again = federation.reopen()  # nor after a restart
-        assert again.attempt == 2
+        assert (again.attempt, again.step) == (2, Step.ENVELOPE)
         with pytest.raises(EnvelopeError, match="its seed came before"):
             again.receive(reply)
         exchange(again, sites[1])  # what another site has copied hits nobody
@@ -133,8 +132,9 @@ def test_sites_refuse_a_record_with_a_seed_of_an_earlier_round(federation: Feder
     coordinator = federation.begin(sites)
     run_round(coordinator, sites)
     seen = next(iter(coordinator.journal.chain.seeds))
+    pass_step(coordinator, sites)
     with mock.patch("secure_fed.privacy.ckks.secrets.token_hex", return_value=seen[1]):
-        reply = sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+        reply = sites[0].respond(coordinator.request(sites[0].name, sites[0].run, sites[0].position))
     assert seen[0] == "ash"
     with pytest.raises(EnvelopeError, match="its seed came before"):
         coordinator.receive(reply)
@@ -143,7 +143,7 @@ def test_sites_refuse_a_record_with_a_seed_of_an_earlier_round(federation: Feder
     for site in sites[1:]:
         exchange(coordinator, site)
     with mock.patch("secure_fed.protocol.records.refuse_repeated_seed"):  # a server that lets it pass
-        assert coordinator.close_round() is not None
+        close_round(coordinator, sites)
         data = coordinator.journal.read(2)
     with pytest.raises(RecordError, match="its seed came before"):
         sites[1].respond(RoundRequest(round=2, attempt=1, records=(data,), more=False))

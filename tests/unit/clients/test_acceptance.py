@@ -39,7 +39,7 @@ from secure_fed.protocol.envelope import EnvelopeHeader
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.rounds import RoundReply
 from secure_fed.protocol.study import load_study, read_study_file
-from tests.conftest import Federation, run_round
+from tests.conftest import Federation, run_round, send_envelopes
 
 
 def call(*arguments: object) -> tuple[int, str]:
@@ -87,9 +87,7 @@ def test_it_shows_what_leaves_and_records_who_accepted(federation: Federation) -
 def test_the_sizes_shown_are_those_of_what_leaves(federation: Federation) -> None:
     sites = federation.sites()
     coordinator = federation.begin(sites)
-    reply = sites[0].respond(coordinator.request("", 0))
-    if not reply.envelope:
-        reply = sites[0].respond(coordinator.request(sites[0].run, sites[0].position))
+    reply = send_envelopes(coordinator, sites)[0]
     _, shown = CliRunner(), json.loads(
         CliRunner()
         .invoke(
@@ -213,7 +211,7 @@ def finish_study(federation: Federation) -> None:
     for _ in range(3):
         run_round(coordinator, sites)
     for site in sites:
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
 
 
 def test_closing_destroys_keys_and_outboxes_and_names_the_rest(federation: Federation) -> None:
@@ -344,7 +342,7 @@ def test_an_amendment_needs_no_new_acceptance(federation: Federation) -> None:
     identity = load_identity(federation.folder / "sites" / "ash" / "identity", "ash")
     sealed = create_sealed_key(federation.agreed, identity, 2, key, removed=("dogwood",))
     for site in sites:
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     coordinator.amend(sealed)
     file = read_site_file(site_toml(federation))
     assert require_acceptance(file, load_study(federation.folder / "study.toml"), identity.keys.signing)

@@ -2,7 +2,6 @@
 
 import sqlite3
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from secure_fed.core.errors import ForgottenError, UnknownPatientError
 from secure_fed.core.tomlfile import write_toml
 from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.rounds import ReplyCode
-from tests.conftest import TRAINING, exchange, run_round
+from tests.conftest import TRAINING, close_round, exchange, pass_step, run_round, send_envelopes
 
 PATIENT = "MRN-4711-mueller"
 
@@ -135,6 +134,7 @@ def test_a_pending_update_is_dropped_and_made_anew_for_another_attempt_only(fede
     coordinator = federation.begin(sites)
     run_round(coordinator, sites)
     ash, others = federation.site("ash"), [site for site in sites if site.name != "ash"]
+    pass_step(coordinator, [ash, *others])
     first = exchange(coordinator, ash)  # sent, taken by the server
     assert first.code == ReplyCode.UPDATE
     stored = (outbox(federation) / "00000002.integers").read_bytes()
@@ -145,14 +145,14 @@ def test_a_pending_update_is_dropped_and_made_anew_for_another_attempt_only(fede
     # A second, different update for one attempt would let the server subtract the two.
     ash = federation.site("ash")
     assert exchange(coordinator, ash).code == ReplyCode.APPLIED
-    request = coordinator.request(ash.run, ash.position)
-    anew = federation.site("ash").respond(replace(request, attempt=request.attempt + 1))
-    assert anew.code == ReplyCode.UPDATE
+    assert coordinator.fail([]) is True  # another attempt
+    anew = federation.site("ash")
+    assert exchange(coordinator, anew).code == ReplyCode.READY
     assert (outbox(federation) / "00000002.integers").read_bytes() != stored
     assert not list(outbox(federation).glob("*.withdrawn"))
     for site in others:
         exchange(coordinator, site)
-    assert coordinator.close_round() is not None
+    close_round(coordinator, [anew, *others])
     run_round(coordinator, [federation.site(name) for name in (*TRAINING, "dogwood")])  # and the study goes on
 
 
@@ -160,13 +160,11 @@ def test_an_update_that_was_never_sealed_is_made_anew_at_once(federation, hospit
     path, _ = hospital
     sites = federation.sites()
     coordinator = federation.begin(sites)
-    exchange(coordinator, federation.site("ash"))
-    assert exchange(coordinator, sites[0]).code == ReplyCode.UPDATE
+    assert exchange(coordinator, sites[0]).code == ReplyCode.READY
     stored = (outbox(federation) / "00000001.integers").read_bytes()
-    (outbox(federation) / "00000001.envelope").unlink()  # as if killed before it was sealed
     forget_now(federation, path)
-    reply = federation.site("ash").respond(federation.reopen().request(sites[0].run, 1))
-    assert reply.code == ReplyCode.UPDATE
+    reply = federation.site("ash").respond(federation.reopen().request("ash", sites[0].run, 1))
+    assert reply.code == ReplyCode.READY
     assert (outbox(federation) / "00000001.integers").read_bytes() != stored
 
 
@@ -177,7 +175,8 @@ def test_under_differential_privacy_what_was_spent_stays_spent(federation, hospi
     write_toml(path, type(file).model_validate(table))
     sites = federation.sites()
     coordinator = federation.begin(sites)
-    assert exchange(coordinator, federation.site("ash")).code == ReplyCode.UPDATE
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
     folder = federation.folder / "sites" / "ash" / "identity" / "ledger"
     (event,) = Ledger(folder).events
     (noised,) = outbox(federation).glob("*.noised")
@@ -185,7 +184,7 @@ def test_under_differential_privacy_what_was_spent_stays_spent(federation, hospi
     forget_now(federation, path)
     # What it sends is noised and paid for: to send nothing, or something else, would tell that somebody left.
     ash = federation.site("ash")
-    assert exchange(coordinator, ash).code == ReplyCode.UPDATE
+    assert exchange(coordinator, ash).code == ReplyCode.REVEALED
     assert noised.read_bytes() == stored
     assert [one.seq for one in Ledger(folder).events] == [event.seq]
     assert Ledger(folder).epsilon_spent > 0

@@ -23,7 +23,7 @@ def rotate(federation: Federation, coordinator: Coordinator, sites: list[Site]) 
     for kind in ("amendment", "checkpoint"):
         for site in sites:
             exchange(coordinator, site)
-        entry = coordinator.close_round()
+        entry = coordinator.advance()
         assert entry is not None
         assert entry.header.kind == kind
     for site in sites:

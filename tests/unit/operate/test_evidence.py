@@ -25,7 +25,7 @@ from secure_fed.privacy.keys import load_identity, open_sealed_key
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.protocol.study import canonical_json
-from tests.conftest import Federation, exchange
+from tests.conftest import Federation, close_round, exchange
 
 SENT = "sent.jsonl"
 
@@ -39,22 +39,23 @@ def run_study(federation: Federation, epsilon: float | None = None) -> None:
     sites = federation.sites()
     coordinator = federation.begin(sites)
     sent = SentList(path.parent / "state")
-    for _ in range(2):
+    for _ in range(2 * 3):
         for site in sites:
-            request = coordinator.request(site.run, site.position)
+            request = coordinator.request(site.name, site.run, site.position)
             reply = site.respond(request)
             if site.name == "ash":
                 sent.add(reply, request.round)
             coordinator.receive(reply)
-        assert coordinator.close_round() is not None
+        coordinator.advance()
+    assert coordinator.round == 3
     coordinator.amend(federation.seal_key(2, coordinator.journal.chain.key, removed=("dogwood",)))
     for site in sites:
-        request = coordinator.request(site.run, site.position)
+        request = coordinator.request(site.name, site.run, site.position)
         reply = site.respond(request)
         if site.name == "ash":
             sent.add(reply, request.round)
         coordinator.receive(reply)
-    assert coordinator.close_round().header.kind == "amendment"  # type: ignore[union-attr]
+    assert coordinator.advance().header.kind == "amendment"  # type: ignore[union-attr]
     for site in sites[:3]:
         exchange(coordinator, site)
 
@@ -90,7 +91,7 @@ def test_a_reviewer_without_anything_else_checks_it(archive: Path, tmp_path: Pat
     assert (found["site"], found["accepted_by"]) == ("ash", "simulation")
     assert (found["runs"], found["rounds"], found["updates_in_sums"]) == (1, 2, 2)
     assert found["records"] == 4  # genesis, two aggregates, an amendment
-    assert found["messages_sent"] == 3
+    assert found["messages_sent"] == 7
     assert "epsilon at most 6.7316 of 8" in found["ledger"]
     with zipfile.ZipFile(archive) as content:
         names = set(content.namelist())
@@ -202,7 +203,7 @@ def test_signing_it_anew_does_not_help_a_site_that_lies(archive: Path, run: Path
     verify(lambda parts: None)  # the control
 
     def drop_sent(parts: dict[str, bytes]) -> None:
-        parts[SENT] = parts[SENT].splitlines(keepends=True)[0]
+        parts[SENT] = b"".join(parts[SENT].splitlines(keepends=True)[:3])
 
     with pytest.raises(EvidenceError, match="lacks the update of round 2"):
         verify(drop_sent)
@@ -277,7 +278,7 @@ def test_a_simulations_archive_says_that_nothing_was_sent(federation: Federation
     coordinator = federation.begin(sites)
     for site in sites:
         exchange(coordinator, site)
-    coordinator.close_round()
+    close_round(coordinator, sites)
     for site in sites:
         exchange(coordinator, site)
     pack_evidence(federation.folder / "sites" / "birch", tmp_path / "evidence.zip")
@@ -304,18 +305,16 @@ def reply(code: ReplyCode = ReplyCode.APPLIED, envelope: bytes = b"") -> RoundRe
 
 def test_the_list_says_what_left(site: Path, folder: Path) -> None:
     rows = SentList(site / "state").read()
-    assert [row.code for row in rows] == ["update", "update", "update"]
-    assert [row.round for row in rows] == [1, 2, 3]
+    assert [row.code for row in rows] == ["ready", "update", "revealed"] * 2 + ["ready"]
+    assert [row.round for row in rows] == [1, 1, 1, 2, 2, 2, 3]
     run = (site / "state" / "run").read_text()
-    envelopes = sorted(site.glob("state/runs/*/outbox/*.envelope"))
     assert rows[-1].run == run
-    frame = split_frame(b"SFE2", envelopes[-1].read_bytes(), 2048, EvidenceError)
-    assert rows[-1].envelope == frame.digest
-    assert rows[-1].bytes > envelopes[-1].stat().st_size
+    assert [row.seq for row in rows if row.envelope] == [2, 5]
+    assert rows[4].bytes > 100 * rows[3].bytes
     shown = json.loads(CliRunner().invoke(app, ["site", "sent", str(site), "--json"]).stdout)
-    assert shown["messages"] == 3
+    assert shown["messages"] == 7
     assert shown["bytes"] == sum(row.bytes for row in rows)
-    assert "3 messages" in CliRunner().invoke(app, ["site", "sent", str(site)]).output
+    assert "7 messages" in CliRunner().invoke(app, ["site", "sent", str(site)]).output
 
 
 def test_a_line_cut_by_a_crash_was_never_sent(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def trained(federation: Federation) -> Federation:
     coordinator = federation.begin(sites)
     run_round(coordinator, sites)
     for site in sites:
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     return federation
 
 

@@ -132,7 +132,7 @@ def test_a_client_leaves_a_calibration_of_its_own_beside_its_adapter(federation:
     run_round(federation.begin(sites), sites)
     coordinator = federation.reopen()
     for site in sites:
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
     site = sites[0]
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     assert site.round == 1

@@ -15,7 +15,7 @@ from secure_fed.lab.simulation import Listener, prepare, simulate
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.aggregation import MOMENT
 from secure_fed.protocol.study import Aggregation
-from tests.conftest import Federation, corrupt, exchange, make_template, run_round
+from tests.conftest import Federation, close_round, corrupt, exchange, make_template, run_round
 
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
 ADAM = {"rule": "fedadam", "learning_rate": 0.01, "betas": [0.8, 0.9], "tau": 0.01}
@@ -106,8 +106,7 @@ def test_a_checkpoint_carries_the_moments(adam: Federation) -> None:
     while not coordinator.finished:
         for site in sites:
             exchange(coordinator, site)
-        entry = coordinator.close_round()
-        assert entry is not None
+        entry = close_round(coordinator, sites)
         kinds.append(entry.header.kind)
         for site in sites:
             exchange(coordinator, site)

@@ -35,8 +35,9 @@ from secure_fed.protocol.packing import (
     unpack_lanes,
     wire,
 )
-from secure_fed.protocol.records import RecordHeader, SignedContribution, sign_record
+from secure_fed.protocol.records import RecordHeader, sign_record
 from secure_fed.protocol.residues import DEGREE, PRIMES, Residues, pack_residues
+from secure_fed.protocol.round_frames import Revealed, SignedWord
 from secure_fed.protocol.signing import encode_header, payload_fields
 
 ROOT = Path(__file__).parents[3]
@@ -308,10 +309,10 @@ def test_plain_sealer_sums_and_refuses() -> None:
     sealer, plain = PlainSealer(parameters), PlainWire(parameters)
     rng = np.random.default_rng(0)
     updates = [rng.integers(-parameters.max_integer, parameters.max_integer + 1, 1000) for _ in range(3)]
-    cohort = [Contribution(f"site{index}", 0, NO_SEED) for index in range(3)]
+    cohort = [Contribution(f"site{index}", NO_SEED) for index in range(3)]
     total = plain.zero()
     for update, contribution in zip(updates, cohort, strict=True):
-        sealed = sealer.seal(update, BINDING, contribution.site, contribution.attempt)
+        sealed = sealer.seal(update, BINDING, contribution.site)
         assert sealed.contribution == contribution
         total = plain.add(total, sealed.payload)
     record = plain.record(total, 3)
@@ -322,7 +323,7 @@ def test_plain_sealer_sums_and_refuses() -> None:
         (too_much, cohort),
         (record, []),
         (record, [cohort[0], cohort[0]]),
-        (record, [Contribution(f"{index}", 0, NO_SEED) for index in range(5)]),
+        (record, [Contribution(f"{index}", NO_SEED) for index in range(5)]),
     ):
         with pytest.raises(AggregateRefused) as caught:
             sealer.open(payload, BINDING, named)
@@ -344,7 +345,7 @@ def test_plain_sealer_sums_and_refuses() -> None:
 )
 def test_sealing_what_does_not_fit_is_a_bug(integers: lanes.Integers) -> None:
     with pytest.raises(LanesError):
-        PlainSealer(lane_parameters(4, 18, 2, 10)).seal(integers, BINDING, "a", 0)
+        PlainSealer(lane_parameters(4, 18, 2, 10)).seal(integers, BINDING, "a")
 
 
 def test_lanes_imports_neither_tenseal_nor_torch() -> None:
@@ -362,7 +363,7 @@ def test_a_record_of_a_thousand_sites_takes_at_most_2_4_mb_with_all_signatures()
     def digest(number: int) -> str:
         return hashlib.sha256(b"%d" % number).hexdigest()
 
-    def signed(number: int) -> SignedContribution:
+    def signed(number: int) -> SignedWord:
         header = EnvelopeHeader(
             version=2,
             study=digest(0),
@@ -372,6 +373,7 @@ def test_a_record_of_a_thousand_sites_takes_at_most_2_4_mb_with_all_signatures()
             amendment=100,
             round=1000,
             attempt=100,
+            cohort=digest(4),
             site=f"hospital-{number:04d}",
             values=parameters.values,
             seed=digest(1000 + number),
@@ -381,7 +383,10 @@ def test_a_record_of_a_thousand_sites_takes_at_most_2_4_mb_with_all_signatures()
             **payload_fields(digest(number).encode()),
         )
         text = encode_header(header)
-        return SignedContribution(header=text.hex(), signature=key.sign(text).hex())
+        return SignedWord(header=text.hex(), signature=key.sign(text).hex())
+
+    def revealed(number: int) -> Revealed:
+        return Revealed(parameters.modulus - 1 - number, parameters.modulus - 2, key.sign(b"%d" % number).hex())
 
     header = RecordHeader(
         version=2,
@@ -393,6 +398,7 @@ def test_a_record_of_a_thousand_sites_takes_at_most_2_4_mb_with_all_signatures()
         key=digest(3),
         round=1000,
         contributors=tuple(map(signed, range(1000))),
+        reveals=tuple(map(revealed, range(1000))),
         opened_ms=2**41,
         closed_ms=2**41,
         **payload_fields(payload),

@@ -597,7 +597,7 @@ def test_a_sites_page_shows_its_rounds_as_a_curve(federation: Federation, tmp_pa
     for _ in range(2):
         run_round(coordinator, sites)
         site = federation.site("ash")
-        site.respond(coordinator.request(site.run, site.position))
+        site.respond(coordinator.request(site.name, site.run, site.position))
         write_results(Path(file.state), federation.agreed, site)
         counts = site.replica.state.validation
         assert counts is not None
@@ -616,7 +616,7 @@ def test_what_another_run_noted_is_no_part_of_the_curve(federation: Federation) 
     coordinator = federation.begin(sites)
     run_round(coordinator, sites)
     site = federation.site("ash")
-    site.respond(coordinator.request(site.run, site.position))
+    site.respond(coordinator.request(site.name, site.run, site.position))
     file = read_site_file(federation.folder / "sites/ash/site.toml")
     for left in ('{"run": "another", "validations": {"7": 0.5}}', '{"run": "' + site.run + '"}', "[]", "half of a fi"):
         (Path(file.state) / "summary.json").write_text(left)

@@ -1,0 +1,73 @@
+"""What a site has bound itself to in a round: one file, written whole before the word that it binds is sent.
+
+If it is not there, nothing was sent. It is the site's memory against a server that asks the same in two ways: one
+attempt after the other, never back; one REVEAL a round; and, at one adapter state, one cohort.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from secure_fed.core.errors import StorageError
+from secure_fed.core.storage import write_durable
+from secure_fed.core.tomlfile import FileModel
+from secure_fed.protocol.signing import Count
+from secure_fed.protocol.study import Hex64, Name
+
+
+class Bound(FileModel):
+    """One round's words.
+
+    Attributes:
+        round: the round.
+        attempt: the newest whose COHORT was answered; 0 before the first.
+        cohort: digest of that COHORT; zeros before the first.
+        names: who is in it.
+        arrived: digest of the one ARRIVED that was revealed for; empty before.
+        state: digest of the adapter state at which the site last revealed, in this round or before; empty if never.
+        with_whom: the cohort it revealed to then.
+    """
+
+    format: Literal[1] = 1
+    round: Count = 0
+    attempt: Count = 0
+    cohort: Hex64 = "0" * 64
+    names: tuple[Name, ...] = ()
+    arrived: str = ""
+    state: str = ""
+    with_whom: tuple[Name, ...] = ()
+
+    def at(self, round_number: int) -> Bound:
+        """Of a round: this if it is the one, else a new one that remembers the adapter state."""
+        if self.round == round_number:
+            return self
+        return Bound(round=round_number, state=self.state, with_whom=self.with_whom)
+
+
+def read_bound(path: Path) -> Bound:
+    """What was written last; of no round if nothing was.
+
+    Raises:
+        StorageError: it cannot be read, so that nobody knows what was said.
+    """
+    try:
+        return Bound.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Bound()
+    except (OSError, ValidationError) as error:
+        raise StorageError(
+            f"{path}: cannot be read as what this site has bound itself to ({type(error).__name__}); put it back from "
+            "a backup of this moment, or sit the round out: the next one begins a new file once it is removed"
+        ) from None
+
+
+def write_bound(path: Path, bound: Bound) -> None:
+    """Write durably, before the word is sent.
+
+    Raises:
+        StorageError: it could not be written: nothing may be sent.
+    """
+    write_durable(path, bound.model_dump_json().encode(), 0o600)

@@ -1,0 +1,358 @@
+"""The signed words of one round: READY, COHORT, ARRIVED, REVEAL. The envelope has a module of its own.
+
+A site that has trained says READY. The server answers those that are with COHORT: who takes part in this attempt. Each
+of them sends its envelope, whose header names the cohort. ARRIVED names the envelopes that came and the digest of their
+sum, and fixes both; only then is it known what the linear check is drawn from. A site says REVEAL for one ARRIVED of a
+round and no other: its own envelope's check. The record holds the sum and every REVEAL, so that whoever reads it can
+tell a bent sum from a true one before anything is decrypted, and no second record of a round can be complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field, StringConstraints
+
+from secure_fed.core.errors import EnvelopeError, ProtocolError, SecfacmicError
+from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
+from secure_fed.protocol.quorum import Quorum
+from secure_fed.protocol.signing import (
+    Count,
+    Frame,
+    MemberHeader,
+    SignedHeader,
+    check_payload,
+    encode_header,
+    parse_header,
+    payload_fields,
+    sign_frame,
+    split_frame,
+    verify_member,
+    verify_signature,
+)
+from secure_fed.protocol.study import AgreedStudy, Hex64, Member
+
+READY_MAGIC = b"SFY2"
+COHORT_MAGIC = b"SFH2"
+ARRIVED_MAGIC = b"SFA2"
+REVEAL_MAGIC = b"SFV2"
+MAX_WORD = 1024
+"""Most bytes of a READY's or a REVEAL's header."""
+MAX_ATTEMPT = 2**16
+"""Attempts of one round; a site pins each."""
+
+HEADER_BASE = 4096
+HEADER_PER_SITE = 4096
+
+Attempt = Annotated[int, Field(ge=1, le=MAX_ATTEMPT)]
+Residue = Annotated[int, Field(ge=0, lt=2**58)]
+
+
+class SignedWord(NamedTuple):
+    """A site's header as it signed it, inside another frame: exact bytes and signature, both in hex."""
+
+    header: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){8,2048}$")]
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+    @classmethod
+    def of(cls, header: bytes, signature: bytes) -> SignedWord:
+        """From the bytes."""
+        return cls(header.hex(), signature.hex())
+
+    @property
+    def signed(self) -> tuple[bytes, bytes]:
+        """Header and signature as bytes."""
+        return bytes.fromhex(self.header), bytes.fromhex(self.signature)
+
+
+class Revealed(NamedTuple):
+    """A REVEAL as a record keeps it: all else in it follows from the record.
+
+    Attributes:
+        first, second: the two products.
+        signature: the site's, over its REVEAL, in hex.
+    """
+
+    first: Residue
+    second: Residue
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+
+class _Placed(SignedHeader):
+    version: Literal[2]
+    study: Hex64
+    run: Hex64
+    head: Hex64
+    key: Hex64
+    amendment: Count
+    round: Count
+    attempt: Attempt
+
+    @property
+    def position(self) -> RoundPosition:
+        """Where the word belongs."""
+        return RoundPosition(self.run, self.head, self.key, self.amendment, self.round)
+
+
+Placed = TypeVar("Placed", bound=_Placed)
+
+
+class ReadyHeader(_Placed, MemberHeader):
+    """A site's word that its integers for the round are on its disk.
+
+    Attributes:
+        study: study id.
+        run, head, key, amendment, round: see :class:`secure_fed.protocol.envelope.RoundPosition`.
+        attempt: that it was asked for.
+        site: the sender.
+    """
+
+
+class CohortHeader(_Placed):
+    """The server's choice of who takes part in an attempt.
+
+    Attributes:
+        readies: each one's READY, by name.
+    """
+
+    readies: tuple[SignedWord, ...]
+
+
+class ArrivedHeader(_Placed):
+    """Which envelopes came, and what their sum is: what a REVEAL binds itself to, and a record's head follows from.
+
+    Attributes:
+        cohort: digest of the attempt's COHORT.
+        sum_size, sum: bytes of the sum, and their SHA-256.
+        envelopes: the cohort's signed envelope headers, by name.
+    """
+
+    cohort: Hex64
+    sum_size: Count
+    sum: Hex64
+    envelopes: tuple[SignedWord, ...]
+
+
+class RevealHeader(MemberHeader):
+    """A site's word for one ARRIVED, with the linear check of its own envelope.
+
+    Attributes:
+        study: study id.
+        arrived: digest of the ARRIVED.
+        site: the sender.
+        check: the two products of the envelope's residues (:func:`secure_fed.protocol.residues.linear_check`).
+    """
+
+    arrived: Hex64
+    check: tuple[Residue, Residue]
+
+
+def max_header(agreed: AgreedStudy) -> int:
+    """Most bytes of a header that has an entry for every site."""
+    return HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites
+
+
+def _place(agreed: AgreedStudy, due: RoundPosition, attempt: int) -> dict[str, object]:
+    return {
+        "version": 2,
+        "study": agreed.study.id,
+        "run": due.run,
+        "head": due.head,
+        "key": due.key,
+        "amendment": due.amendment,
+        "round": due.round,
+        "attempt": attempt,
+        **payload_fields(b""),
+    }
+
+
+def sign_ready(agreed: AgreedStudy, due: RoundPosition, attempt: int, site: str, key: Ed25519PrivateKey) -> bytes:
+    """A site's READY."""
+    header = ReadyHeader.model_validate(_place(agreed, due, attempt) | {"site": site})
+    return sign_frame(READY_MAGIC, header, key, b"")
+
+
+def sign_cohort(
+    agreed: AgreedStudy, due: RoundPosition, attempt: int, readies: Iterable[SignedWord], key: Ed25519PrivateKey
+) -> bytes:
+    """The server's COHORT of these READYs, which are in order of names."""
+    header = CohortHeader.model_validate(_place(agreed, due, attempt) | {"readies": tuple(readies)})
+    return sign_frame(COHORT_MAGIC, header, key, b"")
+
+
+def arrived_header(
+    agreed: AgreedStudy, due: RoundPosition, attempt: int, cohort: str, payload: tuple[int, str],
+    envelopes: Iterable[SignedWord],
+) -> ArrivedHeader:  # fmt: skip
+    """The one ARRIVED of an attempt whose sum has this size and digest."""
+    return ArrivedHeader.model_validate(
+        _place(agreed, due, attempt)
+        | {"cohort": cohort, "sum_size": payload[0], "sum": payload[1], "envelopes": tuple(envelopes)}
+    )
+
+
+def arrived_digest(header: ArrivedHeader) -> str:
+    """What a REVEAL names: SHA-256 of the ARRIVED frame's magic and header, 64 hex digits."""
+    return hashlib.sha256(ARRIVED_MAGIC + encode_header(header)).hexdigest()
+
+
+def reveal_word(agreed: AgreedStudy, arrived: str, site: str, kept: Revealed) -> SignedWord:
+    """The REVEAL of a site for an ARRIVED that a record keeps."""
+    header = _reveal_header(agreed, arrived, site, (kept.first, kept.second))
+    return SignedWord.of(encode_header(header), bytes.fromhex(kept.signature))
+
+
+def _reveal_header(agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, int]) -> RevealHeader:
+    return RevealHeader(
+        version=2, study=agreed.study.id, arrived=arrived, site=site, check=check, **payload_fields(b"")
+    )
+
+
+def sign_reveal(agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, int], key: Ed25519PrivateKey) -> bytes:
+    """A site's REVEAL."""
+    return sign_frame(REVEAL_MAGIC, _reveal_header(agreed, arrived, site, check), key, b"")
+
+
+def split_word(magic: bytes, data: bytes) -> SignedWord:
+    """A site's word that travels alone, without payload.
+
+    Raises:
+        EnvelopeError: malformed.
+    """
+    frame = split_frame(magic, data, MAX_WORD, EnvelopeError)
+    if frame.payload:
+        raise EnvelopeError(f"{len(frame.payload)} bytes behind a word that has none")
+    return SignedWord.of(frame.header, frame.signature)
+
+
+def check_ready(
+    word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Member], due: RoundPosition, attempt: int
+) -> ReadyHeader:
+    """Check a READY: signature, a training member's, of this attempt.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    header = verify_member(READY_MAGIC, *word.signed, ReadyHeader, agreed.study.id, members, MAX_WORD, EnvelopeError)
+    _check_trains(header.site, members)
+    _check_place(header, due, attempt, f"READY of {header.site}")
+    return header
+
+
+def check_reveal(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Member], arrived: str) -> RevealHeader:
+    """Check a REVEAL's signature, and that it is for this ARRIVED; not the check that it carries.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    header = verify_member(REVEAL_MAGIC, *word.signed, RevealHeader, agreed.study.id, members, MAX_WORD, EnvelopeError)
+    if header.arrived != arrived:
+        raise EnvelopeError(f"REVEAL of {header.site}: for {header.arrived[:16]}, expected {arrived[:16]}")
+    return header
+
+
+def check_cohort(
+    data: bytes, agreed: AgreedStudy, members: Mapping[str, Member], due: RoundPosition, quorum: Quorum
+) -> tuple[CohortHeader, tuple[str, ...], str]:
+    """Check a COHORT as everybody can: the server's signature, each READY, each once, enough of them.
+
+    Returns:
+        Its header, the names in it, and its digest.
+
+    Raises:
+        ProtocolError: with what was found and expected.
+    """
+    header, digest = _server_frame(data, COHORT_MAGIC, CohortHeader, agreed)
+    _check_place(header, due, header.attempt, "COHORT", ProtocolError)
+    try:
+        names = tuple(check_ready(word, agreed, members, due, header.attempt).site for word in header.readies)
+    except EnvelopeError as error:
+        raise ProtocolError(f"COHORT: {error}") from None
+    refuse_cohort(names, quorum, "COHORT", ProtocolError)
+    return header, names, digest
+
+
+def check_arrived(
+    data: bytes, agreed: AgreedStudy, members: Mapping[str, Member], due: RoundPosition
+) -> tuple[ArrivedHeader, tuple[EnvelopeHeader, ...], str]:
+    """Check an ARRIVED: the server's signature, and that the envelopes are of one attempt of one cohort.
+
+    Returns:
+        Its header, the envelopes' headers, and its digest.
+
+    Raises:
+        ProtocolError: with what was found and expected.
+    """
+    header, digest = _server_frame(data, ARRIVED_MAGIC, ArrivedHeader, agreed)
+    _check_place(header, due, header.attempt, "ARRIVED", ProtocolError)
+    try:
+        found = check_envelopes(header.envelopes, agreed, members, due)
+    except EnvelopeError as error:
+        raise ProtocolError(f"ARRIVED: {error}") from None
+    if {(entry.attempt, entry.cohort) for entry in found} != {(header.attempt, header.cohort)}:
+        raise ProtocolError("ARRIVED: names envelopes of another attempt or cohort than its own; expected one only")
+    return header, found, digest
+
+
+def check_envelopes(
+    words: Iterable[SignedWord], agreed: AgreedStudy, members: Mapping[str, Member], due: RoundPosition
+) -> tuple[EnvelopeHeader, ...]:
+    """The headers of a cohort's envelopes: signed, of this position, of one attempt and one cohort.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    found = []
+    for word in words:
+        header = verify_contribution(*word.signed, agreed, members)
+        check_position(header, due)
+        found.append(header)
+    if len({(header.attempt, header.cohort) for header in found}) > 1:
+        raise EnvelopeError("the envelopes are of different attempts or cohorts; expected one")
+    return tuple(found)
+
+
+def refuse_cohort(names: tuple[str, ...], quorum: Quorum, what: str, refusal: type[SecfacmicError]) -> None:
+    """Refuse a cohort that names a site twice or out of order, or is below the quorum.
+
+    Raises:
+        SecfacmicError: of class ``refusal``.
+    """
+    if list(names) != sorted(set(names)):
+        raise refusal(f"{what}: contributors {list(names)}; expected each site once, sorted by name")
+    if len(names) < quorum.needed:
+        raise refusal(
+            f"{what}: {len(names)} contributors; expected at least {quorum.needed} of {quorum.training} that train"
+        )
+
+
+def _check_trains(site: str, members: Mapping[str, Member]) -> None:
+    if members[site].role != "train":
+        raise EnvelopeError(f"READY of {site}, an observer; only training sites take part in a round")
+
+
+def _check_place(
+    header: _Placed, due: RoundPosition, attempt: int, what: str, refusal: type[SecfacmicError] = EnvelopeError
+) -> None:
+    wrong = [
+        f"{field} {getattr(header.position, field)}, expected {getattr(due, field)}"
+        for field in ("run", "head", "key", "amendment", "round")
+        if getattr(header.position, field) != getattr(due, field)
+    ]
+    if header.attempt != attempt:
+        wrong.append(f"attempt {header.attempt}, expected {attempt}")
+    if wrong:
+        raise refusal(f"{what}: {'; '.join(wrong)}: not of this round")
+
+
+def _server_frame(data: bytes, magic: bytes, model: type[Placed], agreed: AgreedStudy) -> tuple[Placed, str]:
+    frame: Frame = split_frame(magic, data, max_header(agreed), ProtocolError)
+    verify_signature(magic, frame.header, frame.signature, agreed.study.coordinator, ProtocolError)
+    header = parse_header(frame.header, model, ProtocolError)
+    check_payload(frame, header, ProtocolError)
+    if header.study != agreed.study.id:
+        raise ProtocolError(f"of study {header.study}; expected {agreed.study.id}")
+    return header, frame.digest

@@ -1,0 +1,303 @@
+"""The round's words: one attempt after the other, one REVEAL a round, one cohort at one adapter, a check before all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from secure_fed.clients.site import Site
+from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError
+from secure_fed.lab.simulation import prepare
+from secure_fed.privacy.ckks import Cipher
+from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
+    SignedWord,
+    arrived_header,
+    check_arrived,
+    sign_cohort,
+    sign_reveal,
+)
+from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.protocol.signing import sign_frame
+from secure_fed.server.coordinator import Coordinator, Step
+from tests.conftest import (
+    TRAINING,
+    Federation,
+    close_round,
+    exchange,
+    make_template,
+    pass_step,
+    run_round,
+    send_envelopes,
+)
+
+
+@pytest.fixture(scope="module")
+def four_prepared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """Four training sites, of which a quorum is three."""
+    folder = tmp_path_factory.mktemp("four") / "out"
+    sites = [{"name": name} for name in (*TRAINING, "dogwood")]
+    prepare(make_template(mode="plain", sites=sites, min_sites=3), folder, images)
+    for site in Federation(folder).sites():
+        site.features()
+    return folder
+
+
+@pytest.fixture
+def four(four_prepared: Path, tmp_path: Path) -> Federation:
+    import shutil
+
+    shutil.copytree(four_prepared, tmp_path / "out", symlinks=True)
+    return Federation(tmp_path / "out")
+
+
+def begin(federation: Federation) -> Coordinator:
+    if federation.agreed.study.mode == "he":
+        return federation.begin(federation.sites())
+    return Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+
+
+def ask(coordinator: Coordinator, site: Site, question: bytes) -> Any:
+    request = coordinator.request(site.name, site.run, site.position)
+    return site.respond(replace(request, records=(), question=question, attempt=max(1, request.attempt)))
+
+
+def test_an_attempt_fails_freely_before_the_sum_is_fixed_and_sends_no_bytes_twice(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    first = send_envelopes(coordinator, sites)
+    assert coordinator.fail([])
+    assert (coordinator.step, coordinator.attempt) == (Step.READY, 2)
+    second = send_envelopes(coordinator, sites)
+    size = federation.agreed.lanes.payload_bytes
+    assert all(len(reply.envelope) > size for reply in first)
+    assert all(len(reply.envelope) < 1024 for reply in second)
+    assert coordinator.advance() is None
+    assert coordinator.step is Step.REVEAL
+    assert not coordinator.fail([]), "the sum is fixed: whoever has revealed cannot take it back"
+    close_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+
+
+def test_a_member_that_is_gone_costs_its_own_update_only(four: Federation) -> None:
+    sites = four.sites()
+    coordinator = begin(four)
+    pass_step(coordinator, sites)
+    for site in sites[:3]:
+        exchange(coordinator, site)
+    assert coordinator.advance() is None
+    assert coordinator.step is Step.ENVELOPE
+    assert coordinator.fail(["dogwood"])
+    assert "dogwood" not in coordinator.asked
+    entry = None
+    while entry is None:
+        entry = pass_step(coordinator, sites[:3])
+    assert entry.sites == TRAINING
+    assert not coordinator.fail(["ash", "birch"]), "fewer than a quorum would be left"
+
+
+def test_after_a_reveal_the_round_waits_and_restarts_change_nothing(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    first = exchange(coordinator, sites[0])
+    assert first.code == ReplyCode.REVEALED
+    again = federation.reopen()
+    assert (again.step, again.sites_in, sorted(again.asked)) == (Step.REVEAL, ("ash",), ["birch", "cedar"])
+    assert again.advance() is None
+    # A site that starts anew gives the same word, and to no other question.
+    request = coordinator.request("birch", sites[1].run, sites[1].position)
+    assert federation.site("birch").respond(request).envelope == federation.site("birch").respond(request).envelope
+    close_round(again, federation.sites()[:3])
+    assert again.round == 2
+
+
+def test_a_server_that_lost_the_spool_asks_for_the_same_envelopes_once_more(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    exchange(coordinator, sites[0])
+    lost = next(federation.folder.glob("server/runs/*/spool/*/*/birch.envelope"))
+    lost.write_bytes(lost.read_bytes()[:-3])
+    again = federation.reopen()
+    assert again.step is Step.REVEAL
+    assert exchange(again, sites[1]).code == ReplyCode.UPDATE
+    close_round(again, sites)
+
+
+def second_arrived(federation: Federation, coordinator: Coordinator, names: tuple[str, ...] = TRAINING) -> bytes:
+    """Another ARRIVED of the same attempt, signed by the coordinator: of another sum, or of some sites' envelopes."""
+    chain = coordinator.journal.chain
+    words = [SignedWord.of(coordinator._envelopes[name].header_text, coordinator._envelopes[name].signature)
+             for name in names]  # fmt: skip
+    digest = coordinator._cohort.digest  # type: ignore[union-attr]
+    header = arrived_header(federation.agreed, chain.due, coordinator.attempt, digest, (7, "5" * 64), words)
+    return sign_frame(ARRIVED_MAGIC, header, federation.signing, b"")
+
+
+def test_a_site_reveals_for_one_arrived_of_a_round_and_never_for_part_of_a_cohort(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    send_envelopes(coordinator, sites)
+    with pytest.raises(ProtocolError, match="expected all of the cohort"):
+        ask(coordinator, sites[0], second_arrived(federation, coordinator, TRAINING[:2]))
+    coordinator.advance()
+    assert exchange(coordinator, sites[0]).code == ReplyCode.REVEALED
+    for site in (sites[0], federation.site("ash")):
+        with pytest.raises(ProtocolError, match="a second ARRIVED of round 1"):
+            ask(coordinator, site, second_arrived(federation, coordinator))
+    # Nor does it answer another attempt after its REVEAL.
+    chain = coordinator.journal.chain
+    with pytest.raises(ProtocolError, match="a REVEAL was sent already"):
+        sites[0].respond(replace(coordinator.request("ash", sites[0].run, 1), question=b"", attempt=2))
+    cohort = sign_cohort(federation.agreed, chain.due, 2, (), federation.signing)
+    with pytest.raises(ProtocolError):
+        ask(coordinator, sites[0], cohort)
+
+
+def test_an_arrived_that_is_not_the_servers_or_of_another_attempt_is_refused(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    arrived = coordinator._arrived.data  # type: ignore[union-attr]
+    chain = coordinator.journal.chain
+    header = check_arrived(arrived, federation.agreed, chain.members, chain.due)[0]
+    ash = sites[0].replica.identity.signing
+    for forged, says in (
+        (sign_frame(ARRIVED_MAGIC, header, ash, b""), "signature"),
+        (
+            sign_frame(ARRIVED_MAGIC, header.model_copy(update={"attempt": 2}), federation.signing, b""),
+            "another attempt",
+        ),
+        (sign_frame(ARRIVED_MAGIC, header.model_copy(update={"head": "1" * 64}), federation.signing, b""), "head"),
+        (arrived[:-1] + b"", "truncated"),
+    ):
+        with pytest.raises(ProtocolError, match=says):
+            ask(coordinator, sites[1], forged)
+    assert sites[1].replica.files.bound.arrived == ""
+
+
+def test_a_wrong_check_is_named_and_does_not_end_the_round(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    replies = [site.respond(coordinator.request(site.name, site.run, site.position)) for site in sites]
+    digest = coordinator._arrived.digest  # type: ignore[union-attr]
+    wrong = sign_reveal(federation.agreed, digest, "birch", (1, 2), sites[1].replica.identity.signing)
+    for reply in (replies[0], replace(replies[1], envelope=wrong), replies[2]):
+        coordinator.receive(reply)
+    with caplog.at_level(logging.ERROR):
+        assert coordinator.advance() is None
+    assert "birch: its REVEAL of round 1 is wrong" in caplog.text
+    assert "ash" not in caplog.text
+    assert sorted(coordinator.asked) == ["birch"]
+    coordinator.receive(replies[1])
+    assert coordinator.advance() is not None
+
+
+def test_a_site_whose_memory_is_damaged_finds_itself_before_anything_leaves(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    pass_step(coordinator, sites)
+    seal = Cipher.seal
+
+    def damaged(self: Cipher, integers: Any, *rest: Any) -> Any:
+        integers = integers.copy()
+        integers[5] += 1
+        return seal(self, integers, *rest)
+
+    request = coordinator.request("ash", sites[0].run, sites[0].position)
+    with (
+        mock.patch.object(Cipher, "seal", damaged),
+        pytest.raises(EnvelopeError, match="does not open to the integers"),
+    ):
+        sites[0].respond(request)
+    assert sites[0].replica.files.bound.attempt == 0
+    assert exchange(coordinator, sites[0]).code == ReplyCode.UPDATE
+
+
+def test_a_sum_out_of_range_pauses_the_study_for_people_and_costs_nothing(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = begin(federation)
+    pass_step(coordinator, sites)
+    before = sites[1].adapter_digest
+    # ash sends four times the largest value, signed, with a right check.
+    path = sites[0].replica.files.folder.integers(1)
+    stored = safetensors.numpy.load(path.read_bytes())["integers"]
+    huge = np.full_like(stored, 4 * federation.agreed.lanes.max_integer)
+    path.write_bytes(safetensors.numpy.save({"integers": huge}))
+    with (
+        mock.patch("secure_fed.privacy.ckks.check_integers"),
+        mock.patch.object(Cipher, "open", return_value=huge),
+    ):
+        exchange(coordinator, sites[0])
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    close_round(coordinator, sites)
+    assert exchange(coordinator, sites[1]).code == ReplyCode.REFUSED_AGGREGATE
+    assert not coordinator.paused, "one site's word alone pauses nobody"
+    for site in (sites[0], sites[2], federation.site("birch")):
+        assert exchange(coordinator, site).code == ReplyCode.REFUSED_AGGREGATE
+    assert coordinator.paused
+    assert {site.adapter_digest for site in sites} == {before}
+    # An amendment, here a new key, lets the study go on.
+    chain = coordinator.journal.chain
+    coordinator.amend(federation.seal_key(2, chain.key, members=chain.members))
+    assert not coordinator.paused
+    assert coordinator.advance().header.kind == "amendment"  # type: ignore[union-attr]
+    assert pass_step(coordinator, sites).header.kind == "checkpoint"
+    run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+
+
+def test_no_amendment_slips_into_an_open_round(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = begin(federation)
+    send_envelopes(coordinator, sites[:3])
+    chain = coordinator.journal.chain
+    coordinator.amend(federation.seal_key(2, chain.key, members=chain.members, removed=("dogwood",)))
+    assert coordinator.fail([])
+    for site in sites:
+        exchange(coordinator, site)
+    coordinator.advance()
+    assert coordinator.step is Step.ENVELOPE, "an honest server keeps it until the round is closed"
+    coordinator.journal.append_amendment(coordinator._waiting_amendment() or b"")
+    with pytest.raises(RecordError, match="within round 1, for which this site answered attempt 1"):
+        sites[0].respond(coordinator.request("ash", sites[0].run, sites[0].position))
+
+
+def splits(names: tuple[str, ...]) -> Iterator[tuple[set[str], set[str]]]:
+    """Every way to show the sites two rounds, with one of them lying to both halves."""
+    for liar in names:
+        others = [name for name in names if name != liar]
+        for chosen in range(2 ** len(others)):
+            one = {name for place, name in enumerate(others) if chosen >> place & 1}
+            yield one | {liar}, (set(others) - one) | {liar}
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 7])
+def test_no_split_of_the_sites_closes_two_rounds(count: int) -> None:
+    template = make_template(
+        max_sites=8, sites=[{"name": name} for name in "abcdefg"[:count]], key_maker="a", simulation=None
+    )
+    needed = template.quorum(template.sites).needed
+    for one, other in splits(tuple("abcdefg"[:count])):
+        assert min(len(one), len(other)) < needed
