@@ -47,8 +47,6 @@ BINDING = Binding(run="aa" * 16, head="bb" * 32, round=7)
 PARAMETERS = lane_parameters(max_sites=8, bits=17, lanes=2, values=8990)
 SECRET = StudySecret.generate(PARAMETERS.modulus_bits)
 
-Who = tuple[str, int]
-
 
 @functools.cache
 def secret_of(modulus_bits: int) -> StudySecret:
@@ -60,8 +58,8 @@ def cipher(parameters: LaneParameters = PARAMETERS) -> Cipher:
     return Cipher(parameters, SECRET if parameters == PARAMETERS else secret_of(parameters.modulus_bits))
 
 
-def sites_of(size: int, attempt: int = 0) -> list[Who]:
-    return [(f"site-{index}", attempt) for index in range(size)]
+def sites_of(size: int) -> list[str]:
+    return [f"site-{index}" for index in range(size)]
 
 
 def updates_of(
@@ -80,11 +78,11 @@ def updates_of(
 
 def seal_all(
     updates: Sequence[Integers],
-    sites: Sequence[Who],
+    sites: Sequence[str],
     parameters: LaneParameters = PARAMETERS,
     binding: Binding = BINDING,
 ) -> list[Sealed]:
-    return [cipher(parameters).seal(update, binding, *who) for update, who in zip(updates, sites, strict=True)]
+    return [cipher(parameters).seal(update, binding, who) for update, who in zip(updates, sites, strict=True)]
 
 
 def cohort_of(sealed: Sequence[Sealed]) -> list[Contribution]:
@@ -159,7 +157,7 @@ def test_the_opened_sum_is_exact(case: tuple[LaneParameters, int, str, int]) -> 
     plain_wire = PlainWire(parameters)
     total = plain_wire.zero()
     for update, who in zip(updates, names, strict=True):
-        total = plain_wire.add(total, plain.seal(update, BINDING, *who).payload)
+        total = plain_wire.add(total, plain.seal(update, BINDING, who).payload)
     assert np.array_equal(plain.open(plain_wire.record(total, sites), BINDING, cohort_of(sealed)), sums)
 
 
@@ -256,7 +254,7 @@ def noise_of(sealed: Sealed, update: Integers, parameters: LaneParameters = PARA
 
 def test_noise_is_seals_and_never_the_same_twice() -> None:
     update = updates_of(1)[0]
-    one, other = (noise_of(cipher().seal(update, BINDING, "a", 1), update) for _ in range(2))
+    one, other = (noise_of(cipher().seal(update, BINDING, "a"), update) for _ in range(2))
     for noise in (one, other):
         assert np.abs(noise).max() <= NOISE_MOST
         assert noise.std() == pytest.approx(np.sqrt(21 / 2), rel=0.06)
@@ -288,13 +286,13 @@ def test_sealing_what_does_not_fit_is_a_bug(value: int) -> None:
     update = np.zeros(PARAMETERS.values, np.int64)
     update[-1] = value
     with pytest.raises(LanesError, match="magnitude"):
-        cipher().seal(update, BINDING, "site-0", 0)
+        cipher().seal(update, BINDING, "site-0")
     with pytest.raises(LanesError, match="shape"):
-        cipher().seal(update[1:], BINDING, "site-0", 0)
+        cipher().seal(update[1:], BINDING, "site-0")
 
 
-def test_a_stream_key_is_of_everything_but_the_attempt() -> None:
-    who = Contribution("ab", 1, "11" * 32)
+def test_a_stream_key_is_of_seed_site_and_place() -> None:
+    who = Contribution("ab", "11" * 32)
     keys = {
         ckks.stream_key(binding, contribution)
         for binding in (
@@ -308,7 +306,6 @@ def test_a_stream_key_is_of_everything_but_the_attempt() -> None:
         for contribution in (who, replace(who, site="abc"), replace(who, seed="12" * 32))
     }
     assert len(keys) == 18
-    assert ckks.stream_key(BINDING, who) == ckks.stream_key(BINDING, replace(who, attempt=2))
 
 
 @pytest.mark.parametrize("what", ["product", "transform", "layout"])
@@ -379,7 +376,7 @@ def test_blocks_do_not_change_the_dot_product(monkeypatch: pytest.MonkeyPatch) -
 def test_an_envelope_holds_values_and_the_digits_of_both_tags(shape: tuple[int, int, int], seed: int) -> None:
     parameters = lane_parameters(*shape, 300)
     update, study = updates_of(1, parameters, seed=seed)[0], cipher(parameters)
-    sealed = study.seal(update, BINDING, "Krankenhaus Süd", 3)
+    sealed = study.seal(update, BINDING, "Krankenhaus Süd")
     second = expand(ckks.stream_key(BINDING, sealed.contribution), parameters.ciphertexts * DEGREE, parameters.modulus)
     sums = CipherWire(parameters).residues(sealed.payload)
     sums += study._times_secret(second)[: sums.size]
@@ -388,7 +385,7 @@ def test_an_envelope_holds_values_and_the_digits_of_both_tags(shape: tuple[int, 
     width = parameters.bits - 1
     digits = []
     for tag in range(2):
-        mask = int.from_bytes(brute_force_prf("u", tag, BINDING, "3", "Krankenhaus Süd"), "big")
+        mask = int.from_bytes(brute_force_prf("u", tag, BINDING, "Krankenhaus Süd"), "big")
         value = (brute_force_dot(tag, BINDING, update) + mask) % TAG_PRIME
         digits += [(value >> (width * place)) % 2**width for place in range(parameters.tag_digits)]
         assert sum(d << (width * i) for i, d in enumerate(digits[-parameters.tag_digits :])) == value
@@ -517,7 +514,7 @@ def test_a_forged_cohort_around_one_site(monkeypatch: pytest.MonkeyPatch) -> Non
     polynomials, so that not even without the tags anything comes out."""
     (update,), names = updates_of(1), sites_of(3)
     (victim,) = seal_all([update], names[:1])
-    cohort = [replace(victim.contribution, site=site) for site, _ in names]
+    cohort = [replace(victim.contribution, site=site) for site in names]
     offset = np.zeros(PARAMETERS.integers, np.int64)
     offset[: PARAMETERS.values] = np.where(update > 0, -6, 6)
     forged = with_added(record_of([victim] * 3), offset)
@@ -530,7 +527,7 @@ def test_contributors_that_the_server_invents() -> None:
     (victim,) = seal_all(updates_of(1), sites_of(1))
     record = record_of([victim])
     for seed in ("00" * 32, "ff" * 32, victim.contribution.seed):
-        invented = [Contribution(f"site-{index}", 0, seed) for index in range(1, 4)]
+        invented = [Contribution(f"site-{index}", seed) for index in range(1, 4)]
         refused(record, [victim.contribution, *invented])
 
 
@@ -561,7 +558,7 @@ def test_one_site_counted_twice_and_named_once() -> None:
     twice = record_of([sealed[0], *sealed])
     refused(twice, [first, second])
     refused(twice, [first, first, second])
-    refused(twice, [first, replace(first, attempt=1), second])
+    refused(twice, [first, replace(first, site="site-2"), second])
 
 
 def test_a_site_left_out_or_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,16 +590,6 @@ def test_another_run_head_or_round(other: Binding) -> None:
     # One envelope of another round among envelopes of this one.
     mixed = seal_all(updates[:1], names[:1]) + seal_all(updates[1:], names[1:], binding=other)
     refused(record_of(mixed), cohort_of(mixed))
-
-
-def test_another_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates = updates_of(2)
-    sealed = seal_all(updates, [("site-0", 0), ("site-1", 1)])
-    record, (first, second) = record_of(sealed), cohort_of(sealed)
-    wrong = [first, replace(second, attempt=0)]
-    refused(record, wrong)
-    assert np.array_equal(opened_without_tags(monkeypatch, record, wrong), sum(updates))
-    assert np.array_equal(cipher().open(record, BINDING, [first, second]), sum(updates))
 
 
 def test_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -672,7 +659,7 @@ def test_cohorts_that_cannot_be() -> None:
     sealed = seal_all(updates_of(8), sites_of(8))
     record = record_of(sealed)
     refused(record, [])
-    refused(record, [*cohort_of(sealed), Contribution("site-8", 0, "00" * 32)])
+    refused(record, [*cohort_of(sealed), Contribution("site-8", "00" * 32)])
 
 
 # The secret
