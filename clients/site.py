@@ -509,7 +509,7 @@ class Site:
         if self._private is not None:
             folder, state = self.replica.files.folder, self.replica.state.digest
             integers = self._private.integers(
-                self.replica.due, state, self.parameters, folder, self.features, self._quantise
+                self.replica.due, state, self.replica.state.iterate, folder, self.features, self._quantise
             )
             return integers, self._private.head
         if path.exists():
@@ -531,14 +531,15 @@ class Site:
                 GivenSums(self._file.state_folder).give(self.replica.due.run, images)
             return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
         seed = training_seed(study.seed, self.run, self.name, round_number)
-        start = self.personal(self.parameters, round_number - 1)
+        iterate = self.replica.state.iterate
+        start = self.personal(iterate, round_number - 1)
         trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
         if PRIVATE_HEAD in trained:
             head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
             folder = self.replica.files.folder
             make_folder(folder.heads, 0o700)
             write_durable(folder.head(round_number), bytes(safetensors.numpy.save(head)))
-        update = codec.flatten(trained) - codec.flatten(self.parameters)
+        update = codec.flatten(trained) - codec.flatten(iterate)
         counts = (0, 0)
         if study.encoding.share_validation and len(features.val.y):
             predicted = self._predict(features.val.x, start, self._agreed).argmax(axis=1)
