@@ -351,9 +351,6 @@ class Site:
             self._private.finish()
         if chain.finished or self.replica.member.role == "observer":
             return self._reply(ReplyCode.APPLIED)
-        if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
-            log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
-            return self._reply(ReplyCode.APPLIED)
         if self.replica.paused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
         if not request.attempt:
@@ -361,6 +358,9 @@ class Site:
         kind = request.question[:4]
         if kind == ARRIVED_MAGIC:
             return self._reply(ReplyCode.REVEALED, self._reveal(request.question))
+        if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
+            log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
+            return self._reply(ReplyCode.APPLIED)
         try:
             if kind == COHORT_MAGIC:
                 return self._reply(ReplyCode.UPDATE, self._envelope(request.question, request.held))
@@ -481,7 +481,10 @@ class Site:
         if bound.arrived not in ("", digest):
             raise ProtocolError(f"a second ARRIVED of round {due.round}; this site has revealed for another")
         self._refuse_another_cohort(bound, bound.names)
-        frame = split_frame(ENVELOPE_MAGIC, self._outbox.envelope(due.round).read_bytes(), MAX_HEADER, EnvelopeError)
+        path = self._outbox.envelope(due.round)
+        if not path.exists():
+            raise ProtocolError(f"ARRIVED of attempt {arrived.attempt}, whose envelope is not here any more")
+        frame = split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
         own = SignedWord.of(frame.header, frame.signature)
         if arrived.envelopes[bound.names.index(self.name)] != own:
             raise ProtocolError("ARRIVED: names another envelope of this site than it sent")
