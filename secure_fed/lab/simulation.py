@@ -61,9 +61,9 @@ from secure_fed.protocol.study import (
     Simulation,
     Study,
     Template,
-    as_template,
     load_study,
     read_template,
+    unlike,
 )
 from secure_fed.server.coordinator import Coordinator, paused_text
 
@@ -251,8 +251,7 @@ def prepare(
     make_folder(out)
     if (out / "study.toml").exists():
         agreed = load_study(out / "study.toml")
-        here, wanted = as_template(agreed.study), as_template(template)
-        differing = sorted(key for key in wanted if here[key] != wanted[key])
+        differing = unlike(agreed.study, template)
         if differing:
             raise OutputError(
                 f"{out}: holds study {agreed.study.name} with other {', '.join(differing)}; "
@@ -331,9 +330,7 @@ def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
     initial = agreed.initial
     prompts = initial.prompt_features
     adapter = initial_parameters(method, prompts.shape[1], prompts, agreed.study.seed)
-    return AgreedStudy(
-        agreed.study.model_copy(update={"method": method}), replace(initial, adapter=adapter, basis=None)
-    )
+    return AgreedStudy(agreed.study.model_copy(update={"method": method}), replace(initial, adapter=adapter))
 
 
 def _identity(out: Path, name: str) -> Identity:

@@ -29,6 +29,7 @@ from secure_fed.protocol.study import (
     load_study,
     read_study_file,
     read_template,
+    unlike,
     with_fields,
 )
 
@@ -317,7 +318,7 @@ def _template(study: StudyFile) -> str:
             packaged = with_fields(read_template(path), seed=study.seed, mode=study.mode)
         except StudyError:
             continue
-        if as_template(packaged) == as_template(study):
+        if not unlike(study, packaged):
             return path.stem
     return "TEMPLATE.toml"
 
