@@ -17,7 +17,7 @@ from secure_fed.core.errors import GuardError
 from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise
 from secure_fed.protocol.one_sum import FIRST, NOISE, PATIENTS, SECOND, Sums
 
-SCALES = {SECOND: 0.6, FIRST: 1.0, PATIENTS: 0.3}
+SCALES = {SECOND: 0.4, FIRST: 1.0, PATIENTS: 0.4}
 """What the blocks are multiplied by before the same noise is added to all: the less, the more noise relative to it."""
 
 SENSITIVITY = math.sqrt(math.fsum(scale * scale for scale in SCALES.values()))
