@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.one_sum import GRID, HISTOGRAMS, Histogram, Sums
 from secure_fed.protocol.study import AgreedStudy
+
+log = logging.getLogger(__name__)
 
 Values = dict[str, NDArray[np.float64]]
 
@@ -36,7 +39,28 @@ def message(agreed: AgreedStudy, round_number: int, state: aggregation.State, fe
     if round_number == 1:
         return sums(agreed, features).values()
     held = {name.removeprefix(aggregation.MOMENT): value for name, value in state.items()}
-    return {HISTOGRAMS: histograms(agreed, Sums.of(held), features)}
+    together = Sums.of(held)
+    _tell(agreed, together)
+    return {HISTOGRAMS: histograms(agreed, together, features)}
+
+
+def _tell(agreed: AgreedStudy, together: Sums) -> None:
+    """Say what is missing from the sum of all sites."""
+    if not together.patients.any():
+        log.warning(
+            "no sum of statistics is there: the round that was to carry it was abandoned; expected one: this study "
+            "ends at zero-shot and nothing is claimed; start a new run with the members that are left"
+        )
+        return
+    least = agreed.study.method.min_patients
+    known = one_sum.known_classes(together, least)
+    for name, there, count in zip(agreed.study.class_names, known, together.patients, strict=True):
+        if not there:
+            log.warning(
+                "class %s has %.0f patients in the sum of all sites; expected at least %d: it is left out of the head "
+                "and never predicted; ask for sites that have some, or lower method.min_patients in a new study",
+                *(name, max(0.0, float(count)), least),
+            )
 
 
 def alone(agreed: AgreedStudy, features: SiteFeatures) -> Parameters:
@@ -72,10 +96,6 @@ def histograms(
 ) -> NDArray[np.float64]:
     """How patients fare under each shrinkage of the grid, flat: those of the validation, and those of the training.
 
-    A patient of the training is judged by the head of the sums without its own part (:func:`_left_out`), as one that
-    the head has never seen. With them there are several times as many patients as the validation has, so that the
-    shrinkage is chosen, and the limits are drawn, by more than a few.
-
     Args:
         agreed: the study.
         together: the sums of all sites.
@@ -85,28 +105,43 @@ def histograms(
     Raises:
         DataError: more patients than the study declares.
     """
-    classes, val, basis = len(agreed.study.classes), features.val, _basis(agreed)
-    owners = features.patients.get("val", ())
+    classes = len(agreed.study.classes)
     if declared:
-        _refuse_more(agreed, len(set(owners)), "validation")
+        _refuse_more(agreed, len(set(features.patients.get("val", ()))), "validation")
     known = one_sum.known_classes(together, agreed.study.method.min_patients)
     if known.sum() < 2:
         return np.zeros(len(GRID) * Histogram.size(classes))
+    found = np.zeros((len(GRID), Histogram.size(classes)))
+    for part in judged(agreed, together, known, features):
+        for place in range(len(GRID)):
+            counted = _histogram(part.logits[place], part.distances[place], part.labels, part.each, classes)
+            found[place] += counted.values()
+    return found.ravel()
+
+
+def judged(
+    agreed: AgreedStudy, together: Sums, known: NDArray[np.bool_], features: SiteFeatures
+) -> tuple[Judged, Judged]:
+    """A site's patients of training and validation under heads that do not know them.
+
+    A patient of the training is judged by the head of the sums without its own part (:func:`_left_out`), as one that
+    the head has never seen. With them there are several times as many patients as the validation has, so that the
+    shrinkage is chosen, and the limits are drawn, by more than a few.
+
+    Args:
+        agreed: the study.
+        together: the sums of all sites.
+        known: bool [K], the classes with enough patients in them.
+        features: the site's.
+    """
+    basis, head, val = _basis(agreed), _Eigen.of(together, known), features.val
+    added, labels, owners = views(agreed, features)
+    training = _left_out(head, added, basis.linear(features.train.x[: len(labels)]), labels, owners)
     kept = [row for row, label in enumerate(val.y) if known[label]]
-    head = _Eigen.of(together, known)
-    x = basis.linear(val.x[kept])
-    each = shares([owners[row] for row in kept])
-    added, labels, whose = views(agreed, features)
-    own = _left_out(head, added, basis.linear(features.train.x[: len(labels)]), labels, whose)
-    return np.concatenate(
-        [
-            np.add(
-                _histogram(*head.scores(x, place), val.y[kept], each, classes).values(),
-                _histogram(own.logits[place], own.distances[place], own.labels, own.each, classes).values(),
-            )
-            for place in range(len(GRID))
-        ]
-    )
+    x, whose = basis.linear(val.x[kept]), features.patients.get("val", ())
+    scores = [head.scores(x, place) for place in range(len(GRID))]
+    logits, distances = (np.stack([pair[part] for pair in scores]) for part in (0, 1))
+    return training, Judged(logits, distances, val.y[kept], shares([whose[row] for row in kept]))
 
 
 def nothing(agreed: AgreedStudy, round_number: int) -> Values:
@@ -181,8 +216,15 @@ class _Eigen:
 
 
 @dataclass(frozen=True)
-class _LeftOut:
-    """Images of training patients, judged without their patient: by shrinkage [G], labels [n], what each counts [n]."""
+class Judged:
+    """Images under heads that do not know their patients.
+
+    Attributes:
+        logits: float64 [G, n, K], by shrinkage of the grid; -inf for classes that are left out.
+        distances: float64 [G, n], squared distances to the nearest class mean over k.
+        labels: int64 [n].
+        each: float64 [n], what each counts.
+    """
 
     logits: NDArray[np.float64]
     distances: NDArray[np.float64]
@@ -196,7 +238,7 @@ def _left_out(
     seen: NDArray[np.float64],
     labels: NDArray[np.int64],
     owners: Sequence[str],
-) -> _LeftOut:
+) -> Judged:
     """Every patient of known classes under the heads of the sums without it.
 
     With w_i a patient's shares, d_i = x_i - mu_c, s_c = sum_i w_i d_i and n_c = sum_i w_i over its images of class c,
@@ -260,8 +302,8 @@ def _left_out(
         kept += rows
     if not kept:
         nobody = np.zeros(0)
-        return _LeftOut(np.zeros((len(GRID), 0, classes)), np.zeros((len(GRID), 0)), nobody.astype(np.int64), nobody)
-    return _LeftOut(np.concatenate(logits, axis=1), np.concatenate(distances, axis=1), labels[kept], each[kept])
+        return Judged(np.zeros((len(GRID), 0, classes)), np.zeros((len(GRID), 0)), nobody.astype(np.int64), nobody)
+    return Judged(np.concatenate(logits, axis=1), np.concatenate(distances, axis=1), labels[kept], each[kept])
 
 
 def _histogram(

@@ -283,9 +283,11 @@ single patients is not bounded; with one, it holds for the sites that make it.""
 
 def _claims_of_cases(file: AdapterFile) -> str:
     limits = Limits.of(file.initial.adapter)
+    unknown = [name for name, mean in zip(file.classes, file.initial.adapter["means"], strict=True) if not mean.any()]
+    left_out = f"Never predicted, for too few patients in the sum: {', '.join(unknown)}. " if unknown else ""
     if limits.patients == 0:
-        return "Nothing is claimed of single cases: no histograms of patients are in the sum."
-    return (
+        return left_out + "Nothing is claimed of single cases: no histograms of patients are in the sum."
+    return left_out + (
         "`secfacmic predict` gives each image a set of classes, which holds the true one of "
         f"{100 * file.method.coverage:g} % of patients like the {limits.patients:.0f} calibration patients of the "
         "study, and flags images that lie farther from all class means than 95 % of those. Other patients may fare "

@@ -427,11 +427,11 @@ NO_LIMITS = Limits(-NO_LIMIT, NO_LIMIT, 0.0)
 
 
 def limits_of(histogram: Histogram, coverage: float) -> Limits:
-    """Split conformal limits: of n patients and a new one, the new one is covered with at least the study's chance.
+    """Conformal limits: of n patients and a new one, the new one is covered with the study's chance.
 
-    The score of a patient is the log odds of its true class. The limit is the highest edge of a bin above which
-    (n + 1) times the coverage lie (Lei et al. 2018); without that many there is none. Distances likewise, from below,
-    with :data:`FAMILIAR`.
+    The score of a patient is the log odds of its true class. The limit is the score above which (n + 1) times the
+    coverage lie (Lei et al. 2018), those of a bin spread evenly over it; without that many there is none. Distances
+    likewise, from below, with :data:`FAMILIAR`, and up to the edge of a bin.
     """
     patients = histogram.patients
     least, farthest = -NO_LIMIT, NO_LIMIT
@@ -440,10 +440,12 @@ def limits_of(histogram: Histogram, coverage: float) -> Limits:
         own += scores[1]
     above = 0.0
     for place in range(BINS - 1, 0, -1):
-        above += float(own[place])
-        if above >= coverage * (patients + 1):
-            least = _SCORE_START + place * SCORE_STEP
+        there, needed = float(own[place]), coverage * (patients + 1) - above
+        if there >= needed:
+            share = max(needed, 0.0) / there if there > 0 else 0.0
+            least = _SCORE_START + (place + 1 - share) * SCORE_STEP
             break
+        above += there
     below = 0.0
     for place in range(BINS - 1):
         below += float(histogram.distances[place])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,20 @@ from secure_fed.clients.acceptance import terms
 from secure_fed.clients.given_sums import GivenSums
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.clients.training import predict
-from secure_fed.core.errors import DataError, RepeatedSumError, StudyError
+from secure_fed.core.errors import DataError, OutputError, RepeatedSumError, StudyError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.attack import attack
 from secure_fed.lab.simulation import prepare, simulate
-from secure_fed.model.adapter_file import load_adapter
+from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.adapters import build_adapter
 from secure_fed.model.cases import judge, log_distances
+from secure_fed.operate.export import _claims_of_cases
 from secure_fed.operate.new_study import new_study
-from secure_fed.protocol import aggregation, one_sum
+from secure_fed.operate.sum_figures import one_sum_figures
+from secure_fed.protocol import aggregation, codec, one_sum
 from secure_fed.protocol.rounds import ReplyCode
-from secure_fed.protocol.study import InitialState, read_template
+from secure_fed.protocol.study import InitialState, read_template, unlike
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
 
@@ -161,7 +164,9 @@ def test_without_a_second_round_the_declared_shrinkage_holds_and_nothing_is_clai
     assert np.array_equal(parameters["factor"], head.factor)
 
 
-def test_a_class_with_too_few_patients_is_told_and_never_predicted(study: Federation) -> None:
+def test_a_class_with_too_few_patients_is_told_and_never_predicted(
+    study: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
     sites = study.sites()
     for site in sites:
         features = site.features()
@@ -184,6 +189,32 @@ def test_a_class_with_too_few_patients_is_told_and_never_predicted(study: Federa
     found = predict(study.agreed, sites[0].parameters, sites[0].features().test.x, None)
     assert not np.any(found.argmax(axis=1) == 2)
     assert sites[0].replica.state.tensors["moment.patients"][2] == 0
+    name = study.agreed.study.class_names[2]
+    told = [record.getMessage() for record in caplog.records if "left out of the head" in record.getMessage()]
+    assert len(told) == len(TRAINING)
+    assert told[0].startswith(f"class {name} has 0 patients in the sum of all sites; expected at least 2")
+    file = AdapterFile(
+        study.agreed.study.id,
+        study.agreed.study.backbone,
+        study.agreed.study.class_names,
+        study.agreed.study.method,
+        replace(study.agreed.initial, adapter=sites[0].parameters),
+        None,
+    )
+    assert _claims_of_cases(file).startswith(f"Never predicted, for too few patients in the sum: {name}. ")
+
+
+def test_a_sum_that_was_abandoned_is_told_and_nothing_is_claimed(
+    study: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    site, agreed = study.site("ash"), study.agreed
+    before = aggregation.start(agreed)
+    sent = at_site.message(agreed, 2, before, site.features())
+    assert not any(values.any() for values in sent.values())
+    assert "the round that was to carry it was abandoned" in caplog.text
+    after = aggregation.after_round(agreed, before, sent)
+    assert codec.adapter_digest(aggregation.adapter_of(after)) == codec.adapter_digest(agreed.initial.adapter)
+    assert one_sum_figures(agreed, [site], []) is None
 
 
 def test_more_patients_than_declared_are_refused_before_anything_leaves(images: Path, tmp_path: Path) -> None:
@@ -269,6 +300,24 @@ def test_public_images_are_seen_as_the_sites_will_see_theirs(images: Path, tmp_p
 
 def study_basis(folder: Path) -> Any:
     return InitialState.from_bytes((folder / "study.safetensors").read_bytes()).basis
+
+
+@pytest.mark.parametrize(
+    ("features", "bits", "precision"),
+    [({"basis": "random", "dimensions": 16}, 13, 24), ({"basis": "raw"}, 13, 24)],
+)
+def test_study_new_writes_the_precision_that_a_basis_asks_for_and_the_same_template_goes_on(
+    features: dict[str, Any], bits: int, precision: int, images: Path, tmp_path: Path
+) -> None:
+    template = one_sum_template(features=features, encoding={"bits": 18, "value_bound": 1.0})
+    made = prepare(template, tmp_path / "out", images)
+    assert (made.study.encoding.bits, made.study.encoding.precision_bits) == (bits, precision)
+    assert prepare(template, tmp_path / "out", images).study.id == made.study.id
+    assert not unlike(made.study, template)
+    other = one_sum_template(features=features, encoding={"bits": 18, "value_bound": 2.0})
+    assert unlike(made.study, other) == ["encoding"]
+    with pytest.raises(OutputError, match="with other encoding"):
+        prepare(other, tmp_path / "out", images)
 
 
 def test_the_packaged_study_asks_for_one_sum() -> None:
