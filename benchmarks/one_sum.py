@@ -36,7 +36,7 @@ from secure_fed.clients import one_sum as at_site
 from secure_fed.clients.features import Labelled, SiteFeatures
 from secure_fed.clients.training import predict
 from secure_fed.model.adapters import build_adapter
-from secure_fed.model.cases import judge
+from secure_fed.model.cases import judge, log_odds
 from secure_fed.model.evaluation import balanced_accuracy
 from secure_fed.model.public_statistics import packaged_statistics
 from secure_fed.privacy.accounting import mu_squared_of
@@ -290,6 +290,95 @@ def _power(matrix: NDArray[np.float64], power: float) -> NDArray[np.float64]:
     return np.asarray((vectors * values**power) @ vectors.T)
 
 
+# --- sets by other scores ---
+
+
+def set_rows(data: Data, rows: Rows) -> None:
+    """Sets of 90 % by several scores, their limits from the same calibration patients, without bins."""
+    agreed = sum_study(data.agreed, method=METHOD, features={"basis": "raw"})
+    trained = federate(agreed, data.training)
+    sites = list(data.training.values())
+    sums = at_site.sums(agreed, sites[0])
+    for own in sites[1:]:
+        more = at_site.sums(agreed, own)
+        sums = one_sum.Sums(sums.patients + more.patients, sums.first + more.first, sums.second + more.second)
+    known = one_sum.known_classes(sums, 1)
+    parts = [at_site.judged(agreed, sums, known, own) for own in sites]
+    histograms = np.sum([at_site.histograms(agreed, sums, own) for own in sites], axis=0)
+    place, _ = one_sum.chosen(histograms, len(agreed.study.classes))
+    validated = [validation for _, validation in parts]
+    everybody = [training for training, _ in parts] + validated
+    logits = np.concatenate([one.logits[place] for one in everybody])
+    labels = np.concatenate([one.labels for one in everybody])
+    scale, parameters = agreed.initial.logit_scale, trained.adapter
+
+    def of(x: Features) -> NDArray[np.float64]:
+        return np.asarray(scale * (x @ parameters["weight"].T + parameters["bias"]))
+
+    assert data.held_out is not None
+    own_x, own_y = (np.concatenate(part) for part in zip(*data.tests, strict=True))
+    tests = {"own": (of(own_x), own_y), "held_out": (of(data.held_out[0]), data.held_out[1])}
+    sharp = min(np.geomspace(0.05, 2, 60), key=lambda factor: _surprise(factor * logits, labels))
+    found = {f"right_{name}": 100 * float(np.mean(z.argmax(axis=1) == y)) for name, (z, y) in tests.items()}
+    sure = {f"sure_{name}": 100 * float(_softmax(sharp * z).max(axis=1).mean()) for name, (z, _) in tests.items()}
+    rows.setdefault("the head, and how sure it is", []).append(found | sure)
+    several: dict[str, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], bool]] = {
+        "log odds": (log_odds, True),
+        "margin": (lambda z: z - z.max(axis=1, keepdims=True), True),
+        "what is more probable (APS)": (lambda z: _cumulated(z, 0.0), True),
+        "the same, after temperature": (lambda z: _cumulated(sharp * z, 0.0), True),
+        "by lot, after temperature": (lambda z: _cumulated(sharp * z, None), False),
+    }
+    for name, (score, always) in several.items():
+        rows.setdefault(name, []).append(_sets(score, logits, labels, tests, always, by_class=False))
+    rows.setdefault("log odds, a limit a class", []).append(_sets(log_odds, logits, labels, tests, True, by_class=True))
+    few = np.concatenate([one.logits[place] for one in validated]), np.concatenate([one.labels for one in validated])
+    rows.setdefault("log odds, validation alone", []).append(_sets(log_odds, *few, tests, True, by_class=False))
+
+
+def _sets(
+    score: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    logits: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    tests: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]],
+    always: bool,
+    by_class: bool,
+) -> Figures:
+    """Coverage in percent, and classes in a set; ``always``: the most probable class is in it."""
+    own = score(logits)[np.arange(len(labels)), labels]
+    groups = [own[labels == label] for label in range(logits.shape[1])] if by_class else [own]
+    ranks = [int(np.ceil(0.9 * (len(group) + 1))) for group in groups]
+    limit = np.array([np.sort(group)[::-1][rank - 1] for group, rank in zip(groups, ranks, strict=True)])
+    found = {}
+    for name, (z, y) in tests.items():
+        sets = score(z) >= limit
+        if always:
+            sets[np.arange(len(y)), z.argmax(axis=1)] = True
+        found[f"covered_{name}"] = 100 * float(sets[np.arange(len(y)), y].mean())
+        found[f"size_{name}"] = float(sets.sum(axis=1).mean())
+    return found
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(raised / raised.sum(axis=1, keepdims=True))
+
+
+def _surprise(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    return -float(np.log(_softmax(logits)[np.arange(len(labels)), labels] + 1e-12).mean())
+
+
+def _cumulated(logits: NDArray[np.float64], share: float | None) -> NDArray[np.float64]:
+    """Minus the probability of all classes above each, and a share of its own; a drawn one if None."""
+    p = _softmax(logits)
+    order = np.argsort(-p, axis=1)
+    sorted_p = np.take_along_axis(p, order, axis=1)
+    drawn = np.random.default_rng(0).random((len(p), 1)) if share is None else share
+    found = np.empty_like(p)
+    np.put_along_axis(found, order, np.cumsum(sorted_p, axis=1) - (1 - drawn) * sorted_p, axis=1)
+    return -found
+
+
 # --- many sites ---
 
 
@@ -325,30 +414,21 @@ def sites_study(count: int) -> dict[str, float]:
 
 def show(console: Console, title: str, rows: Rows) -> None:
     """A Markdown table: means and standard errors over seeds."""
-    keys = [
-        key
-        for key in ("own", "held_out", "covered_own", "covered_held_out", "kB")
-        if key in next(iter(rows.values()))[0]
-    ]
-    heads = {
-        **{"own": "own test", "held_out": "held out", "kB": "kB up"},
-        **{"covered_own": "covered, own", "covered_held_out": "covered, held out"},
-    }
-    console.print(f"\n{title}\n\n| | {' | '.join(heads[key] for key in keys)} |\n|---{'|---' * len(keys)}|")
+    keys = list(dict.fromkeys(key for seeds in rows.values() for key in seeds[0]))
+    console.print(f"\n{title}\n\n| | {' | '.join(keys)} |\n|---{'|---' * len(keys)}|", soft_wrap=True)
     for name, seeds in rows.items():
         cells = []
         for key in keys:
             values = [one[key] for one in seeds if key in one]
             error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(
-                f"{np.mean(values):.0f}" if key == "kB" else f"{np.mean(values):.1f} ± {error:.1f}" if values else ""
-            )
+            digits = 0 if key == "kB" else 2 if key.startswith("size") else 1
+            cells.append(f"{np.mean(values):.{digits}f} ± {error:.{digits}f}" if values else "")
         console.print(f"| {name} | {' | '.join(cells)} |", soft_wrap=True)
 
 
 def on_brain_mri(folder: Path, work: Path, seeds: int, console: Console) -> dict[str, Rows]:
     """All tables of the brain MRI."""
-    tables: dict[str, Rows] = {"Bases": {}, "Precision": {}, "Budgets": {}, "Tried": {}}
+    tables: dict[str, Rows] = {"Bases": {}, "Precision": {}, "Budgets": {}, "Tried": {}, "Sets of 90 %": {}}
     template = read_template(Path("brain_mri"))
     for seed in range(seeds):
         start = time.perf_counter()
@@ -362,6 +442,7 @@ def on_brain_mri(folder: Path, work: Path, seeds: int, console: Console) -> dict
         precision_rows(data, tables["Precision"])
         private_rows(data, tables["Budgets"], EPSILONS)
         tried_rows(data, world, tables["Tried"])
+        set_rows(data, tables["Sets of 90 %"])
         console.print(f"seed {seed}: {time.perf_counter() - start:.0f} s")
     return tables
 
