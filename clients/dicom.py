@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,17 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
+from pydicom.encaps import get_frame
+from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 from secure_fed.clients import jpeg12
 from secure_fed.clients.rules import Facts, Kind, Picture, Rules, UndecodableError, brightness
@@ -31,9 +42,16 @@ _VRS = frozenset(
     b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_NO_PICTURE = {"SEG": "a segmentation", "RTDOSE": "a dose", "SR": "a structured report", "PR": "a presentation state"}
-_NO_PICTURE |= {"KO": "a selection of key objects", "REG": "a registration", "RTSTRUCT": "contours", "RTPLAN": "a plan"}
-_NO_PICTURE |= {"DOC": "a document", "ECG": "a waveform", "M3D": "a model", "SMR": "stereometry"}
+NO_PICTURES = {
+    **{"SEG": "a segmentation", "RTDOSE": "a dose", "SR": "a structured report", "PR": "a presentation state"},
+    **{"KO": "a selection of key objects", "REG": "a registration", "RTSTRUCT": "contours", "RTPLAN": "a plan"},
+    **{"PLAN": "a plan", "RTRECORD": "a record of treatment", "RTINTENT": "an intent", "DOC": "a document"},
+    **{"ECG": "a waveform", "EPS": "a waveform", "HD": "a waveform", "RESP": "a waveform", "AU": "sound"},
+    **{"M3D": "a model", "SMR": "stereometry", "FID": "marks", "ANN": "annotations", "ASMT": "an assessment"},
+    **{"RWV": "a mapping of values"},
+}
+"""By modality, what is stored beside pictures of patients and is none."""
+
 _NO_PICTURE_CLASSES = {
     "Segmentation": "a segmentation",
     "Label Map": "a segmentation",
@@ -55,40 +73,85 @@ _NO_PICTURE_CLASSES = {
     "Raw Data": "raw data",
     "Media Storage Directory": "a directory of other files",
 }
+_PICTURE_CLASSES = ("Image", "US Volume")
+"""What the name of every standard class of pictures has in it, and no other's that is stored."""
 _SCOUTS = frozenset({"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM"})
-_SCREENS = frozenset({"SCREEN SAVE", "SCREENSHOT", "SCREEN_SAVE", "SCREEN CAPTURE"})
+_SCOUT_SERIES = ("localizer", "localiser", "scout", "topogram", "surview", "scanogram")
+"""Scanners of some makers say it in the series' name alone."""
+_SCREENS = frozenset({"SCREEN SAVE", "SCREENSHOT", "SCREEN_SAVE", "SCREEN CAPTURE", "DOSE_INFO"})
 _HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "ManufacturerModelName", "ImageType", "PatientID"),
     *("BurnedInAnnotation", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "NumberOfFrames"),
+    *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
 )
 HEADER = 132
 """Bytes of a file by which :func:`is_dicom` knows it."""
 
+_MOST_BYTES = 2**28
+"""Of a deflated file, unpacked."""
+
+_BLOCK = 2**20
+"""So many pixels are computed with at once: as 64-bit numbers they take eight times what the file has for them."""
+
 
 def is_dicom(content: bytes) -> bool:
     """Whether a file begins as DICOM files do, with the preamble or, as some archives write them, without.
 
-    Without it, the first element must be of group 0002 or 0008, and short, as all that may stand there are.
+    Without it, the first element must be of group 0002, 0008 or 0010, and short, as all that may stand there are.
     """
     if content[_PREAMBLE : _PREAMBLE + len(_MAGIC)] == _MAGIC:
         return True
-    if len(content) < 8 or content[:2] not in (b"\x02\0", b"\x08\0") or content[3] or content[2] > 0x60:
+    if len(content) < 8:
         return False
-    return content[4:6] in _VRS or 0 < struct.unpack("<I", content[4:8])[0] <= 256
+    if content[:2] in (b"\0\x08", b"\0\x10"):  # big-endian, which is always explicit
+        return content[2] == 0 and content[4:6] in _VRS
+    if content[:2] not in (b"\x02\0", b"\x08\0", b"\x10\0") or content[3] or content[2] > 0x60:
+        return False
+    return content[4:6] in _VRS or struct.unpack("<I", content[4:8])[0] <= 256
 
 
 def read_header(path: Path) -> Any | None:
     """The header without pixels, of the elements that this package uses; None if it is no DICOM file or is broken."""
     try:
         with path.open("rb") as stream:
-            if not is_dicom(stream.read(HEADER)):
+            head = stream.read(HEADER + 1024)
+            if not is_dicom(head):
                 return None
+            source: Any = path
+            if _is_deflated(head):
+                source = io.BytesIO(_inflated(head + stream.read()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER), force=True)
+            return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=list(_HEADER), force=True)
     except Exception:  # why it is broken comes out when it is decoded
         return None
+
+
+def _is_deflated(head: bytes) -> bool:
+    return DeflatedExplicitVRLittleEndian.encode() in head[: HEADER + 1024]
+
+
+def _inflated(content: bytes) -> bytes:
+    """A deflated file as the one that it was made of, of at most :data:`_MOST_BYTES`.
+
+    Raises:
+        UndecodableError: it is larger, or broken.
+    """
+    # The meta header begins with its own length, (0002,0000) UL.
+    start = HEADER + 12 + struct.unpack("<I", content[HEADER + 8 : HEADER + 12])[0]
+    engine = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        found = engine.decompress(content[start:], _MOST_BYTES)
+    except zlib.error as error:
+        raise UndecodableError(f"broken DICOM ({error}); export it again") from error
+    if engine.unconsumed_tail:
+        raise UndecodableError(
+            f"a deflated DICOM file of more than {_MOST_BYTES:,} bytes; expected at most that (a small file can claim "
+            "any size): export it uncompressed"
+        )
+    native = ExplicitVRLittleEndian.encode().ljust(len(DeflatedExplicitVRLittleEndian), b"\0")
+    return content[:start].replace(DeflatedExplicitVRLittleEndian.encode(), native) + found
 
 
 def patient_id(path: Path) -> str:
@@ -113,12 +176,13 @@ def facts(dataset: Any) -> Facts:
     kind: Kind = ""
     if no_picture(dataset):
         kind = "no picture"
-    elif words & _SCOUTS:
+    elif words & _SCOUTS or _names_scout(dataset):
         kind = "scout"
     elif (
         sop == _SECONDARY_CAPTURE
         or sop.startswith(_SECONDARY_CAPTURE + ".")
         or words & _SCREENS
+        or text(dataset, "ConversionType").upper() == "WSD"  # a workstation made it
         or text(dataset, "BurnedInAnnotation").upper() == "YES"
     ):
         kind = "screenshot"
@@ -126,13 +190,23 @@ def facts(dataset: Any) -> Facts:
     return Facts(text(dataset, "Modality").upper(), scanner, kind)
 
 
+def _names_scout(dataset: Any) -> bool:
+    names = (text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")).casefold()
+    return any(word in names for word in _SCOUT_SERIES)
+
+
 def no_picture(dataset: Any) -> str:
     """What a file is that is no picture of a patient, by SOP class and modality; empty if it is one."""
-    name = UID(text(dataset, "SOPClassUID")).name  # of an unknown class, the UID itself
+    found = text(dataset, "SOPClassUID")
+    if not found:  # directories of CDs have it in the meta header alone
+        found = text(getattr(dataset, "file_meta", {}), "MediaStorageSOPClassUID")
+    name = UID(found).name  # of an unknown class, the UID itself
     for words, what in _NO_PICTURE_CLASSES.items():
         if words in name:
             return what
-    return _NO_PICTURE.get(text(dataset, "Modality").upper(), "")
+    if name != found and "Storage" in name and not any(words in name for words in _PICTURE_CLASSES):
+        return f"a {name.removesuffix(' Storage')} object"
+    return NO_PICTURES.get(text(dataset, "Modality").upper(), "")
 
 
 class DicomFile:
@@ -149,6 +223,8 @@ class DicomFile:
     """
 
     def __init__(self, content: bytes) -> None:
+        if _is_deflated(content):
+            content = _inflated(content)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -161,14 +237,14 @@ class DicomFile:
                 f"DICOM that holds {what} ({text(dataset, 'Modality') or 'no modality'}), no picture of a patient; "
                 'take it out of the data, or leave such files out by leave_out = ["no picture"] in [data] of site.toml'
             )
-        if "PixelData" not in dataset:
+        if not dataset.get("PixelData"):
             raise UndecodableError(
                 f"DICOM without pixels ({text(dataset, 'Modality') or 'no modality'}); expected PixelData (7FE0,0010)"
             )
         self._dataset = dataset
         self._colour = text(dataset, "PhotometricInterpretation").upper()
         try:
-            self.frames = int(text(dataset, "NumberOfFrames") or 1)
+            self.frames = max(1, int(text(dataset, "NumberOfFrames") or 1))  # some devices write 0 of one picture
         except ValueError:
             found = text(dataset, "NumberOfFrames")
             raise UndecodableError(f"NumberOfFrames (0028,0008) is {found!r}; expected a whole number") from None
@@ -209,8 +285,10 @@ class DicomFile:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._believe_codestream(index)
-                stored = pixel_array(dataset, index=index)
+                self._compare_codestream(index)
+                stored = self._stored(index)
+        except UndecodableError:
+            raise
         except Exception as error:
             syntax = dataset.file_meta.TransferSyntaxUID
             raise UndecodableError(
@@ -224,23 +302,53 @@ class DicomFile:
         except Exception as error:
             raise UndecodableError(f"DICOM pixels cannot be shown ({_short(error)}); export the file again") from error
 
-    def _believe_codestream(self, index: int) -> None:
-        """JPEG 2000 says itself whether samples have a sign; a header that contradicts is wrong."""
+    def _compare_codestream(self, index: int) -> None:
+        """What a frame's own codestream says of size and sign is compared with the header before it is unpacked.
+
+        Of JPEG 2000 the sign in the codestream holds; a header that contradicts is wrong.
+
+        Raises:
+            UndecodableError: the codestream is of another size, which would be unpacked, however large, first.
+        """
         dataset = self._dataset
-        if not dataset.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4.") or not hasattr(
-            dataset, "PixelRepresentation"
-        ):
+        if not dataset.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4."):
             return
-        data = dataset.PixelData
-        start = data.find(b"\xff\x4f\xff\x51", 0, 1 << 16)
-        if start >= 0 and len(data) > start + 42:
-            # SIZ: marker, length, capabilities, eight sizes, number of components, then the first one's depth.
-            dataset.PixelRepresentation = data[start + 42] >> 7
+        found = _codestream(get_frame(dataset.PixelData, index, number_of_frames=self.frames))
+        if found is None:
+            return
+        width, height, samples, signed = found
+        expected = _whole(dataset, "Columns"), _whole(dataset, "Rows"), _whole(dataset, "SamplesPerPixel")
+        if (width, height, samples) != expected:
+            raise UndecodableError(
+                f"DICOM whose codestream is of {width} x {height} pixels with {samples} samples each, and whose header "
+                f"says {expected[0]} x {expected[1]} with {expected[2]}; expected the same in both: export it again"
+            )
+        if signed is not None:
+            dataset.PixelRepresentation = signed
+
+    def _stored(self, index: int) -> NDArray[Any]:
+        """A frame's stored values; those that do not end with the lowest bit are moved there."""
+        dataset = self._dataset
+        bits, high = dataset.get("BitsStored"), dataset.get("HighBit")
+        if not isinstance(bits, int) or not isinstance(high, int) or high == bits - 1:
+            return np.asarray(pixel_array(dataset, index=index))
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if not bits <= high + 1 <= _whole(dataset, "BitsAllocated") or (
+            syntax.is_encapsulated and syntax != RLELossless
+        ):
+            raise UndecodableError(
+                f"HighBit (0028,0102) is {high} and BitsStored (0028,0101) {bits}; expected {bits - 1}: export it again"
+            )
+        dataset.BitsStored = high + 1
+        try:
+            return np.asarray(pixel_array(dataset, index=index) >> (high + 1 - bits))
+        finally:
+            dataset.BitsStored = bits
 
     def _shown(self, stored: NDArray[Any], index: int, rules: Rules) -> Picture:
         dataset, colour = self._dataset, self._colour
         if colour == "PALETTE COLOR":
-            return Picture(Image.fromarray(self._palette(stored)), self._facts)
+            return Picture(self._palette(stored), self._facts)
         if colour in _COLOUR:
             if stored.dtype != np.uint8:
                 raise UndecodableError(f"colours of {8 * stored.dtype.itemsize} bits; expected 8: convert it")
@@ -251,22 +359,27 @@ class DicomFile:
         if stored.ndim != 2:
             raise UndecodableError(f"{stored.shape[-1]} samples a pixel of {colour}; expected 1")
         notes: list[str] = []
-        values = self._rescaled(stored, _group(dataset, index, "PixelValueTransformationSequence"))
-        shown, windowed = self._windowed(stored, values, index, rules.window(self._facts.modality), notes)
-        grey = np.rint(255 * shown).astype(np.uint8)
+        rescaled = self._rescaling(_group(dataset, index, "PixelValueTransformationSequence"))
+        padding = self._padding(stored)
+        look = self._look(index, rules.window(self._facts.modality), notes)
+        windowed = look is not None
+        if look is None:
+            look = _stretched(stored, padding, rescaled)
+        grey = np.empty(stored.shape, dtype=np.uint8)
+        for rows in _blocks(stored):
+            grey[rows] = np.rint(255 * look(rescaled(stored[rows])))
         shape = text(dataset, "PresentationLUTShape").upper()
         if shape == "INVERSE" or (colour == "MONOCHROME1" and shape != "IDENTITY"):
             grey = 255 - grey
-        if not windowed:
-            padding = self._padding(stored)
-            if padding is not None:
-                grey[padding] = 0
+        if not windowed and padding is not None:
+            grey[padding] = 0
         return Picture(Image.fromarray(grey), self._facts._replace(notes=tuple(notes)))
 
-    def _rescaled(self, stored: NDArray[Any], group: Any) -> NDArray[Any]:
-        """Values after the modality transform; an empty slope is 1, an empty intercept 0, an empty table none."""
-        if _table(group.get("ModalityLUTSequence")):
-            return np.asarray(apply_modality_lut(stored, group))
+    def _rescaling(self, group: Any) -> Values:
+        """The modality transform; an empty slope is 1, an empty intercept 0, an empty table none."""
+        if (item := _table(group.get("ModalityLUTSequence"))) is not None:
+            through = self._through(item, "Modality")
+            return lambda stored: through(stored)[0]
         slopes = _numbers(group, "RescaleSlope", "(0028,1053)") or [1.0]
         intercepts = _numbers(group, "RescaleIntercept", "(0028,1052)") or [0.0]
         slope, intercept = slopes[0], intercepts[0]
@@ -276,37 +389,67 @@ class DicomFile:
                 "nothing to be seen; expected finite numbers and a slope other than 0: export the file again"
             )
         if slope == 1 and intercept == 0:
-            return stored
-        return np.asarray(stored.astype(np.float64) * slope + intercept)
+            return lambda stored: stored
+        return lambda stored: stored.astype(np.float64) * slope + intercept
 
-    def _windowed(
-        self, stored: NDArray[Any], values: NDArray[Any], index: int, window: Window | None, notes: list[str]
-    ) -> tuple[NDArray[np.float64], bool]:
-        """Brightness in [0, 1], and whether a window or table made it."""
+    def _look(self, index: int, window: Window | None, notes: list[str]) -> Values | None:
+        """From values to brightness in [0, 1], as the study or the file says; None if neither does."""
         if window is not None:
             self._refuse_unit(window, index)
-            return brightness(values, window.centre, window.width), True
+            return lambda values: brightness(values, window.centre, window.width)
         voi = _group(self._dataset, index, "FrameVOILUTSequence")
-        if _table(voi.get("VOILUTSequence")):
-            depth = int(voi.VOILUTSequence[0].LUTDescriptor[2])
-            return np.asarray(apply_voi(values, voi) / (2.0**depth - 1)).clip(0, 1), True
-        x = values.astype(np.float64)
-        centres = _numbers(voi, "WindowCenter", "(0028,1050)")
-        widths = _numbers(voi, "WindowWidth", "(0028,1051)")
-        for centre, width in zip(centres, widths, strict=False):
+        if (item := _table(voi.get("VOILUTSequence"))) is not None:
+            through = self._through(item, "VOI")
+
+            def table(values: NDArray[Any]) -> NDArray[np.float64]:
+                found, depth = through(values)
+                return np.asarray(found / (2.0**depth - 1)).clip(0, 1)
+
+            return table
+        centres = _places(voi, "WindowCenter", "(0028,1050)")
+        for centre, width in _pairs(centres, _places(voi, "WindowWidth", "(0028,1051)")):
             if width > 0 and math.isfinite(width) and math.isfinite(centre):
-                return _function(x, centre, width, text(voi, "VOILUTFunction").upper() or "LINEAR"), True
+                return _function(centre, width, text(voi, "VOILUTFunction").upper() or "LINEAR")
             notes.append(f"window of width {width:g} (0028,1051) passed over; expected a width above 0")
-        padding = self._padding(stored)
-        seen = x if padding is None or padding.all() else x[~padding]
-        low, high = seen.min(), seen.max()
-        return np.asarray((x - low) / max(high - low, 1e-12)).clip(0, 1), False
+        return None
+
+    def _through(self, item: Any, name: str) -> Callable[[NDArray[Any]], tuple[NDArray[Any], int]]:
+        """A look-up table (PS3.3, C.11.1.1 and C.11.2.1.1): from values to its entries, with how many bits these have.
+
+        Values before the first one mapped get the first entry, those behind the last one the last.
+        """
+        entries, first, depth = (int(number) for number in item.LUTDescriptor)
+        entries = entries % 2**16 or 2**16
+        data = item.LUTData
+        if isinstance(data, bytes):
+            order = ">" if self._dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian else "<"
+            small = len(data) == entries + entries % 2
+            table = np.frombuffer(data, dtype=np.uint8 if small else f"{order}u2")
+        else:
+            table = np.atleast_1d(np.asarray(data)).astype(np.int64) % 2**16
+        if not 1 <= depth <= 16 or len(table) < entries:
+            raise UndecodableError(
+                f"{name} LUT of {len(table)} entries of {depth} bits, and its descriptor (0028,3002) says {entries}; "
+                "expected as many as that, of 1 to 16 bits: export it again"
+            )
+        table = table[:entries]
+        depth = max(depth, int(table.max()).bit_length())  # some devices write less than there is
+        signed = self._dataset.get("PixelRepresentation") == 1
+
+        def through(values: NDArray[Any]) -> tuple[NDArray[Any], int]:
+            # The first value mapped is written in 16 bits, with a sign where the values have one.
+            below = signed or (name == "VOI" and values.min() < 0)
+            start = (first + 2**15) % 2**16 - 2**15 if below else first % 2**16
+            return table[(np.rint(values).astype(np.int64) - start).clip(0, entries - 1)], depth
+
+        return through
 
     def _refuse_unit(self, window: Window, index: int) -> None:
         """Check that a window in Hounsfield units meets values in Hounsfield units."""
         group = _group(self._dataset, index, "PixelValueTransformationSequence")
         unit = text(group, "RescaleType").upper()
-        scaled = bool(_numbers(group, "RescaleSlope", "(0028,1053)")) or _table(group.get("ModalityLUTSequence"))
+        table = _table(group.get("ModalityLUTSequence")) is not None
+        scaled = table or bool(_numbers(group, "RescaleSlope", "(0028,1053)"))
         if window.unit == "HU" and (unit not in ("", "HU", "US") or not scaled):
             found = f"RescaleType (0028,1054) {unit!r}" if scaled else "no RescaleSlope (0028,1053)"
             raise UndecodableError(
@@ -324,14 +467,14 @@ class DicomFile:
         found = (stored >= low) & (stored <= high)
         return found if found.any() else None
 
-    def _palette(self, stored: NDArray[Any]) -> NDArray[np.uint8]:
+    def _palette(self, stored: NDArray[Any]) -> Image.Image:
         dataset = self._dataset
         if dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian:
             dataset = _swapped(dataset)
-        colours = apply_color_lut(stored, dataset)
-        if colours.dtype.itemsize > 1 and colours.max() > 255:
-            colours = colours >> 8
-        return np.asarray(colours.astype(np.uint8))
+        parts = [apply_color_lut(stored[rows], dataset) for rows in _blocks(stored)]
+        if any(part.dtype.itemsize > 1 and part.max() > 255 for part in parts):
+            parts = [part >> 8 for part in parts]
+        return Image.fromarray(np.concatenate([part.astype(np.uint8) for part in parts]))
 
 
 def _swapped(dataset: Any) -> Any:
@@ -348,10 +491,61 @@ def _swapped(dataset: Any) -> Any:
     return turned
 
 
-def _function(x: NDArray[np.float64], centre: float, width: float, function: str) -> NDArray[np.float64]:
+def _codestream(frame: bytes) -> tuple[int, int, int, int | None] | None:
+    """Width, height and samples that a frame's JPEG or JPEG 2000 codestream says it has, and its sign if it says that;
+    None if it is neither."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 1 << 16)
+    if start >= 0 and len(frame) > start + 42:
+        # SIZ: marker, length, capabilities, sizes and offsets of 32 bits, number of components, the first one's depth.
+        right, bottom, left, top = struct.unpack(">4I", frame[start + 8 : start + 24])
+        samples = int.from_bytes(frame[start + 40 : start + 42], "big")
+        return right - left, bottom - top, samples, frame[start + 42] >> 7
+    if not frame.startswith(b"\xff\xd8"):
+        return None
+    at = 2
+    while at + 10 <= len(frame) and frame[at] == 0xFF:
+        marker = frame[at + 1]
+        if marker == 0xFF or 0xD0 <= marker <= 0xD8:  # fill, and markers without a segment
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            height, width = struct.unpack(">2H", frame[at + 5 : at + 9])
+            return width, height, frame[at + 9], None
+        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    return None
+
+
+Values = Callable[[NDArray[Any]], NDArray[Any]]
+"""From some rows of a picture to others of the same shape."""
+
+
+def _blocks(stored: NDArray[Any]) -> Iterator[slice]:
+    """Some rows after others, of about :data:`_BLOCK` pixels."""
+    step = max(1, _BLOCK // max(1, stored.shape[1]))
+    for start in range(0, len(stored), step):
+        yield slice(start, start + step)
+
+
+def _stretched(stored: NDArray[Any], padding: NDArray[np.bool_] | None, rescaled: Values) -> Values:
+    """Least and greatest value, padding apart, become black and white."""
+    if padding is not None and padding.all():
+        padding = None
+    low, high = math.inf, -math.inf
+    for rows in _blocks(stored):
+        seen = rescaled(stored[rows] if padding is None else stored[rows][~padding[rows]])
+        if seen.size:
+            low, high = min(low, float(seen.min())), max(high, float(seen.max()))
+    return lambda values: ((values.astype(np.float64) - low) / max(high - low, 1e-12)).clip(0, 1)
+
+
+def _function(centre: float, width: float, function: str) -> Values:
     if function == "SIGMOID":
-        with np.errstate(over="ignore"):
-            return np.asarray(1 / (1 + np.exp(-4 * (x - centre) / width)))
+
+        def sigmoid(values: NDArray[Any]) -> NDArray[Any]:
+            with np.errstate(over="ignore"):
+                return np.asarray(1 / (1 + np.exp(-4 * (values.astype(np.float64) - centre) / width)))
+
+        return sigmoid
     if function not in ("LINEAR", "LINEAR_EXACT"):
         raise UndecodableError(
             f"VOI function {function} (0028,1056); expected LINEAR, LINEAR_EXACT or SIGMOID: export it again"
@@ -359,7 +553,7 @@ def _function(x: NDArray[np.float64], centre: float, width: float, function: str
     if function == "LINEAR" and width >= 1:
         # The standard's LINEAR is for whole numbers; below a width of 1 viewers take it as LINEAR_EXACT.
         centre, width = centre - 0.5, max(width - 1, 1e-12)
-    return brightness(x, centre, width)
+    return lambda values: brightness(values, centre, width)
 
 
 def _group(dataset: Any, index: int, name: str) -> Any:
@@ -371,13 +565,32 @@ def _group(dataset: Any, index: int, name: str) -> Any:
     return dataset
 
 
-def _table(sequence: Any) -> bool:
-    """Whether a sequence of tables has one; some devices write items without content."""
-    return bool(sequence) and sequence[0].get("LUTData") is not None and sequence[0].get("LUTDescriptor") is not None
+def _table(sequence: Any) -> Any | None:
+    """The first table of a sequence; some devices write items without content."""
+    return next((item for item in sequence or () if item.get("LUTData") and item.get("LUTDescriptor")), None)
+
+
+def _pairs(centres: list[float | None], widths: list[float | None]) -> Iterator[tuple[float, float]]:
+    """Centres with their widths: by place, where there are as many of both, else in order without the empty ones."""
+    if len(centres) != len(widths):
+        centres = [one for one in centres if one is not None]
+        widths = [one for one in widths if one is not None]
+    for centre, width in zip(centres, widths, strict=False):
+        if centre is not None and width is not None:
+            yield centre, width
 
 
 def _numbers(dataset: Any, keyword: str, tag: str) -> list[float]:
-    """An element's decimal numbers, as their writers meant them: empty ones passed over, a comma for the point."""
+    """:func:`_places` without the empty ones."""
+    return [number for number in _places(dataset, keyword, tag) if number is not None]
+
+
+def _places(dataset: Any, keyword: str, tag: str) -> list[float | None]:
+    """An element's decimal numbers, as their writers meant them: blanks around, a comma for the point; None if empty.
+
+    Raises:
+        UndecodableError: one is no number, or might be two.
+    """
     if keyword not in dataset:
         return []
     element = dataset.get_item(keyword)
@@ -387,11 +600,17 @@ def _numbers(dataset: Any, keyword: str, tag: str) -> list[float]:
     parts = value.split("\\") if isinstance(value, str) else value
     if parts is None or isinstance(parts, bytes | float | int):
         parts = [] if parts is None else [parts]
-    found = []
+    found: list[float | None] = []
     for part in parts if hasattr(parts, "__iter__") else [parts]:
-        number = str(part).replace("\0", "").strip()
+        number = "" if part is None else str(part).replace("\0", "").strip()
         if not number:
+            found.append(None)
             continue
+        if re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", number):
+            raise UndecodableError(
+                f"{keyword} {tag} is {number!r}, which may be {number.replace(',', '.')} or {number.replace(',', '')}; "
+                "expected a decimal number with a point: export the file again"
+            )
         try:
             found.append(float(number.replace(",", ".") if number.count(",") == 1 else number))
         except ValueError:
@@ -433,5 +652,5 @@ def _stored_value(dataset: Any, keyword: str, dtype: np.dtype[Any]) -> int | Non
 
 
 def _short(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    """What went wrong, in one line, without a library's guesses at it."""
+    return " ".join(str(error).split(" - ")[0].split())[:160] or type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import nibabel
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from secure_fed.clients.rules import Facts, Picture, Rules, UndecodableError, brightness
@@ -20,7 +21,10 @@ _NORMAL: dict[Axis, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 _MODALITY = "NIFTI"
 _SIZES = {348: "NIfTI-1", 540: "NIfTI-2"}
 _GZIP = b"\x1f\x8b"
-_MOST_BYTES = 2**28
+_HEADER = 540
+_MOST_BEHIND = 2**20
+_BYTES_A_PIXEL = 6
+"""A volume may take so many bytes for each of :attr:`Rules.most_pixels`: 0.5 GiB, unless the site raises it."""
 
 
 def is_nifti(head: bytes) -> bool:
@@ -34,7 +38,7 @@ def is_nifti(head: bytes) -> bool:
 
 
 class NiftiFile:
-    """A NIfTI volume, unpacked once for all of its slices.
+    """A NIfTI volume, unpacked once for all of its slices, when the first of them is asked for.
 
     Args:
         content: the file, ``.nii`` or ``.nii.gz``.
@@ -44,33 +48,45 @@ class NiftiFile:
     """
 
     def __init__(self, content: bytes) -> None:
-        if content.startswith(_GZIP):
-            content = _unpacked(content)
+        self._packed = content.startswith(_GZIP)
+        self._content = content
+        self._volume: NDArray[Any] | None = None
+        head = _unpacked(content, _HEADER) if self._packed else content[:_HEADER]
+        kind = nibabel.Nifti2Header if _size(head) == 540 else nibabel.Nifti1Header
         try:
-            kind = nibabel.Nifti2Image if _size(content) == 540 else nibabel.Nifti1Image
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                header = kind.header_class.from_fileobj(io.BytesIO(content), check=False)
-                magic = bytes(header["magic"].tobytes())[:3]
-                if magic != (b"n+2" if kind is nibabel.Nifti2Image else b"n+1"):
+                self._header = kind.from_fileobj(io.BytesIO(head), check=False)
+                magic = bytes(self._header["magic"].tobytes())[:3]
+                if magic != (b"n+2" if kind is nibabel.Nifti2Header else b"n+1"):
                     raise UndecodableError(
                         f"a NIfTI header with magic {magic!r}; expected n+1 or n+2, header and image in one file: "
                         "write it anew"
                     )
-                shape = tuple(int(side) for side in header.get_data_shape())
-                self._refuse_shape(shape, header.get_data_dtype(), len(content))
-                image = nibabel.as_closest_canonical(kind.from_bytes(content))
+                shape = tuple(int(side) for side in self._header.get_data_shape())
+                self._dtype = self._header.get_data_dtype()
+                self._refuse_shape(shape, self._dtype)
+                self._shape = shape[:3] + (1,) * (3 - len(shape[:3]))
+                self._start = int(self._header.get_data_offset())
+                turned = nibabel.io_orientation(self._header.get_best_affine())
+                slope, inter = self._header.get_slope_inter()
         except UndecodableError:
             raise
         except Exception as error:  # nibabel raises of every kind on broken files
             raise UndecodableError(
                 f"broken NIfTI ({' '.join(str(error).split())[:160] or type(error).__name__}); write it anew"
             ) from error
-        self._image = image
-        self._shape = tuple(int(side) for side in image.shape[:3]) + (1,) * (3 - len(image.shape[:3]))
+        if not np.isfinite(turned).all():
+            raise UndecodableError("a NIfTI whose axes do not span space; expected an invertible affine: write it anew")
+        self._slope, self._inter = 1.0 if slope is None else float(slope), 0.0 if inter is None else float(inter)
+        # Of each axis of the patient (right, front, head), the volume's axis that runs along it, and whether backwards.
+        self._along = [int(np.flatnonzero(turned[:, 0] == axis)[0]) for axis in range(3)]
+        self._backwards = [turned[along, 1] < 0 for along in self._along]
+        known = int(self._header["qform_code"]) > 0 or int(self._header["sform_code"]) > 0
+        self._notes = () if known else ("neither sform nor qform says which side is the patient's right",)
 
     @staticmethod
-    def _refuse_shape(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:
+    def _refuse_shape(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         if len(shape) < 2 or min(shape) < 1 or any(side != 1 for side in shape[3:]):
             raise UndecodableError(
                 f"a NIfTI of {' x '.join(map(str, shape)) or 'no'} values; expected a volume of three dimensions: "
@@ -78,12 +94,10 @@ class NiftiFile:
             )
         if dtype.kind not in "iuf":
             raise UndecodableError(f"NIfTI values of type {dtype}; expected numbers, one a voxel: convert it")
-        if math.prod(shape) * dtype.itemsize > size:
-            raise UndecodableError(f"a NIfTI of {' x '.join(map(str, shape))} values in {size:,} bytes; copy it again")
 
     def frames_along(self, axis: Axis) -> int:
         """How many slices it has."""
-        return self._shape[_NORMAL[axis]]
+        return self._shape[self._along[_NORMAL[axis]]]
 
     @property
     def frames(self) -> int:
@@ -109,23 +123,23 @@ class NiftiFile:
         index = count // 2 if frame is None else frame
         if not 0 <= index < count:
             raise UndecodableError(f"no slice {index}; it has {count} along {axis}, counted from 0")
-        sides = [side for place, side in enumerate(self._shape) if place != _NORMAL[axis]]
-        rules.refuse_size(*sides)
+        across, *kept = (_NORMAL[axis], *(place for place in range(3) if place != _NORMAL[axis]))
+        rules.refuse_size(*(self._shape[self._along[place]] for place in kept))
         cut: list[Any] = [slice(None)] * 3
-        cut[_NORMAL[axis]] = index
-        try:
-            data = self._image.dataobj
-            values = np.asarray(data[tuple(cut[: len(self._image.shape)]) + (0,) * (len(self._image.shape) - 3)])
-            values = values.astype(np.float64).reshape(sides)
-        except Exception as error:
-            raise UndecodableError(f"broken NIfTI ({' '.join(str(error).split())[:160]}); write it anew") from error
-        # Canonical axes run to the patient's right, front and head.
-        seen = values.T[::-1, ::-1]
+        cut[self._along[across]] = count - 1 - index if self._backwards[across] else index
+        values = self._whole(rules)[tuple(cut)]
+        if self._along[kept[0]] > self._along[kept[1]]:
+            values = values.T
+        for place, along in enumerate(kept):
+            if self._backwards[along]:
+                values = np.flip(values, place)
+        # Now the axes run to the patient's right, front or head; in the picture, from top left to the patient's left.
+        seen = values.T[::-1, ::-1].astype(np.float64) * self._slope + self._inter
         finite = np.isfinite(seen)
         if not finite.any():
             raise UndecodableError(f"slice {index} of a NIfTI without one finite value; expected numbers")
         window = rules.window(_MODALITY)
-        low, high = float(self._image.header["cal_min"]), float(self._image.header["cal_max"])
+        low, high = float(self._header["cal_min"]), float(self._header["cal_max"])
         if window is not None:
             shown = brightness(seen, window.centre, window.width)
         else:
@@ -133,7 +147,31 @@ class NiftiFile:
                 low, high = seen[finite].min(), seen[finite].max()
             shown = np.asarray((seen - low) / max(high - low, 1e-12)).clip(0, 1)
         grey = np.rint(255 * np.where(finite, shown, 0)).astype(np.uint8)
-        return Picture(Image.fromarray(grey), Facts(_MODALITY))
+        return Picture(Image.fromarray(grey), Facts(_MODALITY, notes=self._notes))
+
+    def _whole(self, rules: Rules) -> NDArray[Any]:
+        """All stored values, in the order of the file.
+
+        Raises:
+            UndecodableError: the file has fewer, or more than the site allows.
+        """
+        if self._volume is None:
+            size = math.prod(self._shape) * self._dtype.itemsize
+            end = self._start + size
+            most = _BYTES_A_PIXEL * rules.most_pixels
+            if end > most:
+                raise UndecodableError(
+                    f"a NIfTI of {end:,} bytes; expected at most {most:,} (a small file can claim any size): write a "
+                    "smaller volume, or raise most_pixels in [data] of site.toml (of predict: --most-pixels)"
+                )
+            content = _unpacked(self._content, end) if self._packed else self._content
+            if len(content) < end or self._start < self._header.sizeof_hdr:
+                shape = " x ".join(map(str, self._shape))
+                raise UndecodableError(f"a NIfTI of {shape} values in {len(content):,} bytes; copy it again")
+            values = np.frombuffer(content, self._dtype, math.prod(self._shape), self._start)
+            self._volume = values.reshape(self._shape, order="F")
+            self._content = b""
+        return self._volume
 
 
 def _size(content: bytes) -> int:
@@ -141,18 +179,24 @@ def _size(content: bytes) -> int:
     return little if little in _SIZES else int.from_bytes(content[:4], "big")
 
 
-def _unpacked(content: bytes) -> bytes:
-    """A gzipped file's content, of at most :data:`_MOST_BYTES`."""
+def _unpacked(content: bytes, size: int) -> bytes:
+    """The first ``size`` bytes of what a gzipped file holds; of one that is to end there or a little later, checked.
+
+    Raises:
+        UndecodableError: it is broken, ends too early, or goes on for long.
+    """
     engine = zlib.decompressobj(wbits=31)
     try:
-        found = engine.decompress(content, _MOST_BYTES)
+        found = engine.decompress(content, size)
+        if size > _HEADER and not engine.eof:  # the checksum comes last
+            behind = len(engine.decompress(engine.unconsumed_tail, _MOST_BEHIND))
+            if behind == _MOST_BEHIND:
+                raise UndecodableError(
+                    f"a gzipped NIfTI that goes on behind the {size:,} bytes of its values; expected an end: write it "
+                    "anew"
+                )
     except zlib.error as error:
         raise UndecodableError(f"broken gzip ({error}); copy the file again") from error
-    if engine.unconsumed_tail:
-        raise UndecodableError(
-            f"a gzipped NIfTI of more than {_MOST_BYTES:,} bytes; expected at most that (a small file can claim any "
-            "size): write fewer time points, or a smaller volume"
-        )
-    if not engine.eof:
+    if not engine.eof and (size > _HEADER or len(found) < size):
         raise UndecodableError("a gzipped file that ends too early; copy it again")
     return found

@@ -15,6 +15,9 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 """Those of Pillow's formats that are tried; others are programs' own, or run programs."""
 
 _BITS_PER_SAMPLE = 258
+_SAMPLE_FORMAT = 339
+_BLOCK = 2**20
+"""So many pixels at once, where more would take memory."""
 
 
 class PhotographFile:
@@ -52,7 +55,8 @@ class PhotographFile:
                 image.load()
                 if image.mode[0] in "IF":
                     raise _too_deep(f"mode {image.mode}")
-                image = _filled(ImageOps.exif_transpose(image), rules)
+                ImageOps.exif_transpose(image, in_place=True)
+                image = _filled(image, rules)
             except UnidentifiedImageError as error:
                 raise UndecodableError(
                     f"no image in a format that is read ({', '.join(FORMATS)}, DICOM, NIfTI); convert it"
@@ -85,8 +89,14 @@ def _refuse_deep(image: Image.Image, content: bytes) -> None:
     if image.format == "PNG":
         depth = content[24]
     elif image.format == "TIFF":
-        found = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))  # type: ignore[attr-defined]
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        found, form = (tags.get(tag, (1,)) for tag in (_BITS_PER_SAMPLE, _SAMPLE_FORMAT))
         depth = max(found if isinstance(found, tuple) else (found,))
+        if form not in (1, (1,), (1, 1), (1, 1, 1), (1, 1, 1, 1), 4, (4,)):  # 4 is undefined, which is without a sign
+            raise UndecodableError(
+                f"a TIFF of sample format {form}; expected whole numbers without a sign, as which values matter is for "
+                "the site to say: choose a window and convert it, or use DICOM"
+            )
     elif image.format == "JPEG2000":
         start = content.find(b"\xff\x4f\xff\x51", 0, 1 << 16)
         if 0 <= start < len(content) - 42:
@@ -110,9 +120,13 @@ def _filled(image: Image.Image, rules: Rules) -> Image.Image:
     """The picture without transparency."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
         return image.convert("RGB") if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX") else image
-    clear = image.convert("RGBA")
-    ground = Image.new("RGBA", clear.size, rules.background)
-    return Image.alpha_composite(ground, clear).convert("RGB")
+    whole = Image.new("RGB", image.size)
+    step = max(1, _BLOCK // image.width)
+    for top in range(0, image.height, step):  # in strips: all at once would take four times the picture's memory
+        part = (0, top, image.width, min(top + step, image.height))
+        clear = image.crop(part).convert("RGBA")
+        whole.paste(Image.alpha_composite(Image.new("RGBA", clear.size, rules.background), clear).convert("RGB"), part)
+    return whole
 
 
 def looks_like_one(head: bytes) -> bool:

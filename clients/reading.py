@@ -67,9 +67,10 @@ class Format(NamedTuple):
 FORMATS = (
     Format(
         "DICOM",
-        "`DICM` at byte 128, or a first element of group 0002 or 0008",
+        "`DICM` at byte 128, or a first element of group 0002, 0008 or 0010",
         "the study's window for the modality, else the file's own table or window, else least to greatest value",
-        "segmentations, doses, reports and other objects that are no picture; colours of more than 8 bits; slope 0",
+        "segmentations, doses, reports and other objects that are no picture; colours of more than 8 bits; slope 0; a "
+        "codestream of another size than the header's; more than `most_pixels`",
         is_dicom,
         DicomFile,
     ),
@@ -78,7 +79,8 @@ FORMATS = (
         "a header of 348 or 540 bytes",
         "the middle axial slice or the one asked for, in canonical orientation, patient's right at the left; the "
         "study's window for `NIFTI`, else `cal_min` and `cal_max`, else least to greatest value",
-        "more than three dimensions; colours; header and image in two files; more than 0.25 GiB unpacked",
+        "more than three dimensions; colours; header and image in two files; more than six bytes for each of "
+        "`most_pixels`",
         is_nifti,
         NiftiFile,
     ),
@@ -86,7 +88,8 @@ FORMATS = (
         "PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000, PPM",
         "what each begins with",
         "as every viewer shows it: EXIF orientation obeyed, transparency filled with the study's background",
-        "more than 8 bits a channel; several pictures in a file; more than `most_pixels`",
+        "more than 8 bits a channel; values with a sign or fractions; several pictures in a file; more than "
+        "`most_pixels`",
         looks_like_one,
         PhotographFile,
     ),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from secure_fed.protocol.study import Background, StudyFile, Window
 
-VERSION = 2
+VERSION = 3
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
 
 MOST_PIXELS = 89_478_485

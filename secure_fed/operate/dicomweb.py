@@ -13,7 +13,6 @@ import ipaddress
 import re
 import ssl
 import time
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,8 @@ from pydicom.datadict import tag_for_keyword
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from secure_fed.clients.dicom import NO_PICTURES
+from secure_fed.clients.patients import in_one_form
 from secure_fed.core.errors import CertificateError, KeyFileError, PacsError
 from secure_fed.transport.connection import without_password
 
@@ -38,11 +39,6 @@ STUDY_KEYS = (
     *("StudyID", "StudyDescription", "StudyInstanceUID", "ModalitiesInStudy", "ReferringPhysicianName"),
 )
 SERIES_KEYS = ("Modality", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "BodyPartExamined", "ProtocolName")
-
-NO_PICTURES = frozenset(
-    ("ANN", "ASMT", "AU", "DOC", "ECG", "EPS", "FID", "HD", "KO", "M3D", "PLAN", "PR", "REG", "RESP", "RTDOSE")
-) | {"RTPLAN", "RTRECORD", "RTSTRUCT", "RWV", "SEG", "SMR", "SR"}
-"""Modalities of what is stored beside pictures, and is none."""
 
 TIMEOUT = (10.0, 120.0)
 """Seconds to connect, and between two pieces of an answer."""
@@ -124,11 +120,6 @@ def parse_query(terms: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{key} is there twice; expected one value, which may have * and ? in it")
         query[key] = value
     return query
-
-
-def as_written(text: str) -> str:
-    """An identifier without what is form only: blanks around it, and how Unicode composes its letters."""
-    return unicodedata.normalize("NFC", text).strip().strip("\0").strip()
 
 
 class Pacs:
@@ -259,7 +250,7 @@ class Pacs:
             warnings.simplefilter("ignore")  # a file that comes without its envelope is one all the same
             try:
                 dataset = self._client.retrieve_instance(image.study, image.series, image.uid)
-                found = {key: as_written(str(dataset.get(key) or "")) for key in ("SOPInstanceUID", "PatientID")}
+                found = {key: in_one_form(str(dataset.get(key) or "")) for key in ("SOPInstanceUID", "PatientID")}
                 content = io.BytesIO()
                 pydicom.dcmwrite(content, dataset, enforce_file_format=True)
             except (requests.RequestException, PacsError):
@@ -480,7 +471,7 @@ def _value(result: Mapping[str, Any], keyword: str) -> list[str]:
     if not isinstance(values, list):
         return []
     names = [value.get("Alphabetic", "") if isinstance(value, dict) else value for value in values]
-    return [as_written(str(name)) for name in names if name is not None]
+    return [in_one_form(str(name)) for name in names if name is not None]
 
 
 def _text(result: Mapping[str, Any], keyword: str) -> str:
@@ -537,7 +528,7 @@ def _matches(key: str, found: Sequence[str], wanted: str) -> bool:
     if span is not None:
         low, high = span.groups()
         return any(low <= value and (not high or value <= high or value.startswith(high)) for value in found)
-    patterns = [as_written(want).casefold().replace("[", "[[]") for want in wanted.split("\\")]
+    patterns = [in_one_form(want).casefold().replace("[", "[[]") for want in wanted.split("\\")]
     return any(fnmatch.fnmatchcase(value.casefold(), pattern) for value in found for pattern in patterns)
 
 

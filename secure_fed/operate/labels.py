@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.clients.manifest import read_table
+from secure_fed.clients.patients import in_one_form
 from secure_fed.core.errors import ManifestError, fault_lines
-from secure_fed.operate.dicomweb import PacsImage, as_written
+from secure_fed.operate.dicomweb import PacsImage
 
 _NAMES = {
     "accession": {"accession", "accessionnumber", "accessionno"},
@@ -194,7 +195,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     table = read_table(path, (), tuple(name for names in _NAMES.values() for name in names))
     columns: dict[str, str] = {}
     for head in table.columns:
-        plain = re.sub(r"[\s_-]", "", as_written(head).casefold())
+        plain = re.sub(r"[\s_-]", "", in_one_form(head).casefold())
         name = next((name for name, names in _NAMES.items() if plain in names), None)
         if name is not None and name in columns:
             raise ManifestError(f"{path}: columns {columns[name]!r} and {head!r} both say {name}; expected one")
@@ -205,7 +206,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             f"{path}: columns {', '.join(table.columns) or 'none'}; expected label, and accession or patient"
         )
     for line, cells in table.rows:
-        row = {name: as_written(cells[head]) for name, head in columns.items()}
+        row = {name: in_one_form(cells[head]) for name, head in columns.items()}
         if row["label"]:
             yield line, row
 

@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import itertools
 import struct
 import time
+import zlib
 from pathlib import Path
 
 import imagecodecs
@@ -19,7 +21,16 @@ from pydicom.sequence import Sequence
 
 from secure_fed.clients.decoding import decode, decode_all, identities
 from secure_fed.clients.nifti import AXES
-from secure_fed.clients.reading import Place, Source, identity, is_meant_as_image, transfer_syntaxes
+from secure_fed.clients.reading import (
+    Place,
+    Source,
+    identity,
+    is_meant_as_image,
+    open_file,
+    see,
+    table,
+    transfer_syntaxes,
+)
 from secure_fed.clients.rules import Rules, UndecodableError
 from secure_fed.protocol.study import Window
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, grey
@@ -110,8 +121,6 @@ def test_a_windows_width_below_one_is_exact_and_one_of_nothing_is_passed_over_an
 
 
 def decode_all_of(contents, rules=Rules()):
-    from secure_fed.clients.reading import open_file, see
-
     return [see(open_file(content), Place(), rules).facts for content in contents]
 
 
@@ -141,9 +150,126 @@ def test_numbers_are_read_as_their_writers_meant_them():
         grey(dicom(RAMP, RescaleSlope=0, RescaleIntercept=1))
 
 
+def test_windows_are_paired_by_place_and_a_number_that_may_be_two_is_refused():
+    plain = grey(dicom(RAMP, WindowCenter=150, WindowWidth=400))
+    second = raw(dicom(RAMP, WindowCenter=[1, 150]), "WindowWidth", b"\\400")
+    assert np.array_equal(np.asarray(decode(second)).astype(int), plain)
+    with pytest.raises(UndecodableError, match=r"WindowWidth .* is '1,234', which may be 1.234 or 1234"):
+        decode(raw(dicom(RAMP, WindowCenter=150), "WindowWidth", b"1,234 "))
+    for text, number in ((b"0,4 ", "0.4"), (b"400,5 ", "400.5"), (b"1234,5", "1234.5")):
+        found = np.asarray(decode(raw(dicom(RAMP, WindowCenter=150), "WindowWidth", text))).astype(int)
+        assert np.array_equal(found, grey(dicom(RAMP, WindowCenter=150, WindowWidth=number)))
+
+
 def test_empty_tables_are_none():
     empty = Sequence([Dataset()])
     assert np.array_equal(grey(dicom(RAMP, VOILUTSequence=empty, ModalityLUTSequence=empty)), grey(dicom(RAMP)))
+
+
+def lut(first, entries, depth):
+    item = Dataset()
+    item.LUTDescriptor = [len(entries), first, depth]
+    item["LUTDescriptor"].VR = "US" if first >= 0 else "SS"
+    item.LUTData = np.asarray(entries, np.uint8 if depth == 8 else np.uint16).tobytes()
+    item["LUTData"].VR = "OW"
+    return item
+
+
+def test_a_table_maps_each_value_whatever_its_bits_and_sign():
+    values = np.arange(-300, 340, 10, dtype=np.int16).reshape(8, 8)
+    entries = np.arange(0, 256, dtype=np.uint16).repeat(3)[:640]
+    place = (values.astype(int) + 300).clip(0, 639)
+    expected = np.rint(255 * (entries[place] / 255)).astype(int)
+    # 640 entries of 8 bits: more than 8 bits can count. The first value has a sign though it is written without.
+    for first in (-300, 2**16 - 300):
+        for sequence in ([lut(first, entries, 8)], [Dataset(), lut(first, entries, 8)]):
+            assert np.array_equal(grey(dicom(values, VOILUTSequence=Sequence(sequence))), expected)
+    unsigned = (values.astype(int) + 1024).astype(np.uint16)
+    rescaled = {
+        "RescaleSlope": 1,
+        "RescaleIntercept": -1024,
+        "VOILUTSequence": Sequence([lut(2**16 - 300, entries, 8)]),
+    }
+    assert np.array_equal(grey(dicom(unsigned, **rescaled)), expected)
+    # A modality table of 12 bits, then a window.
+    table = Sequence([lut(0, np.arange(4095, -1, -1), 12)])
+    found = grey(dicom(SMOOTH, ModalityLUTSequence=table, **TWELVE))
+    assert np.array_equal(found, grey(dicom((4095 - SMOOTH).astype(np.uint16), **TWELVE)))
+    short = lut(0, range(10), 12)
+    short.LUTDescriptor = [11, 0, 12]
+    with pytest.raises(UndecodableError, match="VOI LUT of 10 entries of 12 bits, and its descriptor"):
+        grey(dicom(SMOOTH, VOILUTSequence=Sequence([short])))
+
+
+def test_values_in_the_upper_bits_are_moved_down():
+    window = TWELVE | {"HighBit": 15}
+    assert np.array_equal(grey(dicom((SMOOTH << 4).astype(np.uint16), **window)), grey(dicom(SMOOTH, **TWELVE)))
+    packed = dicom((SMOOTH << 4).astype(np.uint16), **window)
+    packed.compress(uid.RLELossless)
+    assert np.array_equal(grey(packed), grey(dicom(SMOOTH, **TWELVE)))
+    for wrong in (3, 16):
+        with pytest.raises(
+            UndecodableError, match=rf"HighBit \(0028,0102\) is {wrong} and BitsStored .* 12; expected 11"
+        ):
+            grey(dicom(SMOOTH, **(TWELVE | {"HighBit": wrong})))
+
+
+def test_a_device_that_counts_no_frames_means_one():
+    assert np.array_equal(grey(dicom(RAMP, NumberOfFrames=0)), grey(dicom(RAMP)))
+
+
+def test_large_pictures_are_computed_in_parts_that_show_no_seam(monkeypatch):
+    from secure_fed.clients import dicom as reader
+    from secure_fed.clients import photographs
+
+    padded = SMOOTH.copy()
+    padded[:9] = 7
+    clear = Image.merge("LA", [Image.fromarray((SMOOTH >> 4).astype(np.uint8)).convert("L")] * 2)
+    contents = [as_bytes(dicom(padded, PixelPaddingValue=7)), as_bytes(dicom(SMOOTH, **TWELVE)), palette("<")]
+    contents.append(saved(clear, "PNG"))
+    whole = [np.asarray(decode(content)) for content in contents]
+    monkeypatch.setattr(reader, "_BLOCK", 130)
+    monkeypatch.setattr(photographs, "_BLOCK", 130)
+    for content, expected in zip(contents, whole, strict=True):
+        assert np.array_equal(np.asarray(decode(content)), expected)
+
+
+def test_a_codestream_of_another_size_is_refused_before_it_is_unpacked():
+    for syntax, stream in (
+        (uid.JPEGBaseline8Bit, imagecodecs.jpeg8_encode(np.zeros((64, 64), np.uint8))),
+        (uid.JPEGLosslessSV1, imagecodecs.ljpeg_encode(np.zeros((64, 64), np.uint8))),
+        (uid.JPEGLSLossless, imagecodecs.jpegls_encode(np.zeros((64, 64), np.uint8))),
+        (uid.JPEG2000Lossless, imagecodecs.jpeg2k_encode(np.zeros((64, 64), np.uint8), codecformat="j2k")),
+        (uid.HTJ2KLossless, imagecodecs.htj2k_encode(np.zeros((64, 64), np.uint8))),
+    ):
+        with pytest.raises(
+            UndecodableError, match="codestream is of 64 x 64 pixels with 1 samples each, and whose header"
+        ):
+            decode(as_bytes(encapsulated(np.zeros((8, 8), np.uint8), syntax, stream)))
+
+
+def deflated(extra=b""):
+    dataset = dicom(RAMP, WindowCenter=150, WindowWidth=400, PatientID="D-1")
+    dataset.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    content = as_bytes(dataset)
+    start = 144 + struct.unpack("<I", content[140:144])[0]
+    engine = zlib.compressobj(wbits=-15)
+    data = zlib.decompress(content[start:], wbits=-15) + extra
+    return content[:start] + engine.compress(data) + engine.flush()
+
+
+def test_a_deflated_file_is_read_unless_it_becomes_too_large(tmp_path, monkeypatch):
+    from secure_fed.clients import dicom as reader
+
+    expected = grey(dicom(RAMP, WindowCenter=150, WindowWidth=400))
+    assert np.array_equal(np.asarray(decode(deflated())).astype(int), expected)
+    (tmp_path / "a.dcm").write_bytes(deflated())
+    assert reader.patient_id(tmp_path / "a.dcm") == "D-1"
+    monkeypatch.setattr(reader, "_MOST_BYTES", 2**16)
+    (tmp_path / "a.dcm").write_bytes(deflated(bytes(2**17)))
+    assert reader.patient_id(tmp_path / "a.dcm") == ""
+    with pytest.raises(UndecodableError, match="deflated DICOM file of more than 65,536 bytes"):
+        decode(deflated(bytes(2**17)))
 
 
 def test_padding_has_no_part_in_the_least_and_greatest_value():
@@ -181,23 +307,23 @@ def test_of_jpeg_2000_the_codestream_says_whether_there_is_a_sign():
     assert np.array_equal(grey(contradicted), expected)
 
 
+def palette(order):
+    dataset = dicom(np.arange(4, dtype=np.uint8).reshape(2, 2), "PALETTE COLOR")
+    for place, name in enumerate(("Red", "Green", "Blue")):
+        setattr(dataset, f"{name}PaletteColorLookupTableDescriptor", [4, 0, 16])
+        table = (np.array([0, 80, 160, 240]) // (place + 1) * 257).astype(f"{order}u2")
+        setattr(dataset, f"{name}PaletteColorLookupTableData", table.tobytes())
+        dataset[f"{name}PaletteColorLookupTableDescriptor"].VR = "US"
+    if order == "<":
+        return as_bytes(dataset)
+    stream = io.BytesIO()
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
+    pydicom.dcmwrite(stream, dataset, enforce_file_format=True, little_endian=False, implicit_vr=False)
+    return stream.getvalue()
+
+
 def test_big_endian_palettes_show_the_same_colours():
-    indices = np.arange(4, dtype=np.uint8).reshape(2, 2)
-    pictures = []
-    for order in ("<", ">"):
-        dataset = dicom(indices, "PALETTE COLOR")
-        for place, name in enumerate(("Red", "Green", "Blue")):
-            setattr(dataset, f"{name}PaletteColorLookupTableDescriptor", [4, 0, 16])
-            table = (np.array([0, 80, 160, 240]) // (place + 1) * 257).astype(f"{order}u2")
-            setattr(dataset, f"{name}PaletteColorLookupTableData", table.tobytes())
-            dataset[f"{name}PaletteColorLookupTableDescriptor"].VR = "US"
-        stream = io.BytesIO()
-        if order == ">":
-            dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
-            pydicom.dcmwrite(stream, dataset, enforce_file_format=True, little_endian=False, implicit_vr=False)
-        else:
-            pydicom.dcmwrite(stream, dataset, enforce_file_format=True)
-        pictures.append(np.asarray(decode(stream.getvalue())).tolist())
+    pictures = [np.asarray(decode(palette(order))).tolist() for order in "<>"]
     assert pictures[0] == pictures[1]
     assert pictures[0][1][1] == [240, 120, 80]
 
@@ -214,6 +340,33 @@ def test_a_file_without_preamble_is_read(implicit, tmp_path):
     assert is_meant_as_image(tmp_path / "IM0001")
 
 
+def test_files_without_preamble_are_known_by_their_first_element():
+    expected = grey(dicom(RAMP, WindowCenter=150, WindowWidth=400))
+
+    def bare(dataset, **options):
+        del dataset.file_meta
+        stream = io.BytesIO()
+        dataset.save_as(stream, **({"implicit_vr": True, "little_endian": True} | options))
+        return stream.getvalue()
+
+    def made(**fields):
+        return dicom(RAMP, WindowCenter=150, WindowWidth=400, **fields)
+
+    late = made()
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "Modality"):  # then the patient comes first
+        delattr(late, keyword)
+    big = made()
+    big.PixelData = RAMP.astype(">i2").tobytes()
+    for content in (
+        bare(made(SpecificCharacterSet="")),
+        bare(late),
+        bare(big, implicit_vr=False, little_endian=False),
+        as_bytes(made())[132:],
+        bytes(128) + b"DICM" + bare(made(), implicit_vr=False),
+    ):
+        assert np.array_equal(np.asarray(decode(content)).astype(int), expected)
+
+
 @pytest.mark.parametrize(
     ("sop", "modality", "what"),
     [
@@ -223,6 +376,9 @@ def test_a_file_without_preamble_is_read(implicit, tmp_path):
         ("1.2.840.10008.5.1.4.1.1.88.22", "SR", "a structured report"),
         ("1.2.840.10008.5.1.4.1.1.104.1", "DOC", "a document"),
         ("", "SEG", "a segmentation"),
+        ("1.2.840.10008.5.1.4.39.1", "", "a Color Palette object"),
+        ("1.2.840.10008.5.1.4.1.1.78.1", "LEN", "a Lensometry Measurements object"),
+        ("1.2.3.4", "RTRECORD", "a record of treatment"),
     ],
 )
 def test_what_is_no_picture_of_a_patient_is_refused_by_its_class(sop, modality, what):
@@ -230,7 +386,32 @@ def test_what_is_no_picture_of_a_patient_is_refused_by_its_class(sop, modality, 
         grey(dicom(np.eye(8, dtype=np.uint8), SOPClassUID=sop, Modality=modality))
 
 
+def test_a_directory_of_a_cd_is_no_picture():
+    dataset = dicom(np.eye(8, dtype=np.uint8))
+    dataset.file_meta.MediaStorageSOPClassUID = uid.MediaStorageDirectoryStorage
+    del dataset.SOPClassUID
+    stream = io.BytesIO()
+    pydicom.dcmwrite(stream, dataset)
+    with pytest.raises(UndecodableError, match="DICOM that holds a directory of other files"):
+        decode(stream.getvalue())
+
+
+def test_every_class_of_pictures_is_a_picture():
+    from pydicom.uid import UID_dictionary
+
+    from secure_fed.clients.dicom import no_picture
+
+    for sop, (name, kind, *_) in UID_dictionary.items():
+        if kind == "SOP Class" and "Image Storage" in name:
+            dataset = Dataset()
+            dataset.SOPClassUID = sop
+            assert not no_picture(dataset), name
+
+
 def test_scouts_and_screenshots_are_known():
+    for name in ("SeriesDescription", "ProtocolName"):
+        assert decode_all_of([as_bytes(dicom(RAMP, **{name: "AAHead_Scout_32ch"}))])[0].kind == "scout"
+    assert decode_all_of([as_bytes(dicom(RAMP, ConversionType="WSD"))])[0].kind == "screenshot"
     scout = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     capture = dicom(RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2")
     burned = dicom(RAMP, BurnedInAnnotation="YES", Manufacturer="ACME", ManufacturerModelName="Seer 3")
@@ -270,6 +451,11 @@ def nifti(volume=VOLUME, affine=np.eye(4), packed=True, **header):
     return gzip.compress(content) if packed else content
 
 
+def claim(side):
+    """A header of a volume that is not there."""
+    return nifti(packed=False).replace(struct.pack("<4h", 3, 4, 5, 6), struct.pack("<4h", 3, side, side, side))
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_nifti_slice_is_shown_as_radiologists_look_at_it(packed):
     found = np.asarray(decode(nifti(packed=packed), 2)).astype(int)
@@ -292,6 +478,34 @@ def test_a_nifti_is_turned_whatever_way_it_was_stored():
         assert np.array_equal(np.asarray(decode(stored, frame)), np.asarray(decode(nifti(), frame)))
 
 
+def test_a_nifti_is_turned_in_every_way_that_axes_can_lie():
+    for order in itertools.permutations(range(3)):
+        for flips in itertools.product((1, -1), repeat=3):
+            volume = VOLUME.transpose(order)[tuple(slice(None, None, flip) for flip in flips)]
+            affine = np.eye(4)
+            affine[:3, :3] = 0
+            for new, (old, flip) in enumerate(zip(order, flips, strict=True)):
+                affine[old, new] = flip
+            stored = nifti(np.ascontiguousarray(volume), affine, packed=False)
+            for axis in AXES:
+                assert np.array_equal(decode(stored, 1, axis), decode(nifti(), 1, axis)), (order, flips, axis)
+
+
+def test_a_nifti_that_does_not_say_which_side_is_right_is_shown_and_told():
+    content = nifti(packed=False)
+    mute = content[:252] + bytes(4) + content[256:]  # qform_code and sform_code
+    notes = [see(open_file(one), Place(), Rules()).facts.notes for one in (content, mute)]
+    assert notes == [(), ("neither sform nor qform says which side is the patient's right",)]
+
+
+def test_slope_and_byte_order_of_a_nifti_are_heeded():
+    image = nibabel.Nifti1Image(VOLUME, np.eye(4), nibabel.Nifti1Header(endianness=">"))
+    image.header.set_slope_inter(2, -5)
+    rules = Rules(windows=(Window(modality="NIFTI", centre=115, width=240, unit="rescaled"),))
+    expected = np.rint(255 * (VOLUME[:, :, 1] * 2.0).clip(0, 240) / 240).T[::-1, ::-1]
+    assert np.array_equal(np.asarray(decode(image.to_bytes(), 1, rules=rules)), expected)
+
+
 def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
     rules = Rules(windows=(Window(modality="NIFTI", centre=60, width=120, unit="rescaled"),))
     expected = np.rint(255 * VOLUME[:, :, 1].clip(0, 120) / 120).T[::-1, ::-1]
@@ -309,9 +523,13 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
         (gzip.compress(struct.pack("<I", 348) + bytes(4444)), "NIfTI header with magic"),
         (nifti()[:-9], "gzipped file that ends too early"),
         (nifti(np.zeros((9, 9, 9), np.int16), packed=False)[:400], "a NIfTI of 9 x 9 x 9 values in 400 bytes"),
-        (gzip.compress(nifti(packed=False)[:348] + bytes(2**28)), "more than 268,435,456 bytes"),
+        (gzip.compress(nifti(packed=False) + bytes(2**28)), "goes on behind the 592 bytes of its values"),
+        (
+            gzip.compress(claim(999)),
+            r"a NIfTI of 1,994,006,350 bytes; expected at most 536,870,910 .* raise most_pixels",
+        ),
     ],
-    ids=["four dimensions", "no magic", "cut gzip", "cut", "bomb"],  # gzip has the time in it
+    ids=["four dimensions", "no magic", "cut gzip", "cut", "bomb", "claim"],  # gzip has the time in it
 )
 def test_a_nifti_that_cannot_be_shown_says_why(content, reason):
     with pytest.raises(UndecodableError, match=reason):
@@ -337,6 +555,12 @@ def test_photographs_are_shown_as_viewers_do():
     transparent = Image.new("P", (2, 2), 1)
     transparent.putpalette([9, 9, 9, 200, 0, 0])
     assert not np.asarray(decode(saved(transparent, "PNG", transparency=1))).any()
+
+
+def test_values_with_a_sign_and_fractions_are_refused_and_never_shifted():
+    for mode, form in (("F", 3), ("I", 2)):
+        with pytest.raises(UndecodableError, match=rf"a TIFF of sample format \({form},\)"):
+            decode(saved(Image.new(mode, (4, 4)), "TIFF"))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -397,3 +621,7 @@ def test_frames_of_one_file_are_read_and_hashed_once(tmp_path, monkeypatch):
     assert len(reads) == 2
     assert [one.value for one in found] == [(512, 512)] * 40
     assert time.process_time() - begun < 3
+
+
+def test_the_page_on_data_has_the_table_of_formats():
+    assert table() in (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
