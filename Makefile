@@ -91,9 +91,9 @@ demo-figures: environment
 brain-mri: environment
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/brain_mri.py --data $(or $(DATA),$(error DATA is not set; expected a folder of brain MRI, client_0 .. client_3/CLASS/*.jpg: make brain-mri DATA=FOLDER))
 
-# EXAMPLES: hostile inputs for each decoder.
+# EXAMPLES: hostile inputs for each decoder and reader.
 fuzz: environment
-	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -P -m pytest tests/unit/protocol/test_fuzz.py
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -P -m pytest tests/unit/protocol/test_fuzz.py tests/unit/clients/test_reading_fuzz.py
 
 # DATA: a folder of public brain MRI, one folder a class; without it phantoms alone are used.
 mini-clip: environment
