@@ -2,6 +2,7 @@
 
     python benchmarks/features.py [--json FILE] [--threads 2] [--count 192] [--models mini-clip ViT-B-16]
     python benchmarks/features.py --images 100000 [--json FILE]
+    python benchmarks/features.py --mixed 20000 [--json FILE]
 
 The first compares, for mini-CLIP and ViT-B-16 (random weights will do for timing), the loop that everybody writes (open
 a JPEG file, preprocess, a batch of 32 through ``encode_image`` in float32) with ours into an empty cache, in float32
@@ -11,12 +12,17 @@ The second makes that many images of 48 pixels, then checks (fingerprints, compa
 with mini-CLIP (and gathers the features), each in a process of its own, and reports images a second and the greatest
 memory of the process and of those that work for it, added up (proportional set size, sampled twice a second): all
 of it, and what is left without the pages of libraries' files, which the system drops when memory is short.
+
+The third makes a hospital's data: images of 256 pixels, half of them DICOM of 16 bits, the others PNG and JPEG, and a
+manifest that names each ten times (of the DICOM files another frame); it reads the manifest, then does twice what
+``secfacmic data check`` does with the images, the second time out of the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -115,14 +121,55 @@ def _memory(process: int) -> tuple[int, int]:
     return found["Pss"], found["Pss"] - found["Pss_File"]
 
 
-def many(count: int) -> list[dict[str, Any]]:
-    """Rows of the two stages over many small images."""
+def make_mixed(folder: Path, count: int) -> None:
+    """A hospital's data, a function of their number."""
+    import pydicom
+    from pydicom.dataset import FileMetaDataset
+
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["path,label,patient,age,scanner,frame"]
+    for number in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))
+        image = small.resize((256, 256), Image.Resampling.BILINEAR)
+        suffix = ("dcm", "png", "dcm", "jpg")[number % 4]
+        path = folder / "images" / f"{number:06}.{suffix}"
+        if suffix == "dcm":
+            dataset = pydicom.Dataset()
+            dataset.file_meta = FileMetaDataset()
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+            dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.MRImageStorage, pydicom.uid.generate_uid()
+            dataset.Modality, dataset.PatientID, dataset.PhotometricInterpretation = "MR", f"P{number}", "MONOCHROME2"
+            dataset.Rows = dataset.Columns = 256
+            dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+            dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+            dataset.WindowCenter, dataset.WindowWidth = 2048, 4096
+            dataset.PixelData = (np.asarray(image).astype("<u2") << 4).tobytes()
+            dataset.save_as(path, enforce_file_format=True)
+        else:
+            image.save(path)
+        for frame in range(10):
+            lines.append(f"images/{path.name},dark,P{number:06},{number % 90},ACME Seer,{frame}")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that have ended and were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def many(count: int, stages: tuple[str, ...] = ("check", "encode")) -> list[dict[str, Any]]:
+    """Rows of stages over many images."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        make_images(Path(name) / "images", count, 48, "png")
-        for stage in ("check", "encode"):
+        if "manifest" in stages:
+            make_mixed(Path(name), count)
+        else:
+            make_images(Path(name) / "images", count, 48, "png")
+        for stage in stages:
             command = [sys.executable, "-P", __file__, "--stage", stage, "--folder", name]
-            begun, peak, kept = time.perf_counter(), 0, 0
+            begun, peak, kept, used = time.perf_counter(), 0, 0, _cpu_seconds()
             process = subprocess.Popen(command, stdout=subprocess.PIPE)
             while process.poll() is None:
                 found = _memory(process.pid)
@@ -137,6 +184,7 @@ def many(count: int) -> list[dict[str, Any]]:
                     "images": count,
                     "seconds": seconds,
                     "images_per_s": count / seconds,
+                    "cpu_seconds": _cpu_seconds() - used,
                     "peak_bytes": peak,
                     "peak_bytes_without_files": kept,
                 }
@@ -152,12 +200,20 @@ def run_stage(stage: str, folder: Path) -> None:
     from secure_fed.model.backbone import load_backbone
     from secure_fed.protocol.study import Backbone
 
+    if stage == "manifest":
+        from secure_fed.clients.data import read_data
+        from secure_fed.protocol.study import Shares
+
+        shares = Shares(train=0.6, val=0.2, test=0.2, unlabelled=0)
+        found = read_data(folder, ("dark",), "patient", shares, 0, together=None)
+        assert len(found) == 10 * len(list((folder / "images").iterdir()))
+        return
     images = [SiteImage(path, path.name, 0, "train") for path in sorted((folder / "images").iterdir())]
     with FeatureCache(folder / "features.sqlite") as cache:
-        if stage == "check":
-            found = fingerprints(images, cache).found
-            inseparable(images, found)
-            exact_copies(found)
+        if stage.startswith("check"):
+            looks = fingerprints(images, cache).found
+            inseparable(images, looks)
+            exact_copies(looks)
             return
         study = Backbone(model="mini-clip", weights="file", file="mini-clip.safetensors")
         encoded = cache.encode(images, study, lambda: load_backbone(study, None), "plain", False)
@@ -172,19 +228,22 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=192, help="images of the comparison")
     parser.add_argument("--models", nargs="+", default=["mini-clip", "ViT-B-16"])
     parser.add_argument("--images", type=int, help="so many small images instead, for memory")
-    parser.add_argument("--stage", choices=["check", "encode"], help=argparse.SUPPRESS)
+    parser.add_argument("--mixed", type=int, help="so many images as hospitals have them, with ten rows for each")
+    parser.add_argument("--stage", choices=["manifest", "check", "check again", "encode"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
         run_stage(arguments.stage, arguments.folder)
         return
-    if arguments.images:
-        rows = many(arguments.images)
+    if arguments.images or arguments.mixed:
+        mixed = ("manifest", "check", "check again")
+        rows = many(arguments.mixed, mixed) if arguments.mixed else many(arguments.images)
         for row in rows:
             print(
-                f"{row['stage']:7} {row['images']:,} images in {row['seconds']:.0f} s, "
-                f"{row['images_per_s']:.0f} a second, greatest memory {row['peak_bytes'] / 2**30:.2f} GiB, "
-                f"{row['peak_bytes_without_files'] / 2**30:.2f} without libraries' files"
+                f"{row['stage']:11} {row['images']:,} images in {row['seconds']:.0f} s, "
+                f"{row['images_per_s']:.0f} a second, {row['cpu_seconds']:.0f} s of processors, greatest memory "
+                f"{row['peak_bytes'] / 2**30:.2f} GiB, {row['peak_bytes_without_files'] / 2**30:.2f} without "
+                "libraries' files"
             )
     else:
         rows = [row for model in arguments.models for row in compare(model, arguments.count, arguments.threads)]
