@@ -51,7 +51,7 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         ``ids``, ``images``, ``splits`` and ``text``; ``kinds``: scouts and screenshots among the images, by kind;
         ``modalities`` and ``scanners``: images by each; ``largest_patients``: those with most images; ``odd``:
         ``blank``, ``tiny``, ``colour`` and ``unlike`` pictures, and ``noted`` ones, whose file says what cannot be
-        followed.
+        followed; behind a path, in brackets, which picture of the file is meant.
         ``classes``: images by class and split; ``patients``: by split; ``missing_classes``;
         ``exact_copies`` and ``near_twins``: groups, those that lie in more than one split, and a list of these;
         ``unreadable`` and ``far_from_size``: count and list; ``backbone_size``: side of the square, None if unknown;
@@ -93,8 +93,8 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         "largest_patients": [
             {"patient": patient, "images": count} for patient, count in by_patient.most_common(LISTED)
         ],
-        "odd": {name: _files(str(image.path) for image, _ in odd) for name, odd in _odd(seen).items()}
-        | {"noted": _files(f"{image.path}: {note}" for image, one in seen for note in one.facts.notes)},
+        "odd": {name: _files(_named(image) for image, _ in odd) for name, odd in _odd(seen).items()}
+        | {"noted": _files(f"{_named(image)}: {note}" for image, one in seen for note in one.facts.notes)},
         "images": len(images),
         "classes": {
             name: {split: counts[label, split] for split in get_args(Split) if split != "unlabelled"}
@@ -191,6 +191,11 @@ def _is_far(one: Fingerprint, size: int) -> bool:
 
 def _describe(image: SiteImage, one: Fingerprint | None) -> str:
     return f"{image.path}: {one.width} x {one.height}" if one else str(image.path)
+
+
+def _named(image: SiteImage) -> str:
+    """A file, and of one with many pictures which one is meant."""
+    return str(image.path) if image.frame is None else f"{image.path} [{image.axis} {image.frame}]"
 
 
 def _files(lines: Iterable[str]) -> dict[str, Any]:

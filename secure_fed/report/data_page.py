@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from secure_fed.clients.nifti import AXES
 from secure_fed.clients.reading import Place, open_file, see
 from secure_fed.clients.rules import Rules, UndecodableError
 from secure_fed.core.storage import write_durable
@@ -28,6 +30,7 @@ ODD = {
     "noted": ("With something in the file that cannot be followed", "shown without it"),
 }
 
+_WHICH = re.compile(r" \[(\w+) (\d+)\]$")
 _SPLITS = ("train", "val", "test", "unlabelled")
 
 
@@ -88,12 +91,15 @@ def _shares(counts: Mapping[str, int]) -> list[tuple[str, int, float]]:
 def _picture(line: str, rules: Rules, folder: Path) -> dict[str, str]:
     """One of the contact sheet: small, as a data URI; without one if it cannot be read any more.
 
-    A line names the file, perhaps with a remark behind it.
+    A line names the file, perhaps which of its pictures, in brackets, and perhaps with a remark behind it.
     """
     name, _, note = line.partition(": ") if not Path(line).is_file() else (line, "", "")
+    which = _WHICH.search(name)
+    path = Path(name if which is None else name[: which.start()])
+    place = next((Place(int(which[2]), axis) for axis in AXES if which is not None and axis == which[1]), Place())
     shown = {"path": name.removeprefix(f"{folder}/"), "note": note, "uri": "", "size": ""}
     try:
-        image = see(open_file(Path(name).read_bytes()), Place(), rules).image
+        image = see(open_file(path.read_bytes()), place, rules).image
     except (OSError, UndecodableError):
         return shown
     shown["size"] = f"{image.width} x {image.height}"

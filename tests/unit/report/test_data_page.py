@@ -15,6 +15,7 @@ from PIL import Image
 
 from secure_fed.clients.rules import Rules
 from secure_fed.report.data_page import SIDE, data_page, write_data_page
+from tests.unit.clients.test_dicom import as_bytes, dicom
 
 
 def files(*lines: str, count: int | None = None) -> dict[str, Any]:
@@ -108,6 +109,18 @@ def test_odd_pictures_are_shown_small_with_their_size_and_one_that_is_gone_by_na
     for told in ("gone.png", "300 x 600", "a window of width 0 was passed over", "Coloured among grey ones: 31"):
         assert told in page.text
     assert "; the first 2" in page.text
+
+
+def test_of_a_file_with_many_pictures_the_odd_one_is_shown(folder: Path) -> None:
+    frames = np.zeros((3, 8, 8), dtype=np.uint16)
+    frames[2, :, 4:] = 1
+    (folder / "many.dcm").write_bytes(as_bytes(dicom(frames)))
+    found = checked(folder)
+    found["odd"] = {"blank": files(f"{folder}/many.dcm [axial 2]", f"{folder}/many.dcm [axial 1]: dark")}
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', data_page(found, Rules(), folder))
+    seen = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))).max() for one in pictures]
+    assert seen == [255, 0]
+    assert "many.dcm [axial 2]" in Page(data_page(found, Rules(), folder)).text
 
 
 def test_the_page_loads_nothing_and_names_are_text(folder: Path) -> None:
