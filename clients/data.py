@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
@@ -16,11 +17,18 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from secure_fed.clients.dicom import facts, patient_id, read_header
+from secure_fed.clients.dicom import facts, no_picture, patient_id, read_header
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled
-from secure_fed.clients.reading import Place, Source, count_frames, is_meant_as_image, place_in_series
+from secure_fed.clients.reading import (
+    IMAGE_ENDINGS,
+    Place,
+    Source,
+    count_frames,
+    is_meant_as_image,
+    place_in_series,
+)
 from secure_fed.clients.rules import Kind
 from secure_fed.core.errors import DataError, LabelError, ManifestError, fault_lines
 from secure_fed.protocol.study import Shares
@@ -37,6 +45,7 @@ _SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
+_UID = re.compile(r"\d+(\.\d+)+")
 _NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 
 
@@ -72,7 +81,7 @@ class Choice:
 
     Attributes:
         slices: of each series, be it one file or many: ``middle``, ``every:N`` or ``all``; None takes each file for one
-            image, of many frames the middle one. Rows of a manifest that name a frame or slice stay.
+            image, of many frames the middle one. What rows of a manifest ask for by frame or slice stays.
         leave_out: kinds of DICOM files that are left out.
         patients: ``patients.csv``, if not in the data folder.
     """
@@ -117,6 +126,7 @@ class _Row:
     base: Path = Path()
     axis: str = ""
     series: str = ""
+    asked: bool = False
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -140,8 +150,10 @@ def read_data(
     It holds a ``manifest.csv`` or one folder per class, named exactly as the class, and perhaps ``unlabelled``, each
     searched whole, links followed. Hidden files, and what is no image by content and name, are passed over. The
     manifest's columns are ``path`` (relative to the folder), ``label`` (empty if unknown), and, if wanted, ``patient``,
-    ``split``, ``frame`` or ``slice``, ``axis`` and ``series``; others are free. Where it names no patient, a DICOM
-    file's own PatientID counts. Ids are taken in one form; ``patients.csv`` beside it says which ids are one patient.
+    ``split``, ``frame`` or ``slice``, ``axis`` and ``series``; others are free. A path may be of a folder: the row then
+    is of all images below it, or of those of the DICOM series whose UID ``series`` names, and ``slice`` counts along
+    them. Where it names no patient, a DICOM file's own PatientID counts. Ids are taken in one form; ``patients.csv``
+    beside it says which ids are one patient.
 
     A ``split`` column holds; without one, ``shares`` apply. Labels of split ``unlabelled`` are hidden.
 
@@ -190,6 +202,9 @@ def read_data(
     if not rows:
         raise DataError(f"{folder}: no image; expected images in {MANIFEST} or in one folder per class")
     strangers = Counter(row.label for row in rows if row.label and row.label not in classes)
+    if meant := _meant(strangers, classes):
+        rows = [replace(row, label=meant.get(row.label, row.label)) for row in rows]
+        strangers = Counter({label: count for label, count in strangers.items() if label not in meant})
     if strangers:
         _refuse_labels(manifest, strangers, "rows", classes)
     ids = {name: index for index, name in enumerate(classes)}
@@ -206,7 +221,38 @@ def read_data(
     return _images(rows, ids, splits)
 
 
-def _images(rows: Sequence[_Row], ids: dict[str, int], splits: dict[str, Split]) -> list[SiteImage]:
+def find_pictures(folder: Path, choice: Choice, notes: Notes) -> list[SiteImage]:
+    """All pictures below a folder, to be predicted; what a manifest there says of labels and splits is not looked at.
+
+    A manifest (``path``; ``patient``, ``frame`` or ``slice``, ``axis``, ``series``) says which pictures of the files
+    that it names are meant, and whose they are; the files that it does not name are there too. The id of a patient whom
+    nobody names is empty. Files that hold no picture of a patient (reports, segmentations) are passed over.
+
+    Raises:
+        DataError: a folder or file cannot be read.
+        ManifestError: as :func:`read_data`.
+    """
+    rows: list[_Row] = []
+    if (folder / MANIFEST).exists():
+        rows, _ = _read_manifest(folder / MANIFEST, "patient", True, notes, needed=("path",), nameless=True)
+        rows = [replace(row, label="", split=UNLABELLED) for row in rows]
+    named = {row.key[0] for row in rows}
+    for path in image_files(folder, notes):
+        row = _found_row(folder, path, "patient", "", UNLABELLED)
+        rows += [] if row.key[0] in named else [row]
+    pictures = []
+    for row in rows:
+        header = read_header(row.base / row.path)
+        if what := "" if header is None else no_picture(header):
+            notes.passed_over.append(f"{row.base / row.path}: {what}")
+        else:
+            pictures.append(row)
+    rows = _settled(_chosen(pictures, choice, "patient", notes), choice.patients or folder / SETTLED, notes)
+    _refuse(folder / MANIFEST, _double_faults(rows, False))
+    return _images(rows, {}, defaultdict(lambda: UNLABELLED))
+
+
+def _images(rows: Sequence[_Row], ids: dict[str, int], splits: Mapping[str, Split]) -> list[SiteImage]:
     images = []
     for row in rows:
         split = splits[row.patient]
@@ -218,12 +264,19 @@ def _images(rows: Sequence[_Row], ids: dict[str, int], splits: dict[str, Split])
 
 def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes) -> list[_Row]:
     try:
-        entries = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_passed_over(entry.name))
+        found = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); give this user access to it") from error
+    entries = []
+    for entry in found:
+        if entry.is_dir() and not _is_passed_over(entry.name):
+            entries.append(entry.name)
+        elif entry.is_symlink() and not entry.exists():
+            raise DataError(f"{entry}: a link to nothing; mount or restore what it leads to, or remove it")
+        elif entry.is_dir() or not entry.name.startswith("."):
+            notes.passed_over.append(f"{entry}: in no folder of a class")
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
-    forms = {unicodedata.normalize("NFC", name): name for name in classes}
-    meant = {name: forms[form] for name in strangers if (form := unicodedata.normalize("NFC", name)) in forms}
+    meant = _meant(strangers, classes)
     strangers = [name for name in strangers if name not in meant]
     if strangers:
         counts = Counter({name: sum(1 for _ in image_files(folder / name)) for name in strangers})
@@ -232,8 +285,28 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
     for name in entries:
         label = "" if name == UNLABELLED and name not in classes else meant.get(name, name)
         rows += [_found_row(folder, path, unit, label, "") for path in image_files(folder / name, notes)]
+    _refuse_two_classes(rows)
     _refuse_nameless(rows)
     return rows
+
+
+def _meant(labels: Iterable[str], classes: Sequence[str]) -> dict[str, str]:
+    """Of labels that differ from a class in Unicode's form alone, that class."""
+    forms = {unicodedata.normalize("NFC", name): name for name in classes}
+    return {label: forms[form] for label in labels if (form := unicodedata.normalize("NFC", label)) in forms}
+
+
+def _refuse_two_classes(rows: Sequence[_Row]) -> None:
+    """Refuse files that links make members of two classes."""
+    first: dict[tuple[int, int], _Row] = {}
+    for row in rows:
+        state = os.stat(row.base / row.path)
+        other = first.setdefault((state.st_dev, state.st_ino), row)
+        if other.label != row.label:
+            raise LabelError(
+                f"{row.base / row.path}: the same file as {other.path}, by a link; expected a file in one class: "
+                "remove the link that is wrong"
+            )
 
 
 def _found_row(folder: Path, path: Path, unit: Unit, label: str, split: str) -> _Row:
@@ -295,6 +368,7 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
             folders[:] = []
             continue
         seen.add((state.st_dev, state.st_ino))
+        notes.passed_over += [f"{parent}/{name}: hidden, or a system's" for name in folders if _is_passed_over(name)]
         folders[:] = sorted(
             (name for name in folders if not _is_passed_over(name)),
             key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
@@ -302,6 +376,8 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
         for name in names:
             path = Path(parent, name)
             if name[0] == ".":
+                if name.lower().endswith(IMAGE_ENDINGS):
+                    notes.passed_over.append(f"{path}: hidden")
                 continue
             if name.lower() in _NOT_IMAGES:
                 notes.passed_over.append(f"{path}: no image")
@@ -334,10 +410,10 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         rows = kept
     if choice.slices is None:
         return rows
-    series: defaultdict[tuple[str, ...], list[tuple[tuple[float, ...], str, _Row]]] = defaultdict(list)
-    chosen = [row for row in rows if row.frame]
+    series: defaultdict[tuple[str, ...], list[tuple[_Order, _Row]]] = defaultdict(list)
+    chosen = [row for row in rows if row.frame or row.asked]
     for row in rows:
-        if row.frame:
+        if row.frame or row.asked:
             continue
         path = row.base / row.path
         count = count_frames(path, _axis(row.axis))
@@ -350,13 +426,22 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         name, position = place_in_series(path)
         name = row.series or name
         key = (name, row.patient if unit == "patient" else "", row.label) if name else ("", row.path)
-        series[key].append((position, row.path, row))
+        series[key].append((_order(position, row.path), row))
     for slices in series.values():
-        ordered = [row for _, _, row in sorted(slices, key=lambda entry: entry[:2])]
+        ordered = [row for _, row in sorted(slices, key=lambda entry: entry[0])]
         places = _places(len(ordered), choice.slices)
         chosen += [ordered[place] for place in places]
         notes.left_out["other slice"] += len(ordered) - len(places)
     return chosen
+
+
+_Order = tuple[tuple[float, ...], list[tuple[int, str]], str]
+
+
+def _order(position: tuple[float, ...], path: str) -> _Order:
+    """By which slices of a series are in order: where they lie, else their names, numbers in them as numbers."""
+    parts = re.split(r"(\d+)", path)
+    return position, [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path
 
 
 def _axis(name: str) -> Axis:
@@ -383,9 +468,14 @@ def _settled(rows: list[_Row], path: Path, notes: Notes) -> list[_Row]:
 
 
 def _read_manifest(
-    manifest: Path, unit: Unit, has_shares: bool, notes: Notes, needed: Sequence[str] = _COLUMNS
+    manifest: Path,
+    unit: Unit,
+    has_shares: bool,
+    notes: Notes,
+    needed: Sequence[str] = _COLUMNS,
+    nameless: bool = False,
 ) -> tuple[list[_Row], bool]:
-    """The rows, checked, and whether they carry splits."""
+    """The rows, one for each picture, checked, and whether they carry splits; ``nameless``: patients may be unknown."""
     table = read_table(manifest, _KNOWN, needed)
     notes.told += table.told
     has_splits = "split" in table.columns
@@ -394,36 +484,35 @@ def _read_manifest(
         missing.append("split")
     if missing:
         raise ManifestError(
-            f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns) or 'none'}, expected "
+            f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns)[:500] or 'none'}, expected "
             f"{', '.join(needed)} and split (unless shares are set); patient and frame where they are needed"
         )
+    if free := [name for name in table.columns if name and name not in _KNOWN]:
+        notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
-    files = _Files(manifest.parent)
+    files = _Files(manifest.parent, notes)
     rows, faults = [], []
     for line, entry in table.rows:
         cells = {name: entry.get(name, "") for name in _KNOWN}
-        path = files.find(cells["path"])
-        frame = cells["frame"] or cells["slice"]
-        patient = path + (f"#{frame}" if frame else "")
-        if unit == "patient":
-            patient = in_one_form(cells["patient"] or patient_id(manifest.parent / path))
-        row = _Row(
-            f"line {line}",
-            path,
-            patient,
-            cells["label"],
-            cells["split"],
-            frame,
-            manifest.parent,
-            cells["axis"],
-            cells["series"],
-        )
-        fault = files.fault(path) or _fault(row, has_splits)
-        if not fault and cells["frame"] and cells["slice"] not in ("", cells["frame"]):
-            fault = f"{path!r} has frame {cells['frame']} and slice {cells['slice']}; expected one of the two"
-        if fault:
-            faults.append(f"{row.where}: {fault}")
-        rows.append(row)
+        place = cells["frame"] or cells["slice"]
+        fault: str | None = None
+        if place and cells["slice"] not in ("", place):
+            fault = f"{cells['path']!r} has frame {cells['frame']} and slice {cells['slice']}; expected one of the two"
+        path = files.find(cells["path"] or "." * bool(cells["series"]))
+        pictures = [(path, place, False)]
+        if not fault and not (fault := files.fault(path)) and files.is_folder(path):
+            pictures, fault = files.series(path, cells["series"], place)
+        for name, frame, asked in pictures:
+            patient = name + (f"#{frame}" if frame else "")
+            if unit == "patient":
+                patient = in_one_form(cells["patient"] or patient_id(manifest.parent / name))
+            about = (f"line {line}", name, patient, cells["label"], cells["split"], frame, manifest.parent)
+            row = _Row(*about, cells["axis"], cells["series"], asked)
+            if fault := fault or _fault(row, has_splits, nameless):
+                faults.append(f"{row.where}: {fault}")
+            rows.append(row)
+            if fault:
+                break
     if files.guessed:
         notes.told.append(
             f"{manifest}: {files.guessed} paths with backslashes, or in another Unicode form than the files' names, "
@@ -434,6 +523,10 @@ def _read_manifest(
     return rows, has_splits
 
 
+_Picture = tuple[str, str, bool]
+"""Of a row of a manifest: a file, which frame, and whether that is the slice that was asked for."""
+
+
 class _Files:
     """The files below a data folder, each folder listed once.
 
@@ -441,42 +534,84 @@ class _Files:
         guessed: how many paths were not written as the files are named.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, notes: Notes) -> None:
         self._folder = folder
+        self._notes = notes
         self._root = os.path.realpath(folder)
         self._listings: dict[str, dict[str, bool]] = {}
         self._forms: dict[str, dict[str, list[str]]] = {}
         self._inside: dict[str, bool] = {}
+        self._series: dict[str, list[tuple[str, _Order]]] = {}
         self.guessed = 0
 
     def find(self, path: str) -> str:
-        """The path of the one file that a manifest's path means; the path itself if there is none or several."""
-        if not path or self._is_file(path):
+        """The path of the one file or folder that a manifest's path means; itself if there is none or several."""
+        if not path or self._is_there(path):
             return path
         for form in (path, path.replace("\\", "/")):
-            found = form if self._is_file(form) else self._in_other_form(form)
+            found = form if self._is_there(form) else self._in_other_form(form)
             if found:
                 self.guessed += 1
                 return found
         return path
+
+    def is_folder(self, path: str) -> bool:
+        """Whether a path that is there is of a folder."""
+        return not self._is_file(path)
+
+    def series(self, path: str, series: str, place: str) -> tuple[list[_Picture], str | None]:
+        """The pictures of a row that names a folder, and what is wrong with it.
+
+        Args:
+            path: of the folder.
+            series: UID of the one series that is meant; any other name, or none, means all that is there.
+            place: number of the one slice that is meant, from 0, in the order of the slices; empty for all.
+        """
+        if path not in self._series:
+            entries = []
+            for found in image_files(self._folder / path, self._notes):
+                uid, position = place_in_series(found)
+                name = os.path.normpath(os.path.join(path, os.path.relpath(found, self._folder / path)))
+                entries.append((uid, _order(position, name)))
+            self._series[path] = sorted(entries, key=lambda entry: entry[1])
+        named = _UID.fullmatch(series) is not None
+        there = [(uid, name) for uid, (_, _, name) in self._series[path] if not named or uid == series]
+        if not there:
+            what = f" of series {series}" if named else ""
+            return [(path, place, False)], f"folder {path!r} holds no image{what}; expected at least one"
+        if not place:
+            return [(name, "", False) for _, name in there], None
+        if len({uid for uid, _ in there}) > 1:
+            fault = f"slice {place} of folder {path!r}, which holds several series ("
+            fault += ", ".join(sorted({uid or "none" for uid, _ in there})[:3])
+            return [(path, place, False)], fault + "); expected the UID of one in column series"
+        if len(there) == 1:
+            return [(there[0][1], place, True)], None
+        if not _is_number(place) or int(place) >= len(there):
+            fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
+            return [(path, place, False)], f"{fault} {len(there) - 1}"
+        return [(there[int(place)][1], "", True)], None
 
     def fault(self, path: str) -> str | None:
         """What is wrong with a path."""
         if not path:
             return "no path"
         whole = os.path.join(self._folder, path)
-        if "\0" in path or not self._is_inside(whole):
+        if "\0" in path or not (self._is_inside(whole) if self._is_file(path) else self._leads_inside(whole)):
             return f"path {path!r} leads out of the data folder; expected a relative path inside it"
-        if not self._is_file(path):
+        if not self._is_there(path):
             return f"path {path!r}: no such file"
         return None
 
+    def _leads_inside(self, whole: str) -> bool:
+        return self._within(os.path.realpath(whole))
+
     def _is_inside(self, whole: str) -> bool:
         if os.path.islink(whole):
-            return self._within(os.path.realpath(whole))
+            return self._leads_inside(whole)
         parent = os.path.dirname(whole)
         if parent not in self._inside:
-            self._inside[parent] = self._within(os.path.realpath(parent))
+            self._inside[parent] = self._leads_inside(parent)
         return self._inside[parent]
 
     def _within(self, real: str) -> bool:
@@ -485,6 +620,13 @@ class _Files:
     def _is_file(self, path: str) -> bool:
         parent, name = os.path.split(os.path.join(self._folder, path))
         return self._listing(parent).get(name, False)
+
+    def _is_there(self, path: str) -> bool:
+        whole = os.path.normpath(os.path.join(self._folder, path))
+        parent, name = os.path.split(whole)
+        if whole == os.path.normpath(self._folder):
+            return True
+        return name in self._listing(parent) and (self._is_file(path) or os.path.isdir(whole))
 
     def _listing(self, parent: str) -> dict[str, bool]:
         parent = os.path.normpath(parent)
@@ -509,7 +651,7 @@ class _Files:
             if len(names) != 1:
                 return ""
             found = os.path.join(found, names[0])
-        return found if self._is_file(found) else ""
+        return found if self._is_there(found) else ""
 
 
 def _refuse(manifest: Path, faults: Sequence[str]) -> None:
@@ -518,10 +660,14 @@ def _refuse(manifest: Path, faults: Sequence[str]) -> None:
         raise ManifestError(f"{manifest}: {count} not fit; mend or remove them{fault_lines(faults)}")
 
 
-def _fault(row: _Row, has_splits: bool) -> str | None:
-    if not row.patient:
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _fault(row: _Row, has_splits: bool, nameless: bool) -> str | None:
+    if not row.patient and not nameless:
         return f'{row.path!r} has no patient; expected an id, a DICOM file with a PatientID, or unit = "image"'
-    if row.frame and not (row.frame.isascii() and row.frame.isdecimal()):
+    if row.frame and not _is_number(row.frame):
         return f"{row.path!r} has frame {row.frame!r}; expected a number from 0, or none for the middle one"
     if row.axis and row.axis not in AXES:
         return f"{row.path!r} has axis {row.axis!r}; expected one of {', '.join(AXES)}, or none"

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from secure_fed.core.errors import ManifestError, fault_lines
 
+_MOST_LETTERS = 1000
+"""Of a cell; where a quote is not closed, a cell takes in all that follows."""
+
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -95,11 +98,14 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
         told.append(f"{path}: read as UTF-16")
+    elif len(content) > 3 and (order := _unmarked(content)):
+        encoding = order
+        told.append(f"{path}: read as UTF-16, though it has no mark")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         try:
-            if encoding == "utf-16":
+            if encoding != "utf-8-sig":
                 raise
             text = content.decode("cp1252")
             told.append(f"{path}: not UTF-8, read as Windows-1252; save it as UTF-8 if letters are wrong")
@@ -114,6 +120,15 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
             "file in UTF-8, not a spreadsheet's own file: save it again as that"
         )
     return text, told
+
+
+def _unmarked(content: bytes) -> str:
+    """UTF-16 without a mark, by the zero in each of the header's letters; empty if it is not that."""
+    head = content[:64]
+    zeros = [head[start::2].count(0) / len(head[start::2]) for start in (0, 1)]
+    if max(zeros) < 0.9 or min(zeros) > 0:
+        return ""
+    return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
 
 
 def _separator(text: str, needed: Sequence[str]) -> str:
@@ -135,6 +150,11 @@ def _cells(path: Path, text: str, separator: str, skipped: int) -> list[tuple[in
     found, line = [], skipped + 1
     try:
         for cells in reader:
+            if (longest := max(map(len, cells), default=0)) > _MOST_LETTERS:
+                raise ManifestError(
+                    f"{path}: line {line}: a cell of {longest:,} letters; expected at most {_MOST_LETTERS:,}: look for "
+                    "a quote without its other, or whether this is a table at all"
+                )
             found.append((line, [cell.strip() for cell in cells]))
             line = skipped + reader.line_num + 1
     except csv.Error as error:

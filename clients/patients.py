@@ -26,15 +26,24 @@ _PLACEHOLDERS = frozenset(
         *("nan", "none", "null", "na", "nil", "undefined", "unknown", "missing", "empty", "default", "dummy", "test"),
         *("anon", "anonym", "anonymous", "anonymized", "anonymised", "anonymous1", "deidentified", "pseudonym"),
         *("removed", "redacted", "patient", "patientid", "id", "noid", "noname", "tbd", "x", "xxx", "xxxx"),
-        *("unbekannt", "inconnu", "desconocido", "sconosciuto"),
+        *("unbekannt", "inconnu", "desconocido", "sconosciuto", "unk", "name", "not", "available", "applicable", "no"),
+        *("number", "mrn", "pid", "true", "false", "wahr", "falsch", "leer", "vide"),
     }
 )
+_MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
 _DAMAGE = re.compile(
-    r"[+-]?\d+([.,]\d+)?E[+-]?\d+|#(REF|NAME|VALUE|NULL|NUM|DIV/0|N/A|WERT|BEZUG|NV).*|#+"
-    r"|\d{1,2}[-. ](jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?([- ]\d{2,4})?"
+    r"[+-]?\d+([.,]\d+)?E[+-]?\d+|#\S+[!?]|#N/A|#+|=.*"
+    rf"|\d{{1,2}}[-. ]{_MONTH}([- ]\d{{2,4}})?|{_MONTH}[-. ]\d{{1,4}}"
     r"|\d{4}-\d\d-\d\d 00:00:00",
     re.IGNORECASE,
 )
+
+_LOOKALIKES = str.maketrans(
+    "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458"  # Cyrillic
+    "\u03b1\u03b2\u03b5\u03b6\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7",  # Greek
+    "abekmhopctyxsijabezhikmnoptyx",
+)
+"""Letters whose capitals cannot be told from Latin ones, after :meth:`str.casefold`."""
 
 Kind = Literal["writings", "placeholder", "spreadsheet", "share"]
 _WORDS: dict[Kind, str] = {
@@ -88,17 +97,32 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
         if len(group) > 1 and sum(one not in settled for one in group) > 1
     ]
     total = sum(counts.values())
+    # A spreadsheet's numbers have 15 digits: of longer ones it leaves zeros, in all of them.
+    long = {patient for patient in counts if re.fullmatch(r"\d{16,}", patient)}
+    cut = long if all(re.fullmatch(r"\d{15}0+", patient) for patient in long) else set()
     for patient, images in counts.items():
         if patient in settled:
             continue
-        plain = re.sub(r"[\W_]+", "", patient).casefold()
-        if not plain.strip("0") or plain.lstrip("0") in _PLACEHOLDERS or patient in ("-1", "?"):
+        if _says_nothing(patient):
             found.append(Doubt("placeholder", (patient,), images))
-        elif _DAMAGE.fullmatch(patient):
+        elif _DAMAGE.fullmatch(patient) or patient in cut:
             found.append(Doubt("spreadsheet", (patient,), images))
         elif total >= FEWEST_IMAGES and images > MOST_SHARE * total:
             found.append(Doubt("share", (patient,), images))
     return sorted(found)
+
+
+def _says_nothing(patient: str) -> bool:
+    """Whether an id is a placeholder: words that name nobody, nothing, zeros, or nines."""
+    words = [word.lstrip("0") for word in re.findall(r"[^\W_]+", patient.casefold())]
+    whole = "".join(words)
+    return (
+        not whole
+        or whole in _PLACEHOLDERS
+        or all(word in _PLACEHOLDERS for word in words)
+        or re.fullmatch(r"9{5,}", whole) is not None
+        or re.fullmatch(r"-(1|9+)", patient) is not None
+    )
 
 
 def similar(patient: str, known: Iterable[str]) -> list[str]:
@@ -147,9 +171,9 @@ def read_settled(path: Path) -> tuple[dict[str, str], frozenset[str]]:
 
 
 def _key(patient: str) -> str:
-    """Equal for ids that differ by case, blanks, kinds of dash, leading zeros or a spreadsheet's ``.0``."""
-    plain = unicodedata.normalize("NFKC", patient).casefold()
-    plain = re.sub(r"[\s_\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
+    """Equal for ids that differ by case, blanks, quotes, kinds of dash, leading zeros, ``.0`` or the alphabet."""
+    plain = unicodedata.normalize("NFKC", patient).casefold().translate(_LOOKALIKES)
+    plain = re.sub(r"[\s_'\"=`\u2018\u2019\u201c\u201d\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
     plain = re.sub(r"[\u2010-\u2015\u2212]", "-", plain)
     plain = re.sub(r"^(\d+)[.,]0+$", r"\1", plain)
     return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", plain)

@@ -17,6 +17,8 @@ from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Name, Shares, S
 SITE_FILE = "site.toml"
 """A site's own file; a site is named to a command by it, or by the folder that it is in."""
 
+SLICES = r"^(middle|all|every:[1-9][0-9]{0,3})$"
+
 
 class SiteData(FileModel):
     """The site's images.
@@ -40,7 +42,7 @@ class SiteData(FileModel):
     shares: Shares | None = None
     unlabelled: Annotated[Text | None, Field(examples=["/data/without-labels"])] = None
     slices: Annotated[
-        Annotated[str, StringConstraints(pattern=r"^(middle|all|every:[1-9][0-9]{0,3})$")] | None,
+        Annotated[str, StringConstraints(pattern=SLICES)] | None,
         Field(examples=["middle"]),
     ] = None
     leave_out: tuple[Literal["scout", "screenshot", "no picture"], ...] = ()

@@ -9,6 +9,8 @@ import typer
 
 from secure_fed.cli.output import Device, Json, console, print_json
 
+_LEFT_OUT: dict[str, Literal["scout", "screenshot"]] = {"scout": "scout", "screenshot": "screenshot"}
+
 
 def predict(
     adapter: Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")],
@@ -27,17 +29,31 @@ def predict(
     most_pixels: Annotated[
         int | None, typer.Option(min=1, help="Of one picture, as in site.toml; about 89 million if not given.")
     ] = None,
+    slices: Annotated[
+        str | None, typer.Option(metavar="RULE", help="Of each series, as in site.toml: middle, every:N or all.")
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND", help="DICOM files that are left out, as in site.toml: scout, screenshot."),
+    ] = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
     """Calibrated probabilities of each class for every image of a folder, and for every patient."""
     import json
+    import re
 
+    from secure_fed.clients.data import Choice
     from secure_fed.clients.rules import MOST_PIXELS
+    from secure_fed.clients.sitefile import SLICES
     from secure_fed.core.storage import write_durable
     from secure_fed.model.device import choose_device
     from secure_fed.operate.predict import predict_folder, write_reports
 
+    if slices is not None and re.fullmatch(SLICES, slices) is None:
+        raise typer.BadParameter("expected middle, every:N or all", param_hint="--slices")
+    if strangers := set(leave_out or ()) - set(_LEFT_OUT):
+        raise typer.BadParameter(f"{min(strangers)!r}; expected scout or screenshot", param_hint="--leave-out")
     with console.status("loading the backbone") as status:
         found = predict_folder(
             adapter,
@@ -46,6 +62,7 @@ def predict(
             checkpoint,
             skip_unreadable=skip_unreadable,
             most_pixels=most_pixels or MOST_PIXELS,
+            choice=Choice(slices, tuple(_LEFT_OUT[kind] for kind in leave_out or ())),
             device=choose_device(device or "auto"),
             progress=lambda done, total: status.update(f"{done} of {total} images"),
         )
@@ -62,8 +79,10 @@ def predict(
         console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     for name, what in found.passed_over.items():
         console.print(f"passed over: {name}: {what}", markup=False, highlight=False, soft_wrap=True)
-    unknown = found.owners.count("")
-    if unknown and unknown < len(found.owners):
+    for line in found.told:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    unknown = sum(not image.patient for image in found.images)
+    if unknown and unknown < len(found.images):
         console.print(f"{unknown} images are of nobody known, and in no patient's row", highlight=False, soft_wrap=True)
     if reports is not None:
         console.print(f"{dicom_sr}: {reports[0]} structured reports", markup=False, highlight=False, soft_wrap=True)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 _LISTED = 10
+_LETTERS = 500
 """Most single faults that a message names."""
 
 
 def fault_lines(faults: Sequence[str]) -> str:
     """The end of a message that names single faults: a line for each of the first, and how many more there are."""
-    shown = "".join(f"\n  {fault}" for fault in faults[:_LISTED])
+    shown = "".join(f"\n  {fault[:_LETTERS]}" for fault in faults[:_LISTED])
     return shown + (f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else "")
 
 

@@ -8,7 +8,7 @@ import pytest
 from secure_fed.clients.data import Choice, Notes, read_data
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
-from secure_fed.core.errors import DataError, ManifestError
+from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.study import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 
@@ -36,6 +36,8 @@ def text(separator=",", end="\n", header="path,label,patient"):
         (("sep=;\r\n" + text(";", "\r\n")).encode(), "as its first line says"),
         (text().encode("utf-16"), "UTF-16"),
         (text("\t").encode("utf-16"), "tabs"),
+        (text().encode("utf-16-le"), "UTF-16, though it has no mark"),
+        (text(";").encode("utf-16-be"), "semicolons"),
         (b"\xef\xbb\xbf" + (text(end="\r\n") + ",,\r\n\r\n").encode(), "2 empty rows"),
         (text(header=" path , label,patient ").encode(), ""),
         ("\n".join(line + ",," for line in text().splitlines()).encode(), ""),
@@ -65,6 +67,10 @@ def test_what_is_not_utf8_is_windows(tmp_path):
         ("path,label,patient\na.png,dark,p1\nb.png,light\n", "line 3: 2 cells; expected 3"),
         ('path,label,patient\n"a.png,dark,p1\nb.png,light,p2\n', "line 2: cannot be read as CSV"),
         ("path,label,patient\na.png,dark,p\0\n", "byte 0 in line 2"),
+        (
+            "path,label,patient\na.png,dark," + "p" * 1001 + "\n",
+            "line 2: a cell of 1,001 letters; expected at most 1,000",
+        ),
     ],
 )
 def test_what_would_shift_or_hide_a_cell_is_refused_by_line_and_column(tmp_path, content, fault):
@@ -112,7 +118,13 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("nan", "b"), ["placeholder"]),
         (("ANONYMOUS", "N/A", "-"), ["placeholder"] * 3),
         (("0000", "b"), ["placeholder"]),
-        (("12", "120", "1.2", "1-2", "P1E3"), []),
+        (("007", "'007"), ["writings"]),
+        (("P1", "\u04201"), ["writings"]),  # the first letter is Cyrillic
+        (("1234567890123450000", "1234567890123460000"), ["spreadsheet"] * 2),
+        (("1234567890123450000", "1234567890123460017"), []),
+        (("Mar-12", "=B2", "#ZAHL!"), ["spreadsheet"] * 3),
+        (("Unknown Patient", "TEST^PATIENT", "No Name", "99999", "-9", "TRUE"), ["placeholder"] * 6),
+        (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99"), []),
     ],
 )
 def test_ids_that_leave_open_who_is_who_are_found(ids, kinds):
@@ -147,6 +159,90 @@ def test_people_settle_who_is_who(tmp_path):
 
 def test_similar_ids_are_shown():
     assert similar("7", ["007", "12", "99"]) == ["007"]
+
+
+def test_columns_that_mean_nothing_are_told(tmp_path):
+    notes = Notes()
+    rows = b"path,label,patient,splits\na.png,dark,p1,test\nb.png,light,p2,train\n"
+    assert len(found(tmp_path, rows, notes=notes)) == 2
+    assert "columns that mean nothing here: splits" in notes.told[0]
+
+
+def test_labels_are_taken_in_one_form(tmp_path):
+    classes = ("Schädel", "light")
+    (tmp_path / "a.png").touch()
+    content = unicodedata.normalize("NFD", "path,label,patient\na.png,Schädel,p1\n")
+    (tmp_path / "manifest.csv").write_text(content, encoding="utf-8")
+    assert [
+        image.label
+        for image in read_data(tmp_path, classes, "patient", Shares(train=1, val=0, test=0, unlabelled=0), 0)
+    ] == [0]
+
+
+def test_a_row_may_name_a_folder_a_series_and_a_slice_of_it(tmp_path):
+    series(tmp_path / "ct", 5, SeriesInstanceUID="1.2.1")
+    series(tmp_path / "more" / "deep", 3, SeriesInstanceUID="1.2.2")
+    for old in (tmp_path / "more" / "deep").iterdir():
+        old.rename(tmp_path / "ct" / f"b{old.name}")
+
+    def of(row, **choice):
+        (tmp_path / "manifest.csv").write_text(f"path;label;patient;series;slice\n{row}\n")
+        images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice(**choice))
+        assert {(image.patient, image.label) for image in images} == {("P1", 0)}
+        return [image.path.name for image in images]
+
+    assert len(of("ct;dark;;;")) == 8
+    assert of("ct/;dark;;1.2.2;") == ["b00.dcm", "b01.dcm", "b02.dcm"]
+    assert of(";dark;;1.2.2;") == ["b00.dcm", "b01.dcm", "b02.dcm"]
+    # Names run the other way than the positions.
+    assert of("ct;dark;;1.2.1;0") == ["04.dcm"]
+    assert of("ct;dark;;1.2.1;0", slices="middle") == ["04.dcm"]
+    assert of("ct;dark;;1.2.1;", slices="middle") == ["02.dcm"]
+    for row, fault in (
+        ("ct;dark;;1.2.3;", "line 2: folder 'ct' holds no image of series 1.2.3"),
+        ("more;dark;;;", "folder 'more' holds no image"),
+        ("ct;dark;;1.2.1;5", "slice '5' of folder 'ct', which holds 5; expected a number from 0 to 4"),
+        ("ct;dark;;;1", r"which holds several series (1.2.1, 1.2.2); expected the UID of one in column series"),
+        ("..;dark;;1.2.1;", "leads out of the data folder"),
+        ("ct;dark;;;\nct/00.dcm;dark;;;", "line 3: path 'ct/00.dcm' is also on line 2"),
+    ):
+        with pytest.raises(ManifestError) as caught:
+            of(row)
+        assert fault in str(caught.value)
+
+
+def test_slices_without_a_position_are_in_the_order_that_people_count_in(tmp_path):
+    (tmp_path / "s").mkdir()
+    for number in range(1, 12):
+        (tmp_path / "s" / f"{number}.png").touch()
+    (tmp_path / "manifest.csv").write_text("path,label,patient,series,slice\ns,dark,p,,9\n")
+    assert [image.path.name for image in read_data(tmp_path, CLASSES, "patient", HALF, 0)] == ["10.png"]
+
+
+def test_what_lies_in_no_class_is_told_and_a_link_to_nothing_stops(tmp_path):
+    (tmp_path / "dark").mkdir()
+    (tmp_path / "dark" / "a.png").touch()
+    (tmp_path / "dark" / ".b.png").touch()
+    (tmp_path / "dark" / ".c").mkdir()
+    (tmp_path / "lost.png").touch()
+    notes = Notes()
+    read_data(tmp_path, CLASSES, "image", HALF, 0, notes=notes)
+    told = "\n".join(notes.passed_over)
+    assert "lost.png: in no folder of a class" in told
+    assert ".b.png: hidden" in told
+    assert ".c: hidden, or a system's" in told
+    (tmp_path / "light").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match="light: a link to nothing"):
+        read_data(tmp_path, CLASSES, "image", HALF, 0)
+
+
+def test_a_file_that_links_put_into_two_classes_is_refused(tmp_path):
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+    (tmp_path / "dark" / "a.png").touch()
+    (tmp_path / "light" / "b.png").symlink_to(tmp_path / "dark" / "a.png")
+    with pytest.raises(LabelError, match=r"light/b.png: the same file as dark/a.png, by a link"):
+        read_data(tmp_path, CLASSES, "image", HALF, 0)
 
 
 def test_links_are_followed_once_and_what_is_no_image_is_passed_over_and_told(tmp_path):

@@ -109,7 +109,7 @@ def test_a_folder_gets_the_probabilities_that_its_site_gives(finished_run: Path)
     found = predict_folder(
         finished_run / "adapter.safetensors", Path(file.data.folder), checkpoint=finished_run / "backbone.safetensors"
     )
-    rows = dict(zip(found.images, found.probabilities, strict=True))
+    rows = dict(zip(map(found.name, found.images), found.probabilities, strict=True))
     temperature = found.adapter.temperature
     assert len(rows) == len(images)
     assert temperature != 1
@@ -169,7 +169,7 @@ def test_dicom_and_ordinary_images_alike_wherever_they_lie(run: Path) -> None:
     write_dicom(folder / "deep" / "er" / "a.dcm", pixels)
     (folder / ".hidden").write_text("not looked at")
     found = predict_folder(run / "adapter.safetensors", folder, checkpoint=run / "backbone.safetensors")
-    assert found.images == ("deep/b.png", "deep/er/a.dcm")
+    assert [found.name(image) for image in found.images] == ["deep/b.png", "deep/er/a.dcm"]
     np.testing.assert_allclose(found.probabilities[0], found.probabilities[1], atol=1e-6)
 
 
@@ -202,7 +202,7 @@ def test_pictures_are_seen_by_the_studys_windows_and_background_as_training_saw_
     expected = site.predictions(site.parameters).probabilities
     for adapter in (out / "adapter.safetensors", tmp_path / "export/adapter.safetensors"):
         found = predict_folder(adapter, folder, checkpoint=out / "backbone.safetensors")
-        rows = dict(zip(found.images, found.probabilities, strict=True))
+        rows = dict(zip(map(found.name, found.images), found.probabilities, strict=True))
         seen = tempered(expected, found.adapter.temperature)
         np.testing.assert_allclose([rows[name] for name in names], seen, atol=1e-6)
 
@@ -445,10 +445,55 @@ def test_a_manifests_ids_are_taken_in_the_form_in_which_training_takes_them(run:
     marks = "path,patient\nknown.png,\ufeff A-1\nnobody.png,Mu\u0308ller \n"
     (ward / "manifest.csv").write_text(marks, encoding="utf-8")
     found = predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
-    assert dict(zip(found.images, found.owners, strict=True)) == {
+    assert {found.name(image): image.patient for image in found.images} == {
         **dict.fromkeys(("a0.dcm", "a1.dcm", "a2.dcm", "known.png"), "A-1"),
         **dict.fromkeys(("b.dcm", "nobody.png"), "M\u00fcller"),
     }
+
+
+def owners(found: Any) -> dict[tuple[str, int | None], str]:
+    return {(found.name(image), image.frame): image.patient for image in found.images}
+
+
+def test_manifest_and_settled_ids_say_what_they_say_in_training(run: Path, ward: Path) -> None:
+    (ward / "sub").mkdir()
+    (ward / "known.png").rename(ward / "sub" / "kno\u0308wn.png")
+    frames = np.full((4, 32, 32), 90, dtype=np.uint16)
+    (ward / "many.dcm").write_bytes(as_bytes(dicom(frames, PatientID="D 1")))
+    rows = ["sub\\kn\u00f6wn.png;C-7;", "./nobody.png;A-2;", "many.dcm;;1", "many.dcm;;3"]
+    (ward / "manifest.csv").write_text("\n".join(["path;patient;slice", *rows]), encoding="utf-8")
+    (ward / "patients.csv").write_text("id,same_as\nA-2,A-1\nC-7,\n")
+    command = [run / "adapter.safetensors", ward]
+    found = predict_folder(*command, checkpoint=run / "backbone.safetensors")
+    told = owners(found)
+    assert told["sub/kno\u0308wn.png", None] == "C-7"
+    assert told["nobody.png", None] == "A-1"
+    assert {key: owner for key, owner in told.items() if key[0] == "many.dcm"} == {
+        ("many.dcm", 1): "D 1",
+        ("many.dcm", 3): "D 1",
+    }
+    assert "separated by semicolons" in " ".join(found.told)
+    rows = list(csv.DictReader(io.StringIO(found.csv())))
+    assert [row["frame"] for row in rows if row["image"] == "many.dcm"] == ["1", "3"]
+    frames_told = [entry["frame"] for entry in found.document()["images"] if entry["image"] == "many.dcm"]
+    assert frames_told == [1, 3]
+    (ward / "manifest.csv").write_text("path,patient\ngone.png,C-7\n")
+    with pytest.raises(ManifestError, match=r"line 2: path 'gone.png': no such file"):
+        predict_folder(*command, checkpoint=run / "backbone.safetensors")
+
+
+def test_slices_and_scouts_are_chosen_as_in_training(run: Path, ward: Path, secfacmic: Run) -> None:
+    scout = slice_of("A-1", "1.2.9", 1, 5, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    (ward / "scout.dcm").write_bytes(as_bytes(scout))
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", ward]
+    command += ["--checkpoint", run / "backbone.safetensors", "--slices", "middle", "--leave-out", "scout"]
+    code, out, errors = secfacmic(*command)
+    assert code == 0, errors
+    images = [row["image"] for row in csv.DictReader(io.StringIO(out)) if row["image"]]
+    assert images == ["a1.dcm", "b.dcm", "known.png", "nobody.png"]
+    assert "left out: 1 of kind scout" in errors
+    assert "left out: 2 of kind other slice" in errors
+    assert secfacmic(*command[:-3], "often")[0] == 2
 
 
 def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward: Path, secfacmic: Run) -> None:
