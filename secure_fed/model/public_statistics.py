@@ -75,37 +75,50 @@ class PublicStatistics:
         spread = np.sqrt(np.mean([np.square(source - centre).mean(axis=0) for source in rows], axis=0))
         return cls(centre, directions[:, kept].T, np.sqrt(np.maximum(variances[kept], 0)), spread)
 
-    def save(self, path: Path, backbone: str) -> None:
-        """Write them for the backbone of a digest; in half precision, which moves an axis by a thousandth."""
+    def save(self, path: Path, backbone: str, seen: str = "") -> None:
+        """Write them, in half precision, which moves an axis by a thousandth.
+
+        Args:
+            path: the file.
+            backbone: digest of the one that encoded the images.
+            seen: digest of the rules by which the images were seen, if these matter.
+        """
         tensors: dict[str, NDArray[Any]] = {
             "centre": self.centre.astype(np.float32),
             "axes": self.axes.astype(np.float16),
             "deviations": self.deviations.astype(np.float32),
             "spread": self.spread.astype(np.float32),
         }
-        write_durable(path, bytes(safetensors.numpy.save(tensors, {"backbone": backbone})))
+        write_durable(path, bytes(safetensors.numpy.save(tensors, {"backbone": backbone, "seen": seen})))
 
     @classmethod
-    def load(cls, path: Path, backbone: str) -> PublicStatistics:
-        """Read statistics of a backbone.
+    def load(cls, path: Path, backbone: str, seen: str | None = None) -> PublicStatistics:
+        """Read statistics of a backbone, of images that were seen by rules of a digest, if one is given.
 
         Raises:
-            StudyError: they cannot be read, or are of another backbone.
+            StudyError: they cannot be read, or are of another backbone, or of images that were seen otherwise.
         """
         try:
             with safetensors.safe_open(str(path), "np") as file:
-                digest = (file.metadata() or {}).get("backbone", "none")
+                metadata = file.metadata() or {}
+                digest, found = metadata.get("backbone", "none"), metadata.get("seen", "")
                 parts = [
                     file.get_tensor(name).astype(np.float64) for name in ("centre", "axes", "deviations", "spread")
                 ]
         except (OSError, safetensors.SafetensorError) as error:
             raise StudyError(
-                f"{path}: no public statistics ({type(error).__name__}); expected a folder of public images, or the x"
+                f"{path}: no public statistics ({type(error).__name__}); expected a folder of public images, or "
+                "statistics of such"
             ) from error
         if digest != backbone:
             raise StudyError(
                 f"{path}: statistics of backbone {digest[:16]}, the study's is {backbone[:16]}; expected those of the "
                 "same backbone: give a folder of public images instead"
+            )
+        if seen is not None and found != seen:
+            raise StudyError(
+                f"{path}: statistics of images that were seen by other windows, another background or another release "
+                "than the study's sites will see theirs by; expected the same: give a folder of public images instead"
             )
         return cls(*parts)
 

@@ -146,10 +146,11 @@ def _statistics(
         return None
     if public is None:
         return packaged_statistics(template.backbone.model, backbone.digest)
+    rules = Rules.of(template)
     if not public.is_dir():
-        return PublicStatistics.load(public, backbone.digest)
-    statistics = public_statistics(public, backbone, Rules.of(template))
-    statistics.save(kept, backbone.digest)
+        return PublicStatistics.load(public, backbone.digest, rules.digest.hex())
+    statistics = public_statistics(public, backbone, rules)
+    statistics.save(kept, backbone.digest, rules.digest.hex())
     return statistics
 
 

@@ -296,6 +296,10 @@ def test_public_images_are_seen_as_the_sites_will_see_theirs(images: Path, tmp_p
         new_study(table, (), tmp_path / f"of {folder}", public=tmp_path / folder)
     seen, expected = (study_basis(tmp_path / f"of {folder}") for folder in ("clear", "white"))
     assert np.allclose(seen.centre, expected.centre, atol=1e-3)
+    kept = tmp_path / "of white" / "public.safetensors"
+    new_study(table, (), tmp_path / "again", public=kept)
+    with pytest.raises(StudyError, match="seen by other windows, another background"):
+        new_study(table.model_copy(update={"background": "black"}), (), tmp_path / "black", public=kept)
 
 
 def study_basis(folder: Path) -> Any:

@@ -94,6 +94,14 @@ def test_statistics_belong_to_one_backbone(tmp_path: Path) -> None:
         PublicStatistics.load(tmp_path / "nothing", "b" * 64)
 
 
+def test_statistics_belong_to_the_rules_by_which_images_were_seen(tmp_path: Path) -> None:
+    PublicStatistics.of([images()]).save(tmp_path / "public.safetensors", "a" * 64, "c" * 64)
+    for seen in ("c" * 64, None):
+        PublicStatistics.load(tmp_path / "public.safetensors", "a" * 64, seen)
+    with pytest.raises(StudyError, match="seen by other windows, another background or another release"):
+        PublicStatistics.load(tmp_path / "public.safetensors", "a" * 64, "d" * 64)
+
+
 def test_mini_clip_brings_its_own() -> None:
     backbone = load_backbone(Backbone(model="mini-clip", weights="file", file="mini-clip.safetensors"), None)
     statistics = packaged_statistics("mini-clip", backbone.digest)

@@ -15,10 +15,12 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
 from secure_fed.cli import main
+from secure_fed.clients.data import Choice, read_data
 from secure_fed.core.errors import (
     CertificateError,
     DataError,
@@ -33,6 +35,7 @@ from secure_fed.operate import dicomweb
 from secure_fed.operate.dicomweb import Pacs, parse_query
 from secure_fed.operate.fetch import Fetched, fetch, plan_fetch, read_token
 from secure_fed.operate.labels import Labels
+from secure_fed.protocol.study import Shares
 from secure_fed.transport.certificates import create_authority, server_context
 from tests.unit.clients.test_dicom import as_bytes, dicom
 
@@ -181,6 +184,21 @@ def test_files_are_the_archives_byte_for_byte_and_the_manifest_names_their_patie
     assert {(row["patient"], row["accession"]) for row in rows} == {("P1", "A1"), ("P0", "A2"), ("P1", "A3")}
     assert {str(tmp_path / "data" / row["path"]) for row in rows} == {str(path) for path in files(tmp_path / "data")}
     assert all(path.stat().st_mode & 0o077 == 0 for path in [*files(tmp_path / "data"), tmp_path / "data/manifest.csv"])
+
+
+def test_the_manifests_series_are_those_of_which_sites_choose_slices(archive, tmp_path):
+    run(archive, tmp_path / "data", "Modality=MR")
+    rows = manifest(tmp_path / "data")
+    for row in rows:
+        assert row["series"] == pydicom.dcmread(tmp_path / "data" / row["path"]).SeriesInstanceUID
+    labelled = [row | {"label": "dark"} for row in rows]
+    with (tmp_path / "data" / "manifest.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(labelled[0]))
+        writer.writeheader()
+        writer.writerows(labelled)
+    shares = Shares(train=1, val=0, test=0, unlabelled=0)
+    found = read_data(tmp_path / "data", ["dark"], "patient", shares, 0, choice=Choice("middle"))
+    assert [image.path.parent.name for image in found] == sorted({row["series"] for row in rows})
 
 
 def test_what_is_no_picture_is_left_out_and_counted(archive, tmp_path):
