@@ -66,10 +66,10 @@ def read_table(path: Path, known: Sequence[str], needed: Sequence[str]) -> Table
         found.pop(0)
     if not found:
         return Table((), [], told)
-    line, header = found[0]
+    line_of_header, header = found[0]
     while not header[-1]:
         header.pop()
-    _refuse_header(path, line, header, known)
+    _refuse_header(path, line_of_header, header, known)
     rows, faults, empty = [], [], 0
     for line, cells in found[1:]:
         if not any(cells):
@@ -79,9 +79,13 @@ def read_table(path: Path, known: Sequence[str], needed: Sequence[str]) -> Table
         else:
             rows.append(Row(line, {name: cell for name, cell in zip(header, cells, strict=False) if name}))
     if faults:
+        hint = "put quotes around cells that hold a separator, and add what is missing"
+        if not {name.casefold() for name in header}.intersection(needed):
+            hint = f"its header, line {line_of_header}, has none of {', '.join(needed)}: remove what stands before the "
+            hint += "header, or use one separator throughout"
         raise ManifestError(
-            f"{path}: {len(faults)} row{'s' * (len(faults) > 1)} with cells too many or too few; put quotes around "
-            f"cells that hold a separator, and add what is missing{fault_lines(faults)}"
+            f"{path}: {len(faults)} row{'s' * (len(faults) > 1)} with cells too many or too few; "
+            f"{hint}{fault_lines(faults)}"
         )
     if empty:
         told.append(f"{path}: {empty} empty rows passed over")

@@ -68,6 +68,10 @@ def test_what_is_not_utf8_is_windows(tmp_path):
         ('path,label,patient\n"a.png,dark,p1\nb.png,light,p2\n', "line 2: cannot be read as CSV"),
         ("path,label,patient\na.png,dark,p\0\n", "byte 0 in line 2"),
         (
+            "Export\npath,label,patient\na.png,dark,p\n",
+            "its header, line 1, has none of path, label: remove what stands",
+        ),
+        (
             "path,label,patient\na.png,dark," + "p" * 1001 + "\n",
             "line 2: a cell of 1,001 letters; expected at most 1,000",
         ),
