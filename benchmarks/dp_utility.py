@@ -1,12 +1,15 @@
 """Balanced accuracy under differential privacy: methods by budget, on phantoms and on brain MRI.
 
-    python benchmarks/dp_utility.py WORK [--brain-mri DIR] [--no-phantoms] [--phantom-seed 11] [--methods ...]
-        [--seeds 5] [--epsilons 1 3 8] [--lmmd] [--json FILE]
+    python benchmarks/dp_utility.py WORK [--brain-mri DIR] [--no-phantoms] [--phantom-seed 11] [--patients 600]
+        [--methods text_head:64 ...] [--clip 4] [--learning-rate 0.5] [--seeds 5] [--epsilons 1 3 8] [--lmmd]
+        [--json FILE]
 
 Features come from the committed mini-CLIP, cached in WORK. Three sites train together by federated averaging of what
 Site sends, without encryption (which changes no bit) and without the rounding to integers. Noise is planned by the
 ledger's own plan, one round kept for a crash. Prints a table of means and standard errors over seeds of initial
-adapter and noise, and one JSON line a cell. The constants were chosen on the phantoms of seed 11.
+adapter and noise, and one JSON line a cell: of the mean of the adapters after each round, and of the last one.
+``text_head:64`` sees features in 64 public dimensions, of the statistics that come with mini-CLIP. The constants were
+chosen on the phantoms of seed 11.
 
 ``--lmmd`` compares the uses of released class means instead (``privacy.lmmd_use``): each hospital has labelled images
 of one scanner, and unlabelled and test images of another; balanced accuracy is that on the other scanner.
@@ -34,21 +37,23 @@ from secure_fed.lab.phantoms import CLASSES
 from secure_fed.lab.simulation import open_sites, prepare
 from secure_fed.model.adapters import Adapter, build_adapter, initial_parameters
 from secure_fed.model.evaluation import metrics
+from secure_fed.model.public_statistics import make_basis, packaged_statistics
 from secure_fed.privacy import class_means
 from secure_fed.privacy.accounting import gaussian_noise, mu_squared_of
 from secure_fed.privacy.dp_training import (
     Descent,
     PatientBatch,
+    Patients,
     class_prompt_patient_loss,
     gather_patients,
     public_log_prior,
     to_double,
 )
 from secure_fed.privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases, Plan
-from secure_fed.protocol.study import AgreedStudy, Method, Template, read_template
+from secure_fed.protocol.study import AgreedStudy, Features, Method, Template, read_template
 
 DELTA = 1e-5
-METHODS = ("text_head", "low_rank", "facmic")
+METHODS = ("text_head", "text_head:32", "text_head:64", "low_rank", "facmic")
 USES = ("synthesis", "attraction", "witness")
 PATIENTS = 1000
 """A phantom site's patients; 600 of them train."""
@@ -109,14 +114,35 @@ def load(template: Template, out: Path, data: Path | None) -> tuple[AgreedStudy,
     return agreed, [site.features() for site in sites if agreed.study.site(site.name).role == "train"]
 
 
+def with_basis(agreed: AgreedStudy, dimensions: int) -> AgreedStudy:
+    """The study in so many public dimensions."""
+    backbone, width = agreed.study.backbone, agreed.initial.prompt_features.shape[1]
+    statistics = packaged_statistics(backbone.model, backbone.digest)
+    basis = make_basis(Features(basis="public", dimensions=dimensions), width, 0, statistics)
+    return AgreedStudy(agreed.study, replace(agreed.initial, basis=basis))
+
+
+def fewer(one: SiteFeatures, patients: int | None) -> SiteFeatures:
+    """The features with the first so many training patients."""
+    kept = set(list(dict.fromkeys(one.patients["train"]))[:patients])
+    rows = [row for row, owner in enumerate(one.patients["train"]) if owner in kept]
+    train = one.train._replace(x=one.train.x[rows], y=one.train.y[rows])
+    return replace(
+        one, train=train, patients={**one.patients, "train": tuple(one.patients["train"][row] for row in rows)}
+    )
+
+
 def federate(
     agreed: AgreedStudy, features: list[SiteFeatures], method: Method, epsilon: float | None, seed: int
-) -> float:
-    """Mean balanced accuracy over the sites' test images, after all rounds."""
+) -> tuple[float, float]:
+    """Mean balanced accuracy over the sites' test images, of the mean of the adapters after each round and the last."""
     initial = agreed.initial
     study = agreed.study.model_copy(update={"method": method})
-    start = initial_parameters(method, initial.prompt_features.shape[1], initial.prompt_features, seed)
+    dimensions = None if initial.basis is None else initial.basis.dimensions
+    width = initial.prompt_features.shape[1]
+    start = initial_parameters(method, width, initial.prompt_features, seed, dimensions=dimensions)
     own = AgreedStudy(study, replace(initial, adapter=start))
+    iterates = []
     private = [] if epsilon is None else [PrivateSite(own, one, epsilon) for one in features]
     parameters: dict[str, Any] = dict(start)
     for round_number in range(1, study.rounds + 1):
@@ -126,7 +152,9 @@ def federate(
             seeds = [training_seed(seed, "", str(index), round_number) for index in range(len(features))]
             local = [train_round(own, parameters, *pair) for pair in zip(features, seeds, strict=True)]
         parameters = {name: np.mean([result[name] for result in local], axis=0) for name in parameters}
-    return test(own, parameters, features)
+        iterates.append(parameters)
+    mean = {name: np.mean([one[name] for one in iterates], axis=0) for name in parameters}
+    return test(own, mean, features), test(own, parameters, features)
 
 
 def test(agreed: AgreedStudy, parameters: dict[str, Any] | None, features: list[SiteFeatures]) -> float:
@@ -145,22 +173,35 @@ class PrivateSite:
     def __init__(self, agreed: AgreedStudy, features: SiteFeatures, epsilon: float) -> None:
         self._agreed = agreed
         self._settings, self._method = agreed.study.privacy, agreed.study.method
-        self._batch = self._gather(features, "train")
-        self._n_ref = round(len(self._batch.mask), -1)
+        self._batches = self._gather(features, "train")
+        self._n_ref = round(len(set(features.patients["train"])), -1)
         self.epsilon = epsilon
         self.plan = self._plan(epsilon)
         self._means = {}
         if self.plan.lmmd_noise_multiplier is not None:
             for side in released_once(self._method, self._settings):
-                batch = self._gather(features, "train" if side == "labelled" else side)
-                shares = one_hot(batch.labels, len(agreed.study.classes)).double()
-                if side == "unlabelled":
-                    prompts = torch.from_numpy(agreed.initial.prompt_features).double()
-                    shares = torch.softmax(agreed.initial.logit_scale * batch.features @ prompts.T, dim=-1)
-                noisy = class_means.noisy_sum(batch, shares, self._settings, self.plan.lmmd_noise_multiplier)
+                batches = self._gather(features, "train" if side == "labelled" else side)
+                shares = self._labels if side == "labelled" else self._guesses
+                noisy = self._noisy(batches, shares, self.plan.lmmd_noise_multiplier)
                 self._means[side] = class_means.means_of(noisy, self._settings)
 
-    def _gather(self, features: SiteFeatures, split: Any) -> PatientBatch:
+    def _labels(self, batch: PatientBatch) -> torch.Tensor:
+        return one_hot(batch.labels, len(self._agreed.study.classes)).double()
+
+    def _guesses(self, batch: PatientBatch) -> torch.Tensor:
+        initial = self._agreed.initial
+        prompts = torch.from_numpy(initial.prompt_features).double()
+        return torch.softmax(initial.logit_scale * batch.features @ prompts.T, dim=-1)
+
+    def _noisy(self, batches: Patients, shares: Any, noise_multiplier: float) -> Any:
+        shape = self._agreed.initial.prompt_features.shape
+        return class_means.noisy_sum(batches, shares, shape, self._settings, noise_multiplier, gaussian_noise)
+
+    def _adapted(self, adapter: Adapter) -> Patients:
+        with torch.no_grad():
+            return [one._replace(features=adapter.adapt(one.features)) for one in self._batches]
+
+    def _gather(self, features: SiteFeatures, split: Any) -> Patients:
         x = features.train.x if split == "train" else features.unlabelled
         y = features.train.y if split == "train" else np.zeros(len(x), dtype=np.int64)
         return gather_patients(x, y, features.patients[split], self._settings.images_per_patient)
@@ -179,28 +220,28 @@ class PrivateSite:
             Ledger.create(Path(folder) / "ledger", Account("site", "", "patient", "simulated", epsilon, DELTA))
             ledger = Ledger(Path(folder) / "ledger")
             means = MeanReleases(settings.lmmd_use, once, each, why_not)
-            return ledger.make_plan("0" * 64, self._agreed.study.rounds, settings.steps, settings.clip, 1.0, means)
+            declared = ledger.declare(None, 1)
+            rounds = self._agreed.study.rounds
+            return ledger.make_plan("0" * 64, "1" * 64, declared, rounds, settings.steps, settings.clip, means)
 
     def round(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """The parameters after a round."""
         initial, settings, method = self._agreed.initial, self._settings, self._method
-        adapter = to_double(build_adapter(method, initial.prompt_features, initial.logit_scale, parameters))
+        built = build_adapter(method, initial.prompt_features, initial.logit_scale, parameters, basis=initial.basis)
+        adapter = to_double(built)
         term, public = None, None
         if self._means and settings.lmmd_use == "attraction":
             term = attraction(method, settings, self._means["unlabelled"])
         elif self._means and released_each_round(method, settings):
             assert self.plan.lmmd_round_noise_multiplier is not None
-            with torch.no_grad():
-                adapted = self._batch._replace(features=adapter.adapt(self._batch.features))
-            shares = one_hot(self._batch.labels, len(self._agreed.study.classes)).double()
-            noisy = class_means.noisy_sum(adapted, shares, settings, self.plan.lmmd_round_noise_multiplier)
+            noisy = self._noisy(self._adapted(adapter), self._labels, self.plan.lmmd_round_noise_multiplier)
             term = witness(method, settings, class_means.means_of(noisy, settings), self._means["unlabelled"])
         elif self._means:
             public = PublicTerm(method, settings, self._means["labelled"], self._means["unlabelled"]).gradient
         adapter.shows_adapted = term is not None
         loss = class_prompt_patient_loss(public_log_prior(settings, len(self._agreed.study.classes)), term)
         descent = Descent(settings, self.plan.noise_multiplier * settings.clip, self._n_ref)
-        descent.run(adapter, self._batch, loss, public)
+        descent.run(adapter, self._batches, loss, public)
         return {name: value.detach().numpy().copy() for name, value in adapter.shared_parameters().items()}
 
     def exact_direction(self, adapter: Adapter, features: SiteFeatures) -> torch.Tensor:
@@ -212,25 +253,17 @@ class PrivateSite:
 
     def term_direction(self, adapter: Adapter, features: SiteFeatures, exact_means: bool) -> torch.Tensor:
         """The flat gradient of the study's use of means that are released now (or exact, to tell noise from bias)."""
-        settings, method, classes = self._settings, self._method, len(self._agreed.study.classes)
+        settings, method = self._settings, self._method
         left = mu_squared_of(self.epsilon, DELTA)
         once = 0.0 if exact_means else (LMMD_SHARE * left) ** -0.5
         each = once * (self._agreed.study.rounds + 1) ** 0.5 if released_each_round(method, settings) else once
-        with torch.no_grad():
-            adapted = self._batch._replace(features=adapter.adapt(self._batch.features))
-        labelled = one_hot(self._batch.labels, classes).double()
-        unlabelled = self._gather(features, "unlabelled")
-        prompts = torch.from_numpy(self._agreed.initial.prompt_features).double()
-        shares = torch.softmax(self._agreed.initial.logit_scale * unlabelled.features @ prompts.T, dim=-1)
 
-        def means(batch: PatientBatch, weights: torch.Tensor, multiplier: float) -> class_means.ClassMeans:
-            total = class_means.exact_sum(batch, weights, settings)
-            std = multiplier * class_means.mechanism(settings, 1.0).sensitivity
-            return class_means.means_of(total + gaussian_noise(total.size, std).reshape(total.shape), settings)
+        def means(batches: Patients, shares: Any, multiplier: float) -> class_means.ClassMeans:
+            return class_means.means_of(self._noisy(batches, shares, multiplier), settings)
 
-        target = means(unlabelled, shares, once)
+        target = means(self._gather(features, "unlabelled"), self._guesses, once)
         if settings.lmmd_use == "synthesis" or (settings.lmmd_use == "witness" and method.adapter == "low_rank"):
-            public = PublicTerm(method, settings, means(self._batch, labelled, once), target)
+            public = PublicTerm(method, settings, means(self._batches, self._labels, once), target)
             draws = [public.gradient(adapter) for _ in range(8 if settings.lmmd_use == "synthesis" else 1)]
             zero = {name: torch.zeros_like(value) for name, value in adapter.shared_parameters().items()}
             parts = [torch.cat([(zero | one)[name].flatten() for name in sorted(zero)]) for one in draws]
@@ -238,10 +271,9 @@ class PrivateSite:
         if settings.lmmd_use == "attraction":
             term = attraction(method, settings, target)
         else:
-            term = witness(method, settings, means(adapted, labelled, each), target)
-        each_image = term(adapter.adapt(self._batch.features), self._batch.labels)
-        shown = torch.where(self._batch.mask, each_image, 0.0).sum(1) / self._batch.mask.sum(1)
-        return flat_gradient(adapter, shown.mean())
+            term = witness(method, settings, means(self._adapted(adapter), self._labels, each), target)
+        shown = [term(adapter.adapt(one.features), one.labels).mean(dim=1) for one in self._batches]
+        return flat_gradient(adapter, torch.cat(shown).mean())
 
 
 def flat_gradient(adapter: Adapter, value: torch.Tensor) -> torch.Tensor:
@@ -250,6 +282,12 @@ def flat_gradient(adapter: Adapter, value: torch.Tensor) -> torch.Tensor:
     found = torch.autograd.grad(value, parameters, allow_unused=True)
     pairs = zip(parameters, found, strict=True)
     return torch.cat([(torch.zeros_like(own) if one is None else one).flatten().detach() for own, one in pairs])
+
+
+def with_constants(agreed: AgreedStudy, arguments: Any) -> AgreedStudy:
+    constants = {"clip": arguments.clip, "learning_rate": arguments.learning_rate}
+    settings = agreed.study.privacy.model_copy(update=constants)
+    return AgreedStudy(agreed.study.model_copy(update={"privacy": settings}), agreed.initial)
 
 
 def with_use(agreed: AgreedStudy, use: str) -> AgreedStudy:
@@ -284,13 +322,17 @@ def compare_methods(agreed: AgreedStudy, features: list[SiteFeatures], name: str
     cells: list[dict[str, Any]] = []
     counts = [len(set(one.patients["train"])) for one in features]
     print(f"\n{name}: training patients {counts}, zero-shot {100 * test(agreed, None, features):.1f}")
-    print(f"{'method':10}" + "".join(f"{'eps ' + format(e, 'g'):>14}" for e in arguments.epsilons) + f"{'none':>14}")
+    print(f"{'method':12}" + "".join(f"{'eps ' + format(e, 'g'):>14}" for e in arguments.epsilons) + f"{'none':>14}")
     for kind in arguments.methods:
-        method = Method.model_validate({"adapter": kind})
-        row = f"{kind:10}"
+        adapter, _, dimensions = kind.partition(":")
+        method = Method.model_validate({"adapter": adapter})
+        own = with_basis(agreed, int(dimensions)) if dimensions else agreed
+        row = f"{kind:12}"
         for epsilon in (*arguments.epsilons, None):
-            scores = [100 * federate(agreed, features, method, epsilon, seed) for seed in range(arguments.seeds)]
-            row += f"{show(cells, {'data': name, 'method': kind, 'epsilon': epsilon}, scores):>14}"
+            pairs = [federate(own, features, method, epsilon, seed) for seed in range(arguments.seeds)]
+            cell = {"data": name, "patients": counts, "method": kind, "epsilon": epsilon}
+            cell |= {"last": [round(100 * last, 2) for _, last in pairs]}
+            row += f"{show(cells, cell, [100 * (mean if epsilon else last) for mean, last in pairs]):>14}"
         print(row, flush=True)
     return cells
 
@@ -299,7 +341,7 @@ def compare_uses(agreed: AgreedStudy, features: list[SiteFeatures], arguments: A
     """Balanced accuracy on the other scanner by use of the released means."""
     cells: list[dict[str, Any]] = []
     print(f"\nLMMD, test images of another scanner: zero-shot {100 * test(agreed, None, features):.1f}")
-    for kind in [kind for kind in arguments.methods if kind != "text_head"]:
+    for kind in [kind for kind in arguments.methods if not kind.startswith("text_head")]:
         for epsilon in arguments.epsilons:
             for use in ("off", *USES):
                 method = Method.model_validate({"adapter": kind, "lmmd_weight": float(use != "off")})
@@ -309,7 +351,9 @@ def compare_uses(agreed: AgreedStudy, features: list[SiteFeatures], arguments: A
                 cell = {"data": "scanners", "method": kind, "epsilon": epsilon, "use": use, "plan": note}
                 scores = []
                 if use == "off" or note.startswith("on"):
-                    scores = [100 * federate(own, features, method, epsilon, seed) for seed in range(arguments.seeds)]
+                    scores = [
+                        100 * federate(own, features, method, epsilon, seed)[0] for seed in range(arguments.seeds)
+                    ]
                 text = show(cells, cell, scores) if scores else note
                 print(f"{kind:10} epsilon {epsilon:<4g} {use:12} {text}", flush=True)
     return cells
@@ -324,7 +368,7 @@ def compare_directions(agreed: AgreedStudy, features: list[SiteFeatures], argume
     cells: list[dict[str, Any]] = []
     initial = agreed.initial
     print("\nCosine of each use's gradient with that of the exact LMMD:")
-    for kind in [kind for kind in arguments.methods if kind != "text_head"]:
+    for kind in [kind for kind in arguments.methods if not kind.startswith("text_head")]:
         method = Method.model_validate({"adapter": kind, "lmmd_weight": 1.0})
         start = initial_parameters(method, initial.prompt_features.shape[1], initial.prompt_features, 0)
         adapter = to_double(build_adapter(method, initial.prompt_features, initial.logit_scale, start))
@@ -358,7 +402,10 @@ def main() -> None:
     parser.add_argument("--no-phantoms", action="store_true")
     parser.add_argument("--phantom-seed", type=int, default=11)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--patients", type=int, help="training patients of a site; all if not given")
+    parser.add_argument("--clip", type=float, default=4.0)
+    parser.add_argument("--learning-rate", type=float, default=0.5)
     parser.add_argument("--epsilons", type=float, nargs="*", default=[1.0, 3.0, 8.0])
     parser.add_argument("--lmmd", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -375,9 +422,12 @@ def main() -> None:
         if not arguments.no_phantoms:
             template = phantom_template(seed, second_scanner=False)
             agreed, features = load(template, arguments.work / f"phantoms-{seed}", None)
+            agreed = with_constants(agreed, arguments)
+            features = [fewer(one, arguments.patients) for one in features]
             cells += compare_methods(agreed, features, f"phantoms of seed {seed}", arguments)
         if arguments.brain_mri:
             agreed, features = load(brain_template(), arguments.work / "brain_mri", arguments.brain_mri)
+            agreed = with_constants(agreed, arguments)
             cells += compare_methods(agreed, features, "brain_mri", arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps({"cells": cells}, indent=1) + "\n")

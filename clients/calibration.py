@@ -37,7 +37,7 @@ def calibrate(agreed: AgreedStudy, sites: Sequence[Site], parameters: Parameters
     temperature = fit_temperature(probabilities, labels) if len(labels) else None
     initial = agreed.initial
     adapter = build_adapter(
-        agreed.study.method, initial.prompt_features, initial.logit_scale, parameters, sites[0].tower
+        agreed.study.method, initial.prompt_features, initial.logit_scale, parameters, sites[0].tower, initial.basis
     )
     # As for the site's own predictions: of all images that it may learn from, labelled or not.
     own = [part for site in sites for part in (site.features().train.x, site.features().unlabelled)]

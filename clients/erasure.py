@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from secure_fed.clients.bound import read_bound
 from secure_fed.clients.budget import has_budget
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.features import FeatureCache
@@ -143,8 +144,9 @@ def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:
             envelope = run.envelope(number)
             attempt = _attempt(envelope) if envelope.exists() else 0
             write_durable(run.withdrawn(number), str(attempt).encode(), PRIVATE)
-            for path in (run.integers(number), envelope):
-                path.unlink(missing_ok=True)
+            run.integers(number).unlink(missing_ok=True)
+            if read_bound(run.bound).at(number).attempt < max(attempt, 1):
+                envelope.unlink(missing_ok=True)  # else the server has it: once its sum is fixed, the round needs it
             sync_folder(run.outbox)
             rounds.append(f"run {folder.name[:16]}, round {number}")
         for head in run.heads.glob("*"):

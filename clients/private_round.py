@@ -529,7 +529,9 @@ class PrivateRounds:
 
     def _adapter(self, parameters: Parameters) -> Adapter:
         initial = self._agreed.initial
-        adapter = build_adapter(self._agreed.study.method, initial.prompt_features, initial.logit_scale, parameters)
+        adapter = build_adapter(
+            self._agreed.study.method, initial.prompt_features, initial.logit_scale, parameters, basis=initial.basis
+        )
         return to_double(adapter)
 
     # --- released means ---

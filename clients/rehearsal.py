@@ -475,7 +475,11 @@ def _totals(draws: list[tuple[float, int]]) -> dict[str, int]:
 def initial_adapter(agreed: AgreedStudy) -> Adapter:
     """The adapter that the study begins with, in float64."""
     initial = agreed.initial
-    return to_double(build_adapter(agreed.study.method, initial.prompt_features, initial.logit_scale, initial.adapter))
+    return to_double(
+        build_adapter(
+            agreed.study.method, initial.prompt_features, initial.logit_scale, initial.adapter, basis=initial.basis
+        )
+    )
 
 
 def _values(adapter: Adapter) -> Parameters:

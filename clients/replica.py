@@ -105,7 +105,12 @@ class ReplicaState:
 
     @property
     def parameters(self) -> Parameters:
-        """The adapter alone."""
+        """The adapter that is evaluated and used."""
+        return aggregation.result_of(self.tensors)
+
+    @property
+    def iterate(self) -> Parameters:
+        """The adapter at which the next round begins; that in use too, unless the study takes the mean."""
         return aggregation.adapter_of(self.tensors)
 
     @property

@@ -351,9 +351,6 @@ class Site:
             self._private.finish()
         if chain.finished or self.replica.member.role == "observer":
             return self._reply(ReplyCode.APPLIED)
-        if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
-            log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
-            return self._reply(ReplyCode.APPLIED)
         if self.replica.paused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
         if not request.attempt:
@@ -361,6 +358,9 @@ class Site:
         kind = request.question[:4]
         if kind == ARRIVED_MAGIC:
             return self._reply(ReplyCode.REVEALED, self._reveal(request.question))
+        if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
+            log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
+            return self._reply(ReplyCode.APPLIED)
         try:
             if kind == COHORT_MAGIC:
                 return self._reply(ReplyCode.UPDATE, self._envelope(request.question, request.held))
@@ -481,7 +481,10 @@ class Site:
         if bound.arrived not in ("", digest):
             raise ProtocolError(f"a second ARRIVED of round {due.round}; this site has revealed for another")
         self._refuse_another_cohort(bound, bound.names)
-        frame = split_frame(ENVELOPE_MAGIC, self._outbox.envelope(due.round).read_bytes(), MAX_HEADER, EnvelopeError)
+        path = self._outbox.envelope(due.round)
+        if not path.exists():
+            raise ProtocolError(f"ARRIVED of attempt {arrived.attempt}, whose envelope is not here any more")
+        frame = split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
         own = SignedWord.of(frame.header, frame.signature)
         if arrived.envelopes[bound.names.index(self.name)] != own:
             raise ProtocolError("ARRIVED: names another envelope of this site than it sent")
@@ -509,7 +512,7 @@ class Site:
         if self._private is not None:
             folder, state = self.replica.files.folder, self.replica.state.digest
             integers = self._private.integers(
-                self.replica.due, state, self.parameters, folder, self.features, self._quantise
+                self.replica.due, state, self.replica.state.iterate, folder, self.features, self._quantise
             )
             return integers, self._private.head
         if path.exists():
@@ -531,14 +534,15 @@ class Site:
                 GivenSums(self._file.state_folder).give(self.replica.due.run, images)
             return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
         seed = training_seed(study.seed, self.run, self.name, round_number)
-        start = self.personal(self.parameters, round_number - 1)
+        iterate = self.replica.state.iterate
+        start = self.personal(iterate, round_number - 1)
         trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
         if PRIVATE_HEAD in trained:
             head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
             folder = self.replica.files.folder
             make_folder(folder.heads, 0o700)
             write_durable(folder.head(round_number), bytes(safetensors.numpy.save(head)))
-        update = codec.flatten(trained) - codec.flatten(self.parameters)
+        update = codec.flatten(trained) - codec.flatten(iterate)
         counts = (0, 0)
         if study.encoding.share_validation and len(features.val.y):
             predicted = self._predict(features.val.x, start, self._agreed).argmax(axis=1)

@@ -64,7 +64,7 @@ def train_round(
     # All that is made in here lies there. Only where it is needed: it passes every call through Python.
     elsewhere = tower is None and device != "cpu"
     with torch.device(device) if elsewhere else nullcontext():
-        adapter = build_adapter(method, initial.prompt_features, initial.logit_scale, parameters, tower)
+        adapter = build_adapter(method, initial.prompt_features, initial.logit_scale, parameters, tower, initial.basis)
         after = dict(sorted(adapter.named_parameters()))
         before = {name: value.detach().clone() for name, value in after.items()}
         _descend(adapter, method, agreed.study.training, features, seed)
@@ -99,7 +99,7 @@ def train_alone(
         trained = train_round(agreed, {**adapter, **private}, features, seed, tower, device)
         private = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)} if PRIVATE_HEAD in trained else {}
         state = aggregation.apply(rule, state, codec.flatten(trained) - codec.flatten(adapter))
-    return aggregation.adapter_of(state) | private
+    return aggregation.result_of(state) | private
 
 
 def training_seed(seed: int, run: str, site: str, round_number: int) -> int:
@@ -129,7 +129,9 @@ def predict(
         tower: the frozen text tower, for methods that need it.
     """
     initial = agreed.initial
-    adapter = build_adapter(agreed.study.method, initial.prompt_features, initial.logit_scale, parameters, tower)
+    adapter = build_adapter(
+        agreed.study.method, initial.prompt_features, initial.logit_scale, parameters, tower, initial.basis
+    )
     adapter.eval()
     with torch.inference_mode():
         if statistics_from is not None:

@@ -203,7 +203,8 @@ class Coordinator:
                 break
             records.append(self.journal.read(seq))
         head = self._attested_head()
-        asked = site in self.asked
+        # Before the sum is fixed, also one whose envelope is in: whether it still stands by it.
+        asked = site in self.asked or (self.step is Step.ENVELOPE and site in self.sites_in)
         held = self._held.get(site)
         question = b""
         if asked and self._cohort is not None:

@@ -48,6 +48,8 @@ class _Site:
     asked: str = ""  # id of the message it has not answered yet
     asked_since: str = ""
     asked_step: Step | None = None  # what it was asked then, beside the records
+    heard: str = ""  # since when it was connected when its envelope came
+    dropped: int = 0  # the last round for which it had dropped its update
     run: str = ""
     position: int | None = None  # records it has; None until it says so
     left: float = 0.0  # when its connection was last lost or made
@@ -200,6 +202,8 @@ class RoundLoop:
     def _is_asked(self, site: _Site) -> bool:
         if self.coordinator.step == Step.ACKNOWLEDGED:
             return site.trains and site.name not in self.coordinator.sites_in
+        if self.coordinator.step is Step.ENVELOPE and site.name in self.coordinator.sites_in:
+            return site.heard != site.since  # it was away: does it still stand by its envelope?
         return site.name in self.coordinator.asked and not self._passes(site)
 
     def _passes(self, site: _Site) -> bool:
@@ -268,8 +272,12 @@ class RoundLoop:
             site.position = reply.position
             if coordinator.paused:
                 raise StudyPausedError(paused_text(coordinator))
-        elif reply.code == ReplyCode.APPLIED and site.asked_step in (Step.ENVELOPE, Step.REVEAL):
-            self._ask_later(site)  # it dropped its update
+        elif reply.code == ReplyCode.UPDATE:
+            site.heard = site.asked_since
+        elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ENVELOPE:
+            self._begin_again(site)
+        elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.REVEAL:
+            self._ask_later(site)
             site.position = reply.position
         elif reply.code != ReplyCode.MORE and reply.position == known:
             site.told_the_end = coordinator.finished
@@ -279,6 +287,16 @@ class RoundLoop:
                 if not coordinator.finished:
                     log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
                     coordinator.require_enough(sum(site.trains and not self._passes(site) for site in self._sites))
+
+    def _begin_again(self, site: _Site) -> None:
+        """A site has dropped its update, as its people must be able to: another attempt; the second time without it."""
+        again = site.dropped == self.coordinator.round
+        site.dropped = self.coordinator.round
+        log.warning("%s: has dropped its update; another attempt%s", site.name, " without it" if again else "")
+        if self.coordinator.fail([site.name] if again else []):
+            self._step_taken()
+        else:
+            self._ask_later(site)
 
     # --- rounds ---
 
@@ -325,7 +343,7 @@ class RoundLoop:
         }
 
     def _all_there(self, names: set[str]) -> bool:
-        return all(site.since for site in self._sites if site.name in names)
+        return all(site.since and site.heard == site.since for site in self._sites if site.name in names)
 
     def _tell_waiting(self, step: Step, inside: set[str], missing: set[str], late: bool) -> None:
         away = sorted(site.name for site in self._sites if site.name in missing and not site.since)

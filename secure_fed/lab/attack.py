@@ -348,7 +348,7 @@ def _federate(shadow: _Shadow, chosen: Sequence[NDArray[np.bool_]], epsilon: flo
                 trained = _train_privately(shadow, target, members, adapter, epsilon)
             updates.append(codec.flatten(trained) - flat)
         state = aggregation.apply(study.aggregation, state, np.average(updates, axis=0, weights=weights))
-    return aggregation.adapter_of(state)
+    return aggregation.result_of(state)
 
 
 def _train_privately(
@@ -362,7 +362,9 @@ def _train_privately(
     # One round more than there are, which a site keeps for a crash.
     steps = constants.steps * (study.rounds + 1)
     noise = plan_noise(epsilon, shadow.delta, steps)
-    adapter = to_double(build_adapter(study.method, initial.prompt_features, initial.logit_scale, parameters))
+    adapter = to_double(
+        build_adapter(study.method, initial.prompt_features, initial.logit_scale, parameters, basis=initial.basis)
+    )
     loss = class_prompt_patient_loss(public_log_prior(constants, len(study.classes)))
     n_ref = max(10, round(target.patients // 2, -1))
     Descent(constants, noise * constants.clip, n_ref).run(adapter, batch, loss)
@@ -389,7 +391,7 @@ def _invert(
     initial = shadow.agreed.initial
     after = {name: initial.adapter[name] + update[name] for name in update}
     adapter = build_adapter(
-        shadow.agreed.study.method, initial.prompt_features, initial.logit_scale, after, shadow.tower
+        shadow.agreed.study.method, initial.prompt_features, initial.logit_scale, after, shadow.tower, initial.basis
     )
     return _hits(shadow.public, reconstruct(adapter, update, shadow.public), targets, chosen)
 

@@ -330,7 +330,9 @@ def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
     initial = agreed.initial
     prompts = initial.prompt_features
     adapter = initial_parameters(method, prompts.shape[1], prompts, agreed.study.seed)
-    return AgreedStudy(agreed.study.model_copy(update={"method": method}), replace(initial, adapter=adapter))
+    return AgreedStudy(
+        agreed.study.model_copy(update={"method": method}), replace(initial, adapter=adapter, basis=None)
+    )
 
 
 def _identity(out: Path, name: str) -> Identity:

@@ -134,7 +134,9 @@ class AdapterFile:
         initial, own = self.initial, self.calibration
         head = {} if own is None or own.head is None else {PRIVATE_HEAD: own.head}
         parameters = {**initial.adapter, **head}
-        adapter = build_adapter(self.method, initial.prompt_features, initial.logit_scale, parameters, tower)
+        adapter = build_adapter(
+            self.method, initial.prompt_features, initial.logit_scale, parameters, tower, initial.basis
+        )
         adapter.eval()
         if own is not None and own.statistics:
             adapter.restore_statistics(own.statistics)

@@ -320,7 +320,7 @@ def _features(run: Run) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArr
         x = np.concatenate([getattr(features, split).x for split in splits])
         shared = {name: value for name, value in run.parameters.items() if name != PRIVATE_HEAD}
         adapter = build_adapter(
-            run.agreed.study.method, initial.prompt_features, initial.logit_scale, shared, site.tower
+            run.agreed.study.method, initial.prompt_features, initial.logit_scale, shared, site.tower, initial.basis
         )
         adapter.eval()
         with torch.inference_mode():

@@ -24,12 +24,14 @@ State = dict[str, NDArray[np.float64]]
 """The adapter's parameters and the rule's moments, by name."""
 
 _FIRST, _SECOND = f"{MOMENT}first", f"{MOMENT}second"
+_MEAN, _ROUNDS = f"{MOMENT}mean", f"{MOMENT}rounds"
 
 
 def initial_state(rule: Aggregation, adapter: Parameters) -> State:
     """The state before the first round: the adapter by name and, for rules that keep any, flat moments [values].
 
-    ``fedadam`` starts its second moment at tau^2, the least that algorithm 2 of arXiv 2003.00295 allows.
+    ``fedadam`` starts its second moment at tau^2, the least that algorithm 2 of arXiv 2003.00295 allows. With
+    ``iterates = "mean"`` there are also the mean of the adapters after each round, and of how many [1].
     """
     values = sum(value.size for value in adapter.values())
     state: State = dict(adapter)
@@ -37,6 +39,9 @@ def initial_state(rule: Aggregation, adapter: Parameters) -> State:
         state[_FIRST] = np.zeros(values)
     if rule.rule == "fedadam":
         state[_SECOND] = np.full(values, rule.tau * rule.tau)
+    if rule.iterates == "mean":
+        state[_MEAN] = codec.flatten(adapter)
+        state[_ROUNDS] = np.zeros(1)
     return state
 
 
@@ -66,8 +71,12 @@ def apply(rule: Aggregation, state: State, update: NDArray[np.float64]) -> State
         moments[_FIRST] = first * state[_FIRST] + (1 - first) * update
         moments[_SECOND] = second * state[_SECOND] + (1 - second) * (update * update)
         step = rule.learning_rate * moments[_FIRST] / (np.sqrt(moments[_SECOND]) + rule.tau)
+    after = codec.flatten(adapter) + step
+    if rule.iterates == "mean":
+        moments[_ROUNDS] = state[_ROUNDS] + 1
+        moments[_MEAN] = after if not state[_ROUNDS][0] else state[_MEAN] + (after - state[_MEAN]) / moments[_ROUNDS]
     shapes = {name: value.shape for name, value in adapter.items()}
-    return codec.unflatten(codec.flatten(adapter) + step, shapes) | moments
+    return codec.unflatten(after, shapes) | moments
 
 
 def start(agreed: AgreedStudy) -> State:
@@ -145,5 +154,13 @@ def most_validated(agreed: AgreedStudy, members: int) -> int:
 
 
 def adapter_of(state: State) -> Parameters:
-    """The adapter's parameters in a state."""
+    """The adapter's parameters in a state, at which the next round begins."""
     return {name: value for name, value in state.items() if not name.startswith(MOMENT)}
+
+
+def result_of(state: State) -> Parameters:
+    """The adapter that is evaluated and used: the mean of those after each round where the study asks for it."""
+    adapter = adapter_of(state)
+    if _MEAN not in state:
+        return adapter
+    return codec.unflatten(state[_MEAN], {name: value.shape for name, value in adapter.items()})

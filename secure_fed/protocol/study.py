@@ -290,17 +290,20 @@ class Aggregation(FileModel):
         learning_rate: eta of ``fedavgm`` and ``fedadam``.
         betas: decay of the first and, for ``fedadam``, second moment; ``fedavgm`` uses the first.
         tau: of ``fedadam``: the smaller, the more adaptive.
+        iterates: which adapter comes out: the ``last`` one, or the ``mean`` of those after each round, in which the
+            noise of private rounds cancels in part.
     """
 
     rule: Literal["average", "fedavgm", "fedadam"] = "average"
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    iterates: Literal["last", "mean"] = "last"
 
     @property
     def moments(self) -> int:
         """How many vectors of the adapter's size the rule keeps beside it."""
-        return {"average": 0, "fedavgm": 1, "fedadam": 2}[self.rule]
+        return {"average": 0, "fedavgm": 1, "fedadam": 2}[self.rule] + (self.iterates == "mean")
 
     @field_validator("learning_rate")
     @classmethod
@@ -372,7 +375,6 @@ class PrivateTraining(FileModel):
         learning_rate: of the optimiser, which sees noisy mean gradients only.
         optimizer: ``sgd`` with ``momentum``, or ``adam``.
         momentum: of ``sgd``.
-        sampling_rate: share of the patients in each step; 1, as nothing else is accounted for.
         n_ref: declared number of training patients of a site that declares none itself.
         images_per_patient: at most so many images of a patient are trained on, the first by path.
         prior: shares of the classes that logits are adjusted by; uniform if empty.
@@ -388,7 +390,6 @@ class PrivateTraining(FileModel):
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.5
     optimizer: Literal["adam", "sgd"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    sampling_rate: Annotated[float, Field(ge=1, le=1)] = 1.0
     n_ref: Annotated[int, Field(ge=1, le=10**9)] = 500
     images_per_patient: Annotated[int, Field(ge=1, le=4096)] = 8
     prior: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
@@ -674,7 +675,7 @@ class StudyFile(FileModel):
     @classmethod
     def _adds_up(cls, aggregation: Aggregation, info: ValidationInfo) -> Aggregation:
         method = info.data.get("method")
-        if method is not None and method.one_sum and aggregation.rule != "average":
+        if method is not None and method.one_sum and aggregation != Aggregation():
             raise ValueError(f"{method.adapter} adds sums up; expected no rule: leave [aggregation] out")
         return aggregation
 

@@ -18,8 +18,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import secure_fed.server.coordinator
+from secure_fed.clients.erasure import _withdraw
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import NotEnoughSitesError
 from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.rounds import ReplyCode
@@ -321,3 +323,20 @@ def _rotated(federation: Federation, coordinator: Coordinator, **changes: Any) -
     sealed = federation.seal_key(epoch, chain.key, members=chain.members, **changes)
     coordinator.amend(sealed)
     return sealed
+
+
+def test_a_site_that_has_dropped_its_update_begins_the_attempt_anew(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    wire.silent.add("cedar")
+    _steps(loop, lambda: set(coordinator.sites_in) == {"ash", "birch"})
+    site = wire.apps[100].site
+    assert site.name == "ash"
+    _withdraw(read_site_file(federation.folder / "sites" / "ash" / "site.toml").state_folder)
+    wire.apps[100] = SiteApp(federation.site("ash"), federation.agreed.study.id, lambda _: None)
+    wire.since[100] = "second"
+    wire.silent.clear()
+    _steps(loop, lambda: coordinator.round == 2)
+    record = coordinator.rounds[0]
+    assert record.sites == TRAINING
+    _steps(loop, lambda: coordinator.finished, 60)

@@ -23,6 +23,7 @@ from secure_fed.model.adapters._base import (
     contrastive_loss,
 )
 from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.study import Method, StudyFile
 
 __all__ = [
@@ -61,13 +62,18 @@ def uses_basis(study: StudyFile) -> bool:
     Raises:
         StudyError: it does not, but the study asks for another basis than the backbone's own.
     """
-    used = _kind(study.method).uses_basis
-    if not used and study.features.basis != "raw":
+    kind, own = _kind(study.method), study.features.basis == "raw"
+    if not own and not (kind.uses_basis or kind.may_use_basis):
         raise StudyError(
             f'features.basis = "{study.features.basis}": {study.method.adapter} sees features as the backbone gives '
             'them; expected "raw": leave [features] out, or take another adapter'
         )
-    return used
+    if not own and study.method.loss == "contrastive":
+        raise StudyError(
+            f'features.basis = "{study.features.basis}": the contrastive loss compares features with class vectors, '
+            'which are not trained there; expected loss = "class_prompt", or "raw": leave [features] out'
+        )
+    return kind.uses_basis or not own
 
 
 def needs_tower(method: Method) -> bool:
@@ -110,6 +116,7 @@ def build_adapter(
     logit_scale: float,
     parameters: Mapping[str, NDArray[np.float64]],
     tower: TextTower | None = None,
+    basis: Basis | None = None,
 ) -> Adapter:
     """The adapter with these parameters, in float32 and training mode.
 
@@ -119,12 +126,13 @@ def build_adapter(
         logit_scale: the frozen CLIP's exp(logit_scale).
         parameters: by name, as :func:`initial_parameters` gives them, and at a site perhaps its private head; copied.
         tower: the text tower, for adapters that need it.
+        basis: the study's, if it has one.
 
     Raises:
         StudyError: as :func:`check_method`.
     """
     check_method(method)
-    return _kind(method)(method, prompt_features, logit_scale, parameters, tower)
+    return _kind(method)(method, prompt_features, logit_scale, parameters, tower, basis)
 
 
 def _kind(method: Method) -> type[Adapter]:

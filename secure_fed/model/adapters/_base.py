@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.study import Method
 
 PRIVATE_HEAD = "private_head"
@@ -61,13 +62,15 @@ class Adapter(nn.Module, ABC):
         shows_adapted: whether ``forward`` appends the adapted features, for a loss that needs them.
         moves_features: whether image features are moved; if not, the domain term has nothing to align.
         needs_tower: whether the frozen text tower takes part in training.
-        uses_basis: whether the method sees features in the study's basis (``[features]``).
+        uses_basis: whether the method always sees features in the study's basis (``[features]``).
+        may_use_basis: whether it does where the study's basis is not the backbone's own.
         precision: of its parameters.
     """
 
     moves_features: ClassVar[bool] = True
     needs_tower: ClassVar[bool] = False
     uses_basis: ClassVar[bool] = False
+    may_use_basis: ClassVar[bool] = False
     precision: ClassVar[torch.dtype] = torch.float32
 
     def __init__(
@@ -77,6 +80,7 @@ class Adapter(nn.Module, ABC):
         logit_scale: float,
         parameters: Mapping[str, NDArray[np.float64]],
         tower: TextTower | None = None,
+        basis: Basis | None = None,
     ) -> None:
         super().__init__()
         self.method = method

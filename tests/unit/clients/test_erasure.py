@@ -141,7 +141,7 @@ def test_a_pending_update_is_dropped_and_made_anew_for_another_attempt_only(fede
     done = forget_now(federation, path)
     assert [text.split(", ")[1] for text in done.rounds] == ["round 2"]
     assert not (outbox(federation) / "00000002.integers").exists()
-    assert not (outbox(federation) / "00000002.envelope").exists()
+    assert (outbox(federation) / "00000002.envelope").exists()  # the server has it: until there is another attempt
     # A second, different update for one attempt would let the server subtract the two.
     ash = federation.site("ash")
     assert exchange(coordinator, ash).code == ReplyCode.APPLIED
@@ -150,10 +150,24 @@ def test_a_pending_update_is_dropped_and_made_anew_for_another_attempt_only(fede
     assert exchange(coordinator, anew).code == ReplyCode.READY
     assert (outbox(federation) / "00000002.integers").read_bytes() != stored
     assert not list(outbox(federation).glob("*.withdrawn"))
+    assert not list(outbox(federation).glob("*.envelope"))
     for site in others:
         exchange(coordinator, site)
     close_round(coordinator, [anew, *others])
     run_round(coordinator, [federation.site(name) for name in (*TRAINING, "dogwood")])  # and the study goes on
+
+
+def test_what_is_dropped_after_the_sum_was_fixed_does_not_hold_the_round_up(federation, hospital):
+    path, _ = hospital
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()  # ARRIVED
+    forget_now(federation, path)
+    assert not list(outbox(federation).glob("*.integers"))
+    ash = federation.site("ash")
+    assert exchange(coordinator, ash).code == ReplyCode.REVEALED
+    assert close_round(coordinator, [ash, *sites[1:]]) is not None
 
 
 def test_an_update_that_was_never_sealed_is_made_anew_at_once(federation, hospital):

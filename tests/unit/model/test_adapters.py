@@ -15,6 +15,14 @@ from secure_fed.model.adapters import (
     contrastive_loss,
     initial_parameters,
 )
+from secure_fed.privacy.dp_training import (
+    class_prompt_patient_loss,
+    clipped_sum,
+    clipped_sum_by_hooks,
+    gather_patients,
+    to_double,
+)
+from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.study import Method
 
 METHODS = [
@@ -40,6 +48,36 @@ def build(method, seed=0, change=0.0):
     rng = np.random.default_rng(1)
     moved = {name: value + change * rng.normal(size=value.shape) for name, value in parameters.items()}
     return build_adapter(method, PROMPTS, SCALE, moved)
+
+
+def in_a_basis(moved=0.0):
+    """A text head in five public dimensions, whose basis is no orthonormal one."""
+    rng = np.random.default_rng(3)
+    basis = Basis(rng.normal(size=DIM) / 9, rng.normal(size=(5, DIM)), 1.7, np.full(5, 0.5))
+    start = initial_parameters(Method(adapter="text_head"), DIM, PROMPTS, 0, dimensions=5)
+    assert start["offsets"].shape == (CLASSES, 5)
+    offsets = {"offsets": start["offsets"] + moved * rng.normal(size=(CLASSES, 5))}
+    return build_adapter(Method(adapter="text_head"), PROMPTS, SCALE, offsets, basis=basis), basis
+
+
+def test_a_text_head_in_a_basis_adds_to_zero_shot_what_it_learns_there():
+    x = unit(7)
+    start, basis = in_a_basis()
+    torch.testing.assert_close(start(torch.from_numpy(x)), torch.from_numpy(SCALE * x @ PROMPTS.T))
+    adapter, _ = in_a_basis(moved=0.3)
+    offsets = adapter.offsets.detach().double().numpy()
+    expected = SCALE * (x.astype(float) @ PROMPTS.T + basis.linear(x) @ offsets.T)
+    np.testing.assert_allclose(adapter(torch.from_numpy(x)).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_private_sums_of_a_text_head_in_a_basis_are_those_of_opacus():
+    adapter = to_double(in_a_basis(moved=0.1)[0])
+    rng = np.random.default_rng(4)
+    patients = gather_patients(unit(9), rng.integers(0, CLASSES, 9), [f"p{row // 2}" for row in range(9)], 8)
+    loss = class_prompt_patient_loss(torch.zeros(CLASSES, dtype=torch.float64))
+    for batch in patients:
+        ours, theirs = clipped_sum(adapter, batch, loss, 0.7), clipped_sum_by_hooks(adapter, batch, loss, 0.7)
+        torch.testing.assert_close(ours["offsets"], theirs["offsets"].detach())
 
 
 @pytest.mark.parametrize("method", METHODS)

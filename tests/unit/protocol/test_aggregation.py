@@ -40,6 +40,48 @@ def test_the_average_is_added_and_keeps_no_state(rule: Aggregation) -> None:
     assert state["w"].shape == (1, 2)
 
 
+def test_the_mean_of_the_adapters_comes_out_and_the_last_one_goes_on() -> None:
+    updates = [[0.5, 0.25, -1.0], [1.0, 0.0, 0.5], [0.5, -0.75, 1.5]]
+    for rule in (Aggregation(iterates="mean"), Aggregation(rule="fedavgm", iterates="mean")):
+        states = [run(rule, [1.0, 2.0, 3.0], updates[:rounds]) for rounds in range(4)]
+        last = [codec.flatten(aggregation.adapter_of(state)) for state in states]
+        plain = run(rule.model_copy(update={"iterates": "last"}), [1.0, 2.0, 3.0], updates)
+        assert last[3].tolist() == codec.flatten(aggregation.adapter_of(plain)).tolist()
+        assert aggregation.result_of(plain) == aggregation.adapter_of(plain)
+        for rounds in (1, 2, 3):
+            found = codec.flatten(aggregation.result_of(states[rounds]))
+            np.testing.assert_allclose(found, np.mean(last[1 : rounds + 1], axis=0), rtol=1e-15)
+        assert codec.flatten(aggregation.result_of(states[0])).tolist() == [
+            1.0,
+            2.0,
+            3.0,
+        ]  # before any round, the start
+        assert {name: value.shape for name, value in aggregation.result_of(states[3]).items()} == {
+            "b": (1,),
+            "w": (1, 2),
+        }
+        moments = {name for name in states[3] if name.startswith(MOMENT)}
+        assert sum(states[3][name].size == 3 for name in moments) == rule.moments
+
+
+def test_all_sites_use_the_mean_and_train_on_from_the_last(tmp_path: Path, images: Path) -> None:
+    template = make_template(rounds=3, mode="plain", method={"adapter": "text_head"}, aggregation={"iterates": "mean"})
+    prepare(template, tmp_path / "out", images)
+    federation = Federation(tmp_path / "out")
+    sites = federation.sites()
+    coordinator, seen = federation.open_run(), []
+    for _ in range(3):
+        run_round(coordinator, sites)
+        for site in sites:
+            exchange(coordinator, site)
+        seen.append(sites[0].replica.state.iterate["offsets"])
+        assert len({site.adapter_digest for site in sites}) == 1
+    np.testing.assert_allclose(sites[0].parameters["offsets"], np.mean(seen, axis=0), rtol=1e-12)
+    again = federation.site(sites[0].name)
+    assert np.array_equal(again.parameters["offsets"], sites[0].parameters["offsets"])
+    assert not np.array_equal(seen[-1], sites[0].parameters["offsets"])
+
+
 def test_momentum_and_adam_are_the_papers_formulas() -> None:
     updates = [[0.1, -0.2, 0.0], [0.3, 0.1, -0.4], [-0.2, 0.1, 0.2]]
     start = [1.0, -1.0, 0.5]
