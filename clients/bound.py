@@ -29,6 +29,7 @@ class Bound(FileModel):
         arrived: digest of the one ARRIVED that was revealed for; empty before.
         state: digest of the adapter state at which the site last revealed, in this round or before; empty if never.
         with_whom: the cohort it revealed to then.
+        released: digest of the state at which its people let it reveal once to another cohort; empty if at none.
     """
 
     format: Literal[1] = 1
@@ -39,12 +40,13 @@ class Bound(FileModel):
     arrived: str = ""
     state: str = ""
     with_whom: tuple[Name, ...] = ()
+    released: str = ""
 
     def at(self, round_number: int) -> Bound:
         """Of a round: this if it is the one, else a new one that remembers the adapter state."""
         if self.round == round_number:
             return self
-        return Bound(round=round_number, state=self.state, with_whom=self.with_whom)
+        return Bound(round=round_number, state=self.state, with_whom=self.with_whom, released=self.released)
 
 
 def read_bound(path: Path) -> Bound:

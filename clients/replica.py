@@ -380,12 +380,7 @@ class Replica:
             self.heads.check(name, head)
         if record.amendment is not None:
             self._check_policy(record.amendment)
-            bound = self.files.bound.at(record.header.round)
-            if bound.attempt:
-                raise RecordError(
-                    f"an amendment within round {bound.round}, for which this site answered attempt {bound.attempt} "
-                    "already; expected members and keys to change between rounds only"
-                )
+            self._refuse_within_round(record)
         if record.header.kind == "aggregate":
             self.files.pin(record)
         self.heads.keep(heads)
@@ -443,6 +438,15 @@ class Replica:
                 "this site is damaged or they are: compare by phone"
             )
         return Confirmed(tensors)
+
+    def _refuse_within_round(self, record: Record) -> None:
+        """A member that is removed in an open round would have its envelopes, and no part in what becomes of them."""
+        bound = self.files.bound.at(record.header.round)
+        if bound.attempt:
+            raise RecordError(
+                f"an amendment within round {bound.round}, for which this site answered attempt {bound.attempt} "
+                "already; expected members and keys to change between rounds only"
+            )
 
     def _check_policy(self, amendment: SealedKeyHeader) -> None:
         """Apply unasked only those amendments that this site's own file allows."""

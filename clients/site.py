@@ -417,12 +417,24 @@ class Site:
     def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...]) -> None:
         """At one adapter state a site without a budget gives its integers to one cohort: of two sums, who is in one
         and not in the other could be computed."""
-        if self._private is None and bound.state == self.replica.state.digest and bound.with_whom != names:
+        state = self.replica.state.digest
+        if self._private is None and bound.state == state != bound.released and bound.with_whom != names:
             raise ProtocolError(
                 f"a cohort of {', '.join(names)} at an adapter for which this site has revealed to "
                 f"{', '.join(bound.with_whom)}; expected the same one: the difference of the two sums is somebody's "
-                "update"
+                "update. If its people mean it: secfacmic site release"
             )
+
+    @property
+    def revealed_to(self) -> tuple[str, ...]:
+        """The cohort to which it has revealed at the adapter it holds; nobody if it has not, or has a budget."""
+        bound = self.replica.files.bound if self.run else Bound()
+        return bound.with_whom if self._private is None and bound.state == self.replica.state.digest else ()
+
+    def release(self) -> None:
+        """Its people's word: at this adapter it may reveal once more, to another cohort."""
+        files = self.replica.files
+        files.bind(files.bound.model_copy(update={"released": self.replica.state.digest}))
 
     def _sealed(self, attempt: int, cohort: str) -> bytes:
         """The envelope of an attempt, on disk; opened and compared with the stored integers before anybody gets it."""
@@ -491,7 +503,14 @@ class Site:
         check = self.replica.state.chain.wire.check_words(digest, bytes(frame.payload))
         write_durable(files.folder.question("arrived"), question, 0o600)
         files.bind(
-            bound.model_copy(update={"arrived": digest, "state": self.replica.state.digest, "with_whom": bound.names})
+            bound.model_copy(
+                update={
+                    "arrived": digest,
+                    "state": self.replica.state.digest,
+                    "with_whom": bound.names,
+                    "released": bound.released if bound.with_whom == bound.names else "",
+                }
+            )
         )
         return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing)
 

@@ -63,6 +63,7 @@ from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundR
 from secure_fed.protocol.sealed_key import (
     ACKNOWLEDGEMENT_MAGIC,
     MAX_ACKNOWLEDGEMENT_HEADER,
+    AcknowledgementHeader,
     Members,
     check_amendment,
     verify_acknowledgement,
@@ -509,10 +510,16 @@ class Coordinator:
     def _close_amendment(self) -> JournalEntry | None:
         chain = self.journal.chain
         maker = self._acknowledged.get(self._agreed.study.key_maker)
-        training = sum(chain.members[name].role == "train" for name in self._acknowledged)
-        if maker is None or training < chain.quorum.needed:
+        if maker is None:
             return None
-        frames = [self._acknowledged[site] for site in self.sites_in]
+        agreed = _acknowledged_adapter(maker)
+        agreeing = [site for site in self.sites_in if _acknowledged_adapter(self._acknowledged[site]) == agreed]
+        odd = sorted(set(self.sites_in) - set(agreeing))
+        if odd:
+            log.warning("%s: acknowledge another adapter than the key maker, and are left out", ", ".join(odd))
+        if sum(chain.members[name].role == "train" for name in agreeing) < chain.quorum.needed:
+            return None
+        frames = [self._acknowledged[site] for site in agreeing]
         self.journal.append_checkpoint(frames, bytes(maker.payload))
         self._acknowledged.clear()
         self._next_attempt()
@@ -651,12 +658,18 @@ class Coordinator:
         return next(reversed(self._attestations), "")
 
 
+def _acknowledged_adapter(frame: Frame) -> str:
+    """The keyed digest of the adapter that an acknowledgement, checked before, is of."""
+    return parse_header(frame.header, AcknowledgementHeader, RecordError).checkpoint
+
+
 def paused_text(coordinator: Coordinator) -> str:
     """What people are told when a study pauses."""
     return (
         f"the sum of round {coordinator.round - 1} is out of range, say {', '.join(coordinator.refusing)}; its sites "
         "sent it so; expected updates within the study's bounds. Adapter, keys and budgets are as before; find the "
-        "site that is broken or lies by other means, then remove it: secfacmic keys rotate --remove SITE"
+        "site that is broken or lies by other means, then remove it: secfacmic keys rotate --remove SITE; a site "
+        "without a budget then needs its people's word for the smaller cohort: secfacmic site release"
     )
 
 

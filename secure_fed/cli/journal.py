@@ -1,4 +1,4 @@
-"""``secfacmic journal``: read, verify, recompute and rebuild journals; none of it needs a key."""
+"""``secfacmic journal``: read, verify, compare, recompute and rebuild journals; none of it needs a key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from secure_fed.protocol.journal import RunFolder
     from secure_fed.protocol.study import AgreedStudy
 
-app = typer.Typer(help="Journals: verify, show, recompute, rebuild. No key is needed.", no_args_is_help=True)
+app = typer.Typer(help="Journals: verify, show, compare, recompute, rebuild. No key is needed.", no_args_is_help=True)
 
 Folder = Annotated[
     Path,
@@ -115,6 +115,27 @@ def show(folder: Folder, study: StudyFile = None, json_: Json = False) -> None:
                 row["id"][:16],
             )
         out.print(table)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(metavar="A", help="A state folder, or a site's folder.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same study.")],
+    study: StudyFile = None,
+    json_: Json = False,
+) -> None:
+    """Show where two journals of one run part, if they do: exit code 44 then, since the coordinator signed both."""
+    from secure_fed.protocol.journal import part
+
+    first, agreed = _place(one, study)
+    second, _ = _place(other, study)
+    found = part(first, second, agreed)
+    if json_:
+        print_json({"study_id": agreed.study.id, **found.__dict__})
+    else:
+        _say(f"run {found.run[:16]}: {found.same} records are the same")
+        _say(f"{one}: {found.first}; {other}: {found.second}")
+    found.refuse(one, other)
 
 
 @app.command()

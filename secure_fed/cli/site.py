@@ -85,6 +85,38 @@ def accept(
 
 
 @app.command()
+def release(
+    site: SitePath,
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who decides; asked for at a terminal if not given.")
+    ] = None,
+) -> None:
+    """Let this site reveal once more at the adapter it holds, to other sites than before."""
+    from secure_fed.clients.site import Site
+    from secure_fed.clients.sitefile import read_site
+    from secure_fed.core.errors import NotAcceptedError
+    from secure_fed.core.storage import exclusive
+
+    file, agreed = read_site(site, None)
+    with exclusive(file.state_folder.path):
+        opened = Site(file, agreed)
+        before = opened.revealed_to
+        if not before:
+            _say(f"{file.site}: has not revealed at the adapter it holds, or has a budget: nothing to release")
+            return
+        _say(f"at the adapter that {file.site} holds it has revealed to {', '.join(before)}.")
+        _say("Whoever has that sum and another one at this adapter can compute, by difference, the update of each site")
+        _say("that is in one and not in the other, exactly if it is one site: also of one that has left since.")
+        _say("The people of all these sites must agree; each says so at its own site.")
+        if by is None and sys.stdin.isatty():
+            by = typer.prompt("your name, to release it (empty: do not)", default="", err=True).strip()
+        if not by:
+            raise NotAcceptedError("nobody's name was given; nothing was released: give --by NAME")
+        opened.release()
+    _say(f"released by {by}, for one round; start the client again")
+
+
+@app.command()
 def sent(
     site: Annotated[Path, typer.Argument(metavar="SITE", help=SITE_HELP)],
     json_: Json = False,

@@ -13,27 +13,43 @@ import socket
 import ssl
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from numpy.typing import NDArray
 
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
-from secure_fed.core.errors import EnvelopeError, NotAcceptedError, SecfacmicError, StudyError
+from secure_fed.core.errors import (
+    AggregateRefused,
+    EnvelopeError,
+    NotAcceptedError,
+    RecordError,
+    SecfacmicError,
+    SiteFileError,
+    StudyError,
+)
 from secure_fed.core.layout import ServerState
-from secure_fed.core.tomlfile import parse_table
+from secure_fed.core.tomlfile import parse_table, read_toml, write_toml
 from secure_fed.lab.simulation import Budget, accept_another_run, open_run, open_sites, prepare
 from secure_fed.operate.new_study import SERVER
+from secure_fed.privacy.ckks import Cipher
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.privacy.ledger import Ledger
-from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.protocol.ledger_heads import LedgerHead
+from secure_fed.protocol.records import new_header, sign_record
+from secure_fed.protocol.round_frames import sign_cohort, sign_reveal
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, read_template
 from secure_fed.server.coordinator import Coordinator
@@ -100,21 +116,39 @@ class Ground:
         sites = open_sites(self.agreed, self.folder)
         return [site for site in sites if self.agreed.study.site(site.name).role == "train"]
 
-    def seal_key(self, epoch: int, previous: str = ZERO_DIGEST) -> bytes:
+    def without_budgets(self) -> Ground:
+        """The same sites without their budgets."""
+        for site in self.agreed.study.sites:
+            path = self.folder / "sites" / site.name / "site.toml"
+            file = read_toml(path, SiteFile, SiteFileError)
+            write_toml(path, file.model_copy(update={"privacy": None}))
+            shutil.rmtree(ledger_folder(self.file(site.name)), ignore_errors=True)
+        return self
+
+    def seal_key(self, epoch: int, previous: str = ZERO_DIGEST, **changes: Any) -> bytes:
         """A new key, as the key maker makes it."""
         maker = self.agreed.study.key_maker
         identity = load_identity(self.folder / "sites" / maker / "identity", maker)
-        return create_sealed_key(self.agreed, identity, epoch, previous)
+        return create_sealed_key(self.agreed, identity, epoch, previous, **changes)
+
+    @property
+    def server_key(self) -> Ed25519PrivateKey:
+        """What the server signs with."""
+        return load_signing_key(ServerState(self.folder / SERVER).key)
+
+    def begun(self) -> tuple[list[Site], Coordinator]:
+        """Sites in a new run, none of whose rounds has begun."""
+        sites = self.sites()
+        return sites, open_run(self.agreed, self.folder, open_sites(self.agreed, self.folder))
 
     def another_run(self, key: str) -> Coordinator:
         """A run that the server opens alone."""
         folder = self.folder / SERVER
-        return Coordinator.begin(self.agreed, folder, load_signing_key(ServerState(folder).key), key)
+        return Coordinator.begin(self.agreed, folder, self.server_key, key)
 
     def rotated(self) -> tuple[list[Site], Coordinator]:
         """Sites in a run whose key was replaced after its first round."""
-        sites = self.sites()
-        coordinator = open_run(self.agreed, self.folder, open_sites(self.agreed, self.folder))
+        sites, coordinator = self.begun()
         play_round(coordinator, sites)
         coordinator.amend(self.seal_key(2, coordinator.journal.chain.key))
         for _ in range(2):  # the amendment, then its checkpoint
@@ -236,6 +270,202 @@ def _bogus_key(ground: Ground) -> Outcome:
     return Outcome(f"{told}; epsilon spent {before:.3f} before, {after:.3f} after", after == before)
 
 
+def _bent_sum(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    step(coordinator, sites)
+    for site in sites:
+        ask(coordinator, site)
+    chain = coordinator.journal.chain
+    total = np.array(coordinator._total)
+    total.flat[0] = (int(total.flat[0]) + 1) % chain.wire.modulus
+    coordinator._total = total
+    coordinator.advance()
+    for site in sites:
+        ask(coordinator, site)  # no site can tell: it knows its own envelope only
+    assert coordinator._arrived is not None
+    header = new_header(
+        chain,
+        "aggregate",
+        run=chain.run,
+        key=chain.key,
+        round_number=coordinator.round,
+        contributors=coordinator._arrived.envelopes,
+        reveals=tuple(coordinator._reveals[name] for name in coordinator._arrived.names),
+        times_ms=(1, 2),
+        payload=coordinator._sum(),
+    )
+    data = sign_record(header, coordinator._sum(), ground.server_key)
+    with mock.patch.object(Cipher, "open", side_effect=AggregateRefused("opened")) as opened:
+        try:
+            sites[0].respond(RoundRequest(coordinator.round + 1, 0, (data,), more=False))
+            told = "taken"
+        except RecordError:
+            told = "refused"
+    seen = f"one residue of the sum more by 1: {told}; decrypted {opened.call_count} times"
+    return Outcome(seen, told == "refused" and not opened.called)
+
+
+def _slipped_amendment(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    step(coordinator, sites)
+    for site in sites:
+        ask(coordinator, site)
+    chain = coordinator.journal.chain
+    leaving = next(site.name for site in sites if site.name != ground.agreed.study.key_maker)
+    sealed = ground.seal_key(2, chain.key, members=chain.members, removed=(leaving,))
+    coordinator.journal.append_amendment(sealed)
+    stays = next(site for site in sites if site.name != leaving)
+    return _refused({f"{leaving} removed while its envelope is out": lambda: answer(coordinator, stays)})
+
+
+def _split_cohort(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    for site in sites:
+        ask(coordinator, site)
+    halves = [sorted(coordinator._readies)[half::2] for half in (0, 1)]
+
+    def show(half: list[str]) -> Callable[[], object]:
+        words = [coordinator._readies[name] for name in half]
+        due = coordinator.journal.chain.due
+        question = sign_cohort(ground.agreed, due, coordinator.attempt, words, ground.server_key)
+        site = next(site for site in sites if site.name == half[0])
+        request = RoundRequest(coordinator.round, coordinator.attempt, (), more=False, question=question)
+        return lambda: site.respond(request)
+
+    return _refused({f"a round of {' and '.join(half)} alone": show(half) for half in halves})
+
+
+# --- one site ---
+
+
+def _liar(ground: Ground, sites: list[Site]) -> Site:
+    return next(site for site in sites if site.name != ground.agreed.study.key_maker)
+
+
+def _close_with_garbage(coordinator: Coordinator, sites: list[Site], liar: Site) -> None:
+    """A round in which one site's signed envelope pushes the sum out of range, under a right check."""
+    step(coordinator, sites)
+    true = liar._integers
+
+    def garbage(path: Path) -> tuple[NDArray[np.int64], LedgerHead]:
+        integers, head = true(path)
+        return np.full_like(integers, 4 * liar._agreed.lanes.max_integer), head
+
+    liar._integers = garbage  # type: ignore[method-assign]
+    values = garbage(liar.replica.files.folder.integers(coordinator.round))[0]
+    with (
+        mock.patch("secure_fed.privacy.ckks.check_integers"),
+        mock.patch.object(Cipher, "open", return_value=values),  # it does not look at what it sends
+    ):
+        ask(coordinator, liar)
+    for site in sites:
+        if site is not liar:
+            ask(coordinator, site)
+    coordinator.advance()
+    liar._integers = true  # type: ignore[method-assign]
+    play_round(coordinator, sites)
+
+
+def _remove(ground: Ground, coordinator: Coordinator, sites: list[Site], liar: Site) -> list[Site]:
+    """What people do about it; who stays."""
+    chain = coordinator.journal.chain
+    coordinator.amend(ground.seal_key(2, chain.key, members=chain.members, removed=(liar.name,)))
+    staying = [site for site in sites if site is not liar]
+    for _ in range(2):  # the amendment, then its checkpoint
+        step(coordinator, staying)
+    return staying
+
+
+def _false_refusal(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    play_round(coordinator, sites)
+    liar = _liar(ground, sites)
+    position = len(coordinator.journal.records)
+    coordinator.receive(RoundReply(liar.name, ReplyCode.REFUSED_AGGREGATE, coordinator.run, position, "", b""))
+    if coordinator.paused:
+        return Outcome(f"{liar.name} alone says that the sum is out of range: the study stops", False)
+    play_round(coordinator, sites)
+    return Outcome(f"{liar.name} alone says that the sum is out of range: round 2 was closed", True)
+
+
+def _garbage(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    liar = _liar(ground, sites)
+    before = sites[0].adapter_digest
+    _close_with_garbage(coordinator, sites, liar)
+    codes = {ask(coordinator, site).code for site in sites if site is not liar}
+    same = {site.adapter_digest for site in sites} == {before}
+    if codes != {ReplyCode.REFUSED_AGGREGATE} or not coordinator.paused or not same:
+        return Outcome(f"the others said {', '.join(sorted(codes))}; adapter as before: {same}", False)
+    staying = _remove(ground, coordinator, sites, liar)
+    play_round(coordinator, staying)
+    return Outcome(f"paused, adapter as before; went on to round {coordinator.round} without {liar.name}", True)
+
+
+def _second_sum(ground: Ground) -> Outcome:
+    sites, coordinator = ground.without_budgets().begun()
+    liar = _liar(ground, sites)
+    _close_with_garbage(coordinator, sites, liar)
+    for site in sites:
+        ask(coordinator, site)
+    staying = _remove(ground, coordinator, sites, liar)
+    step(coordinator, staying)
+    return _refused({f"the adapter of before, now without {liar.name}": lambda: answer(coordinator, staying[0])})
+
+
+def _wrong_check(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    for _ in range(2):
+        step(coordinator, sites)
+    liar = _liar(ground, sites)
+    replies = {site.name: answer(coordinator, site) for site in sites}
+    assert coordinator._arrived is not None
+    wrong = sign_reveal(ground.agreed, coordinator._arrived.digest, liar.name, (1, 2), liar.replica.identity.signing)
+    for name, reply in replies.items():
+        coordinator.receive(replace(reply, envelope=wrong) if name == liar.name else reply)
+    try:
+        coordinator.advance()
+    except SecfacmicError as error:
+        return Outcome(f"the server ends ({type(error).__name__})", False)
+    named = sorted(coordinator.asked)
+    coordinator.receive(replies[liar.name])
+    closed = coordinator.advance() is not None
+    return Outcome(f"{', '.join(named) or 'nobody'} is asked again; with its true check the round closes: {closed}",
+                   named == [liar.name] and closed)  # fmt: skip
+
+
+def _odd_words(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    play_round(coordinator, sites)
+    liar = _liar(ground, sites)
+    coordinator.amend(ground.seal_key(2, coordinator.journal.chain.key))
+    step(coordinator, sites)
+    try:
+        for site in sites:
+            garbled = mock.patch.object(type(site.replica), "_checkpoint_digest", return_value="6" * 64)
+            with garbled if site is liar else nullcontext():
+                reply = answer(coordinator, site)
+            coordinator.receive(replace(reply, attestation="7" * 64) if site is liar else reply)
+        coordinator.advance()
+        play_round(coordinator, sites)
+    except SecfacmicError as error:
+        return Outcome(f"the study ends ({type(error).__name__})", False)
+    return Outcome(f"left out; the others went on to round {coordinator.round}", coordinator.round == 3)
+
+
+def _impossible_counts(ground: Ground) -> Outcome:
+    sites, coordinator = ground.without_budgets().begun()
+    liar = _liar(ground, sites)
+    true = liar._quantise
+    liar._quantise = lambda update, draws, counts=(0, 0): true(update, draws, (-988, 988))  # type: ignore[method-assign]
+    play_round(coordinator, sites)
+    ask(coordinator, sites[0])
+    counts = sites[0].replica.state.validation
+    assert counts is not None
+    seen = f"-988 images, 988 of them right: taken as {counts.correct} of {counts.images}"
+    return Outcome(seen, 0 <= counts.correct <= counts.images)
+
+
 # --- outsiders ---
 
 
@@ -301,8 +531,7 @@ def _weaker_terms(ground: Ground) -> Outcome:
 
 
 def _seed_and_disk(ground: Ground) -> Outcome:
-    sites = ground.sites()
-    coordinator = open_run(ground.agreed, ground.folder, open_sites(ground.agreed, ground.folder))
+    sites, coordinator = ground.begun()
     site, seed = sites[0], secrets.token_hex(32)
     step(coordinator, sites)
     with mock.patch("secure_fed.privacy.ckks.secrets.token_hex", return_value=seed):  # a generator that repeats
@@ -325,6 +554,15 @@ def _seed_and_disk(ground: Ground) -> Outcome:
 ATTACKS = (
     Attack("B1", "server", "opens a second run, under a new key and under one that came by rotation", _second_run),
     Attack("B2", "server", "begins a run under a key that nobody holds, so that a site spends its budget", _bogus_key),
+    Attack("B3", "server", "bends a sum, to learn from what sites say of it", _bent_sum),
+    Attack("B5", "server", "removes a site, which has their envelopes, in an open round", _slipped_amendment),
+    Attack("B6", "one site", "says that a sum is out of range which the others have applied", _false_refusal),
+    Attack("B7", "one site", "sends values out of range, so that no sum can be applied", _garbage),
+    Attack("B7.2", "server", "takes a second sum at one adapter, without one site", _second_sum),
+    Attack("B7.3", "one site", "reveals a wrong check of its envelope, so that the sum looks bent", _wrong_check),
+    Attack("B8", "one site", "attests and acknowledges another adapter than it holds", _odd_words),
+    Attack("B9", "one site", "sends validation counts that no images give", _impossible_counts),
+    Attack("B10", "server", "shows each half of the sites a round of its own", _split_cohort),
     Attack("B11", "outsider", "holds connections open and announces bodies under a member's public key", _outsider),
     Attack("B12", "a site's own machine", "starts under weaker terms than those accepted", _weaker_terms),
     Attack("B13", "a copied or shared machine", "repeats an encryption's seed; reads a site's files", _seed_and_disk),

@@ -78,6 +78,59 @@ def find_study(folder: Path) -> Path:
     )
 
 
+@dataclass(frozen=True)
+class Parting:
+    """How far two journals of one run agree.
+
+    Attributes:
+        run: its id.
+        same: how many records are the same, from the first on.
+        first, second: how many each has.
+    """
+
+    run: str
+    same: int
+    first: int
+    second: int
+
+    def refuse(self, one: Path, other: Path) -> None:
+        """Refuse journals of which neither is the beginning of the other.
+
+        Raises:
+            RecordError: the coordinator signed two records for one place.
+        """
+        if self.same < min(self.first, self.second):
+            raise RecordError(
+                f"record {self.same} is one in {one} and another in {other}, both signed by the coordinator and whole; "
+                "expected one journal: it showed the sites different studies; keep both, and tell all sites"
+            )
+
+
+def part(one: Path, other: Path, agreed: AgreedStudy) -> Parting:
+    """Compare the journals of the longest run that two state folders share; each is verified first.
+
+    Raises:
+        RecordError: one does not verify, or they share no run.
+    """
+    journals: list[dict[str, list[str]]] = []
+    for folder in (one, other):
+        found: dict[str, list[str]] = {}
+        for place in find_runs(folder):
+            records = list(verify_run(place, agreed))
+            found[records[0].header.run] = [record.id for record in records]
+        journals.append(found)
+    shared = [run for run in journals[0] if run in journals[1]]
+    if not shared:
+        raise RecordError(f"{one} and {other}: in no run together; expected two copies of one run's journal")
+    run = max(shared, key=lambda name: max(len(found[name]) for found in journals))
+    first, second = journals[0][run], journals[1][run]
+    same = next(
+        (seq for seq, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
+        min(len(first), len(second)),
+    )
+    return Parting(run, same, len(first), len(second))
+
+
 def verify_run(run: RunFolder, agreed: AgreedStudy) -> Iterator[Record]:
     """Check every record of a run: signatures, chain, contributors, payloads; and at a site its pins and evidence.
 

@@ -137,6 +137,7 @@ class Chain:
         amendment: number of the last amendment in force (none yet: 0).
         members: by name; amendments change them.
         amended_after: the last round before the last amendment; -1 before the first.
+        changed_after: the same of the last amendment with which a training site joined or left.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
         seeds: of the envelopes in the sums so far.
     """
@@ -153,6 +154,7 @@ class Chain:
         self.awaits_checkpoint = False
         self.seeds: Seeds = {}
         self.amended_after = -1
+        self.changed_after = -1
 
     @property
     def due(self) -> RoundPosition:
@@ -233,6 +235,8 @@ class Chain:
         self.head = record.id
         self.run = header.run
         self.key = header.key
+        if self._changed(record.members):
+            self.changed_after = self.round
         self.members = record.members
         self.awaits_checkpoint = header.kind == "amendment"
         if header.kind == "aggregate":
@@ -263,7 +267,20 @@ class Chain:
             raise RecordError(f"record {header.seq}: {error}") from None
         if sealed.key != header.key or header.key == ZERO_DIGEST:
             raise RecordError(f"record {header.seq}: names key {header.key[:16]}, but brings {sealed.key[:16]}")
+        changed = self._changed(members)
+        if len(changed) > 1 or (changed and self.changed_after == self.round):
+            raise RecordError(
+                f"record {header.seq}: {', '.join(changed)} would join, leave or change; expected at most one training "
+                "site to do so between two rounds, so that two quorums share an honest one: one after the other"
+            )
         return sealed, members
+
+    def _changed(self, members: Members) -> list[str]:
+        """Who trains under other keys, or only before or after an amendment."""
+        before, after = (
+            {name: site for name, site in those.items() if site.role == "train"} for those in (self.members, members)
+        )
+        return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
     def _check_acknowledgements(self, header: RecordHeader) -> str:
         """The keyed adapter digest that all who acknowledged agree on, the key maker and enough others among them."""

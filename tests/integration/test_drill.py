@@ -10,11 +10,15 @@ import pytest
 
 from secure_fed.clients import acceptance
 from secure_fed.clients.keyring import KeyRing
-from secure_fed.clients.replica import Replica
+from secure_fed.clients.replica import Replica, Validation
+from secure_fed.clients.site import Site
 from secure_fed.core.errors import DrillError, KeyFileError
 from secure_fed.lab import drill
 from secure_fed.lab.drill import ATTACKS, Ground
+from secure_fed.protocol import round_frames
+from secure_fed.protocol.records import Chain
 from secure_fed.server import coordinator, flower_link
+from secure_fed.server.coordinator import Coordinator
 from tests.conftest import Run
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
@@ -44,6 +48,17 @@ def _seals_last(patch: pytest.MonkeyPatch) -> None:
 MUTATIONS: dict[str, Mutate] = {
     "B1": lambda patch: patch.setattr(Replica, "_require_word", lambda *_: None),
     "B2": _seals_last,
+    "B3": lambda patch: patch.setattr(Chain, "_check_sum", lambda *_: None),
+    "B5": lambda patch: patch.setattr(Replica, "_refuse_within_round", lambda *_: None),
+    "B6": lambda patch: patch.setattr(
+        Coordinator, "paused", property(lambda self: bool(self._refusing) and self._waiting_amendment() is None)
+    ),
+    "B7": lambda patch: patch.setattr(Replica, "paused", False),
+    "B7.2": lambda patch: patch.setattr(Site, "_refuse_another_cohort", lambda *_: None),
+    "B7.3": lambda patch: patch.setattr(Coordinator, "_checks_hold", lambda _: True),
+    "B8": lambda patch: patch.setattr(coordinator, "_acknowledged_adapter", lambda _: ""),
+    "B9": lambda patch: patch.setattr(Validation, "clamped", lambda counts, _: counts),
+    "B10": lambda patch: patch.setattr(round_frames, "refuse_cohort", lambda *_: None),
     "B11": lambda patch: patch.setattr(flower_link, "_signed", lambda *_: True),
     "B12": lambda patch: patch.setattr(acceptance, "weaker", lambda *_: []),
     "B13": lambda patch: patch.setattr(coordinator, "refuse_repeated_seed", lambda *_: None),
@@ -71,6 +86,16 @@ def test_all_defences_hold(secfacmic: Run, ground: Ground, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
 def test_an_attack_succeeds_without_its_defence(
+    attack: drill.Attack, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MUTATIONS[attack.id](monkeypatch)
+    outcome = attack.carry_out(ground.copy(tmp_path / attack.id))
+    assert not outcome.held, outcome.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
+def test_no_other_attack_succeeds_without_it(
     attack: drill.Attack, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MUTATIONS[attack.id](monkeypatch)

@@ -371,8 +371,7 @@ def test_members_with_another_adapter_stop_the_rotation(federation: Federation) 
     sites[2].respond(request)
     corrupt(sites[2], **{name: sites[2].parameters[name] + 2.0**-30})
     coordinator.receive(sites[2].respond(replace(request, records=())))
-    with pytest.raises(RecordError, match="acknowledge different adapters"):
-        coordinator.advance()
+    assert coordinator.advance() is None  # named, left out, and waited for
     sites[2] = federation.site("cedar")
     exchange(coordinator, sites[2])
     coordinator.advance()

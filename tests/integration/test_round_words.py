@@ -12,11 +12,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import safetensors.numpy
+from typer.testing import CliRunner
 
+from secure_fed.cli import app
+from secure_fed.clients.replica import Replica
 from secure_fed.clients.site import Site
-from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError
+from secure_fed.core.errors import AggregateRefused, EnvelopeError, NotAcceptedError, ProtocolError, RecordError
 from secure_fed.lab.simulation import prepare
 from secure_fed.privacy.ckks import Cipher
+from secure_fed.protocol.packing import PlainSealer
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     SignedWord,
@@ -266,6 +270,72 @@ def test_a_sum_out_of_range_pauses_the_study_for_people_and_costs_nothing(federa
     for site in sites:
         exchange(coordinator, site)
     assert len({site.adapter_digest for site in sites}) == 1
+
+
+def test_an_odd_acknowledgement_is_left_out_and_named(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
+    """It ended the server, which refused the checkpoint that it had made of it, as its sites would."""
+    sites = federation.sites()
+    coordinator = begin(federation)
+    run_round(coordinator, sites)
+    chain = coordinator.journal.chain
+    coordinator.amend(federation.seal_key(2, chain.key, members=chain.members))
+    assert pass_step(coordinator, sites).header.kind == "amendment"
+    with mock.patch.object(type(sites[1].replica), "_checkpoint_digest", return_value="6" * 64):
+        odd = sites[1].respond(coordinator.request("birch", sites[1].run, sites[1].position))
+    coordinator.receive(odd)
+    for site in (sites[0], sites[2]):
+        exchange(coordinator, site)
+    assert coordinator.advance() is None
+    assert "birch: acknowledge another adapter than the key maker" in caplog.text
+    coordinator.receive(sites[1].respond(replace(coordinator.request("birch", sites[1].run, sites[1].position))))
+    assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
+
+
+def refused_by_all(coordinator: Coordinator, sites: list[Site]) -> None:
+    """A round whose sum all find out of range."""
+    pass_step(coordinator, sites)
+    close_round(coordinator, sites)
+    with mock.patch.object(PlainSealer, "open", side_effect=AggregateRefused("refused")):
+        for site in sites:
+            assert exchange(coordinator, site).code == ReplyCode.REFUSED_AGGREGATE
+
+
+def test_a_second_sum_at_one_adapter_needs_the_word_of_each_sites_people(
+    four: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its difference to the first is the update of the one site that is not in both, to the last bit."""
+    sites = four.sites()
+    coordinator = begin(four)
+    refused_by_all(coordinator, sites)
+    monkeypatch.setattr(Replica, "paused", False)  # as when people have let the study go on
+    pass_step(coordinator, sites[:3])
+    with pytest.raises(ProtocolError, match=r"revealed to ash, birch, cedar, dogwood; .*secfacmic site release"):
+        exchange(coordinator, sites[0])
+    for name in TRAINING:
+        command = ["site", "release", "--site", str(four.folder / "sites" / name / "site.toml")]
+        with pytest.raises(NotAcceptedError):
+            CliRunner().invoke(app, command, catch_exceptions=False)
+        done = CliRunner().invoke(app, [*command, "--by", "Dr. Ada"], catch_exceptions=False)
+        assert "revealed to ash, birch, cedar, dogwood" in done.output
+    again = [four.site(name) for name in TRAINING]
+    for site in again:
+        assert exchange(coordinator, site).code == ReplyCode.UPDATE
+    close_round(coordinator, again)
+    assert again[0].revealed_to == TRAINING
+    bound = again[0].replica.files.bound
+    assert bound.released == "", "for one other cohort, and no third"
+
+
+def test_two_training_sites_do_not_change_between_two_rounds(federation: Federation) -> None:
+    """Two quorums of before and after would share no honest site."""
+    sites = federation.sites()
+    coordinator = begin(federation)
+    run_round(coordinator, sites)
+    chain = coordinator.journal.chain
+    member = chain.members["ash"]
+    changed = chain.members | {name: member.model_copy(update={"name": name}) for name in ("birch", "cedar")}
+    assert chain._changed(changed) == ["birch", "cedar"]
+    assert chain._changed(chain.members | {"dogwood": chain.members["dogwood"]}) == []
 
 
 def test_no_amendment_slips_into_an_open_round(federation: Federation) -> None:

@@ -347,3 +347,17 @@ def test_a_journal_is_verified_where_the_deployment_page_puts_it(played: Played,
         _cli("verify", home / "state")
     (home / "site.toml").write_text(text.replace("../../study.toml", "agreed/study.toml"))
     assert _cli("verify", home) == expected
+
+
+def test_two_sites_see_where_their_journals_part(played: Played) -> None:
+    ash, birch = played.state("ash"), played.state("birch")
+    told = json.loads(_cli("compare", ash, birch, "--json"))
+    assert (told["same"], told["first"], told["second"]) == (2, 3, 2)  # birch is only behind
+    (birch / "runs" / played.run / "journal" / "00000001.record").unlink()
+    path = birch / "runs" / played.run / "journal" / "00000000.record"
+    frame = split_frame(b"SFR2", path.read_bytes(), 2**20, RecordError)
+    header = parse_header(frame.header, RecordHeader, RecordError)
+    other = header.model_copy(update={"closed_ms": header.closed_ms + 1})
+    path.write_bytes(sign_record(other, b"", played.federation.signing))
+    with pytest.raises(RecordError, match=r"record 0 is one in .* and another in"):
+        _cli("compare", ash, birch)
