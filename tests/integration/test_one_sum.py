@@ -35,6 +35,8 @@ from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.study import InitialState, read_template, unlike
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
+from tests.unit.privacy.test_same_bits import dispatches
+from tests.workers import run_on_workers
 
 METHOD: dict[str, Any] = {"adapter": "gaussian_head", "most_patients": 40, "min_patients": 2}
 
@@ -471,6 +473,16 @@ def test_attacks_read_sums_and_not_the_encrypted_ones(images: Path, tmp_path: Pa
     assert abs(encrypted["auc"] - 0.5) < 0.26  # four standard deviations of guessing with 81 shadow members
     # So few shadows find no member in the plain statistics either: only that they are read is tested.
     assert views["plain_update"]["inversion"]["n"] > 0
+
+
+def test_a_study_whose_sites_have_other_processors_ends_at_the_same_head_everywhere(study: Federation) -> None:
+    plain, baseline, middle = dispatches().values()
+    environments = dict(zip((*TRAINING, "dogwood"), (plain, baseline, middle, baseline), strict=True))
+    found = run_on_workers(study, environments)
+    assert found.kinds["birch"] == "DEFAULT"  # the others as far as this CPU goes
+    assert all(len(set(digests.values())) == 1 for digests in found.digests)
+    heads = [digests["ash"] for digests in found.digests]
+    assert len(set(heads)) == 3  # zero-shot, the sum's, and that of the shrinkage and limits that the histograms chose
 
 
 def test_what_a_class_of_one_site_discloses_is_shown_before_anybody_accepts(study: Federation) -> None:

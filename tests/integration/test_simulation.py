@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,9 +24,9 @@ from secure_fed.lab.demo import run_demo
 from secure_fed.lab.simulation import Listener, RoundFacts, simulate
 from secure_fed.model.scores import SCALARS
 from secure_fed.protocol import codec
-from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.study import load_study
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, template_table
+from tests.workers import run_on_workers
 
 
 class Heard(Listener):
@@ -282,48 +280,9 @@ def test_all_sites_hold_the_same_adapter_on_any_kind_of_cpu_and_thread_count(fed
     for name in ("birch", OBSERVER):
         path = federation.folder / "sites" / name / "site.toml"
         path.write_text(path.read_text().replace("threads = 1", "threads = 2"))
-    sites = federation.sites()
-    coordinator = federation.begin(sites)
     kinds = dict(zip((*TRAINING, OBSERVER), ("default", "avx2", "avx512", "default"), strict=True))
-    workers = {}
-    for name, kind in kinds.items():
-        workers[name] = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tests.site_worker", str(federation.folder / "sites" / name / "site.toml")],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": kind, "PYTHONPATH": str(Path(__file__).parents[2])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    try:
-        seen = {name: json.loads(worker.stdout.readline())["cpu"] for name, worker in workers.items()}  # type: ignore[union-attr]
-        assert seen["ash"] == "DEFAULT"  # the others as far as this CPU goes
-        positions = dict.fromkeys(workers, ("", 0))
-        digests: dict[str, str] = {}
-        threads: dict[str, int] = {}
-        for number in range(3 * federation.agreed.study.rounds + 1):
-            for name, worker in workers.items():
-                request = coordinator.request(name, *positions[name])
-                fields = request.__dict__ | {
-                    "question": base64.b64encode(request.question).decode(),
-                    "records": [base64.b64encode(data).decode() for data in request.records],
-                }
-                worker.stdin.write(json.dumps(fields) + "\n")  # type: ignore[union-attr]
-                worker.stdin.flush()  # type: ignore[union-attr]
-                answer = json.loads(worker.stdout.readline())  # type: ignore[union-attr]
-                fields = answer["reply"]
-                reply = RoundReply(
-                    **fields | {"code": ReplyCode(fields["code"]), "envelope": base64.b64decode(fields["envelope"])}
-                )
-                coordinator.receive(reply)
-                positions[name] = (reply.run, reply.position)
-                digests[name], threads[name] = answer["digest"], answer["threads"]
-            assert len(set(digests.values())) == 1
-            assert (coordinator.advance() is not None) == (number % 3 == 2)
-        assert threads == {"ash": 1, "birch": 2, "cedar": 1, OBSERVER: 2}
-        assert digests["ash"] != codec.adapter_digest(federation.agreed.initial.adapter)
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-            worker.stdin.close()  # type: ignore[union-attr]
-            worker.stdout.close()  # type: ignore[union-attr]
+    found = run_on_workers(federation, {name: {"ATEN_CPU_CAPABILITY": kind} for name, kind in kinds.items()})
+    assert found.kinds["ash"] == "DEFAULT"  # the others as far as this CPU goes
+    assert all(len(set(digests.values())) == 1 for digests in found.digests)
+    assert found.threads == {"ash": 1, "birch": 2, "cedar": 1, OBSERVER: 2}
+    assert found.digests[-1]["ash"] != codec.adapter_digest(federation.agreed.initial.adapter)
