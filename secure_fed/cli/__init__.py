@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import sys
 from typing import Annotated
@@ -85,21 +84,6 @@ app.command()(doctor.doctor)
 app.command()(drill.drill)
 app.command()(explain.explain)
 app.command()(audit.audit)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"secfacmic {importlib.metadata.version('secfacmic')}")
-        raise typer.Exit
-
-
-@app.callback()
-def secfacmic(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")
-    ] = False,
-) -> None:
-    """Hospitals train one image classifier together and show each other nothing."""
 
 
 INTERRUPTED = 130

@@ -46,7 +46,7 @@ def test_rows_and_fields(tmp_path: Path) -> None:
         row, packing = rows[name], lane_parameters(4, bits, lanes, 40_000)
         assert row["wrong_integers"] == 0
         assert 0 < row["bytes_up"] - packing.payload_bytes < 1_000  # headers and signatures of envelope and REVEAL
-        assert 0 < row["bytes_down"] - packing.payload_bytes < 2_000
+        assert 0 < row["bytes_down"] - packing.payload_bytes < 2_400  # four contributors' words
         assert 0 < row["max_error"] < 2e-4
         assert min(row["encrypt_s"], row["server_s_per_site"], row["decrypt_s"]) > 0
         assert row["peak_rss_bytes"] > 2**20

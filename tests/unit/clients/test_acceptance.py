@@ -224,7 +224,11 @@ def test_closing_destroys_keys_and_outboxes_and_names_the_rest(federation: Feder
     result = CliRunner().invoke(app, ["study", "close", str(study), "--site", str(site_toml(federation)), "--json"])
     done = json.loads(result.stdout)
     assert done["rounds"] == 3
-    assert done["destroyed"] == {"sealed keys": 1, "integers and envelopes in the outbox": 2}
+    assert done["destroyed"] == {
+        "sealed keys": 1,
+        "integers and envelopes in the outbox": 2,
+        "snapshots of the data of its runs": 0,
+    }
     assert not list((state / "keys").iterdir())
     assert not list(state.glob("runs/*/outbox/*"))
     # The bytes themselves were overwritten before the name went.

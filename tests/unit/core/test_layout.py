@@ -18,6 +18,8 @@ ROOMS = ("cli", "core", "lab", "model", "operate", "protocol", "report", "transp
 FOLDERS = [*(ROOT / name for name in ("clients", "privacy", "server")), *(ROOT / "secure_fed" / name for name in ROOMS)]
 
 OTHERS = {
+    # An example for whoever writes site.toml.
+    ("clients/sitefile.py", "features.sqlite"),
     # An evidence archive has names of its own; some are the same.
     ("secure_fed/operate/evidence.py", "journal"),
     ("secure_fed/operate/evidence.py", "sent.jsonl"),

@@ -43,7 +43,7 @@ for index in range(int(given["shapes"])):
     binding, wire = Binding("ab", "cd", 1), CipherWire(parameters)
     total, cohort, payloads = wire.zero(), [], []
     for site, integers in enumerate(given[f"integers-{index}"]):
-        contribution, payload = cipher.seal(integers, binding, f"site-{site}", 0)
+        contribution, payload = cipher.seal(integers, binding, f"site-{site}")
         payloads.append(sha256(payload))
         total = wire.add(total, payload)
         cohort.append(contribution)

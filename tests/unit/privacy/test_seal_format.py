@@ -224,7 +224,7 @@ from secure_fed.protocol.packing import Binding, lane_parameters, wire
 parameters = lane_parameters(4, 18, 2, 10)
 secret = StudySecret.from_bytes(StudySecret.generate(parameters.modulus_bits).to_bytes())
 cipher, w = Cipher(parameters, secret), wire("he", parameters)
-sealed = cipher.seal(np.arange(10), Binding("ab", "cd", 1), "a", 0)
+sealed = cipher.seal(np.arange(10), Binding("ab", "cd", 1), "a")
 total = w.zero()
 total = w.add(total, sealed.payload)
 print(cipher.open(w.record(total, 1), Binding("ab", "cd", 1), [sealed.contribution]).tolist())

@@ -162,7 +162,7 @@ def test_lanes_are_as_wide_as_takes_the_fewest_bytes() -> None:
             assert sizes[width] <= 1.001 * min(sizes.values())  # beside tags
     with pytest.raises(LanesError, match="precision of 53 bits"):
         codec.lane_width(53, 4, None)
-    with pytest.raises(LanesError, match="in 6 lanes need a prime"):
+    with pytest.raises(LanesError, match="do not fit into 6 lanes"):
         codec.lane_width(18, 1000, 6)
 
 
