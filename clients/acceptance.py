@@ -78,10 +78,9 @@ HEADER_WORDS = {
 }
 """Every field that an update says in clear, and what it says."""
 
-NEVER = (
-    "images, features, file names, patient ids, labels, class counts, numbers of images or patients, losses, metrics "
-    "of this site, error texts, the contents of site.toml"
-)
+NEVER = "images, features, file names, patient ids, labels, losses, error texts, the contents of site.toml"
+NEVER_ALONE = "class counts, numbers of images or patients, metrics of this site"
+"""What may be inside encrypted sums over all sites, and is nowhere else; what is, stands in the terms."""
 
 
 AGAIN = (
@@ -126,6 +125,8 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
     payload = wire(study.mode, agreed.lanes).payload_bytes
     observes = file.observes(study)
     budget = None if observes else _budget(file)
+    counts = study.encoding.share_validation and not observes and not study.method.one_sum
+    counted = counts or (study.method.one_sum and not observes)
     return {
         "study": study.name,
         "study_id": study.id,
@@ -139,7 +140,7 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
             "update_header_bytes": 8 + MAX_HEADER + SIGNATURE_BYTES,
             "update_values": agreed.lanes.values,
             "update_bits": study.encoding.bits,
-            "validation_counts": study.encoding.share_validation and not observes and not study.method.one_sum,
+            "validation_counts": counts,
             "statistics": [] if observes or not study.method.one_sum else _statistics(agreed, budget is not None),
             "reply_fields": {
                 field.name: REPLY_WORDS[field.name]
@@ -147,7 +148,8 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
                 if field.name != "envelope" or not observes
             },
             "update_fields": {} if observes else {name: HEADER_WORDS[name] for name in EnvelopeHeader.model_fields},
-            "never": NEVER,
+            "never": NEVER if counted else f"{NEVER}; {NEVER_ALONE}",
+            "never_alone": NEVER_ALONE if counted else "",
         },
         "budget": budget,
         "policy": policy(file),

@@ -84,11 +84,13 @@ class Choice:
             image, of many frames the middle one. What rows of a manifest ask for by frame or slice stays.
         leave_out: kinds of DICOM files that are left out.
         patients: ``patients.csv``, if not in the data folder.
+        only: paths below the data folder; if there are any, all else that is in it is as if it were not.
     """
 
     slices: str | None = None
     leave_out: tuple[Kind, ...] = ()
     patients: Path | None = None
+    only: frozenset[str] = frozenset()
 
 
 _EVERYTHING = Choice()
@@ -193,6 +195,8 @@ def read_data(
         rows, has_splits = _read_folders(folder, classes, unit, notes), False
         if shares is None:
             raise DataError(f"{folder}: no {MANIFEST} and no shares; set train, val, test and unlabelled shares")
+    if choice.only:
+        rows = _only(folder, rows, choice.only)
     if unlabelled is not None:
         rows += _read_unlabelled(unlabelled, unit, notes)
     rows = _chosen(rows, choice, unit, notes)
@@ -394,6 +398,28 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
 
 def _is_passed_over(folder: str) -> bool:
     return folder[0] == "." or folder.lower() in _NO_FOLDERS
+
+
+def _only(folder: Path, rows: Sequence[_Row], paths: frozenset[str]) -> list[_Row]:
+    """The rows of these paths.
+
+    Raises:
+        DataError: some of them are not there.
+    """
+    kept = [row for row in rows if row.path in paths]
+    missing = sorted(paths - {row.path for row in kept})
+    if missing:
+        raise DataError(
+            f"{folder}: {len(missing)} of {len(paths)} images that are listed for this site are not there; expected "
+            f"the folder that the list was made of{fault_lines(missing)}"
+        )
+    return kept
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a data folder that hold images: classes, and perhaps ``unlabelled``."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_passed_over(entry.name))
+    return [name for name in names if next(image_files(folder / name), None) is not None]
 
 
 def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[_Row]:

@@ -175,7 +175,8 @@ def _kept(
 def _read(file: SiteFile, agreed: AgreedStudy, together: Groups | None, notes: Notes) -> list[SiteImage]:
     data, study = file.data, agreed.study
     extra = None if data.unlabelled is None else Path(data.unlabelled)
-    choice = Choice(data.slices, data.leave_out, None if data.patients is None else Path(data.patients))
+    same = None if data.patients is None else Path(data.patients)
+    choice = Choice(data.slices, data.leave_out, same, frozenset(data.only))
     folder = Path(data.folder)
     return read_data(
         folder, study.class_names, data.unit, data.shares, study.seed, extra, together, choice=choice, notes=notes

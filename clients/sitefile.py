@@ -33,6 +33,7 @@ class SiteData(FileModel):
             file is one image, of many frames the middle one.
         leave_out: DICOM files that are left out: ``scout``, ``screenshot``, ``no picture`` (segmentations, reports).
         patients: which ids are one patient, if not in ``patients.csv`` of the folder.
+        only: paths below the folder; if there are any, this site has these images and no others of it.
         most_pixels: of one picture; a larger one is refused before it is unpacked.
     """
 
@@ -47,6 +48,7 @@ class SiteData(FileModel):
     ] = None
     leave_out: tuple[Literal["scout", "screenshot", "no picture"], ...] = ()
     patients: Annotated[Text | None, Field(examples=["patients.csv"])] = None
+    only: tuple[Text, ...] = ()
     most_pixels: Annotated[int, Field(ge=1, le=2**32)] = MOST_PIXELS
 
 

@@ -33,14 +33,27 @@ SiteToml = Annotated[Path, typer.Option(help=SITE_HELP)]
 
 @app.command()
 def check(
-    site: SiteToml,
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Without a study: folders of images, checked against each other."),
+    ] = None,
+    site: Annotated[Path | None, typer.Option(help=SITE_HELP)] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also a page with pictures, to look at.")] = None,
+    propose: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a manifest for the one DIR: to be completed, and put into it."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Count, decode and compare all images; ends with an error if the splits leak.
 
-    Interrupted, the same command goes on from there.
+    Of a site's study (--site), or of folders before there is one. Interrupted, the first goes on from there.
     """
+    if bool(folders) == (site is not None) or (propose and len(folders or ()) != 1) or (html and site is None):
+        raise typer.BadParameter("expected --site (perhaps with --html), or folders (one of them, with --propose)")
+    if site is None:
+        _check_folders(folders or [], propose, json_)
+        return
     from secure_fed.clients.data_check import check_data, refuse_leaks
     from secure_fed.clients.sitefile import read_site
 
@@ -58,6 +71,45 @@ def check(
     else:
         _show(report)
     refuse_leaks(file, report["leaks"])
+
+
+def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None:
+    from secure_fed.operate.folders import compare, facts, look_at, propose_manifest
+
+    if propose is not None:
+        done = propose_manifest(paths[0], propose)
+        if json_:
+            print_json(done)
+            return
+        say(f"{propose}: {done['rows']} images, {done['without_patient']} without a patient, "
+            f"{done['without_label']} without a label")  # fmt: skip
+        say(f"complete it, and put it into {paths[0]} as manifest.csv; a column split (train, val, test) may be added")
+        return
+    found = [look_at(path) for path in paths]
+    with progress("comparing images") as tell:
+        common, unreadable = compare(found, tell)
+    told = [facts(folder) for folder in found]
+    if json_:
+        print_json({"folders": told, "unreadable": unreadable, "in_common": common.document()})
+    else:
+        classes = sorted({name for one in told for name in one["classes"]})
+        table = Table("folder", "images", "patients", *classes, "without a label", "splits")
+        for one in told:
+            counts = [str(one["classes"].get(name, "-")) for name in classes]
+            patients = str(one["patients"]) if one["unit"] == "patient" else "not said"
+            table.add_row(
+                escape(one["folder"]), str(one["images"]), patients, *counts, str(one["without_label"]), one["splits"]
+            )
+        out.print(table)
+        lines = [line for one in told for line in one["told"]]
+        for line in [*lines, *(f"cannot be decoded: {line}" for line in unreadable), *common.words]:
+            say(line)
+        for path in paths:
+            if not (path / "manifest.csv").exists():
+                say(f"{path}: no manifest; to say whose images they are: secfacmic data check {path} --propose FILE")
+        if not list(common.words) and len(paths) > 1:
+            say("these folders have no picture in common")
+    common.refuse_leaks()
 
 
 @app.command()
@@ -206,9 +258,10 @@ def duration(seconds: float) -> str:
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table("class", "train", "val", "test")
+    table = Table("class", "train", "val", "test", "unlabelled")
     for name, counts in report["classes"].items():
-        table.add_row(escape(name), *(str(counts[split]) for split in ("train", "val", "test")))
+        table.add_row(escape(name), *(str(counts[split]) for split in ("train", "val", "test")), "")
+    table.add_row("without a label, or with one that is not looked at", "", "", "", str(report["unlabelled"]))
     out.print(table)
     patients = report["patients"]
     say(f"{report['images']} images of {patients['all']} patients; {report['unlabelled']} without a label")

@@ -170,6 +170,9 @@ def _show_terms(shown: dict[str, Any]) -> None:
     for name, words in leaves["reply_fields"].items():
         _say(f"    {name}: {words}")
     _say("- that it is connected: its address, its public key, when, and how long it takes to answer")
+    if leaves["never_alone"]:
+        _say(f"nowhere but inside the encrypted numbers, as said above, and there in sums over all sites: "
+             f"{leaves['never_alone']}")  # fmt: skip
     _say(f"never: {leaves['never']}")
     _say("")
     if budget is not None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secure_fed import configs
-from secure_fed.cli.data import duration
+from secure_fed.cli.data import duration, progress
 from secure_fed.cli.output import Json, out, print_json
 from secure_fed.core.errors import StudyError
 from secure_fed.protocol.study import Template, load_study, read_study_file, read_template, with_fields
@@ -83,6 +83,50 @@ def check(study: StudyPath, json_: Json = False) -> None:
     out.print(f"an update: {update_size(study, found)}", highlight=False, soft_wrap=True)
     for line in found.quorum(found.sites).words:
         out.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def init(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="A folder of images for each site; or one, to be split into sites."),
+    ],
+    into: Annotated[Path, typer.Option("--out", metavar="FILE", help="The template.")],
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A site that only tests; once for each. Else the last of four or more."),
+    ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(metavar="HOW", help="How one folder is split: iid, dirichlet:0.5 or column:NAME of its manifest."),
+    ] = None,
+    sites: Annotated[int | None, typer.Option(min=3, max=1000, help="How many one folder is split into; 4.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(min=0.01, max=100, help="The budget that sites will have, for the advice.")
+    ] = None,
+) -> None:
+    """Draft a template for folders of public or simulated images, to be reviewed line by line."""
+    from secure_fed.core.errors import OutputError
+    from secure_fed.core.storage import write_durable
+    from secure_fed.operate.study_draft import draft_study
+
+    if into.exists():
+        raise OutputError(f"{into}: exists; expected no file there: remove it, or choose another name")
+    with progress("comparing images") as tell:
+        draft = draft_study(
+            folders, into.stem, held_out=held_out or (), partition=partition, sites=sites, epsilon=epsilon,
+            progress=tell,
+        )  # fmt: skip
+    write_durable(into, draft.text.encode())
+    for line in draft.told:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    names = ", ".join(f"{site.name}{' (held out)' if site.role == 'observer' else ''}" for site in draft.template.sites)
+    for line in (
+        f"{into}: sites {names}; classes {', '.join(draft.template.class_names)}",
+        f"review it, the prompts first; then: secfacmic study check {into}",
+        f"and: secfacmic simulate {into} --data {draft.data} --out {into.with_suffix('')}",
+    ):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("list")

@@ -24,6 +24,7 @@ from secure_fed.lab.simulation import (
     plan_of,
     prepare,
     round_facts,
+    tell_overlaps,
 )
 from secure_fed.model.device import DeviceChoice
 from secure_fed.operate.new_study import SERVER
@@ -122,6 +123,7 @@ def run_demo(
         listener.stage("preparing the study, its keys and its authority")
         port = _free_port()
         agreed = prepare_federation(template, out, data, port, budget)
+        tell_overlaps(agreed, template.plan, out, data, listener)
         make_folder(out / LOGS)
         processes: dict[str, subprocess.Popen[bytes]] = {}
         try:

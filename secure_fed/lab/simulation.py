@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -14,7 +15,7 @@ from secure_fed.clients.acceptance import record_acceptance, require_acceptance
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.features import pool_features
-from secure_fed.clients.images import site_images
+from secure_fed.clients.images import compared_images, site_images
 from secure_fed.clients.replica import Validation
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteData, SiteFile, SitePrivacy, SiteServer, read_site_file, with_device
@@ -37,6 +38,7 @@ from secure_fed.model.device import DeviceChoice, describe_device
 from secure_fed.model.evaluation import mean, metrics, pool
 from secure_fed.model.scores import Scores
 from secure_fed.operate.new_study import RANDOM_CHECKPOINT, SERVER, new_study
+from secure_fed.operate.overlaps import Held, overlaps
 from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.operate.summary import (
     FORMAT,
@@ -66,6 +68,8 @@ from secure_fed.protocol.study import (
     unlike,
 )
 from secure_fed.server.coordinator import Coordinator, paused_text
+
+log = logging.getLogger(__name__)
 
 BY = "simulation"
 """Who accepts studies here."""
@@ -161,6 +165,7 @@ def _simulate(
     start = time.monotonic()
     listener.stage("preparing the study")
     agreed = prepare(template, out, data, budget=budget)
+    tell_overlaps(agreed, template.plan, out, data, listener)
     sites = open_sites(agreed, out, skip_unreadable=skip_unreadable, device=device)
     listener.stage("encoding images")
     for site in sites:
@@ -169,6 +174,39 @@ def _simulate(
     coordinator = open_run(agreed, out, sites)
     run_rounds(agreed, coordinator, sites, listener)
     return finish(agreed, out, sites, coordinator.rounds, start, listener).content()
+
+
+def tell_overlaps(
+    agreed: AgreedStudy, plan: Simulation, out: Path, data: Path | None, listener: Listener | None = None
+) -> list[str]:
+    """Compare the sites' images with each other, and tell what they have in common, in words.
+
+    Phantoms that were just made have nothing.
+
+    Raises:
+        DataLeakError: one site is tested on what another trains on, and the table does not say ``shared``.
+        SecfacmicError: others, for a site's images.
+    """
+    if data is None:
+        return []
+    listener = listener or Listener()
+    listener.stage("comparing the sites' images")
+    held = []
+    for member in agreed.study.sites:
+        file = read_site_file(out / "sites" / member.name / "site.toml")
+        file.state_folder.begin()
+        found, looks = compared_images(
+            file,
+            agreed,
+            lambda done, total, name=member.name: listener.encoding(name, done, total),  # type: ignore[misc]
+        )
+        held.append(Held(member.name, found.images, looks.found, member.role == "observer", plan.unit == "patient"))
+    common = overlaps(held)
+    for line in common.words:
+        log.warning("%s", line)
+    if not plan.shared:
+        common.refuse_leaks()
+    return list(common.words)
 
 
 def open_sites(
@@ -352,7 +390,11 @@ def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Pa
             identity="identity",
             checkpoint=f"../../{RANDOM_CHECKPOINT}" if random else None,
             data=SiteData(
-                folder=str((data / played.folder).resolve()), kind=plan.kind, unit=plan.unit, shares=plan.shares
+                folder=str((data / played.folder).resolve()),
+                kind=plan.kind,
+                unit=plan.unit,
+                shares=plan.shares,
+                only=played.images,
             ),
             allow_plain=agreed.study.mode == "plain",
             min_sites=agreed.study.min_sites,

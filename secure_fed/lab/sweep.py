@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shlex
@@ -37,6 +38,8 @@ from secure_fed.lab.sweep_file import (
 from secure_fed.lab.workers import Outcome, Outcomes, run_locally, run_on_ray
 from secure_fed.operate.summary import StudySummary, parse_summary
 from secure_fed.protocol.study import PhantomGroup, Template
+
+log = logging.getLogger(__name__)
 
 CAVEAT = (
     "A curve from a sweep is for choosing on public or simulated data: on patients' data every trial would be a "
@@ -161,6 +164,8 @@ def run_sweep(
     """
     file, study = read_sweep_file(path)
     trials = plan_trials(file, study)
+    for line in dict.fromkeys(line for trial in trials for line in trial.ignored):
+        log.warning("%s", line)
     make_folder(out)
     with exclusive(out):
         lines = _Lines(out / "trials.jsonl")
@@ -193,12 +198,19 @@ def run_sweep(
         groups: dict[str, list[_Task]] = {}
         for task in tasks:
             groups.setdefault(task.images, []).append(task)
-        firsts = [group[0] for group in groups.values() if not group[0].is_prepared]
-        with closing(run_locally(_prepare, firsts, min(1, len(firsts)), out / LOG)) as outcomes:
-            for outcome in outcomes:
-                if outcome.error is not None:
-                    for task in groups[outcome.task.images]:
-                        end(task.trial, outcome)
+        due_groups = [group for group in groups.values() if not group[0].is_prepared]
+        while due_groups:
+            firsts = [group[0] for group in due_groups]
+            failed = set()
+            with closing(run_locally(_prepare, firsts, 1, out / LOG)) as outcomes:
+                for outcome in outcomes:
+                    for line in outcome.result or ():
+                        log.warning("%s", line)
+                    if outcome.error is not None:
+                        failed.add(outcome.task.trial.id)
+                        end(outcome.task.trial, outcome)
+            # What one trial cannot do, the next one of the same images may.
+            due_groups = [rest for group in due_groups if group[0].trial.id in failed and (rest := group[1:])]
         listener.stage("running trials")
         ready = [task for task in tasks if task.trial.id not in ended]
         with closing(_run(ready, jobs, ray, out)) as outcomes:
@@ -328,11 +340,12 @@ def _task(trial: Trial, study: Template, file: SweepFile, out: Path) -> _Task:
     return _Task(trial, study, data, out, phantoms, digest([*need, str(data), seed, trial.images]))
 
 
-def _prepare(task: _Task) -> None:
-    """Make phantoms and features that a trial needs and that are not there yet."""
+def _prepare(task: _Task) -> list[str]:
+    """Make phantoms and features that a trial needs and that are not there yet; what sites' images have in common."""
     from secure_fed.lab.phantoms import PhantomSite, make_phantoms
-    from secure_fed.lab.simulation import open_sites, prepare
+    from secure_fed.lab.simulation import open_sites, prepare, tell_overlaps
 
+    told: list[str] = []
     for home, group in task.phantoms:
         if not task.manifest(home, group).exists():
             shutil.rmtree(task.data / home, ignore_errors=True)
@@ -340,6 +353,8 @@ def _prepare(task: _Task) -> None:
     with _scratch(task) as scratch:
         agreed = prepare(task.study, scratch, task.data)
         _lend_features(task, scratch)
+        if not task.phantoms:
+            told = tell_overlaps(agreed, task.study.plan, scratch, task.data)
         make_folder(task.folder / "features")
         encoded = {site.name: site.features().encoded for site in open_sites(agreed, scratch)}
         for name, kept, used in _feature_files(task, scratch):
@@ -348,6 +363,7 @@ def _prepare(task: _Task) -> None:
                 shutil.copyfile(used, temporary)
                 temporary.replace(kept)
     write_durable(task.marker, b"")
+    return told
 
 
 def _run_trial(task: _Task) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Trial:
         study: the template with these settings; None if they do not fit together.
         images: digest of the images in a data folder; empty for phantoms.
         error: why the settings do not fit together.
+        ignored: settings that the study has and the trial's method makes nothing of, in words.
     """
 
     id: str
@@ -90,6 +91,7 @@ class Trial:
     study: Template | None
     images: str
     error: str | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def epsilon(self) -> float | None:
@@ -178,16 +180,28 @@ def _usual(study: Template, path: str) -> Iterator[Any]:
 
 def _trial(base: Template, chosen: Settings, settings: Settings, data: Path, images: str) -> Trial:
     """A trial with the settings that are chosen for it; ``settings`` also has what others choose otherwise."""
+    from secure_fed.model.adapters import check_method, ignored, uses_basis  # loads torch, which reading does without
+
     try:
         epsilon, delta = _budget(settings)
         study = with_settings(base, {key: value for key, value in chosen.items() if key not in ("epsilon", "delta")})
+        # What the sweep sets itself must make a difference; what the study has been given for another method need not.
+        nothing = {path: value for path, value in ignored(study).items() if not _sets(chosen, path)}
+        words = tuple(f"{study.method.adapter} makes nothing of {path}: trials with it run without" for path in nothing)
+        study = with_settings(study, nothing) if nothing else study
+        check_method(study.method)
+        uses_basis(study)
         study.plan.refuse_shared(data)
     except SecfacmicError as error:
         failed = digest({"settings": settings, "base": base.model_dump(mode="json")})
         return Trial(failed, settings, None, images, str(error))
     content = study.model_dump(mode="json", exclude_none=True)
     made = digest({"study": content, "epsilon": epsilon, "delta": delta, "images": images})
-    return Trial(made, settings, study, images)
+    return Trial(made, settings, study, images, ignored=words)
+
+
+def _sets(chosen: Settings, path: str) -> bool:
+    return any(key == path or key.startswith(f"{path}.") for key in chosen)
 
 
 def _budget(settings: Settings) -> tuple[float | None, float | None]:

@@ -465,10 +465,13 @@ class SimulatedSite(FileModel):
     Attributes:
         name: of a site of the study.
         folder: its images, below ``--data``.
+        images: paths below the folder; if there are any, the site has these and no others of it, and other sites may
+            have the rest.
     """
 
     name: Name
     folder: Text
+    images: tuple[Text, ...] = ()
 
 
 class PhantomGroup(FileModel):
@@ -524,7 +527,15 @@ class Simulation(FileModel):
         """
         if self.shared:
             return
-        folders = {site.name: (data / site.folder).resolve() for site in self.sites}
+        self._refuse_listed_twice()
+        folders = {site.name: (data / site.folder).resolve() for site in self.sites if not site.images}
+        for site in self.sites:
+            whole = [name for name, folder in folders.items() if folder == (data / site.folder).resolve()]
+            if site.images and whole:
+                raise StudyError(
+                    f"simulation.sites: {site.name} has a list of the images of {site.folder}, and {whole[0]} has the "
+                    "whole folder; expected a list for each site that shares a folder"
+                )
         for first, second in permutations(folders, 2):
             inner, outer = folders[first], folders[second]
             if inner == outer or outer in inner.parents:
@@ -534,6 +545,15 @@ class Simulation(FileModel):
                     "folder of its own for each site, or one site trains on what another is tested on: separate their "
                     "images, or say shared = true in [simulation] if that is meant"
                 )
+
+    def _refuse_listed_twice(self) -> None:
+        listed = Counter((site.folder, path) for site in self.sites for path in set(site.images))
+        twice = [path for (_, path), count in listed.items() if count > 1]
+        if twice:
+            raise StudyError(
+                f"simulation.sites: {len(twice)} images are in the lists of two sites, {twice[0]} first; expected each "
+                "at one site, or one site trains on what another is tested on; or say shared = true in [simulation]"
+            )
 
 
 class StudyFile(FileModel):

@@ -460,7 +460,10 @@ def _learning(analysis: Analysis) -> Section:
     first, last = line.marks[0], line.marks[-1]
     start = f"from {first.y:.1f} % in round {first.x:.0f} to " if last is not first else ""
     finding = f"{_capital(line.name)}: {start}{last.y:.1f} % in round {last.x:.0f}."
-    notes = ["A round's value is that of the adapter from which the round starts, on the sites' validation images."]
+    notes = [
+        "A round's shared value is that of the adapter from which the round starts, since it travels with the round's "
+        "updates; a site's own value is that of the adapter after the round."
+    ]
     if best is not None and best.trials[0].origin == "site":
         notes.append("Of rounds that a site caught up with later it has no value.")
     if shared and len(shared) < len(mine):

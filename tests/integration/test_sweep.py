@@ -35,6 +35,7 @@ from secure_fed.lab.sweep import (
     run_sweep,
 )
 from secure_fed.lab.sweep_file import Trial, plan_trials, read_sweep_file, with_settings
+from secure_fed.lab.workers import Outcome
 from secure_fed.model.scores import Scores
 from secure_fed.operate.summary import Result, Round, StudySummary, parse_summary
 from secure_fed.report.recommendation import Compared, Score, compare, recommend
@@ -135,6 +136,18 @@ def test_combinations_that_do_not_fit_are_trials_that_fail(tmp_path: Path) -> No
     trials = planned(write(tmp_path, grid={"encoding.bits": [11, 16], "encoding.lanes": [2, 3]}))
     assert [trial.error is None for trial in trials] == [True, True, True, False]
     assert "16" in str(trials[3].error)
+
+
+def test_what_a_method_makes_nothing_of_is_left_out_and_told(tmp_path: Path) -> None:
+    """Of the study; what the sweep itself sets must make a difference, and fails alone where it cannot."""
+    trials = planned(write(tmp_path, grid={"method.adapter": ["facmic", "text_head"]}))
+    assert [trial.study.method.lmmd_weight for trial in trials if trial.study] == [1.0, 0.0]
+    assert [bool(trial.ignored) for trial in trials] == [False, True]
+    assert "text_head makes nothing of method.lmmd_weight" in trials[1].ignored[0]
+    grid = {"method.adapter": ["facmic", "text_head"], "method.lmmd_weight": [0.0, 1.0]}
+    asked = planned(write(tmp_path, grid=grid))
+    assert [trial.error is None for trial in asked] == [True, True, True, False]
+    assert "moves no image feature" in str(asked[3].error)
 
 
 def test_trials_whose_sites_share_a_folder_fail_before_anything_is_made(tmp_path: Path) -> None:
@@ -275,6 +288,32 @@ def small(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
         grid=grid,
         list=[{"rounds": 1}, {"rounds": 2}, {"epsilon": 8, "method.loss": "contrastive"}],
     )
+
+
+def test_a_first_trial_that_cannot_be_prepared_fails_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are made with the next trial of the same images."""
+    asked: list[str] = []
+    ran: list[str] = []
+
+    def locally(function: Any, tasks: list[Any], jobs: int, log: Path) -> Any:
+        for task in tasks:
+            if function is _prepare:
+                asked.append(task.trial.id)
+                error = "no room" if len(asked) < 3 else None
+                yield Outcome(task, None if error else ["two pictures are alike"], error, 0.1)
+            else:
+                ran.append(task.trial.id)
+                yield Outcome(task, None, "was not asked for", 0.1)
+
+    monkeypatch.setattr("secure_fed.lab.sweep.run_locally", locally)
+    path = write(tmp_path / "sweep", data=str(images), grid={"rounds": [1, 2, 3, 4]})
+    found = run_sweep(path, tmp_path / "out", SweepListener())
+    order = [trial.id for trial in planned(path)]
+    assert asked == order[:3]
+    assert ran == order[2:]
+    assert [line.error for line in found.trials] == ["no room"] * 2 + ["was not asked for"] * 2
 
 
 def command(*arguments: object) -> list[str]:

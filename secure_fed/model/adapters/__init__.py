@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ __all__ = [
     "check_method",
     "class_prompt_loss",
     "contrastive_loss",
+    "ignored",
     "initial_parameters",
     "needs_tower",
     "uses_basis",
@@ -54,6 +56,17 @@ def check_method(method: Method) -> None:
             f"{found}: {method.adapter} moves no image feature, so there is nothing to align; expected {expected}: set "
             "it, or take another adapter"
         )
+
+
+def ignored(study: StudyFile) -> dict[str, Any]:
+    """Settings of a study that its method makes nothing of, by dotted path, with the value under which it is taken."""
+    kind = _kind(study.method)
+    found: dict[str, Any] = {}
+    if study.method.lmmd_weight > 0 and not kind.moves_features:
+        found["method.lmmd_weight"] = 0.0
+    if study.features.basis != "raw" and not kind.uses_basis:
+        found["features"] = {"basis": "raw"}
+    return found
 
 
 def uses_basis(study: StudyFile) -> bool:

@@ -1,0 +1,207 @@
+"""Folders of images before there is a study: which classes and patients they have, and what they have in common."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+from secure_fed.clients.data import (
+    MANIFEST,
+    UNLABELLED,
+    Notes,
+    SiteImage,
+    Split,
+    Unit,
+    class_folders,
+    image_files,
+    read_data,
+)
+from secure_fed.clients.dicom import patient_id
+from secure_fed.clients.duplicates import fingerprints
+from secure_fed.clients.features import FeatureCache, Progress
+from secure_fed.clients.manifest import read_table
+from secure_fed.core.errors import DataError, ManifestError, OutputError
+from secure_fed.core.storage import write_durable
+from secure_fed.operate.overlaps import Held, Overlaps, overlaps
+from secure_fed.protocol.study import Shares
+
+_UNDECIDED = Shares(train=1.0, val=0.0, test=0.0, unlabelled=0.0)
+"""Splits of a folder that does not say so itself, while nobody has asked for any: no label is hidden."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder of images has.
+
+    Attributes:
+        path: of the folder, as it was given.
+        classes: its labels, sorted.
+        unit: ``patient`` if all of its images say whose they are.
+        has_splits: whether its manifest says what is used for what; else all of it is in ``train``.
+        images: all of them, sorted by path; labels are indices into ``classes``.
+        notes: what was noticed while they were found.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    unit: Unit
+    has_splits: bool
+    images: list[SiteImage]
+    notes: Notes
+
+    @property
+    def name(self) -> str:
+        """Its last part, by which it is told from the others."""
+        return self.path.resolve().name
+
+    @property
+    def patients(self) -> Counter[str]:
+        """Labelled patients by class; one with several counts for each."""
+        return Counter(name for name, _ in self.labelled)
+
+    @property
+    def labelled(self) -> set[tuple[str, str]]:
+        """Class and patient of every image with a label."""
+        return {(self.classes[image.label], image.patient) for image in self.images if image.label is not None}
+
+
+def look_at(path: Path) -> Folder:
+    """See what a folder has: a ``manifest.csv``, or one folder a class.
+
+    Raises:
+        DataError: there is no such folder, no class in it, or no image.
+        ManifestError: its manifest does not fit its files.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder; expected {MANIFEST} or one folder per class in it")
+    manifest = path / MANIFEST
+    columns: tuple[str, ...] = ()
+    if manifest.exists():
+        table = read_table(manifest, (), ("path", "label"))
+        columns = table.columns
+        labels = {row.cells.get("label", "") for row in table.rows} - {""}
+    else:
+        labels = set(class_folders(path)) - {UNLABELLED}
+        _refuse_sites(path, labels)
+    if not labels:
+        loose = sum(1 for _ in image_files(path))
+        raise DataError(
+            f"{path}: no class in it, but {loose} images; expected one folder per class, or a {MANIFEST} with columns "
+            "path and label: let secfacmic data check --propose write one, and fill in its labels"
+        )
+    classes = tuple(sorted(labels))
+    shares = None if "split" in columns else _UNDECIDED
+    unit: Unit = "patient"
+    notes = Notes()
+    try:
+        images = read_data(path, classes, "patient", shares, 0, notes=notes)
+    except (DataError, ManifestError):
+        unit, notes = "image", Notes()
+        images = read_data(path, classes, "image", shares, 0, notes=notes)
+        notes.told.append(f"{path}: not all images say whose they are, so that each counts as a patient of its own")
+    return Folder(path, classes, unit, shares is None, images, notes)
+
+
+def _refuse_sites(path: Path, names: set[str]) -> None:
+    """Refuse a folder of sites' folders, whose names would be taken for classes."""
+    inner = [set(class_folders(path / name)) - {UNLABELLED} for name in sorted(names)]
+    if len(inner) > 1 and all((path / name / MANIFEST).exists() for name in names):
+        common = {MANIFEST}
+    else:
+        common = set.intersection(*inner) if len(inner) > 1 else set()
+    if common:
+        raise DataError(
+            f"{path}: its folders {', '.join(sorted(names))} have {', '.join(sorted(common))} in each: they look like "
+            f"sites, not like classes; expected the folders of the sites: {path}/*"
+        )
+
+
+def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tuple[Overlaps, list[str]]:
+    """What the images of several folders have in common; nothing is kept.
+
+    Returns:
+        That, and the files that cannot be decoded, with the reason.
+    """
+    held, unreadable = [], []
+    total = sum(len(folder.images) for folder in folders)
+    before = 0
+    with TemporaryDirectory() as scratch, FeatureCache(Path(scratch) / "looks.sqlite") as cache:
+        for folder in folders:
+
+            def tell(done: int, of: int, before: int = before) -> None:
+                if progress is not None:
+                    progress(before + done, total)
+
+            looks = fingerprints(folder.images, cache, tell)
+            unreadable += [f"{folder.images[index].path}: {why}" for index, why in sorted(looks.unreadable.items())]
+            # Splits that were drawn just now mean nothing yet.
+            images = folder.images if folder.has_splits else [_unused(image) for image in folder.images]
+            held.append(Held(folder.name, images, looks.found, ids=folder.unit == "patient"))
+            before += len(folder.images)
+    return overlaps(held), unreadable
+
+
+def _unused(image: SiteImage) -> SiteImage:
+    return SiteImage(image.path, image.patient, None, UNLABELLED, image.frame, image.axis)
+
+
+def propose_manifest(path: Path, out: Path) -> dict[str, Any]:
+    """Write a manifest for a folder that has none, to be looked through and completed.
+
+    Labels are the folders' names, patients those that DICOM files name; what is not known is left empty.
+
+    Args:
+        path: the folder.
+        out: the file; it belongs into the folder as ``manifest.csv``.
+
+    Returns:
+        How many ``rows``, and how many lack a ``patient`` or a ``label``.
+
+    Raises:
+        OutputError: there is a file already.
+        DataError: the folder cannot be read, or has no image.
+        StorageError: it cannot be written.
+    """
+    if out.exists():
+        raise OutputError(f"{out}: exists; expected no file there: look through it, or remove it")
+    rows = []
+    for file in sorted(image_files(path)):
+        relative = file.relative_to(path)
+        label = relative.parts[0] if len(relative.parts) > 1 and relative.parts[0] != UNLABELLED else ""
+        rows.append((relative.as_posix(), patient_id(file), label))
+    if not rows:
+        raise DataError(f"{path}: no image; expected some to propose a manifest of")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "patient", "label"))
+    writer.writerows(rows)
+    write_durable(out, text.getvalue().encode(), 0o600)
+    return {
+        "file": str(out),
+        "rows": len(rows),
+        "without_patient": sum(not patient for _, patient, _ in rows),
+        "without_label": sum(not label for _, _, label in rows),
+    }
+
+
+def facts(folder: Folder) -> dict[str, Any]:
+    """What a folder has, as a JSON document."""
+    counts = Counter((image.label, image.split) for image in folder.images)
+    splits = get_args(Split)
+    return {
+        "folder": str(folder.path),
+        "unit": folder.unit,
+        "splits": "as its manifest says" if folder.has_splits else "to be drawn",
+        "images": len(folder.images),
+        "patients": len({image.patient for image in folder.images}),
+        "classes": {name: sum(counts[label, split] for split in splits) for label, name in enumerate(folder.classes)},
+        "without_label": sum(counts[None, split] for split in splits),
+        "told": folder.notes.told,
+        "passed_over": len(folder.notes.passed_over),
+    }

@@ -1,0 +1,250 @@
+"""Folders before there is a study: what they have, what they have in common, and the template drafted of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+from PIL import Image
+
+from secure_fed.core.errors import DataError, DataLeakError, OutputError, StudyError
+from secure_fed.lab.simulation import prepare, simulate
+from secure_fed.operate.folders import compare, look_at, propose_manifest
+from secure_fed.operate.new_study import check_study
+from secure_fed.operate.study_draft import draft_study
+from secure_fed.protocol.study import read_template, with_fields
+from tests.conftest import CLASSES, Run, make_template
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four folders of pictures, none of which is like another."""
+    root = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(5)
+    for site in ("ash", "birch", "cedar", "dogwood"):
+        for label in CLASSES:
+            (root / site / label).mkdir(parents=True)
+            for number in range(6):
+                pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / site / label / f"{number}.png")
+    return root
+
+
+def folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir())
+
+
+def listed(root: Path, site: str, splits: dict[str, str]) -> None:
+    """Write a manifest whose splits hold, a patient an image."""
+    rows = [f"{path.relative_to(root / site)},{path.stem}-{path.parent.name},{path.parent.name},"
+            f"{splits.get(path.name, 'train')}" for path in sorted((root / site).glob("*/*.png"))]  # fmt: skip
+    (root / site / "manifest.csv").write_text("path,patient,label,split\n" + "\n".join(rows) + "\n")
+
+
+def test_a_draft_of_four_folders_is_a_template_that_runs(own: Path, tmp_path: Path, secfacmic: Run) -> None:
+    done = secfacmic("study", "init", *folders(own), "--out", "mine.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "dogwood (held out)" in done.stdout
+    found = check_study(tmp_path / "mine.toml")
+    assert [(site.name, site.role) for site in found.sites] == [
+        *(("ash", "train"), ("birch", "train"), ("cedar", "train"), ("dogwood", "observer"))
+    ]
+    assert found.class_names == tuple(sorted(CLASSES))
+    assert "an image of striped" in found.classes[2].prompts
+    text = (tmp_path / "mine.toml").read_text()
+    assert "REVIEW" in text
+    assert "Advised: FACMIC's gate" in text  # 24 patients a class are few
+    quick = with_fields(read_template(tmp_path / "mine.toml"), rounds=1, training={"steps": 1, "learning_rate": 1e-3})
+    summary = simulate(quick, tmp_path / "out", own)
+    assert len(summary["rounds"]) == 1
+    again = secfacmic("study", "init", *folders(own), "--out", "mine.toml", cwd=tmp_path)
+    assert again.returncode == OutputError.exit_code
+
+
+def test_the_method_hangs_on_sizes_and_budget(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secure_fed.operate.study_draft.LEAST_SUMMED", 20)
+    assert draft_study(folders(own), "x").template.method.adapter == "gaussian_head"
+    private = draft_study(folders(own), "x", epsilon=3.0)
+    assert private.template.method.adapter == "text_head"
+    assert "epsilon 3" in private.text
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.5"])
+def test_one_folder_is_split_into_lists_that_are_the_same_everywhere(own: Path, tmp_path: Path, partition: str) -> None:
+    folder = own / "ash"
+    draft = draft_study([folder], "Mine, all mine!", partition=partition)
+    assert draft.text == draft_study([folder], "Mine, all mine!", partition=partition).text
+    assert draft.template.name == "mine-all-mine"
+    sites = draft.template.plan.sites
+    assert [site.name for site in sites] == ["site-1", "site-2", "site-3", "site-4"]
+    every = [path for site in sites for path in site.images]
+    assert sorted(every) == sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.png"))
+    shapes = [Counter(path.split("/")[0] for path in site.images) for site in sites]
+    if partition == "iid":
+        assert all(max(shape.values()) - min(shape.values()) <= 1 for shape in shapes)
+    (tmp_path / "mine.toml").write_text(draft.text)
+    agreed = prepare(read_template(tmp_path / "mine.toml"), tmp_path / "out", draft.data)
+    assert len(agreed.study.sites) == 4
+
+
+def test_copies_and_patients_are_not_split_among_sites(own: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ash"
+    shutil.copytree(own / "ash", folder)
+    for number in range(6):
+        shutil.copy(folder / "dark" / f"{number}.png", folder / "dark" / f"copy-{number}.png")
+    draft = draft_study([folder], "x", sites=5)
+    for site in draft.template.plan.sites:
+        names = {Path(path).name for path in site.images if path.startswith("dark/")}
+        assert {f"copy-{name}" for name in names if not name.startswith("copy")} == {
+            name for name in names if name.startswith("copy")
+        }
+
+
+def test_a_column_of_the_manifest_may_say_the_site(own: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    shutil.copytree(own / "ash", folder)
+    paths = sorted(folder.glob("*/*.png"))
+    rows = [(path.relative_to(folder).as_posix(), f"p{index // 2}", path.parent.name, f"Ward {index // 2 % 3}")
+            for index, path in enumerate(paths)]  # fmt: skip
+    (folder / "manifest.csv").write_text("path,patient,label,ward\n" + "".join(",".join(row) + "\n" for row in rows))
+    draft = draft_study([folder], "x", partition="column:ward")
+    assert [site.name for site in draft.template.sites] == ["ward-0", "ward-1", "ward-2"]
+    assert draft.template.plan.unit == "patient"
+    for said, match in (("column:floor", "no column floor"), ("column:path", "several, in column path")):
+        with pytest.raises(StudyError, match=match):
+            draft_study([folder], "x", partition=said)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"partition": "by-age"}, "expected iid, dirichlet:0.5"),
+        ({"partition": "dirichlet:-1"}, "a number above 0"),
+        ({"partition": "column:ward"}, r"has no manifest\.csv"),
+        ({"sites": 900}, "would have no patient"),
+    ],
+)
+def test_partitions_that_do_not_work_say_what_would(own: Path, change: dict[str, object], match: str) -> None:
+    with pytest.raises(StudyError, match=match):
+        draft_study([own / "ash"], "x", **change)  # type: ignore[arg-type]
+
+
+def test_folders_that_make_no_study(own: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="2 sites to train"):
+        draft_study(folders(own)[:2], "x")
+    with pytest.raises(StudyError, match="two folders would be one site"):
+        draft_study([own / "ash", own / "ash", own / "birch"], "x")
+    with pytest.raises(StudyError, match="split one folder"):
+        draft_study(folders(own), "x", partition="iid")
+    with pytest.raises(DataError, match="they look like sites, not like classes"):
+        draft_study([own], "x")
+    with pytest.raises(DataError, match="no class in it, but 6 images"):
+        draft_study([own / "ash" / "dark"], "x")
+    with pytest.raises(DataError, match="no such folder"):
+        draft_study([tmp_path / "none"], "x")
+
+
+def test_held_out_folders_are_named(own: Path) -> None:
+    ash, birch, cedar, dogwood = folders(own)
+    draft = draft_study([birch, cedar, dogwood], "x", held_out=[ash])
+    assert [site.name for site in draft.template.sites if site.role == "observer"] == ["ash"]
+
+
+# --- overlaps ---
+
+
+@pytest.fixture
+def overlapping(own: Path, tmp_path: Path) -> Path:
+    """birch has two of ash's pictures in its test images, and a patient id that cedar has too."""
+    root = tmp_path / "data"
+    shutil.copytree(own, root)
+    for number in (0, 1):
+        shutil.copy(root / "ash" / "dark" / f"{number}.png", root / "birch" / "dark" / f"copy-{number}.png")
+    listed(root, "ash", {})
+    listed(root, "birch", {"copy-0.png": "test", "copy-1.png": "test"})
+    listed(root, "cedar", {"0.png": "test"})
+    listed(root, "dogwood", {"1.png": "test"})
+    return root
+
+
+def test_folders_are_checked_against_each_other_without_a_study(overlapping: Path, secfacmic: Run) -> None:
+    done = secfacmic("data", "check", *folders(overlapping), "--json")
+    assert done.returncode == DataLeakError.exit_code
+    assert "copy-0.png (test at birch)" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["folders"][0]["classes"] == {"dark": 6, "light": 6, "striped": 6}
+    assert found["in_common"]["copies_count"] == len(found["in_common"]["leaks"]) == 2
+    assert found["in_common"]["patients_count"] == 18  # each numbers them alike
+    clean = secfacmic("data", "check", *folders(overlapping)[2:])
+    assert clean.returncode == 0
+    assert "one patient at two sites, or two patients of one number" in clean.stdout
+
+
+def test_splits_that_are_still_to_be_drawn_leak_nothing(own: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(own / "ash", tmp_path / name)
+    common, unreadable = compare([look_at(tmp_path / name) for name in ("a", "b")])
+    assert (len(common.copies), common.leaks, unreadable) == (18, [], [])
+
+
+def test_a_simulation_whose_sites_overlap_is_refused(
+    overlapping: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = make_template().plan.model_dump(mode="json", exclude_none=True) | {"unit": "patient"}
+    template = make_template(rounds=1, simulation=plan)
+    with pytest.raises(DataLeakError, match="2 pictures are in the test images of one site and in the training"):
+        simulate(template, tmp_path / "out", overlapping)
+    assert not (tmp_path / "out" / "server" / "run").exists()
+    assert "patient ids at more than one site" in caplog.text
+    simulate(make_template(rounds=1, simulation=plan | {"shared": True}), tmp_path / "meant", overlapping)
+
+
+def test_an_observer_is_tested_on_all_its_images(own: Path, tmp_path: Path) -> None:
+    shutil.copytree(own, tmp_path / "data")
+    root = tmp_path / "data"
+    shutil.copy(root / "ash" / "dark" / "0.png", root / "dogwood" / "dark" / "mine.png")
+    for site in ("ash", "birch", "cedar", "dogwood"):
+        listed(root, site, {"5.png": "test"})
+    with pytest.raises(DataLeakError, match=r"dark/mine.png \(test at dogwood\)"):
+        simulate(make_template(rounds=1), tmp_path / "out", root)
+
+
+# --- a manifest ---
+
+
+def test_a_manifest_is_proposed_and_never_overwrites_one(own: Path, tmp_path: Path, secfacmic: Run) -> None:
+    out = tmp_path / "manifest.csv"
+    done = secfacmic("data", "check", own / "ash", "--propose", out)
+    assert done.returncode == 0
+    assert "18 images, 18 without a patient, 0 without a label" in done.stdout
+    with out.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows[0] == {"path": "dark/0.png", "patient": "", "label": "dark"}
+    with pytest.raises(OutputError, match="exists"):
+        propose_manifest(own / "ash", out)
+    for wrong in ((), (own / "ash", own / "birch", "--propose", tmp_path / "x.csv"), (own / "ash", "--html", "x")):
+        assert secfacmic("data", "check", *wrong).returncode == 2
+
+
+def test_lists_of_images_hold(own: Path, tmp_path: Path) -> None:
+    draft = draft_study([own / "ash"], "x")
+    table = tomllib.loads(draft.text)
+    table["simulation"]["sites"][0]["images"].append("dark/99.png")
+    (tmp_path / "x.toml").write_text(tomli_w.dumps(table))
+    with pytest.raises(DataError, match=r"1 of \d+ images that are listed for this site are not there"):
+        simulate(tmp_path / "x.toml", tmp_path / "out", draft.data)
+    table["simulation"]["sites"][0]["images"] = table["simulation"]["sites"][1]["images"]
+    (tmp_path / "x.toml").write_text(tomli_w.dumps(table))
+    with pytest.raises(StudyError, match="in the lists of two sites"):
+        simulate(tmp_path / "x.toml", tmp_path / "other", draft.data)
+    del table["simulation"]["sites"][0]["images"]
+    (tmp_path / "x.toml").write_text(tomli_w.dumps(table))
+    with pytest.raises(StudyError, match="a list for each site that shares a folder"):
+        simulate(tmp_path / "x.toml", tmp_path / "third", draft.data)
