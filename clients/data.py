@@ -40,6 +40,12 @@ MANIFEST = "manifest.csv"
 UNLABELLED: Split = "unlabelled"
 """Name of the split, and of the optional folder, of images without a label."""
 
+DRAWN_ALONE = (
+    "under a privacy budget the splits are drawn anew, each patient's by itself: they are not those of a run without a "
+    "budget, and shares hold on average only"
+)
+"""Told where it is so."""
+
 _COLUMNS = ("path", "label")
 _SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
@@ -216,6 +222,8 @@ def read_data(
         splits = {row.patient: _SPLIT_OF[row.split] for row in rows}
     else:
         assert shares is not None  # both readers refuse otherwise
+        if together is None:
+            notes.told.append(DRAWN_ALONE)
         splits = _draw_each_split(rows, shares, seed) if together is None else _draw_splits(rows, ids, shares, seed)
         bare = _images(rows, ids, dict.fromkeys(splits, UNLABELLED))
         unknown = {row.patient for row in rows if not row.label}

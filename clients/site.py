@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from secure_fed.clients import one_sum
 from secure_fed.clients.bound import Bound
-from secure_fed.clients.data import Split
+from secure_fed.clients.data import DRAWN_ALONE, Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
 from secure_fed.clients.given_sums import GivenSums
@@ -196,6 +196,8 @@ class Site:
         else:
             found, looks = compared_images(self._file, self._agreed, progress)
         refuse_doubts(self._file, found)
+        if DRAWN_ALONE in found.notes.told:
+            log.info("%s: %s", self.name, DRAWN_ALONE)
         if found.doubts:
             count = len(found.doubts)
             log.warning("%s: %d doubts about who is who; see them: secfacmic data check", self.name, count)

@@ -73,3 +73,11 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
+    for line in (
+        "try next:",
+        f"  secfacmic report {into}         a page of what was found",
+        f"  secfacmic evaluate --adapter {into / ADAPTER} --images DIR",
+        "  secfacmic drill                 attacks on this installation, and what held",
+        "  secfacmic study init DIR...     a study of your own images",
+    ):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)

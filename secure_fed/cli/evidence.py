@@ -41,13 +41,14 @@ def pack(
     The command's name can be left out: secfacmic evidence DIR --out FILE.
     """
     from secure_fed.operate.evidence import pack_evidence
+    from secure_fed.report.document_page import evidence_page
 
-    manifest = pack_evidence(site, into)
+    manifest = pack_evidence(site, into, evidence_page)
     if json_:
         print_json(manifest)
         return
     _say(f"{into}: {len(manifest['files'])} files of site {manifest['site']}, study {manifest['study']}")
-    _say("no private key, image, feature or patient id is in it")
+    _say("no private key, image, feature or patient id is in it; index.html in it is for people to read")
 
 
 @app.command()
@@ -56,14 +57,14 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Check an archive offline: digests, signature, journal, ledger, acceptance and the list of what was sent."""
-    from secure_fed.operate.evidence import verify_evidence
+    from secure_fed.operate.evidence import in_words, verify_evidence
 
     found: dict[str, Any] = verify_evidence(archive)
     if json_:
         print_json({"verified": True, **found})
         return
-    for name, value in found.items():
-        _say(f"{name.replace('_', ' ')}: {value}")
+    for line in in_words(found):
+        _say(line)
     _say("all of it verifies; compare the study id with the one that you know")
 
 

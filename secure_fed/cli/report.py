@@ -22,6 +22,10 @@ def report(
     form: Annotated[
         str | None, typer.Option("--format", help="html, md, csv or png; else by the file's ending, or html.")
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also figures as SVG and PDF, and tables as LaTeX and CSV, into a folder."),
+    ] = None,
     local_metrics: Annotated[
         bool,
         typer.Option(
@@ -42,3 +46,9 @@ def report(
     if analysis.results.local_only:
         console.print("the report holds this site's own metrics: it must not leave the site", highlight=False)
     stdout.print(str(path), highlight=False, soft_wrap=True)
+    if figures is not None:
+        from secure_fed.report.figures import sections
+        from secure_fed.report.papers import write_papers
+
+        write_papers(sections(analysis), figures)
+        stdout.print(str(figures), highlight=False, soft_wrap=True)

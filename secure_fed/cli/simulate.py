@@ -17,7 +17,13 @@ from rich.text import Text
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, console, out, print_json
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
 from secure_fed.core.layout import ADAPTER, SUMMARY
+from secure_fed.lab.run_log import Log, refuse_missing, write_logs
 from secure_fed.operate.summary import METHODS, Result, StudySummary, parse_summary
+
+Logs = Annotated[
+    list[Log] | None,
+    typer.Option("--log", help="Rounds as TensorBoard's event files, or as a CSV for MLflow; once for each."),
+]
 
 
 def simulate(
@@ -32,19 +38,24 @@ def simulate(
     epsilon: Epsilon = None,
     delta: Delta = None,
     device: Device = None,
+    logs: Logs = None,
     json_: Json = False,
 ) -> None:
     """Run a study with all its sites on this machine, encryption included."""
     chosen = template(study, seed, mode)  # before anything that takes long to load
     from secure_fed.lab.simulation import simulate as run
 
+    refuse_missing(logs or ())
     budget = budget_of(epsilon, delta)
     with live() as listener:
         summary = run(chosen, into, data, listener, skip_unreadable=skip_unreadable, budget=budget, device=device)
+    found = parse_summary(summary, StudySummary, str(into / SUMMARY))
+    for path in write_logs(logs or (), into, {chosen.name: ({}, found)}):
+        console.print(f"log: {path}", markup=False, highlight=False, soft_wrap=True)
     if json_:
         print_json(summary)
     else:
-        print_results(parse_summary(summary, StudySummary, str(into / SUMMARY)))
+        print_results(found)
         out.print(f"adapter: {into / ADAPTER}", highlight=False, soft_wrap=True)
 
 
@@ -69,7 +80,11 @@ def budget_of(epsilon: float | None, delta: float | None) -> Any:
 
 def print_results(summary: StudySummary) -> None:
     """Balanced accuracy of each method, per site and held out, in percent; then what each site with a budget spent."""
-    table = Table("", title="balanced accuracy, %")
+    table = Table(
+        "",
+        title="balanced accuracy, %",
+        caption="a column a site: on its own test images; held out: on those of sites that train nothing",
+    )
     for name in (*summary.sites, "held out"):
         table.add_column(name, justify="right")
     for method, label in METHODS.items():

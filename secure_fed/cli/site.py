@@ -57,6 +57,10 @@ def accept(
     again: Annotated[
         bool, typer.Option("--again", help="Accept one run more of a study that this site has taken part in.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write it as a page to be signed; without --by nothing is recorded."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
@@ -75,6 +79,15 @@ def accept(
         _show_terms(shown)
         if again:
             _say(AGAIN)
+    if html is not None:
+        from secure_fed.core.storage import write_durable
+        from secure_fed.report.document_page import consent_page
+
+        write_durable(html, consent_page(shown).encode())
+        if by is None:
+            if not json_:
+                _say(f"{html}: to be read, printed and signed; nothing is recorded yet: then say --by NAME")
+            return
     if by is None and sys.stdin.isatty():
         by = typer.prompt("your name, to accept this for the site (empty: do not)", default="", err=True).strip()
     path = record_acceptance(file, agreed, identity, by or "", again=again)

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from secure_fed.cli.output import Json, console, out, print_json
+from secure_fed.cli.simulate import Logs
+from secure_fed.lab.run_log import refuse_missing, write_logs
 
 
 def sweep(
@@ -19,6 +21,7 @@ def sweep(
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: HOST:PORT, auto, or local.")
     ] = None,
+    logs: Logs = None,
     json_: Json = False,
 ) -> None:
     """Run a study many times, on public or simulated data, and compare settings."""
@@ -29,6 +32,7 @@ def sweep(
     from secure_fed.lab.sweep import SweepListener, run_sweep
     from secure_fed.report.recommendation import compare
 
+    refuse_missing(logs or ())
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -50,6 +54,9 @@ def sweep(
             progress.update(bar, description=text)
 
         found = run_sweep(file, into, SweepListener(tell, count), jobs=jobs, ray=ray)
+    done = {line.trial: (line.settings, line.summary) for line in found.trials if line.summary is not None}
+    for path in write_logs(logs or (), into, done):
+        console.print(f"log: {path}", markup=False, highlight=False, soft_wrap=True)
     compared = compare(found.trials)
     if json_:
         print_json(

@@ -35,6 +35,7 @@ At a site:
 | ``forgotten.json`` | keyed hashes of forgotten patients | ``data forget`` |
 | ``given-sums.json`` | keyed hashes of images that were in an exact sum | site |
 | ``sent.jsonl`` | the list of all that left the site | site |
+| ``drill.json`` | which attacks were tried on this installation | ``drill --site`` |
 | ``adapter.safetensors`` | results: the adapter, | ``client`` |
 | ``calibration.safetensors`` | its temperature here, | ``client`` |
 | ``summary.json`` | and its figures | ``client`` |
@@ -374,6 +375,11 @@ class SiteState(StateFolder):
     def sent(self) -> Path:
         """The list of all that left the site."""
         return self.path / "sent.jsonl"
+
+    @property
+    def drill(self) -> Path:
+        """Which attacks were tried on the installation, and what came of them."""
+        return self.path / "drill.json"
 
     @property
     def adapter(self) -> Path:

@@ -8,6 +8,8 @@ and SHA-256 and is signed by the site; what it holds:
 ``accepted/``    who accepted the study, when, and what was shown
 ``ledger/``      what of the privacy ledger depends on no patient: claim, plans, releases, and what travelled of it
 ``sent.jsonl``   every message that left the site
+``drill.json``   which attacks were tried on the installation, if any were
+``index.html``   all of this for a person to read; the site's own words, like the rest
 ``policy.json``  what the site demands of a study; ``versions.json`` and ``bom.json`` what it ran (CycloneDX 1.5)
 """
 
@@ -22,6 +24,8 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -37,7 +41,7 @@ from secure_fed.core.layout import RECORDS, SiteState
 from secure_fed.core.storage import exclusive, sync_folder
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.privacy.accounting import Mechanism, epsilon_spent
-from secure_fed.privacy.keys import load_identity
+from secure_fed.privacy.keys import Identity, load_identity
 from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.protocol.envelope import EnvelopeHeader
@@ -87,12 +91,13 @@ class _Manifest(FileModel):
 # --- packing ---
 
 
-def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
+def pack_evidence(folder: Path, into: Path, page: Callable[[dict[str, Any]], str] | None = None) -> dict[str, Any]:
     """Write a site's archive, whole or not at all.
 
     Args:
         folder: the site's, or its ``site.toml``; the site must not be running.
         into: the archive.
+        page: makes ``index.html`` of what :func:`verify_evidence` finds; without it there is none.
 
     Returns:
         The manifest.
@@ -127,12 +132,24 @@ def pack_evidence(folder: Path, into: Path) -> dict[str, Any]:
         if state.sent.exists():
             data = state.sent.read_bytes()
             parts[_SENT] = data[: data.rfind(b"\n") + 1]
-        listed = {name: _listed(part) for name, part in sorted(parts.items())}
-        manifest = _Manifest(format=1, site=file.site, study=agreed.study.id, files=listed).model_dump(mode="json")
-        payload = canonical_json(manifest)
-        header = _ManifestHeader(version=1, study=agreed.study.id, site=file.site, **payload_fields(payload))
-        parts[MANIFEST] = sign_frame(MAGIC, header, identity.signing, payload)
-        _write(into, parts)
+        if state.drill.exists():
+            parts["drill.json"] = state.drill
+        if page is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                bare = Path(scratch) / "evidence.zip"
+                _seal(bare, dict(parts), agreed.study.id, file.site, identity)
+                parts["index.html"] = page(verify_evidence(bare)).encode()
+        return _seal(into, parts, agreed.study.id, file.site, identity)
+
+
+def _seal(into: Path, parts: dict[str, Path | bytes], study: str, site: str, identity: Identity) -> dict[str, Any]:
+    """Write the archive of these parts with their signed manifest."""
+    listed = {name: _listed(part) for name, part in sorted(parts.items())}
+    manifest = _Manifest(format=1, site=site, study=study, files=listed).model_dump(mode="json")
+    payload = canonical_json(manifest)
+    header = _ManifestHeader(version=1, study=study, site=site, **payload_fields(payload))
+    parts[MANIFEST] = sign_frame(MAGIC, header, identity.signing, payload)
+    _write(into, parts)
     return manifest
 
 
@@ -213,6 +230,7 @@ class _Journals:
     Attributes:
         runs, records, rounds: how many, in all.
         keys: signing keys that the site has had as a member.
+        members: name, role and number of sums of each member of any run, by name.
         own: headers of its updates in sums, with the digest by which the list of sent messages names each.
     """
 
@@ -220,6 +238,7 @@ class _Journals:
     records: int
     rounds: int
     keys: set[str]
+    members: list[dict[str, Any]]
     own: list[tuple[EnvelopeHeader, str]]
 
 
@@ -265,16 +284,69 @@ def verify_evidence(path: Path) -> dict[str, Any]:
             "acceptances": len(acceptances),
             "budget_accepted": shown["budget"],
             "runs_accepted": accepted.runs,
+            "all_acceptances": [
+                {"by": note.by, "accepted_ms": note.accepted_ms, "runs": note.runs, "budget": terms["budget"]}
+                for note, terms in acceptances
+            ],
+            "mode": agreed.study.mode,
+            "study_rounds": agreed.study.rounds,
+            "members": journals.members,
             "runs": journals.runs,
             "records": journals.records,
             "rounds": journals.rounds,
             "updates_in_sums": len(journals.own),
             "messages_sent": len(sent),
             "bytes_sent": sum(row.bytes for row in sent),
+            "sent": [row.model_dump(mode="json", include={"time", "round", "code", "bytes", "digest"}) for row in sent],
             "ledger": _ledger(folder, agreed, journals, site),
             "software": json.loads(_read(folder, "versions.json")),
+            "drill": _drill(folder),
             "packages": len(json.loads(_read(folder, "bom.json"))["components"]),
         }
+
+
+def in_words(found: dict[str, Any]) -> list[str]:
+    """What :func:`verify_evidence` found, a sentence a line."""
+    software = ", ".join(f"{name} {value}" for name, value in sorted(found["software"].items()))
+    lines = [
+        f"site {found['site']}, study {found['study']}, id {found['study_id']}",
+        *(
+            f"accepted by {one['by']} at {when(one['accepted_ms'])}, for {one['runs']} runs in all, "
+            + ("without a privacy budget" if one["budget"] is None else _budget_words(one["budget"]))
+            for one in found["all_acceptances"]
+        ),
+        f"{found['runs']} runs with {found['records']} records and {found['rounds']} rounds; "
+        f"{found['updates_in_sums']} updates of this site are in sums",
+        *(f"member {one['name']}, {one['role']}: in {one['sums']} sums" for one in found["members"]),
+        f"{found['messages_sent']} messages left it, {found['bytes_sent']:,} bytes in all",
+        f"privacy ledger: {found['ledger']}",
+        f"software: {software}; {found['packages']} packages in the bill of materials",
+    ]
+    if found["drill"] is None:
+        return [*lines, "no drill is recorded: attacks on this installation were not tried, or not kept"]
+    held = sum(row["held"] for row in found["drill"]["attacks"])
+    return [
+        *lines,
+        f"drill: {held} of {len(found['drill']['attacks'])} attacks held off, with {found['drill']['version']}",
+    ]
+
+
+def _budget_words(budget: dict[str, Any]) -> str:
+    return f"epsilon {budget['epsilon']:g} at delta {budget['delta']:g} for each {budget['unit']}"
+
+
+def _drill(folder: Path) -> dict[str, Any] | None:
+    """The drill's record; None without one."""
+    path = folder / "drill.json"
+    if not path.exists():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        if all({"id", "attacker", "tried", "held"} <= set(row) for row in record["attacks"]) and record["version"]:
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise EvidenceError("drill.json: malformed; expected what secfacmic drill --site has kept")
 
 
 def _unpack(path: Path, folder: Path) -> tuple[Any, _ManifestHeader, _Manifest]:
@@ -334,20 +406,25 @@ def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
     keys = {member.keys.signing for member in agreed.study.sites if member.name == site}
     own: list[tuple[EnvelopeHeader, str]] = []
     runs = records = rounds = 0
+    roles = {member.name: member.role for member in agreed.study.sites}
+    sums: Counter[str] = Counter()
     for run in sorted((folder / "journal").glob("*")):
         chain = Chain(agreed)
         for record in RecordFolder(run).replay(chain):
             for entry, header in zip(record.header.contributors, record.contributors, strict=False):
+                sums[header.site] += 1
                 if header.site == site:
                     digest = hashlib.sha256(ENVELOPE_MAGIC + entry.signed[0]).hexdigest()
                     own.append((header, digest))
+            roles |= {member.name: member.role for member in record.members.values()}
             member = record.members.get(site)
             if member is not None:
                 keys.add(member.keys.signing)
         if chain.run != run.name:
             raise RecordError(f"journal/{run.name}: its records are of run {chain.run[:16]}")
         runs, records, rounds = runs + 1, records + chain.length, rounds + chain.round
-    return _Journals(runs, records, rounds, keys, own)
+    members = [{"name": name, "role": role, "sums": sums[name]} for name, role in sorted(roles.items())]
+    return _Journals(runs, records, rounds, keys, members, own)
 
 
 def _sent(folder: Path, journals: _Journals, site: str) -> list[SentMessage]:

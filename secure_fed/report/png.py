@@ -37,13 +37,18 @@ def as_png(analysis: Analysis) -> bytes:
         axis.set_title(
             _plain(f"{title}{'' if title.endswith('?') else ':'} {panel.title}"), fontsize=10, loc="left", wrap=True
         )
-        if isinstance(panel, Chart):
-            _chart(axis, panel)
-        else:
-            _matrix(axis, panel)
+        draw(axis, panel)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
+
+
+def draw(axis: Any, panel: Chart | Matrix) -> None:
+    """Draw a chart or a shaded table into Matplotlib's axes."""
+    if isinstance(panel, Chart):
+        _chart(axis, panel)
+    else:
+        _matrix(axis, panel)
 
 
 def _chart(axis: Any, chart: Chart) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secure_fed.clients.data import _largest_remainder, read_data
+from secure_fed.clients.data import DRAWN_ALONE, Notes, _largest_remainder, read_data
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.study import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
@@ -360,8 +360,13 @@ def test_under_a_budget_shares_hold_on_average(tmp_path):
     counts = Counter(image.split for image in read_data(tmp_path, CLASSES, "image", SHARES, 3, together=None))
     for split, share in SHARES.model_dump().items():
         assert abs(counts[split] - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5
-    other = Counter(image.split for image in read_data(tmp_path, CLASSES, "image", SHARES, 4, together=None))
-    assert other != counts
+    notes = Notes()
+    private = read_data(tmp_path, CLASSES, "image", SHARES, 4, together=None, notes=notes)
+    assert Counter(image.split for image in private) != counts
+    assert DRAWN_ALONE in notes.told  # for they are other splits than those of a run without a budget
+    without = Notes()
+    read_data(tmp_path, CLASSES, "image", SHARES, 4, notes=without)
+    assert DRAWN_ALONE not in without.told
 
 
 def test_under_a_budget_a_patient_with_an_unlabelled_image_is_unlabelled_whole(tmp_path):

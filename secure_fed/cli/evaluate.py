@@ -1,0 +1,76 @@
+"""``secfacmic evaluate``: an adapter against images whose labels are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from secure_fed.cli.output import Device, Json, console, out, print_json
+
+
+def evaluate(
+    adapter: Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")],
+    images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Labelled images: a manifest.csv with labels, or a folder a class.")
+    ],
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the manifest: metrics for each of its values too.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Figures as SVG and PDF, tables as LaTeX and CSV, into a folder.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The backbone's weights, if they do not lie where the study says.")
+    ] = None,
+    skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """All metrics of an adapter on labelled images, with intervals by patient, by class and by a column.
+
+    Images that the adapter was trained on make its figures too good: test on others.
+    """
+    from secure_fed.model.device import choose_device
+    from secure_fed.operate.evaluate import evaluate_folder
+    from secure_fed.report.evaluation import evaluation_sections
+
+    with console.status("loading the backbone") as status:
+        found = evaluate_folder(
+            adapter,
+            images,
+            by,
+            checkpoint,
+            skip_unreadable=skip_unreadable,
+            device=choose_device(device or "auto"),
+            progress=lambda done, total: status.update(f"{done} of {total} images"),
+        )
+    sections = evaluation_sections(found)
+    if figures is not None:
+        from secure_fed.report.papers import write_papers
+
+        written = write_papers(sections, figures)
+    if json_:
+        print_json(found.document())
+    for section in () if json_ else sections:
+        for text in (section.title, section.finding):
+            if text:
+                out.print(text, markup=False, highlight=False, soft_wrap=True)
+        for table in section.tables:
+            shown = Table(title=escape(table.caption))
+            for name, numeric in zip(table.columns, table.numeric, strict=True):
+                shown.add_column(escape(name), justify="right" if numeric else "left")
+            for row in table.rows:
+                shown.add_row(*(escape(one.text) for one in row))
+            out.print(shown)
+        for note in section.notes:
+            out.print(note, markup=False, highlight=False, soft_wrap=True)
+    for name, reason in found.said.unreadable.items():
+        console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if found.unlabelled:
+        console.print(f"{found.unlabelled} images without a label count in nothing", highlight=False, soft_wrap=True)
+    if figures is not None:
+        console.print(f"{figures}: {len(written)} files", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,136 @@
+"""An evaluation as figures and tables."""
+
+from __future__ import annotations
+
+from secure_fed.model.scores import SCALARS, Scores
+from secure_fed.operate.evaluate import Evaluation, Share
+from secure_fed.report.chart import (
+    UNKNOWN,
+    Cell,
+    Chart,
+    Mark,
+    Matrix,
+    Section,
+    Series,
+    Table,
+    cell,
+    nice_axis,
+    rows_axis,
+)
+
+
+def evaluation_sections(found: Evaluation) -> list[Section]:
+    """What was found: overall, by class, calibration, and sets and groups where there are any."""
+    sections = [_overall(found), _classes(found), _calibration(found)]
+    if found.coverage is not None:
+        sections.append(_coverage(found))
+    if found.groups:
+        sections.append(_groups(found))
+    return sections
+
+
+def _overall(found: Evaluation) -> Section:
+    scores = found.overall
+    unit = "patients" if found.by_patient else "images, each as a patient of its own"
+    rows = tuple((Cell(title), *_metric(scores, name)) for name, title in SCALARS.items())
+    return Section(
+        "overall",
+        "Overall",
+        f"{scores.images} labelled images of {scores.patients} {unit}.",
+        tables=(Table("All metrics, %", ("metric", "value", "low", "high"), rows),),
+        notes=("Low and high: 95 % intervals, by resampling patients.",),
+    )
+
+
+def _metric(scores: Scores, name: str) -> tuple[Cell, Cell, Cell]:
+    value = getattr(scores, name)
+    ends = (scores.intervals or {}).get(name) or (None, None)
+    return _percent(value), _percent(ends[0]), _percent(ends[1])
+
+
+def _percent(value: float | None) -> Cell:
+    return cell(None if value is None else 100 * value)
+
+
+def _shared(share: Share | None) -> tuple[Cell, Cell, Cell]:
+    if share is None:
+        return (Cell(UNKNOWN),) * 3
+    return _percent(share.value), _percent(share.low), _percent(share.high)
+
+
+def _classes(found: Evaluation) -> Section:
+    names = tuple(each.name for each in found.classes)
+    counts = found.overall.confusion_matrix or ()
+    shares = tuple(tuple(count / sum(row) if sum(row) else None for count in row) for row in counts)
+    matrix = Matrix(
+        "Images by true class (row) and prediction", "true", names, names, shares,
+        tuple(tuple(str(count) for count in row) for row in counts),
+    )  # fmt: skip
+    rows = tuple(
+        (Cell(each.name), cell(each.images, "{:.0f}"), cell(each.patients, "{:.0f}"), *_shared(each.sensitivity),
+         *_shared(each.precision))
+        for each in found.classes
+    )  # fmt: skip
+    columns = ("class", "images", "patients", "sensitivity", "low", "high", "precision", "low", "high")
+    chart = Chart(
+        "Sensitivity by class, %",
+        nice_axis("%", [0.0, 100.0], most=100),
+        rows_axis(names),
+        (
+            Series(
+                "sensitivity",
+                tuple(
+                    Mark(100 * one.value, float(place), each.name, 100 * (one.low or 0), 100 * (one.high or 0))
+                    for place, each in enumerate(found.classes)
+                    if (one := each.sensitivity).value is not None
+                ),
+                0,
+                line=False,
+                across=True,
+            ),
+        ),
+        rows=True,
+    )
+    return Section("classes", "By class", "", (chart,), (matrix,), (Table("By class, %", columns, rows),))
+
+
+def _calibration(found: Evaluation) -> Section:
+    said = "after temperature scaling" if found.said.calibrated else "not calibrated"
+    marks = tuple(Mark(100 * each.confidence, 100 * each.right, f"{each.images} images") for each in found.bins)
+    axis = nice_axis("probability of the prediction, %", [0.0, 100.0], most=100)
+    share = nice_axis("share that is right, %", [0.0, 100.0], most=100)
+    chart = Chart("Reliability", axis, share, (Series(said, marks, 0),), diagonal=True)
+    rows = tuple((_percent(each.confidence), _percent(each.right), cell(each.images, "{:.0f}")) for each in found.bins)
+    table = Table("Reliability", ("probability, %", "right, %", "images"), rows)
+    return Section("calibration", "Calibration", "", (chart,), (), (table,), notes=(f"Probabilities are {said}.",))
+
+
+def _coverage(found: Evaluation) -> Section:
+    coverage = found.coverage
+    assert coverage is not None, "asked for where there are sets alone"
+    rows = [(Cell("all"), *_shared(coverage.found))]
+    rows += [(Cell(each.name), *_shared(each.covered)) for each in found.classes]
+    return Section(
+        "coverage",
+        "Sets of classes",
+        f"Sets promise the class of {100 * coverage.promised:g} % of patients like the study's validation patients, "
+        f"and have {coverage.size:.2f} classes on average here; {100 * coverage.strangers:.1f} % of the images "
+        "are like none of these patients.",
+        tables=(Table("Images whose set holds their class, %", ("class", "share", "low", "high"), tuple(rows)),),
+    )
+
+
+def _groups(found: Evaluation) -> Section:
+    shown = ("balanced_accuracy", "auroc", "expected_calibration_error")
+    rows = tuple(
+        (Cell(value), cell(scores.images, "{:.0f}"), cell(scores.patients, "{:.0f}"),
+         *(each for name in shown for each in _metric(scores, name)))
+        for value, scores in found.groups.items()
+    )  # fmt: skip
+    columns = tuple(name for each in shown for name in (SCALARS[each], "low", "high"))
+    return Section(
+        "groups",
+        f"By {found.column}",
+        tables=(Table(f"By {found.column}, %", (found.column, "images", "patients", *columns), rows),),
+        notes=("A class that a group lacks counts in none of its means.",),
+    )

@@ -1,0 +1,128 @@
+"""Mistakes of a first hour: each ends with one message that says the next step, and leaves nothing half done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from secure_fed.core import errors
+from tests.conftest import Result, Run, template_table
+
+
+def told(result: Result, kind: type[errors.SecfacmicError], *says: str) -> None:
+    """One message, with the class' own exit code, no traceback and no rich boxes cut off."""
+    assert result.returncode == kind.exit_code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("secfacmic: ") == 1
+    for text in says:
+        assert text in result.stderr, text
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps(template_table(rounds=1)))
+    return path
+
+
+def by_patient(path: Path) -> Path:
+    table = template_table(rounds=1)
+    table["simulation"]["unit"] = "patient"
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def test_no_manifest_where_patients_are_asked_for(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    ended = secfacmic("simulate", by_patient(template), "--data", images, "--out", tmp_path / "out")
+    told(ended, errors.DataError, "expected a manifest.csv with a patient column", 'unit = "image"')
+
+
+def test_a_budget_where_nobody_knows_the_patients(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    ended = secfacmic("simulate", by_patient(template), "--data", images, "--out", tmp_path / "out", "--epsilon", 3)
+    told(ended, errors.DataError, "expected a manifest.csv with a patient column")
+
+
+def test_the_wrong_folder(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    ended = secfacmic("simulate", template, "--data", images / "ash", "--out", tmp_path / "out")
+    told(ended, errors.DataError, str(images / "ash" / "ash"), "no such folder")
+
+
+def test_classes_in_another_language(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    shutil.copytree(images, tmp_path / "data")
+    (tmp_path / "data/birch/dark").rename(tmp_path / "data/birch/dunkel")
+    ended = secfacmic("simulate", template, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    told(ended, errors.LabelError, "'dunkel' (10 images)", "expected 'dark', 'light', 'striped'", "rename")
+
+
+def test_two_sites_in_one_folder(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    template.write_text(template.read_text().replace('folder = "birch"', 'folder = "ash"'))
+    ended = secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out")
+    told(ended, errors.StudyError, "are one", "a folder of its own for each site", "shared = true")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_of_nothing(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    ended = secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out", "--epsilon", 0)
+    told(ended, errors.SiteFileError, "epsilon = 0.0", "greater than 0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_an_empty_folder(tmp_path: Path, secfacmic: Run) -> None:
+    (tmp_path / "empty").mkdir()
+    told(secfacmic("report", tmp_path / "empty"), errors.ReportError, "expected")
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_predicting_with_another_backbone(finished_run: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    other = tmp_path / "other.safetensors"
+    assert secfacmic("backbone", "random", "random-small", "--seed", 9, "--out", other).returncode == 0
+    ended = secfacmic("predict", "--adapter", finished_run / "adapter.safetensors", "--images", images / "ash",
+                      "--checkpoint", other)  # fmt: skip
+    told(ended, errors.BackboneDigestError)
+
+
+def test_an_out_folder_of_another_study(finished_run: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    shutil.copytree(finished_run, tmp_path / "out", symlinks=True)
+    (tmp_path / "other.toml").write_text(tomli_w.dumps(template_table(rounds=2)))
+    ended = secfacmic("simulate", tmp_path / "other.toml", "--data", images, "--out", tmp_path / "out")
+    told(ended, errors.OutputError, "with other rounds", "choose another --out")
+
+
+def test_a_summary_of_a_version_that_this_one_cannot_read(finished_run: Path, tmp_path: Path, secfacmic: Run) -> None:
+    shutil.copytree(finished_run, tmp_path / "out", symlinks=True)
+    summary = tmp_path / "out" / "summary.json"
+    summary.write_text(summary.read_text().replace('"format": 2', '"format": 99'))
+    told(secfacmic("report", tmp_path / "out"), errors.SummaryError, "found format 99, expected 2")
+
+
+def bare(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process with nearly no environment."""
+    words = [sys.executable, "-P", "-m", "secure_fed.cli", *map(str, arguments)]
+    root = str(Path(__file__).parents[2])
+    known = {"PATH": os.environ["PATH"], "PYTHONPATH": root, **environment}
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=known, check=False)
+
+
+def test_no_home_no_colours_and_eighty_columns(tmp_path: Path) -> None:
+    ended = bare("study", "show", "demo", cwd=tmp_path, COLUMNS="80", NO_COLOR="1", TERM="dumb")
+    assert ended.returncode == 0, ended.stderr
+    assert "\x1b" not in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) <= 80
+    assert ended.stdout.count("…") == 0
+
+
+def test_a_working_directory_that_nobody_may_write_to(tmp_path: Path, template: Path) -> None:
+    """What is written elsewhere is; what would be written here says so. Root may write anywhere, so not as root."""
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    locked = tmp_path / "locked"
+    locked.mkdir(0o500)
+    ended = bare("site", "init", "north", cwd=locked)
+    assert ended.returncode == errors.StorageError.exit_code
+    assert "choose another place" in ended.stderr

@@ -1,0 +1,160 @@
+"""An adapter against labels: what ``evaluate`` finds, and what it and ``report`` write for papers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from secure_fed.core.errors import DataError, LabelError, ManifestError
+from secure_fed.core.layout import ADAPTER
+from secure_fed.lab.simulation import simulate
+from secure_fed.model.evaluation import metrics
+from secure_fed.operate.evaluate import NO_VALUE, Evaluation, _share, evaluate_folder
+from secure_fed.operate.new_study import RANDOM_CHECKPOINT
+from secure_fed.report.chart import Cell, Table
+from secure_fed.report.papers import as_csv, as_latex
+from tests.conftest import CLASSES, OBSERVER, Run, make_template
+
+
+@pytest.fixture
+def labelled(images: Path, tmp_path: Path) -> Path:
+    """The observer's images with a manifest: two images a patient, a scanner, one without a label."""
+    folder = tmp_path / "labelled"
+    shutil.copytree(images / OBSERVER, folder)
+    rows = []
+    for path in sorted(folder.glob("*/*.png")):
+        number = int(path.stem)
+        label = "" if (path.parent.name, number) == ("dark", 9) else path.parent.name
+        scanner = {0: "", 1: ""}.get(number, f"S{number % 2}")
+        rows.append((path.relative_to(folder).as_posix(), f"{path.parent.name}-{number // 2}", label, scanner))
+    text = "path,patient,label,scanner\n" + "".join(",".join(row) + "\n" for row in rows)
+    (folder / "manifest.csv").write_text(text)
+    return folder
+
+
+def evaluated(run: Path, folder: Path, column: str | None = None) -> Evaluation:
+    return evaluate_folder(run / ADAPTER, folder, column, run / RANDOM_CHECKPOINT)
+
+
+def test_of_class_folders_each_image_counts_as_a_patient(finished_run: Path, images: Path) -> None:
+    found = evaluated(finished_run, images / OBSERVER)
+    assert not found.by_patient
+    counts = np.zeros((3, 3), dtype=int)
+    for image, row in zip(found.said.images, found.said.probabilities, strict=True):
+        counts[CLASSES.index(image.path.parent.name), int(row.argmax())] += 1
+    assert found.overall.confusion_matrix is not None
+    assert [list(row) for row in found.overall.confusion_matrix] == counts.tolist()
+    assert found.overall.accuracy == pytest.approx(np.trace(counts) / 30)
+    assert sum(each.images for each in found.bins) == found.overall.images == found.overall.patients == 30
+    assert found.coverage is None
+
+
+def test_patients_classes_and_groups_of_a_manifest(finished_run: Path, labelled: Path) -> None:
+    found = evaluated(finished_run, labelled, "scanner")
+    assert (found.by_patient, found.unlabelled, found.overall.images, found.overall.patients) == (True, 1, 29, 15)
+    assert [(each.name, each.images, each.patients) for each in found.classes] == [
+        *(("dark", 9, 5), ("light", 10, 5), ("striped", 10, 5))
+    ]
+    assert {value: scores.images for value, scores in found.groups.items()} == {NO_VALUE: 6, "S0": 12, "S1": 11}
+    matrix = np.array(found.overall.confusion_matrix)
+    for place, each in enumerate(found.classes):
+        assert each.sensitivity.value == pytest.approx(matrix[place, place] / matrix[place].sum())
+        if matrix[:, place].sum():
+            assert each.precision.value == pytest.approx(matrix[place, place] / matrix[:, place].sum())
+        assert each.sensitivity.low is not None
+        assert each.sensitivity.low <= each.sensitivity.value <= (each.sensitivity.high or 0)
+
+
+def test_intervals_are_by_patient() -> None:
+    """Ten images of two patients are as sure as two, not as ten."""
+    hit = np.array([True] * 5 + [False] * 5)
+    drawn = np.random.default_rng(0).multinomial(2, [0.5, 0.5], size=1000)[:, [0] * 5 + [1] * 5].astype(float)
+    share = _share(drawn, hit, np.ones(10, dtype=bool))
+    assert (share.value, share.low, share.high) == (0.5, 0.0, 1.0)
+    p = np.where(hit[:, None], [0.9, 0.1], [0.1, 0.9])
+    whole = metrics(p, np.zeros(10, dtype=np.int64), ["a"] * 5 + ["b"] * 5)
+    assert whole["intervals"]["accuracy"] == [share.low, share.high]
+
+
+def test_of_a_head_of_one_sum_coverage_is_told(one_sum: Path, images: Path) -> None:
+    found = evaluated(one_sum, images / OBSERVER)
+    assert found.coverage is not None
+    said = found.said
+    assert said.cases is not None
+    place = {name: number for number, name in enumerate(CLASSES)}
+    held = [said.cases.sets[index, place[image.path.parent.name]] for index, image in enumerate(said.images)]
+    assert found.coverage.found.value == pytest.approx(np.mean(held))
+    assert found.coverage.size == pytest.approx(said.cases.sets.sum(axis=1).mean())
+    assert [each.covered is not None for each in found.classes] == [True] * 3
+
+
+@pytest.fixture(scope="module")
+def one_sum(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    out = tmp_path_factory.mktemp("sum") / "out"
+    method = {"adapter": "gaussian_head", "most_patients": 50, "shrinkage": 0.1}
+    encoding = {"bits": 20, "lanes": 2, "value_bound": 1.0}
+    simulate(make_template(rounds=2, method=method, encoding=encoding), out, images)
+    return out
+
+
+def test_what_cannot_be_evaluated_says_what_is_missing(finished_run: Path, labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no column centre; found path, patient, label, scanner"):
+        evaluated(finished_run, labelled, "centre")
+    text = (labelled / "manifest.csv").read_text()
+    (labelled / "manifest.csv").write_text(text.replace(",striped,", ",Striped,"))
+    with pytest.raises(LabelError, match="does not know: 'Striped'"):
+        evaluated(finished_run, labelled)
+    (labelled / "manifest.csv").unlink()
+    with pytest.raises(ManifestError, match="so no column scanner"):
+        evaluated(finished_run, labelled, "scanner")
+    shutil.copytree(labelled / "dark", tmp_path / "loose")
+    with pytest.raises(DataError, match="none of 10 images has a label"):
+        evaluated(finished_run, tmp_path / "loose")
+
+
+def test_the_command_tells_it_and_writes_it_for_a_paper(
+    finished_run: Path, labelled: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    arguments = ("evaluate", "--adapter", finished_run / ADAPTER, "--images", labelled, "--by", "scanner",
+                 "--checkpoint", finished_run / RANDOM_CHECKPOINT)  # fmt: skip
+    done = secfacmic(*arguments, "--figures", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    assert "29 labelled images of 15 patients" in done.stdout
+    assert "1 images without a label count in nothing" in done.stderr
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {
+        *(f"{stem}.{form}" for stem in ("classes-1", "classes-2", "calibration") for form in ("svg", "pdf")),
+        *(f"{stem}.{form}" for stem in ("overall", "classes", "calibration", "groups") for form in ("tex", "csv")),
+    }
+    assert (tmp_path / "figures" / "calibration.pdf").read_bytes().startswith(b"%PDF")
+    assert "<svg" in (tmp_path / "figures" / "calibration.svg").read_text()
+    with (tmp_path / "figures" / "overall.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    document = json.loads(secfacmic(*arguments, "--json").stdout)
+    assert float(rows[0]["value"]) == pytest.approx(100 * document["overall"]["balanced_accuracy"])
+    again = secfacmic(*arguments, "--figures", tmp_path / "again")
+    assert again.returncode == 0
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "figures" / name).read_bytes(), name
+
+
+def test_a_report_writes_its_figures_too(finished_run: Path, tmp_path: Path, secfacmic: Run) -> None:
+    done = secfacmic("report", finished_run, "--out", tmp_path / "r.html", "--figures", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    forms = {path.suffix for path in (tmp_path / "figures").iterdir()}
+    assert forms == {".svg", ".pdf", ".tex", ".csv"}
+
+
+def test_latex_means_what_the_table_says() -> None:
+    table = Table("50 % of A_B & C", ("class_1", "share, %"), ((Cell("a\\b ± {x}"), Cell("12.5", 12.5)),))
+    text = as_latex(table)
+    assert text.splitlines()[0] == "% 50 % of A_B & C"
+    assert r"class\_1 & share, \% \\" in text
+    assert r"a\textbackslash{}b $\pm$ \{x\} & 12.5 \\" in text
+    assert "{lr}" in text
+    assert as_csv(table) == 'class_1,"share, %"\na\\b ± {x},12.5\n'
