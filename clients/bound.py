@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from secure_fed.core.errors import StorageError
 from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
+from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.signing import Count
 from secure_fed.protocol.study import Hex64, Name
 
@@ -22,18 +23,20 @@ class Bound(FileModel):
     """One round's words.
 
     Attributes:
-        round: the round.
+        round, head: the round, and the journal head at which it began.
         attempt: the newest whose COHORT was answered; 0 before the first.
         cohort: digest of that COHORT; zeros before the first.
         names: who is in it.
         arrived: digest of the one ARRIVED that was revealed for; empty before.
         state: digest of the adapter state at which the site last revealed, in this round or before; empty if never.
         with_whom: the cohort it revealed to then.
+        void: whether its people have given their word that nothing more is said for the round at this head.
         released: digest of the state at which its people let it reveal once to another cohort; empty if at none.
     """
 
     format: Literal[1] = 1
     round: Count = 0
+    head: str = ""
     attempt: Count = 0
     cohort: Hex64 = "0" * 64
     names: tuple[Name, ...] = ()
@@ -41,12 +44,13 @@ class Bound(FileModel):
     state: str = ""
     with_whom: tuple[Name, ...] = ()
     released: str = ""
+    void: bool = False
 
-    def at(self, round_number: int) -> Bound:
-        """Of a round: this if it is the one, else a new one that remembers the adapter state."""
-        if self.round == round_number:
+    def at(self, due: RoundPosition) -> Bound:
+        """Of a round at a head: this if it is the one, else a new one that remembers the adapter state."""
+        if (self.round, self.head) == (due.round, due.head):
             return self
-        return Bound(round=round_number, state=self.state, with_whom=self.with_whom, released=self.released)
+        return Bound(round=due.round, head=due.head, state=self.state, with_whom=self.with_whom, released=self.released)
 
 
 def read_bound(path: Path) -> Bound:

@@ -145,7 +145,8 @@ def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:
             attempt = _attempt(envelope) if envelope.exists() else 0
             write_durable(run.withdrawn(number), str(attempt).encode(), PRIVATE)
             run.integers(number).unlink(missing_ok=True)
-            if read_bound(run.bound).at(number).attempt < max(attempt, 1):
+            bound = read_bound(run.bound)
+            if bound.round != number or bound.attempt < max(attempt, 1):
                 envelope.unlink(missing_ok=True)  # else the server has it: once its sum is fixed, the round needs it
             sync_folder(run.outbox)
             rounds.append(f"run {folder.name[:16]}, round {number}")

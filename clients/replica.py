@@ -441,7 +441,7 @@ class Replica:
 
     def _refuse_within_round(self, record: Record) -> None:
         """A member that is removed in an open round would have its envelopes, and no part in what becomes of them."""
-        bound = self.files.bound.at(record.header.round)
+        bound = self.files.bound.at(self.state.chain.due)
         if bound.attempt:
             raise RecordError(
                 f"an amendment within round {bound.round}, for which this site answered attempt {bound.attempt} "

@@ -59,6 +59,7 @@ from secure_fed.protocol.round_frames import (
     check_cohort,
     sign_ready,
     sign_reveal,
+    sign_void,
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import check_payload, parse_header, split_frame
@@ -333,6 +334,8 @@ class Site:
         if frozen is not None and not frozen.exists() and self._can_seal:
             write_snapshot(frozen, self.features())  # before the run's first message
         self.replica.compare(request.attested_head, request.attestations)
+        if self._voided:
+            return self._reply(ReplyCode.VOID, self._void())
         if request.more:
             return self._reply(ReplyCode.MORE)
         chain = self.replica.state.chain
@@ -379,7 +382,7 @@ class Site:
     def _ready(self, attempt: int) -> bytes:
         """Train, unless the round's integers are there, and say so."""
         due = self.replica.due
-        bound = self.replica.files.bound.at(due.round)
+        bound = self.replica.files.bound.at(due)
         if bound.arrived or attempt < bound.attempt:
             raise ProtocolError(
                 f"asked for attempt {attempt} of round {due.round}, but "
@@ -400,7 +403,7 @@ class Site:
         header, names, cohort = check_cohort(question, self._agreed, chain.members, due, chain.quorum)
         if self.name not in names:
             raise ProtocolError(f"COHORT of {', '.join(names)}; expected this site in it")
-        bound = files.bound.at(due.round)
+        bound = files.bound.at(due)
         again = (header.attempt, cohort) == (bound.attempt, bound.cohort)
         if not again and (bound.arrived or header.attempt <= bound.attempt):
             raise ProtocolError(
@@ -426,6 +429,37 @@ class Site:
                 f"{', '.join(bound.with_whom)}; expected the same one: the difference of the two sums is somebody's "
                 "update. If its people mean it: secfacmic site release"
             )
+
+    @property
+    def _voided(self) -> bool:
+        """Whether its people have given the round that is open up."""
+        return bool(self.run) and self.replica.files.bound.at(self.replica.due).void
+
+    def _void(self) -> bytes:
+        due = self.replica.due
+        revealed = bool(self.replica.files.bound.at(due).arrived)
+        return sign_void(self._agreed, due, self.name, revealed, self.replica.identity.signing)
+
+    def void(self, round_number: int) -> bool:
+        """Its people's word that it says nothing more for the open round; sent when the server asks next.
+
+        Returns:
+            Whether it had revealed: then somebody may hold the round's sum.
+
+        Raises:
+            ProtocolError: another round is open here, or none.
+        """
+        chain = self.replica.state.chain
+        due = self.replica.due
+        open_here = bool(self.run) and not chain.finished and not chain.awaits_checkpoint
+        if not open_here or due.round != round_number or self.replica.member.role != "train":
+            raise ProtocolError(
+                f"a void of round {round_number}; the round that is open here is {due.round if open_here else 'none'}, "
+                f"of {self._agreed.study.rounds}, and only training sites give one up"
+            )
+        bound = self.replica.files.bound.at(due)
+        self.replica.files.bind(bound.model_copy(update={"void": True}))
+        return bool(bound.arrived)
 
     @property
     def revealed_to(self) -> tuple[str, ...]:
@@ -482,7 +516,7 @@ class Site:
         """
         due, files = self.replica.due, self.replica.files
         arrived, envelopes, digest = check_arrived(question, self._agreed, self.replica.state.chain.members, due)
-        bound = files.bound.at(due.round)
+        bound = files.bound.at(due)
         if (arrived.attempt, arrived.cohort) != (bound.attempt, bound.cohort):
             raise ProtocolError(
                 f"ARRIVED of attempt {arrived.attempt}; the newest here is attempt {bound.attempt}, of another COHORT"

@@ -48,6 +48,7 @@ from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     READY_MAGIC,
     REVEAL_MAGIC,
+    VOID_MAGIC,
     Revealed,
     SignedWord,
     arrived_digest,
@@ -56,6 +57,7 @@ from secure_fed.protocol.round_frames import (
     check_cohort,
     check_ready,
     check_reveal,
+    check_void,
     sign_cohort,
     split_word,
 )
@@ -247,6 +249,8 @@ class Coordinator:
             self._accept(reply.envelope, reply.site)
         elif reply.code == ReplyCode.REVEALED:
             self._take_reveal(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.VOID:
+            self._take_void(reply.envelope, reply.site)
         elif reply.code == ReplyCode.ACKNOWLEDGED:
             self._acknowledge(reply.envelope, reply.site)
         elif reply.code == ReplyCode.REFUSED_AGGREGATE and head == self.journal.chain.head:
@@ -270,8 +274,8 @@ class Coordinator:
             return frozenset()
         if self._cohort is None or self.journal.chain.awaits_checkpoint:
             training = {name for name, member in self.journal.chain.members.items() if member.role == "train"}
-            return frozenset(training - set(self.sites_in) - self._left_out)
-        return frozenset(self._cohort.names) - set(self.sites_in)
+            return frozenset(training - set(self.sites_in) - self._left_out - self.voiding)
+        return frozenset(self._cohort.names) - set(self.sites_in) - self.voiding
 
     @property
     def sites_in(self) -> tuple[str, ...]:
@@ -288,6 +292,16 @@ class Coordinator:
     def left_out(self) -> frozenset[str]:
         """Who is not asked any more in this round: gone in an attempt that failed."""
         return frozenset(self._left_out)
+
+    @property
+    def voiding(self) -> frozenset[str]:
+        """Whose people have given the open round up."""
+        return frozenset(self._voids)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether they are a quorum, so that the round begins anew."""
+        return len(self._voids) >= self.journal.chain.quorum.needed
 
     @property
     def paused(self) -> bool:
@@ -312,6 +326,8 @@ class Coordinator:
         if self.finished:
             return None
         chain, needed = self.journal.chain, self.journal.chain.quorum.needed
+        if self.given_up:
+            return self._give_up()
         if chain.awaits_checkpoint:
             return self._close_amendment()
         if self._cohort is None:
@@ -432,6 +448,24 @@ class Coordinator:
         write_durable(self._folder.frame(self.round, self.attempt, REVEAL_OF + site), data, 0o600)
         self._reveals[site] = Revealed(*header.check, word.signature)
 
+    def _take_void(self, data: bytes, site: str) -> None:
+        word = split_word(VOID_MAGIC, data)
+        chain = self.journal.chain
+        header = check_void(word, self._agreed, chain.members, chain.due)
+        if header.site != site:
+            raise EnvelopeError(f"a void of {header.site} in a reply of {site}")
+        if site not in self._voids:
+            log.warning("%s: its people give round %d up; it %s revealed", site, self.round,
+                        "had" if header.revealed else "had not")  # fmt: skip
+        self._voids[site] = word
+
+    def _give_up(self) -> JournalEntry:
+        """The void of what was begun of the round. Its spool goes first: nothing but the void can follow then."""
+        shutil.rmtree(self._folder.spooled_round(self.round), ignore_errors=True)
+        self.journal.append_void([self._voids[name] for name in sorted(self._voids)])
+        self._open_round()
+        return self.journal.records[-1]
+
     def _next_attempt(self) -> None:
         self._clear_attempt()
         self.attempt += 1
@@ -475,6 +509,7 @@ class Coordinator:
         self._seeds: Seeds = {}  # of this round's envelopes, in all its attempts
         self._begun = False  # whether a cohort of the round was sent out, after which its members are frozen
         self._left_out: set[str] = set()
+        self._voids: dict[str, SignedWord] = {}
         self._refusing: set[str] = set()
         self._held: dict[str, tuple[str, Path]] = {}
         self._clear_attempt()

@@ -63,6 +63,14 @@ class Journal:
         signed = [(envelope.header_text, envelope.signature) for envelope in envelopes]
         self._append("aggregate", self.chain.round + 1, payload, signed, reveals, opened_ms=opened_ms)
 
+    def append_void(self, words: Sequence[SignedWord]) -> None:
+        """Append the void of what was begun of a round, by a quorum's words for it, by site name.
+
+        Raises:
+            RecordError: they are too few, or of another round or head.
+        """
+        self._append("void", self.chain.round + 1, signed=[word.signed for word in words])
+
     def append_amendment(self, sealed: bytes) -> None:
         """Append a new sealed key, and with it a change of members.
 

@@ -161,6 +161,7 @@ class RoundLoop:
                 log.info("%s %s", site.name, "connected" if since else "is not connected any more")
                 site.not_before = 0.0
                 site.left = now
+                site.position = None  # its people may have said something meanwhile
             site.since = since
             if since:
                 self._absent.discard(site.name)
@@ -272,6 +273,8 @@ class RoundLoop:
             site.position = reply.position
             if coordinator.paused:
                 raise StudyPausedError(paused_text(coordinator))
+        elif reply.code == ReplyCode.VOID:
+            pass
         elif reply.code == ReplyCode.UPDATE:
             site.heard = site.asked_since
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ENVELOPE:
@@ -304,6 +307,12 @@ class RoundLoop:
         """Take the round's next step when all whom it needs have answered, or at the deadline when enough have."""
         coordinator = self.coordinator
         if coordinator.finished:
+            return
+        if coordinator.given_up:
+            entry = coordinator.advance()
+            assert entry is not None
+            self._closed(entry)
+            self._open()
             return
         step = coordinator.step
         inside = set(coordinator.sites_in)

@@ -98,6 +98,33 @@ def accept(
 
 
 @app.command()
+def void(
+    site: SitePath,
+    round_: Annotated[int, typer.Option("--round", metavar="N", min=1, help="The round that is open.")],
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who decides; asked for at a terminal if not given.")
+    ] = None,
+) -> None:
+    """Give the open round up: this site sends nothing more for it; a quorum's words let it begin anew."""
+    from secure_fed.clients.site import Site
+    from secure_fed.clients.sitefile import read_site
+    from secure_fed.core.errors import NotAcceptedError
+    from secure_fed.core.storage import exclusive
+
+    file, agreed = read_site(site, None)
+    with exclusive(file.state_folder.path):
+        opened = Site(file, agreed)
+        _say(f"{file.site} will send nothing more for what was begun of round {round_}; it cannot be taken back.")
+        _say("Adapter, ledger and stored update stay as they are. The round begins anew once a quorum has said so.")
+        if by is None and sys.stdin.isatty():
+            by = typer.prompt("your name, to give it up (empty: do not)", default="", err=True).strip()
+        if not by:
+            raise NotAcceptedError("nobody's name was given; the round was not given up: give --by NAME")
+        revealed = opened.void(round_)
+    _say(f"given up by {by}; it had{'' if revealed else ' not'} revealed. Start the client again: it tells the server")
+
+
+@app.command()
 def release(
     site: SitePath,
     by: Annotated[

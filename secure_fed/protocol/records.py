@@ -30,6 +30,7 @@ from secure_fed.protocol.round_frames import (
     arrived_header,
     check_envelopes,
     check_reveal,
+    check_void,
     max_header,
     refuse_cohort,
     reveal_word,
@@ -51,21 +52,23 @@ from secure_fed.protocol.study import AgreedStudy, Hex64
 
 MAGIC = b"SFR2"
 
-Kind = Literal["genesis", "aggregate", "amendment", "checkpoint"]
+Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint"]
 
 
 class RecordHeader(SignedHeader):
     """One record.
 
     Attributes:
-        kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``amendment`` brings a new
+        kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``void`` closes, by the words of
+            a quorum's people, what was begun of a round, which begins anew; ``amendment`` brings a new
             sealed key and perhaps other members; ``checkpoint``, always next, the members' acknowledgements and the
             adapter sealed under the key.
         seq: 0 for genesis, then one more each.
         previous: id of the record before; zeros for genesis.
         study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
         round: of an aggregate; the first in force for an amendment or checkpoint; 0 for genesis.
-        contributors: by site name; signed envelope headers of an aggregate, acknowledgements of a checkpoint.
+        contributors: by site name; signed envelope headers of an aggregate, words for a void, acknowledgements of a
+            checkpoint.
         reveals: of an aggregate, each contributor's REVEAL, in the same order; else none.
         opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
     """
@@ -201,16 +204,19 @@ class Chain:
             raise RecordError(
                 f"record {header.seq}: a {header.kind}; a checkpoint follows an amendment and nothing else"
             )
-        if header.kind not in ("aggregate", "checkpoint") and header.contributors:
+        if header.kind not in ("aggregate", "void", "checkpoint") and header.contributors:
             raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
-        if header.kind in ("amendment", "checkpoint") and header.round != self.round + 1:
+        if header.kind in ("void", "amendment", "checkpoint") and header.round != self.round + 1:
             raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
         contributors: tuple[EnvelopeHeader, ...] = ()
         identity = frame.digest
         if header.kind == "aggregate":
             contributors, arrived = self._check_contributors(header)
             identity = head_after(self.head, arrived)
-        elif header.reveals:
+        elif header.kind == "void":
+            self._check_voids(header)
+            identity = head_after_void(self.head)
+        if header.kind != "aggregate" and header.reveals:
             raise RecordError(f"record {header.seq}: a {header.kind} with reveals; expected none")
         self._check_size(header)
         check_payload(frame, header, RecordError)
@@ -322,6 +328,17 @@ class Chain:
         arrived = arrived_header(self.agreed, self.due, first.attempt, first.cohort, payload, header.contributors)
         return contributors, arrived_digest(arrived)
 
+    def _check_voids(self, header: RecordHeader) -> None:
+        """A quorum's words for a void; no single word closes a round."""
+        what = f"record {header.seq}"
+        if self.finished:
+            raise RecordError(f"{what}: a void after the last round")
+        try:
+            names = tuple(check_void(word, self.agreed, self.members, self.due).site for word in header.contributors)
+        except EnvelopeError as error:
+            raise RecordError(f"{what}: {error}") from None
+        refuse_cohort(names, self.quorum, what, RecordError)
+
     def _check_sum(self, header: RecordHeader, names: Sequence[str], arrived: str, payload: bytes) -> None:
         """Check that a sum is that of its contributors' envelopes, by their own words: without any key, and before
         anybody decrypts.
@@ -355,6 +372,11 @@ def summed_checks(checks: Iterable[tuple[int, int]], modulus: int) -> tuple[int,
 def head_after(head: str, arrived: str) -> str:
     """The journal head after an aggregate: SHA-256 of a label, the head before and the digest of its ARRIVED."""
     return hashlib.sha256(b"secfacmic head 1" + bytes.fromhex(head) + bytes.fromhex(arrived)).hexdigest()
+
+
+def head_after_void(head: str) -> str:
+    """The journal head after a void: SHA-256 of a label and the head before, whoever signed it."""
+    return hashlib.sha256(b"secfacmic void 1" + bytes.fromhex(head)).hexdigest()
 
 
 def read_header(data: bytes, agreed: AgreedStudy) -> tuple[Frame, RecordHeader]:

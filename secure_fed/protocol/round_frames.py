@@ -39,6 +39,7 @@ READY_MAGIC = b"SFY2"
 COHORT_MAGIC = b"SFH2"
 ARRIVED_MAGIC = b"SFA2"
 REVEAL_MAGIC = b"SFV2"
+VOID_MAGIC = b"SFX2"
 MAX_WORD = 1024
 """Most bytes of a READY's or a REVEAL's header."""
 MAX_ATTEMPT = 2**16
@@ -150,6 +151,22 @@ class RevealHeader(MemberHeader):
     check: tuple[Residue, Residue]
 
 
+class VoidHeader(MemberHeader):
+    """The word of a site's people that it gives nothing more for a round at a head: neither envelope nor REVEAL.
+
+    Attributes:
+        study: study id.
+        run, head, round: where; the same round after another head is another matter.
+        site: the sender.
+        revealed: whether it had revealed, so that the round's sum may be open to somebody.
+    """
+
+    run: Hex64
+    head: Hex64
+    round: Count
+    revealed: bool
+
+
 def max_header(agreed: AgreedStudy) -> int:
     """Most bytes of a header that has an entry for every site."""
     return HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites
@@ -216,6 +233,15 @@ def sign_reveal(agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, 
     return sign_frame(REVEAL_MAGIC, _reveal_header(agreed, arrived, site, check), key, b"")
 
 
+def sign_void(agreed: AgreedStudy, due: RoundPosition, site: str, revealed: bool, key: Ed25519PrivateKey) -> bytes:
+    """A site's word for a void of the round that is due."""
+    header = VoidHeader(
+        version=2, study=agreed.study.id, run=due.run, head=due.head, round=due.round, site=site, revealed=revealed,
+        **payload_fields(b""),
+    )  # fmt: skip
+    return sign_frame(VOID_MAGIC, header, key, b"")
+
+
 def split_word(magic: bytes, data: bytes) -> SignedWord:
     """A site's word that travels alone, without payload.
 
@@ -251,6 +277,22 @@ def check_reveal(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Me
     header = verify_member(REVEAL_MAGIC, *word.signed, RevealHeader, agreed.study.id, members, MAX_WORD, EnvelopeError)
     if header.arrived != arrived:
         raise EnvelopeError(f"REVEAL of {header.site}: for {header.arrived[:16]}, expected {arrived[:16]}")
+    return header
+
+
+def check_void(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Member], due: RoundPosition) -> VoidHeader:
+    """Check a word for a void: signature, a training member's, of this round at this head.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    header = verify_member(VOID_MAGIC, *word.signed, VoidHeader, agreed.study.id, members, MAX_WORD, EnvelopeError)
+    _check_trains(header.site, members)
+    if (header.run, header.head, header.round) != (due.run, due.head, due.round):
+        raise EnvelopeError(
+            f"void of {header.site}: of round {header.round} after {header.head[:16]}; expected {due.round} after "
+            f"{due.head[:16]}"
+        )
     return header
 
 
@@ -331,7 +373,7 @@ def refuse_cohort(names: tuple[str, ...], quorum: Quorum, what: str, refusal: ty
 
 def _check_trains(site: str, members: Mapping[str, Member]) -> None:
     if members[site].role != "train":
-        raise EnvelopeError(f"READY of {site}, an observer; only training sites take part in a round")
+        raise EnvelopeError(f"a word of {site}, an observer, for a round; only training sites take part in one")
 
 
 def _check_place(

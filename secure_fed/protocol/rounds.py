@@ -15,6 +15,7 @@ class ReplyCode(StrEnum):
     READY = "ready"
     UPDATE = "update"
     REVEALED = "revealed"
+    VOID = "void"
     APPLIED = "applied"
     MORE = "more"
     ACKNOWLEDGED = "acknowledged"
@@ -63,8 +64,9 @@ class RoundReply:
         run: the run the site is in; empty before its first genesis.
         position: number of records of that run that the site has.
         attestation: keyed digest of its adapter at that position; empty while it cannot open the adapter.
-        envelope: the signed word that the code names: READY for ``ready``, the update's envelope for ``update``,
-            REVEAL for ``revealed``, the acknowledgement of an amendment for ``acknowledged``; else empty.
+        envelope: the signed word that the code names: READY for ``ready``, the update's envelope for ``update``, REVEAL
+            for ``revealed``, its people's word for ``void``, the acknowledgement of an amendment for ``acknowledged``;
+            else empty.
     """
 
     site: str

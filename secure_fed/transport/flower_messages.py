@@ -29,7 +29,9 @@ ENVELOPE_TYPE = "secfacmic.envelope"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
 QUESTION = "question"
-WITH_ENVELOPE = frozenset({ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.REVEALED, ReplyCode.ACKNOWLEDGED})
+WITH_ENVELOPE = frozenset(
+    {ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.REVEALED, ReplyCode.VOID, ReplyCode.ACKNOWLEDGED}
+)
 
 Fields = TypeVar("Fields", bound=FileModel)
 

@@ -50,7 +50,16 @@ from secure_fed.protocol.records import RecordHeader
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import parse_header, split_frame
 from secure_fed.server.coordinator import Coordinator, Step
-from tests.conftest import TRAINING, Federation, close_round, exchange, make_template, pass_step, run_round
+from tests.conftest import (
+    TRAINING,
+    Federation,
+    close_round,
+    exchange,
+    make_template,
+    pass_step,
+    run_round,
+    send_envelopes,
+)
 from tests.integration.test_simulation import Heard
 from tests.private_worker import serve
 
@@ -262,6 +271,24 @@ def test_a_site_whose_declared_runs_are_over_observes(private: Federation) -> No
     reply = exchange(coordinator, private.site("ash"))
     assert (reply.code, reply.envelope) == (ReplyCode.APPLIED, b"")
     assert ledger_of(private).epsilon_spent == spent
+
+
+def test_ten_voids_cost_nothing(private: Federation) -> None:
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    sent = set()
+    for _ in range(10):
+        send_envelopes(coordinator, sites)
+        sent.add(next(private.folder.glob("sites/ash/state/runs/*/outbox/*.noised")).read_bytes())
+        for site in sites:
+            site.void(1)
+            exchange(coordinator, site)
+        assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+        (event,) = ledger_of(private).events
+    assert ledger_of(private).epsilon_spent == epsilon_of(event.mechanism.mu_squared, 1e-5)
+    assert len(sent) == 1
+    play(private, sites, coordinator)
+    assert len(ledger_of(private).events) == 2
 
 
 def test_what_happens_to_the_data_during_a_run_shows_in_nothing(

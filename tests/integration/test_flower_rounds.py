@@ -340,3 +340,16 @@ def test_a_site_that_has_dropped_its_update_begins_the_attempt_anew(federation: 
     record = coordinator.rounds[0]
     assert record.sites == TRAINING
     _steps(loop, lambda: coordinator.finished, 60)
+
+
+def test_a_round_that_is_given_up_begins_anew_with_all_who_are_there(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    wire.silent.add("cedar")
+    _steps(loop, lambda: set(coordinator.sites_in) == {"ash", "birch"})
+    for number in (100, 101, 102):  # each stopped, asked, and started again
+        wire.apps[number].site.void(1)
+        wire.since[number] = "second"
+    wire.silent.clear()
+    _steps(loop, lambda: coordinator.finished, 60)
+    assert [entry.header.kind for entry in coordinator.journal.records][:3] == ["genesis", "void", "aggregate"]

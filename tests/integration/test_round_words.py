@@ -326,6 +326,83 @@ def test_a_second_sum_at_one_adapter_needs_the_word_of_each_sites_people(
     assert bound.released == "", "for one other cohort, and no third"
 
 
+def say(federation: Federation, name: str, *command: object) -> str:
+    path = federation.folder / "sites" / name / "site.toml"
+    arguments = ["site", *map(str, command), "--site", str(path), "--by", "Dr. Ada"]
+    return CliRunner().invoke(app, arguments, catch_exceptions=False).output
+
+
+def test_a_site_that_never_comes_back_does_not_hold_the_others_up_for_ever(four: Federation) -> None:
+    """After three REVEALs of four: a quorum's people give the round up, and release the smaller cohort."""
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    for site in sites[:3]:
+        assert exchange(coordinator, site).code == ReplyCode.REVEALED
+    before = [site.replica.files.folder.integers(1).read_bytes() for site in sites[:3]]
+    with pytest.raises(ProtocolError, match="the round that is open here is 1"):
+        say(four, "ash", "void", "--round", 2)
+    for name in TRAINING[:2]:
+        assert "it had revealed" in say(four, name, "void", "--round", 1)
+    again = [four.site(name) for name in TRAINING]
+    codes = [exchange(coordinator, site).code for site in again]
+    assert codes == [ReplyCode.VOID, ReplyCode.VOID, ReplyCode.APPLIED]
+    assert coordinator.advance() is None, "two of four are no quorum"
+    with pytest.raises(RecordError, match="expected at least 3 of 4"):
+        coordinator.journal.append_void([coordinator._voids[name] for name in sorted(coordinator._voids)])
+    say(four, "cedar", "void", "--round", 1)
+    again[2] = four.site("cedar")
+    assert exchange(coordinator, again[2]).code == ReplyCode.VOID
+    entry = coordinator.advance()
+    assert entry is not None
+    assert (entry.header.kind, coordinator.round, coordinator.step) == ("void", 1, Step.READY)
+    coordinator = four.reopen()
+    pass_step(coordinator, again)
+    with pytest.raises(ProtocolError, match="secfacmic site release"):
+        exchange(coordinator, again[0])
+    for name in TRAINING:
+        say(four, name, "release")
+    again = [four.site(name) for name in TRAINING]
+    for site in again:
+        exchange(coordinator, site)
+    assert [site.replica.files.folder.integers(1).read_bytes() for site in again] == before, "the adapter has not moved"
+    entry = close_round(coordinator, again)
+    assert (entry.sites, coordinator.round) == (TRAINING, 2)
+    for site in again:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in again}) == 1
+    # dogwood was away: it takes the void and the record, and goes on.
+    exchange(coordinator, sites[3])
+    assert sites[3].adapter_digest == again[0].adapter_digest
+
+
+def test_voids_of_the_same_cohort_need_no_release_and_a_word_is_for_one_head(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    for _ in range(3):
+        send_envelopes(coordinator, sites)
+        coordinator.advance()
+        exchange(coordinator, sites[0])
+        old = []
+        for site in sites:
+            site.void(1)
+            request = coordinator.request(site.name, site.run, site.position)
+            old.append(site.respond(request))
+            assert site.respond(replace(request, more=True)).code == ReplyCode.VOID
+            coordinator.receive(old[-1])
+        assert coordinator.advance() is not None
+        with pytest.raises(EnvelopeError, match="void of ash: of round 1 after"):
+            coordinator.receive(replace(old[0], position=1))
+    pass_step(coordinator, sites)
+    close_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+    assert [entry.header.kind for entry in coordinator.journal.records] == ["genesis", *["void"] * 3, "aggregate"]
+    assert federation.site("ash").adapter_digest == sites[0].adapter_digest
+
+
 def test_two_training_sites_do_not_change_between_two_rounds(federation: Federation) -> None:
     """Two quorums of before and after would share no honest site."""
     sites = federation.sites()
