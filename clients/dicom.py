@@ -108,7 +108,9 @@ def is_dicom(content: bytes) -> bool:
         return content[2] == 0 and content[4:6] in _VRS
     if content[:2] not in (b"\x02\0", b"\x08\0", b"\x10\0") or content[3] or content[2] > 0x60:
         return False
-    return content[4:6] in _VRS or struct.unpack("<I", content[4:8])[0] <= 256
+    size = struct.unpack("<I", content[4:8])[0]
+    implicit = size == 4 if content[2] == 0 else size <= 256 and size % 2 == 0  # element 0000 holds four bytes
+    return content[4:6] in _VRS or implicit
 
 
 def read_header(path: Path) -> Any | None:
