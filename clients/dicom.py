@@ -130,6 +130,16 @@ def read_header(path: Path) -> Any | None:
         return None
 
 
+def _give_syntax(dataset: Any) -> None:
+    """Files without a meta header: pydicom has found out how they are written."""
+    if not hasattr(dataset, "file_meta"):
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    if dataset.file_meta.get("TransferSyntaxUID") is None:
+        implicit, little = dataset.original_encoding
+        native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
+
+
 def _is_deflated(head: bytes) -> bool:
     return DeflatedExplicitVRLittleEndian.encode() in head[: HEADER + 1024]
 
@@ -232,6 +242,8 @@ class DicomFile:
                 warnings.simplefilter("ignore")
                 dataset = pydicom.dcmread(io.BytesIO(content), force=True)
                 dataset.get("SOPClassUID")
+                pixels = bool(dataset.get("PixelData"))
+                _give_syntax(dataset)
         except Exception as error:  # pydicom raises of every kind on broken files
             raise UndecodableError(f"broken DICOM ({_short(error)}); export it again") from error
         if what := no_picture(dataset):
@@ -239,7 +251,7 @@ class DicomFile:
                 f"DICOM that holds {what} ({text(dataset, 'Modality') or 'no modality'}), no picture of a patient; "
                 'take it out of the data, or leave such files out by leave_out = ["no picture"] in [data] of site.toml'
             )
-        if not dataset.get("PixelData"):
+        if not pixels:
             raise UndecodableError(
                 f"DICOM without pixels ({text(dataset, 'Modality') or 'no modality'}); expected PixelData (7FE0,0010)"
             )
@@ -250,18 +262,7 @@ class DicomFile:
         except ValueError:
             found = text(dataset, "NumberOfFrames")
             raise UndecodableError(f"NumberOfFrames (0028,0008) is {found!r}; expected a whole number") from None
-        self._give_syntax()
         self._facts = facts(dataset)
-
-    def _give_syntax(self) -> None:
-        """Files without a meta header: pydicom has found out how they are written."""
-        dataset = self._dataset
-        if not hasattr(dataset, "file_meta"):
-            dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        if dataset.file_meta.get("TransferSyntaxUID") is None:
-            implicit, little = dataset.original_encoding
-            native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
 
     def picture(self, frame: int | None, rules: Rules) -> Picture:
         """One frame as an 8-bit picture, mode ``L`` or ``RGB``.

@@ -215,6 +215,14 @@ def test_values_in_the_upper_bits_are_moved_down():
             grey(dicom(SMOOTH, **(TWELVE | {"HighBit": wrong})))
 
 
+def test_an_element_of_no_known_kind_is_told_in_one_sentence():
+    content = as_bytes(dicom(RAMP))
+    place = content.index(b"\xe0\x7f\x10\0OW")
+    broken = content[: place + 4] + b"OS" + content[place + 6 :]
+    with pytest.raises(UndecodableError, match=r"broken DICOM .*7FE0,0010.*; export it again"):
+        decode(broken)
+
+
 def test_a_device_that_counts_no_frames_means_one():
     assert np.array_equal(grey(dicom(RAMP, NumberOfFrames=0)), grey(dicom(RAMP)))
 
