@@ -229,6 +229,19 @@ def test_more_patients_than_declared_are_refused_before_anything_leaves(images: 
         sites[0].respond(coordinator.request(sites[0].name, sites[0].run, sites[0].position))
 
 
+def test_statistics_beyond_their_bounds_are_told_with_what_would_do(
+    study: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    site, agreed = study.site("ash"), study.agreed
+    begun = study.begin(study.sites())
+    exchange(begun, site)
+    values = one_sum.Sums(np.zeros(3), np.full((3, 16), 1e4), np.zeros((16, 16))).values()
+    site._encode(values)
+    assert agreed.study.method.one_sum
+    assert "round 1, first: 100.00 % of the values exceed their bounds" in caplog.text
+    assert "raise method.most_patients in the next study" in caplog.text
+
+
 def test_zero_shot_until_there_is_a_sum(study: Federation) -> None:
     site = study.site("ash")
     test = site.features().test.x

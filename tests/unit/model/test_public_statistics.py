@@ -197,3 +197,23 @@ def test_a_raw_basis_of_few_public_images_has_room_where_they_do_not_differ() ->
 )
 def test_each_basis_asks_for_a_precision_of_its_own(features: Features, public: bool, bits: int) -> None:
     assert precision_for(features, PublicStatistics.of([images()]) if public else None) == bits
+
+
+def test_statistics_of_another_backbone_and_what_is_none_are_refused_with_what_would_do(tmp_path: Path) -> None:
+    path = tmp_path / "public.safetensors"
+    PublicStatistics.of([images()]).save(path, "a" * 64)
+    assert np.allclose(PublicStatistics.load(path, "a" * 64).centre, PublicStatistics.of([images()]).centre, atol=1e-6)
+    with pytest.raises(
+        StudyError, match=r"statistics of backbone a{16}, the study's is b{16}.*give a folder of public"
+    ):
+        PublicStatistics.load(path, "b" * 64)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(StudyError, match="no public statistics"):
+        PublicStatistics.load(path, "a" * 64)
+
+
+def test_a_basis_of_another_backbones_width_is_refused() -> None:
+    tensors = make_basis(Features(basis="random", dimensions=4), DIM, 0, None).tensors()
+    assert Basis.of(tensors, DIM) is not None
+    with pytest.raises(StudyError, match=r"the basis is of 12 features, the backbone gives 16.*make the study anew"):
+        Basis.of(tensors, 16)

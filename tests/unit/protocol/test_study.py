@@ -210,12 +210,12 @@ def test_several_faults_of_the_members_are_told_together(tmp_path: Path) -> None
 
 
 def test_a_method_that_does_not_hold_together_is_told_with_the_files_other_errors(tmp_path: Path) -> None:
-    both = {"method": {"adapter": "text_head", "lmmd_weight": 1.0}, "features": {"basis": "random", "dimensions": 8}}
+    both = {"method": {"adapter": "prompts", "lmmd_weight": 1.0}, "features": {"basis": "random", "dimensions": 8}}
     for table, first in ((template_table(rounds="ten", **both), "rounds = 'ten'"), (template_table(**both), "sees")):
         with pytest.raises(StudyError) as caught:
             check_study(_write(tmp_path / "study.toml", table))
         assert first in str(caught.value)
-        assert "text_head moves no image feature" in str(caught.value)
+        assert "prompts moves no image feature" in str(caught.value)
 
 
 @pytest.mark.parametrize(("count", "room", "bits"), [(3, 4, 11), (5, 8, 11), (16, 16, 11), (600, 1024, 11)])
