@@ -28,7 +28,7 @@ from secure_fed.protocol.study import MIN_SITES_HE, Template
 LEAST_SUMMED = 30
 """Training patients of a class, over all sites, from which on a head of class statistics is advised."""
 
-SUM_BITS = 20
+SUM_BITS = 18
 """Width of the statistics' values, of which nothing must be lost."""
 
 SITES = 4
