@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints
 
-from secure_fed.clients.budget import ledger_folder
+from secure_fed.clients.budget import has_budget, ledger_folder
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError, NotAcceptedError
 from secure_fed.core.layout import acceptance_note
@@ -27,6 +27,7 @@ from secure_fed.privacy.keys import Identity
 from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.packing import wire
+from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.rounds import RoundReply
 from secure_fed.protocol.signing import (
     SIGNATURE_BYTES,
@@ -88,6 +89,51 @@ AGAIN = (
     "runs before. Whoever has two sums that differ by one site has, without a privacy budget, nearly that site's update"
 )
 """What a further run means, to be shown to who accepts it."""
+
+
+def again_words(file: SiteFile, agreed: AgreedStudy) -> list[str]:
+    """What a further run means for this site: how its members differ from the last run's, and what both runs' sums
+    together reveal without a budget.
+
+    Args:
+        file: its ``site.toml``, with the budget it will run under.
+        agreed: the study.
+
+    Raises:
+        RecordError: the copy of the last run's journal here is damaged.
+    """
+    last = file.state_folder.current_run
+    if last is None:
+        return [AGAIN]
+    chain, summed = Chain(agreed), set[str]()
+    for record in RecordFolder(file.state_folder.run(last).journal).replay(chain):
+        summed |= {header.site for header in record.contributors}
+    members = {site.name for site in agreed.study.sites if site.role == "train"}
+    new, gone = sorted(members - summed), sorted(summed - members)
+    lines = [AGAIN, f"the last run, {last[:16]}: {chain.round} rounds, sums over {_names(sorted(summed))}"]
+    lines.append(f"the next run can be over {_names(sorted(members))}: new {_names(new)}, gone {_names(gone)}")
+    differ = [*new, *gone]
+    if not differ:
+        lines.append(
+            "the same sites; should one of them be missing from a round, the difference of that round's sum and the "
+            "last run's tells nearly its update"
+        )
+    elif len(differ) == 1:
+        lines.append(f"the two runs differ by {differ[0]} alone: their sums together tell nearly its update")
+    else:
+        lines.append(
+            f"the two runs differ by {_names(differ)}: their sums together tell nearly the sum of their updates"
+        )
+    if has_budget(file):
+        lines.append("this site's own updates are noised under its privacy budget, whatever is added or taken away")
+    else:
+        lines.append("this site has no privacy budget: nothing but the other sites hides its update in either sum")
+    return lines
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
 
 _ACCEPT = "secfacmic site accept STUDY --site site.toml"
 _RESTORE = f"restore the folder from a backup; or, if what was accepted is lost, remove it and accept anew: {_ACCEPT}"

@@ -8,6 +8,11 @@ from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError
 from secure_fed.privacy.ledger import Ledger, read_older
 
+LOCAL = (
+    "for this site's own eyes: of patients' images, and no privacy budget has paid for it; it must not leave the site"
+)
+"""Stands at every figure of :func:`unpaid` images."""
+
 
 def ledger_folder(file: SiteFile) -> Path:
     """Where the ledger of the site's identity lies: all its studies and state folders spend from it."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from secure_fed.clients.budget import LOCAL
 from secure_fed.clients.site import Site
 from secure_fed.model.adapter_file import Calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
@@ -44,4 +45,5 @@ def calibrate(agreed: AgreedStudy, sites: Sequence[Site], parameters: Parameters
     rows = np.concatenate(own)
     if len(rows):
         adapter.set_statistics(torch.from_numpy(rows))
-    return Calibration(temperature, len(labels), adapter.statistics(), parameters.get(PRIVATE_HEAD))
+    local = LOCAL if any(site.unpaid for site in sites) else ""
+    return Calibration(temperature, len(labels), adapter.statistics(), parameters.get(PRIVATE_HEAD), local)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from secure_fed.clients import one_sum
 from secure_fed.clients.bound import Bound
+from secure_fed.clients.budget import unpaid
 from secure_fed.clients.data import DRAWN_ALONE, Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
@@ -236,6 +237,11 @@ class Site:
     def budgeted(self) -> bool:
         """Whether it trains under a privacy budget."""
         return self._private is not None
+
+    @property
+    def unpaid(self) -> bool:
+        """Whether figures of its images are for its own eyes: they are patients', and a budget has not paid."""
+        return unpaid(self._file)
 
     @property
     def read_data(self) -> bool:

@@ -54,12 +54,14 @@ def check(
     if site is None:
         _check_folders(folders or [], propose, json_)
         return
+    from secure_fed.clients.budget import LOCAL, unpaid
     from secure_fed.clients.data_check import check_data, refuse_leaks
     from secure_fed.clients.sitefile import read_site
 
     file, agreed = read_site(site)
     with progress("checking images") as tell:
         report = check_data(file, agreed, tell)
+    report["local"] = LOCAL if unpaid(file) else ""
     if html is not None:
         from secure_fed.clients.rules import Rules
         from secure_fed.report.data_page import write_data_page
@@ -70,6 +72,8 @@ def check(
         print_json(report)
     else:
         _show(report)
+        if report["local"]:
+            out.print(report["local"], highlight=False, soft_wrap=True)
     refuse_leaks(file, report["leaks"])
 
 

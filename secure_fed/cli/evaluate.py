@@ -54,7 +54,7 @@ def evaluate(
 
         written = write_papers(sections, figures)
     if json_:
-        print_json(found.document())
+        print_json(found.document() | {"local": found.said.local})
     for section in () if json_ else sections:
         for text in (section.title, section.finding):
             if text:
@@ -68,6 +68,8 @@ def evaluate(
             out.print(shown)
         for note in section.notes:
             out.print(note, markup=False, highlight=False, soft_wrap=True)
+    if found.said.local and not json_:
+        out.print(found.said.local, highlight=False, soft_wrap=True)
     for name, reason in found.said.unreadable.items():
         console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if found.unlabelled:

@@ -28,8 +28,16 @@ def plot(
     into = (folder if folder.is_dir() else folder.parent) / "plots" if into is None else into
     with console.status("drawing"):
         written = (plot_site if of_a_site else plot_run)(folder, into)
+    local = ""
+    if of_a_site:
+        from secure_fed.clients.budget import LOCAL, unpaid
+        from secure_fed.clients.sitefile import read_site_file
+
+        local = LOCAL if unpaid(read_site_file(folder)) else ""
     if json_:
-        print_json({"files": [str(path) for path in written]})
+        print_json({"files": [str(path) for path in written], "local": local})
         return
+    if local:
+        out.print(local, highlight=False, soft_wrap=True)
     for path in written:
         out.print(str(path), highlight=False, soft_wrap=True)

@@ -96,6 +96,8 @@ def predict(
             highlight=False,
             soft_wrap=True,
         )
+    if found.local:
+        console.print(f"calibrated here: {found.local}", highlight=False, soft_wrap=True)
     if document["coverage"] is not None:
         strangers = sum(image["stranger"] for image in document["images"])
         console.print(

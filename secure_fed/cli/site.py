@@ -64,7 +64,7 @@ def accept(
     json_: Json = False,
 ) -> None:
     """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
-    from secure_fed.clients.acceptance import AGAIN, record_acceptance, require_acceptance, terms, when
+    from secure_fed.clients.acceptance import again_words, record_acceptance, require_acceptance, terms, when
     from secure_fed.clients.keyring import membership
     from secure_fed.clients.sitefile import read_site, with_budget
 
@@ -73,12 +73,15 @@ def accept(
     file = with_budget(file, epsilon, delta)
     file.refuse_study(agreed.study)
     shown = terms(file, agreed)
+    further = again_words(file, agreed) if again else []
+    if again:
+        shown["again"] = further
     if json_:
         print_json(shown)
     else:
         _show_terms(shown)
-        if again:
-            _say(AGAIN)
+        for line in further:
+            _say(line)
     if html is not None:
         from secure_fed.core.storage import write_durable
         from secure_fed.report.document_page import consent_page

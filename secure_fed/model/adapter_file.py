@@ -45,12 +45,14 @@ class Calibration:
         images: number of these images.
         statistics: of batch norm, by name, [d] each; empty for other methods.
         head: the private head, [K, d], if the study has one.
+        local: why nothing of it, nor what is made with it, may leave the site; empty if it may.
     """
 
     temperature: float | None
     images: int
     statistics: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     head: NDArray[np.float64] | None = None
+    local: str = ""
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """As tensors of a safetensors file, names beginning with ``calibration.``."""
@@ -60,6 +62,8 @@ class Calibration:
             found[f"{_CALIBRATION}temperature"] = np.array([self.temperature])
         if self.head is not None:
             found[f"{_CALIBRATION}{PRIVATE_HEAD}"] = self.head
+        if self.local:
+            found[f"{_CALIBRATION}local"] = np.frombuffer(self.local.encode(), dtype=np.uint8)
         return found
 
     @classmethod
@@ -71,8 +75,9 @@ class Calibration:
         if not found:
             return None
         images, temperature = int(found.pop("images")[0]), found.pop("temperature", None)
-        head = found.pop(PRIVATE_HEAD, None)
-        return cls(None if temperature is None else float(temperature[0]), images, found, head)
+        head, local = found.pop(PRIVATE_HEAD, None), found.pop("local", None)
+        words = "" if local is None else local.tobytes().decode()
+        return cls(None if temperature is None else float(temperature[0]), images, found, head, words)
 
 
 @dataclass(frozen=True)

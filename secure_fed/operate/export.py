@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from secure_fed.clients.budget import ledger_folder, unpaid
+from secure_fed.clients.budget import has_budget, ledger_folder, unpaid
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, read_site_file
@@ -182,7 +182,9 @@ def _applied(records: Iterable[Record]) -> Iterable[Record]:
 def _claim(file: SiteFile) -> list[str]:
     folder = ledger_folder(file)
     if not Ledger.exists(folder):
-        return []
+        if not has_budget(file):
+            return []
+        return [f"Site {file.site} has a privacy budget and has released nothing under it: it has only looked on."]
     with opened(folder) as ledger:
         facts = ledger.public_summary("")
     declared = ", ".join(f"{plan['epsilon']:.3f}" for plan in facts["plans"])

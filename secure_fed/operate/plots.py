@@ -23,6 +23,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.manifold import TSNE
 from sklearn.metrics import confusion_matrix, silhouette_score
 
+from secure_fed.clients.budget import LOCAL
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
@@ -114,7 +115,7 @@ def plot_site(folder: Path, out: Path) -> list[Path]:
 
     Args:
         folder: the site's, or its ``site.toml``.
-        out: as in :func:`plot_run`.
+        out: as in :func:`plot_run`. Of patients under a budget each picture says that it must not leave.
 
     Raises:
         AdapterFileError: no round is applied yet.
@@ -144,6 +145,8 @@ def _draw(run: Run, out: Path) -> list[Path]:
         if figure is None:
             continue
         picture = io.BytesIO()
+        if any(site.unpaid for site in run.sites):
+            figure.text(0.5, 0, LOCAL, ha="center", va="top", fontsize=6, color="red")
         figure.savefig(picture, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
         write_durable(out / f"{name}.png", picture.getvalue())
         written.append(out / f"{name}.png")

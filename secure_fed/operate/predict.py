@@ -61,6 +61,11 @@ class Probabilities:
         """Whether a temperature was fitted."""
         return self.adapter.calibration is not None and self.adapter.calibration.temperature is not None
 
+    @property
+    def local(self) -> str:
+        """Why nothing of it may leave the site, if its calibration is of images that no budget has paid for."""
+        return "" if self.adapter.calibration is None else self.adapter.calibration.local
+
     def patients(self) -> dict[str, tuple[list[int], NDArray[np.float64]]]:
         """By patient, the indices of its images and its probabilities [classes] by the study's rule; sorted by id."""
         indices: dict[str, list[int]] = defaultdict(list)
@@ -86,6 +91,7 @@ class Probabilities:
             "calibrated": self.calibrated,
             "temperature": self.adapter.temperature,
             "validation_images": own.images if own is not None and self.calibrated else 0,
+            "local": self.local,
             "coverage": coverage,
             "images": [
                 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from secure_fed.clients.budget import LOCAL
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import SummaryError
@@ -53,6 +54,7 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site) -> None:
             zero_shot=Scores(**site.evaluate(None)), federated=Scores(**site.evaluate(site.personal(site.parameters)))
         ),
         one_sum=one_sum_figures(agreed, [site], []),
+        local=LOCAL if site.unpaid else "",
     )
     write_summary(folder.summary, summary)
 

@@ -266,6 +266,7 @@ class SiteSummary(FileModel):
         validations: by round of this run, as :attr:`Round.validation`; None or absent where the site knows none.
         metrics: on its test images.
         one_sum: of a study of one sum, with this site's own test images alone.
+        local: why the file must not leave the site, if no privacy budget has paid for what is in it; else empty.
     """
 
     kind: Literal["site"]
@@ -280,10 +281,12 @@ class SiteSummary(FileModel):
     validations: dict[RoundNumber, Share | None] = Field(default_factory=dict)
     metrics: SiteMetrics
     one_sum: OneSum | None = None
+    local: str = ""
 
     def content(self) -> dict[str, Any]:
-        """What is in the file; ``one_sum`` only of such a study."""
-        return self.model_dump(mode="json", exclude=None if self.one_sum else {"one_sum"})
+        """What is in the file; ``one_sum`` only of such a study, ``local`` only where there is a reason."""
+        without = {name for name in ("one_sum", "local") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=without)
 
 
 Summary = TypeVar("Summary", StudySummary, SiteSummary)

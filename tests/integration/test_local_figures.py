@@ -1,0 +1,352 @@
+"""Patients under a budget: every command that could show a figure of their images, and what of it may leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+import pytest
+import safetensors.numpy
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from secure_fed.cli import app
+from secure_fed.clients.acceptance import again_words
+from secure_fed.clients.budget import LOCAL, has_budget, ledger_folder, unpaid
+from secure_fed.clients.reply_clock import reply_seconds
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
+from secure_fed.core.errors import (
+    BudgetError,
+    LedgerError,
+    SiteFileError,
+    StudyError,
+    TwinsError,
+)
+from secure_fed.core.layout import SiteRun
+from secure_fed.core.tomlfile import read_toml, write_toml
+from secure_fed.model.public_statistics import PublicStatistics
+from secure_fed.operate.evidence import pack_evidence
+from secure_fed.operate.site_results import write_results
+from secure_fed.privacy.accounting import Mechanism, mu_squared_of
+from secure_fed.privacy.ledger import Account, Ledger, opened
+from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.records import Chain
+from secure_fed.protocol.study import AgreedStudy
+from tests.conftest import TRAINING, Federation, exchange, run_round
+from tests.integration.test_dp_site import make_private, set_budget
+from tests.unit.privacy.test_ledger import older_ledger
+
+LEAVES = {
+    "export": "adapter and card",
+    "report": "without --local-metrics",
+    "evidence pack": "the archive",
+    "client": "messages: tests/integration/test_neighbours.py",
+    "status": "what the status file says",
+}
+"""Commands whose output is meant to leave, or is asked for by others."""
+
+MARKED = {
+    "predict",
+    "evaluate",
+    "plot",
+    "report --local-metrics",
+    "ledger show",
+    "data check",
+    "ledger link",
+    "site results",
+}
+"""Commands with figures of the site's images that nobody paid for; each says that they are local."""
+
+NO_FIGURES = {
+    "attack": "refuses patients",
+    "simulate": "refuses patients",
+    "demo": "refuses patients",
+    "sweep": "refuses patients",
+    "drill": "phantoms",
+    "phantoms make": "phantoms",
+    "audit": "synthetic patients",
+    "server": "has no image",
+    "explain": "words",
+    "doctor": "says at the site's terminal whether images can be read",
+    "ledger verify": "the ledger alone",
+    "ledger export": "the ledger alone, as secret as its key",
+    "ledger restore": "the ledger alone",
+    "ledger adopt": "the ledger alone",
+    "ledger distinct": "the ledger alone",
+    "data fetch": "brings images in",
+    "data forget": "lists whom to leave out",
+    "site init": "keys",
+    "site accept": "terms",
+    "site sent": "what left already",
+    "site void": "a signed word about a round",
+    "site release": "a signed word about an adapter",
+    "evidence verify": "an archive",
+}
+WITHOUT_IMAGES = ("study", "keys", "journal", "backbone")
+"""Groups of commands that read no image of a site (study new --public reads public ones)."""
+
+
+def commands(group: click.Group, before: str = "") -> list[str]:
+    found = []
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group) and command.commands:
+            found += commands(command, f"{before}{name} ")
+        else:
+            found.append(f"{before}{name}")
+    return found
+
+
+def test_every_command_has_its_place_here() -> None:
+    """Who adds a command says whether its output may leave."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    known = set(LEAVES) | MARKED | set(NO_FIGURES)
+    strangers = [name for name in commands(group) if name not in known and not name.startswith(WITHOUT_IMAGES)]
+    assert strangers == []
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Federation:
+    """A study that is over, with ash's patients under a budget; the observer has one too."""
+    folder = tmp_path_factory.mktemp("patients") / "out"
+    federation = make_private(folder, images, mode="he", rounds=1)
+    for name in ("ash", "dogwood"):
+        path = folder / "sites" / name / "site.toml"
+        data = read_toml(path, SiteFile, ValueError).data.model_copy(update={"kind": "patients"})  # type: ignore[type-var]
+        set_budget(folder, name, 8.0, data=data, allow_plain=False)
+    sites = [federation.site(name) for name in (*TRAINING, "dogwood")]
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites[:3])
+    for site in sites:
+        exchange(coordinator, site)
+        write_results(folder / "sites" / site.name / "state", federation.agreed, site)
+    return federation
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", ["ash", "dogwood"])
+def test_an_export_holds_nothing_that_nobody_paid_for(patients: Federation, tmp_path: Path, name: str) -> None:
+    site = patients.folder / "sites" / name / "site.toml"
+    assert run("export", "--site", site, "--out", tmp_path / "export").exit_code == 0
+    card = (tmp_path / "export/MODEL_CARD.md").read_text()
+    assert "No metrics of single sites" in card
+    assert "did not train under differential privacy" not in card
+    assert "privacy budget" in card or "differentially private" in card
+    tensors = safetensors.numpy.load((tmp_path / "export/adapter.safetensors").read_bytes())
+    assert not [tensor for tensor in tensors if tensor.startswith("calibration")]
+    refused = run("export", "--site", site, "--out", tmp_path / "own", "--own-results")
+    assert isinstance(refused.exception, BudgetError)
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("name", ["ash", "dogwood"])
+def test_a_report_withholds_them_or_says_that_it_must_stay(patients: Federation, tmp_path: Path, name: str) -> None:
+    folder = patients.folder / "sites" / name
+    figures = json.loads((folder / "state/summary.json").read_text())["metrics"]["federated"]
+    telling = [str(value)[:6] for value in figures.values() if isinstance(value, float) and len(str(value)) > 8]
+    assert telling
+    for form in ("csv", "md", "html"):
+        assert run("report", folder, "--out", tmp_path / f"leaves.{form}").exit_code == 0
+        text = (tmp_path / f"leaves.{form}").read_text()
+        assert not [figure for figure in telling if figure in text]
+    assert "budget" in text
+    shown = run("report", folder, "--out", tmp_path / "stays.html", "--local-metrics")
+    assert "must not leave the site" in shown.stderr
+    assert "no privacy budget paid for" in (tmp_path / "stays.html").read_text()
+
+
+def test_what_evidence_packs_has_no_figure_of_any_image(patients: Federation, tmp_path: Path) -> None:
+    pack_evidence(patients.folder / "sites/ash", tmp_path / "evidence.zip")
+    with zipfile.ZipFile(tmp_path / "evidence.zip") as archive:
+        places = {name.split("/")[0] for name in archive.namelist()}
+        public = json.loads(archive.read("ledger/public.json"))
+    assert places <= {"study", "policy.json", "versions.json", "bom.json", "accepted", "journal", "ledger",
+                      "sent.jsonl", "manifest.signed"}  # fmt: skip
+    assert not {"blocks", "members", "epsilon_spent", "events", "head"} & set(public)
+
+
+@pytest.mark.parametrize("name", ["ash", "dogwood"])
+def test_every_local_figure_says_that_it_is_local(patients: Federation, tmp_path: Path, name: str) -> None:
+    folder = patients.folder / "sites" / name
+    file = read_site_file(folder / "site.toml")
+    assert has_budget(file)
+    assert unpaid(file)
+    assert json.loads((folder / "state/summary.json").read_text())["local"] == LOCAL
+    adapter, images = folder / "state/adapter.safetensors", Path(file.data.folder)
+    said = run("predict", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint)
+    assert LOCAL in said.stderr
+    said = run("predict", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint, "--json")
+    assert json.loads(said.stdout)["local"] == LOCAL
+    said = run("evaluate", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint)
+    assert LOCAL in said.stdout
+    said = run("plot", folder, "--out", tmp_path / "plots")
+    assert LOCAL in said.stdout
+    assert json.loads(run("plot", folder, "--out", tmp_path / "plots", "--json").stdout)["local"] == LOCAL
+    checked = run("data", "check", "--site", folder / "site.toml", "--json")
+    assert json.loads(checked.stdout)["local"] == LOCAL
+    assert LOCAL in run("data", "check", "--site", folder / "site.toml").stdout
+    if name == "ash":
+        assert "local, for this site's own eyes" in run("ledger", "show", folder).stdout
+        assert "own eyes" in json.loads(run("ledger", "show", folder, "--json").stdout)["local"]
+
+
+def test_public_figures_are_not_marked(patients: Federation) -> None:
+    said = json.loads((patients.folder / "sites/birch/state/summary.json").read_text())
+    assert "local" not in said
+
+
+def test_what_plays_with_data_refuses_patients(patients: Federation, tmp_path: Path) -> None:
+    shown = run("plot", patients.folder, "--out", tmp_path / "plots")
+    assert shown.exception is not None
+    exported = run("export", "--run", patients.folder, "--out", tmp_path / "export")
+    assert exported.exception is not None
+
+
+# --- a further run ---
+
+
+def test_accept_again_shows_who_differs_and_what_that_reveals(patients: Federation, tmp_path: Path) -> None:
+    shutil.copytree(patients.folder, tmp_path / "out", symlinks=True)
+    site, study = tmp_path / "out/sites/birch/site.toml", tmp_path / "out/study.toml"
+    shown = run("site", "accept", study, "--site", site, "--again", "--by", "somebody", "--json")
+    assert shown.exit_code == 0, shown.exception
+    lines = json.loads(shown.stdout)["again"]
+    assert any("sums over ash, birch, cedar" in line and "1 rounds" in line for line in lines)
+    assert any("new none, gone none" in line for line in lines)
+    assert "this site has no privacy budget" in lines[-1]
+    text = run("site", "accept", study, "--site", tmp_path / "out/sites/ash/site.toml", "--again", "--by", "she").stdout
+    assert "noised under its privacy budget" in text
+
+
+def test_accept_again_names_the_one_site_whose_update_the_difference_tells(patients: Federation) -> None:
+    file = read_site_file(patients.folder / "sites/birch/site.toml")
+    study = patients.agreed.study
+    without = study.model_copy(update={"sites": tuple(one for one in study.sites if one.name != "cedar")})
+    of_the_last_run = Chain(patients.agreed)
+    with mock.patch("secure_fed.clients.acceptance.Chain", return_value=of_the_last_run):
+        lines = again_words(file, AgreedStudy(without, patients.agreed.initial))
+    assert any("new none, gone cedar" in line for line in lines)
+    assert any("differ by cedar alone: their sums together tell nearly its update" in line for line in lines)
+
+
+# --- bad input ---
+
+
+@pytest.fixture
+def site(tmp_path: Path, images: Path) -> Federation:
+    return make_private(tmp_path / "out", images)
+
+
+def privacy(federation: Federation, **changes: Any) -> None:
+    path = federation.folder / "sites/ash/site.toml"
+    file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+    old = {} if file.privacy is None else file.privacy.model_dump(exclude_none=True)
+    write_toml(path, file.model_copy(update={"privacy": SitePrivacy.model_validate(old | changes)}))
+
+
+def ledger(federation: Federation) -> Path:
+    return ledger_folder(read_site_file(federation.folder / "sites/ash/site.toml"))
+
+
+def test_epsilon_of_a_run_above_the_sites(site: Federation) -> None:
+    privacy(site, epsilon=3.0, run_epsilon=4.0)
+    with pytest.raises(BudgetError, match=r"run_epsilon = 4, but each patient's budget is epsilon 3"):
+        site.site("ash")
+
+
+def test_a_ledger_of_another_identity(site: Federation) -> None:
+    site.site("ash")
+    shutil.rmtree(ledger(site))
+    Ledger.create(ledger(site), Account("ash", "e" * 64, "image", "public", 8.0, 1e-5))
+    with pytest.raises(
+        LedgerError, match=r"the ledger of identity e{16}; expected that of this site's identity \w{16}"
+    ):
+        site.site("ash")
+
+
+def test_a_known_ledger_that_was_not_adopted(site: Federation) -> None:
+    file = read_site_file(site.folder / "sites/ash/site.toml")
+    older_ledger(Path(file.state) / "privacy", {"a": 0.1})
+    with pytest.raises(
+        LedgerError, match=r"has not taken over; expected every known one to be: secfacmic ledger adopt"
+    ):
+        site.site("ash")
+
+
+def test_a_link_that_exceeds_the_budget_is_told_and_the_patient_is_out(site: Federation) -> None:
+    ash = site.site("ash")
+    first, second = sorted(ash.features().digests)[:2]
+    everything = mu_squared_of(8.0, 1e-5) * 0.9
+    with opened(ledger(site)) as book:
+        for name in (first, second):
+            book.reserve(Mechanism(1.0, everything**-0.5, 1), "before", "", {book.person(name)})
+    shown = run("ledger", "link", first, second, "--site", site.folder / "sites/ash/site.toml")
+    assert "above the budget, so that the patient takes part in nothing any more" in shown.stdout
+    with opened(ledger(site)) as book:
+        assert book.person(first) == book.person(second)
+        assert book.able({book.person(first)}, 1e-6) == set()
+
+
+def test_equal_pictures_under_two_ids_stop_the_start_until_they_are_settled(site: Federation) -> None:
+    ash = site.site("ash")
+    assert ash._private is not None
+    with pytest.raises(TwinsError, match=r"1 pairs of patient ids have an equal picture[\s\S]*  a  b"):
+        ash._private.settle({"a": {b"same"}, "b": {b"same", b"own"}}, {})
+    assert run("ledger", "distinct", "a", "b", "--site", site.folder / "sites/ash/site.toml").exit_code == 0
+    ash._private.settle({"a": {b"same"}, "b": {b"same", b"own"}}, {})
+
+
+def test_public_statistics_with_another_digest_than_the_studys(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(120, 8)).astype(np.float32)
+    PublicStatistics.of([rows]).save(tmp_path / "public.safetensors", "a" * 64)
+    with pytest.raises(StudyError, match=r"of backbone a{16}, the study's is b{16}"):
+        PublicStatistics.load(tmp_path / "public.safetensors", "b" * 64)
+
+
+def test_too_short_a_reply_time_is_refused_with_what_it_takes(site: Federation) -> None:
+    privacy(site, reply_seconds=0.5)
+    file = read_site_file(site.folder / "sites/ash/site.toml")
+    ticks = iter([0.0, 7.0])
+    with pytest.raises(SiteFileError, match=r"reply_seconds = 0.5; expected at least 14"):
+        reply_seconds(file, site.agreed, now=lambda: next(ticks))
+
+
+# --- an event belongs to a state of the adapter ---
+
+
+def test_asked_ten_times_at_one_state_a_site_sends_the_same_and_spends_nothing(tmp_path: Path, images: Path) -> None:
+    """As after ten rounds that did not move the adapter, validation counts included."""
+    federation = make_private(tmp_path / "out", images, privacy={"steps": 2, "validation_rounds": 2})
+    ash = federation.site("ash")
+    features, rounds = ash.features(), ash._private
+    assert rounds is not None
+    run_folder, initial, sent = SiteRun(tmp_path / "run"), federation.agreed.initial.adapter, []
+
+    def quantise(update: Any, draws: Any, counts: tuple[int, int]) -> Any:
+        return np.concatenate([np.rint(update * 2.0**20), counts]).astype(np.int64)
+
+    def ask(number: int, state: str, place: int) -> None:
+        position = RoundPosition("7" * 64, f"{place:064x}", "0" * 64, 0, number)
+        sent.append(rounds.integers(position, state, initial, run_folder, lambda: features, quantise))
+
+    ask(1, "a", 0)
+    spent, events = Ledger(ledger(federation)).epsilon_spent, len(Ledger(ledger(federation)).events)
+    assert events == 2  # training and validation counts
+    for place in range(10):
+        ask(1 + place % 2, "a", 1 + place)
+    assert all(np.array_equal(one, sent[0]) for one in sent)
+    assert (Ledger(ledger(federation)).epsilon_spent, len(Ledger(ledger(federation)).events)) == (spent, events)
+    ask(2, "b", 11)
+    assert not np.array_equal(sent[-1], sent[0])
+    assert Ledger(ledger(federation)).epsilon_spent > spent
