@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,27 @@ def make_folder(path: Path, mode: int = 0o755) -> None:
         raise StorageError(
             f"{path}: the folder cannot be made ({error.strerror}); free space or choose another place"
         ) from error
+
+
+@contextlib.contextmanager
+def made_folder(path: Path, mode: int = 0o755) -> Iterator[None]:
+    """A folder to write into, made as :func:`make_folder` does it; if what is done within fails, one that was not there
+    before is gone again, with the parents that were made for it.
+
+    Raises:
+        StorageError: the folder cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path, mode)
+    try:
+        yield
+    except BaseException:
+        if missing:
+            shutil.rmtree(path, ignore_errors=True)
+        for parent in missing[1:]:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # unless somebody else writes there by now
+        raise
 
 
 def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:

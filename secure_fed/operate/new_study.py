@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.layout import ServerState
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.core.tomlfile import parse_table, to_toml, write_toml
 from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, uses_basis
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
@@ -82,7 +82,13 @@ def new_study(
     if strangers:
         names = ", ".join(site.name for site in template.sites)
         raise StudyError(f"{', '.join(strangers)}: no site of the template; its sites are {names}")
-    make_folder(out)
+    with made_folder(out):
+        return _make(template, keys, out, checkpoint, public)
+
+
+def _make(
+    template: Template, keys: Mapping[str, SiteKeys | None], out: Path, checkpoint: Path | None, public: Path | None
+) -> tuple[StudyFile, LoadedBackbone]:
     if template.backbone.seed is not None and checkpoint is None:  # then the weights are random, and only then
         checkpoint = out / RANDOM_CHECKPOINT
         if not checkpoint.exists():

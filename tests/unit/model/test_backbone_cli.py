@@ -325,9 +325,12 @@ def test_prompts_that_would_be_cut_are_refused_with_their_length(tmp_path: Path)
             new_study(template, [], tmp_path / str(tokens))
             assert (tmp_path / str(tokens) / "study.toml").exists()
             continue
-        with pytest.raises(StudyError, match=rf"77 tokens.*class 'light' has {tokens}"):
-            new_study(template, [], tmp_path / "refused")
-        assert not (tmp_path / "refused" / "study.toml").exists()
+        (tmp_path / "there").mkdir(exist_ok=True)
+        for out in (tmp_path / "refused/deep", tmp_path / "there"):
+            with pytest.raises(StudyError, match=rf"77 tokens.*class 'light' has {tokens}"):
+                new_study(template, [], out)
+        assert not (tmp_path / "refused").exists()
+        assert not (tmp_path / "there/study.toml").exists()
 
 
 def _with_prompt(text: str) -> dict[str, Any]:
