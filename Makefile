@@ -93,7 +93,7 @@ brain-mri: environment
 
 # EXAMPLES: hostile inputs for each decoder and reader.
 fuzz: environment
-	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -P -m pytest tests/unit/protocol/test_fuzz.py tests/unit/clients/test_reading_fuzz.py
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(BIN)/python -P -m pytest tests/unit/protocol/test_fuzz.py tests/unit/clients/test_reading_fuzz.py tests/unit/model/test_backbone_fuzz.py
 
 # DATA: a folder of public brain MRI, one folder a class; without it phantoms alone are used.
 mini-clip: environment

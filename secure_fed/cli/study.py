@@ -49,7 +49,7 @@ def new(
 ) -> None:
     """Make a study of a template: coordinator's key, initial adapter, prompt features, digests."""
     chosen = template(study, seed, mode)  # before anything that takes long to load
-    from secure_fed.clients.encoding import expected_seconds
+    from secure_fed.clients.encoding import USUAL, expected_seconds
     from secure_fed.operate.new_study import new_study, update_size
     from secure_fed.privacy.keys import read_public_identity
 
@@ -57,7 +57,7 @@ def new(
     made, backbone = new_study(chosen, members, into, checkpoint, public)
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
     out.print(f"backbone: {backbone.description}", highlight=False, soft_wrap=True)
-    long = duration(expected_seconds(backbone.seconds_per_image(), 1000))
+    long = duration(expected_seconds(backbone.seconds_per_image([USUAL]), 1000))
     out.print(f"encoding at a site like this machine: {long} for 1000 images", highlight=False, soft_wrap=True)
     out.print(f"an update: {update_size(into / 'study.toml', made)}", highlight=False, soft_wrap=True)
     for line in made.missing():

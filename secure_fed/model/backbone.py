@@ -21,22 +21,13 @@ from torch import Tensor, nn
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import backbone_store
-from secure_fed.model.backbone_form import (
-    HUB,
-    Form,
-    activation,
-    build,
-    facts,
-    known_model,
-    make_network,
-    open_clip,
-    preparer,
-    read_form,
-    with_activation,
-)
+from secure_fed.model.backbone_form import read_form
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.device import Device, kind_of
-from secure_fed.model.text_tower import TextTower
+from secure_fed.model.library import HUB, known_model, open_clip, with_activation
+from secure_fed.model.network import Form, activation, build, facts, make_network
+from secure_fed.model.preparing import preparer
+from secure_fed.model.text_tower import TextTower, reads_at
 from secure_fed.model.weights import write_weights
 from secure_fed.protocol.study import Backbone, canonical_json
 
@@ -53,8 +44,13 @@ _LARGE_BATCH = 8
 _BF16_COSINE = 0.999
 """Least cosine between a bfloat16 and a float32 feature for bfloat16 to be used."""
 
+_MEASURED = 2.0
+"""Seconds for which encoding is measured, to say how long it will take."""
+
 _SAME = 1e-6
-"""Features of quite different images that are nearer than this do not depend on the image."""
+"""Features of quite different images that are nearer than this do not depend on the image; of texts likewise."""
+
+_TEXTS = ("a head with a mass", "3 quite different words, the x-ray of an arm")
 
 
 class LoadedBackbone:
@@ -93,8 +89,9 @@ class LoadedBackbone:
             exact: keep float32 whatever is faster.
 
         Raises:
-            BackboneError: weights or features are not finite, features do not depend on the image, or the towers have
-                different widths.
+            BackboneError: weights or features are not finite, features do not depend on the image or on the text, the
+                text tower reads the end of a text elsewhere than its tokenizer puts it, or the towers have different
+                widths.
         """
         self._model = model
         self._name = name
@@ -108,7 +105,13 @@ class LoadedBackbone:
         self.activation = activation(self.facts)
         whole = [self.digest, self.facts, self._tokens.identity, form.preprocess]
         self.id = hashlib.sha256(b"secfacmic backbone id 1\n" + canonical_json(whole)).hexdigest()
-        self.logit_scale = float(np.exp(np.float64(self._model.logit_scale.item())))
+        scale = float(self._model.logit_scale.item())
+        if not -20 < scale < 20:
+            raise BackboneError(
+                f"{name}: a logit_scale of {scale:.3g}, whose exponential multiplies cosines; expected about 4.6, as "
+                "trained CLIPs have: get the file again"
+            )
+        self.logit_scale = float(np.exp(np.float64(scale)))
         self.precision = "float32"
         self.device = device
         self._model.to(device)
@@ -119,12 +122,7 @@ class LoadedBackbone:
         if large and not exact and _multiplies_bfloat16(device):
             self._choose_precision()
         self.preprocessing = json.dumps(form.preprocess | {"precision": self.precision}, sort_keys=True)
-        texts = self.encode_texts([""]).shape[1]
-        if texts != self.dim:
-            raise BackboneError(
-                f"{name}: towers of different widths, images {self.dim} and texts {texts}; expected one space for "
-                "both: these are not the weights of one CLIP"
-            )
+        self._try_texts()
         weights = sum(parameter.numel() for parameter in model.parameters())
         self.description = f"{name}, {weights / 1e6:.1f} M weights, {self.dim} features, digest {self.digest[:12]}"
 
@@ -175,33 +173,91 @@ class LoadedBackbone:
         """The weights by name; in bfloat16 where that was chosen."""
         return dict(self._model.state_dict())
 
-    def seconds_per_image(self) -> float:
-        """How long one image takes here on one processor, measured now."""
-        image = Image.fromarray(np.full((64, 64, 3), 127, dtype=np.uint8))
-        prepared = torch.from_numpy(self.prepare(image))[None].to(next(self._model.visual.parameters()).dtype)
+    def seconds_per_image(self, pictures: Sequence[Image.Image]) -> float:
+        """How long one picture takes one processor here, prepared and encoded, measured now.
+
+        Args:
+            pictures: a few, of the shape that is to be encoded.
+        """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with torch.inference_mode():
-                start = time.perf_counter()
-                self._model.encode_image(prepared.to(self.device)).float().sum().item()
-                return time.perf_counter() - start
+            self.prepare(pictures[0])
+            start = time.perf_counter()
+            prepared = [self.prepare(picture) for picture in pictures]
+            preparing = (time.perf_counter() - start) / len(pictures)
+            self._seconds(prepared[:1])  # the first time, memory is laid out and kernels are chosen
+            count = max(1, min(self.batch, int(_MEASURED / self._seconds(prepared[:1]))))
+            return preparing + self._seconds([prepared[place % len(prepared)] for place in range(count)]) / count
         finally:
             torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def _seconds(self, prepared: Sequence[NDArray[np.float32]]) -> float:
+        dtype = next(self._model.visual.parameters()).dtype
+        images = torch.from_numpy(np.stack(prepared)).to(dtype)
+        start = time.perf_counter()
+        self._model.encode_image(images.to(self.device)).float().sum().item()
+        return time.perf_counter() - start
 
     @torch.inference_mode()
     def _try_images(self) -> None:
         """Two quite different images must give two finite features; sets the width. No padding: this takes seconds."""
         pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
         images = [Image.fromarray(np.zeros_like(pixels)), Image.fromarray(pixels)]
-        prepared = torch.from_numpy(np.stack([self.prepare(one) for one in images]))
-        found = self._unit(self._model.encode_image(prepared.to(self.device)), "an image")
+        with self._in_our_words("an image"):
+            prepared = torch.from_numpy(np.stack([self.prepare(one) for one in images]))
+            found = self._unit(self._model.encode_image(prepared.to(self.device)), "an image")
         self.dim = found.shape[1]
         if float(np.abs(found[0] - found[1]).max()) < _SAME:
             raise BackboneError(
                 f"{self._name}: its features do not depend on the image: a black one and noise give the same; expected "
                 "trained weights: get the file again"
             )
+
+    def _try_texts(self) -> None:
+        """Two texts must give two features, as wide as an image's; and each is read where its tokenizer ends it."""
+        tokens = self._tokens(_TEXTS)
+        if torch.equal(tokens[0], tokens[1]):
+            raise BackboneError(
+                f"{self._name}: its tokenizer makes the same tokens of quite different texts; expected the tokenizer "
+                "files that came with the weights: copy the folder again"
+            )
+        reads = reads_at(self._model, tokens)
+        for row, text in enumerate(_TEXTS):
+            end = self._tokens.count(text) - 1
+            if reads is not None and end < self.context and int(reads[row]) != end:
+                raise BackboneError(
+                    f"{self._name}: its text tower reads a text's features at token {int(tokens[row, reads[row]])}, "
+                    f"but its tokenizer ends a text with token {int(tokens[row, end])}; expected a configuration and a "
+                    "tokenizer of one model: copy the folder again"
+                )
+        with self._in_our_words("a text"):
+            found = self.encode_texts(_TEXTS)
+        if found.shape[1] != self.dim:
+            raise BackboneError(
+                f"{self._name}: towers of different widths, images {self.dim} and texts {found.shape[1]}; expected one "
+                "space for both: these are not the weights of one CLIP"
+            )
+        if float(np.abs(found[0] - found[1]).max()) < _SAME:
+            raise BackboneError(
+                f"{self._name}: its features do not depend on the text: two quite different ones give the same; "
+                "expected trained weights, and a context with room for a text: get the folder again"
+            )
+
+    @contextmanager
+    def _in_our_words(self, what: str) -> Iterator[None]:
+        """A configuration may name a network that can be built and filled, and computes nothing."""
+        try:
+            yield
+        except BackboneError:
+            raise
+        except Exception as error:  # torch raises what it likes
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise BackboneError(
+                f"{self._name}: cannot compute the features of {what} ({reason}); expected a configuration and weights "
+                "of one model: copy the folder again"
+            ) from error
 
     def _choose_precision(self) -> None:
         """Compare both on test images: two even ones and some of seeded noise; keep the tower that is chosen.

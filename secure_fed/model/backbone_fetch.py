@@ -16,11 +16,14 @@ from torch import Tensor
 from secure_fed.core.errors import BackboneDigestError, BackboneError, OutputError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.model.backbone import LoadedBackbone, refuse_other_gelu
-from secure_fed.model.backbone_form import CONFIG, ENTRY, HUB, TEXT, build, read_form
+from secure_fed.model.backbone_form import CONFIG, ENTRY, named, read_form
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.backbone_store import Entry, read_entry, store_folder
+from secure_fed.model.library import HUB
+from secure_fed.model.model_config import OURS
+from secure_fed.model.network import build
+from secure_fed.model.text_model import TEXT
 from secure_fed.model.tokenizer import FileTokens
-from secure_fed.model.transformers_form import OURS
 from secure_fed.model.weights import write_weights
 from secure_fed.protocol.study import Backbone
 
@@ -77,17 +80,13 @@ def add(
         BackboneDigestError: the weights are not those that were fetched.
         StorageError: the store cannot be written.
     """
-    model: str | None
+    model, tag = named(name, path)
+    source = path.resolve().name
     entry = read_entry(path) if (path / ENTRY).is_file() else None
     if entry is not None:
         if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
             raise BackboneError(f"{path}: holds {entry.model}, not {name}; leave --model out, or name that one")
         model, tag, source = entry.model, entry.tag, entry.source
-    elif name is not None and path.is_file() and not name.startswith(HUB):
-        backbone = _named(name, tagged=False)
-        model, tag, source = backbone.model, backbone.tag, path.name
-    else:
-        model, tag, source = name, None, path.name
     form = read_form(path, model, tag, activation, text)
     form.licence = form.licence or (entry.licence if entry is not None else None)
     loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", exact=True)
@@ -115,23 +114,16 @@ def add(
     return kept, loaded
 
 
-def _named(name: str, tagged: bool = True) -> Backbone:
+def _named(name: str) -> Backbone:
     """The backbone that a name on the command line means."""
     if name.startswith(HUB):
-        if len(name.removeprefix(HUB).split("/")) != 2:
-            raise BackboneError(f"{name}: expected {HUB}OWNER/NAME")
+        named(name, Path(name))
         return Backbone(model=name, weights="pretrained")
-    model, _, tag = name.partition(":")
-    known = open_clip.list_pretrained_tags_by_model(model)
-    if tag and tag not in known:
-        raise BackboneError(f"{name}: open_clip knows no such tag; of {model} it knows {', '.join(known) or 'none'}")
-    if tag:
-        return Backbone(model=model, weights="pretrained", tag=tag)
-    if tagged:
-        raise BackboneError(
-            f"{name}: expected MODEL:TAG or {HUB}OWNER/NAME; tags of {model} are {', '.join(known) or 'none'}"
-        )
-    return Backbone(model=model, weights="file", file="checkpoint")
+    model, tag = named(name, Path(name))
+    if tag is None:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise BackboneError(f"{name}: expected MODEL:TAG or {HUB}OWNER/NAME; tags of {model} are {known}")
+    return Backbone(model=str(model), weights="pretrained", tag=tag)
 
 
 def _write(folder: Path, loaded: LoadedBackbone, tag: str | None, source: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.core.errors import BackboneError
-from secure_fed.model.backbone_form import CONFIG, HUB, Form, known_model, open_clip, read_form
-from secure_fed.model.weights import read_weights
+from secure_fed.model.backbone_form import CONFIG, read_form
+from secure_fed.model.given_files import read_json
+from secure_fed.model.library import HUB, known_model, open_clip
+from secure_fed.model.network import Form
+from secure_fed.model.weights import shards_of
 from secure_fed.protocol.study import Backbone
 
 _TOKENIZER = (
@@ -93,16 +95,16 @@ def _repository(name: str, cache: Path | None) -> Form:
         _file(name, one, cache)
     weights = next((found for one in _TRANSFORMERS if (found := _file(name, one, cache)) is not None), None)
     if weights is not None and weights.name.endswith(".index.json"):
-        for shard in sorted(set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())):
+        for shard in shards_of(weights):
             _file(name, shard, cache)
-        read_weights(weights)
     return read_form(config.parent, HUB + name)
 
 
 def _text_config(config: Path) -> dict[str, Any]:
-    content = json.loads(config.read_text(encoding="utf-8"))
-    found: dict[str, Any] = content.get("model_cfg", content).get("text_cfg", {})
-    return found
+    content = read_json(config)
+    model = content.get("model_cfg", content)
+    found = model.get("text_cfg") if isinstance(model, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -37,8 +37,9 @@ class TextTower:
         """
         text = getattr(model, "text", model)
         lacking = [part for part in _PARTS if not hasattr(text, part)]
-        pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
-        if lacking or pool not in ("argmax", "eos") or getattr(text, "cls_emb", None) is not None:
+        ends = reads_at(model, torch.from_numpy(tokens))
+        if lacking or ends is None:
+            pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
             found = f"without {', '.join(lacking)}" if lacking else f"pooling by {pool}"
             raise BackboneError(
                 f"the backbone's text tower ({type(text).__name__}, {found}) takes no context vectors; expected "
@@ -46,9 +47,7 @@ class TextTower:
             )
         self._text = text
         self._tokens = torch.from_numpy(tokens)
-        # The end of text has the highest number of CLIP's vocabulary; others name it.
-        end = getattr(text, "text_eos_id", getattr(text, "eos_id", None)) if pool == "eos" else None
-        self._ends = self._tokens.argmax(1) if end is None else (self._tokens == end).int().argmax(1)
+        self._ends = ends
         self.width = int(text.token_embedding.weight.shape[1])
         self.room = int(tokens.shape[1] - 1 - self._ends.max())
 
@@ -70,3 +69,22 @@ class TextTower:
         elif projection is not None:
             pooled = pooled @ projection
         return nn.functional.normalize(pooled, dim=-1)
+
+
+def reads_at(network: Any, tokens: Tensor) -> Tensor | None:
+    """Of each row of tokens, the place at which a text tower takes the text's features.
+
+    Args:
+        network: of open_clip.
+        tokens: int64 [n, context].
+
+    Returns:
+        int64 [n]; None for a tower that takes them otherwise than at the end of a text.
+    """
+    holder = getattr(network, "text", network)
+    pool = getattr(holder, "text_pool_type", getattr(holder, "pool_type", None))
+    if getattr(holder, "cls_emb", None) is not None or pool not in ("argmax", "eos"):
+        return None
+    # The end of text has the highest number of CLIP's vocabulary; others name it.
+    end = getattr(holder, "text_eos_id", getattr(holder, "eos_id", None)) if pool == "eos" else None
+    return tokens.argmax(1) if end is None else (tokens == end).int().argmax(1)

@@ -10,15 +10,19 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from secure_fed.core.errors import BackboneError
+from secure_fed.model.given_files import AGAIN, Foreign, checked, read_bytes, read_json, read_text
+from secure_fed.model.model_config import Rules, Token
 from secure_fed.protocol.study import canonical_json
 
 FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -37,6 +41,11 @@ class Tokens(Protocol):
     """
 
     context: int
+
+    @property
+    def largest(self) -> int:
+        """The highest token there is."""
+        ...
 
     @property
     def identity(self) -> str:
@@ -62,6 +71,11 @@ class ClipTokens:
         self._options = options or {}
         self._tokenizer = SimpleTokenizer(context_length=context, **self._options)
         self._vocabulary = Path(default_bpe())
+
+    @property
+    def largest(self) -> int:
+        """The highest token there is, the end of a text."""
+        return int(self._tokenizer.eot_token_id)
 
     @cached_property
     def identity(self) -> str:
@@ -97,19 +111,15 @@ class FileTokens:
 
         self.context, self.rules = context, rules
         self.content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-        try:
+        with _in_our_words("cannot be used"):
             self._tokenizer = Tokenizer.from_str(json.dumps(self.content))
             self._whole = Tokenizer.from_str(json.dumps(self.content))
-        except Exception as error:  # the library raises nothing narrower
-            raise BackboneError(
-                f"tokenizer.json: malformed ({' '.join(str(error).split())[:200]}); copy the folder again from where "
-                "it came from"
-            ) from error
         self.pad = self._id(rules["pad"])
         self._without = None if rules.get("without") is None else self._id(rules["without"])
         self._clean = _cleaner(rules["clean"])
-        self._tokenizer.enable_truncation(context)
-        self._tokenizer.enable_padding(length=context, pad_id=self.pad, pad_token=rules["pad"])
+        with _in_our_words(f"has no room for a text in {context} tokens"):
+            self._tokenizer.enable_truncation(context)
+            self._tokenizer.enable_padding(length=context, pad_id=self.pad, pad_token=rules["pad"])
 
     @cached_property
     def identity(self) -> str:
@@ -123,13 +133,15 @@ class FileTokens:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Tokens, int64 [n, context]."""
-        rows = self._tokenizer.encode_batch([self._clean(text) for text in texts])
+        with _in_our_words("cannot read a text"):
+            rows = self._tokenizer.encode_batch([self._clean(text) for text in texts])
         tokens = torch.tensor([row.ids for row in rows], dtype=torch.int64)
         return tokens if self._without is None else torch.where(tokens == self._without, 0, tokens)
 
     def count(self, text: str) -> int:
         """Tokens that a text takes, start and end included."""
-        return len(self._whole.encode(self._clean(text)).ids)
+        with _in_our_words("cannot read a text"):
+            return len(self._whole.encode(self._clean(text)).ids)
 
     def _id(self, token: str) -> int:
         found = self._whole.token_to_id(token)
@@ -139,6 +151,75 @@ class FileTokens:
                 "with the weights: copy the folder again"
             )
         return int(found)
+
+
+@contextmanager
+def _in_our_words(what: str, where: Path | str = "tokenizer.json") -> Iterator[None]:
+    """The library raises of every kind, panics that are no exceptions of Python's included."""
+    try:
+        yield
+    except (BackboneError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(f"{where}: malformed, so that the tokenizer {what} ({reason}); {AGAIN}") from error
+
+
+class _Added(Foreign):
+    id: Token
+    content: str
+
+
+class _Model(Foreign):
+    type: str | None = None
+    vocab: dict[str, Token] | list[tuple[str, float]] = Field(default_factory=dict)
+
+
+class _Whole(Foreign):
+    """``tokenizer.json``; what it does with texts, the library checks."""
+
+    added_tokens: list[_Added] = Field(default_factory=list)
+    normalizer: dict[str, Any] | None = None
+    model: _Model
+
+    @property
+    def vocabulary(self) -> set[str]:
+        """All tokens there are."""
+        vocab = self.model.vocab
+        return {one.content for one in self.added_tokens} | (
+            set(vocab) if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+        )
+
+
+class _SpecialToken(Foreign):
+    content: str
+
+
+_Special = str | _SpecialToken | None
+
+
+class _Config(Foreign):
+    """``tokenizer_config.json`` and ``special_tokens_map.json``."""
+
+    tokenizer_class: str | None = None
+    do_lower_case: bool | None = None
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool | None = None
+    pad_token: _Special = None
+    sep_token: _Special = None
+    cls_token: _Special = None
+    unk_token: _Special = None
+
+
+def read_own_tokenizer(path: Path, context: int, rules: dict[str, Any]) -> FileTokens:
+    """The tokenizer of a folder of ours.
+
+    Raises:
+        BackboneError: the file is malformed, or lacks a token of the rules.
+    """
+    content = read_json(path)
+    checked(content, _Whole, path)
+    return FileTokens(content, context, checked(rules, Rules, f"{path.parent}, tokenizer").model_dump())
 
 
 def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: dict[str, Any]) -> FileTokens | None:
@@ -156,71 +237,86 @@ def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: d
     """
     if not any((folder / name).is_file() for name in FILES):
         return None
-    config = _json(folder / "tokenizer_config.json")
-    special = _json(folder / "special_tokens_map.json")
-    name = str(config.get("tokenizer_class") or "")
+    config, special = (_config(folder / one) for one in ("tokenizer_config.json", "special_tokens_map.json"))
+    name = config.tokenizer_class or ""
     pieces = next((folder / one for one in ("spiece.model", "tokenizer.model") if (folder / one).is_file()), None)
     if (folder / "tokenizer.json").is_file() and not (kind == "siglip" and pieces and "Siglip" in name):
-        content = _json(folder / "tokenizer.json")
-        _follow_config(content, name, config)
+        content = read_json(folder / "tokenizer.json")
+        _follow_config(content, checked(content, _Whole, folder / "tokenizer.json"), name, config)
     elif pieces is not None:
-        content = _sentencepiece(pieces)
+        with _in_our_words("cannot be used", pieces):
+            content = _sentencepiece(pieces)
         if kind == "siglip":
-            clean = "siglip" if config.get("do_lower_case", True) else "siglip_cased"
+            clean = "siglip_cased" if config.do_lower_case is False else "siglip"
     elif (folder / "vocab.txt").is_file():
-        content = _wordpiece(folder / "vocab.txt", config)
+        with _in_our_words("cannot be used", folder / "vocab.txt"):
+            content = _wordpiece(folder / "vocab.txt", config)
     elif (folder / "merges.txt").is_file() and kind == "clip":
-        content = _byte_pairs(folder)
+        with _in_our_words("cannot be used", folder / "vocab.json"):
+            content = _byte_pairs(folder)
     else:
         raise BackboneError(
             f"{folder}: a vocabulary, but no tokenizer.json, which says how it is used; expected one: on a machine "
             "with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
         )
-    vocabulary = {entry["content"] for entry in content.get("added_tokens", [])} | _vocabulary(content)
-    given = [_token(table.get("pad_token")) for table in (config, special)]
+    vocabulary = checked(content, _Whole, folder).vocabulary
+    given = [_token(table.pad_token) for table in (config, special)]
     known = [*filter(None, given), *_PADS.get(kind, ()), "[PAD]", "<pad>"]
     pad = next((one for one in known if one in vocabulary), None)
     if pad is None:
         raise BackboneError(
             f"{folder}: the tokenizer's files name no token that fills short texts up; expected pad_token in "
-            "tokenizer_config.json: copy the folder again from where it came from"
+            f"tokenizer_config.json: {AGAIN}"
         )
     without = None
     if options.get("strip_sep_token"):
-        without = next(filter(None, (_token(table.get("sep_token")) for table in (config, special))), "[SEP]")
+        without = next(filter(None, (_token(table.sep_token) for table in (config, special))), "[SEP]")
     return FileTokens(content, context, {"pad": pad, "clean": clean, "without": without})
 
 
-def _follow_config(content: dict[str, Any], name: str, config: dict[str, Any]) -> None:
+def _config(path: Path) -> _Config:
+    if not path.is_file():
+        return _Config()
+    content = read_json(path)
+    if "auto_map" in content:
+        raise BackboneError(
+            f"{path}: its tokenizer comes with code of its own (auto_map), which is never run; expected one of "
+            "transformers' own"
+        )
+    return checked(content, _Config, path)
+
+
+def _follow_config(content: dict[str, Any], whole: _Whole, name: str, config: _Config) -> None:
     """What ``tokenizer_config.json`` says about case, and transformers puts over ``tokenizer.json``."""
-    normalizer = content.get("normalizer") or {}
+    normalizer = whole.normalizer or {}
     if name.startswith("Bert") and normalizer.get("type") == "BertNormalizer":
-        for key, ours in (("do_lower_case", "lowercase"), ("strip_accents", "strip_accents")):
-            if key in config:
-                normalizer[ours] = config[key]
+        for stated, ours in ((config.do_lower_case, "lowercase"), (config.strip_accents, "strip_accents")):
+            if stated is not None:
+                normalizer[ours] = stated
+        content["normalizer"] = normalizer
     if name.startswith("Siglip2") and "Lowercase" not in json.dumps(normalizer):
         parts = [{"type": "Lowercase"}, *([normalizer] if normalizer else [])]
         content["normalizer"] = {"type": "Sequence", "normalizers": parts}
 
 
-def _wordpiece(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _wordpiece(path: Path, config: _Config) -> dict[str, Any]:
     """BERT's tokenizer of a list of words (Devlin et al., arXiv 1810.04805), as transformers makes it."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    words = path.read_text(encoding="utf-8").split("\n")
+    words = read_text(path, "a vocabulary, a token a line").split("\n")
     vocabulary = {word.rstrip("\r"): number for number, word in enumerate(words) if word}
     unknown, start, end = (
-        _token(config.get(key)) or usual
-        for key, usual in (("unk_token", "[UNK]"), ("cls_token", "[CLS]"), ("sep_token", "[SEP]"))
+        _token(stated) or usual
+        for stated, usual in ((config.unk_token, "[UNK]"), (config.cls_token, "[CLS]"), (config.sep_token, "[SEP]"))
     )
     for token in (unknown, start, end):
         if token not in vocabulary:
             raise BackboneError(f"{path}: has no token {token}; expected a BERT vocabulary: copy the folder again")
     made = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
     made.normalizer = normalizers.BertNormalizer(
-        lowercase=config.get("do_lower_case", True),
-        strip_accents=config.get("strip_accents"),
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        lowercase=config.do_lower_case is not False,
+        strip_accents=config.strip_accents,
+        handle_chinese_chars=config.tokenize_chinese_chars is not False,
     )
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.BertProcessing((end, vocabulary[end]), (start, vocabulary[start]))
@@ -228,12 +324,19 @@ def _wordpiece(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(made.to_str()))
 
 
+class _Vocabulary(Foreign):
+    """``vocab.json``."""
+
+    vocab: Annotated[dict[str, Token], Field(min_length=2)]
+
+
 def _byte_pairs(folder: Path) -> dict[str, Any]:
     """CLIP's tokenizer of ``vocab.json`` and ``merges.txt``, as transformers makes it."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = _json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    found = read_json(folder / "vocab.json")
+    vocabulary = checked({"vocab": found}, _Vocabulary, folder / "vocab.json").vocab
+    lines = read_text(folder / "merges.txt", "pairs of pieces, a line each").split("\n")
     merges = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#version"):
@@ -285,9 +388,10 @@ def _sentencepiece(path: Path) -> dict[str, Any]:
     """A unigram SentencePiece model (Kudo, arXiv 1804.10959) with an end of text, as T5 and SigLIP use it."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+    data = read_bytes(path, "a SentencePiece model")
     try:
-        pieces, trainer, charsmap = _read_pieces(path.read_bytes())
-    except (IndexError, UnicodeDecodeError, KeyError) as error:
+        pieces, trainer, charsmap = _read_pieces(data)
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackboneError(
             f"{path}: no whole SentencePiece model; copy the folder again from where it came from"
         ) from error
@@ -390,26 +494,6 @@ def _cleaner(name: str) -> Callable[[str], str]:
     return clean
 
 
-def _vocabulary(content: dict[str, Any]) -> set[str]:
-    found = content.get("model", {}).get("vocab", {})
-    return set(found) if isinstance(found, dict) else {str(entry[0]) for entry in found}
-
-
-def _token(value: Any) -> str | None:
+def _token(value: str | _SpecialToken | None) -> str | None:
     """A special token, which is a text or a table with its content."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BackboneError(
-            f"{path}: no whole JSON file ({error}); copy the folder again from where it came from"
-        ) from error
-    if not isinstance(content, dict):
-        raise BackboneError(f"{path}: holds no JSON object; copy the folder again from where it came from")
-    return content
+    return value.content if isinstance(value, _SpecialToken) else value

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from torch import Tensor
 
 from secure_fed.core.errors import BackboneError
-
-OURS = "secfacmic"
-"""Key of a model's configuration for what open_clip's own keys cannot say: activation and epsilon of each tower, sizes
-of a trunk, and how an image is cut."""
+from secure_fed.core.tomlfile import FileModel
+from secure_fed.model.given_files import AGAIN, Foreign, checked
+from secure_fed.model.model_config import OURS, Context, Epsilon, Layers, Size, Token, Vocabulary
 
 _ACTIVATIONS = {
     "quick_gelu": "quickgelu",
@@ -26,38 +26,131 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-_CLIP_TEXT = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
-}
-_CLIP_VISION = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "num_channels": 3,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-_SIGLIP_TEXT = _CLIP_TEXT | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 64,
-    "vocab_size": 32000,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-}
-_SIGLIP_VISION = _CLIP_VISION | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+
+
+class _Tower(Foreign):
+    """What ``config.json`` says of both kinds of tower; what it leaves out is transformers' default."""
+
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: Epsilon = 1e-5
+
+    @property
+    def mlp_ratio(self) -> float:
+        """By which open_clip and timm, which cut off the fraction, come to the inner width."""
+        ratio = self.intermediate_size / self.hidden_size
+        exact = int(self.hidden_size * ratio) == self.intermediate_size
+        return ratio if exact else (self.intermediate_size + 0.5) / self.hidden_size
+
+
+class _ClipText(_Tower):
+    model_type: Literal["clip_text_model", "clip"] = "clip_text_model"
+    hidden_size: Size = 512
+    intermediate_size: Size = 2048
+    num_attention_heads: Size = 8
+    max_position_embeddings: Context = 77
+    vocab_size: Vocabulary = 49408
+    eos_token_id: Token = 49407
+
+
+class _ClipVision(_Tower):
+    model_type: Literal["clip_vision_model", "clip"] = "clip_vision_model"
+    image_size: Size = 224
+    patch_size: Size = 32
+    num_channels: Literal[3] = 3
+
+
+class _SiglipText(_Tower):
+    model_type: Literal["siglip_text_model", "siglip"] = "siglip_text_model"
+    max_position_embeddings: Context = 64
+    vocab_size: Vocabulary = 32000
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: Epsilon = 1e-6
+    projection_size: Size | None = None
+
+
+class _SiglipVision(_Tower):
+    model_type: Literal["siglip_vision_model", "siglip"] = "siglip_vision_model"
+    image_size: Size = 224
+    patch_size: Size = 16
+    num_channels: Literal[3] = 3
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: Epsilon = 1e-6
+    vision_use_head: bool = True
+
+
+class _Whole(Foreign):
+    """Old files have a second table of each tower, which transformers puts over the first."""
+
+    text_config: dict[str, Any] = Field(default_factory=dict)
+    text_config_dict: dict[str, Any] = Field(default_factory=dict)
+    vision_config: dict[str, Any] = Field(default_factory=dict)
+    vision_config_dict: dict[str, Any] = Field(default_factory=dict)
+    projection_dim: Size = 512
+
+
+class _Square(FileModel):
+    height: Size
+    width: Size
+
+
+class _Shortest(FileModel):
+    shortest_edge: Size
+
+
+def _edges_given(value: Any) -> Any:
+    """A size as transformers writes it: one number, height and width, or the short edge."""
+    kinds: list[Any] = [Size, _Square, _Shortest, Annotated[list[Size], Field(min_length=2, max_length=2)]]
+    for kind in kinds:
+        try:
+            return TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError:
+            continue
+    raise ValueError("expected a number, height and width, or shortest_edge")
+
+
+_Edges = Annotated[Any, PlainValidator(_edges_given)]
+_Three = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class _Preparing(FileModel):
+    """``preprocessor_config.json`` of an image processor; a key that is not here may change what the model sees."""
+
+    do_resize: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    do_center_crop: bool | None = None
+    do_pad: bool = False
+    rescale_factor: Annotated[float, Field(gt=0, le=1)] = 1 / 255
+    resample: int = 3
+    size: _Edges | None = None
+    crop_size: _Edges | None = None
+    image_mean: _Three | None = None
+    image_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None
+    default_to_square: bool = False
+    image_processor_type: str = ""
+    feature_extractor_type: str = ""
+
+
+_WITHOUT_EFFECT = (
+    "_valid_processor_keys",
+    "crop_pct",
+    "data_format",
+    "device",
+    "disable_grouping",
+    "do_convert_rgb",
+    "image_seq_length",
+    "input_data_format",
+    "pad_size",
+    "processor_class",
+    "return_tensors",
+    "transformers_version",
+)
+"""Keys that image processors write and that change nothing for a picture in RGB."""
+
 _LEGACY_END = 2
 """``eos_token_id`` of configurations before May 2023: the end is then the highest token of a row."""
 
@@ -71,70 +164,79 @@ def model_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         BackboneError: it is none that open_clip can build.
     """
     kind = content["model_type"]
-    text, vision = _tower(content, "text", kind), _tower(content, "vision", kind)
+    whole = checked(_stated(content), _Whole, where)
+    clip = kind == "clip"
+    text: Any = _tower(whole.text_config, whole.text_config_dict, _ClipText if clip else _SiglipText, f"{where}, text")
+    vision: Any = _tower(
+        whole.vision_config, whole.vision_config_dict, _ClipVision if clip else _SiglipVision, f"{where}, vision"
+    )
     for tower in (text, vision):
-        if tower["hidden_act"] not in _ACTIVATIONS:
+        if tower.hidden_act not in _ACTIVATIONS:
             raise BackboneError(
-                f"{where}: hidden_act {tower['hidden_act']!r}; expected one of {', '.join(_ACTIVATIONS)}: this model's "
+                f"{where}: hidden_act {tower.hidden_act!r}; expected one of {', '.join(_ACTIVATIONS)}: this model's "
                 "features cannot be computed here"
             )
-        if tower["hidden_size"] % tower["num_attention_heads"]:
+        if tower.hidden_size % tower.num_attention_heads:
             raise BackboneError(
-                f"{where}: {tower['num_attention_heads']} heads do not divide a width of {tower['hidden_size']}; copy "
+                f"{where}: {tower.num_attention_heads} heads do not divide a width of {tower.hidden_size}; copy "
                 "the folder again"
             )
+    if vision.image_size < vision.patch_size:
+        raise BackboneError(
+            f"{where}: patches of {vision.patch_size} pixels, but images of {vision.image_size}; copy the folder again"
+        )
     ours: dict[str, Any] = {
-        name: {"activation": _ACTIVATIONS[tower["hidden_act"]], "eps": float(tower["layer_norm_eps"])}
+        name: {"activation": _ACTIVATIONS[tower.hidden_act], "eps": float(tower.layer_norm_eps)}
         for name, tower in (("text", text), ("vision", vision))
     }
     text_cfg = {
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": text["vocab_size"],
-        "width": text["hidden_size"],
-        "heads": text["num_attention_heads"],
-        "layers": text["num_hidden_layers"],
-        "mlp_ratio": _ratio(text),
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        "mlp_ratio": text.mlp_ratio,
     }
-    if kind == "clip":
-        end = text["eos_token_id"]
-        if end not in (_LEGACY_END, text["vocab_size"] - 1):
+    if clip:
+        end = text.eos_token_id
+        if end not in (_LEGACY_END, text.vocab_size - 1):
             text_cfg |= {"pool_type": "eos", "eos_id": end}
         return {
-            "embed_dim": content.get("projection_dim", 512),
+            "embed_dim": whole.projection_dim,
             "quick_gelu": ours["text"]["activation"] == ours["vision"]["activation"] == "quickgelu",
             "vision_cfg": {
-                "image_size": vision["image_size"],
-                "layers": vision["num_hidden_layers"],
-                "width": vision["hidden_size"],
-                "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-                "mlp_ratio": _ratio(vision),
-                "patch_size": vision["patch_size"],
+                "image_size": vision.image_size,
+                "layers": vision.num_hidden_layers,
+                "width": vision.hidden_size,
+                "head_width": vision.hidden_size // vision.num_attention_heads,
+                "mlp_ratio": vision.mlp_ratio,
+                "patch_size": vision.patch_size,
             },
             "text_cfg": text_cfg,
             OURS: ours,
         }
-    if not vision.get("vision_use_head", True):
+    if not vision.vision_use_head:
         raise BackboneError(f"{where}: a SigLIP without its pooling head has no image feature; expected a whole one")
-    width = text.get("projection_size") or text["hidden_size"]
-    if width != vision["hidden_size"]:
+    width = text.projection_size or text.hidden_size
+    if width != vision.hidden_size:
         raise BackboneError(
-            f"{where}: towers of different widths, images {vision['hidden_size']} and texts {width}; expected one "
+            f"{where}: towers of different widths, images {vision.hidden_size} and texts {width}; expected one "
             "space for both: copy the folder again"
         )
     ours["vision"]["trunk"] = {
-        "img_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "embed_dim": vision["hidden_size"],
-        "depth": vision["num_hidden_layers"],
-        "num_heads": vision["num_attention_heads"],
-        "mlp_ratio": _ratio(vision),
+        "img_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "embed_dim": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "num_heads": vision.num_attention_heads,
+        "mlp_ratio": vision.mlp_ratio,
     }
     return {
         "embed_dim": width,
         "init_logit_bias": -10,
         "custom_text": True,
         "vision_cfg": {
-            "image_size": vision["image_size"],
+            "image_size": vision.image_size,
             "timm_model_name": "vit_base_patch16_siglip_224",
             "timm_pool": "map",
             "timm_proj": "none",
@@ -189,46 +291,62 @@ def preprocessing(content: Mapping[str, Any], size: int, kind: str, where: str) 
     Raises:
         BackboneError: it says something else than resizing, cutting out the middle, and normalising.
     """
-    clip = kind == "clip"
-    usual: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": clip}
-    does = {key: content.get(key, value) for key, value in usual.items()}
+    if "auto_map" in content:
+        raise BackboneError(
+            f"{where}: comes with code of its own (auto_map), which is never run; expected a model whose images "
+            "transformers' own processors prepare"
+        )
+    table = {key: value for key, value in _stated(content).items() if key not in _WITHOUT_EFFECT}
+    how = checked(table, _Preparing, where)
+    maker = how.image_processor_type or how.feature_extractor_type or kind
+    family = next((one for one in ("siglip", "clip") if maker.lower().startswith(one)), None)
+    if family is None:
+        raise BackboneError(
+            f"{where}: images are prepared by {maker[:60]!r}, which is not read; expected CLIP's or SigLIP's way"
+        )
+    clip = family == "clip"
     for key in ("do_resize", "do_rescale", "do_normalize"):
-        if not does[key]:
+        if not getattr(how, key):
             raise BackboneError(f"{where}: {key} = false; expected images that are resized and normalised here")
-    if abs(content.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise BackboneError(f"{where}: rescale_factor {content['rescale_factor']}; expected 1/255")
-    if content.get("do_pad"):
+    if abs(how.rescale_factor * 255 - 1) > 1e-6:
+        raise BackboneError(f"{where}: rescale_factor {how.rescale_factor}; expected 1/255")
+    if how.do_pad:
         raise BackboneError(f"{where}: do_pad = true; expected images that are cut or squashed, not padded")
-    interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}.get(
-        content.get("resample", 3)
-    )
-    if interpolation is None:
-        raise BackboneError(f"{where}: resample {content['resample']!r}; expected a filter of Pillow, 0 to 5")
-    given = content.get("size", {"shortest_edge": size} if clip else {"height": size, "width": size})
-    short, square = _edges(given, clip)
-    cut = _edges(content.get("crop_size", size), False)[1] if does["do_center_crop"] else None
-    if short is not None and cut is None:
+    if how.resample not in _FILTERS:
+        raise BackboneError(f"{where}: resample {how.resample!r}; expected a filter of Pillow, 0 to 5")
+    cuts = clip if how.do_center_crop is None else how.do_center_crop
+    usual = _Shortest(shortest_edge=size) if clip else _Square(height=size, width=size)
+    short, square = _edges(how.size or usual, not how.default_to_square)
+    cut = _edges(how.crop_size or size, False)[1] if cuts else None
+    if cuts and cut is None:
+        raise BackboneError(f"{where}: crop_size {how.crop_size!r}; expected height and width")
+    if square is None and cut is None:
         raise BackboneError(f"{where}: images keep their shape and are not cut; expected a square at the end")
-    if square is None and short is None:
-        raise BackboneError(f"{where}: size {given!r}; expected shortest_edge, or height and width")
     final = cut or square
     if final != (size, size):
         raise BackboneError(
             f"{where}: images become {final[0]} x {final[1]}, but the model takes {size} x {size}; "  # type: ignore[index]
             "copy the folder again from where it came from"
         )
+    least = min(square) if square is not None else short or 0
+    if least < size:
+        raise BackboneError(
+            f"{where}: images are made {least} pixels wide and then cut to {size}; expected at least {size}: {AGAIN}"
+        )
+    means, stds = _MEANS[family]
     return {
         "size": [size, size],
         "mode": "RGB",
-        "mean": [float(value) for value in content.get("image_mean", _MEANS[kind][0])],
-        "std": [float(value) for value in content.get("image_std", _MEANS[kind][1])],
-        "interpolation": interpolation,
+        "mean": [float(value) for value in how.image_mean or means],
+        "std": [float(value) for value in how.image_std or stds],
+        "interpolation": _FILTERS[how.resample],
         "resize_mode": "squash" if square is not None else "shortest",
         "resize_to": list(square) if square is not None else short,
         "cut": "floor",
     }
 
 
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MEANS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -300,33 +418,21 @@ def _blocks(kind: str, tower: str) -> str:
     return "visual.transformer.resblocks" if kind == "clip" else "visual.trunk.blocks"
 
 
-def _tower(content: Mapping[str, Any], name: str, kind: str) -> dict[str, Any]:
-    usual: dict[tuple[str, str], dict[str, Any]] = {
-        ("text", "clip"): _CLIP_TEXT,
-        ("vision", "clip"): _CLIP_VISION,
-        ("text", "siglip"): _SIGLIP_TEXT,
-        ("vision", "siglip"): _SIGLIP_VISION,
-    }
-    # Old files have a second table, which transformers puts over the first.
-    given = (content.get(f"{name}_config") or {}) | (content.get(f"{name}_config_dict") or {})
-    return usual[name, kind] | {key: value for key, value in given.items() if value is not None}
+def _tower(given: dict[str, Any], over: dict[str, Any], table: type[_Tower], where: str) -> _Tower:
+    return checked(_stated(given) | _stated(over), table, where)
 
 
-def _ratio(tower: Mapping[str, Any]) -> float:
-    """By which open_clip and timm, which cut off the fraction, come to the inner width."""
-    width, inner = int(tower["hidden_size"]), int(tower["intermediate_size"])
-    ratio = inner / width
-    return ratio if int(width * ratio) == inner else (inner + 0.5) / width
+def _stated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null, which is the default."""
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def _edges(given: Any, shortest: bool) -> tuple[int | None, tuple[int, int] | None]:
     """A size as transformers writes it: the short edge, or height and width."""
     if isinstance(given, int):
         return (given, None) if shortest else (None, (given, given))
-    if isinstance(given, Mapping) and "shortest_edge" in given:
-        return int(given["shortest_edge"]), None
-    if isinstance(given, Mapping) and {"height", "width"} <= set(given):
-        return None, (int(given["height"]), int(given["width"]))
-    if isinstance(given, list | tuple) and len(given) == 2:
-        return None, (int(given[0]), int(given[1]))
-    return None, None
+    if isinstance(given, _Shortest):
+        return given.shortest_edge, None
+    if isinstance(given, _Square):
+        return None, (given.height, given.width)
+    return None, (given[0], given[1])

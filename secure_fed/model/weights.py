@@ -7,12 +7,15 @@ that nobody who writes into it afterwards changes what was checked.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
+import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from secure_fed.core.errors import BackboneError, StorageError
 from secure_fed.core.storage import sync_folder
+from secure_fed.model.given_files import Foreign, checked, lost_link, megabytes, read_json, refuse_others
 
 Tensors = dict[str, Tensor]
 
@@ -31,7 +35,9 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")
 """Where a training checkpoint keeps its weights, the likeliest first."""
 
-_ARCHIVE_SIZES = ("input_resolution", "context_length", "vocab_size")
+ARCHIVE_SIZES = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's archives hold beside weights, and files that were made of them."""
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -148,7 +154,7 @@ def without_prefix(tensors: Tensors, anchors: Collection[str], where: Path | str
     if not counts:
         return plain
     ((prefix, most), *others) = counts.most_common()
-    if others and others[0][1] == most:
+    if others and 2 * others[0][1] > most and _differ(plain, prefix, others[0][0]):
         raise BackboneError(
             f"{where}: holds the model twice, under {prefix or '(nothing)'} and {others[0][0] or '(nothing)'}; "
             "expected one: save the one that is meant by itself"
@@ -160,24 +166,41 @@ def without_prefix(tensors: Tensors, anchors: Collection[str], where: Path | str
     )
 
 
-def lost_link(path: Path) -> bool:
-    """Whether a file is what is left of a link: gone, or its target's name as text."""
-    if path.is_symlink():
-        return not path.exists()
-    if not path.is_file() or path.stat().st_size > 400:
-        return False
-    return re.fullmatch(rb"(\.\./)+blobs/[0-9a-f]{40,64}\s*", path.read_bytes()) is not None
+class _Index(Foreign):
+    """``*.index.json``: of each tensor the shard that holds it."""
+
+    weight_map: dict[str, str]
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the files that an index of shards lists.
+
+    Raises:
+        BackboneError: it is malformed, or lists something else than weights beside it.
+    """
+    names = sorted(set(checked(read_json(index), _Index, index).weight_map.values()))
+    strange = [name for name in names if Path(name).name != name or Path(name).suffix.lower() not in SUFFIXES]
+    if strange or not names:
+        found = f"names {strange[0][:60]!r}" if strange else "names no shard"
+        raise BackboneError(
+            f"{index}: {found}; expected names of weights beside it, {' or '.join(SUFFIXES)}: copy the folder again"
+        )
+    return names
+
+
+def _differ(tensors: Tensors, first: str, second: str) -> bool:
+    """Whether what lies under two prefixes has other values."""
+    starts = [f"{prefix}." if prefix else "" for prefix in (first, second)]
+    pairs = [
+        (value, tensors[starts[0] + name.removeprefix(starts[1])])
+        for name, value in tensors.items()
+        if name.startswith(starts[1]) and starts[0] + name.removeprefix(starts[1]) in tensors
+    ]
+    return any(not torch.equal(one, other) for one, other in pairs)
 
 
 def _read_shards(path: Path) -> Tensors:
-    try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BackboneError(f"{path}: no whole index of shards; copy the folder again from where it came from") from (
-            error
-        )
-    if any(Path(name).name != name for name in names):
-        raise BackboneError(f"{path}: names shards outside its folder; expected file names: copy the folder again")
+    names = shards_of(path)
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise BackboneError(
@@ -212,27 +235,13 @@ def _read_file(path: Path) -> Tensors:
     if head[8:9] == b"{" and length < 1 << 28:
         return _read_safetensors(path, size)
     raise BackboneError(
-        f"{path}: {_megabytes(size)} that are neither safetensors nor PyTorch's; expected weights: copy or fetch the "
+        f"{path}: {megabytes(size)} that are neither safetensors nor PyTorch's; expected weights: copy or fetch the "
         "file again"
     )
 
 
 def _refuse_others(path: Path, head: bytes, size: int) -> None:
-    again = "fetch the file again"
-    if size == 0:
-        raise BackboneError(f"{path}: is empty; expected weights: copy or {again}")
-    if head.startswith(b"version https://git-lfs"):
-        found = re.search(rb"size (\d+)", head)
-        of = f" of {_megabytes(int(found[1]))}" if found else ""
-        raise BackboneError(
-            f"{path}: is a Git LFS pointer{of}, not the weights; run git lfs pull where it was cloned, and copy "
-            "it again"
-        )
-    start = head.lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise BackboneError(
-            f"{path}: is a web page, not weights; {again} by its download address, signed in if its publisher asks so"
-        )
+    refuse_others(path, head, size, "weights")
     if head.startswith(b"\x89HDF"):
         kind = _OTHER_FORMATS[".h5"]
     elif head.startswith(b"GGUF"):
@@ -253,12 +262,9 @@ def _read_safetensors(path: Path, size: int) -> Tensors:
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            entries = {
-                name: (_DTYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
-                for name, entry in header.items()
-            }
+            entries = {name: _entry(name, entry) for name, entry in header.items()}
             end = 8 + length + max((entry[3] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if 8 + length > size:
                 raise BackboneError(f"{path}: ends within its header; copy or fetch the file again") from error
             raise BackboneError(
@@ -267,19 +273,28 @@ def _read_safetensors(path: Path, size: int) -> Tensors:
             ) from error
         if size < end:
             raise BackboneError(
-                f"{path}: ends after {_megabytes(size)} of {_megabytes(end)}; copy or fetch the file again"
+                f"{path}: ends after {megabytes(size)} of {megabytes(end)}; copy or fetch the file again"
             )
         return {
-            name: _read_tensor(stream, path, 8 + length + begin, stop - begin, dtype, shape)
-            for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda entry: entry[1][2])
+            name: _read_tensor(stream, 8 + length + begin, dtype, shape)
+            for name, (dtype, shape, begin, _) in sorted(entries.items(), key=lambda entry: entry[1][2])
         }
 
 
-def _read_tensor(stream: BinaryIO, path: Path, place: int, size: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+def _entry(name: str, entry: dict[str, Any]) -> tuple[torch.dtype, list[int], int, int]:
+    dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name}: values of type {dtype}")
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+        raise ValueError(f"{name}: sizes that are no numbers")
+    if math.prod(shape) * _DTYPES[dtype].itemsize != stop - begin:
+        raise ValueError(f"{name}: shape {shape} does not take {stop - begin} bytes")
+    return _DTYPES[dtype], shape, begin, stop
+
+
+def _read_tensor(stream: BinaryIO, place: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
     values = torch.empty(shape, dtype=dtype)
-    if values.numel() * values.element_size() != size or size < 0:
-        raise BackboneError(f"{path}: a tensor of shape {shape} takes {size} bytes; copy or fetch the file again")
-    if size:
+    if values.numel():
         stream.seek(place)
         stream.readinto(values.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
     return values
@@ -291,14 +306,15 @@ def _read_zip(path: Path, size: int) -> Tensors:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error:
         raise BackboneError(
-            f"{path}: ends after {_megabytes(size)}, before its table of contents; copy or fetch the file again"
+            f"{path}: ends after {megabytes(size)}, before its table of contents; copy or fetch the file again"
         ) from error
     if is_archive(path):
         try:
-            state = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-        except (RuntimeError, ValueError) as error:
+            with _in_our_words():
+                state = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        except Exception as error:  # damaged archives raise of every kind
             raise _unreadable(path, error) from error
-        return {name: value.clone() for name, value in state.items() if name not in _ARCHIVE_SIZES}
+        return {name: value.clone() for name, value in state.items() if name not in ARCHIVE_SIZES}
     if not any(name.endswith("data.pkl") for name in names):
         raise BackboneError(
             f"{path}: a zip archive without PyTorch weights in it; unpack it, and give the checkpoint or the folder"
@@ -319,31 +335,83 @@ def _read_pickle(path: Path, mapped: bool) -> Tensors:
         *(type(np.dtype(code)) for code in "?bhilqBHILQefdU"),
     ]
     try:
-        with torch.serialization.safe_globals(scalars):
+        with _in_our_words(), torch.serialization.safe_globals(scalars):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            tables = _tables(content)
+            found = _the_weights(path, tables)
+            # Copied out of the mapped file, one after the other.
+            return {name: _plain(path, name, found[name]) for name in list(found)}
+    except BackboneError:
+        raise
     except pickle.UnpicklingError as error:
         raise _holds_code(path, error) from error
     except Exception as error:  # damaged archives raise of every kind
         raise _unreadable(path, error) from error
-    tables = _tables(content)
-    if not tables:
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """What torch warns of while it reads is nothing that people can act on; what matters, our messages say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _the_weights(path: Path, tables: Mapping[str, Tensors]) -> Tensors:
+    """Of all tables of tensors in a file, the model's."""
+    named = {name: table for name, table in tables.items() if not any(key.isdecimal() for key in table)}
+    if not named:
         raise BackboneError(
             f"{path}: holds no tensors by name; expected a checkpoint with a state_dict: save the model's state_dict()"
         )
-    found = next((tables[name] for name in ("", *_WRAPPERS) if name in tables), None)
-    if found is None:
-        if len(tables) > 1:
+    usual = [name for name in named if not name or set(name.split(".")) <= set(_WRAPPERS)]
+    if usual:
+        chosen = min(usual, key=lambda name: [_WRAPPERS.index(part) for part in name.split(".") if part])
+    elif len(named) == 1:
+        (chosen,) = named
+    else:
+        raise BackboneError(
+            f"{path}: holds several sets of weights, {', '.join(sorted(named))}; expected one, as state_dict: "
+            "save the one that is meant by itself"
+        )
+    found = named[chosen]
+    for name, table in tables.items():
+        if name != chosen and _is_second(found, table):
             raise BackboneError(
-                f"{path}: holds several sets of weights, {', '.join(sorted(tables))}; expected one, as state_dict: "
-                "save the one that is meant by itself"
+                f"{path}: holds two sets of weights of one model that differ, {chosen or 'its own'} and {name} (as a "
+                "training keeps averages beside the last ones); expected one: save the one that is meant by itself, "
+                "as state_dict"
             )
-        (found,) = tables.values()
-    # Copied out of the mapped file, one after the other.
-    return {name: found[name].detach().clone(memory_format=torch.contiguous_format) for name in list(found)}
+    return found
+
+
+def _is_second(found: Tensors, other: Tensors) -> bool:
+    """Whether another table is of the same model, most of its shapes among it, with other values."""
+    shapes, others = (Counter(tuple(one.shape) for one in table.values()) for table in (found, other))
+    if 2 * (shapes & others).total() < len(found):
+        return False
+    same = [name for name in found if name in other]
+    return len(same) < len(other) or any(not torch.equal(found[name], other[name]) for name in same)
+
+
+def _plain(path: Path, name: str, value: Tensor) -> Tensor:
+    if value.is_quantized:
+        raise BackboneError(
+            f"{path}: quantised weights ({name}, {str(value.dtype).removeprefix('torch.')}); expected float32, float16 "
+            "or bfloat16: get the weights before they were quantised"
+        )
+    if value.is_meta or value.layout != torch.strided:
+        raise BackboneError(
+            f"{path}: {name} is a tensor {'without values' if value.is_meta else 'in a sparse form'}; expected whole "
+            "ones: save the model's state_dict() again"
+        )
+    return value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _tables(content: Any, name: str = "", depth: int = 0) -> dict[str, Tensors]:
-    """Tables of tensors in what a training program saved, by the key that they lie under."""
+    """Tables of tensors in what a training program saved, by the keys that they lie under; of lists by number."""
+    if isinstance(content, list | tuple):
+        content = {str(number): value for number, value in enumerate(content)}
     if not isinstance(content, Mapping):
         return {}
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -352,7 +420,7 @@ def _tables(content: Any, name: str = "", depth: int = 0) -> dict[str, Tensors]:
     found: dict[str, Tensors] = {}
     for key, value in content.items():
         if depth < 2 and str(key) not in ("optimizer", "optimizer_states", "optimizer_state_dict", "scaler", "loops"):
-            found |= _tables(value, str(key), depth + 1)
+            found |= _tables(value, f"{name}.{key}" if name else str(key), depth + 1)
     return found
 
 
@@ -368,8 +436,11 @@ def _holds_code(path: Path, error: Exception) -> BackboneError:
         "On a machine that you trust with this file, these lines make safetensors of it:\n"
         "  import pickle, torch, safetensors.torch\n"
         f"  found = torch.load({path.name!r}, map_location='cpu', pickle_module=pickle)\n"
-        "  found = found.get('state_dict', found.get('model_state_dict', found.get('model', found)))\n"
-        f"  safetensors.torch.save_file({{k: v.clone() for k, v in found.items() if torch.is_tensor(v)}}, {target!r})"
+        f"  for key in {_WRAPPERS}:\n"
+        "      found = found[key] if isinstance(found, dict) and key in found else found\n"
+        "  found = found.state_dict() if isinstance(found, torch.nn.Module) else found\n"
+        "  found = {k: v.contiguous().clone() for k, v in found.items() if torch.is_tensor(v)}\n"
+        f"  safetensors.torch.save_file(found, {target!r})"
     )
 
 
@@ -377,7 +448,3 @@ def _unreadable(path: Path, error: Exception) -> BackboneError:
     reason = " ".join(str(error).split())
     shown = "" if "weights_only" in reason else f" ({reason[:120]})"
     return BackboneError(f"{path}: is damaged or cut off{shown}; copy or fetch the file again")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.3g} MB"

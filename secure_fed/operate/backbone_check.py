@@ -20,9 +20,10 @@ from secure_fed.clients.decoding import decode
 from secure_fed.clients.rules import UndecodableError
 from secure_fed.core.errors import BackboneError, DataError
 from secure_fed.model.backbone import LoadedBackbone
-from secure_fed.model.backbone_form import HUB, Form, build, read_form
+from secure_fed.model.backbone_form import named, read_form
 from secure_fed.model.backbone_store import ENTRY, entries, read_entry, store_folder
-from secure_fed.model.transformers_form import OURS
+from secure_fed.model.model_config import OURS
+from secure_fed.model.network import Form, build
 
 PER_CLASS = 50
 """Images of a class that are looked at, the first by path."""
@@ -112,8 +113,8 @@ def _find(name: str, model: str | None, activation: str | None, text: Path | Non
         form = read_form(path, entry.model)
         form.licence = form.licence or entry.licence
         return form, path.name[:12]
-    model, _, tag = (model or "").partition(":") if not (model or "").startswith(HUB) else (model, "", "")
-    return read_form(path, model or None, tag or None, activation, text), path.name
+    model, tag = named(model, path)
+    return read_form(path, model, tag, activation, text), path.name
 
 
 def _zero_shot(loaded: LoadedBackbone, folder: Path) -> dict[str, Any]:

@@ -150,6 +150,9 @@ def test_a_study_and_doctor_refuse_what_cannot_be_used(tmp_path: Path, images: P
     (tmp_path / "clip/config.json").write_text(json.dumps(config))
     with pytest.raises((BackboneDigestError, BackboneError), match="activation"):
         _backbone(file.model_copy(update={"checkpoint": str(tmp_path / "clip")}), agreed)
+    make_unequal(tmp_path / "unequal")
+    with pytest.raises(BackboneError, match="different widths, images 128 and texts 64"):
+        _backbone(file.model_copy(update={"checkpoint": str(tmp_path / "unequal")}), agreed)
     import safetensors.torch
 
     tensors = safetensors.torch.load_file(tmp_path / "clip/model.safetensors")
@@ -162,7 +165,7 @@ def test_a_study_and_doctor_refuse_what_cannot_be_used(tmp_path: Path, images: P
     ):
         with pytest.raises(BackboneError, match="not finite"):
             refuse()
-    assert not (tmp_path / "made/study.toml").exists()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("form", ["clip", "siglip"])
@@ -212,7 +215,7 @@ def test_towers_of_different_widths_are_refused_wherever_a_backbone_comes_in(tmp
     ):
         with pytest.raises(BackboneError, match="different widths, images 128 and texts 64"):
             refuse()
-    assert not (tmp_path / "made/study.toml").exists()
+    assert not (tmp_path / "made").exists()
     assert not list((tmp_path / "store").glob("*"))
 
     siglip_folder(tmp_path / "siglip")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError, DeviceError
-from secure_fed.model import backbone_form
+from secure_fed.model import library
 from secure_fed.model.backbone import BATCH, load_backbone, make_random_checkpoint
 from secure_fed.model.device import choose_device, describe_device
 from secure_fed.protocol.study import Backbone
@@ -171,12 +171,12 @@ def test_preprocessing_has_the_models_size_and_its_tags_mean(loaded):
 
 def test_a_local_file_is_prepared_as_the_tags_of_its_model():
     # SigLIP's own preprocessing, not open_clip's default for local files.
-    from secure_fed.model.backbone_form import _local_preprocessing
+    from secure_fed.model.preparing import usual_preprocessing
 
-    assert _local_preprocessing("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
-    assert _local_preprocessing("ViT-B-16-SigLIP")["resize_mode"] == "squash"
-    assert _local_preprocessing("ViT-B-32")["mean"] == open_clip.OPENAI_DATASET_MEAN
-    assert _local_preprocessing("random-small") == {}
+    assert usual_preprocessing("ViT-B-16-SigLIP")["mean"] == (0.5, 0.5, 0.5)
+    assert usual_preprocessing("ViT-B-16-SigLIP")["resize_mode"] == "squash"
+    assert usual_preprocessing("ViT-B-32")["mean"] == open_clip.OPENAI_DATASET_MEAN
+    assert usual_preprocessing("random-small") == {}
 
 
 def test_features_are_unit_rows_and_do_not_depend_on_the_batch(loaded):
@@ -321,4 +321,4 @@ def test_models_that_a_test_registers_are_gone_after_it_and_ours_stay(tmp_path):
         open_clip.add_model_config(tmp_path / "of-a-test.json")
         assert "of-a-test" in open_clip.list_models()
     assert "of-a-test" not in open_clip.list_models()
-    assert {"ViT-B-32", "random-small"} <= set(backbone_form.open_clip().list_models())
+    assert {"ViT-B-32", "random-small"} <= set(library.open_clip().list_models())

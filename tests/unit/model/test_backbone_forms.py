@@ -20,9 +20,10 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
-from secure_fed.model import backbone_form, backbone_store
+from secure_fed.model import backbone_store, text_model
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
+from secure_fed.model.library import twin
 from secure_fed.protocol.study import Backbone
 
 torch.set_num_threads(1)
@@ -218,6 +219,21 @@ def test_a_siglip_2_with_gemmas_tokenizer_is_transformers_own(tmp_path: Path) ->
     same(taken(tmp_path / "siglip", None), expected)
 
 
+def split_up(folder: Path) -> None:
+    """A CLIP's folder with vocabulary and merges in files of their own, and its weights in two shards."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in content["model"]["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {name: f"model-{number % 2}-of-2.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(index.values()):
+        safetensors.torch.save_file({name: tensors[name] for name in index if index[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
 # --- a BERT text tower in open_clip's form ---
 
 
@@ -294,12 +310,12 @@ def test_without_its_config_only_the_usual_berts_are_assumed_and_told(tmp_path: 
         "x.encoder.layer.0.intermediate.dense.weight": (3072, 768),
         **{f"x.encoder.layer.{layer}.attention.self.query.weight": (768, 768) for layer in range(12)},
     }
-    assumed = backbone_form._assume_bert(base)
+    assumed = text_model._assume_bert(base)
     assert assumed is not None
     assert (assumed["num_attention_heads"], assumed["layer_norm_eps"], assumed["pad_token_id"]) == (12, 1e-12, 0)
     roberta = base | {"x.embeddings.position_embeddings.weight": (514, 768)}
-    assert backbone_form._assume_bert(roberta) is None
-    assert backbone_form._assume_bert(base | {"x.embeddings.token_type_embeddings.weight": (1, 768)}) is None
+    assert text_model._assume_bert(roberta) is None
+    assert text_model._assume_bert(base | {"x.embeddings.token_type_embeddings.weight": (1, 768)}) is None
 
 
 # --- what a strict load does not see, must show ---
@@ -689,7 +705,7 @@ def test_files_by_themselves(whole: Path, tmp_path: Path, store: Path) -> None:
     checked("other.pt", small, "not loaded as mini-clip.*its shapes fit random-small", "mini-clip")
     checked("text.pt", small, "the text tower of roberta-ViT-B-32 is roberta-base.*--text", "roberta-ViT-B-32")
     checked("siglip.pt", small, "its tokenizer, that of timm/ViT-B-16-SigLIP, is not here.*--text", "ViT-B-16-SigLIP")
-    twice = {f"{place}.{name}": value for place in ("model", "ema") for name, value in small.items()}
+    twice = {f"{place}.{name}": value + (place == "ema") for place in ("model", "ema") for name, value in small.items()}
     checked("twice.pt", twice, "holds the model twice, under (model and ema|ema and model)", "random-small")
     with pytest.raises(BackboneError, match="roberta-base, which does not come with open_clip"):
         make_random_checkpoint("roberta-ViT-B-32", 0, tmp_path / "x")
@@ -701,7 +717,7 @@ def test_the_lines_that_are_given_make_safetensors(tmp_path: Path) -> None:
     torch.save({"state_dict": small, "args": Innocent()}, tmp_path / "code.pt")
     with pytest.raises(BackboneError) as refused:
         add(tmp_path / "code.pt", "random-small", "gelu")
-    lines = [line.strip() for line in str(refused.value).splitlines()[1:]]
+    lines = [line[2:] for line in str(refused.value).splitlines()[1:]]
     program = "\n".join(lines).replace("'code.pt'", repr(str(tmp_path / "code.pt")))
     exec(program.replace("'code.safetensors'", repr(str(tmp_path / "code.safetensors"))), {})
     _, added = add(tmp_path / "code.safetensors", "random-small", "gelu")
@@ -736,7 +752,7 @@ def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, monkeypa
         load_backbone(ambiguous, None)
     with pytest.raises(BackboneDigestError, match="the study names"):
         load_backbone(named.model_copy(update={"id": gelu.id, "file": str(path)}), None)
-    assert [twin for twin in ("ViT-B-32", "RN50") if backbone_form.twin(twin) == f"{twin}-quickgelu"] == [
+    assert [name for name in ("ViT-B-32", "RN50") if twin(name) == f"{name}-quickgelu"] == [
         "ViT-B-32",
         "RN50",
     ]
@@ -784,7 +800,7 @@ def test_bad_folders_in_open_clips_form(tmp_path: Path, store: Path) -> None:
     bert_folder(tmp_path / "whole")
     checked(configure(vision_cfg={"image_size": 48}), "embedding is of 17 places, but images of 48 pixels need 37")
     checked(configure(vision_cfg={"width": 64}), "have other shapes")
-    checked(configure(vision_cfg={"mystery": 1}), "cannot build this model")
+    checked(configure(vision_cfg={"timm_model_name": "mystery"}), "cannot build this model")
     (tmp_path / "bare").mkdir()
     shutil.copy(tmp_path / "text/config.json", tmp_path / "bare")
     no_words = without("tokenizer.json", "tokenizer_config.json")

@@ -1,0 +1,374 @@
+"""The network of a recognised backbone: built without memory, filled with its weights, and what it turned out to be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secure_fed.core.errors import BackboneError
+from secure_fed.model import transformers_form as theirs
+from secure_fed.model.library import offline, open_clip
+from secure_fed.model.model_config import OURS
+from secure_fed.model.tokenizer import Tokens
+from secure_fed.model.weights import ARCHIVE_SIZES, Tensors, read_weights, without_prefix
+
+
+@dataclass
+class Form:
+    """A backbone that was recognised, not yet built.
+
+    Attributes:
+        kind: what was found, in words.
+        model: name for open_clip, ``hf-hub:OWNER/NAME``, or the folder's.
+        config: open_clip's, with ours under :data:`~secure_fed.model.model_config.OURS`.
+        preprocess: what happens to an image, as :func:`secure_fed.model.preparing.preparer` takes it.
+        weights: the checkpoint, or an index of shards.
+        tokens: the tokenizer.
+        text: configuration of a text model of transformers, if the model has one.
+        convert: ``clip`` or ``siglip`` if the names are transformers'.
+        told: what was assumed, a sentence each.
+        licence: of the weights, as a README beside them names it.
+    """
+
+    kind: str
+    model: str
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    weights: Path
+    tokens: Tokens
+    text: dict[str, Any] | None = None
+    convert: str | None = None
+    told: list[str] = field(default_factory=list)
+    licence: str | None = None
+
+
+def build(form: Form) -> nn.Module:
+    """The network with its weights, in float32, in evaluation mode.
+
+    Raises:
+        BackboneError: they are of another model, or cannot be read.
+    """
+    try:
+        network = make_network(form.config, form.text)
+    except BackboneError as error:
+        raise BackboneError(f"{form.weights}: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    try:
+        tensors = read_weights(form.weights)
+    except BackboneError as error:
+        reason = str(error).removeprefix(f"{form.weights}: ")
+        raise BackboneError(f"{form.weights}: not loaded as {form.model}: {reason}") from error
+    given = {name: tuple(value.shape) for name, value in tensors.items()}
+    try:
+        if form.convert is not None:
+            tensors = without_prefix(tensors, ("text_model.final_layer_norm.weight", "logit_scale"), form.weights)
+            tensors = theirs.convert(form.convert, tensors)
+        else:
+            tensors = _as_open_clip(form, network, tensors, expected)
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:  # parts that do not go together
+        reason = " ".join(str(error).split())[:120]
+        raise BackboneError(
+            f"{form.weights}: not loaded as {form.model}: tensors of shapes that no such model has ({reason}); "
+            "expected that model's weights: get the file again"
+        ) from error
+    if "logit_bias" in expected and "logit_bias" not in tensors:
+        tensors["logit_bias"] = torch.zeros(())  # of training alone
+    for name in ("logit_scale", "logit_bias"):
+        if name in expected and name in tensors and tensors[name].numel() == 1:
+            tensors[name] = tensors[name].reshape(expected[name])
+    _refuse_misfit(form, expected, tensors, given)
+    for name, value in tensors.items():
+        floats = network.state_dict()[name].is_floating_point() if value.dtype != torch.float32 else True
+        if floats and not value.is_floating_point():
+            raise BackboneError(
+                f"{form.weights}: quantised weights ({name}, {str(value.dtype).removeprefix('torch.')}); expected "
+                "float32, float16 or bfloat16: get the weights before they were quantised"
+            )
+    for name in list(tensors):  # one after the other, so that no second copy of all is held
+        value = tensors.pop(name)
+        value = value.float() if value.is_floating_point() else value
+        network.load_state_dict({name: value}, strict=False, assign=True)
+    return network.float().eval().requires_grad_(False)
+
+
+def make_network(config: Mapping[str, Any], text: Mapping[str, Any] | None = None, empty: bool = True) -> nn.Module:
+    """A model of an open_clip configuration with ours.
+
+    Args:
+        config: as :class:`Form` has it.
+        text: configuration of its text model of transformers.
+        empty: leave parameters without memory, to be assigned; else they are drawn from torch's generator.
+
+    Raises:
+        BackboneError: open_clip cannot build it.
+    """
+    library = open_clip()
+    settings = copy.deepcopy({key: value for key, value in config.items() if key != OURS})
+    ours = config.get(OURS, {})
+    hugging = "hf_model_name" in settings.get("text_cfg", {})
+    try:
+        settings["vision_cfg"].update(timm_model_pretrained=False)
+        if hugging:
+            settings["text_cfg"].update(hf_model_pretrained=False)
+        custom = settings.pop("custom_text", False) or hugging
+        kind = library.CoCa if custom and "multimodal_cfg" in settings else library.CustomTextCLIP
+        with tempfile.TemporaryDirectory(prefix="secfacmic-") as name, offline(), _parameters(empty):
+            if hugging:
+                if text is None:
+                    raise BackboneError("the text model's configuration is not here")
+                # transformers takes a configuration from a folder, and open_clip only by the name of one.
+                (Path(name) / "config.json").write_text(json.dumps(text), encoding="utf-8")
+                settings["text_cfg"]["hf_model_name"] = name
+            network: Any = (kind if custom else library.CLIP)(**settings)
+            if "trunk" in ours.get("vision", {}):
+                network.visual.trunk = _trunk(ours["vision"]["trunk"])
+    except BackboneError:
+        raise
+    except Exception as error:  # open_clip, timm and transformers each raise what they like
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if hugging and "transformers" in reason and "install" in reason:
+            raise BackboneError(
+                'the text model needs one more package; expected transformers: pip install "secfacmic[biomedclip]"'
+            ) from error
+        raise BackboneError(
+            f"open_clip {library.__version__} cannot build this model ({reason}); expected a configuration of a model "
+            "that it knows: copy the folder again, or install a newer open_clip"
+        ) from error
+    text_part = network.text if hasattr(network, "text") else network.transformer
+    for name, module in (("vision", network.visual), ("text", text_part)):
+        if name in ours:
+            _set(module, ours[name]["activation"], ours[name].get("eps"))
+    if "eps" in ours.get("text", {}) and not hasattr(network, "text"):
+        network.ln_final.eps = ours["text"]["eps"]
+    made: nn.Module = network
+    return made
+
+
+def facts(network: Any, form: Form) -> dict[str, Any]:
+    """What decides about features beside weights: of each tower activation, heads, epsilon, pooler; context."""
+    text = getattr(network, "text", None)
+    parts = [text] if text is not None else [network.transformer, network.ln_final]
+    towers: dict[str, Any] = {"vision": _tower_facts([network.visual]), "text": _tower_facts(parts)}
+    towers["vision"]["pooler"] = str(
+        getattr(network.visual, "pool_type", getattr(getattr(network.visual, "trunk", None), "global_pool", ""))
+    )
+    holder = network if text is None else text
+    pool = getattr(holder, "text_pool_type", getattr(holder, "pool_type", None))
+    pool = type(holder.pooler).__name__ if hasattr(holder, "pooler") else str(pool)
+    end = getattr(holder, "text_eos_id", getattr(holder, "eos_id", None)) if pool == "eos" else None
+    towers["text"] |= {"pooler": pool, "end": end}
+    if form.text is not None:
+        chosen = ("hidden_act", "layer_norm_eps", "num_attention_heads", "pad_token_id", "position_embedding_type")
+        towers["text"]["model"] = {key: form.text.get(key) for key in chosen} | {"type": form.text.get("model_type")}
+    return towers | {"context": form.tokens.context}
+
+
+def activation(towers: Mapping[str, Any]) -> str:
+    """In a word, the activation of both towers; ReLU beside another is a ResNet's, and not in question."""
+    found = {name for tower in ("vision", "text") for name in towers[tower]["activation"]}
+    return "+".join(sorted(found - {"relu"} or found)) or "none"
+
+
+def which_fit(given: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Models of open_clip that have these names and shapes.
+
+    Args:
+        given: shapes by the names of a checkpoint: open_clip's or transformers', whatever prefix they have.
+    """
+    readings = [given, *(_converted(kind, given) for kind in ("clip", "siglip") if under_transformers_names(given))]
+    tables = [
+        {name.removeprefix(prefix): shape for name, shape in reading.items()}
+        for reading in readings
+        for prefix in _prefixes(reading)
+    ]
+    shapes = {shape for table in tables for shape in table.values()}
+    found = []
+    for model in open_clip().list_models():
+        config = open_clip().get_model_config(model)
+        text, dim = config["text_cfg"], config["embed_dim"]
+        if "hf_model_name" in text or not any(dim in shape for shape in shapes):
+            continue
+        token = (text.get("vocab_size", 49408), text.get("width", 512))
+        if token not in shapes:
+            continue
+        try:
+            wanted = {name: tuple(value.shape) for name, value in make_network(config).state_dict().items()}
+        except BackboneError:
+            continue
+        plain = {name.removeprefix("text."): shape for name, shape in wanted.items()}
+        if any(
+            all(
+                {name.removeprefix("text."): shape for name, shape in table.items()}.get(n) == s
+                for n, s in plain.items()
+            )
+            for table in tables
+        ):
+            found.append(str(model))
+    return found
+
+
+_THEIRS = "text_model.encoder.layers."
+
+
+def under_transformers_names(names: Iterable[str]) -> bool:
+    """Whether names are those of a CLIP of transformers."""
+    return any(_THEIRS in name for name in names)
+
+
+def _converted(kind: str, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    start = next(name for name in given if _THEIRS in name).split("text_model.")[0]
+    empty = {name.removeprefix(start): torch.empty(shape, device="meta") for name, shape in given.items()}
+    try:
+        return {name: tuple(value.shape) for name, value in theirs.convert(kind, empty).items()}
+    except (RuntimeError, TypeError):  # not even parts that go together
+        return {}
+
+
+def _prefixes(shapes: Mapping[str, Any]) -> list[str]:
+    found = {name.split("visual.")[0] for name in shapes if "visual." in name}
+    return sorted(found | {""}, key=len)[:4]
+
+
+def without_text(shapes: Mapping[str, Any]) -> str:
+    """The end of a message about weights that are of images alone; else nothing."""
+    named = any("text" in name or "token_embedding" in name or name.startswith("transformer.") for name in shapes)
+    return "" if named else ", and has no text tower, which prompts need"
+
+
+def _as_open_clip(form: Form, network: nn.Module, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """Tensors under the names of this open_clip, of which some were others before."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    anchors = [name for name in expected if name.startswith("visual.")]
+    tensors = without_prefix(tensors, anchors, form.weights)
+    tensors = convert_state_dict(network, tensors)
+    if "positional_embedding" in tensors and not hasattr(network, "positional_embedding"):
+        tensors = convert_to_custom_text_state_dict(tensors)
+    for name in ("attn_mask", *ARCHIVE_SIZES):
+        tensors.pop(name, None)
+    if "text.transformer.embeddings.position_ids" not in expected:
+        tensors.pop("text.transformer.embeddings.position_ids", None)
+    return tensors
+
+
+def _refuse_misfit(
+    form: Form, expected: Mapping[str, tuple[int, ...]], tensors: Tensors, given: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse tensors that are not the network's; ``given`` are the shapes under the names that the file has."""
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    missing, strange = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
+    other = [name for name in expected if name in shapes and shapes[name] != expected[name]]
+    if not missing and not strange and not other:
+        return
+    place = next((name for name in other if name.startswith("visual.") and "pos" in name.rsplit(".", 1)[-1]), None)
+    if place and other == [place] and not missing and not strange:
+        patches = [max(shape[-2], 1) for shape in (shapes[place], expected[place])]
+        raise BackboneError(
+            f"{form.weights}: not loaded as {form.model}: its positional embedding is of {patches[0]} places, but "
+            f"images of {form.preprocess['size'][0]} pixels need {patches[1]}; expected the image size that the "
+            "weights were trained with: copy the configuration again, or name the model of that size"
+        )
+    if under_transformers_names(strange) and form.convert is None:
+        raise BackboneError(
+            f"{form.weights}: not loaded as {form.model}: weights under transformers' names, without their "
+            "config.json; expected the whole folder: name the folder"
+        )
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:2])}{' and so on' if len(names) > 2 else ''})"
+        for names, what in ((missing, "tensors are missing"), (strange, "are not the model's"))
+        if names
+    ]
+    if other:
+        parts.append(f"{len(other)} have other shapes ({other[0]}: {shapes[other[0]]}, expected {expected[other[0]]})")
+    fits = which_fit(given)
+    advice = f"its shapes fit {', '.join(fits)}" if fits else "its shapes fit no other that open_clip knows by name"
+    raise BackboneError(
+        f"{form.weights}: not loaded as {form.model}: {'; '.join(parts)}{without_text(given)}; expected that model's "
+        f"weights: {advice}"
+    )
+
+
+def _trunk(sizes: Mapping[str, Any]) -> nn.Module:
+    """SigLIP's image tower (Zhai et al., arXiv 2303.15343) of any size, as timm builds it."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    made: nn.Module = VisionTransformer(**sizes, class_token=False, global_pool="map", num_classes=0)
+    return made
+
+
+def _set(tower: nn.Module, name: str, eps: float | None) -> None:
+    """Give all of a tower one activation and, if it is given, one epsilon."""
+    from open_clip.transformer import QuickGELU
+
+    made = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "quickgelu": QuickGELU}[name]
+    for module in list(tower.modules()):
+        if isinstance(module, nn.LayerNorm) and eps is not None:
+            module.eps = eps
+        for key, child in list(module.named_children()):
+            if type(child).__name__ in ("GELU", "GELUTanh", "QuickGELU"):
+                setattr(module, key, made())
+
+
+_ACTIVATION_NAMES = {
+    "geluactivation": "gelu",
+    "gelutanh": "gelu_tanh",
+    "newgeluactivation": "gelu_tanh",
+    "quickgeluactivation": "quickgelu",
+    "siluactivation": "silu",
+    "swish": "silu",
+}
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quickgelu", "relu", "silu", "relu6", "hardswish", "mish", "tanh")
+
+
+def _tower_facts(parts: list[Any]) -> dict[str, Any]:
+    names, heads, epsilons = set(), set(), set()
+    for module in (module for part in parts for module in part.modules()):
+        name = type(module).__name__.lower()
+        name = _ACTIVATION_NAMES.get(name, name)
+        if isinstance(module, nn.GELU):
+            name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
+        if name in _ACTIVATIONS:
+            names.add(name)
+        for key in ("num_heads", "num_attention_heads"):
+            value = getattr(module, key, None)
+            if isinstance(value, int):
+                heads.add(value)
+        value = getattr(module, "eps", None)
+        if isinstance(value, float):
+            epsilons.add(value)
+    return {"activation": sorted(names), "heads": sorted(heads), "eps": sorted(epsilons)}
+
+
+@contextmanager
+def _parameters(empty: bool) -> Iterator[None]:
+    """Within, modules that this thread makes get parameters without memory; buffers are real, as some are computed."""
+    if not empty:
+        yield
+        return
+    mine, register = threading.get_ident(), nn.Module.register_parameter
+
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if threading.get_ident() == mine and param is not None and param.device.type != "meta":
+            param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    with _PATCHING:
+        nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+_PATCHING = threading.RLock()

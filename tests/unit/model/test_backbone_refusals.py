@@ -1,0 +1,486 @@
+"""What is wrong beside weights, in them, or on the command line is said in our words, and nothing is kept of it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import constants
+
+from secure_fed.core.errors import BackboneError
+from secure_fed.model import backbone_form, backbone_store
+from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone_fetch import add
+from secure_fed.model.weights import read_weights
+from secure_fed.protocol.study import Backbone
+from tests.conftest import Run
+from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, edit, siglip_folder, split_up, write
+
+torch.set_num_threads(1)
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 2100000\n"
+PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store of this test's own, and no network."""
+
+    def no_network(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole folder of each form."""
+    place = tmp_path_factory.mktemp("whole")
+    clip_folder(place / "clip")
+    siglip_folder(place / "siglip")
+    bert_folder(place / "bert")
+    (place / "text").rename(place / "bert/text")
+    shutil.copytree(place / "clip", place / "pieces")
+    split_up(place / "pieces")
+    return place
+
+
+Make = Callable[[Path], Any]
+
+
+def inside(name: str, *keys: str, **changes: Any) -> Make:
+    """Change keys of a table inside a JSON file."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        table = content
+        for key in keys:
+            table = table[key]
+        table |= changes
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+OURS, THEIRS = "open_clip_config.json", "config.json"
+PREPARE = "preprocessor_config.json"
+BAD: dict[str, tuple[str, Make, str]] = {
+    # of transformers
+    "no heads": ("clip", inside(THEIRS, "text_config", num_attention_heads=0), "num_attention_heads = 0"),
+    "a width in words": ("clip", inside(THEIRS, "vision_config", hidden_size="32"), "hidden_size = '32'"),
+    "a tower that is a list": ("clip", inside(THEIRS, text_config=[1]), r"text_config = \[1\]"),
+    "layers below zero": ("siglip", inside(THEIRS, "text_config", num_hidden_layers=-1), "num_hidden_layers = -1"),
+    "a million layers": ("siglip", inside(THEIRS, "text_config", num_hidden_layers=10**6), "num_hidden_layers"),
+    "an epsilon of null and zero": ("clip", inside(THEIRS, "vision_config", layer_norm_eps=0), "layer_norm_eps = 0"),
+    "nan": ("clip", write(THEIRS, b'{"model_type": "clip", "text_config": {"x": NaN}}'), "NaN is no JSON number"),
+    "too large": ("clip", write(THEIRS, b'{"model_type": "clip", "x": 1e999}'), "too large a number"),
+    "too deep": ("clip", write(THEIRS, b"[" * 9000), "no whole JSON file"),
+    "bytes": ("clip", write(THEIRS, b"\xff\xfe{}"), "is not UTF-8 text"),
+    "channels": ("clip", inside(THEIRS, "vision_config", num_channels=1), "num_channels = 1"),
+    "a bert inside": ("clip", inside(THEIRS, "text_config", model_type="bert"), "model_type = 'bert'"),
+    "context of one": ("clip", inside(THEIRS, "text_config", max_position_embeddings=1), "max_position_embeddings = 1"),
+    "another end": ("clip", inside(THEIRS, "text_config", eos_token_id=3), "its tokenizer ends a text with token"),
+    "patches": ("clip", inside(THEIRS, "vision_config", patch_size=64), "patches of 64 pixels, but images of 32"),
+    "deviation of zero": ("clip", edit(PREPARE, image_std=[0, 1, 1]), "image_std"),
+    "two means": ("clip", edit(PREPARE, image_mean=[0.5, 0.5]), "image_mean"),
+    "unknown way": ("clip", edit(PREPARE, do_flip_channel_order=True), "do_flip_channel_order: unknown key"),
+    "another processor": ("clip", edit(PREPARE, image_processor_type="BlipImageProcessor"), "'BlipImageProcessor'"),
+    "code that prepares": ("clip", edit(PREPARE, auto_map={"AutoImageProcessor": "x.Y"}), "never run"),
+    "a size in words": ("clip", edit(PREPARE, size="large"), "size = 'large'"),
+    "enlarged by padding": (
+        "clip",
+        edit(PREPARE, size={"shortest_edge": 20}),
+        "made 20 pixels wide and then cut to 32",
+    ),
+    "not cut": ("clip", edit(PREPARE, do_center_crop=False), "keep their shape and are not cut"),
+    "code that reads": ("clip", edit("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), "never run"),
+    "pad that is a number": ("clip", edit("tokenizer_config.json", pad_token=3), "pad_token"),
+    "no vocabulary": ("clip", edit("tokenizer.json", model=None), "model"),
+    "tokens that are texts": ("pieces", inside("vocab.json", h="1"), "vocab.h = '1'"),
+    # shards
+    "index of itself": (
+        "pieces",
+        inside("model.safetensors.index.json", "weight_map", x="model.safetensors.index.json"),
+        "names 'model.safetensors.index.json'; expected names of weights",
+    ),
+    "index of a number": ("pieces", inside("model.safetensors.index.json", "weight_map", x=3), "weight_map.x = 3"),
+    "index of nothing": ("pieces", edit("model.safetensors.index.json", weight_map={}), "names no shard"),
+    "index outside": (
+        "pieces",
+        inside("model.safetensors.index.json", "weight_map", x="../a.safetensors"),
+        "names '../a.safetensors'",
+    ),
+    # of open_clip
+    "text_cfg that is a list": ("bert", inside(OURS, "model_cfg", text_cfg=[]), "text_cfg = "),
+    "unknown key": ("bert", inside(OURS, "model_cfg", "vision_cfg", mystery=1), "vision_cfg.mystery: unknown key"),
+    "a model of a hub inside": (
+        "bert",
+        inside(OURS, "model_cfg", "vision_cfg", timm_model_name="hf-hub:a/b"),
+        "timm_model_name = 'hf-hub:a/b'",
+    ),
+    "heads that do not divide": ("bert", inside(OURS, "model_cfg", "vision_cfg", head_width=5), "does not divide"),
+    "random interpolation": (
+        "bert",
+        inside(OURS, "preprocess_cfg", interpolation="random"),
+        "interpolation = 'random'",
+    ),
+    "unknown preprocessing": ("bert", inside(OURS, "preprocess_cfg", blur=2), "blur: unknown key"),
+    "a colour in words": ("bert", inside(OURS, "preprocess_cfg", fill_color="red"), "fill_color = 'red'"),
+    "a deviation of zero": ("bert", inside(OURS, "preprocess_cfg", std=[0.0, 1, 1]), "std"),
+    "one token of context": ("bert", inside(OURS, "model_cfg", "text_cfg", context_length=1), "context_length = 1"),
+    "tokens at random": (
+        "bert",
+        inside(OURS, "model_cfg", "text_cfg", tokenizer_kwargs={"reduction_mask": "random"}),
+        "used in a way that is not read",
+    ),
+    "a text model without heads": ("bert", inside("text/config.json", num_attention_heads=0), "num_attention_heads"),
+    "a quantised text model": ("bert", inside("text/config.json", quantization_config={}), "a quantised text model"),
+    "an unknown activation": ("bert", inside("text/config.json", hidden_act="mystery"), "cannot build this model"),
+    # what a clone or a browser leaves
+    **{
+        f"{kind} as {file}": (form, write(file, content), says)
+        for form, file in (
+            ("clip", THEIRS),
+            ("clip", PREPARE),
+            ("clip", "tokenizer.json"),
+            ("clip", "tokenizer_config.json"),
+            ("pieces", "vocab.json"),
+            ("pieces", "merges.txt"),
+            ("pieces", "model.safetensors.index.json"),
+            ("siglip", "spiece.model"),
+            ("bert", OURS),
+            ("bert", "text/config.json"),
+        )
+        for kind, content, says in (
+            ("a pointer", POINTER, r"is a Git LFS pointer of 2.1 MB.*git lfs pull"),
+            ("a page", PAGE, "is a web page"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_configuration_is_named_with_its_file_and_key(
+    case: str, whole: Path, tmp_path: Path, store: Path
+) -> None:
+    form, make, says = BAD[case]
+    shutil.copytree(whole / form, tmp_path / "given")
+    make(tmp_path / "given")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BackboneError) as refused:
+            add(tmp_path / "given", "hf-hub:a/b")
+    assert re.search(says, str(refused.value), re.DOTALL), str(refused.value)
+    assert "given" in str(refused.value)
+    assert not store.exists() or not list(store.iterdir())
+
+
+def test_a_folder_with_weights_of_another_model_says_which_fits(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    from secure_fed.model.library import known_model
+
+    clip_folder(tmp_path / "clip")
+    small = known_model("random-small")
+    vision, text = small["vision_cfg"], small["text_cfg"]
+    config = CLIPConfig(
+        projection_dim=small["embed_dim"],
+        vision_config={
+            "hidden_size": vision["width"],
+            "intermediate_size": 4 * vision["width"],
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["width"] // vision.get("head_width", 64),
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+        },
+        text_config={
+            "hidden_size": text["width"],
+            "intermediate_size": 4 * text["width"],
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+        },
+    )
+    tensors = {name: value.clone() for name, value in CLIPModel(config).state_dict().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "clip/model.safetensors")
+    with pytest.raises(BackboneError, match="its shapes fit random-small"):
+        add(tmp_path / "clip", None)
+    edit(THEIRS, model_type="siglip")(tmp_path / "clip")
+    inside(THEIRS, "text_config", model_type="siglip")(tmp_path / "clip")
+    inside(THEIRS, "vision_config", model_type="siglip")(tmp_path / "clip")
+    with pytest.raises(BackboneError, match="its shapes fit random-small"):
+        add(tmp_path / "clip", None)
+    torch.save(tensors, tmp_path / "lone.pt")
+    with pytest.raises(BackboneError, match=r"its shapes are those of random-small.*name the folder"):
+        add(tmp_path / "lone.pt", None)
+
+
+def test_a_name_that_a_folder_does_not_bear_is_refused(whole: Path, store: Path, secfacmic: Run) -> None:
+    for name, says in (
+        ("ViT-B-32", "is not ViT-B-32, but by its configuration none that open_clip knows by name"),
+        ("", "model '': no name"),
+        ("a\nb", "no name"),
+        ("hf-hub:", "expected hf-hub:OWNER/NAME"),
+        ("hf-hub:a/b/c", "expected hf-hub:OWNER/NAME"),
+    ):
+        for command in ("add", "check"):
+            code, _, errors = secfacmic("backbone", command, whole / "clip", "--model", name)
+            assert (code, says in errors) == (30, True), errors
+    assert not list(store.glob("*"))
+
+
+def test_a_text_model_that_nothing_takes_is_refused(whole: Path, tmp_path: Path, store: Path) -> None:
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    for path, name in ((whole / "clip", None), (tmp_path / "small.safetensors", "random-small")):
+        with pytest.raises(BackboneError, match="leave --text out"):
+            add(path, name, None, whole / "bert/text")
+    with pytest.raises(BackboneError, match="no such folder"):
+        add(whole / "bert", None, None, tmp_path / "absent")
+    assert not list(store.glob("*"))
+
+
+def test_features_that_do_not_depend_on_the_text_are_refused(whole: Path, tmp_path: Path, store: Path) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    tensors = safetensors.torch.load_file(tmp_path / "clip/model.safetensors")
+    tensors["text_model.final_layer_norm.weight"].zero_()
+    safetensors.torch.save_file(tensors, tmp_path / "clip/model.safetensors")
+    for refuse in (
+        lambda: add(tmp_path / "clip", None),
+        lambda: load_backbone(Backbone(model="hf-hub:a/b", weights="pretrained"), tmp_path / "clip"),
+    ):
+        with pytest.raises(BackboneError, match="its features do not depend on the text"):
+            refuse()
+    assert not list(store.glob("*"))
+
+
+def test_a_network_that_computes_nothing_is_refused_in_our_words(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    for tower in ("encode_image", "encode_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(open_clip.CLIP, tower, fail)
+            with pytest.raises(BackboneError, match="cannot compute the features of"):
+                load_backbone(Backbone(model="hf-hub:a/b", weights="pretrained"), whole / "clip")
+
+
+def test_hub_libraries_are_offline_while_a_local_form_is_read(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, bool] = {}
+
+    def spied(name: str) -> None:
+        original = getattr(backbone_form, name)
+
+        def spy(*arguments: Any, **options: Any) -> Any:
+            seen[name] = constants.HF_HUB_OFFLINE
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(backbone_form, name, spy)
+
+    for name in ("read_tokenizer", "ClipTokens", "read_text_model", "read_own_tokenizer"):
+        spied(name)
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    add(tmp_path / "small.safetensors", "random-small")
+    kept, _ = add(whole / "bert", "hf-hub:a/b")
+    load_backbone(Backbone(model="hf-hub:a/b", weights="pretrained"), kept)
+    assert seen == dict.fromkeys(seen, True)
+    assert len(seen) == 4
+    assert constants.HF_HUB_OFFLINE is False
+
+
+# --- checkpoints ---
+
+
+def small(folder: Path) -> dict[str, torch.Tensor]:
+    make_random_checkpoint("random-small", 0, folder / "small.safetensors")
+    return dict(safetensors.torch.load_file(folder / "small.safetensors"))
+
+
+def test_averages_beside_the_last_weights_are_not_passed_over(tmp_path: Path) -> None:
+    state = small(tmp_path)
+    moved = {name: value + 1 for name, value in state.items()}
+    for name, content, says in (
+        ("model and ema", {"model": state, "ema": moved}, "differ, model and ema"),
+        ("state_dict and model_ema", {"state_dict": state, "model_ema": moved}, "differ, state_dict and model_ema"),
+        ("deep", {"ema": {"state_dict": moved}, "model": state}, "differ, model and ema.state_dict"),
+        ("a list", {"model": state, "ema": {"shadow_params": list(moved.values())}}, "model and ema.shadow_params"),
+        (
+            "its own",
+            {**{f"model.{k}": v for k, v in state.items()}, **{f"ema.{k}": v for k, v in moved.items()}},
+            "twi",
+        ),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(BackboneError, match=says):
+            add(tmp_path / "x.pt", "random-small")
+        assert name
+    right = load_backbone(Backbone(model="random-small", weights="random", seed=0), tmp_path / "small.safetensors")
+    others = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "head": {"weight": torch.ones(2, 3)}}
+    torch.save({"model": state, "ema": dict(state), **others}, tmp_path / "same.pt")
+    assert add(tmp_path / "same.pt", "random-small")[1].digest == right.digest
+
+
+class Whole(torch.nn.Module):
+    """A model that a program pickled as it is."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name.replace(".", "|"), value)
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        return {name.replace("|", "."): value for name, value in super().state_dict().items()}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: {"model": model, "epoch": 3}], ids=["bare", "in"])
+def test_the_lines_that_are_given_make_safetensors_of_a_pickled_model(wrap: Any, tmp_path: Path) -> None:
+    state = small(tmp_path)
+    torch.save(wrap(Whole(state)), tmp_path / "whole.pt")
+    with pytest.raises(BackboneError) as refused:
+        add(tmp_path / "whole.pt", "random-small")
+    assert "weights_only" not in str(refused.value)
+    program = "\n".join(line[2:] for line in str(refused.value).splitlines()[1:])
+    for name in ("whole.pt", "whole.safetensors"):
+        program = program.replace(repr(name), repr(str(tmp_path / name)))
+    exec(program, {})
+    added = add(tmp_path / "whole.safetensors", "random-small")[1]
+    named = Backbone(model="random-small", weights="random", seed=0)
+    assert added.digest == load_backbone(named, tmp_path / "small.safetensors").digest
+
+
+def test_nothing_of_torchs_own_is_said_before_our_sentence(tmp_path: Path, secfacmic: Run) -> None:
+    (tmp_path / "four.pt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    torch.save({"x": small(tmp_path)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False, pickle_protocol=4)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "old.pt").read_bytes()[:3000])
+    for name in ("four.pt", "cut.pt"):
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            code, _, errors = secfacmic("backbone", "add", tmp_path / name, "--model", "random-small")
+        assert code == 30
+        assert errors.startswith("secfacmic: "), errors
+        assert [str(one.message) for one in shown if "pickle" in str(one.message)] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (lambda: torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8), "quantised weights"),
+        (lambda: torch.ones(3, 3).to_sparse(), "in a sparse form"),
+        (lambda: torch.ones(3, 3, device="meta"), "without values"),
+        (lambda: torch.ones(3, 3, dtype=torch.complex64), "have other shapes"),
+    ],
+    ids=["quantised", "sparse", "meta", "complex"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_hold_no_plain_values_are_refused(value: Any, says: str, tmp_path: Path) -> None:
+    state = small(tmp_path)
+    torch.save(state | {"visual.proj": value()}, tmp_path / "x.pt")
+    with pytest.raises(BackboneError, match=says):
+        add(tmp_path / "x.pt", "random-small")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [-1]},
+        {"shape": ["3"]},
+        {"shape": [2**40, 2**40]},
+        {"dtype": "F4"},
+        {"data_offsets": [0]},
+        {"data_offsets": "ab"},
+        {"data_offsets": [8, 4]},
+        {"dtype": None},
+    ],
+)
+def test_a_header_of_safetensors_that_lies_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | change}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(BackboneError, match="header"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("clip", "text_model.encoder.layers.0.self_attn.q_proj.weight"),
+        ("siglip", "vision_model.head.attention.in_proj_weight"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(form: str, name: str, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / form, tmp_path / "given")
+    tensors = safetensors.torch.load_file(tmp_path / "given/model.safetensors")
+    tensors[name] = torch.tensor(1.0)
+    safetensors.torch.save_file(tensors, tmp_path / "given/model.safetensors")
+    with pytest.raises(BackboneError, match="shapes that no such model has"):
+        add(tmp_path / "given", None)
+
+
+def test_a_folder_is_known_by_its_name_from_within(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "carried")
+    monkeypatch.chdir(tmp_path / "carried")
+    kept, added = add(Path(), None)
+    assert added.form.model == backbone_store.read_entry(kept).source == "carried"
+
+
+def test_sizes_of_openais_archives_beside_weights_are_passed_over(tmp_path: Path) -> None:
+    sizes = {"input_resolution": 96, "context_length": 77, "vocab_size": 49408}
+    state = small(tmp_path) | {name: torch.tensor(value) for name, value in sizes.items()}
+    torch.save(state, tmp_path / "x.pt")
+    named = Backbone(model="random-small", weights="random", seed=0)
+    right = load_backbone(named, tmp_path / "small.safetensors")
+    assert add(tmp_path / "x.pt", "random-small")[1].digest == right.digest
+
+
+def test_a_scale_that_no_training_gives_is_refused(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    tensors = safetensors.torch.load_file(tmp_path / "clip/model.safetensors")
+    tensors["logit_scale"].fill_(900.0)
+    safetensors.torch.save_file(tensors, tmp_path / "clip/model.safetensors")
+    with pytest.raises(BackboneError, match="a logit_scale of 900"):
+        add(tmp_path / "clip", None)
+
+
+# --- how long it takes ---
+
+
+def test_the_time_that_is_told_leaves_out_the_first_image_and_counts_a_batch(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_backbone(Backbone(model="hf-hub:a/b", weights="pretrained"), whole / "clip")
+    asked: list[int] = []
+
+    def seconds(_: LoadedBackbone, prepared: list[Any]) -> float:
+        asked.append(len(prepared))
+        return 50.0 if len(asked) == 1 else 0.1 + 0.4 * len(prepared)
+
+    from PIL import Image
+
+    monkeypatch.setattr(LoadedBackbone, "_seconds", seconds)
+    told = loaded.seconds_per_image([Image.new("RGB", (40, 50))])
+    assert asked == [1, 1, 4]
+    assert told == pytest.approx(1.7 / 4, abs=0.05)
+
+
+def test_models_that_open_clip_knows_pass_our_ranges() -> None:
+    from secure_fed.model.library import known_model
+    from secure_fed.model.model_config import check_model_config
+
+    for name in open_clip.list_models():
+        check_model_config(known_model(name), name)
