@@ -8,7 +8,7 @@ and SHA-256 and is signed by the site; what it holds:
 ``accepted/``    who accepted the study, when, and what was shown
 ``ledger/``      what of the privacy ledger depends on no patient: claim, plans, releases, and what travelled of it
 ``sent.jsonl``   every message that left the site
-``drill.json``   which attacks were tried on the installation, if any were
+``attacks.json``   which attacks were tried on the installation, if any were
 ``index.html``   all of this for a person to read; the site's own words, like the rest
 ``policy.json``  what the site demands of a study; ``versions.json`` and ``bom.json`` what it ran (CycloneDX 1.5)
 """
@@ -133,7 +133,7 @@ def pack_evidence(folder: Path, into: Path, page: Callable[[dict[str, Any]], str
             data = state.sent.read_bytes()
             parts[_SENT] = data[: data.rfind(b"\n") + 1]
         if state.drill.exists():
-            parts["drill.json"] = state.drill
+            parts["attacks.json"] = state.drill
         if page is not None:
             with tempfile.TemporaryDirectory() as scratch:
                 bare = Path(scratch) / "evidence.zip"
@@ -337,7 +337,7 @@ def _budget_words(budget: dict[str, Any]) -> str:
 
 def _drill(folder: Path) -> dict[str, Any] | None:
     """The drill's record; None without one."""
-    path = folder / "drill.json"
+    path = folder / "attacks.json"
     if not path.exists():
         return None
     try:
@@ -346,7 +346,7 @@ def _drill(folder: Path) -> dict[str, Any] | None:
             return record
     except (ValueError, KeyError, TypeError):
         pass
-    raise EvidenceError("drill.json: malformed; expected what secfacmic drill --site has kept")
+    raise EvidenceError("attacks.json: malformed; expected what secfacmic drill --site has kept")
 
 
 def _unpack(path: Path, folder: Path) -> tuple[Any, _ManifestHeader, _Manifest]:

@@ -185,6 +185,6 @@ def test_the_page_is_under_the_sites_signature(played: Federation, tmp_path: Pat
 
 def test_a_drill_that_is_none_is_refused(played: Federation, tmp_path: Path) -> None:
     (played.folder / "sites/ash/state/drill.json").write_text('{"attacks": [{"id": "B1"}], "version": "1"}')
-    with pytest.raises(EvidenceError, match=r"drill\.json: malformed"):
+    with pytest.raises(EvidenceError, match=r"attacks\.json: malformed"):
         pack_evidence(played.folder / "sites/ash", tmp_path / "evidence.zip", evidence_page)
     assert not (tmp_path / "evidence.zip").exists()
