@@ -325,7 +325,9 @@ def _rotated(federation: Federation, coordinator: Coordinator, **changes: Any) -
     return sealed
 
 
-def test_a_site_that_has_dropped_its_update_begins_the_attempt_anew(federation: Federation) -> None:
+def test_a_site_that_has_dropped_its_update_begins_the_attempt_anew(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
     coordinator, wire, loop = _begin(federation)
     _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
     wire.silent.add("cedar")
@@ -339,12 +341,13 @@ def test_a_site_that_has_dropped_its_update_begins_the_attempt_anew(federation: 
     _steps(loop, lambda: coordinator.round == 2)
     record = coordinator.rounds[0]
     assert record.sites == TRAINING
+    assert "ash: has dropped its update; another attempt" in caplog.text
     _steps(loop, lambda: coordinator.finished, 60)
 
 
 def test_a_round_that_is_given_up_begins_anew_with_all_who_are_there(federation: Federation) -> None:
     coordinator, wire, loop = _begin(federation)
-    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    _steps(loop, lambda: coordinator.step is Step.REVEAL)
     wire.silent.add("cedar")
     _steps(loop, lambda: set(coordinator.sites_in) == {"ash", "birch"})
     for number in (100, 101, 102):  # each stopped, asked, and started again
