@@ -19,7 +19,6 @@ from secure_fed.cli import (
     demo,
     doctor,
     drill,
-    evaluate,
     evidence,
     explain,
     export,
@@ -75,7 +74,6 @@ app.command()(demo.demo)
 app.command()(sweep.sweep)
 app.command()(attack.attack)
 app.command()(predict.predict)
-app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(plot.plot)
 app.command()(report.report)

@@ -15,6 +15,9 @@ def status(
     state: Annotated[
         Path, typer.Argument(metavar="STATE", help="State folder of a server or a site; or a site's folder.")
     ],
+    check: Annotated[
+        bool, typer.Option("--check", help="End with 1 if no process runs there though the study is not over.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Say where a server or a site stands: round, who is in, what it reported last, whether it runs at all."""
@@ -23,7 +26,13 @@ def status(
     facts = standing(place_of(state)[0])
     if json_:
         print_json(facts)
-        return
+    else:
+        _show(facts)
+    if check and not facts["running"] and not facts.get("finished"):
+        raise typer.Exit(1)
+
+
+def _show(facts: dict[str, Any]) -> None:
     _say(f"{facts['role']}: {_process(facts)}")
     if "study" in facts:
         _say(f"study {facts['study']}, id {facts['study_id']}")

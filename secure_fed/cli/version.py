@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
@@ -22,9 +22,16 @@ def show(asked: bool) -> None:
     from secure_fed.protocol.study import STUDY_FORMAT, TEMPLATE_FORMAT
 
     typer.echo(f"secfacmic {version('secfacmic')}")
-    typer.echo(f"Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in LIBRARIES)}")
+    typer.echo(f"Python {platform.python_version()}, {', '.join(f'{name} {_version(name)}' for name in LIBRARIES)}")
     typer.echo(
         f"formats: study {STUDY_FORMAT}, template {TEMPLATE_FORMAT}, state folder {STATE}, summary {SUMMARY}, envelope "
         f"{ENVELOPE.decode()}, journal record {RECORD.decode()}"
     )
     raise typer.Exit
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"  # as on a coordinator's machine

@@ -88,6 +88,8 @@ def log_lines(stream: IO[str] | None = None) -> None:
     flower = logging.getLogger("flwr")
     flower.handlers.clear()
     flower.setLevel(logging.CRITICAL)
+    # At every end it reports connections that still wait as an error.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     # A thread of Flower's that ends would print where, in many lines.
     threading.excepthook = lambda ended: logging.getLogger(__name__).error(
         "a thread ended with %s", ended.exc_type.__name__ if ended.exc_type else "no word"

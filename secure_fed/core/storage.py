@@ -89,14 +89,40 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone; the kernel lets go of it however the process ends.
 
     Raises:
-        StorageError: another process holds it.
+        StorageError: another process holds it, or it cannot be locked.
     """
     with open(folder / LOCK, "w", opener=as_open_as_its_folder) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StorageError(f"{folder}: another process is using it; wait for it, or stop it") from error
+        except OSError as error:
+            raise StorageError(
+                f"{folder}: cannot be locked ({error.strerror}); expected a file system with locks, as a local disk: a "
+                "network file system needs its lock service"
+            ) from error
         yield
+
+
+def try_out(folder: Path) -> None:
+    """Do in a folder what keeping state asks of it: lock, write, make durable, rename; leaves nothing.
+
+    Raises:
+        OSError: it cannot be done there.
+    """
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".try.")
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(descriptor, b"x")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(name, f"{name}.")
+        name = f"{name}."
+        sync_folder(folder)
+    finally:
+        os.unlink(name)
 
 
 def as_open_as_its_folder(path: str, flags: int) -> int:

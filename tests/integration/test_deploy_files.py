@@ -127,7 +127,11 @@ def test_prometheus_takes_the_alerts() -> None:
 def test_the_image_is_made_of_what_is_here() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     python = re.findall(r"^FROM python:(\d+)\.(\d+)", text, re.MULTILINE)
-    assert len(python) == 2
+    assert set(python) == {python[0]}
+    assert set(re.findall(r"--requirement (\S+)", text)) == {"deploy/requirements-server.txt"}
+    targets = set(re.findall(r"^FROM .* AS (\S+)$", text, re.MULTILINE))
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    assert {service["build"]["target"] for service in services.values()} == {"server", "site"} <= targets
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert wanted == f">={python[0][0]}.{python[0][1]}"
     assert "USER secfacmic" in text  # not root

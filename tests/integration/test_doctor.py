@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from secure_fed.cli import app
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.sitefile import SitePrivacy, SiteServer, read_site_file
+from secure_fed.core.errors import StorageError
 from secure_fed.core.storage import exclusive
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.demo import prepare_federation
@@ -42,8 +44,10 @@ from secure_fed.transport.certificates import create_authority
 from tests.conftest import make_template
 from tests.network import Network
 
-SERVER_CHECKS = ["study", "flwr version", "key modes", "certificate", "memory", "port", "coordinator key"]
-SITE_CHECKS = ["site file", "flwr version", "study", "key modes", "identity", "memory", "image formats", "ledger"]
+SERVER_CHECKS = ["study", "flwr version", "key modes", "certificate", "state folder", "memory"]
+SERVER_CHECKS += ["port", "coordinator key"]
+SITE_CHECKS = ["site file", "flwr version", "study", "key modes", "identity", "state folder", "memory"]
+SITE_CHECKS += ["image formats", "ledger"]
 REACHED = ["authority", "reachability", "certificate", "server", "clock", "admission"]
 
 
@@ -554,6 +558,32 @@ def test_a_server_that_holds_its_folder_but_does_not_answer(folder: Path) -> Non
             assert "this server listens" in server(folder, ("127.0.0.1", port))["port"].found
     with exclusive(folder / "server"):
         assert "nobody listens" in only(server(folder, ("127.0.0.1", port)), "port").found
+
+
+def test_a_file_system_without_locks_or_durable_files(
+    folder: Path, site: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system whose lock service is not running."""
+    import fcntl
+
+    def none(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    serve()
+    monkeypatch.setattr(fcntl, "flock", none)
+    finding = only(look(site), "state folder")
+    assert "No locks available" in finding.found
+    assert str(folder / "sites" / "ash" / "state") in finding.found
+    assert "lock service" in only(server(folder), "state folder").mend
+    with (
+        pytest.raises(StorageError, match=rf"{folder / 'server'}: cannot be locked \(No locks available\)"),
+        exclusive(folder / "server"),
+    ):
+        pass
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", none)
+    assert not server(folder)["state folder"].ok
+    assert [path.name for path in (folder / "server").iterdir() if path.name.startswith(".try")] == []
 
 
 def test_keys_and_certificates_of_the_server(folder: Path) -> None:

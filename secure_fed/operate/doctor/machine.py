@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from secure_fed.core.storage import try_out
 from secure_fed.operate.doctor.finding import Fault
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.study import AgreedStudy
@@ -67,6 +68,19 @@ def disk(state: Path, agreed: AgreedStudy, updates: int) -> str:
     if not os.access(place, os.W_OK):
         raise Fault(f"{place}: cannot be written", "give this account the folder")
     return f"{free / 1e9:.1f} GB free of {needed / 1e9:.2f} GB needed for the whole study"
+
+
+def keeps(state: Path) -> str:
+    """The state folder's file system locks, and keeps what was written."""
+    place = next(parent for parent in (state, *state.resolve().parents) if parent.exists())
+    try:
+        try_out(place)
+    except OSError as error:
+        raise Fault(
+            f"{place}: a file cannot be locked, written, made durable or renamed there ({error.strerror})",
+            "put the state folder on a local disk, or have the network file system's lock service started",
+        ) from None
+    return f"{place}: files can be locked and made durable"
 
 
 def days_left(certificate: x509.Certificate, name: str, mend: str) -> int:

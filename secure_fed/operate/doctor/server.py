@@ -11,7 +11,7 @@ from pathlib import Path
 from secure_fed.core.layout import ServerState
 from secure_fed.core.status import StatusFile, is_running
 from secure_fed.operate.doctor.finding import END, Fault, Finding, attempt, check
-from secure_fed.operate.doctor.machine import days_left, disk, flwr, memory, modes
+from secure_fed.operate.doctor.machine import days_left, disk, flwr, keeps, memory, modes
 from secure_fed.operate.doctor.network import dial
 from secure_fed.operate.standing import is_over
 from secure_fed.protocol.journal import find_runs, verify_run
@@ -50,6 +50,7 @@ def examine_server(state: Path, study: Path, listen: tuple[str, int] | None) -> 
         yield check("journal and clock", lambda: _journal(state, agreed))
         return
     yield check("certificate", lambda: _certificate(ServerState(state).certificates))
+    yield check("state folder", lambda: keeps(state))
     yield check("memory", lambda: memory(MEMORY))
     yield check("port", lambda: _port(state, listen))
     if agreed is None:

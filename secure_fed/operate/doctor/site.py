@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from secure_fed.core.layout import SEALED, SiteState
 from secure_fed.core.status import is_running
 from secure_fed.operate.doctor.finding import END, Fault, Finding, attempt, check
-from secure_fed.operate.doctor.machine import disk, flwr, memory, modes
+from secure_fed.operate.doctor.machine import disk, flwr, keeps, memory, modes
 from secure_fed.operate.doctor.network import examine_way
 from secure_fed.operate.standing import is_over
 from secure_fed.protocol.study import AgreedStudy, load_study
@@ -41,6 +41,7 @@ def examine_site(path: Path) -> Iterator[Finding]:
         yield check("ledger", lambda: _ledger(file))
         return
     yield check("identity", lambda: _identity(file))
+    yield check("state folder", lambda: keeps(state))
     yield check("memory", lambda: memory(MEMORY))
     yield check("image formats", _formats)
     yield check("ledger", lambda: _ledger(file))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import re
@@ -168,6 +167,20 @@ def test_who_has_done_its_work_is_not_said_to_be_down(finished_run: Path, tmp_pa
     assert "site: NOT running" in shown.pop()  # no process has ever said that it is over
 
 
+def test_a_check_for_a_health_probe_fails_only_where_a_process_is_missing(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path)
+    status.begin("site", study="small", rounds=3, round=1)
+
+    def code(*more: str) -> int:
+        return CliRunner().invoke(app, ["status", str(tmp_path), *more]).exit_code
+
+    assert (code(), code("--check"), code("--check", "--json")) == (0, 1, 1)
+    with exclusive(tmp_path):
+        assert code("--check") == 0
+    status.tell(finished=True)
+    assert code("--check") == 0
+
+
 def test_metrics_for_who_has_the_token(tmp_path: Path) -> None:
     status = StatusFile(tmp_path)
     status.begin("server", study="small", rounds=3, min_sites=3, restarts=1)
@@ -252,12 +265,6 @@ def test_an_address_to_listen_on_is_unmistakable(text: str, found: tuple[str, in
     with pytest.raises(AddressError, match=rf"--listen {re.escape(text)}: expected"):
         host_and_port(text, "--listen")
     assert host_and_port("9464", "--metrics", "127.0.0.1") == ("127.0.0.1", 9464)
-
-
-def test_the_version_is_said() -> None:
-    said = CliRunner().invoke(app, ["--version"])
-    first = said.output.splitlines()[0]  # tests/unit/cli/test_help.py has the others
-    assert (said.exit_code, first) == (0, f"secfacmic {importlib.metadata.version('secfacmic')}")
 
 
 def fetch(port: int, token: str, host: str = "127.0.0.1") -> str:
