@@ -169,7 +169,7 @@ def test_who_has_done_its_work_is_not_said_to_be_down(finished_run: Path, tmp_pa
 
 def test_a_check_for_a_health_probe_fails_only_where_a_process_is_missing(tmp_path: Path) -> None:
     status = StatusFile(tmp_path)
-    status.begin("site", study="small", rounds=3, round=1)
+    status.begin("site", study="small", study_id="a" * 64, rounds=3, round=1)
 
     def code(*more: str) -> int:
         return CliRunner().invoke(app, ["status", str(tmp_path), *more]).exit_code
