@@ -152,6 +152,7 @@ def read_data(
     together: Groups | None = lambda images: (),
     choice: Choice = _EVERYTHING,
     notes: Notes | None = None,
+    others: str | None = None,
 ) -> list[SiteImage]:
     """Read a site's data folder.
 
@@ -181,6 +182,7 @@ def read_data(
             who trains, which is what differential privacy's adjacency asks for.
         choice: which pictures are used.
         notes: what is noticed is added here.
+        others: the class that every label outside ``classes`` is of; without one such labels are refused.
 
     Returns:
         The images, sorted by path; a function of the folder's content and the arguments alone.
@@ -198,7 +200,7 @@ def read_data(
     if manifest.exists():
         rows, has_splits = _read_manifest(manifest, unit, shares is not None, notes)
     else:
-        rows, has_splits = _read_folders(folder, classes, unit, notes), False
+        rows, has_splits = _read_folders(folder, classes, unit, notes, others), False
         if shares is None:
             raise DataError(f"{folder}: no {MANIFEST} and no shares; set train, val, test and unlabelled shares")
     if choice.only:
@@ -211,6 +213,8 @@ def read_data(
     _refuse(manifest, _double_faults(rows, has_splits))
     if not rows:
         raise DataError(f"{folder}: no image; expected images in {MANIFEST} or in one folder per class")
+    if others is not None:
+        rows = [replace(row, label=others) if row.label and row.label not in classes else row for row in rows]
     strangers = Counter(row.label for row in rows if row.label and row.label not in classes)
     if meant := _meant(strangers, classes):
         rows = [replace(row, label=meant.get(row.label, row.label)) for row in rows]
@@ -274,7 +278,7 @@ def _images(rows: Sequence[_Row], ids: dict[str, int], splits: Mapping[str, Spli
     return sorted(images, key=lambda one: (one.path.as_posix(), one.axis, -1 if one.frame is None else one.frame))
 
 
-def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes) -> list[_Row]:
+def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes, others: str | None) -> list[_Row]:
     try:
         found = sorted(folder.iterdir())
     except OSError as error:
@@ -290,7 +294,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
     meant = _meant(strangers, classes)
     strangers = [name for name in strangers if name not in meant]
-    if strangers:
+    if strangers and others is None:
         counts = Counter({name: sum(1 for _ in image_files(folder / name)) for name in strangers})
         _refuse_labels(folder, counts, "images", [*classes, UNLABELLED])
     rows = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from secure_fed.clients.decoding import MOST_WORKERS, Decoded, decode_all
 from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import Picture, Rules
 from secure_fed.model.backbone import LoadedBackbone
+from secure_fed.protocol.study import Method
 
 View = Literal["plain", "mirrored"]
 _PLAIN = Rules()
@@ -26,8 +27,33 @@ USUAL = Image.linear_gradient("L").resize((512, 512))
 """A picture of a usual size, where there is none of a site's own to measure with."""
 
 
+@dataclass(frozen=True)
+class Patches:
+    """Which features a method sees: of the whole image, without blocks, or of its patches in rows.
+
+    Attributes:
+        blocks: of the image tower, by name.
+        neighbourhood: patches a side that a feature is the mean of.
+    """
+
+    blocks: tuple[str, ...] = ()
+    neighbourhood: int = 1
+
+    @classmethod
+    def of(cls, method: Method) -> Patches:
+        """What a study's method sees."""
+        return cls(method.blocks, method.neighbourhood) if method.blocks else WHOLE_IMAGES
+
+
+WHOLE_IMAGES = Patches()
+
+
 def encode_all(
-    sources: Sequence[Source], backbone: LoadedBackbone, view: View = "plain", rules: Rules = _PLAIN
+    sources: Sequence[Source],
+    backbone: LoadedBackbone,
+    view: View = "plain",
+    rules: Rules = _PLAIN,
+    patches: Patches = WHOLE_IMAGES,
 ) -> Iterator[list[Decoded[NDArray[np.float32]]]]:
     """Unit features [dim] of images, in order and in short lists, to be kept as they come.
 
@@ -40,23 +66,33 @@ def encode_all(
         backbone: by what.
         view: the image as it is, or mirrored left to right.
         rules: how pictures are to be seen.
+        patches: whether features are of patches instead.
 
     Raises:
+        BackboneError: the tower lacks a named block.
         StorageError: a process was killed, most likely for want of memory.
     """
 
     def prepared(pictures: Iterator[Picture]) -> list[NDArray[np.float32]]:
         return [backbone.prepare(one.image if view == "plain" else ImageOps.mirror(one.image)) for one in pictures]
 
+    def features(ready: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        if patches.blocks:
+            return backbone.encode_patches(ready, patches.blocks, patches.neighbourhood)
+        return backbone.encode_prepared(ready)
+
     def encoded(pictures: Iterator[Picture]) -> list[NDArray[np.float32]]:
-        return list(backbone.encode_prepared(prepared(pictures)))
+        return list(features(prepared(pictures)))
+
+    for block in patches.blocks:
+        backbone.grid(block)  # once, before processes begin
 
     if backbone.device == "cpu":
         yield from decode_all(sources, encoded, backbone.batch, rules)
         return
     for batch in decode_all(sources, prepared, backbone.batch, rules):
-        features = iter(backbone.encode_prepared([one.value for one in batch if one.value is not None]))
-        yield [one if one.value is None else replace(one, value=next(features)) for one in batch]
+        rows = iter(features([one.value for one in batch if one.value is not None]))
+        yield [one if one.value is None else replace(one, value=next(rows)) for one in batch]
 
 
 def seconds_per_image(sources: Sequence[Source], backbone: LoadedBackbone, rules: Rules = _PLAIN) -> float:

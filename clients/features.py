@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from secure_fed import configs
 from secure_fed.clients.data import SiteImage, Split
 from secure_fed.clients.decoding import identities
-from secure_fed.clients.encoding import View, encode_all
+from secure_fed.clients.encoding import WHOLE_IMAGES, Patches, View, encode_all
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError, fault_lines
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.device import Device, kind_of
+from secure_fed.protocol import memory
 from secure_fed.protocol.study import AgreedStudy, Backbone
 
 Progress = Callable[[int, int], None]
@@ -64,6 +65,7 @@ class SiteFeatures:
         encoded: features that were computed in this call; the others came from the cache.
         patients: whose each row is, by split.
         digests: identities of all images (:func:`secure_fed.clients.reading.identity`), by patient.
+        images: all that were encoded, in order; rows of a split are in theirs.
     """
 
     train: Labelled
@@ -74,6 +76,7 @@ class SiteFeatures:
     encoded: int
     patients: Mapping[Split, tuple[str, ...]] = field(default_factory=dict)
     digests: Mapping[str, frozenset[bytes]] = field(default_factory=dict)
+    images: Sequence[SiteImage] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class FeatureCache:
         progress: Progress | None = None,
         device: Device = "cpu",
         rules: Rules = _PLAIN,
+        patches: Patches = WHOLE_IMAGES,
     ) -> Encoded:
         """Have the features of all images in the cache; only those that it lacks are computed.
 
@@ -157,13 +161,14 @@ class FeatureCache:
             progress: told after each batch, and once at the end.
             device: where the backbone computes.
             rules: how pictures are to be seen.
+            patches: whether features are of patches instead.
 
         Raises:
             UnreadableImageError: some images cannot be decoded; the features of all others are kept.
             StorageError: the cache cannot be read or written.
             BackboneError: as ``load``; or the backbone's preprocessing is not what the cached features had.
         """
-        return _Encoding(self, images, backbone, load, view, progress, device, rules).run(skip_unreadable)
+        return _Encoding(self, images, backbone, load, view, progress, device, rules, patches).run(skip_unreadable)
 
     def preprocessing(self, recipe: str) -> str | None:
         """What the backbone of a recipe does to an image first, if it has ever been loaded for this cache."""
@@ -268,7 +273,9 @@ class _Encoding:
         progress: Progress | None,
         device: Device,
         rules: Rules,
+        patches: Patches,
     ) -> None:
+        self._patches = patches
         self._cache = cache
         self._rules = rules
         self._images = images
@@ -326,9 +333,10 @@ class _Encoding:
             preprocessing = self._backbone().preprocessing
             self._cache.note_preprocessing(self._recipe, preprocessing)
         self._preprocessing = preprocessing
-        return hashlib.sha256(
-            json.dumps([self._recipe, preprocessing, self._view, self._rules.digest.hex()]).encode()
-        ).digest()
+        space: list[object] = [self._recipe, preprocessing, self._view, self._rules.digest.hex()]
+        if self._patches.blocks:
+            space += [self._patches.blocks, self._patches.neighbourhood]
+        return hashlib.sha256(json.dumps(space).encode()).digest()
 
     def _backbone(self) -> LoadedBackbone:
         if self._loaded is None:
@@ -344,7 +352,7 @@ class _Encoding:
             )
 
         sources = [self._images[index].source for index in missing]
-        for batch in encode_all(sources, backbone, self._view, self._rules):
+        for batch in encode_all(sources, backbone, self._view, self._rules, self._patches):
             rows = []
             for one in batch:
                 place = missing[one.index]
@@ -391,7 +399,8 @@ def load_features(
         BackboneDigestError: the weights are not those that the study names.
     """
     backbone = agreed.study.backbone
-    dim = agreed.initial.prompt_features.shape[1]
+    patches = Patches.of(agreed.study.method)
+    dim = memory.width(agreed.initial.adapter) if patches.blocks else agreed.initial.prompt_features.shape[1]
     loaded: list[LoadedBackbone] = []
 
     def load() -> LoadedBackbone:
@@ -399,11 +408,13 @@ def load_features(
             loaded.append(load_backbone(backbone, checkpoint, device))
         return loaded[0]
 
-    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device, rules)
+    plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device, rules, patches)
     passes = [plain]
     if backbone.mirrored:
         trained = [image for image in plain.images if image.split in ("train", "unlabelled")]
-        passes.append(cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress, device, rules))
+        passes.append(
+            cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress, device, rules, patches)
+        )
 
     loaded.clear()  # before the features take its place in memory
 
@@ -432,6 +443,7 @@ def load_features(
         encoded=sum(one.encoded for one in passes),
         patients=owners,
         digests={patient: frozenset(found) for patient, found in digests.items()},
+        images=tuple(plain.images),
     )
 
 

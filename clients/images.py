@@ -19,7 +19,7 @@ from secure_fed.clients.patients import SETTLED, Doubt, doubts, in_one_form
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import ManifestError, PatientError, SecfacmicError, fault_lines
-from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study import ANOMALY, AgreedStudy
 
 
 def site_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> list[SiteImage]:
@@ -177,9 +177,9 @@ def _read(file: SiteFile, agreed: AgreedStudy, together: Groups | None, notes: N
     extra = None if data.unlabelled is None else Path(data.unlabelled)
     same = None if data.patients is None else Path(data.patients)
     choice = Choice(data.slices, data.leave_out, same, frozenset(data.only))
-    folder = Path(data.folder)
+    folder, names, others = Path(data.folder), study.class_names, ANOMALY if study.task == "anomaly" else None
     return read_data(
-        folder, study.class_names, data.unit, data.shares, study.seed, extra, together, choice=choice, notes=notes
+        folder, names, data.unit, data.shares, study.seed, extra, together, choice=choice, notes=notes, others=others
     )
 
 

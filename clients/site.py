@@ -17,10 +17,10 @@ import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
-from secure_fed.clients import one_sum
+from secure_fed.clients import memory, one_sum
 from secure_fed.clients.bound import Bound
 from secure_fed.clients.budget import unpaid
-from secure_fed.clients.data import DRAWN_ALONE, Split
+from secure_fed.clients.data import DRAWN_ALONE, SiteImage, Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
 from secure_fed.clients.given_sums import GivenSums
@@ -250,7 +250,7 @@ class Site:
 
     def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Metrics:
         """Metrics of :meth:`predictions`."""
-        return metrics(*self.predictions(parameters, agreed))
+        return metrics(*self.predictions(parameters, agreed), positive=(agreed or self._agreed).study.positive)
 
     def predictions(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Predictions:
         """Probabilities for the site's test images; an observer, which trains on nothing, tests on all labelled ones.
@@ -270,6 +270,20 @@ class Site:
         images = np.concatenate([test.x for test in tests])
         labels = np.concatenate([test.y for test in tests])
         return images, labels, tuple(patient for split in splits for patient in features.patients[split])
+
+    def test_sources(self) -> list[SiteImage]:
+        """The images of :meth:`test_images`, in its order."""
+        splits = ("train", "val", "test") if self.replica.member.role == "observer" else ("test",)
+        return [image for split in splits for image in self.features().images if image.split == split]
+
+    def train_sources(self) -> list[SiteImage]:
+        """The training images."""
+        return [image for image in self.features().images if image.split == "train"]
+
+    @property
+    def data_folder(self) -> Path:
+        """Where its images are."""
+        return Path(self._file.data.folder)
 
     def validate(self, parameters: Parameters) -> float | None:
         """Balanced accuracy on the site's validation images, by which choices are made; None without any."""
@@ -589,10 +603,12 @@ class Site:
         study = self._agreed.study
         round_number = self.replica.due.round
         features = self.features()
+        if study.method.sums and round_number == 1 and self._file.data.kind == "patients":
+            images = [image for patient in set(features.patients["train"]) for image in features.digests[patient]]
+            GivenSums(self._file.state_folder).give(self.replica.due.run, images)
+        if study.task == "anomaly":
+            return self._encode(memory.message(self._agreed, round_number, self.parameters, features))
         if study.method.one_sum:
-            if round_number == 1 and self._file.data.kind == "patients":
-                images = [image for patient in set(features.patients["train"]) for image in features.digests[patient]]
-                GivenSums(self._file.state_folder).give(self.replica.due.run, images)
             return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
         seed = training_seed(study.seed, self.run, self.name, round_number)
         iterate = self.replica.state.iterate
@@ -640,7 +656,7 @@ class Site:
                     100 * quantised.saturated,
                     100 * SATURATION_WARNING,
                     "raise method.most_patients"
-                    if self._agreed.study.method.one_sum
+                    if self._agreed.study.method.sums
                     else "raise encoding.value_bound or lower the learning rate",
                 )
         return integers

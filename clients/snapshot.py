@@ -52,7 +52,9 @@ def read_snapshot(path: Path) -> SiteFeatures:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         labelled = {split: Labelled(tensors[f"{split}.x"], tensors[f"{split}.y"]) for split in _LABELLED}
         return SiteFeatures(
-            **labelled,
+            train=labelled["train"],
+            val=labelled["val"],
+            test=labelled["test"],
             unlabelled=tensors["unlabelled.x"],
             unreadable=int(facts["unreadable"]),
             encoded=0,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from secure_fed.clients import one_sum
+from secure_fed.clients import memory, one_sum
 from secure_fed.clients.adversary import Discriminator
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.lmmd import lmmd
@@ -21,6 +21,7 @@ from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter, clas
 from secure_fed.model.device import Device
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import aggregation, codec
+from secure_fed.protocol import memory as bank
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.study import AgreedStudy, Method, Training
 
@@ -88,6 +89,8 @@ def train_alone(
     Raises:
         DataError: as :func:`train_round`.
     """
+    if agreed.study.task == "anomaly":
+        return memory.alone(agreed, features)
     if agreed.study.method.one_sum:
         return one_sum.alone(agreed, features)
     rule = agreed.study.aggregation
@@ -128,6 +131,9 @@ def predict(
         statistics_from: the site's own training features, for batch norm; others need none.
         tower: the frozen text tower, for methods that need it.
     """
+    if agreed.study.task == "anomaly":
+        method = agreed.study.method
+        return bank.probabilities(parameters, x, method.top, method.false_alarms)
     initial = agreed.initial
     adapter = build_adapter(
         agreed.study.method, initial.prompt_features, initial.logit_scale, parameters, tower, initial.basis
@@ -140,8 +146,13 @@ def predict(
 
 
 def zero_shot(agreed: AgreedStudy, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Probabilities [n, K] that the frozen CLIP gives to unit features x [n, d], by the prompts alone."""
+    """Probabilities [n, K] that the frozen CLIP gives to unit features x [n, d], by the prompts alone.
+
+    Of a study of anomalies those of the centroids where they start.
+    """
     initial = agreed.initial
+    if agreed.study.task == "anomaly":
+        return predict(agreed, initial.adapter, x, None)
     logits = initial.logit_scale * (x.astype(np.float64) @ initial.prompt_features.T.astype(np.float64))
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))

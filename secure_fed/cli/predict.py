@@ -25,6 +25,10 @@ def predict(
         Path | None,
         typer.Option("--dicom-sr", metavar="DIR", help="Also a DICOM structured report a patient, into a folder."),
     ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Of a memory of normal images: also a heat map an image, into a folder."),
+    ] = None,
     skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
     most_pixels: Annotated[
         int | None, typer.Option(min=1, help="Of one picture, as in site.toml; about 89 million if not given.")
@@ -48,7 +52,7 @@ def predict(
     from secure_fed.clients.sitefile import SLICES
     from secure_fed.core.storage import write_durable
     from secure_fed.model.device import choose_device
-    from secure_fed.operate.predict import predict_folder, write_reports
+    from secure_fed.operate.predict import predict_folder, write_maps, write_reports
 
     if slices is not None and re.fullmatch(SLICES, slices) is None:
         raise typer.BadParameter("expected middle, every:N or all", param_hint="--slices")
@@ -70,6 +74,7 @@ def predict(
     text = found.csv() if form == "csv" else json.dumps(document, indent=2) + "\n"
     if into is not None:
         write_durable(into, text.encode())
+    drawn = None if maps is None else write_maps(found, maps)
     reports = None if dicom_sr is None else write_reports(found, dicom_sr)
     if json_:
         print_json(document)
@@ -90,6 +95,22 @@ def predict(
             console.print(
                 f"no report for {reports[1]} patients: none of their images is DICOM with identifiers", soft_wrap=True
             )
+    if drawn is not None:
+        console.print(f"{maps}: {drawn} heat maps, made of the images: keep them as you keep these", soft_wrap=True)
+    if found.anomalies is not None:
+        limit = (
+            "no threshold: too few normal patients were validated on"
+            if document["threshold"] is None
+            else (
+                f"{sum(bool(image['flagged']) for image in document['images'])} of {len(document['images'])} images "
+                f"are flagged; at most {100 * document['false_alarms']:g} % of normal patients like the "
+                f"{document['calibration_patients']} of the study would be"
+            )
+        )
+        console.print(limit, highlight=False, soft_wrap=True)
+        if into is not None:
+            console.print(f"{into}: {len(found.images)} images", highlight=False, soft_wrap=True)
+        return
     if not document["calibrated"]:
         console.print(
             "not calibrated: there is no calibration.safetensors of this adapter beside it",

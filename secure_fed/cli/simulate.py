@@ -18,6 +18,7 @@ from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, console, o
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
 from secure_fed.core.layout import ADAPTER, SUMMARY
 from secure_fed.lab.run_log import Log, refuse_missing, write_logs
+from secure_fed.model.scores import SCALARS
 from secure_fed.operate.summary import METHODS, Result, StudySummary, parse_summary
 
 Logs = Annotated[
@@ -80,17 +81,20 @@ def budget_of(epsilon: float | None, delta: float | None) -> Any:
 
 def print_results(summary: StudySummary) -> None:
     """Balanced accuracy of each method, per site and held out, in percent; then what each site with a budget spent."""
+    measure = "balanced_accuracy" if summary.anomaly is None else "auroc"
     table = Table(
         "",
-        title="balanced accuracy, %",
+        title=f"{SCALARS[measure]}, %",
         caption="a column a site: on its own test images; held out: on those of sites that train nothing",
     )
     for name in (*summary.sites, "held out"):
         table.add_column(name, justify="right")
     for method, label in METHODS.items():
-        result: Result = getattr(summary.metrics, method)
+        result: Result | None = getattr(summary.metrics, method)
+        if result is None:
+            continue
         row = [*(result.per_site[site] for site in summary.sites), result.held_out]
-        shares = [scores.balanced_accuracy for scores in row]
+        shares = [getattr(scores, measure) for scores in row]
         table.add_row(label, *("-" if share is None else f"{100 * share:.1f}" for share in shares))
     out.print(table)
     for site, spent in summary.privacy.items():

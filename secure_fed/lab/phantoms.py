@@ -287,13 +287,28 @@ def render_slice(facts: SliceFacts, scanner: Scanner, patient: int, position: in
     return _acquire(signal, scanner, here)
 
 
-def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int) -> None:
+def lesion_mask(facts: SliceFacts, scanner: Scanner, patient: int, position: int = 0) -> npt.NDArray[np.bool_]:
+    """Where the mass of a slice is, swelling around it apart, bool ``(SIZE, SIZE)``; arguments as for
+    :func:`render_slice`."""
+    if not facts.radius:
+        return np.zeros((SIZE, SIZE), dtype=bool)
+    person = np.random.default_rng([0xB0D1, patient])
+    here = np.random.default_rng([0x511C, patient, position])
+    x, y = _pose(scanner, person, here)
+    _folds(x, y, person, here)  # draws before the outline does
+    within = np.hypot(x / _HALF_WIDTH, y) < _BRAIN_EDGE + 0.01
+    inside = _mass_outline(x, y, facts, person) < 0
+    return np.asarray(inside & (within | (facts.contact == "sella")))
+
+
+def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int, *, masks: bool = False) -> None:
     """Write ``root/SITE/images/*.png`` and ``root/SITE/manifest.csv`` for every site.
 
     The manifest (header ``path,patient,label,split``; path relative to the site's folder; label empty and
     split ``unlabelled`` for patients without a label, else ``train``, ``val`` or ``test``) is written last:
     a folder that has one is complete. Patients, never images, are assigned to splits, class by class. The
-    same (seed, site) gives the same files, whatever the other sites are.
+    same (seed, site) gives the same files, whatever the other sites are. With ``masks`` also
+    ``root/SITE/masks/*.png``, white where the mass is, and their paths in a column ``mask``.
 
     Raises:
         DataError: a site's parameters make no sense, or two sites share a name.
@@ -310,7 +325,7 @@ def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise OutputError(f"{folder} is not empty; expected a new folder; remove it or choose another root")
     longest_first = sorted(sites, key=lambda site: -site.patients)
-    work = partial(_make_site, root, seed)
+    work = partial(_make_site, root, seed, masks)
     workers = min(len(sites), len(os.sched_getaffinity(0)))
     if workers < 2 or multiprocessing.current_process().daemon:  # a daemon may have no children
         for site in longest_first:
@@ -370,7 +385,7 @@ def _check(site: PhantomSite) -> None:
         )
 
 
-def _make_site(root: Path, seed: int, site: PhantomSite) -> None:
+def _make_site(root: Path, seed: int, masks: bool, site: PhantomSite) -> None:
     folder = root / site.name
     digest = hashlib.sha256(repr((seed, site)).encode()).digest()
     rng = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
@@ -380,6 +395,8 @@ def _make_site(root: Path, seed: int, site: PhantomSite) -> None:
     scanner = scanner_of(site.scanner)
     other = scanner if site.unlabelled_scanner is None else scanner_of(site.unlabelled_scanner)
     make_folder(folder / "images")
+    if masks:
+        make_folder(folder / "masks")
     rows = []
     for number, (label, split) in enumerate(zip(labels.tolist(), splits, strict=True)):
         patient = f"{site.name}-{number:04d}"
@@ -391,10 +408,15 @@ def _make_site(root: Path, seed: int, site: PhantomSite) -> None:
             taken_by = other if split == "unlabelled" else scanner
             picture = Image.fromarray(render_slice(facts, taken_by, anatomy, position))
             picture.save(folder / name, compress_level=1)
-            rows.append((name, patient, "" if split == "unlabelled" else label, split))
+            row = [name, patient, "" if split == "unlabelled" else label, split]
+            if masks:
+                row.append(name.replace("images/", "masks/"))
+                lesion = Image.fromarray(lesion_mask(facts, taken_by, anatomy, position).astype(np.uint8) * 255)
+                lesion.save(folder / row[-1], compress_level=1)
+            rows.append(row)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("path", "patient", "label", "split"))
+    writer.writerow(["path", "patient", "label", "split", *["mask"] * masks])
     writer.writerows(rows)
     write_durable(folder / "manifest.csv", table.getvalue().encode())
 

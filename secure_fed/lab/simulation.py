@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from secure_fed.clients import memory
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.calibration import calibrate
@@ -35,8 +39,9 @@ from secure_fed.lab.phantoms import PhantomSite, make_phantoms
 from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters
 from secure_fed.model.device import DeviceChoice, describe_device
-from secure_fed.model.evaluation import mean, metrics, pool
+from secure_fed.model.evaluation import Predictions, mean, metrics, pool
 from secure_fed.model.scores import Scores
+from secure_fed.operate.anomaly_figures import anomaly_figures
 from secure_fed.operate.new_study import RANDOM_CHECKPOINT, SERVER, new_study
 from secure_fed.operate.overlaps import Held, overlaps
 from secure_fed.operate.sum_figures import one_sum_figures
@@ -260,6 +265,7 @@ def finish(
         seconds_total=time.monotonic() - start,
         privacy=spent,
         one_sum=one_sum_figures(agreed, training, [site for site in sites if site not in training]),
+        anomaly=anomaly_figures(agreed, training, [site for site in sites if site not in training]),
     )
     write_summary(out / SUMMARY, summary)
     return summary
@@ -336,7 +342,7 @@ def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> C
 
     def held_out(parameters: Parameters | None, method: AgreedStudy) -> Scores:
         found = [site.predictions(parameters, method) for site in observers]
-        return Scores(**(metrics(*pool(found)) if found else mean([])))
+        return Scores(**(metrics(*pool(found), positive=agreed.study.positive) if found else mean([])))
 
     def shared(at_site: Callable[[Site], Parameters | None], elsewhere: Parameters | None) -> Result:
         per_site = {site.name: Scores(**site.evaluate(at_site(site))) for site in training}
@@ -353,6 +359,16 @@ def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> C
         return LocalResult(per_site=per_site, held_out=average, held_out_per_site=elsewhere)
 
     together, first = pool_features([site.features() for site in training]), training[0]
+    if agreed.study.task == "anomaly":
+        everything = memory.nearest_neighbour(agreed, together)
+        gaussian = memory.gaussian(agreed, [site.features() for site in training])
+        return Comparison(
+            zero_shot=shared(lambda site: None, None),
+            local_only=local(agreed),
+            mahalanobis=_scored(agreed, gaussian, training, observers),
+            pooled=shared(lambda site: everything, everything),
+            federated=shared(lambda site: final, final),
+        )
     pooled = train_alone(agreed, together, "pooled", first.tower, first.device)
     return Comparison(
         zero_shot=shared(lambda site: None, None),
@@ -361,6 +377,32 @@ def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> C
         pooled=shared(lambda site: pooled, pooled),
         federated=shared(lambda site: site.personal(final), final),
     )
+
+
+def _scored(
+    agreed: AgreedStudy, score: Callable[[NDArray[np.float32]], NDArray[np.float64]], *groups: Sequence[Site]
+) -> Result:
+    """Figures of scores, the higher the farther from normal, at the first group's sites and at all of the second."""
+
+    def predicted(site: Site) -> Predictions:
+        images, labels, patients = site.test_images()
+        return Predictions(memory.as_probabilities(score(images)), labels, patients)
+
+    def found(several: Sequence[Site]) -> Scores:
+        pooled = pool([predicted(site) for site in several])
+        return ranking_alone(Scores(**metrics(*pooled, positive=agreed.study.positive)))
+
+    training, observers = groups
+    per_site = {site.name: found([site]) for site in training}
+    return Result(per_site=per_site, held_out=found(observers) if observers else Scores())
+
+
+def ranking_alone(scores: Scores) -> Scores:
+    """The figures that need no threshold: AUROC and sensitivity at 95 % specificity."""
+    known = scores.model_dump()
+    kept = ("auroc", "sensitivity_at_95_specificity", "images", "patients")
+    intervals = {name: known["intervals"][name] for name in kept[:2]} if known["intervals"] else None
+    return Scores(**{name: known[name] for name in kept}, intervals=intervals)
 
 
 def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
@@ -449,7 +491,7 @@ def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
     missing = [group for group in plan.phantoms if not (own / group.name / "manifest.csv").exists()]
     if data == own and missing:
         groups = [PhantomSite(**group.model_dump()) for group in missing]
-        make_phantoms(own, groups, plan.phantom_seed)
+        make_phantoms(own, groups, plan.phantom_seed, masks=plan.masks)
 
 
 def run_id(study: Study, number: int) -> str:

@@ -331,7 +331,10 @@ def _task(trial: Trial, study: Template, file: SweepFile, out: Path) -> _Task:
     data = out / "phantoms" if file.data is None else Path(file.data)
     if file.data is None:
         # Each group in a folder of its own, so that trials share those that they have in common.
-        homes = {group.name: digest([plan.phantom_seed, group.model_dump(mode="json")]) for group in plan.phantoms}
+        homes = {
+            group.name: digest([plan.phantom_seed, plan.masks, group.model_dump(mode="json")])
+            for group in plan.phantoms
+        }
         phantoms = tuple((homes[group.name], group) for group in plan.phantoms)
         sites = tuple(site.model_copy(update={"folder": f"{homes[site.folder]}/{site.folder}"}) for site in plan.sites)
         study = study.model_copy(update={"simulation": plan.model_copy(update={"sites": sites, "phantoms": ()})})
@@ -349,7 +352,12 @@ def _prepare(task: _Task) -> list[str]:
     for home, group in task.phantoms:
         if not task.manifest(home, group).exists():
             shutil.rmtree(task.data / home, ignore_errors=True)
-            make_phantoms(task.data / home, [PhantomSite(**group.model_dump())], task.study.plan.phantom_seed)
+            make_phantoms(
+                task.data / home,
+                [PhantomSite(**group.model_dump())],
+                task.study.plan.phantom_seed,
+                masks=task.study.plan.masks,
+            )
     with _scratch(task) as scratch:
         agreed = prepare(task.study, scratch, task.data)
         _lend_features(task, scratch)

@@ -21,6 +21,7 @@ from secure_fed.core.layout import CALIBRATION
 from secure_fed.core.storage import write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter
 from secure_fed.model.text_tower import TextTower
+from secure_fed.protocol import memory
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import Parameters, adapter_digest
 from secure_fed.protocol.study import AgreedStudy, Backbone, Background, InitialState, Method, PatientRule, Window
@@ -148,7 +149,12 @@ class AdapterFile:
         return adapter
 
     def predict(self, x: NDArray[np.float32], tower: TextTower | None = None) -> NDArray[np.float64]:
-        """Calibrated probabilities [n, K] of unit features x [n, d]."""
+        """Calibrated probabilities [n, K] of unit features x [n, d].
+
+        Of a memory, which has scores, see :func:`secure_fed.protocol.memory.probabilities`.
+        """
+        if self.method.adapter == "memory":
+            return memory.probabilities(self.initial.adapter, x, self.method.top, self.method.false_alarms)
         adapter = self.build(tower)
         rows = [np.empty((0, len(self.classes)))]
         with torch.inference_mode():

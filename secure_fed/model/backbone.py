@@ -6,9 +6,11 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,12 @@ _SAME = 1e-6
 """Features of quite different images that are nearer than this do not depend on the image; of texts likewise."""
 
 _TEXTS = ("a head with a mass", "3 quite different words, the x-ray of an arm")
+
+
+WHOLE = "image"
+"""Name, among blocks, of the feature of the whole image."""
+
+_SHOWN = 12
 
 
 class LoadedBackbone:
@@ -140,6 +148,94 @@ class LoadedBackbone:
             return np.empty((0, self.dim), dtype=np.float32)
         dtype = next(self._model.visual.parameters()).dtype
         return self._encode(torch.from_numpy(np.stack(prepared)).to(dtype), self._model.encode_image)
+
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks of the image tower that give a feature for each patch, in order, and ``image``."""
+        return (*self._grids, WHOLE)
+
+    def grid(self, block: str) -> tuple[int, int, int]:
+        """Height, width and depth of a block's patch features.
+
+        Raises:
+            BackboneError: the tower has no such block.
+        """
+        if block == WHOLE:
+            return 1, 1, self.dim
+        if block not in self._grids:
+            known = list(self._grids)
+            shown = ", ".join(known if len(known) <= _SHOWN else [*known[: _SHOWN // 2], "...", *known[-_SHOWN // 2 :]])
+            raise BackboneError(
+                f"{self._name}: its image tower has no block {block!r} of patches; expected {WHOLE} or one of {shown}"
+            )
+        return self._grids[block]
+
+    def encode_patches(
+        self, prepared: Sequence[NDArray[np.float32]], blocks: Sequence[str], neighbourhood: int
+    ) -> NDArray[np.float32]:
+        """Unit patch features of prepared images in rows, [n, sum over blocks of height * width * depth].
+
+        Args:
+            prepared: as for :meth:`encode_prepared`.
+            blocks: names; ``image`` for the feature of the whole image.
+            neighbourhood: patches a side, odd, that each feature is the mean of before it is scaled to length 1.
+
+        Raises:
+            BackboneError: the tower has no such block, or a feature is not finite.
+        """
+        grids = [self.grid(block) for block in blocks]
+        if not prepared:
+            return np.empty((0, sum(height * width * depth for height, width, depth in grids)), dtype=np.float32)
+        inputs = torch.from_numpy(np.stack(prepared)).to(next(self._model.visual.parameters()).dtype)
+
+        def encode(batch: Tensor) -> Tensor:
+            with self._seen(tuple(block for block in blocks if block != WHOLE)) as seen:
+                image = self._model.encode_image(batch)
+            return torch.cat(
+                [
+                    nn.functional.normalize(image.float(), dim=-1)
+                    if block == WHOLE
+                    else _patch_rows(seen[block], grid, neighbourhood)
+                    for block, grid in zip(blocks, grids, strict=True)
+                ],
+                dim=1,
+            )
+
+        # Padded as in _encode; each patch has length 1, the row has not.
+        return self._batched(inputs, lambda batch: self._finite(encode(batch), "patches"))
+
+    @cached_property
+    def _grids(self) -> dict[str, tuple[int, int, int]]:
+        """Grids of patch features by block, found by looking at one image."""
+        found: dict[str, tuple[int, int, int]] = {}
+        names = [name for name, _ in self._model.visual.named_modules() if name]
+        black = self.prepare(Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)))
+        with torch.inference_mode(), self._seen(names) as seen:
+            inputs = torch.from_numpy(black)[None].to(next(self._model.visual.parameters()).dtype)
+            self._model.encode_image(inputs.to(self.device))
+        for name in names:
+            if name in seen and (grid := _grid_of(seen[name])) is not None:
+                found[name] = grid
+        return found
+
+    @contextmanager
+    def _seen(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """What the named modules of the image tower give, while this is open."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    seen[name] = output.detach()
+
+            return hook
+
+        tower = dict(self._model.visual.named_modules())
+        handles = [tower[name].register_forward_hook(keep(name)) for name in names]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def encode_images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Unit image features, [n, dim]; any Pillow mode that converts to RGB, any size."""
@@ -286,24 +382,56 @@ class LoadedBackbone:
     @torch.inference_mode()
     def _encode(self, inputs: Tensor, encode: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
         what = "a text" if inputs.dtype == torch.int64 else "an image"
+        return self._batched(inputs, lambda batch: self._unit(encode(batch), what))
+
+    @torch.inference_mode()
+    def _batched(self, inputs: Tensor, encode: Callable[[Tensor], NDArray[np.float32]]) -> NDArray[np.float32]:
         rows = []
         for start in range(0, len(inputs), self.batch):
             batch = inputs[start : start + self.batch]
             # Matrix kernels are chosen by size and may round differently, so the size is always the same.
             padded = batch.new_zeros((self.batch, *batch.shape[1:]))
             padded[: len(batch)] = batch
-            rows.append(self._unit(encode(padded.to(self.device))[: len(batch)], what))
+            rows.append(encode(padded.to(self.device))[: len(batch)])
         return np.concatenate(rows)
 
     def _unit(self, features: Tensor, what: str) -> NDArray[np.float32]:
         """Unit rows on the CPU; a row that is not finite, or zero, must not reach anything that is trained."""
-        found = np.asarray(nn.functional.normalize(features.float(), dim=-1).cpu().numpy(), dtype=np.float32)
+        return self._finite(nn.functional.normalize(features.float(), dim=-1), what)
+
+    def _finite(self, features: Tensor, what: str) -> NDArray[np.float32]:
+        found = np.asarray(features.float().cpu().numpy(), dtype=np.float32)
         if not np.isfinite(found).all() or not np.abs(found).max(axis=-1).all():
             raise BackboneError(
                 f"{self._name}: features of {what} that are not finite, or all zero; expected finite ones: the weights "
                 "are damaged or those of a diverged training: get the file again"
             )
         return found
+
+
+def _grid_of(output: Tensor) -> tuple[int, int, int] | None:
+    """Height, width and depth of what a block gives for one image, if that is a feature for each of several patches."""
+    if output.ndim == 4 and min(output.shape[2:]) > 1:
+        return int(output.shape[2]), int(output.shape[3]), int(output.shape[1])
+    if output.ndim == 3 and output.shape[0] == 1:
+        for tokens in (output.shape[1], output.shape[1] - 1):  # with a token of the whole image before them, or not
+            side = math.isqrt(max(tokens, 0))
+            if side > 1 and side * side == tokens:
+                return side, side, int(output.shape[2])
+    return None
+
+
+def _patch_rows(output: Tensor, grid: tuple[int, int, int], neighbourhood: int) -> Tensor:
+    """Unit patch features in rows [n, height * width * depth] of what a block gave."""
+    height, width, depth = grid
+    output = output.float()
+    if output.ndim == 3:
+        output = output[:, -height * width :].transpose(1, 2).reshape(-1, depth, height, width)
+    if neighbourhood > 1:
+        output = nn.functional.avg_pool2d(
+            output, neighbourhood, stride=1, padding=neighbourhood // 2, count_include_pad=False
+        )
+    return nn.functional.normalize(output.flatten(2).transpose(1, 2), dim=-1).flatten(1)
 
 
 def make_random_checkpoint(model: str, seed: int, path: Path) -> None:

@@ -59,7 +59,9 @@ def balanced_accuracy(probabilities: Floats, labels: Ints) -> float | None:
     return float(recall_score(labels, probabilities.argmax(axis=1), labels=present, average="macro"))
 
 
-def metrics(probabilities: Floats, labels: Ints, patients: Sequence[str] | None = None) -> Metrics:
+def metrics(
+    probabilities: Floats, labels: Ints, patients: Sequence[str] | None = None, positive: int | None = None
+) -> Metrics:
     """Metrics with bootstrap intervals by patient. The highest probability is the prediction, the first of equals.
 
     Classes that are absent from the labels count in none of the class means: balanced accuracy and macro-F1 are means
@@ -70,6 +72,8 @@ def metrics(probabilities: Floats, labels: Ints, patients: Sequence[str] | None 
         probabilities: [n, K].
         labels: [n], each in 0..K-1.
         patients: whose each image is, length n; without them an image counts as a patient.
+        positive: the class that AUROC and sensitivity are of, if it is one alone; what is given as probabilities is
+            then taken for scores, which have no calibration error.
 
     Returns:
         ``balanced_accuracy``, ``accuracy``, ``macro_f1``, ``auroc``;
@@ -97,14 +101,17 @@ def metrics(probabilities: Floats, labels: Ints, patients: Sequence[str] | None 
     found["accuracy"] = float(accuracy_score(labels, predicted))
     found["macro_f1"] = float(f1_score(labels, predicted, labels=present, average="macro", zero_division=0))
     if len(present) > 1:
-        one_against_rest = [(labels == label, probabilities[:, label]) for label in present]
+        asked = present if positive is None else [positive]
+        one_against_rest = [(labels == label, probabilities[:, label]) for label in asked]
         found["auroc"] = float(np.mean([roc_auc_score(truth, score) for truth, score in one_against_rest]))
         curves = [roc_curve(truth, score, drop_intermediate=False) for truth, score in one_against_rest]
         reached = [tpr[fpr <= 1 - _SPECIFICITY].max() for fpr, tpr, _ in curves]
         found["sensitivity_at_95_specificity"] = float(np.mean(reached))
     found["expected_calibration_error"] = float(_calibration_error(np.ones((1, len(labels))), probabilities, labels)[0])
     found["confusion_matrix"] = confusion_matrix(labels, predicted, labels=range(classes)).tolist()
-    found["intervals"] = _intervals(probabilities, labels, owners)
+    found["intervals"] = _intervals(probabilities, labels, owners, positive)
+    if positive is not None:
+        found["expected_calibration_error"] = found["intervals"]["expected_calibration_error"] = None
     return found
 
 
@@ -119,13 +126,15 @@ def mean(several: Sequence[Metrics]) -> Metrics:
     return found | {name: max((each[name] for each in several), default=0) for name in ("images", "patients")}
 
 
-def _intervals(probabilities: Floats, labels: Ints, owners: NDArray[np.intp]) -> dict[str, list[float] | None]:
+def _intervals(
+    probabilities: Floats, labels: Ints, owners: NDArray[np.intp], positive: int | None
+) -> dict[str, list[float] | None]:
     rng = np.random.default_rng(0)
     count = int(owners.max()) + 1
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     size = max(1, _CHUNK_VALUES // len(labels))
     chunks = [
-        weighted(drawn[start : start + size, owners].astype(np.float64), probabilities, labels)
+        weighted(drawn[start : start + size, owners].astype(np.float64), probabilities, labels, positive)
         for start in range(0, RESAMPLES, size)
     ]
     intervals: dict[str, list[float] | None] = {}
@@ -136,13 +145,14 @@ def _intervals(probabilities: Floats, labels: Ints, owners: NDArray[np.intp]) ->
     return intervals
 
 
-def weighted(weights: Floats, probabilities: Floats, labels: Ints) -> dict[str, Floats]:
+def weighted(weights: Floats, probabilities: Floats, labels: Ints, positive: int | None = None) -> dict[str, Floats]:
     """The scalar metrics of many samples at once; those of :func:`metrics` when all weights are 1.
 
     Args:
         weights: how often each image is in each sample, [samples, n].
         probabilities: [n, K].
         labels: int64 [n].
+        positive: as for :func:`metrics`.
 
     Returns:
         Each metric of each sample, [samples]; NaN where it is undefined.
@@ -154,7 +164,8 @@ def weighted(weights: Floats, probabilities: Floats, labels: Ints) -> dict[str, 
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     truths, guesses = confusion.sum(axis=2), confusion.sum(axis=1)
     there = truths > 0
-    rankings = [_ranking(weights, probabilities[:, label], labels == label) for label in range(classes)]
+    asked = range(classes) if positive is None else [positive]
+    rankings = [_ranking(weights, probabilities[:, label], labels == label) for label in asked]
     return {
         "balanced_accuracy": _mean_where(there, hits / np.maximum(truths, 1)),
         "accuracy": hits.sum(axis=1) / truths.sum(axis=1),

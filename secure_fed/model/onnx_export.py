@@ -26,6 +26,14 @@ TOLERANCE = 1e-5
 _CHECKED = 16
 
 
+def _refuse_memory(file: AdapterFile) -> None:
+    if file.method.adapter == "memory":
+        raise OnnxError(
+            "a memory of normal patches is no classifier of image features; expected an export without --onnx: use it "
+            "by secfacmic predict"
+        )
+
+
 class Classifier(nn.Module):
     """From image features [n, d] of any length to logits and calibrated probabilities, [n, K] each."""
 
@@ -59,6 +67,7 @@ def write_onnx(path: Path, file: AdapterFile, tower: TextTower | None, metadata:
         OnnxError: the two differ by more than 1e-5; nothing is written.
         StorageError: it cannot be written.
     """
+    _refuse_memory(file)
     assert file.calibration is None or file.calibration.head is None, "a private head never leaves its site"
     classifier = Classifier(file, tower).eval()
     generator = torch.Generator().manual_seed(0)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from secure_fed import configs
-from secure_fed.clients.encoding import encode_all
+from secure_fed.clients.encoding import Patches, encode_all
 from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import OutputError, StudyError
@@ -23,6 +24,7 @@ from secure_fed.model.adapters import check_method, initial_parameters, needs_to
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics, precision_for
 from secure_fed.privacy.keys import PublicIdentity
+from secure_fed.protocol import memory
 from secure_fed.protocol.codec import lane_width
 from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
 from secure_fed.protocol.study import (
@@ -99,12 +101,16 @@ def _make(
     if needs_tower(template.method):
         tokens = backbone.tokenize([entry.prompts[0] for entry in template.classes])
         tower = backbone.text_tower(tokens)
-    statistics = _statistics(template, backbone, public, out / PUBLIC)
+    statistics = bank = None
+    if template.task == "anomaly":
+        bank = memory_start(template, backbone, public)
+    else:
+        statistics = _statistics(template, backbone, public, out / PUBLIC)
     basis, dimensions = None, None
     if uses_basis(template):
         basis = make_basis(template.features, backbone.dim, template.seed, statistics)
         dimensions = basis.dimensions
-    adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower, dimensions)
+    adapter = initial_parameters(template.method, backbone.dim, prompts, template.seed, tower, dimensions, bank)
     tensors = InitialState(adapter, prompts, backbone.logit_scale, tokens, basis).to_bytes()
     server = ServerState(out / SERVER)
     server.begin()
@@ -137,6 +143,53 @@ def _encoding(template: Template, statistics: PublicStatistics | None) -> dict[s
         "precision_bits": precision,
         "bits": lane_width(precision, template.max_sites, encoding.lanes),
     }
+
+
+def memory_start(template: StudyFile, backbone: LoadedBackbone, public: Path | None) -> dict[str, NDArray[np.float64]]:
+    """Centroids where they start, grids and an empty histogram, of a study of anomalies.
+
+    Centroids are patches of pictures of seeded noise, or of public images, one drawn from each of as many as there are
+    centroids; no site's image plays a part.
+
+    Raises:
+        StudyError: public images are given but not asked for, or the reverse, or none can be decoded.
+        BackboneError: the tower lacks a named block.
+    """
+    method, rng = template.method, np.random.default_rng(template.seed)
+    if (method.start == "public") != (public is not None and public.is_dir()):
+        raise StudyError(
+            f'method.start = "{method.start}" and {"no folder of" if public is None else ""} public images'
+            f"{'' if public is None else f' ({public})'}; expected a folder of them with --public for "
+            'start = "public", and for nothing else'
+        )
+    grids = np.array([backbone.grid(block) for block in method.blocks], dtype=np.float64)
+    patches = Patches.of(method)
+    if public is None:
+        pictures = [backbone.prepare(_noise(rng)) for _ in range(method.centroids)]
+        rows = backbone.encode_patches(pictures, patches.blocks, patches.neighbourhood)
+    else:
+        paths = sorted(path for path in public.rglob("*") if path.is_file() and path.name[0] != ".")
+        batches = encode_all([Source(path) for path in paths], backbone, rules=Rules.of(template), patches=patches)
+        found = [one.value for batch in batches for one in batch if one.value is not None]
+        if not found:
+            raise StudyError(f"{public}: no image that can be decoded; expected a folder of public images")
+        rows = np.stack(found)[rng.permutation(np.arange(method.centroids) % len(found))]
+    bank: dict[str, NDArray[np.float64]] = {
+        memory.GRIDS: grids,
+        memory.HISTOGRAM: np.zeros(memory.BINS),
+        **{memory.centroids(name): np.zeros((1, 1)) for name in (memory.SCORE, memory.MAP)[: len(grids)]},
+    }
+    for name, features in memory.patches(bank, rows).items():
+        places = rng.integers(0, features.shape[1], len(features))
+        bank[memory.centroids(name)] = features[np.arange(len(features)), places].astype(np.float64)
+    return bank
+
+
+def _noise(rng: np.random.Generator) -> Image.Image:
+    """A picture of noise, more or less coarse."""
+    side = int(2 ** rng.uniform(2, 7))
+    grey = Image.fromarray(rng.integers(0, 256, (side, side)).astype(np.uint8))
+    return grey.resize((128, 128), Image.Resampling.BICUBIC)
 
 
 def _statistics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.clients.data import MANIFEST, Choice, Notes, SiteImage, find_pictures
-from secure_fed.clients.encoding import encode_all
+from secure_fed.clients.decoding import decode
+from secure_fed.clients.encoding import Patches, encode_all
 from secure_fed.clients.patients import SETTLED
 from secure_fed.clients.rules import MOST_PIXELS, Rules
 from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError, fault_lines
@@ -23,9 +24,31 @@ from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases, judge
 from secure_fed.model.device import Device
+from secure_fed.model.heat import overlay
+from secure_fed.protocol import memory
 from secure_fed.protocol.study import PatientRule, load_study
 
 _EVERYTHING = Choice()
+
+
+@dataclass(frozen=True)
+class Anomalies:
+    """How far n images are from normal.
+
+    Attributes:
+        scores: [n].
+        limit: score from which on an image is flagged; None if too few normal patients were validated on.
+        maps: [n, h, w], by place; large where an image is unlike normal ones.
+    """
+
+    scores: NDArray[np.float64]
+    limit: float | None
+    maps: NDArray[np.float64]
+
+    def said(self, own: Sequence[int]) -> dict[str, Any]:
+        """Of one or more images together: the largest score, and whether it is flagged."""
+        score = float(self.scores[list(own)].max())
+        return {"score": score, "flagged": None if self.limit is None else score >= self.limit}
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,7 @@ class Probabilities:
         passed_over: what it is, by path, of files that are no image.
         told: what was sniffed or guessed of a manifest, and left out by choice, in words.
         cases: of a head of one sum: the classes that may be meant, and which images are like none it knows.
+        anomalies: of a memory of normal images: how far the images are from them.
     """
 
     adapter: AdapterFile
@@ -51,6 +75,7 @@ class Probabilities:
     passed_over: dict[str, str]
     told: tuple[str, ...] = ()
     cases: Cases | None = None
+    anomalies: Anomalies | None = None
 
     def name(self, image: SiteImage) -> str:
         """An image's path below the folder."""
@@ -83,6 +108,8 @@ class Probabilities:
         coverage = None
         if self.cases is not None:
             coverage = {"promised": self.adapter.method.coverage, "calibration_patients": round(self.cases.patients)}
+        if self.anomalies is not None:
+            return self._scored(self.anomalies)
         return {
             "adapter_digest": self.adapter.digest,
             "study_id": self.adapter.study,
@@ -114,15 +141,53 @@ class Probabilities:
             "told": list(self.told),
         }
 
+    def _scored(self, found: Anomalies) -> dict[str, Any]:
+        """As :meth:`document`, of a memory: scores instead of probabilities."""
+        patients = round(float(self.adapter.initial.adapter[memory.HISTOGRAM].sum()))
+        return {
+            "adapter_digest": self.adapter.digest,
+            "study_id": self.adapter.study,
+            "backbone_digest": self.adapter.backbone.digest,
+            "normal": self.adapter.classes[0],
+            "threshold": found.limit,
+            "false_alarms": self.adapter.method.false_alarms,
+            "calibration_patients": patients,
+            "images": [
+                {
+                    "image": self.name(image),
+                    "frame": image.frame,
+                    "axis": image.axis,
+                    "patient": image.patient or None,
+                }
+                | found.said([place])
+                for place, image in enumerate(self.images)
+            ],
+            "patients": [
+                {"patient": owner, "images": len(own)} | found.said(own) for owner, (own, _) in self.patients().items()
+            ],
+            "unreadable": self.unreadable,
+            "passed_over": self.passed_over,
+            "told": list(self.told),
+        }
+
     def csv(self) -> str:
         """As CSV: a row for each image, then one for each patient, whose ``image`` is empty.
 
         Columns: ``image``, ``frame`` (empty for the middle or only one), ``axis``, ``patient``, ``images`` (how many a
         row is made of), ``prediction`` and, for each class, ``probability of CLASS``; of a head of one sum that has
-        limits also ``set``, classes with a semicolon between them, and ``stranger``, of images.
+        limits also ``set``, classes with a semicolon between them, and ``stranger``, of images. Of a memory instead
+        ``score`` and ``flagged``, a patient's the largest.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
+        if self.anomalies is not None:
+            document = self._scored(self.anomalies)
+            writer.writerow(["image", "frame", "axis", "patient", "images", "score", "flagged"])
+            for row in [*document["images"], *document["patients"]]:
+                flag = {True: "yes", False: "no", None: ""}[row["flagged"]]
+                cells = [*(row.get(key) for key in ("image", "frame", "axis", "patient")), row.get("images", 1)]
+                writer.writerow([*cells, f"{row['score']:.6f}", flag])
+            return text.getvalue()
         classes = self.adapter.classes
         head = ["image", "frame", "axis", "patient", "images", "prediction"]
         head += [f"probability of {name}" for name in classes]
@@ -172,6 +237,11 @@ def write_reports(found: Probabilities, folder: Path) -> tuple[int, int]:
     """
     from secure_fed.operate.structured_report import report_on
 
+    if found.anomalies is not None:
+        raise AdapterFileError(
+            "a memory of normal images gives scores, no probabilities of classes, and reports are of those; expected a "
+            "prediction without --dicom-sr"
+        )
     make_folder(folder, 0o700)
     written = 0
     patients = found.patients()
@@ -244,7 +314,8 @@ def predict_folder(
     backbone = load_backbone(file.backbone, checkpoint, device)
     decoded, features, unreadable = [], [], {}
     rules = Rules(file.windows, file.background, most_pixels)
-    for batch in encode_all([image.source for image in images], backbone, rules=rules):
+    patches = Patches.of(file.method)
+    for batch in encode_all([image.source for image in images], backbone, rules=rules, patches=patches):
         for one in batch:
             if one.value is None:
                 unreadable[images[one.index].path.relative_to(folder).as_posix()] = one.reason
@@ -260,10 +331,46 @@ def predict_folder(
         )
     tokens = file.initial.prompt_tokens
     tower = None if tokens is None else backbone.text_tower(tokens)
-    x = np.stack(features) if features else np.empty((0, backbone.dim), dtype=np.float32)
+    width = memory.width(file.initial.adapter) if patches.blocks else backbone.dim
+    x = np.stack(features) if features else np.empty((0, width), dtype=np.float32)
     cases = judge(file.initial, file.initial.adapter, x)
+    anomalies = _anomalies(file, x) if patches.blocks else None
     values = file.predict(x, tower)
-    return Probabilities(file, folder, tuple(decoded), values, unreadable, passed_over, tuple(told), cases)
+    return Probabilities(file, folder, tuple(decoded), values, unreadable, passed_over, tuple(told), cases, anomalies)
+
+
+def _anomalies(file: AdapterFile, x: NDArray[np.float32]) -> Anomalies:
+    adapter, method = file.initial.adapter, file.method
+    limit = memory.threshold(adapter[memory.HISTOGRAM], method.false_alarms)
+    return Anomalies(
+        memory.scores(adapter, x, method.top), None if limit >= memory.NO_LIMIT else limit, memory.maps(adapter, x)
+    )
+
+
+def write_maps(found: Probabilities, folder: Path) -> int:
+    """Write a heat map beside its picture for each image, ``PATH.png``, readable by the owner alone; how many.
+
+    Args:
+        found: what a memory says.
+        folder: made if it is not there.
+
+    Raises:
+        AdapterFileError: the adapter is no memory.
+        StorageError: they cannot be written.
+    """
+    if found.anomalies is None:
+        raise AdapterFileError("heat maps of a folder are those of a memory of normal images; expected such an adapter")
+    top = float(found.anomalies.maps.max(initial=1e-9))
+    rules = Rules(found.adapter.windows, found.adapter.background)
+    for image, heat in zip(found.images, found.anomalies.maps, strict=True):
+        place = "" if image.frame is None else f".{image.axis}-{image.frame}"
+        path = folder / f"{found.name(image)}{place}.png"
+        make_folder(path.parent, 0o700)
+        picture = decode(image.path.read_bytes(), image.frame, image.axis, rules)
+        content = io.BytesIO()
+        overlay(picture, heat / top).save(content, "PNG")
+        write_durable(path, content.getvalue(), 0o600)
+    return len(found.images)
 
 
 def _said(classes: tuple[str, ...], row: NDArray[np.float64]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from secure_fed.core.layout import SiteState
 from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.device import describe_device
 from secure_fed.model.scores import Scores
+from secure_fed.operate.anomaly_figures import anomaly_figures
 from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.operate.summary import FORMAT, SiteMetrics, SiteSummary, read_summary, write_summary
 from secure_fed.protocol.study import AgreedStudy
@@ -54,6 +55,7 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site) -> None:
             zero_shot=Scores(**site.evaluate(None)), federated=Scores(**site.evaluate(site.personal(site.parameters)))
         ),
         one_sum=one_sum_figures(agreed, [site], []),
+        anomaly=anomaly_figures(agreed, [site], []),
         local=LOCAL if site.unpaid else "",
     )
     write_summary(folder.summary, summary)

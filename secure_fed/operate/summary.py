@@ -54,15 +54,18 @@ class Comparison(FileModel):
 
     Attributes:
         zero_shot: the backbone and the prompts, untrained.
-        text_head: a text head trained at each site alone.
+        text_head: a text head trained at each site alone; not in a study of anomalies.
         local_only: the study's own method, trained at each site alone.
-        pooled: the study's own method, trained on all sites' images in one place, which only a simulation can.
+        pooled: the study's own method, trained on all sites' images in one place, which only a simulation can. Of a
+            study of anomalies the distance to the nearest of all normal training patches.
+        mahalanobis: of a study of anomalies: the distance by mean and covariance that one sum gives.
         federated: the study itself.
     """
 
     zero_shot: Annotated[Result, Field(title="zero-shot")]
-    text_head: Annotated[LocalResult, Field(title="text head, local")]
+    text_head: Annotated[LocalResult | None, Field(title="text head, local")] = None
     local_only: Annotated[LocalResult, Field(title="local only")]
+    mahalanobis: Annotated[Result | None, Field(title="one sum, Mahalanobis")] = None
     pooled: Annotated[Result, Field(title="pooled")]
     federated: Annotated[Result, Field(title="federated")]
 
@@ -191,6 +194,62 @@ class OneSum(FileModel):
     held_out: CaseFigures | None = None
 
 
+class ScoresAt(FileModel):
+    """Scores of anomalies on one set of test images.
+
+    Attributes:
+        normal, anomalous: images by bin of their score, ``bins`` equal parts from 0 to 2.
+        flagged_normal, flagged_anomalous: share of each that is flagged; None without any.
+        roc: false and true positive rate by threshold, from (0, 0) to (1, 1); empty if undefined.
+    """
+
+    normal: tuple[Count, ...]
+    anomalous: tuple[Count, ...]
+    flagged_normal: Share | None
+    flagged_anomalous: Share | None
+    roc: tuple[tuple[Share, Share], ...] = ()
+
+
+class Places(FileModel):
+    """How heat maps find lesions whose masks are there, over all pixels of test images that show one.
+
+    Attributes:
+        pixel_auroc: lesion against all other pixels.
+        pro: area under the mean share of a lesion that is found, over false positive rates up to 0.3, scaled to 1.
+        constant_pixel_auroc: of the same map for every image: how often a training image has a lesion there. What
+            places alone tell.
+        equal_place_auroc: mean over places of lesion against other brain pixels at the same place; 0.5 for any constant
+            map.
+        images: with a lesion.
+    """
+
+    pixel_auroc: Share
+    pro: Share
+    constant_pixel_auroc: Share | None
+    equal_place_auroc: Share | None
+    images: Count
+
+
+class AnomalyFigures(FileModel):
+    """A memory of normal images.
+
+    Attributes:
+        threshold: score from which on an image is flagged; None if too few normal patients were validated on.
+        false_alarms: share of normal patients that may be flagged, as the study states it.
+        patients: normal ones that the threshold is made of.
+        per_site: scores on each site's own test images.
+        held_out: likewise on the observers'.
+        places: of heat maps, where masks are there: of all training sites' test images, and held out.
+    """
+
+    threshold: Amount | None
+    false_alarms: Share
+    patients: Amount
+    per_site: dict[str, ScoresAt] = Field(default_factory=dict)
+    held_out: ScoresAt | None = None
+    places: dict[str, Places] = Field(default_factory=dict)
+
+
 class StudySummary(FileModel):
     """A whole study, on public or simulated data.
 
@@ -212,6 +271,7 @@ class StudySummary(FileModel):
         seconds_total: that the study took.
         privacy: by site that has a ledger.
         one_sum: of a study of one sum.
+        anomaly: of a study of anomalies.
     """
 
     kind: Literal["study"]
@@ -231,11 +291,14 @@ class StudySummary(FileModel):
     seconds_total: Amount
     privacy: dict[str, Spent] = Field(default_factory=dict)
     one_sum: OneSum | None = None
+    anomaly: AnomalyFigures | None = None
 
     def content(self) -> dict[str, Any]:
         """What is in the file; ``privacy`` only where a site has a ledger, ``one_sum`` only of such a study."""
-        absent = {name for name in ("privacy", "one_sum") if not getattr(self, name)}
-        return self.model_dump(mode="json", exclude=absent)
+        absent = {name for name in ("privacy", "one_sum", "anomaly") if not getattr(self, name)}
+        shown = self.model_dump(mode="json", exclude=absent)
+        shown["metrics"] = {name: found for name, found in shown["metrics"].items() if found is not None}
+        return shown
 
 
 class SiteMetrics(FileModel):
@@ -266,6 +329,7 @@ class SiteSummary(FileModel):
         validations: by round of this run, as :attr:`Round.validation`; None or absent where the site knows none.
         metrics: on its test images.
         one_sum: of a study of one sum, with this site's own test images alone.
+        anomaly: of a study of anomalies, likewise.
         local: why the file must not leave the site, if no privacy budget has paid for what is in it; else empty.
     """
 
@@ -281,11 +345,12 @@ class SiteSummary(FileModel):
     validations: dict[RoundNumber, Share | None] = Field(default_factory=dict)
     metrics: SiteMetrics
     one_sum: OneSum | None = None
+    anomaly: AnomalyFigures | None = None
     local: str = ""
 
     def content(self) -> dict[str, Any]:
-        """What is in the file; ``one_sum`` only of such a study, ``local`` only where there is a reason."""
-        without = {name for name in ("one_sum", "local") if not getattr(self, name)}
+        """What is in the file; ``one_sum`` and ``anomaly`` only of such studies, ``local`` only with a reason."""
+        without = {name for name in ("one_sum", "anomaly", "local") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=without)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.protocol import codec, one_sum
+from secure_fed.protocol import codec, memory, one_sum
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.study import Aggregation, AgreedStudy, InitialState, Study
 
@@ -82,6 +82,8 @@ def apply(rule: Aggregation, state: State, update: NDArray[np.float64]) -> State
 def start(agreed: AgreedStudy) -> State:
     """The state of a study before its first round; all that it will ever hold has its place in it."""
     study, adapter = agreed.study, agreed.initial.adapter
+    if study.task == "anomaly":
+        return dict(adapter)
     if not study.method.one_sum:
         return initial_state(study.aggregation, adapter)
     held = [block for number in range(1, study.rounds + 1) for block in agreed.layout(number).blocks]
@@ -96,6 +98,8 @@ def after_round(agreed: AgreedStudy, state: State, found: Mapping[str, NDArray[n
         state: before it; left as it is.
         found: what the round's sums stand for, by block (:meth:`secure_fed.protocol.codec.Layout.decode`).
     """
+    if agreed.study.task == "anomaly":
+        return memory.moved(state, found, agreed.study.method.min_patients)
     if not agreed.study.method.one_sum:
         return apply(agreed.study.aggregation, state, found[codec.UPDATE])
     held = {name.removeprefix(MOMENT): value for name, value in state.items() if name.startswith(MOMENT)}
@@ -150,7 +154,7 @@ def validation_counts(agreed: AgreedStudy, found: Mapping[str, NDArray[np.float6
 def most_validated(agreed: AgreedStudy, members: int) -> int:
     """How many validation images, or of one sum patients, so many members can have counted: each has a bound."""
     study = agreed.study
-    return members * (2 * study.method.most_patients if study.method.one_sum else codec.MOST_COUNTED)
+    return members * (2 * study.method.most_patients if study.method.sums else codec.MOST_COUNTED)
 
 
 def adapter_of(state: State) -> Parameters:

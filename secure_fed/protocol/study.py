@@ -28,6 +28,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 from secure_fed import configs
 from secure_fed.core.errors import LanesError, StudyError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
+from secure_fed.protocol import memory
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import (
     UPDATE,
@@ -62,6 +63,9 @@ ADAPTERS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "mode
 
 TEMPLATE_FORMAT, STUDY_FORMAT = 1, 2
 """Formats of the two kinds of file."""
+
+NORMAL, ANOMALY = 0, "anomaly"
+"""Of a study of anomalies: label of normal images, and name of the second class, which all other labels are of."""
 
 MIN_SITES_HE = 3
 """Fewest contributors of an aggregate in ``he`` mode: of two, each can subtract itself."""
@@ -170,7 +174,8 @@ class Method(FileModel):
     Attributes:
         adapter: ``facmic``, ``fedclip`` (attention gates), ``low_rank`` (residual of rank ``rank``), ``text_head``,
             ``prompts`` (``context`` vectors before the class's first prompt) or ``gaussian_head`` (class statistics in
-            one sum): a file of ``secure_fed/model/adapters``.
+            one sum), or ``memory`` (of normal images, by sums; for ``task = "anomaly"``): a file of
+            ``secure_fed/model/adapters``.
         norm: of ``facmic``'s gate; ``batch`` is the paper's, its statistics stay at the site.
         rank: of ``low_rank``.
         context: number of context vectors of ``prompts``.
@@ -188,7 +193,17 @@ class Method(FileModel):
         min_patients: of ``gaussian_head``: a class with fewer in the sum is left out.
         most_patients: of ``gaussian_head``: most training patients, and most validation patients, that a site has. The
             bounds of its sums are made of it.
+            Of ``memory``: fewest patients of whom a centroid is made, and most that a site has.
         coverage: of ``gaussian_head``: chance that a case's set holds its class.
+        block: of ``memory``: block of the image tower whose patch features make the score; ``image`` for the feature of
+            the whole image.
+        map_block: of ``memory``: likewise of the heat map; as ``block`` if not given.
+        centroids: of ``memory``: how many it has.
+        neighbourhood: of ``memory``: patches a side that a patch feature is the mean of.
+        top: of ``memory``: share of an image's patches, the farthest ones, whose mean distance is its score.
+        start: of ``memory``: whether centroids start at patches of pictures of seeded noise (``random``) or of public
+            images (``public``, with ``study new --public``); never at a site's.
+        false_alarms: of ``memory``: share of normal patients that the threshold may flag.
     """
 
     adapter: Text = "facmic"
@@ -204,11 +219,30 @@ class Method(FileModel):
     min_patients: Annotated[int, Field(ge=1, le=10**6)] = 5
     most_patients: Annotated[int, Field(ge=2, le=10**6)] = 1000
     coverage: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
+    block: Text = "image"
+    map_block: Text | None = None
+    centroids: Annotated[int, Field(ge=1, le=4096)] = 64
+    neighbourhood: Literal[1, 3] = 1
+    top: Annotated[float, Field(gt=0, le=1)] = 0.01
+    start: Literal["random", "public"] = "random"
+    false_alarms: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
 
     @property
     def one_sum(self) -> bool:
         """Whether sites send statistics, once, instead of updates round by round."""
         return self.adapter == "gaussian_head"
+
+    @property
+    def sums(self) -> bool:
+        """Whether sites send statistics that are added up, not updates that are averaged."""
+        return self.one_sum or self.adapter == "memory"
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Blocks of the image tower whose patch features are seen, of ``memory`` alone."""
+        if self.adapter != "memory":
+            return ()
+        return (self.block,) if self.map_block in (None, self.block) else (self.block, str(self.map_block))
 
     @property
     def aligns(self) -> Literal["lmmd", "adversarial", "none"]:
@@ -238,8 +272,8 @@ class Method(FileModel):
     @field_validator("private_head")
     @classmethod
     def _trains(cls, private_head: bool, info: ValidationInfo) -> bool:
-        if private_head and info.data.get("adapter") == "gaussian_head":
-            raise ValueError("gaussian_head is solved, not trained; expected false, or another adapter")
+        if private_head and info.data.get("adapter") in ("gaussian_head", "memory"):
+            raise ValueError(f"{info.data['adapter']} is solved, not trained; expected false, or another adapter")
         return private_head
 
     @field_validator("adapter")
@@ -504,6 +538,7 @@ class Simulation(FileModel):
         sites: each study site's folder below ``--data``.
         phantoms: what is generated when no ``--data`` is given, one group a folder.
         phantom_seed: seed of the phantoms.
+        masks: whether masks of their lesions are written beside them, by which heat maps are judged.
         shared: whether sites may have one folder, or one inside another's. Then one site trains on what another is
             tested on, so that figures say nothing of new patients; right for measuring speed.
     """
@@ -514,6 +549,7 @@ class Simulation(FileModel):
     sites: tuple[SimulatedSite, ...]
     phantoms: tuple[PhantomGroup, ...] = ()
     phantom_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    masks: bool = False
     shared: bool = False
 
     def refuse_shared(self, data: Path) -> None:
@@ -573,7 +609,9 @@ class StudyFile(FileModel):
         collusion: how many of those may pool all they have with the server without learning another site's update. 0:
             one is enough, since all sites hold the study's key; pads, which alone could change that, are not there.
         round_seconds: how long a round waits for missing sites before it goes on with a quorum.
-        classes: at least two; a class's number is its place in this list.
+        task: ``classify``, or ``anomaly``: only normal images train, and what is unlike them is found.
+        classes: at least two; a class's number is its place in this list. Of a study of anomalies one, that of normal
+            images: every other label is an anomaly's.
         backbone: the frozen CLIP.
         features: in which coordinates a method that takes statistics sees the backbone's features.
         method: what is trained, and by which loss.
@@ -625,6 +663,7 @@ class StudyFile(FileModel):
     faulty: Annotated[int, Field(ge=1, le=1000)] = 1
     collusion: Annotated[int, Field(ge=0, le=1000)] = 0
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
+    task: Literal["classify", "anomaly"] = "classify"
     classes: tuple[StudyClass, ...]
     backbone: Backbone
     features: Features = Features()
@@ -663,8 +702,14 @@ class StudyFile(FileModel):
 
     @field_validator("classes")
     @classmethod
-    def _distinct_classes(cls, classes: tuple[StudyClass, ...]) -> tuple[StudyClass, ...]:
-        if len(classes) < 2:
+    def _distinct_classes(cls, classes: tuple[StudyClass, ...], info: ValidationInfo) -> tuple[StudyClass, ...]:
+        if info.data.get("task") == "anomaly":
+            if len(classes) != 1:
+                raise ValueError(
+                    f'{len(classes)} classes, but task = "anomaly" takes one, that of normal images; expected 1: every '
+                    "other label at a site counts as an anomaly, leave those classes out"
+                )
+        elif len(classes) < 2:
             raise ValueError(f"{len(classes)} classes; expected at least 2")
         _refuse_duplicates("class", [entry.name for entry in classes])
         return classes
@@ -682,8 +727,18 @@ class StudyFile(FileModel):
 
     @field_validator("method")
     @classmethod
-    def _one_sum_or_two(cls, method: Method, info: ValidationInfo) -> Method:
-        rounds = info.data.get("rounds", 1)
+    def _fits_task(cls, method: Method, info: ValidationInfo) -> Method:
+        rounds, task = info.data.get("rounds", 1), info.data.get("task")
+        if task is not None and (task == "anomaly") != (method.adapter == "memory"):
+            raise ValueError(
+                f'task = "{task}" with adapter = "{method.adapter}"; expected adapter = "memory" for anomalies, and '
+                "for nothing else"
+            )
+        if task == "anomaly" and rounds < 2:
+            raise ValueError(
+                "a memory takes one round at least for its centroids and one for the histogram that the threshold is "
+                f"made of, but rounds = {rounds}; expected 2 or more, such as 11"
+            )
         if method.one_sum and rounds > 2:
             raise ValueError(
                 f"{method.adapter} takes one round for its sum and one for the histograms that choose its shrinkage, "
@@ -695,7 +750,7 @@ class StudyFile(FileModel):
     @classmethod
     def _adds_up(cls, aggregation: Aggregation, info: ValidationInfo) -> Aggregation:
         method = info.data.get("method")
-        if method is not None and method.one_sum and aggregation != Aggregation():
+        if method is not None and method.sums and aggregation != Aggregation():
             raise ValueError(f"{method.adapter} adds sums up; expected no rule: leave [aggregation] out")
         return aggregation
 
@@ -726,8 +781,10 @@ class StudyFile(FileModel):
             faults += _duplicates(f"{field} key", [getattr(site.keys, field) for site in sites if site.keys])
         method = known.get("method")
         weighted = [site.name for site in sites if site.weight != 1]
-        if method is not None and method.one_sum and weighted:
-            faults.append(f"in one sum each patient weighs 1, but {', '.join(weighted)} has a weight; expected none")
+        if method is not None and method.sums and weighted:
+            faults.append(
+                f"in sums of patients each patient weighs 1, but {', '.join(weighted)} has a weight; expected none"
+            )
         training = sum(site.role == "train" for site in sites)
         if training > known.get("max_sites", training):
             faults.append(
@@ -782,6 +839,12 @@ class StudyFile(FileModel):
     def work(self) -> str:
         """What a site does in a round, in words."""
         method, training = self.method, self.training
+        if method.adapter == "memory":
+            return (
+                f"none: {method.centroids} centroids of normal patches ({', '.join(method.blocks)}) in "
+                f"{self.rounds - 1} sums, and a histogram of scores; at most {100 * method.false_alarms:g} % false "
+                "alarms"
+            )
         if not method.one_sum:
             return (
                 f"{training.steps} steps a round of batches of {training.batch_size}, {training.optimizer}, learning "
@@ -809,6 +872,16 @@ class StudyFile(FileModel):
             if self.rounds > 1:
                 rounds.append((histograms_block(classes, most),))
             return tuple(layout_of(each, self.max_sites, encoding.bits, encoding.lanes) for each in rounds)
+        if self.method.adapter == "memory":
+            most = self.method.most_patients
+            sums = layout_of(
+                memory.sums_blocks(initial.adapter, most, encoding.precision),
+                self.max_sites,
+                encoding.bits,
+                encoding.lanes,
+            )
+            last = layout_of([memory.histogram_block(most)], self.max_sites, encoding.bits, encoding.lanes)
+            return (*[sums] * (self.rounds - 1), last)
         bounds = value_bounds(initial.shapes, encoding.value_bound, encoding.value_bounds)
         blocks = [Block(UPDATE, bounds, encoding.precision, weighted=True)]
         if encoding.share_validation:
@@ -829,7 +902,13 @@ class StudyFile(FileModel):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; a class id is an index into them."""
-        return tuple(entry.name for entry in self.classes)
+        names = tuple(entry.name for entry in self.classes)
+        return names if self.task == "classify" else (*names, ANOMALY)
+
+    @property
+    def positive(self) -> int | None:
+        """The class that figures are of, if it is one alone: of a study of anomalies that of anomalies."""
+        return 1 if self.task == "anomaly" else None
 
     def missing(self) -> list[str]:
         """What it lacks to be a study, one line each; empty for a study."""

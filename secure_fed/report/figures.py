@@ -76,11 +76,12 @@ def sections(analysis: Analysis) -> list[Section]:
         _learning(analysis),
         _confusion(analysis),
         _one_sum(analysis),
+        _anomaly(analysis),
         _traffic(analysis),
         _attacks(analysis),
     ]
     if analysis.results.withheld:
-        local = {"utility", "comparison", "fairness", "learning", "confusion", "one_sum"}
+        local = {"utility", "comparison", "fairness", "learning", "confusion", "one_sum", "anomaly"}
         made = [
             replace(EMPTY, key=one.key, title=one.title, missing=WITHHELD) if one.key in local else one for one in made
         ]
@@ -547,6 +548,95 @@ def _most_confused(counts: Sequence[Sequence[float]] | None, classes: Sequence[s
         return f"{_capital(place)}: no class is taken for another."
     share, true_name, predicted_name = max(wrong)
     return f"{_capital(place)}: the commonest error takes {100 * share:.0f} % of {true_name} for {predicted_name}."
+
+
+def _anomaly(analysis: Analysis) -> Section:
+    """Of memories of normal images: ROC by site, scores of normal and anomalous images, and heat maps against masks."""
+    key, title = "anomaly", "Anomalies"
+    known = [(group, one.anomaly) for group in analysis.groups for one in group.summaries if one.anomaly is not None]
+    if not known:
+        return Section(key, title)
+    group, first = known[0]
+    sites = [
+        (name, found) for name, found in (*first.per_site.items(), (HELD_OUT, first.held_out)) if found is not None
+    ]
+    curves = tuple(
+        Series(
+            name, tuple(Mark(100 * x, 100 * y, f"{name}: {100 * x:.0f}, {100 * y:.0f}") for x, y in found.roc), style
+        )
+        for style, (name, found) in enumerate(sites)
+        if found.roc
+    )
+    roc = Chart(
+        f"Anomalies found against false alarms, %: {group.label}",
+        nice_axis("false alarms, %", [0, 100]),
+        nice_axis("anomalies found, %", [0, 100]),
+        curves,
+    )
+    rows, scores_at, places = [], [], []
+    for one, figures in known:
+        for name, found in (*figures.per_site.items(), (HELD_OUT, figures.held_out)):
+            if found is None:
+                continue
+            rows.append(
+                (
+                    Cell(one.label),
+                    Cell(name),
+                    cell(figures.threshold, "{:.3f}"),
+                    cell(100 * figures.false_alarms),
+                    cell(None if found.flagged_normal is None else 100 * found.flagged_normal),
+                    cell(None if found.flagged_anomalous is None else 100 * found.flagged_anomalous),
+                    cell(sum(found.normal), "{:.0f}"),
+                    cell(sum(found.anomalous), "{:.0f}"),
+                )
+            )
+            width = 2 / len(found.normal)
+            for low, high in _merged(found.normal, found.anomalous):
+                counts = [sum(side[low:high]) for side in (found.normal, found.anomalous)]
+                ends = f"{low * width:.2f} to {high * width:.2f}"
+                scores_at.append((Cell(one.label), Cell(name), Cell(ends), *(cell(n, "{:.0f}") for n in counts)))
+        for place, maps in figures.places.items():
+            constant, equal = maps.constant_pixel_auroc, maps.equal_place_auroc
+            places.append(
+                (
+                    Cell(one.label),
+                    Cell(place),
+                    cell(100 * maps.pixel_auroc),
+                    cell(100 * maps.pro),
+                    cell(None if constant is None else 100 * constant),
+                    cell(None if equal is None else 100 * equal),
+                    cell(maps.images, "{:.0f}"),
+                )
+            )
+    tables = (
+        Table(
+            "Flags",
+            ("setting", "where", "threshold", "false alarms promised at most, %", "normal flagged, %",
+             "anomalous flagged, %", "normal images", "anomalous images"),
+            tuple(rows),
+        ),
+        Table("Scores", ("setting", "where", "score", "normal images", "anomalous images"), tuple(scores_at)),
+        Table(
+            "Heat maps against masks",
+            ("setting", "where", "pixel AUROC, %", "PRO, %", "the same map for every image: pixel AUROC, %",
+             "AUROC at equal places, %", "images"),
+            tuple(places),
+        ),
+    )  # fmt: skip
+    flagged = [one.flagged_normal for one in first.per_site.values() if one.flagged_normal is not None]
+    finding = f"At most {100 * first.false_alarms:g} % false alarms are promised"
+    finding += f"; {100 * fmean(flagged):.1f} % of the sites' own normal test images are flagged." if flagged else "."
+    notes = ("The promise holds for normal patients like those of all sites' validation, not for every site.",)
+    return Section(key, title, finding, charts=(roc,) if curves else (), tables=tables, notes=notes)
+
+
+def _merged(normal: Sequence[int], anomalous: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of bins, eight of them, over those that hold anything."""
+    used = [place for place, both in enumerate(zip(normal, anomalous, strict=True)) if any(both)]
+    if not used:
+        return []
+    step = max(1, -(-(used[-1] + 1 - used[0]) // 8))
+    return [(low, min(low + step, len(normal))) for low in range(used[0], used[-1] + 1, step)]
 
 
 def _one_sum(analysis: Analysis) -> Section:

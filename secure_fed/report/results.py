@@ -20,7 +20,16 @@ from secure_fed.core.errors import ReportError, StudyError
 from secure_fed.core.layout import SUMMARY, SiteState
 from secure_fed.lab.sweep import Finished, Sweep, read_sweep
 from secure_fed.lab.sweep_file import DELTA
-from secure_fed.operate.summary import OneSum, Result, Round, SiteSummary, Spent, StudySummary, read_summary
+from secure_fed.operate.summary import (
+    AnomalyFigures,
+    OneSum,
+    Result,
+    Round,
+    SiteSummary,
+    Spent,
+    StudySummary,
+    read_summary,
+)
 from secure_fed.protocol.study import (
     AgreedStudy,
     Study,
@@ -71,6 +80,7 @@ class Summary:
         metrics: by method; of one site of a deployment, at that site alone.
         privacy: by site that has a ledger.
         one_sum: of a study of one sum.
+        anomaly: of a study of anomalies.
     """
 
     study_id: str = ""
@@ -83,6 +93,7 @@ class Summary:
     metrics: dict[str, Result] = field(default_factory=dict)
     privacy: dict[str, Spent] = field(default_factory=dict)
     one_sum: OneSum | None = None
+    anomaly: AnomalyFigures | None = None
 
 
 def _of_study(found: StudySummary) -> Summary:
@@ -94,9 +105,10 @@ def _of_study(found: StudySummary) -> Summary:
         observers=found.observers,
         values=found.values,
         rounds=found.rounds,
-        metrics=dict(found.metrics),
+        metrics={name: result for name, result in found.metrics if result is not None},
         privacy=found.privacy,
         one_sum=found.one_sum,
+        anomaly=found.anomaly,
     )
 
 
@@ -452,6 +464,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
         metrics=metrics,
         privacy={} if ledger is None else {file.site: Spent.of({**ledger, "epsilon_spent": ledger["epsilon_at_most"]})},
         one_sum=None if found is None or withheld else found.one_sum,
+        anomaly=None if found is None or withheld else found.anomaly,
     )
     results.trials.append(
         Trial(

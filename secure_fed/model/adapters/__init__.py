@@ -101,6 +101,7 @@ def initial_parameters(
     seed: int,
     tower: TextTower | None = None,
     dimensions: int | None = None,
+    bank: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Where training starts, at or (``facmic``, ``fedclip``, ``prompts``) near zero-shot; shared parameters only.
 
@@ -111,6 +112,7 @@ def initial_parameters(
         seed: 0 or more, below 2**63; the global random state is not used.
         tower: the text tower, for adapters that need it.
         dimensions: of the study's basis, for adapters that use it; d if not given.
+        bank: where a memory starts, of a study of anomalies.
 
     Returns:
         Arrays by sorted name.
@@ -119,7 +121,7 @@ def initial_parameters(
         StudyError: as :func:`check_method`; or the context does not fit into the tower.
     """
     check_method(method)
-    parameters = _kind(method).initial(method, Start(dim, prompt_features, seed, tower, dimensions or dim))
+    parameters = _kind(method).initial(method, Start(dim, prompt_features, seed, tower, dimensions or dim, bank))
     return dict(sorted(parameters.items()))
 
 

@@ -32,12 +32,20 @@ class Start:
         prompt_features: unit rows, float32 [K, d].
         tower: the frozen text tower with the classes' tokens, for adapters that ask for it; else None.
         dimensions: width k of features in the study's basis, for adapters that use it.
+        bank: centroids and grids of patch features, of a study of anomalies.
     """
 
     def __init__(
-        self, dim: int, prompt_features: NDArray[np.float32], seed: int, tower: TextTower | None, dimensions: int
+        self,
+        dim: int,
+        prompt_features: NDArray[np.float32],
+        seed: int,
+        tower: TextTower | None,
+        dimensions: int,
+        bank: Mapping[str, NDArray[np.float64]] | None = None,
     ) -> None:
         self.dim = dim
+        self.bank = bank
         self.dimensions = dimensions
         self.prompt_features = prompt_features
         self.tower = tower

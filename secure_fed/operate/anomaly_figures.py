@@ -1,0 +1,188 @@
+"""Figures of a study of anomalies: scores by site, the threshold, and how heat maps find lesions that have masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from secure_fed.clients.data import MANIFEST
+from secure_fed.clients.manifest import read_table
+from secure_fed.clients.site import Site
+from secure_fed.core.errors import DataError
+from secure_fed.model.heat import upsampled
+from secure_fed.operate.summary import AnomalyFigures, Places, ScoresAt
+from secure_fed.protocol import memory
+from secure_fed.protocol.study import NORMAL, AgreedStudy
+
+_POINTS = 64
+_MOST_FALSE = 0.3
+_BINS = 64
+
+
+def anomaly_figures(agreed: AgreedStudy, training: Sequence[Site], observers: Sequence[Site]) -> AnomalyFigures | None:
+    """Of the memory that the sites hold; None for other studies.
+
+    Args:
+        agreed: the study.
+        training: the training sites here.
+        observers: whose images count as held out.
+
+    Raises:
+        DataError: a mask that a manifest names is missing, cannot be read, or is of another size than its image.
+    """
+    if agreed.study.task != "anomaly":
+        return None
+    adapter = (training or observers)[0].parameters
+    method = agreed.study.method
+    limit = memory.threshold(adapter[memory.HISTOGRAM], method.false_alarms)
+    places = {}
+    for name, sites in (("own", training), ("held out", observers)):
+        if found := _places(adapter, training, sites):
+            places[name] = found
+    return AnomalyFigures(
+        threshold=None if limit >= memory.NO_LIMIT else limit,
+        false_alarms=method.false_alarms,
+        patients=max(0.0, float(adapter[memory.HISTOGRAM].sum())),
+        per_site={site.name: _scores([site], adapter, method.top, limit) for site in training},
+        held_out=_scores(observers, adapter, method.top, limit) if observers else None,
+        places=places,
+    )
+
+
+def _scores(sites: Sequence[Site], adapter: dict[str, NDArray[np.float64]], top: float, limit: float) -> ScoresAt:
+    tests = [site.test_images() for site in sites]
+    x, labels = (np.concatenate(parts) for parts in list(zip(*tests, strict=True))[:2])
+    found, wrong = memory.scores(adapter, x, top), labels != NORMAL
+    bins = np.minimum((found * (_BINS / 2)).astype(int), _BINS - 1)
+    curve: tuple[tuple[float, float], ...] = ()
+    if 0 < wrong.sum() < len(wrong):
+        false, true, _ = roc_curve(wrong, found)
+        kept = np.unique(np.linspace(0, len(false) - 1, _POINTS).astype(int))
+        curve = tuple((float(false[place]), float(true[place])) for place in kept)
+    return ScoresAt(
+        normal=tuple(np.bincount(bins[~wrong], minlength=_BINS).tolist()),
+        anomalous=tuple(np.bincount(bins[wrong], minlength=_BINS).tolist()),
+        flagged_normal=float((found[~wrong] >= limit).mean()) if (~wrong).any() else None,
+        flagged_anomalous=float((found[wrong] >= limit).mean()) if wrong.any() else None,
+        roc=curve,
+    )
+
+
+# --- lesions whose masks are there ---
+
+
+def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], sites: Sequence[Site]) -> Places | None:
+    masks, pictures, rows = [], [], []
+    for site in sites:
+        x, _, _ = site.test_images()
+        for row, image in enumerate(site.test_sources()):
+            mask = _mask(site, image.path)
+            if mask is not None and mask.any():
+                masks.append(mask)
+                pictures.append(np.asarray(Image.open(image.path).convert("L")))
+                rows.append(x[row])
+    if not masks or len({mask.shape for mask in masks}) > 1:
+        return None
+    size = masks[0].shape
+    heat = upsampled(memory.maps(adapter, np.stack(rows)), size)
+    lesions = np.stack(masks)
+    learned = [
+        mask for site in training for image in site.train_sources() if (mask := _mask(site, image.path)) is not None
+    ]
+    constant = None
+    if learned and learned[0].shape == size:
+        constant = upsampled(np.mean(learned, axis=0)[None], size)[0]
+        constant = float(roc_auc_score(lesions.ravel(), np.broadcast_to(constant, lesions.shape).ravel()))
+    return Places(
+        pixel_auroc=float(roc_auc_score(lesions.ravel(), heat.ravel())),
+        pro=per_region_overlap(lesions, heat),
+        constant_pixel_auroc=constant,
+        equal_place_auroc=equal_place(lesions, heat, np.stack(pictures) > _DARK),
+        images=len(masks),
+    )
+
+
+_DARK = 20
+"""Grey value up to which a pixel shows no head."""
+
+
+def _mask(site: Site, path: Path) -> NDArray[np.bool_] | None:
+    """The lesion of an image, if its manifest names a mask for it."""
+    found = site_masks(site.data_folder).get(path)
+    return None if found is None else read_mask(found, path)
+
+
+def site_masks(folder: Path) -> dict[Path, Path]:
+    """Masks by image, as the column ``mask`` of a manifest names them; empty without one."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return {}
+    table = read_table(manifest, ("path", "mask"), ("path",))
+    if "mask" not in table.columns:
+        return {}
+    return {folder / row.cells["path"]: folder / row.cells["mask"] for row in table.rows if row.cells["mask"]}
+
+
+def read_mask(mask: Path, image: Path) -> NDArray[np.bool_]:
+    """A lesion's mask, bool [height, width]: whatever is not black.
+
+    Raises:
+        DataError: it is missing, cannot be read, or is of another size than the image.
+    """
+    try:
+        with Image.open(mask) as opened, Image.open(image) as picture:
+            size, found = picture.size, np.asarray(opened.convert("L")) > 0
+    except OSError as error:
+        raise DataError(
+            f"{mask}: no mask that can be read ({error}); expected a picture as large as {image}"
+        ) from error
+    if found.shape != (size[1], size[0]):
+        raise DataError(
+            f"{mask}: {found.shape[1]} x {found.shape[0]} pixels, but {image} has {size[0]} x {size[1]}; expected a "
+            "mask of the image's size: make it anew"
+        )
+    return found
+
+
+def per_region_overlap(lesions: NDArray[np.bool_], heat: NDArray[np.float64]) -> float:
+    """PRO: mean share of an image's lesion above a threshold, over false positive rates up to 0.3, scaled to [0, 1].
+
+    Args:
+        lesions: [n, height, width], one lesion an image.
+        heat: likewise.
+    """
+    healthy = np.sort(heat[~lesions])[::-1]
+    rates = np.linspace(0, _MOST_FALSE, 101)
+    found = []
+    for rate in rates:
+        above = heat > healthy[min(int(rate * len(healthy)), len(healthy) - 1)]
+        found.append(np.mean([one[lesion].mean() for one, lesion in zip(above, lesions, strict=True)]))
+    return float(np.trapezoid(found, rates) / _MOST_FALSE)
+
+
+def equal_place(lesions: NDArray[np.bool_], heat: NDArray[np.float64], heads: NDArray[np.bool_]) -> float | None:
+    """Mean over places of the chance that a lesion there is hotter than another image's head there without one.
+
+    A map that is the same for every image has 0.5. Places weigh by their pairs. None without any pair.
+
+    Args:
+        lesions: [n, height, width].
+        heat: likewise.
+        heads: likewise, pixels that show a head.
+    """
+    wins = pairs = 0.0
+    for row, column in np.argwhere(lesions.any(axis=0)):
+        sick = lesions[:, row, column]
+        well = ~sick & heads[:, row, column]
+        if not well.any():
+            continue
+        hot, cold = heat[sick, row, column], np.sort(heat[well, row, column])
+        below, upto = np.searchsorted(cold, hot, "left"), np.searchsorted(cold, hot, "right")
+        wins += float((below + upto).sum()) / 2
+        pairs += len(hot) * len(cold)
+    return wins / pairs if pairs else None

@@ -1,0 +1,271 @@
+"""A study of anomalies from its template to a flagged image, encrypted; and what is refused on the way."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from secure_fed.clients import memory as at_site
+from secure_fed.core.errors import (
+    AdapterFileError,
+    BackboneError,
+    DataError,
+    OnnxError,
+    PrivateMethodError,
+    StudyError,
+)
+from secure_fed.lab.phantoms import PhantomSite, make_phantoms
+from secure_fed.lab.simulation import simulate
+from secure_fed.model.adapter_file import load_adapter
+from secure_fed.model.onnx_export import write_onnx
+from secure_fed.operate.anomaly_figures import equal_place, per_region_overlap, read_mask, site_masks
+from secure_fed.operate.new_study import new_study
+from secure_fed.operate.predict import predict_folder, write_maps, write_reports
+from secure_fed.privacy.dp_training import refuse_method
+from secure_fed.protocol import memory
+from secure_fed.protocol.study import Template
+from tests.conftest import CLASSES, Federation, make_images, make_template
+
+METHOD = {
+    "adapter": "memory",
+    "block": "image",
+    "map_block": "image",
+    "centroids": 12,
+    "min_patients": 2,
+    "most_patients": 60,
+    "false_alarms": 0.2,
+}
+
+
+def template(**changes: Any) -> Template:
+    method = METHOD | changes.pop("method", {})
+    settings: dict[str, Any] = {
+        "task": "anomaly",
+        "rounds": 3,
+        "classes": [{"name": "dark", "prompts": ["a dark image"]}],
+        "method": {name: value for name, value in method.items() if value is not None},
+        "encoding": {"bits": 16, "value_bound": 1.0},
+    }
+    return make_template(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def block() -> str:
+    return "transformer.resblocks.1"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    make_images(root, per_class=12)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory, block: str) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("study") / "out"
+    return out, simulate(template(method={"block": block}), out, pictures)
+
+
+def test_a_study_of_anomalies_runs_encrypted_and_finds_them(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = finished
+    assert summary["method"] == "memory"
+    found = summary["metrics"]
+    assert set(found) == {"zero_shot", "local_only", "mahalanobis", "pooled", "federated"}
+    assert found["federated"]["held_out"]["auroc"] > 0.9
+    assert found["federated"]["held_out"]["expected_calibration_error"] is None
+    assert found["mahalanobis"]["held_out"]["accuracy"] is None  # it has no threshold
+    anomaly = summary["anomaly"]
+    assert 0 < anomaly["threshold"] < 2
+    assert anomaly["patients"] > 3  # normal ones, of three sites
+    assert sum(anomaly["held_out"]["normal"]) >= 8  # all labelled ones
+    assert anomaly["held_out"]["roc"][0] == [0, 0]
+    assert anomaly["held_out"]["roc"][-1] == [1, 1]
+
+
+def test_encrypted_and_plain_give_the_same_memory(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path, block: str
+) -> None:
+    plain = simulate(template(method={"block": block}, mode="plain"), tmp_path / "out", pictures)
+    assert plain["adapter_digest"] == finished[1]["adapter_digest"]
+    assert plain["metrics"] == finished[1]["metrics"]
+
+
+def test_the_memory_is_what_one_place_with_all_patches_would_make(finished: tuple[Path, dict[str, Any]]) -> None:
+    federation = Federation(finished[0])
+    agreed = federation.agreed
+    sites = [federation.site(name) for name in ("ash", "birch", "cedar")]
+    adapter = agreed.initial.adapter
+    for _ in range(2):
+        sent = [at_site.sums(adapter, *at_site.normal(site.features(), "train")) for site in sites]
+        adapter = memory.moved(adapter, {name: sum(one[name] for one in sent) for name in sent[0]}, 2)
+    for name in ("score_centroids", "map_centroids"):
+        np.testing.assert_allclose(sites[0].parameters[name], adapter[name], atol=0.02)  # but for 16 bits
+        moved = ~np.isclose(sites[0].parameters[name], agreed.initial.adapter[name]).all(axis=1)
+        assert moved.any()
+
+
+def test_predict_gives_scores_flags_and_maps(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path
+) -> None:
+    folder = pictures / "dogwood"
+    found = predict_folder(finished[0] / "adapter.safetensors", folder, checkpoint=finished[0] / "backbone.safetensors")
+    document = found.document()
+    assert "probabilities" not in document["images"][0]
+    assert document["threshold"] == finished[1]["anomaly"]["threshold"]
+    scores = {kind: [one["score"] for one in document["images"] if one["image"].startswith(kind)] for kind in CLASSES}
+    assert np.mean(scores["light"]) > np.mean(scores["dark"])
+    for one in document["images"]:
+        assert one["flagged"] == (one["score"] >= document["threshold"])
+    rows = list(csv.DictReader(found.csv().splitlines()))
+    assert [float(row["score"]) for row in rows] == pytest.approx(
+        [one["score"] for one in document["images"]], abs=1e-6
+    )
+    assert write_maps(found, tmp_path / "maps") == 36
+    maps = sorted((tmp_path / "maps").rglob("*.png"))
+    assert len(maps) == 36
+    assert Image.open(maps[0]).size == (32, 32)
+    assert oct(maps[0].stat().st_mode)[-3:] == "600"
+    with pytest.raises(AdapterFileError, match="no probabilities of classes"):
+        write_reports(found, tmp_path / "reports")
+
+
+def test_a_memory_is_refused_where_it_says_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(PrivateMethodError, match="no ledger pays for them yet"):
+        refuse_method(Federation(finished[0]).agreed.study.method)
+    with pytest.raises(OnnxError, match="without --onnx"):
+        write_onnx(tmp_path / "model.onnx", load_adapter(finished[0] / "adapter.safetensors"), None, {})
+
+
+def test_only_normal_images_train(finished: tuple[Path, dict[str, Any]]) -> None:
+    site = Federation(finished[0]).site("ash")
+    features = site.features()
+    x, owners = at_site.normal(features, "train")
+    assert 0 < len(x) < len(features.train.y)
+    assert all("dark" in owner for owner in owners)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"classes": [{"name": n, "prompts": [n]} for n in ("dark", "light")]}, "2 classes.*takes one.*leave those"),
+        ({"method": {"adapter": "facmic"}}, 'adapter = "facmic"; expected adapter = "memory"'),
+        ({"rounds": 1}, "one of the histogram|one for the histogram"),
+        ({"method": {"private_head": True}}, "memory is solved, not trained"),
+        ({"method": {"lmmd_weight": 1.0}}, "moves no image feature"),
+        ({"method": {"start": "public"}}, "folder of them with --public"),
+        ({"method": {"neighbourhood": 2}}, "neighbourhood"),
+    ],
+)
+def test_a_study_that_does_not_hold_together_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises((StudyError, ValueError), match=says):
+        new_study(template(**({"method": {"block": "image", **change.pop("method", {})}} | change)), [], tmp_path)
+    assert not (tmp_path / "study.toml").exists()
+
+
+def test_a_memory_is_for_anomalies_alone() -> None:
+    with pytest.raises(ValueError, match='task = "classify" with adapter = "memory"'):
+        make_template(method={"adapter": "memory"})
+
+
+def test_a_tower_without_the_named_block_is_refused_with_those_it_has(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"no block 'trunk.s9' of patches; expected image or one of .*resblocks"):
+        new_study(template(method={"block": "trunk.s9"}), [], tmp_path)
+
+
+def test_a_site_without_normal_images_is_told(finished: tuple[Path, dict[str, Any]]) -> None:
+    federation = Federation(finished[0])
+    features = federation.site("ash").features()
+    kept = features.train.y != 0
+    object.__setattr__(features, "train", type(features.train)(features.train.x[kept], features.train.y[kept]))
+    patients = {**features.patients, "train": tuple(np.array(features.patients["train"])[kept])}
+    object.__setattr__(features, "patients", patients)
+    adapter = federation.agreed.initial.adapter
+    with pytest.raises(DataError, match="no normal training image; expected at least one of 'dark'"):
+        at_site.message(federation.agreed, 1, adapter, features)
+
+
+def test_public_images_start_the_centroids(pictures: Path, tmp_path: Path, block: str) -> None:
+    public = pictures / "dogwood"
+    made = template(method={"block": block, "start": "public"})
+    new_study(made, [], tmp_path / "one", public=public)
+    again = new_study(made, [], tmp_path / "two", public=public)
+    assert again is not None
+    one, two = (load_initial(tmp_path / name) for name in ("one", "two"))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    lengths = np.linalg.norm(one["score_centroids"], axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-5)
+
+
+def load_initial(folder: Path) -> dict[str, Any]:
+    from secure_fed.protocol.study import InitialState
+
+    return InitialState.from_bytes((folder / "study.safetensors").read_bytes()).adapter
+
+
+def test_masks_lie_beside_phantoms_and_say_where_the_mass_is(tmp_path: Path) -> None:
+    site = PhantomSite("north", patients=12, scanner=3, class_mix=(1, 1, 1, 1), unlabelled=0.0)
+    make_phantoms(tmp_path / "with", [site], seed=7, masks=True)
+    make_phantoms(tmp_path / "without", [site], seed=7)
+    folder, bare = tmp_path / "with" / "north", tmp_path / "without" / "north"
+    masks = site_masks(folder)
+    rows = list(csv.DictReader((folder / "manifest.csv").open()))
+    assert len(masks) == len(rows)
+    assert site_masks(bare) == {}
+    for row in rows:
+        image = folder / row["path"]
+        assert image.read_bytes() == (bare / row["path"]).read_bytes()  # the pictures are the same
+        mask = read_mask(masks[image], image)
+        assert mask.any() == (row["label"] != "no tumour")
+        assert mask.mean() < 0.2
+
+
+def test_a_mask_of_another_size_is_refused_and_so_is_none(tmp_path: Path) -> None:
+    Image.new("L", (64, 64)).save(tmp_path / "image.png")
+    Image.new("L", (32, 64)).save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"32 x 64 pixels, but .*image.png has 64 x 64; expected a mask of the"):
+        read_mask(tmp_path / "mask.png", tmp_path / "image.png")
+    with pytest.raises(DataError, match="no mask that can be read"):
+        read_mask(tmp_path / "gone.png", tmp_path / "image.png")
+
+
+def test_a_map_is_judged_as_defined() -> None:
+    rng = np.random.default_rng(0)
+    lesions = np.zeros((6, 8, 8), dtype=bool)
+    for place, one in enumerate(lesions):
+        one[place % 4 : place % 4 + 3, 2:5] = True
+    heads = np.ones_like(lesions)
+    constant = np.broadcast_to(rng.random((8, 8)), lesions.shape)
+    assert equal_place(lesions, constant, heads) == 0.5
+    assert equal_place(lesions, lesions.astype(float), heads) == 1.0
+    assert per_region_overlap(lesions, lesions + 0.1 * rng.random(lesions.shape)) == 1.0
+    heat = rng.random(lesions.shape)
+    wins = pairs = 0.0
+    for row in range(8):
+        for column in range(8):
+            for one in range(6):
+                for other in range(6):
+                    if lesions[one, row, column] and not lesions[other, row, column]:
+                        wins += (heat[one, row, column] > heat[other, row, column]) + 0.5 * (
+                            heat[one, row, column] == heat[other, row, column]
+                        )
+                        pairs += 1
+    assert equal_place(lesions, heat, heads) == pytest.approx(wins / pairs)
+    assert per_region_overlap(lesions, heat) == pytest.approx(0.15, abs=0.06)  # as chance has it
+
+
+def test_the_report_shows_what_a_memory_finds(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    from secure_fed.report import write_report
+
+    write_report([finished[0]], tmp_path / "report.md", "md")
+    text = (tmp_path / "report.md").read_text()
+    assert "Anomalies" in text
+    assert "false alarms promised at most" in text
+    assert "one sum, Mahalanobis" in text
+    write_report([finished[0]], tmp_path / "report.html", "html")
+    assert "Anomalies found against false alarms" in (tmp_path / "report.html").read_text()
