@@ -19,6 +19,7 @@ from secure_fed.cli import (
     demo,
     doctor,
     drill,
+    evaluate,
     evidence,
     explain,
     export,
@@ -74,6 +75,7 @@ app.command()(demo.demo)
 app.command()(sweep.sweep)
 app.command()(attack.attack)
 app.command()(predict.predict)
+app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(plot.plot)
 app.command()(report.report)

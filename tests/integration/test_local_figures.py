@@ -152,9 +152,15 @@ def test_an_export_holds_nothing_that_nobody_paid_for(patients: Federation, tmp_
 @pytest.mark.parametrize("name", ["ash", "dogwood"])
 def test_a_report_withholds_them_or_says_that_it_must_stay(patients: Federation, tmp_path: Path, name: str) -> None:
     folder = patients.folder / "sites" / name
-    figures = json.loads((folder / "state/summary.json").read_text())["metrics"]["federated"]
-    telling = [str(value)[:6] for value in figures.values() if isinstance(value, float) and len(str(value)) > 8]
-    assert telling
+    # Perfect figures or such as a setting may have tell nothing: each gets one that stands nowhere else.
+    summary = folder / "state/summary.json"
+    as_it_was = summary.read_text()
+    document = json.loads(as_it_was)
+    figures = document["metrics"]["federated"]
+    for key in [key for key, value in figures.items() if isinstance(value, float)]:
+        figures[key] = 0.73519
+    summary.write_text(json.dumps(document))
+    telling = ["73.5", "0.735"]
     for form in ("csv", "md", "html"):
         assert run("report", folder, "--out", tmp_path / f"leaves.{form}").exit_code == 0
         text = (tmp_path / f"leaves.{form}").read_text()
@@ -162,7 +168,10 @@ def test_a_report_withholds_them_or_says_that_it_must_stay(patients: Federation,
     assert "budget" in text
     shown = run("report", folder, "--out", tmp_path / "stays.html", "--local-metrics")
     assert "must not leave the site" in shown.stderr
-    assert "no privacy budget paid for" in (tmp_path / "stays.html").read_text()
+    stays = (tmp_path / "stays.html").read_text()
+    assert "no privacy budget paid for" in stays
+    assert any(figure in stays for figure in telling)
+    summary.write_text(as_it_was)
 
 
 def test_what_evidence_packs_has_no_figure_of_any_image(patients: Federation, tmp_path: Path) -> None:
