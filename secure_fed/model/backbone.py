@@ -392,6 +392,7 @@ class LoadedBackbone:
             # Matrix kernels are chosen by size and may round differently, so the size is always the same.
             padded = batch.new_zeros((self.batch, *batch.shape[1:]))
             padded[: len(batch)] = batch
+            padded[len(batch) :] = batch[:1]  # rows are checked too, and a text without a token has no mean
             rows.append(encode(padded.to(self.device))[: len(batch)])
         return np.concatenate(rows)
 
