@@ -211,7 +211,7 @@ def test_refuses_repeated_names_and_used_folders(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["notes.txt"]
 
 
-def die(root: Path, seed: int, site: PhantomSite) -> None:
+def die(*_: object) -> None:
     assert multiprocessing.parent_process() is not None
     os.kill(os.getpid(), signal.SIGKILL)
 
