@@ -488,6 +488,8 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = 
         source = path.name if path.is_file() or checkpoint is not None else form.weights.name
     loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", device)
     refuse_others(backbone, loaded, str(path or backbone.model))
+    if path is not None:
+        refuse_damaged(path, loaded)
     return loaded
 
 
@@ -514,6 +516,26 @@ def refuse_others(backbone: Backbone, loaded: LoadedBackbone, where: str) -> Non
             f"{loaded.id}, and the study names {backbone.id}: activation, heads, epsilon, pooler, context, tokenizer "
             "or preprocessing differ; get the whole folder that the study was made with"
         )
+
+
+def refuse_damaged(folder: Path, loaded: LoadedBackbone) -> None:
+    """Refuse what a folder of the store holds if it is no longer what was put there; other paths are passed over.
+
+    Raises:
+        BackboneDigestError: weights or configuration are others than its entry names.
+    """
+    if not (folder / backbone_store.ENTRY).is_file():
+        return
+    entry = backbone_store.read_entry(folder)
+    for what, found, expected in (
+        ("weights have digest", loaded.digest, entry.digest),
+        ("with its configuration it has id", loaded.id, entry.id),
+    ):
+        if found != expected:
+            raise BackboneDigestError(
+                f"{folder}: {what} {found}, but {expected} was fetched or added; copy the folder again from where it "
+                "was fetched, or add the backbone again: secfacmic backbone add"
+            )
 
 
 def image_size(backbone: Backbone) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import tempfile
@@ -13,9 +14,9 @@ import open_clip
 import torch
 from torch import Tensor
 
-from secure_fed.core.errors import BackboneDigestError, BackboneError, OutputError
+from secure_fed.core.errors import BackboneError, OutputError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
-from secure_fed.model.backbone import LoadedBackbone, refuse_other_gelu
+from secure_fed.model.backbone import LoadedBackbone, refuse_damaged, refuse_other_gelu
 from secure_fed.model.backbone_form import CONFIG, ENTRY, named, read_form
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.backbone_store import Entry, read_entry, store_folder
@@ -81,7 +82,7 @@ def add(
         StorageError: the store cannot be written.
     """
     model, tag = named(name, path)
-    source = path.resolve().name
+    source = Path(os.path.realpath(path)).name  # Path.resolve raises where links lead in a circle
     entry = read_entry(path) if (path / ENTRY).is_file() else None
     if entry is not None:
         if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
@@ -95,12 +96,7 @@ def add(
             f"{path}: its activation is {loaded.activation}, not {activation}, which its configuration or container "
             "decides; leave --activation out"
         )
-    if entry is not None and (loaded.digest, loaded.id) != (entry.digest, entry.id):
-        what = "weights have digest" if loaded.digest != entry.digest else "with its configuration it has id"
-        found, expected = (loaded.digest, entry.digest) if loaded.digest != entry.digest else (loaded.id, entry.id)
-        raise BackboneDigestError(
-            f"{path}: {what} {found}, but {expected} was fetched; copy the folder again from where it was fetched"
-        )
+    refuse_damaged(path, loaded)
     store = store_folder()
     make_folder(store)
     kept = store / loaded.id
@@ -108,10 +104,22 @@ def add(
         new = Path(temporary) / "backbone"
         make_folder(new)
         _write(new, loaded, tag, source)
-        if not (kept / ENTRY).exists():
+        if not _holds(kept, new):
+            if kept.exists():  # damaged since: what was given is whole, and goes with the temporary folder
+                os.replace(kept, Path(temporary) / "damaged")
             os.replace(new, kept)
             sync_folder(store)
     return kept, loaded
+
+
+def _holds(kept: Path, new: Path) -> bool:
+    """Whether a folder of the store has all that a new one of the same id has; its entry may name another source."""
+    try:
+        read_entry(kept)
+    except BackboneError:
+        return False
+    names = [one.relative_to(new) for one in new.rglob("*") if one.is_file() and one.name != ENTRY]
+    return all((kept / name).is_file() and filecmp.cmp(new / name, kept / name, shallow=False) for name in names)
 
 
 def _named(name: str) -> Backbone:

@@ -289,7 +289,8 @@ def _read_transformers(path: Path, model: str | None) -> Form:
 
 def _weights_in(path: Path, names: tuple[str, ...]) -> Path:
     """The checkpoint in a folder: of the names if any is there, else the only one; several must be equal."""
-    inside = [one for one in sorted(path.iterdir()) if one.is_file()]
+    # Hidden ones are no weights: macOS writes ._model.safetensors beside each file on a stick.
+    inside = [one for one in sorted(path.iterdir()) if one.is_file() and not one.name.startswith(".")]
     index = [one for one in inside if one.name in _INDEXES]
     found = [
         one
@@ -349,6 +350,8 @@ def _content(path: Path) -> str:
     tensors = read_weights(path)
     for name in sorted(tensors):
         value = tensors.pop(name)
+        if name.endswith("embeddings.position_ids"):  # counts from 0, and only older files of transformers have it
+            continue
         value = value.float() if value.is_floating_point() else value
         total.update(f"{name} {tuple(value.shape)}\n".encode())
         total.update(np.ascontiguousarray(value.numpy()).tobytes())

@@ -208,7 +208,13 @@ def _read_shards(path: Path) -> Tensors:
         )
     found: Tensors = {}
     for name in names:
-        found |= read_weights(path.parent / name)
+        shard = read_weights(path.parent / name)
+        if twice := [key for key in shard if key in found and not torch.equal(shard[key], found[key])]:
+            raise BackboneError(
+                f"{path}: {len(twice)} tensors are in two shards with other values ({twice[0]}); expected shards of "
+                "one model: copy the whole folder again"
+            )
+        found |= shard
     return found
 
 

@@ -19,7 +19,7 @@ from secure_fed.clients.data import image_files
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.rules import UndecodableError
 from secure_fed.core.errors import BackboneError, DataError
-from secure_fed.model.backbone import LoadedBackbone
+from secure_fed.model.backbone import LoadedBackbone, refuse_damaged
 from secure_fed.model.backbone_form import named, read_form
 from secure_fed.model.backbone_store import ENTRY, entries, read_entry, store_folder
 from secure_fed.model.model_config import OURS
@@ -61,6 +61,7 @@ def check_backbone(
     """
     form, source = _find(name, model, activation, text)
     loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})")
+    refuse_damaged(form.weights.parent, loaded)
     noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
     start = time.perf_counter()
     loaded.encode_images([Image.fromarray(one) for one in noise[: max(1, min(4, loaded.batch))]] * (loaded.batch // 4))

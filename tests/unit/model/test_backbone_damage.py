@@ -1,0 +1,132 @@
+"""What becomes of a backbone after it was added, and what sticks and older programs leave beside one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tomli_w
+import torch
+
+from secure_fed.core.errors import BackboneDigestError, BackboneError
+from secure_fed.model import backbone_store
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.backbone_fetch import add
+from secure_fed.protocol.study import Backbone
+from tests.conftest import Run, template_table
+from tests.unit.model.test_backbone_forms import clip_folder
+
+torch.set_num_threads(1)
+NAME = "hf-hub:fake/clip"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    clip_folder(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def scale(path: Path) -> None:
+    tensors = safetensors.torch.load_file(path)
+    tensors["visual.proj"] = tensors["visual.proj"] * 1.5
+    safetensors.torch.save_file(tensors, path)
+
+
+def swap(path: Path) -> None:
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["a"], words["d"] = words["d"], words["a"]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "says"),
+    [
+        ("open_clip_model.safetensors", scale, "weights have digest"),
+        ("tokenizer.json", swap, "with its configuration it has id"),
+    ],
+)
+def test_what_changed_in_the_store_is_refused_until_it_is_added_again(
+    file: str, damage: object, says: str, clip: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    kept, added = add(clip, NAME)
+    damage(kept / file)  # type: ignore[operator]
+    unpinned = Backbone(model=NAME, weights="pretrained")
+    with pytest.raises(BackboneDigestError, match=says):
+        load_backbone(unpinned, None)
+    (tmp_path / "t.toml").write_text(
+        tomli_w.dumps(template_table(backbone={"model": NAME, "weights": "pretrained"}, rounds=1))
+    )
+    for command in (
+        ("backbone", "check", NAME),
+        ("study", "new", tmp_path / "t.toml", "--out", tmp_path / "made"),
+        ("backbone", "add", kept),
+    ):
+        code, _, errors = secfacmic(*command)
+        assert code == 31
+        assert says in errors
+        assert "secfacmic backbone add" in errors
+    assert not (tmp_path / "made").exists()
+    add(clip, NAME)
+    assert load_backbone(unpinned, None).id == added.id
+    assert [one.name for one in kept.parent.iterdir()] == [added.id]
+
+
+@pytest.mark.parametrize("left", [None, "{"])
+def test_an_entry_that_is_lost_or_cut_comes_back_with_the_backbone(left: str | None, clip: Path) -> None:
+    kept, added = add(clip, NAME)
+    (kept / "backbone.json").unlink() if left is None else (kept / "backbone.json").write_text(left)
+    add(clip, NAME)
+    assert load_backbone(Backbone(model=NAME, weights="pretrained"), None).id == added.id
+
+
+def test_what_a_mac_leaves_on_a_stick_is_passed_over(clip: Path) -> None:
+    for one in list(clip.iterdir()):
+        (clip / f"._{one.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4000))
+    add(clip, None)
+    (clip / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match="no weights in it"):
+        add(clip, None)
+
+
+def test_counted_positions_beside_weights_make_no_second_checkpoint(clip: Path) -> None:
+    _, alone = add(clip, None)
+    tensors = safetensors.torch.load_file(clip / "model.safetensors")
+    tensors["text_model.embeddings.position_ids"] = torch.arange(20)[None]
+    torch.save(tensors, clip / "pytorch_model.bin")
+    assert add(clip, None)[1].id == alone.id
+
+
+def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(BackboneError, match="only the link"):
+        add(tmp_path / "a", "random-small")
+
+
+def test_shards_that_hold_a_tensor_twice_with_other_values_are_refused(clip: Path) -> None:
+    tensors = safetensors.torch.load_file(clip / "model.safetensors")
+    (clip / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = [{name: tensors[name] for name in part} for part in (names[:9], names[9:])]
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    where = {name: file for part, file in zip(parts, files, strict=True) for name in part}
+    (clip / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+    def write(factor: float) -> None:
+        parts[1][names[0]] = tensors[names[0]] * factor
+        for part, file in zip(parts, files, strict=True):
+            safetensors.torch.save_file(part, clip / file)
+
+    write(1.0)
+    add(clip, None)
+    write(2.0)
+    with pytest.raises(BackboneError, match="1 tensors are in two shards with other values"):
+        add(clip, None)
