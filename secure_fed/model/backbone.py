@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from secure_fed.model import backbone_store
 from secure_fed.model.backbone_form import read_form
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.device import Device, kind_of
-from secure_fed.model.library import HUB, known_model, open_clip, with_activation
+from secure_fed.model.library import HUB, known_model, offline, open_clip, with_activation
 from secure_fed.model.network import Form, activation, build, facts, make_network
 from secure_fed.model.preparing import preparer
 from secure_fed.model.text_tower import TextTower, reads_at
@@ -478,7 +478,9 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = 
     """
     path = _path(backbone, checkpoint)
     if path is None:
-        form, source = download(backbone), backbone.tag or "hub"
+        # Who names a digest has the weights somewhere already, and is not to tell a hub that this site takes part.
+        with nullcontext() if backbone.digest is None else offline():
+            form, source = download(backbone), backbone.tag or "hub"
     else:
         model = backbone.model
         if path.is_dir() and not model.startswith(HUB) and (path / backbone_store.ENTRY).is_file():

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from secure_fed.core.errors import BackboneError
 from secure_fed.model.backbone_form import CONFIG, read_form
 from secure_fed.model.given_files import read_json
@@ -43,6 +45,13 @@ def download(backbone: Backbone, cache: Path | None = None) -> Form:
     Raises:
         BackboneError: it cannot be downloaded, or is none of the forms that are read.
     """
+    name = backbone.model if backbone.tag is None else f"{backbone.model}:{backbone.tag}"
+    elsewhere = (
+        f"secfacmic backbone fetch {name} --to DIR where there is internet, carry the folder over and add it: "
+        "secfacmic backbone add"
+    )
+    if constants.HF_HUB_OFFLINE and not _cached(backbone, cache):
+        raise BackboneError(f"{name}: is not here, and no hub is asked for it; run {elsewhere}")
     try:
         if backbone.model.startswith(HUB):
             return _repository(backbone.model.removeprefix(HUB), cache)
@@ -51,12 +60,21 @@ def download(backbone: Backbone, cache: Path | None = None) -> Form:
         raise
     except Exception as error:  # downloads fail in every way
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        name = backbone.model if backbone.tag is None else f"{backbone.model}:{backbone.tag}"
         raise BackboneError(
             f"{name}: cannot be downloaded ({reason}), and is not here; check name, connection and proxy, or run "
-            f"secfacmic backbone fetch {name} --to DIR where there is internet, carry the folder over and add it: "
-            "secfacmic backbone add"
+            f"{elsewhere}"
         ) from error
+
+
+def _cached(backbone: Backbone, cache: Path | None) -> bool:
+    """Whether an earlier download left a backbone on this machine, so that it is had without asking."""
+    if backbone.model.startswith(HUB):
+        name = backbone.model.removeprefix(HUB)
+        return any(_file(name, one, cache) is not None for one in (CONFIG, "config.json"))
+    entry = open_clip().get_pretrained_cfg(backbone.model, backbone.tag) or {}
+    if "file" in entry or entry.get("hf_hub") or not entry.get("url"):
+        return True  # open_clip looks in the hub's cache, and the hub's library is offline
+    return ((cache or Path.home() / ".cache" / "clip") / str(entry["url"]).rsplit("/", 1)[-1]).is_file()
 
 
 def _tag(backbone: Backbone, cache: Path | None) -> Form:
@@ -134,6 +152,8 @@ def _file(name: str, file: str, cache: Path | None) -> Path | None:
     try:
         return Path(pretrained.hf_hub_download(repo_id=name, filename=file, cache_dir=cache))
     except LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE:
+            return None  # what was downloaded is all that there is
         raise
     except (EntryNotFoundError, FileNotFoundError):
         return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import tomli_w
 import torch
+from huggingface_hub import constants
 
 from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import backbone_store
@@ -130,3 +132,40 @@ def test_shards_that_hold_a_tensor_twice_with_other_values_are_refused(clip: Pat
     write(2.0)
     with pytest.raises(BackboneError, match="1 tensors are in two shards with other values"):
         add(clip, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "tag"), [(NAME, None), ("ViT-B-32-quickgelu", "openai"), ("RN50-quickgelu", "cc12m")]
+)
+def test_weights_named_by_digest_are_asked_of_no_hub(
+    model: str, tag: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def spy(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", spy)
+    monkeypatch.setattr(socket, "getaddrinfo", spy)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = f"{model}:{tag}" if tag else model
+    with pytest.raises(BackboneError, match=f"secfacmic backbone fetch {named} --to DIR"):
+        load_backbone(Backbone(model=model, weights="pretrained", tag=tag, digest="0" * 64), None)
+    assert asked == []
+
+
+def test_weights_named_by_digest_come_from_what_was_downloaded(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "hub/models--fake--clip"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    clip.rename(tmp_path / "moved")
+    (place / "snapshots").mkdir()
+    (tmp_path / "moved").rename(place / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    _, added = add(place, None)
+    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "another"))
+    named = Backbone(model=NAME, weights="pretrained", digest=added.digest, id=added.id)
+    assert load_backbone(named, None).id == added.id
