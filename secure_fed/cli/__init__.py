@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
 import typer.core
+import typer.models
 
 from secure_fed.cli import (
     attack,
@@ -96,7 +97,28 @@ def command() -> click.Command:
     """All of it, as click has it; where commands are listed, each with its whole first sentence."""
     whole = typer.main.get_command(app)
     _spell_out(whole)
+    _name_places(whole)
     return whole
+
+
+class _Place(typer.models.TyperPath):
+    """A path that is not empty, as a shell's variable is that nobody set: it would mean the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            self.fail("is empty; expected the name of a file or folder, or . for the current one", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _name_places(command: click.Command) -> None:
+    for parameter in command.params:
+        if isinstance(parameter.type, click.Path):
+            place = _Place()
+            vars(place).update(vars(parameter.type))
+            parameter.type = place
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _name_places(each)
 
 
 def _spell_out(command: click.Command) -> None:

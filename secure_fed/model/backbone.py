@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import backbone_store
-from secure_fed.model.backbone_form import read_form
+from secure_fed.model.backbone_form import named, read_form
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.device import Device, kind_of
 from secure_fed.model.library import HUB, known_model, offline, open_clip, with_activation
@@ -493,6 +494,53 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = 
     if path is not None:
         refuse_damaged(path, loaded)
     return loaded
+
+
+def load_given(
+    path: Path, name: str | None = None, activation: str | None = None, text: Path | None = None, exact: bool = False
+) -> tuple[LoadedBackbone, str | None, str]:
+    """Load what somebody gives, of any form, under what they say of it.
+
+    Args:
+        path: a checkpoint or a folder, in any form that :mod:`secure_fed.model.backbone_form` reads.
+        name: ``MODEL`` or ``MODEL:TAG``, needed for a checkpoint that does not come with secfacmic; of a folder,
+            ``hf-hub:OWNER/NAME`` or what else it is to be called.
+        activation: ``gelu`` or ``quickgelu``, for a checkpoint of a model that there is with both.
+        text: folder with ``config.json`` and tokenizer of a text model of transformers.
+        exact: as of :class:`LoadedBackbone`.
+
+    Returns:
+        The backbone, open_clip's tag if the weights are one, and the name of the file that they are of.
+
+    Raises:
+        BackboneError: it is no backbone, or one that cannot be used, or another one than is said.
+        BackboneDigestError: the weights are not those that were fetched or added.
+    """
+    model, tag = named(name, path)
+    source = Path(os.path.realpath(path)).name  # Path.resolve raises where links lead in a circle
+    entry = backbone_store.read_entry(path) if (path / backbone_store.ENTRY).is_file() else None
+    ours = path.parent == configs.MODELS
+    if ours:
+        model = model or path.stem
+    if entry is not None:
+        if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
+            raise BackboneError(f"{path}: holds {entry.model}, not {name}; leave --model out, or name that one")
+        if text is not None:
+            raise BackboneError(
+                f"{path}: has its text model's configuration and tokenizer, so that nothing is taken from {text}; "
+                "leave --text out"
+            )
+        model, tag, source = entry.model, entry.tag, entry.source
+    form = read_form(path, model, tag, activation, text, seeded=ours)
+    form.licence = form.licence or (entry.licence if entry is not None else None)
+    loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", exact=exact)
+    if activation is not None and loaded.activation != activation:
+        raise BackboneError(
+            f"{path}: its activation is {loaded.activation}, not {activation}, which its configuration or container "
+            "decides; leave --activation out"
+        )
+    refuse_damaged(path, loaded)
+    return loaded, tag, source
 
 
 def refuse_others(backbone: Backbone, loaded: LoadedBackbone, where: str) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from secure_fed.core.errors import BackboneError, OutputError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
-from secure_fed.model.backbone import LoadedBackbone, refuse_damaged, refuse_other_gelu
-from secure_fed.model.backbone_form import CONFIG, ENTRY, named, read_form
+from secure_fed.model.backbone import LoadedBackbone, load_given, refuse_other_gelu
+from secure_fed.model.backbone_form import CONFIG, ENTRY, named
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.backbone_store import Entry, read_entry, store_folder
 from secure_fed.model.library import HUB
@@ -81,22 +81,7 @@ def add(
         BackboneDigestError: the weights are not those that were fetched.
         StorageError: the store cannot be written.
     """
-    model, tag = named(name, path)
-    source = Path(os.path.realpath(path)).name  # Path.resolve raises where links lead in a circle
-    entry = read_entry(path) if (path / ENTRY).is_file() else None
-    if entry is not None:
-        if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
-            raise BackboneError(f"{path}: holds {entry.model}, not {name}; leave --model out, or name that one")
-        model, tag, source = entry.model, entry.tag, entry.source
-    form = read_form(path, model, tag, activation, text)
-    form.licence = form.licence or (entry.licence if entry is not None else None)
-    loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", exact=True)
-    if activation is not None and loaded.activation != activation:
-        raise BackboneError(
-            f"{path}: its activation is {loaded.activation}, not {activation}, which its configuration or container "
-            "decides; leave --activation out"
-        )
-    refuse_damaged(path, loaded)
+    loaded, tag, source = load_given(path, name, activation, text, exact=True)
     store = store_folder()
     make_folder(store)
     kept = store / loaded.id

@@ -26,13 +26,13 @@ from secure_fed.model.network import Form, under_transformers_names, which_fit, 
 from secure_fed.model.preparing import read_preprocessing, usual_preprocessing
 from secure_fed.model.text_model import TEXT, fetch_text, read_text_model
 from secure_fed.model.tokenizer import ClipTokens, FileTokens, Tokens, read_own_tokenizer, read_tokenizer
-from secure_fed.model.weights import SUFFIXES, is_archive, read_weights
+from secure_fed.model.weights import SUFFIXES, adapter_alone, is_archive, read_weights
 
 ENTRY = "backbone.json"
 CONFIG = "open_clip_config.json"
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "open_clip_model.safetensors.index.json")
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "adapter_model")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _OTHERS = (".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".tflite")
 _TEXT_ALONE = ("clip_text_model", "siglip_text_model", "bert", "roberta", "xlm-roberta", "distilbert")
 _IMAGES_ALONE = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov3_vit", "beit", "swin", "vit_mae")
@@ -125,19 +125,57 @@ def _read_folder(
             f"{path}: of {', '.join(lost)} only the link is here, which does not lead anywhere; expected the files "
             "themselves: copy the folder with its links followed, as cp -rL does"
         )
-    if (path / "adapter_config.json").is_file():
-        raise _peft(path)
+    if any(one.name == "adapter_config.json" or one.name.startswith("adapter_model.") for one in inside):
+        raise adapter_alone(path)
     if (path / CONFIG).is_file():
         return _read_open_clip(path, model, text)
     if (path / "config.json").is_file():
         return _read_transformers(path, model)
+    below = [] if _is_a_backbones(path) else _below(path)
+    if below:
+        shown = ", ".join(str(one.relative_to(path)) for one in below[:5])
+        raise BackboneError(
+            f"{path}: no weights and no configuration in it, but in {len(below)} folders below it ({shown}"
+            f"{' and so on' if len(below) > 5 else ''}); expected the folder of one backbone: name that one"
+        )
     found = _weights_in(path, ())
     if model is None or model.startswith(HUB):
+        fits = which_fit({name: tuple(value.shape) for name, value in read_weights(found).items()})
+        named = f", or, if it is a checkpoint of {' or '.join(fits)}, whose shapes it has, name that with --model"
         raise BackboneError(
             f"{path}: has no {CONFIG} and no config.json, without which {found.name} does not say what it is; copy the "
-            "whole folder, or, if it is a checkpoint of a model that open_clip knows by name, name that with --model"
+            f"whole folder{named if fits else ''}"
         )
     return _read_file(found, model, tag, activation, text or path, seeded)
+
+
+def _is_a_backbones(folder: Path) -> bool:
+    """Whether there is anything in a folder itself of which backbones are read, or which is named when refused."""
+    return any(
+        one.name == "snapshots"
+        if one.is_dir()
+        else one.name in (CONFIG, "config.json", "adapter_config.json") or one.suffix.lower() in (*SUFFIXES, *_OTHERS)
+        for one in _seen(folder)
+    )
+
+
+def _below(folder: Path, depth: int = 2) -> list[Path]:
+    """Folders below one that may be a backbone's, as those of a hub's cache, a stick or a training."""
+    found = []
+    for one in _seen(folder):
+        if one.is_dir() and _is_a_backbones(one):
+            found.append(one)
+        elif one.is_dir() and depth > 1:
+            found += _below(one, depth - 1)
+    return found
+
+
+def _seen(folder: Path) -> list[Path]:
+    """What lies in a folder, hidden things apart; nothing if this user may not look, as into a stick's lost+found."""
+    try:
+        return sorted(one for one in folder.iterdir() if not one.name.startswith("."))
+    except OSError:
+        return []
 
 
 def _licence(folder: Path) -> str | None:
@@ -415,25 +453,6 @@ def _refuse_tokens(path: Path, tokens: Tokens, vocabulary: int) -> None:
             f"{path}: the tokenizer has token {tokens.largest}, but the text tower {vocabulary} of them, from 0; "
             "expected files of one model: copy the folder again"
         )
-
-
-class _Adapter(Foreign):
-    """``adapter_config.json`` of PEFT."""
-
-    base_model_name_or_path: str | None = None
-
-
-def _peft(path: Path) -> BackboneError:
-    stated = checked(read_json(path / "adapter_config.json"), _Adapter, path / "adapter_config.json")
-    base = stated.base_model_name_or_path or "BASE"
-    return BackboneError(
-        f"{path}: a PEFT adapter of {base}, not a whole model; expected the two merged. Where both are, these lines "
-        "do it:\n"
-        "  from peft import PeftModel; from transformers import AutoModel, AutoProcessor\n"
-        f"  PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}), {str(path)!r}).merge_and_unload()"
-        ".save_pretrained('merged')\n"
-        f"  AutoProcessor.from_pretrained({base!r}).save_pretrained('merged')"
-    )
 
 
 # --- files ---

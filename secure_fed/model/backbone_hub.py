@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from secure_fed.core.errors import BackboneError
 from secure_fed.model.backbone_form import CONFIG, read_form
 from secure_fed.model.given_files import read_json
-from secure_fed.model.library import HUB, known_model, open_clip
+from secure_fed.model.library import HUB, fetch_elsewhere, known_model, open_clip
 from secure_fed.model.network import Form
 from secure_fed.model.weights import shards_of
 from secure_fed.protocol.study import Backbone
@@ -46,12 +46,8 @@ def download(backbone: Backbone, cache: Path | None = None) -> Form:
         BackboneError: it cannot be downloaded, or is none of the forms that are read.
     """
     name = backbone.model if backbone.tag is None else f"{backbone.model}:{backbone.tag}"
-    elsewhere = (
-        f"secfacmic backbone fetch {name} --to DIR where there is internet, carry the folder over and add it: "
-        "secfacmic backbone add"
-    )
     if constants.HF_HUB_OFFLINE and not _cached(backbone, cache):
-        raise BackboneError(f"{name}: is not here, and no hub is asked for it; run {elsewhere}")
+        raise BackboneError(f"{name}: is not here, and no hub is asked for it; run {fetch_elsewhere(name)}")
     try:
         if backbone.model.startswith(HUB):
             return _repository(backbone.model.removeprefix(HUB), cache)
@@ -62,7 +58,7 @@ def download(backbone: Backbone, cache: Path | None = None) -> Form:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BackboneError(
             f"{name}: cannot be downloaded ({reason}), and is not here; check name, connection and proxy, or run "
-            f"{elsewhere}"
+            f"{fetch_elsewhere(name)}"
         ) from error
 
 

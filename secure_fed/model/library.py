@@ -26,6 +26,20 @@ def open_clip() -> Any:
     return library
 
 
+def known_to_hubs(name: str) -> bool:
+    """Whether a name is one that can be fetched: a hub's repository, or a model of open_clip with a tag."""
+    model, _, tag = name.partition(":")
+    return name.startswith(HUB) or tag in open_clip().list_pretrained_tags_by_model(model)
+
+
+def fetch_elsewhere(name: str) -> str:
+    """How a backbone of this name comes to a machine without internet."""
+    return (
+        f"secfacmic backbone fetch {name} --to DIR where there is internet, carry the folder over and add it: "
+        "secfacmic backbone add"
+    )
+
+
 @contextmanager
 def offline() -> Iterator[None]:
     """Hub libraries neither ask nor look for updates within."""

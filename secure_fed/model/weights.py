@@ -55,6 +55,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = re.compile(r"(\.SCB|\.qweight|\.qzeros|\.absmax|\.quant_map|quant_state\..*|\.weight_scale(_inv)?)$")
+_ADAPTERS = re.compile(r"(^|\.)(lora_|ia3_l|hada_w|lokr_w|b?oft_|vera_lambda|base_layer\.|prompt_embeddings$)")
 _OTHER_FORMATS = {
     ".h5": "TensorFlow's weights",
     ".msgpack": "Flax's weights",
@@ -72,11 +73,13 @@ def read_weights(path: Path) -> Tensors:
         path: a file, or an index (``*.index.json``) of shards.
 
     Raises:
-        BackboneError: it holds no weights, or not whole, or quantised ones, or code.
+        BackboneError: it holds no weights, or not whole, or quantised ones, or an adapter's, or code.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     tensors = _read_file(path)
+    if any(_ADAPTERS.search(name) for name in tensors):
+        raise adapter_alone(path)
     for name, value in tensors.items():
         if _QUANTISED.search(name) or (value.is_floating_point() and value.dtype not in _FLOATS):
             found = str(value.dtype).removeprefix("torch.")
@@ -85,6 +88,31 @@ def read_weights(path: Path) -> Tensors:
                 "features are the model's own: get the weights before they were quantised"
             )
     return tensors
+
+
+class _Adapter(Foreign):
+    """``adapter_config.json`` of PEFT."""
+
+    base_model_name_or_path: str | None = None
+
+
+def adapter_alone(path: Path) -> BackboneError:
+    """What to say of weights that only change a model's: their base model, and the lines that merge the two."""
+    folder = path if path.is_dir() else path.parent
+    config = folder / "adapter_config.json"
+    stated = checked(read_json(config), _Adapter, config) if config.is_file() else _Adapter()
+    base = stated.base_model_name_or_path
+    of = f" of {base}" if base else ""
+    lacking = "" if base else ", and no adapter_config.json beside it names its base model (BASE)"
+    base = base or "BASE"
+    return BackboneError(
+        f"{path}: a PEFT adapter{of}, not a whole model{lacking}; expected the two merged. Where both are, these lines "
+        "do it:\n"
+        "  from peft import PeftModel; from transformers import AutoModel, AutoProcessor\n"
+        f"  PeftModel.from_pretrained(AutoModel.from_pretrained({base!r}), {str(folder)!r}).merge_and_unload()"
+        ".save_pretrained('merged')\n"
+        f"  AutoProcessor.from_pretrained({base!r}).save_pretrained('merged')"
+    )
 
 
 def is_archive(path: Path) -> bool:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from secure_fed import configs
-from secure_fed.clients.data import image_files
+from secure_fed.clients.data import UNLABELLED, class_folders, image_files
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.rules import UndecodableError
-from secure_fed.core.errors import BackboneError, DataError
-from secure_fed.model.backbone import LoadedBackbone, refuse_damaged
-from secure_fed.model.backbone_form import named, read_form
-from secure_fed.model.backbone_store import ENTRY, entries, read_entry, store_folder
+from secure_fed.core.errors import BackboneError, DataError, fault_lines
+from secure_fed.model.backbone import LoadedBackbone, load_given
+from secure_fed.model.backbone_store import entries, store_folder
+from secure_fed.model.library import fetch_elsewhere, known_to_hubs
 from secure_fed.model.model_config import OURS
 from secure_fed.model.network import Form, build
 
@@ -52,16 +52,21 @@ def check_backbone(
         text: likewise.
 
     Returns:
-        A JSON document; ``zero_shot`` is None without images, else ``chance``, ``images``, ``correct`` (share by way of
-        preparing and computing; None for what this model cannot do) and ``hint``.
+        A JSON document; ``zero_shot`` is None without images, else ``chance``, ``images`` (their number),
+        ``unreadable`` (with reasons), ``correct`` (share by way of preparing and computing; None for what this model
+        cannot do) and ``hint``.
 
     Raises:
         BackboneError: there is none of that name, or it cannot be used.
-        DataError: no classes with images in the folder.
+        DataError: the folder has no two classes with images, or none of a class can be read.
     """
-    form, source = _find(name, model, activation, text)
-    loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})")
-    refuse_damaged(form.weights.parent, loaded)
+    if not name.strip():
+        raise BackboneError("the name is empty; expected a path, or a model, digest or id of secfacmic backbone list")
+    path = Path(name)
+    if not path.exists():
+        path = _of_name(name)
+    loaded, _, _ = load_given(path, model, activation, text)
+    form = loaded.form
     noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
     start = time.perf_counter()
     loaded.encode_images([Image.fromarray(one) for one in noise[: max(1, min(4, loaded.batch))]] * (loaded.batch // 4))
@@ -91,46 +96,54 @@ def check_backbone(
     return report
 
 
-def _find(name: str, model: str | None, activation: str | None, text: Path | None) -> tuple[Form, str]:
-    path = Path(name)
-    if not path.exists():
-        known = entries(store_folder())
-        found = [
-            folder
-            for folder, entry in known.items()
-            if entry.model == name or (len(name) >= 6 and (entry.id.startswith(name) or entry.digest.startswith(name)))
-        ]
-        packaged = configs.MODELS / f"{name.removesuffix('.safetensors')}.safetensors"
-        if not found and packaged.is_file():
-            return read_form(packaged, packaged.stem, seeded=True), packaged.name
-        if len(found) != 1:
-            raise BackboneError(
-                f"{name}: no such file or folder, and {len(found)} backbones of that name in {store_folder()}; "
-                "expected one: name a path, or the id that secfacmic backbone list shows"
-            )
-        path = found[0]
-    if (path / ENTRY).is_file():
-        entry = read_entry(path)
-        form = read_form(path, entry.model)
-        form.licence = form.licence or entry.licence
-        return form, path.name[:12]
-    model, tag = named(model, path)
-    return read_form(path, model, tag, activation, text), path.name
+def _of_name(name: str) -> Path:
+    """The backbone of the store, or of those that come along, that a name means."""
+    found = [
+        folder
+        for folder, entry in entries(store_folder()).items()
+        if name in (entry.model, f"{entry.model}:{entry.tag}")
+        or (len(name) >= 6 and (entry.id.startswith(name) or entry.digest.startswith(name)))
+    ]
+    packaged = configs.MODELS / f"{name.removesuffix('.safetensors')}.safetensors"
+    if not found and packaged.is_file():
+        return packaged
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise BackboneError(
+            f"{name}: {len(found)} backbones in {store_folder()} ({', '.join(path.name[:12] for path in found)}); "
+            "expected one: name its id, as secfacmic backbone list shows it"
+        )
+    elsewhere = f"; run {fetch_elsewhere(name)}" if known_to_hubs(name) else ""
+    raise BackboneError(
+        f"{name}: no such file or folder, and no backbone of that name in {store_folder()}; expected a path, or a "
+        f"model, digest or id that secfacmic backbone list shows{elsewhere}"
+    )
 
 
 def _zero_shot(loaded: LoadedBackbone, folder: Path) -> dict[str, Any]:
-    classes = sorted(one.name for one in folder.iterdir() if one.is_dir()) if folder.is_dir() else []
+    classes = [name for name in class_folders(folder) if name != UNLABELLED] if folder.is_dir() else []
     pictures: list[Image.Image] = []
     labels: list[int] = []
+    unreadable: list[str] = []
     for label, name in enumerate(classes):
         for path in sorted(image_files(folder / name))[:PER_CLASS]:
             try:
                 pictures.append(decode(path.read_bytes(), None))
                 labels.append(label)
-            except (UndecodableError, OSError):
-                continue
-    if len(set(labels)) < 2:
-        raise DataError(f"{folder}: {len(set(labels))} classes with images; expected a folder of images for each class")
+            except (UndecodableError, OSError) as error:
+                unreadable.append(f"{path.relative_to(folder)}: {error}")
+    lacking = sorted(set(range(len(classes))) - set(labels))
+    if lacking or len(classes) < 2:
+        found = (
+            f"none of the images of {', '.join(classes[label] for label in lacking)} can be read"
+            if lacking
+            else f"{len(classes)} classes with images"
+        )
+        raise DataError(
+            f"{folder}: {found}; expected two or more folders, each with images of one class that can be read"
+            f"{fault_lines(unreadable)}"
+        )
     prompts = [f"an image of {name.replace('_', ' ')}" for name in classes]
     form, truth = loaded.form, np.array(labels)
     correct: dict[str, float | None] = {"as it is": _share(loaded, pictures, prompts, truth)}
@@ -143,6 +156,8 @@ def _zero_shot(loaded: LoadedBackbone, folder: Path) -> dict[str, Any]:
     better = {way: share for way, share in correct.items() if share is not None and share > usual + _BETTER}
     chance = 1 / len(classes)
     hint = f"{len(pictures)} images of {len(classes)} classes, chance {100 * chance:.1f} %: "
+    if unreadable:
+        hint = f"{len(unreadable)} images cannot be read and are left out; {hint}"
     if better:
         hint += "better with " + ", ".join(
             f"{way} (+{100 * (share - usual):.0f} points)" for way, share in better.items()
@@ -152,7 +167,7 @@ def _zero_shot(loaded: LoadedBackbone, folder: Path) -> dict[str, Any]:
         hint += "no other way is clearly better"
     if usual < chance + _BETTER:
         hint += "; and it does no better than chance: other prompts, another backbone, or not this task"
-    return {"chance": chance, "images": len(pictures), "correct": correct, "hint": hint}
+    return {"chance": chance, "images": len(pictures), "unreadable": unreadable, "correct": correct, "hint": hint}
 
 
 def _others(form: Form, activation: str) -> dict[str, Form | None]:

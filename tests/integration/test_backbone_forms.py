@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_from_the_folder_to_the_last_prediction_nobody_is_asked(
 
 
 def test_what_is_missing_is_said_without_asking_and_with_the_command_that_fetches_it(
-    tmp_path: Path, asked: list[Any], secfacmic: Run
+    tmp_path: Path, asked: list[Any], secfacmic: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bert_folder(tmp_path / "carried")
     code, _, errors = secfacmic("backbone", "add", tmp_path / "carried")
@@ -117,6 +118,7 @@ def test_what_is_missing_is_said_without_asking_and_with_the_command_that_fetche
     assert "--text" in errors
     assert "hf download" in errors
     assert asked[0].read_text() == ""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's library tries again, later each time
     with pytest.raises(BackboneError, match="secfacmic backbone fetch hf-hub:fake/gone --to DIR"):
         load_backbone(Backbone(model="hf-hub:fake/gone", weights="pretrained"), None)
 

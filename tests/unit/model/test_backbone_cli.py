@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError, OutputError, StudyError
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import simulate
-from secure_fed.model import backbone_store
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add, fetch
 from secure_fed.operate.new_study import new_study
@@ -40,18 +38,6 @@ MEDICAL = {
     "monet": "suinleelab/monet",
     "medsiglip_448": "google/medsiglip-448",
 }
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store of this test's own, and no network."""
-
-    def no_network(*_: Any) -> None:
-        raise AssertionError("a connection was tried")
-
-    monkeypatch.setattr(socket.socket, "connect", no_network)
-    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "store"))
-    return tmp_path / "store"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +95,7 @@ def test_what_does_not_load_is_not_kept(forms: dict[str, Path], store: Path, tmp
         (forms["open_clip.pt"], "hf-hub:a/b", "more than its weights"),
         (tmp_path / "text.pt", QUICK, "not loaded"),
         (tmp_path / "absent.pt", QUICK, "no such file"),
-        (tmp_path, None, "no open_clip_config.json and no config.json"),
+        (tmp_path, None, "neither safetensors nor PyTorch's"),
     ):
         with pytest.raises(BackboneError, match=says):
             add(path, model)
@@ -198,6 +184,8 @@ def test_a_tag_is_fetched_carried_over_and_found(
     assert secfacmic("backbone", "add", folder)[0] == 0
     shutil.rmtree(folder)
     assert load_backbone(wanted, None).digest == digest
+    for name in (tag, QUICK):
+        assert json.loads(secfacmic("backbone", "check", name, "--json")[1])["digest"] == digest
 
 
 def test_a_folder_damaged_on_the_way_is_refused(tag: str, tmp_path: Path, store: Path) -> None:

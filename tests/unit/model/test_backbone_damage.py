@@ -24,12 +24,6 @@ torch.set_num_threads(1)
 NAME = "hf-hub:fake/clip"
 
 
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "store"))
-    return tmp_path / "store"
-
-
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     clip_folder(tmp_path / "clip")

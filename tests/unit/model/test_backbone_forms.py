@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
-from secure_fed.model import backbone_store, text_model
+from secure_fed.model import text_model
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.model.library import twin
@@ -33,19 +32,6 @@ TEXTS = ["a head with a mass", "An  x-ray, without MASS!", "the head", "mass " *
 WORDS = ["a", "an", "head", "mass", "with", "without", "x", "ray", "the", "-", ",", "!"]
 SHAPES = [(50, 70), (71, 50), (33, 32), (32, 32), (47, 32), (200, 61), (64, 101)]
 """Of images, height and width; among them odd margins, which two libraries cut differently."""
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store of this test's own, and no network."""
-
-    def no_network(*_: Any) -> None:
-        raise AssertionError("a connection was tried")
-
-    monkeypatch.setattr(socket.socket, "connect", no_network)
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "store"))
-    return tmp_path / "store"
 
 
 def pictures() -> list[Image.Image]:

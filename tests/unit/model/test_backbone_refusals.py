@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import shutil
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,19 +30,6 @@ torch.set_num_threads(1)
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 2100000\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store of this test's own, and no network."""
-
-    def no_network(*_: Any) -> None:
-        raise AssertionError("a connection was tried")
-
-    monkeypatch.setattr(socket.socket, "connect", no_network)
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "store"))
-    return tmp_path / "store"
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +226,80 @@ def test_a_name_that_a_folder_does_not_bear_is_refused(whole: Path, store: Path,
             code, _, errors = secfacmic("backbone", command, whole / "clip", "--model", name)
             assert (code, says in errors) == (30, True), errors
     assert not list(store.glob("*"))
+
+
+def test_a_folder_without_a_configuration_names_the_candidates(tmp_path: Path) -> None:
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    for model in (None, "hf-hub:a/b"):
+        with pytest.raises(BackboneError, match=r"no config.json.*checkpoint of random-small, whose shapes it has"):
+            add(tmp_path, model)
+
+
+def test_a_folder_around_a_model_is_no_half_copied_one(whole: Path, tmp_path: Path, store: Path) -> None:
+    def says(path: Path, *found: str) -> None:
+        with pytest.raises(BackboneError) as refused:
+            add(path, None)
+        text = str(refused.value)
+        assert f"in {len(found)} folders below it" in text, text
+        assert all(one in text for one in found[:5]), text
+        assert "name that one" in text
+        assert not store.exists()
+
+    says(whole, "bert", "clip", "pieces", "siglip")
+    home = tmp_path / "huggingface"
+    shutil.copytree(whole / "clip", home / "hub/models--a--b/snapshots/0123")
+    (home / "hub/models--a--b/blobs").mkdir()
+    (home / "hub/.locks/models--a--b").mkdir(parents=True)
+    says(home, "hub/models--a--b")
+    says(home / "hub", "models--a--b")
+    says(home / "hub/models--a--b/snapshots", "0123")
+    assert add(home / "hub/models--a--b", None)[1].form.model == "hf-hub:a/b"
+    shutil.rmtree(store)
+    (tmp_path / "adapters/default").mkdir(parents=True)
+    (tmp_path / "adapters/default/adapter_config.json").write_text("{}")
+    says(tmp_path / "adapters", "default")
+    for number in range(7):
+        shutil.copytree(whole / "pieces", tmp_path / f"many/{number}")
+    says(tmp_path / "many", *"0123456")
+    (tmp_path / "stick/lost+found").mkdir(parents=True)
+    (tmp_path / "stick/readme.txt").write_text("nothing")
+    with pytest.raises(BackboneError, match="no weights in it; the folder is half copied"):
+        add(tmp_path / "stick", None)
+
+
+def test_a_folder_of_its_own_beside_a_model_does_not_hide_it(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    shutil.copytree(whole / "siglip", tmp_path / "clip/checkpoint-500")
+    assert add(tmp_path / "clip", None)[1].form.kind.endswith("clip")
+
+
+@pytest.mark.parametrize("name", ["a.lora_A.weight", "a.lora_B.default.weight", "a.base_layer.weight", "a.ia3_l"])
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "tuned.pt", "model.safetensors"])
+def test_an_adapter_of_peft_is_known_without_its_configuration(
+    name: str, stated: bool, file: str, whole: Path, tmp_path: Path, store: Path
+) -> None:
+    tensors = {f"base_model.model.{name}": torch.ones(2, 2)}
+    (tmp_path / "tuned").mkdir()
+    path = tmp_path / "tuned" / file
+    torch.save(tensors, path) if path.suffix == ".pt" else safetensors.torch.save_file(tensors, path)
+    if stated:
+        (tmp_path / "tuned/adapter_config.json").write_text('{"base_model_name_or_path": "vinid/plip"}')
+    whole_folder = tmp_path / "beside"
+    shutil.copytree(whole / "clip", whole_folder)
+    shutil.copy(path, whole_folder / file)
+    given = [(path, None), (path, "random-small"), (tmp_path / "tuned", None), (tmp_path / "tuned", "random-small")]
+    if file != "tuned.pt":  # a second checkpoint that differs is refused as such
+        given.append((whole_folder, None))
+    for place, model in given:
+        with pytest.raises(BackboneError) as refused:
+            add(place, model)
+        text = str(refused.value)
+        expected = "of vinid/plip" if stated and place != whole_folder else "names its base model (BASE)"
+        assert "a PEFT adapter" in text, text
+        assert expected in text, text
+        assert "merge_and_unload" in text
+    assert not store.exists()
 
 
 def test_a_text_model_that_nothing_takes_is_refused(whole: Path, tmp_path: Path, store: Path) -> None:
