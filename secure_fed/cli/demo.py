@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, out, print_json
-from secure_fed.cli.simulate import budget_of, live, print_results
+from secure_fed.cli.simulate import as_played, budget_of, live, print_results
 from secure_fed.cli.study import Mode, Seed, template
 from secure_fed.core.layout import ADAPTER, SUMMARY
 from secure_fed.operate.summary import StudySummary, parse_summary
@@ -48,8 +48,10 @@ def demo(
 
     if sites is not None:
         chosen = with_sites(chosen, sites)
+    budget = budget_of(epsilon, delta)
+    chosen = as_played(chosen, budget, data)
     if prepare is not None:
-        agreed = prepare_federation(chosen, prepare, data, budget=budget_of(epsilon, delta))
+        agreed = prepare_federation(chosen, prepare, data, budget=budget)
         commands = [
             f"secfacmic server --study {prepare}/study.toml --mode {agreed.study.mode} --state {prepare}/server",
             *(f"secfacmic client --site {prepare}/sites/{site.name}/site.toml" for site in agreed.study.sites),
@@ -62,7 +64,7 @@ def demo(
             out.print(f"  {command}", highlight=False, soft_wrap=True)
         return
     with live() as listener:
-        summary = run_demo(chosen, into, data, listener, budget_of(epsilon, delta), device)
+        summary = run_demo(chosen, into, data, listener, budget, device)
     if json_:
         print_json(summary)
         return

@@ -20,6 +20,7 @@ from secure_fed.core.layout import ADAPTER, SUMMARY
 from secure_fed.lab.run_log import Log, refuse_missing, write_logs
 from secure_fed.model.scores import SCALARS
 from secure_fed.operate.summary import METHODS, Result, StudySummary, parse_summary
+from secure_fed.protocol.study import Template
 
 Logs = Annotated[
     list[Log] | None,
@@ -48,6 +49,7 @@ def simulate(
 
     refuse_missing(logs or ())
     budget = budget_of(epsilon, delta)
+    chosen = as_played(chosen, budget, data)
     with live() as listener:
         summary = run(chosen, into, data, listener, skip_unreadable=skip_unreadable, budget=budget, device=device)
     found = parse_summary(summary, StudySummary, str(into / SUMMARY))
@@ -77,6 +79,18 @@ def budget_of(epsilon: float | None, delta: float | None) -> Any:
     checked = parse_table(content, SitePrivacy, SiteFileError, "--epsilon, --delta")
     logging.getLogger("secure_fed.clients.private_round").setLevel(logging.INFO)
     return Budget(checked.epsilon, checked.delta)
+
+
+def as_played(chosen: Template, budget: Any, data: Path | None) -> Template:
+    """What is played under the budget, if there is one; an advice that it follows is told on stderr."""
+    if chosen.simulation is None:
+        return chosen
+    from secure_fed.lab.simulation import under_budget
+
+    played, advice = under_budget(chosen, budget, data)
+    if advice is not None:
+        console.print(f"method: {advice.words}", markup=False, highlight=False, soft_wrap=True)
+    return played
 
 
 def print_results(summary: StudySummary) -> None:

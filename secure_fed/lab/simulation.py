@@ -35,13 +35,16 @@ from secure_fed.core.errors import (
 from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, ServerState
 from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.core.tomlfile import read_toml, write_toml
-from secure_fed.lab.phantoms import PhantomSite, make_phantoms
+from secure_fed.lab.phantoms import SPLIT_SHARES, PhantomSite, make_phantoms
 from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters
 from secure_fed.model.device import DeviceChoice, describe_device
 from secure_fed.model.evaluation import Predictions, mean, metrics, pool
+from secure_fed.model.public_statistics import has_packaged_statistics
 from secure_fed.model.scores import Scores
+from secure_fed.operate.advice import Advice, advise, as_advised, smallest
 from secure_fed.operate.anomaly_figures import anomaly_figures
+from secure_fed.operate.folders import look_at
 from secure_fed.operate.new_study import RANDOM_CHECKPOINT, SERVER, new_study
 from secure_fed.operate.overlaps import Held, overlaps
 from secure_fed.operate.sum_figures import one_sum_figures
@@ -312,6 +315,36 @@ def prepare(
         _set_budgets(agreed, plan, out, budget)
     _accept(agreed, out)
     return agreed
+
+
+def under_budget(template: Template, budget: Budget | None, data: Path | None = None) -> tuple[Template, Advice | None]:
+    """What is played under a budget: the method that is advised, if the template's ``[simulation]`` leaves it to that.
+
+    Args:
+        template: with a ``[simulation]`` table.
+        budget: privacy budget of each site, if there is one.
+        data: folder of the sites' data, public or simulated; without it the template's phantoms.
+
+    Returns:
+        The template to play, and the advice that it follows, if any.
+
+    Raises:
+        SecfacmicError: a site's folder has no images that train.
+    """
+    plan = template.plan
+    if budget is None or not plan.advised:
+        return template, None
+    training = {site.name for site in template.sites if site.role == "train"}
+    folders = {site.folder for site in plan.sites if site.name in training}
+    if data is None:
+        share = SPLIT_SHARES["train"]
+        patients = min(
+            round(group.patients * (1 - group.unlabelled) * share) for group in plan.phantoms if group.name in folders
+        )
+    else:
+        patients = smallest([look_at(data / folder) for folder in sorted(folders)], plan.shares)
+    advice = advise(budget.epsilon, patients, public=has_packaged_statistics(template.backbone.model))
+    return as_advised(template, advice, budget.delta), advice
 
 
 def plan_of(template: Template, out: Path, data: Path | None) -> Simulation:

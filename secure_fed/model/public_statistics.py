@@ -123,9 +123,18 @@ class PublicStatistics:
         return cls(*parts)
 
 
+def _packaged(model: str) -> Path:
+    return configs.MODELS / f"{model}.statistics.safetensors"
+
+
+def has_packaged_statistics(model: str) -> bool:
+    """Whether statistics come with a backbone of this name."""
+    return _packaged(model).is_file()
+
+
 def packaged_statistics(model: str, backbone: str) -> PublicStatistics | None:
     """Those that come with a packaged backbone; None if there are none for weights of this digest."""
-    path = configs.MODELS / f"{model}.statistics.safetensors"
+    path = _packaged(model)
     if not path.is_file():
         return None
     try:

@@ -20,16 +20,26 @@ from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.manifest import read_table
 from secure_fed.core.errors import StudyError
 from secure_fed.core.tomlfile import parse_toml
+from secure_fed.model.public_statistics import has_packaged_statistics
+from secure_fed.operate.advice import advise, noise_room, smallest
 from secure_fed.operate.folders import Folder, compare, look_at
 from secure_fed.operate.overlaps import Overlaps
 from secure_fed.protocol.packing import MIN_LANES, lane_parameters, largest_bits, usual_bits
-from secure_fed.protocol.study import MIN_SITES_HE, Template
+from secure_fed.protocol.study import MIN_SITES_HE, PrivateTraining, Shares, Template
 
 LEAST_SUMMED = 30
 """Training patients of a class, over all sites, from which on a head of class statistics is advised."""
 
 SUM_BITS = 18
 """Width of the statistics' values, of which nothing must be lost."""
+
+SHARES = Shares(train=0.6, val=0.1, test=0.2, unlabelled=0.1)
+"""Of a folder that does not say so itself."""
+
+BACKBONE = "mini-clip"
+ROUNDS = 10
+USUAL_BOUND = 0.5
+DELTA = 1e-5
 
 SITES = 4
 """Sites that one folder is split into, unless told otherwise: three train, one is held out."""
@@ -64,6 +74,7 @@ class _Method:
     why: str
     rounds: int
     bits: int
+    bound: float
     tables: str
 
 
@@ -103,6 +114,7 @@ def draft_study(
         names, common, data = list(split), None, folder.path.resolve()
         places: dict[str, tuple[str, Sequence[str]]] = {site: (".", split[site]) for site in names}
         folders = [folder]
+        smallest_site = smallest(folders, SHARES) // len(names)
         observers = names[-1:] if len(names) > MIN_SITES_HE else []
     else:
         if partition is not None or sites is not None:
@@ -117,6 +129,9 @@ def draft_study(
         observers = names[len(paths) :] or (names[-1:] if len(names) > MIN_SITES_HE else [])
         if observers and not held_out:
             told.append(f"{observers[0]} is held out, to test on; name others with --held-out, if it is to train")
+        smallest_site = smallest(
+            [folder for name, folder in zip(names, folders, strict=True) if name not in observers] or folders, SHARES
+        )
     training = [site for site in names if site not in observers]
     if len(training) < MIN_SITES_HE:
         raise StudyError(
@@ -127,7 +142,7 @@ def draft_study(
     classes = sorted({label for folder in folders for label in folder.classes})
     if len(classes) < 2:
         raise StudyError(f"one class, {classes[0]!r}, in all of these folders; expected two at least")
-    text = _text(name, folders, classes, places, training, observers, epsilon, data)
+    text = _text(name, folders, classes, places, training, observers, epsilon, smallest_site, data)
     return Draft(text, data, parse_toml(text, Template, StudyError, "the draft"), common, told)
 
 
@@ -247,8 +262,10 @@ def _drawn(
 # --- the text ---
 
 
-def _advice(folders: Sequence[Folder], classes: Sequence[str], count: int, epsilon: float | None) -> _Method:
-    """The method, by sizes and budget; docs/facmic.md and docs/results have the figures behind it."""
+def _advice(
+    folders: Sequence[Folder], classes: Sequence[str], count: int, epsilon: float | None, smallest_site: int
+) -> _Method:
+    """The method, by sizes and budget; docs/facmic.md, docs/privacy.md and docs/results have the figures behind it."""
     patients = {name: sum(folder.patients[name] for folder in folders) for name in classes}
     rarest = min(patients, key=lambda name: patients[name])
     most = max(len({patient for _, patient in folder.labelled}) for folder in folders)
@@ -258,23 +275,25 @@ def _advice(folders: Sequence[Folder], classes: Sequence[str], count: int, epsil
             "head that is solved and not trained; it needs no good prompts, and sends least",
             2,
             min(SUM_BITS, largest_bits(count, MIN_LANES)),
+            1.0,
             f'[method]\nadapter = "gaussian_head"\nmost_patients = {max(1000, 1000 * -(-2 * most // 1000))}\n\n'
             "# Of the baseline that each site trains alone, for comparison.\n"
             "[training]\nsteps = 250\nlearning_rate = 1e-3\nbatch_size = 32\n",
         )
-    why = (
-        f"FACMIC's gate, ten rounds: with {patients[rarest]} patients of the rarest class, {rarest}, statistics would "
-        "be mostly noise, while training starts from what the prompts say: review these"
-        if epsilon is None
-        else f"a head that starts at the prompts, trained under noise: epsilon {epsilon:g} is shared by few rounds"
-    )
-    adapter = 'adapter = "facmic"\nnorm = "layer"' if epsilon is None else 'adapter = "text_head"'
+    training = "[training]\nsteps = 50\nlearning_rate = 1e-3\nbatch_size = 32\n"
+    if epsilon is not None:
+        advice = advise(epsilon, smallest_site, public=has_packaged_statistics(BACKBONE))
+        bound = max(USUAL_BOUND, noise_room(PrivateTraining(), ROUNDS, advice, DELTA))
+        return _Method(
+            advice.words, ROUNDS, usual_bits(count, MIN_LANES), bound, f"{tomli_w.dumps(advice.tables)}\n{training}"
+        )
     return _Method(
-        why,
-        10,
+        f"FACMIC's gate, ten rounds: with {patients[rarest]} patients of the rarest class, {rarest}, statistics would "
+        "be mostly noise, while training starts from what the prompts say: review these",
+        ROUNDS,
         usual_bits(count, MIN_LANES),
-        f'[method]\n{adapter}\nloss = "class_prompt"\n\n'
-        "[training]\nsteps = 50\nlearning_rate = 1e-3\nbatch_size = 32\n",
+        USUAL_BOUND,
+        f'[method]\nadapter = "facmic"\nnorm = "layer"\nloss = "class_prompt"\n\n{training}',
     )
 
 
@@ -286,10 +305,11 @@ def _text(
     training: Sequence[str],
     observers: Sequence[str],
     epsilon: float | None,
+    smallest_site: int,
     data: Path,
 ) -> str:
     count = 1 << (len(training) - 1).bit_length()
-    method = _advice(folders, classes, count, epsilon)
+    method = _advice(folders, classes, count, epsilon, smallest_site)
     lanes = lane_parameters(count, method.bits, None, 1)
     unit = "patient" if all(folder.unit == "patient" for folder in folders) else "image"
     split = all(folder.has_splits for folder in folders)
@@ -315,12 +335,12 @@ def _text(
         "# The small CLIP that comes with secfacmic. For photographs or radiographs take a larger one: secfacmic study",
         "# list names templates with such, docs/backbones.md says how to get their weights.",
         "[backbone]",
-        *_pairs(model="mini-clip", weights="file", file="mini-clip.safetensors"),
+        *_pairs(model=BACKBONE, weights="file", file=f"{BACKBONE}.safetensors"),
         "",
         *_wrapped(f"Advised: {method.why}. What else there is: docs/facmic.md; secfacmic sweep compares."),
         method.tables,
         "[encoding]",
-        *_pairs(bits=method.bits, value_bound=1.0 if method.rounds == 2 else 0.5),
+        *_pairs(bits=method.bits, value_bound=method.bound),
         "",
     ]
     for site in (*training, *observers):
@@ -337,7 +357,7 @@ def _text(
         lines += [
             "# How the folders without a split column are split: drawn by the study's seed, patient by patient.",
             "[simulation.shares]",
-            *_pairs(train=0.6, val=0.1, test=0.2, unlabelled=0.1),
+            *_pairs(**SHARES.model_dump()),
             "",
         ]
     for site in (*training, *observers):

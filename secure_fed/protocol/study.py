@@ -541,6 +541,8 @@ class Simulation(FileModel):
         masks: whether masks of their lesions are written beside them, by which heat maps are judged.
         shared: whether sites may have one folder, or one inside another's. Then one site trains on what another is
             tested on, so that figures say nothing of new patients; right for measuring speed.
+        advised: whether, under a budget on the command line, the sites train by the method that is advised for it and
+            their size (docs/privacy.md) instead of the one above.
     """
 
     kind: Literal["public", "simulated"]
@@ -551,6 +553,7 @@ class Simulation(FileModel):
     phantom_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     masks: bool = False
     shared: bool = False
+    advised: bool = False
 
     def refuse_shared(self, data: Path) -> None:
         """Refuse two sites on one folder, or one site's folder inside another's, unless the table says ``shared``.
