@@ -46,6 +46,14 @@ def new(
             help="Folder of public images, or statistics of such, for features.basis; by default the backbone's own."
         ),
     ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=100, help="The budget of each site: take the method that is advised for it."),
+    ] = None,
+    patients: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --epsilon: about how many training patients the smallest site has, declared."),
+    ] = None,
 ) -> None:
     """Make a study of a template: coordinator's key, initial adapter, prompt features, digests."""
     chosen = template(study, seed, mode)  # before anything that takes long to load
@@ -53,6 +61,16 @@ def new(
     from secure_fed.operate.new_study import new_study, update_size
     from secure_fed.privacy.keys import read_public_identity
 
+    if (epsilon is None) != (patients is None):
+        raise typer.BadParameter("--epsilon and --patients go together: the method hangs on both")
+    if epsilon is not None and patients is not None:
+        from secure_fed.model.public_statistics import has_packaged_statistics
+        from secure_fed.operate.advice import DELTA, advise, as_advised
+
+        there = public is not None or has_packaged_statistics(chosen.backbone.model)
+        advice = advise(epsilon, patients, public=there)
+        chosen = as_advised(chosen, advice, DELTA)
+        out.print(f"method: {advice.words}", markup=False, highlight=False, soft_wrap=True)
     members = [read_public_identity(path) for path in site or []]
     made, backbone = new_study(chosen, members, into, checkpoint, public)
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
@@ -165,6 +183,7 @@ def show(
         ("backbone", f"{found.backbone.model}, {found.backbone.weights}, digest {found.backbone.digest or 'not set'}"),
         ("method", f"{method.adapter}, norm {method.norm}, loss {method.loss}, domain term: {method.domain_term}"),
         ("head", "one at each site, never shared" if method.private_head else "none of a site's own"),
+        *((("coordinates", found.features.origin),) if found.features.origin else ()),
         ("aggregation", f"{found.aggregation.rule}, learning rate {found.aggregation.learning_rate:g}"),
         (
             "rounds",

@@ -6,6 +6,7 @@ was trained on; of other backbones ``study new --public`` computes them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,12 +51,14 @@ class PublicStatistics:
         axes: float64 [m, d], orthonormal, those of the most spread within the sources first.
         deviations: float64 [m], standard deviation along each.
         spread: float64 [d], root mean square distance from the centre in each of the backbone's own coordinates.
+        digest: SHA-256 of the file that they were read from, 64 hex digits; empty if from none.
     """
 
     centre: NDArray[np.float64]
     axes: NDArray[np.float64]
     deviations: NDArray[np.float64]
     spread: NDArray[np.float64]
+    digest: str = ""
 
     @classmethod
     def of(cls, sources: Sequence[NDArray[np.float32]]) -> PublicStatistics:
@@ -99,6 +102,7 @@ class PublicStatistics:
             StudyError: they cannot be read, or are of another backbone, or of images that were seen otherwise.
         """
         try:
+            own = hashlib.sha256(path.read_bytes()).hexdigest()
             with safetensors.safe_open(str(path), "np") as file:
                 metadata = file.metadata() or {}
                 digest, found = metadata.get("backbone", "none"), metadata.get("seen", "")
@@ -120,7 +124,8 @@ class PublicStatistics:
                 f"{path}: statistics of images that were seen by other windows, another background or another release "
                 "than the study's sites will see theirs by; expected the same: give a folder of public images instead"
             )
-        return cls(*parts)
+        centre, axes, deviations, spread = parts
+        return cls(centre, axes, deviations, spread, own)
 
 
 def _packaged(model: str) -> Path:

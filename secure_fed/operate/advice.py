@@ -20,6 +20,9 @@ LARGE = 600
 LARGE_EPSILON = 8.0
 """Budget that the table calls large."""
 
+DELTA = 1e-5
+"""Of a budget that names none."""
+
 USUAL_TRAINING = 0.6
 """Share of labelled patients that train where a plan names none."""
 

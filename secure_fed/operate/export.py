@@ -270,7 +270,8 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
     ]
     if method.one_sum:
         parts += ["## Sets and strangers", _claims_of_cases(file)]
-    parts += ["## Privacy", "\n\n".join(origin.privacy) or _no_claim(origin)]
+    claims = [*(origin.privacy or (_no_claim(origin),)), study.features.origin]
+    parts += ["## Privacy", "\n\n".join(filter(None, claims))]
     parts += ["## Results", _results(origin), "## Calibration", _calibration(file)]
     parts += ["## Use", _use(file, onnx), "## Intended use and limits", _LIMITS]
     return "\n\n".join(parts) + "\n"

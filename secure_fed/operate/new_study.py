@@ -101,11 +101,11 @@ def _make(
     if needs_tower(template.method):
         tokens = backbone.tokenize([entry.prompts[0] for entry in template.classes])
         tower = backbone.text_tower(tokens)
-    statistics = bank = None
+    statistics = source = bank = None
     if template.task == "anomaly":
         bank = memory_start(template, backbone, public)
     else:
-        statistics = _statistics(template, backbone, public, out / PUBLIC)
+        statistics, source = _statistics(template, backbone, public, out / PUBLIC)
     basis, dimensions = None, None
     if uses_basis(template):
         basis = make_basis(template.features, backbone.dim, template.seed, statistics)
@@ -122,6 +122,8 @@ def _make(
         backbone=template.backbone.model_dump(mode="json", exclude_none=True)
         | {"activation": backbone.activation, "digest": backbone.digest, "id": backbone.id},
         encoding=_encoding(template, statistics),
+        features=template.features.model_dump(mode="json", exclude_none=True)
+        | ({} if statistics is None else {"source": source, "digest": statistics.digest}),
         sites=[_with_keys(site, keys.get(site.name)) for site in template.sites],
         coordinator=public_hex(signing),
         initial=hashlib.sha256(tensors).hexdigest(),
@@ -194,23 +196,42 @@ def _noise(rng: np.random.Generator) -> Image.Image:
 
 def _statistics(
     template: Template, backbone: LoadedBackbone, public: Path | None, kept: Path
-) -> PublicStatistics | None:
-    """What a method that uses a basis takes it from; statistics that had to be computed are kept for other studies."""
+) -> tuple[PublicStatistics | None, str | None]:
+    """What a method that uses a basis takes it from, and where that is from.
+
+    Statistics that had to be computed are kept, for other studies and for whoever checks this one.
+
+    Raises:
+        StudyError: they are not those that the template names.
+    """
     if not uses_basis(template):
         if public is not None:
             raise StudyError(
                 f"{public}: public images are for methods that see features in a basis of the study; "
                 f"{template.method.adapter} does not: leave --public out"
             )
-        return None
-    if public is None:
-        return packaged_statistics(template.backbone.model, backbone.digest)
+        return None, None
     rules = Rules.of(template)
-    if not public.is_dir():
-        return PublicStatistics.load(public, backbone.digest, rules.digest.hex())
-    statistics = public_statistics(public, backbone, rules)
-    statistics.save(kept, backbone.digest, rules.digest.hex())
-    return statistics
+    statistics: PublicStatistics | None
+    if public is None:
+        statistics, source = packaged_statistics(template.backbone.model, backbone.digest), "packaged"
+    elif public.is_dir():
+        public_statistics(public, backbone, rules).save(kept, backbone.digest, rules.digest.hex())
+        statistics, source = PublicStatistics.load(kept, backbone.digest, rules.digest.hex()), "images"
+    else:
+        statistics, source = PublicStatistics.load(public, backbone.digest, rules.digest.hex()), "file"
+    _refuse_other(template, "none" if statistics is None else statistics.digest, public)
+    return statistics, source
+
+
+def _refuse_other(study: StudyFile, found: str, where: Path | None) -> None:
+    """Refuse public statistics of another digest than the study or template names."""
+    wanted = study.features.digest
+    if wanted is not None and wanted != found:
+        raise StudyError(
+            f"{where or study.backbone.model}: public statistics of digest {found}, study {study.name} names {wanted} "
+            "(features.digest); expected those: give their file with --public, or take digest out of the template"
+        )
 
 
 def public_statistics(folder: Path, backbone: LoadedBackbone, rules: Rules) -> PublicStatistics:
@@ -248,7 +269,7 @@ def update_size(path: Path, study: StudyFile) -> str:
 
 
 def check_study(path: Path) -> StudyFile:
-    """Check a study file or a template, and the initial state beside it once the study is complete.
+    """Check a study file or a template, and what lies beside it: public statistics, and its initial state.
 
     Raises:
         StudyError: with every error of the file, or what the other file lacks.
@@ -261,6 +282,8 @@ def check_study(path: Path) -> StudyFile:
     faults = [*_refused(lambda: check_method(study.method)), *_refused(lambda: uses_basis(study))]
     if faults:
         raise StudyError(f"{path}: " + "\n  ".join(faults))
+    if study.features.source in ("images", "file") and (kept := path.parent / PUBLIC).exists():
+        _refuse_other(study, hashlib.sha256(kept.read_bytes()).hexdigest(), kept)
     if not study.missing() and path.with_suffix(".safetensors").exists():
         load_study(path)
     return study

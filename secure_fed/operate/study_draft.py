@@ -21,7 +21,7 @@ from secure_fed.clients.manifest import read_table
 from secure_fed.core.errors import StudyError
 from secure_fed.core.tomlfile import parse_toml
 from secure_fed.model.public_statistics import has_packaged_statistics
-from secure_fed.operate.advice import advise, noise_room, smallest
+from secure_fed.operate.advice import DELTA, advise, noise_room, smallest
 from secure_fed.operate.folders import Folder, compare, look_at
 from secure_fed.operate.overlaps import Overlaps
 from secure_fed.protocol.packing import MIN_LANES, lane_parameters, largest_bits, usual_bits
@@ -39,7 +39,6 @@ SHARES = Shares(train=0.6, val=0.1, test=0.2, unlabelled=0.1)
 BACKBONE = "mini-clip"
 ROUNDS = 10
 USUAL_BOUND = 0.5
-DELTA = 1e-5
 
 SITES = 4
 """Sites that one folder is split into, unless told otherwise: three train, one is held out."""

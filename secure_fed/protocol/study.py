@@ -150,10 +150,15 @@ class Features(FileModel):
         basis: ``raw`` (the backbone's own), ``public`` (the directions of most spread of public images) or ``random``
             (drawn from the study's seed; needs no public image).
         dimensions: how many, of ``public`` and ``random``.
+        source: where the statistics of public images are from: ``packaged`` with the backbone, ``images`` that ``study
+            new --public`` was given, or ``file``, statistics that it was given; ``study new`` fills it in.
+        digest: SHA-256 of these statistics, which ``study new`` fills in; a template that names one takes no others.
     """
 
     basis: Literal["raw", "public", "random"] = "raw"
     dimensions: Annotated[int, Field(ge=2, le=4096)] | None = None
+    source: Literal["packaged", "images", "file"] | None = None
+    digest: Hex64 | None = None
 
     model_config = FileModel.model_config | {"validate_default": True}
 
@@ -166,6 +171,21 @@ class Features(FileModel):
         if basis in ("public", "random") and dimensions is None:
             raise ValueError(f'basis = "{basis}" takes some dimensions; expected their number, 128 say')
         return dimensions
+
+    @property
+    def origin(self) -> str:
+        """Where the coordinates come from, in one sentence for whoever reads a claim; empty if nothing was taken."""
+        if self.basis == "random":
+            return f"Features are seen in {self.dimensions} directions drawn from the study's seed, of nobody's images."
+        if self.digest is None:
+            return ""
+        what = "relative to a centre" if self.basis == "raw" else f"in {self.dimensions} directions"
+        whose = {
+            "packaged": "that come with the backbone",
+            "images": "of images that the study's makers declared public",
+            "file": "given as a file that the study's makers declared to be of public images",
+        }[self.source or "file"]
+        return f"Features are seen {what} of public statistics (sha256 {self.digest[:16]}) {whose}: of no site's data."
 
 
 class Method(FileModel):
@@ -1123,6 +1143,8 @@ def as_template(file: StudyFile) -> dict[str, Any]:
         content["backbone"].pop(key)
     for site in content["sites"]:
         site.pop("keys")
+    for key in ("source", "digest"):
+        content["features"].pop(key)
     return content
 
 

@@ -487,7 +487,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
     results.facts[f"Site {file.site}"] = _site_facts(file, role, len(rounds), study, ledger)
     results.commands.append(f"secfacmic client --site {path.name}")
     if ledger is not None and ledger["claim"]:
-        results.claims.append(ledger["claim"])
+        results.claims.append(" ".join(filter(None, (ledger["claim"], study.features.origin))))
     results.local_only |= patients and bool(metrics)
     results.withheld |= withheld
 
@@ -562,6 +562,7 @@ def study_facts(agreed: AgreedStudy, kind: str) -> list[tuple[str, str]]:
         ("Rounds", f"{study.rounds}, at least {study.min_sites} sites each"),
         ("Backbone", f"{study.backbone.model}, frozen, digest {study.backbone.digest[:16]}"),
         ("Method", f"{method.adapter}, loss {method.loss}, domain term: {method.domain_term}"),
+        *((("Coordinates", study.features.origin),) if study.features.origin else ()),
         ("Trained values", f"{values:,}"),
         ("Local training", study.work if method.one_sum else f"{training.steps} steps of {training.batch_size} images, "
                            f"{training.optimizer}, learning rate {training.learning_rate:g}"),

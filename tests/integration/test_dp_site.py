@@ -291,6 +291,32 @@ def test_ten_voids_cost_nothing(private: Federation) -> None:
     assert len(ledger_of(private).events) == 2
 
 
+def test_ten_voids_by_command_cost_nothing(private: Federation) -> None:
+    """As people give a round up: their words by ``site void``, the clients started again after each."""
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    sent, spent = set(), set()
+    for _ in range(10):
+        send_envelopes(coordinator, sites)
+        sent.add(next(private.folder.glob("sites/ash/state/runs/*/outbox/*.noised")).read_bytes())
+        for name in TRAINING:
+            path = private.folder / "sites" / name / "site.toml"
+            command = ["site", "void", "--round", "1", "--site", str(path), "--by", "Dr. Ada"]
+            said = CliRunner().invoke(app, command, catch_exceptions=False)
+            assert "given up by Dr. Ada" in said.output
+        sites = [private.site(name) for name in TRAINING]
+        for site in sites:
+            exchange(coordinator, site)
+        assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+        spent.add((ledger_of(private).epsilon_spent, len(ledger_of(private).events)))
+    assert len(sent) == 1
+    ((epsilon, events),) = spent
+    assert events == 1
+    assert 0 < epsilon < 8.0
+    play(private, sites, coordinator)
+    assert len(ledger_of(private).events) == 2
+
+
 def test_what_happens_to_the_data_during_a_run_shows_in_nothing(
     private: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -61,6 +61,7 @@ MARKED = {
     "data check",
     "ledger link",
     "site results",
+    "doctor",
 }
 """Commands with figures of the site's images that nobody paid for; each says that they are local."""
 
@@ -74,7 +75,6 @@ NO_FIGURES = {
     "audit": "synthetic patients",
     "server": "has no image",
     "explain": "words",
-    "doctor": "says at the site's terminal whether images can be read",
     "ledger verify": "the ledger alone",
     "ledger export": "the ledger alone, as secret as its key",
     "ledger restore": "the ledger alone",
@@ -204,7 +204,12 @@ def test_every_local_figure_says_that_it_is_local(patients: Federation, tmp_path
     checked = run("data", "check", "--site", folder / "site.toml", "--json")
     assert json.loads(checked.stdout)["local"] == LOCAL
     assert LOCAL in run("data", "check", "--site", folder / "site.toml").stdout
+    examined = json.loads(run("doctor", "--site", folder, "--json").stdout)["checks"]
+    (of_images,) = [check["found"] for check in examined if " images of " in check["found"]]
+    assert LOCAL in of_images
     if name == "ash":
+        (of_ledger,) = [check["found"] for check in examined if check["found"].startswith("verifies; epsilon")]
+        assert LOCAL in of_ledger
         assert "local, for this site's own eyes" in run("ledger", "show", folder).stdout
         assert "own eyes" in json.loads(run("ledger", "show", folder, "--json").stdout)["local"]
 
@@ -315,7 +320,7 @@ def test_equal_pictures_under_two_ids_stop_the_start_until_they_are_settled(site
     ash._private.settle({"a": {b"same"}, "b": {b"same", b"own"}}, {})
 
 
-def test_public_statistics_with_another_digest_than_the_studys(tmp_path: Path) -> None:
+def test_public_statistics_of_another_backbone_than_the_studys(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(120, 8)).astype(np.float32)
     PublicStatistics.of([rows]).save(tmp_path / "public.safetensors", "a" * 64)

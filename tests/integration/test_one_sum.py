@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -28,7 +29,7 @@ from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.adapters import build_adapter
 from secure_fed.model.cases import judge, log_distances
 from secure_fed.operate.export import _claims_of_cases
-from secure_fed.operate.new_study import new_study
+from secure_fed.operate.new_study import check_study, new_study
 from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.protocol import aggregation, codec, one_sum
 from secure_fed.protocol.rounds import ReplyCode
@@ -293,6 +294,32 @@ def test_public_images_make_the_basis(secfacmic: Any, images: Path, tmp_path: Pa
     other = study_basis(tmp_path / "again")
     assert other is not None
     assert np.allclose(np.abs(np.sum(basis.axes * other.axes, axis=1)), np.square(basis.axes).sum(axis=1), rtol=1e-2)  # type: ignore[operator]
+
+
+def test_public_statistics_of_another_digest_than_the_studys_are_refused(images: Path, tmp_path: Path) -> None:
+    table = one_sum_template(features={"basis": "public", "dimensions": 8})
+    made, _ = new_study(table, (), tmp_path / "out", public=images)
+    kept = tmp_path / "out" / "public.safetensors"
+    digest = hashlib.sha256(kept.read_bytes()).hexdigest()
+    assert (made.features.source, made.features.digest) == ("images", digest)
+    assert digest[:16] in made.features.origin
+    assert "declared public" in made.features.origin
+    again, _ = new_study(table, (), tmp_path / "again", public=kept)
+    assert (again.features.source, again.features.digest) == ("file", digest)
+    assert not unlike(made, table)
+    # The basis is made of what is kept, to the last bit, so that whoever has the file can make it again.
+    first, second = study_basis(tmp_path / "out"), study_basis(tmp_path / "again")
+    assert np.array_equal(first.axes, second.axes)
+    pinned = one_sum_template(features={"basis": "public", "dimensions": 8, "digest": "a" * 64})
+    with pytest.raises(StudyError, match=rf"digest {digest}, study .* names {'a' * 64}"):
+        new_study(pinned, (), tmp_path / "pinned", public=kept)
+    assert not (tmp_path / "pinned").exists()
+    right = one_sum_template(features={"basis": "public", "dimensions": 8, "digest": digest})
+    new_study(right, (), tmp_path / "right", public=kept)
+    check_study(tmp_path / "out" / "study.toml")
+    kept.write_bytes(kept.read_bytes() + b" ")
+    with pytest.raises(StudyError, match=rf"names {digest}"):
+        check_study(tmp_path / "out" / "study.toml")
 
 
 def test_public_images_are_seen_as_the_sites_will_see_theirs(images: Path, tmp_path: Path) -> None:

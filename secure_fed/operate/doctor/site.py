@@ -107,7 +107,7 @@ def _ledger(file: SiteFile) -> str:
             f"site.toml asks for epsilon {file.privacy.epsilon:g}; the ledger's budget is {budget:g}",
             f"set epsilon = {budget:g} or less: a budget can only be lowered",
         )
-    return f"verifies; epsilon {spent:.3f} of {budget:g} spent"
+    return f"verifies; epsilon {spent:.3f} of {budget:g} spent{_local(file)}"
 
 
 def _formats() -> str:
@@ -143,8 +143,16 @@ def _data(file: SiteFile, agreed: AgreedStudy) -> str:
     if broken and not file.skip_unreadable:
         shown = "\n".join(broken[:10]) + (f"\nand {len(broken) - 10} more" if len(broken) > 10 else "")
         raise Fault(
-            f"{len(broken)} of {len(images)} images cannot be decoded:\n{shown}",
+            f"{len(broken)} of {len(images)} images cannot be decoded{_local(file)}:\n{shown}",
             "replace or remove them, or set skip_unreadable = true in site.toml",
         )
     patients = len({image.patient for image in images})
-    return f"{len(images)} images of {patients} {file.data.unit}s" + (f", {len(broken)} left out" if broken else "")
+    left_out = f", {len(broken)} left out" if broken else ""
+    return f"{len(images)} images of {patients} {file.data.unit}s{left_out}{_local(file)}"
+
+
+def _local(file: SiteFile) -> str:
+    """What is said of a figure of patients that no budget has paid for."""
+    from secure_fed.clients.budget import LOCAL, unpaid
+
+    return f" ({LOCAL})" if unpaid(file) else ""

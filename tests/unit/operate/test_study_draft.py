@@ -73,6 +73,8 @@ def test_the_method_hangs_on_sizes_and_budget(own: Path, monkeypatch: pytest.Mon
     assert draft_study(folders(own), "x").template.method.adapter == "gaussian_head"
     private = draft_study(folders(own), "x", epsilon=3.0)
     assert private.template.method.adapter == "text_head"
+    assert (private.template.features.basis, private.template.features.dimensions) == ("public", 32)
+    assert private.template.aggregation.iterates == "mean"
     assert "epsilon 3" in private.text
 
 

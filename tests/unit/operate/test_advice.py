@@ -1,0 +1,89 @@
+"""Which method belongs to which budget and size: one table, from which studies and the demo take it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from secure_fed.cli import app
+from secure_fed.core.tomlfile import write_toml
+from secure_fed.lab.simulation import Budget, under_budget
+from secure_fed.operate.advice import advise, as_advised
+from secure_fed.privacy.accounting import mu_squared_of
+from secure_fed.protocol.study import read_study_file, read_template, with_fields
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "patients", "public", "dimensions"),
+    [(8, 40, True, 32), (1, 200, True, 32), (8, 599, True, 32), (3, 600, True, 32), (8, 600, True, 64),
+     (3, 5000, True, 32), (8, 600, False, None)],
+)  # fmt: skip
+def test_dimensions_follow_from_budget_and_size(
+    epsilon: float, patients: int, public: bool, dimensions: int | None
+) -> None:
+    advice = advise(epsilon, patients, public=public)
+    assert advice.dimensions == dimensions
+    assert f"epsilon {epsilon:g}" in advice.words
+    assert str(patients) in advice.words
+    assert ("no statistics of public images" in advice.words) != public
+
+
+def test_where_noise_leaves_nothing_to_learn_the_words_say_so() -> None:
+    assert "or only observe" in advise(3, 199, public=True).words
+    assert "only observe" not in advise(8, 199, public=True).words
+    assert "only observe" not in advise(3, 200, public=True).words
+
+
+def test_the_advised_template_averages_and_its_bound_holds_the_noise() -> None:
+    demo = read_template(Path("demo"))
+    advised = as_advised(demo, advise(8.0, 30, public=True), 1e-5)
+    assert (advised.method.adapter, advised.features.basis, advised.features.dimensions) == ("text_head", "public", 32)
+    assert advised.aggregation.iterates == "mean"
+    noise = 4.0 * 0.5 * math.sqrt(4) * math.sqrt(11 * 4 / mu_squared_of(8.0, 1e-5)) / 30  # a round's deviation
+    assert 4 * noise <= advised.encoding.value_bound <= 4 * noise + 0.1
+    wide = with_fields(demo, encoding={"bits": 11, "value_bound": 9.0})
+    assert as_advised(wide, advise(8.0, 30, public=True), 1e-5).encoding.value_bound == 9.0
+
+
+def test_the_demo_leaves_its_method_to_the_advice_under_a_budget_alone() -> None:
+    demo = read_template(Path("demo"))
+    assert under_budget(demo, None) == (demo, None)
+    played, advice = under_budget(demo, Budget(8.0, 1e-5))
+    assert advice is not None
+    assert advice.patients == 32  # west: 70 patients, 0.75 of them labelled, 0.6 of these to train
+    assert played.method.adapter == "text_head"
+    own = with_fields(demo, simulation=demo.plan.model_dump(mode="json", exclude_none=True) | {"advised": False})
+    assert under_budget(own, Budget(8.0, 1e-5)) == (own, None)
+
+
+def test_study_new_takes_what_is_advised_and_says_where_the_basis_is_from(tmp_path: Path) -> None:
+    write_toml(tmp_path / "t.toml", with_fields(read_template(Path("demo")), simulation=None))
+    command = ["study", "new", str(tmp_path / "t.toml"), "--out", str(tmp_path / "out"), "--epsilon", "8"]
+    assert CliRunner().invoke(app, command).exit_code == 2
+    made = CliRunner().invoke(app, [*command, "--patients", "700"], catch_exceptions=False)
+    assert "text_head in 64 public dimensions" in made.output
+    study = read_study_file(tmp_path / "out/study.toml")
+    assert (study.method.adapter, study.features.dimensions, study.features.source) == ("text_head", 64, "packaged")
+    assert study.features.digest is not None
+    shown = CliRunner().invoke(app, ["study", "show", str(tmp_path / "out/study.toml")]).output
+    assert study.features.digest[:16] in shown
+
+
+@pytest.mark.slow
+def test_the_demo_under_a_budget_ends_above_zero_shot_by_its_own_defaults(tmp_path: Path) -> None:
+    command = ["simulate", "demo", "--mode", "plain", "--epsilon", "8", "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "method: text_head in 32 public dimensions" in said.stderr
+    from secure_fed.core.layout import SUMMARY
+    from secure_fed.operate.summary import StudySummary, read_summary
+
+    found = read_summary(tmp_path / "out" / SUMMARY, StudySummary).metrics
+    shares = [
+        [scores.balanced_accuracy for scores in result.per_site.values()]
+        for result in (found.zero_shot, found.federated)
+    ]
+    before, after = (sum(filter(None, row)) / len(row) for row in shares)
+    assert after > before + 0.03
