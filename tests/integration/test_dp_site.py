@@ -369,6 +369,20 @@ def test_a_new_run_and_a_new_export_spend_the_same_budget(private: Federation, t
     assert first <= again.epsilon_spent <= 8.0
 
 
+def test_another_state_folder_of_an_identity_spends_from_the_same_ledger(private: Federation, tmp_path: Path) -> None:
+    play(private, trained_sites(private))
+    before = ledger_of(private)
+    assert before.epsilon_spent > 0
+    path = private.folder / "sites/ash/site.toml"
+    file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+    shutil.copytree(private.folder / "sites/ash/state", tmp_path / "state")
+    shutil.rmtree(tmp_path / "state/runs")
+    write_toml(path, file.model_copy(update={"state": str(tmp_path / "state")}))
+    private.site("ash").features()
+    after = ledger_of(private)
+    assert (after.epsilon_spent, after.summary()["members"]) == (before.epsilon_spent, before.summary()["members"])
+
+
 def test_new_patients_train_on_a_budget_of_their_own(private: Federation) -> None:
     play(private, trained_sites(private))
     folder = Path(read_site_file(private.folder / "sites/ash/site.toml").data.folder)
