@@ -65,11 +65,11 @@ def new(
         raise typer.BadParameter("--epsilon and --patients go together: the method hangs on both")
     if epsilon is not None and patients is not None:
         from secure_fed.model.public_statistics import has_packaged_statistics
-        from secure_fed.operate.advice import DELTA, advise, as_advised
+        from secure_fed.operate.advice import advise, as_advised
 
         there = public is not None or has_packaged_statistics(chosen.backbone.model)
         advice = advise(epsilon, patients, public=there)
-        chosen = as_advised(chosen, advice, DELTA)
+        chosen = as_advised(chosen, advice)
         out.print(f"method: {advice.words}", markup=False, highlight=False, soft_wrap=True)
     members = [read_public_identity(path) for path in site or []]
     made, backbone = new_study(chosen, members, into, checkpoint, public)

@@ -344,7 +344,7 @@ def under_budget(template: Template, budget: Budget | None, data: Path | None = 
     else:
         patients = smallest([look_at(data / folder) for folder in sorted(folders)], plan.shares)
     advice = advise(budget.epsilon, patients, public=has_packaged_statistics(template.backbone.model))
-    return as_advised(template, advice, budget.delta), advice
+    return as_advised(template, advice), advice
 
 
 def plan_of(template: Template, out: Path, data: Path | None) -> Simulation:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from secure_fed.operate.folders import Folder
-from secure_fed.privacy.accounting import mu_squared_of
-from secure_fed.protocol.study import PrivateTraining, Shares, Template, with_fields
+from secure_fed.protocol.study import Shares, Template, with_fields
 
 SMALL = 200
 """Training patients a site below which only a large budget leaves anything to learn."""
@@ -19,9 +17,6 @@ LARGE = 600
 
 LARGE_EPSILON = 8.0
 """Budget that the table calls large."""
-
-DELTA = 1e-5
-"""Of a budget that names none."""
 
 USUAL_TRAINING = 0.6
 """Share of labelled patients that train where a plan names none."""
@@ -97,39 +92,21 @@ def smallest(folders: Sequence[Folder], shares: Shares | None) -> int:
     )
 
 
-def as_advised(template: Template, advice: Advice, delta: float) -> Template:
+def as_advised(template: Template, advice: Advice) -> Template:
     """The template with the method, basis and averaging that are advised, whatever it said of these.
 
-    The value bound leaves room for the noise, which a plain update does not need.
-
-    Args:
-        template: of any method.
-        advice: for it.
-        delta: of the budget, in (0, 1).
+    Bounds of single tensors go, since these are another adapter's; the value bound stays.
 
     Raises:
         StudyError: the template does not hold together with them.
     """
     tables = advice.tables
     aggregation = template.aggregation.model_dump(mode="json") | tables["aggregation"]
-    bound = noise_room(template.privacy, template.rounds, advice, delta)
-    encoding = template.encoding.model_dump(mode="json", exclude_none=True)
+    encoding = template.encoding.model_dump(mode="json", exclude_none=True) | {"value_bounds": {}}
     return with_fields(
         template,
         method=tables["method"],
         features=tables.get("features", {}),
         aggregation=aggregation,
-        encoding=encoding | {"value_bound": max(template.encoding.value_bound, bound), "value_bounds": {}},
+        encoding=encoding,
     )
-
-
-def noise_room(constants: PrivateTraining, rounds: int, advice: Advice, delta: float) -> float:
-    """Bound that a noised value of a round's update stays below: four of its standard deviations, rounded up to 0.1.
-
-    A round of T steps at learning rate eta ends eta sigma C sqrt(T) / N away, sigma^2 = (R + 1) T / mu^2 of the budget.
-    """
-    steps = constants.steps
-    noise = math.sqrt((rounds + 1) * steps / mu_squared_of(advice.epsilon, delta))
-    declared = max(10, round(advice.patients, -1))
-    deviation = constants.learning_rate * noise * constants.clip * math.sqrt(steps) / declared
-    return math.ceil(40 * deviation) / 10

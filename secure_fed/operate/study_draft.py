@@ -21,11 +21,11 @@ from secure_fed.clients.manifest import read_table
 from secure_fed.core.errors import StudyError
 from secure_fed.core.tomlfile import parse_toml
 from secure_fed.model.public_statistics import has_packaged_statistics
-from secure_fed.operate.advice import DELTA, advise, noise_room, smallest
+from secure_fed.operate.advice import advise, smallest
 from secure_fed.operate.folders import Folder, compare, look_at
 from secure_fed.operate.overlaps import Overlaps
 from secure_fed.protocol.packing import MIN_LANES, lane_parameters, largest_bits, usual_bits
-from secure_fed.protocol.study import MIN_SITES_HE, PrivateTraining, Shares, Template
+from secure_fed.protocol.study import MIN_SITES_HE, Shares, Template
 
 LEAST_SUMMED = 30
 """Training patients of a class, over all sites, from which on a head of class statistics is advised."""
@@ -282,9 +282,12 @@ def _advice(
     training = "[training]\nsteps = 50\nlearning_rate = 1e-3\nbatch_size = 32\n"
     if epsilon is not None:
         advice = advise(epsilon, smallest_site, public=has_packaged_statistics(BACKBONE))
-        bound = max(USUAL_BOUND, noise_room(PrivateTraining(), ROUNDS, advice, DELTA))
         return _Method(
-            advice.words, ROUNDS, usual_bits(count, MIN_LANES), bound, f"{tomli_w.dumps(advice.tables)}\n{training}"
+            advice.words,
+            ROUNDS,
+            usual_bits(count, MIN_LANES),
+            USUAL_BOUND,
+            f"{tomli_w.dumps(advice.tables)}\n{training}",
         )
     return _Method(
         f"FACMIC's gate, ten rounds: with {patients[rarest]} patients of the rarest class, {rarest}, statistics would "
