@@ -538,8 +538,11 @@ def _read_manifest(
             fault = f"{cells['path']!r} has frame {cells['frame']} and slice {cells['slice']}; expected one of the two"
         path = files.find(cells["path"] or "." * bool(cells["series"]))
         pictures = [(path, place, False)]
-        if not fault and not (fault := files.fault(path)) and files.is_folder(path):
-            pictures, fault = files.series(path, cells["series"], place)
+        if not fault and not (fault := files.fault(path)):
+            if files.is_folder(path):
+                pictures, fault = files.series(path, cells["series"], place)
+            else:
+                fault = files.contradiction(path, cells["series"])
         for name, frame, asked in pictures:
             patient = name + (f"#{frame}" if frame else "")
             if unit == "patient":
@@ -580,6 +583,7 @@ class _Files:
         self._forms: dict[str, dict[str, list[str]]] = {}
         self._inside: dict[str, bool] = {}
         self._series: dict[str, list[tuple[str, _Order]]] = {}
+        self._uids: dict[str, str] = {}
         self.guessed = 0
 
     def find(self, path: str) -> str:
@@ -629,6 +633,19 @@ class _Files:
             fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
             return [(path, place, False)], f"{fault} {len(there) - 1}"
         return [(there[int(place)][1], "", True)], None
+
+    def contradiction(self, path: str, series: str) -> str | None:
+        """What is wrong with the UID of a series that a row says a file is of; any other name is free."""
+        if _UID.fullmatch(series) is None:
+            return None
+        if path not in self._uids:
+            self._uids[path] = place_in_series(self._folder / path)[0]
+        if self._uids[path] in ("", series):
+            return None
+        return (
+            f"{path!r} is of series {self._uids[path]} (0020,000E), and column series says {series}; expected the same "
+            "in both, or a name that is no UID"
+        )
 
     def fault(self, path: str) -> str | None:
         """What is wrong with a path."""

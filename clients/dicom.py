@@ -28,11 +28,11 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from secure_fed.clients import jpeg12
+from secure_fed.clients import jpeg
 from secure_fed.clients.rules import Facts, Kind, Picture, Rules, UndecodableError, brightness
 from secure_fed.protocol.study import Window
 
-jpeg12.register()
+jpeg.register()
 
 _PREAMBLE = 128
 _MAGIC = b"DICM"
@@ -175,7 +175,7 @@ def patient_id(path: Path) -> str:
 def text(dataset: Any, keyword: str) -> str:
     """An element as text without blanks around; empty if there is none, or none that can be read."""
     try:
-        value = dataset.get(keyword)
+        value = dataset.get(keyword) if keyword in dataset else None  # else pydicom raises, and catches, an error
         return "" if value is None else str(value).replace("\0", "").strip()
     except Exception:
         return ""
@@ -246,14 +246,16 @@ class DicomFile:
                 _give_syntax(dataset)
         except Exception as error:  # pydicom raises of every kind on broken files
             raise UndecodableError(f"broken DICOM ({_short(error)}); export it again") from error
-        if what := no_picture(dataset):
+        self._facts = facts(dataset)
+        if self._facts.kind == "no picture":
             raise UndecodableError(
-                f"DICOM that holds {what} ({text(dataset, 'Modality') or 'no modality'}), no picture of a patient; "
-                'take it out of the data, or leave such files out by leave_out = ["no picture"] in [data] of site.toml'
+                f"DICOM that holds {no_picture(dataset)} ({self._facts.modality or 'no modality'}), no picture of a "
+                'patient; take it out of the data, or leave such files out by leave_out = ["no picture"] in [data] of '
+                "site.toml"
             )
         if not pixels:
             raise UndecodableError(
-                f"DICOM without pixels ({text(dataset, 'Modality') or 'no modality'}); expected PixelData (7FE0,0010)"
+                f"DICOM without pixels ({self._facts.modality or 'no modality'}); expected PixelData (7FE0,0010)"
             )
         self._dataset = dataset
         self._colour = text(dataset, "PhotometricInterpretation").upper()
@@ -262,7 +264,6 @@ class DicomFile:
         except ValueError:
             found = text(dataset, "NumberOfFrames")
             raise UndecodableError(f"NumberOfFrames (0028,0008) is {found!r}; expected a whole number") from None
-        self._facts = facts(dataset)
 
     def picture(self, frame: int | None, rules: Rules) -> Picture:
         """One frame as an 8-bit picture, mode ``L`` or ``RGB``.
@@ -364,13 +365,12 @@ class DicomFile:
         notes: list[str] = []
         rescaled = self._rescaling(_group(dataset, index, "PixelValueTransformationSequence"))
         padding = self._padding(stored)
-        look = self._look(index, rules.window(self._facts.modality), notes)
+        below = bool(rescaled(_extremes(dataset, stored.dtype)).min() < 0)
+        look = self._look(index, rules.window(self._facts.modality), below, notes)
         windowed = look is not None
         if look is None:
             look = _stretched(stored, padding, rescaled)
-        grey = np.empty(stored.shape, dtype=np.uint8)
-        for rows in _blocks(stored):
-            grey[rows] = np.rint(255 * look(rescaled(stored[rows])))
+        grey = _in_grey(stored, lambda values: look(rescaled(values)))
         shape = text(dataset, "PresentationLUTShape").upper()
         if shape == "INVERSE" or (colour == "MONOCHROME1" and shape != "IDENTITY"):
             grey = 255 - grey
@@ -381,7 +381,7 @@ class DicomFile:
     def _rescaling(self, group: Any) -> Values:
         """The modality transform; an empty slope is 1, an empty intercept 0, an empty table none."""
         if (item := _table(group.get("ModalityLUTSequence"))) is not None:
-            through = self._through(item, "Modality")
+            through = self._through(item, "Modality", self._dataset.get("PixelRepresentation") == 1)
             return lambda stored: through(stored)[0]
         slopes = _numbers(group, "RescaleSlope", "(0028,1053)") or [1.0]
         intercepts = _numbers(group, "RescaleIntercept", "(0028,1052)") or [0.0]
@@ -395,14 +395,15 @@ class DicomFile:
             return lambda stored: stored
         return lambda stored: stored.astype(np.float64) * slope + intercept
 
-    def _look(self, index: int, window: Window | None, notes: list[str]) -> Values | None:
-        """From values to brightness in [0, 1], as the study or the file says; None if neither does."""
+    def _look(self, index: int, window: Window | None, below: bool, notes: list[str]) -> Values | None:
+        """From values, which may be ``below`` zero, to brightness in [0, 1], as the study or the file says; None if
+        neither does."""
         if window is not None:
             self._refuse_unit(window, index)
             return lambda values: brightness(values, window.centre, window.width)
         voi = _group(self._dataset, index, "FrameVOILUTSequence")
         if (item := _table(voi.get("VOILUTSequence"))) is not None:
-            through = self._through(item, "VOI")
+            through = self._through(item, "VOI", below)
 
             def table(values: NDArray[Any]) -> NDArray[np.float64]:
                 found, depth = through(values)
@@ -416,7 +417,7 @@ class DicomFile:
             notes.append(f"window of width {width:g} (0028,1051) passed over; expected a width above 0")
         return None
 
-    def _through(self, item: Any, name: str) -> Callable[[NDArray[Any]], tuple[NDArray[Any], int]]:
+    def _through(self, item: Any, name: str, signed: bool) -> Callable[[NDArray[Any]], tuple[NDArray[Any], int]]:
         """A look-up table (PS3.3, C.11.1.1 and C.11.2.1.1): from values to its entries, with how many bits these have.
 
         Values before the first one mapped get the first entry, those behind the last one the last.
@@ -437,12 +438,10 @@ class DicomFile:
             )
         table = table[:entries]
         depth = max(depth, int(table.max()).bit_length())  # some devices write less than there is
-        signed = self._dataset.get("PixelRepresentation") == 1
+        # The first value mapped is written in 16 bits, with a sign where the values may have one.
+        start = (first + 2**15) % 2**16 - 2**15 if signed else first % 2**16
 
         def through(values: NDArray[Any]) -> tuple[NDArray[Any], int]:
-            # The first value mapped is written in 16 bits, with a sign where the values have one.
-            below = signed or (name == "VOI" and values.min() < 0)
-            start = (first + 2**15) % 2**16 - 2**15 if below else first % 2**16
             return table[(np.rint(values).astype(np.int64) - start).clip(0, entries - 1)], depth
 
         return through
@@ -527,6 +526,28 @@ def _blocks(stored: NDArray[Any]) -> Iterator[slice]:
     step = max(1, _BLOCK // max(1, stored.shape[1]))
     for start in range(0, len(stored), step):
         yield slice(start, start + step)
+
+
+def _in_grey(stored: NDArray[Any], look: Values) -> NDArray[np.uint8]:
+    """From stored values by way of brightness in [0, 1] to grey; of many pixels each value that there is only once."""
+    grey = np.empty(stored.shape, dtype=np.uint8)
+    low, high = int(stored.min()), int(stored.max())
+    if high - low < stored.size:
+        values = np.arange(low, high + 1).astype(stored.dtype)
+        table = np.rint(255 * look(values)).astype(np.uint8)
+        for rows in _blocks(stored):
+            grey[rows] = table[stored[rows].astype(np.intp) - low]
+        return grey
+    for rows in _blocks(stored):
+        grey[rows] = np.rint(255 * look(stored[rows]))
+    return grey
+
+
+def _extremes(dataset: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The least and the greatest value that a file's pixels may have."""
+    bits = _whole(dataset, "BitsStored")
+    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.kind == "i" else (0, 2**bits - 1)
+    return np.array(ends, dtype=dtype)
 
 
 def _stretched(stored: NDArray[Any], padding: NDArray[np.bool_] | None, rescaled: Values) -> Values:

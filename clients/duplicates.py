@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import imagehash
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageStat
+from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -32,6 +33,7 @@ _SIDE = 16  # of the hash, squared its bits
 _BATCH = 256
 _PLAIN = Rules()
 _NO_FACTS = Facts()
+_LEVELS = np.arange(256)
 _BLOCK = 2048
 
 
@@ -77,16 +79,18 @@ _FORM = struct.Struct(f"<32s{HASH_BITS // 8}sIIfff")
 
 def fingerprint(image: Image.Image, facts: Facts = _NO_FACTS) -> Fingerprint:
     """The fingerprint of a decoded image."""
-    grey = image if image.mode == "L" else image.convert("RGB")
-    colours = grey if grey.mode == "RGB" else grey.convert("RGB")
+    colours = image if image.mode == "RGB" else image.convert("RGB")
+    grey = image if image.mode == "L" else colours.convert("L")
     digest = hashlib.sha256(struct.pack("<II", *image.size) + colours.tobytes()).digest()
     look = np.packbits(imagehash.phash(grey, hash_size=_SIDE).hash.flatten()).tobytes()
-    statistics = ImageStat.Stat(grey.convert("L"))
+    counts = np.array(grey.histogram()) / (image.width * image.height)
+    mean = float(counts @ _LEVELS)
+    contrast = math.sqrt(float(counts @ (_LEVELS - mean) ** 2))
     spread = 0.0
-    if grey.mode == "RGB":
-        small = np.asarray(grey.reduce(max(1, min(grey.size) // 64)), dtype=np.int16)
+    if image.mode != "L":
+        small = np.asarray(colours.reduce(max(1, min(image.size) // 64)), dtype=np.int16)
         spread = float((small.max(axis=2) - small.min(axis=2)).mean())
-    return Fingerprint(digest, look, *image.size, statistics.mean[0], statistics.stddev[0], spread, facts)
+    return Fingerprint(digest, look, *image.size, mean, contrast, spread, facts)
 
 
 class Fingerprints(NamedTuple):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -586,27 +586,29 @@ class Simulation(FileModel):
         """
         if self.shared:
             return
-        self._refuse_listed_twice()
-        folders = {site.name: (data / site.folder).resolve() for site in self.sites if not site.images}
+        folders = {site.name: (data / site.folder).resolve() for site in self.sites}
+        self._refuse_listed_twice(folders)
+        whole = {folders[site.name]: site.name for site in self.sites if not site.images}
         for site in self.sites:
-            whole = [name for name, folder in folders.items() if folder == (data / site.folder).resolve()]
-            if site.images and whole:
+            if site.images and folders[site.name] in whole:
                 raise StudyError(
-                    f"simulation.sites: {site.name} has a list of the images of {site.folder}, and {whole[0]} has the "
-                    "whole folder; expected a list for each site that shares a folder"
+                    f"simulation.sites: {site.name} has a list of the images of {site.folder}, and "
+                    f"{whole[folders[site.name]]} has the whole folder; expected a list for each site that shares a "
+                    "folder"
                 )
-        for first, second in permutations(folders, 2):
-            inner, outer = folders[first], folders[second]
-            if inner == outer or outer in inner.parents:
-                how = "are one" if inner == outer else "lie one inside the other"
+        for first, second in permutations(self.sites, 2):
+            inner, outer = folders[first.name], folders[second.name]
+            one = inner == outer and not first.images
+            if one or outer in inner.parents:
+                how = "are one" if one else "lie one inside the other"
                 raise StudyError(
-                    f"simulation.sites: the folders of {first}, {inner}, and of {second}, {outer}, {how}; expected a "
-                    "folder of its own for each site, or one site trains on what another is tested on: separate their "
-                    "images, or say shared = true in [simulation] if that is meant"
+                    f"simulation.sites: the folders of {first.name}, {inner}, and of {second.name}, {outer}, {how}; "
+                    "expected a folder of its own for each site, or one site trains on what another is tested on: "
+                    "separate their images, or say shared = true in [simulation] if that is meant"
                 )
 
-    def _refuse_listed_twice(self) -> None:
-        listed = Counter((site.folder, path) for site in self.sites for path in set(site.images))
+    def _refuse_listed_twice(self, folders: Mapping[str, Path]) -> None:
+        listed = Counter((folders[site.name], path) for site in self.sites for path in set(site.images))
         twice = [path for (_, path), count in listed.items() if count > 1]
         if twice:
             raise StudyError(

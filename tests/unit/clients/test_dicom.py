@@ -20,17 +20,18 @@ RAMP = np.arange(-600, 1000, 25, dtype=np.int16).reshape(8, 8)
 
 
 def dicom(pixels, colour="MONOCHROME2", **fields) -> Dataset:
-    """A file of signed or unsigned grey values, [rows, columns] or [frames, rows, columns], or RGB bytes."""
+    """A file of signed or unsigned grey values, [rows, columns] or [frames, rows, columns], or bytes of colours."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = MRImageStorage
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
     dataset.PatientID, dataset.Modality, dataset.PhotometricInterpretation = "MRN-7781", "MR", colour
-    dataset.SamplesPerPixel = 3 if colour == "RGB" else 1
-    if colour == "RGB":
+    colours = colour in ("RGB", "YBR_FULL")
+    dataset.SamplesPerPixel = 3 if colours else 1
+    if colours:
         dataset.PlanarConfiguration = 0
-    frames = pixels.shape[0] if pixels.ndim == 3 and colour != "RGB" else None
+    frames = pixels.shape[0] if pixels.ndim == 3 and not colours else None
     if frames:
         dataset.NumberOfFrames = frames
     dataset.Rows, dataset.Columns = pixels.shape[1:3] if frames else pixels.shape[:2]

@@ -215,6 +215,20 @@ def test_a_row_may_name_a_folder_a_series_and_a_slice_of_it(tmp_path):
         assert fault in str(caught.value)
 
 
+def test_a_row_that_names_another_series_than_its_file_is_refused(tmp_path):
+    series(tmp_path / "ct", 2, SeriesInstanceUID="1.2.1")
+    (tmp_path / "a.png").touch()
+
+    def of(*rows):
+        (tmp_path / "manifest.csv").write_text("\n".join(["path,label,patient,series", *rows]))
+        return read_data(tmp_path, CLASSES, "patient", HALF, 0)
+
+    assert len(of("ct/00.dcm,dark,,1.2.1", "ct/01.dcm,dark,,before surgery", "a.png,dark,P1,1.2.7")) == 3
+    with pytest.raises(ManifestError) as caught:
+        of("ct/00.dcm,dark,,1.2.1", "ct/01.dcm,dark,,1.2.2")
+    assert "line 3: 'ct/01.dcm' is of series 1.2.1 (0020,000E), and column series says 1.2.2" in str(caught.value)
+
+
 def test_slices_without_a_position_are_in_the_order_that_people_count_in(tmp_path):
     (tmp_path / "s").mkdir()
     for number in range(1, 12):

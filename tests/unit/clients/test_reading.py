@@ -39,8 +39,8 @@ from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, grey
 SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(64)).astype(np.uint16) * 16  # 12 bits
 
 
-def encapsulated(pixels, syntax, codestream, **fields):
-    dataset = dicom(pixels, **fields)
+def encapsulated(pixels, syntax, codestream, colour="MONOCHROME2", **fields):
+    dataset = dicom(pixels, colour, **fields)
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.PixelData = encapsulate([codestream])
     dataset["PixelData"].is_undefined_length = True
@@ -103,9 +103,46 @@ def test_baseline_jpeg_and_run_lengths_are_shown_as_other_decoders_show_them():
     assert np.array_equal(grey(packed), grey(dicom(SMOOTH, **TWELVE)))
 
 
-def test_every_transfer_syntax_has_a_decoder_here():
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("predictor", range(1, 8))
+def test_lossless_jpeg_keeps_every_value_whatever_its_bits_and_predictor(bits, predictor):
+    values = np.random.default_rng(predictor).integers(0, 2**bits, (9, 14))
+    kind = np.uint8 if bits == 8 else np.uint16
+    stream = imagecodecs.jpeg8_encode(values.astype(kind), lossless=True, predictor=predictor, bitspersample=bits)
+    fields = {"BitsStored": bits, "HighBit": bits - 1, "WindowCenter": 2 ** (bits - 1), "WindowWidth": 2**bits}
+    found = grey(encapsulated(values.astype(kind), uid.JPEGLossless, stream, **fields))
+    assert np.array_equal(found, grey(dicom(values.astype(kind), **fields)))
+    signed = (values - 2 ** (bits - 1)).astype(np.int8 if bits == 8 else np.int16)
+    fields["WindowCenter"] = 0
+    low = (signed.astype(np.int64) % 2**bits).astype(kind)
+    stream = imagecodecs.jpeg8_encode(low, lossless=True, predictor=predictor, bitspersample=bits)
+    found = grey(encapsulated(signed, uid.JPEGLossless, stream, **fields))
+    assert np.array_equal(found, grey(dicom(signed, **fields)))
+
+
+@pytest.mark.parametrize("colour", ["RGB", "YBR_FULL"])
+def test_lossless_jpeg_keeps_colours_as_the_header_names_them(colour):
+    pixels = np.random.default_rng(3).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    stream = imagecodecs.jpeg8_encode(pixels, lossless=True, colorspace="RGB", outcolorspace="RGB")
+    if colour == "YBR_FULL":  # names of the components as others write them, and no word of RGB
+        start = stream.index(b"\xff\xee")
+        stream = stream[:start] + stream[start + 16 :]
+        for between in (b"\x11\0", b"\0"):  # in the frame's header and in the scan's
+            stream = stream.replace(b"R%bG%bB" % (between, between), b"\1%b\2%b\3" % (between, between))
+    found = encapsulated(pixels, uid.JPEGLosslessSV1, stream, colour=colour)
+    plain = decode(as_bytes(dicom(pixels, colour)))
+    assert np.array_equal(np.asarray(decode(as_bytes(found))), np.asarray(plain))
+
+
+def test_every_transfer_syntax_has_a_decoder_here_and_none_ends_the_process_on_a_broken_frame():
     assert all(transfer_syntaxes().values())
     assert len(transfer_syntaxes()) == 16
+    assert not any("gdcm" in plugins for plugins in transfer_syntaxes().values())  # even where it is installed
+    stream = imagecodecs.ljpeg_encode(SMOOTH, bitspersample=12)
+    for broken in (stream[:2] + b"\0" + stream[3:], stream.replace(b"\xff\xc3\0\x0b\x0c", b"\xff\xc3\0\x0b\xff")):
+        assert broken != stream  # gdcm ends the process, with SIGABRT and SIGSEGV
+        with pytest.raises(UndecodableError, match="cannot be decoded"):
+            decode(as_bytes(encapsulated(SMOOTH, uid.JPEGLosslessSV1, broken, **TWELVE)))
 
 
 def test_a_windows_width_below_one_is_exact_and_one_of_nothing_is_passed_over_and_told():
@@ -192,6 +229,9 @@ def test_a_table_maps_each_value_whatever_its_bits_and_sign():
         "VOILUTSequence": Sequence([lut(2**16 - 300, entries, 8)]),
     }
     assert np.array_equal(grey(dicom(unsigned, **rescaled)), expected)
+    # Nor does it depend on whether this picture, of a file whose values may lie below zero, has such.
+    bright = dicom(unsigned[4:], **rescaled)
+    assert np.array_equal(grey(bright), expected[4:])
     # A modality table of 12 bits, then a window.
     table = Sequence([lut(0, np.arange(4095, -1, -1), 12)])
     found = grey(dicom(SMOOTH, ModalityLUTSequence=table, **TWELVE))
@@ -200,6 +240,20 @@ def test_a_table_maps_each_value_whatever_its_bits_and_sign():
     short.LUTDescriptor = [11, 0, 12]
     with pytest.raises(UndecodableError, match="VOI LUT of 10 entries of 12 bits, and its descriptor"):
         grey(dicom(SMOOTH, VOILUTSequence=Sequence([short])))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32])
+def test_every_value_that_pixels_can_have_is_shown(kind):
+    ends = np.iinfo(kind)
+    for many in (False, True):  # few values are computed each, of many each but once
+        values = np.array([[ends.min, ends.max], [0, 1]], dtype=kind)
+        values = np.tile(values, (200, 200)) if many else values
+        width = float(ends.max) - float(ends.min)
+        fields = {"WindowCenter": (float(ends.max) + float(ends.min)) / 2, "WindowWidth": width}
+        expected = np.rint(255 * ((values.astype(float) - ends.min) / width)).astype(int)
+        found = grey(dicom(values, VOILUTFunction="LINEAR_EXACT", **fields))
+        assert np.array_equal(found, expected)
+        assert np.array_equal(grey(dicom(values)), expected)
 
 
 def test_values_in_the_upper_bits_are_moved_down():
@@ -507,6 +561,13 @@ def test_a_nifti_that_does_not_say_which_side_is_right_is_shown_and_told():
     mute = content[:252] + bytes(4) + content[256:]  # qform_code and sform_code
     notes = [see(open_file(one), Place(), Rules()).facts.notes for one in (content, mute)]
     assert notes == [(), ("neither sform nor qform says which side is the patient's right",)]
+
+
+def test_a_gzipped_nifti_of_several_parts_is_one_volume():
+    whole = nifti(packed=False)
+    for cut in (100, 400):
+        parts = gzip.compress(whole[:cut]) + gzip.compress(whole[cut:])
+        assert np.array_equal(np.asarray(decode(parts)), np.asarray(decode(whole)))
 
 
 def test_slope_and_byte_order_of_a_nifti_are_heeded():
