@@ -121,6 +121,7 @@ class SiteFile(FileModel):
             precision, stays on the CPU.
         features: file of the feature cache, if not ``STATE/features.sqlite``; studies of one site may share it.
         skip_unreadable: go on without images that cannot be decoded.
+        similar_cases: how many of the site's own training patients the page of a case may show beside it; 0 for none.
     """
 
     format: Literal[1]
@@ -141,6 +142,7 @@ class SiteFile(FileModel):
     device: DeviceChoice = "auto"
     features: Annotated[Text | None, Field(examples=["features.sqlite"])] = None
     skip_unreadable: bool = False
+    similar_cases: Annotated[int, Field(ge=0, le=20)] = 0
 
     @property
     def state_folder(self) -> SiteState:

@@ -23,6 +23,7 @@ from secure_fed.cli import (
     evaluate,
     evidence,
     explain,
+    explain_case,
     export,
     journal,
     keys,
@@ -86,6 +87,7 @@ app.command()(status.status)
 app.command()(doctor.doctor)
 app.command()(drill.drill)
 app.command()(explain.explain)
+app.command()(explain_case.explain_case)
 app.command()(audit.audit)
 
 

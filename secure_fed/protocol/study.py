@@ -90,6 +90,25 @@ class StudyClass(FileModel):
         return prompts
 
 
+class Concept(FileModel):
+    """Something that a person looks for in an image, by which a prediction is explained; nothing is trained on it.
+
+    Attributes:
+        name: in a word or two, as a page of cases shows it.
+        prompts: texts that describe images with it, reviewed by people; the concept's feature is the mean of theirs.
+    """
+
+    name: Text
+    prompts: tuple[Text, ...]
+
+    @field_validator("prompts")
+    @classmethod
+    def _some_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if not prompts:
+            raise ValueError("a concept needs at least one prompt, a text that describes images with it: write one")
+        return prompts
+
+
 class Backbone(FileModel):
     """The frozen CLIP.
 
@@ -643,6 +662,7 @@ class StudyFile(FileModel):
         training: one round's local training.
         aggregation: what every site makes of a round's average.
         encoding: how an update becomes bounded integers.
+        concepts: by which predictions are explained at the sites; none by default.
         windows: which grey values are shown, by modality; without one, what each file says.
         background: what shows through where a picture is transparent.
         privacy: public constants of training under differential privacy.
@@ -696,6 +716,7 @@ class StudyFile(FileModel):
     training: Training
     aggregation: Aggregation = Aggregation()
     encoding: Encoding
+    concepts: tuple[Concept, ...] = ()
     windows: tuple[Window, ...] = ()
     background: Background = "black"
     privacy: PrivateTraining = PrivateTraining()
@@ -778,6 +799,12 @@ class StudyFile(FileModel):
         if method is not None and method.sums and aggregation != Aggregation():
             raise ValueError(f"{method.adapter} adds sums up; expected no rule: leave [aggregation] out")
         return aggregation
+
+    @field_validator("concepts")
+    @classmethod
+    def _distinct_concepts(cls, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+        _refuse_duplicates("concept", [concept.name for concept in concepts])
+        return concepts
 
     @field_validator("windows")
     @classmethod

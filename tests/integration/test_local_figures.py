@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import zipfile
@@ -56,6 +57,7 @@ LEAVES = {
 MARKED = {
     "predict",
     "evaluate",
+    "explain-case",
     "plot",
     "report --local-metrics",
     "ledger show",
@@ -197,6 +199,11 @@ def test_every_local_figure_says_that_it_is_local(patients: Federation, tmp_path
     assert LOCAL in said.stderr
     said = run("predict", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint, "--json")
     assert json.loads(said.stdout)["local"] == LOCAL
+    one = next(images.rglob("*.png"))
+    out = tmp_path / "cases"
+    said = run("explain-case", "--adapter", adapter, "--image", one, "--checkpoint", file.checkpoint, "--out", out)
+    assert LOCAL in said.stderr
+    assert LOCAL in html.unescape((out / "cases.html").read_text())
     said = run("evaluate", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint)
     assert LOCAL in said.stdout
     said = run("plot", folder, "--out", tmp_path / "plots")
