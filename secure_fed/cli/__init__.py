@@ -115,9 +115,7 @@ class _Place(typer.models.TyperPath):
 def _name_places(command: click.Command) -> None:
     for parameter in command.params:
         if isinstance(parameter.type, click.Path):
-            place = _Place()
-            vars(place).update(vars(parameter.type))
-            parameter.type = place
+            parameter.type = _Place()
     if isinstance(command, click.Group):
         for each in command.commands.values():
             _name_places(each)

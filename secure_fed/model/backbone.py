@@ -605,8 +605,7 @@ def load_given(
     model, tag = named(name, path)
     source = Path(os.path.realpath(path)).name  # Path.resolve raises where links lead in a circle
     entry = backbone_store.read_entry(path) if (path / backbone_store.ENTRY).is_file() else None
-    ours = path.parent == configs.MODELS
-    if ours:
+    if path.parent == configs.MODELS:  # what comes along is called by its model's name
         model = model or path.stem
     if entry is not None:
         if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
@@ -617,7 +616,7 @@ def load_given(
                 "leave --text out"
             )
         model, tag, source = entry.model, entry.tag, entry.source
-    form = read_form(path, model, tag, activation, text, seeded=ours)
+    form = read_form(path, model, tag, activation, text)
     form.licence = form.licence or (entry.licence if entry is not None else None)
     loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", exact=exact)
     if activation is not None and loaded.activation != activation:

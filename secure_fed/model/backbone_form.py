@@ -125,7 +125,7 @@ def _read_folder(
             f"{path}: of {', '.join(lost)} only the link is here, which does not lead anywhere; expected the files "
             "themselves: copy the folder with its links followed, as cp -rL does"
         )
-    if any(one.name == "adapter_config.json" or one.name.startswith("adapter_model.") for one in inside):
+    if (path / "adapter_config.json").is_file():
         raise adapter_alone(path)
     if (path / CONFIG).is_file():
         return _read_open_clip(path, model, text)
