@@ -23,7 +23,7 @@ def status(
     """Say where a server or a site stands: round, who is in, what it reported last, whether it runs at all."""
     from secure_fed.operate.standing import place_of, standing
 
-    facts = standing(place_of(state)[0])
+    facts = standing(*place_of(state))
     if json_:
         print_json(facts)
     else:
