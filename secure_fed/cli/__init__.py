@@ -28,6 +28,7 @@ from secure_fed.cli import (
     journal,
     keys,
     ledger,
+    page,
     phantoms,
     plot,
     predict,
@@ -84,6 +85,7 @@ app.command()(report.report)
 app.command()(server.server)
 app.command()(client.client)
 app.command()(status.status)
+app.command()(page.page)
 app.command()(doctor.doctor)
 app.command()(drill.drill)
 app.command()(explain.explain)
