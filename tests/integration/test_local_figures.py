@@ -141,7 +141,7 @@ def run(*arguments: str) -> Result:
 def test_an_export_holds_nothing_that_nobody_paid_for(patients: Federation, tmp_path: Path, name: str) -> None:
     site = patients.folder / "sites" / name / "site.toml"
     assert run("export", "--site", site, "--out", tmp_path / "export").exit_code == 0
-    card = (tmp_path / "export/MODEL_CARD.md").read_text()
+    card = (tmp_path / "export/README.md").read_text()
     assert "No metrics of single sites" in card
     assert "did not train under differential privacy" not in card
     assert "privacy budget" in card or "differentially private" in card
