@@ -163,8 +163,8 @@ def test_trials_whose_sites_share_a_folder_fail_before_anything_is_made(tmp_path
 def test_a_sweep_over_sites_that_share_images_is_refused_as_a_whole(images: Path, tmp_path: Path) -> None:
     data = tmp_path / "images"
     shutil.copytree(images, data)
-    shutil.rmtree(data / "birch")
-    shutil.copytree(data / "ash", data / "birch")
+    shutil.rmtree(data / "dogwood")  # the observer, which is tested on all that it has
+    shutil.copytree(data / "ash", data / "dogwood")
     path = write(tmp_path, data=str(data), grid={"training.steps": [1, 2]})
     with pytest.raises(DataLeakError, match="the sweep is refused as a whole"):
         run_sweep(path, tmp_path / "out", SweepListener(), jobs=1)
