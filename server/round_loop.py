@@ -55,7 +55,8 @@ class _Site:
     left: float = 0.0  # when its connection was last lost or made
     not_before: float = 0.0
     told_the_end: bool = False
-    passed: tuple[int, int] = (0, 0)  # round and attempt for which it has no update
+    gives_none: tuple[int, int] = (0, 0)  # round and attempt for which it says that it has no update
+    passed: tuple[int, int] = (0, 0)  # round and attempt that go on without its update
 
 
 @dataclass
@@ -275,6 +276,13 @@ class RoundLoop:
                 raise StudyPausedError(paused_text(coordinator))
         elif reply.code == ReplyCode.VOID:
             pass
+        elif reply.code == ReplyCode.SITS_OUT:
+            log.warning("%s: was put back to an older state, and sits round %d out", site.name, coordinator.round)
+            if site.asked_step is Step.ENVELOPE and coordinator.fail([site.name]):
+                self._step_taken()
+            else:
+                self._ask_later(site)
+                site.position = reply.position
         elif reply.code == ReplyCode.UPDATE:
             site.heard = site.asked_since
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ENVELOPE:
@@ -285,11 +293,33 @@ class RoundLoop:
         elif reply.code != ReplyCode.MORE and reply.position == known:
             site.told_the_end = coordinator.finished
             if reply.code == ReplyCode.APPLIED and site.trains and site.asked_step is Step.READY:
-                # It has the head, was asked for an update and has none to give, now or later.
-                site.passed = (coordinator.round, coordinator.attempt)
+                # It has the head, was asked for an update and says that it has none to give.
+                site.gives_none = (coordinator.round, coordinator.attempt)
                 if not coordinator.finished:
-                    log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
-                    coordinator.require_enough(sum(site.trains and not self._passes(site) for site in self._sites))
+                    self._pass(site)
+            elif reply.code == ReplyCode.READY:
+                site.gives_none = (0, 0)
+
+    def _pass(self, site: _Site) -> None:
+        """Go on without a site that gives no update.
+
+        The study ends if too few are left, but not at the words of so few that all of them may lie.
+        """
+        now = (self.coordinator.round, self.coordinator.attempt)
+        without = sorted(each.name for each in self._sites if each.trains and each.gives_none == now)
+        able = sum(each.trains for each in self._sites) - len(without)
+        quorum = self.coordinator.journal.chain.quorum
+        if able < quorum.needed and len(without) <= quorum.faulty:
+            log.error(
+                "round %d: %s says that it has no update to give, and without it there are %d sites, quorum %d; a "
+                "single site's word ends no study: it is asked again; if it is true, end the server",
+                *(self.coordinator.round, ", ".join(without), able, quorum.needed),
+            )
+            self._ask_later(site)
+            return
+        site.passed = now
+        log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
+        self.coordinator.require_enough(able)
 
     def _begin_again(self, site: _Site) -> None:
         """A site has dropped its update, as its people must be able to: another attempt; the second time without it."""

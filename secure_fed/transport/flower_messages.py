@@ -25,10 +25,12 @@ ROUND_MESSAGE = "train.round"
 
 RECORD_TYPE = "secfacmic.record"
 QUESTION_TYPE = "secfacmic.question"
+PAST_TYPE = "secfacmic.past"
 ENVELOPE_TYPE = "secfacmic.envelope"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
 QUESTION = "question"
+PAST = "past"
 WITH_ENVELOPE = frozenset(
     {ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.REVEALED, ReplyCode.VOID, ReplyCode.ACKNOWLEDGED}
 )
@@ -70,6 +72,8 @@ def request_content(request: RoundRequest) -> RecordDict:
     records = {f"{index:06d}": _array(data, RECORD_TYPE) for index, data in enumerate(request.records)}
     if request.question:
         records[QUESTION] = _array(request.question, QUESTION_TYPE)
+    if request.past:
+        records[PAST] = _array(request.past, PAST_TYPE)
     return RecordDict({"request": fields, "records": ArrayRecord(records)})
 
 
@@ -83,8 +87,9 @@ def read_request(content: RecordDict) -> RoundRequest:
     parsed = _parse(fields, _RequestFields)
     if len(parsed.sites) != len(parsed.attestations) or len(set(parsed.sites)) != len(parsed.sites):
         raise ProtocolError(f"{len(parsed.attestations)} attestations of {len(parsed.sites)} sites; expected one each")
-    records = tuple(_bytes(arrays[name], RECORD_TYPE) for name in sorted(set(arrays) - {QUESTION}))
+    records = tuple(_bytes(arrays[name], RECORD_TYPE) for name in sorted(set(arrays) - {QUESTION, PAST}))
     question = _bytes(arrays[QUESTION], QUESTION_TYPE) if QUESTION in arrays else b""
+    past = _bytes(arrays[PAST], PAST_TYPE) if PAST in arrays else b""
     if len(records) > 1 and sum(map(len, records)) > PAGE_BYTES:
         raise ProtocolError(f"a page of {sum(map(len, records))} bytes; expected at most {PAGE_BYTES}")
     return RoundRequest(
@@ -96,6 +101,7 @@ def read_request(content: RecordDict) -> RoundRequest:
         attestations=dict(zip(parsed.sites, parsed.attestations, strict=True)),
         question=question,
         held=parsed.held,
+        past=past,
     )
 
 

@@ -49,6 +49,7 @@ MUTATIONS: dict[str, Mutate] = {
     "B1": lambda patch: patch.setattr(Replica, "_require_word", lambda *_: None),
     "B2": _seals_last,
     "B3": lambda patch: patch.setattr(Chain, "_check_sum", lambda *_: None),
+    "B4": lambda patch: patch.setattr(Site, "_sits_out", False),
     "B5": lambda patch: patch.setattr(Replica, "_refuse_within_round", lambda *_: None),
     "B6": lambda patch: patch.setattr(
         Coordinator, "paused", property(lambda self: bool(self._refusing) and self._waiting_amendment() is None)

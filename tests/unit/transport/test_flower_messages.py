@@ -26,7 +26,9 @@ Change = Callable[[RecordDict], Any]
 def test_requests_and_replies_arrive_as_sent() -> None:
     assert read_request(request_content(REQUEST)) == REQUEST
     bare = RoundRequest(1, 1, (), more=False)
-    assert read_request(request_content(bare)) == bare
+    asked = dataclasses.replace(REQUEST, question=b"a COHORT", held="33" * 32, past=b"its own last word")
+    for request in (bare, asked, dataclasses.replace(asked, question=b"")):
+        assert read_request(request_content(request)) == request
     for reply in (UPDATE, APPLIED):
         assert read_reply(reply_content(reply), "ash") == reply
 
