@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ _MOST_BYTES = 2**28
 
 _BLOCK = 2**20
 """So many pixels are computed with at once: as 64-bit numbers they take eight times what the file has for them."""
+
+
+_SMALL = 2**14
+"""So many pixels where little is done with each: the processor's caches then hold all of it."""
 
 
 def is_dicom(content: bytes) -> bool:
@@ -212,13 +217,18 @@ def no_picture(dataset: Any) -> str:
     found = text(dataset, "SOPClassUID")
     if not found:  # directories of CDs have it in the meta header alone
         found = text(getattr(dataset, "file_meta", {}), "MediaStorageSOPClassUID")
-    name = UID(found).name  # of an unknown class, the UID itself
+    return _no_picture_class(found) or NO_PICTURES.get(text(dataset, "Modality").upper(), "")
+
+
+@lru_cache(256)
+def _no_picture_class(sop: str) -> str:
+    name = UID(sop).name  # of an unknown class, the UID itself
     for words, what in _NO_PICTURE_CLASSES.items():
         if words in name:
             return what
-    if name != found and "Storage" in name and not any(words in name for words in _PICTURE_CLASSES):
+    if name != sop and "Storage" in name and not any(words in name for words in _PICTURE_CLASSES):
         return f"a {name.removesuffix(' Storage')} object"
-    return NO_PICTURES.get(text(dataset, "Modality").upper(), "")
+    return ""
 
 
 class DicomFile:
@@ -521,9 +531,9 @@ Values = Callable[[NDArray[Any]], NDArray[Any]]
 """From some rows of a picture to others of the same shape."""
 
 
-def _blocks(stored: NDArray[Any]) -> Iterator[slice]:
-    """Some rows after others, of about :data:`_BLOCK` pixels."""
-    step = max(1, _BLOCK // max(1, stored.shape[1]))
+def _blocks(stored: NDArray[Any], pixels: int = _BLOCK) -> Iterator[slice]:
+    """Some rows after others, of about so many pixels."""
+    step = max(1, pixels // max(1, stored.shape[1]))
     for start in range(0, len(stored), step):
         yield slice(start, start + step)
 
@@ -535,7 +545,7 @@ def _in_grey(stored: NDArray[Any], look: Values) -> NDArray[np.uint8]:
     if high - low < stored.size:
         values = np.arange(low, high + 1).astype(stored.dtype)
         table = np.rint(255 * look(values)).astype(np.uint8)
-        for rows in _blocks(stored):
+        for rows in _blocks(stored, _SMALL):
             grey[rows] = table[stored[rows].astype(np.intp) - low]
         return grey
     for rows in _blocks(stored):
