@@ -27,7 +27,7 @@ from secure_fed.model import backbone_store
 from secure_fed.model.backbone_form import named, read_form
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.device import Device, kind_of
-from secure_fed.model.library import HUB, known_model, offline, open_clip, with_activation
+from secure_fed.model.library import HUB, known_model, offline, open_clip, twin, with_activation
 from secure_fed.model.network import Form, activation, build, facts, make_network
 from secure_fed.model.preparing import preparer
 from secure_fed.model.text_tower import TextTower, reads_at
@@ -696,11 +696,16 @@ def _path(backbone: Backbone, checkpoint: Path | None) -> Path | None:
     """Where the weights lie; None if they are to be fetched."""
     path = checkpoint
     if path is None and backbone.file is not None:
-        path = Path(backbone.file)
-        if not path.exists() and path.name == backbone.file:
-            path = configs.MODELS / path
-        if not path.exists():
-            path = backbone_store.find(backbone) or path
+        given = Path(backbone.file)
+        places = [given, configs.MODELS / given] if given.name == backbone.file else [given]
+        path = next((one for one in places if one.exists()), None) or backbone_store.find(backbone)
+        if path is None:
+            which = f" --activation {backbone.activation}" if backbone.activation and twin(backbone.model) else ""
+            raise BackboneError(
+                f"{given}: no such file here, and none of that name or digest in {backbone_store.store_folder()}; "
+                f"expected the weights of {backbone.model}: get the file that the study was made with, and add it: "
+                f"secfacmic backbone add {given.name} --model {backbone.model}{which}"
+            )
     if path is None:
         path = backbone_store.find(backbone)
     if path is None:

@@ -213,6 +213,11 @@ def _read_open_clip(path: Path, model: str | None, text: Path | None) -> Form:
     where = path / CONFIG
     content = read_json(where)
     file = checked({"model_cfg": content} if "vision_cfg" in content else content, _File, where)
+    if "vision_cfg" in file.model_cfg and "text_cfg" not in file.model_cfg:
+        raise BackboneError(
+            f"{where}: of an image tower alone (no text_cfg), without the text tower that prompts need; expected a "
+            "whole CLIP: choose another model"
+        )
     config = check_model_config(file.model_cfg, f"{where}, model_cfg")
     told: list[str] = []
     own = (path / ENTRY).is_file()
@@ -285,13 +290,14 @@ def _read_transformers(path: Path, model: str | None) -> Form:
     if kind not in ("clip", "siglip"):
         what = (
             "an image tower alone, without the text tower that prompts need"
-            if kind in _IMAGES_ALONE
+            if kind in _IMAGES_ALONE or (kind is None and "architecture" in content)  # timm's
             else "a text model alone, without an image tower"
             if kind in _TEXT_ALONE
             else "another kind of model"
         )
+        named = "no model_type" if kind is None else f"model_type {kind!r}"
         raise BackboneError(
-            f"{path}: model_type {kind!r} in config.json, {what}; expected clip or siglip, or a folder with {CONFIG}"
+            f"{path}: {named} in config.json, {what}; expected clip or siglip, or a folder with {CONFIG}"
         )
     if not any(content.get(f"{tower}_config{more}") for tower in ("text", "vision") for more in ("", "_dict")):
         raise BackboneError(f"{where}: says nothing of its towers (text_config, vision_config); copy it again")
@@ -347,7 +353,8 @@ def _weights_in(path: Path, names: tuple[str, ...]) -> Path:
                 f"{path}: {len(shards)} shards ({shards[0]} and so on) without the index that belongs to them; copy "
                 "the whole folder again"
             )
-        others = [one for one in inside if one.suffix.lower() in _OTHERS]
+        below = [one for folder in _seen(path) if folder.is_dir() for one in _seen(folder)]  # as onnx/model.onnx
+        others = [one for one in (*inside, *below) if one.suffix.lower() in _OTHERS and one.is_file()]
         if others:
             read_weights(others[0])
         raise BackboneError(f"{path}: no weights in it; the folder is half copied: copy all of it again")

@@ -292,6 +292,11 @@ def _refuse_misfit(
     if other:
         parts.append(f"{len(other)} have other shapes ({other[0]}: {shapes[other[0]]}, expected {expected[other[0]]})")
     fits = which_fit(given)
+    if form.model in fits:
+        parts.append("which is all that keeps it from being that model; expected its weights alone")
+        raise BackboneError(
+            f"{form.weights}: not loaded as {form.model}: {', '.join(parts)}: save the model's state_dict() by itself"
+        )
     advice = f"its shapes fit {', '.join(fits)}" if fits else "its shapes fit no other that open_clip knows by name"
     raise BackboneError(
         f"{form.weights}: not loaded as {form.model}: {'; '.join(parts)}{without_text(given)}; expected that model's "

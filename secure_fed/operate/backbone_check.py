@@ -67,6 +67,7 @@ def check_backbone(
         path = _of_name(name)
     loaded, _, _ = load_given(path, model, activation, text)
     form = loaded.form
+    loaded.encode_images([USUAL] * loaded.batch)  # as many as are in memory at once
     seconds = expected_seconds(loaded.seconds_per_image([USUAL]), 100)
     report: dict[str, Any] = {
         "model": form.model,

@@ -63,6 +63,18 @@ def inside(name: str, *keys: str, **changes: Any) -> Make:
     return apply
 
 
+def move_onnx(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "onnx").mkdir()
+    (folder / "onnx/model.onnx").write_bytes(b"\x08\x07")
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / OURS).read_text())
+    change(content["model_cfg"])
+    (folder / OURS).write_text(json.dumps(content))
+
+
 OURS, THEIRS = "open_clip_config.json", "config.json"
 PREPARE = "preprocessor_config.json"
 BAD: dict[str, tuple[str, Make, str]] = {
@@ -137,6 +149,17 @@ BAD: dict[str, tuple[str, Make, str]] = {
     "a text model without heads": ("bert", inside("text/config.json", num_attention_heads=0), "num_attention_heads"),
     "a quantised text model": ("bert", inside("text/config.json", quantization_config={}), "a quantised text model"),
     "an unknown activation": ("bert", inside("text/config.json", hidden_act="mystery"), "cannot build this model"),
+    # what is no CLIP
+    "an image tower of open_clip": (
+        "bert",
+        lambda folder: change_config(folder, lambda config: config.pop("text_cfg")),
+        "of an image tower alone",
+    ),
+    "an image tower of timm": ("clip", write(THEIRS, b'{"architecture": "vit_base_patch16_224"}'), "an image tower"),
+    "no kind": ("clip", write(THEIRS, b'{"x": 1}'), "no model_type in config.json, another kind"),
+    "onnx below": ("clip", move_onnx, "onnx/model.onnx: is an ONNX model"),
+    "a page after a comment": ("clip", write("model.safetensors", b"<!-- x -->\n<HTML><body>"), "is a web page"),
+    "a few bytes": ("clip", write("model.safetensors", b"Invalid username"), "16 bytes that are neither"),
     # what a clone or a browser leaves
     **{
         f"{kind} as {file}": (form, write(file, content), says)
@@ -227,6 +250,22 @@ def test_a_name_that_a_folder_does_not_bear_is_refused(whole: Path, store: Path,
             code, _, errors = secfacmic("backbone", command, whole / "clip", "--model", name)
             assert (code, says in errors) == (30, True), errors
     assert not list(store.glob("*"))
+
+
+def test_a_file_that_is_not_here_is_said_with_the_command_that_adds_it(store: Path) -> None:
+    backbone = Backbone(model="ViT-B-32", weights="file", file="tuned.pt", activation="quickgelu")
+    add_it = "secfacmic backbone add tuned.pt --model ViT-B-32 --activation quickgelu"
+    with pytest.raises(BackboneError, match=rf"tuned.pt: no such file here, .* in {store}; .*: {add_it}$"):
+        load_backbone(backbone, None)
+    other = backbone.model_copy(update={"model": "random-small", "activation": "gelu", "file": "/usb/tuned.pt"})
+    with pytest.raises(BackboneError, match=r"/usb/tuned.pt: no such file.* add tuned.pt --model random-small$"):
+        load_backbone(other, None)
+
+
+def test_what_lies_beside_the_model_in_a_checkpoint_is_named_as_all_that_is_wrong(tmp_path: Path) -> None:
+    torch.save(small(tmp_path) | {"head.weight": torch.ones(2, 2)}, tmp_path / "tuned.pt")
+    with pytest.raises(BackboneError, match=r"\(head.weight\), which is all that keeps it from being that model"):
+        add(tmp_path / "tuned.pt", "random-small")
 
 
 def test_a_folder_without_a_configuration_names_the_candidates(tmp_path: Path) -> None:
