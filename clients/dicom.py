@@ -18,6 +18,7 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.encaps import get_frame
+from pydicom.pixels.decoders import base
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
@@ -39,10 +40,12 @@ _PREAMBLE = 128
 _MAGIC = b"DICM"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_PALETTE = "PALETTE COLOR"
 _VRS = frozenset(
     b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_RAW_DATA = "1.2.840.10008.5.1.4.1.1.66"
 NO_PICTURES = {
     **{"SEG": "a segmentation", "RTDOSE": "a dose", "SR": "a structured report", "PR": "a presentation state"},
     **{"KO": "a selection of key objects", "REG": "a registration", "RTSTRUCT": "contours", "RTPLAN": "a plan"},
@@ -79,6 +82,9 @@ _PICTURE_CLASSES = ("Image", "US Volume")
 _SCOUTS = frozenset({"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM"})
 _SCOUT_SERIES = ("localizer", "localiser", "scout", "topogram", "surview", "scanogram")
 """Scanners of some makers say it in the series' name alone."""
+
+_SHORT_SCOUTS = re.compile(r"\b(loc|survey|uebersicht|\u00fcbersicht)\b")
+"""Of magnetic resonance and computed tomography; of X-rays a survey is an examination."""
 _SCREENS = frozenset({"SCREEN SAVE", "SCREENSHOT", "SCREEN_SAVE", "SCREEN CAPTURE", "DOSE_INFO"})
 _HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "ManufacturerModelName", "ImageType", "PatientID"),
@@ -86,6 +92,12 @@ _HEADER = (
     *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
 )
+_UNFOLLOWED = {
+    "PresentationLUTSequence": "a presentation table (2050,0010)",
+    "RedPaletteColorLookupTableDescriptor": "colours beside the grey values (0028,1101)",
+}
+"""Of grey pictures."""
+
 HEADER = 132
 """Bytes of a file by which :func:`is_dicom` knows it."""
 
@@ -209,7 +221,8 @@ def facts(dataset: Any) -> Facts:
 
 def _names_scout(dataset: Any) -> bool:
     names = (text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")).casefold()
-    return any(word in names for word in _SCOUT_SERIES)
+    sectional = text(dataset, "Modality").upper() in ("MR", "CT")
+    return any(word in names for word in _SCOUT_SERIES) or (sectional and _SHORT_SCOUTS.search(names) is not None)
 
 
 def no_picture(dataset: Any) -> str:
@@ -226,6 +239,8 @@ def _no_picture_class(sop: str) -> str:
     for words, what in _NO_PICTURE_CLASSES.items():
         if words in name:
             return what
+    if sop.startswith(_RAW_DATA + "."):  # also those that came after this release of pydicom
+        return "a segmentation or other computed object"
     if name != sop and "Storage" in name and not any(words in name for words in _PICTURE_CLASSES):
         return f"a {name.removesuffix(' Storage')} object"
     return ""
@@ -296,6 +311,7 @@ class DicomFile:
         if not 0 <= index < self.frames:
             raise UndecodableError(f"no frame {index}; it has {self.frames}, counted from 0")
         rules.refuse_size(_whole(dataset, "Columns"), _whole(dataset, "Rows"))
+        self._refuse_unread(index)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -306,8 +322,7 @@ class DicomFile:
         except Exception as error:
             syntax = dataset.file_meta.TransferSyntaxUID
             raise UndecodableError(
-                f"DICOM pixels cannot be decoded ({syntax.name}, {syntax}: {_short(error)}); export the file again, or "
-                "see which transfer syntaxes can be read: secfacmic doctor"
+                f"DICOM pixels cannot be decoded ({syntax.name}, {syntax}: {_short(error)}); export the file again"
             ) from error
         try:
             return self._shown(stored, index, rules)
@@ -315,6 +330,31 @@ class DicomFile:
             raise
         except Exception as error:
             raise UndecodableError(f"DICOM pixels cannot be shown ({_short(error)}); export the file again") from error
+
+    def _refuse_unread(self, index: int) -> None:
+        """What can be known to be unreadable before pixels are decoded; colours in small letters are mended."""
+        dataset, syntax = self._dataset, self._dataset.file_meta.TransferSyntaxUID
+        try:
+            base.get_decoder(syntax)
+        except NotImplementedError:
+            raise UndecodableError(
+                f"transfer syntax (0002,0010) {syntax} ({syntax.name if syntax.name != syntax else 'unknown'}) is not "
+                "read; expected one that secfacmic doctor lists: export the file uncompressed"
+            ) from None
+        known = (*_GREY, _PALETTE, *_COLOUR)
+        if self._colour not in known:
+            raise UndecodableError(
+                f"PhotometricInterpretation (0028,0004) is {self._colour or 'missing'}; expected one of "
+                f"{', '.join(known)}: export the file again"
+            )
+        if dataset.PhotometricInterpretation != self._colour:
+            dataset.PhotometricInterpretation = self._colour
+        frames = dataset.get("PerFrameFunctionalGroupsSequence")
+        if frames and index >= len(frames):
+            raise UndecodableError(
+                f"PerFrameFunctionalGroupsSequence (5200,9230) has {len(frames)} items, of {self.frames} frames; "
+                "expected one for each: export the file again"
+            )
 
     def _compare_codestream(self, index: int) -> None:
         """What a frame's own codestream says of size and sign is compared with the header before it is unpacked.
@@ -347,11 +387,12 @@ class DicomFile:
         if not isinstance(bits, int) or not isinstance(high, int) or high == bits - 1:
             return np.asarray(pixel_array(dataset, index=index))
         syntax = dataset.file_meta.TransferSyntaxUID
-        if not bits <= high + 1 <= _whole(dataset, "BitsAllocated") or (
+        if not 1 <= bits <= high + 1 <= _whole(dataset, "BitsAllocated") or (
             syntax.is_encapsulated and syntax != RLELossless
         ):
             raise UndecodableError(
-                f"HighBit (0028,0102) is {high} and BitsStored (0028,0101) {bits}; expected {bits - 1}: export it again"
+                f"HighBit (0028,0102) is {high} and BitsStored (0028,0101) {bits}; expected "
+                f"{bits - 1 if bits > 0 else 'at least one bit'}: export it again"
             )
         dataset.BitsStored = high + 1
         try:
@@ -361,18 +402,17 @@ class DicomFile:
 
     def _shown(self, stored: NDArray[Any], index: int, rules: Rules) -> Picture:
         dataset, colour = self._dataset, self._colour
-        if colour == "PALETTE COLOR":
+        if colour == _PALETTE:
             return Picture(self._palette(stored), self._facts)
         if colour in _COLOUR:
             if stored.dtype != np.uint8:
-                raise UndecodableError(f"colours of {8 * stored.dtype.itemsize} bits; expected 8: convert it")
+                raise UndecodableError(
+                    f"colours of {8 * stored.dtype.itemsize} bits (BitsAllocated (0028,0100)); expected 8: convert it"
+                )
             return Picture(Image.fromarray(stored), self._facts)
-        if colour not in _GREY:
-            expected = ", ".join((*_GREY, "PALETTE COLOR", *_COLOUR))
-            raise UndecodableError(f"photometric interpretation {colour or 'missing'}; expected {expected}")
         if stored.ndim != 2:
             raise UndecodableError(f"{stored.shape[-1]} samples a pixel of {colour}; expected 1")
-        notes: list[str] = []
+        notes = [f"{what} passed over" for keyword, what in _UNFOLLOWED.items() if keyword in dataset]
         rescaled = self._rescaling(_group(dataset, index, "PixelValueTransformationSequence"))
         padding = self._padding(stored)
         below = bool(rescaled(_extremes(dataset, stored.dtype)).min() < 0)
@@ -393,9 +433,8 @@ class DicomFile:
         if (item := _table(group.get("ModalityLUTSequence"))) is not None:
             through = self._through(item, "Modality", self._dataset.get("PixelRepresentation") == 1)
             return lambda stored: through(stored)[0]
-        slopes = _numbers(group, "RescaleSlope", "(0028,1053)") or [1.0]
-        intercepts = _numbers(group, "RescaleIntercept", "(0028,1052)") or [0.0]
-        slope, intercept = slopes[0], intercepts[0]
+        slope = _number(group, "RescaleSlope", "(0028,1053)", 1.0)
+        intercept = _number(group, "RescaleIntercept", "(0028,1052)", 0.0)
         if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
             raise UndecodableError(
                 f"RescaleSlope (0028,1053) is {slope:g} and RescaleIntercept (0028,1052) {intercept:g}, which leave "
@@ -424,7 +463,8 @@ class DicomFile:
         for centre, width in _pairs(centres, _places(voi, "WindowWidth", "(0028,1051)")):
             if width > 0 and math.isfinite(width) and math.isfinite(centre):
                 return _function(centre, width, text(voi, "VOILUTFunction").upper() or "LINEAR")
-            notes.append(f"window of width {width:g} (0028,1051) passed over; expected a width above 0")
+            odd = f"width {width:g} (0028,1051)" if math.isfinite(centre) else f"centre {centre:g} (0028,1050)"
+            notes.append(f"window of {odd} passed over; expected a number and a width above 0")
         return None
 
     def _through(self, item: Any, name: str, signed: bool) -> Callable[[NDArray[Any]], tuple[NDArray[Any], int]]:
@@ -432,7 +472,7 @@ class DicomFile:
 
         Values before the first one mapped get the first entry, those behind the last one the last.
         """
-        entries, first, depth = (int(number) for number in item.LUTDescriptor)
+        entries, first, depth = _descriptor(item.LUTDescriptor, f"the {name} LUT's descriptor (0028,3002)")
         entries = entries % 2**16 or 2**16
         data = item.LUTData
         if isinstance(data, bytes):
@@ -481,12 +521,38 @@ class DicomFile:
 
     def _palette(self, stored: NDArray[Any]) -> Image.Image:
         dataset = self._dataset
+        for number, colour in enumerate(("Red", "Green", "Blue"), start=1):
+            name = f"{colour}PaletteColorLookupTable"
+            entries, _, depth = _descriptor(dataset.get(f"{name}Descriptor"), f"{name}Descriptor (0028,110{number})")
+            entries = entries % 2**16 or 2**16
+            size = len(dataset.get(f"{name}Data") or b"")
+            segmented = not size and dataset.get(f"Segmented{name}Data")
+            if depth not in (8, 16) or not (segmented or size in (entries, entries + entries % 2, 2 * entries)):
+                raise UndecodableError(
+                    f"{name}Data (0028,120{number}) has {size} bytes, for {entries} entries of {depth} bits; expected "
+                    "one or two bytes for each, of 8 or 16 bits: export it again"
+                )
         if dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian:
             dataset = _swapped(dataset)
         parts = [apply_color_lut(stored[rows], dataset) for rows in _blocks(stored)]
         if any(part.dtype.itemsize > 1 and part.max() > 255 for part in parts):
             parts = [part >> 8 for part in parts]
         return Image.fromarray(np.concatenate([part.astype(np.uint8) for part in parts]))
+
+
+def _descriptor(value: Any, name: str) -> tuple[int, int, int]:
+    """Number of entries, first value mapped and bits of a look-up table, as they are written.
+
+    Raises:
+        UndecodableError: there are not three numbers.
+    """
+    try:
+        entries, first, depth = (int(number) for number in value)
+    except (TypeError, ValueError):
+        raise UndecodableError(
+            f"{name} is {value}; expected three numbers (entries, first value mapped, bits): export it again"
+        ) from None
+    return entries, first, depth
 
 
 def _swapped(dataset: Any) -> Any:
@@ -617,6 +683,18 @@ def _pairs(centres: list[float | None], widths: list[float | None]) -> Iterator[
 def _numbers(dataset: Any, keyword: str, tag: str) -> list[float]:
     """:func:`_places` without the empty ones."""
     return [number for number in _places(dataset, keyword, tag) if number is not None]
+
+
+def _number(dataset: Any, keyword: str, tag: str, default: float) -> float:
+    """An element's one number.
+
+    Raises:
+        UndecodableError: it has several.
+    """
+    found = set(_numbers(dataset, keyword, tag)) or {default}
+    if len(found) > 1:
+        raise UndecodableError(f"{keyword} {tag} has {len(found)} values; expected one: export the file again")
+    return found.pop()
 
 
 def _places(dataset: Any, keyword: str, tag: str) -> list[float | None]:

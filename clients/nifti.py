@@ -65,7 +65,8 @@ class NiftiFile:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._header = kind.from_fileobj(io.BytesIO(head), check=False)
+                # Not from a file: that would also read the extensions behind the header, which are not here.
+                self._header = kind(head[: kind.sizeof_hdr], check=False)
                 magic = bytes(self._header["magic"].tobytes())[:3]
                 if magic != (b"n+2" if kind is nibabel.Nifti2Header else b"n+1"):
                     raise UndecodableError(
@@ -77,7 +78,8 @@ class NiftiFile:
                 self._refuse_shape(shape, self._dtype)
                 self._shape = shape[:3] + (1,) * (3 - len(shape[:3]))
                 self._start = int(self._header.get_data_offset())
-                turned = nibabel.io_orientation(self._header.get_best_affine())
+                affine = self._header.get_best_affine()
+                turned = nibabel.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
                 slope, inter = self._header.get_slope_inter()
         except UndecodableError:
             raise

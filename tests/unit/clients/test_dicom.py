@@ -139,7 +139,7 @@ def test_what_cannot_be_decoded_says_why():
         (as_bytes(unknown), "cannot be decoded .JPEG-LS Lossless"),
         (as_bytes(report), "DICOM without pixels .MR."),
         (short, "cannot be decoded"),
-        (as_bytes(dicom(RAMP, "CMYK")), "photometric interpretation CMYK"),
+        (as_bytes(dicom(RAMP, "CMYK")), r"PhotometricInterpretation \(0028,0004\) is CMYK"),
         (as_bytes(dicom(RAMP, WindowCenter=1, WindowWidth=2, VOILUTFunction="MAGIC")), "VOI function MAGIC"),
         (b"\0" * 128 + b"DICM" + b"rubbish" * 9, "DICOM"),
     ]

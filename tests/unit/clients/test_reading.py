@@ -269,6 +269,94 @@ def test_values_in_the_upper_bits_are_moved_down():
             grey(dicom(SMOOTH, **(TWELVE | {"HighBit": wrong})))
 
 
+def coloured(entries=256, bits=16, **fields):
+    """Grey values from 0 to 255, of which each colour is a multiple."""
+    dataset = dicom(np.arange(256, dtype=np.uint8).reshape(16, 16), "PALETTE COLOR")
+    for factor, colour in enumerate(("Red", "Green", "Blue"), start=1):
+        name = f"{colour}PaletteColorLookupTable"
+        setattr(dataset, f"{name}Descriptor", [entries % 2**16, 0, bits])
+        dataset[f"{name}Descriptor"].VR = "US"
+        values = (np.arange(256) * factor % 256).astype(np.uint8 if bits == 8 else "<u2")
+        setattr(dataset, f"{name}Data", (values if bits == 8 else values * 257).tobytes())
+        dataset[f"{name}Data"].VR = "OW"
+    for name, value in fields.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def test_palettes_show_their_colours():
+    expected = np.stack([np.arange(256).reshape(16, 16) * factor % 256 for factor in (1, 2, 3)], axis=-1)
+    for bits in (8, 16):
+        assert np.array_equal(np.asarray(decode(as_bytes(coloured(bits=bits)))), expected)
+    # Colours for single values beside grey ones, as devices that overlay flow write them, are not followed; it is told.
+    beside = coloured()
+    beside.PhotometricInterpretation = "MONOCHROME2"
+    assert decode_all_of([as_bytes(beside)])[0].notes == ("colours beside the grey values (0028,1101) passed over",)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "says"),
+    [
+        (
+            dicom(RAMP, BitsStored=0),
+            r"HighBit \(0028,0102\) is 15 and BitsStored \(0028,0101\) 0; expected at least one",
+        ),
+        (dicom(RAMP, RescaleSlope=[2, 3]), r"RescaleSlope \(0028,1053\) has 2 values; expected one"),
+        (dicom(RAMP, "HSV"), r"PhotometricInterpretation \(0028,0004\) is HSV; expected one of MONOCHROME1, "),
+        (
+            dicom(np.zeros((4, 4, 3), np.uint16), "RGB"),
+            r"colours of 16 bits \(BitsAllocated \(0028,0100\)\); expected 8",
+        ),
+        (
+            coloured(entries=300),
+            r"RedPaletteColorLookupTableData \(0028,1201\) has 512 bytes, for 300 entries of 16 bits",
+        ),
+        (coloured(GreenPaletteColorLookupTableData=None), r"GreenPaletteColor\w+ \(0028,1202\) has 0 bytes, for 256"),
+        (
+            coloured(BluePaletteColorLookupTableDescriptor=[256, 0]),
+            r"\(0028,1103\) is \[256, 0\]; expected three numbers",
+        ),
+        (
+            dicom(np.stack([RAMP] * 3), PerFrameFunctionalGroupsSequence=Sequence([Dataset()])),
+            r"PerFrameFunctionalGroupsSequence \(5200,9230\) has 1 items, of 3 frames; expected one for each",
+        ),
+    ],
+    ids=lambda value: value.split("(")[0] if isinstance(value, str) else "",
+)
+def test_a_header_that_leaves_open_what_is_shown_is_refused_with_the_tag(dataset, says):
+    with pytest.raises(UndecodableError, match=says):
+        decode(as_bytes(dataset))
+
+
+def test_a_table_whose_descriptor_is_none_is_refused_with_the_tag():
+    item = lut(0, range(256), 16)
+    item.LUTDescriptor = [256, 0]
+    with pytest.raises(UndecodableError, match=r"VOI LUT's descriptor \(0028,3002\) is \[256, 0\]; expected three"):
+        grey(dicom(RAMP, VOILUTSequence=Sequence([item])))
+
+
+def test_a_kind_of_colours_in_small_letters_is_meant_as_in_capitals():
+    assert np.array_equal(grey(dicom(RAMP, "monochrome1")), grey(dicom(RAMP, "MONOCHROME1")))
+
+
+def test_a_transfer_syntax_that_is_not_read_is_told_with_its_name():
+    native = as_bytes(dicom(RAMP)).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.113619.5.2\0\0")
+    with pytest.raises(UndecodableError, match=r"\(0002,0010\) 1.2.840.113619.5.2 .* not read; .* secfacmic doctor"):
+        decode(native)
+    several = encapsulated(SMOOTH, uid.UID("1.2.840.10008.1.2.4.92"), j2k(SMOOTH), **TWELVE)
+    with pytest.raises(UndecodableError, match=r"\(JPEG 2000 Part 2 .*\) is not read; .* export the file uncompressed"):
+        decode(as_bytes(several))
+
+
+def test_what_a_header_says_and_cannot_be_followed_is_told():
+    tables = dicom(RAMP, PresentationLUTSequence=Sequence([Dataset()]))
+    nowhere = raw(dicom(RAMP, WindowWidth="400"), "WindowCenter", b"nan ")
+    assert [found.notes for found in decode_all_of([as_bytes(tables), nowhere])] == [
+        ("a presentation table (2050,0010) passed over",),
+        ("window of centre nan (0028,1050) passed over; expected a number and a width above 0",),
+    ]
+
+
 def test_an_element_of_no_known_kind_is_told_in_one_sentence():
     content = as_bytes(dicom(RAMP))
     place = content.index(b"\xe0\x7f\x10\0OW")
@@ -477,6 +565,12 @@ def test_scouts_and_screenshots_are_known():
     for name in ("SeriesDescription", "ProtocolName"):
         assert decode_all_of([as_bytes(dicom(RAMP, **{name: "AAHead_Scout_32ch"}))])[0].kind == "scout"
     assert decode_all_of([as_bytes(dicom(RAMP, ConversionType="WSD"))])[0].kind == "screenshot"
+    for modality, name, kind in (
+        *(("MR", "3-Plane Loc SSFSE", "scout"), ("CT", "\u00dcbersicht", "scout"), ("MR", "Survey", "scout")),
+        *(("DX", "Bone survey", ""), ("MR", "local block", "")),
+    ):
+        found = decode_all_of([as_bytes(dicom(RAMP, Modality=modality, SeriesDescription=name))])
+        assert found[0].kind == kind, name
     scout = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     capture = dicom(RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2")
     burned = dicom(RAMP, BurnedInAnnotation="YES", Manufacturer="ACME", ManufacturerModelName="Seer 3")
@@ -571,6 +665,23 @@ def test_a_gzipped_nifti_of_several_parts_is_one_volume():
         parts = gzip.compress(whole[:cut]) + gzip.compress(whole[cut:])
         last = open_file(whole).frames - 1
         assert np.array_equal(np.asarray(decode(parts, last)), np.asarray(decode(whole, last)))
+
+
+def test_what_programs_write_behind_a_niftis_header_is_passed_over():
+    image = nibabel.Nifti1Image(VOLUME, np.eye(4))
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("afni", b"<AFNI_attributes/>" * 50))
+    for content in (image.to_bytes(), gzip.compress(image.to_bytes())):
+        assert np.array_equal(np.asarray(decode(content)), np.asarray(decode(nifti())))
+
+
+@pytest.mark.parametrize("entry", [0.0, np.nan, np.inf])
+def test_a_nifti_whose_axes_span_no_space_is_refused(entry):
+    content = nifti(packed=False)
+    content = (
+        content[:254] + struct.pack("<h", 1) + content[256:280] + struct.pack("<12f", *[entry] * 12) + content[328:]
+    )
+    with pytest.raises(UndecodableError, match="axes do not span space; expected an invertible affine"):
+        decode(content)
 
 
 def test_slope_and_byte_order_of_a_nifti_are_heeded():
@@ -701,3 +812,17 @@ def test_frames_of_one_file_are_read_and_hashed_once(tmp_path, monkeypatch):
 
 def test_the_page_on_data_has_the_table_of_formats():
     assert table() in (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_rare_kinds_of_ordinary_formats_are_told_from_what_is_no_image():
+    eight = (SMOOTH >> 4).astype(np.uint8)
+    twelve = imagecodecs.jpeg8_encode(SMOOTH, bitspersample=12)
+    for content in (twelve, imagecodecs.ljpeg_encode(SMOOTH, bitspersample=12), b"II*\0" + bytes(99)):
+        with pytest.raises(UndecodableError, match=r"is broken or of a rare kind .* convert it to PNG, or use DICOM"):
+            decode(content)
+    with pytest.raises(UndecodableError, match="no image in a format that is read"):
+        decode(imagecodecs.jpegxl_encode(eight))
+    with pytest.raises(UndecodableError, match="gzipped file that is no NIfTI; expected it unpacked"):
+        decode(gzip.compress(as_bytes(dicom(RAMP))))
+    with pytest.raises(UndecodableError, match="JPEG 2000 file of values with a sign"):
+        decode(imagecodecs.jpeg2k_encode((eight >> 1).astype(np.int8), codecformat="jp2"))
