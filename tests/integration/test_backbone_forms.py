@@ -228,10 +228,11 @@ def test_towers_of_different_widths_are_refused_wherever_a_backbone_comes_in(tmp
         add(tmp_path / "siglip", None)
 
 
-def test_a_client_encodes_its_images_and_calls_nobody_but_its_server(images: Path, tmp_path: Path) -> None:
-    clip_folder(tmp_path / "clip")
-    add(tmp_path / "clip", "hf-hub:fake/clip")
-    content = table({"adapter": "facmic"}, {"model": "hf-hub:fake/clip", "weights": "pretrained"})
+@pytest.mark.parametrize("form", FORMS)
+def test_a_client_encodes_its_images_and_calls_nobody_but_its_server(form: str, images: Path, tmp_path: Path) -> None:
+    FORMS[form](tmp_path / form)
+    add(tmp_path / form, f"hf-hub:fake/{form}")
+    content = table({"adapter": "facmic"}, {"model": f"hf-hub:fake/{form}", "weights": "pretrained"})
     template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
     network = Network(tmp_path / "out", template, images)
     for cache in (tmp_path / "out/sites/ash").rglob("features.sqlite*"):
