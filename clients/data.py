@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from secure_fed.clients.dicom import facts, no_picture, patient_id, read_header
-from secure_fed.clients.manifest import read_table
+from secure_fed.clients.manifest import Table, read_table
 from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled
 from secure_fed.clients.reading import (
@@ -48,6 +48,7 @@ DRAWN_ALONE = (
 
 _COLUMNS = ("path", "label")
 _SPLITS: tuple[Split, ...] = get_args(Split)
+_SPLIT_WORDS = frozenset({*_SPLITS, "training", "valid", "validation", "testing", "dev"})
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
@@ -525,6 +526,11 @@ def _read_manifest(
             f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns)[:500] or 'none'}, expected "
             f"{', '.join(needed)} and split (unless shares are set); patient and frame where they are needed"
         )
+    if "label" in needed and not has_splits and (named := _named_otherwise(table)):
+        raise ManifestError(
+            f"{manifest}: column {named!r} holds names of splits, and there is no column split; expected it to be "
+            "named split, with train, val, test and unlabelled: rename it, or remove it"
+        )
     if free := [name for name in table.columns if name and name not in _KNOWN]:
         notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
@@ -562,6 +568,15 @@ def _read_manifest(
     # Two rows for one file are told together with what is wrong in each.
     _refuse(manifest, faults + (_double_faults(rows, has_splits) if faults else []))
     return rows, has_splits
+
+
+def _named_otherwise(table: Table) -> str:
+    """The free column whose cells are all names of splits, as people write them; empty if there is none."""
+    for name in table.columns:
+        found = {row.cells[name].casefold() for row in table.rows} - {""} if name not in (*_KNOWN, "") else set()
+        if found & _SPLIT_WORDS and found <= _SPLIT_WORDS:
+            return name
+    return ""
 
 
 _Picture = tuple[str, str, bool]
@@ -722,6 +737,8 @@ def _is_number(text: str) -> bool:
 def _fault(row: _Row, has_splits: bool, nameless: bool) -> str | None:
     if not row.patient and not nameless:
         return f'{row.path!r} has no patient; expected an id, a DICOM file with a PatientID, or unit = "image"'
+    if not row.patient.isprintable():
+        return f"{row.path!r} has patient {row.patient!r}, with a line break or another sign that is not seen"
     if row.frame and not _is_number(row.frame):
         return f"{row.path!r} has frame {row.frame!r}; expected a number from 0, or none for the middle one"
     if row.axis and row.axis not in AXES:

@@ -1,5 +1,6 @@
 """Hospitals' tables are read as their writers meant them, or refused by line and column: nothing shifts."""
 
+import re
 import unicodedata
 from collections import Counter
 
@@ -128,7 +129,10 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("1234567890123450000", "1234567890123460017"), []),
         (("Mar-12", "=B2", "#ZAHL!"), ["spreadsheet"] * 3),
         (("Unknown Patient", "TEST^PATIENT", "No Name", "99999", "-9", "TRUE"), ["placeholder"] * 6),
-        (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99"), []),
+        (("1,234", "1234", "1.234"), ["writings"]),
+        (("Doe^John", "DOE^JOHN^^"), ["writings"]),
+        (("2024-01-05", "05.01.2024", "1/5/24", "5. Mai"), ["spreadsheet"] * 4),
+        (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99", "12-34-5678", "1.2.3", "1-2-33-4"), []),
     ],
 )
 def test_ids_that_leave_open_who_is_who_are_found(ids, kinds):
@@ -167,9 +171,23 @@ def test_similar_ids_are_shown():
 
 def test_columns_that_mean_nothing_are_told(tmp_path):
     notes = Notes()
-    rows = b"path,label,patient,splits\na.png,dark,p1,test\nb.png,light,p2,train\n"
+    rows = b"path,label,patient,splits\na.png,dark,p1,few\nb.png,light,p2,train\n"
     assert len(found(tmp_path, rows, notes=notes)) == 2
     assert "columns that mean nothing here: splits" in notes.told[0]
+
+
+@pytest.mark.parametrize("cells", [("test", "train"), ("Validation", "Training"), ("", "dev")])
+def test_a_column_of_splits_by_another_name_is_refused_as_test_images_would_be_trained_on(tmp_path, cells):
+    rows = "path,label,patient,set\na.png,dark,p1,{}\nb.png,light,p2,{}\n".format(*cells)
+    with pytest.raises(ManifestError, match="column 'set' holds names of splits, and there is no column split"):
+        found(tmp_path, rows.encode())
+    with_splits = rows.replace("set", "set,split").replace("p1,", "p1,x,train").replace("p2,", "p2,x,train")
+    assert len(found(tmp_path, re.sub("train.*", "train", with_splits).encode())) == 2
+
+
+def test_an_id_with_a_line_break_is_refused_by_line(tmp_path):
+    with pytest.raises(ManifestError, match=r"line 2: 'a.png' has patient 'p\\n1', with a line break"):
+        found(tmp_path, b'path,label,patient\na.png,dark,"p\n1"\nb.png,light,p2\n')
 
 
 def test_labels_are_taken_in_one_form(tmp_path):
