@@ -774,7 +774,11 @@ def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, monkeypa
     ]
 
 
-@pytest.mark.parametrize("make", [clip_folder, siglip_folder, bert_folder])
+def gelu_folder(folder: Path) -> tuple[Any, Any, Any]:
+    return clip_folder(folder, "gelu")
+
+
+@pytest.mark.parametrize("make", [clip_folder, gelu_folder, siglip_folder, bert_folder])
 def test_the_choice_of_precision_works_for_each_family(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
