@@ -53,7 +53,7 @@ def read_form(
         model: name for open_clip; needed for a file. Of a folder, what it is to be called.
         tag: of open_clip, whose preprocessing and activation a file is given.
         activation: ``gelu`` or ``quickgelu``, for a file of a model that has a twin.
-        text: folder with ``config.json`` (and tokenizer) of a text model of transformers.
+        text: folder with ``config.json`` (and tokenizer) of a text model of transformers; a hub's cache folder too.
         seeded: the weights are random, so that the model's name decides about their activation.
 
     Raises:
@@ -61,6 +61,8 @@ def read_form(
     """
     if text is not None and not text.is_dir():
         raise BackboneError(f"{text}: no such folder; expected one with config.json and tokenizer of a text model")
+    if text is not None and (text / "snapshots").is_dir():
+        text = _snapshot(text)
     with offline():
         if path.is_dir():
             form = _read_folder(path, model, tag, activation, text, seeded)
@@ -470,6 +472,10 @@ def _read_file(
 ) -> Form:
     if lost_link(path):
         read_weights(path)  # which says so
+    if re.search(r"-of-\d+\.", path.name):
+        raise BackboneError(
+            f"{path}: one of several shards; expected all of them with their index: name the folder, or the index"
+        )
     if model is None:
         raise BackboneError(_unnamed(path))
     if model.startswith(HUB):

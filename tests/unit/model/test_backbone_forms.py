@@ -283,6 +283,14 @@ def test_an_open_clip_folder_with_a_bert_is_open_clips_own(pooler: str, tmp_path
     assert loaded.facts["text"]["heads"] == [4]
 
 
+def test_text_models_are_taken_from_a_hubs_cache_folder_too(tmp_path: Path) -> None:
+    bert_folder(tmp_path / "biomed")
+    _, plain = add(tmp_path / "biomed", None, None, tmp_path / "text")
+    shutil.copytree(tmp_path / "text", tmp_path / "models--a--bert/snapshots/0123")
+    _, cached = add(tmp_path / "biomed", None, None, tmp_path / "models--a--bert")
+    assert cached.id == plain.id
+
+
 def test_without_its_config_only_the_usual_berts_are_assumed_and_told(tmp_path: Path) -> None:
     bert_folder(tmp_path / "biomed")
     with pytest.raises(BackboneError, match="not those of BERT base or large"):
@@ -491,6 +499,9 @@ def test_shards_and_cache_folders_are_read(tmp_path: Path, store: Path) -> None:
         _, sharded = add(tmp_path / "models--fake--clip", None)
         assert sharded.digest == whole.digest
         assert sharded.form.model == "hf-hub:fake/clip"
+        for model in (None, "random-small"):
+            with pytest.raises(BackboneError, match="one of several shards"):
+                add(snapshot / file, model)
         (snapshot / file).unlink()
         with pytest.raises(BackboneError, match=f"names 2 shards, but {file} is not beside it"):
             add(tmp_path / "models--fake--clip", None)
