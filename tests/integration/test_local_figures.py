@@ -65,6 +65,7 @@ MARKED = {
     "ledger link",
     "site results",
     "doctor",
+    "page",
 }
 """Commands with figures of the site's images that nobody paid for; each says that they are local."""
 
