@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Never, get_args
 
 import numpy as np
 
@@ -291,7 +292,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
         elif entry.is_symlink() and not entry.exists():
             raise DataError(f"{entry}: a link to nothing; mount or restore what it leads to, or remove it")
         elif entry.is_dir() or not entry.name.startswith("."):
-            notes.passed_over.append(f"{entry}: in no folder of a class")
+            notes.passed_over.append(f"{_said(entry)}: in no folder of a class")
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
     meant = _meant(strangers, classes)
     strangers = [name for name in strangers if name not in meant]
@@ -372,7 +373,7 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     notes = Notes() if notes is None else notes
     seen: set[tuple[int, int]] = set()
 
-    def stop(error: OSError) -> None:
+    def stop(error: OSError) -> Never:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}); give this user access to it, or move it out of the "
             "data folder"
@@ -381,11 +382,13 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         state = os.stat(parent)
         if (state.st_dev, state.st_ino) in seen:
-            notes.passed_over.append(f"{parent}: a link to a folder that was read already")
+            notes.passed_over.append(f"{_said(parent)}: a link to a folder that was read already")
             folders[:] = []
             continue
         seen.add((state.st_dev, state.st_ino))
-        notes.passed_over += [f"{parent}/{name}: hidden, or a system's" for name in folders if _is_passed_over(name)]
+        notes.passed_over += [
+            f"{_said(parent)}/{_said(name)}: hidden, or a system's" for name in folders if _is_passed_over(name)
+        ]
         folders[:] = sorted(
             (name for name in folders if not _is_passed_over(name)),
             key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
@@ -394,19 +397,32 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
             path = Path(parent, name)
             if name[0] == ".":
                 if name.lower().endswith(IMAGE_ENDINGS):
-                    notes.passed_over.append(f"{path}: hidden")
+                    notes.passed_over.append(f"{_said(path)}: hidden")
                 continue
             if name.lower() in _NOT_IMAGES:
-                notes.passed_over.append(f"{path}: no image")
+                notes.passed_over.append(f"{_said(path)}: no image")
                 continue
             try:
-                if is_meant_as_image(path):
-                    yield path
+                if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe would take for ever
+                    notes.passed_over.append(f"{_said(path)}: a pipe or device, no file")
+                elif not is_meant_as_image(path):
+                    notes.passed_over.append(f"{_said(path)}: no image, by its content and its name")
+                elif _said(path) != str(path):
+                    raise DataError(f"{_said(path)}: a name that is no UTF-8 and cannot be written down; rename it")
                 else:
-                    notes.passed_over.append(f"{path}: no image, by its content and its name")
+                    yield path
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{path}: a link to nothing; mount or restore what it leads to, or remove it"
+                ) from error
             except OSError as error:
                 error.filename = error.filename or str(path)
                 stop(error)
+
+
+def _said(path: Path | str) -> str:
+    """A path as it can be printed: bytes that are no UTF-8 are half a pair of surrogates in it."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _is_passed_over(folder: str) -> bool:

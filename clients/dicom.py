@@ -18,6 +18,7 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.encaps import get_frame
+from pydicom.multival import MultiValue
 from pydicom.pixels.decoders import base
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import pixel_array
@@ -193,6 +194,8 @@ def text(dataset: Any, keyword: str) -> str:
     """An element as text without blanks around; empty if there is none, or none that can be read."""
     try:
         value = dataset.get(keyword) if keyword in dataset else None  # else pydicom raises, and catches, an error
+        if isinstance(value, MultiValue):  # an id with a backslash, which separates values
+            value = "\\".join(map(str, value))
         return "" if value is None else str(value).replace("\0", "").strip()
     except Exception:
         return ""

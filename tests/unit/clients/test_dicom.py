@@ -163,6 +163,8 @@ def test_the_patient_is_in_the_header(tmp_path):
     (tmp_path / "c.png").write_bytes(b"no DICOM")
     (tmp_path / "d.dcm").write_bytes(b"\0" * 128 + b"DICMrubbish")
     names = ("a.dcm", "b.dcm", "c.png", "d.dcm", "absent.dcm")
+    (tmp_path / "e.dcm").write_bytes(as_bytes(dicom(RAMP)).replace(b"MRN-7781", b"MRN\\7781"))
+    assert patient_id(tmp_path / "e.dcm") == "MRN\\7781"
     assert [patient_id(tmp_path / name) for name in names] == ["MRN-7781", "", "", "", ""]
 
 

@@ -1,12 +1,13 @@
 """Hospitals' tables are read as their writers meant them, or refused by line and column: nothing shifts."""
 
+import os
 import re
 import unicodedata
 from collections import Counter
 
 import pytest
 
-from secure_fed.clients.data import Choice, Notes, read_data
+from secure_fed.clients.data import Choice, Notes, image_files, read_data
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
 from secure_fed.core.errors import DataError, LabelError, ManifestError
@@ -270,6 +271,28 @@ def test_what_lies_in_no_class_is_told_and_a_link_to_nothing_stops(tmp_path):
     (tmp_path / "light").symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match="light: a link to nothing"):
         read_data(tmp_path, CLASSES, "image", HALF, 0)
+
+
+def test_what_cannot_be_opened_or_named_stops_or_is_passed_over(tmp_path):
+    (tmp_path / "dark").mkdir()
+    (tmp_path / "dark" / "a.png").touch()
+    os.mkfifo(tmp_path / "dark" / "b.dcm")  # whoever opened it would wait for ever
+    notes = Notes()
+    assert [path.name for path in image_files(tmp_path, notes)] == ["a.png"]
+    assert notes.passed_over == [f"{tmp_path}/dark/b.dcm: a pipe or device, no file"]
+    (tmp_path / "dark" / "c.dcm").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"dark/c.dcm: a link to nothing; mount or restore"):
+        list(image_files(tmp_path))
+    (tmp_path / "dark" / "c.dcm").unlink()
+    os.rename(tmp_path / "dark" / "a.png", os.fsencode(tmp_path) + b"/dark/M\xfcller.png")
+    with pytest.raises(DataError, match=r"dark/M\\udcfcller.png: a name that is no UTF-8 and cannot be written down"):
+        list(image_files(tmp_path))
+    os.rename(os.fsencode(tmp_path) + b"/dark/M\xfcller.png", os.fsencode(tmp_path) + b"/dark/M\xfcller.pdf")
+    assert not list(image_files(tmp_path, notes := Notes()))
+    assert (
+        notes.passed_over[-1].encode()
+        == f"{tmp_path}/dark/M\\udcfcller.pdf: no image, by its content and its name".encode()
+    )
 
 
 def test_a_file_that_links_put_into_two_classes_is_refused(tmp_path):
