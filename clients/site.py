@@ -40,7 +40,7 @@ from secure_fed.core.errors import (
     ProtocolError,
     SiteFileError,
 )
-from secure_fed.core.layout import SiteRun
+from secure_fed.core.layout import INTEGERS, SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, check_method
 from secure_fed.model.backbone import load_backbone
@@ -679,7 +679,7 @@ class Site:
 
     def _stored(self) -> NDArray[np.int64] | None:
         """The integers that were made at this adapter, in this round or, if it moved none, in one before."""
-        for path in sorted(self._outbox.outbox.glob("*.integers")):
+        for path in sorted(self._outbox.outbox.glob(INTEGERS)):
             kept = safetensors.numpy.load(path.read_bytes())
             if "state" in kept and kept["state"].tobytes().hex() == self._asked_for:
                 integers: NDArray[np.int64] = kept["integers"]

@@ -71,7 +71,8 @@ ADAPTER, CALIBRATION, SUMMARY = "adapter.safetensors", "calibration.safetensors"
 RECORDS = "*.record"
 SEALED = "*.sealed"
 ENVELOPES = "*.envelope"
-"""Names of records, of sealed keys, and of kept, spooled and sent envelopes."""
+INTEGERS = "*.integers"
+"""Names of records, of sealed keys, of kept, spooled and sent envelopes, and of stored integers."""
 
 
 def numbered(number: int) -> str:
