@@ -54,6 +54,7 @@ from secure_fed.protocol.round_frames import ARRIVED_MAGIC, SignedWord, arrived_
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key, sign_frame, split_frame
 from secure_fed.protocol.study import AgreedStudy, Template, read_template
+from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.listener import STRANGERS
@@ -537,7 +538,8 @@ def _outsider(ground: Ground) -> Outcome:
     member = ec.generate_private_key(ec.SECP384R1()).public_key()
     openssh = member.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     key = base64.b64encode(member.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode()
-    link = SuperLink(folder, ("127.0.0.1", 0), {"member": openssh})
+    store = ByteStore(Incoming(folder / "in"), Outgoing(folder / "out"), "", lambda site: 0)
+    link = SuperLink(folder, ("127.0.0.1", 0), {"member": openssh}, store)
     held: list[socket.socket] = []
     try:
         address = link.address

@@ -653,6 +653,8 @@ class StudyFile(FileModel):
         collusion: how many of those may pool all they have with the server without learning another site's update. 0:
             one is enough, since all sites hold the study's key; pads, which alone could change that, are not there.
         round_seconds: how long a round waits for missing sites before it goes on with a quorum.
+        records_url: where else records may be fetched, by digest: any web server with copies of the coordinator's
+            folder of them, which need not be trusted; from the coordinator alone if not given.
         task: ``classify``, or ``anomaly``: only normal images train, and what is unlike them is found.
         classes: at least two; a class's number is its place in this list. Of a study of anomalies one, that of normal
             images: every other label is an anomaly's.
@@ -708,6 +710,7 @@ class StudyFile(FileModel):
     faulty: Annotated[int, Field(ge=1, le=1000)] = 1
     collusion: Annotated[int, Field(ge=0, le=1000)] = 0
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
+    records_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]{1,250}$")] | None = None
     task: Literal["classify", "anomaly"] = "classify"
     classes: tuple[StudyClass, ...]
     backbone: Backbone

@@ -30,6 +30,7 @@ from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.round_loop import RoundLoop
 from secure_fed.transport.flower_messages import contract, read_request
 from tests.conftest import OBSERVER, TRAINING, Federation, make_template
+from tests.flower_messages import Shelf
 
 RUN = 7
 
@@ -45,6 +46,7 @@ class Wire(Grid):  # type: ignore[misc]
         self.away: set[str] = set()
         self.silent: set[str] = set()
         self.since = dict.fromkeys(self.apps, "first")
+        self.shelf = Shelf()
         self.bundle = contract(federation.agreed.study.id)
         self.waiting: dict[str, Message] = {}
         self.pages: dict[str, list[int]] = {}
@@ -82,7 +84,7 @@ class Wire(Grid):  # type: ignore[misc]
             content = recorddict_from_proto(recorddict_to_proto(message.content))
             self.waiting[name] = make_message(metadata=message.metadata, content=content)
             site = self.apps[message.metadata.dst_node_id].site.name
-            self.pages.setdefault(site, []).append(sum(map(len, read_request(content).records)))
+            self.pages.setdefault(site, []).append(sum(map(len, read_request(content, self.shelf.fetch).records)))
             self.ttls.append(message.metadata.ttl)
             names.append(name)
         return names
@@ -96,7 +98,7 @@ class Wire(Grid):  # type: ignore[misc]
                 continue
             del self.waiting[name]
             context = Context(RUN, message.metadata.dst_node_id, {}, RecordDict(), {})
-            replies.append(app.answer(message, context, self.bundle))
+            replies.append(app.answer(message, context, self.bundle, self.shelf))
         return replies
 
 
@@ -113,7 +115,7 @@ def _begin(federation: Federation) -> tuple[Coordinator, Wire, RoundLoop]:
 
 
 def _loop(federation: Federation, coordinator: Coordinator, wire: Wire) -> RoundLoop:
-    return RoundLoop(coordinator, federation.agreed, wire, wire.nodes)
+    return RoundLoop(coordinator, federation.agreed, wire, wire.nodes, wire.shelf, wire.shelf)
 
 
 def _steps(loop: RoundLoop, condition: Any, seconds: float = 30.0) -> None:

@@ -16,7 +16,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import flwr.supernode.node_auth_http_interceptor as node_auth
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -32,7 +31,7 @@ from flwr.superlink.grid import HttpGrid
 
 from secure_fed.clients import flower_node
 from secure_fed.clients.flower_app import SiteApp
-from secure_fed.clients.flower_node import _Connection
+from secure_fed.clients.flower_node import Way, _Connection
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SiteServer, read_site_file
 from secure_fed.core.errors import (
@@ -55,15 +54,17 @@ from secure_fed.lab.simulation import accept_another_run
 from secure_fed.operate.taking_part import take_part
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST
+from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
 from secure_fed.transport.certificates import create_authority, renew_certificate
-from secure_fed.transport.flower_messages import contract, read_reply, reply_content, request_content
+from secure_fed.transport.flower_messages import ROUND_MESSAGE, contract, read_reply, reply_content, request_content
 from tests.conftest import Federation, Run
-from tests.flower_messages import as_message
+from tests.flower_messages import Shelf, as_message
 
 HELLO = RoundRequest(1, 1, (), more=True)
 STUDY = "a" * 64
+BYTES_RUN = "e" * 64
 
 
 class OneSite:
@@ -85,11 +86,12 @@ class OneSite:
         return RoundReply(self.name, ReplyCode.MORE, "", 0, "", b"")
 
 
-def _answer(site: OneSite, bundle: bytes, message: Message | None = None) -> tuple[SiteApp, RoundReply]:
+def _answer(site: OneSite, bundle: bytes, kind: str = ROUND_MESSAGE) -> tuple[SiteApp, RoundReply]:
     app = SiteApp(site, STUDY, lambda _: None)  # type: ignore[arg-type]
-    reply = app.answer(message or as_message(HELLO), Context(7, 2, {}, RecordDict(), {}), bundle)
+    shelf = Shelf()
+    reply = app.answer(as_message(HELLO, shelf, kind), Context(7, 2, {}, RecordDict(), {}), bundle, shelf)
     assert not reply.has_error()  # flwr's own errors carry texts
-    return app, read_reply(reply.content, "ash")
+    return app, read_reply(reply.content, "ash", shelf.fetch)
 
 
 def _with_file(bundle: bytes, name: str, text: str) -> bytes:
@@ -125,7 +127,7 @@ def test_any_other_bundle_is_refused_unread(bundle: bytes) -> None:
 
 def test_a_message_of_another_kind_is_refused() -> None:
     site = OneSite()
-    _, reply = _answer(site, contract(STUDY), as_message(HELLO, kind="query"))
+    _, reply = _answer(site, contract(STUDY), kind="query")
     assert (reply.code, site.asked) == (ReplyCode.FAILED, 0)
 
 
@@ -158,13 +160,18 @@ class Link:
         public = self.key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
         self.sites = {"ash": public}
         self.folder = folder
-        self.link = SuperLink(folder / "tls", ("127.0.0.1", 0), self.sites)
+        self.incoming, self.outgoing = Incoming(folder / "in"), Outgoing(folder / "out")
+        self.store = ByteStore(self.incoming, self.outgoing, BYTES_RUN, lambda site: 10_000_000)
+        self.link = SuperLink(folder / "tls", ("127.0.0.1", 0), self.sites, self.store)
         (self.server, bound), _ = self.link._servers
         self.port = bound.getsockname()[1]
-        self.authority = (folder / "tls" / "ca.crt").read_bytes()
+        self.authority = folder / "tls" / "ca.crt"
 
-    def connect(self) -> _Connection:
-        connection = _Connection(f"127.0.0.1:{self.port}", self.authority, self.key)
+    def way(self, **changes: Any) -> Way:
+        return Way(f"127.0.0.1:{self.port}", self.authority, 1, **{"wait": 0} | changes)
+
+    def connect(self, **changes: Any) -> _Connection:
+        connection = _Connection(self.way(**changes), "ash", self.key)
         connection.join()
         return connection
 
@@ -196,9 +203,9 @@ def test_a_node_that_crashed_waits_to_rejoin(link: Link, caplog: pytest.LogCaptu
 
 
 def test_a_clock_too_far_ahead_is_named(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    true_now = node_auth.now
-    monkeypatch.setattr(node_auth, "now", lambda: true_now() + timedelta(seconds=8))
-    # The check compares with this computer's clock, which is 8 s ahead too.
+    # The clock by which the site signs and compares, and not the one by which the server judges.
+    true_time = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: true_time() + 8_000_000_000)
     from secure_fed.transport import connection
 
     class Ahead(connection.datetime):  # type: ignore[misc,name-defined]
@@ -222,12 +229,12 @@ def test_a_name_that_the_certificate_lacks_is_refused(tmp_path: Path) -> None:
 
 def test_a_port_in_use_is_named(link: Link) -> None:
     with pytest.raises(AddressError, match=rf"127.0.0.1:{link.port}.*in use"):
-        SuperLink(link.folder / "tls", ("127.0.0.1", link.port), link.sites)
+        SuperLink(link.folder / "tls", ("127.0.0.1", link.port), link.sites, link.store)
 
 
 def test_a_server_without_a_certificate_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="secfacmic study ca"):
-        SuperLink(tmp_path / "tls", ("127.0.0.1", 0), {})
+        SuperLink(tmp_path / "tls", ("127.0.0.1", 0), {}, ByteStore(Incoming(tmp_path), Outgoing(tmp_path), "", len))
 
 
 def test_a_renewed_certificate_is_taken_while_the_server_runs(link: Link, caplog: pytest.LogCaptureFixture) -> None:
@@ -277,13 +284,13 @@ def _asked(link: Link) -> tuple[HttpGrid, str]:
     task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, task.run.run_id, 1
     grid.set_run(run_from_proto(task.run))
-    message = Message(request_content(HELLO), link.link.nodes["ash"], "train.round", ttl=60.0)
+    message = Message(request_content(HELLO, Shelf().publish), link.link.nodes["ash"], "train.round", ttl=60.0)
     (identifier,) = grid.push_messages([message])
     return grid, identifier
 
 
 def _reply(message: Message, code: ReplyCode = ReplyCode.MORE) -> Message:
-    return Message(reply_content(RoundReply("ash", code, "", 0, "", b"")), reply_to=message)
+    return Message(reply_content(RoundReply("ash", code, "", 0, "", b""), Shelf().send), reply_to=message)
 
 
 def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
@@ -294,7 +301,7 @@ def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
     grid, identifier = _asked(link)
     received = ash.pull()
     assert received is not None
-    stolen = _Connection(f"127.0.0.1:{link.port}", link.authority, thief)
+    stolen = _Connection(link.way(), "birch", thief)
     stolen.join()
     try:
         # It even knows the question; its own node id and key are in order.
@@ -303,7 +310,7 @@ def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
         assert list(grid.pull_messages([identifier])) == []
         ash.push(_reply(received[0]), 0.1)
         (message,) = grid.pull_messages([identifier])
-        assert read_reply(message.content, "ash").code == ReplyCode.MORE
+        assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
     finally:
         stolen.leave()
         ash.leave()
@@ -333,11 +340,13 @@ def test_half_a_reply_holds_nobody_up_and_is_forgotten_with_its_time(link: Link)
     assert time.monotonic() - began < 5
     ash.push(reply, 0.1)  # the rest
     (message,) = grid.pull_messages([identifier])
-    assert read_reply(message.content, "ash").code == ReplyCode.MORE
+    assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
 
     store = link.link._state.object_store
     before = len(store)
-    message = Message(request_content(HELLO), link.link.nodes["ash"], "train.round", ttl=60.0, group_id="2")
+    message = Message(
+        request_content(HELLO, Shelf().publish), link.link.nodes["ash"], "train.round", ttl=60.0, group_id="2"
+    )
     (identifier,) = grid.push_messages([message])
     received = ash.pull()
     assert received is not None
@@ -361,7 +370,7 @@ def test_a_whole_reply_is_taken_though_its_site_has_left(link: Link) -> None:
     ash.leave()
     (message,) = grid.pull_messages([identifier])
     assert not message.has_error()
-    assert read_reply(message.content, "ash").code == ReplyCode.MORE
+    assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
     assert not list(grid.get_nodes())
     grid.close()
 
