@@ -21,31 +21,20 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
+from flwr.proto.recorddict_pb2 import BytesList
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectPushError,
-    pull_and_inflate_object_from_tree,
-    push_objects,
-)
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -68,6 +57,7 @@ from secure_fed.transport.connection import (
     trusting,
     without_password,
 )
+from secure_fed.transport.flower_parcels import FLEET, PULL, PUSH, parcel, put_together, taken_apart, unpacked
 
 if TYPE_CHECKING:
     from secure_fed.clients.flower_app import SiteApp
@@ -210,6 +200,20 @@ class _RequestSignature:
         return call_next(context)
 
 
+class _FleetClient(FleetHttpClient):
+    """Flower's calls, but messages with all their parts."""
+
+    def pull(self, request: PullMessagesRequest) -> BytesList:
+        """Look for a message; empty if there is none."""
+        return self._unary_unary(path=FLEET + PULL, rpc_method=PULL, request=request, response_type=BytesList)
+
+    def push(self, request: BytesList) -> PushMessagesResponse:
+        """Give a reply."""
+        return self._unary_unary(
+            path=FLEET + PUSH, rpc_method=PUSH, request=request, response_type=PushMessagesResponse
+        )
+
+
 class _Connection:
     """The Fleet API as one node: every call repeats until the server is there.
 
@@ -233,7 +237,7 @@ class _Connection:
         # For messages: without user and password.
         self._through = "" if proxy is None else f" through the proxy {without_password(proxy)}"
         self._public = public_key_to_bytes(key.public_key())
-        self._client = FleetHttpClient.from_server_address(
+        self._client = _FleetClient.from_server_address(
             way.address,
             insecure=False,
             root_certificates=authority,
@@ -300,29 +304,14 @@ class _Connection:
         """The next message and the bundle of its run, None if there is none."""
         self._looking = True
         try:
-            response = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=self.node)))
+            packed = self._call(lambda: self._client.pull(PullMessagesRequest(node=self.node)))
         finally:
             self._looking = False
-        if not response.messages_list:
+        if not packed.vals:
             return None
-        run = message_from_proto(response.messages_list[0]).metadata.run_id
-        bundle = self._bundle(run)
-        tree: ObjectTree = response.message_object_trees[0]
-        try:
-            message: Message = pull_and_inflate_object_from_tree(
-                tree,
-                make_pull_object_fn_protobuf(
-                    lambda request: self._call(lambda: self._client.PullObject(request)), self.node, run
-                ),
-                make_confirm_message_received_fn_protobuf(
-                    lambda request: self._call(lambda: self._client.ConfirmMessageReceived(request)), self.node, run
-                ),
-                return_type=Message,
-            )
-        except ObjectPullError:
-            return None  # withdrawn meanwhile
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        return message, bundle
+        response, parts = unpacked(packed, PullMessagesResponse)
+        (head,), (tree,) = response.messages_list, response.message_object_trees
+        return put_together(head, tree, parts), self._bundle(head.metadata.run_id)
 
     def push(self, message: Message, seconds: float) -> None:
         """Send an answer; the same again until the server has it.
@@ -330,32 +319,12 @@ class _Connection:
         Raises:
             _Stale: nobody waits for it any more.
         """
-        run = message.metadata.run_id
-        message.metadata.__dict__["_message_id"] = message.object_id
-        with no_object_id_recompute():
-            tree = get_object_tree(message)
-            request = PushMessagesRequest(
-                node=self.node,
-                messages_list=[message_to_proto(remove_content_from_message(message))],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
-            )
-            while True:
-                response = self._call(lambda: self._client.PushMessages(request))
-                try:
-                    push_objects(
-                        get_all_nested_objects(message),
-                        make_push_object_fn_protobuf(
-                            lambda request: self._call(lambda: self._client.PushObject(request)),
-                            self.node,
-                            run,
-                            response.session_id,
-                        ),
-                        object_ids_to_push=set(response.objects_to_push),
-                    )
-                    return
-                except ObjectPushError:
-                    log.info("the server was away for too long during a reply; it is sent again")
+        heads, trees, parts = taken_apart([message])
+        request = PushMessagesRequest(
+            node=self.node, messages_list=heads, message_object_trees=trees, clientapp_runtime_list=[seconds]
+        )
+        packed = parcel(request, parts)
+        self._call(lambda: self._client.push(packed))
 
     def _bundle(self, run: int) -> bytes:
         if run not in self._bundles:

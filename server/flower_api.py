@@ -12,8 +12,7 @@ import contextlib
 import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +22,12 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
-    PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import Metadata, ObjectTree
+from flwr.proto.recorddict_pb2 import BytesList
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.proto.runtime_pb2 import (
     GetNodesRequest,
@@ -35,6 +35,7 @@ from flwr.proto.runtime_pb2 import (
     PullAppMessagesResponse,
     PullTaskInputRequest,
     PushAppMessagesRequest,
+    PushAppMessagesResponse,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
@@ -42,8 +43,12 @@ from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.inflatable.inflatable_object import (
+    UnexpectedObjectContentError,
+    get_object_id,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import validate_object_content
 from flwr.supercore.servicer.runtime import runtime_handlers as task_handlers
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
@@ -51,9 +56,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from secure_fed.server.http import Receive, Scope, Send, answer, read_body
-
-FLEET = "/v1/fleet/"
-RUNTIME = "/v1/runtime/"
+from secure_fed.transport.flower_parcels import FLEET, PULL, PUSH, RUNTIME, parcel, unpacked
 
 HEARTBEAT_SECONDS = 10
 """Flower's shortest interval; it takes a site for gone after two."""
@@ -86,11 +89,10 @@ class Answered:
 
 
 class State(InMemoryLinkState):
-    """Flower's state, which hands out what is whole, and again what did not arrive.
+    """Flower's state, which hands out again what did not arrive, and keeps what has.
 
-    flwr would hand out the head of a message or reply at once, after which whoever pulls it waits for the rest: up to
-    three minutes for a site that was killed in mid-reply, while the other sites' replies wait too. It would hand out a
-    message once, and lose it with the connection; and it would drop a whole reply of a site that has left since.
+    flwr would hand out a message once, and lose it with the connection; and it would drop a whole reply of a site that
+    has left since.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -108,7 +110,7 @@ class State(InMemoryLinkState):
         return stored
 
     def get_message_ins(self, node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
-        """Messages for a node that are whole and that it has not answered: whoever asks again has not got them."""
+        """Messages for a node that it has not answered: whoever asks again has not got them."""
         with self.lock:
             self._check_stored_messages(set(self._for_node.get(node_id, ())))
             known = [one for one in self._for_node.get(node_id, ()) if one in self.message_ins_store]
@@ -116,11 +118,7 @@ class State(InMemoryLinkState):
                 self._for_node[node_id] = known
             else:
                 self._for_node.pop(node_id, None)
-            found = [
-                self.message_ins_store[one]
-                for one in known
-                if one not in self.message_ins_id_to_message_res_id and self._is_whole(one)
-            ]
+            found = [self.message_ins_store[one] for one in known if one not in self.message_ins_id_to_message_res_id]
             found = [one for one in found if run_id is None or one.metadata.run_id == run_id]
             return found[:limit]
 
@@ -136,17 +134,15 @@ class State(InMemoryLinkState):
             return activated
 
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
-        """A reply that is whole, or errors in place of those that will not come. One at a time: a malformed one, at
-        which flwr gives up, must not take others with it."""
+        """Replies, or errors in place of those that will not come; a reply counts though its sender has left since."""
         with self.lock:
             answered = {identifier for identifier in message_ids if identifier in self.message_ins_id_to_message_res_id}
-            whole = [identifier for identifier in answered if not self._arriving(identifier)][:1]
-            with self._taken_for_present(whole):
-                replies: list[Message] = super().get_message_res((message_ids - answered) | set(whole), run_id)
+            with self._taken_for_present(answered):
+                replies: list[Message] = super().get_message_res(message_ids, run_id)
             return replies
 
     @contextlib.contextmanager
-    def _taken_for_present(self, identifiers: list[str]) -> Iterator[None]:
+    def _taken_for_present(self, identifiers: Iterable[str]) -> Iterator[None]:
         asked = [self.message_ins_store[one] for one in identifiers if one in self.message_ins_store]
         nodes = [self.nodes[one.metadata.dst_node_id] for one in asked if one.metadata.dst_node_id in self.nodes]
         before = [node.online_until for node in nodes]
@@ -169,14 +165,28 @@ class State(InMemoryLinkState):
             if reply is not None:
                 self.object_store.delete(reply)
 
-    def may_push(self, request: PushMessagesRequest) -> bool:
-        """Whether the head of a reply may be taken: of the node that sends it, flwr checks only that the node is the
-        caller; the one reply to what that node was asked; and of few parts, since flwr keeps them all in memory."""
-        trees = request.message_object_trees
-        parts = itertools.islice((part for tree in trees for part in iterate_object_tree(tree)), MAX_PARTS + 1)
-        if len(request.messages_list) > 1 or len(trees) > 1 or len(list(parts)) > MAX_PARTS:
+    def may_push(self, request: PushMessagesRequest, parts: list[bytes]) -> bool:
+        """Whether a reply may be taken: one, whose head is of the node that sends it (flwr checks only that the node
+        is the caller) and answers what that node was asked, with the parts that it names, few of them."""
+        if len(request.messages_list) != 1 or len(request.message_object_trees) != 1 or len(parts) > MAX_PARTS:
             return False
-        return all(self._answers(message.metadata, request.node.node_id) for message in request.messages_list)
+        named = itertools.islice(iterate_object_tree(request.message_object_trees[0]), MAX_PARTS + 1)
+        if {part.object_id for part in named} != {get_object_id(part) for part in parts}:
+            return False
+        try:
+            for part in parts:
+                validate_object_content(part)
+        except UnexpectedObjectContentError:
+            return False
+        head = request.messages_list[0]
+        return not head.HasField("error") and self._answers(head.metadata, request.node.node_id)
+
+    def keep(self, run: int, response: PushMessagesResponse | PushAppMessagesResponse, parts: Iterable[bytes]) -> None:
+        """Take the parts of what was just pushed that are not here yet."""
+        wanted = set(response.objects_to_push)
+        for part in parts:
+            if (name := get_object_id(part)) in wanted:
+                self.store_object(run, response.session_id, name, part)
 
     def _answers(self, reply: Metadata, node: int) -> bool:
         if reply.src_node_id != node:
@@ -186,44 +196,6 @@ class State(InMemoryLinkState):
             known = self.message_ins_id_to_message_res_id.get(reply.reply_to_message_id)
         # What is not asked any more flwr refuses itself.
         return asked is None or (asked.metadata.dst_node_id == node and known in (None, reply.message_id))
-
-    def _arriving(self, identifier: str) -> bool:
-        reply = self.message_ins_id_to_message_res_id.get(identifier)
-        asked = self.message_ins_store.get(identifier)
-        if reply is None or asked is None or asked.metadata.created_at + asked.metadata.ttl <= time.time():
-            return False
-        return not self._is_whole(reply)
-
-    def _is_whole(self, identifier: str) -> bool:
-        """Whether all parts of a message or reply are here, or none is coming any more."""
-        try:
-            parts = iterate_object_tree(self.object_store.get_object_tree(identifier))
-            return all(self.object_store.get(part.object_id) for part in parts)
-        except NoObjectInStoreError:
-            return True
-
-
-class _Pushes:
-    """Which parts are on their way, and who is to be woken when the last of a push is here."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, tuple[set[str], Callable[[], None]]] = {}
-
-    def begin(self, session: str, parts: set[str], done: Callable[[], None]) -> None:
-        """A push of these parts begins."""
-        if not parts:
-            done()
-            return
-        self._sessions[session] = parts, done
-        for old in list(self._sessions)[:-4096]:  # pushes that were given up
-            del self._sessions[old]
-
-    def arrived(self, session: str, part: str) -> None:
-        """A part is here."""
-        parts, done = self._sessions.get(session, (set(), lambda: None))
-        parts.discard(part)
-        if not parts and self._sessions.pop(session, None) is not None:
-            done()
 
 
 class FlowerApi:
@@ -235,7 +207,6 @@ class FlowerApi:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._pushes = _Pushes()
         self._news: dict[int, asyncio.Event] = {}  # by node; in the loop only
         self._looks: dict[int, object] = {}  # the newest look of each node
         self._replies = asyncio.Event()
@@ -252,10 +223,14 @@ class FlowerApi:
             wait: for how many seconds a look may wait for something to come.
             gone: whether whoever asked is not there any more.
         """
-        kind, handler = _FLEET[path.removeprefix(FLEET)]
+        name, parts = path.removeprefix(FLEET), list[bytes]()
+        kind, handler = _FLEET[name]
         request = kind()
         try:
-            request.ParseFromString(body)
+            if kind is PushMessagesRequest:
+                request, parts = unpacked(BytesList.FromString(body), PushMessagesRequest)
+            else:
+                request.ParseFromString(body)
         except DecodeError:
             return Answered(400, b"", b"")
         if isinstance(request, ActivateNodeRequest):
@@ -265,15 +240,14 @@ class FlowerApi:
             own = self._state.get_node_id_by_public_key(key) == node
         if not own:
             return Answered(401, b"text/plain", b"another node")
-        if isinstance(request, PushMessagesRequest) and not self._state.may_push(request):
-            return Answered(409, b"", b"")  # not 403, which ends a site: a reply can come twice
         if isinstance(request, PullMessagesRequest):
             return await self._look(request, wait, gone)
+        if isinstance(request, PushMessagesRequest) and not self._state.may_push(request, parts):
+            return Answered(409, b"", b"")  # not 403, which ends a site: a reply can come twice
         answered, response = _call(lambda: handler(request, self._state))
         if response is not None and isinstance(request, PushMessagesRequest):
-            self._pushes.begin(response.session_id, set(response.objects_to_push), self._replies.set)
-        elif response is not None and isinstance(request, PushObjectRequest):
-            self._pushes.arrived(request.session_id, request.object_id)
+            self._state.keep(request.messages_list[0].metadata.run_id, response, parts)
+            self._replies.set()
         return answered
 
     async def _look(self, request: PullMessagesRequest, wait: float, gone: Gone) -> Answered:
@@ -286,14 +260,18 @@ class FlowerApi:
         while True:
             news.clear()
             if gone() or self._looks.get(node) is not this:
-                return Answered(200, PROTOBUF, PullMessagesResponse().SerializeToString())
+                return Answered(200, PROTOBUF, b"")
             self._state.acknowledge_node_heartbeat(node, HEARTBEAT_SECONDS)
             answered, response = _call(
                 lambda: fleet_handlers.pull_messages(request, self._state, self._state.object_store)
             )
             left = end - loop.time()
-            if response is None or response.messages_list or left <= 0:
+            if response is None:
                 return answered
+            if response.messages_list:
+                return self._with_parts(response, response.message_object_trees)
+            if left <= 0:
+                return Answered(200, PROTOBUF, b"")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left, BEAT_SECONDS)):
                     await news.wait()
@@ -314,24 +292,44 @@ class FlowerApi:
         body = await read_body(receive)
         if body is None:
             return
+        parts = list[bytes]()
         request = kind()
-        request.ParseFromString(body)
+        if isinstance(request, PushAppMessagesRequest):
+            request, parts = unpacked(BytesList.FromString(body), PushAppMessagesRequest)
+        else:
+            request.ParseFromString(body)
         answered, response = _call(lambda: handler(request, self._state, task))
-        if isinstance(request, PullAppMessagesRequest) and request.message_ids:
-            while isinstance(response, PullAppMessagesResponse) and not response.messages_list:
-                self._replies.clear()
-                try:
-                    async with asyncio.timeout(REPLY_SECONDS):
-                        await self._replies.wait()
-                except TimeoutError:
-                    break
-                answered, response = _call(lambda: handler(request, self._state, task))
-        elif response is not None and isinstance(request, PushAppMessagesRequest):
-            nodes = [message.metadata.dst_node_id for message in request.messages_list]
-            self._pushes.begin(response.session_id, set(response.objects_to_push), lambda: self._wake(nodes))
-        elif response is not None and isinstance(request, PushObjectRequest):
-            self._pushes.arrived(request.session_id, request.object_id)
+        if isinstance(response, PullAppMessagesResponse):
+            answered = await self._replies_to(request, response, lambda: handler(request, self._state, task))
+        elif isinstance(response, PushAppMessagesResponse):
+            self._state.keep(task.run_id, response, parts)
+            self._wake([message.metadata.dst_node_id for message in request.messages_list])
         await answer(send, answered.status, answered.body, answered.kind)
+
+    async def _replies_to(
+        self, request: PullAppMessagesRequest, response: PullAppMessagesResponse, again: Callable[[], Proto]
+    ) -> Answered:
+        """What has come of the replies that the rounds wait for; waits a moment for one. They are theirs then."""
+        while not response.messages_list and request.message_ids:
+            self._replies.clear()
+            try:
+                async with asyncio.timeout(REPLY_SECONDS):
+                    await self._replies.wait()
+            except TimeoutError:
+                break
+            answered, response = _call(again)
+            if response is None:
+                return answered
+        answered = self._with_parts(response, response.message_object_trees)
+        for message in response.messages_list:
+            for done in (message.metadata.message_id, message.metadata.reply_to_message_id):
+                self._state.object_store.delete(done)
+        return answered
+
+    def _with_parts(self, response: Proto, trees: Iterable[ObjectTree]) -> Answered:
+        parts = {part.object_id for tree in trees for part in iterate_object_tree(tree)}
+        held = [self._state.object_store.get(part) or b"" for part in sorted(parts)]
+        return Answered(200, PROTOBUF, parcel(response, held).SerializeToString())
 
     def _wake(self, nodes: list[int]) -> None:
         for node in nodes:
@@ -345,18 +343,13 @@ _FLEET: dict[str, tuple[Callable[[], Any], Callable[..., Any]]] = {
     "activate-node": (ActivateNodeRequest, fleet_handlers.activate_node),
     "deactivate-node": (DeactivateNodeRequest, fleet_handlers.deactivate_node),
     "send-node-heartbeat": (SendNodeHeartbeatRequest, fleet_handlers.send_node_heartbeat),
-    "pull-messages": (PullMessagesRequest, fleet_handlers.pull_messages),
-    "push-messages": (PushMessagesRequest, fleet_handlers.push_messages),
+    PULL: (PullMessagesRequest, fleet_handlers.pull_messages),
+    PUSH: (PushMessagesRequest, fleet_handlers.push_messages),
     "get-run": (GetRunRequest, fleet_handlers.get_run),
     "get-fab": (GetFabRequest, fleet_handlers.get_fab),
-    "push-object": (PushObjectRequest, fleet_handlers.push_object),
-    "pull-object": (PullObjectRequest, fleet_handlers.pull_object),
-    "confirm-message-received": (
-        ConfirmMessageReceivedRequest,
-        lambda request, state: fleet_handlers.confirm_message_received(request, state, state.object_store),
-    ),
 }
-"""What a site calls. Registering is not among them: the study says who is in it."""
+"""What a site calls; ``pull`` and ``push`` take and give messages with their parts. Registering is not among them: the
+study says who is in it."""
 
 FLEET_PATHS = frozenset(FLEET + name for name in _FLEET)
 
@@ -364,11 +357,8 @@ _RUNTIME: dict[str, tuple[Callable[[], Any], Callable[..., Any]]] = {
     RUNTIME + "send-task-heartbeat": (SendTaskHeartbeatRequest, task_handlers.send_task_heartbeat),
     RUNTIME + "pull-task-input": (PullTaskInputRequest, runtime_handlers.pull_task_input),
     RUNTIME + "push-task-output": (PushTaskOutputRequest, runtime_handlers.push_task_output),
-    RUNTIME + "push-object": (PushObjectRequest, runtime_handlers.push_object),
-    RUNTIME + "pull-object": (PullObjectRequest, runtime_handlers.pull_object),
-    RUNTIME + "confirm-message-received": (ConfirmMessageReceivedRequest, runtime_handlers.confirm_message_received),
-    RUNTIME + "push-messages": (PushAppMessagesRequest, runtime_handlers.push_messages),
-    RUNTIME + "pull-messages": (PullAppMessagesRequest, runtime_handlers.pull_messages),
+    RUNTIME + PUSH: (PushAppMessagesRequest, runtime_handlers.push_messages),
+    RUNTIME + PULL: (PullAppMessagesRequest, runtime_handlers.pull_messages),
     RUNTIME + "get-nodes": (GetNodesRequest, runtime_handlers.get_nodes),
 }
 """What the rounds call."""

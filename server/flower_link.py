@@ -18,17 +18,26 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from flwr.app import Context
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import make_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
-from flwr.common.serde import context_from_proto, run_from_proto
-from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.common.serde import context_from_proto, message_from_proto, run_from_proto
+from flwr.proto.recorddict_pb2 import BytesList
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+)
+from flwr.serverapp import Grid
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -38,12 +47,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import get_federation_manager
 from flwr.superlink.grid import HttpGrid
 
-from secure_fed.core.errors import AddressError, CertificateError
+from secure_fed.core.errors import AddressError, CertificateError, ProtocolError
 from secure_fed.server.byte_store import ByteStore
 from secure_fed.server.flower_api import FLEET_PATHS, HEARTBEAT_SECONDS, FlowerApi, State
 from secure_fed.server.gate import Gate, Member, Members
 from secure_fed.server.listener import Callers, Listener
 from secure_fed.transport.certificates import SOON_DAYS, ServerCertificate
+from secure_fed.transport.flower_parcels import PULL, PUSH, RUNTIME, parcel, put_together, taken_apart, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -184,13 +194,47 @@ class SuperLink:
         return int(self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, float(HEARTBEAT_SECONDS), name=name))
 
 
+class _Grid(HttpGrid):
+    """Flower's grid, which sends and takes messages with all their parts in one call."""
+
+    def _try_push_messages(self, run_id: int, messages: Iterable[Message]) -> list[str]:
+        heads, trees, parts = taken_apart(list(messages))
+        request = PushAppMessagesRequest(messages_list=heads, message_object_trees=trees)
+        response = self._runtime_client._unary_unary(
+            path=RUNTIME + PUSH,
+            rpc_method=PUSH,
+            request=parcel(request, parts),
+            response_type=PushAppMessagesResponse,
+        )
+        return list(response.message_ids)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Take the replies that are there; of one that does not hold together nothing."""
+        packed = self._runtime_client._unary_unary(
+            path=RUNTIME + PULL,
+            rpc_method=PULL,
+            request=PullAppMessagesRequest(message_ids=message_ids),
+            response_type=BytesList,
+        )
+        response, parts = unpacked(packed, PullAppMessagesResponse)
+        found = []
+        for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            try:
+                found.append(put_together(head, tree, parts))
+            except ProtocolError as error:
+                metadata = message_from_proto(head).metadata
+                log.warning("a reply is malformed: %s", error)
+                found.append(make_message(metadata, RecordDict()))  # which no reader takes
+        return found
+
+
 @contextlib.contextmanager
-def open_grid(runtime: str, token: str) -> Iterator[tuple[HttpGrid, Context]]:
+def open_grid(runtime: str, token: str) -> Iterator[tuple[Grid, Context]]:
     """In the round loop's own process: the way to the sites, for as long as the run lives.
 
     flwr raises SIGINT in this process when the SuperLink has ended the run.
     """
-    grid = HttpGrid(runtime_api_address=runtime, insecure=True, token=token)
+    grid = _Grid(runtime_api_address=runtime, insecure=True, token=token)
     client = grid._runtime_client
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()

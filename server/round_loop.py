@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -103,7 +102,6 @@ class RoundLoop:
     _moved: float = field(init=False, default=0.0)
     _absent: set[str] = field(init=False, default_factory=set)
     _told: str = field(init=False, default="")
-    _malformed: bool = field(init=False, default=False)
     _looked: float = field(init=False, default=0.0)
     _reported: float = field(init=False, default=0.0)
 
@@ -283,24 +281,12 @@ class RoundLoop:
         asked = {site.asked: site for site in self._sites if site.asked}
         if not asked:
             return False
-        # One call for all sites; the SuperLink hands out one whole reply at a time, and waits a moment for it.
-        try:
-            messages = list(self.grid.pull_messages(list(asked)))
-        except httpx.HTTPError:
-            raise
-        except Exception as error:  # flwr could not put it together; no site may end the study with that
-            log.warning("a reply is malformed (%s)", type(error).__name__)
-            self._malformed = True
-            return False
+        # One call for all sites, which waits a moment for a reply.
+        messages = list(self.grid.pull_messages(list(asked)))
         moved = False
         for message in messages:
             site = asked[message.metadata.reply_to_message_id]
             site.asked = ""
-            if message.has_error() and self._malformed:
-                log.warning("%s: its reply was malformed", site.name)
-                self._malformed = False
-                self._ask_later(site)
-                continue
             if message.has_error():
                 # Gone, or too late; it is asked again as soon as it is connected.
                 site.position = None

@@ -45,9 +45,9 @@ def main(host: str, port: int, authority: Path, foreign_key: Path, scratch: Path
             for method in ("GET", "POST", "PUT", "DELETE")
         }
         found["health"] = client.get(f"{base}/health").status_code
-        found["no key"] = client.post(f"{base}/v1/fleet/pull-messages", content=b"").status_code
-        found["oversized"] = client.post(f"{base}/v1/fleet/push-object", content=bytes(9 * 2**20)).status_code
-        found["unbounded"] = client.post(f"{base}/v1/fleet/push-object", content=iter([b"x"] * 3)).status_code
+        found["no key"] = client.post(f"{base}/v1/fleet/pull", content=b"").status_code
+        found["oversized"] = client.post(f"{base}/v1/fleet/push", content=bytes(9 * 2**20)).status_code
+        found["unbounded"] = client.post(f"{base}/v1/fleet/push", content=iter([b"x"] * 3)).status_code
     address = f"{host}:{port}"
     stranger = ec.generate_private_key(ec.SECP384R1())
     found["unregistered key"] = refusal(lambda: _Connection(Way(address, authority, 3), "stranger", stranger).join())

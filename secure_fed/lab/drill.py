@@ -554,7 +554,7 @@ def _outsider(ground: Ground) -> Outcome:
         for _ in range(SLOW_CONNECTIONS):
             held.append(socket.create_connection(address, timeout=10))
         # No byte of the body follows: an answer shows that none was waited for.
-        head = f"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\nflwr-public-key: {key}"
+        head = f"POST /v1/fleet/push HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\nflwr-public-key: {key}"
         try:
             unsigned = call(f"{head}\r\n\r\n")
             health = call("GET /health HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -209,6 +209,6 @@ def unsigned_pull(host: str, key: ec.EllipticCurvePublicKey) -> str:
         key: the public half of the site's connection key.
     """
     return (
-        f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"
+        f"POST /v1/fleet/pull HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"
         f"{KEY_HEADER}: {public_key_header(key)}\r\n\r\n"
     )

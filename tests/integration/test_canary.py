@@ -165,7 +165,7 @@ def test_the_study_went_through(seen: Seen) -> None:
 def test_no_byte_that_the_site_sent_has_a_canary(seen: Seen) -> None:
     sent = sent_by(seen, "ash")
     assert b"SFE2" in sent  # the control: the tap sees envelopes in clear
-    assert b"/v1/fleet/push-object" in sent
+    assert b"/v1/fleet/push" in sent
     assert CANARY.encode() not in sent
 
 

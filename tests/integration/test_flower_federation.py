@@ -84,7 +84,7 @@ def knock(facts: Seen, folder: Path) -> None:
         for path in [*paths, "/health"]:
             facts.statuses[f"GET {path}"] = client.get(base + path).status_code
             facts.statuses[f"POST {path}"] = client.post(base + path, content=b"x").status_code
-        for path in ("activate-node", "pull-messages"):
+        for path in ("activate-node", "pull"):
             facts.statuses[f"no key {path}"] = client.post(f"{base}/v1/fleet/{path}", content=b"").status_code
     stranger = ec.generate_private_key(ec.SECP384R1())
     address = f"127.0.0.1:{network.port}"
@@ -161,7 +161,7 @@ def test_from_outside_nothing_else_exists_but_health(seen: Seen) -> None:
 
 
 def test_callers_without_a_registered_key_are_refused(seen: Seen) -> None:
-    assert seen.statuses["no key activate-node"] == seen.statuses["no key pull-messages"] == 403
+    assert seen.statuses["no key activate-node"] == seen.statuses["no key pull"] == 403
     assert isinstance(seen.refused["stranger"], NotAdmittedError)
     assert seen.refused["borrowed key"] == 401
     assert seen.statuses["POST /v1/fleet/register-node"] == 404

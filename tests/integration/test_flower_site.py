@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
 from flwr.app import Context, Message, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.common.serde import run_from_proto
+from flwr.proto.error_pb2 import Error as ProtoError
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.recorddict_pb2 import BytesList
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
 from secure_fed.clients import flower_node
 from secure_fed.clients.flower_app import SiteApp
@@ -41,6 +42,7 @@ from secure_fed.core.errors import (
     ClockError,
     DataError,
     KeyFileError,
+    ProtocolError,
     RoundFailedError,
     SecfacmicError,
     SiteFileError,
@@ -55,12 +57,15 @@ from secure_fed.operate.taking_part import take_part
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import ZERO_DIGEST
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
-from secure_fed.server.flower_link import SuperLink
+from secure_fed.server.flower_link import SuperLink, _Grid
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
 from secure_fed.transport.certificates import create_authority, renew_certificate
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, contract, read_reply, reply_content, request_content
+from secure_fed.transport.flower_parcels import parcel, taken_apart
 from tests.conftest import Federation, Run
 from tests.flower_messages import Shelf, as_message
+
+Change = Callable[[PushMessagesRequest, list[bytes]], Any]
 
 HELLO = RoundRequest(1, 1, (), more=True)
 STUDY = "a" * 64
@@ -277,10 +282,10 @@ def test_a_modified_bundle_is_refused_over_the_wire(link: Link) -> None:
     connection.leave()
 
 
-def _asked(link: Link) -> tuple[HttpGrid, str]:
+def _asked(link: Link) -> tuple[_Grid, str]:
     """Begin a run and ask the first site; where its reply will come, and the message's id."""
     token = link.link.start_run(contract(STUDY))
-    grid = HttpGrid(runtime_api_address=link.link.runtime, insecure=True, token=token)
+    grid = _Grid(runtime_api_address=link.link.runtime, insecure=True, token=token)
     task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, task.run.run_id, 1
     grid.set_run(run_from_proto(task.run))
@@ -306,7 +311,7 @@ def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
     try:
         # It even knows the question; its own node id and key are in order.
         with pytest.raises(httpx.HTTPStatusError, match="409"):
-            stolen._client.PushMessages(_first_push(stolen, _reply(received[0], ReplyCode.FAILED)))
+            stolen._client.push(_push(stolen, _reply(received[0], ReplyCode.FAILED)))
         assert list(grid.pull_messages([identifier])) == []
         ash.push(_reply(received[0]), 0.1)
         (message,) = grid.pull_messages([identifier])
@@ -317,45 +322,92 @@ def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
         grid.close()
 
 
-def _first_push(connection: _Connection, message: Message) -> PushMessagesRequest:
-    """The head of a reply, before its parts."""
-    message.metadata.__dict__["_message_id"] = message.object_id
-    return PushMessagesRequest(
-        node=connection.node,
-        messages_list=[message_to_proto(remove_content_from_message(message))],
-        message_object_trees=[get_object_tree(message)],
-    )
+def _push(connection: _Connection, message: Message, change: Change = lambda request, parts: None) -> BytesList:
+    """The call that gives a reply, changed."""
+    heads, trees, parts = taken_apart([message])
+    request = PushMessagesRequest(node=connection.node, messages_list=heads, message_object_trees=trees)
+    change(request, parts)
+    return parcel(request, parts)
 
 
-def test_half_a_reply_holds_nobody_up_and_is_forgotten_with_its_time(link: Link) -> None:
-    """A site killed in mid-upload: flwr alone would wait three minutes for the rest."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda request, parts: parts.pop(),
+        lambda request, parts: parts.append(b"one more"),
+        lambda request, parts: parts.__setitem__(0, parts[0] + b"x"),
+        lambda request, parts: parts.extend([b""] * 100),
+        lambda request, parts: request.messages_list.append(request.messages_list[0]),
+        lambda request, parts: request.ClearField("messages_list"),
+        lambda request, parts: request.ClearField("message_object_trees"),
+        lambda request, parts: request.messages_list[0].error.CopyFrom(ProtoError(code=1, reason="a text")),
+        lambda request, parts: setattr(request.messages_list[0].metadata, "src_node_id", 7),
+    ],
+    ids=["less", "more", "another", "many", "two", "none", "no tree", "an error", "of another"],
+)
+def test_a_reply_that_is_not_whole_is_refused_and_nothing_of_it_is_kept(link: Link, change: Change) -> None:
     ash = link.connect()
     grid, identifier = _asked(link)
     received = ash.pull()
     assert received is not None
-    reply = _reply(received[0])
-    ash._client.PushMessages(_first_push(ash, reply))
-    began = time.monotonic()
+    kept = len(link.link._state.object_store)
+    with pytest.raises(httpx.HTTPStatusError, match="409"):
+        ash._client.push(_push(ash, _reply(received[0]), change))
     assert list(grid.pull_messages([identifier])) == []
-    assert time.monotonic() - began < 5
-    ash.push(reply, 0.1)  # the rest
+    assert len(link.link._state.object_store) == kept
+    ash.push(_reply(received[0]), 0.1)
     (message,) = grid.pull_messages([identifier])
     assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
+    assert len(link.link._state.object_store) == 0
+    ash.leave()
+    grid.close()
 
-    store = link.link._state.object_store
-    before = len(store)
-    message = Message(
-        request_content(HELLO, Shelf().publish), link.link.nodes["ash"], "train.round", ttl=60.0, group_id="2"
-    )
-    (identifier,) = grid.push_messages([message])
+
+def test_a_parcel_that_is_none_is_refused(link: Link) -> None:
+    ash = link.connect()
+    for packed in (BytesList(), BytesList(vals=[b"\xff"])):
+        with pytest.raises(httpx.HTTPStatusError, match="400"):
+            ash._client.push(packed)
+    ash.leave()
+
+
+def test_what_a_reply_answers_is_what_its_checked_head_says(link: Link) -> None:
+    """A reply's own bytes name a question too, and nobody checks that it is the sender's."""
+    ash = link.connect()
+    grid, identifier = _asked(link)
     received = ash.pull()
     assert received is not None
-    ash._client.PushMessages(_first_push(ash, _reply(received[0])))
-    assert len(store) > before
-    link.link._state.message_ins_store[identifier].metadata.__dict__["_ttl"] = 0.0
-    (error,) = grid.pull_messages([identifier])
-    assert error.has_error()
-    assert len(store) == before
+    other = _reply(received[0])
+    other.metadata.__dict__["_reply_to_message_id"] = "0" * 64
+
+    def answers(request: PushMessagesRequest, parts: list[bytes]) -> None:
+        request.messages_list[0].metadata.reply_to_message_id = identifier
+
+    ash._client.push(_push(ash, other, answers))
+    (message,) = grid.pull_messages([identifier])
+    assert message.metadata.reply_to_message_id == identifier
+    ash.leave()
+    grid.close()
+
+
+def test_a_reply_whose_parts_are_no_message_is_taken_for_an_empty_one(link: Link) -> None:
+    """It has the form that flwr asks for, and cannot be put together: no reader takes it, and the rounds go on."""
+    ash = link.connect()
+    grid, identifier = _asked(link)
+    received = ash.pull()
+    assert received is not None
+    broken = b"Message  3\x00\xff\xff\xff"
+    name = hashlib.sha256(broken).hexdigest()
+
+    def breaks(request: PushMessagesRequest, parts: list[bytes]) -> None:
+        parts[:] = [broken]
+        request.message_object_trees[0].CopyFrom(ObjectTree(object_id=name))
+        request.messages_list[0].metadata.message_id = name
+
+    ash._client.push(_push(ash, _reply(received[0]), breaks))
+    (message,) = grid.pull_messages([identifier])
+    with pytest.raises(ProtocolError):
+        read_reply(message.content, "ash", Shelf().fetch)
     ash.leave()
     grid.close()
 

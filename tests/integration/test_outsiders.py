@@ -33,7 +33,7 @@ from secure_fed.transport.connection import (
 )
 from secure_fed.transport.flower_messages import read_reply
 from tests.flower_messages import Shelf
-from tests.integration.test_flower_site import Link, _asked, _first_push, _reply
+from tests.integration.test_flower_site import Link, _asked, _push, _reply
 
 NOTHING = hashlib.sha256(b"").hexdigest()
 
@@ -49,14 +49,14 @@ def hold(number):
     try:
         link = connect(number % 4 == 0)
         held.append(link)
-        link.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\\r\\nX-Slow: ")
+        link.sendall(b"POST /v1/fleet/pull HTTP/1.1\\r\\nX-Slow: ")
     except OSError:
         pass
 def send(number):
     try:
         link = connect(True)
         held.append(link)
-        link.sendall((f"POST /v1/fleet/push-object HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 8000000\\r\\n"
+        link.sendall((f"POST /v1/fleet/push HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 8000000\\r\\n"
                       f"flwr-public-key: {key}\\r\\n\\r\\n").encode())
         for _ in range(80):
             link.sendall(bytes(100_000))
@@ -140,7 +140,7 @@ def raw(link: Link) -> ssl.SSLSocket:
 
 def head(link: Link, length: int, /, **other: Any) -> bytes:
     """The head of a member's request, signed for another time, method, path... if one is given; unsigned for None."""
-    facts = {"method": "POST", "path": "/v1/fleet/pull-messages", "length": length, "digest": NOTHING}
+    facts = {"method": "POST", "path": "/v1/fleet/pull", "length": length, "digest": NOTHING}
     facts |= {"site": "ash", "time": time.time_ns() // 1_000_000}
     lines = [f"POST {facts['path']} HTTP/1.1", "Host: x", f"Content-Length: {length}"]
     signed = SignedRequest(**(facts | other))  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def head(link: Link, length: int, /, **other: Any) -> bytes:
 
 
 def unsigned(link: Link, length: int) -> bytes:
-    lines = ["POST /v1/fleet/pull-messages HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+    lines = ["POST /v1/fleet/pull HTTP/1.1", "Host: x", f"Content-Length: {length}"]
     return "\r\n".join([*lines, f"{KEY_HEADER}: {public_key(link)}", "", ""]).encode()
 
 
@@ -236,16 +236,16 @@ def test_a_member_leaves_no_more_in_memory_than_one_reply_to_what_it_was_asked(
     received = ash.pull()
     assert received is not None
     store = link.link._state.object_store
-    ash._client.PushMessages(_first_push(ash, _reply(received[0])))
+    ash._client.push(_push(ash, _reply(received[0])))
     held = len(store)
     for code in (ReplyCode.FAILED, ReplyCode.FAILED_DATA):
         with pytest.raises(httpx.HTTPStatusError, match="409"):
-            ash._client.PushMessages(_first_push(ash, _reply(received[0], code)))
+            ash._client.push(_push(ash, _reply(received[0], code)))
     assert len(store) == held
     monkeypatch.setattr(flower_api, "MAX_PARTS", 2)
-    request = _first_push(ash, _reply(received[0]))
+    request = _push(ash, _reply(received[0]))
     with pytest.raises(httpx.HTTPStatusError, match="409"):
-        ash._client.PushMessages(request)
+        ash._client.push(request)
     ash.leave()
     grid.close()
 

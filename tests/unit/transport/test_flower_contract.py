@@ -1,4 +1,4 @@
-"""What we use of flwr beyond its public API: in three files, and each symbol as it was in the pinned version.
+"""What we use of flwr beyond its public API: in four files, and each symbol as it was in the pinned version.
 
 A failure names the functions of ours that stop working, as they stand in these files now.
 """
@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PRIVATE = {"server/flower_api.py", "server/flower_link.py", "clients/flower_node.py"}
+PRIVATE = {
+    "server/flower_api.py",
+    "server/flower_link.py",
+    "clients/flower_node.py",
+    "secure_fed/transport/flower_parcels.py",
+}
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
 
 
@@ -80,8 +85,13 @@ SIGNATURES = {
     ("flwr.supercore.object_store", "ObjectStoreFactory"): ("database",),
     ("flwr.superlink.servicer.fleet.fleet_handlers", "pull_messages"): ("request", "state", "store"),
     ("flwr.superlink.servicer.fleet.fleet_handlers", "push_messages"): ("request", "state"),
-    ("flwr.superlink.servicer.fleet.fleet_handlers", "push_object"): ("request", "state"),
-    ("flwr.superlink.servicer.fleet.fleet_handlers", "confirm_message_received"): ("request", "state", "store"),
+    ("flwr.server.superlink.linkstate", "LinkState.store_object"): (
+        "self",
+        "run_id",
+        "session_id",
+        "object_id",
+        "object_content",
+    ),
     ("flwr.superlink.servicer.runtime.runtime_handlers", "push_messages"): ("request", "state", "task"),
     ("flwr.superlink.servicer.runtime.runtime_handlers", "pull_messages"): ("request", "state", "task"),
     ("flwr.server.superlink.linkstate", "InMemoryLinkState.store_message_ins"): ("self", "message"),
@@ -145,13 +155,23 @@ SIGNATURES = {
         "interceptors",
         "retry_invoker",
     ),
-    ("flwr.supercore.inflatable.inflatable_utils", "push_objects"): (
-        "objects",
-        "push_object_fn",
-        "object_ids_to_push",
-        "keep_objects",
-        "max_concurrent_pushes",
+    ("flwr.superlink.grid", "HttpGrid._try_push_messages"): ("self", "run_id", "messages"),
+    ("flwr.superlink.grid", "HttpGrid.pull_messages"): ("self", "message_ids"),
+    ("flwr.supernode.fleet_http_client", "FleetHttpClient._unary_unary"): (
+        "self",
+        "path",
+        "rpc_method",
+        "request",
+        "response_type",
+        "timeout",
     ),
+    ("flwr.supercore.inflatable.inflatable_utils", "inflate_object_from_contents"): (
+        "object_id",
+        "object_contents",
+        "keep_object_contents",
+        "objects",
+    ),
+    ("flwr.supercore.inflatable.inflatable_utils", "validate_object_content"): ("content",),
     ("flwr.supercore.heartbeat", "HeartbeatSender"): ("heartbeat_fn",),
     ("flwr.supercore.fab", "Fab"): ("hash_str", "content", "verifications"),
 }
@@ -185,7 +205,7 @@ def test_the_state_has_the_attribute(name: str) -> None:
 def test_the_message_names_what_stops_working() -> None:
     assert _without("get_message_res") == ("these stop working: server/flower_api.py: State.get_message_res")
     assert "server/flower_link.py: SuperLink._node" in _without("create_node")
-    assert "clients/flower_node.py: " in _without("push_objects")
+    assert "clients/flower_node.py: " in _without("FleetHttpClient")
     assert _without("no_such_name") == "nothing uses it: take it out here"
 
 
