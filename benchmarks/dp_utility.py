@@ -8,8 +8,9 @@ Features come from the committed mini-CLIP, cached in WORK. Three sites train to
 Site sends, without encryption (which changes no bit) and without the rounding to integers. Noise is planned by the
 ledger's own plan, one round kept for a crash. Prints a table of means and standard errors over seeds of initial
 adapter and noise, and one JSON line a cell: of the mean of the adapters after each round, and of the last one.
-``text_head:64`` sees features in 64 public dimensions, of the statistics that come with mini-CLIP. The constants were
-chosen on the phantoms of seed 11.
+``text_head:64`` sees features in 64 public dimensions, of the statistics that come with mini-CLIP; ``advised`` is what
+docs/privacy.md advises for each budget and the smallest site, dimensions and learning rate, which is where the demo and
+``study new --epsilon`` have it from. The constants were chosen on the phantoms of seed 11.
 
 ``--lmmd`` compares the uses of released class means instead (``privacy.lmmd_use``): each hospital has labelled images
 of one scanner, and unlabelled and test images of another; balanced accuracy is that on the other scanner.
@@ -38,6 +39,7 @@ from secure_fed.lab.simulation import open_sites, prepare
 from secure_fed.model.adapters import Adapter, build_adapter, initial_parameters
 from secure_fed.model.evaluation import metrics
 from secure_fed.model.public_statistics import make_basis, packaged_statistics
+from secure_fed.operate.advice import CLIP, advise
 from secure_fed.privacy import class_means
 from secure_fed.privacy.accounting import gaussian_noise, mu_squared_of
 from secure_fed.privacy.dp_training import (
@@ -53,7 +55,7 @@ from secure_fed.privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases,
 from secure_fed.protocol.study import AgreedStudy, Features, Method, Template, read_template
 
 DELTA = 1e-5
-METHODS = ("text_head", "text_head:32", "text_head:64", "low_rank", "facmic")
+METHODS = ("advised", "text_head", "text_head:32", "text_head:64", "low_rank", "facmic")
 USES = ("synthesis", "attraction", "witness")
 PATIENTS = 1000
 """A phantom site's patients; 600 of them train."""
@@ -284,8 +286,8 @@ def flat_gradient(adapter: Adapter, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(own) if one is None else one).flatten().detach() for own, one in pairs])
 
 
-def with_constants(agreed: AgreedStudy, arguments: Any) -> AgreedStudy:
-    constants = {"clip": arguments.clip, "learning_rate": arguments.learning_rate}
+def with_constants(agreed: AgreedStudy, clip: float, learning_rate: float) -> AgreedStudy:
+    constants = {"clip": clip, "learning_rate": learning_rate}
     settings = agreed.study.privacy.model_copy(update=constants)
     return AgreedStudy(agreed.study.model_copy(update={"privacy": settings}), agreed.initial)
 
@@ -324,11 +326,14 @@ def compare_methods(agreed: AgreedStudy, features: list[SiteFeatures], name: str
     print(f"\n{name}: training patients {counts}, zero-shot {100 * test(agreed, None, features):.1f}")
     print(f"{'method':12}" + "".join(f"{'eps ' + format(e, 'g'):>14}" for e in arguments.epsilons) + f"{'none':>14}")
     for kind in arguments.methods:
-        adapter, _, dimensions = kind.partition(":")
+        adapter, _, dimensions = kind.replace("advised", "text_head").partition(":")
         method = Method.model_validate({"adapter": adapter})
         own = with_basis(agreed, int(dimensions)) if dimensions else agreed
         row = f"{kind:12}"
         for epsilon in (*arguments.epsilons, None):
+            if kind == "advised":
+                advice = advise(epsilon or max(arguments.epsilons), min(counts), public=True)
+                own = with_constants(with_basis(agreed, advice.dimensions), CLIP, advice.learning_rate)
             pairs = [federate(own, features, method, epsilon, seed) for seed in range(arguments.seeds)]
             cell = {"data": name, "patients": counts, "method": kind, "epsilon": epsilon}
             cell |= {"last": [round(100 * last, 2) for _, last in pairs]}
@@ -422,12 +427,12 @@ def main() -> None:
         if not arguments.no_phantoms:
             template = phantom_template(seed, second_scanner=False)
             agreed, features = load(template, arguments.work / f"phantoms-{seed}", None)
-            agreed = with_constants(agreed, arguments)
+            agreed = with_constants(agreed, arguments.clip, arguments.learning_rate)
             features = [fewer(one, arguments.patients) for one in features]
             cells += compare_methods(agreed, features, f"phantoms of seed {seed}", arguments)
         if arguments.brain_mri:
             agreed, features = load(brain_template(), arguments.work / "brain_mri", arguments.brain_mri)
-            agreed = with_constants(agreed, arguments)
+            agreed = with_constants(agreed, arguments.clip, arguments.learning_rate)
             cells += compare_methods(agreed, features, "brain_mri", arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps({"cells": cells}, indent=1) + "\n")

@@ -15,24 +15,24 @@ from secure_fed.protocol.study import read_study_file, read_template, with_field
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "patients", "public", "dimensions"),
-    [(8, 40, True, 32), (1, 200, True, 32), (8, 599, True, 32), (3, 600, True, 32), (8, 600, True, 64),
-     (3, 5000, True, 32), (8, 600, False, None)],
+    ("epsilon", "patients", "public", "dimensions", "rate"),
+    [(8, 30, True, 32, 0.031), (1, 200, True, 32, 0.034), (3, 200, True, 32, 0.18), (8, 599, True, 32, 0.75),
+     (1, 600, True, 32, 0.2), (8, 600, True, 64, 0.75), (8, 600, False, None, 0.75)],
 )  # fmt: skip
-def test_dimensions_follow_from_budget_and_size(
-    epsilon: float, patients: int, public: bool, dimensions: int | None
+def test_dimensions_and_rate_follow_from_budget_and_size(
+    epsilon: float, patients: int, public: bool, dimensions: int | None, rate: float
 ) -> None:
     advice = advise(epsilon, patients, public=public)
-    assert advice.dimensions == dimensions
+    assert (advice.dimensions, advice.learning_rate) == (dimensions, rate)
     assert f"epsilon {epsilon:g}" in advice.words
     assert str(patients) in advice.words
     assert ("no statistics of public images" in advice.words) != public
 
 
 def test_where_noise_leaves_nothing_to_learn_the_words_say_so() -> None:
-    assert "or only observe" in advise(3, 199, public=True).words
-    assert "only observe" not in advise(8, 199, public=True).words
-    assert "only observe" not in advise(3, 200, public=True).words
+    assert "or only observe" in advise(1, 50, public=True).words
+    assert "only observe" not in advise(8, 50, public=True).words
+    assert "only observe" not in advise(1, 200, public=True).words
 
 
 def test_the_advised_template_averages_and_keeps_the_rest() -> None:
@@ -40,7 +40,9 @@ def test_the_advised_template_averages_and_keeps_the_rest() -> None:
     advised = as_advised(demo, advise(8.0, 30, public=True))
     assert (advised.method.adapter, advised.features.basis, advised.features.dimensions) == ("text_head", "public", 32)
     assert advised.aggregation.iterates == "mean"
-    assert (advised.encoding, advised.privacy, advised.sites) == (demo.encoding, demo.privacy, demo.sites)
+    assert (advised.privacy.clip, advised.privacy.learning_rate) == (4.0, 0.031)
+    assert (advised.encoding, advised.sites) == (demo.encoding, demo.sites)
+    assert advised.privacy.steps == demo.privacy.steps
 
 
 def test_the_demo_leaves_its_method_to_the_advice_under_a_budget_alone() -> None:
