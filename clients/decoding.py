@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import multiprocessing
 import os
@@ -132,7 +131,8 @@ def decode_all(
         collate_fn=_as_they_are,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=partial(_begin, os.getpid()),
+        # torch's workers look for their parent only when idle, and a full pipe keeps them for ever.
+        worker_init_fn=partial(_die_with, os.getpid()),
         generator=torch.Generator(),  # else it draws a seed from torch's global state
     )
     try:
@@ -182,9 +182,8 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
         ]
 
 
-def _begin(parent: int, worker: int) -> None:
-    die_with(parent)  # torch's workers look for their parent only when idle, and a full pipe keeps them for ever
-    gc.freeze()  # what was there before the fork is not searched again and again, nor copied for that
+def _die_with(parent: int, worker: int) -> None:
+    die_with(parent)
 
 
 def _as_they_are(results: list[Decoded[T]]) -> list[Decoded[T]]:

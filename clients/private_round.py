@@ -158,6 +158,7 @@ class PrivateRounds:
         position: RoundPosition,
         state: str,
         parameters: Parameters,
+        used: Parameters,
         folder: SiteRun,
         features: Callable[[], SiteFeatures],
         quantise: Quantise,
@@ -167,7 +168,8 @@ class PrivateRounds:
         Args:
             position: the round that is due.
             state: digest of what the round builds on, adapter and moments.
-            parameters: the global adapter.
+            parameters: the global adapter, at which the round begins.
+            used: the one that is evaluated and used then, perhaps a mean; validation counts are of it.
             folder: of the run; the integers lie there, once drawn.
             features: gives the features of the run's snapshot; called only when the plan has rounds left.
             quantise: makes integers of an update.
@@ -185,7 +187,7 @@ class PrivateRounds:
             if self.drew:
                 plan = self._plan(ledger, position)
                 self._refuse_more(ledger, plan)
-                integers = self._draw(ledger, plan, position, parameters, path, features(), quantise)
+                integers = self._draw(ledger, plan, position, parameters, used, path, features(), quantise)
             else:
                 integers = self._stored(ledger, position, path)
             known = self._heads.newest(self._file.site)[0]
@@ -246,7 +248,7 @@ class PrivateRounds:
     ) -> NDArray[np.int64]:
         release, study, basis = plan.round_mechanism, self._agreed.study, self._agreed.initial.basis
         assert basis is not None, "study new makes one for each method that uses one"
-        purpose = f"round {position.round} of run {position.run[:16]}"
+        purpose = f"round {position.round} of run {position.run[:16]}: class statistics, in one sum"
         if self._rehearse is not None:
             class_statistics.check_sums(len(study.classes), basis.dimensions)
             self._rehearse()
@@ -416,6 +418,7 @@ class PrivateRounds:
         plan: Plan,
         position: RoundPosition,
         parameters: Parameters,
+        used: Parameters,
         path: Path,
         features: SiteFeatures,
         quantise: Quantise,
@@ -455,7 +458,7 @@ class PrivateRounds:
         adapter.shows_adapted = term is not None
         descent.run(adapter, patients, self._loss(term), public)
         update = codec.flatten(_numpy(adapter)) - before
-        counts = (0, 0) if counted is None else self._noisy_counts(plan, parameters, features, people, counted)
+        counts = (0, 0) if counted is None else self._noisy_counts(plan, used, features, people, counted)
         integers = quantise(update, uniforms(update.size), counts)
         numbers = [event.seq for event in events]
         tensors = {"integers": integers, "events": np.array(numbers, dtype=np.int64)}
@@ -510,11 +513,11 @@ class PrivateRounds:
         return counted
 
     def _noisy_counts(
-        self, plan: Plan, parameters: Parameters, features: SiteFeatures, people: People, counted: set[str]
+        self, plan: Plan, used: Parameters, features: SiteFeatures, people: People, counted: set[str]
     ) -> tuple[int, int]:
-        """Validation counts of the adapter that the round began with."""
+        """Validation counts of the adapter that was used when the round began."""
         assert plan.validation_noise_multiplier is not None  # or nobody would be counted
-        adapter, classes = self._adapter(parameters), len(self._agreed.study.classes)
+        adapter, classes = self._adapter(used), len(self._agreed.study.classes)
         owners = people["val"]
         rows = [row for row, owner in enumerate(owners) if owner in counted]
         right = np.zeros(len(rows), dtype=bool)

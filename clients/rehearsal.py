@@ -151,8 +151,9 @@ def run_on(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures, rounds: 
             if agreed.study.method.one_sum:
                 integers = private.sums(position, run, lambda: features, encode)
             else:
+                initial = agreed.initial.adapter
                 integers = private.integers(
-                    position, f"state {number}", agreed.initial.adapter, run, lambda: features, quantise
+                    position, f"state {number}", initial, initial, run, lambda: features, quantise
                 )
             messages.append(layout.decode(integers, [1.0]))
         paid = max(Ledger(place).costs().values(), default=0.0)
@@ -324,7 +325,7 @@ class _Rehearsal:
         initial = self._agreed.initial.adapter
 
         def ask() -> NDArray[np.int64]:
-            return rounds.integers(position, "state", initial, run, lambda: self._features, quantise)
+            return rounds.integers(position, "state", initial, initial, run, lambda: self._features, quantise)
 
         first = ask()
         found = Ledger(place)

@@ -117,24 +117,15 @@ def _install_call(kill: dict[str, Any]) -> None:
 
 
 def _install_push(fault: dict[str, Any]) -> None:
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-
-    from secure_fed.clients.byte_line import ByteLine
+    from secure_fed.clients import flower_node as supernode
     from secure_fed.clients.flower_node import _Connection
 
-    true_push, true_send = _Connection.push, ByteLine.send
+    true_push = _Connection.push
+    true_objects = supernode.push_objects
     done: list[Any] = []
 
     def is_update(message: Any) -> bool:
-        return bool(message.content.config_records["reply"]["code"] == "update")
-
-    def send(self: Any, run: str, data: bytes) -> str:
-        if fault.get("upload") == "before":
-            die()
-        digest = true_send(self, run, data)
-        if fault.get("upload") == "middle":
-            die()  # the bytes are there, and nothing names them
-        return digest
+        return bool(message.content.array_records["envelope"])
 
     def push(self: Any, message: Any, seconds: float) -> None:
         if fault.get("duplicate"):
@@ -148,11 +139,15 @@ def _install_push(fault: dict[str, Any]) -> None:
             return
         first = not done
         done.append(message)
+        if first and fault.get("upload") == "before":
+            die()
+        if first and fault.get("upload") == "middle":
+            supernode.push_objects = lambda *_, **__: die()
         if first and "hold" in fault:
             time.sleep(fault["hold"])
         if first and fault.get("reorder"):
             # A new connection: the server asks again.
-            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
+            self._client.DeactivateNode(supernode.DeactivateNodeRequest(node_id=self.node.node_id))
             self.join()
             return
         true_push(self, message, seconds)
@@ -162,7 +157,7 @@ def _install_push(fault: dict[str, Any]) -> None:
             true_push(self, done[0], seconds)
 
     _Connection.push = push  # type: ignore[method-assign]
-    ByteLine.send = send  # type: ignore[method-assign]
+    assert supernode.push_objects is true_objects
 
 
 def _install_slow(fault: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import shutil
 import zipfile
@@ -34,7 +33,7 @@ from secure_fed.core.layout import SiteRun
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.model.public_statistics import PublicStatistics
 from secure_fed.operate.doctor.site import _data as of_images
-from secure_fed.operate.evidence import pack_evidence
+from secure_fed.operate.evidence import pack_evidence, verify_evidence
 from secure_fed.operate.site_results import write_results
 from secure_fed.privacy.accounting import Mechanism, mu_squared_of
 from secure_fed.privacy.ledger import Account, Ledger, opened
@@ -57,7 +56,6 @@ LEAVES = {
 MARKED = {
     "predict",
     "evaluate",
-    "explain-case",
     "plot",
     "report --local-metrics",
     "ledger show",
@@ -65,7 +63,6 @@ MARKED = {
     "ledger link",
     "site results",
     "doctor",
-    "page",
 }
 """Commands with figures of the site's images that nobody paid for; each says that they are local."""
 
@@ -142,7 +139,7 @@ def run(*arguments: str) -> Result:
 def test_an_export_holds_nothing_that_nobody_paid_for(patients: Federation, tmp_path: Path, name: str) -> None:
     site = patients.folder / "sites" / name / "site.toml"
     assert run("export", "--site", site, "--out", tmp_path / "export").exit_code == 0
-    card = (tmp_path / "export/README.md").read_text()
+    card = (tmp_path / "export/MODEL_CARD.md").read_text()
     assert "No metrics of single sites" in card
     assert "did not train under differential privacy" not in card
     assert "privacy budget" in card or "differentially private" in card
@@ -186,6 +183,11 @@ def test_what_evidence_packs_has_no_figure_of_any_image(patients: Federation, tm
     assert places <= {"study", "policy.json", "versions.json", "bom.json", "accepted", "journal", "ledger",
                       "sent.jsonl", "manifest.signed"}  # fmt: skip
     assert not {"blocks", "members", "epsilon_spent", "events", "head"} & set(public)
+    # What was released is named by its kind.
+    found = verify_evidence(tmp_path / "evidence.zip")["ledger"]
+    trained = sum(not release["purpose"].startswith("validation") for release in public["releases"])
+    assert trained
+    assert f"{len(public['releases'])} releases, {trained} of clipped gradients" in found
 
 
 @pytest.mark.parametrize("name", ["ash", "dogwood"])
@@ -200,11 +202,6 @@ def test_every_local_figure_says_that_it_is_local(patients: Federation, tmp_path
     assert LOCAL in said.stderr
     said = run("predict", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint, "--json")
     assert json.loads(said.stdout)["local"] == LOCAL
-    one = next(images.rglob("*.png"))
-    out = tmp_path / "cases"
-    said = run("explain-case", "--adapter", adapter, "--image", one, "--checkpoint", file.checkpoint, "--out", out)
-    assert LOCAL in said.stderr
-    assert LOCAL in html.unescape((out / "cases.html").read_text())
     said = run("evaluate", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint)
     assert LOCAL in said.stdout
     said = run("plot", folder, "--out", tmp_path / "plots")
@@ -362,7 +359,7 @@ def test_asked_ten_times_at_one_state_a_site_sends_the_same_and_spends_nothing(t
 
     def ask(number: int, state: str, place: int) -> None:
         position = RoundPosition("7" * 64, f"{place:064x}", "0" * 64, 0, number)
-        sent.append(rounds.integers(position, state, initial, run_folder, lambda: features, quantise))
+        sent.append(rounds.integers(position, state, initial, initial, run_folder, lambda: features, quantise))
 
     ask(1, "a", 0)
     spent, events = Ledger(ledger(federation)).epsilon_spent, len(Ledger(ledger(federation)).events)

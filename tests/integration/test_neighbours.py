@@ -40,6 +40,7 @@ from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import prepare
 from secure_fed.operate import evidence
 from secure_fed.operate.evidence import pack_evidence
+from secure_fed.privacy import validation
 from secure_fed.privacy.accounting import Noise
 from secure_fed.privacy.dp_training import Descent
 from secure_fed.privacy.ledger import Ledger, opened
@@ -266,6 +267,30 @@ def told_apart(first: str, second: str) -> Callable[[Path], None]:
     return before
 
 
+def counted_before(*names: str) -> Callable[[Path], None]:
+    """Some patients validated in an earlier run, in which nobody trained."""
+
+    def before(folder: Path) -> None:
+        Federation(folder).site("ash")
+        with opened(ledger_folder(read_site_file(folder / "sites/ash/site.toml"))) as ledger:
+            ledger.register({name: (name.encode(),) for name in names})
+            ledger.reserve(validation.mechanism(12.0), "before", "", {ledger.person(name) for name in names})
+
+    return before
+
+
+def linked(first: str, second: str) -> Callable[[Path], None]:
+    """The operator has said that two ids are one patient."""
+
+    def before(folder: Path) -> None:
+        Federation(folder).site("ash")
+        with opened(ledger_folder(read_site_file(folder / "sites/ash/site.toml"))) as ledger:
+            ledger.register({name: (name.encode(),) for name in (first, second)})
+            ledger.link(first, second)
+
+    return before
+
+
 ONE = {
     "one more who trains": (others(), patient("train", 1, seed=99)),
     "one more who validates": (others(), patient("val", 1, seed=99)),
@@ -305,6 +330,24 @@ def test_a_new_patient_beside_a_spent_cohort(prepared_worlds: Path, tmp_path: Pa
     with_one = whole_path(prepared_worlds, tmp_path / "with", {**others(), "p": patient("train", 1, seed=99)}, spent)
     assert without == with_one
     assert [message[0] for message in without[0]] == WORDS  # over nobody noise is sent
+
+
+def test_who_validated_before_and_now_trains(prepared_worlds: Path, tmp_path: Path) -> None:
+    vals = [name for name, one in others().items() if one.split == "val"]
+    world, one = others(), patient("train", 1, seed=99)
+    without = whole_path(prepared_worlds, tmp_path / "without", world, counted_before(*vals))
+    with_one = whole_path(prepared_worlds, tmp_path / "with", {**world, "p": one}, counted_before(*vals, "p"))
+    assert without == with_one
+    assert [message[0] for message in without[0]] == WORDS
+
+
+def test_one_patient_in_two_splits(prepared_worlds: Path, tmp_path: Path) -> None:
+    """Under two ids, which were linked; beside others who train and validate, and alone."""
+    for place, world in enumerate((others(), {})):
+        both = {**world, "p": patient("train", 1, seed=99), "q": patient("val", 2, seed=98)}
+        without = whole_path(prepared_worlds, tmp_path / f"without-{place}", world)
+        with_one = whole_path(prepared_worlds, tmp_path / f"with-{place}", both, linked("p", "q"))
+        assert without == with_one
 
 
 def test_copies_of_others_pictures_are_settled_before_the_start(prepared_worlds: Path, tmp_path: Path) -> None:
@@ -357,7 +400,13 @@ def rounds_on(
             for place in (1, 2):
                 position = RoundPosition(run, "0" * 64, "0" * 64, 0, place)
                 rounds.integers(
-                    position, f"state {place}", initial, SiteRun(folder / run), lambda found=features: found, quantise
+                    position,
+                    f"state {place}",
+                    initial,
+                    initial,
+                    SiteRun(folder / run),
+                    lambda found=features: found,
+                    quantise,
                 )  # type: ignore[misc]
     return outputs._replace(entries=Ledger(ledger_folder(file)).head[0])
 
@@ -419,8 +468,36 @@ def test_with_every_patient_in_two_splits_and_linked_ids(prepared_worlds: Path, 
     twins = {**world, "p": patient("train", 1, seed=99), "q": patient("train", 2, seed=98)}
     alone = rounds_on(prepared_worlds, tmp_path / "alone", [world, world])
     both = rounds_on(prepared_worlds, tmp_path / "both", [twins, twins], links=(("p", "q"),))
+    # Who trains is not counted among those who validate, under whichever id.
+    apart = {**world, "p": patient("train", 1, seed=99), "q": patient("val", 2, seed=98)}
+    torn = rounds_on(prepared_worlds, tmp_path / "torn", [apart, apart], links=(("p", "q"),))
+    assert torn.counts == alone.counts
     for one, other in zip(alone.updates, both.updates, strict=True):
         assert np.linalg.norm(one - other) <= RATE * CLIP / N_REF * (1 + 1e-9)
+
+
+def test_counts_are_of_the_adapter_in_use_and_not_of_that_at_which_a_round_begins(
+    prepared_worlds: Path, tmp_path: Path
+) -> None:
+    """They differ if the study takes the mean of the adapters."""
+    file, agreed = read_site_file(prepared_worlds / "sites/ash/site.toml"), Federation(prepared_worlds).agreed
+    (tmp_path / "identity").mkdir()
+    file = file.model_copy(update={"state": str(tmp_path / "state"), "identity": str(tmp_path / "identity")})
+    features = features_of(others(), agreed.initial.prompt_features.shape[1])
+    prompts, initial, counted = agreed.initial.prompt_features, agreed.initial.adapter, []
+    # Class vectors that lie on the validation images, so that all are right.
+    used = {"offsets": np.stack([features.val.x[features.val.y == k].sum(axis=0) for k in range(3)]) - prompts}
+    with without_chance():
+        rounds = PrivateRounds(file, agreed, LedgerHeads(tmp_path / "heads"), "1" * 64, None, no_noise)
+        rounds.settle(features.digests, features.digests)
+        for place, (begun, taken) in enumerate([(initial, used), (used, initial)], 1):
+            rounds.integers(
+                *(RoundPosition("5" * 64, "0" * 64, "0" * 64, 0, place), f"state {place}", begun, taken),
+                *(SiteRun(tmp_path / "run"), lambda: features),
+                lambda update, draws, counts: (counted.append(counts), np.zeros(1, dtype=np.int64))[1],
+            )
+    assert counted[0] == (3, 3)
+    assert counted[1][1] < 3
 
 
 def test_the_harness_sees_a_patient_at_all(prepared_worlds: Path, tmp_path: Path) -> None:

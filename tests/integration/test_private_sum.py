@@ -66,6 +66,7 @@ def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: 
     assert len({site.adapter_digest for site in sites}) == 1
     facts = ledger_of(study).summary()
     assert [event["state"] for event in facts["events"]] == ["sent"]
+    assert [event["purpose"].partition(": ")[2] for event in facts["events"]] == ["class statistics, in one sum"]
     held = sites[1].replica.state.tensors
     assert held[f"{aggregation.MOMENT}noise"][0] == pytest.approx((std / 0.4) ** 2, rel=1e-3)
     # The other two sites' patients choose the shrinkage, and the private site's are not among them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from secure_fed.lab.simulation import Listener, prepare, simulate
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.aggregation import MOMENT
 from secure_fed.protocol.study import Aggregation
-from tests.conftest import Federation, close_round, corrupt, exchange, make_template, run_round
+from tests.conftest import TRAINING, Federation, close_round, corrupt, exchange, make_template, run_round
 
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
 ADAM = {"rule": "fedadam", "learning_rate": 0.01, "betas": [0.8, 0.9], "tau": 0.01}
@@ -80,6 +81,25 @@ def test_all_sites_use_the_mean_and_train_on_from_the_last(tmp_path: Path, image
     again = federation.site(sites[0].name)
     assert np.array_equal(again.parameters["offsets"], sites[0].parameters["offsets"])
     assert not np.array_equal(seen[-1], sites[0].parameters["offsets"])
+
+
+def test_validation_counts_are_of_the_mean(tmp_path: Path, images: Path) -> None:
+    template = make_template(rounds=3, mode="plain", method={"adapter": "text_head"}, aggregation={"iterates": "mean"})
+    prepare(template, tmp_path / "out", images)
+    federation = Federation(tmp_path / "out")
+    sites, real, counted = federation.sites(), Site._predict, []
+    coordinator = federation.open_run()
+
+    def predict(site: Site, images: Any, parameters: Any, agreed: Any) -> Any:
+        counted.append(np.array_equal(parameters["offsets"], site.replica.state.parameters["offsets"]))
+        return real(site, images, parameters, agreed)
+
+    with mock.patch.object(Site, "_predict", predict):
+        for _ in range(3):
+            run_round(coordinator, sites)
+    assert counted == [True] * 3 * len(TRAINING)
+    state = sites[0].replica.state
+    assert not np.array_equal(state.parameters["offsets"], state.iterate["offsets"])
 
 
 def test_momentum_and_adam_are_the_papers_formulas() -> None:
