@@ -71,6 +71,8 @@ class CannedSite:
         """Whether it has the last round's record."""
         return self._due.round > self._agreed.study.rounds
 
+    over = False
+
     def respond(self, request: RoundRequest) -> RoundReply:
         """Take the records unchecked, and answer the round's questions with the canned update."""
         for data in request.records:
@@ -114,7 +116,7 @@ def nodes(folder: Path, port: int, names: list[str]) -> None:
     """Play these sites in this process until the study is over."""
     be_quiet_outside()  # before flwr is imported
     from secure_fed.clients.flower_app import SiteApp
-    from secure_fed.clients.flower_node import run_site
+    from secure_fed.clients.flower_node import Way, run_site
 
     agreed = load_study(folder / "study.toml")
     payload = (folder / PAYLOAD).read_bytes()
@@ -122,8 +124,8 @@ def nodes(folder: Path, port: int, names: list[str]) -> None:
     for name in names:
         site = CannedSite(agreed, folder / "sites" / name, name, payload)
         app = SiteApp(site, agreed.study.id, lambda _: None)  # type: ignore[arg-type]
-        arguments = (app, f"127.0.0.1:{port}", folder / "server" / "tls" / "ca.crt", len(agreed.study.sites))
-        threads.append(threading.Thread(target=run_site, args=arguments, name=name))
+        way = Way(f"127.0.0.1:{port}", folder / "server" / "tls" / "ca.crt", len(agreed.study.sites))
+        threads.append(threading.Thread(target=run_site, args=(app, way), name=name))
     for thread in threads:
         thread.start()
     for thread in threads:

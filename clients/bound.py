@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from secure_fed.core.errors import StorageError
 from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
-from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
 from secure_fed.protocol.signing import Count
 from secure_fed.protocol.study import Hex64, Name
 
@@ -31,6 +31,8 @@ class Bound(FileModel):
         state: digest of the adapter state at which the site last revealed, in this round or before; empty if never.
         with_whom: the cohort it revealed to then.
         void: whether its people have given their word that nothing more is said for the round at this head.
+        behind: whether others have words of this site that this disk does not know: an older copy was put back.
+        out: whether the site sits this round out for that; it may have said anything in it, a REVEAL among it.
         released: digest of the state at which its people let it reveal once to another cohort; empty if at none.
     """
 
@@ -45,12 +47,34 @@ class Bound(FileModel):
     with_whom: tuple[Name, ...] = ()
     released: str = ""
     void: bool = False
+    behind: bool = False
+    out: bool = False
+
+    @property
+    def may_have_revealed(self) -> bool:
+        """Whether somebody may hold a REVEAL of this round."""
+        return bool(self.arrived) or self.behind or self.out
+
+    def knows(self, header: EnvelopeHeader) -> bool:
+        """Whether an envelope that this site signed in this run is of before what stands here, or is what does."""
+        if header.round != self.round:
+            return header.round < self.round
+        if header.head != self.head:
+            return True  # of what was given up
+        return header.attempt < self.attempt or (header.attempt, header.cohort) == (self.attempt, self.cohort)
 
     def at(self, due: RoundPosition) -> Bound:
         """Of a round at a head: this if it is the one, else a new one that remembers the adapter state."""
         if (self.round, self.head) == (due.round, due.head):
             return self
-        return Bound(round=due.round, head=due.head, state=self.state, with_whom=self.with_whom, released=self.released)
+        return Bound(
+            round=due.round,
+            head=due.head,
+            state=self.state,
+            with_whom=self.with_whom,
+            released=self.released,
+            behind=self.behind,
+        )
 
 
 def read_bound(path: Path) -> Bound:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -13,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Never, get_args
 
 import numpy as np
 
 from secure_fed.clients.dicom import facts, no_picture, patient_id, read_header
-from secure_fed.clients.manifest import read_table
+from secure_fed.clients.manifest import Table, read_table
 from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled
 from secure_fed.clients.reading import (
@@ -48,6 +49,7 @@ DRAWN_ALONE = (
 
 _COLUMNS = ("path", "label")
 _SPLITS: tuple[Split, ...] = get_args(Split)
+_SPLIT_WORDS = frozenset({*_SPLITS, "training", "valid", "validation", "testing", "dev"})
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
@@ -290,7 +292,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
         elif entry.is_symlink() and not entry.exists():
             raise DataError(f"{entry}: a link to nothing; mount or restore what it leads to, or remove it")
         elif entry.is_dir() or not entry.name.startswith("."):
-            notes.passed_over.append(f"{entry}: in no folder of a class")
+            notes.passed_over.append(f"{_said(entry)}: in no folder of a class")
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
     meant = _meant(strangers, classes)
     strangers = [name for name in strangers if name not in meant]
@@ -371,7 +373,7 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     notes = Notes() if notes is None else notes
     seen: set[tuple[int, int]] = set()
 
-    def stop(error: OSError) -> None:
+    def stop(error: OSError) -> Never:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}); give this user access to it, or move it out of the "
             "data folder"
@@ -380,11 +382,13 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         state = os.stat(parent)
         if (state.st_dev, state.st_ino) in seen:
-            notes.passed_over.append(f"{parent}: a link to a folder that was read already")
+            notes.passed_over.append(f"{_said(parent)}: a link to a folder that was read already")
             folders[:] = []
             continue
         seen.add((state.st_dev, state.st_ino))
-        notes.passed_over += [f"{parent}/{name}: hidden, or a system's" for name in folders if _is_passed_over(name)]
+        notes.passed_over += [
+            f"{_said(parent)}/{_said(name)}: hidden, or a system's" for name in folders if _is_passed_over(name)
+        ]
         folders[:] = sorted(
             (name for name in folders if not _is_passed_over(name)),
             key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
@@ -393,19 +397,32 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
             path = Path(parent, name)
             if name[0] == ".":
                 if name.lower().endswith(IMAGE_ENDINGS):
-                    notes.passed_over.append(f"{path}: hidden")
+                    notes.passed_over.append(f"{_said(path)}: hidden")
                 continue
             if name.lower() in _NOT_IMAGES:
-                notes.passed_over.append(f"{path}: no image")
+                notes.passed_over.append(f"{_said(path)}: no image")
                 continue
             try:
-                if is_meant_as_image(path):
-                    yield path
+                if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe would take for ever
+                    notes.passed_over.append(f"{_said(path)}: a pipe or device, no file")
+                elif not is_meant_as_image(path):
+                    notes.passed_over.append(f"{_said(path)}: no image, by its content and its name")
+                elif _said(path) != str(path):
+                    raise DataError(f"{_said(path)}: a name that is no UTF-8 and cannot be written down; rename it")
                 else:
-                    notes.passed_over.append(f"{path}: no image, by its content and its name")
+                    yield path
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{path}: a link to nothing; mount or restore what it leads to, or remove it"
+                ) from error
             except OSError as error:
                 error.filename = error.filename or str(path)
                 stop(error)
+
+
+def _said(path: Path | str) -> str:
+    """A path as it can be printed: bytes that are no UTF-8 are half a pair of surrogates in it."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _is_passed_over(folder: str) -> bool:
@@ -525,6 +542,11 @@ def _read_manifest(
             f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns)[:500] or 'none'}, expected "
             f"{', '.join(needed)} and split (unless shares are set); patient and frame where they are needed"
         )
+    if "label" in needed and not has_splits and (named := _named_otherwise(table)):
+        raise ManifestError(
+            f"{manifest}: column {named!r} holds names of splits, and there is no column split; expected it to be "
+            "named split, with train, val, test and unlabelled: rename it, or remove it"
+        )
     if free := [name for name in table.columns if name and name not in _KNOWN]:
         notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
@@ -538,8 +560,11 @@ def _read_manifest(
             fault = f"{cells['path']!r} has frame {cells['frame']} and slice {cells['slice']}; expected one of the two"
         path = files.find(cells["path"] or "." * bool(cells["series"]))
         pictures = [(path, place, False)]
-        if not fault and not (fault := files.fault(path)) and files.is_folder(path):
-            pictures, fault = files.series(path, cells["series"], place)
+        if not fault and not (fault := files.fault(path)):
+            if files.is_folder(path):
+                pictures, fault = files.series(path, cells["series"], place)
+            else:
+                fault = files.contradiction(path, cells["series"])
         for name, frame, asked in pictures:
             patient = name + (f"#{frame}" if frame else "")
             if unit == "patient":
@@ -561,6 +586,15 @@ def _read_manifest(
     return rows, has_splits
 
 
+def _named_otherwise(table: Table) -> str:
+    """The free column whose cells are all names of splits, as people write them; empty if there is none."""
+    for name in table.columns:
+        found = {row.cells[name].casefold() for row in table.rows} - {""} if name not in (*_KNOWN, "") else set()
+        if found & _SPLIT_WORDS and found <= _SPLIT_WORDS:
+            return name
+    return ""
+
+
 _Picture = tuple[str, str, bool]
 """Of a row of a manifest: a file, which frame, and whether that is the slice that was asked for."""
 
@@ -580,6 +614,7 @@ class _Files:
         self._forms: dict[str, dict[str, list[str]]] = {}
         self._inside: dict[str, bool] = {}
         self._series: dict[str, list[tuple[str, _Order]]] = {}
+        self._uids: dict[str, str] = {}
         self.guessed = 0
 
     def find(self, path: str) -> str:
@@ -629,6 +664,19 @@ class _Files:
             fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
             return [(path, place, False)], f"{fault} {len(there) - 1}"
         return [(there[int(place)][1], "", True)], None
+
+    def contradiction(self, path: str, series: str) -> str | None:
+        """What is wrong with the UID of a series that a row says a file is of; any other name is free."""
+        if _UID.fullmatch(series) is None:
+            return None
+        if path not in self._uids:
+            self._uids[path] = place_in_series(self._folder / path)[0]
+        if self._uids[path] in ("", series):
+            return None
+        return (
+            f"{path!r} is of series {self._uids[path]} (0020,000E), and column series says {series}; expected the same "
+            "in both, or a name that is no UID"
+        )
 
     def fault(self, path: str) -> str | None:
         """What is wrong with a path."""
@@ -705,6 +753,8 @@ def _is_number(text: str) -> bool:
 def _fault(row: _Row, has_splits: bool, nameless: bool) -> str | None:
     if not row.patient and not nameless:
         return f'{row.path!r} has no patient; expected an id, a DICOM file with a PatientID, or unit = "image"'
+    if not row.patient.isprintable():
+        return f"{row.path!r} has patient {row.patient!r}, with a line break or another sign that is not seen"
     if row.frame and not _is_number(row.frame):
         return f"{row.path!r} has frame {row.frame!r}; expected a number from 0, or none for the middle one"
     if row.axis and row.axis not in AXES:

@@ -12,9 +12,8 @@ import numpy as np
 from secure_fed.clients.data import SiteImage, Split
 from secure_fed.clients.duplicates import Fingerprint, exact_copies, near_twins
 from secure_fed.clients.encoding import expected_seconds, seconds_per_image
-from secure_fed.clients.features import Progress
+from secure_fed.clients.features import MIRRORED, Progress
 from secure_fed.clients.images import compared_images, rules_of
-from secure_fed.clients.reading import Source
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import BackboneDigestError, BackboneError, DataLeakError
 from secure_fed.model.backbone import image_size, load_backbone
@@ -56,8 +55,9 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         ``classes``: images by class and split; ``patients``: by split; ``missing_classes``;
         ``exact_copies`` and ``near_twins``: groups, those that lie in more than one split, and a list of these;
         ``unreadable`` and ``far_from_size``: count and list; ``backbone_size``: side of the square, None if unknown;
-        ``encoding``: how long the first round's encoding will take here, ``seconds`` and ``seconds_per_image`` on one
-        processor, both None with a ``reason`` if the backbone is not here;
+        ``encoding``: how long the first round's encoding will take here: ``images``, mirrored views
+        too, ``seconds``, and ``seconds_per_image`` on one processor, both None with a ``reason`` if the backbone is not
+        here;
         ``leaks``: what is wrong, in words; empty if nothing is.
 
     Raises:
@@ -111,9 +111,7 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
         "unreadable": _files(f"{images[index].path}: {reason}" for index, reason in sorted(unreadable.items())),
         "far_from_size": _files(_describe(images[index], found[index]) for index in far),
         "backbone_size": size,
-        "encoding": _encoding(
-            file, agreed, [image.source for index, image in enumerate(images) if index not in unreadable]
-        ),
+        "encoding": _encoding(file, agreed, [image for index, image in enumerate(images) if index not in unreadable]),
         "leaks": [
             f"the same picture in splits {', '.join(sorted({images[index].split for index in group}))}: "
             + ", ".join(str(images[index].path) for index in group[:LISTED])
@@ -123,12 +121,15 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
     }
 
 
-def _encoding(file: SiteFile, agreed: AgreedStudy, sources: Sequence[Source]) -> dict[str, Any]:
-    images = len(sources)
+def _encoding(file: SiteFile, agreed: AgreedStudy, readable: Sequence[SiteImage]) -> dict[str, Any]:
+    backbone, images = agreed.study.backbone, len(readable)
+    if backbone.mirrored:
+        images += sum(image.split in MIRRORED for image in readable)
     try:
-        loaded = load_backbone(agreed.study.backbone, None if file.checkpoint is None else Path(file.checkpoint))
+        loaded = load_backbone(backbone, None if file.checkpoint is None else Path(file.checkpoint))
     except (BackboneError, BackboneDigestError) as error:
         return {"images": images, "seconds_per_image": None, "seconds": None, "reason": str(error)}
+    sources = [image.source for image in readable]
     each = seconds_per_image(sources, loaded, rules_of(file, agreed)) if sources else 0.0
     return {"images": images, "seconds_per_image": each, "seconds": expected_seconds(each, images)}
 

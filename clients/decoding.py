@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -131,8 +132,7 @@ def decode_all(
         collate_fn=_as_they_are,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
-        # torch's workers look for their parent only when idle, and a full pipe keeps them for ever.
-        worker_init_fn=partial(_die_with, os.getpid()),
+        worker_init_fn=partial(_begin, os.getpid()),
         generator=torch.Generator(),  # else it draws a seed from torch's global state
     )
     try:
@@ -182,8 +182,9 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
         ]
 
 
-def _die_with(parent: int, worker: int) -> None:
-    die_with(parent)
+def _begin(parent: int, worker: int) -> None:
+    die_with(parent)  # torch's workers look for their parent only when idle, and a full pipe keeps them for ever
+    gc.freeze()  # what was there before the fork is not searched again and again, nor copied for that
 
 
 def _as_they_are(results: list[Decoded[T]]) -> list[Decoded[T]]:

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.encaps import get_frame
+from pydicom.multival import MultiValue
+from pydicom.pixels.decoders import base
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
@@ -28,20 +31,22 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from secure_fed.clients import jpeg12
+from secure_fed.clients import jpeg
 from secure_fed.clients.rules import Facts, Kind, Picture, Rules, UndecodableError, brightness
 from secure_fed.protocol.study import Window
 
-jpeg12.register()
+jpeg.register()
 
 _PREAMBLE = 128
 _MAGIC = b"DICM"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_PALETTE = "PALETTE COLOR"
 _VRS = frozenset(
     b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+_RAW_DATA = "1.2.840.10008.5.1.4.1.1.66"
 NO_PICTURES = {
     **{"SEG": "a segmentation", "RTDOSE": "a dose", "SR": "a structured report", "PR": "a presentation state"},
     **{"KO": "a selection of key objects", "REG": "a registration", "RTSTRUCT": "contours", "RTPLAN": "a plan"},
@@ -78,6 +83,9 @@ _PICTURE_CLASSES = ("Image", "US Volume")
 _SCOUTS = frozenset({"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM"})
 _SCOUT_SERIES = ("localizer", "localiser", "scout", "topogram", "surview", "scanogram")
 """Scanners of some makers say it in the series' name alone."""
+
+_SHORT_SCOUTS = re.compile(r"\b(loc|survey|uebersicht|\u00fcbersicht)\b")
+"""Of magnetic resonance and computed tomography; of X-rays a survey is an examination."""
 _SCREENS = frozenset({"SCREEN SAVE", "SCREENSHOT", "SCREEN_SAVE", "SCREEN CAPTURE", "DOSE_INFO"})
 _HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "ManufacturerModelName", "ImageType", "PatientID"),
@@ -85,6 +93,12 @@ _HEADER = (
     *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
 )
+_UNFOLLOWED = {
+    "PresentationLUTSequence": "a presentation table (2050,0010)",
+    "RedPaletteColorLookupTableDescriptor": "colours beside the grey values (0028,1101)",
+}
+"""Of grey pictures."""
+
 HEADER = 132
 """Bytes of a file by which :func:`is_dicom` knows it."""
 
@@ -93,6 +107,10 @@ _MOST_BYTES = 2**28
 
 _BLOCK = 2**20
 """So many pixels are computed with at once: as 64-bit numbers they take eight times what the file has for them."""
+
+
+_SMALL = 2**14
+"""So many pixels where little is done with each: the processor's caches then hold all of it."""
 
 
 def is_dicom(content: bytes) -> bool:
@@ -175,7 +193,9 @@ def patient_id(path: Path) -> str:
 def text(dataset: Any, keyword: str) -> str:
     """An element as text without blanks around; empty if there is none, or none that can be read."""
     try:
-        value = dataset.get(keyword)
+        value = dataset.get(keyword) if keyword in dataset else None  # else pydicom raises, and catches, an error
+        if isinstance(value, MultiValue):  # an id with a backslash, which separates values
+            value = "\\".join(map(str, value))
         return "" if value is None else str(value).replace("\0", "").strip()
     except Exception:
         return ""
@@ -204,7 +224,8 @@ def facts(dataset: Any) -> Facts:
 
 def _names_scout(dataset: Any) -> bool:
     names = (text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")).casefold()
-    return any(word in names for word in _SCOUT_SERIES)
+    sectional = text(dataset, "Modality").upper() in ("MR", "CT")
+    return any(word in names for word in _SCOUT_SERIES) or (sectional and _SHORT_SCOUTS.search(names) is not None)
 
 
 def no_picture(dataset: Any) -> str:
@@ -212,13 +233,20 @@ def no_picture(dataset: Any) -> str:
     found = text(dataset, "SOPClassUID")
     if not found:  # directories of CDs have it in the meta header alone
         found = text(getattr(dataset, "file_meta", {}), "MediaStorageSOPClassUID")
-    name = UID(found).name  # of an unknown class, the UID itself
+    return _no_picture_class(found) or NO_PICTURES.get(text(dataset, "Modality").upper(), "")
+
+
+@lru_cache(256)
+def _no_picture_class(sop: str) -> str:
+    name = UID(sop).name  # of an unknown class, the UID itself
     for words, what in _NO_PICTURE_CLASSES.items():
         if words in name:
             return what
-    if name != found and "Storage" in name and not any(words in name for words in _PICTURE_CLASSES):
+    if sop.startswith(_RAW_DATA + "."):  # also those that came after this release of pydicom
+        return "a segmentation or other computed object"
+    if name != sop and "Storage" in name and not any(words in name for words in _PICTURE_CLASSES):
         return f"a {name.removesuffix(' Storage')} object"
-    return NO_PICTURES.get(text(dataset, "Modality").upper(), "")
+    return ""
 
 
 class DicomFile:
@@ -246,14 +274,16 @@ class DicomFile:
                 _give_syntax(dataset)
         except Exception as error:  # pydicom raises of every kind on broken files
             raise UndecodableError(f"broken DICOM ({_short(error)}); export it again") from error
-        if what := no_picture(dataset):
+        self._facts = facts(dataset)
+        if self._facts.kind == "no picture":
             raise UndecodableError(
-                f"DICOM that holds {what} ({text(dataset, 'Modality') or 'no modality'}), no picture of a patient; "
-                'take it out of the data, or leave such files out by leave_out = ["no picture"] in [data] of site.toml'
+                f"DICOM that holds {no_picture(dataset)} ({self._facts.modality or 'no modality'}), no picture of a "
+                'patient; take it out of the data, or leave such files out by leave_out = ["no picture"] in [data] of '
+                "site.toml"
             )
         if not pixels:
             raise UndecodableError(
-                f"DICOM without pixels ({text(dataset, 'Modality') or 'no modality'}); expected PixelData (7FE0,0010)"
+                f"DICOM without pixels ({self._facts.modality or 'no modality'}); expected PixelData (7FE0,0010)"
             )
         self._dataset = dataset
         self._colour = text(dataset, "PhotometricInterpretation").upper()
@@ -262,7 +292,6 @@ class DicomFile:
         except ValueError:
             found = text(dataset, "NumberOfFrames")
             raise UndecodableError(f"NumberOfFrames (0028,0008) is {found!r}; expected a whole number") from None
-        self._facts = facts(dataset)
 
     def picture(self, frame: int | None, rules: Rules) -> Picture:
         """One frame as an 8-bit picture, mode ``L`` or ``RGB``.
@@ -285,6 +314,7 @@ class DicomFile:
         if not 0 <= index < self.frames:
             raise UndecodableError(f"no frame {index}; it has {self.frames}, counted from 0")
         rules.refuse_size(_whole(dataset, "Columns"), _whole(dataset, "Rows"))
+        self._refuse_unread(index)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -295,8 +325,7 @@ class DicomFile:
         except Exception as error:
             syntax = dataset.file_meta.TransferSyntaxUID
             raise UndecodableError(
-                f"DICOM pixels cannot be decoded ({syntax.name}, {syntax}: {_short(error)}); export the file again, or "
-                "see which transfer syntaxes can be read: secfacmic doctor"
+                f"DICOM pixels cannot be decoded ({syntax.name}, {syntax}: {_short(error)}); export the file again"
             ) from error
         try:
             return self._shown(stored, index, rules)
@@ -304,6 +333,31 @@ class DicomFile:
             raise
         except Exception as error:
             raise UndecodableError(f"DICOM pixels cannot be shown ({_short(error)}); export the file again") from error
+
+    def _refuse_unread(self, index: int) -> None:
+        """What can be known to be unreadable before pixels are decoded; colours in small letters are mended."""
+        dataset, syntax = self._dataset, self._dataset.file_meta.TransferSyntaxUID
+        try:
+            base.get_decoder(syntax)
+        except NotImplementedError:
+            raise UndecodableError(
+                f"transfer syntax (0002,0010) {syntax} ({syntax.name if syntax.name != syntax else 'unknown'}) is not "
+                "read; expected one that secfacmic doctor lists: export the file uncompressed"
+            ) from None
+        known = (*_GREY, _PALETTE, *_COLOUR)
+        if self._colour not in known:
+            raise UndecodableError(
+                f"PhotometricInterpretation (0028,0004) is {self._colour or 'missing'}; expected one of "
+                f"{', '.join(known)}: export the file again"
+            )
+        if dataset.PhotometricInterpretation != self._colour:
+            dataset.PhotometricInterpretation = self._colour
+        frames = dataset.get("PerFrameFunctionalGroupsSequence")
+        if frames and index >= len(frames):
+            raise UndecodableError(
+                f"PerFrameFunctionalGroupsSequence (5200,9230) has {len(frames)} items, of {self.frames} frames; "
+                "expected one for each: export the file again"
+            )
 
     def _compare_codestream(self, index: int) -> None:
         """What a frame's own codestream says of size and sign is compared with the header before it is unpacked.
@@ -336,11 +390,12 @@ class DicomFile:
         if not isinstance(bits, int) or not isinstance(high, int) or high == bits - 1:
             return np.asarray(pixel_array(dataset, index=index))
         syntax = dataset.file_meta.TransferSyntaxUID
-        if not bits <= high + 1 <= _whole(dataset, "BitsAllocated") or (
+        if not 1 <= bits <= high + 1 <= _whole(dataset, "BitsAllocated") or (
             syntax.is_encapsulated and syntax != RLELossless
         ):
             raise UndecodableError(
-                f"HighBit (0028,0102) is {high} and BitsStored (0028,0101) {bits}; expected {bits - 1}: export it again"
+                f"HighBit (0028,0102) is {high} and BitsStored (0028,0101) {bits}; expected "
+                f"{bits - 1 if bits > 0 else 'at least one bit'}: export it again"
             )
         dataset.BitsStored = high + 1
         try:
@@ -350,27 +405,25 @@ class DicomFile:
 
     def _shown(self, stored: NDArray[Any], index: int, rules: Rules) -> Picture:
         dataset, colour = self._dataset, self._colour
-        if colour == "PALETTE COLOR":
+        if colour == _PALETTE:
             return Picture(self._palette(stored), self._facts)
         if colour in _COLOUR:
             if stored.dtype != np.uint8:
-                raise UndecodableError(f"colours of {8 * stored.dtype.itemsize} bits; expected 8: convert it")
+                raise UndecodableError(
+                    f"colours of {8 * stored.dtype.itemsize} bits (BitsAllocated (0028,0100)); expected 8: convert it"
+                )
             return Picture(Image.fromarray(stored), self._facts)
-        if colour not in _GREY:
-            expected = ", ".join((*_GREY, "PALETTE COLOR", *_COLOUR))
-            raise UndecodableError(f"photometric interpretation {colour or 'missing'}; expected {expected}")
         if stored.ndim != 2:
             raise UndecodableError(f"{stored.shape[-1]} samples a pixel of {colour}; expected 1")
-        notes: list[str] = []
+        notes = [f"{what} passed over" for keyword, what in _UNFOLLOWED.items() if keyword in dataset]
         rescaled = self._rescaling(_group(dataset, index, "PixelValueTransformationSequence"))
         padding = self._padding(stored)
-        look = self._look(index, rules.window(self._facts.modality), notes)
+        below = bool(rescaled(_extremes(dataset, stored.dtype)).min() < 0)
+        look = self._look(index, rules.window(self._facts.modality), below, notes)
         windowed = look is not None
         if look is None:
             look = _stretched(stored, padding, rescaled)
-        grey = np.empty(stored.shape, dtype=np.uint8)
-        for rows in _blocks(stored):
-            grey[rows] = np.rint(255 * look(rescaled(stored[rows])))
+        grey = _in_grey(stored, lambda values: look(rescaled(values)))
         shape = text(dataset, "PresentationLUTShape").upper()
         if shape == "INVERSE" or (colour == "MONOCHROME1" and shape != "IDENTITY"):
             grey = 255 - grey
@@ -381,11 +434,10 @@ class DicomFile:
     def _rescaling(self, group: Any) -> Values:
         """The modality transform; an empty slope is 1, an empty intercept 0, an empty table none."""
         if (item := _table(group.get("ModalityLUTSequence"))) is not None:
-            through = self._through(item, "Modality")
+            through = self._through(item, "Modality", self._dataset.get("PixelRepresentation") == 1)
             return lambda stored: through(stored)[0]
-        slopes = _numbers(group, "RescaleSlope", "(0028,1053)") or [1.0]
-        intercepts = _numbers(group, "RescaleIntercept", "(0028,1052)") or [0.0]
-        slope, intercept = slopes[0], intercepts[0]
+        slope = _number(group, "RescaleSlope", "(0028,1053)", 1.0)
+        intercept = _number(group, "RescaleIntercept", "(0028,1052)", 0.0)
         if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
             raise UndecodableError(
                 f"RescaleSlope (0028,1053) is {slope:g} and RescaleIntercept (0028,1052) {intercept:g}, which leave "
@@ -395,14 +447,15 @@ class DicomFile:
             return lambda stored: stored
         return lambda stored: stored.astype(np.float64) * slope + intercept
 
-    def _look(self, index: int, window: Window | None, notes: list[str]) -> Values | None:
-        """From values to brightness in [0, 1], as the study or the file says; None if neither does."""
+    def _look(self, index: int, window: Window | None, below: bool, notes: list[str]) -> Values | None:
+        """From values, which may be ``below`` zero, to brightness in [0, 1], as the study or the file says; None if
+        neither does."""
         if window is not None:
             self._refuse_unit(window, index)
             return lambda values: brightness(values, window.centre, window.width)
         voi = _group(self._dataset, index, "FrameVOILUTSequence")
         if (item := _table(voi.get("VOILUTSequence"))) is not None:
-            through = self._through(item, "VOI")
+            through = self._through(item, "VOI", below)
 
             def table(values: NDArray[Any]) -> NDArray[np.float64]:
                 found, depth = through(values)
@@ -413,15 +466,16 @@ class DicomFile:
         for centre, width in _pairs(centres, _places(voi, "WindowWidth", "(0028,1051)")):
             if width > 0 and math.isfinite(width) and math.isfinite(centre):
                 return _function(centre, width, text(voi, "VOILUTFunction").upper() or "LINEAR")
-            notes.append(f"window of width {width:g} (0028,1051) passed over; expected a width above 0")
+            odd = f"width {width:g} (0028,1051)" if math.isfinite(centre) else f"centre {centre:g} (0028,1050)"
+            notes.append(f"window of {odd} passed over; expected a number and a width above 0")
         return None
 
-    def _through(self, item: Any, name: str) -> Callable[[NDArray[Any]], tuple[NDArray[Any], int]]:
+    def _through(self, item: Any, name: str, signed: bool) -> Callable[[NDArray[Any]], tuple[NDArray[Any], int]]:
         """A look-up table (PS3.3, C.11.1.1 and C.11.2.1.1): from values to its entries, with how many bits these have.
 
         Values before the first one mapped get the first entry, those behind the last one the last.
         """
-        entries, first, depth = (int(number) for number in item.LUTDescriptor)
+        entries, first, depth = _descriptor(item.LUTDescriptor, f"the {name} LUT's descriptor (0028,3002)")
         entries = entries % 2**16 or 2**16
         data = item.LUTData
         if isinstance(data, bytes):
@@ -437,12 +491,10 @@ class DicomFile:
             )
         table = table[:entries]
         depth = max(depth, int(table.max()).bit_length())  # some devices write less than there is
-        signed = self._dataset.get("PixelRepresentation") == 1
+        # The first value mapped is written in 16 bits, with a sign where the values may have one.
+        start = (first + 2**15) % 2**16 - 2**15 if signed else first % 2**16
 
         def through(values: NDArray[Any]) -> tuple[NDArray[Any], int]:
-            # The first value mapped is written in 16 bits, with a sign where the values have one.
-            below = signed or (name == "VOI" and values.min() < 0)
-            start = (first + 2**15) % 2**16 - 2**15 if below else first % 2**16
             return table[(np.rint(values).astype(np.int64) - start).clip(0, entries - 1)], depth
 
         return through
@@ -472,12 +524,38 @@ class DicomFile:
 
     def _palette(self, stored: NDArray[Any]) -> Image.Image:
         dataset = self._dataset
+        for number, colour in enumerate(("Red", "Green", "Blue"), start=1):
+            name = f"{colour}PaletteColorLookupTable"
+            entries, _, depth = _descriptor(dataset.get(f"{name}Descriptor"), f"{name}Descriptor (0028,110{number})")
+            entries = entries % 2**16 or 2**16
+            size = len(dataset.get(f"{name}Data") or b"")
+            segmented = not size and dataset.get(f"Segmented{name}Data")
+            if depth not in (8, 16) or not (segmented or size in (entries, entries + entries % 2, 2 * entries)):
+                raise UndecodableError(
+                    f"{name}Data (0028,120{number}) has {size} bytes, for {entries} entries of {depth} bits; expected "
+                    "one or two bytes for each, of 8 or 16 bits: export it again"
+                )
         if dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian:
             dataset = _swapped(dataset)
         parts = [apply_color_lut(stored[rows], dataset) for rows in _blocks(stored)]
         if any(part.dtype.itemsize > 1 and part.max() > 255 for part in parts):
             parts = [part >> 8 for part in parts]
         return Image.fromarray(np.concatenate([part.astype(np.uint8) for part in parts]))
+
+
+def _descriptor(value: Any, name: str) -> tuple[int, int, int]:
+    """Number of entries, first value mapped and bits of a look-up table, as they are written.
+
+    Raises:
+        UndecodableError: there are not three numbers.
+    """
+    try:
+        entries, first, depth = (int(number) for number in value)
+    except (TypeError, ValueError):
+        raise UndecodableError(
+            f"{name} is {value}; expected three numbers (entries, first value mapped, bits): export it again"
+        ) from None
+    return entries, first, depth
 
 
 def _swapped(dataset: Any) -> Any:
@@ -522,11 +600,33 @@ Values = Callable[[NDArray[Any]], NDArray[Any]]
 """From some rows of a picture to others of the same shape."""
 
 
-def _blocks(stored: NDArray[Any]) -> Iterator[slice]:
-    """Some rows after others, of about :data:`_BLOCK` pixels."""
-    step = max(1, _BLOCK // max(1, stored.shape[1]))
+def _blocks(stored: NDArray[Any], pixels: int = _BLOCK) -> Iterator[slice]:
+    """Some rows after others, of about so many pixels."""
+    step = max(1, pixels // max(1, stored.shape[1]))
     for start in range(0, len(stored), step):
         yield slice(start, start + step)
+
+
+def _in_grey(stored: NDArray[Any], look: Values) -> NDArray[np.uint8]:
+    """From stored values by way of brightness in [0, 1] to grey; of many pixels each value that there is only once."""
+    grey = np.empty(stored.shape, dtype=np.uint8)
+    low, high = int(stored.min()), int(stored.max())
+    if high - low < stored.size:
+        values = np.arange(low, high + 1).astype(stored.dtype)
+        table = np.rint(255 * look(values)).astype(np.uint8)
+        for rows in _blocks(stored, _SMALL):
+            grey[rows] = table[stored[rows].astype(np.intp) - low]
+        return grey
+    for rows in _blocks(stored):
+        grey[rows] = np.rint(255 * look(stored[rows]))
+    return grey
+
+
+def _extremes(dataset: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The least and the greatest value that a file's pixels may have."""
+    bits = _whole(dataset, "BitsStored")
+    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.kind == "i" else (0, 2**bits - 1)
+    return np.array(ends, dtype=dtype)
 
 
 def _stretched(stored: NDArray[Any], padding: NDArray[np.bool_] | None, rescaled: Values) -> Values:
@@ -586,6 +686,18 @@ def _pairs(centres: list[float | None], widths: list[float | None]) -> Iterator[
 def _numbers(dataset: Any, keyword: str, tag: str) -> list[float]:
     """:func:`_places` without the empty ones."""
     return [number for number in _places(dataset, keyword, tag) if number is not None]
+
+
+def _number(dataset: Any, keyword: str, tag: str, default: float) -> float:
+    """An element's one number.
+
+    Raises:
+        UndecodableError: it has several.
+    """
+    found = set(_numbers(dataset, keyword, tag)) or {default}
+    if len(found) > 1:
+        raise UndecodableError(f"{keyword} {tag} has {len(found)} values; expected one: export the file again")
+    return found.pop()
 
 
 def _places(dataset: Any, keyword: str, tag: str) -> list[float | None]:

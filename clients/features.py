@@ -33,6 +33,9 @@ from secure_fed.protocol.study import AgreedStudy, Backbone
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
 
+MIRRORED: tuple[Split, ...] = ("train", "unlabelled")
+"""Splits whose images are encoded mirrored too, if the study says so."""
+
 _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "pillow", "pydicom")
 _PLAIN = Rules()
 _TABLES = """
@@ -411,7 +414,7 @@ def load_features(
     plain = cache.encode(images, backbone, load, "plain", skip_unreadable, progress, device, rules, patches)
     passes = [plain]
     if backbone.mirrored:
-        trained = [image for image in plain.images if image.split in ("train", "unlabelled")]
+        trained = [image for image in plain.images if image.split in MIRRORED]
         passes.append(
             cache.encode(trained, backbone, load, "mirrored", skip_unreadable, progress, device, rules, patches)
         )

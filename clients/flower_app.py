@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -28,6 +28,20 @@ _CODES = {
     6: ReplyCode.FAILED_STORAGE,
 }
 """What a failure is called outside, by the tens of its exit code; a finer one could tell of the images."""
+
+
+class Interrupted(Exception):
+    """The connection was lost in a way that the node goes on from; nothing is wrong at the site."""
+
+
+class Line(Protocol):
+    """What carries the bytes that a message names."""
+
+    def send(self, run: str, data: bytes) -> str:
+        """Give bytes to the server; their digest."""
+
+    def fetch(self, digest: str, length: int) -> bytes:
+        """Get bytes by their digest."""
 
 
 class SiteApp:
@@ -59,32 +73,39 @@ class SiteApp:
         self._note = note
         self._reported = -1
         self._answered_last = False
+        self._line: Line | None = None
         self._app = ClientApp()
 
         @self._app.train("round")
         def train(message: Message, context: Context) -> Message:
+            assert self._line is not None  # of the answer that is being made
+            request = read_request(message.content, self._line.fetch)
             began = None if clock is None else clock.begin()
-            request = read_request(message.content)
             reply = site.respond(request)
             if clock is not None and began is not None and site.read_data:
                 clock.hold(began)
             self._note(reply, request.round)
             self._answered_last = site.finished and not request.more
-            return Message(reply_content(reply), reply_to=message)
+            return Message(reply_content(reply, self._line.send), reply_to=message)
 
     @property
     def finished(self) -> bool:
         """Whether the study is over, for this site and by the server's word."""
         return self._answered_last
 
-    def answer(self, message: Message, context: Context, bundle: bytes) -> Message:
-        """Answer one message; never raises, sets :attr:`failure` instead.
+    def answer(self, message: Message, context: Context, bundle: bytes, line: Line) -> Message:
+        """Answer one message; sets :attr:`failure` instead of raising what is wrong at the site.
 
         Args:
             message: of the server.
             context: Flower's; nothing of it is used.
             bundle: that the server gave for the message's run.
+            line: what carries the bytes that message and answer name.
+
+        Raises:
+            Interrupted: the line's; the answer is made again when the server asks again.
         """
+        self._line = line
         if bundle != self._contract:
             self.failure = BundleError(
                 f"the server's bundle has {len(bundle)} bytes and is not this study's contract; expected the same "
@@ -93,6 +114,8 @@ class SiteApp:
             return self._fail(message, ReplyCode.REFUSED_BUNDLE)
         try:
             return self._app(message, context)
+        except Interrupted:
+            raise
         except ProtocolError as error:
             # Asked for what does not fit: nothing is wrong here, and the next message may fit.
             log.warning("%s: a message is refused: %s", self.site.name, error)
@@ -118,4 +141,4 @@ class SiteApp:
         # A code from the fixed list is said even on a full disk.
         with contextlib.suppress(SecfacmicError):
             self._note(reply, self.site.round)
-        return Message(reply_content(reply), reply_to=message)
+        return Message(reply_content(reply, lambda run, data: ""), reply_to=message)  # a code names no bytes

@@ -7,67 +7,57 @@ it pulls a message, checks the bundle that its run came with, hands it to the si
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import hashlib
 import logging
 import ssl
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
+from flwr.proto.recorddict_pb2 import BytesList
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectPushError,
-    pull_and_inflate_object_from_tree,
-    push_objects,
-)
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from secure_fed.clients.byte_line import ByteLine
+from secure_fed.clients.flower_app import Interrupted
 from secure_fed.core.errors import CertificateError, ClockError, NotAdmittedError
 from secure_fed.transport.certificates import read_authority
 from secure_fed.transport.connection import (
     AHEAD_SECONDS,
     BEHIND_SECONDS,
-    REQUEST_SIGNATURE,
+    MOST_WAIT,
+    WAIT,
     Mistrust,
+    SignedRequest,
     clock_fault,
     mistrust,
     proxy_to,
-    request_message,
     seconds_ahead,
     trusting,
     without_password,
 )
+from secure_fed.transport.flower_parcels import FLEET, PULL, PUSH, parcel, put_together, taken_apart, unpacked
 
 if TYPE_CHECKING:
     from secure_fed.clients.flower_app import SiteApp
@@ -78,7 +68,7 @@ HEARTBEAT_SECONDS = 10.0
 """Flower's shortest; a site that crashed may come back after two of them."""
 
 FASTEST, SLOWEST = 0.05, 1.0
-"""Pause between two looks for messages: short after one came, longer while nothing happens."""
+"""Pause between two looks for messages that do not wait: short after one came, longer while nothing happens."""
 
 FAST_CALLS, SLOW_CALLS = 100.0, 20.0
 """Looks a second of all sites together in the two cases: each costs the server some milliseconds."""
@@ -90,8 +80,8 @@ RETRY_FIRST, RETRY_MOST = 0.2, 5.0
 REJOIN_SECONDS = 60.0
 """How long Flower's refusal of a node that it takes for online can last; beyond that it means something else."""
 
-CALL_SECONDS = 30.0
-"""Time for one call; a message goes in parts of at most 5 MiB."""
+CALL_SECONDS = 60.0
+"""How long the next bytes of one of Flower's calls may take; all of them are small."""
 
 OVER_SECONDS = 15.0
 """How long a site whose study is over here waits for a server that may still ask for its last word."""
@@ -102,28 +92,46 @@ FAREWELL_SECONDS = 5.0
 T = TypeVar("T")
 
 
-class _Stale(Exception):
+class _Stale(Interrupted):
     """The server no longer waits for this message: its run has ended."""
 
 
-class _Over(Exception):
+class _Over(Interrupted):
     """The study is over here, and no server asks for anything any more."""
 
 
-class _Forgotten(Exception):
+class _Forgotten(Interrupted):
     """The server does not know this node any more: its state is another one."""
 
 
-def run_site(app: SiteApp, address: str, authority: Path, sites: int, proxy: str | None = None) -> None:
+@dataclass(frozen=True)
+class Way:
+    """How a site reaches its server.
+
+    Attributes:
+        address: host and port of the server.
+        authority: certificate of the study's authority.
+        sites: how many there are in the study; the more, the less often each looks, if its looks do not wait.
+        proxy: URL of an HTTP proxy through which the server is reached (by CONNECT, so that TLS ends at the server);
+            without one, the one that ``HTTPS_PROXY`` names, unless ``NO_PROXY`` excepts the server.
+        wait: for how many seconds a look for messages waits at the server; 0 for lines on which nothing may be silent.
+        records: URL below which copies of records lie, if there is one.
+    """
+
+    address: str
+    authority: Path
+    sites: int
+    proxy: str | None = None
+    wait: int = int(MOST_WAIT)
+    records: str | None = None
+
+
+def run_site(app: SiteApp, way: Way) -> None:
     """Take part until the study is over.
 
     Args:
         app: the site.
-        address: host and port of the server.
-        authority: certificate of the study's authority.
-        sites: how many there are in the study; the more, the less often each calls.
-        proxy: URL of an HTTP proxy through which the server is reached (by CONNECT, so that TLS ends at the server);
-            without one, the one that ``HTTPS_PROXY`` names, unless ``NO_PROXY`` excepts the server.
+        way: to its server.
 
     Raises:
         CertificateError: the server does not prove to be the one that the study means.
@@ -131,41 +139,41 @@ def run_site(app: SiteApp, address: str, authority: Path, sites: int, proxy: str
         NotAdmittedError: the server does not know this site.
         SecfacmicError: why the site itself cannot go on.
     """
-    way = proxy_to(address, proxy)
-    connection = _Connection(address, read_authority(authority), app.site.connection_key, way, lambda: app.site.over)
+    connection = _Connection(way, app.site.name, app.site.connection_key, lambda: app.site.over)
     try:
         with contextlib.suppress(_Over):
             while not app.finished and app.failure is None:
                 connection.join()
                 with contextlib.suppress(_Forgotten):
-                    _answer_messages(app, connection, sites)
+                    _answer_messages(app, connection, way)
     finally:
         connection.leave()
     if app.failure is not None:
         raise app.failure
 
 
-def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
-    fastest, slowest = max(FASTEST, sites / FAST_CALLS), max(SLOWEST, sites / SLOW_CALLS)
+def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
+    fastest, slowest = max(FASTEST, way.sites / FAST_CALLS), max(SLOWEST, way.sites / SLOW_CALLS)
     pause = fastest
     asked = time.monotonic()
     while app.failure is None and not app.finished:
-        received = None
+        received, looked = None, time.monotonic()
         with contextlib.suppress(_Stale):
             received = connection.pull()
         if received is None:
             connection.end_if_over(asked)
-            time.sleep(pause)
-            pause = min(slowest, pause * SLOWING)
+            if not way.wait or time.monotonic() - looked < FASTEST:
+                time.sleep(pause)
+                pause = min(slowest, pause * SLOWING)
             continue
         pause = fastest
         message, bundle = received
         context = Context(message.metadata.run_id, connection.node.node_id, {}, RecordDict(), {})
         began = time.monotonic()
-        answer = app.answer(message, context, bundle)
-        seconds = time.monotonic() - began
-        log.debug("round %s: answered in %.2f s", message.metadata.group_id, seconds)
         with contextlib.suppress(_Stale):
+            answer = app.answer(message, context, bundle, connection.line)
+            seconds = time.monotonic() - began
+            log.debug("round %s: answered in %.2f s", message.metadata.group_id, seconds)
             connection.push(answer, seconds)
         app.after_reply()
         asked = time.monotonic()
@@ -173,52 +181,75 @@ def _answer_messages(app: SiteApp, connection: _Connection, sites: int) -> None:
 
 
 class _RequestSignature:
-    """Signs method and path of a request; Flower signs only the time. After its interceptor, whose header it reads."""
+    """Signs each request; says of a look how long it may wait."""
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
+    def __init__(self, site: str, key: ec.EllipticCurvePrivateKey, wait: int) -> None:
+        self._site = site
         self._key = key
+        self._wait = wait
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """Add the header."""
+        """Add the headers."""
         request = context.request
-        signed = request_message(request.headers[TIMESTAMP_HEADER], request.method, request.url.path)
-        signature = self._key.sign(signed, ec.ECDSA(hashes.SHA256()))
-        request.headers[REQUEST_SIGNATURE] = base64.b64encode(signature).decode("ascii")
+        digest, now = hashlib.sha256(request.content).hexdigest(), time.time_ns() // 1_000_000
+        length, path = len(request.content), request.url.path
+        signed = SignedRequest(self._site, request.method, path, length, digest, now)
+        request.headers.update(signed.headers(self._key))
+        if self._wait and isinstance(context.message, PullMessagesRequest):
+            request.headers[WAIT] = str(self._wait)
         return call_next(context)
 
 
+class _FleetClient(FleetHttpClient):
+    """Flower's calls, but messages with all their parts."""
+
+    def pull(self, request: PullMessagesRequest) -> BytesList:
+        """Look for a message; empty if there is none."""
+        return self._unary_unary(path=FLEET + PULL, rpc_method=PULL, request=request, response_type=BytesList)
+
+    def push(self, request: BytesList) -> PushMessagesResponse:
+        """Give a reply."""
+        return self._unary_unary(
+            path=FLEET + PUSH, rpc_method=PUSH, request=request, response_type=PushMessagesResponse
+        )
+
+
 class _Connection:
-    """The Fleet API as one node: every call repeats until the server is there."""
+    """The Fleet API as one node: every call repeats until the server is there.
+
+    Args:
+        way: to the server.
+        site: the site's name.
+        key: its connection key.
+        over: whether the study is over here, so that the server is not needed any more.
+
+    Attributes:
+        line: the large bytes beside it.
+    """
 
     def __init__(
-        self,
-        address: str,
-        authority: bytes,
-        key: ec.EllipticCurvePrivateKey,
-        proxy: str | None = None,
-        over: Callable[[], bool] = lambda: False,
+        self, way: Way, site: str, key: ec.EllipticCurvePrivateKey, over: Callable[[], bool] = lambda: False
     ) -> None:
         self.node = Node()
         self._over = over
-        self._address = address
+        self._address = way.address
+        authority, proxy = read_authority(way.authority), proxy_to(way.address, way.proxy)
         # For messages: without user and password.
         self._through = "" if proxy is None else f" through the proxy {without_password(proxy)}"
         self._public = public_key_to_bytes(key.public_key())
-        self._client = FleetHttpClient.from_server_address(
-            address,
+        self._client = _FleetClient.from_server_address(
+            way.address,
             insecure=False,
             root_certificates=authority,
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(key, key.public_key()),
-                _RequestSignature(key),
-            ],
+            interceptors=[_RequestSignature(site, key, way.wait)],
         )
         # flwr's own would follow redirects, and takes no proxy but the environment's.
         self._client._client.close()
-        self._client._client = httpx.Client(
-            verify=trusting(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False
-        )
+        http = httpx.Client(verify=trusting(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False)
+        self._client._client = http
+        self.line = ByteLine(http, f"https://{way.address}", site, key, self._call, way.records)
+        self._waits = bool(way.wait)
+        self._looking = False
         self._bundles: dict[int, bytes] = {}
         self._joined = threading.Event()
         self._left = threading.Event()
@@ -271,27 +302,16 @@ class _Connection:
 
     def pull(self) -> tuple[Message, bytes] | None:
         """The next message and the bundle of its run, None if there is none."""
-        response = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=self.node)))
-        if not response.messages_list:
-            return None
-        run = message_from_proto(response.messages_list[0]).metadata.run_id
-        bundle = self._bundle(run)
-        tree: ObjectTree = response.message_object_trees[0]
+        self._looking = True
         try:
-            message: Message = pull_and_inflate_object_from_tree(
-                tree,
-                make_pull_object_fn_protobuf(
-                    lambda request: self._call(lambda: self._client.PullObject(request)), self.node, run
-                ),
-                make_confirm_message_received_fn_protobuf(
-                    lambda request: self._call(lambda: self._client.ConfirmMessageReceived(request)), self.node, run
-                ),
-                return_type=Message,
-            )
-        except ObjectPullError:
-            return None  # withdrawn meanwhile
-        message.metadata.__dict__["_message_id"] = tree.object_id
-        return message, bundle
+            packed = self._call(lambda: self._client.pull(PullMessagesRequest(node=self.node)))
+        finally:
+            self._looking = False
+        if not packed.vals:
+            return None
+        response, parts = unpacked(packed, PullMessagesResponse)
+        (head,), (tree,) = response.messages_list, response.message_object_trees
+        return put_together(head, tree, parts), self._bundle(head.metadata.run_id)
 
     def push(self, message: Message, seconds: float) -> None:
         """Send an answer; the same again until the server has it.
@@ -299,32 +319,12 @@ class _Connection:
         Raises:
             _Stale: nobody waits for it any more.
         """
-        run = message.metadata.run_id
-        message.metadata.__dict__["_message_id"] = message.object_id
-        with no_object_id_recompute():
-            tree = get_object_tree(message)
-            request = PushMessagesRequest(
-                node=self.node,
-                messages_list=[message_to_proto(remove_content_from_message(message))],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
-            )
-            while True:
-                response = self._call(lambda: self._client.PushMessages(request))
-                try:
-                    push_objects(
-                        get_all_nested_objects(message),
-                        make_push_object_fn_protobuf(
-                            lambda request: self._call(lambda: self._client.PushObject(request)),
-                            self.node,
-                            run,
-                            response.session_id,
-                        ),
-                        object_ids_to_push=set(response.objects_to_push),
-                    )
-                    return
-                except ObjectPushError:
-                    log.info("the server was away for too long during a reply; it is sent again")
+        heads, trees, parts = taken_apart([message])
+        request = PushMessagesRequest(
+            node=self.node, messages_list=heads, message_object_trees=trees, clientapp_runtime_list=[seconds]
+        )
+        packed = parcel(request, parts)
+        self._call(lambda: self._client.push(packed))
 
     def _bundle(self, run: int) -> bytes:
         if run not in self._bundles:
@@ -401,7 +401,8 @@ class _Connection:
     def _beat(self) -> None:
         """Heartbeats, also while the site trains."""
         while not self._left.wait(HEARTBEAT_SECONDS / 2.5):
-            if self._joined.is_set():
+            # A look that waits is a sign of life in itself.
+            if self._joined.is_set() and not (self._waits and self._looking):
                 # Failures show in the next real call.
                 with contextlib.suppress(httpx.HTTPError, ValueError):
                     self._client.SendNodeHeartbeat(self._beat_request())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import nibabel
@@ -23,6 +26,9 @@ _SIZES = {348: "NIfTI-1", 540: "NIfTI-2"}
 _GZIP = b"\x1f\x8b"
 _HEADER = 540
 _MOST_BEHIND = 2**20
+_BLOCK = 2**20
+"""Unpacked at once: what is read into a place of its own is there twice."""
+
 _BYTES_A_PIXEL = 6
 """A volume may take so many bytes for each of :attr:`Rules.most_pixels`: 0.5 GiB, unless the site raises it."""
 
@@ -51,12 +57,16 @@ class NiftiFile:
         self._packed = content.startswith(_GZIP)
         self._content = content
         self._volume: NDArray[Any] | None = None
-        head = _unpacked(content, _HEADER) if self._packed else content[:_HEADER]
+        head = content[:_HEADER]
+        if self._packed:
+            with _gunzip(content) as stream:
+                head = stream.read(_HEADER)
         kind = nibabel.Nifti2Header if _size(head) == 540 else nibabel.Nifti1Header
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._header = kind.from_fileobj(io.BytesIO(head), check=False)
+                # Not from a file: that would also read the extensions behind the header, which are not here.
+                self._header = kind(head[: kind.sizeof_hdr], check=False)
                 magic = bytes(self._header["magic"].tobytes())[:3]
                 if magic != (b"n+2" if kind is nibabel.Nifti2Header else b"n+1"):
                     raise UndecodableError(
@@ -68,7 +78,8 @@ class NiftiFile:
                 self._refuse_shape(shape, self._dtype)
                 self._shape = shape[:3] + (1,) * (3 - len(shape[:3]))
                 self._start = int(self._header.get_data_offset())
-                turned = nibabel.io_orientation(self._header.get_best_affine())
+                affine = self._header.get_best_affine()
+                turned = nibabel.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
                 slope, inter = self._header.get_slope_inter()
         except UndecodableError:
             raise
@@ -179,24 +190,32 @@ def _size(content: bytes) -> int:
     return little if little in _SIZES else int.from_bytes(content[:4], "big")
 
 
-def _unpacked(content: bytes, size: int) -> bytes:
-    """The first ``size`` bytes of what a gzipped file holds; of one that is to end there or a little later, checked.
+def _unpacked(content: bytes, size: int) -> bytearray:
+    """All of a gzipped file, of which so many bytes are wanted; checked.
 
     Raises:
-        UndecodableError: it is broken, ends too early, or goes on for long.
+        UndecodableError: it is broken, ends too early, or goes on for long behind them.
     """
-    engine = zlib.decompressobj(wbits=31)
-    try:
-        found = engine.decompress(content, size)
-        if size > _HEADER and not engine.eof:  # the checksum comes last
-            behind = len(engine.decompress(engine.unconsumed_tail, _MOST_BEHIND))
-            if behind == _MOST_BEHIND:
-                raise UndecodableError(
-                    f"a gzipped NIfTI that goes on behind the {size:,} bytes of its values; expected an end: write it "
-                    "anew"
-                )
-    except zlib.error as error:
-        raise UndecodableError(f"broken gzip ({error}); copy the file again") from error
-    if not engine.eof and (size > _HEADER or len(found) < size):
+    found = bytearray(size)
+    filled = 0
+    with _gunzip(content) as stream:
+        while filled < size and (count := stream.readinto(memoryview(found)[filled : filled + _BLOCK])):
+            filled += count
+        if len(stream.read(_MOST_BEHIND)) == _MOST_BEHIND:  # the checksum comes last
+            raise UndecodableError(
+                f"a gzipped NIfTI that goes on behind the {size:,} bytes of its values; expected an end: write it anew"
+            )
+    if filled < size:
         raise UndecodableError("a gzipped file that ends too early; copy it again")
     return found
+
+
+@contextmanager
+def _gunzip(content: bytes) -> Iterator[gzip.GzipFile]:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            yield stream
+    except EOFError as error:
+        raise UndecodableError("a gzipped file that ends too early; copy it again") from error
+    except (zlib.error, OSError) as error:
+        raise UndecodableError(f"broken gzip ({error}); copy the file again") from error

@@ -31,10 +31,12 @@ _PLACEHOLDERS = frozenset(
     }
 )
 _MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
+_DAY = r"(0?[1-9]|[12]\d|3[01])"  # or a month
 _DAMAGE = re.compile(
     r"[+-]?\d+([.,]\d+)?E[+-]?\d+|#\S+[!?]|#N/A|#+|=.*"
-    rf"|\d{{1,2}}[-. ]{_MONTH}([- ]\d{{2,4}})?|{_MONTH}[-. ]\d{{1,4}}"
-    r"|\d{4}-\d\d-\d\d 00:00:00",
+    rf"|\d{{1,2}}[-. ]{{1,2}}{_MONTH}([- ]\d{{2,4}})?|{_MONTH}[-. ]\d{{1,4}}"
+    r"|\d{4}-\d\d-\d\d( 00:00:00)?"
+    rf"|{_DAY}(?P<dash>[./-]){_DAY}(?P=dash)(\d\d|\d{{4}})",
     re.IGNORECASE,
 )
 
@@ -171,9 +173,12 @@ def read_settled(path: Path) -> tuple[dict[str, str], frozenset[str]]:
 
 
 def _key(patient: str) -> str:
-    """Equal for ids that differ by case, blanks, quotes, kinds of dash, leading zeros, ``.0`` or the alphabet."""
+    """Equal for ids that differ by case, blanks, quotes, dashes, leading zeros, ``.0``, thousands or the alphabet."""
     plain = unicodedata.normalize("NFKC", patient).casefold().translate(_LOOKALIKES)
     plain = re.sub(r"[\s_'\"=`\u2018\u2019\u201c\u201d\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
     plain = re.sub(r"[\u2010-\u2015\u2212]", "-", plain)
+    plain = plain.rstrip("^")  # empty parts of a DICOM name
     plain = re.sub(r"^(\d+)[.,]0+$", r"\1", plain)
+    if re.fullmatch(r"\d{1,3}([.,]\d{3})+", plain):  # a spreadsheet's thousands
+        plain = re.sub(r"[.,]", "", plain)
     return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", plain)

@@ -58,6 +58,13 @@ class PhotographFile:
                 ImageOps.exif_transpose(image, in_place=True)
                 image = _filled(image, rules)
             except UnidentifiedImageError as error:
+                if looks_like_one(self._content[:132]):
+                    raise UndecodableError(
+                        f"begins as {', '.join(FORMATS[:-1])} or {FORMATS[-1]} do, but is broken or of a rare kind (12 "
+                        "bits, fractions, lossless JPEG); expected 8 bits a channel: convert it to PNG, or use DICOM"
+                    ) from error
+                if self._content.startswith(b"\x1f\x8b"):
+                    raise UndecodableError("a gzipped file that is no NIfTI; expected it unpacked") from error
                 raise UndecodableError(
                     f"no image in a format that is read ({', '.join(FORMATS)}, DICOM, NIfTI); convert it"
                 ) from error
@@ -100,7 +107,12 @@ def _refuse_deep(image: Image.Image, content: bytes) -> None:
     elif image.format == "JPEG2000":
         start = content.find(b"\xff\x4f\xff\x51", 0, 1 << 16)
         if 0 <= start < len(content) - 42:
-            depth = (content[start + 42] & 0x7F) + 1
+            if content[start + 42] & 0x80:
+                raise UndecodableError(
+                    "a JPEG 2000 file of values with a sign; expected none, as which values matter is for the site to "
+                    "say: choose a window and convert it, or use DICOM"
+                )
+            depth = content[start + 42] + 1
     elif image.format == "PPM":
         header = re.sub(rb"#[^\n]*\n", b" ", content[:4096]).split(maxsplit=4)
         if header[0] in (b"P2", b"P3", b"P5", b"P6") and len(header) > 3 and header[3].isdigit():

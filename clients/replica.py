@@ -43,7 +43,7 @@ from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
-from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, read_header
+from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, head_after, read_header
 from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader
 from secure_fed.protocol.signing import Frame, check_payload, payload_fields, sign_frame
 from secure_fed.protocol.study import AgreedStudy
@@ -246,6 +246,10 @@ class RunFiles:
         """
         write_bound(self.folder.bound, bound)
 
+    def fall_behind(self) -> None:
+        """Mark, durably, that this site has said what this disk does not know."""
+        self.bind(self.bound.model_copy(update={"behind": True}))
+
     def refuse(self, round_number: int, key: str) -> None:
         """Mark a round's aggregate as refused under a key."""
         make_folder(self.folder.refused)
@@ -383,10 +387,23 @@ class Replica:
             self._refuse_within_round(record)
         if record.header.kind == "aggregate":
             self.files.pin(record)
+            self._remember(record)
         self.heads.keep(heads)
         self.files.records.append(record)
         self._apply(record)
         self.files.store(self.state)
+
+    def _remember(self, record: Record) -> None:
+        """Hold a sum's REVEAL of this site against what its own disk knows of it."""
+        due = self.state.chain.due
+        bound = self.files.bound
+        if self.name not in [entry.site for entry in record.contributors] or bound.round > due.round:
+            return
+        arrived = bound.at(due).arrived
+        if bound.at(due).out:
+            return  # that round is sat out for it already
+        if not arrived or head_after(due.head, arrived) != record.id:
+            self.files.fall_behind()
 
     def _apply(self, record: Record) -> None:
         """Go on by a record of the site's own journal.

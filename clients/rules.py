@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from secure_fed.protocol.study import Background, StudyFile, Window
 
-VERSION = 3
+VERSION = 4
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
 
 MOST_PIXELS = 89_478_485
@@ -68,7 +69,7 @@ class Rules:
         """The rules of a study or template at a site that allows so many pixels."""
         return cls(study.windows, study.background, most_pixels)
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """Known by: two sets of rules of one digest show every file alike."""
         content = [VERSION, self.background, [window.model_dump() for window in self.windows]]

@@ -6,6 +6,7 @@ Knows nothing of Flower. Everything that must survive a crash lies in the site's
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from functools import cached_property
@@ -39,7 +40,7 @@ from secure_fed.core.errors import (
     ProtocolError,
     SiteFileError,
 )
-from secure_fed.core.layout import SiteRun
+from secure_fed.core.layout import INTEGERS, SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, check_method
 from secure_fed.model.backbone import load_backbone
@@ -49,21 +50,31 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import codec
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
-from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader, check_position, seal_envelope
+from secure_fed.protocol.envelope import (
+    MAX_HEADER,
+    EnvelopeHeader,
+    check_position,
+    seal_envelope,
+    verify_contribution,
+)
 from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
 from secure_fed.protocol.packing import Binding, Sealed
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     COHORT_MAGIC,
+    MAX_WORD,
+    REVEAL_MAGIC,
+    RevealHeader,
     SignedWord,
     check_arrived,
     check_cohort,
     sign_ready,
     sign_reveal,
     sign_void,
+    split_word,
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import check_payload, parse_header, split_frame
+from secure_fed.protocol.signing import check_payload, parse_header, split_frame, verify_member
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
@@ -378,6 +389,9 @@ class Site:
             return self._reply(ReplyCode.APPLIED)
         if self.replica.paused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
+        self._notice_past(request.past)
+        if self._sits_out:
+            return self._reply(ReplyCode.SITS_OUT)
         if not request.attempt:
             return self._reply(ReplyCode.APPLIED)
         kind = request.question[:4]
@@ -385,6 +399,13 @@ class Site:
             return self._reply(ReplyCode.REVEALED, self._reveal(request.question))
         if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
             log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
+            return self._reply(ReplyCode.APPLIED)
+        if self._gave_others:
+            log.warning(
+                "%s: round %d: the update that it revealed at this adapter was dropped or lost, so it sends none until "
+                "the adapter has moved; if its people mean it to send another: secfacmic site release",
+                *(self.name, request.round),
+            )
             return self._reply(ReplyCode.APPLIED)
         try:
             if kind == COHORT_MAGIC:
@@ -396,6 +417,51 @@ class Site:
 
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
         return RoundReply(self.name, code, self.run, self.position, self.replica.attestation(), envelope)
+
+    # --- a disk that is older than this site's words ---
+
+    def _notice_past(self, past: bytes) -> None:
+        """Hold the newest word that the server has of this site in the open round against what its disk knows."""
+        if not past:
+            return
+        due, members = self.replica.due, self.replica.state.chain.members
+        bound = self.replica.files.bound.at(due)
+        header: RevealHeader | EnvelopeHeader
+        if past[:4] == REVEAL_MAGIC:
+            word = split_word(REVEAL_MAGIC, past)
+            study = self._agreed.study.id
+            header = verify_member(REVEAL_MAGIC, *word.signed, RevealHeader, study, members, MAX_WORD, EnvelopeError)
+            known = header.arrived == bound.arrived
+        else:
+            frame = split_frame(ENVELOPE_MAGIC, past, MAX_HEADER, EnvelopeError)
+            header = verify_contribution(frame.header, frame.signature, self._agreed, members)
+            known = header.run != due.run or bound.knows(header)
+        if header.site != self.name:
+            raise ProtocolError(f"as this site's own last word, one of {header.site}; expected one of {self.name}")
+        if not known:
+            self.replica.files.fall_behind()
+
+    @property
+    def _sits_out(self) -> bool:
+        """Whether this site is behind its own past, and the open round the one in which it may have said anything.
+
+        Nobody knows to whom it revealed at this adapter, so that without a budget it gives nothing there without its
+        people's word; with the next adapter it goes on.
+        """
+        files = self.replica.files
+        bound = files.bound.at(self.replica.due)
+        if bound.behind:
+            bound = bound.model_copy(
+                update={"behind": False, "out": True, "state": self._asked_for, "with_whom": (), "released": ""}
+            )
+            files.bind(bound)
+            log.warning(
+                "%s: this state folder is older than what this site has said since: a copy was put back. It sits round "
+                "%d out and goes on with the next; if a sum of that round is lost, people give it up: secfacmic site "
+                "void",
+                *(self.name, bound.round),
+            )
+        return bound.out
 
     # --- the round: READY, then an envelope for one COHORT after the other, then one REVEAL ---
 
@@ -442,12 +508,12 @@ class Site:
     def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...]) -> None:
         """At one adapter state a site without a budget gives its integers to one cohort: of two sums, who is in one
         and not in the other could be computed."""
-        state = self.replica.state.digest
+        state = self._asked_for
         if self._private is None and bound.state == state != bound.released and bound.with_whom != names:
             raise ProtocolError(
                 f"a cohort of {', '.join(names)} at an adapter for which this site has revealed to "
-                f"{', '.join(bound.with_whom)}; expected the same one: the difference of the two sums is somebody's "
-                "update. If its people mean it: secfacmic site release"
+                f"{', '.join(bound.with_whom) or 'sites that its disk does not know'}; expected the same one: the "
+                "difference of the two sums is somebody's update. If its people mean it: secfacmic site release"
             )
 
     @property
@@ -457,7 +523,7 @@ class Site:
 
     def _void(self) -> bytes:
         due = self.replica.due
-        revealed = bool(self.replica.files.bound.at(due).arrived)
+        revealed = self.replica.files.bound.at(due).may_have_revealed
         return sign_void(self._agreed, due, self.name, revealed, self.replica.identity.signing)
 
     def void(self, round_number: int) -> bool:
@@ -479,18 +545,18 @@ class Site:
             )
         bound = self.replica.files.bound.at(due)
         self.replica.files.bind(bound.model_copy(update={"void": True}))
-        return bool(bound.arrived)
+        return bound.may_have_revealed
 
     @property
     def revealed_to(self) -> tuple[str, ...]:
         """The cohort to which it has revealed at the adapter it holds; nobody if it has not, or has a budget."""
         bound = self.replica.files.bound if self.run else Bound()
-        return bound.with_whom if self._private is None and bound.state == self.replica.state.digest else ()
+        return bound.with_whom if self._private is None and bound.state == self._asked_for else ()
 
     def release(self) -> None:
         """Its people's word: at this adapter it may reveal once more, to another cohort."""
         files = self.replica.files
-        files.bind(files.bound.model_copy(update={"released": self.replica.state.digest}))
+        files.bind(files.bound.model_copy(update={"released": self._asked_for}))
 
     def _sealed(self, attempt: int, cohort: str) -> bytes:
         """The envelope of an attempt, on disk; opened and compared with the stored integers before anybody gets it."""
@@ -562,7 +628,7 @@ class Site:
             bound.model_copy(
                 update={
                     "arrived": digest,
-                    "state": self.replica.state.digest,
+                    "state": self._asked_for,
                     "with_whom": bound.names,
                     "released": bound.released if bound.with_whom == bound.names else "",
                 }
@@ -571,15 +637,26 @@ class Site:
         return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing)
 
     @property
+    def _asked_for(self) -> str:
+        """Digest of what a site without a budget gives once, in whatever round it is asked: the adapter state and,
+        where sites send statistics, which of them: another one is no second sum of the first."""
+        state = self.replica.state.digest
+        if not self._agreed.study.method.sums:
+            return state
+        blocks = ",".join(block.name for block in self._agreed.layout(self.replica.due.round).blocks)
+        return hashlib.sha256(f"{state}:{blocks}".encode()).hexdigest()
+
+    @property
     def _outbox(self) -> SiteRun:
         folder = self.replica.files.folder
         make_folder(folder.outbox, 0o700)
         return folder
 
     def _integers(self, path: Path) -> tuple[NDArray[np.int64], LedgerHead]:
-        """The round's integers: those stored, else trained, rounded once and stored before they are used.
+        """The integers of this adapter state: those stored, else trained, rounded once and stored before they are used.
 
-        With them the head of the privacy ledger that paid for them; zeros without a budget.
+        A round that was given up, or whose sum was refused, does not move the adapter: the next one gets the same. With
+        them the head of the privacy ledger that paid for them; zeros without a budget.
         """
         if self._private is not None and self._agreed.study.method.one_sum:
             run = self.replica.files.folder
@@ -591,14 +668,33 @@ class Site:
                 *(folder, self.features, self._quantise),
             )
             return integers, self._private.head
-        if path.exists():
-            stored: NDArray[np.int64] = safetensors.numpy.load(path.read_bytes())["integers"]
+        stored = self._stored()
+        if stored is not None:
             return stored, NO_LEDGER
         for old in path.parent.iterdir():
             old.unlink()
         integers = self._train()
-        write_durable(path, bytes(safetensors.numpy.save({"integers": integers})), 0o600)
+        made_at = np.frombuffer(bytes.fromhex(self._asked_for), np.uint8)
+        write_durable(path, bytes(safetensors.numpy.save({"integers": integers, "state": made_at})), 0o600)
         return integers, NO_LEDGER
+
+    def _stored(self) -> NDArray[np.int64] | None:
+        """The integers that were made at this adapter, in this round or, if it moved none, in one before."""
+        for path in sorted(self._outbox.outbox.glob(INTEGERS)):
+            kept = safetensors.numpy.load(path.read_bytes())
+            if "state" in kept and kept["state"].tobytes().hex() == self._asked_for:
+                integers: NDArray[np.int64] = kept["integers"]
+                return integers
+        return None
+
+    @property
+    def _gave_others(self) -> bool:
+        """Whether it has revealed integers at this adapter that are not here any more: others would, by difference,
+        show what is new in them (a patient that was to be forgotten, say)."""
+        if self._private is not None or not self.run:
+            return False
+        bound = self.replica.files.bound
+        return bound.state == self._asked_for != bound.released and self._stored() is None
 
     def _train(self) -> NDArray[np.int64]:
         study = self._agreed.study

@@ -59,6 +59,8 @@ class SiteServer(FileModel):
         address: ``host:port``; the host must be one of the names in the server's certificate.
         authority: certificate of the study's authority, ``ca.crt``; no other is trusted.
         proxy: HTTP proxy on the way, ``http://proxy.example.org:3128``; the environment's ``HTTPS_PROXY`` if not set.
+        wait_seconds: how long a look for messages may wait at the server for something to come; fewer where a proxy or
+            firewall cuts silent connections, 0 to look again and again.
     """
 
     address: Annotated[
@@ -70,6 +72,7 @@ class SiteServer(FileModel):
         Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$", max_length=300)] | None,
         Field(examples=["http://proxy.example.org:3128"]),
     ] = None
+    wait_seconds: Annotated[int, Field(ge=0, le=25, examples=[0])] = 25
 
 
 class SitePrivacy(FileModel):
@@ -121,6 +124,7 @@ class SiteFile(FileModel):
             precision, stays on the CPU.
         features: file of the feature cache, if not ``STATE/features.sqlite``; studies of one site may share it.
         skip_unreadable: go on without images that cannot be decoded.
+        similar_cases: how many of the site's own training patients the page of a case may show beside it; 0 for none.
     """
 
     format: Literal[1]
@@ -141,6 +145,7 @@ class SiteFile(FileModel):
     device: DeviceChoice = "auto"
     features: Annotated[Text | None, Field(examples=["features.sqlite"])] = None
     skip_unreadable: bool = False
+    similar_cases: Annotated[int, Field(ge=0, le=20)] = 0
 
     @property
     def state_folder(self) -> SiteState:

@@ -70,7 +70,15 @@ from secure_fed.protocol.sealed_key import (
     check_amendment,
     verify_acknowledgement,
 )
-from secure_fed.protocol.signing import Frame, check_payload, parse_header, public_hex, sign_frame, split_frame
+from secure_fed.protocol.signing import (
+    SIGNATURE_BYTES,
+    Frame,
+    check_payload,
+    parse_header,
+    public_hex,
+    sign_frame,
+    split_frame,
+)
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.server.journal import Journal, now_ms
 
@@ -217,11 +225,25 @@ class Coordinator:
             attempt=self.attempt if asked else 0,
             question=question,
             held="" if held is None else held[0],
+            past=self._past(site),
             records=tuple(records),
             more=start + len(records) < len(self.journal.records),
             attested_head=head,
             attestations=dict(self._attestations.get(head, {})),
         )
+
+    def _past(self, site: str) -> bytes:
+        """The newest word of a site in the open round, as it signed it."""
+        if site in self._reveals:
+            return self._folder.frame(self.round, self.attempt, REVEAL_OF + site).read_bytes()
+        held = self._held.get(site)
+        if held is None:
+            return b""
+        with held[1].open("rb") as file:
+            data = file.read(8 + MAX_HEADER + SIGNATURE_BYTES)
+        with contextlib.suppress(EnvelopeError):
+            return data[: len(data) - len(split_frame(MAGIC, data, MAX_HEADER, EnvelopeError).payload)]
+        return b""  # damaged: it is asked for again
 
     def receive(self, reply: RoundReply) -> None:
         """Take a site's reply: its attestation, and its envelope if it has one.
@@ -253,6 +275,9 @@ class Coordinator:
             self._take_void(reply.envelope, reply.site)
         elif reply.code == ReplyCode.ACKNOWLEDGED:
             self._acknowledge(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.SITS_OUT and head == self.journal.chain.head:
+            self._readies.pop(reply.site, None)
+            self._left_out.add(reply.site)
         elif reply.code == ReplyCode.REFUSED_AGGREGATE and head == self.journal.chain.head:
             self._refusing.add(reply.site)
 
@@ -290,7 +315,7 @@ class Coordinator:
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Who is not asked any more in this round: gone in an attempt that failed."""
+        """Who is not asked any more in this round: gone in an attempt that failed, or put back to an older state."""
         return frozenset(self._left_out)
 
     @property
@@ -667,6 +692,7 @@ class Coordinator:
         if self._arrived is not None and word not in self._arrived.envelopes:
             raise EnvelopeError(f"envelope of {site}: another one than it sent before the sum was fixed")
         try:
+            self.journal.chain.check_ledger(envelope.header)
             self._heads.check(site, envelope.header.ledger)
         except LedgerRollbackError as error:
             raise EnvelopeError(f"envelope of {error}") from None

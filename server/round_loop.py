@@ -11,27 +11,38 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError, StudyPausedError
+from secure_fed.core.status import now
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.study import AgreedStudy
+from secure_fed.server.byte_store import Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator, Step, paused_text
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, read_reply, request_content
 
 log = logging.getLogger(__name__)
 
-MIN_TTL = 60.0
+MESSAGE_SECONDS = 7 * 86_400.0
+"""How long a message counts. The round's deadline is not its business: a site on a slow line that moves on is waited
+for, and who is away is asked anew when it is back."""
+
+DOWN_RATE = 2000.0
+"""Bytes a second at which a connected site at least takes what it was asked with; it is waited for so long."""
+
+LEAST_RATE = 512.0
+"""Bytes a second below which an upload is not taken for one that moves on."""
+
 LOOK_SECONDS = 1.0
 """How often the list of connected sites is fetched."""
 
-FASTEST, SLOWEST = 0.05, 0.5
-"""Pause between two looks for replies: short while they come, longer while nothing happens."""
+FASTEST, SLOWEST = 0.01, 0.1
+"""Pause between two looks for replies, each of which waits a moment for one: longer while nothing happens."""
 
 PATIENCE = 10.0
 """Seconds until a site whose reply could not be used is asked again."""
@@ -55,7 +66,14 @@ class _Site:
     left: float = 0.0  # when its connection was last lost or made
     not_before: float = 0.0
     told_the_end: bool = False
-    passed: tuple[int, int] = (0, 0)  # round and attempt for which it has no update
+    gives_none: tuple[int, int] = (0, 0)  # round and attempt for which it says that it has no update
+    passed: tuple[int, int] = (0, 0)  # round and attempt that go on without its update
+    asked_at: str = ""  # UTC
+    taking_until: float = 0.0  # what it was asked with may be on its way until then
+    trouble: str = ""  # why its last reply could not be used
+    sent: tuple[int, int] = (0, 0)  # of what it is sending, bytes that are here and in all
+    rate: float = 0.0  # bytes a second, lately
+    most: int = 0  # bytes that were here in this step, at most
 
 
 @dataclass
@@ -67,6 +85,7 @@ class RoundLoop:
         agreed: the study.
         grid: Flower's.
         nodes: Flower's node ids, by site; the members of the study.
+        incoming, outgoing: the large bytes, which travel beside the messages.
         report: is called with where the study stands, when that has changed.
     """
 
@@ -74,13 +93,15 @@ class RoundLoop:
     agreed: AgreedStudy
     grid: Grid
     nodes: dict[str, int]
+    incoming: Incoming
+    outgoing: Outgoing
     report: Callable[[dict[str, Any]], None] = lambda facts: None
     _sites: list[_Site] = field(init=False)
     _opened: float = field(init=False)
     _stepped: float = field(init=False)
+    _moved: float = field(init=False, default=0.0)
     _absent: set[str] = field(init=False, default_factory=set)
     _told: str = field(init=False, default="")
-    _malformed: bool = field(init=False, default=False)
     _looked: float = field(init=False, default=0.0)
     _reported: float = field(init=False, default=0.0)
 
@@ -136,6 +157,7 @@ class RoundLoop:
                         "role": "train" if site.trains else "observer",
                         "connected": bool(site.since),
                         "in": site.name in coordinator.sites_in,
+                        "doing": self._doing(site),
                     }
                     for site in self._sites
                 },
@@ -148,11 +170,54 @@ class RoundLoop:
             }
         )
 
+    def _doing(self, site: _Site) -> str:
+        """What is known of why a site is in, or is not in yet."""
+        held, total = site.sent
+        if site.name in self.coordinator.sites_in:
+            return "in"
+        if not site.since:
+            return "not connected"
+        if total:
+            left = f", {(total - held) / site.rate:.0f} s left" if site.rate else ""
+            return f"uploading: {held / 1e6:.2f} of {total / 1e6:.2f} MB, {site.rate / 1e3:.1f} kB/s{left}"
+        if site.trouble and not site.asked:
+            return f"asked again in a moment: {site.trouble}"
+        if site.asked:
+            asked = self.coordinator.step.value if site.asked_step is not None else "the records"
+            return f"asked for {asked} since {site.asked_at}"
+        return "has no update for this round" if self._passes(site) else "nothing is asked of it"
+
+    def _look_at_uploads(self, seconds: float) -> None:
+        """How far what the sites send has come; while it moves on, the round's deadline moves with it.
+
+        Only what is more than was here before counts, at no less than the least rate: whoever begins again and again,
+        or sends a byte now and then, holds nobody up.
+        """
+        under_way = {upload.site: upload for upload in self.incoming.uploads()}
+        for site in self._sites:
+            upload = under_way.get(site.name)
+            if upload is None:
+                site.sent, site.rate = (0, 0), 0.0
+                continue
+            more = upload.held - site.sent[0] if site.sent[1] == upload.total else upload.held
+            site.rate = 0.7 * site.rate + 0.3 * max(0, more) / seconds if site.rate else max(0, more) / seconds
+            site.sent = upload.held, upload.total
+            if upload.held > site.most and site.rate >= LEAST_RATE and site.name in self.coordinator.asked:
+                self._moved = time.monotonic()
+            site.most = max(site.most, upload.held)
+
+    def _late(self) -> bool:
+        """Whether nothing has moved in this step for as long as a round may wait, and nobody still takes records."""
+        moment = time.monotonic()
+        taking = any(site.since and site.asked and moment < site.taking_until for site in self._sites)
+        return not taking and moment - max(self._stepped, self._moved) >= self.agreed.study.round_seconds
+
     def _look(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        moment = time.monotonic()
+        if moment - self._looked < LOOK_SECONDS:
             return
-        self._looked = now
+        self._look_at_uploads(max(moment - self._looked, LOOK_SECONDS) if self._looked else LOOK_SECONDS)
+        self._looked = moment
         # A new time means that what the site was asked before is lost.
         online = {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
         for site in self._sites:
@@ -160,7 +225,7 @@ class RoundLoop:
             if since != site.since:
                 log.info("%s %s", site.name, "connected" if since else "is not connected any more")
                 site.not_before = 0.0
-                site.left = now
+                site.left = moment
                 site.position = None  # its people may have said something meanwhile
             site.since = since
             if since:
@@ -176,17 +241,17 @@ class RoundLoop:
         request = self._request(site)
         if request is None:
             return
-        left = self.agreed.study.round_seconds - (time.monotonic() - self._opened)
-        # Beyond its round a message would only cost the site the training of a round that is over.
         message = Message(
-            request_content(request),
+            request_content(request, self.outgoing.publish),
             site.node,
             ROUND_MESSAGE,
-            ttl=max(MIN_TTL, left),
+            ttl=MESSAGE_SECONDS,
             group_id=str(request.round),
         )
         (identifier,) = self.grid.push_messages([message])
-        site.asked, site.asked_since = identifier, site.since
+        site.asked, site.asked_since, site.asked_at = identifier, site.since, now()
+        down = sum(map(len, request.records)) + len(request.question)
+        site.taking_until = time.monotonic() + down / DOWN_RATE
         site.asked_step = self.coordinator.step if request.attempt and not request.more else None
 
     def _request(self, site: _Site) -> RoundRequest | None:
@@ -216,34 +281,24 @@ class RoundLoop:
         asked = {site.asked: site for site in self._sites if site.asked}
         if not asked:
             return False
-        # One call for all sites; the SuperLink hands out one whole reply at a time, since an envelope is large.
-        try:
-            messages = list(self.grid.pull_messages(list(asked)))
-        except httpx.HTTPError:
-            raise
-        except Exception as error:  # flwr could not put it together; no site may end the study with that
-            log.warning("a reply is malformed (%s)", type(error).__name__)
-            self._malformed = True
-            return False
+        # One call for all sites, which waits a moment for a reply.
+        messages = list(self.grid.pull_messages(list(asked)))
         moved = False
         for message in messages:
             site = asked[message.metadata.reply_to_message_id]
             site.asked = ""
-            if message.has_error() and self._malformed:
-                log.warning("%s: its reply was malformed", site.name)
-                self._malformed = False
-                self._ask_later(site)
-                continue
             if message.has_error():
                 # Gone, or too late; it is asked again as soon as it is connected.
                 site.position = None
                 self._looked = 0.0
                 continue
             try:
-                self._take(site, read_reply(message.content, site.name))
+                self._take(site, read_reply(message.content, site.name, partial(self.incoming.take, site.name)))
             except (EnvelopeError, ProtocolError, RecordError) as error:
                 log.warning("%s: its reply is refused: %s", site.name, error)
+                site.trouble = f"its reply was refused ({type(error).__name__})"
                 self._ask_later(site)
+            self.incoming.drop(site.name)
             moved = True
         return moved
 
@@ -256,6 +311,7 @@ class RoundLoop:
         coordinator = self.coordinator
         if reply.code.value.startswith(("failed", "refused-bundle")):
             log.warning("%s: cannot take part: %s; it is asked again", site.name, reply.code)
+            site.trouble = f"it says {reply.code}"
             self._ask_later(site)
             return
         known = len(coordinator.journal.records)
@@ -266,7 +322,7 @@ class RoundLoop:
             )
         if reply.run == coordinator.run and reply.position:
             coordinator.receive(reply)
-        site.run, site.position = reply.run, reply.position
+        site.run, site.position, site.trouble = reply.run, reply.position, ""
         if reply.code == ReplyCode.REFUSED_AGGREGATE and reply.position == known:
             log.error("%s: finds the sum of round %d out of range", site.name, coordinator.round - 1)
             self._ask_later(site)
@@ -275,6 +331,13 @@ class RoundLoop:
                 raise StudyPausedError(paused_text(coordinator))
         elif reply.code == ReplyCode.VOID:
             pass
+        elif reply.code == ReplyCode.SITS_OUT:
+            log.warning("%s: was put back to an older state, and sits round %d out", site.name, coordinator.round)
+            if site.asked_step is Step.ENVELOPE and coordinator.fail([site.name]):
+                self._step_taken()
+            else:
+                self._ask_later(site)
+                site.position = reply.position
         elif reply.code == ReplyCode.UPDATE:
             site.heard = site.asked_since
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ENVELOPE:
@@ -285,11 +348,33 @@ class RoundLoop:
         elif reply.code != ReplyCode.MORE and reply.position == known:
             site.told_the_end = coordinator.finished
             if reply.code == ReplyCode.APPLIED and site.trains and site.asked_step is Step.READY:
-                # It has the head, was asked for an update and has none to give, now or later.
-                site.passed = (coordinator.round, coordinator.attempt)
+                # It has the head, was asked for an update and says that it has none to give.
+                site.gives_none = (coordinator.round, coordinator.attempt)
                 if not coordinator.finished:
-                    log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
-                    coordinator.require_enough(sum(site.trains and not self._passes(site) for site in self._sites))
+                    self._pass(site)
+            elif reply.code == ReplyCode.READY:
+                site.gives_none = (0, 0)
+
+    def _pass(self, site: _Site) -> None:
+        """Go on without a site that gives no update.
+
+        The study ends if too few are left, but not at the words of so few that all of them may lie.
+        """
+        now = (self.coordinator.round, self.coordinator.attempt)
+        without = sorted(each.name for each in self._sites if each.trains and each.gives_none == now)
+        able = sum(each.trains for each in self._sites) - len(without)
+        quorum = self.coordinator.journal.chain.quorum
+        if able < quorum.needed and len(without) <= quorum.faulty:
+            log.error(
+                "round %d: %s says that it has no update to give, and without it there are %d sites, quorum %d; a "
+                "single site's word ends no study: it is asked again; if it is true, end the server",
+                *(self.coordinator.round, ", ".join(without), able, quorum.needed),
+            )
+            self._ask_later(site)
+            return
+        site.passed = now
+        log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
+        self.coordinator.require_enough(able)
 
     def _begin_again(self, site: _Site) -> None:
         """A site has dropped its update, as its people must be able to: another attempt; the second time without it."""
@@ -316,7 +401,7 @@ class RoundLoop:
             return
         step = coordinator.step
         inside = set(coordinator.sites_in)
-        late = time.monotonic() - self._stepped >= self.agreed.study.round_seconds
+        late = self._late()
         if step in (Step.READY, Step.ACKNOWLEDGED):
             missing = {site.name for site in self._sites if site.trains and not self._passes(site)} - inside
             missing -= coordinator.left_out
@@ -346,9 +431,9 @@ class RoundLoop:
 
     def _gone(self, names: set[str]) -> set[str]:
         """Which of these have not been connected for a while; who only starts anew keeps its place."""
-        now = time.monotonic()
+        moment = time.monotonic()
         return {
-            site.name for site in self._sites if site.name in names and not site.since and now > site.left + PATIENCE
+            site.name for site in self._sites if site.name in names and not site.since and moment > site.left + PATIENCE
         }
 
     def _all_there(self, names: set[str]) -> bool:
@@ -394,6 +479,8 @@ class RoundLoop:
     def _step_taken(self) -> None:
         self._stepped = time.monotonic()
         self._told = ""
+        for site in self._sites:
+            site.most = 0
 
     def _tell(self, text: str) -> None:
         if text != self._told:
@@ -406,7 +493,7 @@ class RoundLoop:
         behind = sorted(site.name for site in self._sites if not site.told_the_end)
         if not behind:
             return True
-        if time.monotonic() - self._opened >= self.agreed.study.round_seconds:
+        if self._late():
             log.warning("%s lack the last rounds; start the server again when they can come", ", ".join(behind))
             return True
         away = [site.name for site in self._sites if site.name in behind and not site.since]

@@ -46,7 +46,10 @@ def main() -> None:
         keep = setup["keep_envelopes"]
         folders = ServerFolders(Path(setup["study"]), state, None if keep is None else Path(keep))
         agreed = load_study(folders.study)
-        loop = RoundLoop(folders.coordinator(agreed), agreed, grid, setup["nodes"], lambda facts: status.tell(**facts))
+        coordinator = folders.coordinator(agreed)
+        incoming, outgoing = folders.bytes_of(coordinator.run)
+        tell = lambda facts: status.tell(**facts)  # noqa: E731
+        loop = RoundLoop(coordinator, agreed, grid, setup["nodes"], incoming, outgoing, tell)
         ended = loop.run()
 
     try:

@@ -18,9 +18,11 @@ from secure_fed.core.errors import ServerAppError, StudyError
 from secure_fed.core.layout import ServerState
 from secure_fed.core.processes import start, stop
 from secure_fed.core.status import StatusFile
+from secure_fed.protocol.packing import wire
 from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Member, load_study
+from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.transport.flower_messages import contract
@@ -29,6 +31,12 @@ log = logging.getLogger(__name__)
 
 MEMBERS_CHANGED = 100
 """Exit status of the rounds' process when sites have joined or left."""
+
+HEADER_BYTES = 64 * 1024
+"""Room for the signed header before what a site sends."""
+
+CHECKPOINT_VALUE_BYTES = 32
+"""Of a checkpoint, for each value: the adapter's and two moments', in double precision, and room for names."""
 
 CRASHES = 5
 CRASH_SECONDS = 10.0
@@ -53,6 +61,11 @@ class ServerFolders:
         """The run's coordinator."""
         return Coordinator(agreed, self.state, load_signing_key(ServerState(self.state).key), self.keep_envelopes)
 
+    def bytes_of(self, run: str) -> tuple[Incoming, Outgoing]:
+        """The large bytes of a run, from sites and for them."""
+        folder = ServerState(self.state).run(run)
+        return Incoming(folder.incoming), Outgoing(folder.outgoing)
+
 
 def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None) -> None:
     """Serve a study until it is over.
@@ -76,8 +89,10 @@ def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path 
             "is agreed on by all sites and never changes"
         )
     _begin_if_asked(agreed, folders, key)
-    members = folders.coordinator(agreed).journal.chain.members
-    link = SuperLink(ServerState(folders.state).certificates, listen, _flower_keys(members))
+    coordinator = folders.coordinator(agreed)
+    store = ByteStore(*folders.bytes_of(coordinator.run), coordinator.run, lambda site: most_bytes(agreed, site))
+    keys = _flower_keys(coordinator.journal.chain.members)
+    link = SuperLink(ServerState(folders.state).certificates, listen, keys, store)
     study = agreed.study
     facts = {"study": study.name, "study_id": study.id, "rounds": study.rounds, "min_sites": study.min_sites}
     facts |= {"listen": f"[{listen[0]}]:{listen[1]}" if ":" in listen[0] else f"{listen[0]}:{listen[1]}"}
@@ -87,6 +102,13 @@ def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path 
         _supervise(link, agreed, folders)
     finally:
         link.stop()
+
+
+def most_bytes(agreed: AgreedStudy, site: str) -> int:
+    """Most bytes that a site may send at once: an envelope; the key maker also the sealed adapter and its moments."""
+    envelope = wire(agreed.study.mode, agreed.lanes).payload_bytes + HEADER_BYTES
+    checkpoint = CHECKPOINT_VALUE_BYTES * agreed.lanes.values + HEADER_BYTES
+    return max(envelope, checkpoint) if site == agreed.study.key_maker else envelope
 
 
 def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | None) -> None:

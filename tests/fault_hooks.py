@@ -117,15 +117,24 @@ def _install_call(kill: dict[str, Any]) -> None:
 
 
 def _install_push(fault: dict[str, Any]) -> None:
-    from secure_fed.clients import flower_node as supernode
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+
+    from secure_fed.clients.byte_line import ByteLine
     from secure_fed.clients.flower_node import _Connection
 
-    true_push = _Connection.push
-    true_objects = supernode.push_objects
+    true_push, true_send = _Connection.push, ByteLine.send
     done: list[Any] = []
 
     def is_update(message: Any) -> bool:
-        return bool(message.content.array_records["envelope"])
+        return bool(message.content.config_records["reply"]["code"] == "update")
+
+    def send(self: Any, run: str, data: bytes) -> str:
+        if fault.get("upload") == "before":
+            die()
+        digest = true_send(self, run, data)
+        if fault.get("upload") == "middle":
+            die()  # the bytes are there, and nothing names them
+        return digest
 
     def push(self: Any, message: Any, seconds: float) -> None:
         if fault.get("duplicate"):
@@ -139,15 +148,11 @@ def _install_push(fault: dict[str, Any]) -> None:
             return
         first = not done
         done.append(message)
-        if first and fault.get("upload") == "before":
-            die()
-        if first and fault.get("upload") == "middle":
-            supernode.push_objects = lambda *_, **__: die()
         if first and "hold" in fault:
             time.sleep(fault["hold"])
         if first and fault.get("reorder"):
             # A new connection: the server asks again.
-            self._client.DeactivateNode(supernode.DeactivateNodeRequest(node_id=self.node.node_id))
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
             self.join()
             return
         true_push(self, message, seconds)
@@ -157,7 +162,7 @@ def _install_push(fault: dict[str, Any]) -> None:
             true_push(self, done[0], seconds)
 
     _Connection.push = push  # type: ignore[method-assign]
-    assert supernode.push_objects is true_objects
+    ByteLine.send = send  # type: ignore[method-assign]
 
 
 def _install_slow(fault: dict[str, Any]) -> None:

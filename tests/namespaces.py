@@ -120,6 +120,29 @@ class Lan:
         command = ["tc", "-n", host.space, "qdisc", "add", "dev", device, "root", "tbf"]
         _checked([*command, "rate", rate, "burst", "16kb", "latency", "400ms"])
 
+    def slow(self, host: Host, rate: str) -> None:
+        """Make a host's line slow in both directions, with so little room before it that packets are lost all the time.
+
+        Args:
+            host: whose line.
+            rate: as ``64kbit``.
+        """
+        for space, end in ((host.space, self._device), (self.space, self._ports[host.name])):
+            command = ["tc", "-n", space, "qdisc", "add", "dev", end, "root", "tbf", "rate", rate]
+            _checked([*command, "burst", "3kb", "limit", "6kb"])
+
+    def lost(self, host: Host) -> float:
+        """The share of packets from a host that were lost so far."""
+        text = _checked(["tc", "-n", host.space, "-s", "qdisc", "show", "dev", self._device])
+        found = re.search(r"Sent \d+ bytes (\d+) pkt \(dropped (\d+)", text)
+        assert found is not None, text
+        sent, dropped = map(int, found.groups())
+        return dropped / max(sent + dropped, 1)
+
+    @property
+    def _device(self) -> str:
+        return f"net{self._prefix.replace('.', '')}"
+
     def received(self, host: Host) -> int:
         """Bytes that came from a host so far."""
         port = self._ports[host.name]

@@ -14,13 +14,10 @@ from typing import Any
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from secure_fed.clients.flower_node import _Connection
+from secure_fed.clients.flower_node import Way, _Connection
 from secure_fed.transport.certificates import create_authority
+from tests.borrowed import call_as
 
 CONTROL = ("start-run", "stop-run", "list-runs", "register-node", "unregister-node", "list-nodes", "pull-artifacts")
 RUNTIME = ("acquire-task", "pull-task-input", "push-messages", "get-nodes", "pull-object")
@@ -48,32 +45,21 @@ def main(host: str, port: int, authority: Path, foreign_key: Path, scratch: Path
             for method in ("GET", "POST", "PUT", "DELETE")
         }
         found["health"] = client.get(f"{base}/health").status_code
-        found["no key"] = client.post(f"{base}/v1/fleet/pull-messages", content=b"").status_code
-        found["oversized"] = client.post(f"{base}/v1/fleet/push-object", content=bytes(9 * 2**20)).status_code
-        found["unbounded"] = client.post(f"{base}/v1/fleet/push-object", content=iter([b"x"] * 3)).status_code
+        found["no key"] = client.post(f"{base}/v1/fleet/pull", content=b"").status_code
+        found["oversized"] = client.post(f"{base}/v1/fleet/push", content=bytes(9 * 2**20)).status_code
+        found["unbounded"] = client.post(f"{base}/v1/fleet/push", content=iter([b"x"] * 3)).status_code
     address = f"{host}:{port}"
     stranger = ec.generate_private_key(ec.SECP384R1())
-    found["unregistered key"] = refusal(lambda: _Connection(address, authority.read_bytes(), stranger).join())
+    found["unregistered key"] = refusal(lambda: _Connection(Way(address, authority, 3), "stranger", stranger).join())
     other = load_ssh_private_key(foreign_key.read_bytes(), None)
     assert isinstance(other, ec.EllipticCurvePrivateKey)
-    found["key of another study"] = refusal(lambda: _Connection(address, authority.read_bytes(), other).join())
+    found["key of another study"] = refusal(lambda: _Connection(Way(address, authority, 3), "north", other).join())
     create_authority(scratch / "foreign", [host])
-    foreign = (scratch / "foreign" / "ca.crt").read_bytes()
-    found["foreign authority"] = refusal(lambda: _Connection(address, foreign, stranger).join())
+    foreign = scratch / "foreign" / "ca.crt"
+    found["foreign authority"] = refusal(lambda: _Connection(Way(address, foreign, 3), "stranger", stranger).join())
     for name, scheme in (("without TLS", "http"),):
         found[name] = refusal(lambda: httpx.get(f"{scheme}://{host}:{port}/health", timeout=10))  # noqa: B023
     return found
-
-
-def borrowed(host: str, port: int, authority: Path, public: bytes) -> str:
-    """Call with a member's public key, but without its private one."""
-    stranger = ec.generate_private_key(ec.SECP384R1())
-    interceptor = NodeAuthHttpInterceptor(stranger, stranger.public_key())
-    interceptor._public_key_bytes = public
-    address = f"{host}:{port}"
-    with FleetHttpClient.from_server_address(address, False, authority.read_bytes(), [interceptor]) as forger:
-        request = ActivateNodeRequest(public_key=public, heartbeat_interval=30)
-        return refusal(lambda: forger.ActivateNode(request))
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -104,5 +90,5 @@ if __name__ == "__main__":
     result = main(host, int(port), Path(authority), Path(foreign_key), Path(scratch))
     public = load_ssh_private_key(Path(member).read_bytes(), None)
     assert isinstance(public, ec.EllipticCurvePrivateKey)
-    result["borrowed key"] = borrowed(host, int(port), Path(authority), public_key_to_bytes(public.public_key()))
+    result["borrowed key"] = str(call_as(f"{host}:{port}", Path(authority), "north", public.public_key()))
     print(json.dumps(result))

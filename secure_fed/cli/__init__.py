@@ -23,10 +23,12 @@ from secure_fed.cli import (
     evaluate,
     evidence,
     explain,
+    explain_case,
     export,
     journal,
     keys,
     ledger,
+    page,
     phantoms,
     plot,
     predict,
@@ -83,9 +85,11 @@ app.command()(report.report)
 app.command()(server.server)
 app.command()(client.client)
 app.command()(status.status)
+app.command()(page.page)
 app.command()(doctor.doctor)
 app.command()(drill.drill)
 app.command()(explain.explain)
+app.command()(explain_case.explain_case)
 app.command()(audit.audit)
 
 
@@ -113,9 +117,7 @@ class _Place(typer.models.TyperPath):
 def _name_places(command: click.Command) -> None:
     for parameter in command.params:
         if isinstance(parameter.type, click.Path):
-            place = _Place()
-            vars(place).update(vars(parameter.type))
-            parameter.type = place
+            parameter.type = _Place()
     if isinstance(command, click.Group):
         for each in command.commands.values():
             _name_places(each)

@@ -78,6 +78,7 @@ def check(
 
 
 def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None:
+    from secure_fed.clients.data_check import LISTED
     from secure_fed.operate.folders import compare, facts, look_at, propose_manifest
 
     if propose is not None:
@@ -105,8 +106,16 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
                 escape(one["folder"]), str(one["images"]), patients, *counts, str(one["without_label"]), one["splits"]
             )
         out.print(table)
-        lines = [line for one in told for line in one["told"]]
-        for line in [*lines, *(f"cannot be decoded: {line}" for line in unreadable), *common.words]:
+        for one in told:
+            for line in one["told"]:
+                say(line)
+            if one["passed_over"]:
+                say(f"{one['folder']}: passed over, as no images: {one['passed_over']}")
+        for line in unreadable[:LISTED]:
+            say(f"cannot be decoded: {line}")
+        if len(unreadable) > LISTED:
+            say(f"cannot be decoded: {len(unreadable) - LISTED} more; --json has all")
+        for line in common.words:
             say(line)
         for path in paths:
             if not (path / "manifest.csv").exists():

@@ -56,10 +56,11 @@ def verify(
     archive: Annotated[Path, typer.Argument(metavar="FILE", help="The archive.")],
     json_: Json = False,
 ) -> None:
-    """Check an archive offline: digests, signature, journal, ledger, acceptance and the list of what was sent."""
+    """Check an archive offline: digests, signature, journal, ledger, acceptance, what was sent, and its page."""
     from secure_fed.operate.evidence import in_words, verify_evidence
+    from secure_fed.report.document_page import evidence_page
 
-    found: dict[str, Any] = verify_evidence(archive)
+    found: dict[str, Any] = verify_evidence(archive, evidence_page)
     if json_:
         print_json({"verified": True, **found})
         return

@@ -23,7 +23,7 @@ def status(
     """Say where a server or a site stands: round, who is in, what it reported last, whether it runs at all."""
     from secure_fed.operate.standing import place_of, standing
 
-    facts = standing(place_of(state)[0])
+    facts = standing(*place_of(state))
     if json_:
         print_json(facts)
     else:
@@ -40,9 +40,11 @@ def _show(facts: dict[str, Any]) -> None:
     _say(f"round {facts['round']}" + (f" of {facts['rounds']}" if "rounds" in facts else "") + over)
     sites = facts.get("sites")
     if sites:
-        table = Table("site", "role", "connected", "in this round")
+        table = Table("site", "role", "connected", "in this round", "what it does")
         for name, one in sorted(sites.items()):
-            table.add_row(name, one["role"], _yes(one["connected"] and facts["running"]), _yes(one["in"]))
+            table.add_row(
+                name, one["role"], _yes(one["connected"] and facts["running"]), _yes(one["in"]), one.get("doing", "")
+            )
         out.print(table)
     if facts.get("waiting"):
         _say(facts["waiting"])

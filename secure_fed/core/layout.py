@@ -47,6 +47,8 @@ At a server:
 | ``coordinator.key`` | signs the records | ``study new`` |
 | ``tls/`` | see :mod:`secure_fed.transport.certificates` | ``study ca`` |
 | ``runs/RUN/spool/N/A/S.envelope`` | what site S sent for attempt A of round N | coordinator |
+| ``runs/RUN/incoming/S.DIGEST.BYTES.part`` | what site S is sending | the connections |
+| ``runs/RUN/outgoing/DIGEST`` | what sites may fetch | the rounds |
 | ``runs/RUN/amendments/KEY.sealed`` | an amendment that waits, after that key | ``study amend`` |
 
 ``N`` is a number of eight digits: a record's place in its journal, else a round.
@@ -71,7 +73,8 @@ ADAPTER, CALIBRATION, SUMMARY = "adapter.safetensors", "calibration.safetensors"
 RECORDS = "*.record"
 SEALED = "*.sealed"
 ENVELOPES = "*.envelope"
-"""Names of records, of sealed keys, and of kept, spooled and sent envelopes."""
+INTEGERS = "*.integers"
+"""Names of records, of sealed keys, of kept, spooled and sent envelopes, and of stored integers."""
 
 
 def numbered(number: int) -> str:
@@ -203,6 +206,16 @@ class ServerRun(RunState):
     def spool(self) -> Path:
         """Folder of what was received, a folder a round."""
         return self.path / "spool"
+
+    @property
+    def incoming(self) -> Path:
+        """Folder of what is on its way from the sites."""
+        return self.path / "incoming"
+
+    @property
+    def outgoing(self) -> Path:
+        """Folder of what sites may fetch, by its SHA-256; may be copied to any web server."""
+        return self.path / "outgoing"
 
     def spooled_round(self, round_number: int) -> Path:
         """Folder of what was received for a round, a folder an attempt."""

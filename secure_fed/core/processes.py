@@ -88,7 +88,7 @@ def log_lines(stream: IO[str] | None = None) -> None:
     flower = logging.getLogger("flwr")
     flower.handlers.clear()
     flower.setLevel(logging.CRITICAL)
-    # At every end it reports connections that still wait as an error.
+    # At every end it reports connections that wait as an error; requests that fail are reported by us.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     # A thread of Flower's that ends would print where, in many lines.
     threading.excepthook = lambda ended: logging.getLogger(__name__).error(

@@ -46,13 +46,16 @@ from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.ckks import Cipher
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.privacy.ledger import Ledger
+from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
+from secure_fed.protocol.envelope import MAX_HEADER
 from secure_fed.protocol.ledger_heads import LedgerHead
 from secure_fed.protocol.records import new_header, sign_record
-from secure_fed.protocol.round_frames import sign_cohort, sign_reveal
+from secure_fed.protocol.round_frames import ARRIVED_MAGIC, SignedWord, arrived_header, sign_cohort, sign_reveal
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
+from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key, sign_frame, split_frame
 from secure_fed.protocol.study import AgreedStudy, Template, read_template
-from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
+from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.server.listener import STRANGERS
 from secure_fed.transport.certificates import CA, create_authority
@@ -305,6 +308,66 @@ def _bent_sum(ground: Ground) -> Outcome:
     return Outcome(seen, told == "refused" and not opened.called)
 
 
+def _older_disk(ground: Ground) -> Outcome:
+    """Two copies of a site's disk, each put back after its REVEAL of round 2: of before round 1, and of before round 2.
+
+    Under the first a server that withholds what it has of the site asks for a second REVEAL.
+    """
+    sites, coordinator = ground.without_budgets().begun()
+    site = sites[0]
+    state = ground.file(site.name).state_folder.path
+    copies = [ground.folder / f"copy{number}" for number in (1, 2)]
+    shutil.copytree(state, copies[0])
+    play_round(coordinator, sites)
+    for _ in range(3):  # to its REVEAL
+        if coordinator.step is Step.READY and not copies[1].exists():
+            shutil.copytree(state, copies[1])
+        for each in sites:
+            ask(coordinator, each)
+        if coordinator.step is not Step.REVEAL:
+            coordinator.advance()
+
+    def put_back(copy: Path) -> Site:
+        shutil.rmtree(state)
+        shutil.copytree(copy, state)
+        return Site.open(ground.folder / "sites" / site.name / "site.toml")
+
+    seen = []
+    for what, copy, honest in (("a copy of round 1", copies[0], False), ("a copy of round 2", copies[1], True)):
+        older = put_back(copy)
+        request = coordinator.request(older.name, older.run, older.position)
+        older.respond(request if honest else replace(request, past=b""))
+        try:
+            code = _second_reveal(ground, coordinator, older)
+        except SecfacmicError as error:
+            code = f"refused ({type(error).__name__})"
+        seen.append((what, code))
+    coordinator.advance()
+    goes_on = ask(coordinator, older).code == ReplyCode.READY
+    held = goes_on and all(code == ReplyCode.SITS_OUT for _, code in seen)
+    told = "; ".join(f"{what}, asked for a second REVEAL: {code}" for what, code in seen)
+    return Outcome(f"{told}; goes on with round {coordinator.round}: {goes_on}", held)
+
+
+def _second_reveal(ground: Ground, coordinator: Coordinator, site: Site) -> str:
+    """Ask a site for the envelope of the attempt that is there, then for its REVEAL of another sum."""
+    chain, cohort, arrived = coordinator.journal.chain, coordinator._cohort, coordinator._arrived
+    assert cohort is not None
+    assert arrived is not None
+    asked = RoundRequest(coordinator.round, coordinator.attempt, (), more=False, question=cohort.data)
+    reply = site.respond(asked)
+    if reply.code != ReplyCode.UPDATE:
+        return reply.code
+    frame = split_frame(ENVELOPE_MAGIC, reply.envelope, MAX_HEADER, EnvelopeError)
+    words = dict(zip(cohort.names, arrived.envelopes, strict=True))
+    words[site.name] = SignedWord.of(frame.header, frame.signature)
+    facts = (7, "5" * 64)
+    attempt = coordinator.attempt
+    header = arrived_header(ground.agreed, chain.due, attempt, cohort.digest, facts, tuple(words.values()))
+    question = sign_frame(ARRIVED_MAGIC, header, ground.server_key, b"")
+    return site.respond(replace(asked, question=question)).code
+
+
 def _slipped_amendment(ground: Ground) -> Outcome:
     sites, coordinator = ground.begun()
     step(coordinator, sites)
@@ -475,7 +538,8 @@ def _outsider(ground: Ground) -> Outcome:
     member = ec.generate_private_key(ec.SECP384R1()).public_key()
     openssh = member.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     key = base64.b64encode(member.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode()
-    link = SuperLink(folder, ("127.0.0.1", 0), {"member": openssh})
+    store = ByteStore(Incoming(folder / "in"), Outgoing(folder / "out"), "", lambda site: 0)
+    link = SuperLink(folder, ("127.0.0.1", 0), {"member": openssh}, store)
     held: list[socket.socket] = []
     try:
         address = link.address
@@ -490,7 +554,7 @@ def _outsider(ground: Ground) -> Outcome:
         for _ in range(SLOW_CONNECTIONS):
             held.append(socket.create_connection(address, timeout=10))
         # No byte of the body follows: an answer shows that none was waited for.
-        head = f"POST /v1/fleet/push-object HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\nflwr-public-key: {key}"
+        head = f"POST /v1/fleet/push HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\nflwr-public-key: {key}"
         try:
             unsigned = call(f"{head}\r\n\r\n")
             health = call("GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -555,6 +619,7 @@ ATTACKS = (
     Attack("B1", "server", "opens a second run, under a new key and under one that came by rotation", _second_run),
     Attack("B2", "server", "begins a run under a key that nobody holds, so that a site spends its budget", _bogus_key),
     Attack("B3", "server", "bends a sum, to learn from what sites say of it", _bent_sum),
+    Attack("B4", "an older disk", "is put back after its site's REVEAL, and asked for a second one", _older_disk),
     Attack("B5", "server", "removes a site, which has their envelopes, in an open round", _slipped_amendment),
     Attack("B6", "one site", "says that a sum is out of range which the others have applied", _false_refusal),
     Attack("B7", "one site", "sends values out of range, so that no sum can be applied", _garbage),

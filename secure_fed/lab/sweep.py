@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secure_fed import configs
-from secure_fed.core.errors import OutputError, StorageError
+from secure_fed.core.errors import DataLeakError, OutputError, StorageError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.lab.sweep_file import (
@@ -159,6 +159,7 @@ def run_sweep(
     Raises:
         SweepFileError, StudyError: the file or its study do not hold together.
         OutputError: the folder holds another sweep, or trials that other code has run.
+        DataLeakError: one site is tested on what another trains on; no trial is run.
         WorkersError: there is no such Ray cluster.
         StorageError: the folder cannot be written, or another process is using it.
     """
@@ -204,6 +205,9 @@ def run_sweep(
             failed = set()
             with closing(run_locally(_prepare, firsts, 1, out / LOG)) as outcomes:
                 for outcome in outcomes:
+                    if isinstance(outcome.result, _Leak):
+                        # The images are every trial's: one that passes, by its split, would be believed like the rest.
+                        raise DataLeakError(f"the sweep is refused as a whole: {outcome.result.words}")
                     for line in outcome.result or ():
                         log.warning("%s", line)
                     if outcome.error is not None:
@@ -343,7 +347,14 @@ def _task(trial: Trial, study: Template, file: SweepFile, out: Path) -> _Task:
     return _Task(trial, study, data, out, phantoms, digest([*need, str(data), seed, trial.images]))
 
 
-def _prepare(task: _Task) -> list[str]:
+@dataclass(frozen=True)
+class _Leak:
+    """What one site is tested on and another trains on, in words; of a process, whose exceptions come as text."""
+
+    words: str
+
+
+def _prepare(task: _Task) -> list[str] | _Leak:
     """Make phantoms and features that a trial needs and that are not there yet; what sites' images have in common."""
     from secure_fed.lab.phantoms import PhantomSite, make_phantoms
     from secure_fed.lab.simulation import open_sites, prepare, tell_overlaps
@@ -362,7 +373,10 @@ def _prepare(task: _Task) -> list[str]:
         agreed = prepare(task.study, scratch, task.data)
         _lend_features(task, scratch)
         if not task.phantoms:
-            told = tell_overlaps(agreed, task.study.plan, scratch, task.data)
+            try:
+                told = tell_overlaps(agreed, task.study.plan, scratch, task.data)
+            except DataLeakError as error:
+                return _Leak(str(error))
         make_folder(task.folder / "features")
         encoded = {site.name: site.features().encoded for site in open_sites(agreed, scratch)}
         for name, kept, used in _feature_files(task, scratch):

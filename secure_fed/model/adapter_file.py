@@ -24,7 +24,16 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import memory
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import Parameters, adapter_digest
-from secure_fed.protocol.study import AgreedStudy, Backbone, Background, InitialState, Method, PatientRule, Window
+from secure_fed.protocol.study import (
+    AgreedStudy,
+    Backbone,
+    Background,
+    Concept,
+    InitialState,
+    Method,
+    PatientRule,
+    Window,
+)
 
 MODEL_CARD = "model_card"
 """Key of the model card in the metadata of an exported adapter."""
@@ -32,6 +41,7 @@ MODEL_CARD = "model_card"
 _CALIBRATION = "calibration."
 _RULES: dict[str, PatientRule] = {rule: rule for rule in get_args(PatientRule)}
 _BACKGROUNDS: dict[str, Background] = {colour: colour for colour in get_args(Background)}
+_CONCEPTS = TypeAdapter(tuple[Concept, ...])
 _WINDOWS = TypeAdapter(tuple[Window, ...])
 _ROWS = 8192
 """Features that are classified at once."""
@@ -95,6 +105,7 @@ class AdapterFile:
         per_patient: the study's rule for a patient's prediction.
         windows: the study's, by modality: whoever predicts shows the backbone what training showed it.
         background: the study's, behind what is transparent.
+        concepts: the study's, by which predictions are explained.
     """
 
     study: str
@@ -106,6 +117,7 @@ class AdapterFile:
     per_patient: PatientRule = "mean"
     windows: tuple[Window, ...] = ()
     background: Background = "black"
+    concepts: tuple[Concept, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -196,6 +208,7 @@ def save_adapter(
         "per_patient": study.per_patient,
         "windows": _WINDOWS.dump_json(study.windows).decode(),
         "background": study.background,
+        "concepts": _CONCEPTS.dump_json(study.concepts).decode(),
         "adapter_digest": adapter_digest(parameters),
     }
     if card is not None:
@@ -246,6 +259,7 @@ def load_adapter(path: Path) -> AdapterFile:
             _RULES[metadata.get("per_patient", "mean")],
             _WINDOWS.validate_json(metadata.get("windows", "[]")),
             _BACKGROUNDS[metadata.get("background", "black")],
+            _CONCEPTS.validate_json(metadata.get("concepts", "[]")),
         )
     except (KeyError, ValueError, IndexError) as error:
         raise AdapterFileError(_malformed(path, error)) from error

@@ -27,7 +27,7 @@ from secure_fed.model import backbone_store
 from secure_fed.model.backbone_form import named, read_form
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.device import Device, kind_of
-from secure_fed.model.library import HUB, known_model, offline, open_clip, with_activation
+from secure_fed.model.library import HUB, known_model, offline, open_clip, twin, with_activation
 from secure_fed.model.network import Form, activation, build, facts, make_network
 from secure_fed.model.preparing import preparer
 from secure_fed.model.text_tower import TextTower, reads_at
@@ -203,6 +203,92 @@ class LoadedBackbone:
 
         # Padded as in _encode; each patch has length 1, the row has not.
         return self._batched(inputs, lambda batch: self._finite(encode(batch), "patches"))
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of what the image tower takes."""
+        return int(self.form.preprocess["size"][0])
+
+    def seen(self, prepared: NDArray[np.float32]) -> Image.Image:
+        """The picture that the image tower sees, of a prepared image [3, side, side]: cut and scaled."""
+        mean, std = (np.array(self.form.preprocess[key])[:, None, None] for key in ("mean", "std"))
+        pixels = np.clip((prepared * std + mean) * 255, 0, 255)
+        return Image.fromarray(np.rint(pixels).astype(np.uint8).transpose(1, 2, 0))
+
+    def gradients(
+        self, prepared: NDArray[np.float32], block: str, wanted: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What a block gives for prepared images [n, 3, side, side], and the gradient of ``wanted`` with respect to it.
+
+        Both float32 on the CPU, [n, depth, height, width] or [n, tokens, depth].
+
+        Args:
+            prepared: the images.
+            block: a name of :meth:`blocks`.
+            wanted: of unit features [n, d] on the CPU, differentiable, a value each, [n].
+
+        Raises:
+            BackboneError: the tower has no such block.
+        """
+        self.grid(block)
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            kept.append(output.detach().requires_grad_(True))
+            return kept[-1]
+
+        return self._gradient_at(dict(self._model.visual.named_modules())[block], keep, kept, prepared, wanted)
+
+    def last_attention(self) -> nn.MultiheadAttention | None:
+        """The last attention of an image tower that reads a token of the whole image there; None of other towers."""
+        visual = self._model.visual
+        blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+        pools = getattr(visual, "pool_type", None) == "tok" and getattr(visual, "attn_pool", None) is None
+        found = None if blocks is None or not pools else getattr(blocks[-1], "attn", None)
+        return found if isinstance(found, nn.MultiheadAttention) and found.in_proj_weight is not None else None
+
+    def attention_gradients(
+        self, prepared: NDArray[np.float32], attention: nn.MultiheadAttention, wanted: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Of one prepared image [3, side, side], the tokens that go into an attention, and the gradient at its output.
+
+        Both float32 on the CPU, [tokens, depth], that of the whole image first.
+
+        Args:
+            prepared: the image.
+            attention: of :meth:`last_attention`.
+            wanted: as for :meth:`gradients`.
+        """
+        kept: list[Tensor] = []
+        given: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, arguments: Any, output: Any) -> Any:
+            given.append(inputs[0] if inputs else arguments["query"])
+            kept.append(output[0].detach().requires_grad_(True))
+            return (kept[-1], *output[1:])
+
+        _, gradient = self._gradient_at(attention, keep, kept, prepared[None], wanted, arguments=True)
+        first = 0 if attention.batch_first else 1
+        return given[0].detach().float().cpu().select(first, 0), gradient.select(first, 0)
+
+    def _gradient_at(
+        self,
+        module: nn.Module,
+        keep: Callable[..., Any],
+        kept: list[Tensor],
+        prepared: NDArray[np.float32],
+        wanted: Callable[[Tensor], Tensor],
+        arguments: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = torch.from_numpy(prepared).to(next(self._model.visual.parameters()).dtype)
+        handle = module.register_forward_hook(keep, with_kwargs=arguments)
+        try:
+            with torch.enable_grad():
+                features = nn.functional.normalize(self._model.encode_image(inputs.to(self.device)).float(), dim=-1)
+                (gradient,) = torch.autograd.grad(wanted(features.cpu()).sum(), kept[0])
+        finally:
+            handle.remove()
+        return kept[0].detach().float().cpu(), gradient.float().cpu()
 
     @cached_property
     def _grids(self) -> dict[str, tuple[int, int, int]]:
@@ -519,8 +605,7 @@ def load_given(
     model, tag = named(name, path)
     source = Path(os.path.realpath(path)).name  # Path.resolve raises where links lead in a circle
     entry = backbone_store.read_entry(path) if (path / backbone_store.ENTRY).is_file() else None
-    ours = path.parent == configs.MODELS
-    if ours:
+    if path.parent == configs.MODELS:  # what comes along is called by its model's name
         model = model or path.stem
     if entry is not None:
         if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
@@ -531,7 +616,7 @@ def load_given(
                 "leave --text out"
             )
         model, tag, source = entry.model, entry.tag, entry.source
-    form = read_form(path, model, tag, activation, text, seeded=ours)
+    form = read_form(path, model, tag, activation, text)
     form.licence = form.licence or (entry.licence if entry is not None else None)
     loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", exact=exact)
     if activation is not None and loaded.activation != activation:
@@ -611,11 +696,16 @@ def _path(backbone: Backbone, checkpoint: Path | None) -> Path | None:
     """Where the weights lie; None if they are to be fetched."""
     path = checkpoint
     if path is None and backbone.file is not None:
-        path = Path(backbone.file)
-        if not path.exists() and path.name == backbone.file:
-            path = configs.MODELS / path
-        if not path.exists():
-            path = backbone_store.find(backbone) or path
+        given = Path(backbone.file)
+        places = [given, configs.MODELS / given] if given.name == backbone.file else [given]
+        path = next((one for one in places if one.exists()), None) or backbone_store.find(backbone)
+        if path is None:
+            which = f" --activation {backbone.activation}" if backbone.activation and twin(backbone.model) else ""
+            raise BackboneError(
+                f"{given}: no such file here, and none of that name or digest in {backbone_store.store_folder()}; "
+                f"expected the weights of {backbone.model}: get the file that the study was made with, and add it: "
+                f"secfacmic backbone add {given.name} --model {backbone.model}{which}"
+            )
     if path is None:
         path = backbone_store.find(backbone)
     if path is None:

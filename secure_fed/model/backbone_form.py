@@ -53,7 +53,7 @@ def read_form(
         model: name for open_clip; needed for a file. Of a folder, what it is to be called.
         tag: of open_clip, whose preprocessing and activation a file is given.
         activation: ``gelu`` or ``quickgelu``, for a file of a model that has a twin.
-        text: folder with ``config.json`` (and tokenizer) of a text model of transformers.
+        text: folder with ``config.json`` (and tokenizer) of a text model of transformers; a hub's cache folder too.
         seeded: the weights are random, so that the model's name decides about their activation.
 
     Raises:
@@ -61,6 +61,8 @@ def read_form(
     """
     if text is not None and not text.is_dir():
         raise BackboneError(f"{text}: no such folder; expected one with config.json and tokenizer of a text model")
+    if text is not None and (text / "snapshots").is_dir():
+        text = _snapshot(text)
     with offline():
         if path.is_dir():
             form = _read_folder(path, model, tag, activation, text, seeded)
@@ -125,7 +127,7 @@ def _read_folder(
             f"{path}: of {', '.join(lost)} only the link is here, which does not lead anywhere; expected the files "
             "themselves: copy the folder with its links followed, as cp -rL does"
         )
-    if any(one.name == "adapter_config.json" or one.name.startswith("adapter_model.") for one in inside):
+    if (path / "adapter_config.json").is_file():
         raise adapter_alone(path)
     if (path / CONFIG).is_file():
         return _read_open_clip(path, model, text)
@@ -213,6 +215,11 @@ def _read_open_clip(path: Path, model: str | None, text: Path | None) -> Form:
     where = path / CONFIG
     content = read_json(where)
     file = checked({"model_cfg": content} if "vision_cfg" in content else content, _File, where)
+    if "vision_cfg" in file.model_cfg and "text_cfg" not in file.model_cfg:
+        raise BackboneError(
+            f"{where}: of an image tower alone (no text_cfg), without the text tower that prompts need; expected a "
+            "whole CLIP: choose another model"
+        )
     config = check_model_config(file.model_cfg, f"{where}, model_cfg")
     told: list[str] = []
     own = (path / ENTRY).is_file()
@@ -285,13 +292,14 @@ def _read_transformers(path: Path, model: str | None) -> Form:
     if kind not in ("clip", "siglip"):
         what = (
             "an image tower alone, without the text tower that prompts need"
-            if kind in _IMAGES_ALONE
+            if kind in _IMAGES_ALONE or (kind is None and "architecture" in content)  # timm's
             else "a text model alone, without an image tower"
             if kind in _TEXT_ALONE
             else "another kind of model"
         )
+        named = "no model_type" if kind is None else f"model_type {kind!r}"
         raise BackboneError(
-            f"{path}: model_type {kind!r} in config.json, {what}; expected clip or siglip, or a folder with {CONFIG}"
+            f"{path}: {named} in config.json, {what}; expected clip or siglip, or a folder with {CONFIG}"
         )
     if not any(content.get(f"{tower}_config{more}") for tower in ("text", "vision") for more in ("", "_dict")):
         raise BackboneError(f"{where}: says nothing of its towers (text_config, vision_config); copy it again")
@@ -347,7 +355,8 @@ def _weights_in(path: Path, names: tuple[str, ...]) -> Path:
                 f"{path}: {len(shards)} shards ({shards[0]} and so on) without the index that belongs to them; copy "
                 "the whole folder again"
             )
-        others = [one for one in inside if one.suffix.lower() in _OTHERS]
+        below = [one for folder in _seen(path) if folder.is_dir() for one in _seen(folder)]  # as onnx/model.onnx
+        others = [one for one in (*inside, *below) if one.suffix.lower() in _OTHERS and one.is_file()]
         if others:
             read_weights(others[0])
         raise BackboneError(f"{path}: no weights in it; the folder is half copied: copy all of it again")
@@ -463,6 +472,10 @@ def _read_file(
 ) -> Form:
     if lost_link(path):
         read_weights(path)  # which says so
+    if re.search(r"-of-\d+\.", path.name):
+        raise BackboneError(
+            f"{path}: one of several shards; expected all of them with their index: name the folder, or the index"
+        )
     if model is None:
         raise BackboneError(_unnamed(path))
     if model.startswith(HUB):

@@ -70,7 +70,12 @@ def _cached(backbone: Backbone, cache: Path | None) -> bool:
     entry = open_clip().get_pretrained_cfg(backbone.model, backbone.tag) or {}
     if "file" in entry or entry.get("hf_hub") or not entry.get("url"):
         return True  # open_clip looks in the hub's cache, and the hub's library is offline
-    return ((cache or Path.home() / ".cache" / "clip") / str(entry["url"]).rsplit("/", 1)[-1]).is_file()
+    return _from_address(entry, cache).is_file()
+
+
+def _from_address(entry: dict[str, Any], cache: Path | None) -> Path:
+    """Where open_clip keeps what it downloads from an address that is no hub's."""
+    return (cache or Path.home() / ".cache" / "clip") / str(entry["url"]).rsplit("/", 1)[-1]
 
 
 def _tag(backbone: Backbone, cache: Path | None) -> Form:
@@ -81,8 +86,10 @@ def _tag(backbone: Backbone, cache: Path | None) -> Form:
         raise BackboneError(f"tag {backbone.tag!r}: not a known tag of {backbone.model}; open_clip knows {known}")
     from open_clip.pretrained import download_pretrained
 
-    place = None if cache is None else str(cache)
-    path = Path(download_pretrained(entry, cache_dir=place))
+    if constants.HF_HUB_OFFLINE and entry.get("url") and not entry.get("hf_hub"):
+        path = _from_address(entry, cache)  # which open_clip would ask for again if it was damaged
+    else:
+        path = Path(download_pretrained(entry, cache_dir=None if cache is None else str(cache)))
     text_cfg = config["text_cfg"]
     with _text(text_cfg, cache) as text:
         return read_form(path, backbone.model, backbone.tag, backbone.activation, text)

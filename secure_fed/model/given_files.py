@@ -59,7 +59,7 @@ def refuse_others(path: Path, head: bytes, size: int, expected: str) -> None:
             f"{path}: is a Git LFS pointer{of}, not {expected}; run git lfs pull where it was cloned, and copy it again"
         )
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")) or (start[:1] == b"<" and b"<html" in start):
         raise BackboneError(
             f"{path}: is a web page, not {expected}; fetch the file again by its download address, signed in if its "
             "publisher asks so"
@@ -131,6 +131,8 @@ def checked(content: Any, model: type[Model], where: Path | str) -> Model:
 
 def megabytes(size: int) -> str:
     """A file's size in words."""
+    if size < 1000:
+        return f"{size} bytes"
     return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.3g} MB"
 
 

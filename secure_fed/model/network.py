@@ -71,7 +71,7 @@ def build(form: Form) -> nn.Module:
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     try:
         if form.convert is not None:
-            tensors = without_prefix(tensors, ("text_model.final_layer_norm.weight", "logit_scale"), form.weights)
+            tensors = without_prefix(tensors, theirs.anchors(form.config), form.weights)
             tensors = theirs.convert(form.convert, tensors)
         else:
             tensors = _as_open_clip(form, network, tensors, expected)
@@ -250,7 +250,7 @@ def _as_open_clip(form: Form, network: nn.Module, tensors: Tensors, expected: Ma
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
-    anchors = [name for name in expected if name.startswith("visual.")]
+    anchors = {name: shape for name, shape in expected.items() if name.startswith("visual.")}
     tensors = without_prefix(tensors, anchors, form.weights)
     tensors = convert_state_dict(network, tensors)
     if "positional_embedding" in tensors and not hasattr(network, "positional_embedding"):
@@ -292,6 +292,11 @@ def _refuse_misfit(
     if other:
         parts.append(f"{len(other)} have other shapes ({other[0]}: {shapes[other[0]]}, expected {expected[other[0]]})")
     fits = which_fit(given)
+    if form.model in fits:
+        parts.append("which is all that keeps it from being that model; expected its weights alone")
+        raise BackboneError(
+            f"{form.weights}: not loaded as {form.model}: {', '.join(parts)}: save the model's state_dict() by itself"
+        )
     advice = f"its shapes fit {', '.join(fits)}" if fits else "its shapes fit no other that open_clip knows by name"
     raise BackboneError(
         f"{form.weights}: not loaded as {form.model}: {'; '.join(parts)}{without_text(given)}; expected that model's "

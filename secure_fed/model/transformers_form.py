@@ -246,6 +246,21 @@ def model_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def anchors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Names by which a model in transformers' form is found in a checkpoint, and their shapes; None for any.
+
+    Args:
+        config: as :func:`model_config` gives it.
+    """
+    trunk = config[OURS]["vision"].get("trunk")
+    width = config["vision_cfg"]["width"] if trunk is None else trunk["embed_dim"]
+    return {
+        "text_model.final_layer_norm.weight": (config["text_cfg"]["width"],),
+        "vision_model.post_layernorm.weight": (width,),
+        "logit_scale": None,
+    }
+
+
 def convert(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under open_clip's names; those that it has none for keep theirs, so that a strict load tells of them.
 

@@ -14,7 +14,7 @@ import struct
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,9 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")
 """Where a training checkpoint keeps its weights, the likeliest first."""
+
+_MOST_CODE = 1 << 26
+"""Bytes of a file of code in a TorchScript archive; OpenAI's have less than a hundredth of them."""
 
 ARCHIVE_SIZES = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's archives hold beside weights, and files that were made of them."""
@@ -155,30 +158,35 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise StorageError(f"{path}: not written ({error.strerror}); free space or choose another place") from error
 
 
-def without_prefix(tensors: Tensors, anchors: Collection[str], where: Path | str) -> Tensors:
+def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], where: Path | str) -> Tensors:
     """The tensors under the names that their model has, whatever a training program put before them.
 
     Args:
         tensors: of a checkpoint; ``_orig_mod.`` (torch.compile) may stand anywhere, and other prefixes, as ``module.``
             or Lightning's ``model.``, in front.
-        anchors: names of the model that show where it begins.
+        anchors: names of the model that show where it begins, and their shapes, so that a teacher of another size
+            beside it is passed over; None where any shape will do.
         where: the file, for messages.
 
     Raises:
         BackboneError: the model is in it twice.
     """
     plain = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
-    wanted = set(anchors)
-    tails = {anchor.rsplit(".", 2)[-1] for anchor in wanted}
+    tails = {anchor.rsplit(".", 2)[-1] for anchor in anchors}
     counts: Counter[str] = Counter()
-    for name in plain:
+    fitting: Counter[str] = Counter()
+    for name, value in plain.items():
         if name.rsplit(".", 1)[-1] not in tails:
             continue
         parts = name.split(".")
         for start in range(min(len(parts), 6)):
-            if ".".join(parts[start:]) in wanted:
-                counts[".".join(parts[:start])] += 1
+            anchor = ".".join(parts[start:])
+            if anchor in anchors:
+                prefix = ".".join(parts[:start])
+                counts[prefix] += 1
+                fitting[prefix] += anchors[anchor] in (None, tuple(value.shape))
                 break
+    counts = +fitting or counts  # where no shape fits, the load will say so
     if not counts:
         return plain
     ((prefix, most), *others) = counts.most_common()
@@ -344,8 +352,16 @@ def _read_zip(path: Path, size: int) -> Tensors:
         ) from error
     if is_archive(path):
         try:
+            runs = _runs_code(path)
+            if runs is not None:
+                raise BackboneError(
+                    f"{path}: a TorchScript archive with code that runs when it is loaded ({runs}), so that it is not "
+                    "loaded; expected one of tensors alone, as OpenAI's are: save the model's state_dict()"
+                )
             with _in_our_words():
                 state = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        except BackboneError:
+            raise
         except Exception as error:  # damaged archives raise of every kind
             raise _unreadable(path, error) from error
         return {name: value.clone() for name, value in state.items() if name not in ARCHIVE_SIZES}
@@ -354,6 +370,17 @@ def _read_zip(path: Path, size: int) -> Tensors:
             f"{path}: a zip archive without PyTorch weights in it; unpack it, and give the checkpoint or the folder"
         )
     return _read_pickle(path, True)
+
+
+def _runs_code(path: Path) -> str | None:
+    """Which file of a TorchScript archive has a method that its loader would call; all others run only when asked."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():  # each by itself: two may bear one name
+            if "/code/" not in entry.filename.lower():  # the loader finds them in either case
+                continue
+            if entry.file_size > _MOST_CODE or b"__setstate__" in archive.read(entry):
+                return entry.filename
+    return None
 
 
 def _read_pickle(path: Path, mapped: bool) -> Tensors:

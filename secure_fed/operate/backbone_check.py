@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import resource
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from secure_fed import configs
 from secure_fed.clients.data import UNLABELLED, class_folders, image_files
 from secure_fed.clients.decoding import decode
+from secure_fed.clients.encoding import USUAL, expected_seconds
 from secure_fed.clients.rules import UndecodableError
 from secure_fed.core.errors import BackboneError, DataError, fault_lines
 from secure_fed.model.backbone import LoadedBackbone, load_given
@@ -67,10 +67,8 @@ def check_backbone(
         path = _of_name(name)
     loaded, _, _ = load_given(path, model, activation, text)
     form = loaded.form
-    noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
-    start = time.perf_counter()
-    loaded.encode_images([Image.fromarray(one) for one in noise[: max(1, min(4, loaded.batch))]] * (loaded.batch // 4))
-    seconds = (time.perf_counter() - start) / loaded.batch
+    loaded.encode_images([USUAL] * loaded.batch)  # as many as are in memory at once
+    seconds = expected_seconds(loaded.seconds_per_image([USUAL]), 100)
     report: dict[str, Any] = {
         "model": form.model,
         "found": form.kind,
@@ -86,7 +84,7 @@ def check_backbone(
         "licence": form.licence or "not stated beside the weights: ask their publisher",
         "digest": loaded.digest,
         "id": loaded.id,
-        "seconds_for_100_images": round(100 * seconds, 2),
+        "seconds_for_100_images": round(seconds, 2),
         "memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "told": list(form.told),
         "zero_shot": None,

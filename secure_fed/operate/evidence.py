@@ -246,12 +246,18 @@ class _Journals:
     own: list[tuple[EnvelopeHeader, str]]
 
 
-def verify_evidence(path: Path) -> dict[str, Any]:
+def verify_evidence(path: Path, page: Callable[[dict[str, Any]], str] | None = None) -> dict[str, Any]:
     """Check an archive: every digest, the site's signature, journal, acceptance, ledger, and the list of what was sent
     against the updates that the journal names.
 
     Who holds the archive alone learns that all of it belongs together and that nobody but the site and the coordinator
     made it; whether the study is the one meant says its id.
+
+    Args:
+        path: the archive.
+        page: what :func:`pack_evidence` makes ``index.html`` with. The site's signature says only that the site wrote
+            the page; with this it must also say what the other files say. A page of another version has other words
+            and is not compared.
 
     Returns:
         What was found, in words and figures.
@@ -279,7 +285,7 @@ def verify_evidence(path: Path) -> dict[str, Any]:
             raise EvidenceError(f"{path}: no acceptance of study {agreed.study.id[:16]}; expected one at least")
         accepted, shown = acceptances[-1]
         sent = _sent(folder, journals, site)
-        return {
+        found = {
             "site": site,
             "study": agreed.study.name,
             "study_id": agreed.study.id,
@@ -307,6 +313,22 @@ def verify_evidence(path: Path) -> dict[str, Any]:
             "drill": _drill(folder),
             "packages": len(json.loads(_read(folder, "bom.json"))["components"]),
         }
+        return {**found, "page": None if page is None else _compared(path, folder, found, page(found))}
+
+
+def _compared(path: Path, folder: Path, found: dict[str, Any], expected: str) -> str:
+    """Hold the archive's page against the one that its other files make; says what came of it."""
+    page, version, own = folder / "index.html", found["software"]["secfacmic"], _versions()["secfacmic"]
+    if not page.exists():
+        return "no index.html in it"
+    if version != own:
+        return f"index.html was made by secfacmic {version}, this is {own}: it was not compared with the files"
+    if page.read_bytes() != expected.encode():
+        raise EvidenceError(
+            f"{path}: index.html is not the page that the other files make; expected it to say what they say: do "
+            "not believe the page, and ask the site for an archive packed anew"
+        )
+    return "index.html says what the files say"
 
 
 def in_words(found: dict[str, Any]) -> list[str]:
@@ -325,6 +347,7 @@ def in_words(found: dict[str, Any]) -> list[str]:
         f"{found['messages_sent']} messages left it, {found['bytes_sent']:,} bytes in all",
         f"privacy ledger: {found['ledger']}",
         f"software: {software}; {found['packages']} packages in the bill of materials",
+        *([found["page"]] if found["page"] else []),
     ]
     if found["drill"] is None:
         return [*lines, "no drill is recorded: attacks on this installation were not tried, or not kept"]

@@ -7,6 +7,7 @@ patients only when the site asks for it, and never under a privacy budget, which
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,9 +29,10 @@ from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.ledger_heads import NO_LEDGER
 from secure_fed.protocol.one_sum import Limits
 from secure_fed.protocol.records import Chain, Record
-from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.protocol.study import AgreedStudy, Study, load_study
 
-CARD = "MODEL_CARD.md"
+CARD = "README.md"
+"""The name under which a model hub shows a card."""
 ONNX = "adapter.onnx"
 
 
@@ -66,7 +68,7 @@ def export_site(site_file: Path, out: Path, *, onnx: bool, own_results: bool) ->
 
     Args:
         site_file: its ``site.toml``.
-        out: folder that gets ``adapter.safetensors, MODEL_CARD.md`` and perhaps ``adapter.onnx``.
+        out: folder that gets ``adapter.safetensors, README.md`` and perhaps ``adapter.onnx``.
         onnx: write the latter.
         own_results: of patients' data, put metrics, temperature and batch norm's statistics into it.
 
@@ -237,19 +239,23 @@ def _write(
 
 
 def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: bool) -> str:
-    """The model card, in markdown."""
+    """The model card, in markdown, in the form of the Hugging Face hub: a head in YAML, and its sections.
+
+    https://huggingface.co/docs/hub/model-cards and the hub's annotated template of a card.
+    """
     study, backbone = agreed.study, agreed.study.backbone
     values = sum(value.size for value in file.initial.adapter.values())
     weights = backbone.tag or backbone.file or ("seeded random weights" if backbone.weights == "random" else "its own")
     few, many = min(origin.contributors, default=0), max(origin.contributors, default=0)
     method = study.method
-    heading = f"# Adapter of study {study.name}, after round {origin.rounds} of {study.rounds}"
-    facts = {
+    details = {
         "study": f"{study.name}, digest `{study.id}`",
         "adapter": f"{method.adapter}, {values:,} values, digest `{file.digest}`",
         "backbone": f"{backbone.model} ({weights}), digest `{backbone.digest}`",
         "its features": f"activation {backbone.activation or 'not stated'}, id `{backbone.id or 'not stated'}`",
         "licence of the backbone": backbone.licence or "not stated in the study: ask its publisher before use",
+    }
+    training = {
         "sites": ", ".join(
             site.name + (" (observer)" if site.role == "observer" else f" (weight {site.weight:g})")
             for site in study.sites
@@ -262,25 +268,50 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
         else "none: updates were sent in plain",
         "data": f"{origin.kind} images of the sites; none of them is in this file",
     }  # fmt: skip
-    parts = [heading, "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items())])]
     classes = "\n".join(f"{i}. {entry.name}: {'; '.join(entry.prompts)}" for i, entry in enumerate(study.classes))
-    parts += [
-        "## Classes",
+    parts = [
+        _head(study),
+        f"# Adapter of study {study.name}, after round {origin.rounds} of {study.rounds}",
+        "## Model Details",
+        _facts(details),
+        "### Classes",
         f"In the order of the outputs, from 0, with the prompts that training started at.\n\n{classes}",
     ]
     if method.one_sum:
-        parts += ["## Sets and strangers", _claims_of_cases(file)]
+        parts += ["### Sets and strangers", _claims_of_cases(file)]
+    parts += ["## Uses", _USES, "## Bias, Risks, and Limitations", _LIMITS]
+    parts += ["## How to Get Started with the Model", _use(file, onnx)]
     claims = [*(origin.privacy or (_no_claim(origin),)), study.features.origin]
-    parts += ["## Privacy", "\n\n".join(filter(None, claims))]
-    parts += ["## Results", _results(origin), "## Calibration", _calibration(file)]
-    parts += ["## Use", _use(file, onnx), "## Intended use and limits", _LIMITS]
+    parts += ["## Training Details", _facts(training), "### Privacy", "\n\n".join(filter(None, claims))]
+    parts += ["## Evaluation", _results(origin), "### Calibration", _calibration(file)]
     return "\n\n".join(parts) + "\n"
 
 
-_LIMITS = """For research on the task and the classes above, with images like those of the sites. **It is no medical
-device**: not for diagnosis, triage or any decision about a patient. It always names one of its classes, also for images
+def _head(study: Study) -> str:
+    """What a hub files a card under. Of the licence only what the study states, which is the backbone's: that of an
+    adapter is for its sites to choose."""
+    lines = [
+        "library_name: secfacmic",
+        "pipeline_tag: image-classification",
+        f"model_name: {json.dumps(study.name)}",
+        "tags:",
+        *(f"- {tag}" for tag in ("federated-learning", "clip", "medical-imaging", study.method.adapter)),
+        "metrics:",
+        "- accuracy",
+        "inference: false",
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _facts(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+
+
+_USES = """For research on the task and the classes above, with images like those of the sites. **It is no medical
+device**: not for diagnosis, triage or any decision about a patient."""
+_LIMITS = """It always names one of its classes, also for images
 that show none of them. Figures hold for the sites that they were measured at; another scanner, population or prevalence
-can change them: measure on images of your own first. Without a privacy claim above, what the adapter may reveal of
+can change them: measure on images of your own first. Without a privacy claim below, what the adapter may reveal of
 single patients is not bounded; with one, it holds for the sites that make it."""
 
 

@@ -26,6 +26,7 @@ from secure_fed.clients.dicom import patient_id
 from secure_fed.clients.duplicates import fingerprints
 from secure_fed.clients.features import FeatureCache, Progress
 from secure_fed.clients.manifest import read_table
+from secure_fed.clients.patients import doubts
 from secure_fed.core.errors import DataError, ManifestError, OutputError
 from secure_fed.core.storage import write_durable
 from secure_fed.operate.overlaps import Held, Overlaps, overlaps
@@ -82,9 +83,11 @@ def look_at(path: Path) -> Folder:
         raise DataError(f"{path}: no such folder; expected {MANIFEST} or one folder per class in it")
     manifest = path / MANIFEST
     columns: tuple[str, ...] = ()
+    says_whose = False
     if manifest.exists():
         table = read_table(manifest, (), ("path", "label"))
         columns = table.columns
+        says_whose = all(row.cells.get("patient") for row in table.rows)
         labels = {row.cells.get("label", "") for row in table.rows} - {""}
     else:
         labels = set(class_folders(path)) - {UNLABELLED}
@@ -102,9 +105,14 @@ def look_at(path: Path) -> Folder:
     try:
         images = read_data(path, classes, "patient", shares, 0, notes=notes)
     except (DataError, ManifestError):
+        if says_whose:  # else it may be for want of ids
+            raise
         unit, notes = "image", Notes()
         images = read_data(path, classes, "image", shares, 0, notes=notes)
         notes.told.append(f"{path}: not all images say whose they are, so that each counts as a patient of its own")
+    if unit == "patient":
+        found = doubts(Counter(image.patient for image in images), notes.settled)
+        notes.told += [f"{path}: doubt: {doubt.text}: mend it, or settle it in patients.csv" for doubt in found]
     return Folder(path, classes, unit, shares is None, images, notes)
 
 
@@ -123,7 +131,7 @@ def _refuse_sites(path: Path, names: set[str]) -> None:
 
 
 def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tuple[Overlaps, list[str]]:
-    """What the images of several folders have in common; nothing is kept.
+    """What the images of several folders have in common; nothing is kept. What they are of is added to their notes.
 
     Returns:
         That, and the files that cannot be decoded, with the reason.
@@ -140,6 +148,13 @@ def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tupl
 
             looks = fingerprints(folder.images, cache, tell)
             unreadable += [f"{folder.images[index].path}: {why}" for index, why in sorted(looks.unreadable.items())]
+            kinds = Counter(one.facts.kind for one in looks.found if one is not None)
+            folder.notes.told += [
+                f"{folder.path}: among its images: {count} of kind {kind}; leave_out in [data] of site.toml leaves "
+                "them out"
+                for kind, count in sorted(kinds.items())
+                if kind
+            ]
             # Splits that were drawn just now mean nothing yet.
             images = folder.images if folder.has_splits else [_unused(image) for image in folder.images]
             held.append(Held(folder.name, images, looks.found, ids=folder.unit == "patient"))

@@ -65,6 +65,7 @@ class Probabilities:
         told: what was sniffed or guessed of a manifest, and left out by choice, in words.
         cases: of a head of one sum: the classes that may be meant, and which images are like none it knows.
         anomalies: of a memory of normal images: how far the images are from them.
+        features: what the adapter saw, a row an image.
     """
 
     adapter: AdapterFile
@@ -76,6 +77,7 @@ class Probabilities:
     told: tuple[str, ...] = ()
     cases: Cases | None = None
     anomalies: Anomalies | None = None
+    features: NDArray[np.float32] | None = None
 
     def name(self, image: SiteImage) -> str:
         """An image's path below the folder."""
@@ -272,9 +274,9 @@ def predict_folder(
 
     Args:
         adapter: an ``adapter.safetensors``; the ``calibration.safetensors`` beside it is used if it is of this adapter.
-        folder: of images, searched whole, DICOM included (of a file with many frames the middle one); only read. They
-            are seen by the study's windows and background. Files that are no images are passed over. A ``manifest.csv``
-            and a ``patients.csv`` in it say what they say in a site's data
+        folder: of images, or one image; searched whole, DICOM included (of a file with many frames the middle one);
+            only read. They are seen by the study's windows and background. Files that are no images are passed over. A
+            ``manifest.csv`` and a ``patients.csv`` in it say what they say in a site's data
             (:func:`secure_fed.clients.data.find_pictures`).
         study: a ``study.toml`` that the adapter must be of, if given.
         checkpoint: the backbone's weights, if they do not lie where the study says.
@@ -298,10 +300,15 @@ def predict_folder(
             "study, or leave --study out"
         )
     file.require_statistics()
+    single = folder if folder.is_file() else None
+    folder = folder.parent if single is not None else folder
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with images in it")
     notes = Notes()
     images = find_pictures(folder, choice, notes)
+    if single is not None:
+        images = [image for image in images if image.path == single]
+        notes.passed_over = [line for line in notes.passed_over if line.startswith(f"{single}: ")]
     passed_over = {}
     for line in notes.passed_over:
         name, reason = line.removeprefix(f"{folder}/").rsplit(": ", 1)
@@ -309,7 +316,7 @@ def predict_folder(
             passed_over[name] = reason
     if not images:
         others = f" ({len(passed_over)} other files)" if passed_over else ""
-        raise DataError(f"{folder}: no image{others}; expected images in it, or in folders below it")
+        raise DataError(f"{single or folder}: no image{others}; expected images in it, or in folders below it")
     told = [*notes.told, *(f"left out: {count} of kind {kind}" for kind, count in sorted(notes.left_out.items()))]
     backbone = load_backbone(file.backbone, checkpoint, device)
     decoded, features, unreadable = [], [], {}
@@ -336,7 +343,8 @@ def predict_folder(
     cases = judge(file.initial, file.initial.adapter, x)
     anomalies = _anomalies(file, x) if patches.blocks else None
     values = file.predict(x, tower)
-    return Probabilities(file, folder, tuple(decoded), values, unreadable, passed_over, tuple(told), cases, anomalies)
+    said = tuple(told)
+    return Probabilities(file, folder, tuple(decoded), values, unreadable, passed_over, said, cases, anomalies, x)
 
 
 def _anomalies(file: AdapterFile, x: NDArray[np.float32]) -> Anomalies:

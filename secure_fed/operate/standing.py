@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secure_fed.core.errors import RecordError
+from secure_fed.core.errors import RecordError, StudyError
 from secure_fed.core.layout import RECORDS, RunState, ServerState, StateFolder
 from secure_fed.core.status import StatusFile, is_running
-from secure_fed.protocol.journal import find_runs
+from secure_fed.protocol.journal import find_runs, find_study
 from secure_fed.protocol.records import MAGIC, RecordHeader
 from secure_fed.protocol.signing import parse_header, split_frame
-from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study import AgreedStudy, load_study
 
 
 def place_of(path: Path) -> tuple[Path, Path | None]:
@@ -41,12 +41,13 @@ def is_over(state: Path, agreed: AgreedStudy) -> bool:
     return journal is not None and any(journal.glob(RECORDS)) and _last_round(journal) >= agreed.study.rounds
 
 
-def standing(state: Path) -> dict[str, Any]:
+def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
     """The status file with whether a process holds the folder, and whether the study was closed there; without a file,
-    what the journal says.
+    as of a simulated site, what the journal says.
 
     Args:
         state: the folder.
+        study: its study's file; None to look for it near the journal. Without one nothing is known of the study's end.
 
     Returns:
         A JSON document with at least ``role``, ``running``, ``closed``, ``round`` and ``last_error``.
@@ -70,7 +71,18 @@ def standing(state: Path) -> dict[str, Any]:
         "records": records,
         "round": _last_round(run.journal),
         "last_error": None,
+        **_study_facts(state, study, run.journal),
     }
+
+
+def _study_facts(state: Path, path: Path | None, journal: Path) -> dict[str, Any]:
+    """Which study a journal is of, and whether it is over; nothing where no study is found."""
+    try:
+        agreed = load_study(find_study(journal) if path is None else path)
+    except (RecordError, StudyError):
+        return {}
+    study = agreed.study
+    return {"study": study.name, "study_id": study.id, "rounds": study.rounds, "finished": is_over(state, agreed)}
 
 
 def _last_round(journal: Path) -> int:

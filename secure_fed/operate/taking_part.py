@@ -14,7 +14,7 @@ from secure_fed.clients.acceptance import require_acceptance
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.features import Progress
 from secure_fed.clients.flower_app import SiteApp
-from secure_fed.clients.flower_node import run_site
+from secure_fed.clients.flower_node import Way, run_site
 from secure_fed.clients.outgoing_log import SentList
 from secure_fed.clients.reply_clock import ReplyClock, reply_seconds
 from secure_fed.clients.site import Site
@@ -89,7 +89,18 @@ def take_part(
             status.tell(run=done.run, round=done.round, finished=done.finished)
 
         app = SiteApp(site, study.id, after_round, sent.add, clock)
-        run_site(app, file.server.address, Path(file.server.authority), len(study.sites), file.server.proxy)
+        server = file.server
+        run_site(
+            app,
+            Way(
+                server.address,
+                Path(server.authority),
+                len(study.sites),
+                server.proxy,
+                server.wait_seconds,
+                study.records_url,
+            ),
+        )
         log.info("%s: the study is over after %d rounds", file.site, site.round)
 
 

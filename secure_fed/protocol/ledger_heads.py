@@ -43,6 +43,36 @@ NO_LEDGER = LedgerHead(0, ZERO_DIGEST)
 """Of a site without a budget."""
 
 
+def check_continues(site: str, known: tuple[int, str], ledger: LedgerHead) -> None:
+    """Check that a head is the one known or continues it: neither older, nor beside it, nor of a copy that has grown
+    past it.
+
+    Args:
+        site: whose it is.
+        known: number and id of the newest one seen; 0 and zeros if none was.
+        ledger: the head.
+
+    Raises:
+        LedgerRollbackError: it does not.
+    """
+    known_seq, known_head = known
+    seq, head, links = ledger
+    if seq < known_seq or (seq == known_seq and head != known_head):
+        raise LedgerRollbackError(
+            f"{site}: privacy ledger at entry {seq}, head {head[:16]}; expected entry {known_seq}, head "
+            f"{known_head[:16]}, or a later one: an older copy of the ledger was put back, or the site runs twice"
+        )
+    if seq > known_seq > 0 and (known_seq, known_head[:SHORT]) not in links:
+        named = dict(links).get(known_seq)
+        found = f"names {named} as its entry {known_seq}" if named else f"does not name its entry {known_seq}"
+        raise LedgerRollbackError(
+            f"{site}: privacy ledger at entry {seq} {found}; expected head {known_head[:16]}, seen before: an "
+            "older copy of the ledger was put back and has grown, or the site runs twice. If this end has missed more "
+            f"than {MAX_LINKS} of its updates, ask it by phone for the SHA-256 of that line of its ledger.jsonl; if it "
+            "is this head, remove the site from this end's ledger_heads.json"
+        )
+
+
 class _Heads(FileModel):
     format: int
     heads: dict[Name, tuple[Count, Hex64]]
@@ -76,28 +106,12 @@ class LedgerHeads:
         return self._heads.get(site, (0, ZERO_DIGEST))
 
     def check(self, site: str, ledger: LedgerHead) -> None:
-        """Check that a head is the newest seen or continues it: neither older, nor beside it, nor of a copy that
-        has grown past it.
+        """Check that a head is the newest seen or continues it (:func:`check_continues`).
 
         Raises:
-            LedgerRollbackError: it is.
+            LedgerRollbackError: it is not.
         """
-        known_seq, known_head = self.newest(site)
-        seq, head, links = ledger
-        if seq < known_seq or (seq == known_seq and head != known_head):
-            raise LedgerRollbackError(
-                f"{site}: privacy ledger at entry {seq}, head {head[:16]}; expected entry {known_seq}, head "
-                f"{known_head[:16]}, or a later one: an older copy of the ledger was put back, or the site runs twice"
-            )
-        if seq > known_seq > 0 and (known_seq, known_head[:SHORT]) not in links:
-            named = dict(links).get(known_seq)
-            found = f"names {named} as its entry {known_seq}" if named else f"does not name its entry {known_seq}"
-            raise LedgerRollbackError(
-                f"{site}: privacy ledger at entry {seq} {found}; expected head {known_head[:16]}, seen before: an "
-                "older copy of the ledger was put back and has grown, or the site runs twice. If this end "
-                f"has missed more than {MAX_LINKS} of its updates, ask it by phone for the SHA-256 of that line of "
-                f"its ledger.jsonl; if it is this head, remove the site from {self._path}"
-            )
+        check_continues(site, self.newest(site), ledger)
 
     def keep(self, heads: Mapping[str, LedgerHead]) -> None:
         """Remember heads that were checked, durably.

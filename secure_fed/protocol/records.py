@@ -21,6 +21,7 @@ from secure_fed.core.layout import record_file
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol import aggregation
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, Seeds, refuse_repeated_seed
+from secure_fed.protocol.ledger_heads import check_continues
 from secure_fed.protocol.packing import Contribution, Wire, wire
 from secure_fed.protocol.quorum import Quorum
 from secure_fed.protocol.round_frames import (
@@ -143,6 +144,7 @@ class Chain:
         changed_after: the same of the last amendment with which a training site joined or left.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
         seeds: of the envelopes in the sums so far.
+        ledgers: number and id of the newest privacy-ledger head of each site in them, of those that have one.
     """
 
     def __init__(self, agreed: AgreedStudy) -> None:
@@ -156,6 +158,7 @@ class Chain:
         self.members: Members = {site.name: site for site in agreed.study.sites}
         self.awaits_checkpoint = False
         self.seeds: Seeds = {}
+        self.ledgers: dict[str, tuple[int, str]] = {}
         self.amended_after = -1
         self.changed_after = -1
 
@@ -183,6 +186,7 @@ class Chain:
         """Check a record's signature, its place in the chain, and its contributors. Changes nothing.
 
         Raises:
+            LedgerRollbackError: a contributor's privacy ledger does not continue that of its last sum.
             RecordError: with what was found and expected.
         """
         frame, header = read_header(data, self.agreed)
@@ -212,6 +216,8 @@ class Chain:
         identity = frame.digest
         if header.kind == "aggregate":
             contributors, arrived = self._check_contributors(header)
+            for entry in contributors:
+                self.check_ledger(entry)
             identity = head_after(self.head, arrived)
         elif header.kind == "void":
             self._check_voids(header)
@@ -227,6 +233,15 @@ class Chain:
         if header.kind == "aggregate":
             self._check_sum(header, [entry.site for entry in contributors], arrived, bytes(frame.payload))
         return Record(header, identity, contributors, checkpoint, amendment, members, data)
+
+    def check_ledger(self, header: EnvelopeHeader) -> None:
+        """Check that a site's privacy ledger continues that of its last sum: the server asks this of an envelope as
+        sites do of a record, so that it never closes a round that they refuse.
+
+        Raises:
+            LedgerRollbackError: it does not.
+        """
+        check_continues(header.site, self.ledgers.get(header.site, (0, ZERO_DIGEST)), header.ledger)
 
     def after(self, record: Record) -> Chain:
         """The chain with a checked record; this one stays as it is."""
@@ -249,6 +264,9 @@ class Chain:
             self.round = header.round
             # A new one: chains that come of one another share it.
             self.seeds = self.seeds | {(entry.site, entry.seed): entry.payload for entry in record.contributors}
+            self.ledgers = self.ledgers | {
+                entry.site: (entry.ledger_seq, entry.ledger_head) for entry in record.contributors if entry.ledger_seq
+            }
         elif header.kind == "amendment":
             self.amendment += 1
             self.amended_after = self.round

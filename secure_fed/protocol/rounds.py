@@ -16,6 +16,7 @@ class ReplyCode(StrEnum):
     UPDATE = "update"
     REVEALED = "revealed"
     VOID = "void"
+    SITS_OUT = "sits-out"
     APPLIED = "applied"
     MORE = "more"
     ACKNOWLEDGED = "acknowledged"
@@ -42,6 +43,8 @@ class RoundRequest:
         attestations: keyed adapter digests of the sites at that head, by site name.
         question: a signed COHORT or ARRIVED, to be answered instead; else empty.
         held: SHA-256 of this site's payload that the server has of an earlier attempt and need not be sent again.
+        past: this site's own newest word in the open round, as it signed it: its REVEAL, else its envelope without the
+            payload; empty if there is none. A site whose disk does not know it was put back to an older state.
     """
 
     round: int
@@ -52,6 +55,7 @@ class RoundRequest:
     attestations: dict[str, str] = field(default_factory=dict)
     question: bytes = b""
     held: str = ""
+    past: bytes = b""
 
 
 @dataclass(frozen=True)

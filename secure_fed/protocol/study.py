@@ -12,7 +12,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -87,6 +87,25 @@ class StudyClass(FileModel):
     def _some_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
         if not prompts:
             raise ValueError("a class needs at least one prompt, a text that describes its images")
+        return prompts
+
+
+class Concept(FileModel):
+    """Something that a person looks for in an image, by which a prediction is explained; nothing is trained on it.
+
+    Attributes:
+        name: in a word or two, as a page of cases shows it.
+        prompts: texts that describe images with it, reviewed by people; the concept's feature is the mean of theirs.
+    """
+
+    name: Text
+    prompts: tuple[Text, ...]
+
+    @field_validator("prompts")
+    @classmethod
+    def _some_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if not prompts:
+            raise ValueError("a concept needs at least one prompt, a text that describes images with it: write one")
         return prompts
 
 
@@ -586,27 +605,29 @@ class Simulation(FileModel):
         """
         if self.shared:
             return
-        self._refuse_listed_twice()
-        folders = {site.name: (data / site.folder).resolve() for site in self.sites if not site.images}
+        folders = {site.name: (data / site.folder).resolve() for site in self.sites}
+        self._refuse_listed_twice(folders)
+        whole = {folders[site.name]: site.name for site in self.sites if not site.images}
         for site in self.sites:
-            whole = [name for name, folder in folders.items() if folder == (data / site.folder).resolve()]
-            if site.images and whole:
+            if site.images and folders[site.name] in whole:
                 raise StudyError(
-                    f"simulation.sites: {site.name} has a list of the images of {site.folder}, and {whole[0]} has the "
-                    "whole folder; expected a list for each site that shares a folder"
+                    f"simulation.sites: {site.name} has a list of the images of {site.folder}, and "
+                    f"{whole[folders[site.name]]} has the whole folder; expected a list for each site that shares a "
+                    "folder"
                 )
-        for first, second in permutations(folders, 2):
-            inner, outer = folders[first], folders[second]
-            if inner == outer or outer in inner.parents:
-                how = "are one" if inner == outer else "lie one inside the other"
+        for first, second in permutations(self.sites, 2):
+            inner, outer = folders[first.name], folders[second.name]
+            one = inner == outer and not first.images
+            if one or outer in inner.parents:
+                how = "are one" if one else "lie one inside the other"
                 raise StudyError(
-                    f"simulation.sites: the folders of {first}, {inner}, and of {second}, {outer}, {how}; expected a "
-                    "folder of its own for each site, or one site trains on what another is tested on: separate their "
-                    "images, or say shared = true in [simulation] if that is meant"
+                    f"simulation.sites: the folders of {first.name}, {inner}, and of {second.name}, {outer}, {how}; "
+                    "expected a folder of its own for each site, or one site trains on what another is tested on: "
+                    "separate their images, or say shared = true in [simulation] if that is meant"
                 )
 
-    def _refuse_listed_twice(self) -> None:
-        listed = Counter((site.folder, path) for site in self.sites for path in set(site.images))
+    def _refuse_listed_twice(self, folders: Mapping[str, Path]) -> None:
+        listed = Counter((folders[site.name], path) for site in self.sites for path in set(site.images))
         twice = [path for (_, path), count in listed.items() if count > 1]
         if twice:
             raise StudyError(
@@ -632,6 +653,8 @@ class StudyFile(FileModel):
         collusion: how many of those may pool all they have with the server without learning another site's update. 0:
             one is enough, since all sites hold the study's key; pads, which alone could change that, are not there.
         round_seconds: how long a round waits for missing sites before it goes on with a quorum.
+        records_url: where else records may be fetched, by digest: any web server with copies of the coordinator's
+            folder of them, which need not be trusted; from the coordinator alone if not given.
         task: ``classify``, or ``anomaly``: only normal images train, and what is unlike them is found.
         classes: at least two; a class's number is its place in this list. Of a study of anomalies one, that of normal
             images: every other label is an anomaly's.
@@ -641,6 +664,7 @@ class StudyFile(FileModel):
         training: one round's local training.
         aggregation: what every site makes of a round's average.
         encoding: how an update becomes bounded integers.
+        concepts: by which predictions are explained at the sites; none by default.
         windows: which grey values are shown, by modality; without one, what each file says.
         background: what shows through where a picture is transparent.
         privacy: public constants of training under differential privacy.
@@ -686,6 +710,7 @@ class StudyFile(FileModel):
     faulty: Annotated[int, Field(ge=1, le=1000)] = 1
     collusion: Annotated[int, Field(ge=0, le=1000)] = 0
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
+    records_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]{1,250}$")] | None = None
     task: Literal["classify", "anomaly"] = "classify"
     classes: tuple[StudyClass, ...]
     backbone: Backbone
@@ -694,6 +719,7 @@ class StudyFile(FileModel):
     training: Training
     aggregation: Aggregation = Aggregation()
     encoding: Encoding
+    concepts: tuple[Concept, ...] = ()
     windows: tuple[Window, ...] = ()
     background: Background = "black"
     privacy: PrivateTraining = PrivateTraining()
@@ -776,6 +802,12 @@ class StudyFile(FileModel):
         if method is not None and method.sums and aggregation != Aggregation():
             raise ValueError(f"{method.adapter} adds sums up; expected no rule: leave [aggregation] out")
         return aggregation
+
+    @field_validator("concepts")
+    @classmethod
+    def _distinct_concepts(cls, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+        _refuse_duplicates("concept", [concept.name for concept in concepts])
+        return concepts
 
     @field_validator("windows")
     @classmethod

@@ -7,19 +7,38 @@ from __future__ import annotations
 
 import base64
 import email.utils
+import re
 import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, auto
 from urllib.request import getproxies, proxy_bypass
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-REQUEST_SIGNATURE = "secfacmic-signature"
-"""Header of a site's signature over :func:`request_message`, base64."""
+KEY_HEADER = "flwr-public-key"
+"""Header of the public half of a site's connection key: PEM, base64."""
+
+TIME, RUN, OFFSET, TOTAL, DIGEST, SIGNATURE = (
+    f"secfacmic-{name}" for name in ("time", "run", "offset", "total", "digest", "signature")
+)
+"""Headers of a site's signed request (:class:`SignedRequest`)."""
+
+WAIT = "secfacmic-wait"
+"""Header of a look: for how many seconds the server may wait for something to come before it answers."""
+
+MOST_WAIT = 25.0
+"""Most seconds that a look waits: shorter than what firewalls and proxies allow a connection to be silent."""
 
 AHEAD_SECONDS, BEHIND_SECONDS = 5.0, 305.0
-"""Flower's limits for a site's clock."""
+"""Limits for a site's clock: what it signs counts from then to then."""
+
+_HEX = re.compile(r"[0-9a-f]{64}|")
 
 
 class Mistrust(Enum):
@@ -97,14 +116,87 @@ def clock_fault(ahead: float) -> str | None:
     return f"this computer's clock is {abs(ahead):.0f} s {side} the server's"
 
 
-def request_message(timestamp: str, method: str, path: str) -> bytes:
-    """What a site signs of a request besides Flower's bare timestamp, to be checked before its body is read.
+@dataclass(frozen=True)
+class SignedRequest:
+    """What a site signs of each request; checked before a byte of its body is read.
+
+    Attributes:
+        site: the sender's name, which its key has at the server too; not sent.
+        method, path: of the request.
+        length: bytes of its body.
+        digest: SHA-256 of its body, hex.
+        time: when it was signed, Unix time in milliseconds.
+        run: the run that it belongs to; empty for Flower's calls.
+        offset: where its body belongs in the whole that it is a part of.
+        total: bytes of that whole; 0 if there is none.
+    """
+
+    site: str
+    method: str
+    path: str
+    length: int
+    digest: str
+    time: int
+    run: str = ""
+    offset: int = 0
+    total: int = 0
+
+    def signed_bytes(self) -> bytes:
+        """What the signature is over."""
+        fields = (self.time, self.site, self.run, self.method, self.path, self.offset, self.length, self.total)
+        return "\n".join(["secfacmic request 2", *map(str, fields), self.digest]).encode()
+
+    def headers(self, key: ec.EllipticCurvePrivateKey) -> dict[str, str]:
+        """The headers that carry it, signed.
+
+        Args:
+            key: the site's connection key.
+        """
+        signature = base64.b64encode(key.sign(self.signed_bytes(), ec.ECDSA(hashes.SHA256()))).decode("ascii")
+        found = {TIME: str(self.time), DIGEST: self.digest, SIGNATURE: signature, KEY_HEADER: public_key_header(key)}
+        if self.total or self.run:
+            found |= {RUN: self.run, OFFSET: str(self.offset), TOTAL: str(self.total)}
+        return found
+
+
+def public_key_header(key: ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) -> str:
+    """The public half of a connection key as :data:`KEY_HEADER` has it."""
+    public = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
+    return base64.b64encode(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode("ascii")
+
+
+def read_signed_request(
+    headers: Mapping[bytes, bytes], method: str, path: str, site: str, key: ec.EllipticCurvePublicKey
+) -> SignedRequest | None:
+    """The request that a member's key has signed just now, as its headers say; None if it has not.
 
     Args:
-        timestamp: as in Flower's header.
+        headers: by name in lower case.
         method, path: of the request.
+        site: the name of the member whose key it is.
+        key: the member's connection key.
     """
-    return f"secfacmic request 1\n{timestamp}\n{method}\n{path}".encode()
+    try:
+        run, digest = (headers.get(name.encode(), b"").decode("ascii") for name in (RUN, DIGEST))
+        offset, total = (_count(headers.get(name.encode(), b"0")) for name in (OFFSET, TOTAL))
+        signed_at = _count(headers[TIME.encode()])
+        length = _count(headers.get(b"content-length", b"0"))
+        signature = base64.b64decode(headers[SIGNATURE.encode()], validate=True)
+        if not digest or not (_HEX.fullmatch(digest) and _HEX.fullmatch(run)):
+            return None
+        request = SignedRequest(site, method, path, length, digest, signed_at, run, offset, total)
+        if not -AHEAD_SECONDS < time.time() - signed_at / 1000 < BEHIND_SECONDS:
+            return None
+        key.verify(signature, request.signed_bytes(), ec.ECDSA(hashes.SHA256()))
+    except (KeyError, ValueError, InvalidSignature):
+        return None
+    return request
+
+
+def _count(text: bytes) -> int:
+    if not text.isdigit() or len(text) > 16:
+        raise ValueError
+    return int(text)
 
 
 def unsigned_pull(host: str, key: ec.EllipticCurvePublicKey) -> str:
@@ -116,8 +208,7 @@ def unsigned_pull(host: str, key: ec.EllipticCurvePublicKey) -> str:
         host: the server's name.
         key: the public half of the site's connection key.
     """
-    public = base64.b64encode(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode()
     return (
-        f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nflwr-public-key: {public}\r\n"
-        "\r\n"
+        f"POST /v1/fleet/pull HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"
+        f"{KEY_HEADER}: {public_key_header(key)}\r\n\r\n"
     )

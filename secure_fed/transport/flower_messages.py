@@ -1,37 +1,41 @@
 """Requests and replies as the content of Flower messages, and the bundle that stands for a study.
 
-Both directions are allow-lists: content with a field, record, array or type that is not listed here is refused.
-Only Flower's public API is used.
+Both directions are allow-lists: content with a field, record or type that is not listed here is refused. Large bytes
+are not in a message: it names them by SHA-256 and length, and they travel beside it. Only Flower's public API is used.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import zipfile
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeVar
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from pydantic import ValidationError
+from flwr.app import ConfigRecord, RecordDict
+from pydantic import StringConstraints, ValidationError
 
 from secure_fed.core.errors import ProtocolError
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import Count
+from secure_fed.protocol.study import Hex64
 
 ROUND_MESSAGE = "train.round"
 """The one message type of the protocol."""
 
-RECORD_TYPE = "secfacmic.record"
-QUESTION_TYPE = "secfacmic.question"
-ENVELOPE_TYPE = "secfacmic.envelope"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
-QUESTION = "question"
-WITH_ENVELOPE = frozenset(
-    {ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.REVEALED, ReplyCode.VOID, ReplyCode.ACKNOWLEDGED}
-)
+MAX_WORD = 8192
+WORDS = frozenset({ReplyCode.READY, ReplyCode.REVEALED, ReplyCode.VOID})
+"""Replies with a signed word of some hundred bytes, which is in the message itself."""
+
+LARGE = frozenset({ReplyCode.UPDATE, ReplyCode.ACKNOWLEDGED})
+"""Replies with bytes that travel beside the message."""
+
+Word = Annotated[str, StringConstraints(max_length=MAX_WORD)]
+"""A signed word, base64."""
 
 Fields = TypeVar("Fields", bound=FileModel)
 
@@ -44,6 +48,11 @@ class _RequestFields(FileModel):
     sites: tuple[str, ...]
     attestations: tuple[str, ...]
     held: str
+    digests: tuple[Hex64, ...]
+    lengths: tuple[Count, ...]
+    question: Hex64 | Literal[""]
+    question_length: Count
+    past: Word
 
 
 class _ReplyFields(FileModel):
@@ -51,10 +60,18 @@ class _ReplyFields(FileModel):
     run: str
     position: Count
     attestation: str
+    word: Word
+    digest: Hex64 | Literal[""]
+    length: Count
 
 
-def request_content(request: RoundRequest) -> RecordDict:
-    """A request as message content."""
+def request_content(request: RoundRequest, publish: Callable[[bytes], str]) -> RecordDict:
+    """A request as message content.
+
+    Args:
+        request: to a site.
+        publish: lets sites fetch bytes, and gives their digest.
+    """
     sites = sorted(request.attestations)
     fields = ConfigRecord(
         {
@@ -65,28 +82,37 @@ def request_content(request: RoundRequest) -> RecordDict:
             "sites": sites,
             "attestations": [request.attestations[site] for site in sites],
             "held": request.held,
+            "digests": [publish(data) for data in request.records],
+            "lengths": [len(data) for data in request.records],
+            "question": publish(request.question) if request.question else "",
+            "question_length": len(request.question),
+            "past": base64.b64encode(request.past).decode("ascii"),
         }
     )
-    records = {f"{index:06d}": _array(data, RECORD_TYPE) for index, data in enumerate(request.records)}
-    if request.question:
-        records[QUESTION] = _array(request.question, QUESTION_TYPE)
-    return RecordDict({"request": fields, "records": ArrayRecord(records)})
+    return RecordDict({"request": fields})
 
 
-def read_request(content: RecordDict) -> RoundRequest:
-    """The request in a message.
+def read_request(content: RecordDict, fetch: Callable[[str, int], bytes]) -> RoundRequest:
+    """The request in a message, with the bytes that it names.
+
+    Args:
+        content: of the message.
+        fetch: gets bytes by their digest and length.
 
     Raises:
         ProtocolError: it has anything that a request does not have.
     """
-    fields, arrays = _parts(content, "request", "records")
-    parsed = _parse(fields, _RequestFields)
+    parsed = _parse(content, "request", _RequestFields)
     if len(parsed.sites) != len(parsed.attestations) or len(set(parsed.sites)) != len(parsed.sites):
         raise ProtocolError(f"{len(parsed.attestations)} attestations of {len(parsed.sites)} sites; expected one each")
-    records = tuple(_bytes(arrays[name], RECORD_TYPE) for name in sorted(set(arrays) - {QUESTION}))
-    question = _bytes(arrays[QUESTION], QUESTION_TYPE) if QUESTION in arrays else b""
-    if len(records) > 1 and sum(map(len, records)) > PAGE_BYTES:
-        raise ProtocolError(f"a page of {sum(map(len, records))} bytes; expected at most {PAGE_BYTES}")
+    if len(parsed.digests) != len(parsed.lengths):
+        raise ProtocolError(f"{len(parsed.lengths)} lengths of {len(parsed.digests)} records; expected one each")
+    if len(parsed.lengths) > 1 and sum(parsed.lengths) > PAGE_BYTES:
+        raise ProtocolError(f"a page of {sum(parsed.lengths)} bytes; expected at most {PAGE_BYTES}")
+    for length in (*parsed.lengths, parsed.question_length):
+        _refuse_length(length)
+    records = tuple(fetch(digest, length) for digest, length in zip(parsed.digests, parsed.lengths, strict=True))
+    question = fetch(parsed.question, parsed.question_length) if parsed.question else b""
     return RoundRequest(
         round=parsed.round,
         attempt=parsed.attempt,
@@ -96,38 +122,51 @@ def read_request(content: RecordDict) -> RoundRequest:
         attestations=dict(zip(parsed.sites, parsed.attestations, strict=True)),
         question=question,
         held=parsed.held,
+        past=_word(parsed.past),
     )
 
 
-def reply_content(reply: RoundReply) -> RecordDict:
-    """A reply as message content; the sender's name is not in it, its connection says who it is."""
+def reply_content(reply: RoundReply, send: Callable[[str, bytes], str]) -> RecordDict:
+    """A reply as message content; the sender's name is not in it, its connection says who it is.
+
+    Args:
+        reply: of the site.
+        send: brings bytes of a run to the server, and gives their digest.
+    """
     fields = ConfigRecord(
         {
             "code": reply.code.value,
             "run": reply.run,
             "position": reply.position,
             "attestation": reply.attestation,
+            "word": base64.b64encode(reply.envelope).decode("ascii") if reply.code in WORDS else "",
+            "digest": send(reply.run, reply.envelope) if reply.code in LARGE else "",
+            "length": len(reply.envelope) if reply.code in LARGE else 0,
         }
     )
-    envelope = {"envelope": _array(reply.envelope, ENVELOPE_TYPE)} if reply.envelope else {}
-    return RecordDict({"reply": fields, "envelope": ArrayRecord(envelope)})
+    return RecordDict({"reply": fields})
 
 
-def read_reply(content: RecordDict, site: str) -> RoundReply:
-    """The reply in a message.
+def read_reply(content: RecordDict, site: str, take: Callable[[str, int], bytes]) -> RoundReply:
+    """The reply in a message, with the bytes that it names.
 
     Args:
         content: of the message.
         site: whose connection it came over.
+        take: gives bytes that this site has sent, by their digest and length.
 
     Raises:
-        ProtocolError: it has anything that a reply does not have.
+        ProtocolError: it has anything that a reply does not have, or names bytes that the site has not sent.
     """
-    fields, arrays = _parts(content, "reply", "envelope")
-    parsed = _parse(fields, _ReplyFields)
-    if set(arrays) - {"envelope"} or (parsed.code in WITH_ENVELOPE) != bool(arrays):
-        raise ProtocolError(f"{len(arrays)} envelopes with code {parsed.code}; expected one with an update, else none")
-    envelope = _bytes(arrays["envelope"], ENVELOPE_TYPE) if arrays else b""
+    parsed = _parse(content, "reply", _ReplyFields)
+    large = bool(parsed.digest)
+    if (parsed.code in LARGE) != large or large != bool(parsed.length) or (parsed.code in WORDS) != bool(parsed.word):
+        raise ProtocolError(
+            f"{parsed.length} bytes and a word of {len(parsed.word)} characters with code {parsed.code}; expected a "
+            "word with ready, revealed and void, bytes with an update or an acknowledgement, else nothing"
+        )
+    _refuse_length(parsed.length)
+    envelope = take(parsed.digest, parsed.length) if large else _word(parsed.word)
     return RoundReply(site, parsed.code, parsed.run, parsed.position, parsed.attestation, envelope)
 
 
@@ -152,31 +191,26 @@ def contract(study_id: str) -> bytes:
     return stream.getvalue()
 
 
-def _array(data: bytes, kind: str) -> Array:
-    return Array(dtype="bytes", shape=(len(data),), stype=kind, data=data)
+def _word(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:  # not base64, or not even ASCII
+        raise ProtocolError("a word that is not base64; expected a signed word in it") from None
 
 
-def _bytes(array: Array, kind: str) -> bytes:
-    if array.stype != kind or array.dtype != "bytes" or tuple(array.shape) != (len(array.data),):
-        raise ProtocolError(f"an array of another kind than {kind}; expected bytes of that kind")
-    if len(array.data) > MAX_ENVELOPE_BYTES:
-        raise ProtocolError(f"an array of {len(array.data)} bytes; expected at most {MAX_ENVELOPE_BYTES}")
-    return bytes(array.data)
+def _refuse_length(length: int) -> None:
+    if length > MAX_ENVELOPE_BYTES:
+        raise ProtocolError(f"{length} bytes in one piece; expected at most {MAX_ENVELOPE_BYTES}")
 
 
-def _parts(content: RecordDict, fields: str, arrays: str) -> tuple[Mapping[str, Any], Mapping[str, Array]]:
-    """The two records of a message, and nothing else."""
-    if set(content) != {fields, arrays} or set(content.config_records) != {fields}:
-        raise ProtocolError(f"a message with {len(content)} records; expected {fields} and {arrays} only")
-    if set(content.array_records) != {arrays}:
-        raise ProtocolError(f"a message without arrays in {arrays}; expected {fields} and {arrays} only")
-    return content.config_records[fields], content.array_records[arrays]
-
-
-def _parse(fields: Mapping[str, Any], model: type[Fields]) -> Fields:
-    for value in fields.values():
+def _parse(content: RecordDict, name: str, model: type[Fields]) -> Fields:
+    """The one record of a message, and nothing else."""
+    if set(content) != {name} or set(content.config_records) != {name}:
+        raise ProtocolError(f"a message with {len(content)} records; expected {name} only")
+    fields = content.config_records[name]
+    for key, value in fields.items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and len(text) > MAX_TEXT:
+            if isinstance(text, str) and len(text) > (MAX_WORD if key in ("word", "past") else MAX_TEXT):
                 raise ProtocolError(f"a field of {len(text)} characters; expected at most {MAX_TEXT}")
     try:
         # JSON mode is strict about types but takes a list where a tuple is asked for.

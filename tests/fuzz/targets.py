@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, SecfacmicError
 from secure_fed.privacy import ckks, keys, seal_format
@@ -248,8 +248,7 @@ def reply(data: bytes) -> None:
         config = ConfigRecord(fields)
     except (ValueError, TypeError, RecursionError, AttributeError):
         return  # Flower itself carries nothing else
-    arrays = ArrayRecord({"envelope": Array(dtype="bytes", shape=(3,), stype=messages.ENVELOPE_TYPE, data=b"abc")})
-    messages.read_reply(RecordDict({"reply": config, "envelope": arrays}), "ash")
+    messages.read_reply(RecordDict({"reply": config}), "ash", lambda digest, length: b"abc")
 
 
 def request(data: bytes) -> None:
@@ -259,7 +258,7 @@ def request(data: bytes) -> None:
         config = ConfigRecord(fields)
     except (ValueError, TypeError, RecursionError, AttributeError):
         return
-    messages.read_request(RecordDict({"request": config, "records": ArrayRecord({})}))
+    messages.read_request(RecordDict({"request": config}), lambda digest, length: b"abc")
 
 
 def _headers(pattern: str, magic: bytes) -> tuple[bytes, ...]:
@@ -275,11 +274,17 @@ def targets() -> dict[str, Target]:
     age = bytes(split_frame(KEY_MAGIC, keys_sealed[0], 10**6, KeyFileError).payload)
     public = json.dumps(world().ash.public.model_dump(mode="json")).encode()
     private = (world().folder / "ash/recipient.key").read_bytes()
-    reply_text = b'{"code":"update","run":"' + b"0" * 64 + b'","position":1,"attestation":"' + b"0" * 64 + b'"}'
+    reply_text = b'{"code":"update","run":"' + b"0" * 64 + b'","position":1,"attestation":"' + b"0" * 64
+    word_text = reply_text.replace(b"update", b"void") + b'","word":"YWJj","digest":"","length":0}'
+    reply_text += b'","word":"","digest":"' + b"0" * 64 + b'","length":3}'
     request_text = (
         b'{"round":1,"attempt":1,"more":false,"attested_head":"","sites":["ash"],"attestations":["'
         + b"0" * 64
-        + b'"],"held":""}'
+        + b'"],"digests":["'
+        + b"0" * 64
+        + b'"],"lengths":[3],"held":"","question":"'
+        + b"0" * 64
+        + b'","question_length":3,"past":"YWJj"}'
     )
     return {
         "envelope": Target(envelope, envelopes, True, EnvelopeError),
@@ -309,6 +314,6 @@ def targets() -> dict[str, Target]:
         "study.safetensors with its digest": Target(whole_study, golden("study.safetensors"), True, SecfacmicError),
         "study.safetensors": Target(initial_state, golden("study.safetensors"), False, SecfacmicError),
         "journal folder": Target(journal_folder, (journal[0], envelopes[0]), False, RecordError),
-        "reply": Target(reply, (reply_text,), False, SecfacmicError),
+        "reply": Target(reply, (reply_text, word_text), False, SecfacmicError),
         "request": Target(request, (request_text,), False, SecfacmicError),
     }

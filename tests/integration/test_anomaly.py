@@ -24,11 +24,13 @@ from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.onnx_export import write_onnx
 from secure_fed.operate.anomaly_figures import equal_place, per_region_overlap, read_mask, site_masks
+from secure_fed.operate.explain import explain
 from secure_fed.operate.new_study import new_study
 from secure_fed.operate.predict import predict_folder, write_maps, write_reports
 from secure_fed.privacy.dp_training import refuse_method
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import Template
+from secure_fed.report.case_page import case_page
 from tests.conftest import CLASSES, Federation, make_images, make_template
 
 METHOD = {
@@ -108,6 +110,19 @@ def test_the_memory_is_what_one_place_with_all_patches_would_make(finished: tupl
         np.testing.assert_allclose(sites[0].parameters[name], adapter[name], atol=0.02)  # but for 16 bits
         moved = ~np.isclose(sites[0].parameters[name], agreed.initial.adapter[name]).all(axis=1)
         assert moved.any()
+
+
+def test_a_page_of_cases_shows_scores_and_the_memorys_own_maps(
+    finished: tuple[Path, dict[str, Any]], pictures: Path
+) -> None:
+    weights = finished[0] / "backbone.safetensors"
+    image = next((pictures / "dogwood").rglob("*.png"))
+    found = predict_folder(finished[0] / "adapter.safetensors", image, checkpoint=weights)
+    explained = explain(found, weights)
+    (case,) = explained.document()["images"]
+    assert case["score"] == found.document()["images"][0]["score"]
+    assert (case["has_map"], case["zero_shot"], case["concepts"]) == (True, None, [])
+    assert f"Score {case['score']:.3f}" in case_page(explained)
 
 
 def test_predict_gives_scores_flags_and_maps(

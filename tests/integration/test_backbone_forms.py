@@ -28,7 +28,7 @@ from secure_fed.operate.new_study import new_study
 from secure_fed.protocol.study import Backbone, Template, load_study
 from tests.conftest import CLASSES, Run, template_table
 from tests.network import Network
-from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, siglip_folder
+from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, gelu_folder, siglip_folder
 
 torch.set_num_threads(1)
 
@@ -59,6 +59,7 @@ def make_bert(folder: Path) -> None:
 
 
 FORMS: dict[str, Callable[[Path], Any]] = {"clip": clip_folder, "siglip": siglip_folder, "bert": make_bert}
+ACTIVATIONS: dict[str, Callable[[Path], Any]] = {"clip-gelu": gelu_folder}
 PROMPTS = {name: ["the head", "a mass"][number % 2] + " x" * number for number, name in enumerate(CLASSES)}
 
 
@@ -67,12 +68,12 @@ def table(method: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any]:
     return template_table(rounds=1, method=method, backbone=backbone, classes=classes)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS | ACTIVATIONS)
 def test_from_the_folder_to_the_last_prediction_nobody_is_asked(
     form: str, images: Path, tmp_path: Path, asked: list[Any], secfacmic: Run
 ) -> None:
     name = f"hf-hub:fake/{form}"
-    FORMS[form](tmp_path / "carried")
+    (FORMS | ACTIVATIONS)[form](tmp_path / "carried")
     code, out, errors = secfacmic("backbone", "add", tmp_path / "carried", "--model", name)
     assert code == 0, errors
     shutil.rmtree(tmp_path / "carried")
@@ -106,6 +107,13 @@ def test_from_the_folder_to_the_last_prediction_nobody_is_asked(
     )
     assert code == 0, errors
     assert len(json.loads(out)["images"]) == 10
+    image = next((images / "ash" / CLASSES[0]).iterdir())
+    code, out, errors = secfacmic(
+        *("explain-case", "--adapter", tmp_path / "handed/adapter.safetensors", "--image", image),
+        *("--out", tmp_path / "cases", "--json"),
+    )
+    assert code == 0, errors
+    assert json.loads(out)["maps"]
     assert asked[0].read_text() == ""
 
 
@@ -124,12 +132,12 @@ def test_what_is_missing_is_said_without_asking_and_with_the_command_that_fetche
 
 
 def test_prompts_train_through_clips_text_tower_and_are_refused_for_the_others(tmp_path: Path) -> None:
-    for form, make in FORMS.items():
+    for form, make in (FORMS | ACTIVATIONS).items():
         make(tmp_path / form)
         add(tmp_path / form, f"hf-hub:fake/{form}")
         content = table({"adapter": "prompts", "context": 2}, {"model": f"hf-hub:fake/{form}", "weights": "pretrained"})
         template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
-        if form == "clip":
+        if form.startswith("clip"):
             new_study(template, [], tmp_path / f"made-{form}")
         else:
             with pytest.raises(BackboneError, match="takes no context vectors"):
@@ -228,10 +236,11 @@ def test_towers_of_different_widths_are_refused_wherever_a_backbone_comes_in(tmp
         add(tmp_path / "siglip", None)
 
 
-def test_a_client_encodes_its_images_and_calls_nobody_but_its_server(images: Path, tmp_path: Path) -> None:
-    clip_folder(tmp_path / "clip")
-    add(tmp_path / "clip", "hf-hub:fake/clip")
-    content = table({"adapter": "facmic"}, {"model": "hf-hub:fake/clip", "weights": "pretrained"})
+@pytest.mark.parametrize("form", FORMS)
+def test_a_client_encodes_its_images_and_calls_nobody_but_its_server(form: str, images: Path, tmp_path: Path) -> None:
+    FORMS[form](tmp_path / form)
+    add(tmp_path / form, f"hf-hub:fake/{form}")
+    content = table({"adapter": "facmic"}, {"model": f"hf-hub:fake/{form}", "weights": "pretrained"})
     template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
     network = Network(tmp_path / "out", template, images)
     for cache in (tmp_path / "out/sites/ash").rglob("features.sqlite*"):

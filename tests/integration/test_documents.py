@@ -20,7 +20,7 @@ TEXT = {
     *("", ".cfg", ".css", ".html", ".ipynb", ".js", ".json", ".md", ".py", ".service"),
     *(".svg", ".toml", ".txt", ".yaml", ".yml"),
 }
-WRITTEN = {"MODEL_CARD.md", "report.md", "r.md"}
+WRITTEN = {"report.md", "r.md"}
 """Pages that programs and tests write."""
 SITE = {Path("mkdocs.yml"), Path("scripts/docs_site.py")}
 """They name pages that are made when the site is built, which fails if one is missing."""
@@ -114,6 +114,35 @@ def is_in_the_code(name: str) -> bool:
             if path.exists():
                 return set(parts[length:]) <= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
     return False
+
+
+@pytest.mark.parametrize("path", sorted(path for path in pages() if path.parent == Path("docs")), ids=str)
+def test_a_page_says_first_what_it_needs_and_how_long_it_takes(path: Path) -> None:
+    """Two hundred words a minute; a page that has grown or shrunk by a fifth must say so."""
+    said = re.match(r"# .+\n\n\*\*Needs\*\* .+\. \*\*Reading\*\* (\d+) min\.\n\n", texts()[path])
+    assert said is not None
+    minutes = len(prose(path).split()) / 200
+    assert abs(int(said[1]) - minutes) <= max(1.0, minutes / 5)
+
+
+def test_the_first_page_leads_each_of_the_four_to_pages_and_every_command_of_it_is_one() -> None:
+    from secure_fed.cli import command
+
+    page = Path("docs/start.md")
+    parts = re.split(r"^## ", texts()[page], flags=re.MULTILINE)[1:]
+    assert [part.split()[-1] for part in (one.partition("\n")[0] for one in parts)] == [
+        *("hospital", "coordinator", "researcher", "officer"),
+    ]
+    assert all(len(LINK.findall(part)) >= 3 for part in parts)
+    named = set(re.findall(r"`secfacmic (\w+)", texts()[page]))
+    assert named
+    assert named <= set(command().commands)  # type: ignore[attr-defined]
+
+
+def test_the_glossary_has_each_word_once_in_order() -> None:
+    words = re.findall(r"^\| ([^|]+) \| ", texts()[Path("docs/glossary.md")], flags=re.MULTILINE)[1:]
+    assert words == sorted(set(words), key=str.lower)
+    assert {"adapter", "epsilon", "journal", "ledger", "site", "study", "update"} <= set(words)
 
 
 def test_nothing_refers_to_a_file_outside_the_repository() -> None:

@@ -46,7 +46,8 @@ from secure_fed.privacy.guard import check_training
 from secure_fed.privacy.ledger import Ledger, opened, restore
 from secure_fed.protocol import codec
 from secure_fed.protocol.envelope import EnvelopeHeader
-from secure_fed.protocol.records import RecordHeader
+from secure_fed.protocol.ledger_heads import LedgerHead
+from secure_fed.protocol.records import Chain, RecordHeader
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import parse_header, split_frame
 from secure_fed.server.coordinator import Coordinator, Step
@@ -519,8 +520,8 @@ def test_the_command_line_gives_a_budget(private: Federation) -> None:
 
 
 def envelope_of(coordinator: Coordinator, site: Site, others: list[Site]) -> RoundReply:
-    """A site's envelope, once all are ready, from a site that does not look at its own ledger's past."""
-    with mock.patch.object(type(site._private), "_confirm"):
+    """A site's envelope, once all are ready, from a site that does not look at its own past."""
+    with mock.patch.object(type(site._private), "_confirm"), mock.patch.object(Site, "_notice_past"):
         pass_step(coordinator, [site, *others])
         reply: RoundReply = site.respond(coordinator.request(site.name, site.run, site.position))
     return reply
@@ -528,13 +529,35 @@ def envelope_of(coordinator: Coordinator, site: Site, others: list[Site]) -> Rou
 
 def refused_by_the_other_sites(coordinator: Coordinator, reply: RoundReply, sites: list[Site], site: Site) -> None:
     """They see the old head in the record of a server that does not look."""
-    with mock.patch.object(type(coordinator._heads), "check"):
+    with mock.patch.object(type(coordinator._heads), "check"), mock.patch.object(Chain, "check_ledger"):
         coordinator.receive(reply)
-    for one in sites[1:]:
-        exchange(coordinator, one)
-    close_round(coordinator, [site, *sites[1:]])
+        for one in sites[1:]:
+            exchange(coordinator, one)
+        close_round(coordinator, [site, *sites[1:]])
     with pytest.raises(LedgerRollbackError, match="ash: privacy ledger at entry"):
         sites[1].respond(coordinator.request(sites[1].name, sites[1].run, sites[1].position))
+
+
+def test_the_server_takes_no_ledger_head_that_the_sites_would_refuse(private: Federation) -> None:
+    """One attempt's head is seen by the server alone: a next one that names only it would end every site's journal."""
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    ash = sites[0]
+    number, head = coordinator.journal.chain.ledgers["ash"]
+    true = ash._integers
+    heads = [LedgerHead(900, "a" * 64, ((number, head[:16]),)), LedgerHead(901, "b" * 64, ((900, "a" * 16),))]
+    pass_step(coordinator, sites)
+    with mock.patch.object(ash, "_integers", lambda path: (true(path)[0], heads[0])):
+        exchange(coordinator, ash)
+    assert coordinator.fail([])
+    pass_step(coordinator, sites)
+    with (
+        mock.patch.object(ash, "_integers", lambda path: (true(path)[0], heads[1])),
+        pytest.raises(EnvelopeError, match="does not name its entry"),
+    ):
+        exchange(coordinator, ash)
+    assert "ash" in coordinator.asked
 
 
 def test_an_older_copy_of_the_ledger_is_refused_by_everybody(private: Federation) -> None:
@@ -650,6 +673,16 @@ def test_a_ledger_in_use_is_refused(private: Federation) -> None:
     assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.READY
 
 
+def give_round_up(coordinator: Coordinator, sites: list[Site]) -> None:
+    """The first site has lost its state: it sits the open round out, without which no quorum is left."""
+    assert exchange(coordinator, sites[0]).code == ReplyCode.SITS_OUT
+    for site in sites:
+        exchange(coordinator, site)
+        site.void(coordinator.round)
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    assert coordinator.advance() is not None
+
+
 def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Federation) -> None:
     sites = trained_sites(private)
     coordinator = begin(private)
@@ -662,9 +695,8 @@ def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Fed
     restore(folder, export)
     site = private.site("ash")
     before = ledger_of(private).epsilon_spent
-    reply = site.respond(
-        coordinator.request(site.name, site.run, site.position)
-    )  # brings the journal, and with it the head
+    give_round_up(coordinator, [site, *sites[1:]])  # brings the journal, and with it the head
+    reply = site.respond(coordinator.request(site.name, site.run, site.position))
     assert reply.code == ReplyCode.READY
     coordinator.receive(reply)
     assert ledger_of(private).epsilon_spent > before
@@ -688,6 +720,7 @@ def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newe
     shutil.rmtree(private.folder / "sites/ash/state")
     restore(folder, early)
     site = private.site("ash")
+    give_round_up(coordinator, [site, *sites[1:]])
     with pytest.raises(LedgerRollbackError, match="older copy"):
         site.respond(coordinator.request(site.name, site.run, site.position))
     assert (folder / "closed").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ from secure_fed.lab import drill
 from secure_fed.lab.drill import ATTACKS, Ground
 from secure_fed.protocol import round_frames
 from secure_fed.protocol.records import Chain
-from secure_fed.server import coordinator, flower_link
+from secure_fed.server import coordinator, gate
 from secure_fed.server.coordinator import Coordinator
+from secure_fed.transport.connection import SignedRequest
 from tests.conftest import Run
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
@@ -29,6 +30,10 @@ class _SealsLate:
 
     def seal(self, *_: object) -> None:
         raise KeyFileError("no key")
+
+
+def _as_if_signed(headers: Mapping[bytes, bytes], method: str, path: str, site: str, key: object) -> SignedRequest:
+    return SignedRequest(site, method, path, int(headers[b"content-length"]), "0" * 64, 0)
 
 
 def _seals_last(patch: pytest.MonkeyPatch) -> None:
@@ -49,6 +54,7 @@ MUTATIONS: dict[str, Mutate] = {
     "B1": lambda patch: patch.setattr(Replica, "_require_word", lambda *_: None),
     "B2": _seals_last,
     "B3": lambda patch: patch.setattr(Chain, "_check_sum", lambda *_: None),
+    "B4": lambda patch: patch.setattr(Site, "_sits_out", False),
     "B5": lambda patch: patch.setattr(Replica, "_refuse_within_round", lambda *_: None),
     "B6": lambda patch: patch.setattr(
         Coordinator, "paused", property(lambda self: bool(self._refusing) and self._waiting_amendment() is None)
@@ -59,7 +65,7 @@ MUTATIONS: dict[str, Mutate] = {
     "B8": lambda patch: patch.setattr(coordinator, "_acknowledged_adapter", lambda _: ""),
     "B9": lambda patch: patch.setattr(Validation, "clamped", lambda counts, _: counts),
     "B10": lambda patch: patch.setattr(round_frames, "refuse_cohort", lambda *_: None),
-    "B11": lambda patch: patch.setattr(flower_link, "_signed", lambda *_: True),
+    "B11": lambda patch: patch.setattr(gate, "read_signed_request", _as_if_signed),
     "B12": lambda patch: patch.setattr(acceptance, "weaker", lambda *_: []),
     "B13": lambda patch: patch.setattr(coordinator, "refuse_repeated_seed", lambda *_: None),
 }

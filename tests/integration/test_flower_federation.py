@@ -14,17 +14,14 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from secure_fed.clients.flower_node import _Connection
+from secure_fed.clients.flower_node import Way, _Connection
 from secure_fed.core.errors import CertificateError, NotAdmittedError
 from secure_fed.lab.simulation import Listener, simulate
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.privacy.keys import load_identity, open_sealed_key
 from secure_fed.transport.certificates import create_authority
+from tests.borrowed import call_as
 from tests.conftest import make_template
 from tests.network import Network, loaded_files, memory_holds
 
@@ -87,23 +84,18 @@ def knock(facts: Seen, folder: Path) -> None:
         for path in [*paths, "/health"]:
             facts.statuses[f"GET {path}"] = client.get(base + path).status_code
             facts.statuses[f"POST {path}"] = client.post(base + path, content=b"x").status_code
-        for path in ("activate-node", "pull-messages"):
+        for path in ("activate-node", "pull"):
             facts.statuses[f"no key {path}"] = client.post(f"{base}/v1/fleet/{path}", content=b"").status_code
     stranger = ec.generate_private_key(ec.SECP384R1())
     address = f"127.0.0.1:{network.port}"
-    facts.refused["stranger"] = attempt(lambda: _Connection(address, authority.read_bytes(), stranger).join())
+    facts.refused["stranger"] = attempt(lambda: _Connection(Way(address, authority, 4), "stranger", stranger).join())
     create_authority(folder / "foreign", ["127.0.0.1"])
-    foreign = (folder / "foreign" / "ca.crt").read_bytes()
+    foreign = folder / "foreign" / "ca.crt"
     member = load_ssh_private_key((network.site_folder("ash") / "identity" / "flower.key").read_bytes(), None)
     assert isinstance(member, ec.EllipticCurvePrivateKey)
-    facts.refused["foreign authority"] = attempt(lambda: _Connection(address, foreign, member).join())
+    facts.refused["foreign authority"] = attempt(lambda: _Connection(Way(address, foreign, 4), "ash", member).join())
     # A member's key in the header, without the key itself: nothing but the signature proves who calls.
-    interceptor = NodeAuthHttpInterceptor(stranger, stranger.public_key())
-    interceptor._public_key_bytes = public_key_to_bytes(member.public_key())
-    with FleetHttpClient.from_server_address(address, False, authority.read_bytes(), [interceptor]) as forger:
-        request = ActivateNodeRequest(public_key=public_key_to_bytes(member.public_key()), heartbeat_interval=30)
-        facts.refused["borrowed key"] = attempt(lambda: forger.ActivateNode(request))
-        facts.refused["registering"] = attempt(lambda: forger.RegisterNode(RegisterNodeFleetRequest(public_key=b"any")))
+    facts.refused["borrowed key"] = call_as(address, authority, "ash", member.public_key())
 
 
 def attempt(call: object) -> Exception | int:
@@ -169,10 +161,10 @@ def test_from_outside_nothing_else_exists_but_health(seen: Seen) -> None:
 
 
 def test_callers_without_a_registered_key_are_refused(seen: Seen) -> None:
-    assert seen.statuses["no key activate-node"] == seen.statuses["no key pull-messages"] == 403
+    assert seen.statuses["no key activate-node"] == seen.statuses["no key pull"] == 403
     assert isinstance(seen.refused["stranger"], NotAdmittedError)
     assert seen.refused["borrowed key"] == 401
-    assert seen.refused["registering"] == 404
+    assert seen.statuses["POST /v1/fleet/register-node"] == 404
 
 
 def test_a_server_of_a_foreign_authority_is_refused(seen: Seen) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.round_loop import RoundLoop
 from secure_fed.transport.flower_messages import contract, read_request
 from tests.conftest import OBSERVER, TRAINING, Federation, make_template
+from tests.flower_messages import Shelf
 
 RUN = 7
 
@@ -44,6 +46,7 @@ class Wire(Grid):  # type: ignore[misc]
         self.away: set[str] = set()
         self.silent: set[str] = set()
         self.since = dict.fromkeys(self.apps, "first")
+        self.shelf = Shelf()
         self.bundle = contract(federation.agreed.study.id)
         self.waiting: dict[str, Message] = {}
         self.pages: dict[str, list[int]] = {}
@@ -81,7 +84,7 @@ class Wire(Grid):  # type: ignore[misc]
             content = recorddict_from_proto(recorddict_to_proto(message.content))
             self.waiting[name] = make_message(metadata=message.metadata, content=content)
             site = self.apps[message.metadata.dst_node_id].site.name
-            self.pages.setdefault(site, []).append(sum(map(len, read_request(content).records)))
+            self.pages.setdefault(site, []).append(sum(map(len, read_request(content, self.shelf.fetch).records)))
             self.ttls.append(message.metadata.ttl)
             names.append(name)
         return names
@@ -95,7 +98,7 @@ class Wire(Grid):  # type: ignore[misc]
                 continue
             del self.waiting[name]
             context = Context(RUN, message.metadata.dst_node_id, {}, RecordDict(), {})
-            replies.append(app.answer(message, context, self.bundle))
+            replies.append(app.answer(message, context, self.bundle, self.shelf))
         return replies
 
 
@@ -112,7 +115,7 @@ def _begin(federation: Federation) -> tuple[Coordinator, Wire, RoundLoop]:
 
 
 def _loop(federation: Federation, coordinator: Coordinator, wire: Wire) -> RoundLoop:
-    return RoundLoop(coordinator, federation.agreed, wire, wire.nodes)
+    return RoundLoop(coordinator, federation.agreed, wire, wire.nodes, wire.shelf, wire.shelf)
 
 
 def _steps(loop: RoundLoop, condition: Any, seconds: float = 30.0) -> None:
@@ -304,16 +307,36 @@ def test_when_members_change_the_loop_ends_for_them_to_be_registered(federation:
 def test_when_too_few_can_train_the_study_ends_with_its_own_code(federation: Federation) -> None:
     coordinator, wire, loop = _begin(federation)
     _steps(loop, lambda: len(coordinator.rounds) == 1)
-    site = wire.apps[wire.nodes["cedar"]].site
+    for name in ("birch", "cedar"):
+        _has_nothing_to_give(wire, name)
+    with pytest.raises(NotEnoughSitesError, match="1 sites can still train"):
+        _steps(loop, lambda: False)
+
+
+def test_one_site_that_says_it_has_nothing_to_give_is_named_and_does_not_end_the_study(
+    federation: Federation, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    honest = _has_nothing_to_give(wire, "cedar")
+    _steps(loop, lambda: caplog.text.count("cedar says that it has no update to give") == 2)
+    assert not coordinator.finished
+    wire.apps[wire.nodes["cedar"]].site.respond = honest
+    _steps(loop, lambda: coordinator.finished, 60)
+
+
+def _has_nothing_to_give(wire: Any, name: str) -> Any:
+    """Let a site say so whenever it is asked for a word; how it answers in truth."""
+    site = wire.apps[wire.nodes[name]].site
     respond = site.respond
 
     def spent(request: Any) -> Any:
         reply = respond(request)
         return dataclasses.replace(reply, code=ReplyCode.APPLIED, envelope=b"") if reply.envelope else reply
 
-    site.respond = spent  # type: ignore[method-assign]
-    with pytest.raises(NotEnoughSitesError, match="2 sites can still train"):
-        _steps(loop, lambda: False)
+    site.respond = spent
+    return respond
 
 
 def _rotated(federation: Federation, coordinator: Coordinator, **changes: Any) -> bytes:
@@ -356,3 +379,31 @@ def test_a_round_that_is_given_up_begins_anew_with_all_who_are_there(federation:
     wire.silent.clear()
     _steps(loop, lambda: coordinator.finished, 60)
     assert [entry.header.kind for entry in coordinator.journal.records][:3] == ["genesis", "void", "aggregate"]
+
+
+def test_a_site_whose_older_disk_was_put_back_sits_the_round_out_and_trains_on(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Over messages as they travel: its own envelope, which the server hands back, tells it."""
+    training = [{"name": name} for name in (*TRAINING, OBSERVER)]
+    federation = _federation(tmp_path / "out", images, rounds=2, mode="plain", sites=training)
+    state = federation.folder / "sites" / "ash" / "state"
+    coordinator = Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+    sites = federation.sites()
+    for site in sites:
+        site.features()
+    shutil.copytree(state, tmp_path / "older")
+    wire = Wire(federation, sites)
+    loop = _loop(federation, coordinator, wire)
+    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    wire.silent = {"birch"}
+    _steps(loop, lambda: "ash" in coordinator.sites_in)
+    shutil.rmtree(state)
+    shutil.copytree(tmp_path / "older", state)
+    wire.apps[wire.nodes["ash"]] = SiteApp(federation.site("ash"), federation.agreed.study.id, lambda _: None)
+    wire.since[wire.nodes["ash"]] = "second"
+    _steps(loop, lambda: "ash: was put back to an older state, and sits round 1 out" in caplog.text)
+    wire.silent = set()
+    assert loop.run()
+    assert [entry.sites for entry in coordinator.rounds] == [("birch", "cedar", OBSERVER), (*TRAINING, OBSERVER)]
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import zipfile
@@ -56,6 +57,7 @@ LEAVES = {
 MARKED = {
     "predict",
     "evaluate",
+    "explain-case",
     "plot",
     "report --local-metrics",
     "ledger show",
@@ -63,6 +65,7 @@ MARKED = {
     "ledger link",
     "site results",
     "doctor",
+    "page",
 }
 """Commands with figures of the site's images that nobody paid for; each says that they are local."""
 
@@ -139,7 +142,7 @@ def run(*arguments: str) -> Result:
 def test_an_export_holds_nothing_that_nobody_paid_for(patients: Federation, tmp_path: Path, name: str) -> None:
     site = patients.folder / "sites" / name / "site.toml"
     assert run("export", "--site", site, "--out", tmp_path / "export").exit_code == 0
-    card = (tmp_path / "export/MODEL_CARD.md").read_text()
+    card = (tmp_path / "export/README.md").read_text()
     assert "No metrics of single sites" in card
     assert "did not train under differential privacy" not in card
     assert "privacy budget" in card or "differentially private" in card
@@ -202,6 +205,11 @@ def test_every_local_figure_says_that_it_is_local(patients: Federation, tmp_path
     assert LOCAL in said.stderr
     said = run("predict", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint, "--json")
     assert json.loads(said.stdout)["local"] == LOCAL
+    one = next(images.rglob("*.png"))
+    out = tmp_path / "cases"
+    said = run("explain-case", "--adapter", adapter, "--image", one, "--checkpoint", file.checkpoint, "--out", out)
+    assert LOCAL in said.stderr
+    assert LOCAL in html.unescape((out / "cases.html").read_text())
     said = run("evaluate", "--adapter", adapter, "--images", images, "--checkpoint", file.checkpoint)
     assert LOCAL in said.stdout
     said = run("plot", folder, "--out", tmp_path / "plots")

@@ -493,7 +493,7 @@ def test_onnx_gives_the_same_logits(secfacmic: Any, images: Path, tmp_path: Path
     expected = file.initial.logit_scale * (x @ own["weight"].T + own["bias"])
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
     assert np.abs(probabilities - file.predict(x)).max() < 1e-5
-    assert "one sum" in (tmp_path / "export" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "one sum" in (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_report_tells_of_the_head_and_of_what_a_byte_buys(secfacmic: Any, images: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import socket
 import ssl
 import subprocess
@@ -11,21 +12,30 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.supercore.date import now
 
 from secure_fed.protocol.rounds import ReplyCode
-from secure_fed.server import flower_link, listener
+from secure_fed.server import flower_api, gate, listener
 from secure_fed.server.listener import MEMBER_CONNECTIONS, STRANGERS, STRANGERS_AT_ADDRESS, Callers
-from secure_fed.transport.connection import REQUEST_SIGNATURE, request_message
+from secure_fed.transport.connection import (
+    DIGEST,
+    KEY_HEADER,
+    OFFSET,
+    RUN,
+    TIME,
+    TOTAL,
+    SignedRequest,
+)
 from secure_fed.transport.flower_messages import read_reply
-from tests.integration.test_flower_site import Link, _asked, _first_push, _reply
+from tests.flower_messages import Shelf
+from tests.integration.test_flower_site import Link, _asked, _push, _reply
+
+NOTHING = hashlib.sha256(b"").hexdigest()
 
 OUTSIDER = """
 import socket, ssl, sys, threading, time
@@ -39,14 +49,14 @@ def hold(number):
     try:
         link = connect(number % 4 == 0)
         held.append(link)
-        link.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\\r\\nX-Slow: ")
+        link.sendall(b"POST /v1/fleet/pull HTTP/1.1\\r\\nX-Slow: ")
     except OSError:
         pass
 def send(number):
     try:
         link = connect(True)
         held.append(link)
-        link.sendall((f"POST /v1/fleet/push-object HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 8000000\\r\\n"
+        link.sendall((f"POST /v1/fleet/push HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 8000000\\r\\n"
                       f"flwr-public-key: {key}\\r\\n\\r\\n").encode())
         for _ in range(80):
             link.sendall(bytes(100_000))
@@ -92,7 +102,7 @@ def exchange(link: Link) -> None:
     assert received is not None
     ash.push(_reply(received[0]), 0.1)
     (message,) = grid.pull_messages([identifier])
-    assert read_reply(message.content, "ash").code == ReplyCode.MORE
+    assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
     ash.leave()
     grid.close()
 
@@ -128,15 +138,21 @@ def raw(link: Link) -> ssl.SSLSocket:
     return trust.wrap_socket(socket.create_connection(("127.0.0.1", link.port)), server_hostname="127.0.0.1")
 
 
-def head(link: Link, length: int, **signed: str) -> bytes:
-    """The head of a member's request; signed for another time, method or path if one is given, unsigned if empty."""
-    timestamp, path = now().isoformat(), "/v1/fleet/pull-messages"
-    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {length}", f"flwr-public-key: {public_key(link)}"]
-    if signed != {"nothing": ""}:
-        parts = {"timestamp": timestamp, "method": "POST", "path": path} | signed
-        signature = link.key.sign(request_message(**parts), ec.ECDSA(hashes.SHA256()))
-        lines += [f"{TIMESTAMP_HEADER}: {timestamp}", f"{REQUEST_SIGNATURE}: {base64.b64encode(signature).decode()}"]
+def head(link: Link, length: int, /, **other: Any) -> bytes:
+    """The head of a member's request, signed for another time, method, path... if one is given; unsigned for None."""
+    facts = {"method": "POST", "path": "/v1/fleet/pull", "length": length, "digest": NOTHING}
+    facts |= {"site": "ash", "time": time.time_ns() // 1_000_000}
+    lines = [f"POST {facts['path']} HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+    signed = SignedRequest(**(facts | other))  # type: ignore[arg-type]
+    true = {TIME: str(facts["time"]), DIGEST: NOTHING} | ({RUN: "", OFFSET: "0", TOTAL: "0"} if other else {})
+    headers = signed.headers(link.key) | (true if other else {})
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def unsigned(link: Link, length: int) -> bytes:
+    lines = ["POST /v1/fleet/pull HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+    return "\r\n".join([*lines, f"{KEY_HEADER}: {public_key(link)}", "", ""]).encode()
 
 
 def answer(link: Link, request: bytes) -> bytes:
@@ -147,15 +163,26 @@ def answer(link: Link, request: bytes) -> bytes:
 
 
 def test_a_body_is_not_read_before_its_signature_is_checked(link: Link) -> None:
-    assert answer(link, head(link, 100, nothing="")).startswith(b"HTTP/1.1 401")  # no byte of the body was sent
+    assert answer(link, unsigned(link, 100)).startswith(b"HTTP/1.1 401")  # no byte of the body was sent
 
 
 @pytest.mark.parametrize(
-    "other", [{"path": "/v1/fleet/get-run"}, {"method": "PUT"}, {"timestamp": "2026-01-01T00:00:00+00:00"}]
+    "other",
+    [
+        {"path": "/v1/fleet/get-run"},
+        {"method": "PUT"},
+        {"time": 1_700_000_000_000},
+        {"site": "birch"},
+        {"length": 1},
+        {"digest": "0" * 64},
+        {"run": "1" * 64},
+        {"offset": 1},
+        {"total": 1},
+    ],
 )
-def test_a_signature_counts_for_its_own_time_method_and_path(link: Link, other: dict[str, str]) -> None:
+def test_a_signature_counts_for_its_own_request(link: Link, other: dict[str, Any]) -> None:
     assert answer(link, head(link, 0, **other)).startswith(b"HTTP/1.1 401")
-    # Signed right, it is let through to Flower, which misses its own signature: and only then is there a text.
+    # Signed right it is let through, and told that the node in its body is another: and only then is there a text.
     assert b"content-length: 0" not in answer(link, head(link, 0)).lower()
 
 
@@ -192,11 +219,11 @@ def test_headers_have_a_size(link: Link) -> None:
             assert connection.recv(100)[:12] in (b"HTTP/1.1 400", b"")
 
 
-def test_a_body_that_drips_is_given_up(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower_link, "BODY_SECONDS", 0.3)
+def test_a_body_that_does_not_come_is_given_up(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
     with raw(link) as connection:
         connection.settimeout(5)
-        connection.sendall(head(link, 1000) + b"x")
+        connection.sendall(head(link, 1000) + b"x")  # and nothing more
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
         assert drip(connection, 5)
 
@@ -209,16 +236,16 @@ def test_a_member_leaves_no_more_in_memory_than_one_reply_to_what_it_was_asked(
     received = ash.pull()
     assert received is not None
     store = link.link._state.object_store
-    ash._client.PushMessages(_first_push(ash, _reply(received[0])))
+    ash._client.push(_push(ash, _reply(received[0])))
     held = len(store)
     for code in (ReplyCode.FAILED, ReplyCode.FAILED_DATA):
         with pytest.raises(httpx.HTTPStatusError, match="409"):
-            ash._client.PushMessages(_first_push(ash, _reply(received[0], code)))
+            ash._client.push(_push(ash, _reply(received[0], code)))
     assert len(store) == held
-    monkeypatch.setattr(flower_link, "MAX_PARTS", 2)
-    request = _first_push(ash, _reply(received[0]))
+    monkeypatch.setattr(flower_api, "MAX_PARTS", 2)
+    request = _push(ash, _reply(received[0]))
     with pytest.raises(httpx.HTTPStatusError, match="409"):
-        ash._client.PushMessages(request)
+        ash._client.push(request)
     ash.leave()
     grid.close()
 

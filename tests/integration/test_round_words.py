@@ -243,9 +243,10 @@ def test_a_sum_out_of_range_pauses_the_study_for_people_and_costs_nothing(federa
     before = sites[1].adapter_digest
     # ash sends four times the largest value, signed, with a right check.
     path = sites[0].replica.files.folder.integers(1)
-    stored = safetensors.numpy.load(path.read_bytes())["integers"]
-    huge = np.full_like(stored, 4 * federation.agreed.lanes.max_integer)
-    path.write_bytes(safetensors.numpy.save({"integers": huge}))
+    true = path.read_bytes()
+    stored = safetensors.numpy.load(true)
+    huge = np.full_like(stored["integers"], 4 * federation.agreed.lanes.max_integer)
+    path.write_bytes(safetensors.numpy.save(stored | {"integers": huge}))
     with (
         mock.patch("secure_fed.privacy.ckks.check_integers"),
         mock.patch.object(Cipher, "open", return_value=huge),
@@ -254,6 +255,7 @@ def test_a_sum_out_of_range_pauses_the_study_for_people_and_costs_nothing(federa
     for site in sites[1:]:
         exchange(coordinator, site)
     close_round(coordinator, sites)
+    path.write_bytes(true)
     assert exchange(coordinator, sites[1]).code == ReplyCode.REFUSED_AGGREGATE
     assert not coordinator.paused, "one site's word alone pauses nobody"
     for site in (sites[0], sites[2], federation.site("birch")):
@@ -324,6 +326,155 @@ def test_a_second_sum_at_one_adapter_needs_the_word_of_each_sites_people(
     assert again[0].revealed_to == TRAINING
     bound = again[0].replica.files.bound
     assert bound.released == "", "for one other cohort, and no third"
+
+
+def test_after_a_refused_round_the_adapter_has_not_moved_and_the_same_integers_are_sent(
+    four: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would be a second equation for the same unknowns: the two sums' difference is of updates alone."""
+    sites = four.sites()
+    coordinator = begin(four)
+    sent = []
+    quantised = PlainSealer.seal
+
+    def spy(self: PlainSealer, integers: Any, binding: Any, site: str) -> Any:
+        sent.append((binding.round, site, integers.tobytes()))
+        return quantised(self, integers, binding, site)
+
+    monkeypatch.setattr(PlainSealer, "seal", spy)
+    refused_by_all(coordinator, sites)
+    monkeypatch.setattr(Replica, "paused", False)  # as when people have let the study go on
+    again = four.sites()
+    pass_step(coordinator, again)
+    close_round(coordinator, again)
+    assert coordinator.round == 3
+    first, second = ({site: data for number, site, data in sent if number == due} for due in (1, 2))
+    assert first == second
+    assert len(second) == 4
+    for site in again:
+        exchange(coordinator, site)
+    pass_step(coordinator, again)
+    for site in again:
+        exchange(coordinator, site)
+    third = {site: data for number, site, data in sent if number == 3}
+    assert all(third[name] != second[name] for name in second), "the adapter has moved"
+
+
+def test_whoever_has_revealed_and_lost_its_integers_makes_no_others_at_that_adapter(
+    four: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a patient is forgotten after a refused round: the difference of the two would be that patient's."""
+    sites = four.sites()
+    coordinator = begin(four)
+    refused_by_all(coordinator, sites)
+    monkeypatch.setattr(Replica, "paused", False)
+    for path in sites[0].replica.files.folder.outbox.iterdir():
+        path.unlink()
+    ash = four.site("ash")
+    assert exchange(coordinator, ash).code == ReplyCode.APPLIED
+    assert not list(ash.replica.files.folder.outbox.iterdir()), "nothing was trained"
+    say(four, "ash", "release")
+    assert exchange(coordinator, four.site("ash")).code == ReplyCode.READY
+
+
+def put_back(federation: Federation, copy: Path) -> Site:
+    """Ash's state folder as it was, and ash started anew."""
+    import shutil
+
+    state = federation.folder / "sites" / "ash" / "state"
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    return federation.site("ash")
+
+
+@pytest.fixture
+def older(four: Federation, tmp_path: Path) -> Path:
+    """Ash's state folder before the run."""
+    import shutil
+
+    copy = tmp_path / "older"
+    shutil.copytree(four.folder / "sites" / "ash" / "state", copy)
+    return copy
+
+
+def test_an_older_disk_learns_from_its_own_words_at_the_server_and_sits_the_round_out(
+    four: Federation, older: Path
+) -> None:
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    ash = put_back(four, older)
+    assert exchange(coordinator, ash).code == ReplyCode.SITS_OUT
+    assert "ash" in coordinator.left_out
+    assert coordinator.fail(["ash"])
+    assert exchange(coordinator, four.site("ash")).code == ReplyCode.SITS_OUT, "also after a restart"
+    entry = None
+    while entry is None:
+        entry = pass_step(coordinator, sites[1:])
+    assert exchange(coordinator, four.site("ash")).code == ReplyCode.READY, "it goes on with the next round"
+
+
+def test_an_older_disk_that_revealed_gives_no_second_reveal_and_its_people_can_give_the_round_up(
+    four: Federation, older: Path
+) -> None:
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    exchange(coordinator, sites[0])
+    ash = put_back(four, older)
+    assert exchange(coordinator, ash).code == ReplyCode.SITS_OUT
+    assert ash.replica.files.bound.with_whom == ()
+    assert ash.void(1), "nobody knows whether it had revealed"
+    for site in sites[1:3]:
+        site.void(1)
+    for site in (ash, *sites[1:3]):
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+    assert exchange(coordinator, ash).code == ReplyCode.APPLIED, "the adapter has not moved"
+    ash.release()
+    assert exchange(coordinator, ash).code == ReplyCode.READY
+
+
+def test_an_older_disk_goes_on_with_the_next_round_where_the_sum_holds_what_it_had_revealed(
+    four: Federation, older: Path
+) -> None:
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    exchange(coordinator, sites[0])
+    ash = put_back(four, older)
+    assert exchange(coordinator, ash).code == ReplyCode.SITS_OUT
+    assert close_round(coordinator, sites[1:]).sites == (*TRAINING, "dogwood")
+    assert exchange(coordinator, ash).code == ReplyCode.READY
+
+
+def test_an_older_disk_learns_from_the_records_where_the_server_withholds_its_words(
+    four: Federation, older: Path
+) -> None:
+    sites = four.sites()
+    coordinator = begin(four)
+    run_round(coordinator, sites)
+    ash = put_back(four, older)
+    reply = ash.respond(replace(coordinator.request("ash", "", 0), past=b""))
+    assert reply.code == ReplyCode.SITS_OUT
+    assert ash.round == 1, "it has applied what it lacked"
+    # One that was only away has no word in the records that it does not know.
+    assert sites[1].respond(coordinator.request("birch", sites[1].run, sites[1].position)).code == ReplyCode.READY
+
+
+def test_a_word_that_is_another_sites_or_no_word_is_not_taken_for_its_own(four: Federation) -> None:
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    request = coordinator.request("ash", sites[0].run, sites[0].position)
+    foreign = coordinator.request("birch", sites[1].run, sites[1].position).past
+    assert request.past
+    for past in (foreign, request.past[:-1] + bytes([request.past[-1] ^ 1])):
+        with pytest.raises((ProtocolError, EnvelopeError)):
+            sites[0].respond(replace(request, past=past))
+    assert sites[0].respond(request).code == ReplyCode.UPDATE
 
 
 def say(federation: Federation, name: str, *command: object) -> str:

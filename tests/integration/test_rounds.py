@@ -410,6 +410,7 @@ class Forger:
         return self.wire.record(total, len(indices))
 
     def give(self, record: bytes, site: int = 0) -> RoundReply:
+        """Hand a record out; a site that takes it finds a REVEAL there that it did not give, and sits the next out."""
         request = RoundRequest(round=2, attempt=1, records=(record,), more=False)
         return self.sites[site].respond(request)
 
@@ -450,7 +451,10 @@ def test_one_residue_more_is_refused_and_nothing_is_decrypted(forger: Forger) ->
 
 
 def test_the_honest_sum_is_accepted_by_the_same_path(forger: Forger) -> None:
-    assert forger.give(forger.record(forger.summed([0, 1, 2]))).code == ReplyCode.READY
+    before = forger.sites[0].adapter_digest
+    assert forger.give(forger.record(forger.summed([0, 1, 2]))).code == ReplyCode.SITS_OUT
+    assert forger.sites[0].round == 1
+    assert forger.sites[0].adapter_digest != before
 
 
 @pytest.mark.parametrize(
@@ -475,7 +479,7 @@ def test_a_record_out_of_place_is_refused_before_any_decryption(
     with pytest.raises(RecordError, match=match):
         forger.give(record)
     assert not list(forger.federation.folder.glob("sites/ash/state/runs/*/pins/*"))
-    assert forger.give(forger.record(forger.summed([0, 1, 2]))).code == ReplyCode.READY
+    assert forger.give(forger.record(forger.summed([0, 1, 2]))).code == ReplyCode.SITS_OUT
 
 
 def test_a_flipped_bit_anywhere_in_a_record_is_refused(forger: Forger) -> None:
@@ -488,7 +492,7 @@ def test_a_flipped_bit_anywhere_in_a_record_is_refused(forger: Forger) -> None:
         with pytest.raises(RecordError):
             forger.give(bytes(record))
         record[:] = whole
-    assert forger.give(whole).code == ReplyCode.READY
+    assert forger.give(whole).code == ReplyCode.SITS_OUT
 
 
 def test_only_the_first_candidate_of_a_round_is_ever_decrypted(forger: Forger) -> None:
@@ -529,7 +533,7 @@ def test_a_scaled_sum_and_another_runs_envelopes_are_refused(forger: Forger) -> 
     second.payloads = second.spooled()  # the sites' words are for what they sent
     bent = second.record(second.summed([0, 1, 2]))
     assert record != bent
-    assert second.give(bent, site=1).code == ReplyCode.READY
+    assert second.give(bent, site=1).code == ReplyCode.SITS_OUT
 
 
 # --- runs and keys ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secure_fed import configs
-from secure_fed.core.errors import OutputError, StorageError, StudyError, SummaryError, SweepFileError
+from secure_fed.core.errors import DataLeakError, OutputError, StorageError, StudyError, SummaryError, SweepFileError
 from secure_fed.lab.simulation import open_sites, prepare
 from secure_fed.lab.sweep import (
     Finished,
@@ -157,6 +158,17 @@ def test_trials_whose_sites_share_a_folder_fail_before_anything_is_made(tmp_path
         planned(write(tmp_path, table))
     shared = planned(write(tmp_path, table, grid={"simulation.shared": [True]}))
     assert [trial.error for trial in shared] == [None]
+
+
+def test_a_sweep_over_sites_that_share_images_is_refused_as_a_whole(images: Path, tmp_path: Path) -> None:
+    data = tmp_path / "images"
+    shutil.copytree(images, data)
+    shutil.rmtree(data / "dogwood")  # the observer, which is tested on all that it has
+    shutil.copytree(data / "ash", data / "dogwood")
+    path = write(tmp_path, data=str(data), grid={"training.steps": [1, 2]})
+    with pytest.raises(DataLeakError, match="the sweep is refused as a whole"):
+        run_sweep(path, tmp_path / "out", SweepListener(), jobs=1)
+    assert read_sweep(tmp_path / "out").trials == []
 
 
 def test_patients_are_never_swept(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from PIL import Image
 
 from secure_fed.cli import main
 from secure_fed.clients.data import SiteImage
+from secure_fed.clients.data_check import check_data
+from secure_fed.clients.decoding import MOST_WORKERS
 from secure_fed.clients.duplicates import Fingerprint, exact_copies, fingerprint, inseparable, near_twins
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.tomlfile import write_toml
@@ -230,3 +233,17 @@ def test_a_killed_check_and_a_killed_encoding_go_on(hospital, federation, check)
     features = federation.site("ash").features()
     assert features.encoded == count - kept
     assert len(features.train.y) == count
+
+
+def test_mirrored_views_are_counted_where_it_is_said_how_long_encoding_takes(federation):
+    file = read_site_file(federation.folder / "sites" / "ash" / "site.toml")
+    study = federation.agreed.study
+    mirrored = study.model_copy(update={"backbone": study.backbone.model_copy(update={"mirrored": True})})
+    found = [check_data(file, replace(federation.agreed, study=one)) for one in (study, mirrored)]
+    plain, both = (one["encoding"] for one in found)
+    trained = sum(splits["train"] for splits in found[0]["classes"].values()) + found[0]["unlabelled"]
+    assert 0 < trained < plain["images"] == found[0]["images"]
+    assert both["images"] == plain["images"] + trained
+    assert both["seconds"] == pytest.approx(
+        both["seconds_per_image"] * both["images"] / min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    )

@@ -20,17 +20,18 @@ RAMP = np.arange(-600, 1000, 25, dtype=np.int16).reshape(8, 8)
 
 
 def dicom(pixels, colour="MONOCHROME2", **fields) -> Dataset:
-    """A file of signed or unsigned grey values, [rows, columns] or [frames, rows, columns], or RGB bytes."""
+    """A file of signed or unsigned grey values, [rows, columns] or [frames, rows, columns], or bytes of colours."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = MRImageStorage
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
     dataset.PatientID, dataset.Modality, dataset.PhotometricInterpretation = "MRN-7781", "MR", colour
-    dataset.SamplesPerPixel = 3 if colour == "RGB" else 1
-    if colour == "RGB":
+    colours = colour in ("RGB", "YBR_FULL")
+    dataset.SamplesPerPixel = 3 if colours else 1
+    if colours:
         dataset.PlanarConfiguration = 0
-    frames = pixels.shape[0] if pixels.ndim == 3 and colour != "RGB" else None
+    frames = pixels.shape[0] if pixels.ndim == 3 and not colours else None
     if frames:
         dataset.NumberOfFrames = frames
     dataset.Rows, dataset.Columns = pixels.shape[1:3] if frames else pixels.shape[:2]
@@ -138,7 +139,7 @@ def test_what_cannot_be_decoded_says_why():
         (as_bytes(unknown), "cannot be decoded .JPEG-LS Lossless"),
         (as_bytes(report), "DICOM without pixels .MR."),
         (short, "cannot be decoded"),
-        (as_bytes(dicom(RAMP, "CMYK")), "photometric interpretation CMYK"),
+        (as_bytes(dicom(RAMP, "CMYK")), r"PhotometricInterpretation \(0028,0004\) is CMYK"),
         (as_bytes(dicom(RAMP, WindowCenter=1, WindowWidth=2, VOILUTFunction="MAGIC")), "VOI function MAGIC"),
         (b"\0" * 128 + b"DICM" + b"rubbish" * 9, "DICOM"),
     ]
@@ -162,6 +163,8 @@ def test_the_patient_is_in_the_header(tmp_path):
     (tmp_path / "c.png").write_bytes(b"no DICOM")
     (tmp_path / "d.dcm").write_bytes(b"\0" * 128 + b"DICMrubbish")
     names = ("a.dcm", "b.dcm", "c.png", "d.dcm", "absent.dcm")
+    (tmp_path / "e.dcm").write_bytes(as_bytes(dicom(RAMP)).replace(b"MRN-7781", b"MRN\\7781"))
+    assert patient_id(tmp_path / "e.dcm") == "MRN\\7781"
     assert [patient_id(tmp_path / name) for name in names] == ["MRN-7781", "", "", "", ""]
 
 

@@ -1,11 +1,13 @@
 """Hospitals' tables are read as their writers meant them, or refused by line and column: nothing shifts."""
 
+import os
+import re
 import unicodedata
 from collections import Counter
 
 import pytest
 
-from secure_fed.clients.data import Choice, Notes, read_data
+from secure_fed.clients.data import Choice, Notes, image_files, read_data
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
 from secure_fed.core.errors import DataError, LabelError, ManifestError
@@ -128,7 +130,10 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("1234567890123450000", "1234567890123460017"), []),
         (("Mar-12", "=B2", "#ZAHL!"), ["spreadsheet"] * 3),
         (("Unknown Patient", "TEST^PATIENT", "No Name", "99999", "-9", "TRUE"), ["placeholder"] * 6),
-        (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99"), []),
+        (("1,234", "1234", "1.234"), ["writings"]),
+        (("Doe^John", "DOE^JOHN^^"), ["writings"]),
+        (("2024-01-05", "05.01.2024", "1/5/24", "5. Mai"), ["spreadsheet"] * 4),
+        (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99", "12-34-5678", "1.2.3", "1-2-33-4"), []),
     ],
 )
 def test_ids_that_leave_open_who_is_who_are_found(ids, kinds):
@@ -167,9 +172,23 @@ def test_similar_ids_are_shown():
 
 def test_columns_that_mean_nothing_are_told(tmp_path):
     notes = Notes()
-    rows = b"path,label,patient,splits\na.png,dark,p1,test\nb.png,light,p2,train\n"
+    rows = b"path,label,patient,splits\na.png,dark,p1,few\nb.png,light,p2,train\n"
     assert len(found(tmp_path, rows, notes=notes)) == 2
     assert "columns that mean nothing here: splits" in notes.told[0]
+
+
+@pytest.mark.parametrize("cells", [("test", "train"), ("Validation", "Training"), ("", "dev")])
+def test_a_column_of_splits_by_another_name_is_refused_as_test_images_would_be_trained_on(tmp_path, cells):
+    rows = "path,label,patient,set\na.png,dark,p1,{}\nb.png,light,p2,{}\n".format(*cells)
+    with pytest.raises(ManifestError, match="column 'set' holds names of splits, and there is no column split"):
+        found(tmp_path, rows.encode())
+    with_splits = rows.replace("set", "set,split").replace("p1,", "p1,x,train").replace("p2,", "p2,x,train")
+    assert len(found(tmp_path, re.sub("train.*", "train", with_splits).encode())) == 2
+
+
+def test_an_id_with_a_line_break_is_refused_by_line(tmp_path):
+    with pytest.raises(ManifestError, match=r"line 2: 'a.png' has patient 'p\\n1', with a line break"):
+        found(tmp_path, b'path,label,patient\na.png,dark,"p\n1"\nb.png,light,p2\n')
 
 
 def test_labels_are_taken_in_one_form(tmp_path):
@@ -215,6 +234,20 @@ def test_a_row_may_name_a_folder_a_series_and_a_slice_of_it(tmp_path):
         assert fault in str(caught.value)
 
 
+def test_a_row_that_names_another_series_than_its_file_is_refused(tmp_path):
+    series(tmp_path / "ct", 2, SeriesInstanceUID="1.2.1")
+    (tmp_path / "a.png").touch()
+
+    def of(*rows):
+        (tmp_path / "manifest.csv").write_text("\n".join(["path,label,patient,series", *rows]))
+        return read_data(tmp_path, CLASSES, "patient", HALF, 0)
+
+    assert len(of("ct/00.dcm,dark,,1.2.1", "ct/01.dcm,dark,,before surgery", "a.png,dark,P1,1.2.7")) == 3
+    with pytest.raises(ManifestError) as caught:
+        of("ct/00.dcm,dark,,1.2.1", "ct/01.dcm,dark,,1.2.2")
+    assert "line 3: 'ct/01.dcm' is of series 1.2.1 (0020,000E), and column series says 1.2.2" in str(caught.value)
+
+
 def test_slices_without_a_position_are_in_the_order_that_people_count_in(tmp_path):
     (tmp_path / "s").mkdir()
     for number in range(1, 12):
@@ -238,6 +271,28 @@ def test_what_lies_in_no_class_is_told_and_a_link_to_nothing_stops(tmp_path):
     (tmp_path / "light").symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match="light: a link to nothing"):
         read_data(tmp_path, CLASSES, "image", HALF, 0)
+
+
+def test_what_cannot_be_opened_or_named_stops_or_is_passed_over(tmp_path):
+    (tmp_path / "dark").mkdir()
+    (tmp_path / "dark" / "a.png").touch()
+    os.mkfifo(tmp_path / "dark" / "b.dcm")  # whoever opened it would wait for ever
+    notes = Notes()
+    assert [path.name for path in image_files(tmp_path, notes)] == ["a.png"]
+    assert notes.passed_over == [f"{tmp_path}/dark/b.dcm: a pipe or device, no file"]
+    (tmp_path / "dark" / "c.dcm").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"dark/c.dcm: a link to nothing; mount or restore"):
+        list(image_files(tmp_path))
+    (tmp_path / "dark" / "c.dcm").unlink()
+    os.rename(tmp_path / "dark" / "a.png", os.fsencode(tmp_path) + b"/dark/M\xfcller.png")
+    with pytest.raises(DataError, match=r"dark/M\\udcfcller.png: a name that is no UTF-8 and cannot be written down"):
+        list(image_files(tmp_path))
+    os.rename(os.fsencode(tmp_path) + b"/dark/M\xfcller.png", os.fsencode(tmp_path) + b"/dark/M\xfcller.pdf")
+    assert not list(image_files(tmp_path, notes := Notes()))
+    assert (
+        notes.passed_over[-1].encode()
+        == f"{tmp_path}/dark/M\\udcfcller.pdf: no image, by its content and its name".encode()
+    )
 
 
 def test_a_file_that_links_put_into_two_classes_is_refused(tmp_path):

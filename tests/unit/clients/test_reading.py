@@ -39,8 +39,8 @@ from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, grey
 SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(64)).astype(np.uint16) * 16  # 12 bits
 
 
-def encapsulated(pixels, syntax, codestream, **fields):
-    dataset = dicom(pixels, **fields)
+def encapsulated(pixels, syntax, codestream, colour="MONOCHROME2", **fields):
+    dataset = dicom(pixels, colour, **fields)
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.PixelData = encapsulate([codestream])
     dataset["PixelData"].is_undefined_length = True
@@ -103,9 +103,46 @@ def test_baseline_jpeg_and_run_lengths_are_shown_as_other_decoders_show_them():
     assert np.array_equal(grey(packed), grey(dicom(SMOOTH, **TWELVE)))
 
 
-def test_every_transfer_syntax_has_a_decoder_here():
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("predictor", range(1, 8))
+def test_lossless_jpeg_keeps_every_value_whatever_its_bits_and_predictor(bits, predictor):
+    values = np.random.default_rng(predictor).integers(0, 2**bits, (9, 14))
+    kind = np.uint8 if bits == 8 else np.uint16
+    stream = imagecodecs.jpeg8_encode(values.astype(kind), lossless=True, predictor=predictor, bitspersample=bits)
+    fields = {"BitsStored": bits, "HighBit": bits - 1, "WindowCenter": 2 ** (bits - 1), "WindowWidth": 2**bits}
+    found = grey(encapsulated(values.astype(kind), uid.JPEGLossless, stream, **fields))
+    assert np.array_equal(found, grey(dicom(values.astype(kind), **fields)))
+    signed = (values - 2 ** (bits - 1)).astype(np.int8 if bits == 8 else np.int16)
+    fields["WindowCenter"] = 0
+    low = (signed.astype(np.int64) % 2**bits).astype(kind)
+    stream = imagecodecs.jpeg8_encode(low, lossless=True, predictor=predictor, bitspersample=bits)
+    found = grey(encapsulated(signed, uid.JPEGLossless, stream, **fields))
+    assert np.array_equal(found, grey(dicom(signed, **fields)))
+
+
+@pytest.mark.parametrize("colour", ["RGB", "YBR_FULL"])
+def test_lossless_jpeg_keeps_colours_as_the_header_names_them(colour):
+    pixels = np.random.default_rng(3).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    stream = imagecodecs.jpeg8_encode(pixels, lossless=True, colorspace="RGB", outcolorspace="RGB")
+    if colour == "YBR_FULL":  # names of the components as others write them, with JFIF for the word on RGB
+        start = stream.index(b"\xff\xee")
+        stream = stream[:start] + b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0" + stream[start + 16 :]
+        for between in (b"\x11\0", b"\0"):  # in the frame's header and in the scan's
+            stream = stream.replace(b"R%bG%bB" % (between, between), b"\1%b\2%b\3" % (between, between))
+    found = encapsulated(pixels, uid.JPEGLosslessSV1, stream, colour=colour)
+    plain = decode(as_bytes(dicom(pixels, colour)))
+    assert np.array_equal(np.asarray(decode(as_bytes(found))), np.asarray(plain))
+
+
+def test_every_transfer_syntax_has_a_decoder_here_and_none_ends_the_process_on_a_broken_frame():
     assert all(transfer_syntaxes().values())
     assert len(transfer_syntaxes()) == 16
+    assert not any("gdcm" in plugins for plugins in transfer_syntaxes().values())  # even where it is installed
+    stream = imagecodecs.ljpeg_encode(SMOOTH, bitspersample=12)
+    for broken in (stream[:2] + b"\0" + stream[3:], stream.replace(b"\xff\xc3\0\x0b\x0c", b"\xff\xc3\0\x0b\xff")):
+        assert broken != stream  # gdcm ends the process, with SIGABRT and SIGSEGV
+        with pytest.raises(UndecodableError, match="cannot be decoded"):
+            decode(as_bytes(encapsulated(SMOOTH, uid.JPEGLosslessSV1, broken, **TWELVE)))
 
 
 def test_a_windows_width_below_one_is_exact_and_one_of_nothing_is_passed_over_and_told():
@@ -192,6 +229,9 @@ def test_a_table_maps_each_value_whatever_its_bits_and_sign():
         "VOILUTSequence": Sequence([lut(2**16 - 300, entries, 8)]),
     }
     assert np.array_equal(grey(dicom(unsigned, **rescaled)), expected)
+    # Nor does it depend on whether this picture, of a file whose values may lie below zero, has such.
+    bright = dicom(unsigned[4:], **rescaled)
+    assert np.array_equal(grey(bright), expected[4:])
     # A modality table of 12 bits, then a window.
     table = Sequence([lut(0, np.arange(4095, -1, -1), 12)])
     found = grey(dicom(SMOOTH, ModalityLUTSequence=table, **TWELVE))
@@ -200,6 +240,20 @@ def test_a_table_maps_each_value_whatever_its_bits_and_sign():
     short.LUTDescriptor = [11, 0, 12]
     with pytest.raises(UndecodableError, match="VOI LUT of 10 entries of 12 bits, and its descriptor"):
         grey(dicom(SMOOTH, VOILUTSequence=Sequence([short])))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32])
+def test_every_value_that_pixels_can_have_is_shown(kind):
+    ends = np.iinfo(kind)
+    for many in (False, True):  # few values are computed each, of many each but once
+        values = np.array([[ends.min, ends.max], [0, 1]], dtype=kind)
+        values = np.tile(values, (200, 200)) if many else values
+        width = float(ends.max) - float(ends.min)
+        fields = {"WindowCenter": (float(ends.max) + float(ends.min)) / 2, "WindowWidth": width}
+        expected = np.rint(255 * ((values.astype(float) - ends.min) / width)).astype(int)
+        found = grey(dicom(values, VOILUTFunction="LINEAR_EXACT", **fields))
+        assert np.array_equal(found, expected)
+        assert np.array_equal(grey(dicom(values)), expected)
 
 
 def test_values_in_the_upper_bits_are_moved_down():
@@ -213,6 +267,94 @@ def test_values_in_the_upper_bits_are_moved_down():
             UndecodableError, match=rf"HighBit \(0028,0102\) is {wrong} and BitsStored .* 12; expected 11"
         ):
             grey(dicom(SMOOTH, **(TWELVE | {"HighBit": wrong})))
+
+
+def coloured(entries=256, bits=16, **fields):
+    """Grey values from 0 to 255, of which each colour is a multiple."""
+    dataset = dicom(np.arange(256, dtype=np.uint8).reshape(16, 16), "PALETTE COLOR")
+    for factor, colour in enumerate(("Red", "Green", "Blue"), start=1):
+        name = f"{colour}PaletteColorLookupTable"
+        setattr(dataset, f"{name}Descriptor", [entries % 2**16, 0, bits])
+        dataset[f"{name}Descriptor"].VR = "US"
+        values = (np.arange(256) * factor % 256).astype(np.uint8 if bits == 8 else "<u2")
+        setattr(dataset, f"{name}Data", (values if bits == 8 else values * 257).tobytes())
+        dataset[f"{name}Data"].VR = "OW"
+    for name, value in fields.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def test_palettes_show_their_colours():
+    expected = np.stack([np.arange(256).reshape(16, 16) * factor % 256 for factor in (1, 2, 3)], axis=-1)
+    for bits in (8, 16):
+        assert np.array_equal(np.asarray(decode(as_bytes(coloured(bits=bits)))), expected)
+    # Colours for single values beside grey ones, as devices that overlay flow write them, are not followed; it is told.
+    beside = coloured()
+    beside.PhotometricInterpretation = "MONOCHROME2"
+    assert decode_all_of([as_bytes(beside)])[0].notes == ("colours beside the grey values (0028,1101) passed over",)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "says"),
+    [
+        (
+            dicom(RAMP, BitsStored=0),
+            r"HighBit \(0028,0102\) is 15 and BitsStored \(0028,0101\) 0; expected at least one",
+        ),
+        (dicom(RAMP, RescaleSlope=[2, 3]), r"RescaleSlope \(0028,1053\) has 2 values; expected one"),
+        (dicom(RAMP, "HSV"), r"PhotometricInterpretation \(0028,0004\) is HSV; expected one of MONOCHROME1, "),
+        (
+            dicom(np.zeros((4, 4, 3), np.uint16), "RGB"),
+            r"colours of 16 bits \(BitsAllocated \(0028,0100\)\); expected 8",
+        ),
+        (
+            coloured(entries=300),
+            r"RedPaletteColorLookupTableData \(0028,1201\) has 512 bytes, for 300 entries of 16 bits",
+        ),
+        (coloured(GreenPaletteColorLookupTableData=None), r"GreenPaletteColor\w+ \(0028,1202\) has 0 bytes, for 256"),
+        (
+            coloured(BluePaletteColorLookupTableDescriptor=[256, 0]),
+            r"\(0028,1103\) is \[256, 0\]; expected three numbers",
+        ),
+        (
+            dicom(np.stack([RAMP] * 3), PerFrameFunctionalGroupsSequence=Sequence([Dataset()])),
+            r"PerFrameFunctionalGroupsSequence \(5200,9230\) has 1 items, of 3 frames; expected one for each",
+        ),
+    ],
+    ids=lambda value: value.split("(")[0] if isinstance(value, str) else "",
+)
+def test_a_header_that_leaves_open_what_is_shown_is_refused_with_the_tag(dataset, says):
+    with pytest.raises(UndecodableError, match=says):
+        decode(as_bytes(dataset))
+
+
+def test_a_table_whose_descriptor_is_none_is_refused_with_the_tag():
+    item = lut(0, range(256), 16)
+    item.LUTDescriptor = [256, 0]
+    with pytest.raises(UndecodableError, match=r"VOI LUT's descriptor \(0028,3002\) is \[256, 0\]; expected three"):
+        grey(dicom(RAMP, VOILUTSequence=Sequence([item])))
+
+
+def test_a_kind_of_colours_in_small_letters_is_meant_as_in_capitals():
+    assert np.array_equal(grey(dicom(RAMP, "monochrome1")), grey(dicom(RAMP, "MONOCHROME1")))
+
+
+def test_a_transfer_syntax_that_is_not_read_is_told_with_its_name():
+    native = as_bytes(dicom(RAMP)).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.113619.5.2\0\0")
+    with pytest.raises(UndecodableError, match=r"\(0002,0010\) 1.2.840.113619.5.2 .* not read; .* secfacmic doctor"):
+        decode(native)
+    several = encapsulated(SMOOTH, uid.UID("1.2.840.10008.1.2.4.92"), j2k(SMOOTH), **TWELVE)
+    with pytest.raises(UndecodableError, match=r"\(JPEG 2000 Part 2 .*\) is not read; .* export the file uncompressed"):
+        decode(as_bytes(several))
+
+
+def test_what_a_header_says_and_cannot_be_followed_is_told():
+    tables = dicom(RAMP, PresentationLUTSequence=Sequence([Dataset()]))
+    nowhere = raw(dicom(RAMP, WindowWidth="400"), "WindowCenter", b"nan ")
+    assert [found.notes for found in decode_all_of([as_bytes(tables), nowhere])] == [
+        ("a presentation table (2050,0010) passed over",),
+        ("window of centre nan (0028,1050) passed over; expected a number and a width above 0",),
+    ]
 
 
 def test_an_element_of_no_known_kind_is_told_in_one_sentence():
@@ -423,6 +565,12 @@ def test_scouts_and_screenshots_are_known():
     for name in ("SeriesDescription", "ProtocolName"):
         assert decode_all_of([as_bytes(dicom(RAMP, **{name: "AAHead_Scout_32ch"}))])[0].kind == "scout"
     assert decode_all_of([as_bytes(dicom(RAMP, ConversionType="WSD"))])[0].kind == "screenshot"
+    for modality, name, kind in (
+        *(("MR", "3-Plane Loc SSFSE", "scout"), ("CT", "\u00dcbersicht", "scout"), ("MR", "Survey", "scout")),
+        *(("DX", "Bone survey", ""), ("MR", "local block", "")),
+    ):
+        found = decode_all_of([as_bytes(dicom(RAMP, Modality=modality, SeriesDescription=name))])
+        assert found[0].kind == kind, name
     scout = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     capture = dicom(RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2")
     burned = dicom(RAMP, BurnedInAnnotation="YES", Manufacturer="ACME", ManufacturerModelName="Seer 3")
@@ -490,16 +638,18 @@ def test_a_nifti_is_turned_whatever_way_it_was_stored():
 
 
 def test_a_nifti_is_turned_in_every_way_that_axes_can_lie():
+    # Slices that are unlike each other, as those of an even ramp are not once they are stretched.
+    unlike = np.random.default_rng(5).integers(0, 99, (4, 5, 6), dtype=np.int16)
     for order in itertools.permutations(range(3)):
         for flips in itertools.product((1, -1), repeat=3):
-            volume = VOLUME.transpose(order)[tuple(slice(None, None, flip) for flip in flips)]
+            volume = unlike.transpose(order)[tuple(slice(None, None, flip) for flip in flips)]
             affine = np.eye(4)
             affine[:3, :3] = 0
             for new, (old, flip) in enumerate(zip(order, flips, strict=True)):
                 affine[old, new] = flip
             stored = nifti(np.ascontiguousarray(volume), affine, packed=False)
             for axis in AXES:
-                assert np.array_equal(decode(stored, 1, axis), decode(nifti(), 1, axis)), (order, flips, axis)
+                assert np.array_equal(decode(stored, 1, axis), decode(nifti(unlike), 1, axis)), (order, flips, axis)
 
 
 def test_a_nifti_that_does_not_say_which_side_is_right_is_shown_and_told():
@@ -507,6 +657,31 @@ def test_a_nifti_that_does_not_say_which_side_is_right_is_shown_and_told():
     mute = content[:252] + bytes(4) + content[256:]  # qform_code and sform_code
     notes = [see(open_file(one), Place(), Rules()).facts.notes for one in (content, mute)]
     assert notes == [(), ("neither sform nor qform says which side is the patient's right",)]
+
+
+def test_a_gzipped_nifti_of_several_parts_is_one_volume():
+    large = np.random.default_rng(0).integers(0, 999, (9, 9, 9_000), dtype=np.int16)
+    for cut, whole in ((100, nifti(packed=False)), (400, nifti(packed=False)), (1_200_000, nifti(large, packed=False))):
+        parts = gzip.compress(whole[:cut]) + gzip.compress(whole[cut:])
+        last = open_file(whole).frames - 1
+        assert np.array_equal(np.asarray(decode(parts, last)), np.asarray(decode(whole, last)))
+
+
+def test_what_programs_write_behind_a_niftis_header_is_passed_over():
+    image = nibabel.Nifti1Image(VOLUME, np.eye(4))
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("afni", b"<AFNI_attributes/>" * 50))
+    for content in (image.to_bytes(), gzip.compress(image.to_bytes())):
+        assert np.array_equal(np.asarray(decode(content)), np.asarray(decode(nifti())))
+
+
+@pytest.mark.parametrize("entry", [0.0, np.nan, np.inf])
+def test_a_nifti_whose_axes_span_no_space_is_refused(entry):
+    content = nifti(packed=False)
+    content = (
+        content[:254] + struct.pack("<h", 1) + content[256:280] + struct.pack("<12f", *[entry] * 12) + content[328:]
+    )
+    with pytest.raises(UndecodableError, match="axes do not span space; expected an invertible affine"):
+        decode(content)
 
 
 def test_slope_and_byte_order_of_a_nifti_are_heeded():
@@ -534,13 +709,14 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
         (gzip.compress(struct.pack("<I", 348) + bytes(4444)), "NIfTI header with magic"),
         (nifti()[:-9], "gzipped file that ends too early"),
         (nifti(np.zeros((9, 9, 9), np.int16), packed=False)[:400], "a NIfTI of 9 x 9 x 9 values in 400 bytes"),
+        (gzip.compress(nifti(packed=False)[:-2]), "gzipped file that ends too early"),
         (gzip.compress(nifti(packed=False) + bytes(2**28)), "goes on behind the 592 bytes of its values"),
         (
             gzip.compress(claim(999)),
             r"a NIfTI of 1,994,006,350 bytes; expected at most 536,870,910 .* raise most_pixels",
         ),
     ],
-    ids=["four dimensions", "no magic", "cut gzip", "cut", "bomb", "claim"],  # gzip has the time in it
+    ids=["four dimensions", "no magic", "cut gzip", "cut", "cut before", "bomb", "claim"],  # gzip has the time in it
 )
 def test_a_nifti_that_cannot_be_shown_says_why(content, reason):
     with pytest.raises(UndecodableError, match=reason):
@@ -636,3 +812,17 @@ def test_frames_of_one_file_are_read_and_hashed_once(tmp_path, monkeypatch):
 
 def test_the_page_on_data_has_the_table_of_formats():
     assert table() in (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_rare_kinds_of_ordinary_formats_are_told_from_what_is_no_image():
+    eight = (SMOOTH >> 4).astype(np.uint8)
+    twelve = imagecodecs.jpeg8_encode(SMOOTH, bitspersample=12)
+    for content in (twelve, imagecodecs.ljpeg_encode(SMOOTH, bitspersample=12), b"II*\0" + bytes(99)):
+        with pytest.raises(UndecodableError, match=r"is broken or of a rare kind .* convert it to PNG, or use DICOM"):
+            decode(content)
+    with pytest.raises(UndecodableError, match="no image in a format that is read"):
+        decode(imagecodecs.jpegxl_encode(eight))
+    with pytest.raises(UndecodableError, match="gzipped file that is no NIfTI; expected it unpacked"):
+        decode(gzip.compress(as_bytes(dicom(RAMP))))
+    with pytest.raises(UndecodableError, match="JPEG 2000 file of values with a sign"):
+        decode(imagecodecs.jpeg2k_encode((eight >> 1).astype(np.int8), codecformat="jp2"))

@@ -79,7 +79,7 @@ def test_names_of_state_folders_stand_nowhere_but_in_the_layout() -> None:
         if path != Path(layout.__file__)
         for name in _offences(path.read_text(encoding="utf-8"), names)
     }
-    assert found == OTHERS | {("secure_fed/transport/flower_messages.py", "06d")}  # records of a message, by number
+    assert found == OTHERS
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_without_a_status_file_the_journal_tells(federation: Federation) -> None
         with exclusive(folder):
             text = CliRunner().invoke(app, ["status", str(folder)]).output
         assert f"{role}: running" in text
+        assert "NOT running" in CliRunner().invoke(app, ["status", str(folder)]).output  # rounds are left
     missing = CliRunner().invoke(app, ["status", str(federation.folder / "nowhere")])
     assert isinstance(missing.exception, RecordError)
 
@@ -164,7 +165,8 @@ def test_who_has_done_its_work_is_not_said_to_be_down(finished_run: Path, tmp_pa
         CliRunner().invoke(app, ["status", str(path)]).output for path in (site, site / "site.toml", site / "state")
     }
     assert len(shown) == 1
-    assert "site: NOT running" in shown.pop()  # no process has ever said that it is over
+    assert "site: finished\n" in shown.pop()  # no process has ever said so: the journal and the study do
+    assert CliRunner().invoke(app, ["status", str(site), "--check"]).exit_code == 0
 
 
 def test_a_check_for_a_health_probe_fails_only_where_a_process_is_missing(tmp_path: Path) -> None:

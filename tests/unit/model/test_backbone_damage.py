@@ -6,6 +6,7 @@ import json
 import socket
 from pathlib import Path
 
+import open_clip
 import pytest
 import safetensors.torch
 import tomli_w
@@ -163,3 +164,17 @@ def test_weights_named_by_digest_come_from_what_was_downloaded(
     monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "another"))
     named = Backbone(model=NAME, weights="pretrained", digest=added.digest, id=added.id)
     assert load_backbone(named, None).id == added.id
+
+
+def test_a_download_that_broke_off_is_not_begun_again_for_weights_named_by_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    entry = open_clip.pretrained._pcfg(url="https://openaipublic.invalid/0123abcd/tiny.pt")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "random-small", {"tiny": entry})
+    kept = tmp_path / ".cache/clip/tiny.pt"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"PK\3\4" + bytes(3000))
+    named = Backbone(model="random-small", weights="pretrained", tag="tiny", digest="0" * 64)
+    with pytest.raises(BackboneError, match=f"{kept}.*ends after 0.003 MB"):
+        load_backbone(named, None)

@@ -19,10 +19,11 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
-from secure_fed.model import text_model
+from secure_fed.model import text_model, transformers_form
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
-from secure_fed.model.library import twin
+from secure_fed.model.library import known_model, twin
+from secure_fed.model.network import make_network
 from secure_fed.protocol.study import Backbone
 
 torch.set_num_threads(1)
@@ -282,6 +283,14 @@ def test_an_open_clip_folder_with_a_bert_is_open_clips_own(pooler: str, tmp_path
     assert loaded.facts["text"]["heads"] == [4]
 
 
+def test_text_models_are_taken_from_a_hubs_cache_folder_too(tmp_path: Path) -> None:
+    bert_folder(tmp_path / "biomed")
+    _, plain = add(tmp_path / "biomed", None, None, tmp_path / "text")
+    shutil.copytree(tmp_path / "text", tmp_path / "models--a--bert/snapshots/0123")
+    _, cached = add(tmp_path / "biomed", None, None, tmp_path / "models--a--bert")
+    assert cached.id == plain.id
+
+
 def test_without_its_config_only_the_usual_berts_are_assumed_and_told(tmp_path: Path) -> None:
     bert_folder(tmp_path / "biomed")
     with pytest.raises(BackboneError, match="not those of BERT base or large"):
@@ -437,6 +446,35 @@ def test_the_same_values_have_one_digest_in_any_container(tmp_path: Path) -> Non
         assert (kept.digest, kept.id) == (loaded.digest, loaded.id), name
 
 
+def tower(width: int, inner: int, layers: int, heads: int, **more: int) -> dict[str, int]:
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    return sizes | {"num_attention_heads": heads} | more
+
+
+SO = (1152, 4304, 27, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text", "vision"),
+    [
+        ("ViT-B-32", "clip", tower(512, 2048, 12, 8), {"patch_size": 32}),
+        ("ViT-L-14-336", "clip", tower(768, 3072, 12, 12), tower(1024, 4096, 24, 16, patch_size=14, image_size=336)),
+        ("ViT-B-16-SigLIP", "siglip", {}, {}),
+        ("ViT-SO400M-14-SigLIP-384", "siglip", tower(*SO), tower(*SO, patch_size=14, image_size=384)),
+    ],
+)
+def test_of_a_published_model_names_and_shapes_are_open_clips_so_that_digests_are(
+    name: str, kind: str, text: dict[str, int], vision: dict[str, int]
+) -> None:
+    width = text.get("hidden_size", 768)
+    content = {"model_type": kind, "projection_dim": width, "text_config": text, "vision_config": vision}
+    theirs, ours = (
+        {key: tuple(value.shape) for key, value in make_network(config).state_dict().items()}
+        for config in (transformers_form.model_config(content, "config.json"), known_model(name))
+    )
+    assert theirs == ours
+
+
 def test_shards_and_cache_folders_are_read(tmp_path: Path, store: Path) -> None:
     model, _, _ = clip_folder(tmp_path / "clip")
     _, whole = add(tmp_path / "clip", None)
@@ -461,6 +499,9 @@ def test_shards_and_cache_folders_are_read(tmp_path: Path, store: Path) -> None:
         _, sharded = add(tmp_path / "models--fake--clip", None)
         assert sharded.digest == whole.digest
         assert sharded.form.model == "hf-hub:fake/clip"
+        for model in (None, "random-small"):
+            with pytest.raises(BackboneError, match="one of several shards"):
+                add(snapshot / file, model)
         (snapshot / file).unlink()
         with pytest.raises(BackboneError, match=f"names 2 shards, but {file} is not beside it"):
             add(tmp_path / "models--fake--clip", None)
@@ -744,7 +785,11 @@ def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, monkeypa
     ]
 
 
-@pytest.mark.parametrize("make", [clip_folder, siglip_folder, bert_folder])
+def gelu_folder(folder: Path) -> tuple[Any, Any, Any]:
+    return clip_folder(folder, "gelu")
+
+
+@pytest.mark.parametrize("make", [clip_folder, gelu_folder, siglip_folder, bert_folder])
 def test_the_choice_of_precision_works_for_each_family(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def inside(name: str, *keys: str, **changes: Any) -> Make:
         (folder / name).write_text(json.dumps(content))
 
     return apply
+
+
+def move_onnx(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "onnx").mkdir()
+    (folder / "onnx/model.onnx").write_bytes(b"\x08\x07")
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / OURS).read_text())
+    change(content["model_cfg"])
+    (folder / OURS).write_text(json.dumps(content))
 
 
 OURS, THEIRS = "open_clip_config.json", "config.json"
@@ -136,6 +149,17 @@ BAD: dict[str, tuple[str, Make, str]] = {
     "a text model without heads": ("bert", inside("text/config.json", num_attention_heads=0), "num_attention_heads"),
     "a quantised text model": ("bert", inside("text/config.json", quantization_config={}), "a quantised text model"),
     "an unknown activation": ("bert", inside("text/config.json", hidden_act="mystery"), "cannot build this model"),
+    # what is no CLIP
+    "an image tower of open_clip": (
+        "bert",
+        lambda folder: change_config(folder, lambda config: config.pop("text_cfg")),
+        "of an image tower alone",
+    ),
+    "an image tower of timm": ("clip", write(THEIRS, b'{"architecture": "vit_base_patch16_224"}'), "an image tower"),
+    "no kind": ("clip", write(THEIRS, b'{"x": 1}'), "no model_type in config.json, another kind"),
+    "onnx below": ("clip", move_onnx, "onnx/model.onnx: is an ONNX model"),
+    "a page after a comment": ("clip", write("model.safetensors", b"<!-- x -->\n<HTML><body>"), "is a web page"),
+    "a few bytes": ("clip", write("model.safetensors", b"Invalid username"), "16 bytes that are neither"),
     # what a clone or a browser leaves
     **{
         f"{kind} as {file}": (form, write(file, content), says)
@@ -228,6 +252,22 @@ def test_a_name_that_a_folder_does_not_bear_is_refused(whole: Path, store: Path,
     assert not list(store.glob("*"))
 
 
+def test_a_file_that_is_not_here_is_said_with_the_command_that_adds_it(store: Path) -> None:
+    backbone = Backbone(model="ViT-B-32", weights="file", file="tuned.pt", activation="quickgelu")
+    add_it = "secfacmic backbone add tuned.pt --model ViT-B-32 --activation quickgelu"
+    with pytest.raises(BackboneError, match=rf"tuned.pt: no such file here, .* in {store}; .*: {add_it}$"):
+        load_backbone(backbone, None)
+    other = backbone.model_copy(update={"model": "random-small", "activation": "gelu", "file": "/usb/tuned.pt"})
+    with pytest.raises(BackboneError, match=r"/usb/tuned.pt: no such file.* add tuned.pt --model random-small$"):
+        load_backbone(other, None)
+
+
+def test_what_lies_beside_the_model_in_a_checkpoint_is_named_as_all_that_is_wrong(tmp_path: Path) -> None:
+    torch.save(small(tmp_path) | {"head.weight": torch.ones(2, 2)}, tmp_path / "tuned.pt")
+    with pytest.raises(BackboneError, match=r"\(head.weight\), which is all that keeps it from being that model"):
+        add(tmp_path / "tuned.pt", "random-small")
+
+
 def test_a_folder_without_a_configuration_names_the_candidates(tmp_path: Path) -> None:
     make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
     for model in (None, "hf-hub:a/b"):
@@ -235,7 +275,9 @@ def test_a_folder_without_a_configuration_names_the_candidates(tmp_path: Path) -
             add(tmp_path, model)
 
 
-def test_a_folder_around_a_model_is_no_half_copied_one(whole: Path, tmp_path: Path, store: Path) -> None:
+def test_a_folder_around_a_model_is_no_half_copied_one(
+    whole: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def says(path: Path, *found: str) -> None:
         with pytest.raises(BackboneError) as refused:
             add(path, None)
@@ -263,6 +305,14 @@ def test_a_folder_around_a_model_is_no_half_copied_one(whole: Path, tmp_path: Pa
     says(tmp_path / "many", *"0123456")
     (tmp_path / "stick/lost+found").mkdir(parents=True)
     (tmp_path / "stick/readme.txt").write_text("nothing")
+    look = Path.iterdir
+
+    def allowed(path: Path) -> Any:
+        if path.name == "lost+found":
+            raise PermissionError(path)
+        return look(path)
+
+    monkeypatch.setattr(Path, "iterdir", allowed)
     with pytest.raises(BackboneError, match="no weights in it; the folder is half copied"):
         add(tmp_path / "stick", None)
 
@@ -271,6 +321,8 @@ def test_a_folder_of_its_own_beside_a_model_does_not_hide_it(whole: Path, tmp_pa
     shutil.copytree(whole / "clip", tmp_path / "clip")
     shutil.copytree(whole / "siglip", tmp_path / "clip/checkpoint-500")
     assert add(tmp_path / "clip", None)[1].form.kind.endswith("clip")
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    assert add(tmp_path, "random-small")[1].form.kind == "a checkpoint"
 
 
 @pytest.mark.parametrize("name", ["a.lora_A.weight", "a.lora_B.default.weight", "a.base_layer.weight", "a.ia3_l"])
@@ -300,6 +352,67 @@ def test_an_adapter_of_peft_is_known_without_its_configuration(
         assert expected in text, text
         assert "merge_and_unload" in text
     assert not store.exists()
+
+
+class _RunsWhenLoaded(torch.nn.Module):
+    """TorchScript calls ``__setstate__`` by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        print("ran")
+        self.weight = state[0]
+        self.training = state[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shouted", [False, True])
+def test_an_archive_whose_code_runs_when_it_is_loaded_is_not_loaded(
+    shouted: bool, tmp_path: Path, store: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "made.pt"
+    torch.jit.save(torch.jit.script(_RunsWhenLoaded()), path)
+    if shouted:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry: archive.read(entry) for entry in archive.infolist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for entry, content in entries.items():
+                archive.writestr(entry.filename.replace("/code/", "/CODE/"), content)
+    torch.jit.load(path)
+    assert "ran" in capfd.readouterr().out
+    for model in (None, "ViT-B-32-quickgelu"):
+        with pytest.raises(BackboneError, match="code that runs when it is loaded"):
+            add(path, model)
+    assert capfd.readouterr().out == ""
+    assert not store.exists()
+
+
+def test_a_teacher_of_another_size_beside_the_model_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    make_random_checkpoint("mini-clip", 0, tmp_path / "mini.safetensors")
+    small, mini = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("small", "mini"))
+    both = {f"student.{name}": value for name, value in small.items()}
+    both |= {f"teacher.{name}": value for name, value in mini.items()}
+    torch.save({"state_dict": both}, tmp_path / "distilled.ckpt")
+    for model, file in (("random-small", "small.safetensors"), ("mini-clip", "mini.safetensors")):
+        alone = add(tmp_path / file, model)[1]
+        assert add(tmp_path / "distilled.ckpt", model)[1].digest == alone.digest
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    theirs = safetensors.torch.load_file(tmp_path / "clip/model.safetensors")
+    larger = {f"teacher.{name}": torch.cat([value] * 2) if value.ndim else value for name, value in theirs.items()}
+    (tmp_path / "clip/model.safetensors").unlink()
+    torch.save({f"student.{name}": value for name, value in theirs.items()} | larger, tmp_path / "clip/model.bin")
+    assert add(tmp_path / "clip", None)[1].digest == add(whole / "clip", None)[1].digest
 
 
 def test_a_text_model_that_nothing_takes_is_refused(whole: Path, tmp_path: Path, store: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 import torch
+import yaml
 
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
@@ -40,7 +41,7 @@ SHARED = {"prompt_features", "logit_scale"} | {
     for name in ("first_weight", "first_bias", "norm_weight", "norm_bias", "second_weight", "second_bias")
 }
 METADATA = {"study", "backbone", "classes", "prompts", "method", "per_patient", "adapter_digest", "model_card"}
-METADATA |= {"windows", "background"}
+METADATA |= {"windows", "background", "concepts"}
 FIGURE = re.compile(r"\| (federated|zero-shot), |Temperature \d|validation images, ?is in")
 
 
@@ -83,10 +84,10 @@ def of_patients(federation: Federation, name: str, more: str = "") -> Path:
 def test_a_run_is_exported_whole_with_its_card(finished_run: Path, images: Path, tmp_path: Path) -> None:
     summary = json.loads((finished_run / "summary.json").read_text())
     export_run(finished_run, tmp_path / "e", onnx=False)
-    assert {path.name for path in (tmp_path / "e").iterdir()} == {"adapter.safetensors", "MODEL_CARD.md"}
+    assert {path.name for path in (tmp_path / "e").iterdir()} == {"adapter.safetensors", "README.md"}
     metadata = metadata_of(tmp_path / "e/adapter.safetensors")
     assert set(metadata) == METADATA
-    card = (tmp_path / "e/MODEL_CARD.md").read_text()
+    card = (tmp_path / "e/README.md").read_text()
     assert metadata["model_card"] == card
     for text in (
         *(summary["study_id"], summary["backbone"]["digest"], summary["adapter_digest"], "after round 3 of 3"),
@@ -104,11 +105,26 @@ def test_a_run_is_exported_whole_with_its_card(finished_run: Path, images: Path,
     assert after.adapter.temperature != 1
 
 
+def test_a_card_has_the_head_and_the_sections_of_the_hub(finished_run: Path, tmp_path: Path) -> None:
+    export_run(finished_run, tmp_path / "e", onnx=False)
+    _, head, text = (tmp_path / "e/README.md").read_text().split("---\n", 2)
+    facts = yaml.safe_load(head)
+    assert facts["pipeline_tag"] == "image-classification"
+    assert facts["library_name"] == "secfacmic"
+    assert {"federated-learning", "facmic"} <= set(facts["tags"])
+    assert "license" not in facts  # nobody has chosen one
+    sections = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert sections == [
+        *("Model Details", "Uses", "Bias, Risks, and Limitations", "How to Get Started with the Model"),
+        *("Training Details", "Evaluation"),
+    ]
+
+
 def test_nothing_is_written_over_an_export_or_from_an_unfinished_run(finished_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "MODEL_CARD.md").write_text("mine")
-    with pytest.raises(OutputError, match="MODEL_CARD"):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match="README"):
         export_run(finished_run, tmp_path, onnx=False)
-    assert (tmp_path / "MODEL_CARD.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text() == "mine"
     with pytest.raises(AdapterFileError, match="finished run"):
         export_run(tmp_path, tmp_path / "e", onnx=False)
     assert not (tmp_path / "e").exists()
@@ -147,7 +163,7 @@ def test_nothing_made_of_a_sites_patients_leaves_with_the_adapter(trained: Feder
 def test_own_results_go_in_when_the_site_asks(trained: Federation, tmp_path: Path) -> None:
     path = of_patients(trained, "ash")
     export_site(path, tmp_path / "e", onnx=False, own_results=True)
-    card = (tmp_path / "e/MODEL_CARD.md").read_text()
+    card = (tmp_path / "e/README.md").read_text()
     own = load_adapter(tmp_path / "e/adapter.safetensors").calibration
     assert own is not None
     assert own.temperature is not None
@@ -158,7 +174,7 @@ def test_own_results_go_in_when_the_site_asks(trained: Federation, tmp_path: Pat
 
 def test_public_data_need_not_be_asked_for(trained: Federation, tmp_path: Path) -> None:
     export_site(trained.folder / "sites/ash/site.toml", tmp_path / "e", onnx=False, own_results=False)
-    assert FIGURE.search((tmp_path / "e/MODEL_CARD.md").read_text())
+    assert FIGURE.search((tmp_path / "e/README.md").read_text())
     assert load_adapter(tmp_path / "e/adapter.safetensors").temperature != 1
 
 
@@ -169,7 +185,7 @@ def test_a_budget_pays_for_no_results_and_its_claim_is_told(trained: Federation,
     assert Ledger.exists(Path(read_site_file(path).identity) / "ledger")
     assert not (tmp_path / "e").exists()
     export_site(path, tmp_path / "e", onnx=False, own_results=False)
-    card = (tmp_path / "e/MODEL_CARD.md").read_text()
+    card = (tmp_path / "e/README.md").read_text()
     assert "site ash is (2.5, 1e-06)-differentially private" in card
     assert "Declared for the runs so far: epsilon none at delta 1e-06" in card
     assert not FIGURE.search(card)
@@ -196,11 +212,11 @@ def test_validation_counts_go_in_if_every_contributor_paid_for_them(images: Path
     text = path.read_text()  # its ledger is one of simulated data, and stays so: take another site's eyes
     path.write_text(text.replace("patients", "simulated"))
     export_site(path, tmp_path / "e", onnx=False, own_results=False)
-    card = (tmp_path / "e/MODEL_CARD.md").read_text()
+    card = (tmp_path / "e/README.md").read_text()
     assert ("paid for by the privacy budgets" in card) == (site.replica.state.validation.images > 0)
     assert card.count("Simulated (simulated data)") == 1
     export_run(tmp_path / "out", tmp_path / "run", onnx=False)
-    assert (tmp_path / "run/MODEL_CARD.md").read_text().count("differentially private") == len(TRAINING)
+    assert (tmp_path / "run/README.md").read_text().count("differentially private") == len(TRAINING)
 
 
 # --- ONNX ---
@@ -283,12 +299,12 @@ def test_an_onnx_that_computes_something_else_is_not_written(tmp_path: Path, mon
 
 def test_onnx_beside_an_export_has_the_card_and_the_temperature(finished_run: Path, tmp_path: Path) -> None:
     written = export_run(finished_run, tmp_path / "e", onnx=True)
-    assert [path.name for path in written] == ["adapter.safetensors", "MODEL_CARD.md", "adapter.onnx"]
+    assert [path.name for path in written] == ["adapter.safetensors", "README.md", "adapter.onnx"]
     file = load_adapter(tmp_path / "e/adapter.safetensors")
     model = onnx.load(tmp_path / "e/adapter.onnx")
     onnx.checker.check_model(model, full_check=True)
     properties = {entry.key: entry.value for entry in model.metadata_props}
-    assert properties["model_card"] == (tmp_path / "e/MODEL_CARD.md").read_text()
+    assert properties["model_card"] == (tmp_path / "e/README.md").read_text()
     assert (properties["study"], properties["adapter_digest"]) == (file.study, file.digest)
     x = np.random.default_rng(0).normal(size=(5, file.initial.prompt_features.shape[1])).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -304,4 +320,4 @@ def test_a_licence_in_the_study_is_in_the_card(finished_run: Path, tmp_path: Pat
     text = (tmp_path / "out/study.toml").read_text()
     (tmp_path / "out/study.toml").write_text(text.replace("[backbone]\n", '[backbone]\nlicence = "CC BY 4.0"\n'))
     export_run(tmp_path / "out", tmp_path / "e", onnx=False)
-    assert "| licence of the backbone | CC BY 4.0 |" in (tmp_path / "e/MODEL_CARD.md").read_text()
+    assert "| licence of the backbone | CC BY 4.0 |" in (tmp_path / "e/README.md").read_text()

@@ -14,13 +14,14 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from secure_fed.core.errors import DataError, DataLeakError, OutputError, StudyError
+from secure_fed.core.errors import DataError, DataLeakError, ManifestError, OutputError, StudyError
 from secure_fed.lab.simulation import prepare, simulate
 from secure_fed.operate.folders import compare, look_at, propose_manifest
 from secure_fed.operate.new_study import check_study
 from secure_fed.operate.study_draft import draft_study
 from secure_fed.protocol.study import read_template, with_fields
 from tests.conftest import CLASSES, Run, make_template
+from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,30 @@ def test_folders_are_checked_against_each_other_without_a_study(overlapping: Pat
     clean = secfacmic("data", "check", *folders(overlapping)[2:])
     assert clean.returncode == 0
     assert "one patient at two sites, or two patients of one number" in clean.stdout
+
+
+def test_a_folders_ids_that_may_be_one_patient_and_its_scouts_are_told(tmp_path: Path) -> None:
+    (tmp_path / "dark").mkdir()
+    for name, patient in (("a", "007"), ("b", "7")):
+        (tmp_path / "dark" / f"{name}.dcm").write_bytes(as_bytes(dicom(RAMP, PatientID=patient, ProtocolName="Scout")))
+    folder = look_at(tmp_path)
+    compare([folder])
+    assert folder.notes.told == [
+        f"{tmp_path}: doubt: '007', '7' (2 images) may be one patient in several writings: mend it, or settle it in "
+        "patients.csv",
+        f"{tmp_path}: among its images: 2 of kind scout; leave_out in [data] of site.toml leaves them out",
+    ]
+
+
+def test_a_manifest_that_says_whose_images_are_and_does_not_fit_is_refused_and_not_taken_without_patients(
+    tmp_path: Path,
+) -> None:
+    for name in ("a.dcm", "b.dcm"):
+        (tmp_path / name).write_bytes(as_bytes(dicom(RAMP)))
+    rows = ["path,label,patient,split", "a.dcm,dark,p1,train", "b.dcm,dark,p1,test"]
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    with pytest.raises(ManifestError, match="patient 'p1' is in split 'test', but on line 2 in 'train'"):
+        look_at(tmp_path)
 
 
 def test_splits_that_are_still_to_be_drawn_leak_nothing(own: Path, tmp_path: Path) -> None:

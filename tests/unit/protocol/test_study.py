@@ -81,6 +81,28 @@ def test_two_simulated_sites_do_not_share_images_unless_the_template_says_so(
     _plan(ash, birch, shared=True).refuse_shared(tmp_path)
 
 
+def test_lists_of_images_do_not_hide_that_two_sites_share_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "one" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+
+    def plan(*lists: list[str], ash: str = "one", birch: str = "one") -> Simulation:
+        found = _plan(ash, birch)
+        listed = dict(zip(("ash", "birch"), lists, strict=True))
+        sites = [site.model_copy(update={"images": tuple(listed.get(site.name, ()))}) for site in found.sites]
+        return found.model_copy(update={"sites": tuple(sites)})
+
+    plan(["a.png"], ["b.png"]).refuse_shared(tmp_path)
+    plan(["a.png"], ["b.png"], birch="link").refuse_shared(tmp_path)
+    for folder in ("one", "link"):
+        with pytest.raises(StudyError, match="1 images are in the lists of two sites"):
+            plan(["a.png"], ["b.png", "a.png"], birch=folder).refuse_shared(tmp_path)
+        with pytest.raises(StudyError, match="ash has a list of the images of one, and birch has the whole folder"):
+            plan(["a.png"], [], birch=folder).refuse_shared(tmp_path)
+    for lists in ([["a.png"], []], [[], ["b.png"]], [["inner/a.png"], ["a.png"]]):
+        with pytest.raises(StudyError, match="lie one inside the other"):
+            plan(*lists, birch="link/inner").refuse_shared(tmp_path)
+
+
 def test_simulated_sites_beside_each_other_share_nothing(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     for ash, birch in [("one", "one-more"), ("one", "two"), ("a/one", "b/one"), ("a/one", "one")]:

@@ -136,6 +136,7 @@ def test_the_page_loads_nothing_and_names_are_text(folder: Path) -> None:
 
 
 def test_nobody_else_can_read_the_page(folder: Path) -> None:
+    folder.chmod(0o755)  # else the folder's own mode would hide it
     write_data_page(checked(folder), Rules(), folder, folder / "page.html")
     assert (folder / "page.html").stat().st_mode & 0o777 == 0o600
 

@@ -8,6 +8,7 @@ import zipfile
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +182,27 @@ def test_the_page_is_under_the_sites_signature(played: Federation, tmp_path: Pat
             content.writestr(name, data)
     with pytest.raises(EvidenceError, match=r"index\.html is not the file that the manifest names"):
         verify_evidence(archive)
+
+
+def test_a_page_that_says_something_else_than_the_files_is_found_though_the_site_signed_it(
+    played: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kinder(found: Any) -> str:
+        return evidence_page({**found, "messages_sent": 1})
+
+    site, archive = played.folder / "sites/ash", tmp_path / "evidence.zip"
+    pack_evidence(site, archive, evidence_page)
+    found = verify_evidence(archive, evidence_page)
+    assert "index.html says what the files say" in in_words(found)
+    pack_evidence(site, archive, kinder)
+    verify_evidence(archive)
+    with pytest.raises(EvidenceError, match="is not the page that the other files make"):
+        verify_evidence(archive, evidence_page)
+    ours = {"secfacmic": "99.0", "python": "3", "platform": "x"}
+    monkeypatch.setattr("secure_fed.operate.evidence._versions", lambda: ours)
+    assert "it was not compared with the files" in str(verify_evidence(archive, evidence_page)["page"])
+    pack_evidence(site, archive)
+    assert verify_evidence(archive, evidence_page)["page"] == "no index.html in it"
 
 
 def test_a_drill_that_is_none_is_refused(played: Federation, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from secure_fed.transport.connection import (
 def test_the_unsigned_pull_names_the_key_as_flower_reads_it() -> None:
     key = ec.generate_private_key(ec.SECP384R1()).public_key()
     lines = unsigned_pull("fl.example.org", key).split("\r\n")
-    assert lines[0] == "POST /v1/fleet/pull-messages HTTP/1.1"
+    assert lines[0] == "POST /v1/fleet/pull HTTP/1.1"
     headers = dict(line.split(": ") for line in lines[1:-2])
     assert headers["Host"] == "fl.example.org"
     assert base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER]) == public_key_to_bytes(key)

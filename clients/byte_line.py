@@ -1,0 +1,231 @@
+"""Large bytes between a site and its server, beside Flower's calls: in parts that fit the line, each sent once.
+
+However slow the line: what the server has is not sent again, what has come is not fetched again, and what is waited for
+is the next part, not the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from secure_fed.core.errors import ProtocolError
+from secure_fed.transport.connection import OFFSET, SignedRequest
+
+log = logging.getLogger(__name__)
+
+LEAST_PART, MOST_PART = 16 * 1024, 4 * 2**20
+FIRST_PART = 64 * 1024
+PART_SECONDS = 2.0
+"""How long a part shall take: parts grow and shrink to it."""
+
+GROWTH = 4
+"""Most times by which a part may be longer than the one before."""
+
+PATIENCE_SECONDS, PATIENCE_PARTS = 60.0, 20.0
+"""A part's answer is waited for so long, and so many times the time that it should take at the rate so far."""
+
+FAULTS = 5
+"""So many parts in a row that do not get any further: something is wrong that repeating does not mend."""
+
+TOLD_SECONDS = 10.0
+"""What took longer to go up is told."""
+
+ELSEWHERE_SECONDS = 10.0
+ELSEWHERE_RATE = 20_000.0
+"""A place of copies that gives nothing for so many seconds, or fewer bytes a second than that, is not waited for."""
+
+T = TypeVar("T")
+Call = Callable[[Callable[[], httpx.Response]], httpx.Response]
+
+
+class ByteLine:
+    """The large bytes of one site.
+
+    Args:
+        client: of HTTP, which trusts the server.
+        base: the server's URL.
+        site: the site's name.
+        key: its connection key.
+        call: makes a request that may be repeated, until the server is there and answers well.
+        elsewhere: URL below which copies of records lie, by digest; what comes from there is checked like all else.
+    """
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        base: str,
+        site: str,
+        key: ec.EllipticCurvePrivateKey,
+        call: Call,
+        elsewhere: str | None = None,
+    ) -> None:
+        self._client = client
+        self._base = base
+        self._site = site
+        self._key = key
+        self._call = call
+        self._elsewhere = elsewhere
+        self._part = FIRST_PART
+        self._rate = 0.0
+
+    def send(self, run: str, data: bytes) -> str:
+        """Give bytes to the server; returns when it has them all, durably.
+
+        Args:
+            run: the run that they are for.
+            data: what is sent.
+
+        Returns:
+            Their SHA-256, hex, by which a message names them.
+
+        Raises:
+            ProtocolError: the server does not take them, however often they are sent.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        path = f"/bytes/{digest}"
+        held, faults = self._held(run, path, len(data)), 0
+        sent, parts, first = -(len(data) - held), 0, time.monotonic()
+        while held < len(data):
+            if faults == FAULTS:
+                raise ProtocolError(
+                    f"the server holds {held} of {len(data)} bytes and takes no more; expected each part to be taken: "
+                    "look at the server's disk and log"
+                )
+            part, began = data[held : held + self._part], time.monotonic()
+            sent, parts = sent + len(part), parts + 1
+            try:
+                answer = self._put(run, path, part, held, len(data))
+            except httpx.TransportError:
+                # It may have arrived all the same.
+                self._part = max(LEAST_PART, self._part // 2)
+                before, held = held, self._held(run, path, len(data))
+                faults = 0 if held > before else faults + 1
+                continue
+            if answer.status_code not in (200, 409, 422):
+                self._call(lambda answer=answer: answer.raise_for_status())  # type: ignore[misc]
+            before, held = held, int(answer.headers.get(OFFSET, "0"))
+            faults = 0 if held > before else faults + 1
+            if answer.status_code == 200:
+                self._fit(len(part), time.monotonic() - began)
+        seconds = time.monotonic() - first
+        log.log(
+            logging.INFO if seconds > TOLD_SECONDS else logging.DEBUG,
+            "%d bytes went up in %d parts and %.0f s; %d of them again",
+            len(data),
+            parts,
+            seconds,
+            sent,
+        )
+        return digest
+
+    def fetch(self, digest: str, length: int) -> bytes:
+        """Get bytes by their digest.
+
+        Args:
+            digest: SHA-256, hex.
+            length: how many there are.
+
+        Raises:
+            ProtocolError: the server gives others.
+        """
+        if self._elsewhere is not None:
+            found = self._fetch_elsewhere(f"{self._elsewhere.rstrip('/')}/{digest}", digest, length)
+            if found is not None:
+                return found
+        data = bytearray()
+        while len(data) < length:
+            before = len(data)
+            self._call(lambda: self._get(f"/records/{digest}", data, length))
+            if len(data) == before:
+                raise ProtocolError(f"the server has {before} of the {length} bytes that it named, and no more")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ProtocolError("the server gives other bytes than it named; expected those of that digest")
+        return bytes(data)
+
+    def _signed(self, method: str, path: str, body: bytes, run: str, offset: int, total: int) -> httpx.Request:
+        digest, now = hashlib.sha256(body).hexdigest(), time.time_ns() // 1_000_000
+        request = SignedRequest(self._site, method, path, len(body), digest, now, run, offset, total)
+        return self._client.build_request(
+            method, f"{self._base}{path}", content=body, headers=request.headers(self._key)
+        )
+
+    def _held(self, run: str, path: str, total: int) -> int:
+        def ask() -> httpx.Response:
+            return self._client.send(self._signed("POST", path, b"", run, 0, total)).raise_for_status()
+
+        return int(self._call(ask).headers.get(OFFSET, "0"))
+
+    def _put(self, run: str, path: str, part: bytes, offset: int, total: int) -> httpx.Response:
+        expected = len(part) / self._rate if self._rate else 0.0
+        request = self._signed("PUT", path, part, run, offset, total)
+        patience = PATIENCE_SECONDS + PATIENCE_PARTS * expected
+        request.extensions["timeout"] = httpx.Timeout(patience, connect=PATIENCE_SECONDS).as_dict()
+        answer = self._client.send(request)
+        if answer.status_code in (502, 503, 504):
+            raise httpx.ReadError(f"a proxy answers {answer.status_code}")
+        return answer
+
+    def _fit(self, sent: int, seconds: float) -> None:
+        self._rate = sent / max(seconds, 1e-3)
+        self._part = int(min(max(self._rate * PART_SECONDS, LEAST_PART), MOST_PART, self._part * GROWTH))
+
+    def _get(self, path: str, data: bytearray, length: int) -> httpx.Response:
+        """Go on where ``data`` ends; what comes stays, also when the line breaks, even at the very end."""
+        if len(data) == length:
+            return httpx.Response(206)
+        request = self._signed("GET", path, b"", "", 0, 0)
+        request.headers["range"] = f"bytes={len(data)}-"
+        answer = self._client.send(request, stream=True)
+        try:
+            if answer.status_code == 416:
+                return answer  # it ends here
+            if answer.status_code != 206:
+                answer.read()
+                answer.raise_for_status()
+                raise ProtocolError(f"the server answers a range with {answer.status_code}; expected 206")
+            for chunk in answer.iter_raw():
+                data += chunk
+                if len(data) > length:
+                    raise ProtocolError(f"the server gives more than the {length} bytes that it named")
+        finally:
+            answer.close()
+        return answer
+
+    def _fetch_elsewhere(self, url: str, digest: str, length: int) -> bytes | None:
+        data = bytearray()
+        try:
+            with (
+                httpx.Client(verify=ssl.create_default_context(), timeout=ELSEWHERE_SECONDS, trust_env=False) as client,
+                client.stream("GET", url) as answer,
+            ):
+                answer.raise_for_status()
+                for chunk in _lively(answer.iter_raw()):
+                    data += chunk
+                    if len(data) > length:
+                        break
+        except (httpx.HTTPError, TimeoutError) as error:
+            log.info("%s: %s; the record is fetched from the server", url, type(error).__name__)
+            return None
+        if hashlib.sha256(data).hexdigest() != digest:
+            log.warning("%s: %d bytes of another digest; the record is fetched from the server", url, len(data))
+            return None
+        return bytes(data)
+
+
+def _lively(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Chunks, as long as they come at a rate that is worth it."""
+    began, got = time.monotonic(), 0
+    for chunk in chunks:
+        got += len(chunk)
+        seconds = time.monotonic() - began
+        if seconds > ELSEWHERE_SECONDS and got < seconds * ELSEWHERE_RATE:
+            raise TimeoutError
+        yield chunk

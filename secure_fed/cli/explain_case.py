@@ -1,0 +1,76 @@
+"""``secfacmic explain-case``: why an adapter says what it says of an image, or of a folder of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secure_fed.cli.output import Device, Json, console, print_json
+
+
+def explain_case(
+    adapter: Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")],
+    image: Annotated[Path, typer.Option(metavar="PATH", help="An image, DICOM included, or a folder of them.")],
+    into: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Gets cases.html, cases.json and a picture a case.")
+    ] = Path("cases"),
+    site: Annotated[
+        Path | None,
+        typer.Option(help="A site.toml with similar_cases: show the nearest of its own training patients too."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The backbone's weights, if they do not lie where the study says.")
+    ] = None,
+    skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Show where in an image a prediction's reasons lie, and what it rests on, as a page for doctors.
+
+    Nothing of it is a diagnosis, and nothing of it leaves the site.
+    """
+    from secure_fed.model.device import choose_device
+    from secure_fed.operate.explain import NOT_A_DIAGNOSIS, PAGE, explain, write_cases
+    from secure_fed.operate.predict import predict_folder
+    from secure_fed.report.case_page import case_page
+
+    chosen = choose_device(device or "auto")
+    with console.status("loading the backbone") as status:
+        found = predict_folder(
+            adapter,
+            image,
+            checkpoint=checkpoint,
+            skip_unreadable=skip_unreadable,
+            device=chosen,
+            progress=lambda done, total: status.update(f"{done} of {total} images"),
+        )
+        explained = explain(
+            found,
+            checkpoint,
+            site,
+            chosen,
+            progress=lambda done, total: status.update(f"{done} of {total} images explained"),
+        )
+    written = write_cases(explained, case_page(explained), into)
+    if json_:
+        print_json(explained.document())
+    for name, reason in found.unreadable.items():
+        console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if found.local:
+        console.print(f"calibrated here: {found.local}", highlight=False, soft_wrap=True)
+    strangers = sum(bool(case.said.get("stranger")) for case in explained.cases)
+    if strangers:
+        console.print(
+            f"{strangers} of {len(explained.cases)} images are strangers, like none that the study was calibrated on: "
+            "no reasons are shown for them",
+            soft_wrap=True,
+        )
+    console.print(
+        f"{into / PAGE}: {len(explained.cases)} cases; {len(written)} files, made of the images: keep them as "
+        f"you keep these. {NOT_A_DIAGNOSIS}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

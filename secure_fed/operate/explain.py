@@ -1,0 +1,342 @@
+"""Single cases explained, for the people who treat the patients: everything stays at the site.
+
+Beside what :mod:`secure_fed.operate.predict` says of an image: where in it the reasons lie, what the study's concepts
+contribute, what training changed against zero-shot, and, where the site allows it, which of its own training patients
+are most like it. None of it is a diagnosis, and none of it goes into an export, an evidence archive or a message.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from secure_fed.clients.data import SiteImage
+from secure_fed.clients.decoding import decode
+from secure_fed.clients.features import FeatureCache, SiteFeatures, load_features
+from secure_fed.clients.images import rules_of, site_images
+from secure_fed.clients.rules import Rules
+from secure_fed.clients.sitefile import read_site
+from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.model.adapter_file import AdapterFile
+from secure_fed.model.attribution import heat_map, kind_of_map, margin_of
+from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.model.device import Device
+from secure_fed.model.heat import overlay
+from secure_fed.operate.predict import Probabilities
+
+CASES = "cases.json"
+PAGE = "cases.html"
+NOT_A_DIAGNOSIS = (
+    "This is no diagnosis, and no medical device: it shows what a classifier computed, not what the patient has. A map "
+    "shows what moved the computation, which need not be the finding."
+)
+_RIDGE = 0.1
+"""Of the fit of concepts to a feature, in units of a concept's mean square; concepts are much alike."""
+
+_SHOWN = 320
+"""Least side of a picture with its map, in pixels."""
+
+
+@dataclass(frozen=True)
+class ConceptShare:
+    """What one concept has to do with a prediction.
+
+    Attributes:
+        name: the study's.
+        similarity: cosine of the image's feature as the backbone gives it and the concept's.
+        adapted: the same of the feature that the adapter made of it.
+        contribution: to the margin of the predicted class, its logit over the mean of the others'.
+    """
+
+    name: str
+    similarity: float
+    adapted: float
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Similar:
+    """One of the site's own training patients.
+
+    Attributes:
+        number: of the patient on this page, by first appearance; no id of anything.
+        label: its class.
+        cosine: between its nearest image and the case.
+    """
+
+    number: int
+    label: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One image explained.
+
+    Attributes:
+        said: as :meth:`Probabilities.document` has it, of this image.
+        zero_shot: probabilities by class without any training; empty for a memory.
+        margin: of the predicted class; None for a memory.
+        concepts: what the study's concepts contribute; empty if it has none, and for a stranger.
+        rest: the part of the margin that no concept explains.
+        similar: of the site's own training patients, the nearest first.
+        picture: what the image tower saw, with the map over it if there is one, as PNG.
+        has_map: whether there is; a stranger has none.
+    """
+
+    said: dict[str, Any]
+    zero_shot: dict[str, float]
+    margin: float | None
+    concepts: tuple[ConceptShare, ...]
+    rest: float | None
+    similar: tuple[Similar, ...]
+    picture: bytes = field(repr=False)
+    has_map: bool = True
+
+    def document(self, map_file: str) -> dict[str, Any]:
+        """As a JSON document; ``map_file`` names the picture beside it."""
+        shares = [vars(one) for one in self.concepts]
+        return self.said | {
+            "zero_shot": self.zero_shot or None,
+            "margin": self.margin,
+            "concepts": shares,
+            "rest": self.rest,
+            "similar_training_patients": [vars(one) for one in self.similar],
+            "picture": map_file,
+            "has_map": self.has_map,
+        }
+
+
+@dataclass(frozen=True)
+class Explained:
+    """All images of a folder explained.
+
+    Attributes:
+        found: what the adapter says of them.
+        maps: how maps are made, in words.
+        cases: in the images' order.
+    """
+
+    found: Probabilities
+    maps: str
+    cases: tuple[Explanation, ...]
+
+    def document(self) -> dict[str, Any]:
+        """As a JSON document."""
+        whole = self.found.document()
+        cases = [case.document(name) for case, name in zip(self.cases, self.pictures(), strict=True)]
+        return whole | {"images": cases, "maps": self.maps, "notice": NOT_A_DIAGNOSIS}
+
+    def pictures(self) -> list[str]:
+        """Names of the cases' pictures: numbers, for a path may name a patient."""
+        return [f"case-{place + 1:04d}.png" for place in range(len(self.cases))]
+
+
+def explain(
+    found: Probabilities,
+    checkpoint: Path | None = None,
+    site: Path | None = None,
+    device: Device = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Explained:
+    """Explain what an adapter says.
+
+    Args:
+        found: as :func:`secure_fed.operate.predict.predict_folder` gives it.
+        checkpoint: the backbone's weights, if they do not lie where the study says.
+        site: a ``site.toml`` that allows ``similar_cases``, to show the nearest of its own training patients.
+        device: where the backbone computes.
+        progress: told how many images are done, of how many.
+
+    Raises:
+        SiteFileError: the site file cannot be read, or does not allow to show its patients.
+        AdapterFileError: the site is of another study than the adapter.
+        SecfacmicError: others, of the site's data and the backbone.
+    """
+    file, x = found.adapter, found.features
+    assert x is not None, "predict_folder keeps them"
+    neighbours = None if site is None else _Neighbours(site, file, device)
+    backbone = load_backbone(file.backbone, checkpoint, device)
+    images = found.document()["images"]
+    rules = Rules(file.windows, file.background)
+    if found.anomalies is not None:
+        explainer: _Memory | _Classifier = _Memory(found, float(found.anomalies.maps.max(initial=1e-9)))
+    else:
+        explainer = _Classifier(file, backbone)
+    cases = []
+    for place, image in enumerate(found.images):
+        prepared = _prepared(backbone, image, rules)
+        strange = found.cases is not None and bool(found.cases.strangers[place])
+        heat = None if strange else explainer.map(place, prepared, x[place])
+        zero_shot, margin, concepts, rest = explainer.reasons(x[place], strange)
+        similar = () if neighbours is None else neighbours.of(x[place])
+        picture = _drawn(backbone, prepared, heat)
+        said = dict(images[place])
+        cases.append(Explanation(said, zero_shot, margin, concepts, rest, similar, picture, heat is not None))
+        progress(place + 1, len(found.images))
+    return Explained(found, explainer.kind, tuple(cases))
+
+
+def write_cases(explained: Explained, page: str, folder: Path) -> list[Path]:
+    """Write ``cases.html``, ``cases.json`` and a PNG a case, readable by the owner alone.
+
+    Args:
+        explained: as :func:`explain` gives it.
+        page: the HTML.
+        folder: made if it is not there.
+
+    Raises:
+        OutputError: it holds cases already.
+        StorageError: they cannot be written.
+    """
+    if any((folder / name).exists() for name in (CASES, PAGE)):
+        raise OutputError(f"{folder}: holds explained cases already; expected another folder, or an empty one")
+    make_folder(folder, 0o700)
+    written = []
+    for name, case in zip(explained.pictures(), explained.cases, strict=True):
+        write_durable(folder / name, case.picture, 0o600)
+        written.append(folder / name)
+    text = json.dumps(explained.document(), indent=2) + "\n"
+    for name, content in ((CASES, text), (PAGE, page)):
+        write_durable(folder / name, content.encode(), 0o600)
+        written.append(folder / name)
+    return written
+
+
+Reasons = tuple[dict[str, float], float | None, tuple[ConceptShare, ...], float | None]
+
+
+class _Classifier:
+    def __init__(self, file: AdapterFile, backbone: LoadedBackbone) -> None:
+        tokens = file.initial.prompt_tokens
+        self._file, self._backbone = file, backbone
+        self._adapter = file.build(None if tokens is None else backbone.text_tower(tokens))
+        self._concepts = _text_features(backbone, file)
+        self.kind = kind_of_map(backbone)
+
+    def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Of the margin of the predicted class."""
+        return heat_map(self._backbone, prepared, margin_of(self._adapter, self._label(x)))
+
+    def reasons(self, x: NDArray[np.float32], strange: bool) -> Reasons:
+        """Zero-shot, and what the concepts contribute to the margin.
+
+        The margin's gradient at the feature makes it, to first order, a sum over the feature's coordinates; the
+        feature is written as a weighted sum of the concepts' directions, by ridge regression, and a rest.
+        """
+        file = self._file
+        logits = file.initial.logit_scale * (file.initial.prompt_features.astype(np.float64) @ x)
+        p = np.exp(logits - logits.max())
+        zero_shot = {name: float(value) for name, value in zip(file.classes, p / p.sum(), strict=True)}
+        features = torch.from_numpy(x[None].copy()).requires_grad_(True)
+        margin = margin_of(self._adapter, self._label(x))(features)
+        (gradient,) = torch.autograd.grad(margin.sum(), features)
+        value = float(margin.item())
+        if strange or not file.concepts:
+            return zero_shot, value, (), None
+        with torch.inference_mode():
+            adapted = self._adapter.adapt(torch.from_numpy(x[None])).double().numpy()[0]
+        texts = np.concatenate([self._concepts, file.initial.prompt_features])
+        directions = self._concepts - texts.mean(axis=0)
+        gram = directions @ directions.T
+        weights = np.linalg.solve(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), directions @ x)
+        shares = weights * (directions @ gradient.double().numpy()[0])
+        found = tuple(
+            ConceptShare(concept.name, float(text @ x), float(text @ adapted), float(share))
+            for concept, text, share in zip(file.concepts, self._concepts, shares, strict=True)
+        )
+        return zero_shot, value, found, value - float(shares.sum())
+
+    def _label(self, x: NDArray[np.float32]) -> int:
+        with torch.inference_mode():
+            return int(self._adapter.logits(torch.from_numpy(x[None])).argmax())
+
+
+class _Memory:
+    kind = "distances of patches to the nearest normal centroid"
+
+    def __init__(self, found: Probabilities, top: float) -> None:
+        assert found.anomalies is not None
+        self._maps, self._top = found.anomalies.maps, top
+
+    def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The memory's own, on one scale for all images."""
+        return np.asarray(self._maps[place] / self._top)
+
+    def reasons(self, x: NDArray[np.float32], strange: bool) -> Reasons:
+        """None: a memory knows one class."""
+        return {}, None, (), None
+
+
+class _Neighbours:
+    """The nearest of a site's own training patients."""
+
+    def __init__(self, site: Path, adapter: AdapterFile, device: Device) -> None:
+        file, agreed = read_site(site)
+        if not file.similar_cases:
+            raise SiteFileError(
+                f"{site}: similar_cases is 0, so no page shows this site's own patients beside a case; expected 1 or "
+                "more: set it, or leave --site out"
+            )
+        if agreed.study.id != adapter.study:
+            raise AdapterFileError(
+                f"{site}: a site of study {agreed.study.id[:16]}, but the adapter is of study {adapter.study[:16]}; "
+                "expected both of one study"
+            )
+        checkpoint = None if file.checkpoint is None else Path(file.checkpoint)
+        with FeatureCache(file.feature_cache) as cache:
+            features: SiteFeatures = load_features(
+                *(site_images(file, agreed), agreed, cache, checkpoint, file.skip_unreadable),
+                device=device,
+                rules=rules_of(file, agreed),
+            )
+        # Mirrored rows follow the plain ones; a patient is as near as the nearest of its images.
+        self._x, self._y = features.train
+        self._patients = features.patients["train"]
+        self._classes, self._count = adapter.classes, file.similar_cases
+        self._numbers: dict[str, int] = {}
+
+    def of(self, x: NDArray[np.float32]) -> tuple[Similar, ...]:
+        """The nearest to a feature, each patient once."""
+        cosines = self._x @ x / np.linalg.norm(self._x, axis=1) / np.linalg.norm(x)
+        found: dict[str, Similar] = {}
+        for row in np.argsort(-cosines, kind="stable"):
+            patient = self._patients[row]
+            if patient in found:
+                continue
+            number = self._numbers.setdefault(patient, len(self._numbers) + 1)
+            found[patient] = Similar(number, self._classes[self._y[row]], float(cosines[row]))
+            if len(found) == self._count:
+                break
+        return tuple(found.values())
+
+
+def _text_features(backbone: LoadedBackbone, file: AdapterFile) -> NDArray[np.float64]:
+    """Unit features of the concepts, [concepts, d]."""
+    rows = [backbone.encode_texts(concept.prompts).astype(np.float64).mean(axis=0) for concept in file.concepts]
+    found = np.stack(rows) if rows else np.empty((0, backbone.dim))
+    return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
+
+
+def _prepared(backbone: LoadedBackbone, image: SiteImage, rules: Rules) -> NDArray[np.float32]:
+    return backbone.prepare(decode(image.path.read_bytes(), image.frame, image.axis, rules))
+
+
+def _drawn(backbone: LoadedBackbone, prepared: NDArray[np.float32], heat: NDArray[np.float64] | None) -> bytes:
+    """What the tower saw, with a map over it, as PNG."""
+    picture = backbone.seen(prepared)
+    if picture.width < _SHOWN:
+        picture = picture.resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
+    content = BytesIO()
+    (picture if heat is None else overlay(picture, heat)).save(content, "PNG", optimize=True)
+    return content.getvalue()

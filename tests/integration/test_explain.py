@@ -1,0 +1,194 @@
+"""Cases explained, from a folder of images to a page: what it shows, what it refuses, and that none of it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
+from secure_fed.model.adapter_file import load_adapter, save_adapter
+from secure_fed.model.attribution import heat_map, kind_of_map, margin_of
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.cases import Cases
+from secure_fed.operate.evidence import pack_evidence
+from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, explain, write_cases
+from secure_fed.operate.export import export_site
+from secure_fed.operate.predict import Probabilities, predict_folder
+from secure_fed.protocol.study import Concept, with_fields
+from secure_fed.report.case_page import case_page
+from tests.conftest import Federation, Run, make_template
+
+CONCEPTS = (
+    Concept(name="stripes", prompts=("an image with stripes", "a striped picture")),
+    Concept(name="brightness", prompts=("a bright image",)),
+)
+
+
+@pytest.fixture(scope="module")
+def few(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    for place, path in enumerate(sorted((images / "dogwood").rglob("*.png"))[::10]):
+        (folder / f"{place}.png").write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(finished_run: Path, few: Path) -> Probabilities:
+    return predict_folder(finished_run / "adapter.safetensors", few, checkpoint=finished_run / "backbone.safetensors")
+
+
+@pytest.fixture(scope="module")
+def explained(finished_run: Path, said: Probabilities) -> Explained:
+    with_concepts = replace(said, adapter=replace(said.adapter, concepts=CONCEPTS))
+    return explain(with_concepts, finished_run / "backbone.safetensors")
+
+
+def test_a_folder_becomes_one_page_a_document_and_pictures(
+    secfacmic: Run, finished_run: Path, few: Path, said: Probabilities, tmp_path: Path
+) -> None:
+    adapter, weights = finished_run / "adapter.safetensors", finished_run / "backbone.safetensors"
+    out = tmp_path / "out"
+    arguments = ("explain-case", "--adapter", adapter, "--image", few, "--checkpoint", weights, "--out", out)
+    ended = secfacmic(*arguments, "--json")
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads((tmp_path / "out" / CASES).read_text())
+    assert json.loads(ended.stdout) == document
+    assert document["notice"] == NOT_A_DIAGNOSIS
+    expected = said.document()["images"]
+    for case, own in zip(document["images"], expected, strict=True):
+        assert {key: case[key] for key in own} == own
+        assert sum(case["zero_shot"].values()) == pytest.approx(1)
+        assert (tmp_path / "out" / case["picture"]).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / PAGE).read_text()
+    assert page.count("data:image/png;base64,") == len(expected)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert 'content="default-src &#39;none&#39;; style-src' in page
+    assert page.count(NOT_A_DIAGNOSIS) == 2
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o600}
+    again = secfacmic(*arguments)
+    assert again.returncode == OutputError.exit_code
+    assert "holds explained cases already" in again.stderr
+
+
+def test_one_image_is_explained_alone(secfacmic: Run, finished_run: Path, few: Path, tmp_path: Path) -> None:
+    adapter, weights = finished_run / "adapter.safetensors", finished_run / "backbone.safetensors"
+    arguments = ("explain-case", "--adapter", adapter, "--checkpoint", weights, "--out", tmp_path / "out", "--json")
+    ended = secfacmic(*arguments, "--image", few / "1.png")
+    assert [case["image"] for case in json.loads(ended.stdout)["images"]] == ["1.png"]
+
+
+def test_concepts_and_a_rest_make_up_the_margin(explained: Explained) -> None:
+    for case in explained.cases:
+        assert [one.name for one in case.concepts] == ["stripes", "brightness"]
+        assert case.margin is not None
+        assert case.rest is not None
+        assert sum(one.contribution for one in case.concepts) + case.rest == pytest.approx(case.margin)
+        assert any(one.adapted != one.similarity for one in case.concepts)  # facmic moves features
+    assert "stripes" in case_page(explained)
+
+
+def test_concepts_travel_with_the_adapter(finished_run: Path, tmp_path: Path) -> None:
+    federation = Federation(finished_run)
+    table = [concept.model_dump(mode="json") for concept in CONCEPTS]
+    agreed = replace(federation.agreed, study=with_fields(federation.agreed.study, concepts=table))
+    save_adapter(tmp_path / "adapter.safetensors", agreed, federation.agreed.initial.adapter)
+    assert load_adapter(tmp_path / "adapter.safetensors").concepts == CONCEPTS
+
+
+def test_a_concept_without_prompts_is_refused() -> None:
+    with pytest.raises(ValueError, match="a concept needs at least one prompt"):
+        make_template(concepts=[{"name": "stripes", "prompts": []}])
+    with pytest.raises(ValueError, match="concept"):
+        make_template(concepts=[{"name": "stripes", "prompts": ["a"]}, {"name": "stripes", "prompts": ["b"]}])
+
+
+def test_a_stranger_gets_no_reasons(finished_run: Path, said: Probabilities) -> None:
+    strangers = np.zeros(len(said.images), dtype=bool)
+    strangers[1] = True
+    cases = Cases(np.ones_like(said.probabilities, dtype=bool), strangers, 20.0)
+    adapter = replace(said.adapter, concepts=CONCEPTS)
+    explained = explain(replace(said, cases=cases, adapter=adapter), finished_run / "backbone.safetensors")
+    assert [case.has_map for case in explained.cases] == (~strangers).tolist()
+    assert [bool(case.concepts) for case in explained.cases] == (~strangers).tolist()
+    page = case_page(explained)
+    assert page.count("A stranger:") == 1
+    assert "A set holds the class of 90 % of patients like the 20 calibration patients" in page
+
+
+def test_own_patients_are_shown_only_where_the_site_allows_it_and_by_numbers(
+    federation: Federation, finished_run: Path, said: Probabilities
+) -> None:
+    path = federation.folder / "sites/ash/site.toml"
+    weights = finished_run / "backbone.safetensors"
+    with pytest.raises(SiteFileError, match="similar_cases is 0"):
+        explain(said, weights, path)
+    path.write_text(path.read_text().replace("similar_cases = 0", "similar_cases = 2"))
+    if federation.agreed.study.id != said.adapter.study:
+        with pytest.raises(AdapterFileError, match="expected both of one study"):
+            explain(said, weights, path)
+        said = replace(said, adapter=replace(said.adapter, study=federation.agreed.study.id))
+    explained = explain(said, weights, path)
+    numbers = [one.number for case in explained.cases for one in case.similar]
+    assert {len(case.similar) for case in explained.cases} == {2}
+    assert sorted(set(numbers)) == list(range(1, len(set(numbers)) + 1))
+    for case in explained.cases:
+        assert case.similar[0].cosine >= case.similar[1].cosine
+    file = read_site_file(path)
+    text = json.dumps(explained.document()) + case_page(explained)
+    assert file.data.folder not in text
+    owners = {one.patient for one in federation.site("ash").features().images if one.patient}
+    assert not [owner for owner in owners if f'"{owner}"' in text or f">{owner}<" in text]
+
+
+def test_exports_and_evidence_hold_no_explanation(finished_run: Path, explained: Explained, tmp_path: Path) -> None:
+    with_cases = [tmp_path / "sites/ash", tmp_path / "sites/ash/state"]
+    shutil.copytree(finished_run, tmp_path, symlinks=True, dirs_exist_ok=True)
+    for folder in with_cases:
+        write_cases(explained, case_page(explained), folder)
+    written = [path for folder in with_cases for path in (folder / PAGE, folder / CASES, *folder.glob("case-*.png"))]
+    telling = [path.read_bytes()[:200] for path in written] + [NOT_A_DIAGNOSIS.encode(), b"case-0001"]
+    out = tmp_path / "export"
+    export_site(tmp_path / "sites/ash/site.toml", out, onnx=False, own_results=True)
+    pack_evidence(tmp_path / "sites/ash", tmp_path / "evidence.zip")
+    with zipfile.ZipFile(tmp_path / "evidence.zip") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    contents |= {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert len(contents) > 5
+    for name, content in contents.items():
+        assert not [sign for sign in telling if sign in content], name
+        assert Path(name).suffix not in (".png", ".html")
+
+
+@pytest.mark.parametrize("tower", ["convolutional", "transformer, mean", "transformer, token"])
+def test_a_map_lies_over_what_the_tower_sees(finished_run: Path, tower: str) -> None:
+    file = load_adapter(finished_run / "adapter.safetensors")
+    if tower == "convolutional":
+        backbone = load_backbone(make_template(backbone=MINI).backbone, None)
+    else:
+        backbone = load_backbone(file.backbone, finished_run / "backbone.safetensors")
+    if tower == "transformer, token":
+        backbone._model.visual.pool_type = "tok"  # the small tower takes the mean; it has the token's weights
+    assert (backbone.last_attention() is not None) == (tower == "transformer, token")
+    assert ("Grad-ECLIP" in kind_of_map(backbone)) == (tower == "transformer, token")
+    rng = np.random.default_rng(0)
+    prepared = rng.normal(size=(3, backbone.side, backbone.side)).astype(np.float32)
+    vectors = torch.from_numpy(rng.normal(size=(backbone.dim,)).astype(np.float32))
+    found = heat_map(backbone, prepared, lambda features: features @ vectors)
+    assert found.shape == (backbone.side, backbone.side)
+    assert (found.min(), found.max()) == (0, 1)
+    np.testing.assert_array_equal(found, heat_map(backbone, prepared, lambda features: features @ vectors))
+    other = heat_map(backbone, prepared, lambda features: features @ vectors.flip(0))
+    assert not np.allclose(found, other)
+    assert margin_of(file.build(), 0)(torch.zeros(2, file.initial.prompt_features.shape[1]) + 0.1).shape == (2,)
+
+
+MINI = {"model": "mini-clip", "weights": "file", "file": "mini-clip.safetensors"}
