@@ -134,8 +134,10 @@ def fingerprints(
     """
     found: list[Fingerprint | None] = [None] * len(images)
     unreadable: dict[int, str] = {}
-    missing = []
-    for index, known_as in enumerate(identities(image.source for image in images)):
+    missing: list[int] = []
+    if not cache.has_looks(rules):  # then there is no need to read every file here first
+        missing = list(range(len(images)))
+    for index, known_as in enumerate([] if missing else identities(image.source for image in images)):
         if isinstance(known_as, OSError):
             unreadable[index] = str(known_as.strerror)
         elif (known := cache.get_look(known_as, rules)) is None:

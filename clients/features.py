@@ -230,6 +230,12 @@ class FeatureCache:
             row = self._database.execute(query, (image, rules.digest)).fetchone()
         return None if row is None else bytes(row[0])
 
+    def has_looks(self, rules: Rules) -> bool:
+        """Whether there is any image of which it is known what it looks like by these rules."""
+        with self._typed_errors():
+            row = self._database.execute("SELECT 1 FROM looks WHERE rules = ? LIMIT 1", (rules.digest,)).fetchone()
+        return row is not None
+
     def put_looks(self, rules: Rules, rows: Sequence[tuple[bytes, bytes]]) -> None:
         """Keep looks, by image, in one transaction."""
         content = [(image, rules.digest, look) for image, look in rows]

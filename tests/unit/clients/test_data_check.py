@@ -19,10 +19,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from secure_fed.cli import main
+from secure_fed.clients import duplicates
 from secure_fed.clients.data import SiteImage
 from secure_fed.clients.data_check import check_data
 from secure_fed.clients.decoding import MOST_WORKERS
-from secure_fed.clients.duplicates import Fingerprint, exact_copies, fingerprint, inseparable, near_twins
+from secure_fed.clients.duplicates import (
+    Fingerprint,
+    exact_copies,
+    fingerprint,
+    fingerprints,
+    inseparable,
+    near_twins,
+)
+from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.tomlfile import write_toml
 
@@ -52,6 +61,20 @@ def test_fingerprints_know_copies_in_any_form_and_near_twins_by_look(tmp_path):
     assert exact_copies([first, None, third, second, other]) == [[0, 3]]
     assert near_twins([first, None, third, second, other]) == [[0, 2, 3]]
     assert near_twins([None, None]) == near_twins([]) == []
+
+
+def test_files_are_read_once_where_nothing_is_known_of_them_and_decoded_once_where_all_is(tmp_path, monkeypatch):
+    images = []
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+        images.append(SiteImage(tmp_path / f"{number}.png", str(number), 0, "train"))
+    with FeatureCache(tmp_path / "features.sqlite") as cache:
+        with monkeypatch.context() as patch:
+            patch.setattr(duplicates, "identities", None)
+            first = fingerprints(images, cache)
+        monkeypatch.setattr(duplicates, "_fingerprinted", None)
+        assert fingerprints(images, cache) == first
+    assert all(first.found)
 
 
 @settings(max_examples=60, deadline=None)

@@ -525,6 +525,7 @@ def test_files_without_preamble_are_known_by_their_first_element():
     [
         ("1.2.840.10008.5.1.4.1.1.66.4", "SEG", "a segmentation"),
         ("1.2.840.10008.5.1.4.1.1.66.7", "SEG", "a segmentation"),
+        ("1.2.840.10008.5.1.4.1.1.66.99", "", "a segmentation or other computed object"),
         ("1.2.840.10008.5.1.4.1.1.481.2", "RTDOSE", "a dose"),
         ("1.2.840.10008.5.1.4.1.1.88.22", "SR", "a structured report"),
         ("1.2.840.10008.5.1.4.1.1.104.1", "DOC", "a document"),
