@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-from importlib.metadata import version
 from typing import Any
 
 from secure_fed.operate.explain import NOT_A_DIAGNOSIS, Explained, Explanation
-from secure_fed.report.page import digest, environment, source
+from secure_fed.report.page import fill, source
 
 
 def case_page(explained: Explained) -> str:
@@ -16,25 +15,19 @@ def case_page(explained: Explained) -> str:
     Args:
         explained: as :func:`secure_fed.operate.explain.explain` gives it.
     """
-    style = source("report.css") + source("cases.css")
-    policy = f"default-src 'none'; style-src '{digest(style)}'; img-src data:; base-uri 'none'; form-action 'none'"
     document = explained.found.document()
-    return (
-        environment()
-        .get_template("cases.html")
-        .render(
-            policy=policy,
-            version=version("secfacmic"),
-            style=style,
-            notice=NOT_A_DIAGNOSIS,
-            maps=explained.maps,
-            adapter=document["adapter_digest"][:16],
-            study=document["study_id"][:16],
-            claims=_claims(document),
-            local=explained.found.local,
-            cases=[_shown(case, document) for case in explained.cases],
-            left_out=sorted(document["unreadable"].items()),
-        )
+    return fill(
+        "cases.html",
+        source("cases.css"),
+        "img-src data:; base-uri 'none'; form-action 'none'",
+        notice=NOT_A_DIAGNOSIS,
+        maps=explained.maps,
+        adapter=document["adapter_digest"][:16],
+        study=document["study_id"][:16],
+        claims=_claims(document),
+        local=explained.found.local,
+        cases=[_shown(case, document) for case in explained.cases],
+        left_out=sorted(document["unreadable"].items()),
     )
 
 

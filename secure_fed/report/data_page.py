@@ -9,7 +9,6 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from secure_fed.clients.nifti import AXES
 from secure_fed.clients.reading import Place, open_file, see
 from secure_fed.clients.rules import Rules, UndecodableError
 from secure_fed.core.storage import write_durable
-from secure_fed.report.page import digest, environment, source
+from secure_fed.report.page import fill, source
 
 SIDE = 144
 """Of a picture in the contact sheet, at most, in pixels."""
@@ -51,33 +50,27 @@ def write_data_page(report: Mapping[str, Any], rules: Rules, folder: Path, out: 
 
 def data_page(report: Mapping[str, Any], rules: Rules, folder: Path) -> str:
     """The page as text; arguments as of :func:`write_data_page`."""
-    style = source("report.css") + source("data.css")
-    policy = f"default-src 'none'; style-src '{digest(style)}'; img-src data:; base-uri 'none'; form-action 'none'"
-    return (
-        environment()
-        .get_template("data.html")
-        .render(
-            policy=policy,
-            version=version("secfacmic"),
-            style=style,
-            report=report,
-            splits=_SPLITS,
-            counted=[
-                (title, _shares(report[key]))
-                for key, title in (("modalities", "Images by modality"), ("scanners", "Images by scanner"))
-            ],
-            sheets=[
-                {"title": ODD[kind][0], "note": ODD[kind][1], "count": found["count"], "pictures": pictures}
-                for kind, found in report["odd"].items()
-                if (pictures := [_picture(line, rules, folder) for line in found["listed"]])
-            ],
-            left_out=_left_out(report, folder),
-            copies=[
-                (title, report[key], [_lines(group, folder) for group in report[key]["listed"]])
-                for key, title in (("exact_copies", "Exact copies"), ("near_twins", "Near twins"))
-            ],
-            leaks=[line.replace(f"{folder}/", "") for line in report["leaks"]],
-        )
+    return fill(
+        "data.html",
+        source("data.css"),
+        "img-src data:; base-uri 'none'; form-action 'none'",
+        report=report,
+        splits=_SPLITS,
+        counted=[
+            (title, _shares(report[key]))
+            for key, title in (("modalities", "Images by modality"), ("scanners", "Images by scanner"))
+        ],
+        sheets=[
+            {"title": ODD[kind][0], "note": ODD[kind][1], "count": found["count"], "pictures": pictures}
+            for kind, found in report["odd"].items()
+            if (pictures := [_picture(line, rules, folder) for line in found["listed"]])
+        ],
+        left_out=_left_out(report, folder),
+        copies=[
+            (title, report[key], [_lines(group, folder) for group in report[key]["listed"]])
+            for key, title in (("exact_copies", "Exact copies"), ("near_twins", "Near twins"))
+        ],
+        leaks=[line.replace(f"{folder}/", "") for line in report["leaks"]],
     )
 
 

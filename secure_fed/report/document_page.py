@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from secure_fed.clients.acceptance import when
-from secure_fed.report.page import digest, environment, source
+from secure_fed.report.page import fill, source
 
 THREATS = (
     "The coordinator's server sees who takes part, when and how much is sent. It adds encrypted numbers that it "
@@ -207,20 +206,14 @@ def _budget_words(budget: Mapping[str, Any] | None) -> str:
 
 
 def _page(title: str, eyebrow: str, headline: str, blocks: Sequence[Block], footer: str, signature: str = "") -> str:
-    style = source("report.css") + source("document.css")
-    policy = f"default-src 'none'; style-src '{digest(style)}'; base-uri 'none'; form-action 'none'"
-    return (
-        environment()
-        .get_template("document.html")
-        .render(
-            policy=policy,
-            version=version("secfacmic"),
-            style=style,
-            title=title,
-            eyebrow=eyebrow,
-            headline=headline,
-            blocks=blocks,
-            footer=footer,
-            signature=signature,
-        )
+    return fill(
+        "document.html",
+        source("document.css"),
+        "base-uri 'none'; form-action 'none'",
+        title=title,
+        eyebrow=eyebrow,
+        headline=headline,
+        blocks=blocks,
+        footer=footer,
+        signature=signature,
     )

@@ -60,12 +60,34 @@ class Tile:
 
 def as_html(analysis: Analysis) -> str:
     """The page."""
-    templates = environment()
-    style = source("report.css") + _shades()
     script = source("report.js")
-    policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; base-uri 'none'"
-    return templates.get_template("report.html").render(
-        **_content(analysis), style=Markup(style), script=Markup(script), policy=policy
+    return fill(
+        "report.html",
+        _shades(),
+        f"script-src '{digest(script)}'; base-uri 'none'",
+        **_content(analysis),
+        script=Markup(script),
+    )
+
+
+def fill(template: str, style: str, policy: str, **content: Any) -> str:
+    """A page that loads nothing: what it needs is in it, and its policy allows nothing else.
+
+    Args:
+        template: its name; it begins with the macro of ``head.html``.
+        style: rules of its own, behind those of all pages.
+        policy: what it allows beyond its style.
+        content: of the template.
+    """
+    style = source("report.css") + style
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            {"version": version("secfacmic")} | content,
+            style=style,
+            policy=f"default-src 'none'; style-src '{digest(style)}'; {policy}",
+        )
     )
 
 
