@@ -108,8 +108,8 @@ def list_(json_: Json = False) -> None:
     store = store_folder()
     rows: list[dict[str, Any]] = [
         {
-            "model": entry.model,
-            "tag": entry.tag,
+            "model": model,
+            "tag": tag,
             "activation": entry.activation,
             "digest": entry.digest,
             "id": entry.id,
@@ -117,6 +117,7 @@ def list_(json_: Json = False) -> None:
             "folder": str(path),
         }
         for path, entry in entries(store).items()
+        for model, tag in dict.fromkeys((name.model, name.tag) for name in entry.names)
     ]
     packaged: list[dict[str, Any]] = [
         {"model": path.stem, "file": path.name, "bytes": path.stat().st_size}

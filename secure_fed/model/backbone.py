@@ -608,14 +608,15 @@ def load_given(
     if path.parent == configs.MODELS:  # what comes along is called by its model's name
         model = model or path.stem
     if entry is not None:
-        if name is not None and name not in (entry.model, f"{entry.model}:{entry.tag}"):
+        known = [one for one in entry.names if name is None or name in one.spoken]
+        if not known:
             raise BackboneError(f"{path}: holds {entry.model}, not {name}; leave --model out, or name that one")
         if text is not None:
             raise BackboneError(
                 f"{path}: has its text model's configuration and tokenizer, so that nothing is taken from {text}; "
                 "leave --text out"
             )
-        model, tag, source = entry.model, entry.tag, entry.source
+        model, tag, source = known[0].model, known[0].tag, known[0].source
     form = read_form(path, model, tag, activation, text)
     form.licence = form.licence or (entry.licence if entry is not None else None)
     loaded = LoadedBackbone(build(form), form, f"{form.model} ({source})", exact=exact)

@@ -6,7 +6,7 @@ import filecmp
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.model.backbone import LoadedBackbone, load_given, refuse_other_gelu
 from secure_fed.model.backbone_form import CONFIG, ENTRY, named
 from secure_fed.model.backbone_hub import download
-from secure_fed.model.backbone_store import Entry, read_entry, store_folder
+from secure_fed.model.backbone_store import Entry, Name, read_entry, store_folder
 from secure_fed.model.library import HUB
 from secure_fed.model.model_config import OURS
 from secure_fed.model.network import build
@@ -57,7 +57,7 @@ def fetch(name: str, to: Path) -> tuple[Path, LoadedBackbone]:
         form = download(backbone, Path(cache))
         loaded = LoadedBackbone(build(form), form, f"{form.model} ({backbone.tag or form.weights.name})", exact=True)
         with _new_folder(folder) as new:
-            _write(new, loaded, backbone.tag, form.weights.name)
+            _write(new, loaded, [Name(model=form.model, tag=backbone.tag, source=form.weights.name)])
     return folder, loaded
 
 
@@ -82,26 +82,41 @@ def add(
         StorageError: the store cannot be written.
     """
     loaded, tag, source = load_given(path, name, activation, text, exact=True)
+    given, there = _entry(path), _entry(store_folder() / loaded.id)
     store = store_folder()
     make_folder(store)
     kept = store / loaded.id
+    first = [] if there is None else there.names
+    names = [*first, Name(model=loaded.form.model, tag=tag, source=source), *([] if given is None else given.names)]
+    names = list(dict.fromkeys(names))
+    if there is not None:
+        loaded.form.licence = loaded.form.licence or there.licence
     with tempfile.TemporaryDirectory(prefix=".new-", dir=store) as temporary:
         new = Path(temporary) / "backbone"
         make_folder(new)
-        _write(new, loaded, tag, source)
+        _write(new, loaded, names)
         if not _holds(kept, new):
-            if kept.exists():  # damaged since: what was given is whole, and goes with the temporary folder
+            if kept.exists():  # damaged since: what was given is whole, and the other goes with the temporary folder
                 os.replace(kept, Path(temporary) / "damaged")
             os.replace(new, kept)
             sync_folder(store)
+        elif names != first:
+            os.replace(new / ENTRY, kept / ENTRY)
+            sync_folder(kept)
     return kept, loaded
 
 
-def _holds(kept: Path, new: Path) -> bool:
-    """Whether a folder of the store has all that a new one of the same id has; its entry may name another source."""
+def _entry(folder: Path) -> Entry | None:
+    """What a folder of ours says of itself; None for any other, or one whose entry is damaged."""
     try:
-        read_entry(kept)
+        return read_entry(folder)
     except BackboneError:
+        return None
+
+
+def _holds(kept: Path, new: Path) -> bool:
+    """Whether a folder of the store has all that a new one of the same id has; its entry may have other names."""
+    if _entry(kept) is None:
         return False
     names = [one.relative_to(new) for one in new.rglob("*") if one.is_file() and one.name != ENTRY]
     return all((kept / name).is_file() and filecmp.cmp(new / name, kept / name, shallow=False) for name in names)
@@ -119,7 +134,7 @@ def _named(name: str) -> Backbone:
     return Backbone(model=str(model), weights="pretrained", tag=tag)
 
 
-def _write(folder: Path, loaded: LoadedBackbone, tag: str | None, source: str) -> None:
+def _write(folder: Path, loaded: LoadedBackbone, names: Sequence[Name]) -> None:
     """All of a backbone in the store's form; its entry last."""
     form = loaded.form
     config = dict(form.config)
@@ -133,15 +148,14 @@ def _write(folder: Path, loaded: LoadedBackbone, tag: str | None, source: str) -
         write_durable(folder / TEXT / "config.json", _json(form.text))
     write_weights(folder / WEIGHTS, {name: _halved(value) for name, value in loaded.tensors().items()})
     entry = Entry(
-        model=form.model,
-        tag=tag,
+        **names[0].model_dump(),
         digest=loaded.digest,
         id=loaded.id,
         activation=loaded.activation,
         weights=WEIGHTS,
-        source=source,
         bytes=(folder / WEIGHTS).stat().st_size,
         licence=form.licence,
+        also=list(names[1:]),
     )
     write_durable(folder / ENTRY, (entry.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
 

@@ -24,30 +24,50 @@ PLACE = "SECFACMIC_BACKBONES"
 """Environment variable that names the store's folder."""
 
 
-class Entry(FileModel):
-    """``backbone.json``.
+class Name(FileModel):
+    """By what templates find a backbone.
 
     Attributes:
         model: name for open_clip, ``hf-hub:OWNER/NAME`` included.
         tag: open_clip's tag, if the weights are one.
-        digest: SHA-256 of the weights' content, as in a study.
-        id: SHA-256 of it and all else that features depend on, as in a study.
-        activation: of the towers.
-        weights: name of the checkpoint in the folder.
-        source: name of the file that it was made of.
-        bytes: size of the checkpoint.
-        licence: of the weights, if a README beside them named it.
+        source: name of the file or folder that it was made of.
     """
 
     model: Text
     tag: Text | None = None
+    source: Text
+
+    @property
+    def spoken(self) -> tuple[str, str]:
+        """As people write it: with its tag, or without."""
+        return self.model, f"{self.model}:{self.tag}"
+
+
+class Entry(Name):
+    """``backbone.json``: the name under which a backbone was first added, and what it is.
+
+    Attributes:
+        digest: SHA-256 of the weights' content, as in a study.
+        id: SHA-256 of it and all else that features depend on, as in a study.
+        activation: of the towers.
+        weights: name of the checkpoint in the folder.
+        bytes: size of the checkpoint.
+        licence: of the weights, if a README beside them named it.
+        also: other names under which the same was added.
+    """
+
     digest: Hex64
     id: Hex64
     activation: Text
     weights: Text
-    source: Text
     bytes: Annotated[int, Field(ge=1)]
     licence: Text | None = None
+    also: list[Name] = Field(default_factory=list)
+
+    @property
+    def names(self) -> list[Name]:
+        """All of them, the first one first."""
+        return [Name(model=self.model, tag=self.tag, source=self.source), *self.also]
 
 
 def store_folder() -> Path:
@@ -81,7 +101,12 @@ def read_entry(folder: Path) -> Entry:
         raise BackboneError(
             f"{path}: cannot be read ({error}); expected a folder that secfacmic backbone fetch or add wrote"
         ) from error
-    entry = parse_table(content, Entry, BackboneError, str(path))
+    try:
+        entry = parse_table(content, Entry, BackboneError, str(path))
+    except BackboneError as error:
+        raise BackboneError(
+            f"{error}\n  remove this folder, and fetch or add the backbone again: secfacmic backbone add"
+        ) from None
     if Path(entry.weights).name != entry.weights:
         raise BackboneError(f"{path}: weights = {entry.weights!r} leads out of its folder; expected a file name")
     return entry
@@ -115,5 +140,8 @@ def _fits(entry: Entry, backbone: Backbone) -> bool:
     if backbone.digest is not None:
         return entry.digest == backbone.digest
     if backbone.weights == "file":
-        return entry.source == backbone.file
-    return entry.model == backbone.model and (backbone.model.startswith("hf-hub:") or entry.tag == backbone.tag)
+        return any(name.source == backbone.file for name in entry.names)
+    return any(
+        name.model == backbone.model and (backbone.model.startswith("hf-hub:") or name.tag == backbone.tag)
+        for name in entry.names
+    )

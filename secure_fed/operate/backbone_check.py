@@ -99,7 +99,7 @@ def _of_name(name: str) -> Path:
     found = [
         folder
         for folder, entry in entries(store_folder()).items()
-        if name in (entry.model, f"{entry.model}:{entry.tag}")
+        if any(name in one.spoken for one in entry.names)
         or (len(name) >= 6 and (entry.id.startswith(name) or entry.digest.startswith(name)))
     ]
     packaged = configs.MODELS / f"{name.removesuffix('.safetensors')}.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -178,3 +179,41 @@ def test_a_download_that_broke_off_is_not_begun_again_for_weights_named_by_diges
     named = Backbone(model="random-small", weights="pretrained", tag="tiny", digest="0" * 64)
     with pytest.raises(BackboneError, match=f"{kept}.*ends after 0.003 MB"):
         load_backbone(named, None)
+
+
+def test_one_backbone_is_found_under_each_name_that_it_was_added_with(
+    clip: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    other = "hf-hub:other/name"
+    (clip / "README.md").write_text("---\nlicense: mit\n---\n")
+    kept, added = add(clip, NAME)
+    (clip / "README.md").unlink()
+    clip.rename(tmp_path / "renamed")
+    for _ in range(2):
+        assert add(tmp_path / "renamed", other)[0] == kept
+    assert [one.model for one in backbone_store.read_entry(kept).names] == [NAME, other]
+    assert [one.name for one in kept.parent.iterdir()] == [added.id]
+    (kept / "tokenizer.json").unlink()  # its names outlast a damage
+    add(tmp_path / "renamed", other)
+    for model in (NAME, other):
+        found = load_backbone(Backbone(model=model, weights="pretrained"), None)
+        assert (found.id, found.form.model) == (added.id, model)
+        assert backbone_store.read_entry(kept).licence == "mit"
+        assert secfacmic("backbone", "check", model)[0] == 0
+        assert secfacmic("backbone", "check", kept, "--model", model)[0] == 0
+    for file in ("clip", "renamed"):
+        assert load_backbone(Backbone(model="x", weights="file", file=file), None).id == added.id
+    assert [row["model"] for row in json.loads(secfacmic("backbone", "list", "--json")[1])["added"]] == [NAME, other]
+    shutil.copytree(kept, tmp_path / "usb")
+    shutil.rmtree(kept)
+    add(tmp_path / "usb", None)
+    assert [one.model for one in backbone_store.read_entry(kept).names] == [NAME, other]
+
+
+def test_an_entry_that_is_none_is_said_with_what_to_do(clip: Path, store: Path) -> None:
+    add(clip, NAME)
+    (store / "junk").mkdir()
+    (store / "junk/backbone.json").write_text("{}")
+    with pytest.raises(BackboneError, match=r"(?s)junk/backbone.json: .*remove this folder") as refused:
+        load_backbone(Backbone(model=NAME, weights="pretrained"), None)
+    assert "secfacmic backbone add" in str(refused.value)
