@@ -189,8 +189,13 @@ class Coordinator:
 
     @property
     def finished(self) -> bool:
-        """Whether every round has its record."""
+        """Whether no round is left."""
         return self.journal.chain.finished
+
+    @property
+    def resting(self) -> bool:
+        """Whether the coordinator's people let no round begin; one that has a cohort goes on."""
+        return self._cohort is None and not self.journal.chain.awaits_checkpoint and self._folder.pause.exists()
 
     @property
     def rounds(self) -> list[JournalEntry]:
@@ -297,6 +302,8 @@ class Coordinator:
         """Whom the step still waits for: those that are asked and have not answered."""
         if self.finished:
             return frozenset()
+        if self.resting:
+            return frozenset()
         if self._cohort is None or self.journal.chain.awaits_checkpoint:
             training = {name for name, member in self.journal.chain.members.items() if member.role == "train"}
             return frozenset(training - set(self.sites_in) - self._left_out - self.voiding)
@@ -337,6 +344,11 @@ class Coordinator:
         return len(training) > needed.faulty and self._waiting_amendment() is None
 
     @property
+    def ending(self) -> bool:
+        """Whether the coordinator's people have ended the run; a round that has a cohort is closed before."""
+        return not self.finished and self._folder.end.exists()
+
+    @property
     def refusing(self) -> tuple[str, ...]:
         """Who says that the last sum is out of range."""
         return tuple(sorted(self._refusing))
@@ -355,6 +367,12 @@ class Coordinator:
             return self._give_up()
         if chain.awaits_checkpoint:
             return self._close_amendment()
+        if self._cohort is None and self.ending:
+            self.journal.append_end()
+            self._open_round()
+            return self.journal.records[-1]
+        if self.resting:
+            return None
         if self._cohort is None:
             waiting = self._waiting_amendment()
             if waiting is not None and not self._begun and len(set(self._readies) | self._refusing) >= needed:
@@ -762,12 +780,69 @@ def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> int:
         RecordError: the run's journal does not verify.
         KeyFileError: it does not follow the key in force, or the members cannot change so.
     """
+    folder, chain = _current_run(agreed, state)
+    store_amendment(agreed, folder.path, chain, sealed)
+    return chain.round + 1
+
+
+def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
+    """Let no round of the current run begin, or begin again, whether its coordinator is running or not.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+        paused: whether no round is to begin.
+
+    Returns:
+        The round that is due.
+
+    Raises:
+        StudyError: no run has begun, or it is over.
+        RecordError: the run's journal does not verify.
+        StorageError: it cannot be written.
+    """
+    folder, chain = _open_run(agreed, state)
+    if paused:
+        write_durable(folder.pause, b"")
+    else:
+        folder.pause.unlink(missing_ok=True)
+    return chain.round + 1
+
+
+def end_run(agreed: AgreedStudy, state: Path) -> int:
+    """End the current run before its last round, whether its coordinator is running or not; not to be taken back.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+
+    Returns:
+        The last round that has its record now; one that has a cohort is closed before the end.
+
+    Raises:
+        StudyError: no run has begun, or it is over.
+        RecordError: the run's journal does not verify.
+        StorageError: it cannot be written.
+    """
+    folder, chain = _open_run(agreed, state)
+    write_durable(folder.end, b"")
+    return chain.round
+
+
+def _open_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
+    """The current run, which is not over."""
+    folder, chain = _current_run(agreed, state)
+    if chain.finished:
+        raise StudyError(f"{state}: the run is over after {chain.round} rounds; expected one that goes on")
+    return folder, chain
+
+
+def _current_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
     folder = ServerState(state)
     run = folder.current_run
     if run is None:
-        raise StudyError(f"{state}: no run has begun; a key can be rotated only in a run")
+        raise StudyError(f"{state}: no run has begun; expected one")
     chain = Chain(agreed)
     for _ in RecordFolder(folder.run(run).journal).replay(chain):
         pass
-    store_amendment(agreed, folder.run(run).path, chain, sealed)
-    return chain.round + 1
+    return folder.run(run), chain

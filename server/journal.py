@@ -71,6 +71,14 @@ class Journal:
         """
         self._append("void", self.chain.round + 1, signed=[word.signed for word in words])
 
+    def append_end(self) -> None:
+        """Close the run before its last round.
+
+        Raises:
+            RecordError: it is over, or an amendment waits for its checkpoint.
+        """
+        self._append("end", self.chain.round + 1)
+
     def append_amendment(self, sealed: bytes) -> None:
         """Append a new sealed key, and with it a change of members.
 

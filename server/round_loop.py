@@ -400,6 +400,15 @@ class RoundLoop:
             self._open()
             return
         step = coordinator.step
+        if step is Step.READY and coordinator.ending:
+            entry = coordinator.advance()
+            assert entry is not None
+            self._closed(entry)
+            return
+        if coordinator.resting:
+            self._stepped = time.monotonic()  # a pause is no site's fault
+            self._tell(f"round {coordinator.round} does not begin: paused (secfacmic study pause, study resume)")
+            return
         inside = set(coordinator.sites_in)
         late = self._late()
         if step in (Step.READY, Step.ACKNOWLEDGED):

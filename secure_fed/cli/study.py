@@ -294,6 +294,61 @@ def amend(
     out.print(f"in force from round {first} or the next", highlight=False, soft_wrap=True)
 
 
+State = Annotated[Path, typer.Option(help="The server's state folder.")]
+Made = Annotated[Path, typer.Argument(metavar="STUDY", help="The study's study.toml.")]
+
+
+@app.command()
+def pause(study: Made, state: State) -> None:
+    """Let no further round begin, until study resume; a round whose cohort is chosen is closed before.
+
+    Sites stay connected and are asked nothing.
+    """
+    from secure_fed.server.coordinator import hold_run
+
+    due = hold_run(load_study(study), state, paused=True)
+    out.print(
+        f"round {due} does not begin, or is closed and the next does not; go on with: secfacmic study resume {study} "
+        f"--state {state}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def resume(study: Made, state: State) -> None:
+    """Let rounds begin again after study pause."""
+    from secure_fed.server.coordinator import hold_run
+
+    due = hold_run(load_study(study), state, paused=False)
+    out.print(f"round {due} is due", highlight=False)
+
+
+@app.command()
+def end(
+    study: Made,
+    state: State,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; it cannot be taken back.")] = False,
+) -> None:
+    """End the run before its last round: all sites end, and keep the adapter of the last one that was closed.
+
+    Whether the server is running or not: it tells the sites when it runs, by a signed record. A round whose cohort is
+    chosen is closed before.
+    """
+    from secure_fed.server.coordinator import end_run
+
+    agreed = load_study(study)
+    if not yes:
+        typer.confirm(f"end the run of study {agreed.study.name}, for ever?", abort=True, err=True)
+    done = end_run(agreed, state)
+    out.print(
+        f"{done} of {agreed.study.rounds} rounds are closed; the run ends after them, or after the one under way, as "
+        "soon as the server runs",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 @app.command()
 def diff(
     before: Annotated[Path, typer.Argument(metavar="A", help="A study.toml or template.")],

@@ -233,6 +233,16 @@ class ServerRun(RunState):
         """The amendment that waits and follows the key of that id."""
         return self.path / "amendments" / f"{key}.sealed"
 
+    @property
+    def pause(self) -> Path:
+        """There while the coordinator's people let no round begin."""
+        return self.path / "pause"
+
+    @property
+    def end(self) -> Path:
+        """There once the coordinator's people have ended the run."""
+        return self.path / "end"
+
 
 @dataclass(frozen=True)
 class StateFolder:

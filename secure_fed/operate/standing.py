@@ -32,13 +32,17 @@ def place_of(path: Path) -> tuple[Path, Path | None]:
 
 
 def is_over(state: Path, agreed: AgreedStudy) -> bool:
-    """Whether nothing is left to do in a state folder: the study is closed there, or every round has its record."""
+    """Whether nothing is left to do in a state folder: the study is closed there, its run was ended, or every round
+    has its record."""
     folder = StateFolder(state)
     if folder.closed.exists():
         return True
     run = folder.current_run
     journal = None if run is None else RunState(folder.runs / run).journal
-    return journal is not None and any(journal.glob(RECORDS)) and _last_round(journal) >= agreed.study.rounds
+    if journal is None or not any(journal.glob(RECORDS)):
+        return False
+    newest = _newest(journal)
+    return newest.kind == "end" or (newest.kind == "aggregate" and newest.round >= agreed.study.rounds)
 
 
 def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
         **now,
         "run": run.folder.name,
         "records": records,
-        "round": _last_round(run.journal),
+        "round": _closed_rounds(_newest(run.journal)),
         "last_error": None,
         **_study_facts(state, study, run.journal),
     }
@@ -85,8 +89,12 @@ def _study_facts(state: Path, path: Path | None, journal: Path) -> dict[str, Any
     return {"study": study.name, "study_id": study.id, "rounds": study.rounds, "finished": is_over(state, agreed)}
 
 
-def _last_round(journal: Path) -> int:
-    """The newest round that the journal's records name, unchecked: secfacmic journal verify checks."""
-    newest = max(journal.glob(RECORDS))
-    frame = split_frame(MAGIC, newest.read_bytes(), 2**28, RecordError)
-    return parse_header(frame.header, RecordHeader, RecordError).round
+def _newest(journal: Path) -> RecordHeader:
+    """The header of the journal's newest record, unchecked: secfacmic journal verify checks."""
+    frame = split_frame(MAGIC, max(journal.glob(RECORDS)).read_bytes(), 2**28, RecordError)
+    return parse_header(frame.header, RecordHeader, RecordError)
+
+
+def _closed_rounds(newest: RecordHeader) -> int:
+    """The last round that has its record: others than aggregates name the one that is due."""
+    return newest.round if newest.kind in ("genesis", "aggregate") else newest.round - 1

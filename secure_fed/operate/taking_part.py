@@ -101,7 +101,8 @@ def take_part(
                 study.records_url,
             ),
         )
-        log.info("%s: the study is over after %d rounds", file.site, site.round)
+        by = ", ended by its coordinator" if site.replica.state.chain.ended else ""
+        log.info("%s: the study is over after %d rounds%s", file.site, site.round, by)
 
 
 def _round_in_words(file: SiteFile, site: Site, rounds: int, sent: SentList) -> str:

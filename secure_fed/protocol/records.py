@@ -53,7 +53,7 @@ from secure_fed.protocol.study import AgreedStudy, Hex64
 
 MAGIC = b"SFR2"
 
-Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint"]
+Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint", "end"]
 
 
 class RecordHeader(SignedHeader):
@@ -63,11 +63,12 @@ class RecordHeader(SignedHeader):
         kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``void`` closes, by the words of
             a quorum's people, what was begun of a round, which begins anew; ``amendment`` brings a new
             sealed key and perhaps other members; ``checkpoint``, always next, the members' acknowledgements and the
-            adapter sealed under the key.
+            adapter sealed under the key; ``end`` closes the run before its last round, and nothing follows it.
         seq: 0 for genesis, then one more each.
         previous: id of the record before; zeros for genesis.
         study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
-        round: of an aggregate; the first in force for an amendment or checkpoint; 0 for genesis.
+        round: of an aggregate; the first in force for an amendment or checkpoint; the one that is not trained any
+            more for an end; 0 for genesis.
         contributors: by site name; signed envelope headers of an aggregate, words for a void, acknowledgements of a
             checkpoint.
         reveals: of an aggregate, each contributor's REVEAL, in the same order; else none.
@@ -143,6 +144,7 @@ class Chain:
         amended_after: the last round before the last amendment; -1 before the first.
         changed_after: the same of the last amendment with which a training site joined or left.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
+        ended: whether the last record is an end, which nothing follows.
         seeds: of the envelopes in the sums so far.
         ledgers: number and id of the newest privacy-ledger head of each site in them, of those that have one.
     """
@@ -157,6 +159,7 @@ class Chain:
         self.amendment = 0
         self.members: Members = {site.name: site for site in agreed.study.sites}
         self.awaits_checkpoint = False
+        self.ended = False
         self.seeds: Seeds = {}
         self.ledgers: dict[str, tuple[int, str]] = {}
         self.amended_after = -1
@@ -179,8 +182,8 @@ class Chain:
 
     @property
     def finished(self) -> bool:
-        """Whether every round of the study has its record."""
-        return self.round >= self.agreed.study.rounds
+        """Whether no round is left: every one has its record, or the run was ended before."""
+        return self.ended or self.round >= self.agreed.study.rounds
 
     def check(self, data: bytes) -> Record:
         """Check a record's signature, its place in the chain, and its contributors. Changes nothing.
@@ -195,6 +198,8 @@ class Chain:
                 f"record {header.seq} after {header.previous[:16]}: the journal here has {self.length} records and "
                 f"head {self.head[:16]}; expected record {self.length} after it"
             )
+        if self.ended:
+            raise RecordError(f"record {header.seq}: a {header.kind} after the end; expected nothing more of this run")
         if header.kind == "genesis":
             if self.length:
                 raise RecordError(f"record {header.seq}: a second genesis; expected one only, at 0")
@@ -210,7 +215,9 @@ class Chain:
             )
         if header.kind not in ("aggregate", "void", "checkpoint") and header.contributors:
             raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
-        if header.kind in ("void", "amendment", "checkpoint") and header.round != self.round + 1:
+        if header.kind == "end" and self.finished:
+            raise RecordError(f"record {header.seq}: an end after the last round")
+        if header.kind in ("void", "amendment", "checkpoint", "end") and header.round != self.round + 1:
             raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
         contributors: tuple[EnvelopeHeader, ...] = ()
         identity = frame.digest
@@ -260,6 +267,7 @@ class Chain:
             self.changed_after = self.round
         self.members = record.members
         self.awaits_checkpoint = header.kind == "amendment"
+        self.ended = header.kind == "end"
         if header.kind == "aggregate":
             self.round = header.round
             # A new one: chains that come of one another share it.

@@ -1,0 +1,161 @@
+"""A run that its coordinator ends before its last round, or lets rest for a while."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secure_fed.core.errors import RecordError, StudyError
+from secure_fed.operate.standing import is_over, standing
+from secure_fed.server.coordinator import Coordinator, Step, end_run, hold_run
+from secure_fed.server.supervisor import ServerFolders, _begin_if_asked
+from tests.conftest import Federation, Run
+from tests.integration.test_flower_rounds import _begin, _identity, _loop, _steps
+
+__all__ = ["_identity"]  # a fixture
+
+
+def _reopened(federation: Federation) -> Coordinator:
+    """The run's coordinator, as a server that is started again has it."""
+    return ServerFolders(federation.folder / "study.toml", federation.folder / "server").coordinator(federation.agreed)
+
+
+def test_an_ended_run_leaves_every_site_with_the_adapter_that_it_has(
+    federation: Federation, secfacmic: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator, wire, loop = _begin(federation)
+    state, study = federation.folder / "server", federation.folder / "study.toml"
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    ended = secfacmic("study", "end", study, "--state", state, "--yes")
+    assert ended.returncode == 0, ended.stderr
+    assert "1 of 3 rounds are closed" in ended.stdout
+    loop.run()
+    kinds = [entry.header.kind for entry in coordinator.journal.records]
+    assert kinds in (["genesis", "aggregate", "end"], ["genesis", "aggregate", "aggregate", "end"])
+    assert coordinator.finished
+    assert all(app.finished and app.site.finished and app.failure is None for app in wire.apps.values())
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+    assert {app.site.round for app in wire.apps.values()} == {len(kinds) - 2}
+    assert is_over(state, federation.agreed)
+    assert standing(state)["round"] == len(kinds) - 2
+    assert secfacmic("journal", "verify", state, "--study", study).returncode == 0
+    # What is over is not ended again, and a site that opens its folder anew knows it.
+    with pytest.raises(StudyError, match="the run is over after"):
+        end_run(federation.agreed, state)
+    assert federation.site("ash").over
+
+
+def test_a_site_that_was_away_learns_of_the_end_when_the_server_is_started_again(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: coordinator.step is Step.READY)
+    wire.away.add("cedar")
+    end_run(federation.agreed, federation.folder / "server")
+    _steps(loop, lambda: coordinator.finished)
+    again = _reopened(federation)
+    assert again.finished
+    wire.away.clear()
+    loop = _loop(federation, again, wire)
+    loop.run()
+    assert all(app.site.finished for app in wire.apps.values())
+
+
+def test_a_round_whose_cohort_is_chosen_is_closed_before_the_end(federation: Federation) -> None:
+    """Its sites have paid for it."""
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    end_run(federation.agreed, federation.folder / "server")
+    loop.run()
+    assert [entry.header.kind for entry in coordinator.journal.records] == ["genesis", "aggregate", "end"]
+    assert {app.site.round for app in wire.apps.values()} == {1}
+
+
+@pytest.mark.parametrize("kind", ["end", "void", "aggregate"])
+def test_nothing_follows_an_end(federation: Federation, kind: str) -> None:
+    coordinator, _, loop = _begin(federation)
+    end_run(federation.agreed, federation.folder / "server")
+    _steps(loop, lambda: coordinator.finished)
+    with pytest.raises(RecordError, match=f"a {kind} after the end"):
+        coordinator.journal._append(kind, coordinator.round)  # type: ignore[arg-type]
+
+
+def test_an_end_names_the_round_that_is_due_and_is_none_after_the_last(federation: Federation) -> None:
+    coordinator, _, loop = _begin(federation)
+    with pytest.raises(RecordError, match="in force from round 3, expected 1"):
+        coordinator.journal._append("end", 3)
+    loop.run()
+    with pytest.raises(RecordError, match="an end after the last round"):
+        coordinator.journal._append("end", coordinator.round)
+
+
+def test_after_an_end_another_run_may_begin(federation: Federation, tmp_path: Path) -> None:
+    coordinator, _, loop = _begin(federation)
+    end_run(federation.agreed, federation.folder / "server")
+    _steps(loop, lambda: coordinator.finished)
+    sealed = tmp_path / "next.key"
+    sealed.write_bytes(federation.seal_key(2))
+    _begin_if_asked(
+        federation.agreed, ServerFolders(federation.folder / "study.toml", federation.folder / "server"), sealed
+    )
+    assert _reopened(federation).run != coordinator.run
+
+
+def test_a_paused_run_begins_no_round_and_asks_nobody_until_it_is_resumed(
+    federation: Federation, secfacmic: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "secure_fed")
+    coordinator, wire, loop = _begin(federation)
+    state, study = federation.folder / "server", federation.folder / "study.toml"
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    assert secfacmic("study", "pause", study, "--state", state).returncode == 0
+    _steps(loop, lambda: coordinator.resting)
+    closed = len(coordinator.rounds)
+    asked = _asked(wire)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        loop.step()
+    assert len(coordinator.rounds) == closed
+    assert _asked(wire) - asked <= len(wire.apps)  # what was under way when it was paused
+    assert caplog.text.count("does not begin: paused") == 1
+    # Neither a restart nor the round's deadline begins one.
+    again = _reopened(federation)
+    assert again.resting
+    assert again.asked == frozenset()
+    loop.agreed.study.__dict__["round_seconds"] = 0.0
+    loop.step()
+    assert len(coordinator.rounds) == closed
+    loop.agreed.study.__dict__["round_seconds"] = 60.0
+    assert secfacmic("study", "resume", study, "--state", state).returncode == 0
+    loop.run()
+    assert [entry.header.kind for entry in coordinator.journal.records] == ["genesis", *["aggregate"] * 3]
+
+
+def _asked(wire: Any) -> int:
+    return sum(map(len, wire.pages.values()))
+
+
+def test_a_round_whose_cohort_is_chosen_is_closed_before_a_pause(federation: Federation) -> None:
+    coordinator, _, loop = _begin(federation)
+    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    hold_run(federation.agreed, federation.folder / "server", paused=True)
+    assert not coordinator.resting
+    _steps(loop, lambda: coordinator.resting)
+    assert len(coordinator.rounds) == 1
+
+
+def test_a_run_that_has_not_begun_is_neither_ended_nor_paused(federation: Federation, tmp_path: Path) -> None:
+    for call in (
+        lambda: end_run(federation.agreed, tmp_path),
+        lambda: hold_run(federation.agreed, tmp_path, paused=True),
+    ):
+        with pytest.raises(StudyError, match="no run has begun"):
+            call()
+
+
+def test_an_end_that_is_not_confirmed_is_none(federation: Federation, secfacmic: Run) -> None:
+    coordinator: Coordinator = _begin(federation)[0]
+    refused = secfacmic("study", "end", federation.folder / "study.toml", "--state", federation.folder / "server")
+    assert refused.returncode != 0
+    assert not coordinator.ending
