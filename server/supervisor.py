@@ -97,7 +97,7 @@ def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path 
     facts = {"study": study.name, "study_id": study.id, "rounds": study.rounds, "min_sites": study.min_sites}
     facts |= {"listen": f"[{listen[0]}]:{listen[1]}" if ":" in listen[0] else f"{listen[0]}:{listen[1]}"}
     StatusFile(folders.state).begin("server", **facts, certificate_until=link.certificate_until, restarts=0)
-    log.info("study %s, %d rounds, mode %s; listening on %s:%d", agreed.study.name, agreed.study.rounds, mode, *listen)
+    log.info("study %s, %d rounds, mode %s; listening on %s", study.name, study.rounds, mode, facts["listen"])
     try:
         _supervise(link, agreed, folders)
     finally:
