@@ -473,9 +473,7 @@ def _read_file(
     if lost_link(path):
         read_weights(path)  # which says so
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
-        raise BackboneError(
-            f"{path}: is no weights; expected a checkpoint, or the folder of a backbone: name the folder"
-        )
+        raise BackboneError(f"{path}: is no checkpoint; expected one, or the folder of a backbone: name the folder")
     if re.search(r"-of-\d+\.", path.name):
         raise BackboneError(
             f"{path}: one of several shards; expected all of them with their index: name the folder, or the index"

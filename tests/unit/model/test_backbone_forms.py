@@ -719,6 +719,7 @@ def test_files_by_themselves(whole: Path, tmp_path: Path, store: Path) -> None:
         assert not store.exists() or not list(store.iterdir())
 
     theirs = safetensors.torch.load_file(whole / "model.safetensors")
+    checked("config.json", b"{}", "is no checkpoint.*name the folder", "random-small")
     checked("theirs.pt", theirs, "under transformers' names, without their config.json", None)
     checked("named.pt", theirs, "under transformers' names", "random-small")
     checked("code.pt", {"model": theirs, "args": Innocent()}, r"Innocent besides tensors.*pickle_module=pickle", None)
