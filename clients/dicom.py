@@ -28,6 +28,8 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
     RLELossless,
 )
 
@@ -368,17 +370,25 @@ class DicomFile:
             UndecodableError: the codestream is of another size, which would be unpacked, however large, first.
         """
         dataset = self._dataset
-        if not dataset.file_meta.TransferSyntaxUID.startswith("1.2.840.10008.1.2.4."):
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if not syntax.startswith("1.2.840.10008.1.2.4."):
             return
         found = _codestream(get_frame(dataset.PixelData, index, number_of_frames=self.frames))
         if found is None:
             return
-        width, height, samples, signed = found
+        width, height, samples, bits, signed = found
         expected = _whole(dataset, "Columns"), _whole(dataset, "Rows"), _whole(dataset, "SamplesPerPixel")
         if (width, height, samples) != expected:
             raise UndecodableError(
                 f"DICOM whose codestream is of {width} x {height} pixels with {samples} samples each, and whose header "
                 f"says {expected[0]} x {expected[1]} with {expected[2]}; expected the same in both: export it again"
+            )
+        allocated = _whole(dataset, "BitsAllocated")
+        if syntax in (JPEGBaseline8Bit, JPEGExtended12Bit) and (bits > 8) != (allocated > 8):
+            raise UndecodableError(
+                f"DICOM whose codestream has {bits} bits a sample, and whose header allocates {allocated} "
+                "(BitsAllocated (0028,0100)), so that a window may be of either; expected the same in both: export it "
+                "again"
             )
         if signed is not None:
             dataset.PixelRepresentation = signed
@@ -572,15 +582,15 @@ def _swapped(dataset: Any) -> Any:
     return turned
 
 
-def _codestream(frame: bytes) -> tuple[int, int, int, int | None] | None:
-    """Width, height and samples that a frame's JPEG or JPEG 2000 codestream says it has, and its sign if it says that;
-    None if it is neither."""
+def _codestream(frame: bytes) -> tuple[int, int, int, int, int | None] | None:
+    """Width, height, samples and bits of each that a frame's JPEG or JPEG 2000 codestream says it has, and its sign if
+    it says that; None if it is neither."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 1 << 16)
     if start >= 0 and len(frame) > start + 42:
         # SIZ: marker, length, capabilities, sizes and offsets of 32 bits, number of components, the first one's depth.
         right, bottom, left, top = struct.unpack(">4I", frame[start + 8 : start + 24])
         samples = int.from_bytes(frame[start + 40 : start + 42], "big")
-        return right - left, bottom - top, samples, frame[start + 42] >> 7
+        return right - left, bottom - top, samples, (frame[start + 42] & 0x7F) + 1, frame[start + 42] >> 7
     if not frame.startswith(b"\xff\xd8"):
         return None
     at = 2
@@ -591,7 +601,7 @@ def _codestream(frame: bytes) -> tuple[int, int, int, int | None] | None:
             continue
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             height, width = struct.unpack(">2H", frame[at + 5 : at + 9])
-            return width, height, frame[at + 9], None
+            return width, height, frame[at + 9], frame[at + 4], None
         at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
     return None
 

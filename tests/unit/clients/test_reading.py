@@ -134,6 +134,19 @@ def test_lossless_jpeg_keeps_colours_as_the_header_names_them(colour):
     assert np.array_equal(np.asarray(decode(as_bytes(found))), np.asarray(plain))
 
 
+def test_a_codestream_of_fewer_bits_than_the_header_is_shown_or_refused():
+    eight = (SMOOTH >> 4).astype(np.uint8)
+    window = {"WindowCenter": 96, "WindowWidth": 192, "VOILUTFunction": "LINEAR_EXACT"}
+    stream = imagecodecs.jpeg2k_encode(eight, codecformat="j2k")
+    for says in ({"BitsStored": 12, "HighBit": 11}, {"BitsStored": 16, "HighBit": 15}):
+        found = encapsulated(SMOOTH, uid.JPEG2000Lossless, stream, **says, **window)
+        assert np.array_equal(grey(found), grey(dicom(eight, **window)))
+    for syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
+        with pytest.raises(UndecodableError, match=r"has 8 bits a sample, and whose header allocates 16 \(BitsAlloc"):
+            grey(encapsulated(SMOOTH, syntax, imagecodecs.jpeg8_encode(eight), **TWELVE))
+        assert len(np.unique(grey(encapsulated(eight, syntax, imagecodecs.jpeg8_encode(eight))))) > 100
+
+
 def test_every_transfer_syntax_has_a_decoder_here_and_none_ends_the_process_on_a_broken_frame():
     assert all(transfer_syntaxes().values())
     assert len(transfer_syntaxes()) == 16
