@@ -693,6 +693,14 @@ def _multiplies_bfloat16(device: Device) -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+def is_here(backbone: Backbone) -> bool:
+    """Whether the weights lie on this machine, so that :func:`load_backbone` asks nobody for them."""
+    try:
+        return _path(backbone, None) is not None
+    except BackboneError:
+        return False
+
+
 def _path(backbone: Backbone, checkpoint: Path | None) -> Path | None:
     """Where the weights lie; None if they are to be fetched."""
     path = checkpoint

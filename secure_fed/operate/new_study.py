@@ -21,7 +21,7 @@ from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.core.tomlfile import parse_table, to_toml, write_toml
 from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, uses_basis
-from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone import LoadedBackbone, is_here, load_backbone, make_random_checkpoint
 from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics, precision_for
 from secure_fed.privacy.keys import PublicIdentity
 from secure_fed.protocol import memory
@@ -271,8 +271,11 @@ def update_size(path: Path, study: StudyFile) -> str:
 def check_study(path: Path) -> StudyFile:
     """Check a study file or a template, and what lies beside it: public statistics, and its initial state.
 
+    Whether prompts are too long is known where the backbone's weights are on this machine.
+
     Raises:
         StudyError: with every error of the file, or what the other file lacks.
+        BackboneError, BackboneDigestError: the weights are here, and cannot be used.
     """
     try:
         study = read_study_file(path)
@@ -280,6 +283,8 @@ def check_study(path: Path) -> StudyFile:
         faults = _method_faults(path)
         raise (StudyError("\n  ".join([str(error), *faults])) if faults else error) from None
     faults = [*_refused(lambda: check_method(study.method)), *_refused(lambda: uses_basis(study))]
+    if study.missing() and is_here(study.backbone):
+        faults += _refused(lambda: _refuse_long_prompts(study, load_backbone(study.backbone, None)))
     if faults:
         raise StudyError(f"{path}: " + "\n  ".join(faults))
     if study.features.source in ("images", "file") and (kept := path.parent / PUBLIC).exists():
@@ -345,6 +350,15 @@ def prompt_features(template: Template, backbone: LoadedBackbone) -> NDArray[np.
     Raises:
         StudyError: prompts that are longer than the backbone's context.
     """
+    _refuse_long_prompts(template, backbone)
+    rows = []
+    for entry in template.classes:
+        mean = backbone.encode_texts(list(entry.prompts)).astype(np.float64).mean(axis=0)
+        rows.append(mean / np.linalg.norm(mean))
+    return np.stack(rows).astype(np.float32)
+
+
+def _refuse_long_prompts(template: StudyFile, backbone: LoadedBackbone) -> None:
     long = [
         f"{text!r} of class {entry.name!r} has {count}"
         for entry in template.classes
@@ -356,11 +370,6 @@ def prompt_features(template: Template, backbone: LoadedBackbone) -> NDArray[np.
             f"prompts longer than the {backbone.context} tokens that {template.backbone.model} takes; the rest would "
             f"be cut off: {'; '.join(long)}; shorten them"
         )
-    rows = []
-    for entry in template.classes:
-        mean = backbone.encode_texts(list(entry.prompts)).astype(np.float64).mean(axis=0)
-        rows.append(mean / np.linalg.norm(mean))
-    return np.stack(rows).astype(np.float32)
 
 
 def _with_keys(site: StudySite, keys: SiteKeys | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 import tomli_w
 
 import secure_fed.clients.site
+from secure_fed import configs
 from secure_fed.core import errors
 from secure_fed.protocol.codec import Parameters
 from secure_fed.server.coordinator import Coordinator
@@ -126,6 +127,15 @@ def test_training_that_diverges_sends_nothing(
     refused(result, errors.NonFiniteUpdateError, "1 of ", "NaN or infinite", "nothing was sent")
     assert not list((tmp_path / "out").glob("sites/*/state/runs/*/outbox/*"))
     assert not list((tmp_path / "out").glob("server/runs/*/spool/*/*/*"))
+
+
+def test_prompts_that_would_be_cut_off_are_told_before_a_study_is_made(secfacmic: Run, tmp_path: Path) -> None:
+    text = (configs.FOLDER / "demo.toml").read_text()
+    long = text.replace("an axial MRI slice of a head without any mass", "x y " * 45)
+    (tmp_path / "long.toml").write_text(long)
+    ended = secfacmic("study", "check", tmp_path / "long.toml")
+    refused(ended, errors.StudyError, "longer than the 40 tokens that mini-clip", "'no tumour' has 92", "shorten them")
+    assert secfacmic("study", "check", "demo").returncode == 0
 
 
 def test_a_full_disk_leaves_no_half_written_file(secfacmic: Run, template: Path, images: Path, tmp_path: Path) -> None:
