@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from secure_fed.clients.sitefile import read_site
 from secure_fed.operate.live_page import LivePage
@@ -74,3 +78,55 @@ def test_terms_are_accepted_by_keyboard_and_the_page_follows(browser: Browser, s
     browser.wait(lambda: "Accepted: Dr. Beech" in browser.find("#accepted").text)
     assert not browser.find("#accept").is_displayed()
     assert file.state_folder.accepted.exists()
+
+
+def _until(browser: Browser, condition: Callable[[], object], seconds: float) -> None:
+    WebDriverWait(browser.driver, seconds).until(lambda _: condition())
+
+
+def _open(place: Path) -> tuple[LivePage, threading.Thread, Browser]:
+    page = LivePage(place)
+    thread = threading.Thread(target=page.serve, daemon=True)
+    thread.start()
+    return page, thread, Browser(_Link(page.url))  # type: ignore[arg-type]
+
+
+def test_a_demo_that_runs_is_followed_checked_and_stopped(tmp_path: Path) -> None:
+    """A real demo, a page of one site and one of the server, and a press of each button."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", "demo", "--rounds", "40", "--out", str(out)]
+    site, server = out / "sites/north", out / "server"
+    opened: list[tuple[LivePage, threading.Thread, Browser]] = []
+    with (tmp_path / "told").open("w") as told, subprocess.Popen(command, stdout=told, stderr=told) as demo:
+        try:
+            end = time.monotonic() + 240
+            while not (site / "state/status.json").exists() or not (server / "status.json").exists():
+                assert time.monotonic() < end
+                assert demo.poll() is None, (tmp_path / "told").read_text()
+                time.sleep(0.2)
+            opened = [_open(server), _open(site)]
+            (_, _, above), (_, _, here) = opened
+            for browser in (above, here):
+                browser.open("desk")
+            _until(above, lambda: re.search(r"train in\b", above.find("#members").text), 240)
+            rows = above.find("#members").text
+            assert {"north", "east", "south", "west", "observer"} <= set(re.findall("[a-z]+", rows))
+            _until(here, lambda: re.search(r"Running\. Round [2-9]", here.find("#headline").text), 240)
+            assert "Accepted: simulation" in here.find("#accepted").text
+            assert "messages" in here.find("#sent p").text
+            here.find("#doctor").click()
+            _until(here, lambda: re.match(r"[0-9]+ checks, [0-9]+ failed", here.find("#said").text), 120)
+            here.find("#stop").click()
+            here.wait(lambda: here.find("#stop").text == "Stop it: press again")
+            here.find("#stop").click()
+            here.wait(lambda: "told to stop" in here.find("#said").text)
+            _until(here, lambda: "Running." not in here.find("#headline").text, 60)
+            assert demo.wait(60) == 87  # the demo says which of its processes has ended
+            _until(above, lambda: "NOT running." in above.find("#headline").text, 60)
+        finally:
+            demo.terminate()
+            for page, thread, browser in opened:
+                browser.driver.quit()
+                page.close()
+                thread.join(10)
+    assert "north ended with 130" in (tmp_path / "told").read_text()
