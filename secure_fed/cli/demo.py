@@ -78,6 +78,7 @@ def demo(
     for line in (
         "try next:",
         f"  secfacmic report {into}         a page of what was found",
+        f"  secfacmic page {into}/sites/{found.sites[0]}   where a site stands, in a browser",
         f"  secfacmic evaluate --adapter {into / ADAPTER} --images DIR",
         "  secfacmic drill                 attacks on this installation, and what held",
         "  secfacmic study init DIR...     a study of your own images",

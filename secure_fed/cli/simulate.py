@@ -109,8 +109,13 @@ def print_results(summary: StudySummary) -> None:
             continue
         row = [*(result.per_site[site] for site in summary.sites), result.held_out]
         shares = [getattr(scores, measure) for scores in row]
+        if method == "federated" and summary.metrics.one_sum is not None:
+            label = f"{label}, {summary.method}"
         table.add_row(label, *("-" if share is None else f"{100 * share:.1f}" for share in shares))
     out.print(table)
+    if summary.metrics.one_sum is not None:
+        for line in _order(summary, measure):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
     for site, spent in summary.privacy.items():
         out.print(
             f"{site}: simulated epsilon {spent.epsilon_spent:.3f} of {spent.epsilon_budget:g} spent at delta "
@@ -120,12 +125,41 @@ def print_results(summary: StudySummary) -> None:
         )
 
 
+def _order(summary: StudySummary, measure: str) -> list[str]:
+    """Which row beats which, as measured, from best to worst."""
+    places: dict[str, list[tuple[float, str]]] = {"own test images, mean of the sites": [], "held out": []}
+    for name, label in METHODS.items():
+        result: Result | None = getattr(summary.metrics, name)
+        if result is None:
+            continue
+        own = [getattr(result.per_site[site], measure) for site in summary.sites]
+        for found, shares in zip(places.values(), (own, [getattr(result.held_out, measure)]), strict=True):
+            known = [share for share in shares if share is not None]
+            if len(known) == len(shares):
+                found.append((sum(known) / len(known), label))
+    lines = [
+        f"{place}: " + " > ".join(f"{label} {100 * share:.1f}" for share, label in sorted(found, reverse=True))
+        for place, found in places.items()
+        if found
+    ]
+    return [*lines, "as measured here, once, with one seed: a few points are chance (summary.json has the intervals)"]
+
+
 @contextmanager
 def live() -> Iterator[Any]:
     """A listener that keeps a table of the rounds up to date on stderr."""
     from secure_fed.lab.simulation import Listener, RoundFacts
 
-    table = Table("round", "sites in", "up", "down", "seconds", "validation")
+    table = Table(
+        "round",
+        "sites in",
+        "up",
+        "down",
+        "seconds",
+        "validation",
+        caption="up, down: bytes of all sites together; seconds: of the whole round; validation: correct images at all "
+        "sites, before the round's training",
+    )
     status, pace = Text("starting"), Pace()
     with Live(Group(table, status), console=console, refresh_per_second=4) as live:
 

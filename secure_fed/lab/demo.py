@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import socket
 import subprocess
 import time
@@ -10,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.clients.sitefile import SiteServer
-from secure_fed.core.errors import DemoError, StudyError
-from secure_fed.core.layout import ENVELOPES, ServerState, SiteState
+from secure_fed.core.errors import DemoError, SecfacmicError, StudyError
+from secure_fed.core.layout import ENVELOPES, SUMMARY, ServerState, SiteState
 from secure_fed.core.processes import start, stop
 from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.lab.simulation import (
@@ -19,26 +21,36 @@ from secure_fed.lab.simulation import (
     Listener,
     RoundFacts,
     finish,
+    one_sum_result,
     open_run,
     open_sites,
     plan_of,
     prepare,
     round_facts,
+    run_rounds,
     tell_overlaps,
 )
 from secure_fed.model.device import DeviceChoice
 from secure_fed.operate.new_study import SERVER
-from secure_fed.operate.summary import SiteSummary, read_summary
+from secure_fed.operate.summary import Result, SiteSummary, read_summary, write_summary
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
-from secure_fed.protocol.study import AgreedStudy, Template, with_fields
+from secure_fed.protocol.study import AgreedStudy, Method, Template, with_fields
 from secure_fed.transport.certificates import CA, create_authority
+
+log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 PORT = 8443
 """Where a prepared federation's server listens unless told otherwise, as ``secfacmic server`` does."""
 
 LOGS = "logs"
+ONE_SUM = "one_sum"
+"""Folder, in a demo's, of the study that adds a row to its table."""
+
+MOST_PATIENTS = 1000
+"""That a site of a demo has, public, for the lanes of one sum."""
+
 LOOK_SECONDS = 0.1
 
 
@@ -149,7 +161,53 @@ def run_demo(
                 listener.round(facts)
         finally:
             stop(list(processes.values()))
-        return finish(agreed, out, open_sites(agreed, out, device=device), journal.entries, begun, listener).content()
+        summary = finish(agreed, out, open_sites(agreed, out, device=device), journal.entries, begun, listener)
+        listener.stage("for comparison, in this process: one secure sum over the same sites")
+        found = None if budget is not None else _one_sum(template, out, data or out / "data", device)
+        if found is not None:
+            metrics = summary.metrics.model_copy(update={"one_sum": found})
+            elapsed = time.monotonic() - begun
+            summary = summary.model_copy(update={"metrics": metrics, "seconds_total": elapsed})
+            write_summary(out / SUMMARY, summary)
+        return summary.content()
+
+
+def as_one_sum(template: Template) -> Template | None:
+    """The same sites and images with a head of class statistics from one sum; None for a study that only sums."""
+    if template.method.sums:
+        return None
+    return with_fields(
+        template,
+        name=f"{template.name}-one-sum",
+        rounds=2,  # one for the sum, one for the histograms that choose its shrinkage
+        method=Method(adapter="gaussian_head", most_patients=MOST_PATIENTS).model_dump(exclude_none=True),
+        aggregation={},
+        features={},
+        encoding={"value_bound": 1.0},
+        sites=[{"name": site.name, "role": site.role} for site in template.sites],  # each patient weighs one
+    )
+
+
+def _one_sum(template: Template, out: Path, data: Path, device: DeviceChoice | None) -> Result | None:
+    """What one sum over what the demo's sites have encoded reaches; None, with a warning, where it cannot be taken."""
+    try:
+        other = as_one_sum(template)
+        return None if other is None else _summed_once(other, out, data, device)
+    except SecfacmicError as error:
+        log.warning("there is no row of one sum: %s", error)
+        return None
+
+
+def _summed_once(template: Template, out: Path, data: Path, device: DeviceChoice | None) -> Result:
+    folder = out / ONE_SUM
+    agreed = prepare(template, folder, data)
+    for site in agreed.study.sites:
+        encoded, state = (SiteState(place / "sites" / site.name / "state") for place in (out, folder))
+        make_folder(state.features.parent)
+        shutil.copyfile(encoded.features, state.features)
+    sites = open_sites(agreed, folder, device=device)
+    run_rounds(agreed, open_run(agreed, folder, sites), sites, Listener())
+    return one_sum_result(agreed, sites)
 
 
 class _Journal:

@@ -373,13 +373,8 @@ def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> C
     training = [site for site in sites if members[site.name].role == "train"]
     observers = [site for site in sites if members[site.name].role == "observer"]
 
-    def held_out(parameters: Parameters | None, method: AgreedStudy) -> Scores:
-        found = [site.predictions(parameters, method) for site in observers]
-        return Scores(**(metrics(*pool(found), positive=agreed.study.positive) if found else mean([])))
-
     def shared(at_site: Callable[[Site], Parameters | None], elsewhere: Parameters | None) -> Result:
-        per_site = {site.name: Scores(**site.evaluate(at_site(site))) for site in training}
-        return Result(per_site=per_site, held_out=held_out(elsewhere, agreed))
+        return _tested(agreed, training, observers, at_site, elsewhere)
 
     def local(method: AgreedStudy) -> LocalResult:
         per_site, elsewhere = {}, {}
@@ -387,7 +382,7 @@ def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> C
             trained = site.train_alone(method)
             per_site[site.name] = Scores(**site.evaluate(trained, method))
             trained.pop(PRIVATE_HEAD, None)
-            elsewhere[site.name] = held_out(trained, method)
+            elsewhere[site.name] = _held_out(observers, trained, method)
         average = Scores(**mean([found.model_dump() for found in elsewhere.values()]))
         return LocalResult(per_site=per_site, held_out=average, held_out_per_site=elsewhere)
 
@@ -410,6 +405,30 @@ def evaluate(agreed: AgreedStudy, sites: Sequence[Site], final: Parameters) -> C
         pooled=shared(lambda site: pooled, pooled),
         federated=shared(lambda site: site.personal(final), final),
     )
+
+
+def one_sum_result(agreed: AgreedStudy, sites: Sequence[Site]) -> Result:
+    """What the head of a study of one sum, which is over, does on the test images of its sites."""
+    training = [site for site in sites if agreed.study.site(site.name).role == "train"]
+    observers = [site for site in sites if agreed.study.site(site.name).role == "observer"]
+    final = sites[0].parameters
+    return _tested(agreed, training, observers, lambda site: final, final)
+
+
+def _tested(
+    agreed: AgreedStudy,
+    training: Sequence[Site],
+    observers: Sequence[Site],
+    at_site: Callable[[Site], Parameters | None],
+    elsewhere: Parameters | None,
+) -> Result:
+    per_site = {site.name: Scores(**site.evaluate(at_site(site))) for site in training}
+    return Result(per_site=per_site, held_out=_held_out(observers, elsewhere, agreed))
+
+
+def _held_out(observers: Sequence[Site], parameters: Parameters | None, method: AgreedStudy) -> Scores:
+    found = [site.predictions(parameters, method) for site in observers]
+    return Scores(**(metrics(*pool(found), positive=method.study.positive) if found else mean([])))
 
 
 def _scored(

@@ -58,6 +58,7 @@ class Comparison(FileModel):
         local_only: the study's own method, trained at each site alone.
         pooled: the study's own method, trained on all sites' images in one place, which only a simulation can. Of a
             study of anomalies the distance to the nearest of all normal training patches.
+        one_sum: a head of class statistics from one secure sum, over the same sites; the demo adds it.
         mahalanobis: of a study of anomalies: the distance by mean and covariance that one sum gives.
         federated: the study itself.
     """
@@ -65,6 +66,7 @@ class Comparison(FileModel):
     zero_shot: Annotated[Result, Field(title="zero-shot")]
     text_head: Annotated[LocalResult | None, Field(title="text head, local")] = None
     local_only: Annotated[LocalResult, Field(title="local only")]
+    one_sum: Annotated[Result | None, Field(title="one sum")] = None
     mahalanobis: Annotated[Result | None, Field(title="one sum, Mahalanobis")] = None
     pooled: Annotated[Result, Field(title="pooled")]
     federated: Annotated[Result, Field(title="federated")]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+from secure_fed import configs
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import StudyError
 from secure_fed.core.layout import ServerState
-from secure_fed.lab.demo import PORT, prepare_federation, with_sites
+from secure_fed.lab.demo import PORT, as_one_sum, prepare_federation, with_sites
 from secure_fed.lab.simulation import Listener, simulate
+from secure_fed.protocol.study import read_template
 from tests.conftest import TRAINING, make_template, template_table
 
 
@@ -51,6 +55,59 @@ def test_fewer_sites_are_the_first_ones() -> None:
         with_sites(make_template(), 2)
 
 
+def _children(process: int) -> set[int]:
+    """A process and all that it has started."""
+    found = {process}
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in path.read_text().split():
+            found |= _children(int(child))
+    return found
+
+
+def _listening(processes: set[int]) -> set[str]:
+    """Addresses that processes listen on, as Linux writes them: little-endian host, port."""
+    sockets = set()
+    for process in processes:
+        for entry in Path(f"/proc/{process}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # it was closed meanwhile
+                sockets.add(str(entry.readlink()))
+    found = set()
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                found.add(words[1])
+    return found
+
+
+@pytest.mark.slow
+def test_a_demo_opens_one_port_on_loopback(tmp_path: Path, images: Path) -> None:
+    template = tmp_path / "small.toml"
+    template.write_text(tomli_w.dumps(template_table()))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "secure_fed.cli", "demo", str(template), "--data", str(images), "--out", str(out)]
+    seen: set[str] = set()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
+        while demo.poll() is None:
+            with contextlib.suppress(OSError):  # one ended meanwhile
+                seen |= _listening(_children(demo.pid))
+            time.sleep(0.2)
+    assert demo.returncode == 0
+    assert len(seen) == 1
+    assert seen.pop().startswith("0100007F:")
+
+
+def test_one_sum_is_of_the_same_sites_and_images() -> None:
+    other = as_one_sum(make_template())
+    assert other is not None
+    assert (other.plan, other.sites, other.seed) == (make_template().plan, make_template().sites, make_template().seed)
+    assert as_one_sum(other) is None  # there is nothing to compare it with
+    for name in configs.packaged():  # also of sites with weights, and of as many as there may be
+        template = read_template(Path(name))
+        assert (as_one_sum(template) is None) == template.method.sums
+    assert as_one_sum(make_template(max_sites=1000, encoding={"value_bound": 0.1})) is not None
+
+
 @pytest.mark.slow
 def test_a_demo_gives_what_a_simulation_gives(tmp_path: Path, images: Path) -> None:
     template = tmp_path / "small.toml"
@@ -64,8 +121,12 @@ def test_a_demo_gives_what_a_simulation_gives(tmp_path: Path, images: Path) -> N
     quiet = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)
     expected = simulate(make_template(), tmp_path / "simulated", images, quiet)
     assert set(summary) == set(expected)
-    for key in ("backbone", "method", "mode", "seed", "sites", "adapter_digest", "metrics"):
+    for key in ("backbone", "method", "mode", "seed", "sites", "adapter_digest"):
         assert summary[key] == expected[key], key
+    row = summary["metrics"].pop("one_sum")
+    assert summary["metrics"] == expected["metrics"]
+    assert set(row["per_site"]) == set(TRAINING)
+    assert row["held_out"]["images"] == expected["metrics"]["federated"]["held_out"]["images"]
     assert [row["sites_in"] for row in summary["rounds"]] == [len(TRAINING)] * 3
     assert [row["bytes_up"] for row in summary["rounds"]] == [row["bytes_up"] for row in expected["rounds"]]
     # Again: the study is finished, so that a new run with a new key follows, which draws anew.
