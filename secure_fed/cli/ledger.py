@@ -17,7 +17,7 @@ app = typer.Typer(help="What a site has spent of its patients' privacy.", no_arg
 
 SitePath = Annotated[Path, typer.Argument(metavar="SITE", help=SITE_HELP)]
 
-SiteFileOption = Annotated[Path, typer.Option("--site", help="This site's site.toml.")]
+SiteFileOption = Annotated[Path, typer.Option("--site", help=SITE_HELP)]
 PatientId = Annotated[str, typer.Argument(help="A patient's id, or # and the digits that the start of the site told.")]
 
 

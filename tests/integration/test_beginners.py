@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+import secure_fed.lab.simulation
 from secure_fed.core import errors
-from tests.conftest import Result, Run, template_table
+from secure_fed.lab.demo import prepare_federation
+from secure_fed.server.supervisor import ServerFolders, serve
+from tests.conftest import Result, Run, make_template, template_table
 
 
 def told(result: Result, kind: type[errors.SecfacmicError], *says: str) -> None:
@@ -101,12 +109,58 @@ def test_a_summary_of_a_version_that_this_one_cannot_read(finished_run: Path, tm
     told(secfacmic("report", tmp_path / "out"), errors.SummaryError, "found format 99, expected 2")
 
 
-def bare(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def test_a_port_that_something_else_listens_on(images: Path, tmp_path: Path) -> None:
+    prepare_federation(make_template(mode="plain"), tmp_path / "out", images)
+    folders = ServerFolders(tmp_path / "out/study.toml", tmp_path / "out/server")
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(errors.AddressError) as ended:
+        serve(folders, "plain", other.getsockname())
+    assert "in use" in str(ended.value)
+    assert "choose another with --listen" in str(ended.value)
+
+
+def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(
+    template: Path, images: Path, tmp_path: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("simulate", template, "--data", images, "--out", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(secure_fed.lab.simulation, "run_rounds", pressed)
+        ended = secfacmic(*command)
+    assert ended.returncode == 130
+    assert ended.stderr.rstrip().endswith("secfacmic: interrupted; the same command goes on from here")
+    assert "Traceback" not in ended.stderr
+    assert secfacmic(*command).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "begun"),
+    [(("simulate", "demo"), "sites"), (("demo",), "logs"), (("sweep", "smoke"), "*")],
+)
+def test_ctrl_c_in_each_long_command(words: tuple[str, ...], begun: str, tmp_path: Path) -> None:
+    """As a terminal sends it: to all of the command's processes at once."""
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", *words, "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
+        while not any((tmp_path / "out").rglob(begun)) and child.poll() is None:
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGINT)
+        _, told = child.communicate(timeout=120)
+    assert child.returncode == 130, told
+    assert told.rstrip().endswith("secfacmic: interrupted; the same command goes on from here")
+    assert "Traceback" not in told
+
+
+def bare(
+    *arguments: object, cwd: Path, preexec_fn: Callable[[], object] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A command in a process with nearly no environment."""
     words = [sys.executable, "-P", "-m", "secure_fed.cli", *map(str, arguments)]
     root = str(Path(__file__).parents[2])
     known = {"PATH": os.environ["PATH"], "PYTHONPATH": root, **environment}
-    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=known, check=False)
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=known, check=False,
+                          preexec_fn=preexec_fn)  # fmt: skip
 
 
 def test_no_home_no_colours_and_eighty_columns(tmp_path: Path) -> None:
@@ -118,11 +172,13 @@ def test_no_home_no_colours_and_eighty_columns(tmp_path: Path) -> None:
 
 
 def test_a_working_directory_that_nobody_may_write_to(tmp_path: Path, template: Path) -> None:
-    """What is written elsewhere is; what would be written here says so. Root may write anywhere, so not as root."""
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
+    """Root may write anywhere, but not without the capability to."""
+
+    def without_override() -> None:
+        ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
     locked = tmp_path / "locked"
     locked.mkdir(0o500)
-    ended = bare("site", "init", "north", cwd=locked)
+    ended = bare("site", "init", "north", cwd=locked, preexec_fn=without_override)
     assert ended.returncode == errors.StorageError.exit_code
     assert "choose another place" in ended.stderr
