@@ -32,6 +32,7 @@ from secure_fed.clients.duplicates import (
     near_twins,
 )
 from secure_fed.clients.features import FeatureCache
+from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.tomlfile import write_toml
 
@@ -72,6 +73,8 @@ def test_files_are_read_once_where_nothing_is_known_of_them_and_decoded_once_whe
         with monkeypatch.context() as patch:
             patch.setattr(duplicates, "identities", None)
             first = fingerprints(images, cache)
+            other = fingerprints(images, cache, rules=Rules(background="white"))  # by these nothing is known either
+            assert all(other.found)
         monkeypatch.setattr(duplicates, "_fingerprinted", None)
         again = fingerprints(images, cache)
     assert [one.look for one in again.found if one] == [one.look for one in first.found if one]
