@@ -87,7 +87,15 @@ def test_grid_list_and_seeds_multiply(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("demo", 12), ("smoke", 2), ("privacy_utility", 140), ("sites", 30), ("lanes_bits", 18), ("domain_shift", 45)],
+    [
+        ("demo", 12),
+        ("smoke", 2),
+        ("privacy_utility", 140),
+        ("sites", 30),
+        ("lanes_bits", 18),
+        ("domain_shift", 45),
+        ("two_scanners", 15),
+    ],
 )
 def test_packaged_sweeps_hold_together(name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -99,7 +107,7 @@ def test_packaged_sweeps_hold_together(name: str, count: int, tmp_path: Path, mo
 
 def test_every_packaged_sweep_is_tested() -> None:
     assert {path.stem for path in (configs.FOLDER / "sweeps").iterdir()} == {
-        *("demo", "smoke", "privacy_utility", "sites", "lanes_bits", "domain_shift")
+        *("demo", "smoke", "privacy_utility", "sites", "lanes_bits", "domain_shift", "two_scanners")
     }
 
 
