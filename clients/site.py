@@ -548,6 +548,27 @@ class Site:
         return bound.may_have_revealed
 
     @property
+    def exact(self) -> bool:
+        """Whether what it sends are statistics without noise, whose sums differ by a site's own to the last digit."""
+        return self._agreed.study.method.sums and self._private is None
+
+    @property
+    def abandoned_words(self) -> tuple[str, ...]:
+        """What this study is without the statistics of the round that is open, for people; nothing for updates."""
+        study = self._agreed.study
+        if not study.method.one_sum:
+            return ()
+        if self.replica.due.round == 1:
+            stays = "the study has no head, predicts as without any training, and claims nothing"
+        else:
+            stays = f"the declared shrinkage, {study.method.shrinkage:g}, holds, and nothing is claimed of single cases"
+        return (
+            f"Until it is closed anew its statistics are abandoned: {stays}. With a site that is lost for ever the "
+            "others let it close without that site (secfacmic site release at each), or end the study as it is "
+            "(secfacmic study close --abandon).",
+        )
+
+    @property
     def revealed_to(self) -> tuple[str, ...]:
         """The cohort to which it has revealed at the adapter it holds; nobody if it has not, or has a budget."""
         bound = self.replica.files.bound if self.run else Bound()
@@ -702,7 +723,7 @@ class Site:
         features = self.features()
         if study.method.sums and round_number == 1 and self._file.data.kind == "patients":
             images = [image for patient in set(features.patients["train"]) for image in features.digests[patient]]
-            GivenSums(self._file.state_folder).give(self.replica.due.run, images)
+            GivenSums(Path(self._file.identity)).give(self.replica.due.run, images)
         if study.task == "anomaly":
             return self._encode(memory.message(self._agreed, round_number, self.parameters, features))
         if study.method.one_sum:

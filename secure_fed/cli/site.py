@@ -119,6 +119,8 @@ def void(
         opened = Site(file, agreed)
         _say(f"{file.site} will send nothing more for what was begun of round {round_}; it cannot be taken back.")
         _say("Adapter, ledger and stored update stay as they are. The round begins anew once a quorum has said so.")
+        for line in opened.abandoned_words:
+            _say(line)
         if by is None and sys.stdin.isatty():
             by = typer.prompt("your name, to give it up (empty: do not)", default="", err=True).strip()
         if not by:
@@ -150,6 +152,9 @@ def release(
         _say(f"at the adapter that {file.site} holds it has revealed to {', '.join(before)}.")
         _say("Whoever has that sum and another one at this adapter can compute, by difference, the update of each site")
         _say("that is in one and not in the other, exactly if it is one site: also of one that has left since.")
+        if opened.exact:
+            _say("exact: this study's sums are statistics of patients without noise. The difference of two is, to the")
+            _say("last digit, what such a site counted: patients by class, their means and covariance.")
         _say("The people of all these sites must agree; each says so at its own site.")
         if by is None and sys.stdin.isatty():
             by = typer.prompt("your name, to release it (empty: do not)", default="", err=True).strip()

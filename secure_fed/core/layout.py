@@ -33,7 +33,6 @@ At a site:
 | ``privacy/`` | a privacy ledger of version 0.1; now it lies with the identity | nobody any more |
 | ``features.sqlite`` | image features, unless ``site.toml`` says elsewhere | site |
 | ``forgotten.json`` | keyed hashes of forgotten patients | ``data forget`` |
-| ``given-sums.json`` | keyed hashes of images that were in an exact sum | site |
 | ``sent.jsonl`` | the list of all that left the site | site |
 | ``drill.json`` | which attacks were tried on this installation | ``drill --site`` |
 | ``adapter.safetensors`` | results: the adapter, | ``client`` |
@@ -388,11 +387,6 @@ class SiteState(StateFolder):
     def forgotten(self) -> Path:
         """The list of forgotten patients."""
         return self.path / "forgotten.json"
-
-    @property
-    def given_sums(self) -> Path:
-        """The list of images that were in an exact sum of statistics."""
-        return self.path / "given-sums.json"
 
     @property
     def sent(self) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from secure_fed.clients.given_sums import GIVEN
 from secure_fed.core.errors import StudyClosedError, StudyError
 from secure_fed.core.layout import SEALED, RunState, ServerRun, ServerState, SiteRun, SiteState, StateFolder
 from secure_fed.core.storage import exclusive, sync_folder, write_durable
@@ -104,6 +105,8 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
             folder.ledger: "a privacy ledger of version 0.1; once adopted, its copy in the identity's ledger counts",
             identity / "ledger": "the privacy ledger. Keep it: what was spent on a patient stays spent in every later "
             "study",
+            identity
+            / GIVEN: "which images were in an exact sum, as keyed hashes. Keep it: they are given to no second one",
             folder.accepted: "who accepted the study, and when",
             folder.sent: "what left this site",
             folder.status: "where the site's process stood last",

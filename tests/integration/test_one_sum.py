@@ -14,28 +14,39 @@ import pytest
 import safetensors.numpy
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
+from typer.testing import CliRunner
 
+from secure_fed.cli import app
 from secure_fed.clients import one_sum as at_site
 from secure_fed.clients.acceptance import terms
-from secure_fed.clients.given_sums import GivenSums
+from secure_fed.clients.given_sums import GIVEN, GivenSums
+from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.clients.training import predict
-from secure_fed.core.errors import DataError, OutputError, RepeatedSumError, StudyError
-from secure_fed.core.layout import SiteState
+from secure_fed.core.errors import DataError, OutputError, ProtocolError, RepeatedSumError, StudyError
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.attack import attack
 from secure_fed.lab.simulation import prepare, simulate
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.adapters import build_adapter
 from secure_fed.model.cases import judge, log_distances
-from secure_fed.operate.export import _claims_of_cases
+from secure_fed.operate.export import _claims_of_cases, export_site
 from secure_fed.operate.new_study import check_study, new_study
 from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.protocol import aggregation, codec, one_sum
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.study import InitialState, read_template, unlike
 from secure_fed.server.coordinator import Coordinator
-from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
+from tests.conftest import (
+    TRAINING,
+    Federation,
+    close_round,
+    exchange,
+    make_template,
+    pass_step,
+    run_round,
+    send_envelopes,
+)
 from tests.unit.privacy.test_same_bits import dispatches
 from tests.workers import run_on_workers
 
@@ -383,9 +394,9 @@ def of_patients(federation: Federation, *names: str) -> None:
 def test_patients_images_are_given_to_one_exact_sum_and_no_other(study: Federation, tmp_path: Path) -> None:
     of_patients(study, "ash")
     _, sites = finish(study)
-    given = study.folder / "sites" / "ash" / "state" / "given-sums.json"
+    given = identity_of(study, "ash") / GIVEN
     assert given.stat().st_mode & 0o777 == 0o600
-    assert not (study.folder / "sites" / "birch" / "state" / "given-sums.json").exists()
+    assert not (identity_of(study, "birch") / GIVEN).exists()
     again = study.sites()
     coordinator = study.begin(again)
     with pytest.raises(RepeatedSumError, match="15 of 15 training images are in the exact sum"):
@@ -397,13 +408,164 @@ def test_patients_images_are_given_to_one_exact_sum_and_no_other(study: Federati
     assert sites[0].finished
 
 
-def test_a_few_images_more_are_no_other_sum(study: Federation) -> None:
-    list_ = GivenSums(SiteState(study.folder / "sites" / "ash" / "state"))
-    list_.give("1" * 64, [b"a", b"b"])
-    list_.give("1" * 64, [b"b", b"a"])
+def identity_of(federation: Federation, name: str) -> Path:
+    return Path(read_site_file(federation.folder / "sites" / name / "site.toml").identity)
+
+
+def test_a_few_images_more_are_no_other_sum(tmp_path: Path) -> None:
+    GivenSums(tmp_path).give("1" * 64, [b"a", b"b"])
+    GivenSums(tmp_path).give("1" * 64, [b"b", b"a"])
     with pytest.raises(RepeatedSumError, match="2 of 3 training images"):
-        GivenSums(SiteState(study.folder / "sites" / "ash" / "state")).give("2" * 64, [b"a", b"b", b"c"])
-    GivenSums(SiteState(study.folder / "sites" / "ash" / "state")).give("2" * 64, [b"c"])
+        GivenSums(tmp_path).give("2" * 64, [b"a", b"b", b"c"])
+    GivenSums(tmp_path).give("2" * 64, [b"c"])
+
+
+def test_another_study_from_another_state_folder_gets_no_second_sum(
+    study: Federation, images: Path, tmp_path: Path
+) -> None:
+    """Nor one that is named otherwise, has other members, another basis or another method of sums."""
+    of_patients(study, "ash")
+    site = study.site("ash")
+    coordinator = study.begin(study.sites())
+    exchange(coordinator, site)
+    method = {**METHOD, "min_patients": 3}
+    prepare(one_sum_template(name="another", seed=5, method=method), tmp_path / "other", images)
+    other = Federation(tmp_path / "other")
+    of_patients(other, "ash")
+    path = other.folder / "sites" / "ash" / "site.toml"
+    coordinator = other.begin(other.sites())
+    file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+    shutil.copy(identity_of(study, "ash") / GIVEN, identity_of(other, "ash") / GIVEN)  # one identity for both studies
+    assert file.state_folder.path != read_site_file(study.folder / "sites" / "ash" / "site.toml").state_folder.path
+    with pytest.raises(RepeatedSumError, match=r"in any study, run or cohort.*give this site a budget"):
+        exchange(coordinator, other.site("ash"))
+
+
+# --- a round that is given up ---
+
+
+@pytest.fixture(scope="module")
+def four_made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """Four training sites, of which a quorum is three."""
+    folder = tmp_path_factory.mktemp("one-sum-of-four") / "out"
+    sites = [{"name": name} for name in FOUR]
+    prepare(one_sum_template(mode="plain", sites=sites, min_sites=3), folder, images)
+    for site in Federation(folder).sites():
+        site.features()
+    return folder
+
+
+@pytest.fixture
+def four(four_made: Path, tmp_path: Path) -> Federation:
+    shutil.copytree(four_made, tmp_path / "out", symlinks=True)
+    return Federation(tmp_path / "out")
+
+
+FOUR = (*TRAINING, "dogwood")
+
+
+def say(federation: Federation, name: str, *command: object) -> str:
+    path = federation.folder / "sites" / name / "site.toml"
+    arguments = ["site", *map(str, command), "--site", str(path), "--by", "Dr. Ada"]
+    return " ".join(CliRunner().invoke(app, arguments, catch_exceptions=False).output.split())
+
+
+def given_up(federation: Federation, coordinator: Coordinator, round_number: int) -> list[Site]:
+    """A round that three of four have revealed for, and whose fourth never comes back, given up by the three."""
+    sites = [federation.site(name) for name in FOUR]
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    for site in sites[:3]:
+        assert exchange(coordinator, site).code == ReplyCode.REVEALED
+    told = [say(federation, name, "void", "--round", round_number) for name in TRAINING]
+    what = ("no head, predicts as without any training", "the declared shrinkage, 0.01, holds")[round_number - 1]
+    assert all(
+        f"its statistics are abandoned: {'the study has ' if round_number == 1 else ''}{what}" in text for text in told
+    )
+    again = [federation.site(name) for name in TRAINING]
+    for site in again:
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    entry = coordinator.advance()
+    assert entry is not None
+    assert entry.header.kind == "void"
+    return again
+
+
+def begun(federation: Federation) -> Coordinator:
+    return Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+
+
+def test_statistics_that_somebody_may_have_opened_are_summed_anew_only_by_the_word_of_all_people(
+    four: Federation,
+) -> None:
+    coordinator = begun(four)
+    again = given_up(four, coordinator, 1)
+    assert {site.adapter_digest for site in again} == {codec.adapter_digest(four.agreed.initial.adapter)}
+    pass_step(coordinator, again)
+    for site in again:
+        with pytest.raises(ProtocolError, match=r"revealed to ash, birch, cedar, dogwood; .*secfacmic site release"):
+            exchange(coordinator, site)
+    for name in TRAINING:
+        words = say(four, name, "release")
+        assert "exact: this study's sums are statistics of patients without noise." in words
+        assert "patients by class, their means and covariance" in words
+    again = [four.site(name) for name in TRAINING]
+    for site in again:
+        exchange(coordinator, site)
+    close_round(coordinator, again)
+    run_round(coordinator, again)
+    for site in again:
+        exchange(coordinator, site)
+    assert coordinator.finished
+    exact = [at_site.sums(four.agreed, site.features()) for site in again]
+    held = again[0].replica.state.tensors
+    assert np.array_equal(held[f"{aggregation.MOMENT}patients"], sum(each.patients for each in exact))
+    assert one_sum.Limits.of(again[0].parameters).patients == 3 * (15 + 6)
+    assert len({site.adapter_digest for site in again}) == 1
+
+
+def test_a_member_that_is_lost_is_removed_by_an_amendment_and_the_sum_begins_anew(four: Federation) -> None:
+    """Removing it does not let the others reveal anew: their people's words do."""
+    coordinator = begun(four)
+    again = given_up(four, coordinator, 1)
+    chain = coordinator.journal.chain
+    coordinator.amend(four.seal_key(2, chain.key, members=chain.members, removed=("dogwood",)))
+    for _ in range(2):  # the amendment, then its checkpoint
+        for site in again:
+            exchange(coordinator, site)
+        coordinator.advance()
+    assert set(coordinator.journal.chain.members) == set(TRAINING)
+    pass_step(coordinator, again)
+    with pytest.raises(ProtocolError, match="secfacmic site release"):
+        exchange(coordinator, again[0])
+    for name in TRAINING:
+        assert "exact: " in say(four, name, "release")
+    again = [four.site(name) for name in TRAINING]
+    for site in again:
+        exchange(coordinator, site)
+    close_round(coordinator, again)
+    run_round(coordinator, again)
+    for site in again:
+        exchange(coordinator, site)
+    assert coordinator.finished
+    assert one_sum.Limits.of(again[0].parameters).patients == 3 * (15 + 6)
+
+
+def test_without_its_second_round_a_study_ends_at_the_declared_shrinkage_and_claims_nothing(
+    four: Federation, tmp_path: Path
+) -> None:
+    coordinator = begun(four)
+    sites = [four.site(name) for name in FOUR]
+    run_round(coordinator, sites)
+    again = given_up(four, coordinator, 2)
+    study = four.agreed.study
+    held = {name.removeprefix(aggregation.MOMENT): value for name, value in again[0].replica.state.tensors.items()}
+    head = one_sum.solve(one_sum.Sums.of(held), study.method.shrinkage, study.method.min_patients)
+    assert head is not None
+    assert np.array_equal(again[0].parameters["factor"], head.factor)
+    export_site(four.folder / "sites" / "ash" / "site.toml", tmp_path / "export", onnx=False, own_results=False)
+    exported = load_adapter(tmp_path / "export" / "adapter.safetensors")
+    assert judge(exported.initial, exported.initial.adapter, again[0].features().test.x) is None
 
 
 # --- sets and strangers ---
