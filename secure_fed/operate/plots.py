@@ -25,6 +25,9 @@ from sklearn.metrics import confusion_matrix, silhouette_score
 
 from secure_fed.clients.budget import LOCAL
 from secure_fed.clients.calibration import calibrate
+from secure_fed.clients.data import SiteImage
+from secure_fed.clients.decoding import decode
+from secure_fed.clients.rules import Rules
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError
@@ -34,8 +37,10 @@ from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import tempered
 from secure_fed.model.evaluation import CALIBRATION_BINS, Predictions, balanced_accuracy, pool
+from secure_fed.model.heat import overlay
+from secure_fed.protocol import memory
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.protocol.study import NORMAL, AgreedStudy, load_study
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 """Okabe and Ito's; beyond eight they come again with other markers."""
@@ -48,6 +53,8 @@ MOST_POINTS = 1500
 _DPI = 150
 _GREY = "#666666"
 _LEAST_POINTS = 10
+_MAPS_A_SIDE = 3
+"""Anomalous images of a site that show their maps, and normal ones."""
 _HELD_OUT = "held out"
 
 
@@ -91,7 +98,8 @@ def plot_run(folder: Path, out: Path) -> list[Path]:
 
     Args:
         folder: their ``--out``.
-        out: gets ``learning_curves.png, confusion.png, reliability.png, feature_map.png``.
+        out: gets ``learning_curves.png, confusion.png, reliability.png, feature_map.png``; of a study of anomalies
+            ``anomaly_maps.png``.
 
     Returns:
         The pictures.
@@ -127,8 +135,10 @@ def plot_site(folder: Path, out: Path) -> list[Path]:
         site = Site(file, agreed)
         if not site.round:
             raise AdapterFileError(f"{file.site}: no round is applied here yet; expected at least one: take part first")
-        own = calibrate(agreed, [site], site.parameters, personal=True)
-        return _draw(Run(agreed, [site], site.parameters, own.temperature or 1.0), out)
+        temperature = None
+        if agreed.study.task == "classify":
+            temperature = calibrate(agreed, [site], site.parameters, personal=True).temperature
+        return _draw(Run(agreed, [site], site.parameters, temperature or 1.0), out)
 
 
 def _draw(run: Run, out: Path) -> list[Path]:
@@ -139,6 +149,8 @@ def _draw(run: Run, out: Path) -> list[Path]:
         "reliability": reliability,
         "feature_map": feature_map,
     }
+    if run.agreed.study.task == "anomaly":
+        drawings = {"anomaly_maps": anomaly_maps}
     written = []
     for name, draw in drawings.items():
         figure = draw(run)
@@ -310,6 +322,42 @@ def feature_map(run: Run) -> Figure | None:
     else:
         note = f"{run.agreed.study.method.adapter} moves no image feature"
     figure.suptitle(f"{run.agreed.study.name}: {len(labels)} images that nothing was trained on; {note}", fontsize=10)
+    return figure
+
+
+def anomaly_maps(run: Run) -> Figure | None:
+    """A memory's heat maps over test images: of each site the first anomalous and the first normal ones, unchosen.
+
+    Colours mean the same in all panels. None without any test image.
+    """
+    study = run.agreed.study
+    limit = memory.threshold(run.parameters[memory.HISTOGRAM], study.method.false_alarms)
+    rules = Rules(study.windows, study.background)
+    shown: list[tuple[str, SiteImage, NDArray[np.float64]]] = []
+    for site in run.sites:
+        x, labels, _ = site.test_images()
+        anomalous = labels != NORMAL
+        rows = [int(row) for side in (anomalous, ~anomalous) for row in np.flatnonzero(side)[:_MAPS_A_SIDE]]
+        if not rows:
+            continue
+        scores, sources = memory.scores(run.parameters, x[rows], study.method.top), site.test_sources()
+        for row, score, heat in zip(rows, scores, memory.maps(run.parameters, x[rows]), strict=True):
+            what = "anomalous" if anomalous[row] else "normal"
+            flag = ", flagged" if score >= limit else ""
+            shown.append((f"{site.name}: {what}\nscore {score:.3f}{flag}", sources[row], heat))
+    if not shown:
+        return None
+    columns = 2 * _MAPS_A_SIDE
+    rows_of_panels = -(-len(shown) // columns)
+    figure, panels = _figure(rows_of_panels, columns, 1.9 * columns, 2.3 * rows_of_panels + 0.5)
+    top = max(float(heat.max()) for *_, heat in shown)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (title, image, heat) in zip(panels, shown, strict=False):
+        picture = decode(image.path.read_bytes(), image.frame, image.axis, rules)
+        axes.imshow(np.asarray(overlay(picture, heat / max(top, 1e-9))))
+        axes.set_title(title, fontsize=8)
+    figure.suptitle(f"{study.name}: test images, distance of patches to the nearest normal centroid", fontsize=10)
     return figure
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from secure_fed.core.errors import (
     PrivateMethodError,
     StudyError,
 )
+from secure_fed.core.tomlfile import write_toml
 from secure_fed.lab.phantoms import PhantomSite, make_phantoms
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import load_adapter
@@ -26,6 +30,7 @@ from secure_fed.model.onnx_export import write_onnx
 from secure_fed.operate.anomaly_figures import equal_place, per_region_overlap, read_mask, site_masks
 from secure_fed.operate.explain import explain
 from secure_fed.operate.new_study import new_study
+from secure_fed.operate.plots import plot_run, plot_site
 from secure_fed.operate.predict import predict_folder, write_maps, write_reports
 from secure_fed.privacy.dp_training import refuse_method
 from secure_fed.protocol import memory
@@ -272,6 +277,31 @@ def test_a_map_is_judged_as_defined() -> None:
                         pairs += 1
     assert equal_place(lesions, heat, heads) == pytest.approx(wins / pairs)
     assert per_region_overlap(lesions, heat) == pytest.approx(0.15, abs=0.06)  # as chance has it
+
+
+def test_a_runs_and_a_sites_maps_are_drawn(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    for written in (plot_run(finished[0], tmp_path / "run"), plot_site(finished[0] / "sites/ash", tmp_path / "ash")):
+        assert [path.name for path in written] == ["anomaly_maps.png"]
+        with Image.open(written[0]) as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        assert (pixels[..., 0] - pixels[..., 2]).max() > 30  # heat is red
+
+
+@pytest.mark.slow
+def test_a_demo_of_anomalies_gives_what_a_simulation_gives(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path, block: str
+) -> None:
+    path = tmp_path / "small.toml"
+    write_toml(path, template(method={"block": block}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "secure_fed.cli", "demo", str(path), "--data", str(pictures), "--out", str(out)]
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    for key in ("method", "sites", "adapter_digest", "metrics", "anomaly"):
+        assert summary[key] == finished[1][key], key
+    site = json.loads((out / "sites" / "ash" / "state" / "summary.json").read_text())
+    assert set(site["anomaly"]["per_site"]) == {"ash"}
 
 
 def test_the_report_shows_what_a_memory_finds(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
