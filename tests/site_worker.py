@@ -17,7 +17,8 @@ print(json.dumps({"cpu": torch.backends.cpu.get_cpu_capability()}), flush=True)
 for line in sys.stdin:
     fields = json.loads(line)
     fields["records"] = tuple(base64.b64decode(record) for record in fields["records"])
-    fields["question"] = base64.b64decode(fields["question"])
+    for name in ("question", "past"):
+        fields[name] = base64.b64decode(fields[name])
     reply = site.respond(RoundRequest(**fields))
     answer = {
         "reply": {**reply.__dict__, "envelope": base64.b64encode(reply.envelope).decode()},

@@ -59,7 +59,7 @@ def run_on_workers(federation: Federation, environments: Mapping[str, Mapping[st
             for name, worker in workers.items():
                 request = coordinator.request(name, *positions[name])
                 fields = request.__dict__ | {
-                    "question": base64.b64encode(request.question).decode(),
+                    **{name: base64.b64encode(getattr(request, name)).decode() for name in ("question", "past")},
                     "records": [base64.b64encode(data).decode() for data in request.records],
                 }
                 worker.stdin.write(json.dumps(fields) + "\n")  # type: ignore[union-attr]
