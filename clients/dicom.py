@@ -21,7 +21,6 @@ from pydicom.encaps import get_frame
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders import base
 from pydicom.pixels.processing import apply_color_lut
-from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -398,7 +397,7 @@ class DicomFile:
         dataset = self._dataset
         bits, high = dataset.get("BitsStored"), dataset.get("HighBit")
         if not isinstance(bits, int) or not isinstance(high, int) or high == bits - 1:
-            return np.asarray(pixel_array(dataset, index=index))
+            return _decoded(dataset, index)
         syntax = dataset.file_meta.TransferSyntaxUID
         if not 1 <= bits <= high + 1 <= _whole(dataset, "BitsAllocated") or (
             syntax.is_encapsulated and syntax != RLELossless
@@ -409,7 +408,7 @@ class DicomFile:
             )
         dataset.BitsStored = high + 1
         try:
-            return np.asarray(pixel_array(dataset, index=index) >> (high + 1 - bits))
+            return np.asarray(_decoded(dataset, index) >> (high + 1 - bits))
         finally:
             dataset.BitsStored = bits
 
@@ -551,6 +550,12 @@ class DicomFile:
         if any(part.dtype.itemsize > 1 and part.max() > 255 for part in parts):
             parts = [part >> 8 for part in parts]
         return Image.fromarray(np.concatenate([part.astype(np.uint8) for part in parts]))
+
+
+def _decoded(dataset: Any, index: int) -> NDArray[Any]:
+    """A frame's stored values; by pydicom's ``pixel_array`` the header would be read for it twice."""
+    decoder = base.get_decoder(dataset.file_meta.TransferSyntaxUID)
+    return np.asarray(decoder.as_array(dataset, index=index)[0])
 
 
 def _descriptor(value: Any, name: str) -> tuple[int, int, int]:
