@@ -49,6 +49,7 @@ At a server:
 | ``runs/RUN/incoming/S.DIGEST.BYTES.part`` | what site S is sending | the connections |
 | ``runs/RUN/outgoing/DIGEST`` | what sites may fetch | the rounds |
 | ``runs/RUN/amendments/KEY.sealed`` | an amendment that waits, after that key | ``study amend`` |
+| ``runs/RUN/pause``, ``runs/RUN/end`` | that no round begins; that the run ends | ``study pause``, ``study end`` |
 
 ``N`` is a number of eight digits: a record's place in its journal, else a round.
 """
