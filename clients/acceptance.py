@@ -20,7 +20,7 @@ from pydantic import StringConstraints
 from secure_fed.clients.budget import has_budget, ledger_folder
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError, NotAcceptedError
-from secure_fed.core.layout import acceptance_note
+from secure_fed.core.layout import SEALED, acceptance_note
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import to_toml
 from secure_fed.privacy.keys import Identity
@@ -29,6 +29,7 @@ from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.rounds import RoundReply
+from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
 from secure_fed.protocol.signing import (
     SIGNATURE_BYTES,
     Count,
@@ -208,9 +209,20 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
             }
             for member in study.sites
         ],
+        "members_now": _members_now(file, agreed),
         "min_sites": study.min_sites,
         "quorum": dataclasses.asdict(study.quorum(study.sites)),
     }
+
+
+def _members_now(file: SiteFile, agreed: AgreedStudy) -> list[str] | None:
+    """Whom the newest sealed key here is for: the members, once hospitals have joined or left; None without a key.
+
+    Raises:
+        KeyFileError: it is damaged, or of another study.
+    """
+    newest = max(file.state_folder.keys.glob(SEALED), default=None)
+    return None if newest is None else list(check_sealed_key(read_sealed_file(newest), agreed).recipients)
 
 
 def _budget(file: SiteFile) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ class _Site:
     left: float = 0.0  # when its connection was last lost or made
     not_before: float = 0.0
     told_the_end: bool = False
+    blind_at: str = ""  # the head at which it says that it has no adapter to acknowledge
     gives_none: tuple[int, int] = (0, 0)  # round and attempt for which it says that it has no update
     passed: tuple[int, int] = (0, 0)  # round and attempt that go on without its update
     asked_at: str = ""  # UTC
@@ -267,10 +268,14 @@ class RoundLoop:
 
     def _is_asked(self, site: _Site) -> bool:
         if self.coordinator.step == Step.ACKNOWLEDGED:
-            return site.trains and site.name not in self.coordinator.sites_in
+            return site.trains and site.name not in self.coordinator.sites_in and not self._blind(site)
         if self.coordinator.step is Step.ENVELOPE and site.name in self.coordinator.sites_in:
             return site.heard != site.since  # it was away: does it still stand by its envelope?
         return site.name in self.coordinator.asked and not self._passes(site)
+
+    def _blind(self, site: _Site) -> bool:
+        """Whether it has just joined, and cannot acknowledge an adapter that it gets with the checkpoint."""
+        return site.blind_at == self.coordinator.journal.chain.head
 
     def _passes(self, site: _Site) -> bool:
         return site.passed == (self.coordinator.round, self.coordinator.attempt)
@@ -342,6 +347,9 @@ class RoundLoop:
             site.heard = site.asked_since
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ENVELOPE:
             self._begin_again(site)
+        elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ACKNOWLEDGED:
+            if reply.position == known:
+                site.blind_at = coordinator.journal.chain.head
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.REVEAL:
             self._ask_later(site)
             site.position = reply.position
@@ -413,7 +421,7 @@ class RoundLoop:
         late = self._late()
         if step in (Step.READY, Step.ACKNOWLEDGED):
             missing = {site.name for site in self._sites if site.trains and not self._passes(site)} - inside
-            missing -= coordinator.left_out
+            missing -= coordinator.left_out | {site.name for site in self._sites if self._blind(site)}
             due = late or not missing - self._absent
         else:
             missing = set(coordinator.asked)

@@ -195,6 +195,10 @@ def _show_terms(shown: dict[str, Any]) -> None:
         maker = "makes the study's key" if member["key_maker"] else ""
         members.add_row(member["name"], member["role"], f"{member['weight']:g}", maker)
     out.print(members)
+    now = shown["members_now"]
+    if now is not None and sorted(now) != sorted(member["name"] for member in shown["members"]):
+        _say(f"hospitals have joined or left since: by the newest key here the members are {', '.join(now)}")
+        _say("rounds that were closed before this site takes part are not asked of it")
     for line in Quorum(**shown["quorum"]).words:
         _say(line)
     _say("")

@@ -287,11 +287,26 @@ def amend(
     state: Annotated[Path, typer.Option(help="The server's state folder.")],
 ) -> None:
     """Bring a rotated key into force with the next round, whether the server is running or not."""
-    from secure_fed.protocol.sealed_key import read_sealed_file
+    from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
     from secure_fed.server.coordinator import amend_run
 
-    first = amend_run(load_study(study), state, read_sealed_file(sealed))
+    agreed, data = load_study(study), read_sealed_file(sealed)
+    first = amend_run(agreed, state, data)
     out.print(f"in force from round {first} or the next", highlight=False, soft_wrap=True)
+    header = check_sealed_key(data, agreed)
+    joining = {site.name for site in header.added}
+    asked = ", ".join(name for name in header.recipients if name not in joining and name != header.maker)
+    for what, names in (("join", joining), ("leave", header.removed)):
+        if names:
+            allowed = '"all"' if what == "join" else '"all" or "removals"'
+            out.print(
+                f"{', '.join(sorted(names))} {what}: {asked} must have said yes before, each by its site.toml "
+                f"(amendments = {allowed}) or by hand (secfacmic keys accept {sealed.name}); whose people have "
+                "not, that site ends with exit code 11 until they do",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 State = Annotated[Path, typer.Option(help="The server's state folder.")]
