@@ -456,6 +456,18 @@ def test_random_neighbours_through_two_runs(
     shutil.rmtree(folder)
 
 
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(WORLD, PATIENT)
+def test_random_neighbours_over_the_whole_path(
+    prepared_worlds: Path, tmp_path_factory: pytest.TempPathFactory, world: World, one: Patient
+) -> None:
+    folder = tmp_path_factory.mktemp("paths")
+    without = whole_path(prepared_worlds, folder / "without", world)
+    assert without == whole_path(prepared_worlds, folder / "with", {**world, "p": one})
+    assert [message[0] for message in without[0]] == WORDS
+    shutil.rmtree(folder)
+
+
 def test_a_validation_patient_who_turns_to_training_takes_nobody_along(prepared_worlds: Path, tmp_path: Path) -> None:
     world = others()
     moves = {**world, "p": patient("val", 1, seed=99)}
