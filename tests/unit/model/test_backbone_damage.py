@@ -217,3 +217,15 @@ def test_an_entry_that_is_none_is_said_with_what_to_do(clip: Path, store: Path) 
     with pytest.raises(BackboneError, match=r"(?s)junk/backbone.json: .*remove this folder") as refused:
         load_backbone(Backbone(model=NAME, weights="pretrained"), None)
     assert "secfacmic backbone add" in str(refused.value)
+
+
+@pytest.mark.parametrize("change", [{"mean": [0.5, 0.5]}, {"interpolation": "random"}, {"blur": 2}])
+def test_preprocessing_that_was_changed_in_the_store_is_named(change: dict[str, object], clip: Path) -> None:
+    kept, _ = add(clip, NAME)
+    path = kept / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["preprocess_cfg"] |= change
+    path.write_text(json.dumps(content))
+    (key,) = change
+    with pytest.raises(BackboneError, match=rf"(?s)open_clip_config.json, preprocess_cfg: .*{key}"):
+        load_backbone(Backbone(model=NAME, weights="pretrained"), None)

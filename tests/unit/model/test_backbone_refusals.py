@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -645,7 +646,14 @@ def test_the_time_that_is_told_leaves_out_the_first_image_and_counts_a_batch(
 
     from PIL import Image
 
+    prepare, slow = loaded.prepare, [1.0, 0.0]
+
+    def slow_at_first(image: Any) -> Any:
+        time.sleep(slow[0] if len(slow) == 1 else slow.pop(0))
+        return prepare(image)
+
     monkeypatch.setattr(LoadedBackbone, "_seconds", seconds)
+    monkeypatch.setattr(loaded, "prepare", slow_at_first)
     told = loaded.seconds_per_image([Image.new("RGB", (40, 50))])
     assert asked == [1, 1, 4]
     assert told == pytest.approx(1.7 / 4, abs=0.05)
