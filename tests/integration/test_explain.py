@@ -20,7 +20,7 @@ from secure_fed.model.attribution import heat_map, kind_of_map, margin_of
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases
 from secure_fed.operate.evidence import pack_evidence
-from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, explain, write_cases
+from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, _Neighbours, explain, write_cases
 from secure_fed.operate.export import export_site
 from secure_fed.operate.predict import Probabilities, predict_folder
 from secure_fed.protocol.study import Concept, with_fields
@@ -57,6 +57,8 @@ def test_a_folder_becomes_one_page_a_document_and_pictures(
 ) -> None:
     adapter, weights = finished_run / "adapter.safetensors", finished_run / "backbone.safetensors"
     out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o755)  # a folder that others may read does not open the files to them
     arguments = ("explain-case", "--adapter", adapter, "--image", few, "--checkpoint", weights, "--out", out)
     ended = secfacmic(*arguments, "--json")
     assert ended.returncode == 0, ended.stderr
@@ -147,6 +149,17 @@ def test_own_patients_are_shown_only_where_the_site_allows_it_and_by_numbers(
     assert file.data.folder not in text
     owners = {one.patient for one in federation.site("ash").features().images if one.patient}
     assert not [owner for owner in owners if f'"{owner}"' in text or f">{owner}<" in text]
+
+
+def test_a_patient_is_shown_once_by_its_nearest_image() -> None:
+    neighbours = object.__new__(_Neighbours)
+    neighbours._x = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.5, 0.5]], dtype=np.float32)
+    neighbours._y = np.array([0, 0, 1, 1])
+    neighbours._patients = ("one", "one", "two", "three")
+    neighbours._classes, neighbours._count, neighbours._numbers = ("dark", "light"), 2, {}
+    found = neighbours.of(np.array([2, 0], dtype=np.float32))
+    assert [(one.number, one.label) for one in found] == [(1, "dark"), (2, "light")]
+    assert [one.cosine for one in found] == pytest.approx([1, 0.5**0.5])
 
 
 def test_exports_and_evidence_hold_no_explanation(finished_run: Path, explained: Explained, tmp_path: Path) -> None:
