@@ -111,7 +111,7 @@ class ByteLine:
                 continue
             if answer.status_code not in (200, 409, 422):
                 self._call(lambda answer=answer: answer.raise_for_status())  # type: ignore[misc]
-            before, held = held, int(answer.headers.get(OFFSET, "0"))
+            before, held = held, _held_of(answer, len(data))
             faults = 0 if held > before else faults + 1
             if answer.status_code == 200:
                 self._fit(len(part), time.monotonic() - began)
@@ -161,7 +161,7 @@ class ByteLine:
         def ask() -> httpx.Response:
             return self._client.send(self._signed("POST", path, b"", run, 0, total)).raise_for_status()
 
-        return int(self._call(ask).headers.get(OFFSET, "0"))
+        return _held_of(self._call(ask), total)
 
     def _put(self, run: str, path: str, part: bytes, offset: int, total: int) -> httpx.Response:
         expected = len(part) / self._rate if self._rate else 0.0
@@ -218,6 +218,14 @@ class ByteLine:
             log.warning("%s: %d bytes of another digest; the record is fetched from the server", url, len(data))
             return None
         return bytes(data)
+
+
+def _held_of(answer: httpx.Response, total: int) -> int:
+    """How many of ``total`` bytes a server says that it holds."""
+    text = answer.headers.get(OFFSET, "0")
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(total)) and int(text) <= total):
+        raise ProtocolError(f"the server says that it holds {text[:40]!r} bytes; expected a number from 0 to {total}")
+    return int(text)
 
 
 def _lively(chunks: Iterator[bytes]) -> Iterator[bytes]:

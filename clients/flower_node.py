@@ -26,7 +26,6 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
-    PullMessagesResponse,
     PushMessagesRequest,
     PushMessagesResponse,
 )
@@ -41,7 +40,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from secure_fed.clients.byte_line import ByteLine
 from secure_fed.clients.flower_app import Interrupted
-from secure_fed.core.errors import CertificateError, ClockError, NotAdmittedError
+from secure_fed.core.errors import CertificateError, ClockError, NotAdmittedError, ProtocolError
 from secure_fed.transport.certificates import read_authority
 from secure_fed.transport.connection import (
     AHEAD_SECONDS,
@@ -57,7 +56,7 @@ from secure_fed.transport.connection import (
     trusting,
     without_password,
 )
-from secure_fed.transport.flower_parcels import FLEET, PULL, PUSH, parcel, put_together, taken_apart, unpacked
+from secure_fed.transport.flower_parcels import FLEET, PULL, PUSH, delivered, parcel, taken_apart
 
 if TYPE_CHECKING:
     from secure_fed.clients.flower_app import SiteApp
@@ -309,9 +308,8 @@ class _Connection:
             self._looking = False
         if not packed.vals:
             return None
-        response, parts = unpacked(packed, PullMessagesResponse)
-        (head,), (tree,) = response.messages_list, response.message_object_trees
-        return put_together(head, tree, parts), self._bundle(head.metadata.run_id)
+        message = delivered(packed)
+        return message, self._bundle(message.metadata.run_id)
 
     def push(self, message: Message, seconds: float) -> None:
         """Send an answer; the same again until the server has it.
@@ -349,6 +347,7 @@ class _Connection:
 
         Raises:
             HTTPStatusError: it is there and refuses.
+            ProtocolError: it is there and answers something else.
             CertificateError, ClockError, NotAdmittedError: it never will, as things are.
             _Over: it is away, and not needed any more.
         """
@@ -373,6 +372,8 @@ class _Connection:
             except httpx.TransportError as error:
                 _check_certificate(error, f"{self._address}{self._through}")
                 reason = _reason(error)
+            except ValueError:  # flwr's, of an answer that it cannot parse
+                raise ProtocolError(f"{self._address}: the server's answer is none to what was asked") from None
             else:
                 if told:
                     log.info("the server is there again")

@@ -12,6 +12,7 @@ from typing import TypeVar
 from flwr.app import Error, Message
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import Message as Head
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.recorddict_pb2 import BytesList
@@ -51,19 +52,35 @@ def put_together(head: Head, tree: ObjectTree, parts: Iterable[bytes]) -> Messag
     """A message of its head and its parts; what its parts say of sender, receiver and question does not count.
 
     Raises:
-        ProtocolError: the parts are not those of the tree, or no message.
+        ProtocolError: the head is none, the parts are not those of the tree, or they are no message.
     """
-    metadata = message_from_proto(head).metadata
-    if head.HasField("error"):
-        return make_message(metadata, error=Error(head.error.code, head.error.reason))
-    held = {get_object_id(part): part for part in parts}
     try:
+        metadata = message_from_proto(head).metadata
+        if head.HasField("error"):
+            return make_message(metadata, error=Error(head.error.code, head.error.reason))
+        held = {get_object_id(part): part for part in parts}
         needed = {each.object_id: held[each.object_id] for each in iterate_object_tree(tree)}
         found = inflate_object_from_contents(tree.object_id, needed)
         assert isinstance(found, Message)
         return make_message(metadata, found.content)
-    except Exception as error:  # flwr raises anything at parts that do not fit
+    except Exception as error:  # flwr raises anything at what does not fit
         raise ProtocolError(f"a message that does not hold together ({type(error).__name__})") from None
+
+
+def delivered(packed: BytesList) -> Message:
+    """The message, with its parts, that a server answers a look with.
+
+    Raises:
+        ProtocolError: it is none, or not one.
+    """
+    try:
+        response, parts = unpacked(packed, PullMessagesResponse)
+    except DecodeError:
+        raise ProtocolError("the server answers a look with something else than a message") from None
+    heads, trees = response.messages_list, response.message_object_trees
+    if len(heads) != 1 or len(trees) != 1:
+        raise ProtocolError(f"the server answers a look with {len(heads)} messages and {len(trees)} trees; expected 1")
+    return put_together(heads[0], trees[0], parts)
 
 
 def parcel(call: Proto, parts: Iterable[bytes] = ()) -> BytesList:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import run_from_proto
 from flwr.proto.error_pb2 import Error as ProtoError
-from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.recorddict_pb2 import BytesList
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
@@ -368,6 +369,16 @@ def test_a_parcel_that_is_none_is_refused(link: Link) -> None:
     for packed in (BytesList(), BytesList(vals=[b"\xff"])):
         with pytest.raises(httpx.HTTPStatusError, match="400"):
             ash._client.push(packed)
+    ash.leave()
+
+
+def test_an_answer_that_is_none_ends_a_site_with_a_typed_error(link: Link) -> None:
+    ash = link.connect()
+    for said in (b"\xff\xff", parcel(PullMessagesResponse()).SerializeToString()):
+        answer = httpx.Response(200, content=said, headers={"content-type": "application/protobuf"})
+        lies = httpx.Client(transport=httpx.MockTransport(lambda request, answer=answer: answer))  # type: ignore[misc]
+        with mock.patch.object(ash._client, "_client", lies), pytest.raises(ProtocolError, match="answer"):
+            ash.pull()
     ash.leave()
 
 
