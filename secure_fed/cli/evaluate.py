@@ -9,11 +9,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from secure_fed.cli.output import Device, Json, console, out, print_json
+from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, out, print_json
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")],
+    adapter: AdapterPath,
     images: Annotated[
         Path, typer.Option(metavar="DIR", help="Labelled images: a manifest.csv with labels, or a folder a class.")
     ],
@@ -23,10 +23,8 @@ def evaluate(
     figures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Figures as SVG and PDF, tables as LaTeX and CSV, into a folder.")
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="The backbone's weights, if they do not lie where the study says.")
-    ] = None,
-    skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    checkpoint: Checkpoint = None,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = None,
     json_: Json = False,
 ) -> None:

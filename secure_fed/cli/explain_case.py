@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from secure_fed.cli.output import Device, Json, console, print_json
+from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, print_json
 
 
 def explain_case(
-    adapter: Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")],
+    adapter: AdapterPath,
     image: Annotated[Path, typer.Option(metavar="PATH", help="An image, DICOM included, or a folder of them.")],
     into: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Gets cases.html, cases.json and a picture a case.")
@@ -20,10 +20,8 @@ def explain_case(
         Path | None,
         typer.Option(help="A site.toml with similar_cases: show the nearest of its own training patients too."),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="The backbone's weights, if they do not lie where the study says.")
-    ] = None,
-    skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    checkpoint: Checkpoint = None,
+    skip_unreadable: SkipUnreadable = False,
     device: Device = None,
     json_: Json = False,
 ) -> None:

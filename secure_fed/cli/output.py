@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,11 @@ Epsilon = Annotated[
     float | None, typer.Option(help="Privacy budget of each patient; once set, it can only be lowered.")
 ]
 Delta = Annotated[float | None, typer.Option(help="The budget's delta; 1e-5 unless site.toml says otherwise.")]
+AdapterPath = Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="The backbone's weights, if they do not lie where the study says.")
+]
+SkipUnreadable = Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")]
 Device = Annotated[
     str | None,
     typer.Option(

@@ -7,18 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from secure_fed.cli.output import Device, Json, console, print_json
+from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, print_json
 
 _LEFT_OUT: dict[str, Literal["scout", "screenshot"]] = {"scout": "scout", "screenshot": "screenshot"}
 
 
 def predict(
-    adapter: Annotated[Path, typer.Option(help="An adapter.safetensors: of a site, a simulation or an export.")],
+    adapter: AdapterPath,
     images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of images, DICOM included; searched whole.")],
     study: Annotated[Path | None, typer.Option(help="A study.toml; refuse an adapter of any other study.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="The backbone's weights, if they do not lie where the study says.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     into: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write to a file, not to stdout.")] = None,
     form: Annotated[Literal["csv", "json"], typer.Option("--format", help="Of what is written.")] = "csv",
     dicom_sr: Annotated[
@@ -29,7 +27,7 @@ def predict(
         Path | None,
         typer.Option(metavar="DIR", help="Of a memory of normal images: also a heat map an image, into a folder."),
     ] = None,
-    skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    skip_unreadable: SkipUnreadable = False,
     most_pixels: Annotated[
         int | None, typer.Option(min=1, help="Of one picture, as in site.toml; about 89 million if not given.")
     ] = None,

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, console, out, print_json
+from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, SkipUnreadable, console, out, print_json
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
 from secure_fed.core.layout import ADAPTER, SUMMARY
 from secure_fed.lab.run_log import Log, refuse_missing, write_logs
@@ -36,7 +36,7 @@ def simulate(
     ] = None,
     seed: Seed = None,
     mode: Mode = None,
-    skip_unreadable: Annotated[bool, typer.Option(help="Go on without images that cannot be decoded.")] = False,
+    skip_unreadable: SkipUnreadable = False,
     epsilon: Epsilon = None,
     delta: Delta = None,
     device: Device = None,
