@@ -368,8 +368,8 @@ class RoundLoop:
 
         The study ends if too few are left, but not at the words of so few that all of them may lie.
         """
-        now = (self.coordinator.round, self.coordinator.attempt)
-        without = sorted(each.name for each in self._sites if each.trains and each.gives_none == now)
+        attempt = (self.coordinator.round, self.coordinator.attempt)
+        without = sorted(each.name for each in self._sites if each.trains and each.gives_none == attempt)
         able = sum(each.trains for each in self._sites) - len(without)
         quorum = self.coordinator.journal.chain.quorum
         if able < quorum.needed and len(without) <= quorum.faulty:
@@ -380,7 +380,7 @@ class RoundLoop:
             )
             self._ask_later(site)
             return
-        site.passed = now
+        site.passed = attempt
         log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
         self.coordinator.require_enough(able)
 
