@@ -213,21 +213,30 @@ def run_round(coordinator: Coordinator, sites: list[Site]) -> None:
     assert any(pass_step(coordinator, sites) is not None for _ in range(3))
 
 
+def prepare_sites(template: Template, parent: Path, images: Path) -> Path:
+    """The folder, below ``parent``, of a prepared study whose sites have cached their features."""
+    prepare(template, parent / "out", images)
+    for site in Federation(parent / "out").sites():
+        site.features()
+    return parent / "out"
+
+
+def copy_of(folder: Path, parent: Path) -> Federation:
+    """A copy, below ``parent``, of what was prepared for many tests."""
+    shutil.copytree(folder, parent / "out", symlinks=True)
+    return Federation(parent / "out")
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """A prepared study whose sites have cached their features."""
-    folder = tmp_path_factory.mktemp("prepared") / "out"
-    prepare(make_template(), folder, images)
-    for site in Federation(folder).sites():
-        site.features()
-    return folder
+    return prepare_sites(make_template(), tmp_path_factory.mktemp("prepared"), images)
 
 
 @pytest.fixture
 def federation(prepared: Path, tmp_path: Path) -> Federation:
     """A fresh copy of the prepared study."""
-    shutil.copytree(prepared, tmp_path / "out", symlinks=True)
-    return Federation(tmp_path / "out")
+    return copy_of(prepared, tmp_path)
 
 
 @pytest.fixture(scope="session")

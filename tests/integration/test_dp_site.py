@@ -55,6 +55,7 @@ from tests.conftest import (
     TRAINING,
     Federation,
     close_round,
+    copy_of,
     exchange,
     make_template,
     pass_step,
@@ -101,8 +102,7 @@ def prepared_private(tmp_path_factory: pytest.TempPathFactory, images: Path) -> 
 
 @pytest.fixture
 def private(prepared_private: Path, tmp_path: Path) -> Federation:
-    shutil.copytree(prepared_private, tmp_path / "out", symlinks=True)
-    return Federation(tmp_path / "out")
+    return copy_of(prepared_private, tmp_path)
 
 
 def begin(federation: Federation) -> Coordinator:

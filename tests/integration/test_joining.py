@@ -13,6 +13,7 @@ from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.core.errors import SiteFileError
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.server.round_loop import RoundLoop
 from tests.conftest import OBSERVER, TRAINING, Federation, Result, Run
 from tests.integration.test_flower_rounds import Wire, _identity, _loop, _steps
 
@@ -58,15 +59,20 @@ class Hospitals:
             shutil.copy(self.federation.folder / file, self.folder(name) / "study")
 
 
-def test_a_hospital_joins_by_the_page(federation: Federation, secfacmic: Run) -> None:
-    hospitals = Hospitals(federation, secfacmic)
+def _in_its_second_round(federation: Federation, secfacmic: Run) -> tuple[Hospitals, RoundLoop]:
+    """The hospitals of a study of which one round is closed, and elm, which has typed the page's first block."""
     sites = federation.sites()
     coordinator = federation.begin(sites)
-    wire = Wire(federation, sites)
-    loop = _loop(federation, coordinator, wire)
+    loop = _loop(federation, coordinator, Wire(federation, sites))
     _steps(loop, lambda: len(coordinator.rounds) == 1 and all(site.round == 1 for site in sites))
+    hospitals = Hospitals(federation, secfacmic)
     hospitals.folder("elm").mkdir()
     hospitals.play("elm", "elm")
+    return hospitals, loop
+
+
+def test_a_hospital_joins_by_the_page(federation: Federation, secfacmic: Run) -> None:
+    hospitals, loop = _in_its_second_round(federation, secfacmic)
     _like(federation, "elm", "cedar")
     hospitals.send(hospitals.folder("elm") / "identity" / "elm.pub", "ash")
     hospitals.study("ash")
@@ -97,14 +103,7 @@ def test_a_hospital_joins_by_the_page(federation: Federation, secfacmic: Run) ->
 
 
 def test_a_member_whose_people_were_not_asked_sends_nothing(federation: Federation, secfacmic: Run) -> None:
-    hospitals = Hospitals(federation, secfacmic)
-    sites = federation.sites()
-    coordinator = federation.begin(sites)
-    wire = Wire(federation, sites)
-    loop = _loop(federation, coordinator, wire)
-    _steps(loop, lambda: len(coordinator.rounds) == 1 and all(site.round == 1 for site in sites))
-    hospitals.folder("elm").mkdir()
-    hospitals.play("elm", "elm")
+    hospitals, loop = _in_its_second_round(federation, secfacmic)
     hospitals.send(hospitals.folder("elm") / "identity" / "elm.pub", "ash")
     hospitals.study("ash")
     hospitals.play("maker", "ash")

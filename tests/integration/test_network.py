@@ -371,18 +371,23 @@ while True:
 """A proxy that lets through CONNECT to port 443 and nothing else."""
 
 
-def behind_proxy(own_hosts: Hosts, tmp_path: Path) -> Path:
-    """Server and two sites on one network; birch on another, with nothing but a proxy on both. Returns its log."""
-    own_hosts.lan("10.91.9", "server", "ash", "cedar", OBSERVER, "proxy")
-    own_hosts.lan("10.91.10", "birch", "proxy")
+def start_proxy(hosts: Hosts, program: str, tmp_path: Path) -> Path:
+    """A proxy that listens; its log."""
     log = tmp_path / "proxy.log"
     log.touch()
-    own_hosts["proxy"].start([sys.executable, "-c", PROXY, str(log)], tmp_path / "proxy.err")
+    hosts["proxy"].start([sys.executable, "-c", program, str(log)], tmp_path / "proxy.err")
     end = time.monotonic() + 60
     while "ready" not in log.read_text():
         assert time.monotonic() < end, (tmp_path / "proxy.err").read_text()
         time.sleep(0.1)
     return log
+
+
+def behind_proxy(own_hosts: Hosts, tmp_path: Path) -> Path:
+    """Server and two sites on one network; birch on another, with nothing but a proxy on both. Returns its log."""
+    own_hosts.lan("10.91.9", "server", "ash", "cedar", OBSERVER, "proxy")
+    own_hosts.lan("10.91.10", "birch", "proxy")
+    return start_proxy(own_hosts, PROXY, tmp_path)
 
 
 @pytest.mark.parametrize("by", ["site.toml", "environment"])
@@ -540,9 +545,7 @@ def test_a_store_and_forward_proxy_of_256_kbit_passes_each_byte_once(
 ) -> None:
     own_hosts.lan("10.91.12", "server", "ash", "cedar", OBSERVER, "proxy")
     own_hosts.lan("10.91.13", "birch", "proxy")
-    log = tmp_path / "proxy.log"
-    log.touch()
-    own_hosts["proxy"].start([sys.executable, "-c", BUFFERING, str(log)], tmp_path / "proxy.err")
+    log = start_proxy(own_hosts, BUFFERING, tmp_path)
     spread = Spread(own_hosts, tmp_path / "out", make_template(**SLOW), images)
     spread.start("server", "ash", "cedar", OBSERVER)
     spread.start("birch", environment={"HTTPS_PROXY": "http://10.91.13.2:3128"})

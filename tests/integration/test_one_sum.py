@@ -41,9 +41,11 @@ from tests.conftest import (
     TRAINING,
     Federation,
     close_round,
+    copy_of,
     exchange,
     make_template,
     pass_step,
+    prepare_sites,
     run_round,
     send_envelopes,
 )
@@ -65,17 +67,12 @@ def one_sum_template(**changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    folder = tmp_path_factory.mktemp("one-sum") / "out"
-    prepare(one_sum_template(), folder, images)
-    for site in Federation(folder).sites():
-        site.features()
-    return folder
+    return prepare_sites(one_sum_template(), tmp_path_factory.mktemp("one-sum"), images)
 
 
 @pytest.fixture
 def study(made: Path, tmp_path: Path) -> Federation:
-    shutil.copytree(made, tmp_path / "out", symlinks=True)
-    return Federation(tmp_path / "out")
+    return copy_of(made, tmp_path)
 
 
 def finish(federation: Federation) -> tuple[Coordinator, list[Any]]:
@@ -447,18 +444,13 @@ def test_another_study_from_another_state_folder_gets_no_second_sum(
 @pytest.fixture(scope="module")
 def four_made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """Four training sites, of which a quorum is three."""
-    folder = tmp_path_factory.mktemp("one-sum-of-four") / "out"
-    sites = [{"name": name} for name in FOUR]
-    prepare(one_sum_template(mode="plain", sites=sites, min_sites=3), folder, images)
-    for site in Federation(folder).sites():
-        site.features()
-    return folder
+    template = one_sum_template(mode="plain", sites=[{"name": name} for name in FOUR], min_sites=3)
+    return prepare_sites(template, tmp_path_factory.mktemp("one-sum-of-four"), images)
 
 
 @pytest.fixture
 def four(four_made: Path, tmp_path: Path) -> Federation:
-    shutil.copytree(four_made, tmp_path / "out", symlinks=True)
-    return Federation(tmp_path / "out")
+    return copy_of(four_made, tmp_path)
 
 
 FOUR = (*TRAINING, "dogwood")

@@ -12,32 +12,27 @@ import pytest
 import safetensors.numpy
 
 from secure_fed.core.errors import EnvelopeError, StorageError
-from secure_fed.lab.simulation import prepare
 from secure_fed.privacy import class_statistics
 from secure_fed.privacy.accounting import plan_noise
 from secure_fed.protocol import aggregation, one_sum
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import split_frame
-from tests.conftest import TRAINING, Federation, exchange, pass_step, run_round
+from tests.conftest import TRAINING, Federation, copy_of, exchange, pass_step, prepare_sites, run_round
 from tests.integration.test_dp_site import begin, ledger_of, set_budget
 from tests.integration.test_one_sum import one_sum_template
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    folder = tmp_path_factory.mktemp("private-sum") / "out"
-    prepare(one_sum_template(mode="plain"), folder, images)
-    for site in Federation(folder).sites():
-        site.features()
+    folder = prepare_sites(one_sum_template(mode="plain"), tmp_path_factory.mktemp("private-sum"), images)
     set_budget(folder, "ash", 3.0)
     return folder
 
 
 @pytest.fixture
 def study(made: Path, tmp_path: Path) -> Federation:
-    shutil.copytree(made, tmp_path / "out", symlinks=True)
-    return Federation(tmp_path / "out")
+    return copy_of(made, tmp_path)
 
 
 def stored(site: Any) -> np.ndarray:

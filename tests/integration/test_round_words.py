@@ -18,7 +18,6 @@ from secure_fed.cli import app
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import AggregateRefused, EnvelopeError, NotAcceptedError, ProtocolError, RecordError
-from secure_fed.lab.simulation import prepare
 from secure_fed.privacy.ckks import Cipher
 from secure_fed.protocol.packing import PlainSealer
 from secure_fed.protocol.round_frames import (
@@ -36,9 +35,11 @@ from tests.conftest import (
     TRAINING,
     Federation,
     close_round,
+    copy_of,
     exchange,
     make_template,
     pass_step,
+    prepare_sites,
     run_round,
     send_envelopes,
 )
@@ -47,20 +48,14 @@ from tests.conftest import (
 @pytest.fixture(scope="module")
 def four_prepared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """Four training sites, of which a quorum is three."""
-    folder = tmp_path_factory.mktemp("four") / "out"
     sites = [{"name": name} for name in (*TRAINING, "dogwood")]
-    prepare(make_template(mode="plain", sites=sites, min_sites=3), folder, images)
-    for site in Federation(folder).sites():
-        site.features()
-    return folder
+    template = make_template(mode="plain", sites=sites, min_sites=3)
+    return prepare_sites(template, tmp_path_factory.mktemp("four"), images)
 
 
 @pytest.fixture
 def four(four_prepared: Path, tmp_path: Path) -> Federation:
-    import shutil
-
-    shutil.copytree(four_prepared, tmp_path / "out", symlinks=True)
-    return Federation(tmp_path / "out")
+    return copy_of(four_prepared, tmp_path)
 
 
 def begin(federation: Federation) -> Coordinator:
@@ -397,6 +392,18 @@ def older(four: Federation, tmp_path: Path) -> Path:
     return copy
 
 
+def put_back_after_its_reveal(federation: Federation, copy: Path) -> tuple[Coordinator, Site, list[Site]]:
+    """Ash alone has revealed; then its older disk is put back, which sits out. With the other sites."""
+    ash, *others = federation.sites()
+    coordinator = begin(federation)
+    send_envelopes(coordinator, [ash, *others])
+    coordinator.advance()
+    exchange(coordinator, ash)
+    ash = put_back(federation, copy)
+    assert exchange(coordinator, ash).code == ReplyCode.SITS_OUT
+    return coordinator, ash, others
+
+
 def test_an_older_disk_learns_from_its_own_words_at_the_server_and_sits_the_round_out(
     four: Federation, older: Path
 ) -> None:
@@ -417,18 +424,12 @@ def test_an_older_disk_learns_from_its_own_words_at_the_server_and_sits_the_roun
 def test_an_older_disk_that_revealed_gives_no_second_reveal_and_its_people_can_give_the_round_up(
     four: Federation, older: Path
 ) -> None:
-    sites = four.sites()
-    coordinator = begin(four)
-    send_envelopes(coordinator, sites)
-    coordinator.advance()
-    exchange(coordinator, sites[0])
-    ash = put_back(four, older)
-    assert exchange(coordinator, ash).code == ReplyCode.SITS_OUT
+    coordinator, ash, others = put_back_after_its_reveal(four, older)
     assert ash.replica.files.bound.with_whom == ()
     assert ash.void(1), "nobody knows whether it had revealed"
-    for site in sites[1:3]:
+    for site in others[:2]:
         site.void(1)
-    for site in (ash, *sites[1:3]):
+    for site in (ash, *others[:2]):
         assert exchange(coordinator, site).code == ReplyCode.VOID
     assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
     assert exchange(coordinator, ash).code == ReplyCode.APPLIED, "the adapter has not moved"
@@ -439,14 +440,8 @@ def test_an_older_disk_that_revealed_gives_no_second_reveal_and_its_people_can_g
 def test_an_older_disk_goes_on_with_the_next_round_where_the_sum_holds_what_it_had_revealed(
     four: Federation, older: Path
 ) -> None:
-    sites = four.sites()
-    coordinator = begin(four)
-    send_envelopes(coordinator, sites)
-    coordinator.advance()
-    exchange(coordinator, sites[0])
-    ash = put_back(four, older)
-    assert exchange(coordinator, ash).code == ReplyCode.SITS_OUT
-    assert close_round(coordinator, sites[1:]).sites == (*TRAINING, "dogwood")
+    coordinator, ash, others = put_back_after_its_reveal(four, older)
+    assert close_round(coordinator, others).sites == (*TRAINING, "dogwood")
     assert exchange(coordinator, ash).code == ReplyCode.READY
 
 
