@@ -92,6 +92,22 @@ AGAIN = (
 """What a further run means, to be shown to who accepts it."""
 
 
+def members_now(file: SiteFile, agreed: AgreedStudy) -> list[str] | None:
+    """Whom the newest sealed key here is for: the members, once hospitals have joined or left; None without a key.
+
+    To be shown beside the terms, which are the study's: who joins or leaves is accepted by other words.
+
+    Args:
+        file: its ``site.toml``.
+        agreed: the study.
+
+    Raises:
+        KeyFileError: it is damaged, or of another study.
+    """
+    newest = max(file.state_folder.keys.glob(SEALED), default=None)
+    return None if newest is None else list(check_sealed_key(read_sealed_file(newest), agreed).recipients)
+
+
 def again_words(file: SiteFile, agreed: AgreedStudy) -> list[str]:
     """What a further run means for this site: how its members differ from the last run's, and what both runs' sums
     together reveal without a budget.
@@ -209,20 +225,9 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
             }
             for member in study.sites
         ],
-        "members_now": _members_now(file, agreed),
         "min_sites": study.min_sites,
         "quorum": dataclasses.asdict(study.quorum(study.sites)),
     }
-
-
-def _members_now(file: SiteFile, agreed: AgreedStudy) -> list[str] | None:
-    """Whom the newest sealed key here is for: the members, once hospitals have joined or left; None without a key.
-
-    Raises:
-        KeyFileError: it is damaged, or of another study.
-    """
-    newest = max(file.state_folder.keys.glob(SEALED), default=None)
-    return None if newest is None else list(check_sealed_key(read_sealed_file(newest), agreed).recipients)
 
 
 def _budget(file: SiteFile) -> dict[str, Any] | None:

@@ -64,7 +64,14 @@ def accept(
     json_: Json = False,
 ) -> None:
     """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
-    from secure_fed.clients.acceptance import again_words, record_acceptance, require_acceptance, terms, when
+    from secure_fed.clients.acceptance import (
+        again_words,
+        members_now,
+        record_acceptance,
+        require_acceptance,
+        terms,
+        when,
+    )
     from secure_fed.clients.keyring import membership
     from secure_fed.clients.sitefile import read_site, with_budget
 
@@ -72,7 +79,7 @@ def accept(
     identity = membership(file, agreed).identity
     file = with_budget(file, epsilon, delta)
     file.refuse_study(agreed.study)
-    shown = terms(file, agreed)
+    shown = terms(file, agreed) | {"members_now": members_now(file, agreed)}
     further = again_words(file, agreed) if again else []
     if again:
         shown["again"] = further
