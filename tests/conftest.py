@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.layout import ServerState
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import accept_another_run, prepare, run_id, simulate
+from secure_fed.model import backbone_store
 from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.protocol.signing import load_signing_key
@@ -73,6 +75,19 @@ def own_models() -> Iterator[None]:
     """No test sees the models that another one registered in open_clip."""
     with models_as_found():
         yield
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of backbones of the test's own, which is empty, and no network."""
+
+    def no_network(*_: Any) -> None:
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setenv(backbone_store.PLACE, str(tmp_path / "store"))
+    return tmp_path / "store"
 
 
 def template_table(**changes: Any) -> dict[str, Any]:

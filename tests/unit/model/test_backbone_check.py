@@ -19,6 +19,8 @@ from secure_fed.model.backbone_fetch import add
 from tests.conftest import Run
 from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, siglip_folder
 
+pytestmark = pytest.mark.usefixtures("store")
+
 torch.set_num_threads(1)
 NAME = "hf-hub:fake/clip"
 

@@ -28,6 +28,8 @@ from secure_fed.protocol.study import Backbone, Template, read_template
 from tests.conftest import CLASSES, Run, make_template, models_as_found, template_table
 from tests.unit.model.test_backbone import _Archive
 
+pytestmark = pytest.mark.usefixtures("store")
+
 torch.set_num_threads(1)
 
 QUICK = "random-small-quickgelu"

@@ -22,6 +22,8 @@ from secure_fed.protocol.study import Backbone
 from tests.conftest import Run, template_table
 from tests.unit.model.test_backbone_forms import clip_folder
 
+pytestmark = pytest.mark.usefixtures("store")
+
 torch.set_num_threads(1)
 NAME = "hf-hub:fake/clip"
 

@@ -26,6 +26,8 @@ from secure_fed.model.library import known_model, twin
 from secure_fed.model.network import make_network
 from secure_fed.protocol.study import Backbone
 
+pytestmark = pytest.mark.usefixtures("store")
+
 torch.set_num_threads(1)
 
 TOLERANCE = 1e-5

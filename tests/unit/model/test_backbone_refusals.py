@@ -28,6 +28,8 @@ from secure_fed.protocol.study import Backbone
 from tests.conftest import Run
 from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, edit, siglip_folder, split_up, write
 
+pytestmark = pytest.mark.usefixtures("store")
+
 torch.set_num_threads(1)
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 2100000\n"
