@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
 from secure_fed.model.adapter_file import load_adapter, save_adapter
 from secure_fed.model.attribution import heat_map, kind_of_map, margin_of
-from secure_fed.model.backbone import load_backbone
+from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.cases import Cases
 from secure_fed.operate.evidence import pack_evidence
 from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, _Neighbours, explain, write_cases
@@ -195,7 +196,9 @@ def test_a_map_lies_over_what_the_tower_sees(finished_run: Path, tower: str) -> 
     rng = np.random.default_rng(0)
     prepared = rng.normal(size=(3, backbone.side, backbone.side)).astype(np.float32)
     vectors = torch.from_numpy(rng.normal(size=(backbone.dim,)).astype(np.float32))
-    found = heat_map(backbone, prepared, lambda features: features @ vectors)
+    unasked = "gradients" if tower == "transformer, token" else "attention_gradients"
+    with mock.patch.object(LoadedBackbone, unasked, side_effect=AssertionError("the map is said to be made otherwise")):
+        found = heat_map(backbone, prepared, lambda features: features @ vectors)
     assert found.shape == (backbone.side, backbone.side)
     assert (found.min(), found.max()) == (0, 1)
     np.testing.assert_array_equal(found, heat_map(backbone, prepared, lambda features: features @ vectors))
