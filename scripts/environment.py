@@ -26,7 +26,10 @@ LOCKED = ((3, 11), "linux-x86_64", "CPython")
 SIZE = "6.8 GB (4.1 GB of it for graphics cards: make TORCH_INDEX=... does without, see README.md)"
 SIZE_WITHOUT_CUDA = "some 2.7 GB"
 
-CODE = ("benchmarks", "clients", "configs", "docs", "examples", "privacy", "scripts", "secure_fed", "server", "tests")
+CODE = (
+    *("benchmarks", "clients", "configs", "docs", "examples", "privacy", "scripts"),
+    *("secfacmic", "secure_fed", "server", "tests"),
+)
 PROBE = "import secure_fed.clients; print(secure_fed.clients.__file__)"
 
 

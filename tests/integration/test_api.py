@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
 import tomli_w
 from nbclient import NotebookClient
 
+import secfacmic
 import secure_fed
 from secure_fed.clients.site import Site
 from secure_fed.lab.simulation import simulate
@@ -24,20 +27,30 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "open_clip", "opacus", "tenseal", "secure_fed.clients", "secure_fed.server", "numpy")
 
 
-def test_the_package_itself_loads_nothing() -> None:
-    program = f"import sys, secure_fed; print(sorted(set(sys.modules) & {set(HEAVY)!r}))"
+@pytest.mark.parametrize("name", ["secfacmic", "secure_fed"])
+def test_the_package_itself_loads_nothing(name: str) -> None:
+    program = f"import sys, {name}; print(sorted(set(sys.modules) & {set(HEAVY)!r}))"
     result = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
-def test_the_names_are_those_at_home() -> None:
-    assert secure_fed.__all__ == ["Coordinator", "Site", "Template", "simulate"]
-    found = [getattr(secure_fed, name) for name in secure_fed.__all__]
+@pytest.mark.parametrize("package", [secfacmic, secure_fed], ids=lambda package: package.__name__)
+def test_the_names_are_those_at_home(package: ModuleType) -> None:
+    assert package.__all__ == ["Coordinator", "Site", "Template", "simulate"]
+    found = [getattr(package, name) for name in package.__all__]
     assert found == [Coordinator, Site, Template, simulate]
-    assert set(dir(secure_fed)) == {*secure_fed.__all__, "__version__"}
-    assert secure_fed.__version__ == version("secfacmic")
+    assert set(dir(package)) == {*package.__all__, "__version__"}
+    assert package.__version__ == version("secfacmic")
     with pytest.raises(AttributeError, match="no attribute 'Sight'"):
-        secure_fed.__getattr__("Sight")
+        package.Sight  # noqa: B018
+
+
+def test_no_module_is_loaded_a_second_time_under_the_name_of_the_package() -> None:
+    from secfacmic import simulate as same
+
+    assert same is simulate
+    with pytest.raises(ModuleNotFoundError):
+        import_module("secfacmic.lab")
 
 
 def test_a_packaged_template_is_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
