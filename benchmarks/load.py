@@ -4,7 +4,9 @@ Each canned site is a thread that speaks the same protocol through the same clie
 (``secure_fed.clients.flower_node``, ``secure_fed.clients.flower_app``): it takes the records, says that it is ready,
 signs an envelope of the true size for the cohort, and reveals its check. The encrypted payload is made once and is
 every site's; headers and signatures are each site's own.
-The server is ``secfacmic server``, unchanged.
+The server is ``secfacmic server``, unchanged. Before the first round the study rests, and what connected sites cost
+meanwhile is measured. A floor is measured in the same run: a bare ASGI app under the same uvicorn and TLS, which
+takes and gives the same bytes and does nothing else.
 
     python benchmarks/load.py [--sites 64] [--rounds 5] [--json FILE]
 """
@@ -16,6 +18,7 @@ import json
 import os
 import platform
 import secrets
+import socket
 import statistics
 import subprocess
 import sys
@@ -49,6 +52,8 @@ from secure_fed.protocol.study import AgreedStudy, load_study
 
 NODE_PROCESSES = 2
 PAYLOAD = "payload"
+SETTLE_SECONDS, IDLE_SECONDS = 5.0, 30.0
+"""After all sites are connected: how long what they begin with may take, and how long their idle time is measured."""
 
 
 class CannedSite:
@@ -185,9 +190,12 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     from secure_fed.lab.demo import _free_port
     from secure_fed.protocol.journal import JournalEntry
     from secure_fed.protocol.records import Chain, RecordFolder
+    from secure_fed.server.coordinator import hold_run
     from tests.network import busy, peak
 
     values = prepare(folder, sites, rounds)
+    agreed = load_study(folder / "study.toml")
+    hold_run(agreed, folder / "server", paused=True)  # until all are there, and their idle time was measured
     port = _free_port()
     names = sorted(path.name for path in (folder / "sites").iterdir())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -197,6 +205,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     shares = [",".join(names[index::NODE_PROCESSES]) for index in range(NODE_PROCESSES)]
     commands = [[sys.executable, "-P", *server], *([*own, share] for share in shares)]
     processor: dict[str, float] = {}
+    started = idle = begun_ms = 0.0
     memory: dict[str, int] = {}
     with (folder / "server.log").open("wb") as log:
         processes = [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for command in commands]
@@ -210,6 +219,15 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
                 for name, pid in pids.items():
                     processor[name] = max(processor.get(name, 0.0), busy(pid))
                     memory[name] = max(memory.get(name, 0), peak(pid))
+                if not begun_ms and _connected(folder / "server" / "status.json") == sites:
+                    time.sleep(SETTLE_SECONDS)
+                    before = sum(busy(pids[name]) for name in ("superlink", "rounds"))
+                    time.sleep(IDLE_SECONDS)
+                    idle = (sum(busy(pids[name]) for name in ("superlink", "rounds")) - before) / IDLE_SECONDS
+                    hold_run(agreed, folder / "server", paused=False)
+                    begun_ms = time.time() * 1000
+                if len(list((folder / "server" / "runs").glob("*/journal/*.record"))) <= 2:  # in the first round
+                    started = sum(processor[name] for name in ("superlink", "rounds") if name in processor)
                 failed = [process for process in processes[1:] if process.poll()]
                 if failed:
                     raise SystemExit((folder / "server.log").read_text()[-3000:])
@@ -222,14 +240,18 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
                     process.wait()
     if any(status):
         raise SystemExit((folder / "server.log").read_text()[-3000:])
-    agreed = load_study(folder / "study.toml")
     records = RecordFolder(folder / "server" / "runs" / str(ServerState(folder / "server").current_run) / "journal")
     chain = Chain(agreed)
     entries = [JournalEntry(record) for record in records.replay(chain) if record.header.kind == "aggregate"]
     if any(len(entry.sites) != sites for entry in entries):
         raise SystemExit(f"rounds with {[len(entry.sites) for entry in entries]} sites; expected {sites} in each")
-    seconds = [(entry.header.closed_ms - entry.header.opened_ms) / 1000 for entry in entries[1:]]
+    # The first one counts if it is the only one, from when all were there.
+    begun = [begun_ms, *(entry.header.opened_ms for entry in entries[1:])]
+    seconds = [(entry.header.closed_ms - at) / 1000 for at, entry in zip(begun, entries, strict=True)]
+    seconds = seconds[1:] or seconds
     served = sum(processor[name] for name in ("superlink", "rounds"))
+    floor = measure_floor(folder, names, rounds, int(entries[-1].bytes_up / sites), entries[-1].size)
+    late = served - started
     return {
         "sites": sites,
         "values": values,
@@ -241,8 +263,97 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
         "bytes_per_round": entries[-1].bytes_up + entries[-1].size * sites,
         "processor_seconds": processor,
         "server_processor_seconds_per_site_and_round": served / sites / rounds,
+        "server_processor_seconds_per_site_and_later_round": late / sites / (rounds - 1) if rounds > 1 else None,
+        "idle_processors": idle,
+        "floor": floor,
         "peak_memory_mb": {name: kilobytes * 1024 / 1e6 for name, kilobytes in memory.items()},
     }
+
+
+FLOOR = """
+import os, ssl, sys
+import uvicorn
+record = bytes(int(sys.argv[4]))
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        return
+    more = True
+    while more:
+        more = (await receive()).get("more_body", False)
+    body = record if scope["method"] == "GET" else b""
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for start in range(0, len(body) or 1, 262144):
+        part = body[start:start + 262144]
+        await send({"type": "http.response.body", "body": part, "more_body": start + 262144 < len(body)})
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), ssl_certfile=sys.argv[2], ssl_keyfile=sys.argv[3], http="h11",
+            lifespan="off", log_config=None, access_log=False, ws="none")
+"""
+"""A server that does nothing but take and give bytes."""
+
+FLOOR_SITES = """
+import sys, threading, httpx, ssl
+base, authority, sites, rounds, up = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+trust = ssl.create_default_context(cafile=authority)
+data = bytes(up)
+def site():
+    with httpx.Client(verify=trust, timeout=600, trust_env=False) as client:
+        for _ in range(rounds):
+            client.put(base, content=data).raise_for_status()
+            client.get(base).raise_for_status()
+threads = [threading.Thread(target=site) for _ in range(sites)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def measure_floor(folder: Path, names: list[str], rounds: int, up: int, down: int) -> dict[str, float]:
+    """What the same bytes cost a server that does nothing with them."""
+    from secure_fed.lab.demo import _free_port
+    from tests.network import busy
+
+    port, tls = _free_port(), folder / "server" / "tls"
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        FLOOR,
+        str(port),
+        str(tls / "server.crt"),
+        str(tls / "server.key"),
+        str(down),
+    ]
+    with subprocess.Popen(command) as server:
+        try:
+            while _refused(port):
+                time.sleep(0.1)
+            before, began = busy(server.pid), time.monotonic()
+            shares = [len(names[index::NODE_PROCESSES]) for index in range(NODE_PROCESSES)]
+            base, authority = f"https://127.0.0.1:{port}/", str(tls / "ca.crt")
+            own = [sys.executable, "-P", "-c", FLOOR_SITES, base, authority]
+            sites = [subprocess.Popen([*own, str(share), str(rounds), str(up)]) for share in shares if share]
+            codes = [process.wait() for process in sites]
+            if any(codes):
+                raise SystemExit("the floor's sites failed")
+            seconds, used = time.monotonic() - began, busy(server.pid) - before
+        finally:
+            server.kill()
+    return {"processor_seconds_per_site_and_round": used / len(names) / rounds, "seconds_a_round": seconds / rounds}
+
+
+def _connected(status: Path) -> int:
+    """How many sites the server says are connected."""
+    try:
+        return sum(site["connected"] for site in json.loads(status.read_text())["sites"].values())
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _refused(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def main() -> None:
