@@ -301,6 +301,8 @@ def site():
         for _ in range(rounds):
             client.put(base, content=data).raise_for_status()
             client.get(base).raise_for_status()
+print("ready", flush=True)
+sys.stdin.readline()
 threads = [threading.Thread(target=site) for _ in range(sites)]
 for thread in threads:
     thread.start()
@@ -329,11 +331,17 @@ def measure_floor(folder: Path, names: list[str], rounds: int, up: int, down: in
         try:
             while _refused(port):
                 time.sleep(0.1)
-            before, began = busy(server.pid), time.monotonic()
             shares = [len(names[index::NODE_PROCESSES]) for index in range(NODE_PROCESSES)]
             base, authority = f"https://127.0.0.1:{port}/", str(tls / "ca.crt")
             own = [sys.executable, "-P", "-c", FLOOR_SITES, base, authority]
-            sites = [subprocess.Popen([*own, str(share), str(rounds), str(up)]) for share in shares if share]
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            sites = [subprocess.Popen([*own, str(share), str(rounds), str(up)], **pipes) for share in shares if share]
+            for process in sites:
+                process.stdout.readline()
+            before, began = busy(server.pid), time.monotonic()
+            for process in sites:
+                process.stdin.write("go\n")
+                process.stdin.flush()
             codes = [process.wait() for process in sites]
             if any(codes):
                 raise SystemExit("the floor's sites failed")
