@@ -177,14 +177,16 @@ class AcceptanceHeader(SignedHeader):
     runs: Count
 
 
-def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
+def terms(file: SiteFile, agreed: AgreedStudy, rounds: int | None = None) -> dict[str, Any]:
     """What taking part means for this site, as a JSON document.
 
     Args:
         file: its ``site.toml``, with the budget it will run under.
         agreed: the study.
+        rounds: of how many, if the run is to have more than the study says.
     """
     study = agreed.study
+    rounds = study.rounds if rounds is None else rounds
     payload = wire(study.mode, agreed.lanes).payload_bytes
     observes = file.observes(study)
     budget = None if observes else _budget(file)
@@ -196,9 +198,9 @@ def terms(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
         "site": file.site,
         "role": "observer" if observes else "train",
         "mode": study.mode,
-        "rounds": study.rounds,
+        "rounds": rounds,
         "leaves": {
-            "updates": 0 if observes else study.rounds,
+            "updates": 0 if observes else rounds,
             "update_bytes": payload,
             "update_header_bytes": 8 + MAX_HEADER + SIGNATURE_BYTES,
             "update_values": agreed.lanes.values,
@@ -275,7 +277,9 @@ def policy(file: SiteFile) -> dict[str, Any]:
     return {**content, "data": {"kind": file.data.kind, "unit": file.data.unit}}
 
 
-def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, by: str, *, again: bool = False) -> Path:
+def record_acceptance(
+    file: SiteFile, agreed: AgreedStudy, identity: Identity, by: str, *, again: bool = False, rounds: int | None = None
+) -> Path:
     """Note durably who accepted a study here, beside the notes before.
 
     Args:
@@ -284,6 +288,7 @@ def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, b
         identity: the site's.
         by: who accepts.
         again: accept one run more than the site has taken part in.
+        rounds: as for :func:`terms`.
 
     Returns:
         Where the note lies.
@@ -304,7 +309,7 @@ def record_acceptance(file: SiteFile, agreed: AgreedStudy, identity: Identity, b
             "second run to accept: leave --again out"
         )
     before = notes(file.state_folder.accepted, agreed.study.id, file.site, identity.keys.signing)
-    payload = canonical_json(terms(file, agreed))
+    payload = canonical_json(terms(file, agreed, rounds))
     header = AcceptanceHeader(
         version=2,
         study=agreed.study.id,
@@ -380,6 +385,35 @@ def runs_accepted(file: SiteFile, agreed: AgreedStudy, key: str) -> int:
     """
     before = notes(file.state_folder.accepted, agreed.study.id, file.site, key)
     return before[-1][0].runs if before else 0
+
+
+def rounds_accepted(file: SiteFile, agreed: AgreedStudy, key: str) -> int:
+    """In how many rounds of a run this site may take part; a later note with fewer takes nothing back.
+
+    Raises:
+        NotAcceptedError: as :func:`notes`.
+    """
+    before = notes(file.state_folder.accepted, agreed.study.id, file.site, key)
+    return max((int(shown["rounds"]) for _, shown in before), default=0)
+
+
+def rounds_to_accept(file: SiteFile, agreed: AgreedStudy, key: str, rounds: int | None) -> int:
+    """Of how many rounds the terms are that are to be accepted: those before, or more.
+
+    Args:
+        file: its ``site.toml``.
+        agreed: the study.
+        key: the site's public signing key, 64 hex digits.
+        rounds: how many are asked for; None for no more than before.
+
+    Raises:
+        NotAcceptedError: fewer than the study has or were accepted before; or its method has a fixed number.
+    """
+    least = max(agreed.study.rounds, rounds_accepted(file, agreed, key))
+    if rounds is not None and (rounds < least or (agreed.study.method.sums and rounds > least)):
+        fixed = ", as its method has" if agreed.study.method.sums else " or more"
+        raise NotAcceptedError(f"{rounds} rounds of study {agreed.study.name}; expected {least}{fixed}")
+    return least if rounds is None else rounds
 
 
 def require_acceptance(file: SiteFile, agreed: AgreedStudy, key: str) -> AcceptanceHeader:

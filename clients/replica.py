@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from secure_fed.clients.acceptance import runs_accepted
+from secure_fed.clients.acceptance import rounds_accepted, runs_accepted
 from secure_fed.clients.bound import Bound, read_bound, write_bound
 from secure_fed.clients.keyring import membership
 from secure_fed.clients.sitefile import SiteFile
@@ -385,6 +385,9 @@ class Replica:
         if record.amendment is not None:
             self._check_policy(record.amendment)
             self._refuse_within_round(record)
+        if record.header.kind == "extension":
+            self._require_rounds(record.rounds)
+            self._refuse_within_round(record)
         if record.header.kind == "aggregate":
             self.files.pin(record)
             self._remember(record)
@@ -457,12 +460,13 @@ class Replica:
         return Confirmed(tensors)
 
     def _refuse_within_round(self, record: Record) -> None:
-        """A member that is removed in an open round would have its envelopes, and no part in what becomes of them."""
+        """A member that is removed in an open round would have its envelopes, and no part in what becomes of them;
+        and what was said in it was said at another head."""
         bound = self.files.bound.at(self.state.chain.due)
         if bound.attempt:
             raise RecordError(
-                f"an amendment within round {bound.round}, for which this site answered attempt {bound.attempt} "
-                "already; expected members and keys to change between rounds only"
+                f"an {record.header.kind} within round {bound.round}, for which this site answered attempt "
+                f"{bound.attempt} already; expected members, keys and rounds to change between rounds only"
             )
 
     def _check_policy(self, amendment: SealedKeyHeader) -> None:
@@ -635,6 +639,16 @@ class Replica:
                 f"{self._agreed.study.name}, and {max(accepted, 1)} accepted; expected its people's word before "
                 "a further one, whose sums are of the same data: whoever has two sums of different sites has their "
                 "difference. If it is meant: secfacmic site accept STUDY --site site.toml --again"
+            )
+
+    def _require_rounds(self, rounds: int) -> None:
+        """Take part in more rounds than were accepted only at the word of this site's people."""
+        accepted = rounds_accepted(self._file, self._agreed, self.identity.keys.signing)
+        if rounds > accepted:
+            raise NotAcceptedError(
+                f"an extension to {rounds} rounds; this site's people accepted {accepted} of study "
+                f"{self._agreed.study.name}; expected their word before a further one. If it is meant: secfacmic site "
+                f"accept STUDY --site site.toml --rounds {rounds}"
             )
 
     def _run_of(self, key: str, but: str) -> str | None:

@@ -146,6 +146,11 @@ class Site:
         return self.replica.state.round
 
     @property
+    def rounds(self) -> int:
+        """How many the run has: the study's, or more by an extension."""
+        return self.replica.state.chain.rounds
+
+    @property
     def finished(self) -> bool:
         """Whether every round of the study is applied here."""
         return self.replica.state.chain.finished
@@ -541,7 +546,7 @@ class Site:
         if not open_here or due.round != round_number or self.replica.member.role != "train":
             raise ProtocolError(
                 f"a void of round {round_number}; the round that is open here is {due.round if open_here else 'none'}, "
-                f"of {self._agreed.study.rounds}, and only training sites give one up"
+                f"of {self.rounds}, and only training sites give one up"
             )
         bound = self.replica.files.bound.at(due)
         self.replica.files.bind(bound.model_copy(update={"void": True}))

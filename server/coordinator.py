@@ -43,7 +43,7 @@ from secure_fed.protocol.envelope import (
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire
-from secure_fed.protocol.records import Chain, RecordFolder, summed_checks
+from secure_fed.protocol.records import MOST_ROUNDS, Chain, RecordFolder, summed_checks
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     READY_MAGIC,
@@ -189,8 +189,8 @@ class Coordinator:
 
     @property
     def finished(self) -> bool:
-        """Whether no round is left."""
-        return self.journal.chain.finished
+        """Whether no round is left, nor any wanted."""
+        return self.journal.chain.finished and not self.extending
 
     @property
     def resting(self) -> bool:
@@ -349,6 +349,22 @@ class Coordinator:
         return not self.finished and self._folder.end.exists()
 
     @property
+    def extending(self) -> bool:
+        """Whether the coordinator's people want more rounds than the run has."""
+        chain = self.journal.chain
+        return not chain.ended and self._rounds_wanted > chain.rounds
+
+    @property
+    def extends_now(self) -> bool:
+        """Whether they get them with the next step: not within a round that has had a cohort."""
+        return self.extending and not self._begun and not self.journal.chain.awaits_checkpoint
+
+    @property
+    def _rounds_wanted(self) -> int:
+        path = self._folder.rounds
+        return int(path.read_text(encoding="ascii")) if path.exists() else 0
+
+    @property
     def refusing(self) -> tuple[str, ...]:
         """Who says that the last sum is out of range."""
         return tuple(sorted(self._refusing))
@@ -370,6 +386,10 @@ class Coordinator:
         if self._cohort is None and self.ending:
             self.journal.append_end()
             self._open_round()
+            return self.journal.records[-1]
+        if self.extends_now:
+            self.journal.append_extension(self._rounds_wanted)
+            self._readies.clear()  # they were said at another head
             return self.journal.records[-1]
         if self.resting:
             return None
@@ -807,6 +827,38 @@ def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
     else:
         folder.pause.unlink(missing_ok=True)
     return chain.round + 1
+
+
+def extend_run(agreed: AgreedStudy, state: Path, rounds: int) -> int:
+    """Let the current run have more rounds, whether its coordinator is running or not, and though it is over.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+        rounds: how many in all.
+
+    Returns:
+        The last round that has its record now.
+
+    Raises:
+        StudyError: no run has begun, or it was ended; it has as many rounds already; or its method has a fixed number.
+        RecordError: the run's journal does not verify.
+        StorageError: it cannot be written.
+    """
+    folder, chain = _current_run(agreed, state)
+    if agreed.study.method.sums:
+        raise StudyError(
+            f"{state}: the rounds of {agreed.study.method.adapter} are its method's, {agreed.study.rounds}; expected a "
+            "study that trains: begin another study"
+        )
+    if chain.ended or folder.end.exists():
+        raise StudyError(f"{state}: the run was ended after {chain.round} rounds; expected one that goes on")
+    if not chain.rounds < rounds <= MOST_ROUNDS:
+        raise StudyError(
+            f"{state}: {rounds} rounds, and the run has {chain.rounds}; expected more, {MOST_ROUNDS} at most"
+        )
+    write_durable(folder.rounds, str(rounds).encode())
+    return chain.round
 
 
 def end_run(agreed: AgreedStudy, state: Path) -> int:

@@ -79,6 +79,15 @@ class Journal:
         """
         self._append("end", self.chain.round + 1)
 
+    def append_extension(self, rounds: int) -> None:
+        """Let the run have so many rounds.
+
+        Raises:
+            RecordError: it was ended, has as many already, or cannot have more; or an amendment waits for its
+                checkpoint.
+        """
+        self._append("extension", self.chain.round + 1, str(rounds).encode())
+
     def append_amendment(self, sealed: bytes) -> None:
         """Append a new sealed key, and with it a change of members.
 

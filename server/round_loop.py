@@ -149,7 +149,8 @@ class RoundLoop:
         self.report(
             {
                 "run": coordinator.run,
-                "round": min(coordinator.round, self.agreed.study.rounds),
+                "round": min(coordinator.round, coordinator.journal.chain.rounds),
+                "rounds": coordinator.journal.chain.rounds,
                 "finished": coordinator.finished,
                 "attempt": coordinator.attempt,
                 "step": coordinator.step.value,
@@ -408,7 +409,7 @@ class RoundLoop:
             self._open()
             return
         step = coordinator.step
-        if step is Step.READY and coordinator.ending:
+        if step is Step.READY and (coordinator.ending or coordinator.extends_now):
             entry = coordinator.advance()
             assert entry is not None
             self._closed(entry)
@@ -475,11 +476,13 @@ class RoundLoop:
         self._step_taken()
         if header.kind != "aggregate":
             log.info("%s appended before round %d", header.kind, self.coordinator.round)
+            for site in self._sites:
+                site.told_the_end = False  # an extension can come after the last round
             return
         log.info(
             "round %d of %d: %d sites in, %.2f MB, %.1f s",
             header.round,
-            self.agreed.study.rounds,
+            self.coordinator.journal.chain.rounds,
             len(entry.sites),
             entry.bytes_up / 1e6,
             (header.closed_ms - header.opened_ms) / 1000,

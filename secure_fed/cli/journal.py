@@ -48,7 +48,7 @@ def verify(folder: Folder, study: StudyFile = None, json_: Json = False) -> None
                 "records": last.header.seq + 1,
                 "aggregates": kinds["aggregate"],
                 "amendments": kinds["amendment"],
-                "rounds": agreed.study.rounds,
+                "rounds": last.rounds,
                 "head": last.id,
             }
         )

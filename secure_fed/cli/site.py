@@ -57,6 +57,9 @@ def accept(
     again: Annotated[
         bool, typer.Option("--again", help="Accept one run more of a study that this site has taken part in.")
     ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", help="Accept so many, where the run is to have more than the study says.")
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write it as a page to be signed; without --by nothing is recorded."),
@@ -69,6 +72,7 @@ def accept(
         members_now,
         record_acceptance,
         require_acceptance,
+        rounds_to_accept,
         terms,
         when,
     )
@@ -79,7 +83,8 @@ def accept(
     identity = membership(file, agreed).identity
     file = with_budget(file, epsilon, delta)
     file.refuse_study(agreed.study)
-    shown = terms(file, agreed) | {"members_now": members_now(file, agreed)}
+    accepts = rounds_to_accept(file, agreed, identity.keys.signing, rounds)
+    shown = terms(file, agreed, accepts) | {"members_now": members_now(file, agreed)}
     further = again_words(file, agreed) if again else []
     if again:
         shown["again"] = further
@@ -100,7 +105,7 @@ def accept(
             return
     if by is None and sys.stdin.isatty():
         by = typer.prompt("your name, to accept this for the site (empty: do not)", default="", err=True).strip()
-    path = record_acceptance(file, agreed, identity, by or "", again=again)
+    path = record_acceptance(file, agreed, identity, by or "", again=again, rounds=accepts)
     header = require_acceptance(file, agreed, identity.keys.signing)
     if not json_:
         times = "" if header.runs == 1 else f", for {header.runs} runs of it in all"

@@ -340,6 +340,31 @@ def resume(study: Made, state: State) -> None:
 
 
 @app.command()
+def extend(
+    study: Made,
+    state: State,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="How many rounds the run is to have in all.")],
+) -> None:
+    """Let the run have more rounds than the study says, whether it goes on or has closed its last one.
+
+    In force with the next round. Each site's people accept them first, each at its own site.
+    """
+    from secure_fed.server.coordinator import extend_run
+
+    agreed = load_study(study)
+    done = extend_run(agreed, state, rounds)
+    out.print(
+        f"{done} rounds are closed; the run has {rounds} from the next one on, as soon as the server runs. The people "
+        f"of every site must have said yes before (secfacmic site accept {study.name} --site site.toml --rounds "
+        f"{rounds}); one whose have not ends with exit code 13 until they do. A site with a budget sends updates for "
+        "the rounds that it planned for, and takes the others",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def end(
     study: Made,
     state: State,

@@ -50,6 +50,7 @@ At a server:
 | ``runs/RUN/outgoing/DIGEST`` | what sites may fetch | the rounds |
 | ``runs/RUN/amendments/KEY.sealed`` | an amendment that waits, after that key | ``study amend`` |
 | ``runs/RUN/pause``, ``runs/RUN/end`` | that no round begins; that the run ends | ``study pause``, ``study end`` |
+| ``runs/RUN/rounds`` | how many rounds the run is to have | ``study extend`` |
 
 ``N`` is a number of eight digits: a record's place in its journal, else a round.
 """
@@ -242,6 +243,11 @@ class ServerRun(RunState):
     def end(self) -> Path:
         """There once the coordinator's people have ended the run."""
         return self.path / "end"
+
+    @property
+    def rounds(self) -> Path:
+        """How many rounds the run is to have, once the coordinator's people want more than the study's."""
+        return self.path / "rounds"
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _mark(state: Path, agreed: AgreedStudy, abandon: bool) -> int:
             pass
     if not chain.finished and not abandon:
         raise StudyError(
-            f"{state}: the study stands at round {chain.round} of {agreed.study.rounds}; expected it to be over: let "
+            f"{state}: the study stands at round {chain.round} of {chain.rounds}; expected it to be over: let "
             "it end, or give it up for ever with --abandon"
         )
     if not folder.closed.exists():

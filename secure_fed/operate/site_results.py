@@ -47,7 +47,7 @@ def write_results(state: Path, agreed: AgreedStudy, site: Site) -> None:
         site=site.name,
         run=site.run,
         round=site.round,
-        rounds=agreed.study.rounds,
+        rounds=site.rounds,
         device=describe_device(site.device),
         adapter_digest=site.adapter_digest,
         validations=_validations(folder.summary, site) | {site.round: share},

@@ -42,7 +42,9 @@ def is_over(state: Path, agreed: AgreedStudy) -> bool:
     if journal is None or not any(journal.glob(RECORDS)):
         return False
     newest = _newest(journal)
-    return newest.kind == "end" or (newest.kind == "aggregate" and newest.round >= agreed.study.rounds)
+    if newest.kind != "aggregate" or newest.round < agreed.study.rounds:
+        return newest.kind == "end"
+    return newest.round >= _rounds(journal, agreed)
 
 
 def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
@@ -86,7 +88,21 @@ def _study_facts(state: Path, path: Path | None, journal: Path) -> dict[str, Any
     except (RecordError, StudyError):
         return {}
     study = agreed.study
-    return {"study": study.name, "study_id": study.id, "rounds": study.rounds, "finished": is_over(state, agreed)}
+    return {
+        "study": study.name,
+        "study_id": study.id,
+        "rounds": _rounds(journal, agreed),
+        "finished": is_over(state, agreed),
+    }
+
+
+def _rounds(journal: Path, agreed: AgreedStudy) -> int:
+    """How many rounds a run has: the study's, or as its newest extension says; unchecked."""
+    for path in sorted(journal.glob(RECORDS), reverse=True):
+        frame = split_frame(MAGIC, path.read_bytes(), 2**28, RecordError)
+        if parse_header(frame.header, RecordHeader, RecordError).kind == "extension":
+            return int(bytes(frame.payload))
+    return agreed.study.rounds
 
 
 def _newest(journal: Path) -> RecordHeader:

@@ -64,8 +64,8 @@ def take_part(
             serve_metrics(state, metrics)
         site = Site(file, agreed)
         require_acceptance(file, agreed, site.signing_key)
-        status.tell(run=site.run, round=site.round, finished=site.finished)
-        log.info("%s: study %s, %d rounds, mode %s", file.site, study.name, study.rounds, study.mode)
+        status.tell(run=site.run, round=site.round, rounds=site.rounds, finished=site.finished)
+        log.info("%s: study %s, %d rounds, mode %s", file.site, study.name, site.rounds, study.mode)
         if site.over:
             log.info(
                 "%s: the study is over here, with all %d rounds applied; whether the server still asks for anything is "
@@ -85,8 +85,8 @@ def take_part(
         def after_round(done: Site) -> None:
             write_results(state, agreed, done)
             if done.round:
-                log.info("%s: %s", done.name, _round_in_words(file, done, study.rounds, sent))
-            status.tell(run=done.run, round=done.round, finished=done.finished)
+                log.info("%s: %s", done.name, _round_in_words(file, done, sent))
+            status.tell(run=done.run, round=done.round, rounds=done.rounds, finished=done.finished)
 
         app = SiteApp(site, study.id, after_round, sent.add, clock)
         server = file.server
@@ -105,9 +105,9 @@ def take_part(
         log.info("%s: the study is over after %d rounds%s", file.site, site.round, by)
 
 
-def _round_in_words(file: SiteFile, site: Site, rounds: int, sent: SentList) -> str:
+def _round_in_words(file: SiteFile, site: Site, sent: SentList) -> str:
     """What the people of the site want to know after a round."""
-    words = [f"round {site.round} of {rounds} applied"]
+    words = [f"round {site.round} of {site.rounds} applied"]
     counts = site.replica.state.validation
     if counts is not None and counts.images:
         share = 100 * counts.correct / counts.images

@@ -53,7 +53,10 @@ from secure_fed.protocol.study import AgreedStudy, Hex64
 
 MAGIC = b"SFR2"
 
-Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint", "end"]
+Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint", "extension", "end"]
+
+MOST_ROUNDS = 100_000
+"""Of a study, extended or not."""
 
 
 class RecordHeader(SignedHeader):
@@ -63,12 +66,13 @@ class RecordHeader(SignedHeader):
         kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``void`` closes, by the words of
             a quorum's people, what was begun of a round, which begins anew; ``amendment`` brings a new
             sealed key and perhaps other members; ``checkpoint``, always next, the members' acknowledgements and the
-            adapter sealed under the key; ``end`` closes the run before its last round, and nothing follows it.
+            adapter sealed under the key; ``extension`` lets the run have more rounds than the study says, as many as
+            its payload says in decimal digits; ``end`` closes the run before its last round, and nothing follows it.
         seq: 0 for genesis, then one more each.
         previous: id of the record before; zeros for genesis.
         study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
-        round: of an aggregate; the first in force for an amendment or checkpoint; the one that is not trained any
-            more for an end; 0 for genesis.
+        round: of an aggregate; the first in force for an amendment, checkpoint or extension; the one that is not
+            trained any more for an end; 0 for genesis.
         contributors: by site name; signed envelope headers of an aggregate, words for a void, acknowledgements of a
             checkpoint.
         reveals: of an aggregate, each contributor's REVEAL, in the same order; else none.
@@ -101,6 +105,7 @@ class Record:
         checkpoint: the keyed adapter digest that a checkpoint's members agree on; else empty.
         amendment: header of the sealed key, for an amendment.
         members: the members after the record.
+        rounds: how many the run has after the record.
         data: the record's bytes.
     """
 
@@ -110,6 +115,7 @@ class Record:
     checkpoint: str
     amendment: SealedKeyHeader | None
     members: Members
+    rounds: int
     data: bytes
 
     @property
@@ -141,6 +147,7 @@ class Chain:
         round: of the last aggregate; 0 before the first.
         amendment: number of the last amendment in force (none yet: 0).
         members: by name; amendments change them.
+        rounds: how many the run has: the study's, unless an extension gave it more.
         amended_after: the last round before the last amendment; -1 before the first.
         changed_after: the same of the last amendment with which a training site joined or left.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
@@ -158,6 +165,7 @@ class Chain:
         self.round = 0
         self.amendment = 0
         self.members: Members = {site.name: site for site in agreed.study.sites}
+        self.rounds = agreed.study.rounds
         self.awaits_checkpoint = False
         self.ended = False
         self.seeds: Seeds = {}
@@ -183,7 +191,7 @@ class Chain:
     @property
     def finished(self) -> bool:
         """Whether no round is left: every one has its record, or the run was ended before."""
-        return self.ended or self.round >= self.agreed.study.rounds
+        return self.ended or self.round >= self.rounds
 
     def check(self, data: bytes) -> Record:
         """Check a record's signature, its place in the chain, and its contributors. Changes nothing.
@@ -217,7 +225,7 @@ class Chain:
             raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
         if header.kind == "end" and self.finished:
             raise RecordError(f"record {header.seq}: an end after the last round")
-        if header.kind in ("void", "amendment", "checkpoint", "end") and header.round != self.round + 1:
+        if header.kind in ("void", "amendment", "checkpoint", "extension", "end") and header.round != self.round + 1:
             raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
         contributors: tuple[EnvelopeHeader, ...] = ()
         identity = frame.digest
@@ -236,10 +244,11 @@ class Chain:
         amendment, members = None, self.members
         if header.kind == "amendment":
             amendment, members = self._check_amendment(header, bytes(frame.payload))
+        rounds = self._check_extension(header, bytes(frame.payload)) if header.kind == "extension" else self.rounds
         checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
         if header.kind == "aggregate":
             self._check_sum(header, [entry.site for entry in contributors], arrived, bytes(frame.payload))
-        return Record(header, identity, contributors, checkpoint, amendment, members, data)
+        return Record(header, identity, contributors, checkpoint, amendment, members, rounds, data)
 
     def check_ledger(self, header: EnvelopeHeader) -> None:
         """Check that a site's privacy ledger continues that of its last sum: the server asks this of an envelope as
@@ -266,6 +275,7 @@ class Chain:
         if self._changed(record.members):
             self.changed_after = self.round
         self.members = record.members
+        self.rounds = record.rounds
         self.awaits_checkpoint = header.kind == "amendment"
         self.ended = header.kind == "end"
         if header.kind == "aggregate":
@@ -288,9 +298,20 @@ class Chain:
         # A checkpoint is the float64 adapter with its names, and the moments beside it, sealed.
         tensors = aggregation.start(self.agreed)
         state = 8 * sum(value.size for value in tensors.values()) + 256 * (len(tensors) + 16)
-        most = {"amendment": MAX_SEALED, "checkpoint": state}.get(header.kind, 0)
+        number = len(str(MOST_ROUNDS))
+        most = {"amendment": MAX_SEALED, "checkpoint": state, "extension": number}.get(header.kind, 0)
         if header.size > most:
             raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")
+
+    def _check_extension(self, header: RecordHeader, payload: bytes) -> int:
+        """How many rounds the run has from now on."""
+        what = f"record {header.seq}"
+        if self.agreed.study.method.sums:
+            raise RecordError(f"{what}: an extension of a study whose rounds are its method's; expected none")
+        text = payload.decode("ascii", "replace")
+        if not re.fullmatch(r"[1-9][0-9]*", text) or not self.rounds < int(text) <= MOST_ROUNDS:
+            raise RecordError(f"{what}: an extension to {text!r} rounds; expected {self.rounds + 1} to {MOST_ROUNDS}")
+        return int(text)
 
     def _check_amendment(self, header: RecordHeader, payload: bytes) -> tuple[SealedKeyHeader, Members]:
         try:
@@ -339,10 +360,9 @@ class Chain:
 
     def _check_contributors(self, header: RecordHeader) -> tuple[tuple[EnvelopeHeader, ...], str]:
         """Headers of the envelopes in a sum, and the digest of the ARRIVED that follows from them."""
-        study = self.agreed.study
         what = f"record {header.seq}"
-        if header.round != self.round + 1 or header.round > study.rounds:
-            raise RecordError(f"{what}: aggregate of round {header.round}, expected {self.round + 1} of {study.rounds}")
+        if header.round != self.round + 1 or header.round > self.rounds:
+            raise RecordError(f"{what}: aggregate of round {header.round}, expected {self.round + 1} of {self.rounds}")
         try:
             contributors = check_envelopes(header.contributors, self.agreed, self.members, self.due)
             for entry in contributors:
