@@ -1,7 +1,7 @@
 """Anomaly detection by summed memories: AUROC beside its baselines, and heat maps against masks; over seeds.
 
     python benchmarks/anomaly.py [brain_mri_anomaly] --data DATA [--seeds 5] [--work DIR] [--json FILE]
-    python benchmarks/anomaly.py phantoms_anomaly [--seeds 5]
+    python benchmarks/anomaly.py phantoms_anomaly [--seeds 5] [--epsilon 8 --rounds 3 --set centroids=8]
 
 Each seed is a simulated study of the template with its own splits, start and order, in ``plain`` mode, which changes no
 bit. Features are computed once, phantoms drawn once.
@@ -20,12 +20,12 @@ import torch
 from rich.console import Console
 
 from secure_fed.core.layout import SUMMARY
-from secure_fed.lab.simulation import prepare, simulate
+from secure_fed.lab.simulation import Budget, prepare, simulate
 from secure_fed.operate.summary import METHODS, Result, StudySummary, read_summary
 from secure_fed.protocol.study import Template, read_template, with_fields
 
 
-def run(template: Template, seed: int, data: Path | None, work: Path) -> StudySummary:
+def run(template: Template, seed: int, data: Path | None, work: Path, budget: Budget | None) -> StudySummary:
     """One seed's study, with the features that an earlier one has computed."""
     out = work / f"{template.name}-seed-{seed}"
     if not (out / SUMMARY).exists():
@@ -41,7 +41,7 @@ def run(template: Template, seed: int, data: Path | None, work: Path) -> StudySu
             if earlier and not (out / cache).exists():
                 (out / cache).parent.mkdir(parents=True, exist_ok=True)
                 (out / cache).write_bytes((earlier[0].parent / cache).read_bytes())
-        simulate(study, out, data)
+        simulate(study, out, data, budget=budget)
     return read_summary(out / SUMMARY, StudySummary)
 
 
@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="client_0 .. client_3/CLASS/*.jpg; phantoms need none")
     parser.add_argument("--work", type=Path, help="keeps finished seeds, so that a run goes on")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epsilon", type=float, help="of every site, at delta 1e-5")
+    parser.add_argument("--rounds", type=int, help="sums, and the round of the histogram")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes of [method]")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -84,11 +86,16 @@ def main() -> None:
     changes: dict[str, Any] = {
         key: json.loads(value) for key, _, value in (one.partition("=") for one in arguments.set)
     }
-    template = with_fields(template, method=template.method.model_dump(mode="json", exclude_none=True) | changes)
+    template = with_fields(
+        template,
+        method=template.method.model_dump(mode="json", exclude_none=True) | changes,
+        rounds=arguments.rounds or template.rounds,
+    )
+    budget = None if arguments.epsilon is None else Budget(arguments.epsilon, 1e-5)
     data = None if arguments.data is None else arguments.data.resolve()
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
-        rows = [figures(run(template, seed, data, work)) for seed in range(arguments.seeds)]
+        rows = [figures(run(template, seed, data, work, budget)) for seed in range(arguments.seeds)]
     console = Console()
     console.print(f"{template.name}, {len(rows)} seeds, %\n\n| | | mean ± standard error |\n|---|---|---|")
     for key in rows[0]:

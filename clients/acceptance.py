@@ -41,7 +41,7 @@ from secure_fed.protocol.signing import (
     split_frame,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json
+from secure_fed.protocol.study import AgreedStudy, Hex64, Name, Study, canonical_json
 
 MAGIC = b"SFP2"
 MAX_ACCEPTANCE_HEADER = 2048
@@ -190,8 +190,8 @@ def terms(file: SiteFile, agreed: AgreedStudy, rounds: int | None = None) -> dic
     payload = wire(study.mode, agreed.lanes).payload_bytes
     observes = file.observes(study)
     budget = None if observes else _budget(file)
-    counts = study.encoding.share_validation and not observes and not study.method.one_sum
-    counted = counts or (study.method.one_sum and not observes)
+    counts = study.encoding.share_validation and not observes and not study.method.sums
+    counted = counts or (study.method.sums and not observes)
     return {
         "study": study.name,
         "study_id": study.id,
@@ -206,7 +206,7 @@ def terms(file: SiteFile, agreed: AgreedStudy, rounds: int | None = None) -> dic
             "update_values": agreed.lanes.values,
             "update_bits": study.encoding.bits,
             "validation_counts": counts,
-            "statistics": [] if observes or not study.method.one_sum else _statistics(agreed, budget is not None),
+            "statistics": [] if observes or not study.method.sums else _statistics(agreed, budget is not None),
             "reply_fields": {
                 field.name: REPLY_WORDS[field.name]
                 for field in dataclasses.fields(RoundReply)
@@ -246,8 +246,10 @@ def _budget(file: SiteFile) -> dict[str, Any] | None:
 
 
 def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
-    """What a site says in a study of one sum, and what the sum discloses."""
+    """What a site says in a study of sums, and what the sums disclose."""
     study, basis = agreed.study, agreed.initial.basis
+    if not study.method.one_sum:
+        return _around_centroids(study, budget)
     assert basis is not None, "study new makes one for each method that uses one"
     lines = [
         f"round 1: patients by class, the sums of their features by class and of the products of features, in "
@@ -266,6 +268,25 @@ def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
             "mean of few patients is nearly a patient's feature, so that a class with fewer than "
             f"{study.method.min_patients} in the sum is left out of the head, though its sum was read",
             "patients' images are given to one such sum and to no other, in any run or study",
+        ]
+    return lines
+
+
+def _around_centroids(study: Study, budget: bool) -> list[str]:
+    last = study.rounds
+    lines = [
+        f"rounds 1 to {last - 1}: of normal training patients, by each of {study.method.centroids} centroids, the sum "
+        "of the patch features nearest to it and their weight; each patient weighs 1"
+        + ("" if budget else ", and the number of patients"),
+        f"round {last}: nothing but zeros, as a histogram would cost more budget than it tells"
+        if budget
+        else f"round {last}: a histogram of the scores of normal validation patients",
+    ]
+    if not budget:
+        lines += [
+            "all sites read the sums over all sites: a centroid's mean over few patients is nearly a patch of one, so "
+            f"that one with fewer than {study.method.min_patients} stays where it was, though its sum was read",
+            "patients' images are given to one run of such sums and to no other, in any study",
         ]
     return lines
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from secure_fed.clients.features import Labelled, SiteFeatures
 from secure_fed.clients.rehearsal import budget_of, initial_adapter, rehearse, run_on, synthetic_features
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.privacy import class_statistics
+from secure_fed.privacy import class_statistics, memory_sums
 from secure_fed.privacy.accounting import epsilon_of
 from secure_fed.privacy.audit import CONFIDENCE, AuditResult, judge
 from secure_fed.privacy.dp_training import PatientBatch, class_prompt_patient_loss, clipped_sum, public_log_prior
-from secure_fed.protocol import codec
+from secure_fed.protocol import codec, memory
 from secure_fed.protocol.study import AgreedStudy
 
 BESIDE = 50
@@ -50,7 +50,8 @@ def audit_site(file: SiteFile, agreed: AgreedStudy, *, canaries: int = 400, gues
     others = synthetic_features(agreed, BESIDE, 1, np.random.default_rng(secrets.randbits(60)))
     rounds = [1] if agreed.study.method.one_sum else list(range(1, agreed.study.rounds + 1))
     left = run_on(file, agreed, _together(others, drawn, took_part, mirrored=agreed.study.backbone.mirrored), rounds)
-    score = _sums_score if agreed.study.method.one_sum else _updates_score
+    method = agreed.study.method
+    score = _sums_score if method.one_sum else _centroids_score if method.sums else _updates_score
     scores = score(agreed, drawn.train, left.messages)
     delta = budget_of(file).delta
     return judge(scores, took_part, guesses, epsilon_of(left.paid, delta), delta, CONFIDENCE)
@@ -97,5 +98,25 @@ def _sums_score(
         own = class_statistics.exact_sums(row[None], np.array([label]), ["canary"], len(agreed.study.classes)).values()
         scores.append(
             math.fsum(scale**2 * float(own[name] @ message[name]) for name, scale in class_statistics.SCALES.items())
+        )
+    return np.array(scores)
+
+
+def _centroids_score(
+    agreed: AgreedStudy, drawn: Labelled, messages: list[dict[str, NDArray[np.float64]]]
+) -> NDArray[np.float64]:
+    """How far the noised sums of all rounds lie along each canary's own, at the centroids they were asked at."""
+    scale_of = memory_sums.scale_of
+    scores = []
+    for row in drawn.x:
+        own = memory_sums.exact_sums(agreed.initial.adapter, row[None], ["canary"])
+        blocks = [name for name in own if not name.endswith("_patients")]
+        scores.append(
+            math.fsum(
+                scale_of(name) ** 2 * float(own[name] @ message[name])
+                for message in messages
+                if memory.HISTOGRAM not in message
+                for name in blocks
+            )
         )
     return np.array(scores)

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.core.errors import DataError
-from secure_fed.privacy.class_statistics import exact_sums, shares
+from secure_fed.privacy import class_statistics
+from secure_fed.privacy.class_statistics import shares
+from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory, one_sum
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.study import NORMAL, AgreedStudy
@@ -45,31 +47,7 @@ def message(agreed: AgreedStudy, round_number: int, adapter: Parameters, feature
             f"no normal training image; expected at least one of {study.classes[0].name!r}: add some, or join the "
             "study as an observer"
         )
-    return sums(adapter, x, owners)
-
-
-def sums(adapter: Parameters, x: NDArray[np.float32], owners: list[str]) -> Values:
-    """Sums of features, weights and numbers of patients by nearest centroid, of each memory.
-
-    Args:
-        adapter: memories and grids.
-        x: patch features of normal images in rows, [n, width].
-        owners: whose each is, length n.
-    """
-    found: Values = {}
-    each, places = shares(owners), np.unique(np.array(owners, dtype=object).astype(str), return_inverse=True)[1]
-    for name, features in memory.patches(adapter, x).items():
-        bank = adapter[memory.centroids(name)]
-        nearest, _ = memory.distances(bank, features)
-        weight = np.repeat(each / features.shape[1], features.shape[1])
-        total = np.zeros(bank.shape)
-        np.add.at(total, nearest.ravel(), features.reshape(-1, bank.shape[1]) * weight[:, None])
-        seen = np.zeros((len(bank), places.max() + 1), dtype=bool)
-        seen[nearest, places[:, None]] = True
-        found[f"{name}_sums"] = total.ravel()
-        found[f"{name}_weights"] = np.bincount(nearest.ravel(), weight, len(bank)).astype(np.float64)
-        found[f"{name}_patients"] = seen.sum(axis=1).astype(np.float64)
-    return found
+    return exact_sums(adapter, x, owners)
 
 
 def histogram(adapter: Parameters, x: NDArray[np.float32], owners: list[str], top: float) -> NDArray[np.float64]:
@@ -92,7 +70,7 @@ def alone(agreed: AgreedStudy, features: SiteFeatures) -> Parameters:
         if last:
             found = {memory.HISTOGRAM: histogram(adapter, x, owners, method.top)}
         elif owners:
-            found = sums(adapter, x, owners)
+            found = exact_sums(adapter, x, owners)
         else:
             raise DataError("no normal training image; expected at least one")
         adapter = memory.moved(adapter, found, method.min_patients)
@@ -144,7 +122,7 @@ def gaussian(
         rows.append(whole(x))
         owners += [f"{number}/{owner}" for owner in whose]
         labels += [0] * len(whose)
-    total = exact_sums(np.concatenate(rows), np.array(labels, dtype=np.int64), owners, 1)
+    total = class_statistics.exact_sums(np.concatenate(rows), np.array(labels, dtype=np.int64), owners, 1)
     within = one_sum.covariance(total)
     size = len(within)
     shrunk = (1 - _SHRINKAGE) * within + _SHRINKAGE * np.trace(within) / size * np.eye(size)

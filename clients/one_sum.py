@@ -144,11 +144,6 @@ def judged(
     return training, Judged(logits, distances, val.y[kept], shares([whose[row] for row in kept]))
 
 
-def nothing(agreed: AgreedStudy, round_number: int) -> Values:
-    """A round's values by block of a site that has nothing to say in it."""
-    return {block.name: np.zeros(block.bounds.size) for block in agreed.layout(round_number).blocks}
-
-
 def _refuse_more(agreed: AgreedStudy, patients: int, split: str) -> None:
     most = agreed.study.method.most_patients
     if patients > most:

@@ -28,17 +28,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import one_hot, softmax
 
-from secure_fed.clients import one_sum
 from secure_fed.clients.budget import has_budget, ledger_folder, refuse_unadopted
 from secure_fed.clients.data import Split
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
+from secure_fed.clients.private_sums import PrivateSums, nothing, private_sums
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import BudgetError, LedgerError, LedgerRollbackError, TwinsError
 from secure_fed.core.layout import SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import Adapter, build_adapter
-from secure_fed.privacy import class_means, class_statistics, validation
+from secure_fed.privacy import class_means, validation
 from secure_fed.privacy.accounting import Noise, gaussian_noise, uniforms
 from secure_fed.privacy.class_means import ClassMeans
 from secure_fed.privacy.dp_training import (
@@ -68,8 +68,6 @@ People = Mapping[Split, Sequence[str]]
 """Whose each row is, by split: persons of the ledger."""
 
 _LISTED = 20
-_ONE_SUM = "one-sum"
-"""Stands for the state at which the one sum is given: no record changes what it is made of."""
 
 
 class Quantise(Protocol):
@@ -197,43 +195,42 @@ class PrivateRounds:
     def sums(
         self,
         position: RoundPosition,
+        state: str,
+        parameters: Parameters,
         folder: SiteRun,
         features: Callable[[], SiteFeatures],
         encode: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.int64]],
     ) -> NDArray[np.int64]:
-        """The integers of a study of one sum: the one release, made once, and of later rounds nothing.
-
-        The noise is that of all that was declared for the run, with nothing in reserve: after a crash between the
-        reservation and the stored integers, a fraction of a second, the site goes on as an observer. Histograms of
-        validation patients would cost more than they tell, so that none leave: zeros do, the same whatever the
-        patients.
+        """The integers of a study of sums: of a round that has a release those of it, made once, else of nothing.
 
         Args:
-            position, folder, features: as for :meth:`integers`.
+            position, state, folder, features: as for :meth:`integers`.
+            parameters: the adapter that the round builds on.
             encode: makes integers of a round's values.
 
         Raises:
             as :meth:`integers`.
         """
-        path, study = folder.noised(_ONE_SUM), self._agreed.study
+        study = self._agreed.study
+        sums = private_sums(self._agreed, state, parameters)
+        path, releases = folder.noised(sums.state), position.round <= sums.rounds
         with opened(self._folder) as ledger:
             self._confirm(ledger)
             again = path.exists()
-            ledger.mark_sent(still_open=self._read(path)[0] if again and position.round == 1 else ())
+            ledger.mark_sent(still_open=self._read(path)[0] if again and releases else ())
             self.drew = False
-            if position.round > 1:
-                integers = encode(one_sum.nothing(self._agreed, position.round))
+            if not releases:
+                integers = encode(nothing(self._agreed, position.round))
             elif again:
                 integers = self._stored(ledger, position, path)
             else:
                 plan = ledger.plan(position.run)
                 if plan is None:
                     declared = ledger.declare(self._run_epsilon, self._runs)
-                    sensitivity = class_statistics.SENSITIVITY
-                    plan = ledger.make_plan(study.id, position.run, declared, 0, 1, sensitivity)
+                    plan = ledger.make_plan(study.id, position.run, declared, sums.planned, 1, sums.sensitivity)
                 self._refuse_more(ledger, plan)
                 self.drew = True
-                integers = self._release(ledger, plan, position, path, features(), encode)
+                integers = self._release(ledger, plan, position, path, sums, features(), encode)
             self.head = ledger.travelling(study.id, self._heads.newest(self._file.site)[0])
         return integers
 
@@ -243,32 +240,27 @@ class PrivateRounds:
         plan: Plan,
         position: RoundPosition,
         path: Path,
+        sums: PrivateSums,
         features: SiteFeatures,
         encode: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.int64]],
     ) -> NDArray[np.int64]:
-        release, study, basis = plan.round_mechanism, self._agreed.study, self._agreed.initial.basis
-        assert basis is not None, "study new makes one for each method that uses one"
-        purpose = f"round {position.round} of run {position.run[:16]}: class statistics, in one sum"
+        release, study = plan.round_mechanism, self._agreed.study
+        purpose = f"round {position.round} of run {position.run[:16]}: {sums.what}"
         if self._rehearse is not None:
-            class_statistics.check_sums(len(study.classes), basis.dimensions)
+            sums.check()
             self._rehearse()
             self._rehearse = None
-        people = _people(ledger, features)
-        x, labels, names = one_sum.views(self._agreed, features)
-        owners = [ledger.person(name) for name in names]
-        paying = ledger.able(set(people["train"]), release.mu_squared)
+        paying = ledger.able({ledger.person(name) for name in sums.patients(features)}, release.mu_squared)
         make_folder(path.parent, 0o700)
+        for old in path.parent.glob(f"*{path.suffix}"):
+            old.unlink()
         event = ledger.reserve(release, purpose, plan.run, paying)
-        rows = class_statistics.capped(owners, paying, study.privacy.images_per_patient)
-        whole = class_statistics.finite_rows(x[rows], [owners[row] for row in rows])
-        rows = [rows[row] for row in whole]
-        exact = class_statistics.exact_sums(x[rows], labels[rows], [owners[row] for row in rows], len(study.classes))
-        integers = encode(class_statistics.noisy_values(exact, plan.noise_multiplier, self._noise))
+        integers = encode(sums.noised(features, ledger.person, paying, release, self._noise))
         data = bytes(safetensors.numpy.save({"integers": integers, "events": np.array([event.seq], dtype=np.int64)}))
         write_durable(path, data, 0o600)
         ledger.commit([event.seq], data, study.id, plan.run)
         log.info(
-            "%s: the sum of %s: epsilon spent %.4f of %g at delta %g, all of it meant for this one release",
+            "%s: the sum of %s: epsilon spent %.4f of %g at delta %g",
             *(self._file.site, purpose, ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
         )
         return integers

@@ -27,7 +27,7 @@ from secure_fed.clients.sitefile import SiteFile, SitePrivacy
 from secure_fed.core.errors import GuardError
 from secure_fed.core.layout import SiteRun
 from secure_fed.model.adapters import Adapter, build_adapter
-from secure_fed.privacy import class_means, class_statistics, validation
+from secure_fed.privacy import class_means, class_statistics, memory_sums, validation
 from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise, mu_squared_of
 from secure_fed.privacy.dp_training import (
     PatientBatch,
@@ -36,12 +36,12 @@ from secure_fed.privacy.dp_training import (
     to_double,
 )
 from secure_fed.privacy.ledger import Event, Ledger, Plan, opened
-from secure_fed.protocol import codec
+from secure_fed.protocol import codec, memory
 from secure_fed.protocol.codec import Layout, Parameters
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.one_sum import FIRST, NOISE, PATIENTS, SECOND
-from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study import NORMAL, AgreedStudy
 
 TOLERANCE = 1e-6
 """Relative to the update; both ways compute in float64."""
@@ -92,8 +92,9 @@ def rehearse(file: SiteFile, agreed: AgreedStudy) -> None:
     # A cap below the images of some synthetic patients, so that it is seen at work.
     capped = private.model_copy(update={"images_per_patient": min(private.images_per_patient, IMAGES)})
     own = agreed.study.model_copy(update={"privacy": capped})
-    if method.one_sum:
-        _SumRehearsal(file, AgreedStudy(own, agreed.initial)).check()
+    if method.sums:
+        kind = _ClassStatistics if method.one_sum else _AroundCentroids
+        kind(file, AgreedStudy(own, agreed.initial)).check()
         return
     bare = own.model_copy(update={"method": method.model_copy(update={"lmmd_weight": 0.0})})
     _Rehearsal(file, AgreedStudy(bare, agreed.initial)).check(exactly=True)
@@ -148,13 +149,11 @@ def run_on(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures, rounds: 
                 return encode({codec.UPDATE: update, codec.COUNTS: np.array(counts, dtype=np.float64)}, draws)
 
             position = RoundPosition(RUN, "0" * 64, "0" * 64, 0, number)
-            if agreed.study.method.one_sum:
-                integers = private.sums(position, run, lambda: features, encode)
+            state, initial = f"state {number}", agreed.initial.adapter
+            if agreed.study.method.sums:
+                integers = private.sums(position, state, initial, run, lambda: features, encode)
             else:
-                initial = agreed.initial.adapter
-                integers = private.integers(
-                    position, f"state {number}", initial, initial, run, lambda: features, quantise
-                )
+                integers = private.integers(position, state, initial, initial, run, lambda: features, quantise)
             messages.append(layout.decode(integers, [1.0]))
         paid = max(Ledger(place).costs().values(), default=0.0)
     return ThrownAway(messages, paid)
@@ -202,7 +201,23 @@ def _unchanged(
 
 
 class _SumRehearsal:
-    """The release of a study of one sum, held against statistics that are added up patient by patient."""
+    """The first release of a study of sums, held against sums that are added up patient by patient.
+
+    Attributes:
+        scales: what each noised block is multiplied by before noise is added.
+        free: blocks that tell nothing of patients, with what they must hold; None if that is public.
+        sensitivity: by the formulas of docs/privacy.md.
+        after: the first round without a release.
+    """
+
+    scales: Mapping[str, float]
+    free: Mapping[str, float | None]
+    sensitivity: float
+    after: int
+
+    def _exact(self) -> dict[str, NDArray[np.float64]]:
+        """The noised blocks without noise, added up image by image, as the page on privacy has them."""
+        raise NotImplementedError
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
         self._budget = budget_of(file)
@@ -226,27 +241,38 @@ class _SumRehearsal:
             return np.concatenate([np.rint(values[name] * 2.0**30) for name in sorted(values)]).astype(np.int64)
 
         def ask(number: int) -> NDArray[np.int64]:
-            return rounds.sums(RoundPosition(RUN, "0" * 64, "0" * 64, 0, number), run, lambda: self._features, encode)
+            position, initial = RoundPosition(RUN, "0" * 64, "0" * 64, 0, number), self._agreed.initial.adapter
+            return rounds.sums(position, f"state {number}", initial, run, lambda: self._features, encode)
 
         first = ask(1)
         drawn = len(recorder.draws)
         events = Ledger(place).of_run(RUN)
         if [event.state for event in events] != ["committed"]:
             raise GuardError(f"one sum was paid by {len(events)} events; expected one, committed after it was stored")
-        mechanism = events[0].mechanism
+        mechanism, plan = events[0].mechanism, Ledger(place).plan(RUN)
+        if plan is None:
+            raise GuardError("a sum was noised without a plan in the ledger; expected one before any noise")
         declared = Ledger(place).declare(self._budget.run_epsilon, self._budget.runs).mu_squared
-        if mechanism.sensitivity != class_statistics.SENSITIVITY or mechanism.mu_squared > declared * (1 + 1e-6):
+        cost = (plan.rounds + 1) * mechanism.mu_squared
+        if (
+            mechanism.sensitivity != self.sensitivity
+            or plan.rounds + 1 < self.after - 1
+            or cost > declared * (1 + 1e-6)
+        ):
             raise GuardError(
-                f"the release costs a squared mu of {mechanism.mu_squared:.6g} at sensitivity "
-                f"{mechanism.sensitivity:.6g}; declared are {declared:.6g} at {class_statistics.SENSITIVITY:.6g}"
+                f"{plan.rounds + 1} releases cost a squared mu of {cost:.6g} at sensitivity "
+                f"{mechanism.sensitivity:.6g}; declared are {declared:.6g} at {self.sensitivity:.6g}, for "
+                f"{self.after - 1} at least"
             )
         self._check_values(seen[0], mechanism, recorder.draws)
         sent = np.concatenate([np.rint(seen[0][name] * 2.0**30) for name in sorted(seen[0])]).astype(np.int64)
         if not np.array_equal(first, sent):
             raise GuardError("the stored integers are not those of the noised sums; expected them so")
         _unchanged(place, events, (first, drawn), (ask(1), len(recorder.draws)))
-        if ask(2).any() or len(recorder.draws) != drawn:
-            raise GuardError("something of the patients is in the second round, which nobody paid for; expected zeros")
+        if ask(self.after).any() or len(recorder.draws) != drawn:
+            raise GuardError(
+                f"something of the patients is in round {self.after}, which nobody paid for; expected zeros"
+            )
 
     def _check_values(
         self,
@@ -256,36 +282,49 @@ class _SumRehearsal:
     ) -> None:
         exact = self._exact()
         left = list(draws)
-        for name, scale in class_statistics.SCALES.items():
+        for name, scale in self.scales.items():
             std = mechanism.noise_std / scale
-            noises = [noise for at, noise in left if math.isclose(at, std) and noise.size == exact[name].size]
-            if len(noises) != 1:
+            size = exact[name].size
+            place = next((n for n, (at, one) in enumerate(left) if math.isclose(at, std) and one.size == size), None)
+            if place is None:
                 raise GuardError(
                     f"noise of (standard deviation, values) {_totals([(at, one.size) for at, one in draws])} was "
-                    f"drawn; the ledger paid for {std:.9g} on {exact[name].size} {name}"
+                    f"drawn; the ledger paid for {std:.9g} on {size} {name}"
                 )
-            left = [one for one in left if one[1] is not noises[0]]
-            if not np.allclose(values[name], exact[name] + noises[0], rtol=1e-9, atol=1e-9 * std):
+            noise = left.pop(place)[1]
+            if not np.allclose(values[name], exact[name] + noise, rtol=1e-9, atol=1e-9 * std):
                 raise GuardError(
                     f"{name}: not the sum of the patients who can pay, each at most once, and the noise that was paid"
                 )
-        others = set(values) - {*class_statistics.SCALES, NOISE}
+        others = set(values) - {*self.scales, *self.free}
+        others |= {name for name, held in self.free.items() if held is not None and np.any(values[name] != held)}
         if left or others:
             raise GuardError(f"{len(left)} draws and blocks {sorted(others)} too many; expected what was paid alone")
 
+    def _paying(self) -> list[tuple[str, NDArray[np.int64]]]:
+        """The synthetic patients who train and can pay, each with the rows of its images, mirrored views included."""
+        owners = np.array(self._features.patients["train"])
+        return [(name, np.flatnonzero(owners == name)) for name in sorted(set(owners) - {"train 0"})]
+
+
+class _ClassStatistics(_SumRehearsal):
+    scales = class_statistics.SCALES
+    free: Mapping[str, float | None] = {NOISE: None}
+    sensitivity = class_statistics.SENSITIVITY
+    after = 2
+
     def _exact(self) -> dict[str, NDArray[np.float64]]:
-        """Added up patient by patient and image by image, as the page on privacy has it."""
         study, basis = self._agreed.study, self._agreed.initial.basis
         assert basis is not None, "study new makes one for each method that uses one"
         classes, size = len(study.classes), basis.dimensions
-        (x, y), owners = self._features.train, np.array(self._features.patients["train"])
-        projected = basis.project(x)
+        x, y = self._features.train
+        projected, half = basis.project(x), len(y)
         if study.backbone.mirrored:
-            half = len(y) // 2
-            projected, y, owners = (projected[:half] + projected[half:]) / 2, y[:half], owners[:half]
+            half //= 2
+            projected = (projected[:half] + projected[half:]) / 2
         patients, first, second = np.zeros(classes), np.zeros((classes, size)), np.zeros((size, size))
-        for name in sorted(set(owners) - {"train 0"}):
-            rows = np.flatnonzero(owners == name)[: study.privacy.images_per_patient]
+        for _, all_rows in self._paying():
+            rows = all_rows[all_rows < half][: study.privacy.images_per_patient]
             for row in rows:
                 patients[y[row]] += 1 / len(rows)
                 first[y[row]] += projected[row] / len(rows)
@@ -293,6 +332,34 @@ class _SumRehearsal:
         above = np.triu_indices(size)
         triangle = second[above] * np.where(above[0] == above[1], 1.0, math.sqrt(2))
         return {PATIENTS: patients, FIRST: first.ravel(), SECOND: triangle}
+
+
+class _AroundCentroids(_SumRehearsal):
+    def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
+        super().__init__(file, agreed)
+        names = memory.memories(agreed.initial.adapter)
+        scales = {"sums": 1.0, "weights": memory_sums.WEIGHT_SCALE}
+        self.scales = {f"{name}_{what}": scale for name in names for what, scale in scales.items()}
+        self.free = {f"{name}_patients": 0.0 for name in names}
+        self.sensitivity = math.sqrt(len(names) * (1 + memory_sums.WEIGHT_SCALE**2))
+        self.after = agreed.study.rounds
+
+    def _exact(self) -> dict[str, NDArray[np.float64]]:
+        adapter = self._agreed.initial.adapter
+        x, y = self._features.train
+        found: dict[str, NDArray[np.float64]] = {}
+        for name, features in memory.patches(adapter, x).items():
+            bank = adapter[memory.centroids(name)]
+            sums, weights = np.zeros(bank.shape), np.zeros(len(bank))
+            for _, all_rows in self._paying():
+                rows = all_rows[y[all_rows] == NORMAL][: self._agreed.study.privacy.images_per_patient]
+                for patch in features[rows].reshape(-1, bank.shape[1]).astype(np.float64):
+                    nearest = int(np.square(bank - patch).sum(axis=1).argmin())
+                    share = 1 / (len(rows) * features.shape[1])
+                    weights[nearest] += share
+                    sums[nearest] += share * patch / max(1.0, float(np.linalg.norm(patch)))
+            found |= {f"{name}_sums": sums.ravel(), f"{name}_weights": weights}
+        return found
 
 
 class _Rehearsal:
@@ -487,17 +554,30 @@ def _values(adapter: Adapter) -> Parameters:
     return {name: value.detach().numpy().copy() for name, value in adapter.shared_parameters().items()}
 
 
+def _random_rows(agreed: AgreedStudy, count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Random features of images, unit vectors: of a memory's study of each patch."""
+    if not agreed.study.method.blocks:
+        rows = rng.standard_normal((count, agreed.initial.prompt_features.shape[1]), dtype=np.float32)
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    adapter = agreed.initial.adapter
+    rows = rng.standard_normal((count, memory.width(adapter)), dtype=np.float32)
+    parts = [
+        (one / np.linalg.norm(one, axis=2, keepdims=True)).reshape(count, one.shape[1] * one.shape[2])
+        for one in memory.patches(adapter, rows).values()
+    ]
+    return np.concatenate(parts, axis=1)
+
+
 def _synthetic(agreed: AgreedStudy) -> SiteFeatures:
     """Patients with one to three random images each; a seed, so that a refusal can be repeated."""
     rng = np.random.default_rng(21)
-    classes, dim = agreed.initial.prompt_features.shape
+    classes = len(agreed.study.classes)
     patients: dict[Split, tuple[str, ...]] = {}
     parts: dict[Split, Labelled] = {}
     sizes: dict[Split, int] = {"train": TRAINING, "val": VALIDATING, "unlabelled": UNLABELLED, "test": 0}
     for split, count in sizes.items():
         owners = [f"{split} {number}" for number in range(count) for _ in range(1 + number % 3)]
-        rows = rng.standard_normal((len(owners), dim)).astype(np.float32)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = _random_rows(agreed, len(owners), rng)
         labels = rng.integers(0, classes, len(owners))
         if agreed.study.backbone.mirrored and split == "train":  # each image, then each mirrored view
             rows, labels, owners = np.concatenate((rows, rows[::-1])), np.tile(labels, 2), owners * 2
@@ -516,11 +596,9 @@ def _synthetic(agreed: AgreedStudy) -> SiteFeatures:
 
 def synthetic_features(agreed: AgreedStudy, patients: int, images: int, rng: np.random.Generator) -> SiteFeatures:
     """Training patients with equally many random images each, and nothing else."""
-    classes, dim = agreed.initial.prompt_features.shape
-    rows = rng.standard_normal((patients * images, dim), dtype=np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    nobody = Labelled(np.zeros((0, dim), dtype=np.float32), np.zeros(0, dtype=np.int64))
+    rows = _random_rows(agreed, patients * images, rng)
+    nobody = Labelled(rows[:0], np.zeros(0, dtype=np.int64))
     owners = tuple(f"patient {number}" for number in range(patients) for _ in range(images))
-    labelled = Labelled(rows, rng.integers(0, classes, len(rows)))
+    labelled = Labelled(rows, rng.integers(0, len(agreed.study.classes), len(rows)))
     splits: dict[Split, tuple[str, ...]] = {"train": owners, "val": (), "test": (), "unlabelled": ()}
     return SiteFeatures(labelled, nobody, nobody, nobody.x, 0, 0, splits)

@@ -78,7 +78,7 @@ def reply_seconds(file: SiteFile, agreed: AgreedStudy, now: Callable[[], float] 
     patients = (budget.n_ref if budget is not None else None) or constants.n_ref
     features = synthetic_features(agreed, patients, constants.images_per_patient, np.random.default_rng(6))
     began = now()
-    run_on(file, agreed, features, [1 if agreed.study.method.one_sum else agreed.study.rounds])
+    run_on(file, agreed, features, [1 if agreed.study.method.sums else agreed.study.rounds])
     least = MARGIN * (now() - began)
     given = None if budget is None else budget.reply_seconds
     if given is None:

@@ -684,9 +684,12 @@ class Site:
         A round that was given up, or whose sum was refused, does not move the adapter: the next one gets the same. With
         them the head of the privacy ledger that paid for them; zeros without a budget.
         """
-        if self._private is not None and self._agreed.study.method.one_sum:
-            run = self.replica.files.folder
-            return self._private.sums(self.replica.due, run, self.features, self._encode), self._private.head
+        if self._private is not None and self._agreed.study.method.sums:
+            folder, state = self.replica.files.folder, self.replica.state
+            integers = self._private.sums(
+                self.replica.due, state.digest, state.parameters, folder, self.features, self._encode
+            )
+            return integers, self._private.head
         if self._private is not None:
             folder, state = self.replica.files.folder, self.replica.state
             integers = self._private.integers(

@@ -148,12 +148,6 @@ def refuse_method(method: Method) -> None:
             "on all patients together and its gradient reaches the gate, so that one patient changes everybody's "
             'gradient, step by step; expected "lmmd", which uses released class means, or "none"'
         )
-    if method.adapter == "memory":
-        raise PrivateMethodError(
-            'method.adapter = "memory" under differential privacy: its sums leave as they are, one a round, and no '
-            "ledger pays for them yet; expected gaussian_head for a release that is paid for, or a site without a "
-            "budget"
-        )
     if method.adapter == "prompts":
         raise PrivateMethodError(
             'method.adapter = "prompts" under differential privacy: gradients pass through the text tower, where they '

@@ -188,10 +188,10 @@ def show(
         (
             "rounds",
             f"{found.rounds} of {training.steps} steps, batch {training.batch_size}, {training.optimizer}"
-            if not method.one_sum
+            if not method.sums
             else str(found.rounds),
         ),
-        *((("training", found.work),) if method.one_sum else ()),
+        *((("training", found.work),) if method.sums else ()),
         ("sites", f"at least {found.min_sites}, at most {found.max_sites} in a sum; key maker {found.key_maker}"),
         ("values", f"{encoding.bits} bits, {found.packing().lanes} lanes, bound {encoding.value_bound:g}"),
         ("seed", str(found.seed)),

@@ -99,6 +99,9 @@ def moved(adapter: Parameters, found: Mapping[str, Floats], min_patients: int) -
         # A patient weighs at most 1 at a centroid, so that a weight is a number of patients at least.
         enough = (np.maximum(patients, weights) >= min_patients) & (weights > 0)
         mean = found[f"{name}_sums"].reshape(before.shape) / np.where(enough, weights, 1.0)[:, None]
+        # A mean of unit vectors lies in the unit ball; noise on the sums takes it out of there.
+        lengths = np.array([math.sqrt(math.fsum((row * row).tolist())) for row in mean])
+        mean = mean / np.maximum(lengths, 1.0)[:, None]
         after[centroids(name)] = np.where(enough[:, None], mean, before)
     return after
 

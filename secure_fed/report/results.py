@@ -564,7 +564,7 @@ def study_facts(agreed: AgreedStudy, kind: str) -> list[tuple[str, str]]:
         ("Method", f"{method.adapter}, loss {method.loss}, domain term: {method.domain_term}"),
         *((("Coordinates", study.features.origin),) if study.features.origin else ()),
         ("Trained values", f"{values:,}"),
-        ("Local training", study.work if method.one_sum else f"{training.steps} steps of {training.batch_size} images, "
+        ("Local training", study.work if method.sums else f"{training.steps} steps of {training.batch_size} images, "
                            f"{training.optimizer}, learning rate {training.learning_rate:g}"),
         ("Private training", f"{private.steps} noisy steps a round, clip {private.clip:g}, learning rate "
                              f"{private.learning_rate:g} (used by sites with a budget)"),

@@ -109,7 +109,7 @@ def test_a_second_run_finds_nothing_left_and_reads_no_data(study: Federation) ->
     site.features()
     shutil.rmtree(study.folder / "data", ignore_errors=True)
     coordinator = begin(study)
-    with mock.patch("secure_fed.clients.private_round.one_sum.views", side_effect=AssertionError("data were read")):
+    with mock.patch("secure_fed.clients.private_sums.one_sum.views", side_effect=AssertionError("data were read")):
         assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.APPLIED
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from secure_fed.clients import memory as at_site
+from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory
 from secure_fed.protocol.codec import layout_of
 
@@ -69,7 +69,7 @@ def by_loops(adapter: Any, sites: Any, floor: int) -> dict[str, list[list[float]
 def test_a_round_of_sums_is_an_iteration_over_all_sites_patches(floor: int) -> None:
     for seed in range(4):
         adapter, sites = world(seed)
-        sent = [at_site.sums(adapter, rows, owners) for rows, owners in sites]
+        sent = [exact_sums(adapter, rows, owners) for rows, owners in sites]
         found = {name: sent[0][name] + sent[1][name] for name in sent[0]}
         after = memory.moved(adapter, found, floor)
         for name, expected in by_loops(adapter, sites, floor).items():
@@ -80,7 +80,7 @@ def test_a_round_of_sums_is_an_iteration_over_all_sites_patches(floor: int) -> N
 def test_what_travels_as_integers_moves_centroids_alike() -> None:
     adapter, sites = world()
     layout = layout_of(memory.sums_blocks(adapter, 10, 20), 4, 15, None)
-    sent = [at_site.sums(adapter, rows, owners) for rows, owners in sites]
+    sent = [exact_sums(adapter, rows, owners) for rows, owners in sites]
     integers = sum(layout.encode(one, 1.0, np.zeros(0))[0] for one in sent)
     exact = memory.moved(adapter, {name: sent[0][name] + sent[1][name] for name in sent[0]}, 1)
     found = memory.moved(adapter, layout.decode(np.asarray(integers), [1.0, 1.0]), 1)
@@ -93,7 +93,7 @@ def test_what_travels_as_integers_moves_centroids_alike() -> None:
 def test_an_empty_centroid_keeps_its_place_to_the_bit() -> None:
     adapter, sites = world()
     adapter["score_centroids"][0] = 100.0
-    sent = at_site.sums(adapter, *sites[0])
+    sent = exact_sums(adapter, *sites[0])
     after = memory.moved(adapter, sent, 1)
     assert sent["score_weights"][0] == 0
     assert np.array_equal(after["score_centroids"][0], adapter["score_centroids"][0])
@@ -103,7 +103,7 @@ def test_nobody_weighs_more_than_another() -> None:
     adapter, sites = world()
     for rows, owners in sites:
         for name in DEPTHS:
-            assert at_site.sums(adapter, rows, owners)[f"{name}_weights"].sum() == pytest.approx(len(set(owners)))
+            assert exact_sums(adapter, rows, owners)[f"{name}_weights"].sum() == pytest.approx(len(set(owners)))
 
 
 def test_a_score_is_the_mean_distance_of_the_farthest_patches() -> None:
