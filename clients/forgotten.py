@@ -58,7 +58,7 @@ class Forgotten:
         else:
             try:
                 table = json.loads(data)
-            except ValueError:
+            except (ValueError, RecursionError):
                 table = {}
             if not isinstance(table, dict):
                 table = {}

@@ -79,7 +79,7 @@ class GivenSums:
             return _Content(format=1, key=secrets.token_hex(32), runs={})
         try:
             return parse_table(json.loads(self._path.read_bytes()), _Content, RepeatedSumError, str(self._path))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RepeatedSumError(
                 f"{self._path}: cannot be read ({type(error).__name__}); expected the list of what this site gave to "
                 "sums: put it back from a backup; nothing is given until then"

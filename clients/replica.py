@@ -284,7 +284,7 @@ class RunFiles:
             digests = {head: (digest, key) for head, (digest, key) in json.loads(metadata["digests"]).items()}
             counts = json.loads(metadata["validation"])
             whole = codec.adapter_digest(tensors) == metadata["digest"]
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+        except (OSError, KeyError, ValueError, RecursionError, safetensors.SafetensorError):
             return initial
         if not whole:
             return initial

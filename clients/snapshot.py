@@ -63,7 +63,7 @@ def read_snapshot(path: Path) -> SiteFeatures:
                 patient: frozenset(bytes.fromhex(one) for one in found) for patient, found in facts["digests"].items()
             },
         )
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StorageError(
             f"{path}: cannot be read as the snapshot of a run's data ({type(error).__name__}); expected it unchanged: "
             "put it back from a backup; without it this site cannot go on in the run"

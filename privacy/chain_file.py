@@ -84,7 +84,7 @@ class ChainFile:
             content = json.loads(text)
             mac = content.pop("mac")
             right = hmac.compare_digest(self._mac(content), mac) and canonical_json({**content, "mac": mac}) == text
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise self._damaged(number + 1) from None
         if not right or content.pop("seq") != number + 1 or content.pop("previous") != previous:
             raise self._damaged(number + 1)

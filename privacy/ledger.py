@@ -778,7 +778,7 @@ def restore(folder: Path, export: bytes) -> Ledger:
     try:
         content = json.loads(export)
         files = {name: content["files"][name].encode("ascii") for name in _FILES}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LedgerError("the export cannot be read; expected a file made by secfacmic ledger export") from None
     make_folder(folder, 0o700)
     with exclusive(folder):

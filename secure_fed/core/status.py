@@ -61,7 +61,7 @@ class StatusFile:
         """All facts; none if there is no whole file."""
         try:
             content = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 

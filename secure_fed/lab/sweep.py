@@ -495,7 +495,7 @@ def _read_lines(path: Path) -> tuple[dict[str, Finished], int]:
         try:
             content = json.loads(text)
             line, summary = Finished(**content | {"summary": None}), content["summary"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise StorageError(
                 f"{path}, line {number}: no line of a sweep ({error}); expected JSON as it was written: restore the "
                 "file, or remove that line, and its trial runs again"
@@ -510,7 +510,7 @@ def _read_lines(path: Path) -> tuple[dict[str, Finished], int]:
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{folder}: no sweep there ({error}); expected a folder of: secfacmic sweep") from error
     if facts.get("format") != 1:
         raise OutputError(f"{folder}: sweep.json has format {facts.get('format')}; expected 1")

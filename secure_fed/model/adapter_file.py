@@ -261,7 +261,7 @@ def load_adapter(path: Path) -> AdapterFile:
             _BACKGROUNDS[metadata.get("background", "black")],
             _CONCEPTS.validate_json(metadata.get("concepts", "[]")),
         )
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, RecursionError) as error:
         raise AdapterFileError(_malformed(path, error)) from error
     if not initial.adapter or found.digest != metadata.get("adapter_digest"):
         raise AdapterFileError(

@@ -97,7 +97,7 @@ def read_entry(folder: Path) -> Entry:
     path = folder / ENTRY
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(
             f"{path}: cannot be read ({error}); expected a folder that secfacmic backbone fetch or add wrote"
         ) from error

@@ -371,7 +371,7 @@ def _drill(folder: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(path.read_bytes())
         if all({"id", "attacker", "tried", "held"} <= set(row) for row in record["attacks"]) and record["version"]:
             return record
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise EvidenceError("attacks.json: malformed; expected what secfacmic drill --site has kept")
 
@@ -485,7 +485,7 @@ def _ledger(folder: Path, agreed: AgreedStudy, journals: _Journals, site: str) -
         kinds = Counter(_POSITION.sub("", one["purpose"]) or "clipped gradients" for one in facts["releases"])
         declared = [float(plan["epsilon"]) for plan in facts["plans"]]
         said = float(facts["epsilon_at_most"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise EvidenceError(f"{path.name}: no public part of a ledger; expected what evidence packs") from None
     for seq, head in travelled:
         if seq >= len(heads) or heads[seq] != head:

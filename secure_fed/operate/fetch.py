@@ -255,7 +255,7 @@ def _check_folder(out: Path, url: str, query: Mapping[str, str]) -> None:
                 "another"
             ) from error
         return
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{out / RECORD}: cannot be read; expected what an earlier fetch wrote: choose another folder"
         ) from error

@@ -107,7 +107,7 @@ class Place:
         for line in lines:
             try:
                 found.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # half a line: the first, or one that is being written
         return found
 

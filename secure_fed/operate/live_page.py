@@ -119,7 +119,7 @@ class LivePage:
         """Do what a button says, one at a time."""
         try:
             given = json.loads(body or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict):
             return HTTPStatus.BAD_REQUEST, "expected a JSON object"

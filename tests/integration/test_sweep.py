@@ -268,7 +268,7 @@ def test_a_damaged_line_is_refused(tmp_path: Path) -> None:
     lines.append(line("a"))
     lines.append(line("b"))
     data = (tmp_path / "trials.jsonl").read_bytes()
-    for wrong in (data.replace(b'"trial"', b'"trail"', 1), b"\n" + data, data[1:]):
+    for wrong in (data.replace(b'"trial"', b'"trail"', 1), b"\n" + data, data[1:], b"[" * 9000 + b"\n"):
         (tmp_path / "trials.jsonl").write_bytes(wrong)
         with pytest.raises(StorageError, match="line 1: no line of a sweep"):
             _Lines(tmp_path / "trials.jsonl")

@@ -80,7 +80,7 @@ def test_what_changed_in_the_store_is_refused_until_it_is_added_again(
     assert [one.name for one in kept.parent.iterdir()] == [added.id]
 
 
-@pytest.mark.parametrize("left", [None, "{"])
+@pytest.mark.parametrize("left", [None, "{", "[" * 9000], ids=["none", "cut", "deep"])
 def test_an_entry_that_is_lost_or_cut_comes_back_with_the_backbone(left: str | None, clip: Path) -> None:
     kept, added = add(clip, NAME)
     (kept / "backbone.json").unlink() if left is None else (kept / "backbone.json").write_text(left)

@@ -674,12 +674,13 @@ def test_a_damaged_ledger_is_replaced_and_a_whole_newer_one_is_not(folder: Path)
     with pytest.raises(LedgerError, match="never goes back"):
         restore(folder, export)
     assert len(Ledger(folder).events) == 2
-    (folder / "ledger.jsonl").write_bytes(b"broken\n")
-    restore(folder, export)
+    for broken in (b"broken\n", b"[" * 9000 + b"\n"):
+        (folder / "ledger.jsonl").write_bytes(broken)
+        restore(folder, export)
     assert len(Ledger(folder).events) == 1
 
 
-@pytest.mark.parametrize("export", [b"", b"{}", b"[1]", b'{"files": {"ledger.jsonl": 3}}', b"\xff"])
+@pytest.mark.parametrize("export", [b"", b"{}", b"[1]", b'{"files": {"ledger.jsonl": 3}}', b"\xff", b"[" * 9000])
 def test_what_is_no_export_is_refused(folder: Path, export: bytes) -> None:
     with pytest.raises(LedgerError, match="cannot be read"):
         restore(folder, export)
