@@ -18,7 +18,7 @@ from typing import Literal, Never, get_args
 
 import numpy as np
 
-from secure_fed.clients.dicom import facts, no_picture, patient_id, read_header
+from secure_fed.clients.dicom import patient_id
 from secure_fed.clients.manifest import Table, read_table
 from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled
@@ -28,6 +28,8 @@ from secure_fed.clients.reading import (
     Source,
     count_frames,
     is_meant_as_image,
+    kind_of,
+    no_picture,
     place_in_series,
 )
 from secure_fed.clients.rules import Kind
@@ -260,8 +262,7 @@ def find_pictures(folder: Path, choice: Choice, notes: Notes) -> list[SiteImage]
         rows += [] if row.key[0] in named else [row]
     pictures = []
     for row in rows:
-        header = read_header(row.base / row.path)
-        if what := "" if header is None else no_picture(header):
+        if what := no_picture(row.base / row.path):
             notes.passed_over.append(f"{row.base / row.path}: {what}")
         else:
             pictures.append(row)
@@ -456,8 +457,7 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
     if choice.leave_out:
         kept = []
         for row in rows:
-            header = read_header(row.base / row.path)
-            kind = "" if header is None else facts(header).kind
+            kind = kind_of(row.base / row.path)
             if kind and kind in choice.leave_out:
                 notes.left_out[kind] += 1
             else:

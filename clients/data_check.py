@@ -95,7 +95,7 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
             {"patient": patient, "images": count} for patient, count in by_patient.most_common(LISTED)
         ],
         "odd": {name: _files(_named(image) for image, _ in odd) for name, odd in _odd(seen).items()}
-        | {"noted": _files(f"{_named(image)}: {note}" for image, one in seen for note in one.facts.notes)},
+        | {"noted": _files(noted(seen))},
         "images": len(images),
         "classes": {
             name: {split: counts[label, split] for split in get_args(Split) if split != "unlabelled"}
@@ -132,6 +132,13 @@ def _encoding(file: SiteFile, agreed: AgreedStudy, readable: Sequence[SiteImage]
     sources = [image.source for image in readable]
     each = seconds_per_image(sources, loaded, rules_of(file, agreed)) if sources else 0.0
     return {"images": images, "seconds_per_image": each, "seconds": expected_seconds(each, images)}
+
+
+def noted(seen: Sequence[tuple[SiteImage, Fingerprint]]) -> list[str]:
+    """What files say and cannot be followed, by file, what is rarest first."""
+    counts = Counter(note for _, one in seen for note in one.facts.notes)
+    notes = [(counts[note], f"{_named(image)}: {note}") for image, one in seen for note in one.facts.notes]
+    return [line for _, line in sorted(notes, key=lambda entry: entry[0])]
 
 
 def _odd(seen: Sequence[tuple[SiteImage, Fingerprint]]) -> dict[str, list[tuple[SiteImage, Fingerprint]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
@@ -33,7 +34,17 @@ from pydicom.uid import (
 )
 
 from secure_fed.clients import jpeg
-from secure_fed.clients.rules import Facts, Kind, Picture, Rules, UndecodableError, brightness
+from secure_fed.clients.rules import (
+    NOT_SQUARE,
+    Facts,
+    Kind,
+    Picture,
+    Rules,
+    UndecodableError,
+    are_square,
+    brightness,
+    refused_as_no_picture,
+)
 from secure_fed.protocol.study import Window
 
 jpeg.register()
@@ -277,10 +288,8 @@ class DicomFile:
             raise UndecodableError(f"broken DICOM ({_short(error)}); export it again") from error
         self._facts = facts(dataset)
         if self._facts.kind == "no picture":
-            raise UndecodableError(
-                f"DICOM that holds {no_picture(dataset)} ({self._facts.modality or 'no modality'}), no picture of a "
-                'patient; take it out of the data, or leave such files out by leave_out = ["no picture"] in [data] of '
-                "site.toml"
+            raise refused_as_no_picture(
+                f"DICOM that holds {no_picture(dataset)} ({self._facts.modality or 'no modality'})"
             )
         if not pixels:
             raise UndecodableError(
@@ -353,11 +362,33 @@ class DicomFile:
             )
         if dataset.PhotometricInterpretation != self._colour:
             dataset.PhotometricInterpretation = self._colour
+        samples = 3 if self._colour in _COLOUR else 1
+        if (found := _whole(dataset, "SamplesPerPixel")) != samples:
+            raise UndecodableError(
+                f"SamplesPerPixel (0028,0002) is {found}, of {self._colour}; expected {samples}: export the file again"
+            )
+        self._refuse_more_pixels()
         frames = dataset.get("PerFrameFunctionalGroupsSequence")
         if frames and index >= len(frames):
             raise UndecodableError(
                 f"PerFrameFunctionalGroupsSequence (5200,9230) has {len(frames)} items, of {self.frames} frames; "
                 "expected one for each: export the file again"
+            )
+
+    def _refuse_more_pixels(self) -> None:
+        """Refuse uncompressed pixels of more frames than the header counts: of which they are, nothing says.
+
+        A header of too few rows, samples or bits has them too, and would show something that nobody has seen.
+        """
+        dataset = self._dataset
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated or self._colour == "YBR_FULL_422":
+            return
+        bits = math.prod(_whole(dataset, name) for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated"))
+        found = len(dataset.PixelData)
+        if 8 * found >= max((self.frames + 1) * bits, self.frames * bits + 16):
+            raise UndecodableError(
+                f"PixelData (7FE0,0010) has {found:,} bytes, and its header accounts for {self.frames * bits // 8:,} "
+                f"(NumberOfFrames {self.frames}, each of {bits // 8:,}); expected as many as that: export it again"
             )
 
     def _compare_codestream(self, index: int) -> None:
@@ -414,17 +445,20 @@ class DicomFile:
 
     def _shown(self, stored: NDArray[Any], index: int, rules: Rules) -> Picture:
         dataset, colour = self._dataset, self._colour
+        notes = [] if self._has_square_pixels(index) else [NOT_SQUARE]
+        facts = self._facts._replace(notes=tuple(notes))
         if colour == _PALETTE:
-            return Picture(self._palette(stored), self._facts)
+            return Picture(self._palette(stored), facts)
         if colour in _COLOUR:
             if stored.dtype != np.uint8:
                 raise UndecodableError(
                     f"colours of {8 * stored.dtype.itemsize} bits (BitsAllocated (0028,0100)); expected 8: convert it"
                 )
-            return Picture(Image.fromarray(stored), self._facts)
-        if stored.ndim != 2:
-            raise UndecodableError(f"{stored.shape[-1]} samples a pixel of {colour}; expected 1")
-        notes = [f"{what} passed over" for keyword, what in _UNFOLLOWED.items() if keyword in dataset]
+            bits = _whole(dataset, "BitsStored")
+            if 1 <= bits < 8:
+                stored = np.rint(stored * (255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
+            return Picture(Image.fromarray(stored), facts)
+        notes += [f"{what} passed over" for keyword, what in _UNFOLLOWED.items() if keyword in dataset]
         rescaled = self._rescaling(_group(dataset, index, "PixelValueTransformationSequence"))
         padding = self._padding(stored)
         below = bool(rescaled(_extremes(dataset, stored.dtype)).min() < 0)
@@ -439,6 +473,15 @@ class DicomFile:
         if not windowed and padding is not None:
             grey[padding] = 0
         return Picture(Image.fromarray(grey), self._facts._replace(notes=tuple(notes)))
+
+    def _has_square_pixels(self, index: int) -> bool:
+        """Whether a frame's pixels are as wide as high, by their spacing or, where there is none, their ratio."""
+        group = _group(self._dataset, index, "PixelMeasuresSequence")
+        for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
+            with contextlib.suppress(ValueError):
+                if len(sides := [float(side) for side in text(group, name).split("\\")]) == 2:
+                    return are_square(*sides)
+        return True
 
     def _rescaling(self, group: Any) -> Values:
         """The modality transform; an empty slope is 1, an empty intercept 0, an empty table none."""

@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from secure_fed.clients.rules import Facts, Picture, Rules, UndecodableError, brightness
+from secure_fed.clients.rules import (
+    NOT_SQUARE,
+    Facts,
+    Picture,
+    Rules,
+    UndecodableError,
+    are_square,
+    brightness,
+    refused_as_no_picture,
+)
 
 Axis = Literal["axial", "coronal", "sagittal"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -25,6 +34,8 @@ _MODALITY = "NIFTI"
 _SIZES = {348: "NIfTI-1", 540: "NIfTI-2"}
 _GZIP = b"\x1f\x8b"
 _HEADER = 540
+_INTENTS = {1002: "a segmentation", 1003: "a segmentation", 1006: "displacements", 1007: "vectors"}
+_STATISTICS = range(2, 25)
 _MOST_BEHIND = 2**20
 _BLOCK = 2**20
 """Unpacked at once: what is read into a place of its own is there twice."""
@@ -41,6 +52,23 @@ def is_nifti(head: bytes) -> bool:
         except zlib.error:
             return False
     return len(head) >= 4 and any(int.from_bytes(head[:4], order) in _SIZES for order in ("little", "big"))
+
+
+def no_picture(head: bytes) -> str:
+    """What a NIfTI file, perhaps gzipped, is that is no picture of a patient, as its intent says; empty if it is one.
+
+    Args:
+        head: its first bytes, 1,000 at least or all.
+    """
+    if head.startswith(_GZIP):
+        try:
+            head = zlib.decompressobj(wbits=31).decompress(head, _HEADER)
+        except zlib.error:
+            return ""
+    order: Literal["little", "big"] = "little" if int.from_bytes(head[:4], "little") in _SIZES else "big"
+    code = head[504:508] if _size(head) == 540 else head[68:70]
+    intent = int.from_bytes(code, order)
+    return "a map of statistics" if intent in _STATISTICS else _INTENTS.get(intent, "")
 
 
 class NiftiFile:
@@ -61,6 +89,8 @@ class NiftiFile:
         if self._packed:
             with _gunzip(content) as stream:
                 head = stream.read(_HEADER)
+        if what := no_picture(head):
+            raise refused_as_no_picture(f"a NIfTI file that holds {what} (its intent_code)")
         kind = nibabel.Nifti2Header if _size(head) == 540 else nibabel.Nifti1Header
         try:
             with warnings.catch_warnings():
@@ -158,7 +188,10 @@ class NiftiFile:
                 low, high = seen[finite].min(), seen[finite].max()
             shown = np.asarray((seen - low) / max(high - low, 1e-12)).clip(0, 1)
         grey = np.rint(255 * np.where(finite, shown, 0)).astype(np.uint8)
-        return Picture(Image.fromarray(grey), Facts(_MODALITY, notes=self._notes))
+        sides = [float(side) for side in self._header.get_zooms()]
+        seen_sides = [sides[self._along[place]] for place in kept if self._along[place] < len(sides)]
+        notes = self._notes if are_square(*seen_sides) else (*self._notes, NOT_SQUARE)
+        return Picture(Image.fromarray(grey), Facts(_MODALITY, notes=notes))
 
     def _whole(self, rules: Rules) -> NDArray[Any]:
         """All stored values, in the order of the file.

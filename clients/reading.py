@@ -16,10 +16,11 @@ import numpy as np
 from pydicom import uid
 from pydicom.pixels.decoders import base
 
+from secure_fed.clients import dicom, nifti
 from secure_fed.clients.dicom import HEADER, DicomFile, is_dicom, read_header, text
 from secure_fed.clients.nifti import Axis, NiftiFile, is_nifti
 from secure_fed.clients.photographs import PhotographFile, looks_like_one
-from secure_fed.clients.rules import Picture, Rules, UndecodableError
+from secure_fed.clients.rules import Kind, Picture, Rules, UndecodableError
 
 
 class Place(NamedTuple):
@@ -69,8 +70,8 @@ FORMATS = (
         "DICOM",
         "`DICM` at byte 128, or a first element of group 0002, 0008 or 0010",
         "the study's window for the modality, else the file's own table or window, else least to greatest value",
-        "segmentations, doses, reports and other objects that are no picture; colours of more than 8 bits; slope 0; a "
-        "codestream of another size than the header's; more than `most_pixels`",
+        "segmentations, doses, reports and other objects that are no picture; colours of more than 8 bits; slope 0; "
+        "pixels or a codestream of another size than the header's; more than `most_pixels`",
         is_dicom,
         DicomFile,
     ),
@@ -79,8 +80,8 @@ FORMATS = (
         "a header of 348 or 540 bytes",
         "the middle axial slice or the one asked for, in canonical orientation, patient's right at the left; the "
         "study's window for `NIFTI`, else `cal_min` and `cal_max`, else least to greatest value",
-        "more than three dimensions; colours; header and image in two files; more than six bytes for each of "
-        "`most_pixels`",
+        "more than three dimensions; colours; segmentations, statistics and vectors, by `intent_code`; header and "
+        "image in two files; more than six bytes for each of `most_pixels`",
         is_nifti,
         NiftiFile,
     ),
@@ -148,6 +149,25 @@ def is_meant_as_image(path: Path) -> bool:
     with path.open("rb") as stream:
         head = stream.read(4 * HEADER)
     return any(one.begins(head) for one in FORMATS)
+
+
+def kind_of(path: Path) -> Kind:
+    """What kind of file it is, as its header says; empty for an ordinary picture, and for what cannot be read."""
+    header = read_header(path)
+    return dicom.facts(header).kind if header is not None else "no picture" if no_picture(path) else ""
+
+
+def no_picture(path: Path) -> str:
+    """What a file is that is no picture of a patient, in words; empty if it is one, or cannot be read."""
+    header = read_header(path)
+    if header is not None:
+        return dicom.no_picture(header)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(1000)
+    except OSError:
+        return ""
+    return nifti.no_picture(head) if is_nifti(head) else ""
 
 
 def count_frames(path: Path, axis: Axis) -> int:

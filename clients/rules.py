@@ -13,7 +13,7 @@ from PIL import Image
 
 from secure_fed.protocol.study import Background, StudyFile, Window
 
-VERSION = 4
+VERSION = 5
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
 
 MOST_PIXELS = 89_478_485
@@ -24,6 +24,24 @@ Kind = Literal["", "scout", "screenshot", "no picture"]
 
 class UndecodableError(Exception):
     """Why a file is no usable image."""
+
+
+NOT_SQUARE = "pixels that are not square, shown as they are stored"
+"""A note, where a file says that of its pixels."""
+
+
+def are_square(*sides: float) -> bool:
+    """Whether the sides of a pixel are equal, up to a hundredth; also where they are not known."""
+    known = [side for side in sides if 0 < side < float("inf")]
+    return len(known) < 2 or max(known) <= 1.01 * min(known)
+
+
+def refused_as_no_picture(found: str) -> UndecodableError:
+    """Why a file is refused that holds something beside pictures, in words."""
+    return UndecodableError(
+        f"{found}, no picture of a patient; take it out of the data, or leave such files out by leave_out = "
+        '["no picture"] in [data] of site.toml'
+    )
 
 
 class Facts(NamedTuple):

@@ -21,7 +21,7 @@ from PIL import Image
 from secure_fed.cli import main
 from secure_fed.clients import duplicates
 from secure_fed.clients.data import SiteImage
-from secure_fed.clients.data_check import check_data
+from secure_fed.clients.data_check import check_data, noted
 from secure_fed.clients.decoding import MOST_WORKERS
 from secure_fed.clients.duplicates import (
     Fingerprint,
@@ -32,7 +32,7 @@ from secure_fed.clients.duplicates import (
     near_twins,
 )
 from secure_fed.clients.features import FeatureCache
-from secure_fed.clients.rules import Rules
+from secure_fed.clients.rules import Facts, Rules
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.tomlfile import write_toml
 
@@ -48,6 +48,14 @@ def picture(seed, size=64):
 
 def looking(bits):
     return Fingerprint(bytes(32), bytes(bits), 1, 1)
+
+
+def test_a_note_on_one_file_is_not_buried_under_one_that_all_files_have():
+    images = [SiteImage(Path(f"{number}.dcm"), "p", 0, "train") for number in range(4)]
+    notes = [("common",), ("common",), ("common", "rare"), ()]
+    looks = [looking(range(32))._replace(facts=Facts(notes=note)) for note in notes]
+    found = noted(list(zip(images, looks, strict=True)))
+    assert found == ["2.dcm: rare", "0.dcm: common", "1.dcm: common", "2.dcm: common"]
 
 
 def test_fingerprints_know_copies_in_any_form_and_near_twins_by_look(tmp_path):

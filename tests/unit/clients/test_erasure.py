@@ -206,7 +206,10 @@ def test_under_differential_privacy_what_was_spent_stays_spent(federation, hospi
         assert PATIENT.encode() not in content, file_
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b'{"format": 1, "key": "00", "patients": []}', b"\xff", b"[" * 9000])
+DAMAGED = [b"", b"[1]", b"{}", b'{"format": 1, "key": "00", "patients": []}', b"\xff", b"[" * 9000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_list_stops_the_site(tmp_path, content):
     (tmp_path / "forgotten.json").write_bytes(content)
     with pytest.raises(ForgottenError, match=r"forgotten\.json"):

@@ -5,9 +5,11 @@ import re
 import unicodedata
 from collections import Counter
 
+import nibabel
+import numpy as np
 import pytest
 
-from secure_fed.clients.data import Choice, Notes, image_files, read_data
+from secure_fed.clients.data import Choice, Notes, find_pictures, image_files, read_data
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
 from secure_fed.core.errors import DataError, LabelError, ManifestError
@@ -351,9 +353,9 @@ def series(folder, count, **fields):
         (folder / f"{number:02}.dcm").write_bytes(content)
 
 
-def names(folder, **choice):
+def names(folder, unit="patient", **choice):
     notes = Notes()
-    images = read_data(folder, CLASSES, "patient", HALF, 0, choice=Choice(**choice), notes=notes)
+    images = read_data(folder, CLASSES, unit, HALF, 0, choice=Choice(**choice), notes=notes)
     return [image.path.name for image in images], notes.left_out
 
 
@@ -387,3 +389,18 @@ def test_scouts_screenshots_and_segmentations_are_left_out_by_rule_and_counted(t
     kept, left_out = names(tmp_path, leave_out=("scout", "no picture"))
     assert len(kept) == 3
     assert left_out == {"scout": 2, "no picture": 1}
+
+
+def test_a_nifti_of_labels_is_no_picture_either(tmp_path):
+    (tmp_path / "dark").mkdir()
+    for number, intent in enumerate((0, 1001, 1002, 22)):
+        for kind, ending in ((nibabel.Nifti1Image, "nii.gz"), (nibabel.Nifti2Image, "nii")):
+            image = kind(np.zeros((3, 3, 3), np.int16), np.eye(4))
+            image.header["intent_code"] = intent
+            image.to_filename(tmp_path / "dark" / f"{number}.{ending}")
+    kept, left_out = names(tmp_path, "image", leave_out=("no picture",))
+    assert kept == ["0.nii", "0.nii.gz", "1.nii", "1.nii.gz"]
+    assert left_out == {"no picture": 4}
+    notes = Notes()
+    assert len(find_pictures(tmp_path, Choice(), notes)) == 4
+    assert sum("a segmentation" in line for line in notes.passed_over) == 2

@@ -341,6 +341,72 @@ def test_a_header_that_leaves_open_what_is_shown_is_refused_with_the_tag(dataset
         decode(as_bytes(dataset))
 
 
+def with_pixels(dataset, pixels, **fields):
+    dataset.PixelData = pixels
+    for name, value in fields.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        with_pixels(dicom(RAMP), 2 * RAMP.tobytes()),
+        with_pixels(dicom(np.stack([RAMP] * 3)), 3 * RAMP.tobytes(), NumberOfFrames=2),
+        with_pixels(dicom(RAMP), RAMP.tobytes(), BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0),
+        with_pixels(dicom(RAMP), RAMP.tobytes(), Rows=4),
+        with_pixels(dicom(np.zeros((4, 4), np.uint8)), bytes(48)),
+    ],
+    ids=["frames that are not counted", "a frame too few", "half the bits", "half the rows", "colours without samples"],
+)
+def test_more_pixels_than_the_header_counts_are_refused_as_nothing_says_whose_they_are(dataset):
+    with pytest.raises(UndecodableError, match=r"PixelData \(7FE0,0010\) has \d+ bytes, and its header accounts for"):
+        decode(as_bytes(dataset))
+
+
+def test_a_few_bytes_behind_the_pixels_do_no_harm():
+    odd = np.zeros((3, 3), np.uint8)
+    for extra in (b"", b"\0", b"\0" * 6):
+        assert grey(with_pixels(dicom(odd), odd.tobytes() + extra)).shape == (3, 3)
+    one = dicom(np.zeros((1, 1), np.uint8))
+    assert grey(with_pixels(one, b"\7\0")).shape == (1, 1)  # the padding of one byte is as long as the picture
+    bits = with_pixels(dicom(np.zeros((4, 8), np.uint8)), bytes([1, 2, 4, 8]), BitsAllocated=1, BitsStored=1, HighBit=0)
+    assert np.array_equal(grey(bits), 255 * np.eye(4, 8, dtype=int))
+
+
+def test_samples_that_do_not_fit_the_colours_are_refused():
+    for dataset, says in (
+        (dicom(np.zeros((4, 4), np.uint8), "RGB", SamplesPerPixel=1), "is 1, of RGB; expected 3"),
+        (dicom(np.zeros((4, 4, 3), np.uint8), "RGB", PhotometricInterpretation="MONOCHROME2"), "is 3, of MONOCHROME2"),
+    ):
+        with pytest.raises(UndecodableError, match=rf"SamplesPerPixel \(0028,0002\) {says}"):
+            decode(as_bytes(dataset))
+
+
+def test_colours_of_fewer_bits_than_eight_go_from_black_to_white():
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) % 32
+    shown = np.asarray(decode(as_bytes(dicom(pixels, "RGB", BitsStored=5, HighBit=4)))).astype(float)
+    assert np.abs(shown - pixels * (255 / 31)).max() <= 0.5
+
+
+def test_pixels_that_are_not_square_are_shown_as_stored_and_told():
+    def notes(**fields):
+        return decode_all_of([as_bytes(dicom(RAMP, WindowCenter=1, WindowWidth=9, **fields))])[0].notes
+
+    measures = Dataset()
+    measures.PixelSpacing = [1, 2]
+    shared = Dataset()
+    shared.PixelMeasuresSequence = Sequence([measures])
+    for fields in ({"PixelSpacing": [0.5, 1]}, {"PixelAspectRatio": [2, 1]}, {"ImagerPixelSpacing": [0.1, 0.2]}):
+        assert notes(**fields) == ("pixels that are not square, shown as they are stored",)
+    assert len(notes(SharedFunctionalGroupsSequence=Sequence([shared]))) == 1
+    for fields in ({}, {"PixelSpacing": [0.5, 0.5]}, {"PixelSpacing": [0.5, 0.501], "PixelAspectRatio": [2, 1]}):
+        assert notes(**fields) == ()
+    flat = nifti(affine=np.diag([1.0, 1.0, 5.0, 1.0]), qform_code=1)
+    assert see(open_file(flat), Place(None, "axial"), Rules()).facts.notes == ()
+    assert len(see(open_file(flat), Place(None, "coronal"), Rules()).facts.notes) == 1
+
+
 def test_a_table_whose_descriptor_is_none_is_refused_with_the_tag():
     item = lut(0, range(256), 16)
     item.LUTDescriptor = [256, 0]
@@ -721,6 +787,11 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
     [
         (nifti(np.zeros((4, 4, 4, 3), np.int16)), "4 x 4 x 4 x 3 values; expected a volume of three dimensions"),
         (gzip.compress(struct.pack("<I", 348) + bytes(4444)), "NIfTI header with magic"),
+        (
+            nifti(intent_code=1002),
+            r"a NIfTI file that holds a segmentation \(its intent_code\), no picture of a patient",
+        ),
+        (nifti(intent_code=3, packed=False), "holds a map of statistics"),
         (nifti()[:-9], "gzipped file that ends too early"),
         (nifti(np.zeros((9, 9, 9), np.int16), packed=False)[:400], "a NIfTI of 9 x 9 x 9 values in 400 bytes"),
         (gzip.compress(nifti(packed=False)[:-2]), "gzipped file that ends too early"),
@@ -730,7 +801,17 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
             r"a NIfTI of 1,994,006,350 bytes; expected at most 536,870,910 .* raise most_pixels",
         ),
     ],
-    ids=["four dimensions", "no magic", "cut gzip", "cut", "cut before", "bomb", "claim"],  # gzip has the time in it
+    ids=[
+        "four dimensions",
+        "no magic",
+        "labels",
+        "statistics",
+        "cut gzip",
+        "cut",
+        "cut before",
+        "bomb",
+        "claim",
+    ],  # gzip has the time in it
 )
 def test_a_nifti_that_cannot_be_shown_says_why(content, reason):
     with pytest.raises(UndecodableError, match=reason):
