@@ -44,7 +44,7 @@ from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
 from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, head_after, read_header
-from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader
+from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader, exact_warning
 from secure_fed.protocol.signing import Frame, check_payload, payload_fields, sign_frame
 from secure_fed.protocol.study import AgreedStudy
 
@@ -418,6 +418,9 @@ class Replica:
         amendment = record.amendment
         if amendment is not None and self.name in record.members and amendment.epoch >= self.keys.newest[0]:
             self.keys.accept(record.payload)
+            warning = exact_warning(self.state.chain.agreed.study, amendment)
+            if warning is not None:
+                log.warning("%s: %s", self.name, warning)
         reading = self._read(self.state, record)
         if isinstance(reading, Confirmed):
             self.keys.destroy_before(record.header.key)

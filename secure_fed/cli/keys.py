@@ -26,7 +26,7 @@ def create(study: StudyPath, site: SitePath, into: OutFile) -> None:
     """Make a key for a new run and seal it to all sites; at the study's key maker only."""
     from secure_fed.operate.study_keys import create_key
 
-    _tell_sealed(create_key(site, study, into), into)
+    _tell_sealed(create_key(site, study, into), into, site)
 
 
 @app.command()
@@ -45,7 +45,7 @@ def rotate(
     from secure_fed.privacy.keys import read_public_identity
 
     joining = [read_public_identity(path) for path in add or []]
-    _tell_sealed(rotate_key(site, study, into, joining, remove or ()), into)
+    _tell_sealed(rotate_key(site, study, into, joining, remove or ()), into, site)
 
 
 @app.command()
@@ -56,7 +56,7 @@ def accept(
     from secure_fed.operate.study_keys import accept_key
     from secure_fed.protocol.sealed_key import read_sealed_file
 
-    _tell(accept_key(site, read_sealed_file(sealed)))
+    _tell(accept_key(site, read_sealed_file(sealed)), site)
 
 
 @app.command()
@@ -94,11 +94,17 @@ def fingerprint(key: str) -> str:
     return " ".join(key[start : start + 4] for start in range(0, 32, 4))
 
 
-def _tell_sealed(header: SealedKeyHeader, into: Path) -> None:
+def _tell_sealed(header: SealedKeyHeader, into: Path, site: Path) -> None:
     out.print(f"{into}: sealed to {', '.join(header.recipients)}", highlight=False, soft_wrap=True)
-    _tell(header)
+    _tell(header, site)
 
 
-def _tell(header: SealedKeyHeader) -> None:
+def _tell(header: SealedKeyHeader, site: Path) -> None:
+    from secure_fed.clients.sitefile import read_site
+    from secure_fed.protocol.sealed_key import exact_warning
+
     out.print(f"epoch {header.epoch}, fingerprint {fingerprint(header.key)}", highlight=False, soft_wrap=True)
     out.print("compare the fingerprint with the other sites by phone", highlight=False, soft_wrap=True)
+    warning = exact_warning(read_site(site, None)[1].study, header)
+    if warning is not None:
+        out.print(warning, highlight=False, soft_wrap=True, markup=False)

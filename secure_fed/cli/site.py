@@ -153,6 +153,7 @@ def release(
     from secure_fed.clients.sitefile import read_site
     from secure_fed.core.errors import NotAcceptedError
     from secure_fed.core.storage import exclusive
+    from secure_fed.protocol.sealed_key import EXACT
 
     file, agreed = read_site(site, None)
     with exclusive(file.state_folder.path):
@@ -165,8 +166,7 @@ def release(
         _say("Whoever has that sum and another one at this adapter can compute, by difference, the update of each site")
         _say("that is in one and not in the other, exactly if it is one site: also of one that has left since.")
         if opened.exact:
-            _say("exact: this study's sums are statistics of patients without noise. The difference of two is, to the")
-            _say("last digit, what such a site counted: patients by class, their means and covariance.")
+            _say(EXACT)
         _say("The people of all these sites must agree; each says so at its own site.")
         if by is None and sys.stdin.isatty():
             by = typer.prompt("your name, to release it (empty: do not)", default="", err=True).strip()

@@ -287,7 +287,7 @@ def amend(
     state: Annotated[Path, typer.Option(help="The server's state folder.")],
 ) -> None:
     """Bring a rotated key into force with the next round, whether the server is running or not."""
-    from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
+    from secure_fed.protocol.sealed_key import check_sealed_key, exact_warning, read_sealed_file
     from secure_fed.server.coordinator import amend_run
 
     agreed, data = load_study(study), read_sealed_file(sealed)
@@ -307,6 +307,9 @@ def amend(
                 highlight=False,
                 soft_wrap=True,
             )
+    warning = exact_warning(agreed.study, header)
+    if warning is not None:
+        out.print(warning, markup=False, highlight=False, soft_wrap=True)
 
 
 State = Annotated[Path, typer.Option(help="The server's state folder.")]

@@ -25,7 +25,7 @@ from secure_fed.protocol.signing import (
     verify_member,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
+from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name, Study
 
 KEY_MAGIC = b"SFK2"
 MAX_KEY_HEADER = 512 * 1024
@@ -75,6 +75,31 @@ class AcknowledgementHeader(MemberHeader):
     run: Hex64
     head: Hex64
     checkpoint: Hex64
+
+
+EXACT = (
+    "exact: this study's sums are statistics of patients without noise. The difference of two over other sites is, to "
+    "the last digit, what those counted that are in one alone: patients by class, their means and covariance."
+)
+"""What people are told before statistics may be summed anew, in the words of a warning."""
+
+
+def exact_warning(study: Study, header: SealedKeyHeader) -> str | None:
+    """What a change of members discloses where sites without a budget send statistics; None if nothing.
+
+    An amendment lets a round that was given up begin anew with other sites, while its sum may have been opened already.
+
+    Args:
+        study: whose sums they are.
+        header: of the amendment's sealed key.
+    """
+    changed = [f"{member.name} joins" for member in header.added] + [f"{name} leaves" for name in header.removed]
+    if not study.method.sums or not changed:
+        return None
+    return (
+        f"{EXACT} {', '.join(changed)}: where one may have been opened before, the people of all sites must agree to a "
+        "second one, each by secfacmic site release at its own site"
+    )
 
 
 def read_sealed_file(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from typer.testing import CliRunner
 
+from secure_fed import configs
 from secure_fed.cli import app
 from secure_fed.clients import one_sum as at_site
 from secure_fed.clients.acceptance import terms
@@ -286,6 +287,19 @@ def test_what_does_not_go_together_is_named(change: dict[str, Any], says: str, i
         prepare(one_sum_template(**change), tmp_path / "out", images)
 
 
+def test_a_basis_of_another_backbone_is_refused_by_study_new(secfacmic: Any, tmp_path: Path) -> None:
+    template = one_sum_template(features={"basis": "public", "dimensions": 8}, simulation=None)
+    write_toml(tmp_path / "t.toml", template)
+    other = configs.MODELS / "mini-clip.statistics.safetensors"
+    made = secfacmic("study", "new", tmp_path / "t.toml", "--out", tmp_path / "out", "--public", other)
+    assert made.returncode == StudyError.exit_code
+    assert "statistics of backbone" in made.stderr
+    assert "expected those of the same backbone: give a folder of public images instead" in " ".join(
+        made.stderr.split()
+    )
+    assert not (tmp_path / "out/study.toml").exists()
+
+
 def test_public_images_make_the_basis(secfacmic: Any, images: Path, tmp_path: Path) -> None:
     template = one_sum_template(features={"basis": "public", "dimensions": 8}, simulation=None)
     write_toml(tmp_path / "template.toml", template)
@@ -456,10 +470,13 @@ def four(four_made: Path, tmp_path: Path) -> Federation:
 FOUR = (*TRAINING, "dogwood")
 
 
-def say(federation: Federation, name: str, *command: object) -> str:
+def say(federation: Federation, name: str, *words: object) -> str:
     path = federation.folder / "sites" / name / "site.toml"
-    arguments = ["site", *map(str, command), "--site", str(path), "--by", "Dr. Ada"]
-    return " ".join(CliRunner().invoke(app, arguments, catch_exceptions=False).output.split())
+    return command("site", *words, "--site", path, "--by", "Dr. Ada")
+
+
+def command(*arguments: object) -> str:
+    return " ".join(CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False).output.split())
 
 
 def given_up(federation: Federation, coordinator: Coordinator, round_number: int) -> list[Site]:
@@ -516,16 +533,26 @@ def test_statistics_that_somebody_may_have_opened_are_summed_anew_only_by_the_wo
     assert len({site.adapter_digest for site in again}) == 1
 
 
-def test_a_member_that_is_lost_is_removed_by_an_amendment_and_the_sum_begins_anew(four: Federation) -> None:
-    """Removing it does not let the others reveal anew: their people's words do."""
+def test_a_member_that_is_lost_is_removed_by_an_amendment_and_the_sum_begins_anew(
+    four: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Removing it does not let the others reveal anew: their people's words do. Whoever removes it is warned."""
     coordinator = begun(four)
     again = given_up(four, coordinator, 1)
     chain = coordinator.journal.chain
-    coordinator.amend(four.seal_key(2, chain.key, members=chain.members, removed=("dogwood",)))
+    sealed = four.folder / "epoch-2.key"
+    sealed.write_bytes(four.seal_key(2, chain.key, members=chain.members, removed=("dogwood",)))
+    accepted = command("keys", "accept", sealed, "--site", four.folder / "sites/birch/site.toml")
+    amended = command("study", "amend", four.folder / "study.toml", sealed, "--state", four.folder / "server")
+    for text in (accepted, amended):
+        assert "exact: this study's sums are statistics of patients without noise." in text
+        assert "dogwood leaves: where one may have been opened before, the people of all sites must agree" in text
     for _ in range(2):  # the amendment, then its checkpoint
         for site in again:
             exchange(coordinator, site)
         coordinator.advance()
+    told = [record.getMessage() for record in caplog.records if "exact: " in record.getMessage()]
+    assert [text.partition(":")[0] for text in told] == list(TRAINING)
     assert set(coordinator.journal.chain.members) == set(TRAINING)
     pass_step(coordinator, again)
     with pytest.raises(ProtocolError, match="secfacmic site release"):
