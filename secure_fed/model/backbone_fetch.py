@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import filecmp
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import open_clip
@@ -82,12 +83,30 @@ def add(
         StorageError: the store cannot be written.
     """
     loaded, tag, source = load_given(path, name, activation, text, exact=True)
-    given, there = _entry(path), _entry(store_folder() / loaded.id)
     store = store_folder()
     make_folder(store)
+    with _alone(store):
+        return _keep(store, loaded, Name(model=loaded.form.model, tag=tag, source=source), _entry(path)), loaded
+
+
+@contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """Wait until no other process writes to the store; where the file system has no such lock, without waiting."""
+    descriptor = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _keep(store: Path, loaded: LoadedBackbone, name: Name, given: Entry | None) -> Path:
+    """The folder in the store, made or mended, with this name and those of what was given beside its own."""
     kept = store / loaded.id
+    there = _entry(kept)
     first = [] if there is None else there.names
-    names = [*first, Name(model=loaded.form.model, tag=tag, source=source), *([] if given is None else given.names)]
+    names = [*first, name, *([] if given is None else given.names)]
     names = list(dict.fromkeys(names))
     if there is not None:
         loaded.form.licence = loaded.form.licence or there.licence
@@ -103,7 +122,7 @@ def add(
         elif names != first:
             os.replace(new / ENTRY, kept / ENTRY)
             sync_folder(kept)
-    return kept, loaded
+    return kept
 
 
 def _entry(folder: Path) -> Entry | None:
@@ -180,5 +199,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         new = Path(temporary) / folder.name
         make_folder(new)
         yield new
-        os.replace(new, folder)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            raise OutputError(f"{folder}: exists by now; expected a new folder: remove it, or choose another") from None
         sync_folder(folder.parent)

@@ -116,7 +116,10 @@ class FileTokens:
             self._whole = Tokenizer.from_str(json.dumps(self.content))
         self.pad = self._id(rules["pad"])
         self._without = None if rules.get("without") is None else self._id(rules["without"])
-        self._clean = _cleaner(rules["clean"])
+        special = [
+            one["content"] for one in self.content.get("added_tokens") or () if one.get("special") and one["content"]
+        ]
+        self._clean = _cleaner(rules["clean"], special)
         with _in_our_words(f"has no room for a text in {context} tokens"):
             self._tokenizer.enable_truncation(context)
             self._tokenizer.enable_padding(length=context, pad_id=self.pad, pad_token=rules["pad"])
@@ -245,7 +248,7 @@ def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: d
         _follow_config(content, checked(content, _Whole, folder / "tokenizer.json"), name, config)
     elif pieces is not None:
         with _in_our_words("cannot be used", pieces):
-            content = _sentencepiece(pieces)
+            content = _sentencepiece(pieces, (config.pad_token, config.unk_token) if kind == "siglip" else None)
         if kind == "siglip":
             clean = "siglip_cased" if config.do_lower_case is False else "siglip"
     elif (folder / "vocab.txt").is_file():
@@ -384,9 +387,18 @@ def _byte_pairs(folder: Path) -> dict[str, Any]:
     return dict(json.loads(made.to_str()))
 
 
-def _sentencepiece(path: Path) -> dict[str, Any]:
-    """A unigram SentencePiece model (Kudo, arXiv 1804.10959) with an end of text, as T5 and SigLIP use it."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+def _sentencepiece(path: Path, named: Sequence[_Special] | None = None) -> dict[str, Any]:
+    """A unigram SentencePiece model (Kudo, arXiv 1804.10959) with an end of text, as T5 and SigLIP use it.
+
+    Args:
+        path: the model.
+        named: special tokens that a SigLIP's configuration names; its tokenizer knows these, the end and the unknown in
+            a text too, and what follows one of them begins no word. None for others.
+
+    Raises:
+        BackboneError: it is no such model.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     data = read_bytes(path, "a SentencePiece model")
     try:
@@ -414,8 +426,15 @@ def _sentencepiece(path: Path) -> dict[str, Any]:
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
     )
-    made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="always" if named is None else "first", split=False
+    )
     made.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, names[end])])
+    if named is not None:
+        special = [one for one in dict.fromkeys([end, "<unk>", *map(_token, named)]) if one in names]
+        made.add_special_tokens(
+            [AddedToken(one, lstrip=True, rstrip=True, normalized=False, special=True) for one in special]
+        )
     return dict(json.loads(made.to_str()))
 
 
@@ -477,17 +496,26 @@ def _fields(data: bytes) -> list[tuple[int, Any]]:
     return found
 
 
-def _cleaner(name: str) -> Callable[[str], str]:
+def _cleaner(name: str, special: Sequence[str]) -> Callable[[str], str]:
+    """What happens to a text first; SigLIP's tokenizer cleans what lies between special tokens.
+
+    Where its vocabulary has no ``>``, transformers' loses an unknown letter behind such a token; ours does not.
+    """
     if name == "none":
         return str
     if name in ("siglip", "siglip_cased"):
         drop = str.maketrans("", "", string.punctuation)
+        between = re.compile(f"({'|'.join(map(re.escape, special))})") if special else None
 
         def canonical(text: str) -> str:
             lowered = text.lower() if name == "siglip" else text
             return re.sub(r"\s+", " ", lowered.translate(drop)).strip()
 
-        return canonical
+        def cleaned(text: str) -> str:
+            parts = between.split(text.replace("▁", " ")) if between else [text.replace("▁", " ")]
+            return "".join(part if number % 2 else canonical(part) for number, part in enumerate(parts))
+
+        return cleaned
     from open_clip.tokenizer import get_clean_fn
 
     clean: Callable[[str], str] = get_clean_fn(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import socket
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub import constants
 
 from secure_fed.core.errors import BackboneDigestError, BackboneError
-from secure_fed.model import backbone_store
+from secure_fed.model import backbone_fetch, backbone_store
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.backbone_fetch import add
 from secure_fed.protocol.study import Backbone
@@ -231,3 +232,28 @@ def test_preprocessing_that_was_changed_in_the_store_is_named(change: dict[str, 
     (key,) = change
     with pytest.raises(BackboneError, match=rf"(?s)open_clip_config.json, preprocess_cfg: .*{key}"):
         load_backbone(Backbone(model=NAME, weights="pretrained"), None)
+
+
+def test_adds_of_several_processes_at_one_moment_all_count(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"hf-hub:fake/{number}" for number in range(3)]
+    processes = multiprocessing.get_context("fork")
+    loaded = processes.Barrier(len(names))
+    load = backbone_fetch.load_given
+
+    def together(*given: object, **options: object) -> object:
+        found = load(*given, **options)  # type: ignore[arg-type]
+        loaded.wait(60)
+        return found
+
+    monkeypatch.setattr(backbone_fetch, "load_given", together)
+    running = [processes.Process(target=add, args=(clip, name)) for name in names]
+    for one in running:
+        one.start()
+    for one in running:
+        one.join(60)
+    assert [one.exitcode for one in running] == [0, 0, 0]
+    (kept,) = backbone_store.entries(backbone_store.store_folder())
+    assert sorted(one.model for one in backbone_store.read_entry(kept).names) == names
+    assert [one.name for one in kept.parent.iterdir()] == [kept.name]
+    for name in names:
+        load_backbone(Backbone(model=name, weights="pretrained"), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -184,6 +185,21 @@ def test_a_siglip_of_transformers_is_transformers_own(tmp_path: Path) -> None:
     loaded = taken(tmp_path / "siglip", None)
     same(loaded, expected)
     assert loaded.activation == "gelu_tanh"
+
+
+@pytest.mark.filterwarnings("ignore:This sequence already has")
+def test_special_tokens_in_a_text_are_what_transformers_makes_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.WORDS", ["<u", "k>", "<", ">", *WORDS])  # as real vocabularies have
+    _, tokenizer, _ = siglip_folder(tmp_path / "siglip")
+    loaded = taken(tmp_path / "siglip", None)
+    assert tokenizer("a </s>head")["input_ids"] != tokenizer("a head")["input_ids"]
+    rng = random.Random(0)
+    parts = [*WORDS, "</s>", " </s> ", "<unk>", "<unk> ", "</S>", "</s></s>", "\u2581", "\u00e9", "  ", "s>", "\n", "<"]
+    texts = ["", "</s>", *("".join(rng.choices(parts, k=rng.randint(1, 7))) for _ in range(400))]
+    expected = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(loaded.tokenize([text or " " for text in texts]), expected)
 
 
 def test_a_siglip_2_with_gemmas_tokenizer_is_transformers_own(tmp_path: Path) -> None:
