@@ -76,7 +76,12 @@ def new(
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
     out.print(f"backbone: {backbone.description}", highlight=False, soft_wrap=True)
     long = duration(expected_seconds(backbone.seconds_per_image([USUAL]), 1000))
-    out.print(f"encoding at a site like this machine: {long} for 1000 images", highlight=False, soft_wrap=True)
+    out.print(
+        f"encoding at a site like this machine: {long} for 1000 images of {USUAL.width} x {USUAL.height} pixels, "
+        "reading them apart; data check measures a site's own files",
+        highlight=False,
+        soft_wrap=True,
+    )
     out.print(f"an update: {update_size(into / 'study.toml', made)}", highlight=False, soft_wrap=True)
     for line in made.missing():
         out.print(f"still missing: {line}", highlight=False, soft_wrap=True)

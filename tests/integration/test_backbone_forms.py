@@ -28,6 +28,7 @@ from secure_fed.operate.new_study import new_study
 from secure_fed.protocol.study import Backbone, Template, load_study
 from tests.conftest import CLASSES, Run, template_table
 from tests.network import Network
+from tests.unit.model.test_backbone_cli import QUICK, write_forms
 from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, gelu_folder, siglip_folder
 
 torch.set_num_threads(1)
@@ -60,6 +61,25 @@ def make_bert(folder: Path) -> None:
 
 FORMS: dict[str, Callable[[Path], Any]] = {"clip": clip_folder, "siglip": siglip_folder, "bert": make_bert}
 ACTIVATIONS: dict[str, Callable[[Path], Any]] = {"clip-gelu": gelu_folder}
+FILES = {"openai": QUICK, "lone": "random-small"}
+"""Of forms that are one file, the model that it is of."""
+
+
+def carry(form: str, place: Path) -> tuple[Path, str, dict[str, Any]]:
+    """A backbone of that form as people carry it over, the name to add it under, and what a template says of it."""
+    if form in FILES:
+        model = FILES[form]
+        place.mkdir()
+        if model == QUICK:
+            config = json.loads((configs.MODELS / "random-small.json").read_text()) | {"quick_gelu": True}
+            (place / f"{QUICK}.json").write_text(json.dumps(config))
+            open_clip.add_model_config(place / f"{QUICK}.json")
+        file = write_forms(place, model, 96)["openai.pt" if form == "openai" else "form.safetensors"]
+        return file, model, {"model": model, "weights": "file", "file": file.name}
+    (FORMS | ACTIVATIONS)[form](place)
+    return place, f"hf-hub:fake/{form}", {"model": f"hf-hub:fake/{form}", "weights": "pretrained"}
+
+
 PROMPTS = {name: ["the head", "a mass"][number % 2] + " x" * number for number, name in enumerate(CLASSES)}
 
 
@@ -68,13 +88,13 @@ def table(method: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any]:
     return template_table(rounds=1, method=method, backbone=backbone, classes=classes)
 
 
-@pytest.mark.parametrize("form", FORMS | ACTIVATIONS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("form", FORMS | ACTIVATIONS | FILES)
 def test_from_the_folder_to_the_last_prediction_nobody_is_asked(
     form: str, images: Path, tmp_path: Path, asked: list[Any], secfacmic: Run
 ) -> None:
-    name = f"hf-hub:fake/{form}"
-    (FORMS | ACTIVATIONS)[form](tmp_path / "carried")
-    code, out, errors = secfacmic("backbone", "add", tmp_path / "carried", "--model", name)
+    path, name, backbone = carry(form, tmp_path / "carried")
+    code, out, errors = secfacmic("backbone", "add", path, "--model", name)
     assert code == 0, errors
     shutil.rmtree(tmp_path / "carried")
     facts = dict(line.split(" = ") for line in out.splitlines() if " = " in line)
@@ -85,11 +105,11 @@ def test_from_the_folder_to_the_last_prediction_nobody_is_asked(
     assert 0 <= report["zero_shot"]["correct"]["as it is"] <= 1
     assert report["zero_shot"]["chance"] == pytest.approx(1 / 3)
 
-    content = table({"adapter": "facmic"}, {"model": name, "weights": "pretrained"})
+    content = table({"adapter": "facmic"}, backbone)
     (tmp_path / "t.toml").write_text(tomli_w.dumps(content))
     code, out, errors = secfacmic("study", "new", tmp_path / "t.toml", "--out", tmp_path / "made")
     assert code == 0, errors
-    assert "for 1000 images" in out
+    assert "for 1000 images of 512 x 512 pixels, reading them apart; data check measures a site's own files" in out
     assert f'id = "{facts["id"]}"' in (tmp_path / "made/study.toml").read_text()
     template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
     simulate(template, tmp_path / "out", images)
@@ -236,11 +256,12 @@ def test_towers_of_different_widths_are_refused_wherever_a_backbone_comes_in(tmp
         add(tmp_path / "siglip", None)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("form", [*FORMS, *(pytest.param(one, marks=pytest.mark.slow) for one in ACTIVATIONS | FILES)])
 def test_a_client_encodes_its_images_and_calls_nobody_but_its_server(form: str, images: Path, tmp_path: Path) -> None:
-    FORMS[form](tmp_path / form)
-    add(tmp_path / form, f"hf-hub:fake/{form}")
-    content = table({"adapter": "facmic"}, {"model": f"hf-hub:fake/{form}", "weights": "pretrained"})
+    path, name, backbone = carry(form, tmp_path / form)
+    add(path, name)
+    content = table({"adapter": "facmic"}, backbone)
     template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
     network = Network(tmp_path / "out", template, images)
     for cache in (tmp_path / "out/sites/ash").rglob("features.sqlite*"):
