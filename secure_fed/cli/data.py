@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from secure_fed.cli.output import SITE_HELP, Json, console, out, print_json
@@ -98,7 +98,7 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
         print_json({"folders": told, "unreadable": unreadable, "in_common": common.document()})
     else:
         classes = sorted({name for one in told for name in one["classes"]})
-        table = Table("folder", "images", "patients", *classes, "without a label", "splits")
+        table = Table(Column("folder", overflow="fold"), "images", "patients", *classes, "without a label", "splits")
         for one in told:
             counts = [str(one["classes"].get(name, "-")) for name in classes]
             patients = str(one["patients"]) if one["unit"] == "patient" else "not said"

@@ -112,7 +112,7 @@ def draft_study(
         split = _split(folder, partition or "iid", sites, progress)
         names, common, data = list(split), None, folder.path.resolve()
         places: dict[str, tuple[str, Sequence[str]]] = {site: (".", split[site]) for site in names}
-        folders = [folder]
+        folders = learnt_from = [folder]
         smallest_site = smallest(folders, SHARES) // len(names)
         observers = names[-1:] if len(names) > MIN_SITES_HE else []
     else:
@@ -128,9 +128,8 @@ def draft_study(
         observers = names[len(paths) :] or (names[-1:] if len(names) > MIN_SITES_HE else [])
         if observers and not held_out:
             told.append(f"{observers[0]} is held out, to test on; name others with --held-out, if it is to train")
-        smallest_site = smallest(
-            [folder for name, folder in zip(names, folders, strict=True) if name not in observers] or folders, SHARES
-        )
+        learnt_from = [folder for name, folder in zip(names, folders, strict=True) if name not in observers] or folders
+        smallest_site = smallest(learnt_from, SHARES)
     training = [site for site in names if site not in observers]
     if len(training) < MIN_SITES_HE:
         raise StudyError(
@@ -141,7 +140,9 @@ def draft_study(
     classes = sorted({label for folder in folders for label in folder.classes})
     if len(classes) < 2:
         raise StudyError(f"one class, {classes[0]!r}, in all of these folders; expected two at least")
-    text = _text(name, folders, classes, places, training, observers, epsilon, smallest_site, data)
+    count = 1 << (len(training) - 1).bit_length()
+    method = _advice(learnt_from, classes, count, epsilon, smallest_site)
+    text = _text(name, folders, classes, places, training, observers, count, method, data)
     return Draft(text, data, parse_toml(text, Template, StudyError, "the draft"), common, told)
 
 
@@ -306,12 +307,10 @@ def _text(
     places: Mapping[str, tuple[str, Sequence[str]]],
     training: Sequence[str],
     observers: Sequence[str],
-    epsilon: float | None,
-    smallest_site: int,
+    count: int,
+    method: _Method,
     data: Path,
 ) -> str:
-    count = 1 << (len(training) - 1).bit_length()
-    method = _advice(folders, classes, count, epsilon, smallest_site)
     lanes = lane_parameters(count, method.bits, None, 1)
     unit = "patient" if all(folder.unit == "patient" for folder in folders) else "image"
     split = all(folder.has_splits for folder in folders)

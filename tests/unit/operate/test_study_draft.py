@@ -70,7 +70,10 @@ def test_a_draft_of_four_folders_is_a_template_that_runs(own: Path, tmp_path: Pa
 
 
 def test_the_method_hangs_on_sizes_and_budget(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secure_fed.operate.study_draft.LEAST_SUMMED", 20)
+    least = "secure_fed.operate.study_draft.LEAST_SUMMED"
+    monkeypatch.setattr(least, 19)
+    assert draft_study(folders(own), "x").template.method.adapter == "facmic"
+    monkeypatch.setattr(least, 18)  # of each class at the sites that train; more with the one that is held out
     assert draft_study(folders(own), "x").template.method.adapter == "gaussian_head"
     private = draft_study(folders(own), "x", epsilon=3.0)
     assert private.template.method.adapter == "text_head"
