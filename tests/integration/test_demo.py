@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,61 @@ def test_a_demo_gives_what_a_simulation_gives(tmp_path: Path, images: Path) -> N
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["adapter_digest"] != expected["adapter_digest"]
     assert len(list((out / "server" / "runs").iterdir())) == 2
+
+
+def _family(ancestor: int) -> dict[int, list[str]]:
+    """Words of the command of a process and of all that it started."""
+    parents, words = {}, {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            words[int(place.name)] = (place / "cmdline").read_text().split("\0")
+    found = {ancestor}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {process: words.get(process, []) for process in found}
+
+
+def _listened_on(process: int) -> set[tuple[str, str, int]]:
+    """Protocol, address and port of each socket of a process that takes what comes, as the kernel has them."""
+    own = set()
+    for file in Path(f"/proc/{process}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            own.add(file.readlink().name)
+    found = set()
+    for protocol, waits in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+        for line in Path(f"/proc/{process}/net/{protocol}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == waits and f"socket:[{columns[9]}]" in own:
+                address, _, port = columns[1].partition(":")
+                words = [bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)]
+                found.add((protocol[:3], str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
+    return found
+
+
+@pytest.mark.slow
+def test_a_demo_opens_no_port_but_its_own(tmp_path: Path, images: Path) -> None:
+    """Of all its processes the server alone listens, on loopback: for the sites, and for its own rounds."""
+    template, out = tmp_path / "small.toml", tmp_path / "out"
+    template.write_text(tomli_w.dumps(template_table()))
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", "demo", str(template), "--data", str(images)]
+    seen: dict[str, set[tuple[str, str, int]]] = {}
+    with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:
+        while demo.poll() is None:
+            for process, words in _family(demo.pid).items():
+                with contextlib.suppress(OSError):  # it has ended
+                    what = words[words.index("secure_fed.cli") + 1] if "secure_fed.cli" in words else words[-1]
+                    seen.setdefault(what, set()).update(_listened_on(process))
+            time.sleep(0.02)
+    assert demo.returncode == 0
+    assert {"demo", "server", "client"} <= set(seen)
+    server = read_site_file(out / "sites" / "ash" / "site.toml").server
+    assert server is not None
+    (for_sites, inside) = sorted(seen.pop("server"), key=lambda one: f"{one[1]}:{one[2]}" != server.address)
+    assert f"{for_sites[1]}:{for_sites[2]}" == server.address
+    assert inside[1] == "127.0.0.1"
+    assert for_sites[0] == inside[0] == "tcp"
+    assert set().union(*seen.values()) == set()
 
 
 @pytest.mark.slow
