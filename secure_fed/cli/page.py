@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,4 +26,5 @@ def page(
     live = LivePage(state, port)
     out.print(live.url, markup=False, highlight=False, soft_wrap=True)
     out.print("for a browser on this machine; who has the link sees all. Ctrl-C ends it", highlight=False)
+    os.nice(19)  # a study on this machine goes first
     live.serve()

@@ -59,7 +59,7 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
         A JSON document with at least ``role``, ``running``, ``closed``, ``round`` and ``last_error``.
 
     Raises:
-        RecordError: there is neither.
+        RecordError: there is neither, or not yet.
     """
     found = StatusFile(state).read()
     now = {"running": is_running(state), "closed": StateFolder(state).closed.exists()}
@@ -67,8 +67,12 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
         return {**found, **now}
     if not state.is_dir():
         raise RecordError(f"{state}: no folder; expected the state folder of a server or a site")
-    run = next(run for run in find_runs(state) if run.current)
-    records = len(list(run.journal.glob(RECORDS)))
+    if study is not None and not any(StateFolder(state).run_folders()):
+        raise RecordError(f"{state}: nothing has run here yet; start the site with: secfacmic client --site SITE")
+    run = next((run for run in find_runs(state) if run.current), None)
+    records = 0 if run is None else len(list(run.journal.glob(RECORDS)))
+    if run is None or not records:
+        raise RecordError(f"{state}: no run has its first record yet; expected one as soon as server or site has begun")
     role = "server" if ServerState(state).key.exists() else "site"
     return {
         "role": role,

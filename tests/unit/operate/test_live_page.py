@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +24,13 @@ from secure_fed.cli import app
 from secure_fed.clients.acceptance import runs_accepted
 from secure_fed.clients.sitefile import read_site
 from secure_fed.core.errors import AddressError, RecordError
+from secure_fed.core.layout import ServerState
 from secure_fed.core.status import StatusFile, is_running
 from secure_fed.core.storage import exclusive
 from secure_fed.operate import live_page
 from secure_fed.operate.live_facts import Place
 from secure_fed.operate.live_page import STREAMS, LivePage
+from tests.conftest import Federation, run_round
 
 Open = Callable[[Path], LivePage]
 
@@ -169,6 +174,69 @@ def test_a_browser_is_told_of_changes_and_holds_nothing_up(
     assert {path.name for path in tmp_path.iterdir()} - set(before) <= {"lock"}
 
 
+def test_however_many_look_the_files_are_read_once_a_second(
+    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StatusFile(tmp_path).begin("server", study="small")
+    page, looks, now = opened(tmp_path), [], [0.0]
+    monkeypatch.setattr(Place, "facts", lambda _: looks.append(now[0]) or {"looks": len(looks)})
+    monkeypatch.setattr(live_page, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with ThreadPoolExecutor(20) as pool:
+        for now[0] in (0.0, 0.9, 1.0):
+            assert len({future.result() for future in [pool.submit(page.facts) for _ in range(100)]}) == 1
+    assert looks == [0.0, 1.0]
+
+
+def test_browsers_that_do_not_read_neither_slow_nor_stop_a_study(
+    federation: Federation, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round after round is closed while pages of all parties are open, and the journal is as it is without."""
+    monkeypatch.setattr(live_page, "LOOK_SECONDS", 0.01)
+    stop, kept, wrong = threading.Event(), [], []
+    monkeypatch.setattr(threading, "excepthook", wrong.append)
+    places = [federation.folder / "server", *sorted((federation.folder / "sites").iterdir())]
+    for page in map(opened, places):
+        kept += [events(page)[0] for _ in range(STREAMS)]  # of which nothing is read any more
+        threading.Thread(target=_look, args=(page, stop), daemon=True).start()
+    sites = federation.sites()
+    coordinator = federation.begin(sites)  # a page may look when the run's folder is there and its first record is not
+    while not coordinator.finished:
+        run_round(coordinator, sites)
+    stop.set()
+    assert not wrong
+    assert len(coordinator.rounds) == federation.agreed.study.rounds
+    assert len({site.adapter_digest for site in sites}) == 1
+    for connection in kept:
+        connection.close()
+
+
+def _look(page: LivePage, stop: threading.Event) -> None:
+    while not stop.is_set():
+        assert ask(page)[0] == 200
+        assert json.loads(page.facts())
+
+
+def test_a_site_that_was_never_started_says_how_to(federation: Federation) -> None:
+    facts = Place(federation.folder / "sites/ash").facts()
+    assert "nothing has run here yet; start the site with: secfacmic client" in facts["nothing_yet"]
+    assert facts["terms"]["study_id"] == federation.agreed.study.id
+
+
+def test_a_folder_whose_run_is_being_begun_says_so(federation: Federation) -> None:
+    state = federation.folder / "server"
+    federation.begin(federation.sites())
+    (journal,) = state.glob("runs/*/journal")
+    (record,) = journal.iterdir()
+    current = ServerState(state).current_run
+    record.rename(state / "aside")
+    assert "no run has its first record yet" in Place(state).facts()["nothing_yet"]
+    (state / "aside").rename(record)
+    assert Place(state).facts()["run"] == current
+    (state / "run").unlink()
+    assert ServerState(state).current_run is None
+    assert "no run has its first record yet" in Place(state).facts()["nothing_yet"]
+
+
 def test_only_so_many_browsers_are_told(tmp_path: Path, opened: Open) -> None:
     StatusFile(tmp_path).begin("server", study="small")
     page = opened(tmp_path)
@@ -241,7 +309,10 @@ def test_stop_ends_the_process_that_runs_there_and_no_other(folder: Path, opened
 
 def test_the_command_prints_the_link_and_refuses_what_is_no_state(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(LivePage, "serve", lambda self: None)
+    behind: list[int] = []
+    monkeypatch.setattr(os, "nice", behind.append)
     StatusFile(tmp_path).begin("server", study="small")
     shown = CliRunner().invoke(app, ["page", str(tmp_path)]).output
+    assert behind == [19]  # a study on the same machine goes first
     assert re.match(r"http://127\.0\.0\.1:[0-9]+/[\w-]{43}/\n", shown)
     assert isinstance(CliRunner().invoke(app, ["page", str(tmp_path / "none")]).exception, RecordError)
