@@ -49,6 +49,7 @@ lock: $(BIN)/pip-compile
 $(BIN)/pip-compile:
 	@$(PYTHON) scripts/environment.py
 
+# Some need root, since full disks are mounted.
 test-slow: environment
 	$(BIN)/python -P -m pytest -m slow
 

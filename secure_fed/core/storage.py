@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from secure_fed.core.errors import StorageError
 
@@ -56,31 +57,45 @@ def made_folder(path: Path, mode: int = 0o755) -> Iterator[None]:
 
 
 def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file so that a crash leaves either the old content or the new one.
+    """Write a file so that a crash leaves either the old content or the new one; as :func:`durable`.
 
-    Writes a temporary file beside ``path``, fsyncs it, renames it and fsyncs the folder. Its mode is ``mode`` as far as
-    the folder's goes.
+    Raises:
+        StorageError: the disk is full or the place not writable; ``path`` is as it was.
+    """
+    with durable(path, mode) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def durable(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes the file's once all of it is written.
+
+    It goes into a temporary file beside ``path``, which is fsynced and renamed; then the folder is fsynced. Whatever
+    ends this before, Ctrl-C too, leaves ``path`` as it was, and nothing beside it. The file's mode is ``mode`` as far
+    as the folder's goes.
 
     Raises:
         StorageError: the disk is full or the place not writable; ``path`` is as it was.
     """
     temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), _within(path.parent, mode))
-            stream.write(data)
+            os.fchmod(stream.fileno(), _within(path.absolute().parent, mode))
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
+        sync_folder(path.absolute().parent)
+    except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise StorageError(
-            f"{path}: not written ({error.strerror}); expected a writable place with {len(data)} bytes free; "
-            "what was there before is unchanged"
+            f"{path}: not written ({error.strerror}); expected a writable place with room for it: free space or choose "
+            "another place; what was there before is unchanged"
         ) from error
 
 

@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from scipy import ndimage
 
 from secure_fed.core.errors import DataError, OutputError, StorageError
 from secure_fed.core.processes import die_with
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import made_folder, make_folder, write_durable
 
 Level = Literal["base", "ventricles", "top"]
 Shape = Literal["none", "round", "lobed", "irregular"]
@@ -324,6 +325,13 @@ def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int, *, masks:
         folder = root / site.name
         if folder.exists() and any(folder.iterdir()):
             raise OutputError(f"{folder} is not empty; expected a new folder; remove it or choose another root")
+    with ExitStack() as stack:
+        for folder in (root, *(root / site.name for site in sites)):
+            stack.enter_context(made_folder(folder))  # of a study that cannot be whole nothing stays
+        _make_sites(root, sites, seed, masks)
+
+
+def _make_sites(root: Path, sites: Sequence[PhantomSite], seed: int, masks: bool) -> None:
     longest_first = sorted(sites, key=lambda site: -site.patients)
     work = partial(_make_site, root, seed, masks)
     workers = min(len(sites), len(os.sched_getaffinity(0)))
@@ -406,19 +414,34 @@ def _make_site(root: Path, seed: int, masks: bool, site: PhantomSite) -> None:
             facts = _neighbour(centre, position, rng)
             name = f"images/{number:04d}_{position}.png"
             taken_by = other if split == "unlabelled" else scanner
-            picture = Image.fromarray(render_slice(facts, taken_by, anatomy, position))
-            picture.save(folder / name, compress_level=1)
+            _save(render_slice(facts, taken_by, anatomy, position), folder / name)
             row = [name, patient, "" if split == "unlabelled" else label, split]
             if masks:
                 row.append(name.replace("images/", "masks/"))
-                lesion = Image.fromarray(lesion_mask(facts, taken_by, anatomy, position).astype(np.uint8) * 255)
-                lesion.save(folder / row[-1], compress_level=1)
+                _save(lesion_mask(facts, taken_by, anatomy, position).astype(np.uint8) * 255, folder / row[-1])
             rows.append(row)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["path", "patient", "label", "split", *["mask"] * masks])
     writer.writerows(rows)
     write_durable(folder / "manifest.csv", table.getvalue().encode())
+
+
+def _save(picture: npt.NDArray[np.uint8], path: Path) -> None:
+    """Write a picture; a disk that is full leaves none rather than half of it.
+
+    Not durable, which would take long for so many: a site is whole once its manifest, written last, is there.
+    """
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "PNG", compress_level=1)
+    try:
+        path.write_bytes(content.getbuffer())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path}: not written ({error.strerror}); expected room for all phantoms: free some space, or choose "
+            "another place, and run the same command again"
+        ) from error
 
 
 def _neighbour(centre: SliceFacts, position: int, rng: np.random.Generator) -> SliceFacts:

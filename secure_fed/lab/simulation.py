@@ -542,6 +542,8 @@ def _accept(agreed: AgreedStudy, out: Path) -> None:
 def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
     missing = [group for group in plan.phantoms if not (own / group.name / "manifest.csv").exists()]
     if data == own and missing:
+        for group in missing:
+            shutil.rmtree(own / group.name, ignore_errors=True)  # what a kill left of it
         groups = [PhantomSite(**group.model_dump()) for group in missing]
         make_phantoms(own, groups, plan.phantom_seed, masks=plan.masks)
 

@@ -472,6 +472,7 @@ class _Lines:
             StorageError: it cannot be written.
         """
         data = line.as_json().encode() + b"\n"
+        size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("ab") as stream:
                 stream.write(data)
@@ -479,6 +480,8 @@ class _Lines:
                 os.fsync(stream.fileno())
             sync_folder(self._path.parent)
         except OSError as error:
+            if self._path.exists():
+                os.truncate(self._path, size)
             raise StorageError(
                 f"{self._path}: a trial's line was not written ({error.strerror}); free some space and run the same "
                 "command again: only what is missing runs"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
 import warnings
@@ -23,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secure_fed.core.errors import BackboneError, StorageError
-from secure_fed.core.storage import sync_folder
+from secure_fed.core.errors import BackboneError
+from secure_fed.core.storage import durable
 from secure_fed.model.given_files import Foreign, checked, lost_link, megabytes, read_json, refuse_others
 
 Tensors = dict[str, Tensor]
@@ -142,20 +141,11 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
         place += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            for name in sorted(tensors):
-                value = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
-                stream.write(value.numpy().data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path}: not written ({error.strerror}); free space or choose another place") from error
+    with durable(path) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name in sorted(tensors):
+            value = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+            stream.write(value.numpy().data)
 
 
 def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], where: Path | str) -> Tensors:

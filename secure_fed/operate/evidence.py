@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shutil
@@ -37,9 +36,9 @@ from secure_fed.clients.acceptance import notes, policy, when
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.outgoing_log import SentMessage, read_sent
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import EvidenceError, RecordError, StorageError
+from secure_fed.core.errors import EvidenceError, RecordError
 from secure_fed.core.layout import RECORDS, SiteState
-from secure_fed.core.storage import exclusive, sync_folder
+from secure_fed.core.storage import durable, exclusive
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.privacy.accounting import Mechanism, epsilon_spent
 from secure_fed.privacy.keys import Identity, load_identity
@@ -158,29 +157,17 @@ def _seal(into: Path, parts: dict[str, Path | bytes], study: str, site: str, ide
 
 
 def _write(into: Path, parts: dict[str, Path | bytes]) -> None:
-    temporary: str | None = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=into.absolute().parent, prefix=f".{into.name}.")
-        with os.fdopen(descriptor, "wb") as stream:
-            with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-                for name in sorted(parts):
-                    info = zipfile.ZipInfo(name, _DATE)
-                    info.external_attr = 0o644 << 16
-                    part = parts[name]
-                    with archive.open(info, "w", force_zip64=True) as member:
-                        if isinstance(part, bytes):
-                            member.write(part)
-                        else:
-                            with part.open("rb") as source:
-                                shutil.copyfileobj(source, member, _BLOCK)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, into)
-        sync_folder(into.absolute().parent)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise StorageError(f"{into}: not written ({error.strerror}); free space or choose another place") from error
+    with durable(into, 0o600) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(parts):
+            info = zipfile.ZipInfo(name, _DATE)
+            info.external_attr = 0o644 << 16
+            part = parts[name]
+            with archive.open(info, "w", force_zip64=True) as member:
+                if isinstance(part, bytes):
+                    member.write(part)
+                else:
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, member, _BLOCK)
 
 
 def _listed(part: Path | bytes) -> _Listed:

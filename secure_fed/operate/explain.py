@@ -26,7 +26,7 @@ from secure_fed.clients.images import rules_of, site_images
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import read_site
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile
 from secure_fed.model.attribution import heat_map, kind_of_map, margin_of
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
@@ -201,15 +201,15 @@ def write_cases(explained: Explained, page: str, folder: Path) -> list[Path]:
     """
     if any((folder / name).exists() for name in (CASES, PAGE)):
         raise OutputError(f"{folder}: holds explained cases already; expected another folder, or an empty one")
-    make_folder(folder, 0o700)
     written = []
-    for name, case in zip(explained.pictures(), explained.cases, strict=True):
-        write_durable(folder / name, case.picture, 0o600)
-        written.append(folder / name)
-    text = json.dumps(explained.document(), indent=2) + "\n"
-    for name, content in ((CASES, text), (PAGE, page)):
-        write_durable(folder / name, content.encode(), 0o600)
-        written.append(folder / name)
+    with made_folder(folder, 0o700):
+        for name, case in zip(explained.pictures(), explained.cases, strict=True):
+            write_durable(folder / name, case.picture, 0o600)
+            written.append(folder / name)
+        text = json.dumps(explained.document(), indent=2) + "\n"
+        for name, content in ((CASES, text), (PAGE, page)):
+            write_durable(folder / name, content.encode(), 0o600)
+            written.append(folder / name)
     return written
 
 

@@ -19,7 +19,7 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.core.errors import AdapterFileError, BudgetError, OutputError
 from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY
-from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.core.storage import exclusive, made_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile, Calibration, load_adapter, save_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.scores import SCALARS, Scores
@@ -93,7 +93,8 @@ def export_site(site_file: Path, out: Path, *, onnx: bool, own_results: bool) ->
                 "part first (secfacmic client)"
             )
         origin = _origin_of_site(file, agreed, site, own_results)
-        return _write(agreed, site.parameters, origin, site.tower, out, onnx)
+        with made_folder(out):
+            return _write(agreed, site.parameters, origin, site.tower, out, onnx)
 
 
 def export_run(folder: Path, out: Path, *, onnx: bool) -> list[Path]:
@@ -140,7 +141,8 @@ def export_run(folder: Path, out: Path, *, onnx: bool) -> list[Path]:
     if onnx and (tokens := adapter.initial.prompt_tokens) is not None:
         checkpoint = None if files[0].checkpoint is None else Path(files[0].checkpoint)
         tower = load_backbone(adapter.backbone, checkpoint).text_tower(tokens)
-    return _write(agreed, adapter.initial.adapter, origin, tower, out, onnx)
+    with made_folder(out):
+        return _write(agreed, adapter.initial.adapter, origin, tower, out, onnx)
 
 
 def _origin_of_site(file: SiteFile, agreed: AgreedStudy, site: Site, own_results: bool) -> Origin:
@@ -207,7 +209,6 @@ def _write(
     out: Path,
     onnx: bool,
 ) -> list[Path]:
-    make_folder(out)
     study = agreed.study
     file = AdapterFile(
         study.id,

@@ -134,14 +134,51 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(
     assert secfacmic(*command).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "within"),
+    [
+        (("attack", "demo", "--out", "OUT"), "secure_fed.lab.attack.prepare"),
+        (("audit",), "secure_fed.privacy.audit.audit"),
+        (("data", "check", "IMAGES"), "secure_fed.operate.folders.compare"),
+        (("doctor", "--server", "RUN"), "secure_fed.operate.doctor.examine_server"),
+        (("drill",), "secure_fed.lab.drill.prepare"),
+        (("page", "RUN"), "secure_fed.operate.live_page.LivePage.serve"),
+        (("study", "init", "IMAGES", "--out", "OUT"), "secure_fed.operate.study_draft.look_at"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_ctrl_c_in_a_command_that_looks_or_tries(
+    words: tuple[str, ...],
+    within: str,
+    finished_run: Path,
+    images: Path,
+    tmp_path: Path,
+    secfacmic: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = {"OUT": tmp_path / "out", "IMAGES": images / "ash", "RUN": finished_run / "server"}
+    monkeypatch.setattr(os, "nice", lambda _: 0)  # which would stay
+    monkeypatch.setattr(within, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    ended = secfacmic(*(places.get(word, word) for word in words))
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr.rstrip().endswith("secfacmic: interrupted; the same command goes on from here")
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "begun"),
-    [(("simulate", "demo"), "sites"), (("demo",), "logs"), (("sweep", "smoke"), "*")],
+    [
+        (("simulate", "demo", "--out"), "sites"),
+        (("demo", "--out"), "logs"),
+        (("sweep", "smoke", "--out"), "*"),
+        (("attack", "demo", "--out"), "sites"),
+        (("phantoms", "make"), "*.png"),
+    ],
 )
 def test_ctrl_c_in_each_long_command(words: tuple[str, ...], begun: str, tmp_path: Path) -> None:
     """As a terminal sends it: to all of the command's processes at once."""
-    command = [sys.executable, "-P", "-m", "secure_fed.cli", *words, "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", *words, str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
         while not any((tmp_path / "out").rglob(begun)) and child.poll() is None:
             time.sleep(0.05)
