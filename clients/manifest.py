@@ -148,8 +148,7 @@ def _separator(text: str, needed: Sequence[str]) -> str:
 
 
 def _cells(path: Path, text: str, separator: str, skipped: int) -> list[tuple[int, list[str]]]:
-    """All rows, each with the line that it begins in; of the standard library, which alone tells short rows from empty
-    cells."""
+    """All rows, each with the line that it begins in (why by this reader: docs/decisions/0030-tables-by-csv.md)."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     found, line = [], skipped + 1
     try:
