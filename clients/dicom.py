@@ -105,6 +105,14 @@ _HEADER = (
     *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
 )
+_UNNAMED = {
+    "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
+    "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+    "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
+}
+"""Transfer syntaxes that are younger than pydicom's names."""
+
 _UNFOLLOWED = {
     "PresentationLUTSequence": "a presentation table (2050,0010)",
     "RedPaletteColorLookupTableDescriptor": "colours beside the grey values (0028,1101)",
@@ -350,9 +358,10 @@ class DicomFile:
         try:
             base.get_decoder(syntax)
         except NotImplementedError:
+            name = _UNNAMED.get(syntax, "unknown" if syntax.name == syntax else syntax.name)
             raise UndecodableError(
-                f"transfer syntax (0002,0010) {syntax} ({syntax.name if syntax.name != syntax else 'unknown'}) is not "
-                "read; expected one that secfacmic doctor lists: export the file uncompressed"
+                f"transfer syntax (0002,0010) {syntax} ({name}) is not read; expected one that secfacmic "
+                "doctor lists: export the file uncompressed"
             ) from None
         known = (*_GREY, _PALETTE, *_COLOUR)
         if self._colour not in known:

@@ -422,6 +422,9 @@ def test_a_transfer_syntax_that_is_not_read_is_told_with_its_name():
     native = as_bytes(dicom(RAMP)).replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.113619.5.2\0\0")
     with pytest.raises(UndecodableError, match=r"\(0002,0010\) 1.2.840.113619.5.2 .* not read; .* secfacmic doctor"):
         decode(native)
+    young = as_bytes(dicom(RAMP)).replace(b"UI\x14\x001.2.840.10008.1.2.1\0", b"UI\x18\x001.2.840.10008.1.2.4.110\0")
+    with pytest.raises(UndecodableError, match=r"\(JPEG XL Lossless\) is not read"):
+        decode(young)
     several = encapsulated(SMOOTH, uid.UID("1.2.840.10008.1.2.4.92"), j2k(SMOOTH), **TWELVE)
     with pytest.raises(UndecodableError, match=r"\(JPEG 2000 Part 2 .*\) is not read; .* export the file uncompressed"):
         decode(as_bytes(several))
