@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from secure_fed.core.processes import be_quiet_outside
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER
 from secure_fed.protocol.packing import Contribution, Sealed, wire
+from secure_fed.protocol.presence import PresenceQuestion, sign_presence
 from secure_fed.protocol.records import RecordHeader, head_after, read_header
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
@@ -101,6 +103,13 @@ class CannedSite:
             return self._reply(ReplyCode.REVEALED, sign_reveal(self._agreed, arrived, self.name, check, self._signing))
         ready = sign_ready(self._agreed, self._due, request.attempt, self.name, self._signing)
         return self._reply(ReplyCode.READY, ready)
+
+    def present(self, question: PresenceQuestion, rate: float) -> RoundReply:
+        """Say that it is there."""
+        facts = {"purpose": "ready", "accepted": ZERO_DIGEST, "keyed": True, "secfacmic": version("secfacmic")}
+        facts |= {"clock_ms": time.time_ns() // 1_000_000, "rate": int(rate), "rehearsed": "", "rehearsed_bytes": 0}
+        word = sign_presence(self._agreed, self.name, self._signing, run=question.run, **facts)
+        return RoundReply(self.name, ReplyCode.PRESENT, question.run, self.position, "", word)
 
     def _head_after(self, header: RecordHeader) -> str:
         """The head after an aggregate, as :class:`secure_fed.protocol.records.Chain` finds it."""

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -50,12 +51,14 @@ Person = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,120}$")]
 
 REPLY_WORDS = {
     "site": "its name, by the key that opens the connection",
-    "code": "one word of a fixed list: ready, update, revealed, applied, more, acknowledged, refused-..., failed-...",
+    "code": "one word of a fixed list: present, ready, update, revealed, applied, more, acknowledged, refused-..., "
+    "failed-...",
     "run": "the run it is in, 64 hex digits",
     "position": "how many journal records it has, a number",
     "attestation": "a keyed digest of the adapter that all sites hold, 64 hex digits; the server lacks the key",
-    "envelope": "the signed word that the code names: that it is ready; the update, as above; two numbers that follow "
-    "from its encrypted bytes; that a key rotation was applied",
+    "envelope": "the signed word that the code names: that it is there, with the digest of this acceptance, whether "
+    "the study's key is here, version, clock and speed of the line; that it is ready; the update, as above; two "
+    "numbers that follow from its encrypted bytes; that a key rotation was applied",
 }
 """Every field of a reply, and what it says."""
 
@@ -396,6 +399,22 @@ def notes(folder: Path, study: str, site: str, key: str) -> list[tuple[Acceptanc
             )
         found.append((header, shown))
     return found
+
+
+def acceptance_digest(file: SiteFile, agreed: AgreedStudy, key: str) -> str:
+    """SHA-256 of the newest signed note, which only this site can have made: it tells nobody else what is in it.
+
+    Args:
+        file: its ``site.toml``.
+        agreed: the study.
+        key: the site's public signing key, 64 hex digits.
+
+    Raises:
+        NotAcceptedError: nobody accepted this very study here, or other terms.
+    """
+    header = require_acceptance(file, agreed, key)
+    note = acceptance_note(file.state_folder.accepted, agreed.study.id, header.number)
+    return hashlib.sha256(note.read_bytes()).hexdigest()
 
 
 def runs_accepted(file: SiteFile, agreed: AgreedStudy, key: str) -> int:

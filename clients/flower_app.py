@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from secure_fed.core.errors import BundleError, ProtocolError, RoundFailedError, SecfacmicError
-from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.core.errors import BundleError, ProtocolError, RoundFailedError, SecfacmicError, StudyError
+from secure_fed.protocol.presence import PresenceQuestion
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.transport.flower_messages import contract, read_request, reply_content
 
 if TYPE_CHECKING:
@@ -28,6 +31,14 @@ _CODES = {
     6: ReplyCode.FAILED_STORAGE,
 }
 """What a failure is called outside, by the tens of its exit code; a finer one could tell of the images."""
+
+
+PROBE_BYTES = 32 * 1024
+"""By so many the line is measured before the first round: four seconds at 64 kbit/s."""
+
+
+GIVEN_SECONDS, GIVEN_PAUSE = 60.0, 0.5
+"""How long a rehearsal waits until the server gives what it has sent, and between two tries."""
 
 
 class Interrupted(Exception):
@@ -74,6 +85,7 @@ class SiteApp:
         self._reported = -1
         self._answered_last = False
         self._line: Line | None = None
+        self._rate = 0.0
         self._app = ClientApp()
 
         @self._app.train("round")
@@ -81,7 +93,7 @@ class SiteApp:
             assert self._line is not None  # of the answer that is being made
             request = read_request(message.content, self._line.fetch)
             began = None if clock is None else clock.begin()
-            reply = site.respond(request)
+            reply = self._respond(request)
             if clock is not None and began is not None and site.read_data:
                 clock.hold(began)
             self._note(reply, request.round)
@@ -130,6 +142,26 @@ class SiteApp:
             )
             return self._fail(message, ReplyCode.FAILED)
 
+    def _respond(self, request: RoundRequest) -> RoundReply:
+        """Of what it lacks before the first round it says neither a word nor a code, as both would be of its data."""
+        asked = PresenceQuestion.from_bytes(request.question)
+        if asked is None:
+            return self.site.respond(request)
+        try:
+            return self.site.present(asked, self._measured(asked.run))
+        except SecfacmicError as error:
+            self.failure = error
+            return RoundReply(self.site.name, ReplyCode.MORE, "", 0, "", b"")
+
+    def _measured(self, run: str) -> float:
+        """Bytes a second that the line takes, measured once, with bytes that mean nothing."""
+        if not self._rate:
+            assert self._line is not None  # of the answer that is being made
+            began = time.monotonic()
+            self._line.send(run, os.urandom(PROBE_BYTES))
+            self._rate = PROBE_BYTES / max(time.monotonic() - began, 1e-3)
+        return self._rate
+
     def after_reply(self) -> None:
         """Do what need not delay the reply: results on the site's own disk."""
         if self.site.position != self._reported:
@@ -142,3 +174,57 @@ class SiteApp:
         with contextlib.suppress(SecfacmicError):
             self._note(reply, self.site.round)
         return Message(reply_content(reply, lambda run, data: ""), reply_to=message)  # a code names no bytes
+
+
+class RehearsalApp(SiteApp):
+    """A site that comes before the first round, sends what a round would take, fetches it again and leaves.
+
+    Args:
+        site: the site, of which nothing but name, key and identity is used.
+        study_id: of its study.
+        data: what is sent.
+
+    Attributes:
+        returned: what came back.
+        up_seconds, down_seconds: how long that took, all waiting included.
+    """
+
+    def __init__(self, site: Site, study_id: str, data: bytes) -> None:
+        super().__init__(site, study_id, lambda _: None)
+        self.returned = b""
+        self.up_seconds = self.down_seconds = 0.0
+        self._data = data
+        self._sent = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether what was sent is back."""
+        return bool(self.returned)
+
+    def _respond(self, request: RoundRequest) -> RoundReply:
+        asked = PresenceQuestion.from_bytes(request.question)
+        if asked is None:
+            raise StudyError(
+                "the server asks for a round already; expected a study before its first round: a rehearsal is of no "
+                "use later"
+            )
+        assert self._line is not None  # of the answer that is being made
+        began = time.monotonic()
+        self._sent = self._line.send(asked.run, self._data)
+        self.up_seconds = time.monotonic() - began
+        return self.site.present(asked, len(self._data) / max(self.up_seconds, 1e-3), (self._sent, len(self._data)))
+
+    def after_reply(self) -> None:
+        """Fetch it, as soon as the server gives it."""
+        if not self._sent:
+            return
+        assert self._line is not None  # of the answer that was sent
+        end = time.monotonic() + GIVEN_SECONDS
+        while not self.returned and time.monotonic() < end:
+            began = time.monotonic()
+            with contextlib.suppress(Interrupted):
+                self.returned = self._line.fetch(self._sent, len(self._data))
+            self.down_seconds = time.monotonic() - began
+            if not self.returned:
+                time.sleep(GIVEN_PAUSE)
+        self._sent = ""  # else the server asks again

@@ -85,8 +85,10 @@ CALL_SECONDS = 60.0
 OVER_SECONDS = 15.0
 """How long a site whose study is over here waits for a server that may still ask for its last word."""
 
-FAREWELL_SECONDS = 5.0
-"""How long a site stays after its last reply: Flower drops replies of nodes that have left."""
+FAREWELL_SECONDS, FAREWELL_PAUSE = 5.0, 0.25
+FAREWELL_OF_EACH = 0.1
+"""How long a site stays after its last reply, if the server is there so long, and between two signs of life; longer the
+more sites there are, whose last replies the server takes too: Flower drops replies of nodes that have left."""
 
 T = TypeVar("T")
 
@@ -176,7 +178,7 @@ def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
             connection.push(answer, seconds)
         app.after_reply()
         asked = time.monotonic()
-    connection.stay(FAREWELL_SECONDS)
+    connection.stay(max(FAREWELL_SECONDS, FAREWELL_OF_EACH * way.sites), max(FAREWELL_PAUSE, way.sites / SLOW_CALLS))
 
 
 class _RequestSignature:
@@ -289,15 +291,15 @@ class _Connection:
             with contextlib.suppress(httpx.HTTPError):
                 self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
 
-    def stay(self, seconds: float) -> None:
-        """Remain connected for a while, or as long as the server is there."""
+    def stay(self, seconds: float, pause: float) -> None:
+        """Remain connected for a while, or as long as the server is there, which is seen each time after a pause."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             try:
                 self._client.SendNodeHeartbeat(self._beat_request())
             except httpx.HTTPError:
                 return
-            time.sleep(0.25)
+            time.sleep(pause)
 
     def pull(self) -> tuple[Message, bytes] | None:
         """The next message and the bundle of its run, None if there is none."""

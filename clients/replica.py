@@ -616,7 +616,7 @@ class Replica:
                     f"genesis of run {run[:16]} names key {key[:16]}, already used in run {other[:16]}; every run has "
                     "a new key"
                 )
-        self._require_word(run)
+        self.require_word(run)
         records = RecordFolder(self._folder.run(run).journal)
         if records.file(0).exists() and records.read(0) != data:
             raise RecordError(f"a second genesis of run {run[:16]}, different from the one known here")
@@ -630,7 +630,7 @@ class Replica:
         begun = sum(1 for _ in self._folder.begun_runs())
         return begun < runs_accepted(self._file, self._agreed, self.identity.keys.signing)
 
-    def _require_word(self, run: str) -> None:
+    def require_word(self, run: str) -> None:
         """Enter another run only at the word of this site's people: its sums and those before are of the same data."""
         before = [folder.name for folder in self._folder.begun_runs()]
         if run in before or not before:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Mapping
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from numpy.typing import NDArray
 
 from secure_fed.clients import memory, one_sum
+from secure_fed.clients.acceptance import acceptance_digest
 from secure_fed.clients.bound import Bound
 from secure_fed.clients.budget import unpaid
 from secure_fed.clients.data import DRAWN_ALONE, SiteImage, Split
@@ -59,6 +62,7 @@ from secure_fed.protocol.envelope import (
 )
 from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
 from secure_fed.protocol.packing import Binding, Sealed
+from secure_fed.protocol.presence import PresenceQuestion, sign_presence
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     COHORT_MAGIC,
@@ -74,7 +78,7 @@ from secure_fed.protocol.round_frames import (
     split_word,
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import check_payload, parse_header, split_frame, verify_member
+from secure_fed.protocol.signing import ZERO_DIGEST, check_payload, parse_header, split_frame, verify_member
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
@@ -420,6 +424,37 @@ class Site:
             log.warning("%s: %s", self.name, error)
             return self._reply(ReplyCode.APPLIED)
 
+    def present(self, question: PresenceQuestion, rate: float, rehearsed: tuple[str, int] = ("", 0)) -> RoundReply:
+        """Its word, before the first round, that it is there and ready; or that it rehearses.
+
+        Args:
+            question: the server's.
+            rate: bytes a second that its line takes.
+            rehearsed: SHA-256 and length of what it has sent in a rehearsal, to fetch it again.
+
+        Raises:
+            SecfacmicError: what its data, ledger, backbone or acceptance lack; nothing of it is said.
+        """
+        if not rehearsed[0]:
+            self.replica.require_word(question.run)
+            self.features()
+        word = sign_presence(
+            self._agreed,
+            self.name,
+            self.replica.identity.signing,
+            run=question.run,
+            purpose="rehearsal" if rehearsed[0] else "ready",
+            accepted=(ZERO_DIGEST if rehearsed[0] else acceptance_digest(self._file, self._agreed, self.signing_key)),
+            keyed=self._agreed.study.mode == "plain" or self.replica.keys.holds(question.key),
+            secfacmic=version("secfacmic"),
+            clock_ms=time.time_ns() // 1_000_000,
+            rate=int(rate),
+            rehearsed=rehearsed[0],
+            rehearsed_bytes=rehearsed[1],
+        )
+        position = self.position if self.run == question.run else 0
+        return RoundReply(self.name, ReplyCode.PRESENT, question.run, position, "", word)
+
     def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
         return RoundReply(self.name, code, self.run, self.position, self.replica.attestation(), envelope)
 
@@ -725,6 +760,10 @@ class Site:
         bound = self.replica.files.bound
         return bound.state == self._asked_for != bound.released and self._stored() is None
 
+    def first_integers(self) -> NDArray[np.int64]:
+        """The integers of a first round that nobody asks for, and that are not kept: for a rehearsal."""
+        return self._train()
+
     def _train(self) -> NDArray[np.int64]:
         study = self._agreed.study
         round_number = self.replica.due.round
@@ -742,9 +781,10 @@ class Site:
         trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
         if PRIVATE_HEAD in trained:
             head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
-            folder = self.replica.files.folder
-            make_folder(folder.heads, 0o700)
-            write_durable(folder.head(round_number), bytes(safetensors.numpy.save(head)))
+            if self.run:
+                folder = self.replica.files.folder
+                make_folder(folder.heads, 0o700)
+                write_durable(folder.head(round_number), bytes(safetensors.numpy.save(head)))
         update = codec.flatten(trained) - codec.flatten(iterate)
         counts = (0, 0)
         if study.encoding.share_validation and len(features.val.y):

@@ -135,6 +135,20 @@ class Outgoing:
             write_durable(path, data)
         return digest
 
+    def lend(self, data: bytes) -> str:
+        """Make bytes fetchable until :meth:`take_back`; their digest, or nothing if they are so for good.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        known = (self.folder / hashlib.sha256(data).hexdigest()).exists()
+        digest = self.publish(data)
+        return "" if known else digest
+
+    def take_back(self, digest: str) -> None:
+        """Let nobody fetch any more what was lent."""
+        (self.folder / digest).unlink(missing_ok=True)
+
 
 class ByteStore:
     """The resources, under ASGI; used by one event loop, behind :class:`secure_fed.server.gate.Gate`.

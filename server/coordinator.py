@@ -195,7 +195,30 @@ class Coordinator:
     @property
     def resting(self) -> bool:
         """Whether the coordinator's people let no round begin; one that has a cohort goes on."""
-        return self._cohort is None and not self.journal.chain.awaits_checkpoint and self._folder.pause.exists()
+        if self._cohort is not None or self.journal.chain.awaits_checkpoint:
+            return False
+        return self._folder.pause.exists() or self.in_lobby
+
+    @property
+    def before_the_first(self) -> bool:
+        """Whether nothing was asked of anybody's data yet, so that who is ready can be seen without haste."""
+        return len(self.journal.records) == 1 and not self._begun
+
+    @property
+    def in_lobby(self) -> bool:
+        """Whether the first round waits until all are ready."""
+        return self.before_the_first and self._folder.lobby.exists()
+
+    def hold_in_lobby(self, held: bool) -> None:
+        """Let the first round wait until all are ready, or no longer.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if held and self.before_the_first:
+            write_durable(self._folder.lobby, b"")
+        else:
+            self._folder.lobby.unlink(missing_ok=True)
 
     @property
     def rounds(self) -> list[JournalEntry]:
@@ -784,7 +807,7 @@ def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed:
     write_durable(path, sealed)
 
 
-def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> int:
+def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> tuple[int, int]:
     """Leave an amendment for the current run, whether its coordinator is running or not.
 
     Args:
@@ -793,7 +816,7 @@ def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> int:
         sealed: a sealed key file that follows the key in force.
 
     Returns:
-        The first round in which it can be in force; the next one, if that is being closed.
+        The first round in which it can be in force, or the next one, if that is being closed; and the run's last.
 
     Raises:
         StudyError: no run has begun.
@@ -802,7 +825,7 @@ def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> int:
     """
     folder, chain = _current_run(agreed, state)
     store_amendment(agreed, folder.path, chain, sealed)
-    return chain.round + 1
+    return chain.round + 1, chain.rounds
 
 
 def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
@@ -826,6 +849,7 @@ def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
         write_durable(folder.pause, b"")
     else:
         folder.pause.unlink(missing_ok=True)
+        folder.lobby.unlink(missing_ok=True)
     return chain.round + 1
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 from flwr.app import Message
@@ -20,10 +21,12 @@ from flwr.serverapp import Grid
 from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError, StudyPausedError
 from secure_fed.core.status import now
 from secure_fed.protocol.journal import JournalEntry
+from secure_fed.protocol.presence import PresenceHeader, PresenceQuestion, check_presence
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.server.byte_store import Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator, Step, paused_text
+from secure_fed.server.journal import now_ms
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, read_reply, request_content
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,9 @@ class _Site:
     sent: tuple[int, int] = (0, 0)  # of what it is sending, bytes that are here and in all
     rate: float = 0.0  # bytes a second, lately
     most: int = 0  # bytes that were here in this step, at most
+    presence: PresenceHeader | None = None  # its newest word before the first round
+    lent: str = ""  # digest of what it sent in a rehearsal and may fetch until it is gone
+    clock: float = 0.0  # by how many seconds its clock was ahead then, its way here taken for nothing
 
 
 @dataclass
@@ -160,6 +166,7 @@ class RoundLoop:
                         "connected": bool(site.since),
                         "in": site.name in coordinator.sites_in,
                         "doing": self._doing(site),
+                        "presence": self._presence(site),
                     }
                     for site in self._sites
                 },
@@ -172,6 +179,33 @@ class RoundLoop:
             }
         )
 
+    def _presence(self, site: _Site) -> dict[str, Any] | None:
+        """What a site has said of itself before the first round."""
+        said = site.presence
+        if said is None or not self.coordinator.before_the_first:
+            return None
+        return {
+            "ready": self._is_ready(site),
+            "accepted": said.accepted,
+            "keyed": said.keyed,
+            "version": said.secfacmic,
+            "clock_seconds": round(site.clock, 1),
+            "bytes_per_second": said.rate,
+        }
+
+    def _is_ready(self, site: _Site) -> bool:
+        return bool(site.since) and site.presence is not None and site.presence.keyed
+
+    def _presence_words(self, site: _Site) -> str:
+        said = site.presence
+        assert said is not None  # asked for those that have said something
+        state = "ready" if said.keyed else "there, but without this run's key (secfacmic keys accept)"
+        other = "" if said.secfacmic == version("secfacmic") else f", unlike here, {version('secfacmic')}"
+        return (
+            f"{state}: acceptance {said.accepted[:16]}, clock {site.clock:+.1f} s, version {said.secfacmic}{other}, "
+            f"line {said.rate / 1e3:.0f} kB/s"
+        )
+
     def _doing(self, site: _Site) -> str:
         """What is known of why a site is in, or is not in yet."""
         held, total = site.sent
@@ -179,6 +213,8 @@ class RoundLoop:
             return "in"
         if not site.since:
             return "not connected"
+        if site.presence is not None and self.coordinator.before_the_first:
+            return self._presence_words(site)
         if total:
             left = f", {(total - held) / site.rate:.0f} s left" if site.rate else ""
             return f"uploading: {held / 1e6:.2f} of {total / 1e6:.2f} MB, {site.rate / 1e3:.1f} kB/s{left}"
@@ -229,6 +265,7 @@ class RoundLoop:
                 site.not_before = 0.0
                 site.left = moment
                 site.position = None  # its people may have said something meanwhile
+                self._take_back(site)
             site.since = since
             if since:
                 self._absent.discard(site.name)
@@ -261,7 +298,10 @@ class RoundLoop:
         coordinator = self.coordinator
         if site.position is None:
             # Where is it? Without an answer it would be sent the whole journal again.
-            return RoundRequest(coordinator.round, coordinator.attempt, (), more=True)
+            chain, question = coordinator.journal.chain, b""
+            if coordinator.before_the_first:
+                question = PresenceQuestion(chain.run, chain.key).to_bytes()
+            return RoundRequest(coordinator.round, coordinator.attempt, (), more=True, question=question)
         behind = site.run != coordinator.run or site.position < len(coordinator.journal.records)
         wanted = not site.told_the_end if coordinator.finished else self._is_asked(site)
         due = behind or wanted
@@ -320,6 +360,9 @@ class RoundLoop:
             site.trouble = f"it says {reply.code}"
             self._ask_later(site)
             return
+        if reply.code == ReplyCode.PRESENT:
+            self._take_presence(site, reply)
+            return
         known = len(coordinator.journal.records)
         if reply.run == coordinator.run and reply.position > known:
             raise ProtocolError(
@@ -363,6 +406,46 @@ class RoundLoop:
                     self._pass(site)
             elif reply.code == ReplyCode.READY:
                 site.gives_none = (0, 0)
+
+    def _take_presence(self, site: _Site, reply: RoundReply) -> None:
+        chain = self.coordinator.journal.chain
+        said = check_presence(reply.envelope, self.agreed, chain.members, chain.run)
+        if said.site != site.name:
+            raise EnvelopeError(f"a presence of {said.site} in a reply of {site.name}")
+        if said.purpose == "rehearsal":
+            self._take_back(site)
+            site.lent = self.outgoing.lend(self.incoming.take(site.name, said.rehearsed, said.rehearsed_bytes))
+            log.info("%s: rehearses, and leaves then: %.0f kB/s", site.name, said.rate / 1e3)
+            self._ask_later(site)
+            return
+        site.presence, site.clock = said, (said.clock_ms - now_ms()) / 1000
+        site.run, site.position, site.trouble = (
+            chain.run,
+            min(reply.position, len(self.coordinator.journal.records)),
+            "",
+        )
+        log.info("%s: %s", site.name, self._presence_words(site))
+        if not said.keyed:
+            self._ask_later(site)  # a genesis that it cannot follow would end it
+
+    def _take_back(self, site: _Site) -> None:
+        if site.lent:
+            self.outgoing.take_back(site.lent)
+            site.lent = ""
+
+    def _wait_in_lobby(self) -> None:
+        """Begin when every site that trains is ready."""
+        training = [site for site in self._sites if site.trains]
+        missing = [site.name for site in training if not self._is_ready(site)]
+        if not missing:
+            log.info("all %d sites that train are ready", len(training))
+            self.coordinator.hold_in_lobby(False)
+            return
+        needed = self.coordinator.journal.chain.quorum.needed
+        self._tell(
+            f"lobby: {len(training) - len(missing)} of {len(training)} sites are ready, quorum {needed}; waiting for "
+            f"{', '.join(missing)}; begin without them: secfacmic study resume"
+        )
 
     def _pass(self, site: _Site) -> None:
         """Go on without a site that gives no update.
@@ -416,6 +499,9 @@ class RoundLoop:
             return
         if coordinator.resting:
             self._stepped = time.monotonic()  # a pause is no site's fault
+            if coordinator.in_lobby:
+                self._wait_in_lobby()
+                return
             self._tell(f"round {coordinator.round} does not begin: paused (secfacmic study pause, study resume)")
             return
         inside = set(coordinator.sites_in)

@@ -67,7 +67,9 @@ class ServerFolders:
         return Incoming(folder.incoming), Outgoing(folder.outgoing)
 
 
-def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None) -> None:
+def serve(
+    folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path | None = None, *, lobby: bool = False
+) -> None:
     """Serve a study until it is over.
 
     Args:
@@ -75,6 +77,7 @@ def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path 
         mode: must be the study's, so that nobody serves in plain by oversight.
         listen: host and port for the sites.
         key: a sealed key file with which a run is to begin, if it has not yet.
+        lobby: whether the first round waits until every site that trains is ready.
 
     Raises:
         StudyError: the study has another mode, or no run was begun.
@@ -90,6 +93,7 @@ def serve(folders: ServerFolders, mode: str, listen: tuple[str, int], key: Path 
         )
     _begin_if_asked(agreed, folders, key)
     coordinator = folders.coordinator(agreed)
+    coordinator.hold_in_lobby(lobby)
     store = ByteStore(*folders.bytes_of(coordinator.run), coordinator.run, lambda site: most_bytes(agreed, site))
     keys = _flower_keys(coordinator.journal.chain.members)
     link = SuperLink(ServerState(folders.state).certificates, listen, keys, store)

@@ -26,6 +26,12 @@ class Shelf:
         self.held[digest] = data
         return digest
 
+    def lend(self, data: bytes) -> str:
+        return self.publish(data)
+
+    def take_back(self, digest: str) -> None:
+        del self.held[digest]
+
     def send(self, run: str, data: bytes) -> str:
         return self.publish(data)
 

@@ -28,6 +28,10 @@ def client(
     delta: Delta = None,
     device: Device = None,
     metrics: Metrics = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="One round on phantoms over the true line, with a throw-away key; then end."),
+    ] = False,
 ) -> None:
     """Take part in a study until it is over; started again, it goes on.
 
@@ -42,6 +46,9 @@ def client(
     from secure_fed.operate.taking_part import take_part
 
     log_lines()
+    if rehearse:
+        _rehearse(with_device(read_site_file(site), device))
+        return
     figures = None if metrics is None else host_and_port(metrics, "--metrics", "127.0.0.1")
     file = with_device(with_budget(read_site_file(site), epsilon, delta), device)
     at_a_terminal = sys.stderr.isatty()
@@ -49,6 +56,21 @@ def client(
     if at_a_terminal:  # logs name no place of this machine
         for line in _next_steps(file, site):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rehearse(file: SiteFile) -> None:
+    from secure_fed.lab.line_rehearsal import rehearse_round
+
+    done = rehearse_round(file, lambda text: log.info("%s: rehearsal: %s", file.site, text))
+    megabytes = done.size / 1e6
+    console.print(
+        f"rehearsed: trained on phantoms in {done.training_seconds:.1f} s; {megabytes:.2f} MB went up in "
+        f"{done.up_seconds:.1f} s, came back in {done.down_seconds:.1f} s and opened to what was sent. No image of "
+        "this site was read, and no budget or key of the study was used",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _next_steps(file: SiteFile, site: Path) -> list[str]:

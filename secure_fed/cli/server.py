@@ -22,6 +22,10 @@ def server(
     keep_envelopes: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the envelopes of every sum, to recompute it.")
     ] = None,
+    lobby: Annotated[
+        bool,
+        typer.Option("--lobby", help="Begin round 1 when all that train are ready, or at: secfacmic study resume."),
+    ] = False,
     metrics: Metrics = None,
 ) -> None:
     """Serve a study to its sites until it is over; started again, it goes on.
@@ -43,7 +47,7 @@ def server(
             address = host_and_port(listen, "--listen")
             if metrics is not None:
                 serve_metrics(state, host_and_port(metrics, "--metrics", "127.0.0.1"))
-            serve(ServerFolders(study, state, keep_envelopes), mode, address, key)
+            serve(ServerFolders(study, state, keep_envelopes), mode, address, key, lobby=lobby)
         except SecfacmicError as error:
             status.error(str(error))
             raise

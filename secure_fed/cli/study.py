@@ -296,7 +296,7 @@ def amend(
     from secure_fed.server.coordinator import amend_run
 
     agreed, data = load_study(study), read_sealed_file(sealed)
-    first = amend_run(agreed, state, data)
+    first, last = amend_run(agreed, state, data)
     out.print(f"in force from round {first} or the next", highlight=False, soft_wrap=True)
     header = check_sealed_key(data, agreed)
     joining = {site.name for site in header.added}
@@ -307,7 +307,8 @@ def amend(
             out.print(
                 f"{', '.join(sorted(names))} {what}: {asked} must have said yes before, each by its site.toml "
                 f"(amendments = {allowed}) or by hand (secfacmic keys accept {sealed.name}); whose people have "
-                "not, that site ends with exit code 11 until they do",
+                "not, that site ends with exit code 11 until they do"
+                + (f"; for who joins at most {last - first + 1} of {last} rounds are left" if what == "join" else ""),
                 markup=False,
                 highlight=False,
                 soft_wrap=True,

@@ -50,6 +50,7 @@ At a server:
 | ``runs/RUN/outgoing/DIGEST`` | what sites may fetch | the rounds |
 | ``runs/RUN/amendments/KEY.sealed`` | an amendment that waits, after that key | ``study amend`` |
 | ``runs/RUN/pause``, ``runs/RUN/end`` | that no round begins; that the run ends | ``study pause``, ``study end`` |
+| ``runs/RUN/lobby`` | that the first round waits until all are ready | ``server --lobby`` |
 | ``runs/RUN/rounds`` | how many rounds the run is to have | ``study extend`` |
 
 ``N`` is a number of eight digits: a record's place in its journal, else a round.
@@ -238,6 +239,11 @@ class ServerRun(RunState):
     def pause(self) -> Path:
         """There while the coordinator's people let no round begin."""
         return self.path / "pause"
+
+    @property
+    def lobby(self) -> Path:
+        """There while the first round waits until all are ready."""
+        return self.path / "lobby"
 
     @property
     def end(self) -> Path:

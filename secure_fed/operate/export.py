@@ -272,7 +272,7 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
     classes = "\n".join(f"{i}. {entry.name}: {'; '.join(entry.prompts)}" for i, entry in enumerate(study.classes))
     parts = [
         _head(study),
-        f"# Adapter of study {study.name}, after round {origin.rounds} of {study.rounds}",
+        f"# Adapter of study {study.name}, after round {origin.rounds} of {max(origin.rounds, study.rounds)}",
         "## Model Details",
         _facts(details),
         "### Classes",

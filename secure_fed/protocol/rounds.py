@@ -12,6 +12,7 @@ PAGE_BYTES = 16 * 2**20
 class ReplyCode(StrEnum):
     """All that a reply can say in words: flwr would otherwise carry exception texts to the server."""
 
+    PRESENT = "present"
     READY = "ready"
     UPDATE = "update"
     REVEALED = "revealed"
@@ -41,7 +42,8 @@ class RoundRequest:
         more: whether further records follow; then nothing is trained yet.
         attested_head: the head at which the sites made the attestations; empty when there are none.
         attestations: keyed adapter digests of the sites at that head, by site name.
-        question: a signed COHORT or ARRIVED, to be answered instead; else empty.
+        question: a signed COHORT or ARRIVED, or whether the site is there (:mod:`secure_fed.protocol.presence`), to be
+            answered instead; else empty.
         held: SHA-256 of this site's payload that the server has of an earlier attempt and need not be sent again.
         past: this site's own newest word in the open round, as it signed it: its REVEAL, else its envelope without the
             payload; empty if there is none. A site whose disk does not know it was put back to an older state.
@@ -68,9 +70,9 @@ class RoundReply:
         run: the run the site is in; empty before its first genesis.
         position: number of records of that run that the site has.
         attestation: keyed digest of its adapter at that position; empty while it cannot open the adapter.
-        envelope: the signed word that the code names: READY for ``ready``, the update's envelope for ``update``, REVEAL
-            for ``revealed``, its people's word for ``void``, the acknowledgement of an amendment for ``acknowledged``;
-            else empty.
+        envelope: the signed word that the code names: that it is there for ``present``, READY for ``ready``, the
+            update's envelope for ``update``, REVEAL for ``revealed``, its people's word for ``void``, the
+            acknowledgement of an amendment for ``acknowledged``; else empty.
     """
 
     site: str

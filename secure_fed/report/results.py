@@ -522,7 +522,7 @@ def _journal_rounds(state: Path, agreed: AgreedStudy) -> list[Round]:
 def _site_facts(
     file: SiteFile, role: str, rounds: int, study: Study, ledger: dict[str, Any] | None
 ) -> list[tuple[str, str]]:
-    facts = [("Site", file.site), ("Role", role), ("Rounds applied", f"{rounds} of {study.rounds}")]
+    facts = [("Site", file.site), ("Role", role), ("Rounds applied", f"{rounds} of {max(rounds, study.rounds)}")]
     if ledger is None and file.privacy is not None:
         label = "" if file.data.kind == "patients" else "simulated "
         budget = f"{label}epsilon {file.privacy.epsilon:g}, delta {file.privacy.delta:g}"

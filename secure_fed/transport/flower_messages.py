@@ -28,7 +28,7 @@ ROUND_MESSAGE = "train.round"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
 MAX_WORD = 8192
-WORDS = frozenset({ReplyCode.READY, ReplyCode.REVEALED, ReplyCode.VOID})
+WORDS = frozenset({ReplyCode.PRESENT, ReplyCode.READY, ReplyCode.REVEALED, ReplyCode.VOID})
 """Replies with a signed word of some hundred bytes, which is in the message itself."""
 
 LARGE = frozenset({ReplyCode.UPDATE, ReplyCode.ACKNOWLEDGED})
@@ -163,7 +163,7 @@ def read_reply(content: RecordDict, site: str, take: Callable[[str, int], bytes]
     if (parsed.code in LARGE) != large or large != bool(parsed.length) or (parsed.code in WORDS) != bool(parsed.word):
         raise ProtocolError(
             f"{parsed.length} bytes and a word of {len(parsed.word)} characters with code {parsed.code}; expected a "
-            "word with ready, revealed and void, bytes with an update or an acknowledgement, else nothing"
+            "word with present, ready, revealed and void, bytes with an update or an acknowledgement, else nothing"
         )
     _refuse_length(parsed.length)
     envelope = take(parsed.digest, parsed.length) if large else _word(parsed.word)

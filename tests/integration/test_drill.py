@@ -51,7 +51,7 @@ def _seals_last(patch: pytest.MonkeyPatch) -> None:
 
 
 MUTATIONS: dict[str, Mutate] = {
-    "B1": lambda patch: patch.setattr(Replica, "_require_word", lambda *_: None),
+    "B1": lambda patch: patch.setattr(Replica, "require_word", lambda *_: None),
     "B2": _seals_last,
     "B3": lambda patch: patch.setattr(Chain, "_check_sum", lambda *_: None),
     "B4": lambda patch: patch.setattr(Site, "_sits_out", False),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +41,8 @@ class Seen:
     loaded: dict[str, str] = field(default_factory=dict)
     pids: dict[str, int] = field(default_factory=dict)
     exits: dict[str, int] = field(default_factory=dict)
+    rehearsal: tuple[int, str] = (-1, "")
+    begun_after_rehearsal: list[Path] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[See
         network.start("server")
         network.wait_until(lambda: "listening" in network.log("server"), 60)
         knock(facts, folder)
+        rehearse(facts)
         network.start(*network.names)
         network.wait_until(lambda: network.records >= 2, 90)
         look(facts)
@@ -98,6 +103,15 @@ def knock(facts: Seen, folder: Path) -> None:
     facts.refused["borrowed key"] = call_as(address, authority, "ash", member.public_key())
 
 
+def rehearse(facts: Seen) -> None:
+    """One site comes before the others, tries its line and leaves."""
+    site = facts.network.site_folder("ash")
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", "client", "--site", str(site / "site.toml"), "--rehearse"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    facts.rehearsal = done.returncode, done.stderr
+    facts.begun_after_rehearsal = list((site / "state" / "runs").glob("*"))
+
+
 def attempt(call: object) -> Exception | int:
     try:
         call()  # type: ignore[operator]
@@ -127,6 +141,15 @@ def study_secret(network: Network) -> StudySecret:
     folder = network.site_folder("birch")
     (sealed,) = (folder / "state" / "keys").glob("*.sealed")
     return open_sealed_key(sealed.read_bytes(), network.agreed, load_identity(folder / "identity", "birch"))
+
+
+def test_a_round_can_be_rehearsed_over_the_true_line_before_the_first(seen: Seen) -> None:
+    code, said = seen.rehearsal
+    assert code == 0, said
+    words = " ".join(said.split())
+    assert "opened to what was sent. No image of this site was read" in words
+    assert "ash: rehearses, and leaves then" in seen.network.log("server")
+    assert seen.begun_after_rehearsal == []
 
 
 def test_it_ends_with_the_adapter_of_a_simulation(seen: Seen, images: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_a_hospital_joins_by_the_page(federation: Federation, secfacmic: Run) ->
     assert f"the members are {', '.join(sorted((*TRAINING, OBSERVER, 'elm')))}" in accepted.stdout
     (amended,) = hospitals.play("coordinator", "coordinator")
     assert f"elm join: {', '.join(sorted(members))} must have said yes" in amended.stdout.replace("\n", " ")
+    assert "for who joins at most 2 of 3 rounds are left" in amended.stdout.replace("\n", " ")
 
     assert not loop.run()  # the members have changed, and are registered anew
     everyone = federation.sites()
