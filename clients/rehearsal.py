@@ -522,9 +522,10 @@ class _Rehearsal:
         noise = next(noise for std, noise in draws if std == event.mechanism.noise_std and noise.size == 2)
         adapter = initial_adapter(self._agreed)
         x, y = self._features.val
-        with torch.no_grad():
-            logits = adapter(torch.from_numpy(x).double())[:, : len(self._agreed.study.classes)]
-        right = logits.argmax(1).numpy() == y
+        classes = len(self._agreed.study.classes)
+        with torch.no_grad():  # one by one, as the round does: in a batch the last bit may differ, and decide a tie
+            guesses = [int(adapter(row[None])[0, :classes].argmax()) for row in torch.from_numpy(x).double()]
+        right = np.array(guesses) == y
         exact = validation.exact_counts(right, self._features.patients["val"]) + noise
         count = max(0, round(float(exact[0])))
         expected = (count, min(max(0, round(float(exact[1]))), count))

@@ -751,7 +751,8 @@ def claim(account: Account) -> str:
         "from the first message of each run on, for the data as they were then, assuming correct code and the "
         "operating system's randomness, whatever the server, the other sites or outsiders do. Encryption additionally "
         "hides single updates from the server. Excluded: the declared number of patients N_ref, participation, "
-        "configuration."
+        "configuration, and what is in a study's public statistics (centre, directions and spread of features), which "
+        "are of images that its makers call public and of no site's data."
     )
     return text if account.data == "patients" else f"Simulated ({account.data} data): {text}"
 

@@ -151,7 +151,8 @@ def _assessment(facts: dict[str, Any], epsilon: float | None, best: Compared, ch
             f"leaves the site is (epsilon, delta)-differentially private with respect to adding or removing any one "
             f"{facts['unit']} of that site, over the lifetime of its privacy ledger, assuming correct code and the "
             "operating system's randomness, whatever the server, the other sites or outsiders do. Excluded: the "
-            "declared number of patients, participation, configuration."
+            "declared number of patients, participation, configuration, and what is in the study's public statistics, "
+            "which are of images that its makers call public and of no site's data."
         )
     seeds = len(chosen.seeds)
     over = f"mean ± standard error over {seeds} seeds" if seeds > 1 else "one seed, so without a standard error"

@@ -12,16 +12,18 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from secure_fed.clients import private_round
 from secure_fed.clients import site as site_module
@@ -43,11 +45,14 @@ from secure_fed.operate.evidence import pack_evidence
 from secure_fed.privacy import validation
 from secure_fed.privacy.accounting import Noise
 from secure_fed.privacy.dp_training import Descent
+from secure_fed.privacy.guard import check_training
 from secure_fed.privacy.ledger import Ledger, opened
+from secure_fed.protocol import codec
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.rounds import ReplyCode
-from tests.conftest import TRAINING, Federation, exchange, make_template
+from secure_fed.protocol.study import Template
+from tests.conftest import CLASSES, TRAINING, Federation, exchange, make_template
 
 CLIP, RATE, N_REF = 4.0, 0.5, 20
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "unlabelled")
@@ -105,31 +110,42 @@ def no_noise(size: int, std: float) -> NDArray[np.float64]:
 
 @contextmanager
 def without_chance() -> Iterator[None]:
-    with (
-        mock.patch.object(private_round, "uniforms", lambda size: np.full(size, 0.5)),
-        mock.patch("secure_fed.clients.private_round.check_training"),
-    ):
+    with mock.patch.object(private_round, "uniforms", lambda size: np.full(size, 0.5)):
+        yield
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    with without_chance(), mock.patch.object(private_round, "check_training"):
         yield
 
 
 @pytest.fixture(scope="module")
 def prepared_worlds(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     folder = tmp_path_factory.mktemp("worlds") / "out"
-    template = make_template(
+    prepare(template_of_worlds(), folder, images)
+    for name in TRAINING[1:]:
+        Federation(folder).site(name).features()
+    set_budget(folder)
+    return folder
+
+
+def template_of_worlds(**changes: Any) -> Template:
+    return make_template(
         mode="plain",
         rounds=2,
         method={"adapter": "text_head"},
         privacy={"steps": 1, "validation_rounds": 2, "images_per_patient": 3, "clip": CLIP, "learning_rate": RATE},
         encoding={"bits": 16, "lanes": 2, "value_bound": 10.0},
+        **changes,
     )
-    prepare(template, folder, images)
-    for name in TRAINING[1:]:
-        Federation(folder).site(name).features()
+
+
+def set_budget(folder: Path) -> None:
     path = folder / "sites" / "ash" / "site.toml"
     file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
     data = file.data.model_copy(update={"kind": "simulated", "unit": "patient"})
     write_toml(path, file.model_copy(update={"privacy": SitePrivacy(epsilon=8.0, n_ref=N_REF), "data": data}))
-    return folder
 
 
 WORDS = ["ready", "update", "revealed", "ready", "update", "revealed", "applied"]
@@ -149,15 +165,49 @@ class Clock:
         self.now += seconds
 
 
-def whole_path(prepared: Path, folder: Path, world: World, before: Callable[[Path], None] | None = None) -> Any:
-    """Everything that leaves in a run of two rounds and afterwards, with what depends on keys or chance masked."""
+Where = Callable[[Path, World], AbstractContextManager[None]]
+"""Puts a world where the site finds it, until the run is over."""
+
+
+@contextmanager
+def in_memory(folder: Path, world: World) -> Iterator[None]:
+    """As if read and encoded, and with neither guard nor rehearsal, which see no patient: fast."""
+    found = features_of(world, Federation(folder).agreed.initial.prompt_features.shape[1])
+    with (
+        mock.patch.object(site_module, "compared_images", return_value=(Found([], Notes(), []), Fingerprints([], {}))),
+        mock.patch.object(site_module, "by_patient", return_value=([], dict(found.digests))),
+        mock.patch.object(site_module, "load_features", return_value=found),
+        mock.patch.object(site_module, "rehearse"),
+        mock.patch.object(private_round, "check_training"),
+    ):
+        yield
+
+
+def whole_path(
+    prepared: Path,
+    folder: Path,
+    world: World,
+    before: Callable[[Path], None] | None = None,
+    where: Where = in_memory,
+    between: Callable[[Path], None] | None = None,
+    integers: list[dict[str, NDArray[np.float64]]] | None = None,
+) -> Any:
+    """Everything that leaves in a run of two rounds and afterwards, with what depends on keys or chance masked.
+
+    Args:
+        prepared: the study.
+        folder: a copy of it is made there.
+        world: the site's data.
+        before: what its people did before the run.
+        where: puts the data there.
+        between: what happens to the data after the first round, when the site starts again.
+        integers: is given the values that those of the first round stand for.
+    """
     shutil.copytree(prepared, folder, symlinks=True)
     federation = Federation(folder)
     rest = [federation.site(name) for name in TRAINING[1:]]
     for site in rest:
         site.features()
-    dim = federation.agreed.initial.prompt_features.shape[1]
-    found = features_of(world, dim)
     clock = Clock()
     real = Descent.run
 
@@ -165,14 +215,7 @@ def whole_path(prepared: Path, folder: Path, world: World, before: Callable[[Pat
         clock.now += 0.01 * sum(batch.mask.numel() for batch in patients)  # as padded work would
         real(self, adapter, patients, *rest)
 
-    with (
-        without_chance(),
-        mock.patch.object(site_module, "compared_images", return_value=(Found([], Notes(), []), Fingerprints([], {}))),
-        mock.patch.object(site_module, "by_patient", return_value=([], dict(found.digests))),
-        mock.patch.object(site_module, "load_features", return_value=found),
-        mock.patch.object(site_module, "rehearse"),
-        mock.patch.object(Descent, "run", work),
-    ):
+    with without_chance(), where(folder, world), mock.patch.object(Descent, "run", work):
         if before is not None:
             before(folder)
         ash = federation.site("ash")
@@ -184,7 +227,6 @@ def whole_path(prepared: Path, folder: Path, world: World, before: Callable[[Pat
         coordinator = Coordinator.begin(federation.agreed, folder / "server", federation.signing, "0" * 64)
         sent, hold = SentList(folder / "sites/ash/state"), ReplyClock(1.0, clock, clock.sleep)
         left: list[Any] = []
-        first: NDArray[np.int64] | None = None
         ash.features()  # what is wrong is settled before the first message
         while True:
             began = hold.begin()
@@ -207,12 +249,20 @@ def whole_path(prepared: Path, folder: Path, world: World, before: Callable[[Pat
                 masked = ("run", "head", "cohort", "ledger_head", "payload")
                 header = {name: value for name, value in facts.items() if name not in masked}
                 header["ledger_links"] = [seq for seq, _ in facts["ledger_links"]]
-                if first is None:
-                    first = np.array(next(folder.glob("sites/ash/state/runs/*/outbox/*.noised")).stat().st_size)
+                if integers is not None and not integers:
+                    (stored,) = folder.glob("sites/ash/state/runs/*/outbox/*.noised")
+                    noised = safetensors.numpy.load(stored.read_bytes())["integers"]
+                    integers.append(federation.agreed.layout(1).decode(noised, [1.0]))
             # A REVEAL's two numbers are of the integers, and so is its length.
             size = 0 if reply.code == ReplyCode.REVEALED else len(reply.envelope)
             left.append((reply.code.value, reply.position, size, header, round(clock.now - began, 6)))
             coordinator.receive(reply)
+            if between is not None and reply.code == ReplyCode.REVEALED:
+                between(folder)
+                between = None
+                ash = sites[0] = federation.site("ash")  # as a new process would
+                assert ash._private is not None
+                ash._private._noise = no_noise
             if coordinator.finished or len(left) > 2 * len(WORDS):  # a site that sends nothing is never done with
                 break
             for site in sites[1:]:
@@ -360,6 +410,113 @@ def test_copies_of_others_pictures_are_settled_before_the_start(prepared_worlds:
     assert without == with_one
 
 
+# --- from the very files ---
+
+
+@pytest.fixture(scope="module")
+def prepared_files(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """The same with the packaged backbone."""
+    folder = tmp_path_factory.mktemp("files") / "out"
+    prepare(template_of_worlds(backbone={"model": "mini-clip", "weights": "file", "file": "mini-clip.safetensors"}),
+            folder, images)  # fmt: skip
+    for name in TRAINING[1:]:
+        Federation(folder).site(name).features()
+    set_budget(folder)
+    return folder
+
+
+def own_folder(folder: Path) -> Path:
+    return folder / "pictures"
+
+
+def write_files(folder: Path, world: World) -> None:
+    """Pictures and manifest; one that is not finite is a file that breaks off, a copy is the same in another format."""
+    place = own_folder(folder)
+    place.mkdir()
+    lines = ["path,patient,label,split"]
+    for name, one in world.items():
+        for number, (label, seed) in enumerate((world[one.pictures] if one.pictures else one).images):
+            picture = np.random.default_rng(seed).integers(0, 256, (20, 20 + label), dtype=np.uint8)
+            path = place / f"{name}-{number}.{'bmp' if one.pictures else 'png'}"
+            Image.fromarray(picture).resize((80, 60)).save(path)
+            if not np.isfinite(one.scale):
+                path.write_bytes(path.read_bytes()[:60])
+            shown = "" if one.split == "unlabelled" else CLASSES[label]
+            lines.append(f"{path.name},{name},{shown},{one.split}")
+    (place / "manifest.csv").write_text("\n".join(lines) + "\n")
+
+
+@contextmanager
+def in_files(folder: Path, world: World) -> Iterator[None]:
+    """Read, checked and encoded by the site itself, whose guard and rehearsal run too, with noise as it should be."""
+    write_files(folder, world)
+    path = folder / "sites/ash/site.toml"
+    file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
+    data = file.data.model_copy(update={"folder": str(own_folder(folder))})
+    write_toml(path, file.model_copy(update={"data": data, "skip_unreadable": True}))
+    checked: list[Descent] = []
+
+    def guard(adapter: Any, loss: Any, descent: Descent) -> None:
+        checked.append(descent)
+        check_training(adapter, loss, Descent(descent.settings, descent.noise_std, descent.n_ref))
+
+    with (
+        mock.patch.object(private_round, "check_training", guard),
+        mock.patch.object(site_module, "rehearse", wraps=site_module.rehearse) as rehearsed,
+    ):
+        yield
+    assert checked
+    assert rehearsed.called
+
+
+def lose(folder: Path) -> None:
+    """The new patient's pictures are gone, another's is broken."""
+    for path in own_folder(folder).glob("p-*"):
+        path.unlink()
+    (own_folder(folder) / "t1-0.png").write_bytes(b"no picture")
+
+
+FILES: dict[str, tuple[Patient, Callable[[Path], None] | None]] = {
+    "who trains": (patient("train", 1, 2, 1, 1, seed=99), None),
+    "who validates, and is lost in the run": (patient("val", 1, seed=99), lose),
+    "whose file is broken": (patient("train", 1, seed=99, scale=float("nan")), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("case", FILES)
+def test_from_files_to_envelopes_nothing_depends_on_one_patient_but_integers(
+    prepared_files: Path, tmp_path: Path, case: str
+) -> None:
+    one, between = FILES[case]
+    first: list[dict[str, NDArray[np.float64]]] = []
+    second: list[dict[str, NDArray[np.float64]]] = []
+    world = {**others(), "x0": patient("test", 0, seed=41)}
+    without = whole_path(prepared_files, tmp_path / "without", world, None, in_files, between, first)
+    with_one = whole_path(prepared_files, tmp_path / "with", {**world, "p": one}, None, in_files, between, second)
+    assert without == with_one
+    assert [message[0] for message in without[0]] == WORDS
+    moved = float(np.linalg.norm(first[0][codec.UPDATE] - second[0][codec.UPDATE]))
+    rounding = 10.0 / 2**15 * first[0][codec.UPDATE].size ** 0.5
+    assert moved <= RATE * CLIP / N_REF + rounding
+    if np.isfinite(one.scale):  # the harness sees the patient at all
+        assert moved > rounding or second[0][codec.COUNTS][0] == first[0][codec.COUNTS][0] + 1
+    else:
+        assert moved == 0
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_files_with_equal_pictures_are_settled_before_anything_leaves(prepared_files: Path, tmp_path: Path) -> None:
+    world = {**others(), "x0": patient("test", 0, seed=41)}
+    copied = {**world, "p": patient("train", 1, seed=99, pictures="t0")}
+    with pytest.raises(TwinsError, match=r"1 pairs of patient ids[\s\S]*p  t0"):
+        whole_path(prepared_files, tmp_path / "unsettled", copied, None, in_files)
+    assert SentList(tmp_path / "unsettled/sites/ash/state").read() == []
+    settled = told_apart("p", "t0")
+    with_one = whole_path(prepared_files, tmp_path / "with", copied, settled, in_files)
+    assert whole_path(prepared_files, tmp_path / "without", world, settled, in_files) == with_one
+
+
 # --- the integers, by how much ---
 
 
@@ -388,7 +545,7 @@ def rounds_on(
         outputs.counts.append(counts)
         return np.zeros(1, dtype=np.int64)
 
-    with without_chance():
+    with unguarded():
         for number, world in enumerate(worlds):
             rounds = PrivateRounds(file, agreed, heads, "1" * 64, None, noise)
             features = features_of(world, agreed.initial.prompt_features.shape[1])
@@ -499,7 +656,7 @@ def test_counts_are_of_the_adapter_in_use_and_not_of_that_at_which_a_round_begin
     prompts, initial, counted = agreed.initial.prompt_features, agreed.initial.adapter, []
     # Class vectors that lie on the validation images, so that all are right.
     used = {"offsets": np.stack([features.val.x[features.val.y == k].sum(axis=0) for k in range(3)]) - prompts}
-    with without_chance():
+    with unguarded():
         rounds = PrivateRounds(file, agreed, LedgerHeads(tmp_path / "heads"), "1" * 64, None, no_noise)
         rounds.settle(features.digests, features.digests)
         for place, (begun, taken) in enumerate([(initial, used), (used, initial)], 1):

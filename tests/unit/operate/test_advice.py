@@ -17,7 +17,7 @@ from secure_fed.protocol.study import read_study_file, read_template, with_field
 @pytest.mark.parametrize(
     ("epsilon", "patients", "public", "dimensions", "rate"),
     [(8, 30, True, 32, 0.031), (1, 200, True, 32, 0.034), (3, 200, True, 32, 0.18), (8, 599, True, 32, 0.75),
-     (1, 600, True, 32, 0.2), (8, 600, True, 64, 0.75), (8, 600, False, None, 0.75)],
+     (1, 600, True, 64, 0.2), (8, 600, True, 64, 0.75), (8, 600, False, None, 0.75)],
 )  # fmt: skip
 def test_dimensions_and_rate_follow_from_budget_and_size(
     epsilon: float, patients: int, public: bool, dimensions: int | None, rate: float
