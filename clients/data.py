@@ -52,6 +52,9 @@ DRAWN_ALONE = (
 _COLUMNS = ("path", "label")
 _SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_WORDS = frozenset({*_SPLITS, "training", "valid", "validation", "testing", "dev"})
+_SPLIT_COLUMNS = re.compile(r"(is|in|for)?(train(ing)?|val(id|idation)?|test(ing)?|holdout|heldout)(set|ing)?")
+"""Names of columns, letters alone, that say of each row whether it is in one split, by one of these words:"""
+_YES_OR_NO = frozenset({"0", "1", "0.0", "1.0", "true", "false", "yes", "no", "y", "n", "t", "f", "x"})
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
@@ -544,8 +547,8 @@ def _read_manifest(
         )
     if "label" in needed and not has_splits and (named := _named_otherwise(table)):
         raise ManifestError(
-            f"{manifest}: column {named!r} holds names of splits, and there is no column split; expected it to be "
-            "named split, with train, val, test and unlabelled: rename it, or remove it"
+            f"{manifest}: column {named!r} says of which split a row is, and there is no column split; expected it to "
+            "be named split, with train, val, test and unlabelled: rename it, or remove it"
         )
     if free := [name for name in table.columns if name and name not in _KNOWN]:
         notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
@@ -587,10 +590,15 @@ def _read_manifest(
 
 
 def _named_otherwise(table: Table) -> str:
-    """The free column whose cells are all names of splits, as people write them; empty if there is none."""
+    """The free column whose cells are all names of splits, as people write them, or that says yes or no to one; empty
+    if there is none."""
     for name in table.columns:
-        found = {row.cells[name].casefold() for row in table.rows} - {""} if name not in (*_KNOWN, "") else set()
+        if name in _KNOWN or not name:
+            continue
+        found = {row.cells[name].casefold() for row in table.rows} - {""}
         if found & _SPLIT_WORDS and found <= _SPLIT_WORDS:
+            return name
+        if found and found <= _YES_OR_NO and _SPLIT_COLUMNS.fullmatch(re.sub(r"[\W_]+", "", name).casefold()):
             return name
     return ""
 

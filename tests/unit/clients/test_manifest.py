@@ -182,10 +182,19 @@ def test_columns_that_mean_nothing_are_told(tmp_path):
 @pytest.mark.parametrize("cells", [("test", "train"), ("Validation", "Training"), ("", "dev")])
 def test_a_column_of_splits_by_another_name_is_refused_as_test_images_would_be_trained_on(tmp_path, cells):
     rows = "path,label,patient,set\na.png,dark,p1,{}\nb.png,light,p2,{}\n".format(*cells)
-    with pytest.raises(ManifestError, match="column 'set' holds names of splits, and there is no column split"):
+    with pytest.raises(ManifestError, match="column 'set' says of which split a row is, and there is no column split"):
         found(tmp_path, rows.encode())
     with_splits = rows.replace("set", "set,split").replace("p1,", "p1,x,train").replace("p2,", "p2,x,train")
     assert len(found(tmp_path, re.sub("train.*", "train", with_splits).encode())) == 2
+
+
+@pytest.mark.parametrize("name", ["is_test", "Test", "in training set", "holdout", "validation"])
+def test_so_is_a_column_that_says_yes_or_no_to_one_split(tmp_path, name):
+    rows = f"path,label,patient,{name}\na.png,dark,p1,0\nb.png,light,p2,1\n"
+    with pytest.raises(ManifestError, match=f"column '{name}' says of which split a row is"):
+        found(tmp_path, rows.encode())
+    for free in (rows.replace(name, "smoker"), rows.replace("p1,0", "p1,CT").replace("p2,1", "p2,MR")):
+        assert len(found(tmp_path, free.encode())) == 2
 
 
 def test_an_id_with_a_line_break_is_refused_by_line(tmp_path):
