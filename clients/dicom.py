@@ -392,6 +392,10 @@ class DicomFile:
         dataset = self._dataset
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated or self._colour == "YBR_FULL_422":
             return
+        if not isinstance(dataset.PixelData, bytes):
+            raise UndecodableError(
+                f"PixelData (7FE0,0010) is written as {dataset['PixelData'].VR}; expected OB or OW: export it again"
+            )
         bits = math.prod(_whole(dataset, name) for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated"))
         found = len(dataset.PixelData)
         if 8 * found >= max((self.frames + 1) * bits, self.frames * bits + 16):

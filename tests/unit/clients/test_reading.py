@@ -364,6 +364,14 @@ def test_more_pixels_than_the_header_counts_are_refused_as_nothing_says_whose_th
         decode(as_bytes(dataset))
 
 
+def test_pixels_that_are_written_as_numbers_are_refused():
+    content = as_bytes(dicom(np.zeros((1, 2), np.uint8)))
+    place = content.index(b"\xe0\x7f\x10\0O")
+    numbers = content[: place + 4] + b"US\2\0\7\0"
+    with pytest.raises(UndecodableError, match=r"PixelData \(7FE0,0010\) is written as US; expected OB or OW"):
+        decode(numbers)
+
+
 def test_a_few_bytes_behind_the_pixels_do_no_harm():
     odd = np.zeros((3, 3), np.uint8)
     for extra in (b"", b"\0", b"\0" * 6):
