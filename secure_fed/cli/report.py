@@ -17,7 +17,7 @@ def report(
         typer.Argument(metavar="DIR...", help="Folders of simulate, demo, sweep or attack, or a site's folder."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The file; else report.html (or .md ...) in the first folder.")
+        Path | None, typer.Option(help="The file; else report.html (.md, .csv, .png) in the first folder.")
     ] = None,
     form: Annotated[
         str | None, typer.Option("--format", help="html, md, csv or png; else by the file's ending, or html.")

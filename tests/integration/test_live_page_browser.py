@@ -5,8 +5,11 @@ Run with ``make test-browser``.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,14 +18,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from secure_fed.clients.sitefile import read_site
+from secure_fed.lab.simulation import simulate
 from secure_fed.operate.live_page import LivePage
+from tests.conftest import TRAINING, make_template, template_table
 from tests.integration.test_report_browser import SIZES, Browser
 
 pytestmark = pytest.mark.browser
+
+ROUNDS = 30
 
 
 class _Link:
@@ -91,6 +99,56 @@ def _open(place: Path) -> tuple[LivePage, threading.Thread, Browser]:
     return page, thread, Browser(_Link(page.url))  # type: ignore[arg-type]
 
 
+def _round(browser: Browser) -> int:
+    found = re.match(r"Running\. Round ([0-9]+)", browser.find("#headline").text)
+    return int(found[1]) if found else 0
+
+
+def test_pages_that_are_open_or_killed_change_nothing_of_a_study(tmp_path: Path, images: Path) -> None:
+    """A whole demo beside pages of a site and of the server, and its adapter is the one that no page has seen."""
+    expected = simulate(make_template(rounds=ROUNDS), tmp_path / "simulated", images)["adapter_digest"]
+    template, out = tmp_path / "small.toml", tmp_path / "out"
+    template.write_text(tomli_w.dumps(template_table(rounds=ROUNDS)))
+    start = [sys.executable, "-P", "-m", "secure_fed.cli"]
+    command = [*start, "demo", str(template), "--data", str(images), "--out", str(out), "--json"]
+    pages: list[subprocess.Popen[str]] = []
+    browsers: list[Browser] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as demo:
+        try:
+            while not (out / "logs").is_dir():  # from now on its processes start
+                assert demo.poll() is None
+                time.sleep(0.1)
+            for place in (out / "server", out / "sites/ash"):
+                page = subprocess.Popen([*start, "page", str(place)], stdout=subprocess.PIPE, text=True)
+                pages.append(page)
+                assert page.stdout is not None
+                browsers.append(Browser(_Link(page.stdout.readline().strip())))  # type: ignore[arg-type]
+                browsers[-1].open("desk")
+            here = browsers[1]
+            for browser in browsers:
+                _until(browser, lambda browser=browser: _round(browser) > 0, 240)  # type: ignore[misc]
+            assert {os.getpriority(os.PRIO_PROCESS, page.pid) for page in pages} == {19}
+            pages[0].kill()
+            assert demo.poll() is None  # in the middle
+            told, _ = demo.communicate(timeout=400)
+            assert demo.returncode == 0
+            _until(here, lambda: "Finished." in here.find("#headline").text, 60)
+            pages[1].send_signal(signal.SIGINT)
+            assert pages[1].wait(30) == 130
+        finally:
+            demo.terminate()
+            for page in pages:
+                page.kill()
+                page.wait()
+                assert page.stdout is not None
+                page.stdout.close()
+            for browser in browsers:
+                browser.driver.quit()
+    summary = json.loads(told)
+    assert summary["adapter_digest"] == expected
+    assert [row["sites_in"] for row in summary["rounds"]] == [len(TRAINING)] * ROUNDS
+
+
 def test_a_demo_that_runs_is_followed_checked_and_stopped(tmp_path: Path) -> None:
     """A real demo, a page of one site and one of the server, and a press of each button."""
     out = tmp_path / "out"
@@ -114,6 +172,17 @@ def test_a_demo_that_runs_is_followed_checked_and_stopped(tmp_path: Path) -> Non
             _until(here, lambda: re.search(r"Running\. Round [2-9]", here.find("#headline").text), 240)
             assert "Accepted: simulation" in here.find("#accepted").text
             assert "messages" in here.find("#sent p").text
+            # What was accepted is taken back, and accepted anew on the page, while the study goes on.
+            file, _ = read_site(site)
+            shutil.rmtree(file.state_folder.accepted)
+            _until(here, lambda: here.find("#accept").is_displayed(), 60)
+            here.find("#by").send_keys("Dr. Beech")
+            here.find("#accept button").click()
+            _until(here, lambda: "accepted by Dr. Beech at" in here.find("#said").text, 60)
+            _until(here, lambda: "Accepted: Dr. Beech" in here.find("#accepted").text, 60)
+            assert file.state_folder.accepted.exists()
+            number = _round(here)
+            _until(here, lambda: _round(here) > number, 120)
             here.find("#doctor").click()
             _until(here, lambda: re.match(r"[0-9]+ checks, [0-9]+ failed", here.find("#said").text), 120)
             here.find("#stop").click()
