@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
-from secure_fed.clients.acceptance import record_acceptance
+from secure_fed.clients.acceptance import record_acceptance, rounds_accepted
 from secure_fed.clients.keyring import membership
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import NotAcceptedError, RecordError, StudyError
@@ -95,6 +95,8 @@ def test_sites_that_have_been_told_the_end_are_told_of_the_extension_and_of_the_
     extend_run(federation.agreed, federation.folder / "server", 4)
     wire.away.clear()
     wire.since = dict.fromkeys(wire.apps, "second")
+    _steps(loop, lambda: _kinds(coordinator)[-1] == "extension")
+    assert not any(site.told_the_end for site in loop._sites)
     loop.run()
     assert {each.site.round for each in wire.apps.values()} == {4}
 
@@ -125,6 +127,11 @@ def test_what_was_accepted_stays_accepted_and_less_is_refused(federation: Federa
     assert (shown["rounds"], shown["leaves"]["updates"]) == (7, 7)
     anew = _call("site", "accept", study, "--site", site, "--by", "Dr Y", "--json")
     assert json.loads(anew.stdout)["rounds"] == 7
+    # Whoever accepts the study's own terms again takes nothing back.
+    file = read_site_file(site)
+    ash = membership(file, federation.agreed).identity
+    record_acceptance(file, federation.agreed, ash, "Dr Z")
+    assert rounds_accepted(file, federation.agreed, ash.keys.signing) == 7
     for rounds in (2, 6):
         refused = _call("site", "accept", study, "--site", site, "--by", "Dr Y", "--rounds", rounds)
         assert isinstance(refused.exception, NotAcceptedError)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from secure_fed import configs
+from secure_fed.clients.flower_app import PROBE_BYTES
 from secure_fed.clients.sitefile import SiteFile, SiteServer
 from secure_fed.core.errors import SiteFileError
 from secure_fed.core.tomlfile import read_toml, write_toml
@@ -475,11 +476,10 @@ def test_a_line_of_64_kbit_with_losses_finishes_its_round_and_sends_each_byte_on
     assert "another attempt" not in spread.log("server")
     assert lan.lost(own_hosts["birch"]) >= 0.05
     up = size_of(spread, "birch")
-    told = re.search(r"(\d+) bytes went up in \d+ parts and \d+ s; (\d+) of them again", spread.log("birch"))
-    assert told is not None
-    assert int(told[1]) == up
-    assert int(told[2]) <= 0.1 * up
-    assert lan.received(own_hosts["birch"]) <= LOSSY * up
+    told = re.findall(r"(\d+) bytes went up in \d+ parts and \d+ s; (\d+) of them again", spread.log("birch"))
+    (again,) = [int(again) for size, again in told if int(size) == up]  # the line was measured before
+    assert again <= 0.1 * up
+    assert lan.received(own_hosts["birch"]) <= LOSSY * (up + PROBE_BYTES)
 
 
 BUFFERING = """
