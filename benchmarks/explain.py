@@ -1,6 +1,6 @@
 """Heat maps of a classifier, judged by numbers on phantoms, whose lesions are known.
 
-    python benchmarks/explain.py [--adapters facmic text_head gaussian_head] [--images 60] [--work DIR] [--json FILE]
+    python benchmarks/explain.py [--adapters facmic text_head gaussian_head] [--images 60] [--seed 0] [--work DIR]
 
 Each adapter is the study ``demo``, simulated in ``plain`` mode, which changes no bit, on phantoms with masks. Of test
 images with a lesion that are classified correctly:
@@ -30,7 +30,7 @@ from rich.console import Console
 from secure_fed.clients.decoding import decode
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
-from secure_fed.model.attribution import heat_map, kind_of_map, margin_of, occluded
+from secure_fed.model.attribution import HeatMaps, margin_of, occluded
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.protocol.study import read_template, with_fields
 
@@ -43,13 +43,13 @@ GRID = 10
 """Cells a side that deletion and insertion go by."""
 
 
-def study(adapter: str, work: Path) -> Path:
+def study(adapter: str, work: Path, seed: int) -> Path:
     """The folder of the study, simulated unless it is there."""
-    out = work / adapter
+    out = work / f"{adapter}-{seed}"
     if not (out / "adapter.safetensors").exists():
         template = read_template(Path("demo"))
-        plan = template.plan.model_dump(mode="json", exclude_none=True) | {"masks": True}
-        simulate(with_fields(template, mode="plain", simulation=plan, **CHANGES[adapter]), out, None)
+        plan = template.plan.model_dump(mode="json", exclude_none=True) | {"masks": True, "phantom_seed": seed}
+        simulate(with_fields(template, mode="plain", seed=seed, simulation=plan, **CHANGES[adapter]), out, None)
     return out
 
 
@@ -91,12 +91,12 @@ def curves(
     return float(p[0].mean()), float(p[1].mean())
 
 
-def judged(adapter: str, work: Path, most: int) -> dict[str, Any]:
+def judged(adapter: str, work: Path, seed: int, most: int) -> dict[str, Any]:
     """All figures of an adapter."""
-    out = study(adapter, work)
+    out = study(adapter, work, seed)
     file = load_adapter(out / "adapter.safetensors")
     backbone = load_backbone(file.backbone, None)
-    data, side = out / "data", backbone.side
+    maps, data, side = HeatMaps(backbone), out / "data", backbone.side
     places = constant_places(data, side)
     rng = np.random.default_rng(0)
     test = rows(data, "test")
@@ -111,7 +111,7 @@ def judged(adapter: str, work: Path, most: int) -> dict[str, Any]:
         k = int(file.predict(backbone.encode_prepared([prepared])).argmax())
         if file.classes[k] != label:
             continue
-        heat = heat_map(backbone, prepared, margin_of(file.build(), k))
+        heat = maps.of(prepared, margin_of(file.build(), k))
         hits[label].append((bool(mask.flat[heat.argmax()]), bool(mask.flat[places[label]])))
         if len(areas) < most:
             cells = np.add.reduceat(heat, np.arange(0, side, side // GRID), axis=0)
@@ -123,7 +123,7 @@ def judged(adapter: str, work: Path, most: int) -> dict[str, Any]:
     means = np.mean(areas, axis=0)
     return {
         "adapter": adapter,
-        "maps": kind_of_map(backbone),
+        "maps": maps.kind,
         "images": len(everything),
         "pointing": 100 * float(everything[:, 0].mean()),
         "constant": 100 * float(everything[:, 1].mean()),
@@ -144,12 +144,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", nargs="+", choices=sorted(CHANGES), default=list(CHANGES))
     parser.add_argument("--images", type=int, default=60, help="of each class, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of phantoms, splits and training")
     parser.add_argument("--work", type=Path, help="keeps the studies")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = [judged(name, arguments.work or Path(folder), arguments.images) for name in arguments.adapters]
+        found = [
+            judged(name, arguments.work or Path(folder), arguments.seed, arguments.images)
+            for name in arguments.adapters
+        ]
     console = Console()
     console.print("| adapter | class | images | pointing, % | best constant place, % |\n|---|---|---|---|---|")
     for one in found:

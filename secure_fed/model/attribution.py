@@ -1,10 +1,11 @@
 """Where in an image a classifier's reasons lie: one map an image, of gradients, for every kind of image tower.
 
-A convolutional tower is asked at an early block, whose places are small: how much each place's features, moved, would
-move the margin of a class. One gradient is speckled, and its speckles depend on how the strides fall on the image; so
-it is averaged over shifts of the image, each map moved back, and over a little noise (SmoothGrad, arXiv 1706.03825). A
-transformer with a token of the whole image is asked at its last block (Grad-ECLIP, arXiv 2502.18816); another one, as
-a convolutional tower is.
+A transformer with a token of the whole image is asked at its last block (Grad-ECLIP, arXiv 2502.18816). A tower that
+ends in a mean over places, and has enough of these, is asked there: by linearity each place has its own part of the
+class's margin. Another one is asked at early blocks, whose places are small: how much each place's features, as far as
+they differ from those of the blurred image, would move the margin. One such gradient is speckled, and its speckles
+depend on how the strides fall on the image; so it is averaged over shifts of the image, each map moved back, and over
+a little noise (SmoothGrad, arXiv 1706.03825); and a place counts as far as two blocks agree on it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor, nn
 
 from secure_fed.core.errors import BackboneError
@@ -30,6 +32,12 @@ _NOISE = 0.5
 _FARTHEST = 1 / 20
 """Of the shifts up, down, left and right, in sides of the image."""
 
+_BLUR = 0.25
+"""Standard deviation of the blur that leaves no finding, in sides of the image."""
+
+_EXACT = 7
+"""Fewest places a side of a last block whose own map can point at something."""
+
 Margin = Callable[[Tensor], Tensor]
 """Of unit features [n, d], differentiable, what is to be explained, [n]."""
 
@@ -44,15 +52,50 @@ def margin_of(adapter: Adapter, label: int) -> Margin:
     return margin
 
 
-def kind_of_map(backbone: LoadedBackbone) -> str:
-    """How maps are made of this tower, in words."""
-    if backbone.last_attention() is not None:
-        return "Grad-ECLIP at the last block"
-    return f"gradients at {early_block(backbone)}, averaged over {SHIFTS} shifts"
+class HeatMaps:
+    """Maps by one tower.
+
+    Attributes:
+        kind: how they are made, in words.
+    """
+
+    def __init__(self, backbone: LoadedBackbone) -> None:
+        """Choose the way by what the tower is.
+
+        Raises:
+            BackboneError: it has no block of patches.
+        """
+        self._backbone = backbone
+        self._attention = backbone.last_attention()
+        self._pooled = None if self._attention is not None else pooled_block(backbone)
+        self._early = () if self._attention is not None or self._pooled is not None else early_blocks(backbone)
+        if self._attention is not None:
+            self.kind = "Grad-ECLIP at the last block"
+        elif self._pooled is not None:
+            self.kind = f"each place's part of the class's margin, at {self._pooled}"
+        else:
+            names = " and ".join(self._early)
+            self.kind = f"gradients at {names}, against the blurred image, averaged over {SHIFTS} shifts"
+
+    def of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64]:
+        """A map [side, side], from 0 to 1, over what the tower sees; large where the reasons for ``margin`` lie.
+
+        Args:
+            prepared: of one image, [3, side, side].
+            margin: what is explained.
+        """
+        size = prepared.shape[1:]
+        if self._attention is not None:
+            return _scaled(_grad_eclip(self._backbone, self._attention, prepared, margin))
+        if self._pooled is not None:
+            return _scaled(_grown(class_map(self._backbone, self._pooled, prepared, margin)[None], size)[0])
+        found = [_scaled(one) for one in _early_gradients(self._backbone, self._early, prepared, margin)]
+        return _unit(np.prod(found, axis=0))
 
 
-def early_block(backbone: LoadedBackbone) -> str:
-    """The block at which a tower without a token of the whole image is asked: the first at the top of its tree.
+def early_blocks(backbone: LoadedBackbone) -> tuple[str, ...]:
+    """The blocks at which a tower is asked early: the first at the top of its tree, and there the next that has fewer
+    places, if there is one.
 
     Raises:
         BackboneError: the tower has no block of patches.
@@ -61,41 +104,82 @@ def early_block(backbone: LoadedBackbone) -> str:
     if not blocks:
         raise BackboneError("the image tower has no block of patches, so no map can be made; expected another backbone")
     depth = min(name.count(".") for name in blocks)
-    return next(name for name in blocks if name.count(".") == depth)
+    first, *others = (name for name in blocks if name.count(".") == depth)
+    places = backbone.grid(first)[0]
+    return (first, *[name for name in others if backbone.grid(name)[0] < places][:1])
 
 
-def heat_map(backbone: LoadedBackbone, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64]:
-    """A map [side, side], from 0 to 1, over what the tower sees; large where the reasons for ``margin`` lie.
+def pooled_block(backbone: LoadedBackbone) -> str | None:
+    """The last block of a convolutional tower whose features are a mean over its places, if these are enough.
 
-    Args:
-        backbone: the tower.
-        prepared: of one image, [3, side, side].
-        margin: what is explained.
+    With a mean the gradient is the same at all places, which is tried on an image of noise.
     """
-    attention = backbone.last_attention()
-    if attention is not None:
-        found = _grad_eclip(backbone, attention, prepared, margin)
-    else:
-        found = _early_gradients(backbone, prepared, margin)
-    found = upsampled(found[None], found.shape)[0]
-    found = found - found.min()
-    return np.asarray(found / max(float(found.max()), 1e-30))
+    blocks = backbone.blocks()[:-1]
+    if not blocks or min(backbone.grid(blocks[-1])[:2]) < _EXACT:
+        return None
+    noise = np.random.default_rng(0).normal(size=(1, 3, backbone.side, backbone.side)).astype(np.float32)
+    ((seen, gradient),) = backbone.gradients(noise, blocks[-1:], lambda features: features[:, 0])
+    if seen.ndim != 4:
+        return None
+    apart = (gradient - gradient.mean(dim=(2, 3), keepdim=True)).abs().max()
+    return blocks[-1] if float(apart) <= 1e-4 * float(gradient.abs().max()) else None
 
 
-def _early_gradients(backbone: LoadedBackbone, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64]:
-    """relu(sum_c g_c a_c) at each place of an early block, averaged: a its features, g the gradient there."""
-    block = early_block(backbone)
-    height, width, _ = backbone.grid(block)
+def class_map(
+    backbone: LoadedBackbone, block: str, prepared: NDArray[np.float32], margin: Margin
+) -> NDArray[np.float64]:
+    """Each place's part [height, width] of a margin at the last block, whose mean the tower's feature is linear in.
+
+    With the feature's length as it is, the parts add up to the margin's linear part at the unit feature: to all of it
+    but a constant for a head that is linear, as ``text_head`` and ``gaussian_head`` are; of a gate to first order.
+    """
+    unit = torch.from_numpy(backbone.encode_prepared([prepared])).requires_grad_(True)
+    (slope,) = torch.autograd.grad(margin(unit).sum(), unit)
+    ((seen, gradient),) = backbone.gradients(
+        prepared[None], (block,), lambda raw: raw @ slope[0] / raw.detach().norm(dim=-1), unit=False
+    )
+    return np.asarray((gradient * seen).sum(dim=1)[0].double().numpy())
+
+
+def _early_gradients(
+    backbone: LoadedBackbone, blocks: tuple[str, ...], prepared: NDArray[np.float32], margin: Margin
+) -> list[NDArray[np.float64]]:
+    """Of each block relu(sum_c g_c (a_c - b_c)) at each place, averaged: a its features, b those of the blurred image,
+    g the gradient at a. What the blur leaves as it is, as the empty space around a head, has no part in it."""
     side = prepared.shape[-1]
     steps = np.linspace(-side * _FARTHEST, side * _FARTHEST, round(SHIFTS**0.5)).round().astype(int)
     shifts = [(int(down), int(right)) for down in steps for right in steps]
     noise = np.random.default_rng(0).normal(0, _NOISE, (len(shifts), *prepared.shape))
-    copies = np.stack([_moved(prepared, shift) for shift in shifts]) + noise
-    seen, gradient = backbone.gradients(copies.astype(np.float32), block, margin)
-    places = torch.relu(_places(gradient * seen, (height, width)).sum(dim=1))
-    whole = nn.functional.interpolate(places[:, None], size=(side, side), mode="bilinear")[:, 0].double().numpy()
-    back = [_moved(one[None], (-down, -right))[0] for one, (down, right) in zip(whole, shifts, strict=True)]
-    return np.asarray(np.mean(back, axis=0))
+    blurred = ndimage.gaussian_filter(prepared, (0, _BLUR * side, _BLUR * side), mode="nearest")
+    sharp, plain = (
+        (np.stack([_moved(image, shift) for shift in shifts]) + noise).astype(np.float32)
+        for image in (prepared, blurred)
+    )
+    found = []
+    for block, (seen, gradient), before in zip(
+        blocks, backbone.gradients(sharp, blocks, margin), backbone.activations(plain, blocks), strict=True
+    ):
+        places = torch.relu(_places(gradient * (seen - before), backbone.grid(block)[:2]).sum(dim=1))
+        whole = _grown(places.double().numpy(), (side, side))
+        back = [_moved(one[None], (-down, -right))[0] for one, (down, right) in zip(whole, shifts, strict=True)]
+        found.append(np.asarray(np.mean(back, axis=0)))
+    return found
+
+
+def _grown(places: NDArray[np.float64], size: tuple[int, ...]) -> NDArray[np.float64]:
+    """Values by place [n, h, w] as [n, height, width]."""
+    grown = nn.functional.interpolate(torch.from_numpy(places)[:, None], size=size[-2:], mode="bilinear")
+    return np.asarray(grown[:, 0].numpy())
+
+
+def _scaled(found: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A map, smoothed, from 0 to 1."""
+    return _unit(upsampled(found[None], (found.shape[0], found.shape[1]))[0])
+
+
+def _unit(found: NDArray[np.float64]) -> NDArray[np.float64]:
+    found = found - found.min()
+    return np.asarray(found / max(float(found.max()), 1e-30))
 
 
 def _places(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -127,9 +211,8 @@ def _grad_eclip(
     alike = (alike - alike.min()) / (alike.max() - alike.min()).clamp_min(1e-12)
     places = torch.relu((value[1:] * gradient[0]).sum(dim=-1) * alike)
     grid = round(len(places) ** 0.5)
-    side = prepared.shape[-1]
-    whole = nn.functional.interpolate(places.reshape(1, 1, grid, grid), size=(side, side), mode="bilinear")
-    return np.asarray(whole[0, 0].double().numpy())
+    whole: NDArray[np.float64] = _grown(places.reshape(1, grid, grid).double().numpy(), prepared.shape)[0]
+    return whole
 
 
 def occluded(prepared: NDArray[np.float32], order: Sequence[int], grid: int) -> NDArray[np.float32]:

@@ -216,28 +216,46 @@ class LoadedBackbone:
         return Image.fromarray(np.rint(pixels).astype(np.uint8).transpose(1, 2, 0))
 
     def gradients(
-        self, prepared: NDArray[np.float32], block: str, wanted: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """What a block gives for prepared images [n, 3, side, side], and the gradient of ``wanted`` with respect to it.
+        self,
+        prepared: NDArray[np.float32],
+        blocks: Sequence[str],
+        wanted: Callable[[Tensor], Tensor],
+        *,
+        unit: bool = True,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What blocks give for prepared images [n, 3, side, side], and the gradient of ``wanted`` with respect to it.
 
         Both float32 on the CPU, [n, depth, height, width] or [n, tokens, depth].
 
         Args:
             prepared: the images.
-            block: a name of :meth:`blocks`.
-            wanted: of unit features [n, d] on the CPU, differentiable, a value each, [n].
+            blocks: names of :meth:`blocks`.
+            wanted: of features [n, d] on the CPU, differentiable, a value each, [n].
+            unit: whether features are scaled to length 1 before.
 
         Raises:
             BackboneError: the tower has no such block.
         """
-        self.grid(block)
-        kept: list[Tensor] = []
+        kept: dict[str, Tensor] = {}
 
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            kept.append(output.detach().requires_grad_(True))
-            return kept[-1]
+        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+            def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+                kept[name] = output if output.requires_grad else output.detach().requires_grad_(True)
+                return kept[name].clone()  # what follows may work in place
 
-        return self._gradient_at(dict(self._model.visual.named_modules())[block], keep, kept, prepared, wanted)
+            return hook
+
+        tower = dict(self._model.visual.named_modules())
+        hooks = [(tower[block], keep(block)) for block in blocks if self.grid(block)]
+        found = self._gradient_at(hooks, lambda: [kept[block] for block in blocks], prepared, wanted, unit=unit)
+        return [(kept[block].detach().float().cpu(), one) for block, one in zip(blocks, found, strict=True)]
+
+    def activations(self, prepared: NDArray[np.float32], blocks: Sequence[str]) -> list[Tensor]:
+        """What blocks give, without gradients; arguments as for :meth:`gradients`."""
+        inputs = torch.from_numpy(prepared).to(next(self._model.visual.parameters()).dtype)
+        with torch.inference_mode(), self._seen(blocks) as seen:
+            self._model.encode_image(inputs.to(self.device))
+        return [seen[block].float().cpu().clone() for block in blocks]
 
     def last_attention(self) -> nn.MultiheadAttention | None:
         """The last attention of an image tower that reads a token of the whole image there; None of other towers."""
@@ -267,28 +285,31 @@ class LoadedBackbone:
             kept.append(output[0].detach().requires_grad_(True))
             return (kept[-1], *output[1:])
 
-        _, gradient = self._gradient_at(attention, keep, kept, prepared[None], wanted, arguments=True)
+        (gradient,) = self._gradient_at([(attention, keep)], lambda: kept, prepared[None], wanted, arguments=True)
         first = 0 if attention.batch_first else 1
         return given[0].detach().float().cpu().select(first, 0), gradient.select(first, 0)
 
     def _gradient_at(
         self,
-        module: nn.Module,
-        keep: Callable[..., Any],
-        kept: list[Tensor],
+        hooks: Sequence[tuple[nn.Module, Callable[..., Any]]],
+        kept: Callable[[], list[Tensor]],
         prepared: NDArray[np.float32],
         wanted: Callable[[Tensor], Tensor],
+        *,
         arguments: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+        unit: bool = True,
+    ) -> list[Tensor]:
         inputs = torch.from_numpy(prepared).to(next(self._model.visual.parameters()).dtype)
-        handle = module.register_forward_hook(keep, with_kwargs=arguments)
+        handles = [module.register_forward_hook(hook, with_kwargs=arguments) for module, hook in hooks]
         try:
             with torch.enable_grad():
-                features = nn.functional.normalize(self._model.encode_image(inputs.to(self.device)).float(), dim=-1)
-                (gradient,) = torch.autograd.grad(wanted(features.cpu()).sum(), kept[0])
+                features = self._model.encode_image(inputs.to(self.device)).float()
+                features = nn.functional.normalize(features, dim=-1) if unit else features
+                gradients = torch.autograd.grad(wanted(features.cpu()).sum(), kept())
         finally:
-            handle.remove()
-        return kept[0].detach().float().cpu(), gradient.float().cpu()
+            for handle in handles:
+                handle.remove()
+        return [gradient.float().cpu() for gradient in gradients]
 
     @cached_property
     def _grids(self) -> dict[str, tuple[int, int, int]]:

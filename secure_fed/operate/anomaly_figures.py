@@ -17,11 +17,12 @@ from secure_fed.core.errors import DataError
 from secure_fed.model.heat import upsampled
 from secure_fed.operate.summary import AnomalyFigures, Places, ScoresAt
 from secure_fed.protocol import memory
-from secure_fed.protocol.study import NORMAL, AgreedStudy
+from secure_fed.protocol.study import NORMAL, AgreedStudy, Method
 
 _POINTS = 64
 _MOST_FALSE = 0.3
 _BINS = 64
+_MAP_SIDE = 8
 
 
 def anomaly_figures(agreed: AgreedStudy, training: Sequence[Site], observers: Sequence[Site]) -> AnomalyFigures | None:
@@ -48,16 +49,21 @@ def anomaly_figures(agreed: AgreedStudy, training: Sequence[Site], observers: Se
         threshold=None if limit >= memory.NO_LIMIT else limit,
         false_alarms=method.false_alarms,
         patients=max(0.0, float(adapter[memory.HISTOGRAM].sum())),
-        per_site={site.name: _scores([site], adapter, method.top, limit) for site in training},
-        held_out=_scores(observers, adapter, method.top, limit) if observers else None,
+        per_site={site.name: _scores([site], adapter, method, limit) for site in training},
+        held_out=_scores(observers, adapter, method, limit) if observers else None,
         places=places,
     )
 
 
-def _scores(sites: Sequence[Site], adapter: dict[str, NDArray[np.float64]], top: float, limit: float) -> ScoresAt:
+def _scores(sites: Sequence[Site], adapter: dict[str, NDArray[np.float64]], method: Method, limit: float) -> ScoresAt:
     tests = [site.test_images() for site in sites]
     x, labels = (np.concatenate(parts) for parts in list(zip(*tests, strict=True))[:2])
-    found, wrong = memory.scores(adapter, x, top), labels != NORMAL
+    owners = np.array([f"{number} {owner}" for number, (*_, whose) in enumerate(tests) for owner in whose])
+    found, wrong = memory.scores(adapter, x, method.top), labels != NORMAL
+    heat = memory.maps(adapter, x)
+    mean_maps = [
+        _mean_map(heat[rows]) if len(set(owners[rows])) >= method.min_patients else () for rows in (~wrong, wrong)
+    ]
     bins = np.minimum((found * (_BINS / 2)).astype(int), _BINS - 1)
     curve: tuple[tuple[float, float], ...] = ()
     if 0 < wrong.sum() < len(wrong):
@@ -70,7 +76,20 @@ def _scores(sites: Sequence[Site], adapter: dict[str, NDArray[np.float64]], top:
         flagged_normal=float((found[~wrong] >= limit).mean()) if (~wrong).any() else None,
         flagged_anomalous=float((found[wrong] >= limit).mean()) if wrong.any() else None,
         roc=curve,
+        normal_map=mean_maps[0],
+        anomalous_map=mean_maps[1],
     )
+
+
+def _mean_map(heat: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    """The mean of maps [n, h, w] by rows, of at most :data:`_MAP_SIDE` places a side; empty of maps of one place."""
+    whole = heat.mean(axis=0)
+    if whole.size == 1:
+        return ()
+    for axis in (0, 1):
+        parts = np.array_split(whole, min(_MAP_SIDE, whole.shape[axis]), axis=axis)
+        whole = np.stack([part.mean(axis=axis) for part in parts], axis=axis)
+    return tuple(tuple(row) for row in whole.tolist())
 
 
 # --- lesions whose masks are there ---

@@ -28,7 +28,7 @@ from secure_fed.clients.sitefile import read_site
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile
-from secure_fed.model.attribution import heat_map, kind_of_map, margin_of
+from secure_fed.model.attribution import HeatMaps, margin_of
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.device import Device
 from secure_fed.model.heat import overlay
@@ -219,14 +219,15 @@ Reasons = tuple[dict[str, float], float | None, tuple[ConceptShare, ...], float 
 class _Classifier:
     def __init__(self, file: AdapterFile, backbone: LoadedBackbone) -> None:
         tokens = file.initial.prompt_tokens
-        self._file, self._backbone = file, backbone
+        self._file = file
         self._adapter = file.build(None if tokens is None else backbone.text_tower(tokens))
         self._concepts = _text_features(backbone, file)
-        self.kind = kind_of_map(backbone)
+        self._maps = HeatMaps(backbone)
+        self.kind = self._maps.kind
 
     def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
         """Of the margin of the predicted class."""
-        return heat_map(self._backbone, prepared, margin_of(self._adapter, self._label(x)))
+        return self._maps.of(prepared, margin_of(self._adapter, self._label(x)))
 
     def reasons(self, x: NDArray[np.float32], strange: bool) -> Reasons:
         """Zero-shot, and what the concepts contribute to the margin.

@@ -203,6 +203,8 @@ class ScoresAt(FileModel):
         normal, anomalous: images by bin of their score, ``bins`` equal parts from 0 to 2.
         flagged_normal, flagged_anomalous: share of each that is flagged; None without any.
         roc: false and true positive rate by threshold, from (0, 0) to (1, 1); empty if undefined.
+        normal_map, anomalous_map: means over the images of the heat map, by rows of places; empty of fewer patients
+            than the study makes a centroid of, of whom a mean would tell too much, and of maps of one place.
     """
 
     normal: tuple[Count, ...]
@@ -210,6 +212,8 @@ class ScoresAt(FileModel):
     flagged_normal: Share | None
     flagged_anomalous: Share | None
     roc: tuple[tuple[Share, Share], ...] = ()
+    normal_map: tuple[tuple[Amount, ...], ...] = ()
+    anomalous_map: tuple[tuple[Amount, ...], ...] = ()
 
 
 class Places(FileModel):

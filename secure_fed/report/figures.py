@@ -573,6 +573,15 @@ def _anomaly(analysis: Analysis) -> Section:
         nice_axis("anomalies found, %", [0, 100]),
         curves,
     )
+    histograms = tuple(
+        _histogram(f"Scores at {name}, % of images: {group.label}", found.normal, found.anomalous)
+        for name, found in sites
+    )
+    matrices = tuple(
+        matrix
+        for name, found in sites
+        for matrix in _heat(f"{name}: {group.label}", found.normal_map, found.anomalous_map)
+    )
     rows, scores_at, places = [], [], []
     for one, figures in known:
         for name, found in (*figures.per_site.items(), (HELD_OUT, figures.held_out)):
@@ -627,7 +636,41 @@ def _anomaly(analysis: Analysis) -> Section:
     finding = f"At most {100 * first.false_alarms:g} % false alarms are promised"
     finding += f"; {100 * fmean(flagged):.1f} % of the sites' own normal test images are flagged." if flagged else "."
     notes = ("The promise holds for normal patients like those of all sites' validation, not for every site.",)
-    return Section(key, title, finding, charts=(roc,) if curves else (), tables=tables, notes=notes)
+    charts = (*((roc,) if curves else ()), *histograms)
+    return Section(key, title, finding, charts, matrices, tables, notes)
+
+
+def _histogram(title: str, normal: Sequence[int], anomalous: Sequence[int]) -> Chart:
+    """Shares of images by score."""
+    width, ranges, series = 2 / len(normal), _merged(normal, anomalous), []
+    for style, (name, counts) in enumerate((("normal", normal), ("anomalous", anomalous))):
+        marks = []
+        for low, high in ranges if sum(counts) else ():
+            share = 100 * sum(counts[low:high]) / sum(counts)
+            ends = f"{low * width:.2f} to {high * width:.2f}"
+            marks.append(Mark((low + high) / 2 * width, share, f"{name}, {ends}: {share:.0f} %"))
+        series.append(Series(name, tuple(marks), style))
+    known = [one for one in series if one.marks]
+    x = nice_axis("score", [mark.x for one in known for mark in one.marks] or [0, 2])
+    return Chart(title, x, nice_axis("images, %", [0, *(mark.y for one in known for mark in one.marks)]), tuple(known))
+
+
+def _heat(where: str, normal: Sequence[Sequence[float]], anomalous: Sequence[Sequence[float]]) -> list[Matrix]:
+    """Mean heat maps, on one scale."""
+    known = [(name, heat) for name, heat in (("normal", normal), ("anomalous", anomalous)) if heat]
+    values = [value for _, heat in known for row in heat for value in row]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return [
+        Matrix(
+            f"Mean heat map of {name} test images, {where}",
+            "place",
+            tuple(str(place + 1) for place in range(len(heat))),
+            tuple(str(place + 1) for place in range(len(heat[0]))),
+            tuple(tuple((value - low) / max(high - low, 1e-9) for value in row) for row in heat),
+            tuple(tuple(f"{value:.2f}" for value in row) for row in heat),
+        )
+        for name, heat in known
+    ]
 
 
 def _merged(normal: Sequence[int], anomalous: Sequence[int]) -> list[tuple[int, int]]:

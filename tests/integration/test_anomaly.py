@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +30,7 @@ from secure_fed.lab.phantoms import PhantomSite, make_phantoms
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.onnx_export import write_onnx
-from secure_fed.operate.anomaly_figures import equal_place, per_region_overlap, read_mask, site_masks
+from secure_fed.operate.anomaly_figures import anomaly_figures, equal_place, per_region_overlap, read_mask, site_masks
 from secure_fed.operate.explain import explain
 from secure_fed.operate.new_study import new_study
 from secure_fed.operate.plots import plot_run, plot_site
@@ -310,4 +314,45 @@ def test_the_report_shows_what_a_memory_finds(finished: tuple[Path, dict[str, An
     assert "false alarms promised at most" in text
     assert "one sum, Mahalanobis" in text
     write_report([finished[0]], tmp_path / "report.html", "html")
-    assert "Anomalies found against false alarms" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Anomalies found against false alarms" in page
+    for name in ("ash", "birch", "cedar", "held out"):
+        assert f"Scores at {name}, % of images" in page
+    summary = copy.deepcopy(finished[1])
+    heat = {"normal_map": [[0.1, 0.2], [0.3, 0.4]], "anomalous_map": [[0.5, 0.6], [0.7, 0.8]]}
+    summary["anomaly"]["per_site"]["ash"] |= heat
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "summary.json").write_text(json.dumps(summary))
+    for name in ("study.toml", "study.safetensors"):
+        shutil.copy(finished[0] / name, tmp_path / "drawn")
+    write_report([tmp_path / "drawn"], tmp_path / "drawn.html", "html")
+    page = (tmp_path / "drawn.html").read_text()
+    assert "Mean heat map of normal test images, ash" in page
+    assert "Mean heat map of anomalous test images, ash" in page
+    assert "0.80" in page
+
+
+def test_mean_maps_are_of_enough_patients_and_of_few_places() -> None:
+    from secure_fed.operate.anomaly_figures import _mean_map
+
+    heat = np.arange(2 * 12 * 4, dtype=np.float64).reshape(2, 12, 4)
+    found = np.array(_mean_map(heat))
+    assert found.shape == (8, 4)
+    np.testing.assert_allclose(found[0], heat.mean(axis=0)[:2].mean(axis=0))
+    assert _mean_map(np.ones((3, 1, 1))) == ()
+
+
+def test_a_mean_map_of_few_patients_is_not_made(finished: tuple[Path, dict[str, Any]]) -> None:
+    federation = Federation(finished[0])
+    sites, held_out = [federation.site("ash")], [federation.site("dogwood")]
+    shown = {}
+    for floor in (2, 1000):
+        method = federation.agreed.study.method.model_copy(update={"min_patients": floor})
+        study = federation.agreed.study.model_copy(update={"method": method})
+        with mock.patch.object(memory, "maps", lambda adapter, x: np.ones((len(x), 4, 3))):
+            figures = anomaly_figures(replace(federation.agreed, study=study), sites, held_out)
+        assert figures is not None
+        assert figures.held_out is not None
+        shown[floor] = [figures.held_out.normal_map, figures.held_out.anomalous_map]
+    assert shown[2] == [((1.0,) * 3,) * 4] * 2
+    assert shown[1000] == [(), ()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -17,9 +18,10 @@ import torch
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
 from secure_fed.model.adapter_file import load_adapter, save_adapter
-from secure_fed.model.attribution import heat_map, kind_of_map, margin_of
+from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_of, pooled_block
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.cases import Cases
+from secure_fed.model.preparing import preparer
 from secure_fed.operate.evidence import pack_evidence
 from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, _Neighbours, explain, write_cases
 from secure_fed.operate.export import export_site
@@ -192,19 +194,86 @@ def test_a_map_lies_over_what_the_tower_sees(finished_run: Path, tower: str) -> 
     if tower == "transformer, token":
         backbone._model.visual.pool_type = "tok"  # the small tower takes the mean; it has the token's weights
     assert (backbone.last_attention() is not None) == (tower == "transformer, token")
-    assert ("Grad-ECLIP" in kind_of_map(backbone)) == (tower == "transformer, token")
+    assert ("Grad-ECLIP" in HeatMaps(backbone).kind) == (tower == "transformer, token")
     rng = np.random.default_rng(0)
     prepared = rng.normal(size=(3, backbone.side, backbone.side)).astype(np.float32)
     vectors = torch.from_numpy(rng.normal(size=(backbone.dim,)).astype(np.float32))
     unasked = "gradients" if tower == "transformer, token" else "attention_gradients"
     with mock.patch.object(LoadedBackbone, unasked, side_effect=AssertionError("the map is said to be made otherwise")):
-        found = heat_map(backbone, prepared, lambda features: features @ vectors)
+        found = HeatMaps(backbone).of(prepared, lambda features: features @ vectors)
     assert found.shape == (backbone.side, backbone.side)
     assert (found.min(), found.max()) == (0, 1)
-    np.testing.assert_array_equal(found, heat_map(backbone, prepared, lambda features: features @ vectors))
-    other = heat_map(backbone, prepared, lambda features: features @ vectors.flip(0))
+    np.testing.assert_array_equal(found, HeatMaps(backbone).of(prepared, lambda features: features @ vectors))
+    other = HeatMaps(backbone).of(prepared, lambda features: features @ vectors.flip(0))
     assert not np.allclose(found, other)
     assert margin_of(file.build(), 0)(torch.zeros(2, file.initial.prompt_features.shape[1]) + 0.1).shape == (2,)
 
 
 MINI = {"model": "mini-clip", "weights": "file", "file": "mini-clip.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def mini() -> LoadedBackbone:
+    return load_backbone(make_template(backbone=MINI).backbone, None)
+
+
+def seen_larger(backbone: LoadedBackbone, side: int) -> LoadedBackbone:
+    """The same convolutional tower, which takes any size, for larger images: its last grid grows with them."""
+    larger = copy.copy(backbone)
+    larger.__dict__.pop("_grids", None)
+    larger.form = replace(backbone.form, preprocess={**backbone.form.preprocess, "size": [side, side]})
+    larger._prepare = preparer(larger.form.preprocess)
+    return larger
+
+
+@pytest.mark.parametrize(("side", "cells"), [(80, 3), (192, 6), (224, 7)])
+def test_the_exact_map_of_a_class_is_shown_where_the_last_grid_has_seven_cells_a_side(
+    mini: LoadedBackbone, side: int, cells: int
+) -> None:
+    backbone = seen_larger(mini, side)
+    assert backbone.grid(backbone.blocks()[-2])[:2] == (cells, cells)
+    assert (pooled_block(backbone) is None) == (cells < 7)
+    assert HeatMaps(backbone).kind.startswith("each place's part" if cells >= 7 else "gradients at trunk.stem and")
+
+
+def test_the_exact_maps_places_add_up_to_the_margin(mini: LoadedBackbone) -> None:
+    backbone = seen_larger(mini, 224)
+    rng = np.random.default_rng(1)
+    prepared = rng.normal(size=(3, 224, 224)).astype(np.float32)
+    vectors = torch.from_numpy(rng.normal(size=(backbone.dim,)).astype(np.float32))
+    block = pooled_block(backbone)
+    assert block is not None
+    parts = class_map(backbone, block, prepared, lambda features: features @ vectors + 3)
+    assert parts.shape == (7, 7)
+    assert parts.sum() == pytest.approx(float(backbone.encode_prepared([prepared])[0] @ vectors.numpy()), rel=1e-3)
+    whole = HeatMaps(backbone).of(prepared, lambda features: features @ vectors)
+    assert np.corrcoef(parts.ravel(), whole[16::32, 16::32].ravel())[0, 1] > 0.8
+
+
+def test_a_tower_that_does_not_end_in_a_mean_has_no_exact_map(mini: LoadedBackbone) -> None:
+    backbone = seen_larger(mini, 224)
+    half = torch.linspace(0, 1, 7)[:, None]  # as attention would: some places count more
+
+    def uneven(prepared: object, blocks: object, wanted: object, **rest: object) -> list[tuple[torch.Tensor, ...]]:
+        found = LoadedBackbone.gradients(backbone, prepared, blocks, wanted, **rest)  # type: ignore[arg-type]
+        return [(seen, gradient * half) for seen, gradient in found]
+
+    with mock.patch.object(backbone, "gradients", side_effect=uneven):
+        assert HeatMaps(backbone).kind.startswith("gradients at")
+
+
+def test_the_first_block_and_the_next_with_fewer_places_are_asked(mini: LoadedBackbone) -> None:
+    assert early_blocks(mini) == ("trunk.stem", "trunk.s1")
+    assert [mini.grid(block)[0] for block in early_blocks(mini)] == [40, 20]
+
+
+def test_what_the_blur_leaves_as_it_is_has_no_part_in_a_map(mini: LoadedBackbone) -> None:
+    prepared = np.full((3, 80, 80), -1.0, dtype=np.float32)
+    prepared[:, 50:58, 20:28] = 1.5  # the only thing to see; borders of the picture are as plain as its middle
+    vectors = torch.from_numpy(np.random.default_rng(2).normal(size=(mini.dim,)).astype(np.float32))
+    for sign in (1, -1):
+        found = HeatMaps(mini).of(prepared, lambda features, sign=sign: sign * (features @ vectors))  # type: ignore[misc]
+        row, column = np.unravel_index(found.argmax(), found.shape)
+        assert 42 <= row < 66
+        assert 12 <= column < 36
+        assert max(found[0, 0], found[0, -1], found[-1, -1]) < 0.05
