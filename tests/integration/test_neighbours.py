@@ -42,7 +42,7 @@ from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import prepare
 from secure_fed.operate import evidence
 from secure_fed.operate.evidence import pack_evidence
-from secure_fed.privacy import validation
+from secure_fed.privacy import class_statistics, validation
 from secure_fed.privacy.accounting import Noise
 from secure_fed.privacy.dp_training import Descent
 from secure_fed.privacy.guard import check_training
@@ -515,6 +515,45 @@ def test_files_with_equal_pictures_are_settled_before_anything_leaves(prepared_f
     settled = told_apart("p", "t0")
     with_one = whole_path(prepared_files, tmp_path / "with", copied, settled, in_files)
     assert whole_path(prepared_files, tmp_path / "without", world, settled, in_files) == with_one
+
+
+# --- one sum ---
+
+
+@pytest.fixture(scope="module")
+def prepared_sums(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("sums") / "out"
+    template = make_template(
+        mode="plain",
+        rounds=2,
+        method={"adapter": "gaussian_head", "most_patients": 40, "min_patients": 2},
+        features={"basis": "random", "dimensions": 16},
+        encoding={"bits": 18, "precision_bits": 24, "value_bound": 1.0},
+    )
+    prepare(template, folder, images)
+    for name in TRAINING[1:]:
+        Federation(folder).site(name).features()
+    set_budget(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "case", ["one more who trains", "the only patient at all", "500 images", "images that are not finite"]
+)
+def test_nothing_that_leaves_of_one_sum_depends_on_one_patient_but_integers(
+    prepared_sums: Path, tmp_path: Path, case: str
+) -> None:
+    world, one = ONE[case]
+    first: list[dict[str, NDArray[np.float64]]] = []
+    second: list[dict[str, NDArray[np.float64]]] = []
+    without = whole_path(prepared_sums, tmp_path / "without", world, integers=first)
+    assert without == whole_path(prepared_sums, tmp_path / "with", {**world, "p": one}, integers=second)
+    assert [message[0] for message in without[0]] == WORDS
+    scales = class_statistics.SCALES
+    moved = [scale * (first[0][name] - second[0][name]).ravel() for name, scale in scales.items()]
+    length = float(np.linalg.norm(np.concatenate(moved)))
+    assert length <= class_statistics.SENSITIVITY + 1e-3
+    assert (length > 0.1) == np.isfinite(one.scale)
 
 
 # --- the integers, by how much ---
