@@ -101,7 +101,7 @@ class CannedSite:
             arrived = split_frame(ARRIVED_MAGIC, request.question, max_header(self._agreed), ProtocolError).digest
             check = self._wire.check_words(arrived, self._payload)
             return self._reply(ReplyCode.REVEALED, sign_reveal(self._agreed, arrived, self.name, check, self._signing))
-        ready = sign_ready(self._agreed, self._due, request.attempt, self.name, self._signing)
+        ready = sign_ready(self._agreed, self._due, request.attempt, self.name, False, self._signing)
         return self._reply(ReplyCode.READY, ready)
 
     def present(self, question: PresenceQuestion, rate: float) -> RoundReply:

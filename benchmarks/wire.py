@@ -208,7 +208,7 @@ def begin(folder: Path, shape: Shape) -> tuple[RoundPosition, str]:
     coordinator = Coordinator.begin(agreed, folder / "server", keys[-1], "1" * 64)
     due = coordinator.journal.chain.due
     for index in range(shape[0]):
-        ready = sign_ready(agreed, due, coordinator.attempt, name_of(index), keys[index])
+        ready = sign_ready(agreed, due, coordinator.attempt, name_of(index), False, keys[index])
         coordinator.receive(reply_of(index, ReplyCode.READY, due.run, ready))
     coordinator.advance()
     return due, split_frame(COHORT_MAGIC, asked_of(coordinator, 0), max_header(agreed), ProtocolError).digest

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from secure_fed.core.errors import StorageError
 from secure_fed.core.storage import write_durable
@@ -28,10 +28,12 @@ class Bound(FileModel):
         cohort: digest of that COHORT; zeros before the first.
         names: who is in it.
         arrived: digest of the one ARRIVED that was revealed for; empty before.
-        state: digest of the adapter state at which the site last revealed, in this round or before; empty if never.
-        with_whom: the cohort it revealed to then.
+        given: adapter states, by digest, at which the site has revealed, and to which cohort; the newest last, and of
+            those before it one, since at most one record is ever taken back. An empty cohort: nobody here knows which.
+        given_before: the same before the REVEAL of this round, if there was one.
         void: whether its people have given their word that nothing more is said for the round at this head.
         behind: whether others have words of this site that this disk does not know: an older copy was put back.
+        retired: whether its people have given their word that it trains no more in this run.
         out: whether the site sits this round out for that; it may have said anything in it, a REVEAL among it.
         released: digest of the state at which its people let it reveal once to another cohort; empty if at none.
     """
@@ -43,10 +45,11 @@ class Bound(FileModel):
     cohort: Hex64 = "0" * 64
     names: tuple[Name, ...] = ()
     arrived: str = ""
-    state: str = ""
-    with_whom: tuple[Name, ...] = ()
+    given: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    given_before: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
     released: str = ""
     void: bool = False
+    retired: bool = False
     behind: bool = False
     out: bool = False
 
@@ -67,14 +70,19 @@ class Bound(FileModel):
         """Of a round at a head: this if it is the one, else a new one that remembers the adapter state."""
         if (self.round, self.head) == (due.round, due.head):
             return self
-        return Bound(
-            round=due.round,
-            head=due.head,
-            state=self.state,
-            with_whom=self.with_whom,
-            released=self.released,
-            behind=self.behind,
-        )
+        kept = {"given": self.given, "released": self.released, "retired": self.retired, "behind": self.behind}
+        return Bound(round=due.round, head=due.head).model_copy(update=kept)
+
+    def giving(self, state: str, cohort: tuple[Name, ...]) -> Bound:
+        """This once the site has revealed at a state to a cohort: of a release, then, nothing is left."""
+        others = [item for item in self.given.items() if item[0] != state]
+        given = dict([*others[-1:], (state, cohort)])
+        released = self.released if self.given.get(state, cohort) == cohort else ""
+        return self.model_copy(update={"given": given, "given_before": self.given, "released": released})
+
+    def forgiven(self) -> Bound:
+        """This as if the site had not revealed in this round: no sum of it can be opened."""
+        return self.model_copy(update={"given": self.given_before})
 
 
 def read_bound(path: Path) -> Bound:

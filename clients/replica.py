@@ -43,9 +43,10 @@ from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
-from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, head_after, read_header
+from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, read_header
+from secure_fed.protocol.round_frames import VoidHeader
 from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader, exact_warning
-from secure_fed.protocol.signing import Frame, check_payload, payload_fields, sign_frame
+from secure_fed.protocol.signing import Frame, check_payload, parse_header, payload_fields, sign_frame
 from secure_fed.protocol.study import AgreedStudy
 
 log = logging.getLogger(__name__)
@@ -224,10 +225,11 @@ class RunFiles:
         """
         path = self.folder.pin(record.header.round)
         make_folder(path.parent)
-        digest = hashlib.sha256(record.data).hexdigest()
-        if not path.exists():
-            write_durable(path, digest.encode())
-        elif path.read_text() != digest:
+        place, digest = record.header.previous, hashlib.sha256(record.data).hexdigest()
+        fixed = path.read_text(encoding="ascii").split() if path.exists() else []
+        if fixed[:1] != [place]:  # none was, or what was stood after a head that a void has replaced
+            write_durable(path, f"{place} {digest}".encode())
+        elif fixed != [place, digest]:
             self._keep_evidence(record.data)
             raise RecordError(
                 f"a second aggregate for round {record.header.round}; one candidate a round is decrypted, never another"
@@ -255,6 +257,17 @@ class RunFiles:
         make_folder(self.folder.refused)
         write_durable(self.folder.refusal(round_number), key.encode())
 
+    def take_back(self, record: Record) -> None:
+        """Take the last record, a sum, out of the journal again; kept as evidence."""
+        self._keep_evidence(record.data)
+        self.folder.refusal(record.header.round).unlink(missing_ok=True)
+        self.records.drop_last(record.header.seq)
+
+    def keep_before(self) -> None:
+        """Keep the state as it is stored, of before a sum that may be taken back."""
+        if self.folder.adapter.exists():
+            self.folder.adapter.replace(self.folder.before)
+
     def refused(self, round_number: int) -> bool:
         """Whether a round's aggregate was refused."""
         return self.folder.refusal(round_number).exists()
@@ -274,10 +287,13 @@ class RunFiles:
         write_durable(self.folder.adapter, bytes(data))
 
     def load(self, agreed: AgreedStudy, records: Sequence[Record]) -> ReplicaState:
-        """The state that was kept, if it is whole and stands at one of these records; else the initial one."""
-        initial = ReplicaState.initial(agreed)
+        """The newest state that was kept, is whole and stands at one of these records; else the initial one."""
+        kept = (self._load(path, agreed, records) for path in (self.folder.adapter, self.folder.before))
+        return next((state for state in kept if state is not None), ReplicaState.initial(agreed))
+
+    def _load(self, path: Path, agreed: AgreedStudy, records: Sequence[Record]) -> ReplicaState | None:
         try:
-            data = self.folder.adapter.read_bytes()
+            data = path.read_bytes()
             metadata = _metadata(data)
             applied = [record.id for record in records].index(metadata["head"]) + 1
             tensors = safetensors.numpy.load(data)
@@ -285,10 +301,10 @@ class RunFiles:
             counts = json.loads(metadata["validation"])
             whole = codec.adapter_digest(tensors) == metadata["digest"]
         except (OSError, KeyError, ValueError, RecursionError, safetensors.SafetensorError):
-            return initial
+            return None
         if not whole:
-            return initial
-        chain = initial.chain
+            return None
+        chain = Chain(agreed)
         for record in records[:applied]:
             chain = chain.after(record)
         return ReplicaState(chain, tensors, Validation(*counts) if counts else None, digests=digests)
@@ -336,6 +352,8 @@ class Replica:
         member: the site as the study knows it.
         heads: the newest ledger heads that were seen.
         state: where it stands.
+        waiting: a record of the round that its people have given up, and what follows it: not applied until a later
+            round's record shows that no void can be complete.
         files: what lies on disk of the current run; not there before the first genesis.
     """
 
@@ -350,6 +368,7 @@ class Replica:
         self._folder.begin()
         self.heads = LedgerHeads(self._folder.ledger_heads)
         self.state = ReplicaState.initial(agreed)
+        self.waiting: list[Record] = []
         current = self._folder.current_run
         if current is not None:
             self._enter_run(current)
@@ -376,21 +395,81 @@ class Replica:
             self._begin_run(header, data)
             return
         if header.run == self.state.run and header.seq < self.state.chain.length:
-            self.files.refuse_another(frame, header, data)
-            return
-        record = self.state.chain.check(data)
+            known = data == self.files.records.read(header.seq)
+            if known or header.kind != "void" or not self._void_wins(header, data):
+                self.files.refuse_another(frame, header, data)
+                return
+        for record in self._ripe(header, data):
+            self._take(record)
+
+    def _void_wins(self, header: RecordHeader, data: bytes) -> bool:
+        """Take the last sum back if this is a void of its round: a quorum's people have signed that.
+
+        A race or a lie made both. No later record exists, since two quorums share an honest site, which gives no word
+        for a void once it has revealed in a later round.
+        """
+        place = self.last_sum()
+        if place is None or header.seq != place[1].header.seq:
+            return False
+        before, record = place
+        before.check(data)
+        log.warning(
+            "%s: round %d has a record and a void, both complete; the void counts, the record is taken back and kept "
+            "in %s; nobody need have lied",
+            *(self.name, record.header.round, self.files.folder.evidence),
+        )
+        self.take_back(record)
+        return True
+
+    def last_sum(self) -> tuple[Chain, Record] | None:
+        """The last record and the chain before it, if it is a sum: only that one can be taken back."""
+        records = list(self.files.records.replay(Chain(self._agreed)))
+        if not records or records[-1].header.kind != "aggregate":
+            return None
+        chain = Chain(self._agreed)
+        for record in records[:-1]:
+            chain.advance(record)
+        return chain, records[-1]
+
+    def take_back(self, record: Record) -> None:
+        """Stand again where it stood before its last record, a sum; a crash on the way leaves one or the other."""
+        self.files.take_back(record)
+        self._enter_run(self.state.run)
+
+    def _ripe(self, header: RecordHeader, data: bytes) -> list[Record]:
+        """The records that can be taken now, this one the last: none while one of a round that was given up waits."""
+        if header.kind == "void" and header.seq == self.state.chain.length:
+            self.waiting = []
+        if self.waiting and header.seq <= self.waiting[-1].header.seq:
+            return []
+        chain = self.state.chain
+        for record in self.waiting:
+            chain = chain.after(record)
+        record = chain.check(data)
+        if not self.waiting and not (record.header.kind == "aggregate" and self.files.bound.at(chain.due).void):
+            return [record]
+        self.waiting.append(record)
+        if sum(each.header.kind == "aggregate" for each in self.waiting) < 2:
+            return []
+        ripe, self.waiting = self.waiting, []
+        return ripe
+
+    def _take(self, record: Record) -> None:
         heads = {entry.site: entry.ledger for entry in record.contributors}
         for name, head in heads.items():
             self.heads.check(name, head)
         if record.amendment is not None:
             self._check_policy(record.amendment)
-            self._refuse_within_round(record)
         if record.header.kind == "extension":
             self._require_rounds(record.rounds)
+        if record.header.kind in ("amendment", "retired", "extension"):
             self._refuse_within_round(record)
         if record.header.kind == "aggregate":
             self.files.pin(record)
             self._remember(record)
+            self.files.keep_before()
+        elif record.header.kind == "void":
+            self._free(record)
         self.heads.keep(heads)
         self.files.records.append(record)
         self._apply(record)
@@ -402,11 +481,19 @@ class Replica:
         bound = self.files.bound
         if self.name not in [entry.site for entry in record.contributors] or bound.round > due.round:
             return
-        arrived = bound.at(due).arrived
         if bound.at(due).out:
             return  # that round is sat out for it already
-        if not arrived or head_after(due.head, arrived) != record.id:
+        if bound.at(due).arrived != record.arrived:
             self.files.fall_behind()
+
+    def _free(self, record: Record) -> None:
+        """Where a quorum had not revealed, no sum of the round can be opened: it is as if nobody had."""
+        words = [parse_header(word.signed[0], VoidHeader, RecordError) for word in record.header.contributors]
+        if sum(not word.revealed for word in words) < self.state.chain.quorum.needed:
+            return
+        bound = self.files.bound.at(self.state.chain.due)
+        if bound.arrived:
+            self.files.bind(bound.forgiven())
 
     def _apply(self, record: Record) -> None:
         """Go on by a record of the site's own journal.
@@ -468,7 +555,7 @@ class Replica:
         bound = self.files.bound.at(self.state.chain.due)
         if bound.attempt:
             raise RecordError(
-                f"an {record.header.kind} within round {bound.round}, for which this site answered attempt "
+                f"{record.header.kind} within round {bound.round}, for which this site answered attempt "
                 f"{bound.attempt} already; expected members, keys and rounds to change between rounds only"
             )
 
@@ -527,7 +614,7 @@ class Replica:
         """The site's word, for the others, that it holds this adapter at this head; empty if it cannot tell."""
         chain = self.state.chain
         # Before the first genesis there is neither key nor head.
-        if not chain.length or self.state.blind or not self._holds(chain.key):
+        if not chain.length or self.state.blind or self.waiting or not self._holds(chain.key):
             return ""
         return codec.attestation(self._attestation_key(chain.key), self.name, chain.head, self.state.digest)
 

@@ -43,7 +43,7 @@ from secure_fed.core.errors import (
     ProtocolError,
     SiteFileError,
 )
-from secure_fed.core.layout import INTEGERS, SiteRun
+from secure_fed.core.layout import SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, check_method
 from secure_fed.model.backbone import load_backbone
@@ -63,6 +63,7 @@ from secure_fed.protocol.envelope import (
 from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
 from secure_fed.protocol.packing import Binding, Sealed
 from secure_fed.protocol.presence import PresenceQuestion, sign_presence
+from secure_fed.protocol.records import Chain, Record
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     COHORT_MAGIC,
@@ -72,7 +73,9 @@ from secure_fed.protocol.round_frames import (
     SignedWord,
     check_arrived,
     check_cohort,
+    releasing,
     sign_ready,
+    sign_retired,
     sign_reveal,
     sign_void,
     split_word,
@@ -141,8 +144,8 @@ class Site:
 
     @property
     def position(self) -> int:
-        """How many records of the run the site has."""
-        return self.replica.state.chain.length
+        """How many records of the run the site has, those that it does not apply yet among them."""
+        return self.replica.state.chain.length + len(self.replica.waiting)
 
     @property
     def round(self) -> int:
@@ -394,8 +397,12 @@ class Site:
             raise ProtocolError(f"asked for round {request.round}; the journal here ends after round {chain.round}")
         if chain.finished and self._private is not None:
             self._private.finish()
-        if chain.finished or self.replica.member.role == "observer":
+        if chain.finished or not self._trains(self.name):
             return self._reply(ReplyCode.APPLIED)
+        bound = self.replica.files.bound.at(self.replica.due)
+        if bound.retired and not bound.attempt:  # members of an open round stay to its end
+            key = self.replica.identity.signing
+            return self._reply(ReplyCode.RETIRED, sign_retired(self._agreed, self.run, self.name, key))
         if self.replica.paused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
         self._notice_past(request.past)
@@ -491,9 +498,7 @@ class Site:
         files = self.replica.files
         bound = files.bound.at(self.replica.due)
         if bound.behind:
-            bound = bound.model_copy(
-                update={"behind": False, "out": True, "state": self._asked_for, "with_whom": (), "released": ""}
-            )
+            bound = bound.giving(self._asked_for, ()).model_copy(update={"behind": False, "out": True, "released": ""})
             files.bind(bound)
             log.warning(
                 "%s: this state folder is older than what this site has said since: a copy was put back. It sits round "
@@ -517,7 +522,8 @@ class Site:
             )
         self.replica.sealer  # noqa: B018 -- who cannot seal reads no data and spends no budget
         self._integers(self._outbox.integers(due.round))
-        return sign_ready(self._agreed, due, attempt, self.name, self.replica.identity.signing)
+        released = self._private is not None or bound.released == self._asked_for
+        return sign_ready(self._agreed, due, attempt, self.name, released, self.replica.identity.signing)
 
     def _envelope(self, question: bytes, held: str) -> bytes:
         """The envelope for a COHORT, without its payload if the server has that already.
@@ -536,7 +542,7 @@ class Site:
                 f"COHORT of attempt {header.attempt} of round {due.round}, but attempt {bound.attempt} was answered "
                 "already; expected a later one, and none after a REVEAL"
             )
-        self._refuse_another_cohort(bound, names)
+        self._refuse_another_cohort(bound, names, releasing(header))
         data = self._sealed(header.attempt, cohort)
         if not again:
             write_durable(files.folder.question("cohort"), question, 0o600)
@@ -545,16 +551,28 @@ class Site:
         known = parse_header(frame.header, EnvelopeHeader, EnvelopeError).payload
         return data[: len(data) - len(frame.payload)] if held == known else data
 
-    def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...]) -> None:
+    def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...], releasing: frozenset[str]) -> None:
         """At one adapter state a site without a budget gives its integers to one cohort: of two sums, who is in one
-        and not in the other could be computed."""
-        state = self._asked_for
-        if self._private is None and bound.state == state != bound.released and bound.with_whom != names:
+        and not in the other could be computed. For another it needs the word of the people of all that are in either:
+        this cohort's, in its READYs; who is only in the one before has retired, or was removed by a quorum."""
+        before = self.revealed_to
+        if before is None or before == names:
+            return
+        unheard = sorted(set(names) - releasing)
+        if self._agreed.study.mode == "he":  # in plain the server sees each update, and nobody can be removed
+            unheard += sorted(name for name in before if name not in names and self._trains(name))
+        if unheard or bound.released != self._asked_for:
             raise ProtocolError(
                 f"a cohort of {', '.join(names)} at an adapter for which this site has revealed to "
-                f"{', '.join(bound.with_whom) or 'sites that its disk does not know'}; expected the same one: the "
-                "difference of the two sums is somebody's update. If its people mean it: secfacmic site release"
+                f"{', '.join(before) or 'sites that its disk does not know'}; expected the same one: the difference of "
+                "the two sums is somebody's update. If the people of all mean it, each says so at its own site: "
+                f"secfacmic site release; still to be heard: {', '.join(unheard) or self.name}; who is in neither any "
+                "more must have left the study"
             )
+
+    def _trains(self, name: str) -> bool:
+        member = self.replica.state.chain.members.get(name)
+        return member is not None and member.role == "train"
 
     @property
     def _voided(self) -> bool:
@@ -569,21 +587,43 @@ class Site:
     def void(self, round_number: int) -> bool:
         """Its people's word that it says nothing more for the open round; sent when the server asks next.
 
+        Or for the round of its last record: it takes that back.
+
         Returns:
             Whether it had revealed: then somebody may hold the round's sum.
 
         Raises:
-            ProtocolError: another round is open here, or none.
+            ProtocolError: another round is open here, or none; or it has revealed in a later one.
         """
+        last = self.replica.last_sum() if self.run else None
+        if last is not None and last[1].header.round == round_number and self._trains(self.name):
+            return self._give_back(*last)
         chain = self.replica.state.chain
         due = self.replica.due
         open_here = bool(self.run) and not chain.finished and not chain.awaits_checkpoint
-        if not open_here or due.round != round_number or self.replica.member.role != "train":
+        if not open_here or due.round != round_number or not self._trains(self.name):
             raise ProtocolError(
                 f"a void of round {round_number}; the round that is open here is {due.round if open_here else 'none'}, "
                 f"of {self.rounds}, and only training sites give one up"
             )
         bound = self.replica.files.bound.at(due)
+        self.replica.files.bind(bound.model_copy(update={"void": True}))
+        return bound.may_have_revealed
+
+    def _give_back(self, before: Chain, record: Record) -> bool:
+        """The same for a round whose record it has applied, and on which it has revealed nothing yet."""
+        files = self.replica.files
+        now = files.bound.at(self.replica.due)
+        if now.may_have_revealed:
+            raise ProtocolError(
+                f"a void of round {record.header.round}, but this site has revealed in round {now.round}, which builds "
+                "on its record; expected none: the record stands"
+            )
+        self.replica.take_back(record)
+        bound = self.replica.files.bound.at(before.due)
+        contributed = self.name in [entry.site for entry in record.contributors]
+        if contributed or self._asked_for in bound.given:
+            bound = bound.model_copy(update={"arrived": record.arrived})
         self.replica.files.bind(bound.model_copy(update={"void": True}))
         return bound.may_have_revealed
 
@@ -609,15 +649,29 @@ class Site:
         )
 
     @property
-    def revealed_to(self) -> tuple[str, ...]:
-        """The cohort to which it has revealed at the adapter it holds; nobody if it has not, or has a budget."""
-        bound = self.replica.files.bound if self.run else Bound()
-        return bound.with_whom if self._private is None and bound.state == self._asked_for else ()
+    def revealed_to(self) -> tuple[str, ...] | None:
+        """The cohort to which it has revealed at the adapter it holds, empty if nobody here knows which; None if it has
+        not, or has a budget."""
+        if self._private is not None or not self.run:
+            return None
+        return self.replica.files.bound.given.get(self._asked_for)
 
     def release(self) -> None:
         """Its people's word: at this adapter it may reveal once more, to another cohort."""
         files = self.replica.files
         files.bind(files.bound.model_copy(update={"released": self._asked_for}))
+
+    def retire(self) -> None:
+        """Its people's word that it trains no more in this run, once the open round is closed; told to the server when
+        it asks next.
+
+        Raises:
+            ProtocolError: it does not train in a run.
+        """
+        if not self.run or self.finished or not self._trains(self.name):
+            raise ProtocolError(f"{self.name} does not train in a run that is open; expected one that does, to retire")
+        files = self.replica.files
+        files.bind(files.bound.model_copy(update={"retired": True}))
 
     def _sealed(self, attempt: int, cohort: str) -> bytes:
         """The envelope of an attempt, on disk; opened and compared with the stored integers before anybody gets it."""
@@ -675,7 +729,6 @@ class Site:
             )
         if bound.arrived not in ("", digest):
             raise ProtocolError(f"a second ARRIVED of round {due.round}; this site has revealed for another")
-        self._refuse_another_cohort(bound, bound.names)
         path = self._outbox.envelope(due.round)
         if not path.exists():
             raise ProtocolError(f"ARRIVED of attempt {arrived.attempt}, whose envelope is not here any more")
@@ -685,16 +738,8 @@ class Site:
             raise ProtocolError("ARRIVED: names another envelope of this site than it sent")
         check = self.replica.state.chain.wire.check_words(digest, bytes(frame.payload))
         write_durable(files.folder.question("arrived"), question, 0o600)
-        files.bind(
-            bound.model_copy(
-                update={
-                    "arrived": digest,
-                    "state": self._asked_for,
-                    "with_whom": bound.names,
-                    "released": bound.released if bound.with_whom == bound.names else "",
-                }
-            )
-        )
+        if not bound.arrived:
+            files.bind(bound.giving(self._asked_for, bound.names).model_copy(update={"arrived": digest}))
         return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing)
 
     @property
@@ -735,7 +780,9 @@ class Site:
         stored = self._stored()
         if stored is not None:
             return stored, NO_LEDGER
-        for old in path.parent.iterdir():
+        last = list(self.replica.files.bound.given)[-1:]  # a void may bring that state back
+        kept = {old for old in self._outbox.all_integers if _made_at(old)[0] in last}
+        for old in set(path.parent.iterdir()) - kept:
             old.unlink()
         integers = self._train()
         made_at = np.frombuffer(bytes.fromhex(self._asked_for), np.uint8)
@@ -744,21 +791,15 @@ class Site:
 
     def _stored(self) -> NDArray[np.int64] | None:
         """The integers that were made at this adapter, in this round or, if it moved none, in one before."""
-        for path in sorted(self._outbox.outbox.glob(INTEGERS)):
-            kept = safetensors.numpy.load(path.read_bytes())
-            if "state" in kept and kept["state"].tobytes().hex() == self._asked_for:
-                integers: NDArray[np.int64] = kept["integers"]
-                return integers
-        return None
+        made = (_made_at(path) for path in self._outbox.all_integers)
+        return next((integers for state, integers in made if state == self._asked_for), None)
 
     @property
     def _gave_others(self) -> bool:
         """Whether it has revealed integers at this adapter that are not here any more: others would, by difference,
         show what is new in them (a patient that was to be forgotten, say)."""
-        if self._private is not None or not self.run:
-            return False
-        bound = self.replica.files.bound
-        return bound.state == self._asked_for != bound.released and self._stored() is None
+        released = self.run and self.replica.files.bound.released == self._asked_for
+        return self.revealed_to is not None and not released and self._stored() is None
 
     def first_integers(self) -> NDArray[np.int64]:
         """The integers of a first round that nobody asks for, and that are not kept: for a rehearsal."""
@@ -827,3 +868,9 @@ class Site:
                     else "raise encoding.value_bound or lower the learning rate",
                 )
         return integers
+
+
+def _made_at(path: Path) -> tuple[str, NDArray[np.int64]]:
+    """The adapter state at which stored integers were made, and those."""
+    kept = safetensors.numpy.load(path.read_bytes())
+    return kept["state"].tobytes().hex() if "state" in kept else "", kept["integers"]

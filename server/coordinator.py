@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secure_fed.core.errors import (
     EnvelopeError,
+    KeyFileError,
     LedgerRollbackError,
     NotEnoughSitesError,
     ProtocolError,
@@ -47,6 +48,7 @@ from secure_fed.protocol.records import MOST_ROUNDS, Chain, RecordFolder, summed
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     READY_MAGIC,
+    RETIRED_MAGIC,
     REVEAL_MAGIC,
     VOID_MAGIC,
     Revealed,
@@ -56,10 +58,12 @@ from secure_fed.protocol.round_frames import (
     check_arrived,
     check_cohort,
     check_ready,
+    check_retired,
     check_reveal,
     check_void,
     sign_cohort,
     split_word,
+    word_head,
 )
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.sealed_key import (
@@ -151,6 +155,7 @@ class Coordinator:
         self._cohort: _Question | None
         self._arrived: _Question | None
         self._heads = LedgerHeads(state.ledger_heads)
+        self._retiring: dict[str, SignedWord] = {}
         self._open_round()
         self._take_spool()
 
@@ -233,7 +238,7 @@ class Coordinator:
             run: the run the site says it is in.
             position: how many of its records the site says it has; ignored when it is in another run.
         """
-        start = position if run == self.run else 0
+        start = min(position, self._unsettled) if run == self.run else 0
         records: list[bytes] = []
         total = 0
         for seq in range(start, len(self.journal.records)):
@@ -259,6 +264,16 @@ class Coordinator:
             attested_head=head,
             attestations=dict(self._attestations.get(head, {})),
         )
+
+    @property
+    def _unsettled(self) -> int:
+        """From which record on a site may have another than the one here: the last void, until a sum follows it."""
+        for entry in reversed(self.journal.records):
+            if entry.header.kind == "void":
+                return entry.header.seq
+            if entry.header.kind == "aggregate":
+                break
+        return len(self.journal.records)
 
     def _past(self, site: str) -> bytes:
         """The newest word of a site in the open round, as it signed it."""
@@ -301,6 +316,8 @@ class Coordinator:
             self._take_reveal(reply.envelope, reply.site)
         elif reply.code == ReplyCode.VOID:
             self._take_void(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.RETIRED:
+            self._take_retired(reply.envelope, reply.site)
         elif reply.code == ReplyCode.ACKNOWLEDGED:
             self._acknowledge(reply.envelope, reply.site)
         elif reply.code == ReplyCode.SITS_OUT and head == self.journal.chain.head:
@@ -329,7 +346,7 @@ class Coordinator:
             return frozenset()
         if self._cohort is None or self.journal.chain.awaits_checkpoint:
             training = {name for name, member in self.journal.chain.members.items() if member.role == "train"}
-            return frozenset(training - set(self.sites_in) - self._left_out - self.voiding)
+            return frozenset(training - set(self.sites_in) - self._left_out - self.voiding - set(self._retiring))
         return frozenset(self._cohort.names) - set(self.sites_in) - self.voiding
 
     @property
@@ -350,13 +367,14 @@ class Coordinator:
 
     @property
     def voiding(self) -> frozenset[str]:
-        """Whose people have given the open round up."""
-        return frozenset(self._voids)
+        """Whose people have given the open round up, or that of the last sum, on which they reveal nothing then."""
+        return frozenset(self._voids) | frozenset(self._late_voids)
 
     @property
     def given_up(self) -> bool:
-        """Whether they are a quorum, so that the round begins anew."""
-        return len(self._voids) >= self.journal.chain.quorum.needed
+        """Whether those of the open round, or of the last sum's, are a quorum: then it begins anew."""
+        needed = self.journal.chain.quorum.needed
+        return (len(self._voids) >= needed and not self.finished) or len(self._late_voids) >= needed
 
     @property
     def paused(self) -> bool:
@@ -399,11 +417,11 @@ class Coordinator:
         once all of the cohort's are in, their sum is fixed. REVEAL: once all of the cohort have revealed, the record
         is appended and the spool erased. A step that is not complete changes nothing.
         """
+        if self.given_up:
+            return self._give_up()
         if self.finished:
             return None
         chain, needed = self.journal.chain, self.journal.chain.quorum.needed
-        if self.given_up:
-            return self._give_up()
         if chain.awaits_checkpoint:
             return self._close_amendment()
         if self._cohort is None and self.ending:
@@ -417,8 +435,11 @@ class Coordinator:
         if self.resting:
             return None
         if self._cohort is None:
+            if self._retiring and not self._begun and chain.changed_after < chain.round:
+                return self._retire()
             waiting = self._waiting_amendment()
-            if waiting is not None and not self._begun and len(set(self._readies) | self._refusing) >= needed:
+            enough = len(set(self._readies) | self._refusing) >= needed
+            if waiting is not None and not self._begun and enough and self._may_amend(waiting):
                 self.journal.append_amendment(waiting)
                 self._acknowledged.clear()
                 self._readies.clear()
@@ -491,7 +512,7 @@ class Coordinator:
         """
         assert self._arrived is not None
         digest = self._arrived.digest
-        checks = {name: (kept.first, kept.second) for name, kept in self._reveals.items()}
+        checks = {name: kept.products for name, kept in self._reveals.items()}
         if self._wire.check_words(digest, self._sum()) == summed_checks(checks.values(), self._wire.modulus):
             return True
         for name, check in checks.items():
@@ -536,20 +557,60 @@ class Coordinator:
 
     def _take_void(self, data: bytes, site: str) -> None:
         word = split_word(VOID_MAGIC, data)
-        chain = self.journal.chain
-        header = check_void(word, self._agreed, chain.members, chain.due)
+        chain, before = self.journal.chain, self.journal.before
+        late = (
+            before is not None
+            and self.journal.records[-1].header.kind == "aggregate"
+            and word_head(word) == before.head
+        )
+        voids, place = (self._late_voids, before) if late else (self._voids, chain)
+        assert place is not None
+        header = check_void(word, self._agreed, place.members, place.due)
         if header.site != site:
             raise EnvelopeError(f"a void of {header.site} in a reply of {site}")
-        if site not in self._voids:
-            log.warning("%s: its people give round %d up; it %s revealed", site, self.round,
+        if site not in voids:
+            log.warning("%s: its people give round %d up; it %s revealed", site, header.round,
                         "had" if header.revealed else "had not")  # fmt: skip
-        self._voids[site] = word
+        voids[site] = word
 
     def _give_up(self) -> JournalEntry:
-        """The void of what was begun of the round. Its spool goes first: nothing but the void can follow then."""
+        """The void of what was begun of the round. Its spool goes first: nothing but the void can follow then.
+
+        Or of the last sum, where its record and these words crossed: the void counts.
+        """
         shutil.rmtree(self._folder.spooled_round(self.round), ignore_errors=True)
-        self.journal.append_void([self._voids[name] for name in sorted(self._voids)])
+        late = len(self._late_voids) >= self.journal.chain.quorum.needed
+        voids = self._late_voids if late else self._voids
+        words = [voids[name] for name in sorted(voids)]
+        if late:
+            log.warning("round %d: a quorum gives it up, whose record was there already: the record is taken back, and "
+                        "nobody need have lied", self.round - 1)  # fmt: skip
+            self.journal.replace_sum(words)
+        else:
+            self.journal.append_void(words)
         self._open_round()
+        return self.journal.records[-1]
+
+    def _may_amend(self, sealed: bytes) -> bool:
+        """Whether an amendment can take force now; else it waits for a sum to come between two changes of members."""
+        chain = self.journal.chain
+        _, members = check_amendment(sealed, self._agreed, chain.members, chain.key)
+        return chain.may_change(members)
+
+    def _take_retired(self, data: bytes, site: str) -> None:
+        word = split_word(RETIRED_MAGIC, data)
+        header = check_retired(word, self._agreed, self.journal.chain.members, self.run)
+        if header.site != site:
+            raise EnvelopeError(f"a retirement of {header.site} in a reply of {site}")
+        self._retiring[site] = word
+
+    def _retire(self) -> JournalEntry:
+        """Between two rounds: one that has asked for it trains no more. In memory; after a restart it asks again."""
+        name = min(self._retiring)
+        self.journal.append_retired(self._retiring.pop(name))
+        log.warning("%s trains no more, by its own word; it goes on as an observer", name)
+        self._readies.clear()
+        self._refusing.clear()
         return self.journal.records[-1]
 
     def _next_attempt(self) -> None:
@@ -596,6 +657,7 @@ class Coordinator:
         self._begun = False  # whether a cohort of the round was sent out, after which its members are frozen
         self._left_out: set[str] = set()
         self._voids: dict[str, SignedWord] = {}
+        self._late_voids: dict[str, SignedWord] = {}  # of the round of the last record
         self._refusing: set[str] = set()
         self._held: dict[str, tuple[str, Path]] = {}
         self._clear_attempt()
@@ -790,8 +852,9 @@ def paused_text(coordinator: Coordinator) -> str:
     return (
         f"the sum of round {coordinator.round - 1} is out of range, say {', '.join(coordinator.refusing)}; its sites "
         "sent it so; expected updates within the study's bounds. Adapter, keys and budgets are as before; find the "
-        "site that is broken or lies by other means, then remove it: secfacmic keys rotate --remove SITE; a site "
-        "without a budget then needs its people's word for the smaller cohort: secfacmic site release"
+        "site that is broken or lies by other means, then remove it: secfacmic keys rotate --remove SITE, or let it "
+        "leave by its own word: secfacmic site retire. A site without a budget then needs its people's word for the "
+        "smaller cohort: secfacmic site release. Who has both sums can compute what the one that left had sent"
     )
 
 
@@ -801,7 +864,13 @@ def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed:
     Raises:
         KeyFileError: it does not follow the key in force, or the members cannot change so.
     """
-    check_amendment(sealed, agreed, chain.members, chain.key)
+    _, members = check_amendment(sealed, agreed, chain.members, chain.key)
+    changed = chain.changed(members)
+    if len(changed) > 1:
+        raise KeyFileError(
+            f"an amendment by which {', '.join(changed)} would join, leave or change; expected one training site "
+            "at most between two rounds: make one amendment for each, and let a round pass between them"
+        )
     path = ServerRun(run_folder).amendment(chain.key)
     make_folder(path.parent)
     write_durable(path, sealed)

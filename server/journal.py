@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from secure_fed.core.errors import KeyFileError, RecordError
 from secure_fed.protocol.envelope import Envelope
 from secure_fed.protocol.journal import JournalEntry
-from secure_fed.protocol.records import Chain, Kind, RecordFolder, new_header, sign_record
+from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, new_header, sign_record
 from secure_fed.protocol.round_frames import Revealed, SignedWord
 from secure_fed.protocol.sealed_key import check_sealed_key
 from secure_fed.protocol.signing import Frame
@@ -37,13 +37,17 @@ class Journal:
     Attributes:
         chain: how far it has come.
         records: headers and sizes, in order; payloads stay on disk.
+        before: the chain before the last record; None before the first.
     """
 
     def __init__(self, agreed: AgreedStudy, folder: Path, key: Ed25519PrivateKey) -> None:
         self._key = key
         self._folder = RecordFolder(folder)
         self.chain = Chain(agreed)
-        self.records: list[JournalEntry] = [JournalEntry(record) for record in self._folder.replay(self.chain)]
+        self.before: Chain | None = None
+        self.records: list[JournalEntry] = []
+        for record in list(self._folder.replay(Chain(agreed))):
+            self._take(record)
 
     def append_genesis(self, run: str, key_id: str) -> None:
         """Open a run."""
@@ -87,6 +91,25 @@ class Journal:
                 checkpoint.
         """
         self._append("extension", self.chain.round + 1, str(rounds).encode())
+
+    def replace_sum(self, words: Sequence[SignedWord]) -> None:
+        """Put a void in the place of the last record, a sum, in one write: a quorum's words for it, by site name.
+
+        Raises:
+            RecordError: they are too few, or of another round or head.
+        """
+        assert self.before is not None
+        self.chain = self.before
+        self.records.pop()
+        self.append_void(words)
+
+    def append_retired(self, word: SignedWord) -> None:
+        """Append that a site trains no more, by its own word.
+
+        Raises:
+            RecordError: it does not train, or another has joined or left since the last round.
+        """
+        self._append("retired", self.chain.round + 1, signed=[word.signed])
 
     def append_amendment(self, sealed: bytes) -> None:
         """Append a new sealed key, and with it a change of members.
@@ -142,5 +165,8 @@ class Journal:
         # Checked as a site would, so that nothing is published that sites must refuse.
         record = self.chain.check(sign_record(header, payload, self._key))
         self._folder.append(record)
-        self.chain.advance(record)
+        self._take(record)
+
+    def _take(self, record: Record) -> None:
+        self.before, self.chain = self.chain, self.chain.after(record)
         self.records.append(JournalEntry(record))

@@ -378,7 +378,7 @@ class RoundLoop:
             site.position = reply.position
             if coordinator.paused:
                 raise StudyPausedError(paused_text(coordinator))
-        elif reply.code == ReplyCode.VOID:
+        elif reply.code in (ReplyCode.VOID, ReplyCode.RETIRED):
             pass
         elif reply.code == ReplyCode.SITS_OUT:
             log.warning("%s: was put back to an older state, and sits round %d out", site.name, coordinator.round)
@@ -483,14 +483,15 @@ class RoundLoop:
     def _advance_if_due(self) -> None:
         """Take the round's next step when all whom it needs have answered, or at the deadline when enough have."""
         coordinator = self.coordinator
-        if coordinator.finished:
-            return
         if coordinator.given_up:
             entry = coordinator.advance()
             assert entry is not None
             self._closed(entry)
             self._open()
             return
+        if coordinator.finished:
+            return
+        coordinator.require_enough(coordinator.journal.chain.quorum.training)
         step = coordinator.step
         if step is Step.READY and (coordinator.ending or coordinator.extends_now):
             entry = coordinator.advance()
@@ -560,6 +561,9 @@ class RoundLoop:
     def _closed(self, entry: JournalEntry) -> None:
         header = entry.header
         self._step_taken()
+        members = self.coordinator.journal.chain.members
+        for site in self._sites:
+            site.trains = site.name in members and members[site.name].role == "train"
         if header.kind != "aggregate":
             log.info("%s appended before round %d", header.kind, self.coordinator.round)
             for site in self._sites:

@@ -374,7 +374,7 @@ class World:
             check = self.wire.check_words(digest, own[header["site"] if header["site"] in own else "ash"])
             signing = self.identities[header["site"]].signing
             word = split_word(REVEAL_MAGIC, sign_reveal(self.agreed, digest, header["site"], check, signing))
-            found.append(Revealed(*check, word.signature))
+            found.append(Revealed(*(f"{product:016x}" for product in check), word.signature))
         return tuple(found)
 
     def _golden_record(self, coordinator: Coordinator, seq: int) -> Golden:
@@ -399,7 +399,7 @@ class World:
 
         due = coordinator.journal.chain.due
         for site in TRAINING:
-            send(site, ReplyCode.READY, sign_ready(self.agreed, due, 1, site, self.identities[site].signing))
+            send(site, ReplyCode.READY, sign_ready(self.agreed, due, 1, site, False, self.identities[site].signing))
         assert coordinator.advance() is None
         cohort = coordinator._cohort
         assert cohort is not None

@@ -115,12 +115,14 @@ def accept(
 @app.command()
 def void(
     site: SitePath,
-    round_: Annotated[int, typer.Option("--round", metavar="N", min=1, help="The round that is open.")],
+    round_: Annotated[
+        int, typer.Option("--round", metavar="N", min=1, help="The round that is open, or that of the last record.")
+    ],
     by: Annotated[
         str | None, typer.Option(metavar="NAME", help="Who decides; asked for at a terminal if not given.")
     ] = None,
 ) -> None:
-    """Give the open round up: this site sends nothing more for it; a quorum's words let it begin anew."""
+    """Give a round up: this site sends nothing more for it; a quorum's words let it begin anew."""
     from secure_fed.clients.site import Site
     from secure_fed.clients.sitefile import read_site
     from secure_fed.core.errors import NotAcceptedError
@@ -158,11 +160,12 @@ def release(
     file, agreed = read_site(site, None)
     with exclusive(file.state_folder.path):
         opened = Site(file, agreed)
-        before = opened.revealed_to
-        if not before:
-            _say(f"{file.site}: has not revealed at the adapter it holds, or has a budget: nothing to release")
+        if opened.budgeted:
+            _say(f"{file.site} has a budget: its noise is its own, and nothing is to be released")
             return
-        _say(f"at the adapter that {file.site} holds it has revealed to {', '.join(before)}.")
+        before = opened.revealed_to
+        told = "not revealed yet" if before is None else f"revealed to {', '.join(before) or 'nobody knows whom'}"
+        _say(f"at the adapter that {file.site} holds it has {told}; others may have.")
         _say("Whoever has that sum and another one at this adapter can compute, by difference, the update of each site")
         _say("that is in one and not in the other, exactly if it is one site: also of one that has left since.")
         if opened.exact:
@@ -174,6 +177,36 @@ def release(
             raise NotAcceptedError("nobody's name was given; nothing was released: give --by NAME")
         opened.release()
     _say(f"released by {by}, for one round; start the client again")
+
+
+@app.command()
+def retire(
+    site: SitePath,
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who decides; asked for at a terminal if not given.")
+    ] = None,
+) -> None:
+    """Let this site train no more in the run, from the next round on; it goes on as an observer."""
+    from secure_fed.clients.site import Site
+    from secure_fed.clients.sitefile import read_site
+    from secure_fed.core.errors import NotAcceptedError
+    from secure_fed.core.storage import exclusive
+
+    file, agreed = read_site(site, None)
+    with exclusive(file.state_folder.path):
+        opened = Site(file, agreed)
+        before = opened.revealed_to
+        _say(f"{file.site} will train no more in this run; it cannot be taken back.")
+        if before is not None:
+            told = ", ".join(before) or "sites that nobody here knows"
+            _say(f"At the adapter that it holds it has revealed to {told}. If they go on at that adapter without it,")
+            _say(f"whoever has both sums, as every member has, can compute the update of {file.site} by difference.")
+        if by is None and sys.stdin.isatty():
+            by = typer.prompt("your name, to retire it (empty: do not)", default="", err=True).strip()
+        if not by:
+            raise NotAcceptedError("nobody's name was given; the site was not retired: give --by NAME")
+        opened.retire()
+    _say(f"retired by {by}. Start the client again: it tells the server")
 
 
 @app.command()

@@ -22,6 +22,9 @@ At a site:
 | ``runs/RUN/refused/N`` | that a round's aggregate was refused, and its key | replica |
 | ``runs/RUN/evidence/X.record`` | a second record that the coordinator signed | replica |
 | ``runs/RUN/adapter.safetensors`` | adapter and moments after the last record | replica |
+| ``runs/RUN/before.safetensors`` | the same before the last sum, which a void may take back | replica |
+| ``runs/RUN/bound.json`` | what the site has bound itself to in the open round | site |
+| ``runs/RUN/cohort.frame, arrived.frame`` | the last of each that it has answered | site |
 | ``runs/RUN/outbox/N.integers`` | the rounded update | site |
 | ``runs/RUN/outbox/STATE.noised`` | that of a site with a budget, by the adapter's state | site |
 | ``runs/RUN/snapshot.safetensors`` | its data as they were when the run began | site |
@@ -170,6 +173,11 @@ class SiteRun(RunState):
         """The note that a round's update was dropped: the last attempt it was sealed for, else 0."""
         return self.outbox / f"{numbered(round_number)}.withdrawn"
 
+    @property
+    def all_integers(self) -> list[Path]:
+        """The rounded updates that are kept, by round: of the adapter's state and of the one before."""
+        return sorted(self.outbox.glob(INTEGERS))
+
     def updates(self) -> list[int]:
         """Rounds with an update in the outbox, in order."""
         found = {path.stem for suffix in ("integers", "envelope") for path in self.outbox.glob(f"*.{suffix}")}
@@ -183,6 +191,11 @@ class SiteRun(RunState):
     def bound(self) -> Path:
         """What the site has bound itself to in the open round."""
         return self.path / "bound.json"
+
+    @property
+    def before(self) -> Path:
+        """Adapter and moments before the last sum."""
+        return self.path / "before.safetensors"
 
     def question(self, name: str) -> Path:
         """The last ``cohort`` or ``arrived`` that the site has answered, for a server that lost them."""

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, StorageError
 from secure_fed.core.layout import record_file
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.protocol import aggregation
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, Seeds, refuse_repeated_seed
 from secure_fed.protocol.ledger_heads import check_continues
@@ -30,6 +30,7 @@ from secure_fed.protocol.round_frames import (
     arrived_digest,
     arrived_header,
     check_envelopes,
+    check_retired,
     check_reveal,
     check_void,
     max_header,
@@ -53,7 +54,7 @@ from secure_fed.protocol.study import AgreedStudy, Hex64
 
 MAGIC = b"SFR2"
 
-Kind = Literal["genesis", "aggregate", "void", "amendment", "checkpoint", "extension", "end"]
+Kind = Literal["genesis", "aggregate", "void", "retired", "amendment", "checkpoint", "extension", "end"]
 
 MOST_ROUNDS = 100_000
 """Of a study, extended or not."""
@@ -64,17 +65,18 @@ class RecordHeader(SignedHeader):
 
     Attributes:
         kind: ``genesis`` opens a run; ``aggregate`` carries one round's encrypted sum; ``void`` closes, by the words of
-            a quorum's people, what was begun of a round, which begins anew; ``amendment`` brings a new
-            sealed key and perhaps other members; ``checkpoint``, always next, the members' acknowledgements and the
-            adapter sealed under the key; ``extension`` lets the run have more rounds than the study says, as many as
-            its payload says in decimal digits; ``end`` closes the run before its last round, and nothing follows it.
+            a quorum's people, what was begun of a round, which begins anew; ``retired`` makes, by its own word, an
+            observer of a training site; ``amendment`` brings a new sealed key and perhaps other members;
+            ``checkpoint``, always next, the members' acknowledgements and the adapter sealed under the key;
+            ``extension`` lets the run have more rounds than the study says, as many as its payload says in decimal
+            digits; ``end`` closes the run before its last round, and nothing follows it.
         seq: 0 for genesis, then one more each.
         previous: id of the record before; zeros for genesis.
         study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
         round: of an aggregate; the first in force for an amendment, checkpoint or extension; the one that is not
             trained any more for an end; 0 for genesis.
-        contributors: by site name; signed envelope headers of an aggregate, words for a void, acknowledgements of a
-            checkpoint.
+        contributors: by site name; signed envelope headers of an aggregate, words for a void, the one word of a site
+            that has retired, acknowledgements of a checkpoint.
         reveals: of an aggregate, each contributor's REVEAL, in the same order; else none.
         opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
     """
@@ -102,6 +104,7 @@ class Record:
         id: the journal head once it is appended: of an aggregate, SHA-256 over the head before and the digest of its
             ARRIVED, so that other signatures or times make no other head; of others, SHA-256 of the header.
         contributors: the headers of the envelopes in an aggregate's sum, by site name.
+        arrived: digest of the ARRIVED that an aggregate's sites revealed for; else empty.
         checkpoint: the keyed adapter digest that a checkpoint's members agree on; else empty.
         amendment: header of the sealed key, for an amendment.
         members: the members after the record.
@@ -112,6 +115,7 @@ class Record:
     header: RecordHeader
     id: str
     contributors: tuple[EnvelopeHeader, ...]
+    arrived: str
     checkpoint: str
     amendment: SealedKeyHeader | None
     members: Members
@@ -148,8 +152,8 @@ class Chain:
         amendment: number of the last amendment in force (none yet: 0).
         members: by name; amendments change them.
         rounds: how many the run has: the study's, unless an extension gave it more.
-        amended_after: the last round before the last amendment; -1 before the first.
-        changed_after: the same of the last amendment with which a training site joined or left.
+        amended_after: the last round before the last amendment or retirement; -1 before the first.
+        changed_after: the same of the last with which a training site joined or left.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
         ended: whether the last record is an end, which nothing follows.
         seeds: of the envelopes in the sums so far.
@@ -221,14 +225,15 @@ class Chain:
             raise RecordError(
                 f"record {header.seq}: a {header.kind}; a checkpoint follows an amendment and nothing else"
             )
-        if header.kind not in ("aggregate", "void", "checkpoint") and header.contributors:
+        if header.kind in ("genesis", "amendment") and header.contributors:
             raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")
         if header.kind == "end" and self.finished:
             raise RecordError(f"record {header.seq}: an end after the last round")
-        if header.kind in ("void", "amendment", "checkpoint", "extension", "end") and header.round != self.round + 1:
+        between = ("void", "retired", "amendment", "checkpoint", "extension", "end")
+        if header.kind in between and header.round != self.round + 1:
             raise RecordError(f"record {header.seq}: in force from round {header.round}, expected {self.round + 1}")
         contributors: tuple[EnvelopeHeader, ...] = ()
-        identity = frame.digest
+        identity, arrived = frame.digest, ""
         if header.kind == "aggregate":
             contributors, arrived = self._check_contributors(header)
             for entry in contributors:
@@ -244,11 +249,13 @@ class Chain:
         amendment, members = None, self.members
         if header.kind == "amendment":
             amendment, members = self._check_amendment(header, bytes(frame.payload))
+        elif header.kind == "retired":
+            members = self._check_retired(header)
         rounds = self._check_extension(header, bytes(frame.payload)) if header.kind == "extension" else self.rounds
         checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
         if header.kind == "aggregate":
             self._check_sum(header, [entry.site for entry in contributors], arrived, bytes(frame.payload))
-        return Record(header, identity, contributors, checkpoint, amendment, members, rounds, data)
+        return Record(header, identity, contributors, arrived, checkpoint, amendment, members, rounds, data)
 
     def check_ledger(self, header: EnvelopeHeader) -> None:
         """Check that a site's privacy ledger continues that of its last sum: the server asks this of an envelope as
@@ -272,7 +279,7 @@ class Chain:
         self.head = record.id
         self.run = header.run
         self.key = header.key
-        if self._changed(record.members):
+        if self.changed(record.members):
             self.changed_after = self.round
         self.members = record.members
         self.rounds = record.rounds
@@ -285,8 +292,8 @@ class Chain:
             self.ledgers = self.ledgers | {
                 entry.site: (entry.ledger_seq, entry.ledger_head) for entry in record.contributors if entry.ledger_seq
             }
-        elif header.kind == "amendment":
-            self.amendment += 1
+        elif header.kind in ("amendment", "retired"):
+            self.amendment += header.kind == "amendment"
             self.amended_after = self.round
 
     def _check_size(self, header: RecordHeader) -> None:
@@ -320,15 +327,36 @@ class Chain:
             raise RecordError(f"record {header.seq}: {error}") from None
         if sealed.key != header.key or header.key == ZERO_DIGEST:
             raise RecordError(f"record {header.seq}: names key {header.key[:16]}, but brings {sealed.key[:16]}")
-        changed = self._changed(members)
-        if len(changed) > 1 or (changed and self.changed_after == self.round):
+        self._refuse_two_changes(header, members)
+        return sealed, members
+
+    def _check_retired(self, header: RecordHeader) -> Members:
+        """The members after one of them has retired, by its own word."""
+        what = f"record {header.seq}"
+        if len(header.contributors) != 1:
+            raise RecordError(f"{what}: {len(header.contributors)} sites retire; expected one")
+        try:
+            name = check_retired(header.contributors[0], self.agreed, self.members, self.run).site
+        except EnvelopeError as error:
+            raise RecordError(f"{what}: {error}") from None
+        members = self.members | {name: self.members[name].model_copy(update={"role": "observer"})}
+        self._refuse_two_changes(header, members)
+        return members
+
+    def _refuse_two_changes(self, header: RecordHeader, members: Members) -> None:
+        changed = self.changed(members)
+        if not self.may_change(members):
             raise RecordError(
                 f"record {header.seq}: {', '.join(changed)} would join, leave or change; expected at most one training "
                 "site to do so between two rounds, so that two quorums share an honest one: one after the other"
             )
-        return sealed, members
 
-    def _changed(self, members: Members) -> list[str]:
+    def may_change(self, members: Members) -> bool:
+        """Whether these can follow the members in force now: at most one training site changes between two rounds."""
+        changed = self.changed(members)
+        return not changed or (len(changed) == 1 and self.changed_after != self.round)
+
+    def changed(self, members: Members) -> list[str]:
         """Who trains under other keys, or only before or after an amendment."""
         before, after = (
             {name: site for name, site in those.items() if site.role == "train"} for those in (self.members, members)
@@ -402,7 +430,7 @@ class Chain:
             found = self.wire.check_words(arrived, payload)
         except EnvelopeError as error:
             raise RecordError(f"{what}: {error}") from None
-        if found != summed_checks((word.check for word in reveals), self.wire.modulus):
+        if found != summed_checks((word.products for word in reveals), self.wire.modulus):
             raise RecordError(
                 f"{what}: its sum is not that of the envelopes that its contributors sent (their linear check fails); "
                 "nothing was decrypted; the server bent it: show the record to the other sites"
@@ -460,6 +488,11 @@ class RecordFolder:
             StorageError: it cannot be written; the folder is as it was.
         """
         write_durable(self.file(record.header.seq), record.data)
+
+    def drop_last(self, seq: int) -> None:
+        """Take the last record, of that number, away; durable when this returns."""
+        self.file(seq).unlink(missing_ok=True)
+        sync_folder(self.path)
 
     def file(self, seq: int) -> Path:
         """Where the record of that number lies."""

@@ -40,6 +40,7 @@ COHORT_MAGIC = b"SFH2"
 ARRIVED_MAGIC = b"SFA2"
 REVEAL_MAGIC = b"SFV2"
 VOID_MAGIC = b"SFX2"
+RETIRED_MAGIC = b"SFT2"
 MAX_WORD = 1024
 """Most bytes of a READY's or a REVEAL's header."""
 MAX_ATTEMPT = 2**16
@@ -49,7 +50,8 @@ HEADER_BASE = 4096
 HEADER_PER_SITE = 4096
 
 Attempt = Annotated[int, Field(ge=1, le=MAX_ATTEMPT)]
-Residue = Annotated[int, Field(ge=0, lt=2**58)]
+Product = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
+"""A residue as 64 bits in hex: a REVEAL is as long whatever it says."""
 
 
 class SignedWord(NamedTuple):
@@ -77,9 +79,14 @@ class Revealed(NamedTuple):
         signature: the site's, over its REVEAL, in hex.
     """
 
-    first: Residue
-    second: Residue
+    first: Product
+    second: Product
     signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """The two as numbers."""
+        return int(self.first, 16), int(self.second, 16)
 
 
 class _Placed(SignedHeader):
@@ -109,7 +116,11 @@ class ReadyHeader(_Placed, MemberHeader):
         run, head, key, amendment, round: see :class:`secure_fed.protocol.envelope.RoundPosition`.
         attempt: that it was asked for.
         site: the sender.
+        released: whether at this adapter it may be in a sum with other sites than before: its people have said so, or
+            its budget makes it harmless.
     """
+
+    released: bool
 
 
 class CohortHeader(_Placed):
@@ -148,7 +159,12 @@ class RevealHeader(MemberHeader):
     """
 
     arrived: Hex64
-    check: tuple[Residue, Residue]
+    check: tuple[Product, Product]
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """The check as numbers."""
+        return int(self.check[0], 16), int(self.check[1], 16)
 
 
 class VoidHeader(MemberHeader):
@@ -165,6 +181,19 @@ class VoidHeader(MemberHeader):
     head: Hex64
     round: Count
     revealed: bool
+
+
+class RetiredHeader(MemberHeader):
+    """A site's word that it trains no more in a run, from the next round on; of its earlier sums, that it does not mind
+    who else is in a later one at the same adapter.
+
+    Attributes:
+        study: study id.
+        run: which.
+        site: the sender.
+    """
+
+    run: Hex64
 
 
 def max_header(agreed: AgreedStudy) -> int:
@@ -186,9 +215,11 @@ def _place(agreed: AgreedStudy, due: RoundPosition, attempt: int) -> dict[str, o
     }
 
 
-def sign_ready(agreed: AgreedStudy, due: RoundPosition, attempt: int, site: str, key: Ed25519PrivateKey) -> bytes:
+def sign_ready(
+    agreed: AgreedStudy, due: RoundPosition, attempt: int, site: str, released: bool, key: Ed25519PrivateKey
+) -> bytes:
     """A site's READY."""
-    header = ReadyHeader.model_validate(_place(agreed, due, attempt) | {"site": site})
+    header = ReadyHeader.model_validate(_place(agreed, due, attempt) | {"site": site, "released": released})
     return sign_frame(READY_MAGIC, header, key, b"")
 
 
@@ -218,13 +249,14 @@ def arrived_digest(header: ArrivedHeader) -> str:
 
 def reveal_word(agreed: AgreedStudy, arrived: str, site: str, kept: Revealed) -> SignedWord:
     """The REVEAL of a site for an ARRIVED that a record keeps."""
-    header = _reveal_header(agreed, arrived, site, (kept.first, kept.second))
+    header = _reveal_header(agreed, arrived, site, kept.products)
     return SignedWord.of(encode_header(header), bytes.fromhex(kept.signature))
 
 
 def _reveal_header(agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, int]) -> RevealHeader:
+    first, second = (f"{product:016x}" for product in check)
     return RevealHeader(
-        version=2, study=agreed.study.id, arrived=arrived, site=site, check=check, **payload_fields(b"")
+        version=2, study=agreed.study.id, arrived=arrived, site=site, check=(first, second), **payload_fields(b"")
     )
 
 
@@ -240,6 +272,12 @@ def sign_void(agreed: AgreedStudy, due: RoundPosition, site: str, revealed: bool
         **payload_fields(b""),
     )  # fmt: skip
     return sign_frame(VOID_MAGIC, header, key, b"")
+
+
+def sign_retired(agreed: AgreedStudy, run: str, site: str, key: Ed25519PrivateKey) -> bytes:
+    """A site's word that it trains no more in a run."""
+    header = RetiredHeader(version=2, study=agreed.study.id, run=run, site=site, **payload_fields(b""))
+    return sign_frame(RETIRED_MAGIC, header, key, b"")
 
 
 def split_word(magic: bytes, data: bytes) -> SignedWord:
@@ -296,6 +334,30 @@ def check_void(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Memb
     return header
 
 
+def check_retired(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Member], run: str) -> RetiredHeader:
+    """Check a word of a site that it trains no more: signature, a training member's, of this run.
+
+    Raises:
+        EnvelopeError: with what was found and expected.
+    """
+    header = verify_member(
+        RETIRED_MAGIC, *word.signed, RetiredHeader, agreed.study.id, members, MAX_WORD, EnvelopeError
+    )
+    _check_trains(header.site, members)
+    if header.run != run:
+        raise EnvelopeError(f"retirement of {header.site}: from run {header.run[:16]}; expected {run[:16]}")
+    return header
+
+
+def word_head(word: SignedWord) -> str:
+    """The head that a word for a void names; nothing of it is checked yet.
+
+    Raises:
+        EnvelopeError: malformed.
+    """
+    return parse_header(word.signed[0], VoidHeader, EnvelopeError).head
+
+
 def check_cohort(
     data: bytes, agreed: AgreedStudy, members: Mapping[str, Member], due: RoundPosition, quorum: Quorum
 ) -> tuple[CohortHeader, tuple[str, ...], str]:
@@ -315,6 +377,12 @@ def check_cohort(
         raise ProtocolError(f"COHORT: {error}") from None
     refuse_cohort(names, quorum, "COHORT", ProtocolError)
     return header, names, digest
+
+
+def releasing(cohort: CohortHeader) -> frozenset[str]:
+    """Whose READYs in a COHORT, checked before, carry their people's release."""
+    found = (parse_header(word.signed[0], ReadyHeader, ProtocolError) for word in cohort.readies)
+    return frozenset(header.site for header in found if header.released)
 
 
 def check_arrived(

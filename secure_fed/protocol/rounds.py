@@ -17,6 +17,7 @@ class ReplyCode(StrEnum):
     UPDATE = "update"
     REVEALED = "revealed"
     VOID = "void"
+    RETIRED = "retired"
     SITS_OUT = "sits-out"
     APPLIED = "applied"
     MORE = "more"
@@ -71,8 +72,8 @@ class RoundReply:
         position: number of records of that run that the site has.
         attestation: keyed digest of its adapter at that position; empty while it cannot open the adapter.
         envelope: the signed word that the code names: that it is there for ``present``, READY for ``ready``, the
-            update's envelope for ``update``, REVEAL for ``revealed``, its people's word for ``void``, the
-            acknowledgement of an amendment for ``acknowledged``; else empty.
+            update's envelope for ``update``, REVEAL for ``revealed``, its people's word for ``void`` and ``retired``,
+            the acknowledgement of an amendment for ``acknowledged``; else empty.
     """
 
     site: str

@@ -28,7 +28,7 @@ ROUND_MESSAGE = "train.round"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
 MAX_WORD = 8192
-WORDS = frozenset({ReplyCode.PRESENT, ReplyCode.READY, ReplyCode.REVEALED, ReplyCode.VOID})
+WORDS = frozenset({ReplyCode.PRESENT, ReplyCode.READY, ReplyCode.REVEALED, ReplyCode.VOID, ReplyCode.RETIRED})
 """Replies with a signed word of some hundred bytes, which is in the message itself."""
 
 LARGE = frozenset({ReplyCode.UPDATE, ReplyCode.ACKNOWLEDGED})

@@ -395,7 +395,7 @@ class Forger:
         signing = load_identity(self.federation.folder / "sites" / name / "identity", name).signing
         check = self.wire.check_words(arrived, self.payloads[index])
         word = split_word(REVEAL_MAGIC, sign_reveal(self.federation.agreed, arrived, name, check, signing))
-        return Revealed(*check, word.signature)
+        return Revealed(*(f"{product:016x}" for product in check), word.signature)
 
     def spooled(self) -> list[bytes]:
         """The payloads of the envelopes that are in."""

@@ -139,7 +139,7 @@ def test_a_pending_update_is_dropped_and_made_anew_for_another_attempt_only(fede
     assert first.code == ReplyCode.UPDATE
     stored = (outbox(federation) / "00000002.integers").read_bytes()
     done = forget_now(federation, path)
-    assert [text.split(", ")[1] for text in done.rounds] == ["round 2"]
+    assert [text.split(", ")[1] for text in done.rounds] == ["round 1", "round 2"]  # a void may bring the first back
     assert not (outbox(federation) / "00000002.integers").exists()
     assert (outbox(federation) / "00000002.envelope").exists()  # the server has it: until there is another attempt
     # A second, different update for one attempt would let the server subtract the two.

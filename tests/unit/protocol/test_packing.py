@@ -386,7 +386,8 @@ def test_a_record_of_a_thousand_sites_takes_at_most_2_4_mb_with_all_signatures()
         return SignedWord(header=text.hex(), signature=key.sign(text).hex())
 
     def revealed(number: int) -> Revealed:
-        return Revealed(parameters.modulus - 1 - number, parameters.modulus - 2, key.sign(b"%d" % number).hex())
+        first, second = (f"{parameters.modulus - less:016x}" for less in (1 + number, 2))
+        return Revealed(first, second, key.sign(b"%d" % number).hex())
 
     header = RecordHeader(
         version=2,
