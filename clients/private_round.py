@@ -34,7 +34,7 @@ from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
 from secure_fed.clients.private_sums import PrivateSums, nothing, private_sums
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import BudgetError, LedgerError, LedgerRollbackError, TwinsError
+from secure_fed.core.errors import BudgetError, BudgetSpentError, LedgerError, LedgerRollbackError, TwinsError
 from secure_fed.core.layout import SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import Adapter, build_adapter
@@ -343,9 +343,9 @@ class PrivateRounds:
         """A run has as many draws as were declared, the one for a crash included."""
         drawn = sum(event.purpose.startswith("round ") for event in ledger.of_run(plan.run))
         if drawn > plan.rounds:
-            raise BudgetError(
+            raise BudgetSpentError(
                 f"the plan of run {plan.run[:16]} had {plan.rounds} rounds and one in case of a crash; all "
-                f"{drawn} are paid for: this site takes part as an observer until the run is over"
+                f"{drawn} are paid for: this site retires, and takes part as an observer until the run is over"
             )
 
     def _validation_rounds(self) -> tuple[int, ...]:

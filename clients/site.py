@@ -38,6 +38,7 @@ from secure_fed.clients.training import predict, train_alone, train_round, train
 from secure_fed.core.errors import (
     AggregateRefused,
     BudgetError,
+    BudgetSpentError,
     EnvelopeError,
     KeyFileError,
     ProtocolError,
@@ -401,8 +402,7 @@ class Site:
             return self._reply(ReplyCode.APPLIED)
         bound = self.replica.files.bound.at(self.replica.due)
         if bound.retired and not bound.attempt:  # members of an open round stay to its end
-            key = self.replica.identity.signing
-            return self._reply(ReplyCode.RETIRED, sign_retired(self._agreed, self.run, self.name, key))
+            return self._retired()
         if self.replica.paused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
         self._notice_past(request.past)
@@ -427,9 +427,17 @@ class Site:
             if kind == COHORT_MAGIC:
                 return self._reply(ReplyCode.UPDATE, self._envelope(request.question, request.held))
             return self._reply(ReplyCode.READY, self._ready(request.attempt))
+        except BudgetSpentError as error:
+            log.warning("%s: %s", self.name, error)
+            self.retire()
+            return self._reply(ReplyCode.APPLIED) if bound.attempt else self._retired()
         except BudgetError as error:
             log.warning("%s: %s", self.name, error)
             return self._reply(ReplyCode.APPLIED)
+
+    def _retired(self) -> RoundReply:
+        key = self.replica.identity.signing
+        return self._reply(ReplyCode.RETIRED, sign_retired(self._agreed, self.run, self.name, key))
 
     def present(self, question: PresenceQuestion, rate: float, rehearsed: tuple[str, int] = ("", 0)) -> RoundReply:
         """Its word, before the first round, that it is there and ready; or that it rehearses.
@@ -662,8 +670,8 @@ class Site:
         files.bind(files.bound.model_copy(update={"released": self._asked_for}))
 
     def retire(self) -> None:
-        """Its people's word that it trains no more in this run, once the open round is closed; told to the server when
-        it asks next.
+        """The word that it trains no more in this run, once the open round is closed: its people's, or its own where
+        all that its budget was planned for is spent. Told to the server when it asks next.
 
         Raises:
             ProtocolError: it does not train in a run.

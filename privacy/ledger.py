@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from secure_fed.core.errors import BudgetError, KeyFileError, LedgerError, StorageError
+from secure_fed.core.errors import BudgetError, BudgetSpentError, KeyFileError, LedgerError, StorageError
 from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.privacy.accounting import ROUNDING, Mechanism, epsilon_of, epsilon_spent, mu_squared_of
@@ -524,14 +524,14 @@ class Ledger:
             validation: rounds in which validation counts are to be released.
 
         Raises:
-            BudgetError: all runs that share the budget have been made.
+            BudgetSpentError: all runs that share the budget have been made.
             StorageError: the plan cannot be written.
         """
         if declared.runs is not None and len(self._plans) >= declared.runs:
-            raise BudgetError(
+            raise BudgetSpentError(
                 f"this ledger has planned {len(self._plans)} runs, as many as privacy.runs = {declared.runs} says; "
-                "expected fewer: this site takes part as an observer. To train in another run, raise privacy.runs or "
-                "set privacy.run_epsilon: patients who can pay for it take part"
+                "expected fewer: this site retires from this run, and takes part as an observer. To train in another "
+                "run, raise privacy.runs or set privacy.run_epsilon: patients who can pay for it take part"
             )
         left = declared.mu_squared
         once = (LMMD_SHARE * left) ** -0.5

@@ -223,6 +223,10 @@ class BudgetError(SecfacmicError):
     exit_code = 51
 
 
+class BudgetSpentError(BudgetError):
+    """A privacy budget of which no update more can be paid in this run, whatever is asked."""
+
+
 class PrivateMethodError(SecfacmicError):
     """A method, loss or norm that differential privacy does not hold for."""
 

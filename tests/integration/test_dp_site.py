@@ -270,7 +270,13 @@ def test_a_site_whose_declared_runs_are_over_observes(private: Federation) -> No
     spent = ledger_of(private).epsilon_spent
     coordinator = begin(private)
     reply = exchange(coordinator, private.site("ash"))
-    assert (reply.code, reply.envelope) == (ReplyCode.APPLIED, b"")
+    assert reply.code == ReplyCode.RETIRED
+    for name in TRAINING[1:]:
+        exchange(coordinator, private.site(name))
+    entry = coordinator.advance()
+    assert entry is not None
+    assert entry.header.kind == "retired"
+    assert coordinator.journal.chain.members["ash"].role == "observer", "by its own word; nobody waits for it"
     assert ledger_of(private).epsilon_spent == spent
 
 
@@ -961,9 +967,12 @@ def test_too_many_crashes_end_in_an_observer_and_not_in_a_deficit(private: Feder
     worker = Worker(private)
     workers.append(worker)
     reply = worker.respond(coordinator.request(worker.name, worker.run, worker.position))
-    assert reply.code == ReplyCode.APPLIED
+    assert reply.code == ReplyCode.RETIRED, "by its own signed word it trains no more in this run"
     assert [event.state for event in ledger_of(private).events] == ["reserved"] * 3
     assert 7.99 < ledger_of(private).epsilon_spent <= 8.0
+    again = private.site("ash")  # the word stands also after a restart, and nothing more is reserved
+    assert exchange(coordinator, again).code == ReplyCode.RETIRED
+    assert len(ledger_of(private).events) == 3
 
 
 def test_a_full_disk_at_the_reservation_draws_nothing(private: Federation) -> None:
