@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError, StorageError
@@ -12,7 +12,7 @@ from secure_fed.core.layout import RECORDS, ServerRun, ServerState, SiteState, n
 from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.journal import find_runs, verify_run
-from secure_fed.protocol.records import Chain, RecordFolder, read_header
+from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, read_header
 from secure_fed.protocol.round_frames import check_arrived, check_cohort
 from secure_fed.protocol.signing import SIGNATURE_BYTES, check_payload, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
@@ -42,20 +42,36 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A verified journal: where it lies, how far it goes, and the digest of each record's bytes."""
+    """A verified journal: where it lies, how far it goes, and the digest of each record's bytes.
+
+    Attributes:
+        before: the chain before the last record.
+        kinds: of each record.
+    """
 
     source: Path
     journal: Path
+    before: Chain
     chain: Chain
     digests: list[bytes]
+    kinds: list[Kind]
+
+    def without_sum(self, others: Iterable[_Copy]) -> _Copy:
+        """This without its last record, if that is a sum in whose place another copy has a void: the void counts."""
+        last = len(self.kinds) - 1
+        void = any(copy.kinds[last : last + 1] == ["void"] for copy in others)
+        if not void or self.kinds[last] != "aggregate":
+            return self
+        return replace(self, chain=self.before, digests=self.digests[:last], kinds=self.kinds[:last])
 
 
 def rebuild(agreed: AgreedStudy, sources: Sequence[Path], state: Path) -> Rebuilt:
     """Write the journal of the sites' current run into a server's state folder, from the copies at sites.
 
-    The longest copy is taken; the others must be beginnings of it. Of a journal that is there already, missing and
-    damaged records are restored and whole ones stay. The envelopes of the round that was being collected are lost:
-    its next attempt asks for them again, and sites seal the integers they have stored.
+    The longest copy is taken; the others must be beginnings of it, but for a last record, a sum, that a void takes
+    back. Of a journal that is there already, missing and damaged records are restored and whole ones stay, but for such
+    a sum. The envelopes of the round that was being collected are lost: its next attempt asks for them again, and sites
+    seal the integers they have stored.
 
     Args:
         agreed: the study.
@@ -66,7 +82,8 @@ def rebuild(agreed: AgreedStudy, sources: Sequence[Path], state: Path) -> Rebuil
         RecordError: a copy does not verify, or two of them (or what is there) are not of one journal.
         StorageError: the folder is in use or cannot be written.
     """
-    copies = [_read_copy(source, agreed) for source in sources]
+    found = [_read_copy(source, agreed) for source in sources]
+    copies = [copy.without_sum(found) for copy in found]
     longest = max(copies, key=lambda copy: len(copy.digests))
     for copy in copies:
         for seq, (mine, theirs) in enumerate(zip(copy.digests, longest.digests, strict=False)):
@@ -97,11 +114,13 @@ def _read_copy(source: Path, agreed: AgreedStudy) -> _Copy:
     current = [run for run in find_runs(source) if run.current]
     if not current:
         raise RecordError(f"{source}: in no run; expected a site's state folder with a run")
-    chain, digests = Chain(agreed), []
+    before = chain = Chain(agreed)
+    digests, kinds = [], []
     for record in verify_run(current[0], agreed):
-        chain.advance(record)
+        before, chain = chain, chain.after(record)
         digests.append(hashlib.sha256(record.data).digest())
-    return _Copy(source, current[0].journal, chain, digests)
+        kinds.append(record.header.kind)
+    return _Copy(source, current[0].journal, before, chain, digests, kinds)
 
 
 def _complete(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int:
@@ -117,12 +136,22 @@ def _complete(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int:
         path = folder.file(seq)
         record = chain.check(RecordFolder(copy.journal).read(seq))
         if not path.exists() or hashlib.sha256(path.read_bytes()).digest() != digest:
-            if path.exists() and _is_signed(path.read_bytes(), agreed):
+            if path.exists() and _is_signed(path.read_bytes(), agreed) and not _counts_over(record, chain, path):
                 raise _fork(path, RecordFolder(copy.journal).file(seq))
             folder.append(record)
             added += 1
         chain.advance(record)
     return added
+
+
+def _counts_over(void: Record, chain: Chain, last: Path) -> bool:
+    """Whether a record is the void of the round whose sum the server has as its last one: that is taken back."""
+    if void.header.kind != "void" or last.with_name(numbered(void.header.seq + 1) + last.suffix).exists():
+        return False
+    try:
+        return chain.check(last.read_bytes()).header.kind == "aggregate"
+    except RecordError:
+        return False
 
 
 def _is_signed(data: bytes, agreed: AgreedStudy) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from secure_fed.protocol.round_frames import (
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import sign_frame
 from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.rebuild import rebuild
 from tests.conftest import (
     TRAINING,
     Federation,
@@ -619,6 +621,28 @@ def test_a_record_and_a_void_of_one_round_the_void_counts_and_one_record_is_take
     assert [record.header.kind for record in verify_run(runs[0], four.agreed)] == ["genesis", "void", "aggregate"]
 
 
+def test_a_rebuild_from_a_copy_with_the_record_and_one_with_its_void_goes_on_from_the_void(four: Federation) -> None:
+    sites, coordinator = split_over_a_record(four)
+    server = four.folder / "server"
+    shutil.copytree(server, four.folder / "older")
+    for name in ("ash", "cedar", "dogwood"):
+        say(four, name, "void", "--round", 1)
+    given_up = [four.site(name) for name in ("ash", "cedar", "dogwood")]
+    for site in given_up:
+        exchange(coordinator, site)
+    void = coordinator.advance()
+    assert void is not None
+    exchange(coordinator, given_up[0])
+    with_void, with_sum = (four.folder / "sites" / name / "state" for name in ("ash", "birch"))
+    assert rebuild(four.agreed, [with_sum, with_void], four.folder / "new").head == void.id
+    assert rebuild(four.agreed, [with_void], four.folder / "older").head == void.id, "the server's own last sum too"
+    shutil.rmtree(server)
+    (four.folder / "older").rename(server)
+    again = four.reopen()
+    assert exchange(again, sites[1]).code == ReplyCode.READY
+    assert sites[1].adapter_digest == given_up[0].adapter_digest
+
+
 def test_whoever_has_revealed_in_a_later_round_gives_no_word_for_a_void_of_the_one_before(four: Federation) -> None:
     sites, coordinator = split_over_a_record(four)
     for site in sites[2:]:
@@ -740,7 +764,7 @@ def test_members_change_one_by_one_on_the_whole_way_from_the_key_maker_to_the_si
     assert coordinator.advance().header.kind == "retired"  # type: ignore[union-attr]
     chain = coordinator.journal.chain
     coordinator.amend(federation.seal_key(2, chain.key, members=chain.members, removed=("f",)))
-    kinds = []
+    kinds: list[str] = []
     while len(kinds) < 3:
         entry = pass_step(coordinator, sites)
         kinds += [] if entry is None else [entry.header.kind]
@@ -859,7 +883,7 @@ def test_no_split_of_the_sites_closes_two_rounds(
         "shared": True,
     }
     rows = [{"name": name} for name in names]
-    template = make_template(mode="plain", max_sites=8, sites=rows, key_maker="a", simulation=simulation)
+    template = make_template(max_sites=8, sites=rows, key_maker="a", simulation=simulation)
     prepare(template, tmp_path / "out", images)
     federation = Federation(tmp_path / "out")
     monkeypatch.setattr(Site, "_train", lambda site: site._quantise(np.zeros(_size(site)), np.zeros(_size(site))))
