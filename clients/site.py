@@ -652,8 +652,15 @@ class Site:
             stays = f"the declared shrinkage, {study.method.shrinkage:g}, holds, and nothing is claimed of single cases"
         return (
             f"Until it is closed anew its statistics are abandoned: {stays}. With a site that is lost for ever the "
-            "others let it close without that site (secfacmic site release at each), or end the study as it is "
-            "(secfacmic study close --abandon).",
+            f"others let it close without that site ({self._leave_word}secfacmic site release at each), or end the "
+            "study as it is (secfacmic study close --abandon).",
+        )
+
+    @property
+    def _leave_word(self) -> str:
+        """What comes before a release without a site that was in the cohort: in plain mode nothing, see below."""
+        return (
+            "" if self._agreed.study.mode == "plain" else "secfacmic keys rotate --remove SITE at the key maker, then "
         )
 
     @property

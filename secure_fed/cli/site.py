@@ -171,6 +171,9 @@ def release(
         if opened.exact:
             _say(EXACT)
         _say("The people of all these sites must agree; each says so at its own site.")
+        if agreed.study.mode == "he":
+            _say("A site that was in that sum and cannot be in the next must have left before: by its own word,")
+            _say("secfacmic site retire, or removed, secfacmic keys rotate --remove SITE at the key maker.")
         if by is None and sys.stdin.isatty():
             by = typer.prompt("your name, to release it (empty: do not)", default="", err=True).strip()
         if not by:

@@ -569,11 +569,19 @@ def test_a_newcomer_to_the_cohort_needs_the_word_of_all_too(four: Federation, mo
     pass_step(coordinator, again)
     with pytest.raises(ProtocolError, match=r"revealed to ash, birch, cedar; .* still to be heard: dogwood"):
         exchange(coordinator, again[0])
-    assert "others may have" in say(four, "dogwood", "release")
+    words = say(four, "dogwood", "release")
+    assert "others may have" in words
+    assert "must have left before" not in words, "the server of a plain study sees each update anyway"
     assert coordinator.fail([])
     again[3] = four.site("dogwood")
     pass_step(coordinator, again)
     assert close_round(coordinator, again).sites == (*TRAINING, "dogwood")
+
+
+def test_a_release_says_how_a_site_that_is_lost_must_leave_before_it(federation: Federation) -> None:
+    sites = federation.sites()
+    exchange(begin(federation), sites[0])
+    assert "must have left before: by its own word" in say(federation, "ash", "release")
 
 
 def split_over_a_record(four: Federation) -> tuple[list[Site], Coordinator]:
