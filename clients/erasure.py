@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secure_fed.clients.bound import read_bound
-from secure_fed.clients.budget import has_budget
+from secure_fed.clients.budget import has_budget, ledger_folder
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.forgotten import Forgotten
@@ -17,6 +17,7 @@ from secure_fed.clients.snapshot import read_snapshot, without, write_snapshot
 from secure_fed.core.errors import EnvelopeError, SecfacmicError, UnknownPatientError
 from secure_fed.core.layout import SiteRun, SiteState
 from secure_fed.core.storage import exclusive, sync_folder, write_durable
+from secure_fed.privacy.ledger import snapshot_key
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.signing import PRIVATE, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
@@ -85,7 +86,7 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
         # What it sent, or will send again, is noised: it may stay, and to send nothing would tell that somebody left.
         rounds: tuple[str, ...] = ()
         heads = 0
-        _leave_snapshots(state, patient, set(theirs) - set(others))
+        _leave_snapshots(file, patient, set(theirs) - set(others))
     else:
         rounds, heads = _withdraw(state)
     # Its temperature was fitted to validation images, and statistics in it may be of training images.
@@ -124,14 +125,15 @@ def _known(file: SiteFile, agreed: AgreedStudy, forgotten: Forgotten, patient: s
     )
 
 
-def _leave_snapshots(state: SiteState, patient: str, images: set[bytes]) -> None:
+def _leave_snapshots(file: SiteFile, patient: str, images: set[bytes]) -> None:
     """Take a patient out of the data of all runs, under that name and under any that has its images."""
-    for folder in state.run_folders():
+    for folder in file.state_folder.run_folders():
         path = SiteRun(folder).snapshot
         if path.exists():
-            features = read_snapshot(path)
+            key = snapshot_key(ledger_folder(file))
+            features = read_snapshot(path, key)
             names = {name for name, digests in features.digests.items() if digests & images} | {patient}
-            write_snapshot(path, without(features, names))
+            write_snapshot(path, without(features, names), key)
 
 
 def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from secure_fed.clients import memory, one_sum
 from secure_fed.clients.acceptance import acceptance_digest
 from secure_fed.clients.bound import Bound
-from secure_fed.clients.budget import unpaid
+from secure_fed.clients.budget import ledger_folder, unpaid
 from secure_fed.clients.data import DRAWN_ALONE, SiteImage, Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
@@ -51,6 +51,7 @@ from secure_fed.model.backbone import load_backbone
 from secure_fed.model.device import choose_device
 from secure_fed.model.evaluation import Metrics, Predictions, balanced_accuracy, metrics
 from secure_fed.model.text_tower import TextTower
+from secure_fed.privacy.ledger import snapshot_key
 from secure_fed.protocol import codec
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
@@ -199,7 +200,7 @@ class Site:
             torch.set_num_threads(self._file.threads)
             frozen = self._snapshot
             if frozen is not None and frozen.exists():
-                self._features = read_snapshot(frozen)
+                self._features = read_snapshot(frozen, snapshot_key(ledger_folder(self._file)))
                 if data_changed(self._file, self._agreed, self._features):
                     log.warning(
                         "%s: for its own eyes: the data are not what they were when run %s began; the run goes on with "
@@ -376,7 +377,8 @@ class Site:
             self._private.drew = False
         frozen = self._snapshot
         if frozen is not None and not frozen.exists() and self._can_seal:
-            write_snapshot(frozen, self.features())  # before the run's first message
+            # Before the run's first message.
+            write_snapshot(frozen, self.features(), snapshot_key(ledger_folder(self._file)))
         self.replica.compare(request.attested_head, request.attestations)
         if self._voided:
             return self._reply(ReplyCode.VOID, self._void())

@@ -807,6 +807,16 @@ CLOSED = "closed"
 """Marks a restored ledger whose head nobody has confirmed; nothing is reserved while it is there."""
 
 
+def snapshot_key(folder: Path) -> bytes:
+    """The key, 32 bytes, under which the ids of patients lie in the snapshots of the runs that a ledger pays for.
+
+    Raises:
+        KeyFileError: the ledger's secret is missing or readable by others.
+        LedgerError: it is malformed.
+    """
+    return _derive(_secret(read_private(folder / "ledger.key"), folder), "snapshot")
+
+
 def _derive(secret: bytes, purpose: str) -> bytes:
     return hmac.new(secret, f"secfacmic ledger 1 {purpose}".encode(), hashlib.sha256).digest()
 

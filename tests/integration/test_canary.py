@@ -275,6 +275,7 @@ def test_no_message_of_a_site_has_a_canary(federation: Federation, images: Path,
     ask(RoundRequest(9, 1, (), more=False))  # does not fit: refused
     ask(question(), b"code")  # another bundle
     assert isinstance(app.failure, BundleError)
+    assert with_canary(path / "state") == []  # the snapshot of the run's data among it
     shutil.rmtree(path / "state" / "runs")  # nothing of the site works any more
     app.failure = None
     sites[0]._features = None
