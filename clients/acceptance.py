@@ -58,7 +58,10 @@ REPLY_WORDS = {
     "attestation": "a keyed digest of the adapter that all sites hold, 64 hex digits; the server lacks the key",
     "envelope": "the signed word that the code names: that it is there, with the digest of this acceptance, whether "
     "the study's key is here, version, clock and speed of the line; that it is ready; the update, as above; two "
-    "numbers that follow from its encrypted bytes; that a key rotation was applied",
+    "numbers that follow from its encrypted bytes; that a key rotation was applied; with pads, that its shares are "
+    "good, the same two numbers of another site's encrypted bytes, and the seed of its own mask once the sum is fixed",
+    "carried": "with pads: encrypted shares of that seed, one for each other site; and, of a site that is gone after "
+    "the sum was fixed, its share of that one's seed",
 }
 """Every field of a reply, and what it says."""
 
@@ -78,6 +81,7 @@ HEADER_WORDS = {
     "ledger_seq": "how many updates its privacy ledger has paid for in this study; 0 without a budget",
     "ledger_head": "salted digest of the ledger's entry for the last of them; zeros without a budget",
     "ledger_links": "numbers and salted digests of earlier ones, so that a copied ledger is noticed",
+    "hidden": "with pads, digests of the seed of its own mask and of the shares it dealt of it",
     "size": "bytes of the update",
     "payload": "digest of the update as it is sent",
 }
@@ -195,6 +199,7 @@ def terms(file: SiteFile, agreed: AgreedStudy, rounds: int | None = None) -> dic
     budget = None if observes else _budget(file)
     counts = study.encoding.share_validation and not observes and not study.method.sums
     counted = counts or (study.method.sums and not observes)
+    padded = study.pads and not observes
     return {
         "study": study.name,
         "study_id": study.id,
@@ -213,9 +218,13 @@ def terms(file: SiteFile, agreed: AgreedStudy, rounds: int | None = None) -> dic
             "reply_fields": {
                 field.name: REPLY_WORDS[field.name]
                 for field in dataclasses.fields(RoundReply)
-                if field.name != "envelope" or not observes
+                if (field.name != "envelope" or not observes) and (field.name != "carried" or padded)
             },
-            "update_fields": {} if observes else {name: HEADER_WORDS[name] for name in EnvelopeHeader.model_fields},
+            "update_fields": {
+                name: HEADER_WORDS[name]
+                for name in EnvelopeHeader.model_fields
+                if not observes and (name != "hidden" or padded)
+            },
             "never": NEVER if counted else f"{NEVER}; {NEVER_ALONE}",
             "never_alone": NEVER_ALONE if counted else "",
         },

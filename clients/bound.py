@@ -19,6 +19,38 @@ from secure_fed.protocol.signing import Count
 from secure_fed.protocol.study import Hex64, Name
 
 
+class Fresh(FileModel):
+    """The key of the newest READY, in a study with pads.
+
+    Attributes:
+        attempt: of the READY.
+        private: its private half, in hex.
+    """
+
+    attempt: Count
+    private: Hex64
+
+
+class Padded(FileModel):
+    """What only this site knows of the envelope that it made for the attempt that it is bound to, with pads.
+
+    Attributes:
+        private: of its fresh key, in hex.
+        keys: everybody's fresh public keys, in order of names.
+        seed: of its own mask, in hex.
+        shares: what it dealt, in hex.
+        envelope: SHA-256 of the envelope's bytes, which lie beside.
+        shared: for whom it has handed a share out.
+    """
+
+    private: Hex64
+    keys: tuple[Hex64, ...]
+    seed: Hex64
+    shares: str
+    envelope: Hex64
+    shared: tuple[Name, ...] = ()
+
+
 class Bound(FileModel):
     """One round's words.
 
@@ -36,6 +68,8 @@ class Bound(FileModel):
         retired: whether its people have given their word that it trains no more in this run.
         out: whether the site sits this round out for that; it may have said anything in it, a REVEAL among it.
         released: digest of the state at which its people let it reveal once to another cohort; empty if at none.
+        fresh: key of the newest READY, with pads; erased when the round is over.
+        padded: what it knows of its envelope, with pads; erased when a later attempt is answered or the round is over.
     """
 
     format: Literal[1] = 1
@@ -52,6 +86,8 @@ class Bound(FileModel):
     retired: bool = False
     behind: bool = False
     out: bool = False
+    fresh: Fresh | None = None
+    padded: Padded | None = None
 
     @property
     def may_have_revealed(self) -> bool:

@@ -83,6 +83,8 @@ class SentList:
             "attestation": reply.attestation,
             "envelope": hashlib.sha256(reply.envelope).hexdigest(),
         }
+        if reply.carried:
+            fields["carried"] = hashlib.sha256(reply.carried).hexdigest()
         text = canonical_json(fields)
         line = SentMessage(
             format=1,
@@ -92,7 +94,7 @@ class SentList:
             run=reply.run,
             round=round_number,
             code=reply.code.value,
-            bytes=len(text) + len(reply.envelope),
+            bytes=len(text) + len(reply.envelope) + len(reply.carried),
             digest=hashlib.sha256(text).hexdigest(),
             envelope=_envelope_digest(reply.envelope),
         )

@@ -248,6 +248,14 @@ class RunFiles:
         """
         write_bound(self.folder.bound, bound)
 
+    def erase_pads(self, due: RoundPosition) -> None:
+        """Forget, durably, the keys and masks of a round that is over: what was sent in it stays closed to who takes
+        this disk later."""
+        bound = self.bound
+        secret = bound.fresh is not None or bound.padded is not None
+        if secret and ((bound.round, bound.head) != (due.round, due.head) or bound.void):
+            self.bind(bound.model_copy(update={"fresh": None, "padded": None}))
+
     def fall_behind(self) -> None:
         """Mark, durably, that this site has said what this disk does not know."""
         self.bind(self.bound.model_copy(update={"behind": True}))
@@ -528,7 +536,7 @@ class Replica:
         due = state.chain.due
         try:
             sums = self._sealer(key, header.round).open(
-                record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort
+                record.ciphertexts(self._agreed), Binding(run=due.run, head=due.head, round=due.round), record.cohort
             )
         except AggregateRefused:
             self.files.refuse(header.round, key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from secure_fed.clients import memory, one_sum
 from secure_fed.clients.acceptance import acceptance_digest
-from secure_fed.clients.bound import Bound
+from secure_fed.clients.bound import Bound, Fresh, Padded
 from secure_fed.clients.budget import ledger_folder, unpaid
 from secure_fed.clients.data import DRAWN_ALONE, SiteImage, Split
 from secure_fed.clients.erasure import withdrawn
@@ -63,18 +64,23 @@ from secure_fed.protocol.envelope import (
     verify_contribution,
 )
 from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
-from secure_fed.protocol.packing import Binding, Sealed
+from secure_fed.protocol.packing import Binding, Contribution, Sealed
+from secure_fed.protocol.pads import KEY_BYTES, PadPlace, SitePads, new_private, public_of
 from secure_fed.protocol.presence import PresenceQuestion, sign_presence
 from secure_fed.protocol.records import Chain, Record
+from secure_fed.protocol.residues import pack_residues, unpack_residues
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     COHORT_MAGIC,
     MAX_WORD,
     REVEAL_MAGIC,
+    ArrivedHeader,
+    CohortHeader,
     RevealHeader,
     SignedWord,
     check_arrived,
     check_cohort,
+    cohort_keys,
     releasing,
     sign_ready,
     sign_retired,
@@ -83,6 +89,21 @@ from secure_fed.protocol.round_frames import (
     split_word,
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.share_frames import (
+    CHECK_MAGIC,
+    GONE_MAGIC,
+    GoneHeader,
+    Handed,
+    check_check,
+    check_digest,
+    check_gone,
+    deal,
+    open_handed,
+    refuse_unchecked,
+    sign_checked,
+    sign_witness,
+    take_handed,
+)
 from secure_fed.protocol.signing import ZERO_DIGEST, check_payload, parse_header, split_frame, verify_member
 from secure_fed.protocol.study import AgreedStudy, load_study
 
@@ -380,6 +401,8 @@ class Site:
             # Before the run's first message.
             write_snapshot(frozen, self.features(), snapshot_key(ledger_folder(self._file)))
         self.replica.compare(request.attested_head, request.attestations)
+        if self.run and self._agreed.study.pads:
+            self.replica.files.erase_pads(self.replica.due)
         if self._voided:
             return self._reply(ReplyCode.VOID, self._void())
         if request.more:
@@ -414,7 +437,11 @@ class Site:
             return self._reply(ReplyCode.APPLIED)
         kind = request.question[:4]
         if kind == ARRIVED_MAGIC:
-            return self._reply(ReplyCode.REVEALED, self._reveal(request.question))
+            return self._reply(ReplyCode.REVEALED, self._reveal(request.question, request.carried))
+        if kind == CHECK_MAGIC:
+            return self._reply(ReplyCode.CHECKED, self._answer_for_shares(request.question, request.carried))
+        if kind == GONE_MAGIC:
+            return self._reply(ReplyCode.WITNESSED, *self._stand_for(request.question, request.carried))
         if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
             log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
             return self._reply(ReplyCode.APPLIED)
@@ -427,7 +454,7 @@ class Site:
             return self._reply(ReplyCode.APPLIED)
         try:
             if kind == COHORT_MAGIC:
-                return self._reply(ReplyCode.UPDATE, self._envelope(request.question, request.held))
+                return self._reply(ReplyCode.UPDATE, *self._envelope(request.question, request.held))
             return self._reply(ReplyCode.READY, self._ready(request.attempt))
         except BudgetSpentError as error:
             log.warning("%s: %s", self.name, error)
@@ -472,8 +499,8 @@ class Site:
         position = self.position if self.run == question.run else 0
         return RoundReply(self.name, ReplyCode.PRESENT, question.run, position, "", word)
 
-    def _reply(self, code: ReplyCode, envelope: bytes = b"") -> RoundReply:
-        return RoundReply(self.name, code, self.run, self.position, self.replica.attestation(), envelope)
+    def _reply(self, code: ReplyCode, envelope: bytes = b"", carried: bytes = b"") -> RoundReply:
+        return RoundReply(self.name, code, self.run, self.position, self.replica.attestation(), envelope, carried)
 
     # --- a disk that is older than this site's words ---
 
@@ -524,21 +551,38 @@ class Site:
         """Train, unless the round's integers are there, and say so."""
         due = self.replica.due
         bound = self.replica.files.bound.at(due)
-        if bound.arrived or attempt < bound.attempt:
-            raise ProtocolError(
-                f"asked for attempt {attempt} of round {due.round}, but "
-                + ("a REVEAL" if bound.arrived else f"attempt {bound.attempt}")
-                + " was sent already"
-            )
+        self._refuse_past("asked for", attempt, bound, bound.attempt)
         self.replica.sealer  # noqa: B018 -- who cannot seal reads no data and spends no budget
         self._integers(self._outbox.integers(due.round))
         released = self._private is not None or bound.released == self._asked_for
-        return sign_ready(self._agreed, due, attempt, self.name, released, self.replica.identity.signing)
+        fresh = public_of(self._fresh_key(attempt)) if self._agreed.study.pads else None
+        return sign_ready(self._agreed, due, attempt, self.name, released, self.replica.identity.signing, fresh)
 
-    def _envelope(self, question: bytes, held: str) -> bytes:
-        """The envelope for a COHORT, without its payload if the server has that already.
+    def _refuse_past(self, what: str, attempt: int, bound: Bound, least: int) -> None:
+        """Begin no attempt after a REVEAL, and none before the newest."""
+        if bound.arrived or attempt < least:
+            raise ProtocolError(
+                f"{what} attempt {attempt} of round {bound.round}, but "
+                + ("a REVEAL was sent" if bound.arrived else f"attempt {bound.attempt} was answered")
+                + " already; expected a later one, and none after a REVEAL"
+            )
 
-        The bytes are made once a round, head and key: another attempt signs another header over the same ones.
+    def _fresh_key(self, attempt: int) -> bytes:
+        """The private key for an attempt; on disk before its public half leaves."""
+        bound = self.replica.files.bound.at(self.replica.due)
+        if bound.padded is not None and bound.attempt == attempt:
+            return bytes.fromhex(bound.padded.private)
+        if bound.fresh is None or bound.fresh.attempt != attempt:
+            bound = bound.model_copy(update={"fresh": Fresh(attempt=attempt, private=new_private().hex())})
+            self.replica.files.bind(bound)
+        assert bound.fresh is not None
+        return bytes.fromhex(bound.fresh.private)
+
+    def _envelope(self, question: bytes, held: str) -> tuple[bytes, bytes]:
+        """The envelope for a COHORT, without its payload if the server has that already, and the shares with it.
+
+        The ciphertext is made once a round, head and key: another attempt signs another header over the same bytes.
+        With pads it is made anew for each attempt, since its pads are others.
         """
         due, files = self.replica.due, self.replica.files
         chain = self.replica.state.chain
@@ -547,19 +591,65 @@ class Site:
             raise ProtocolError(f"COHORT of {', '.join(names)}; expected this site in it")
         bound = files.bound.at(due)
         again = (header.attempt, cohort) == (bound.attempt, bound.cohort)
-        if not again and (bound.arrived or header.attempt <= bound.attempt):
-            raise ProtocolError(
-                f"COHORT of attempt {header.attempt} of round {due.round}, but attempt {bound.attempt} was answered "
-                "already; expected a later one, and none after a REVEAL"
-            )
+        if not again:
+            self._refuse_past("COHORT of", header.attempt, bound, bound.attempt + 1)
         self._refuse_another_cohort(bound, names, releasing(header))
+        words = {"attempt": header.attempt, "cohort": cohort, "names": names}
+        if self._agreed.study.pads:
+            if again:
+                return self._sent_before(bound)
+            data, padded = self._padded(bound, header, cohort)
+            write_durable(files.folder.question("cohort"), question, 0o600)
+            files.bind(bound.model_copy(update=words | {"padded": padded, "fresh": None}))
+            return data, bytes.fromhex(padded.shares)
         data = self._sealed(header.attempt, cohort)
         if not again:
             write_durable(files.folder.question("cohort"), question, 0o600)
-            files.bind(bound.model_copy(update={"attempt": header.attempt, "cohort": cohort, "names": names}))
+            files.bind(bound.model_copy(update=words))
         frame = split_frame(ENVELOPE_MAGIC, data, MAX_HEADER, EnvelopeError)
         known = parse_header(frame.header, EnvelopeHeader, EnvelopeError).payload
-        return data[: len(data) - len(frame.payload)] if held == known else data
+        return data[: len(data) - len(frame.payload)] if held == known else data, b""
+
+    def _padded(self, bound: Bound, header: CohortHeader, cohort: str) -> tuple[bytes, Padded]:
+        """An envelope under pads, on disk; taken apart again and compared with the stored integers before it leaves."""
+        due, lanes = self.replica.due, self._agreed.layout(self.replica.due.round).lanes
+        if bound.fresh is None or bound.fresh.attempt != header.attempt:
+            raise ProtocolError(f"COHORT of attempt {header.attempt}, for which this site has no fresh key any more")
+        private, keys = bytes.fromhex(bound.fresh.private), cohort_keys(header)
+        place = PadPlace(self._agreed.study.id, due, header.attempt, cohort)
+        mine, seed = SitePads(place, keys, self.name, private), secrets.token_bytes(KEY_BYTES)
+        dealt = deal(mine, seed, self.replica.state.chain.quorum.needed)
+        integers, ledger = self._integers(self._outbox.integers(due.round))
+        binding = Binding(run=due.run, head=due.head, round=due.round)
+        contribution, payload = self.replica.sealer.seal(integers, binding, self.name)
+        residues = mine.masked(unpack_residues(payload, lanes.modulus_bits), seed, lanes.modulus)
+        sealed = Sealed(contribution, pack_residues(residues, lanes.modulus_bits))
+        data = seal_envelope(
+            self._agreed, due, sealed, ledger, self.replica.identity.signing,
+            attempt=header.attempt, cohort=cohort, hidden=dealt.hidden,
+        )  # fmt: skip
+        final = unpack_residues(data[len(data) - len(sealed.payload) :], lanes.modulus_bits)
+        bare = pack_residues(mine.unmasked(final, seed, lanes.modulus), lanes.modulus_bits)
+        self._refuse_damage(bare, contribution, binding, integers)
+        write_durable(self._outbox.envelope(due.round), data, 0o600)
+        return data, Padded(
+            private=private.hex(),
+            keys=tuple(keys.values()),
+            seed=seed.hex(),
+            shares=dealt.entries.hex(),
+            envelope=hashlib.sha256(data).hexdigest(),
+        )
+
+    def _sent_before(self, bound: Bound) -> tuple[bytes, bytes]:
+        """The envelope and shares of the attempt that this site is bound to, byte for byte: none other has its pads."""
+        path = self._outbox.envelope(bound.round)
+        data = path.read_bytes() if path.is_file() else b""
+        if bound.padded is None or hashlib.sha256(data).hexdigest() != bound.padded.envelope:
+            raise ProtocolError(
+                f"round {bound.round}: the envelope of attempt {bound.attempt} is not here whole any more, and is "
+                "never made twice; this attempt goes on without it, the next one has other pads"
+            )
+        return data, bytes.fromhex(bound.padded.shares)
 
     def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...], releasing: frozenset[str]) -> None:
         """At one adapter state a site without a budget gives its integers to one cohort: of two sums, who is in one
@@ -702,19 +792,24 @@ class Site:
         data = seal_envelope(
             self._agreed, due, sealed, ledger, self.replica.identity.signing, attempt=attempt, cohort=cohort
         )
-        final = data[len(data) - len(sealed.payload) :]
+        self._refuse_damage(data[len(data) - len(sealed.payload) :], sealed.contribution, binding, integers)
+        write_durable(path, data, 0o600)
+        return data
+
+    def _refuse_damage(
+        self, payload: bytes, contribution: Contribution, binding: Binding, integers: NDArray[np.int64]
+    ) -> None:
+        """Open what would be sent, as others will: a faulty site finds itself."""
         try:
-            opened = self.replica.sealer.open(final, binding, [sealed.contribution])
+            opened = self.replica.sealer.open(payload, binding, [contribution])
         except AggregateRefused:
             opened = None
         if opened is None or not np.array_equal(opened, integers):
-            path.unlink(missing_ok=True)
+            self._outbox.envelope(binding.round).unlink(missing_ok=True)
             raise EnvelopeError(
-                f"round {due.round}: the envelope does not open to the integers that were stored; nothing was sent: "
-                "this computer's memory or disk is damaged; start the site again, elsewhere if it comes back"
+                f"round {binding.round}: the envelope does not open to the integers that were stored; nothing was "
+                "sent: this computer's memory or disk is damaged; start the site again, elsewhere if it comes back"
             )
-        write_durable(path, data, 0o600)
-        return data
 
     def _sealed_before(self, path: Path) -> Sealed | None:
         """What was sealed for this very position, if it is whole; a damaged one was not sent, or is made anew."""
@@ -727,37 +822,127 @@ class Site:
             return None
         return Sealed(header.contribution, bytes(frame.payload))
 
-    def _reveal(self, question: bytes) -> bytes:
-        """The REVEAL for an ARRIVED: the point from which the round waits for its members.
+    def _bound_to(
+        self, what: str, attempt: int, cohort: str, envelopes: tuple[EnvelopeHeader, ...], words: tuple[SignedWord, ...]
+    ) -> Bound:
+        """What this site is bound to, which is the attempt that a question names, with all of its cohort and its own
+        envelope as it sent it."""
+        bound = self.replica.files.bound.at(self.replica.due)
+        if (attempt, cohort) != (bound.attempt, bound.cohort):
+            raise ProtocolError(
+                f"{what} of attempt {attempt}; the newest here is attempt {bound.attempt}, of another COHORT"
+            )
+        if tuple(entry.site for entry in envelopes) != bound.names:
+            raise ProtocolError(
+                f"{what}: envelopes of {', '.join(entry.site for entry in envelopes)}; expected all of the cohort, "
+                f"{', '.join(bound.names)}"
+            )
+        path = self._outbox.envelope(bound.round)
+        if not path.exists():
+            raise ProtocolError(f"{what} of attempt {attempt}, whose envelope is not here any more")
+        frame = split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
+        if words[bound.names.index(self.name)] != SignedWord.of(frame.header, frame.signature):
+            raise ProtocolError(f"{what}: names another envelope of this site than it sent")
+        return bound
+
+    def _pads(self, bound: Bound) -> SitePads:
+        """This site's keys in the attempt that it is bound to."""
+        assert bound.padded is not None  # of a study with pads
+        place = PadPlace(self._agreed.study.id, self.replica.due, bound.attempt, bound.cohort)
+        keys = dict(zip(bound.names, bound.padded.keys, strict=True))
+        return SitePads(place, keys, self.name, bytes.fromhex(bound.padded.private))
+
+    def _answer_for_shares(self, question: bytes, carried: bytes) -> bytes:
+        """CHECKED: whether each share that was dealt to this site opens to what its maker's header says."""
+        members = self.replica.state.chain.members
+        header, envelopes, digest = check_check(question, self._agreed, members, self.replica.due)
+        bound = self._bound_to("CHECK", header.attempt, header.cohort, envelopes, header.envelopes)
+        handed = self._handed(bound, envelopes, [name for name in bound.names if name != self.name], carried)[0]
+        mine, complaints = self._pads(bound), []
+        for maker, entry in handed.items():
+            try:
+                open_handed(mine, maker, entry)
+            except EnvelopeError as error:
+                log.warning("%s: round %d: %s; tell its people", self.name, bound.round, error)
+                complaints.append(maker)
+        return sign_checked(self._agreed, digest, self.name, complaints, self.replica.identity.signing)
+
+    def _handed(
+        self, bound: Bound, envelopes: tuple[EnvelopeHeader, ...], makers: list[str], carried: bytes
+    ) -> tuple[dict[str, Handed], bytes]:
+        roots = {entry.site: entry.hidden.shares for entry in envelopes if entry.hidden is not None}
+        return take_handed(carried, bound.names, makers, self.name, roots)
+
+    def _stand_for(self, question: bytes, carried: bytes) -> tuple[bytes, bytes]:
+        """WITNESS for a site that is gone after this one has revealed, and the share of its mask that was dealt here.
+
+        It binds as the REVEAL does, which was given before: what the two open is that one sum.
+        """
+        due, files = self.replica.due, self.replica.files
+        bound = files.bound.at(due)
+        asked = check_gone(question, self._agreed, due)
+        self._refuse_share(bound, asked)
+        assert bound.padded is not None  # of a study with pads
+        path = files.folder.question("arrived")
+        kept = path.read_bytes() if path.is_file() else b""
+        _, envelopes, digest = check_arrived(kept, self._agreed, self.replica.state.chain.members, due)
+        if digest != bound.arrived:
+            raise ProtocolError("the ARRIVED that this site keeps is not the one it has revealed for")
+        handed, payload = self._handed(bound, envelopes, [asked.gone], carried)
+        theirs = envelopes[bound.names.index(asked.gone)]
+        if (len(payload), hashlib.sha256(payload).hexdigest()) != (theirs.size, theirs.payload):
+            raise ProtocolError(f"asked to witness an envelope of {asked.gone} that is not the one it signed")
+        share = open_handed(self._pads(bound), asked.gone, handed[asked.gone])
+        check = self.replica.state.chain.wire.check_words(digest, payload)
+        if asked.gone not in bound.padded.shared:
+            shared = (*bound.padded.shared, asked.gone)
+            files.bind(bound.model_copy(update={"padded": bound.padded.model_copy(update={"shared": shared})}))
+        word = sign_witness(self._agreed, digest, self.name, asked.gone, check, self.replica.identity.signing)
+        return word, share
+
+    def _refuse_share(self, bound: Bound, asked: GoneHeader) -> None:
+        """Give a share away only after the REVEAL, for what was revealed: what it opens is that one sum then."""
+        if not bound.arrived or asked.arrived != bound.arrived:
+            raise ProtocolError(
+                f"asked for a share of {asked.gone} in attempt {asked.attempt}; this site has "
+                + ("revealed for another ARRIVED" if bound.arrived else "not revealed, and gives none before it has")
+            )
+        if asked.gone not in bound.names or asked.gone == self.name:
+            raise ProtocolError(f"asked for a share of {asked.gone}; expected another site of the cohort")
+
+    def _reveal(self, question: bytes, carried: bytes) -> bytes:
+        """The REVEAL for an ARRIVED: the point from which the round waits for its members, or for who stands for them.
 
         At most one a round, whatever the server asks; the answer to the same question is the same.
         """
         due, files = self.replica.due, self.replica.files
         arrived, envelopes, digest = check_arrived(question, self._agreed, self.replica.state.chain.members, due)
-        bound = files.bound.at(due)
-        if (arrived.attempt, arrived.cohort) != (bound.attempt, bound.cohort):
-            raise ProtocolError(
-                f"ARRIVED of attempt {arrived.attempt}; the newest here is attempt {bound.attempt}, of another COHORT"
-            )
-        if tuple(entry.site for entry in envelopes) != bound.names:
-            raise ProtocolError(
-                f"ARRIVED: envelopes of {', '.join(entry.site for entry in envelopes)}; expected all of the cohort, "
-                f"{', '.join(bound.names)}"
-            )
-        if bound.arrived not in ("", digest):
-            raise ProtocolError(f"a second ARRIVED of round {due.round}; this site has revealed for another")
+        bound = self._bound_to("ARRIVED", arrived.attempt, arrived.cohort, envelopes, arrived.envelopes)
+        self._refuse_second_sum(bound, digest)
+        if self._agreed.study.pads and not bound.arrived:
+            self._refuse_unchecked(bound, arrived, carried)
         path = self._outbox.envelope(due.round)
-        if not path.exists():
-            raise ProtocolError(f"ARRIVED of attempt {arrived.attempt}, whose envelope is not here any more")
-        frame = split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
-        own = SignedWord.of(frame.header, frame.signature)
-        if arrived.envelopes[bound.names.index(self.name)] != own:
-            raise ProtocolError("ARRIVED: names another envelope of this site than it sent")
-        check = self.replica.state.chain.wire.check_words(digest, bytes(frame.payload))
+        payload = bytes(split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError).payload)
+        check = self.replica.state.chain.wire.check_words(digest, payload)
         write_durable(files.folder.question("arrived"), question, 0o600)
         if not bound.arrived:
             files.bind(bound.giving(self._asked_for, bound.names).model_copy(update={"arrived": digest}))
-        return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing)
+        mask = None if bound.padded is None else bound.padded.seed
+        return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing, mask)
+
+    def _refuse_second_sum(self, bound: Bound, arrived: str) -> None:
+        """Reveal for one ARRIVED a round."""
+        if bound.arrived not in ("", arrived):
+            raise ProtocolError(f"a second ARRIVED of round {bound.round}; this site has revealed for another")
+
+    def _refuse_unchecked(self, bound: Bound, arrived: ArrivedHeader, carried: bytes) -> None:
+        """Reveal only when everybody has a good share of everybody, if there are shares; kept for a server that lost
+        them."""
+        chain, due = self.replica.state.chain, self.replica.due
+        if len(bound.names) > chain.quorum.needed:
+            digest = check_digest(self._agreed, due, arrived.attempt, arrived.cohort, arrived.envelopes)
+            refuse_unchecked(carried, self._agreed, chain.members, digest, bound.names)
+            write_durable(self.replica.files.folder.question("checked"), carried, 0o600)
 
     @property
     def _asked_for(self) -> str:
@@ -798,7 +983,7 @@ class Site:
         if stored is not None:
             return stored, NO_LEDGER
         last = list(self.replica.files.bound.given)[-1:]  # a void may bring that state back
-        kept = {old for old in self._outbox.all_integers if _made_at(old)[0] in last}
+        kept = {old for old in self._outbox.all_integers() if _made_at(old)[0] in last}
         for old in set(path.parent.iterdir()) - kept:
             old.unlink()
         integers = self._train()
@@ -808,7 +993,7 @@ class Site:
 
     def _stored(self) -> NDArray[np.int64] | None:
         """The integers that were made at this adapter, in this round or, if it moved none, in one before."""
-        made = (_made_at(path) for path in self._outbox.all_integers)
+        made = (_made_at(path) for path in self._outbox.all_integers())
         return next((integers for state, integers in made if state == self._asked_for), None)
 
     @property

@@ -44,6 +44,7 @@ from secure_fed.protocol.envelope import (
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire
+from secure_fed.protocol.pads import commitment, refuse_copied_keys
 from secure_fed.protocol.records import MOST_ROUNDS, Chain, RecordFolder, summed_checks
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
@@ -51,7 +52,9 @@ from secure_fed.protocol.round_frames import (
     RETIRED_MAGIC,
     REVEAL_MAGIC,
     VOID_MAGIC,
+    ReadyHeader,
     Revealed,
+    RevealHeader,
     SignedWord,
     arrived_digest,
     arrived_header,
@@ -61,6 +64,7 @@ from secure_fed.protocol.round_frames import (
     check_retired,
     check_reveal,
     check_void,
+    fresh_keys,
     sign_cohort,
     split_word,
     word_head,
@@ -74,6 +78,15 @@ from secure_fed.protocol.sealed_key import (
     check_amendment,
     verify_acknowledgement,
 )
+from secure_fed.protocol.share_frames import (
+    CHECKED_MAGIC,
+    WITNESS_MAGIC,
+    check_checked,
+    check_digest,
+    check_witness,
+    sign_check,
+    sign_gone,
+)
 from secure_fed.protocol.signing import (
     SIGNATURE_BYTES,
     Frame,
@@ -85,12 +98,14 @@ from secure_fed.protocol.signing import (
 )
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.server.journal import Journal, now_ms
+from secure_fed.server.shares import Shares, StandIn
 
 log = logging.getLogger(__name__)
 
 
-COHORT, ARRIVED, REVEAL_OF = "cohort", "arrived", "reveal-"
-"""Names of an attempt's frames in the spool; no site's name follows the first two."""
+COHORT, ARRIVED, CHECKED = "cohort", "arrived", "checked"
+REVEAL_OF, SHARES_OF = "reveal-", "shares-"
+"""Names of an attempt's frames in the spool; a site's name follows the last two."""
 
 
 class Step(StrEnum):
@@ -98,18 +113,21 @@ class Step(StrEnum):
 
     READY = "ready"
     ENVELOPE = "envelope"
+    CHECKED = "checked"
     REVEAL = "reveal"
     ACKNOWLEDGED = "acknowledged"
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A signed frame of the server's, whom it is for, its digest, and the envelopes that it names, if any."""
+    """A signed frame of the server's, whom it is for, its digest, the envelopes that it names, if any, and what goes
+    with it."""
 
     data: bytes
     names: tuple[str, ...]
     digest: str
     envelopes: tuple[SignedWord, ...] = ()
+    carried: bytes = b""
 
 
 class Coordinator:
@@ -153,6 +171,7 @@ class Coordinator:
             raise RecordError(f"{self._folder.path}: no genesis; the run was not begun whole: begin a new one")
         self._attestations: dict[str, dict[str, str]] = {}
         self._cohort: _Question | None
+        self._check: _Question | None
         self._arrived: _Question | None
         self._heads = LedgerHeads(state.ledger_heads)
         self._retiring: dict[str, SignedWord] = {}
@@ -248,17 +267,16 @@ class Coordinator:
             records.append(self.journal.read(seq))
         head = self._attested_head()
         # Before the sum is fixed, also one whose envelope is in: whether it still stands by it.
-        asked = site in self.asked or (self.step is Step.ENVELOPE and site in self.sites_in)
-        held = self._held.get(site)
-        question = b""
-        if asked and self._cohort is not None:
-            question = self._cohort.data if self._arrived is None or site not in self._envelopes else self._arrived.data
+        asked = site in self.asked or (self.step in (Step.ENVELOPE, Step.CHECKED) and site in self.sites_in)
+        held = None if self._pads else self._held.get(site)
+        question, carried = self._question(site) if asked else (b"", b"")
         return RoundRequest(
             round=self.round,
             attempt=self.attempt if asked else 0,
             question=question,
             held="" if held is None else held[0],
             past=self._past(site),
+            carried=carried,
             records=tuple(records),
             more=start + len(records) < len(self.journal.records),
             attested_head=head,
@@ -274,6 +292,26 @@ class Coordinator:
             if entry.header.kind == "aggregate":
                 break
         return len(self.journal.records)
+
+    def _question(self, site: str) -> tuple[bytes, bytes]:
+        """What a site is asked now, and what goes with it; nothing before a cohort is chosen."""
+        if self._cohort is None:
+            return b"", b""
+        if site not in self._envelopes or (self._arrived is None and self._check is None):
+            return self._cohort.data, b""
+        if self._arrived is None:
+            assert self._check is not None
+            return self._check.data, self._shares.for_site(site)
+        gone = self._shares.lacking(site) if site in self._reveals else None
+        if gone is None:
+            return self._arrived.data, self._arrived.carried
+        due, digest = self.journal.chain.due, self._arrived.digest
+        question = sign_gone(self._agreed, due, self.attempt, digest, gone, self._key)
+        return question, self._shares.handed(gone, site) + self._payload(gone)
+
+    def _payload(self, site: str) -> bytes:
+        """A site's residues in this attempt, from the spool."""
+        return site_envelope(self._spool(), site).read_bytes()[-self._wire.payload_bytes :]
 
     def _past(self, site: str) -> bytes:
         """The newest word of a site in the open round, as it signed it."""
@@ -311,7 +349,11 @@ class Coordinator:
         if reply.code == ReplyCode.READY:
             self._take_ready(reply.envelope, reply.site)
         elif reply.code == ReplyCode.UPDATE:
-            self._accept(reply.envelope, reply.site)
+            self._accept(reply.envelope, reply.site, reply.carried)
+        elif reply.code == ReplyCode.CHECKED:
+            self._take_checked(reply.envelope, reply.site)
+        elif reply.code == ReplyCode.WITNESSED:
+            self._take_witness(reply.envelope, reply.site, reply.carried)
         elif reply.code == ReplyCode.REVEALED:
             self._take_reveal(reply.envelope, reply.site)
         elif reply.code == ReplyCode.VOID:
@@ -335,7 +377,9 @@ class Coordinator:
             return Step.ACKNOWLEDGED
         if self._cohort is None:
             return Step.READY
-        return Step.ENVELOPE if self._arrived is None else Step.REVEAL
+        if self._arrived is None:
+            return Step.ENVELOPE if self._check is None else Step.CHECKED
+        return Step.REVEAL
 
     @property
     def asked(self) -> frozenset[str]:
@@ -347,7 +391,11 @@ class Coordinator:
         if self._cohort is None or self.journal.chain.awaits_checkpoint:
             training = {name for name, member in self.journal.chain.members.items() if member.role == "train"}
             return frozenset(training - set(self.sites_in) - self._left_out - self.voiding - set(self._retiring))
-        return frozenset(self._cohort.names) - set(self.sites_in) - self.voiding
+        waiting = frozenset(self._cohort.names) - set(self.sites_in)
+        if self._arrived is not None:
+            waiting -= self._shares.stand_ins.keys()
+            waiting |= {site for site in self.sites_in if self._shares.lacking(site) is not None}
+        return waiting - self.voiding
 
     @property
     def sites_in(self) -> tuple[str, ...]:
@@ -357,7 +405,7 @@ class Coordinator:
         if self._cohort is None:
             return tuple(sorted(self._readies))
         if self._arrived is None:
-            return tuple(sorted(self._envelopes))
+            return tuple(sorted(self._envelopes if self._check is None else self._shares.answered))
         return tuple(sorted(set(self._reveals) & set(self._envelopes)))
 
     @property
@@ -414,8 +462,9 @@ class Coordinator:
         """Take the step that is due with those who are in, if they are enough; the record, if one was appended.
 
         READY: a quorum becomes the cohort, or, before any cohort of the round, lets a waiting amendment in. ENVELOPE:
-        once all of the cohort's are in, their sum is fixed. REVEAL: once all of the cohort have revealed, the record
-        is appended and the spool erased. A step that is not complete changes nothing.
+        once all of the cohort's are in, their sum is fixed; with pads, after all have answered for their shares
+        (CHECKED). REVEAL: once all of the cohort have revealed, or others have spoken for them, the record is appended
+        and the spool erased. A step that is not complete changes nothing.
         """
         if self.given_up:
             return self._give_up()
@@ -451,9 +500,11 @@ class Coordinator:
         if set(self._envelopes) != set(self._cohort.names):
             return None
         if self._arrived is None:
+            if self._pads and self._shares.deals and not self._all_checked():
+                return None
             self._fix_sum()
             return None
-        if set(self._reveals) != set(self._cohort.names) or not self._checks_hold():
+        if self._reveals.keys() | self._shares.stand_ins.keys() != set(self._cohort.names) or not self._checks_hold():
             return None
         return self._append()
 
@@ -474,6 +525,63 @@ class Coordinator:
         self._next_attempt()
         return True
 
+    def recover(self, gone: Collection[str]) -> bool:
+        """Let those who have revealed speak for some that are gone after the sum was fixed: with pads a dropout costs
+        no update then.
+
+        Returns:
+            Whether anybody is asked that was not before; not without pads, nor while fewer than a quorum have revealed.
+        """
+        if self._arrived is None or self._cohort is None or not self._pads or not self._shares.deals:
+            return False
+        new = (set(gone) & set(self._cohort.names) & self._envelopes.keys()) - set(self.sites_in)
+        new -= self._shares.gone.keys()
+        if not new or len(self.sites_in) < self.journal.chain.quorum.needed:
+            return False
+        for name in sorted(new):
+            self._stand_in(name)
+        return True
+
+    def _stand_in(self, name: str, seed: str = "") -> None:
+        assert self._arrived is not None
+        hidden = self._envelopes[name].header.hidden
+        assert hidden is not None
+        check = self._wire.check_words(self._arrived.digest, self._payload(name))
+        self._shares.gone[name] = StandIn(name, hidden.mask, check, seed)
+
+    def _all_checked(self) -> bool:
+        """Whether everybody has a good share of everybody. Once all have answered, a complaint costs the attempt: the
+        next one is without the site that is in more of them, at a tie without the one that dealt."""
+        assert self._cohort is not None
+        if self._check is None:
+            self._ask_check()
+            return False
+        if self._shares.answered != set(self._cohort.names):
+            return False
+        if not self._shares.complaints:
+            return True
+        for site, makers in self._shares.complaints.items():
+            for maker in makers:
+                for name, more in ((maker, 1.5), (site, 1.0)):
+                    self._complaints[name] = self._complaints.get(name, 0) + more
+        odd = max(sorted(self._complaints.keys() & set(self._cohort.names)), key=lambda name: self._complaints[name])
+        log.error("round %d: another attempt, without %s, for complaints over shares", self.round, odd)
+        self.fail([odd])
+        return False
+
+    def _ask_check(self) -> None:
+        """CHECK: everybody is handed its shares."""
+        assert self._cohort is not None
+        words = self._words()
+        where = self._agreed, self.journal.chain.due, self.attempt, self._cohort.digest, words
+        self._check = _Question(sign_check(*where, self._key), self._cohort.names, check_digest(*where), words)
+
+    def _words(self) -> tuple[SignedWord, ...]:
+        """The cohort's envelopes' headers, as they signed them."""
+        assert self._cohort is not None
+        return tuple(SignedWord.of(self._envelopes[name].header_text, self._envelopes[name].signature)
+                     for name in self._cohort.names)  # fmt: skip
+
     def _choose(self) -> None:
         """COHORT: who is ready takes part."""
         chosen = [self._readies[name] for name in sorted(self._readies)]
@@ -486,20 +594,22 @@ class Coordinator:
         chain = self.journal.chain
         _, names, digest = check_cohort(data, self._agreed, chain.members, chain.due, chain.quorum)
         self._cohort = _Question(data, names, digest)
+        self._shares = Shares(names, chain.quorum.needed)
         self._begun = True
 
     def _fix_sum(self) -> None:
         """ARRIVED: these envelopes, and this sum of them."""
         assert self._cohort is not None
-        payload = self._sum()
-        words = tuple(SignedWord.of(self._envelopes[name].header_text, self._envelopes[name].signature)
-                      for name in self._cohort.names)  # fmt: skip
+        payload, words = self._sum(), self._words()
         facts = len(payload), hashlib.sha256(payload).hexdigest()
         due, cohort = self.journal.chain.due, self._cohort.digest
         header = arrived_header(self._agreed, due, self.attempt, cohort, facts, words)
         data = sign_frame(ARRIVED_MAGIC, header, self._key, b"")
+        checked = b"".join(self._shares.checked[name].signed[1] for name in self._cohort.names if self._shares.checked)
+        if checked:
+            write_durable(self._folder.frame(self.round, self.attempt, CHECKED), checked, 0o600)
         write_durable(self._folder.frame(self.round, self.attempt, ARRIVED), data, 0o600)
-        self._arrived = _Question(data, self._cohort.names, arrived_digest(header), words)
+        self._arrived = _Question(data, self._cohort.names, arrived_digest(header), words, checked)
 
     def _sum(self) -> bytes:
         return self._wire.record(self._total, len(self._envelopes))
@@ -512,26 +622,32 @@ class Coordinator:
         """
         assert self._arrived is not None
         digest = self._arrived.digest
-        checks = {name: kept.products for name, kept in self._reveals.items()}
+        stand_ins = {name: one.check for name, one in self._shares.stand_ins.items()}
+        checks = stand_ins | {name: kept.products for name, kept in self._reveals.items()}
         if self._wire.check_words(digest, self._sum()) == summed_checks(checks.values(), self._wire.modulus):
             return True
         for name, check in checks.items():
-            envelope = site_envelope(self._spool(), name).read_bytes()
-            if self._wire.check_words(digest, envelope[-self._wire.payload_bytes :]) != check:
+            if self._wire.check_words(digest, self._payload(name)) != check:
                 log.error(
                     "%s: its REVEAL of round %d is wrong: it does not fit the envelope that it signed; both are kept "
                     "in %s; the round waits for its right one, or for people",
                     *(name, self.round, self._spool()),
                 )
                 del self._reveals[name]
+                if self._pads and self._shares.deals:
+                    self._stand_in(name, self._masks[name])
         return False
 
     def _append(self) -> JournalEntry:
         assert self._cohort is not None
         envelopes = [self._envelopes[name] for name in self._cohort.names]
         self._keep(self._cohort.names)
-        reveals = [self._reveals[name] for name in self._cohort.names]
-        self.journal.append_aggregate(envelopes, reveals, self._sum(), self._opened_ms)
+        reveals = [self._reveals[name] for name in self._cohort.names if name in self._reveals]
+        others = [name for name in self._cohort.names if name not in self._reveals]
+        seeds = {name: self._shares.gone[name].seed for name in others} | self._masks
+        masks = [seeds[name] for name in self._cohort.names] if self._pads else []
+        witnessed = [self._shares.witnessed(name) for name in others]
+        self.journal.append_aggregate(envelopes, reveals, self._sum(), self._opened_ms, masks, witnessed)
         self._open_round()
         return self.journal.records[-1]
 
@@ -543,6 +659,13 @@ class Coordinator:
         header = check_ready(word, self._agreed, chain.members, chain.due, self.attempt)
         if header.site != site:
             raise EnvelopeError(f"a READY of {header.site} in a reply of {site}")
+        if header.fresh is not None:
+            others = fresh_keys(
+                parse_header(one.signed[0], ReadyHeader, EnvelopeError)
+                for name, one in self._readies.items()
+                if name != site
+            )
+            refuse_copied_keys(others | {site: header.fresh})
         self._readies[site] = word
 
     def _take_reveal(self, data: bytes, site: str) -> None:
@@ -552,8 +675,43 @@ class Coordinator:
         header = check_reveal(word, self._agreed, self.journal.chain.members, self._arrived.digest)
         if header.site != site:
             raise EnvelopeError(f"a REVEAL of {header.site} in a reply of {site}")
+        if header.mask is not None:
+            self._check_mask(header)
         write_durable(self._folder.frame(self.round, self.attempt, REVEAL_OF + site), data, 0o600)
         self._reveals[site] = Revealed(*header.check, word.signature)
+        self._shares.gone.pop(site, None)
+
+    def _check_mask(self, header: RevealHeader) -> None:
+        """Refuse a REVEAL of another mask than its envelope names or, once others speak for it, of a wrong check."""
+        assert self._arrived is not None
+        place = self._arrived.names.index(header.site)
+        envelope = parse_header(self._arrived.envelopes[place].signed[0], EnvelopeHeader, EnvelopeError)
+        assert header.mask is not None
+        assert envelope.hidden is not None
+        if commitment(bytes.fromhex(header.mask), header.site) != envelope.hidden.mask:
+            raise EnvelopeError(f"REVEAL of {header.site}: another mask than its envelope names; it does not count")
+        stand_in = self._shares.gone.get(header.site)
+        if stand_in is not None and stand_in.check != header.products:
+            raise EnvelopeError(f"REVEAL of {header.site}: its check does not fit its envelope; it does not count")
+        self._masks[header.site] = header.mask
+
+    def _take_checked(self, data: bytes, site: str) -> None:
+        if self._check is None or self._arrived is not None or site not in self._check.names:
+            return  # of an attempt that is over
+        word = split_word(CHECKED_MAGIC, data)
+        header = check_checked(word, self._agreed, self.journal.chain.members, self._check.digest)
+        if header.site != site or not set(header.complaints) <= set(self._check.names) - {site}:
+            raise EnvelopeError(f"a CHECKED of {header.site} over {', '.join(header.complaints)} in a reply of {site}")
+        self._shares.answer(header, word)
+
+    def _take_witness(self, data: bytes, site: str, share: bytes) -> None:
+        if self._arrived is None or site not in self._reveals:
+            return  # of a round that is over
+        word = split_word(WITNESS_MAGIC, data)
+        header = check_witness(word, self._agreed, self.journal.chain.members, self._arrived.digest)
+        if header.site != site or header.gone == site or header.gone not in self._shares.gone:
+            raise EnvelopeError(f"a WITNESS of {header.site} for {header.gone} in a reply of {site}")
+        self._shares.witness(site, header.gone, header.products, word.signature, share)
 
     def _take_void(self, data: bytes, site: str) -> None:
         word = split_word(VOID_MAGIC, data)
@@ -620,7 +778,10 @@ class Coordinator:
 
     def _clear_attempt(self) -> None:
         self._cohort = None
+        self._check = None
         self._arrived = None
+        self._shares = Shares()
+        self._masks: dict[str, str] = {}
         self._readies: dict[str, SignedWord] = {}
         self._reveals: dict[str, Revealed] = {}
         self._clear_sum()
@@ -656,6 +817,7 @@ class Coordinator:
         self._seeds: Seeds = {}  # of this round's envelopes, in all its attempts
         self._begun = False  # whether a cohort of the round was sent out, after which its members are frozen
         self._left_out: set[str] = set()
+        self._complaints: dict[str, float] = {}  # over shares, of all its attempts
         self._voids: dict[str, SignedWord] = {}
         self._late_voids: dict[str, SignedWord] = {}  # of the round of the last record
         self._refusing: set[str] = set()
@@ -713,6 +875,10 @@ class Coordinator:
         self._total = self._wire.zero()
 
     @property
+    def _pads(self) -> bool:
+        return self._agreed.study.pads
+
+    @property
     def _wire(self) -> Wire:
         return self.journal.chain.wire
 
@@ -746,7 +912,8 @@ class Coordinator:
         damaged = False
         for path in sorted(self._spool().glob(ENVELOPES)):
             try:
-                envelope = self._check(path.read_bytes(), path.stem)
+                envelope = self._checked(path.read_bytes(), path.stem)
+                self._take_shares(envelope, self._spooled_shares(path.stem))
                 self._count(envelope, self._wire.add(self._total, envelope.payload))
             except EnvelopeError as error:
                 log.warning("%s: damaged, and asked for again (%s)", path, error)
@@ -760,7 +927,9 @@ class Coordinator:
         assert self._cohort is not None
         chain = self.journal.chain
         header, _, digest = check_arrived(data, self._agreed, chain.members, chain.due)
-        self._arrived = _Question(data, self._cohort.names, digest, header.envelopes)
+        checked = self._folder.frame(self.round, self.attempt, CHECKED)
+        carried = checked.read_bytes() if checked.is_file() else b""
+        self._arrived = _Question(data, self._cohort.names, digest, header.envelopes, carried)
         for name in self._cohort.names:
             path = self._folder.frame(self.round, self.attempt, REVEAL_OF + name)
             if path.is_file():
@@ -776,21 +945,32 @@ class Coordinator:
             self._held[path.stem] = header.payload, path
             self._keep_seed(header)
 
-    def _accept(self, data: bytes, site: str) -> None:
+    def _take_shares(self, envelope: Envelope, entries: bytes) -> None:
+        if envelope.header.hidden is not None:
+            self._shares.take(envelope.header.site, entries, envelope.header.hidden.shares)
+
+    def _spooled_shares(self, site: str) -> bytes:
+        path = self._folder.frame(self.round, self.attempt, SHARES_OF + site)
+        return path.read_bytes() if path.is_file() else b""
+
+    def _accept(self, data: bytes, site: str, entries: bytes = b"") -> None:
         if self._cohort is None or site not in self._cohort.names:
             raise EnvelopeError(f"an envelope of {site}, which was not asked for one in attempt {self.attempt}")
         held = self._held.get(site)
         if held is not None and len(data) < self._wire.payload_bytes:
             data += held[1].read_bytes()[-self._wire.payload_bytes :]
-        envelope = self._check(data, site)
+        envelope = self._checked(data, site)
         known = self._envelopes.get(site)
         if known is not None:
             if (known.header_text, known.signature) != (envelope.header_text, envelope.signature):
                 raise EnvelopeError(f"a second, different envelope of {site} for round {self.round}; the first counts")
             return
+        self._take_shares(envelope, entries)
         # Checked and added in one pass; the sum in force is the old one until the envelope is durable.
         total = self._wire.add(self._total, envelope.payload)
         make_folder(self._spool())
+        if entries:
+            write_durable(self._folder.frame(self.round, self.attempt, SHARES_OF + site), entries, 0o600)
         # Before the spool: a restart must not take an envelope that it would not have taken again.
         self._heads.keep({site: envelope.header.ledger})
         path = site_envelope(self._spool(), site)
@@ -798,7 +978,7 @@ class Coordinator:
         self._count(envelope, total)
         self._held[site] = envelope.header.payload, path
 
-    def _check(self, data: bytes, site: str) -> Envelope:
+    def _checked(self, data: bytes, site: str) -> Envelope:
         if self.finished:
             raise EnvelopeError(f"an envelope of {site}, but the study's {self.round - 1} rounds are over")
         envelope = open_envelope(data, *self._study_now())

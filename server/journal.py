@@ -14,6 +14,7 @@ from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, new_header, sign_record
 from secure_fed.protocol.round_frames import Revealed, SignedWord
 from secure_fed.protocol.sealed_key import check_sealed_key
+from secure_fed.protocol.share_frames import Witnessed
 from secure_fed.protocol.signing import Frame
 from secure_fed.protocol.study import AgreedStudy
 
@@ -54,18 +55,35 @@ class Journal:
         self._append("genesis", 0, run=run, key_id=key_id)
 
     def append_aggregate(
-        self, envelopes: Sequence[Envelope], reveals: Sequence[Revealed], payload: bytes, opened_ms: int
+        self,
+        envelopes: Sequence[Envelope],
+        reveals: Sequence[Revealed],
+        payload: bytes,
+        opened_ms: int,
+        masks: Sequence[str] = (),
+        witnessed: Sequence[Witnessed] = (),
     ) -> None:
         """Append one round's encrypted sum.
 
         Args:
             envelopes: those in the sum, by site name.
-            reveals: their sites' REVEALs, in the same order.
+            reveals: their sites' REVEALs, in the same order, but for those witnessed.
             payload: the sum.
             opened_ms: when the round began.
+            masks: with pads, the seeds of the sites' masks, in the same order.
+            witnessed: with pads, the words for those who have not revealed.
         """
         signed = [(envelope.header_text, envelope.signature) for envelope in envelopes]
-        self._append("aggregate", self.chain.round + 1, payload, signed, reveals, opened_ms=opened_ms)
+        self._append(
+            "aggregate",
+            self.chain.round + 1,
+            payload,
+            signed,
+            reveals,
+            masks=masks,
+            witnessed=witnessed,
+            opened_ms=opened_ms,
+        )
 
     def append_void(self, words: Sequence[SignedWord]) -> None:
         """Append the void of what was begun of a round, by a quorum's words for it, by site name.
@@ -144,6 +162,8 @@ class Journal:
         signed: Sequence[tuple[bytes, bytes]] = (),
         reveals: Sequence[Revealed] = (),
         *,
+        masks: Sequence[str] = (),
+        witnessed: Sequence[Witnessed] = (),
         run: str | None = None,
         key_id: str | None = None,
         opened_ms: int | None = None,
@@ -159,6 +179,8 @@ class Journal:
             round_number=round_number,
             contributors=tuple(SignedWord.of(text, signature) for text, signature in signed),
             reveals=tuple(reveals),
+            masks=tuple(masks),
+            witnessed=tuple(witnessed),
             times_ms=(opened, max(opened, now)),
             payload=payload,
         )

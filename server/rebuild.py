@@ -16,7 +16,7 @@ from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, read_
 from secure_fed.protocol.round_frames import check_arrived, check_cohort
 from secure_fed.protocol.signing import SIGNATURE_BYTES, check_payload, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
-from secure_fed.server.coordinator import ARRIVED, COHORT
+from secure_fed.server.coordinator import ARRIVED, CHECKED, COHORT
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,8 @@ def _take_over(sources: Sequence[Path], agreed: AgreedStudy, chain: Chain, targe
         run = SiteState(source).run(chain.run)
         try:
             frames = {name: run.question(name).read_bytes() for name in (COHORT, ARRIVED)}
+            if run.question(CHECKED).is_file():
+                frames[CHECKED] = run.question(CHECKED).read_bytes()
             arrived, _, _ = check_arrived(frames[ARRIVED], agreed, chain.members, chain.due)
             _, _, digest = check_cohort(frames[COHORT], agreed, chain.members, chain.due, chain.quorum)
         except (FileNotFoundError, ProtocolError):

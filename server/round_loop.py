@@ -289,7 +289,7 @@ class RoundLoop:
         )
         (identifier,) = self.grid.push_messages([message])
         site.asked, site.asked_since, site.asked_at = identifier, site.since, now()
-        down = sum(map(len, request.records)) + len(request.question)
+        down = sum(map(len, request.records)) + len(request.question) + len(request.carried)
         site.taking_until = time.monotonic() + down / DOWN_RATE
         site.asked_step = self.coordinator.step if request.attempt and not request.more else None
 
@@ -310,7 +310,7 @@ class RoundLoop:
     def _is_asked(self, site: _Site) -> bool:
         if self.coordinator.step == Step.ACKNOWLEDGED:
             return site.trains and site.name not in self.coordinator.sites_in and not self._blind(site)
-        if self.coordinator.step is Step.ENVELOPE and site.name in self.coordinator.sites_in:
+        if self.coordinator.step in (Step.ENVELOPE, Step.CHECKED) and site.name in self.coordinator.sites_in:
             return site.heard != site.since  # it was away: does it still stand by its envelope?
         return site.name in self.coordinator.asked and not self._passes(site)
 
@@ -387,9 +387,9 @@ class RoundLoop:
             else:
                 self._ask_later(site)
                 site.position = reply.position
-        elif reply.code == ReplyCode.UPDATE:
+        elif reply.code in (ReplyCode.UPDATE, ReplyCode.CHECKED):
             site.heard = site.asked_since
-        elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ENVELOPE:
+        elif reply.code == ReplyCode.APPLIED and site.asked_step in (Step.ENVELOPE, Step.CHECKED):
             self._begin_again(site)
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ACKNOWLEDGED:
             if reply.position == known:
@@ -514,10 +514,12 @@ class RoundLoop:
         else:
             missing = set(coordinator.asked)
             gone = self._gone(inside | missing) | (missing if late else set())
-            if step is Step.ENVELOPE and gone and missing <= gone and coordinator.fail(gone):
+            if step is not Step.REVEAL and gone and missing <= gone and coordinator.fail(gone):
                 log.warning("round %d: another attempt, without %s", coordinator.round, ", ".join(sorted(gone)))
                 self._step_taken()
                 return
+            if step is Step.REVEAL and gone and coordinator.recover(gone):
+                log.warning("round %d: the others speak for %s", coordinator.round, ", ".join(sorted(gone)))
             # Fixed only while all of them are there: after that the round waits for every one.
             due = not missing and (step is Step.REVEAL or self._all_there(inside))
         if due:

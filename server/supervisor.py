@@ -20,6 +20,7 @@ from secure_fed.core.processes import start, stop
 from secure_fed.core.status import StatusFile
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
+from secure_fed.protocol.share_frames import ENTRY
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Member, load_study
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
@@ -109,8 +110,10 @@ def serve(
 
 
 def most_bytes(agreed: AgreedStudy, site: str) -> int:
-    """Most bytes that a site may send at once: an envelope; the key maker also the sealed adapter and its moments."""
-    envelope = wire(agreed.study.mode, agreed.lanes).payload_bytes + HEADER_BYTES
+    """Most bytes that a site may send at once: an envelope, with pads and its shares; the key maker also the sealed
+    adapter and its moments."""
+    shares = ENTRY * agreed.study.max_sites if agreed.study.pads else 0
+    envelope = wire(agreed.study.mode, agreed.lanes).payload_bytes + HEADER_BYTES + shares
     checkpoint = CHECKPOINT_VALUE_BYTES * agreed.lanes.values + HEADER_BYTES
     return max(envelope, checkpoint) if site == agreed.study.key_maker else envelope
 

@@ -17,11 +17,12 @@ print(json.dumps({"cpu": torch.backends.cpu.get_cpu_capability()}), flush=True)
 for line in sys.stdin:
     fields = json.loads(line)
     fields["records"] = tuple(base64.b64decode(record) for record in fields["records"])
-    for name in ("question", "past"):
+    for name in ("question", "past", "carried"):
         fields[name] = base64.b64decode(fields[name])
     reply = site.respond(RoundRequest(**fields))
     answer = {
-        "reply": {**reply.__dict__, "envelope": base64.b64encode(reply.envelope).decode()},
+        "reply": reply.__dict__
+        | {name: base64.b64encode(getattr(reply, name)).decode() for name in ("envelope", "carried")},
         "digest": site.adapter_digest,
         "threads": torch.get_num_threads(),
     }

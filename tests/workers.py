@@ -17,6 +17,9 @@ from tests.conftest import Federation
 STEPS = 3
 """Exchanges of a round."""
 
+BYTES = ("question", "past", "carried")
+"""Fields of a request that are bytes."""
+
 
 @dataclass
 class Workers:
@@ -59,16 +62,15 @@ def run_on_workers(federation: Federation, environments: Mapping[str, Mapping[st
             for name, worker in workers.items():
                 request = coordinator.request(name, *positions[name])
                 fields = request.__dict__ | {
-                    **{name: base64.b64encode(getattr(request, name)).decode() for name in ("question", "past")},
+                    **{name: base64.b64encode(getattr(request, name)).decode() for name in BYTES},
                     "records": [base64.b64encode(data).decode() for data in request.records],
                 }
                 worker.stdin.write(json.dumps(fields) + "\n")  # type: ignore[union-attr]
                 worker.stdin.flush()  # type: ignore[union-attr]
                 answer = json.loads(worker.stdout.readline())  # type: ignore[union-attr]
                 fields = answer["reply"]
-                reply = RoundReply(
-                    **fields | {"code": ReplyCode(fields["code"]), "envelope": base64.b64decode(fields["envelope"])}
-                )
+                data = {name: base64.b64decode(fields[name]) for name in ("envelope", "carried")}
+                reply = RoundReply(**fields | data | {"code": ReplyCode(fields["code"])})
                 coordinator.receive(reply)
                 positions[name] = (reply.run, reply.position)
                 digests[name], found.threads[name] = answer["digest"], answer["threads"]

@@ -173,7 +173,6 @@ class SiteRun(RunState):
         """The note that a round's update was dropped: the last attempt it was sealed for, else 0."""
         return self.outbox / f"{numbered(round_number)}.withdrawn"
 
-    @property
     def all_integers(self) -> list[Path]:
         """The rounded updates that are kept, by round: of the adapter's state and of the one before."""
         return sorted(self.outbox.glob(INTEGERS))
@@ -198,7 +197,7 @@ class SiteRun(RunState):
         return self.path / "before.safetensors"
 
     def question(self, name: str) -> Path:
-        """The last ``cohort`` or ``arrived`` that the site has answered, for a server that lost them."""
+        """The last ``cohort``, ``arrived`` or ``checked`` that the site has answered, for a server that lost them."""
         return self.path / f"{name}.frame"
 
     def pin(self, round_number: int) -> Path:
@@ -241,7 +240,7 @@ class ServerRun(RunState):
         return self.spooled_round(round_number) / f"{attempt:04d}"
 
     def frame(self, round_number: int, attempt: int, name: str) -> Path:
-        """A signed word of an attempt: ``cohort``, ``arrived``, or a site's name for its REVEAL."""
+        """A word of an attempt: ``cohort``, ``arrived``, ``checked``, or with a site's name its REVEAL or shares."""
         return self.spooled(round_number, attempt) / f"{name}.frame"
 
     def amendment(self, key: str) -> Path:

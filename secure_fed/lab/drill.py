@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from numpy.typing import NDArray
 
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
+from secure_fed.clients.bound import read_bound
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
@@ -34,6 +35,7 @@ from secure_fed.core.errors import (
     AggregateRefused,
     EnvelopeError,
     NotAcceptedError,
+    ProtocolError,
     RecordError,
     SecfacmicError,
     SiteFileError,
@@ -47,12 +49,27 @@ from secure_fed.privacy.ckks import Cipher
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
-from secure_fed.protocol.envelope import MAX_HEADER
+from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.ledger_heads import LedgerHead
-from secure_fed.protocol.records import new_header, sign_record
-from secure_fed.protocol.round_frames import ARRIVED_MAGIC, SignedWord, arrived_header, sign_cohort, sign_reveal
+from secure_fed.protocol.packing import Binding
+from secure_fed.protocol.pads import PadPlace, SitePads, pad, without_masks
+from secure_fed.protocol.records import new_header, read_header, sign_record
+from secure_fed.protocol.residues import Residues, pack_residues, unpack_residues
+from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
+    COHORT_MAGIC,
+    REVEAL_MAGIC,
+    CohortHeader,
+    RevealHeader,
+    SignedWord,
+    arrived_header,
+    sign_cohort,
+    sign_reveal,
+    split_word,
+)
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key, sign_frame, split_frame
+from secure_fed.protocol.share_frames import sign_gone
+from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key, parse_header, sign_frame, split_frame
 from secure_fed.protocol.study import AgreedStudy, Template, read_template
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator, Step
@@ -81,12 +98,14 @@ class Attack:
         attacker: who does it.
         tried: what is done, in a sentence.
         carry_out: does it, in a copy of the ground that is its own.
+        pads: whether the ground's study has pads.
     """
 
     id: str
     attacker: str
     tried: str
     carry_out: Callable[[Ground], Outcome]
+    pads: bool = False
 
 
 class Ground:
@@ -97,9 +116,9 @@ class Ground:
         self.agreed = agreed
 
     @classmethod
-    def prepare(cls, folder: Path) -> Ground:
-        """Make it."""
-        agreed = prepare(_template(), folder, None, budget=Budget(8.0, 1e-5, runs=2))
+    def prepare(cls, folder: Path, pads: bool = False) -> Ground:
+        """Make it, of a study with pads or without."""
+        agreed = prepare(_template(pads), folder, None, budget=Budget(8.0, 1e-5, runs=2))
         for site in open_sites(agreed, folder):
             if agreed.study.site(site.name).role == "train":
                 site.features()
@@ -168,6 +187,12 @@ def step(coordinator: Coordinator, sites: list[Site]) -> None:
     coordinator.advance()
 
 
+def up_to(due: Step, coordinator: Coordinator, sites: list[Site]) -> None:
+    """All steps before one, of which nobody is asked yet."""
+    while coordinator.step is not due:
+        step(coordinator, sites)
+
+
 def play_round(coordinator: Coordinator, sites: list[Site]) -> None:
     """All steps of the round that is due, to its record."""
     due = coordinator.round
@@ -202,16 +227,17 @@ def drill(tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory(prefix="secfacmic-drill-") as name:
         tell("preparing")
-        ground = Ground.prepare(Path(name) / "ground")
+        grounds = {pads: Ground.prepare(Path(name) / f"ground-{int(pads)}", pads)
+                   for pads in {attack.pads for attack in ATTACKS}}  # fmt: skip
         for attack in ATTACKS:
             tell(attack.id)
-            outcome = attack.carry_out(ground.copy(Path(name) / attack.id))
+            outcome = attack.carry_out(grounds[attack.pads].copy(Path(name) / attack.id))
             facts = {"id": attack.id, "attacker": attack.attacker, "tried": attack.tried}
             rows.append({**facts, "seen": outcome.seen, "held": outcome.held})
     return {"version": version("secfacmic"), "attacks": rows}
 
 
-def _template() -> Template:
+def _template(pads: bool) -> Template:
     content = read_template(Path("demo")).model_dump(mode="json", exclude_none=True)
     for group in content["simulation"]["phantoms"]:
         group |= {"patients": PATIENTS, "class_mix": [0.25] * 4}
@@ -221,6 +247,7 @@ def _template() -> Template:
         "backbone": {"model": "random-small", "weights": "random", "seed": 1},
         "method": {"adapter": "text_head"},
         "privacy": {"steps": 2},
+        "collusion": int(pads),
     }
     return parse_table(content, Template, StudyError, "the drill's study")
 
@@ -529,6 +556,182 @@ def _impossible_counts(ground: Ground) -> Outcome:
     return Outcome(seen, 0 <= counts.correct <= counts.images)
 
 
+# --- sites and the server together ---
+
+
+def _one_update(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    up_to(Step.REVEAL, coordinator, sites)
+    victim, colluder = sites[1], sites[0]
+    header = coordinator._envelopes[victim.name].header
+    lanes = ground.agreed.layout(header.round).lanes
+    place = PadPlace(ground.agreed.study.id, header.position, header.attempt, header.cohort)
+    reply = answer(coordinator, victim)  # with the seed of its mask
+    seed = parse_header(split_word(REVEAL_MAGIC, reply.envelope).signed[0], RevealHeader, EnvelopeError).mask
+    assert seed is not None
+    left = unpack_residues(coordinator._payload(victim.name), lanes.modulus_bits)
+    left = without_masks(left, place, {victim.name: bytes.fromhex(seed)}, lanes.modulus)
+    own = colluder.replica.files.bound
+    assert own.padded is not None
+    theirs = SitePads(
+        place, dict(zip(own.names, own.padded.keys, strict=True)), colluder.name, bytes.fromhex(own.padded.private)
+    )
+    known = pad(theirs.pad_key(victim.name), left.size, lanes.modulus)
+    for sign in (known, np.uint64(lanes.modulus) - known, np.zeros_like(known)):
+        if _opens(ground, colluder, (left + sign) % np.uint64(lanes.modulus), [header]):
+            return Outcome(f"the update of {victim.name} opened, with the key and the pads of {colluder.name}", False)
+    return Outcome(f"with the key, its mask and {colluder.name}'s pads, the envelope of {victim.name} stays closed",
+                   True)  # fmt: skip
+
+
+def _opens(ground: Ground, site: Site, residues: Residues, headers: list[EnvelopeHeader]) -> bool:
+    """Whether a site's key opens residues as the sum of these envelopes."""
+    first = headers[0]
+    lanes = ground.agreed.layout(first.round).lanes
+    binding = Binding(run=first.run, head=first.head, round=first.round)
+    try:
+        site.replica._sealer(first.key, first.round).open(
+            pack_residues(residues, lanes.modulus_bits), binding, [header.contribution for header in headers]
+        )
+    except AggregateRefused:
+        return False
+    return True
+
+
+def _nested_cohorts(ground: Ground) -> Outcome:
+    """Fail an attempt after its envelopes, and close the round without one site: were both sums open, their difference
+    would be its update."""
+    sites, coordinator = ground.begun()
+    up_to(Step.CHECKED, coordinator, sites)
+    headers = [coordinator._envelopes[name].header for name in sorted(coordinator._envelopes)]
+    lanes = ground.agreed.layout(1).lanes
+    total = unpack_residues(coordinator._sum(), lanes.modulus_bits)
+    coordinator.fail([sites[-1].name])
+    play_round(coordinator, sites[:-1])
+    _, record = read_header(coordinator.journal.read(len(coordinator.journal.records) - 1), ground.agreed)
+    known = dict(zip(sorted(site.name for site in sites[:-1]), record.masks, strict=True))
+    seeds = {header.site: bytes.fromhex(known.get(header.site, "00" * 32)) for header in headers}
+    first = headers[0]
+    place = PadPlace(ground.agreed.study.id, first.position, first.attempt, first.cohort)
+    opened = _opens(ground, sites[0], without_masks(total, place, seeds, lanes.modulus), headers)
+    seen = f"an attempt of {len(headers)} sites, beside the closed one of {len(known)}: "
+    return Outcome(seen + ("opened: one site's update is the difference" if opened else "stays closed"), not opened)
+
+
+def _two_attempts(ground: Ground) -> Outcome:
+    """Ask for a REVEAL of an attempt that was left, and for another attempt after a REVEAL."""
+    sites, coordinator = ground.begun()
+    up_to(Step.REVEAL, coordinator, sites)
+    old, attempt = coordinator._arrived, coordinator.attempt
+    assert old is not None
+    coordinator._next_attempt()
+    up_to(Step.REVEAL, coordinator, sites)
+    site = sites[0]
+    left = RoundRequest(1, attempt, (), more=False, question=old.data, carried=old.carried)
+    before = _refused({"a REVEAL for the attempt before": lambda: site.respond(left)})
+    for each in sites:
+        answer(coordinator, each)  # they reveal; the server keeps that for itself
+    coordinator._left_out.add(sites[-1].name)
+    coordinator._next_attempt()
+
+    def another() -> None:
+        while coordinator.step in (Step.READY, Step.ENVELOPE):
+            step(coordinator, sites[:-1])
+
+    after = _refused({"an envelope for another attempt after the REVEAL": another})
+    return Outcome(f"{before.seen}; {after.seen}", before.held and after.held)
+
+
+def _two_sums(ground: Ground) -> Outcome:
+    """Show sites of one attempt different cohorts, and ask a site that has revealed for another sum of it."""
+    sites, coordinator = ground.begun()
+    up_to(Step.ENVELOPE, coordinator, sites)
+    chain, cohort = coordinator.journal.chain, coordinator._cohort
+    assert cohort is not None
+    words = parse_header(split_frame(COHORT_MAGIC, cohort.data, 10**6, ProtocolError).header, CohortHeader,
+                         ProtocolError).readies  # fmt: skip
+    other = sign_cohort(ground.agreed, chain.due, 1, words[1:], ground.server_key)
+    last = next(site for site in sites if site.name == cohort.names[-1])
+    split = last.respond(RoundRequest(1, 1, (), more=False, question=other)).envelope
+    for site in sites:
+        if site is not last:
+            ask(coordinator, site)
+    frame = split_frame(ENVELOPE_MAGIC, split, MAX_HEADER, EnvelopeError)
+    theirs = [SignedWord.of(coordinator._envelopes[name].header_text, coordinator._envelopes[name].signature)
+              for name in cohort.names[:-1]]  # fmt: skip
+    mixed = (*theirs, SignedWord.of(frame.header, frame.signature))
+
+    def arrived(digest: str, names: tuple[SignedWord, ...], total: str) -> bytes:
+        facts = coordinator._wire.payload_bytes, total
+        header = arrived_header(ground.agreed, chain.due, coordinator.attempt, digest, facts, names)
+        return sign_frame(ARRIVED_MAGIC, header, ground.server_key, b"")
+
+    first = sites[0]
+    question = RoundRequest(1, 1, (), more=False, question=arrived(cohort.digest, mixed, "5" * 64))
+    before = _refused({"an ARRIVED over two cohorts": lambda: first.respond(question)})
+    coordinator._next_attempt()
+    up_to(Step.REVEAL, coordinator, sites)
+    fixed, cohort = coordinator._arrived, coordinator._cohort
+    assert fixed is not None
+    assert cohort is not None
+    ask(coordinator, first)
+    second = arrived(cohort.digest, fixed.envelopes, "5" * 64)
+    asked = RoundRequest(1, coordinator.attempt, (), more=False, question=second, carried=fixed.carried)
+    after = _refused({"another sum of the same envelopes": lambda: first.respond(asked)})
+    return Outcome(f"{before.seen}; {after.seen}", before.held and after.held)
+
+
+def _stolen_disk(ground: Ground) -> Outcome:
+    """Take a site's disk once its round is closed, beside all that the server has recorded of it."""
+    sites, coordinator = ground.begun()
+    up_to(Step.REVEAL, coordinator, sites)
+    victim, thief = sites[1], sites[0]
+    header, names = coordinator._envelopes[victim.name].header, sorted(coordinator._envelopes)
+    lanes = ground.agreed.layout(1).lanes
+    recorded = unpack_residues(coordinator._payload(victim.name), lanes.modulus_bits)
+    play_round(coordinator, sites)
+    _, record = read_header(coordinator.journal.read(len(coordinator.journal.records) - 1), ground.agreed)
+    for site in sites:
+        request = coordinator.request(site.name, site.run, site.position)
+        site.respond(replace(request, attempt=0, question=b""))  # takes the record; the next round has not begun here
+    kept = read_bound(victim.replica.files.folder.bound)
+    opened = False
+    if kept.padded is not None:
+        place = PadPlace(ground.agreed.study.id, header.position, header.attempt, header.cohort)
+        own = SitePads(place, dict(zip(names, kept.padded.keys, strict=True)), victim.name,
+                       bytes.fromhex(kept.padded.private))  # fmt: skip
+        seed = bytes.fromhex(record.masks[names.index(victim.name)])
+        opened = _opens(ground, thief, own.unmasked(recorded, seed, lanes.modulus), [header])
+    return Outcome(f"the recorded envelope of {victim.name}, with its disk after the round: "
+                   + ("opened" if opened else "stays closed; no key of the round is on it"), not opened)  # fmt: skip
+
+
+def _early_share(ground: Ground) -> Outcome:
+    sites, coordinator = ground.begun()
+    up_to(Step.REVEAL, coordinator, sites)
+    site, victim, arrived = sites[0], sites[1], coordinator._arrived
+    assert arrived is not None
+    due = coordinator.journal.chain.due
+    carried = coordinator._shares.handed(victim.name, site.name) + coordinator._payload(victim.name)
+
+    def asked(digest: str, carried: bytes) -> Callable[[], object]:
+        question = sign_gone(ground.agreed, due, coordinator.attempt, digest, victim.name, ground.server_key)
+        return lambda: site.respond(
+            RoundRequest(coordinator.round, coordinator.attempt, (), more=False, question=question, carried=carried)
+        )
+
+    before = _refused({"before its REVEAL": asked(arrived.digest, carried)})
+    ask(coordinator, site)
+    garbled = bytes([carried[0] ^ 1]) + carried[1:]
+    after = _refused({"for another sum": asked("5" * 64, carried), "garbled": asked(arrived.digest, garbled)})
+    site.void(coordinator.round)
+    reply = asked(arrived.digest, carried)()
+    assert isinstance(reply, RoundReply)
+    voided = reply.code == ReplyCode.VOID and not reply.carried
+    seen = f"{before.seen}; {after.seen}; after a void: {'refused' if voided else 'went through'}"
+    return Outcome(seen, before.held and after.held and voided)
+
+
 # --- outsiders ---
 
 
@@ -631,5 +834,15 @@ ATTACKS = (
     Attack("B11", "outsider", "holds connections open and announces bodies under a member's public key", _outsider),
     Attack("B12", "a site's own machine", "starts under weaker terms than those accepted", _weaker_terms),
     Attack("B13", "a copied or shared machine", "repeats an encryption's seed; reads a site's files", _seed_and_disk),
+    Attack("B14", "a site and the server", "open one update with the study's key and all they know", _one_update, True),
+    Attack(
+        "B15", "a site and the server", "open two cohorts of one round, one within the other", _nested_cohorts, True
+    ),
+    Attack("B16", "server", "asks one site to reveal in two attempts of a round", _two_attempts, True),
+    Attack("B17", "server", "shows sites of one attempt two cohorts, and two sums of one", _two_sums, True),
+    Attack("B18", "server", "asks for shares of a mask out of turn, and garbles them", _early_share, True),
+    Attack(
+        "B19", "a thief and the server", "opens old traffic with a site's disk of after the round", _stolen_disk, True
+    ),
 )
 """Attacks of the threat model whose defence is there. The others of docs/threat-model.md have no row yet."""

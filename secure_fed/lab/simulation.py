@@ -79,6 +79,12 @@ from secure_fed.server.coordinator import Coordinator, paused_text
 
 log = logging.getLogger(__name__)
 
+WORDS = frozenset(
+    {
+        *(ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.CHECKED, ReplyCode.REVEALED, ReplyCode.WITNESSED),
+        ReplyCode.ACKNOWLEDGED,
+    }
+)
 BY = "simulation"
 """Who accepts studies here."""
 
@@ -632,7 +638,7 @@ def _bring_up(coordinator: Coordinator, site: Site) -> bool:
         reply = site.respond(coordinator.request(site.name, site.run, site.position))
         coordinator.receive(reply)
         if reply.code != ReplyCode.MORE:
-            return reply.code in (ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.REVEALED, ReplyCode.ACKNOWLEDGED)
+            return reply.code in WORDS
 
 
 def validation_share(counts: Validation | None) -> float | None:

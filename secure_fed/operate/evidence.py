@@ -223,6 +223,7 @@ class _Journals:
         keys: signing keys that the site has had as a member.
         members: name, role and number of sums of each member of any run, by name.
         own: headers of its updates in sums, with the digest by which the list of sent messages names each.
+        together: what sites that pool all they have with the server learn at most, in the round of the smallest quorum.
     """
 
     runs: int
@@ -231,6 +232,7 @@ class _Journals:
     keys: set[str]
     members: list[dict[str, Any]]
     own: list[tuple[EnvelopeHeader, str]]
+    together: str
 
 
 def verify_evidence(path: Path, page: Callable[[dict[str, Any]], str] | None = None) -> dict[str, Any]:
@@ -286,6 +288,7 @@ def verify_evidence(path: Path, page: Callable[[dict[str, Any]], str] | None = N
                 for note, terms in acceptances
             ],
             "mode": agreed.study.mode,
+            "together": journals.together,
             "study_rounds": agreed.study.rounds,
             "members": journals.members,
             "runs": journals.runs,
@@ -331,6 +334,7 @@ def in_words(found: dict[str, Any]) -> list[str]:
         f"{found['runs']} runs with {found['records']} records and {found['rounds']} rounds; "
         f"{found['updates_in_sums']} updates of this site are in sums",
         *(f"member {one['name']}, {one['role']}: in {one['sums']} sums" for one in found["members"]),
+        found["together"],
         f"{found['messages_sent']} messages left it, {found['bytes_sent']:,} bytes in all",
         f"privacy ledger: {found['ledger']}",
         f"software: {software}; {found['packages']} packages in the bill of materials",
@@ -422,6 +426,7 @@ def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
     runs = records = rounds = 0
     roles = {member.name: member.role for member in agreed.study.sites}
     sums: Counter[str] = Counter()
+    quorums = [agreed.study.quorum(agreed.study.sites)]
     for run in sorted((folder / "journal").glob("*")):
         chain = Chain(agreed)
         for record in RecordFolder(run).replay(chain):
@@ -430,6 +435,8 @@ def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
                 if header.site == site:
                     digest = hashlib.sha256(ENVELOPE_MAGIC + entry.signed[0]).hexdigest()
                     own.append((header, digest))
+            if record.header.kind == "aggregate":
+                quorums.append(chain.quorum)
             roles |= {member.name: member.role for member in record.members.values()}
             member = record.members.get(site)
             if member is not None:
@@ -438,7 +445,8 @@ def _journals(folder: Path, agreed: AgreedStudy, site: str) -> _Journals:
             raise RecordError(f"journal/{run.name}: its records are of run {chain.run[:16]}")
         runs, records, rounds = runs + 1, records + chain.length, rounds + chain.round
     members = [{"name": name, "role": role, "sums": sums[name]} for name, role in sorted(roles.items())]
-    return _Journals(runs, records, rounds, keys, members, own)
+    weakest = min(quorums, key=lambda quorum: quorum.needed)
+    return _Journals(runs, records, rounds, keys, members, own, weakest.claim)
 
 
 def _sent(folder: Path, journals: _Journals, site: str) -> list[SentMessage]:

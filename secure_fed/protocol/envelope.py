@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationInfo, field_validator
@@ -49,6 +50,18 @@ class RoundPosition:
     round: int
 
 
+class Hidden(NamedTuple):
+    """What a site says of the pads on its envelope, in a study that has them (:mod:`secure_fed.protocol.pads`).
+
+    Attributes:
+        mask: commitment to the seed of its own mask.
+        shares: root over that seed's shares; zeros if nobody gets one, since the cohort is just a quorum.
+    """
+
+    mask: Hex64
+    shares: Hex64
+
+
 class EnvelopeHeader(MemberHeader):
     """Everything that an envelope says in clear.
 
@@ -64,6 +77,7 @@ class EnvelopeHeader(MemberHeader):
         ledger_seq, ledger_head: the site's privacy ledger; 0 and zeros without DP.
         ledger_links: earlier entries of it, by rising number (:mod:`secure_fed.protocol.ledger_heads`); none without
             DP.
+        hidden: of the pads; None in a study without.
     """
 
     run: Hex64
@@ -78,6 +92,7 @@ class EnvelopeHeader(MemberHeader):
     ledger_seq: Count
     ledger_head: Hex64
     ledger_links: tuple[Link, ...]
+    hidden: Hidden | None = None
 
     @field_validator("ledger_links")
     @classmethod
@@ -123,6 +138,7 @@ def seal_envelope(
     *,
     attempt: int,
     cohort: str,
+    hidden: Hidden | None = None,
 ) -> bytes:
     """Sign a sealed update for one attempt of one round, in answer to the COHORT of that digest."""
     contribution, payload = sealed
@@ -142,6 +158,7 @@ def seal_envelope(
         ledger_seq=ledger.seq,
         ledger_head=ledger.head,
         ledger_links=ledger.links,
+        hidden=hidden,
         **payload_fields(payload),
     )
     return sign_frame(MAGIC, header, key, payload)
@@ -189,6 +206,11 @@ def verify_contribution(
         raise EnvelopeError(f"envelope of {header.site}: {header.values} values, expected {values}")
     if (header.seed == NO_SEED) != (agreed.study.mode == "plain"):
         raise EnvelopeError(f"envelope of {header.site}: seed {header.seed} does not fit mode {agreed.study.mode}")
+    if (header.hidden is None) == agreed.study.pads:
+        raise EnvelopeError(
+            f"envelope of {header.site}: {'no' if agreed.study.pads else 'a'} word of pads, in a study of collusion = "
+            f"{agreed.study.collusion}"
+        )
     return header
 
 

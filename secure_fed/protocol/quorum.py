@@ -35,8 +35,20 @@ class Quorum:
             f", {absent.get(self.away, f'so {self.away} may be away')}",
             f"up to {self.faulty} of them may lie, or come back from an older disk, and no round differs between sites"
             if self.faulty
-            else "none of them may lie: nothing is encrypted, and the server could forge everything",
-            f"a site that pools the study's key with the server can open single updates (collusion = {self.collusion})",
+            else "none of them may lie: the server could forge everything",
+            self.claim,
+        )
+
+    @property
+    def claim(self) -> str:
+        """What the server and sites that pool all they have with it can learn at most, in one sentence."""
+        if not self.faulty:
+            return "the server reads every update: nothing is encrypted"
+        if not self.collusion:
+            return "a site that pools the study's key with the server can open single updates (collusion = 0)"
+        return (
+            f"the server and any {self.collusion} sites together learn, of sites without a budget, one sum for each "
+            f"adapter state over at least {self.needed - self.collusion} other sites, unless operators released another"
         )
 
 

@@ -23,7 +23,9 @@ from secure_fed.protocol import aggregation
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, Seeds, refuse_repeated_seed
 from secure_fed.protocol.ledger_heads import check_continues
 from secure_fed.protocol.packing import Contribution, Wire, wire
+from secure_fed.protocol.pads import PadPlace, commitment, without_masks
 from secure_fed.protocol.quorum import Quorum
+from secure_fed.protocol.residues import pack_residues, unpack_residues
 from secure_fed.protocol.round_frames import (
     Revealed,
     SignedWord,
@@ -38,6 +40,7 @@ from secure_fed.protocol.round_frames import (
     reveal_word,
 )
 from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
+from secure_fed.protocol.share_frames import Witnessed, check_witnessed
 from secure_fed.protocol.signing import (
     ZERO_DIGEST,
     Count,
@@ -77,8 +80,10 @@ class RecordHeader(SignedHeader):
             trained any more for an end; 0 for genesis.
         contributors: by site name; signed envelope headers of an aggregate, words for a void, the one word of a site
             that has retired, acknowledgements of a checkpoint.
-        reveals: of an aggregate, each contributor's REVEAL, in the same order; else none.
+        reveals: of an aggregate, each contributor's REVEAL, in the same order, but for those witnessed; else none.
         opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
+        masks: of an aggregate with pads, the seed of each contributor's mask, in the same order; else none.
+        witnessed: of an aggregate with pads, whose check others stand for, by name; else none.
     """
 
     version: Literal[2]
@@ -93,6 +98,8 @@ class RecordHeader(SignedHeader):
     reveals: tuple[Revealed, ...]
     opened_ms: Count
     closed_ms: Count
+    masks: tuple[Hex64, ...] = ()
+    witnessed: tuple[Witnessed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,18 @@ class Record:
         A copy made when asked for: the server never looks into a sum, and one more of many sites would show.
         """
         return self.data[len(self.data) - self.header.size :]
+
+    def ciphertexts(self, agreed: AgreedStudy) -> bytes:
+        """An aggregate's sum as the study's key opens it: with pads, without everybody's mask."""
+        if not self.header.masks:
+            return self.payload
+        lanes, first = agreed.layout(self.header.round).lanes, self.contributors[0]
+        place = PadPlace(agreed.study.id, first.position, first.attempt, first.cohort)
+        seeds = {
+            entry.site: bytes.fromhex(mask) for entry, mask in zip(self.contributors, self.header.masks, strict=True)
+        }
+        total = unpack_residues(self.payload, lanes.modulus_bits)
+        return pack_residues(without_masks(total, place, seeds, lanes.modulus), lanes.modulus_bits)
 
     @property
     def cohort(self) -> tuple[Contribution, ...]:
@@ -242,7 +261,7 @@ class Chain:
         elif header.kind == "void":
             self._check_voids(header)
             identity = head_after_void(self.head)
-        if header.kind != "aggregate" and header.reveals:
+        if header.kind != "aggregate" and (header.reveals or header.masks or header.witnessed):
             raise RecordError(f"record {header.seq}: a {header.kind} with reveals; expected none")
         self._check_size(header)
         check_payload(frame, header, RecordError)
@@ -254,7 +273,7 @@ class Chain:
         rounds = self._check_extension(header, bytes(frame.payload)) if header.kind == "extension" else self.rounds
         checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
         if header.kind == "aggregate":
-            self._check_sum(header, [entry.site for entry in contributors], arrived, bytes(frame.payload))
+            self._check_sum(header, contributors, arrived, bytes(frame.payload))
         return Record(header, identity, contributors, arrived, checkpoint, amendment, members, rounds, data)
 
     def check_ledger(self, header: EnvelopeHeader) -> None:
@@ -413,28 +432,60 @@ class Chain:
             raise RecordError(f"{what}: {error}") from None
         refuse_cohort(names, self.quorum, what, RecordError)
 
-    def _check_sum(self, header: RecordHeader, names: Sequence[str], arrived: str, payload: bytes) -> None:
+    def _check_sum(
+        self, header: RecordHeader, contributors: Sequence[EnvelopeHeader], arrived: str, payload: bytes
+    ) -> None:
         """Check that a sum is that of its contributors' envelopes, by their own words: without any key, and before
         anybody decrypts.
 
-        Without pads every contributor must have revealed, since nobody else can speak for its envelope.
+        Without pads every contributor must have revealed, since nobody else can speak for its envelope. With pads a
+        quorum must, and a quorum of them can speak for another.
         """
         what = f"record {header.seq}"
+        names, needed = [entry.site for entry in contributors], self.quorum.needed
+        witnessed = [entry.site for entry in header.witnessed]
+        revealed = [name for name in names if name not in witnessed]
         try:
-            if len(header.reveals) != len(names):
-                raise RecordError(f"{what}: {len(header.reveals)} reveals; expected one of each of {', '.join(names)}")
-            reveals = [
-                check_reveal(reveal_word(self.agreed, arrived, name, kept), self.agreed, self.members, arrived)
-                for name, kept in zip(names, header.reveals, strict=True)
+            if witnessed != sorted(set(witnessed) & set(names)) or len(revealed) < needed:
+                raise RecordError(
+                    f"{what}: witnesses for {', '.join(witnessed)}; expected each once, of its contributors, of which "
+                    f"at least {needed} revealed"
+                )
+            if len(header.reveals) != len(revealed):
+                raise RecordError(
+                    f"{what}: {len(header.reveals)} reveals; expected one of each of {', '.join(revealed)}"
+                )
+            masks = self._check_masks(header, contributors)
+            checks = [
+                check_reveal(
+                    reveal_word(self.agreed, arrived, name, kept, masks.get(name)), self.agreed, self.members, arrived
+                ).products
+                for name, kept in zip(revealed, header.reveals, strict=True)
             ]
+            for entry in header.witnessed:
+                check_witnessed(entry, self.agreed, self.members, arrived, revealed, needed)
+                checks.append(entry.products)
             found = self.wire.check_words(arrived, payload)
         except EnvelopeError as error:
             raise RecordError(f"{what}: {error}") from None
-        if found != summed_checks((word.products for word in reveals), self.wire.modulus):
+        if found != summed_checks(checks, self.wire.modulus):
             raise RecordError(
                 f"{what}: its sum is not that of the envelopes that its contributors sent (their linear check fails); "
                 "nothing was decrypted; the server bent it: show the record to the other sites"
             )
+
+    def _check_masks(self, header: RecordHeader, contributors: Sequence[EnvelopeHeader]) -> dict[str, str]:
+        """The seed of each contributor's mask, which is what it committed to; nobody's in a study without pads."""
+        expected = len(contributors) if self.agreed.study.pads else 0
+        if len(header.masks) != expected or (header.witnessed and not expected):
+            raise RecordError(f"record {header.seq}: {len(header.masks)} masks; expected {expected}")
+        masks = {}
+        for entry, mask in zip(contributors, header.masks, strict=False):
+            assert entry.hidden is not None  # of a study with pads
+            if commitment(bytes.fromhex(mask), entry.site) != entry.hidden.mask:
+                raise RecordError(f"record {header.seq}: another mask of {entry.site} than its envelope names")
+            masks[entry.site] = mask
+        return masks
 
 
 def summed_checks(checks: Iterable[tuple[int, int]], modulus: int) -> tuple[int, int]:
@@ -538,6 +589,8 @@ def new_header(
     round_number: int,
     contributors: tuple[SignedWord, ...],
     reveals: tuple[Revealed, ...] = (),
+    masks: tuple[str, ...] = (),
+    witnessed: tuple[Witnessed, ...] = (),
     times_ms: tuple[int, int],
     payload: bytes,
 ) -> RecordHeader:
@@ -555,5 +608,7 @@ def new_header(
         reveals=reveals,
         opened_ms=times_ms[0],
         closed_ms=times_ms[1],
+        masks=masks,
+        witnessed=witnessed,
         **payload_fields(payload),
     )

@@ -5,6 +5,9 @@ of them sends its envelope, whose header names the cohort. ARRIVED names the env
 sum, and fixes both; only then is it known what the linear check is drawn from. A site says REVEAL for one ARRIVED of a
 round and no other: its own envelope's check. The record holds the sum and every REVEAL, so that whoever reads it can
 tell a bent sum from a true one before anything is decrypted, and no second record of a round can be complete.
+
+With pads READY brings a fresh key and REVEAL the seed of the site's own mask, and there are words besides
+(:mod:`secure_fed.protocol.share_frames`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pydantic import Field, StringConstraints
 
 from secure_fed.core.errors import EnvelopeError, ProtocolError, SecfacmicError
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition, check_position, verify_contribution
+from secure_fed.protocol.pads import check_fresh_key, refuse_copied_keys
 from secure_fed.protocol.quorum import Quorum
 from secure_fed.protocol.signing import (
     Count,
@@ -48,6 +52,7 @@ MAX_ATTEMPT = 2**16
 
 HEADER_BASE = 4096
 HEADER_PER_SITE = 4096
+WITNESS_BYTES = 160
 
 Attempt = Annotated[int, Field(ge=1, le=MAX_ATTEMPT)]
 Product = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
@@ -89,7 +94,9 @@ class Revealed(NamedTuple):
         return int(self.first, 16), int(self.second, 16)
 
 
-class _Placed(SignedHeader):
+class PlacedHeader(SignedHeader):
+    """What words have that belong to an attempt of a round."""
+
     version: Literal[2]
     study: Hex64
     run: Hex64
@@ -105,10 +112,10 @@ class _Placed(SignedHeader):
         return RoundPosition(self.run, self.head, self.key, self.amendment, self.round)
 
 
-Placed = TypeVar("Placed", bound=_Placed)
+Placed = TypeVar("Placed", bound=PlacedHeader)
 
 
-class ReadyHeader(_Placed, MemberHeader):
+class ReadyHeader(PlacedHeader, MemberHeader):
     """A site's word that its integers for the round are on its disk.
 
     Attributes:
@@ -118,12 +125,14 @@ class ReadyHeader(_Placed, MemberHeader):
         site: the sender.
         released: whether at this adapter it may be in a sum with other sites than before: its people have said so, or
             its budget makes it harmless.
+        fresh: its X25519 key for this attempt, of a study with pads; else None.
     """
 
     released: bool
+    fresh: Hex64 | None = None
 
 
-class CohortHeader(_Placed):
+class CohortHeader(PlacedHeader):
     """The server's choice of who takes part in an attempt.
 
     Attributes:
@@ -133,7 +142,7 @@ class CohortHeader(_Placed):
     readies: tuple[SignedWord, ...]
 
 
-class ArrivedHeader(_Placed):
+class ArrivedHeader(PlacedHeader):
     """Which envelopes came, and what their sum is: what a REVEAL binds itself to, and a record's head follows from.
 
     Attributes:
@@ -156,10 +165,12 @@ class RevealHeader(MemberHeader):
         arrived: digest of the ARRIVED.
         site: the sender.
         check: the two products of the envelope's residues (:func:`secure_fed.protocol.residues.linear_check`).
+        mask: the seed of its own mask, of a study with pads; else None.
     """
 
     arrived: Hex64
     check: tuple[Product, Product]
+    mask: Hex64 | None = None
 
     @property
     def products(self) -> tuple[int, int]:
@@ -197,11 +208,13 @@ class RetiredHeader(MemberHeader):
 
 
 def max_header(agreed: AgreedStudy) -> int:
-    """Most bytes of a header that has an entry for every site."""
-    return HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites
+    """Most bytes of a header that has an entry for every site, and with pads of many for each."""
+    sites = agreed.study.max_sites
+    return HEADER_BASE + HEADER_PER_SITE * sites + (WITNESS_BYTES * sites * sites if agreed.study.pads else 0)
 
 
-def _place(agreed: AgreedStudy, due: RoundPosition, attempt: int) -> dict[str, object]:
+def place_fields(agreed: AgreedStudy, due: RoundPosition, attempt: int) -> dict[str, object]:
+    """The fields of every word that belongs to an attempt."""
     return {
         "version": 2,
         "study": agreed.study.id,
@@ -216,10 +229,12 @@ def _place(agreed: AgreedStudy, due: RoundPosition, attempt: int) -> dict[str, o
 
 
 def sign_ready(
-    agreed: AgreedStudy, due: RoundPosition, attempt: int, site: str, released: bool, key: Ed25519PrivateKey
-) -> bytes:
-    """A site's READY."""
-    header = ReadyHeader.model_validate(_place(agreed, due, attempt) | {"site": site, "released": released})
+    agreed: AgreedStudy, due: RoundPosition, attempt: int, site: str, released: bool, key: Ed25519PrivateKey,
+    fresh: str | None = None,
+) -> bytes:  # fmt: skip
+    """A site's READY, with pads under a fresh key."""
+    fields = {"site": site, "released": released, "fresh": fresh}
+    header = ReadyHeader.model_validate(place_fields(agreed, due, attempt) | fields)
     return sign_frame(READY_MAGIC, header, key, b"")
 
 
@@ -227,7 +242,7 @@ def sign_cohort(
     agreed: AgreedStudy, due: RoundPosition, attempt: int, readies: Iterable[SignedWord], key: Ed25519PrivateKey
 ) -> bytes:
     """The server's COHORT of these READYs, which are in order of names."""
-    header = CohortHeader.model_validate(_place(agreed, due, attempt) | {"readies": tuple(readies)})
+    header = CohortHeader.model_validate(place_fields(agreed, due, attempt) | {"readies": tuple(readies)})
     return sign_frame(COHORT_MAGIC, header, key, b"")
 
 
@@ -237,7 +252,7 @@ def arrived_header(
 ) -> ArrivedHeader:  # fmt: skip
     """The one ARRIVED of an attempt whose sum has this size and digest."""
     return ArrivedHeader.model_validate(
-        _place(agreed, due, attempt)
+        place_fields(agreed, due, attempt)
         | {"cohort": cohort, "sum_size": payload[0], "sum": payload[1], "envelopes": tuple(envelopes)}
     )
 
@@ -247,22 +262,38 @@ def arrived_digest(header: ArrivedHeader) -> str:
     return hashlib.sha256(ARRIVED_MAGIC + encode_header(header)).hexdigest()
 
 
-def reveal_word(agreed: AgreedStudy, arrived: str, site: str, kept: Revealed) -> SignedWord:
+def products(check: tuple[int, int]) -> tuple[Product, Product]:
+    """A linear check as words carry it."""
+    first, second = (f"{product:016x}" for product in check)
+    return first, second
+
+
+def reveal_word(agreed: AgreedStudy, arrived: str, site: str, kept: Revealed, mask: str | None = None) -> SignedWord:
     """The REVEAL of a site for an ARRIVED that a record keeps."""
-    header = _reveal_header(agreed, arrived, site, kept.products)
+    header = _reveal_header(agreed, arrived, site, kept.products, mask)
     return SignedWord.of(encode_header(header), bytes.fromhex(kept.signature))
 
 
-def _reveal_header(agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, int]) -> RevealHeader:
-    first, second = (f"{product:016x}" for product in check)
+def _reveal_header(
+    agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, int], mask: str | None
+) -> RevealHeader:
     return RevealHeader(
-        version=2, study=agreed.study.id, arrived=arrived, site=site, check=(first, second), **payload_fields(b"")
+        version=2,
+        study=agreed.study.id,
+        arrived=arrived,
+        site=site,
+        check=products(check),
+        mask=mask,
+        **payload_fields(b""),
     )
 
 
-def sign_reveal(agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, int], key: Ed25519PrivateKey) -> bytes:
-    """A site's REVEAL."""
-    return sign_frame(REVEAL_MAGIC, _reveal_header(agreed, arrived, site, check), key, b"")
+def sign_reveal(
+    agreed: AgreedStudy, arrived: str, site: str, check: tuple[int, int], key: Ed25519PrivateKey,
+    mask: str | None = None,
+) -> bytes:  # fmt: skip
+    """A site's REVEAL, with pads and the seed of its mask."""
+    return sign_frame(REVEAL_MAGIC, _reveal_header(agreed, arrived, site, check, mask), key, b"")
 
 
 def sign_void(agreed: AgreedStudy, due: RoundPosition, site: str, revealed: bool, key: Ed25519PrivateKey) -> bytes:
@@ -301,8 +332,15 @@ def check_ready(
         EnvelopeError: with what was found and expected.
     """
     header = verify_member(READY_MAGIC, *word.signed, ReadyHeader, agreed.study.id, members, MAX_WORD, EnvelopeError)
-    _check_trains(header.site, members)
-    _check_place(header, due, attempt, f"READY of {header.site}")
+    check_trains(header.site, members)
+    check_place(header, due, attempt, f"READY of {header.site}")
+    if (header.fresh is None) == agreed.study.pads:
+        raise EnvelopeError(
+            f"READY of {header.site}: {'no' if agreed.study.pads else 'a'} fresh key, in a study of collusion = "
+            f"{agreed.study.collusion}"
+        )
+    if header.fresh is not None:
+        check_fresh_key(header.fresh, header.site)
     return header
 
 
@@ -315,6 +353,11 @@ def check_reveal(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Me
     header = verify_member(REVEAL_MAGIC, *word.signed, RevealHeader, agreed.study.id, members, MAX_WORD, EnvelopeError)
     if header.arrived != arrived:
         raise EnvelopeError(f"REVEAL of {header.site}: for {header.arrived[:16]}, expected {arrived[:16]}")
+    if (header.mask is None) == agreed.study.pads:
+        raise EnvelopeError(
+            f"REVEAL of {header.site}: {'no' if agreed.study.pads else 'a'} mask, in a study of collusion = "
+            f"{agreed.study.collusion}"
+        )
     return header
 
 
@@ -325,7 +368,7 @@ def check_void(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Memb
         EnvelopeError: with what was found and expected.
     """
     header = verify_member(VOID_MAGIC, *word.signed, VoidHeader, agreed.study.id, members, MAX_WORD, EnvelopeError)
-    _check_trains(header.site, members)
+    check_trains(header.site, members)
     if (header.run, header.head, header.round) != (due.run, due.head, due.round):
         raise EnvelopeError(
             f"void of {header.site}: of round {header.round} after {header.head[:16]}; expected {due.round} after "
@@ -343,7 +386,7 @@ def check_retired(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, M
     header = verify_member(
         RETIRED_MAGIC, *word.signed, RetiredHeader, agreed.study.id, members, MAX_WORD, EnvelopeError
     )
-    _check_trains(header.site, members)
+    check_trains(header.site, members)
     if header.run != run:
         raise EnvelopeError(f"retirement of {header.site}: from run {header.run[:16]}; expected {run[:16]}")
     return header
@@ -369,12 +412,15 @@ def check_cohort(
     Raises:
         ProtocolError: with what was found and expected.
     """
-    header, digest = _server_frame(data, COHORT_MAGIC, CohortHeader, agreed)
-    _check_place(header, due, header.attempt, "COHORT", ProtocolError)
+    header, digest = server_frame(data, COHORT_MAGIC, CohortHeader, agreed)
+    check_place(header, due, header.attempt, "COHORT", ProtocolError)
     try:
-        names = tuple(check_ready(word, agreed, members, due, header.attempt).site for word in header.readies)
+        readies = [check_ready(word, agreed, members, due, header.attempt) for word in header.readies]
+        if agreed.study.pads:
+            refuse_copied_keys(fresh_keys(readies))
     except EnvelopeError as error:
         raise ProtocolError(f"COHORT: {error}") from None
+    names = tuple(ready.site for ready in readies)
     refuse_cohort(names, quorum, "COHORT", ProtocolError)
     return header, names, digest
 
@@ -383,6 +429,16 @@ def releasing(cohort: CohortHeader) -> frozenset[str]:
     """Whose READYs in a COHORT, checked before, carry their people's release."""
     found = (parse_header(word.signed[0], ReadyHeader, ProtocolError) for word in cohort.readies)
     return frozenset(header.site for header in found if header.released)
+
+
+def fresh_keys(readies: Iterable[ReadyHeader]) -> dict[str, str]:
+    """Of sites that are ready, in a study with pads, by name."""
+    return {ready.site: ready.fresh for ready in readies if ready.fresh is not None}
+
+
+def cohort_keys(header: CohortHeader) -> dict[str, str]:
+    """The fresh keys in a COHORT that was checked."""
+    return fresh_keys(parse_header(word.signed[0], ReadyHeader, ProtocolError) for word in header.readies)
 
 
 def check_arrived(
@@ -396,8 +452,8 @@ def check_arrived(
     Raises:
         ProtocolError: with what was found and expected.
     """
-    header, digest = _server_frame(data, ARRIVED_MAGIC, ArrivedHeader, agreed)
-    _check_place(header, due, header.attempt, "ARRIVED", ProtocolError)
+    header, digest = server_frame(data, ARRIVED_MAGIC, ArrivedHeader, agreed)
+    check_place(header, due, header.attempt, "ARRIVED", ProtocolError)
     try:
         found = check_envelopes(header.envelopes, agreed, members, due)
     except EnvelopeError as error:
@@ -439,14 +495,24 @@ def refuse_cohort(names: tuple[str, ...], quorum: Quorum, what: str, refusal: ty
         )
 
 
-def _check_trains(site: str, members: Mapping[str, Member]) -> None:
+def check_trains(site: str, members: Mapping[str, Member]) -> None:
+    """Refuse a word of an observer.
+
+    Raises:
+        EnvelopeError: it is one's.
+    """
     if members[site].role != "train":
         raise EnvelopeError(f"a word of {site}, an observer, for a round; only training sites take part in one")
 
 
-def _check_place(
-    header: _Placed, due: RoundPosition, attempt: int, what: str, refusal: type[SecfacmicError] = EnvelopeError
+def check_place(
+    header: PlacedHeader, due: RoundPosition, attempt: int, what: str, refusal: type[SecfacmicError] = EnvelopeError
 ) -> None:
+    """Refuse a word of another attempt, or another place, than the one that is due.
+
+    Raises:
+        SecfacmicError: of class ``refusal``: naming every field that differs.
+    """
     wrong = [
         f"{field} {getattr(header.position, field)}, expected {getattr(due, field)}"
         for field in ("run", "head", "key", "amendment", "round")
@@ -458,7 +524,12 @@ def _check_place(
         raise refusal(f"{what}: {'; '.join(wrong)}: not of this round")
 
 
-def _server_frame(data: bytes, magic: bytes, model: type[Placed], agreed: AgreedStudy) -> tuple[Placed, str]:
+def server_frame(data: bytes, magic: bytes, model: type[Placed], agreed: AgreedStudy) -> tuple[Placed, str]:
+    """Read a question of the server's; its header and digest.
+
+    Raises:
+        ProtocolError: malformed, not its, or of another study.
+    """
     frame: Frame = split_frame(magic, data, max_header(agreed), ProtocolError)
     verify_signature(magic, frame.header, frame.signature, agreed.study.coordinator, ProtocolError)
     header = parse_header(frame.header, model, ProtocolError)

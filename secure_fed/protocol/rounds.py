@@ -15,7 +15,9 @@ class ReplyCode(StrEnum):
     PRESENT = "present"
     READY = "ready"
     UPDATE = "update"
+    CHECKED = "checked"
     REVEALED = "revealed"
+    WITNESSED = "witnessed"
     VOID = "void"
     RETIRED = "retired"
     SITS_OUT = "sits-out"
@@ -43,11 +45,13 @@ class RoundRequest:
         more: whether further records follow; then nothing is trained yet.
         attested_head: the head at which the sites made the attestations; empty when there are none.
         attestations: keyed adapter digests of the sites at that head, by site name.
-        question: a signed COHORT or ARRIVED, or whether the site is there (:mod:`secure_fed.protocol.presence`), to be
-            answered instead; else empty.
+        question: a signed COHORT or ARRIVED, with pads also a CHECK or GONE, or whether the site is there
+            (:mod:`secure_fed.protocol.presence`), to be answered instead; else empty.
         held: SHA-256 of this site's payload that the server has of an earlier attempt and need not be sent again.
         past: this site's own newest word in the open round, as it signed it: its REVEAL, else its envelope without the
             payload; empty if there is none. A site whose disk does not know it was put back to an older state.
+        carried: what goes with a question, under other sites' signatures: shares with a CHECK, everybody's CHECKED
+            with an ARRIVED, a share and an envelope's payload with a GONE.
     """
 
     round: int
@@ -59,6 +63,7 @@ class RoundRequest:
     question: bytes = b""
     held: str = ""
     past: bytes = b""
+    carried: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class RoundReply:
         attestation: keyed digest of its adapter at that position; empty while it cannot open the adapter.
         envelope: the signed word that the code names: that it is there for ``present``, READY for ``ready``, the
             update's envelope for ``update``, REVEAL for ``revealed``, its people's word for ``void`` and ``retired``,
-            the acknowledgement of an amendment for ``acknowledged``; else empty.
+            the acknowledgement of an amendment for ``acknowledged``, CHECKED for ``checked``, WITNESS for
+            ``witnessed``; else empty.
+        carried: with pads, the shares that an update's site deals, or the one that goes with a WITNESS; else empty.
     """
 
     site: str
@@ -82,3 +89,4 @@ class RoundReply:
     position: int
     attestation: str
     envelope: bytes
+    carried: bytes = b""

@@ -6,7 +6,8 @@ first, and nothing is parsed beyond the header before the signature holds.
 
 A header is its fields' values in the order of its model, as one array of deterministic CBOR (RFC 8949, 4.2.1): short,
 since hundreds of them travel in a record. Hex text of at least eight bytes travels as bytes; whatever reads back to
-the same values but is not the one encoding of them is refused.
+the same values but is not the one encoding of them is refused. Fields at the end that have a default and hold it are
+left out: so a header of a study that has no use for them has no bytes of them.
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ def split_frame(magic: bytes, data: bytes, max_header: int, refusal: type[Secfac
 def encode_header(header: SignedHeader) -> bytes:
     """A header's one encoding."""
     fields = header.model_dump(mode="json")
-    return cbor2.dumps([_hex_to_bytes(fields[name]) for name in type(header).model_fields], canonical=True)
+    names = list(type(header).model_fields)
+    while getattr(header, names[-1]) == type(header).model_fields[names[-1]].default:
+        names.pop()
+    return cbor2.dumps([_hex_to_bytes(fields[name]) for name in names], canonical=True)
 
 
 def parse_header(text: bytes, model: type[Header], refusal: type[SecfacmicError]) -> Header:
@@ -127,7 +131,7 @@ def parse_header(text: bytes, model: type[Header], refusal: type[SecfacmicError]
         SecfacmicError: of class ``refusal``.
     """
     try:
-        fields = _decode(text, list(model.model_fields))
+        fields = _decode(text, list(model.model_fields), sum(one.is_required() for one in model.model_fields.values()))
         header = model.model_validate_json(json.dumps(fields, allow_nan=False))
         # Against the parsed header: an array may say the same in other bytes.
         if encode_header(header) != text:
@@ -140,7 +144,7 @@ def parse_header(text: bytes, model: type[Header], refusal: type[SecfacmicError]
     return header
 
 
-def _decode(text: bytes, names: list[str]) -> dict[str, Any]:
+def _decode(text: bytes, names: list[str], least: int) -> dict[str, Any]:
     try:
         values = cbor2.loads(
             text,
@@ -151,9 +155,9 @@ def _decode(text: bytes, names: list[str]) -> dict[str, Any]:
         )
     except Exception as error:  # hostile bytes, and decoders of tags that no header has
         raise ValueError(type(error).__name__) from None
-    if not isinstance(values, list) or len(values) != len(names):
+    if not isinstance(values, list) or not least <= len(values) <= len(names):
         raise ValueError("another number of fields")
-    return dict(zip(names, map(_bytes_to_hex, values), strict=True))
+    return dict(zip(names, map(_bytes_to_hex, values), strict=False))
 
 
 def _hex_to_bytes(value: Any) -> Any:

@@ -650,8 +650,8 @@ class StudyFile(FileModel):
         min_sites: fewest sites of an aggregate; in ``he`` mode at least 3: of two, each can subtract itself.
         faulty: how many training sites may lie, or come back from an older disk, without stopping or fooling the others
             (:mod:`secure_fed.protocol.quorum`).
-        collusion: how many of those may pool all they have with the server without learning another site's update. 0:
-            one is enough, since all sites hold the study's key; pads, which alone could change that, are not there.
+        collusion: how many of those may pool all they have with the server without learning another site's update
+            (:mod:`secure_fed.protocol.pads`). 0: one is enough, since all sites hold the study's key.
         round_seconds: how long a round waits for missing sites before it goes on with a quorum.
         records_url: where else records may be fetched, by digest: any web server with copies of the coordinator's
             folder of them, which need not be trusted; from the coordinator alone if not given.
@@ -741,11 +741,14 @@ class StudyFile(FileModel):
 
     @field_validator("collusion")
     @classmethod
-    def _no_pads(cls, collusion: int) -> int:
-        if collusion:
+    def _within_the_faulty(cls, collusion: int, info: ValidationInfo) -> int:
+        faulty = info.data.get("faulty", collusion)
+        if collusion and info.data.get("mode") == "plain":
+            raise ValueError(f"{collusion} in plain mode, in which the server reads every update; expected 0")
+        if collusion > faulty:
             raise ValueError(
-                "every site holds the study's key, so one that colludes with the server opens single updates; expected "
-                "0, until updates are padded"
+                f"{collusion} sites that may collude, of faulty = {faulty} that may lie; expected at most {faulty}, or "
+                f"faulty = {collusion}, for which a study needs at least {collusion + 2} training sites"
             )
         return collusion
 
@@ -953,6 +956,11 @@ class StudyFile(FileModel):
         if self.mode == "plain":
             return Quorum(training, 0, 0, max(training // 2 + 1, self.min_sites))
         return Quorum(training, self.faulty, self.collusion, quorum(training, self.faulty, self.min_sites))
+
+    @property
+    def pads(self) -> bool:
+        """Whether envelopes are padded, so that no site and server together open one."""
+        return self.collusion > 0
 
     @property
     def class_names(self) -> tuple[str, ...]:

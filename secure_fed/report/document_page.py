@@ -146,6 +146,7 @@ def evidence_page(found: Mapping[str, Any]) -> str:
             (
                 f"Study {found['study']}, digest {found['study_id']}: {found['study_rounds']} rounds, "
                 f"{'encrypted' if found['mode'] == 'he' else 'NOT encrypted'}.",
+                f"{found['together'][0].upper()}{found['together'][1:]}.",
             ),
         ),
         Block(

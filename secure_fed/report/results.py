@@ -569,6 +569,7 @@ def study_facts(agreed: AgreedStudy, kind: str) -> list[tuple[str, str]]:
         ("Private training", f"{private.steps} noisy steps a round, clip {private.clip:g}, learning rate "
                              f"{private.learning_rate:g} (used by sites with a budget)"),
         ("Encryption", encryption),
+        ("Collusion", study.quorum(study.sites).claim),
         ("Encoding", f"{encoding.bits} bits a value, {lanes.lanes} lanes, bound ±{encoding.value_bound:g}"),
         ("Seed", str(study.seed)),
     ]  # fmt: skip

@@ -28,11 +28,24 @@ ROUND_MESSAGE = "train.round"
 MAX_ENVELOPE_BYTES = 512 * 2**20
 MAX_TEXT = 128
 MAX_WORD = 8192
-WORDS = frozenset({ReplyCode.PRESENT, ReplyCode.READY, ReplyCode.REVEALED, ReplyCode.VOID, ReplyCode.RETIRED})
+WORDS = frozenset(
+    {
+        ReplyCode.PRESENT,
+        ReplyCode.READY,
+        ReplyCode.CHECKED,
+        ReplyCode.REVEALED,
+        ReplyCode.WITNESSED,
+        ReplyCode.VOID,
+        ReplyCode.RETIRED,
+    }
+)
 """Replies with a signed word of some hundred bytes, which is in the message itself."""
 
 LARGE = frozenset({ReplyCode.UPDATE, ReplyCode.ACKNOWLEDGED})
 """Replies with bytes that travel beside the message."""
+
+WITH_SHARES = frozenset({ReplyCode.UPDATE, ReplyCode.WITNESSED})
+"""Replies of which the last bytes may be shares."""
 
 Word = Annotated[str, StringConstraints(max_length=MAX_WORD)]
 """A signed word, base64."""
@@ -53,6 +66,8 @@ class _RequestFields(FileModel):
     question: Hex64 | Literal[""]
     question_length: Count
     past: Word
+    carried: Hex64 | Literal[""]
+    carried_length: Count
 
 
 class _ReplyFields(FileModel):
@@ -63,6 +78,7 @@ class _ReplyFields(FileModel):
     word: Word
     digest: Hex64 | Literal[""]
     length: Count
+    carried: Count
 
 
 def request_content(request: RoundRequest, publish: Callable[[bytes], str]) -> RecordDict:
@@ -87,6 +103,8 @@ def request_content(request: RoundRequest, publish: Callable[[bytes], str]) -> R
             "question": publish(request.question) if request.question else "",
             "question_length": len(request.question),
             "past": base64.b64encode(request.past).decode("ascii"),
+            "carried": publish(request.carried) if request.carried else "",
+            "carried_length": len(request.carried),
         }
     )
     return RecordDict({"request": fields})
@@ -109,10 +127,11 @@ def read_request(content: RecordDict, fetch: Callable[[str, int], bytes]) -> Rou
         raise ProtocolError(f"{len(parsed.lengths)} lengths of {len(parsed.digests)} records; expected one each")
     if len(parsed.lengths) > 1 and sum(parsed.lengths) > PAGE_BYTES:
         raise ProtocolError(f"a page of {sum(parsed.lengths)} bytes; expected at most {PAGE_BYTES}")
-    for length in (*parsed.lengths, parsed.question_length):
+    for length in (*parsed.lengths, parsed.question_length, parsed.carried_length):
         _refuse_length(length)
     records = tuple(fetch(digest, length) for digest, length in zip(parsed.digests, parsed.lengths, strict=True))
     question = fetch(parsed.question, parsed.question_length) if parsed.question else b""
+    carried = fetch(parsed.carried, parsed.carried_length) if parsed.carried else b""
     return RoundRequest(
         round=parsed.round,
         attempt=parsed.attempt,
@@ -123,6 +142,7 @@ def read_request(content: RecordDict, fetch: Callable[[str, int], bytes]) -> Rou
         question=question,
         held=parsed.held,
         past=_word(parsed.past),
+        carried=carried,
     )
 
 
@@ -133,15 +153,17 @@ def reply_content(reply: RoundReply, send: Callable[[str, bytes], str]) -> Recor
         reply: of the site.
         send: brings bytes of a run to the server, and gives their digest.
     """
+    data = reply.envelope + reply.carried
     fields = ConfigRecord(
         {
             "code": reply.code.value,
             "run": reply.run,
             "position": reply.position,
             "attestation": reply.attestation,
-            "word": base64.b64encode(reply.envelope).decode("ascii") if reply.code in WORDS else "",
-            "digest": send(reply.run, reply.envelope) if reply.code in LARGE else "",
-            "length": len(reply.envelope) if reply.code in LARGE else 0,
+            "word": base64.b64encode(data).decode("ascii") if reply.code in WORDS else "",
+            "digest": send(reply.run, data) if reply.code in LARGE else "",
+            "length": len(data) if reply.code in LARGE else 0,
+            "carried": len(reply.carried),
         }
     )
     return RecordDict({"reply": fields})
@@ -163,11 +185,15 @@ def read_reply(content: RecordDict, site: str, take: Callable[[str, int], bytes]
     if (parsed.code in LARGE) != large or large != bool(parsed.length) or (parsed.code in WORDS) != bool(parsed.word):
         raise ProtocolError(
             f"{parsed.length} bytes and a word of {len(parsed.word)} characters with code {parsed.code}; expected a "
-            "word with present, ready, revealed and void, bytes with an update or an acknowledgement, else nothing"
+            "word with present, ready, checked, revealed, witnessed, void and retired, bytes with an update or an "
+            "acknowledgement, else nothing"
         )
     _refuse_length(parsed.length)
-    envelope = take(parsed.digest, parsed.length) if large else _word(parsed.word)
-    return RoundReply(site, parsed.code, parsed.run, parsed.position, parsed.attestation, envelope)
+    data = take(parsed.digest, parsed.length) if large else _word(parsed.word)
+    if parsed.carried > (len(data) if parsed.code in WITH_SHARES else 0):
+        raise ProtocolError(f"{parsed.carried} bytes of shares in {len(data)} with code {parsed.code}")
+    cut = len(data) - parsed.carried
+    return RoundReply(site, parsed.code, parsed.run, parsed.position, parsed.attestation, data[:cut], data[cut:])
 
 
 def contract(study_id: str) -> bytes:

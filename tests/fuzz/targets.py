@@ -16,7 +16,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, SecfacmicError
+from secure_fed.core.errors import EnvelopeError, KeyFileError, ProtocolError, RecordError, SecfacmicError
 from secure_fed.privacy import ckks, keys, seal_format
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
@@ -34,9 +34,12 @@ from secure_fed.protocol.sealed_key import (
     check_sealed_key,
     verify_acknowledgement,
 )
+from secure_fed.protocol.share_frames import deal, hand_out, open_handed, take_handed
 from secure_fed.protocol.signing import encode_header, parse_header, payload_fields, split_frame
 from secure_fed.protocol.study import InitialState, load_study, read_study_file
 from secure_fed.transport import flower_messages as messages
+from tests.make_pad_vectors import NAMES, drawn, pads_of, place
+from tests.make_word_vectors import CHECKS
 from tests.unit.protocol.test_vectors import VECTORS, Version
 
 VERSION = "v2"
@@ -261,6 +264,32 @@ def request(data: bytes) -> None:
     messages.read_request(RecordDict({"request": config}), lambda digest, length: b"abc")
 
 
+@cache
+def _dealt() -> tuple[bytes, dict[str, str]]:
+    """What is handed to ash of the others' shares, and the roots that those have signed."""
+    handed, roots = [], {}
+    for maker in NAMES[1:]:
+        dealt = deal(pads_of(place(), maker), drawn(f"seed {maker}"), 3)
+        roots[maker] = dealt.hidden.shares
+        handed.append(hand_out(dealt.entries, dealt.hidden.shares, len(NAMES) - 1)[0])
+    return b"".join(handed), roots
+
+
+def handed_shares(data: bytes) -> None:
+    found, behind = take_handed(data, NAMES, NAMES[1:], "ash", _dealt()[1])
+    if behind:
+        raise ProtocolError("bytes behind")
+    for maker, handed in found.items():
+        open_handed(pads_of(place(), "ash"), maker, handed)
+
+
+def _words(kind: str) -> tuple[bytes, ...]:
+    """The valid words of a kind in a round with pads."""
+    document = json.loads((VECTORS / VERSION / "pad_words.json").read_text())
+    (group,) = (group for group in document["testGroups"] if group["type"] == kind)
+    return tuple(bytes.fromhex(test["frame"]) for test in group["tests"] if test["result"] == "valid")
+
+
 def _headers(pattern: str, magic: bytes) -> tuple[bytes, ...]:
     return tuple(split_frame(magic, data, 10**6, SecfacmicError).header for data in golden(pattern))
 
@@ -275,8 +304,8 @@ def targets() -> dict[str, Target]:
     public = json.dumps(world().ash.public.model_dump(mode="json")).encode()
     private = (world().folder / "ash/recipient.key").read_bytes()
     reply_text = b'{"code":"update","run":"' + b"0" * 64 + b'","position":1,"attestation":"' + b"0" * 64
-    word_text = reply_text.replace(b"update", b"void") + b'","word":"YWJj","digest":"","length":0}'
-    reply_text += b'","word":"","digest":"' + b"0" * 64 + b'","length":3}'
+    word_text = reply_text.replace(b"update", b"void") + b'","word":"YWJj","digest":"","length":0,"carried":0}'
+    reply_text += b'","word":"","digest":"' + b"0" * 64 + b'","length":3,"carried":2}'
     request_text = (
         b'{"round":1,"attempt":1,"more":false,"attested_head":"","sites":["ash"],"attestations":["'
         + b"0" * 64
@@ -284,7 +313,7 @@ def targets() -> dict[str, Target]:
         + b"0" * 64
         + b'"],"lengths":[3],"held":"","question":"'
         + b"0" * 64
-        + b'","question_length":3,"past":"YWJj"}'
+        + b'","question_length":3,"past":"YWJj","carried":"","carried_length":0}'
     )
     return {
         "envelope": Target(envelope, envelopes, True, EnvelopeError),
@@ -316,4 +345,6 @@ def targets() -> dict[str, Target]:
         "journal folder": Target(journal_folder, (journal[0], envelopes[0]), False, RecordError),
         "reply": Target(reply, (reply_text, word_text), False, SecfacmicError),
         "request": Target(request, (request_text,), False, SecfacmicError),
+        "handed shares": Target(handed_shares, _dealt()[:1], True, SecfacmicError),
+        **{f"{kind} with pads": Target(check, _words(kind), True, SecfacmicError) for kind, check in CHECKS.items()},
     }

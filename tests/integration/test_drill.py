@@ -10,12 +10,12 @@ import pytest
 
 from secure_fed.clients import acceptance
 from secure_fed.clients.keyring import KeyRing
-from secure_fed.clients.replica import Replica, Validation
+from secure_fed.clients.replica import Replica, RunFiles, Validation
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import DrillError, KeyFileError
 from secure_fed.lab import drill
 from secure_fed.lab.drill import ATTACKS, Ground
-from secure_fed.protocol import round_frames
+from secure_fed.protocol import pads, round_frames
 from secure_fed.protocol.records import Chain
 from secure_fed.server import coordinator, gate
 from secure_fed.server.coordinator import Coordinator
@@ -68,20 +68,27 @@ MUTATIONS: dict[str, Mutate] = {
     "B11": lambda patch: patch.setattr(gate, "read_signed_request", _as_if_signed),
     "B12": lambda patch: patch.setattr(acceptance, "weaker", lambda *_: []),
     "B13": lambda patch: patch.setattr(coordinator, "refuse_repeated_seed", lambda *_: None),
+    "B14": lambda patch: patch.setattr(pads.SitePads, "_pad_keys", lambda _: ([], [])),
+    "B15": lambda patch: patch.setattr(pads, "mask_key", lambda *_: bytes(32)),
+    "B16": lambda patch: patch.setattr(Site, "_refuse_past", lambda *_: None),
+    "B17": lambda patch: patch.setattr(Site, "_refuse_second_sum", lambda *_: None),
+    "B18": lambda patch: patch.setattr(Site, "_refuse_share", lambda *_: None),
+    "B19": lambda patch: patch.setattr(RunFiles, "erase_pads", lambda *_: None),
 }
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground.prepare(tmp_path_factory.mktemp("drill") / "ground")
+def grounds(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Ground]:
+    folder = tmp_path_factory.mktemp("drill")
+    return {pads: Ground.prepare(folder / f"ground-{int(pads)}", pads) for pads in (False, True)}
 
 
 def test_every_attack_has_a_mutation() -> None:
     assert set(MUTATIONS) == {attack.id for attack in ATTACKS}
 
 
-def test_all_defences_hold(secfacmic: Run, ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drill.Ground, "prepare", lambda folder: ground)
+def test_all_defences_hold(secfacmic: Run, grounds: dict[bool, Ground], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill.Ground, "prepare", lambda folder, pads: grounds[pads])
     done = secfacmic("drill", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -92,29 +99,31 @@ def test_all_defences_hold(secfacmic: Run, ground: Ground, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
 def test_an_attack_succeeds_without_its_defence(
-    attack: drill.Attack, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attack: drill.Attack, grounds: dict[bool, Ground], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MUTATIONS[attack.id](monkeypatch)
-    outcome = attack.carry_out(ground.copy(tmp_path / attack.id))
+    outcome = attack.carry_out(grounds[attack.pads].copy(tmp_path / attack.id))
     assert not outcome.held, outcome.seen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
 def test_no_other_attack_succeeds_without_it(
-    attack: drill.Attack, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attack: drill.Attack, grounds: dict[bool, Ground], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MUTATIONS[attack.id](monkeypatch)
     fallen = []
     for each in ATTACKS:
-        outcome = each.carry_out(ground.copy(tmp_path / each.id))
+        outcome = each.carry_out(grounds[each.pads].copy(tmp_path / each.id))
         if not outcome.held:
             fallen.append((each.id, outcome.seen))
     assert [name for name, _ in fallen] == [attack.id], fallen
 
 
-def test_a_fallen_defence_is_an_exit_code(secfacmic: Run, ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drill.Ground, "prepare", lambda folder: ground)
+def test_a_fallen_defence_is_an_exit_code(
+    secfacmic: Run, grounds: dict[bool, Ground], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drill.Ground, "prepare", lambda folder, pads: grounds[pads])
     MUTATIONS["B12"](monkeypatch)
     monkeypatch.setattr(drill, "ATTACKS", tuple(attack for attack in ATTACKS if attack.id == "B12"))
     done = secfacmic("drill")

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import secure_fed.server.coordinator
+import secure_fed.server.round_loop
 from secure_fed.clients.erasure import _withdraw
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.site import Site
@@ -406,4 +407,24 @@ def test_a_site_whose_older_disk_was_put_back_sits_the_round_out_and_trains_on(
     wire.silent = set()
     assert loop.run()
     assert [entry.sites for entry in coordinator.rounds] == [("birch", "cedar", OBSERVER), (*TRAINING, OBSERVER)]
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+
+
+def test_with_pads_a_site_that_goes_after_the_sum_is_fixed_costs_no_update(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(secure_fed.server.round_loop, "PATIENCE", 0.0)
+    sites = [{"name": name} for name in (*TRAINING, OBSERVER)]
+    federation = _federation(tmp_path / "out", images, sites=sites, collusion=1, rounds=2)
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: coordinator.step is Step.REVEAL)
+    assert coordinator.sites_in == ()
+    wire.away = {"ash"}
+    _steps(loop, lambda: coordinator.round == 2)
+    assert "round 1: the others speak for ash" in caplog.text
+    wire.away = set()
+    wire.since[wire.nodes["ash"]] = "again"
+    loop.run()
+    assert coordinator.rounds[0].sites == (*TRAINING, OBSERVER)
+    assert [one.site for one in coordinator.rounds[0].header.witnessed] == ["ash"]
     assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1

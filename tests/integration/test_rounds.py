@@ -611,7 +611,8 @@ def test_a_changed_journal_file_is_noticed_by_the_server(federation: Federation)
 
 
 def test_what_leaves_a_site_is_on_the_allow_list() -> None:
-    assert set(RoundReply.__dataclass_fields__) == {"site", "code", "run", "position", "attestation", "envelope"}
+    fields = {"site", "code", "run", "position", "attestation", "envelope", "carried"}
+    assert set(RoundReply.__dataclass_fields__) == fields
     assert set(EnvelopeHeader.model_fields) == {
         *(
             "version",
@@ -627,12 +628,12 @@ def test_what_leaves_a_site_is_on_the_allow_list() -> None:
             "values",
             "seed",
         ),
-        *("ledger_seq", "ledger_head", "ledger_links", "size", "payload"),
+        *("ledger_seq", "ledger_head", "ledger_links", "size", "payload", "hidden"),
     }
     assert {code.value for code in ReplyCode} >= {"ready", "update", "revealed", "applied", "more", "refused-aggregate"}
     assert set(RecordHeader.model_fields) == {
         *("version", "kind", "seq", "previous", "study", "run", "key", "round", "contributors", "reveals"),
-        *("opened_ms", "closed_ms", "size", "payload"),
+        *("opened_ms", "closed_ms", "size", "payload", "masks", "witnessed"),
     }
 
 

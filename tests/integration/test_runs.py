@@ -32,7 +32,7 @@ def another(federation: Federation, key: str, number: int = 7) -> Coordinator:
 
 
 def stored_integers(site: Site) -> np.ndarray:
-    path = site.replica.files.folder.all_integers[-1]  # before them those of the round before
+    path = site.replica.files.folder.all_integers()[-1]  # before them those of the round before
     return safetensors.numpy.load(path.read_bytes())["integers"]
 
 

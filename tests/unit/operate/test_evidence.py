@@ -92,6 +92,7 @@ def test_a_reviewer_without_anything_else_checks_it(archive: Path, tmp_path: Pat
     assert (found["runs"], found["rounds"], found["updates_in_sums"]) == (1, 2, 2)
     assert found["records"] == 4  # genesis, two aggregates, an amendment
     assert found["messages_sent"] == 7
+    assert "can open single updates" in found["together"]
     assert "epsilon at most 6.7316 of 8" in found["ledger"]
     with zipfile.ZipFile(archive) as content:
         names = set(content.namelist())

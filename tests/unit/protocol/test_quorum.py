@@ -40,9 +40,21 @@ def test_a_study_whose_members_can_never_agree_is_refused_with_the_numbers_that_
         with_fields(make_template(), faulty=2)
 
 
-def test_collusion_is_refused_until_updates_are_padded() -> None:
-    with pytest.raises(StudyError, match="opens single updates; expected 0"):
-        with_fields(make_template(), collusion=1)
+def test_more_may_lie_than_may_collude_and_a_study_is_told_the_numbers_that_would_do() -> None:
+    assert with_fields(make_template(), collusion=1).pads
+    assert not make_template().pads
+    refusal = (
+        r"2 sites that may collude, of faulty = 1 .* expected at most 1, or faulty = 2, .* at least 4 training sites"
+    )
+    with pytest.raises(StudyError, match=refusal):
+        with_fields(make_template(), collusion=2)
+    with pytest.raises(StudyError, match="in plain mode, in which the server reads every update; expected 0"):
+        with_fields(make_template(mode="plain"), collusion=1)
+
+
+def test_a_study_with_pads_of_more_sites_than_shares_have_places_is_refused() -> None:
+    with pytest.raises(StudyError, match="max_sites"):
+        with_fields(make_template(), collusion=1, max_sites=65_536)
 
 
 def test_in_plain_mode_a_bare_majority_is_asked() -> None:
@@ -57,3 +69,5 @@ def test_people_are_told_what_follows() -> None:
     assert "3 sites train; 3 of them must agree" in words
     assert "one that is away stops the rounds" in words
     assert "can open single updates" in words
+    padded = with_fields(make_template(), collusion=1)
+    assert "over at least 2 other sites" in " ".join(padded.quorum(padded.sites).words)

@@ -154,6 +154,7 @@ def test_the_archive_has_a_page_for_people(played: Federation, tmp_path: Path, s
         "birch train 2",
         "dogwood observer 0",
         "B1 server a lie yes",
+        "A site that pools the study's key with the server can open single updates (collusion = 0).",
         played.agreed.study.id,
     ):
         assert said in text, said

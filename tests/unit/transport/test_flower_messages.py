@@ -14,7 +14,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from secure_fed.core.errors import ProtocolError
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.transport.flower_messages import contract, read_reply, read_request, reply_content, request_content
+from secure_fed.transport.flower_messages import (
+    LARGE,
+    WORDS,
+    contract,
+    read_reply,
+    read_request,
+    reply_content,
+    request_content,
+)
 from tests.flower_messages import Shelf
 
 REQUEST = RoundRequest(3, 2, (b"first", b"second"), True, "ab" * 32, {"ash": "00" * 32, "birch": "11" * 32})
@@ -47,15 +55,35 @@ def test_what_leaves_a_site_is_on_a_short_list() -> None:
         "position",
         "attestation",
         "envelope",
+        "carried",
     }
     shelf = Shelf()
     content = reply_content(UPDATE, shelf.send)
     assert set(content) == {"reply"}
     assert set(content.config_records["reply"]) == {
         *("code", "run", "position", "attestation"),
-        *("word", "digest", "length"),
+        *("word", "digest", "length", "carried"),
     }
     assert list(shelf.held.values()) == [UPDATE.envelope]
+
+
+def test_shares_go_with_an_update_or_a_witness_and_with_nothing_else() -> None:
+    for code in (*WORDS, *LARGE):
+        shelf = Shelf()
+        reply = RoundReply("ash", code, "cd" * 32, 4, "22" * 32, b"a word", b"shares")
+        content = reply_content(reply, shelf.send)
+        assert len(shelf.held) == (code in LARGE), "one thing is under way"
+        if code in (ReplyCode.UPDATE, ReplyCode.WITNESSED):
+            assert read_reply(content, "ash", shelf.fetch) == reply
+        else:
+            with pytest.raises(ProtocolError, match="6 bytes of shares"):
+                read_reply(content, "ash", shelf.fetch)
+        content["reply"]["carried"] = 13
+        with pytest.raises(ProtocolError, match="13 bytes of shares"):
+            read_reply(content, "ash", shelf.fetch)
+    shelf = Shelf()
+    asked = dataclasses.replace(REQUEST, question=b"a question", carried=b"shares")
+    assert read_request(request_content(asked, shelf.publish), shelf.fetch) == asked
 
 
 def test_the_sender_is_who_the_connection_says() -> None:

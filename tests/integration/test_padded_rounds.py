@@ -1,0 +1,803 @@
+"""Rounds with pads: no dropout costs an update, no wrong word is taken, and nothing but a cohort's whole sum opens."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from secure_fed.clients.acceptance import terms
+from secure_fed.clients.replica import RunFiles
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import AggregateRefused, EnvelopeError, ProtocolError, RecordError, StorageError
+from secure_fed.lab.simulation import SERVER, prepare
+from secure_fed.operate.evidence import in_words, pack_evidence, verify_evidence
+from secure_fed.privacy.ckks import Cipher
+from secure_fed.protocol import shares
+from secure_fed.protocol.packing import Binding
+from secure_fed.protocol.pads import PadPlace, SitePads, commitment, pad, public_of, without_masks
+from secure_fed.protocol.records import read_header, sign_record
+from secure_fed.protocol.residues import pack_residues, unpack_residues
+from secure_fed.protocol.round_frames import (
+    READY_MAGIC,
+    ReadyHeader,
+    sign_cohort,
+    sign_ready,
+    sign_reveal,
+    split_word,
+)
+from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
+from secure_fed.protocol.share_frames import Dealt, deal, sign_checked, sign_gone, sign_witness
+from secure_fed.protocol.signing import parse_header, payload_fields
+from secure_fed.report.results import study_facts
+from secure_fed.server.coordinator import Coordinator, Step
+from tests.conftest import CLASSES, TRAINING, Federation, exchange, make_template, pass_step, template_table
+
+NAMES = (*TRAINING, "dogwood", "elm", "fir")
+
+Make = Callable[[int], Federation]
+
+
+@pytest.fixture(scope="module")
+def six_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six sites' images."""
+    root, rng = tmp_path_factory.mktemp("six"), np.random.default_rng(0)
+    for site in NAMES:
+        for index, name in enumerate(CLASSES):
+            (root / site / name).mkdir(parents=True)
+            for number in range(6):
+                picture = rng.normal(60 + 120 * (index == 1), 20, (32, 32))
+                Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(root / site / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def prepared_of(tmp_path_factory: pytest.TempPathFactory, six_images: Path) -> Callable[..., Path]:
+    """A prepared study of so many training sites, made once each."""
+    made: dict[tuple[int, int], Path] = {}
+
+    def make(count: int, collusion: int = 1) -> Path:
+        if (count, collusion) not in made:
+            folder = tmp_path_factory.mktemp(f"padded{count}{collusion}") / "out"
+            sites = [{"name": name} for name in NAMES[:count]]
+            played = [{"name": name, "folder": name} for name in NAMES[:count]]
+            simulation = template_table()["simulation"] | {"sites": played}
+            changes = {"collusion": collusion, "sites": sites, "max_sites": 8, "simulation": simulation}
+            prepare(make_template(**changes), folder, six_images)
+            for site in Federation(folder).sites():
+                site.features()
+            made[count, collusion] = folder
+        return made[count, collusion]
+
+    return make
+
+
+@pytest.fixture
+def padded(prepared_of: Callable[..., Path], tmp_path: Path) -> Make:
+    copies = iter(range(1000))
+
+    def copy(count: int, collusion: int = 1) -> Federation:
+        folder = tmp_path / f"{next(copies)}" / "out"
+        shutil.copytree(prepared_of(count, collusion), folder, symlinks=True)
+        return Federation(folder)
+
+    return copy
+
+
+def up_to(coordinator: Coordinator, sites: list[Site], step: Step) -> None:
+    """Go on with all of these until the round is at a step, of which nobody is asked yet."""
+    for _ in range(5):
+        if coordinator.step is step:
+            return
+        pass_step(coordinator, sites)
+    raise AssertionError(coordinator.step)
+
+
+def close(coordinator: Coordinator, sites: list[Site]) -> Any:
+    """Close the round with these sites."""
+    for _ in range(10):
+        entry = coordinator.advance()
+        if entry is not None:
+            return entry
+        for site in sites:
+            if site.name in coordinator.asked:
+                exchange(coordinator, site)
+    raise AssertionError(f"{coordinator.step}: in {coordinator.sites_in}, asked {sorted(coordinator.asked)}")
+
+
+def test_a_round_with_pads_is_that_without_and_its_record_half_a_kilobyte_a_site_larger(padded: Make) -> None:
+    digests, sizes = [], []
+    for collusion in (1, 0):
+        federation = padded(4, collusion)
+        sites = federation.sites()
+        coordinator = federation.begin(sites)
+        codes = []
+        for _ in range(5):
+            codes.append({exchange(coordinator, site).code for site in sites})
+            if (entry := coordinator.advance()) is not None:
+                sizes.append(entry.size)
+                break
+        for site in sites:
+            exchange(coordinator, site)
+        digests.append({site.adapter_digest for site in sites})
+        checked = [{ReplyCode.CHECKED}] if collusion else []
+        assert codes == [{ReplyCode.READY}, {ReplyCode.UPDATE}, *checked, {ReplyCode.REVEALED}]
+    assert len(digests[0] | digests[1]) == 1
+    assert 0 < sizes[0] - sizes[1] < 4 * 512
+
+
+def bring_up(coordinator: Coordinator, sites: list[Site]) -> None:
+    """Everybody takes the record, and holds the same adapter."""
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+
+
+def integers_of(site: Site, round_number: int = 1) -> Any:
+    return safetensors.numpy.load(site.replica.files.folder.integers(round_number).read_bytes())["integers"]
+
+
+def opened(federation: Federation, sites: list[Site], record: bytes) -> Any:
+    """What a record's sum opens to, by the chain as it was before it."""
+    chain = sites[0].replica.state.chain
+    checked = chain.check(record)
+    due = chain.due
+    binding = Binding(run=due.run, head=due.head, round=due.round)
+    return sites[0].replica.sealer.open(checked.ciphertexts(federation.agreed), binding, checked.cohort)
+
+
+def reveal(coordinator: Coordinator, sites: list[Site]) -> None:
+    """Up to the point at which all have revealed, and nothing has followed."""
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites:
+        exchange(coordinator, site)
+
+
+# Dropouts
+
+
+@pytest.mark.parametrize("count", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (5, 6))])
+def test_whoever_goes_after_the_sum_is_fixed_costs_no_update_while_a_quorum_stays(padded: Make, count: int) -> None:
+    """Every set of sites that may go, before its REVEAL, against the same envelopes; the server is a copy each time."""
+    federation = padded(count)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    server = federation.folder / SERVER
+    kept = federation.folder / "kept"
+    shutil.copytree(server, kept)
+    reveals = {site.name: exchange(coordinator, site) for site in sites}
+    expected, needed = sum(integers_of(site) for site in sites), coordinator.journal.chain.quorum.needed
+    tried = 0
+    for away in range(1, count - needed + 1):
+        for gone in combinations(NAMES[:count], away):
+            shutil.rmtree(server)
+            shutil.copytree(kept, server)
+            again = federation.reopen()
+            staying = [site for site in sites if site.name not in gone]
+            for site in staying:
+                again.receive(reveals[site.name])
+            assert again.advance() is None
+            assert again.recover(gone)
+            assert again.asked == set(NAMES[:count])
+            entry = close(again, staying)
+            assert [one.site for one in entry.header.witnessed] == list(gone)
+            assert np.array_equal(opened(federation, sites, again.journal.read(1)), expected)
+            tried += 1
+    assert tried == {4: 4, 5: 5, 6: 6 + 15}[count]
+
+
+def test_who_comes_back_while_others_speak_for_it_reveals_itself(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.recover(["ash"])
+    exchange(coordinator, sites[1])
+    assert exchange(coordinator, sites[0]).code == ReplyCode.REVEALED
+    entry = coordinator.advance()
+    assert entry is not None
+    assert entry.header.witnessed == ()
+
+
+def test_nobody_speaks_for_another_before_a_quorum_has_revealed(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites[2:]:
+        exchange(coordinator, site)
+    assert not coordinator.recover(["ash"])
+    assert not coordinator.recover(["ash", "birch"])
+
+
+def test_with_just_a_quorum_no_share_leaves_and_the_round_waits(padded: Make) -> None:
+    federation = padded(3)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    pass_step(coordinator, sites)
+    replies = [exchange(coordinator, site) for site in sites]
+    assert [(reply.code, reply.carried) for reply in replies] == [(ReplyCode.UPDATE, b"")] * 3
+    coordinator.advance()
+    assert coordinator.step is Step.REVEAL
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert not coordinator.recover(["ash"])
+    assert coordinator.asked == {"ash"}
+    assert close(coordinator, sites).sites == NAMES[:3]
+    bring_up(coordinator, sites)
+
+
+@pytest.mark.parametrize(
+    ("step", "gone"),
+    [
+        pytest.param(step, gone, marks=() if (step, gone) == (Step.CHECKED, "ash") else pytest.mark.slow)
+        for step in (Step.ENVELOPE, Step.CHECKED)
+        for gone in NAMES[:4]
+    ],
+)
+def test_whoever_goes_before_the_sum_is_fixed_costs_an_attempt(padded: Make, step: Step, gone: str) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, step)
+    staying = [site for site in sites if site.name != gone]
+    for site in staying:
+        exchange(coordinator, site)
+    assert coordinator.advance() is None
+    assert coordinator.step is step
+    assert coordinator.fail([gone])
+    entry = close(coordinator, staying)
+    assert entry.sites == tuple(site.name for site in staying)
+    found = opened(federation, sites, coordinator.journal.read(1))
+    assert np.array_equal(found, sum(integers_of(site) for site in staying))
+    bring_up(coordinator, sites)
+
+
+def test_sites_that_start_anew_at_every_step_say_the_same(padded: Make) -> None:
+    """As after kill -9: nothing but the state folder is left between any two words."""
+    federation = padded(4)
+    coordinator = federation.begin(federation.sites())
+    codes = []
+    while coordinator.round == 1:
+        for name in NAMES[:4]:
+            site = federation.site(name)
+            request = coordinator.request(name, site.run, site.position)
+            first = site.respond(request)
+            again = federation.site(name).respond(request)
+            assert (first.code, first.envelope, first.carried) == (again.code, again.envelope, again.carried)
+            coordinator.receive(again)
+            codes.append(again.code)
+        coordinator.advance()
+        coordinator = federation.reopen()
+        coordinator.advance()
+    assert codes == [
+        code for code in (ReplyCode.READY, ReplyCode.UPDATE, ReplyCode.CHECKED, ReplyCode.REVEALED) for _ in NAMES[:4]
+    ]
+
+
+class Process:
+    """A site in a process of its own, which may be killed at any time."""
+
+    def __init__(self, federation: Federation, name: str, module: str, **environment: str) -> None:
+        self.name = name
+        self.worker = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(federation.folder / "sites" / name / "site.toml")],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.read()
+
+    def read(self) -> Any:
+        assert self.worker.stdout is not None
+        line = self.worker.stdout.readline()
+        return json.loads(line) if line else None
+
+    def kill(self) -> None:
+        self.worker.kill()
+        assert self.worker.wait() == -signal.SIGKILL
+        for pipe in (self.worker.stdin, self.worker.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def respond(self, request: RoundRequest) -> RoundReply | None:
+        """Its reply; none if it was killed over it."""
+        fields = request.__dict__ | {
+            **{name: base64.b64encode(getattr(request, name)).decode() for name in ("question", "past", "carried")},
+            "records": [base64.b64encode(data).decode() for data in request.records],
+        }
+        assert self.worker.stdin is not None
+        self.worker.stdin.write(json.dumps(fields) + "\n")
+        self.worker.stdin.flush()
+        answer = self.read()
+        if answer is None:
+            return None
+        told = answer["reply"]
+        data = {name: base64.b64decode(told[name]) for name in ("envelope", "carried")}
+        return RoundReply(**told | data | {"code": ReplyCode(told["code"])})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [0, 1, 2, 3])
+def test_a_killed_site_goes_on_where_it_was_and_the_round_loses_no_update(padded: Make, words: int) -> None:
+    """Killed with its key, its pin or its REVEAL on disk and unsaid; or between its envelope and its REVEAL."""
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    sites = sites[1:]
+    module = "tests.killed_worker" if words else "tests.site_worker"
+    ash, killed, position, entry = Process(federation, "ash", module, WORDS=str(words)), 0, ("", 0), None
+    for _ in range(12):
+        if (words == 0 and killed == 0) and coordinator.step in (Step.CHECKED, Step.REVEAL):
+            ash.kill()
+            ash, killed = Process(federation, "ash", "tests.site_worker"), 1
+        reply = ash.respond(coordinator.request("ash", *position))
+        if reply is None:
+            ash.kill()
+            ash, killed = Process(federation, "ash", "tests.site_worker"), killed + 1
+            continue
+        position = (reply.run, reply.position)
+        coordinator.receive(reply)
+        for site in sites:
+            exchange(coordinator, site)
+        entry = coordinator.advance()
+        if entry is not None:
+            break
+    ash.kill()
+    assert killed == 1
+    assert entry is not None
+    assert (entry.sites, entry.header.witnessed) == (NAMES[:4], ())
+    whole = [federation.site("ash"), *sites]
+    assert np.array_equal(opened(federation, whole, coordinator.journal.read(1)), sum(map(integers_of, whole)))
+    bring_up(coordinator, whole)
+
+
+def test_a_crash_between_an_envelope_and_its_pin_leaves_no_second_envelope_of_one_attempt(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    pass_step(coordinator, sites)
+    request = coordinator.request("ash", sites[0].run, sites[0].position)
+    with mock.patch.object(RunFiles, "bind", side_effect=StorageError("full")), pytest.raises(StorageError):
+        sites[0].respond(request)
+    # Nothing was sent, so another is made; once pinned, it is the only one.
+    first = federation.site("ash").respond(request)
+    assert federation.site("ash").respond(request).envelope == first.envelope
+    path = federation.site("ash").replica.files.folder.envelope(1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ProtocolError, match="never made twice"):
+        federation.site("ash").respond(request)
+
+
+# What a server that lies is told
+
+
+def questions(coordinator: Coordinator) -> Any:
+    return coordinator._cohort, coordinator._check, coordinator._arrived
+
+
+def ask(coordinator: Coordinator, site: Site, question: bytes, carried: bytes = b"") -> RoundReply:
+    request = coordinator.request(site.name, site.run, site.position)
+    return site.respond(replace(request, records=(), question=question, carried=carried, attempt=1, past=b""))
+
+
+def gone_frame(federation: Federation, coordinator: Coordinator, gone: str, arrived: str | None = None) -> bytes:
+    digest = arrived or coordinator._arrived.digest  # type: ignore[union-attr]
+    due = coordinator.journal.chain.due
+    return sign_gone(federation.agreed, due, coordinator.attempt, digest, gone, federation.signing)
+
+
+def test_a_site_gives_no_share_before_it_has_revealed_after_a_void_or_for_another_sum(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    question = gone_frame(federation, coordinator, "birch")
+    carried = coordinator._shares.handed("birch", "ash") + coordinator._payload("birch")
+    with pytest.raises(ProtocolError, match="not revealed, and gives none"):
+        ask(coordinator, sites[0], question, carried)
+    exchange(coordinator, sites[0])
+    other = gone_frame(federation, coordinator, "birch", "5" * 64)
+    with pytest.raises(ProtocolError, match="revealed for another ARRIVED"):
+        ask(coordinator, sites[0], other, carried)
+    for who in ("ash", "zelkova"):
+        with pytest.raises(ProtocolError, match="expected another site of the cohort"):
+            ask(coordinator, sites[0], gone_frame(federation, coordinator, who), carried)
+    with pytest.raises(ProtocolError, match="not the one it signed"):
+        ask(coordinator, sites[0], question, carried[:-1] + bytes([carried[-1] ^ 1]))
+    with pytest.raises(ProtocolError, match="handed on otherwise"):
+        ask(coordinator, sites[0], question, bytes([carried[0] ^ 1]) + carried[1:])
+    wrong = coordinator._shares.handed("birch", "cedar") + coordinator._payload("birch")
+    with pytest.raises(ProtocolError, match="handed on otherwise"):  # sealed to somebody else
+        ask(coordinator, sites[0], question, wrong)
+    assert sites[0].replica.files.bound.padded.shared == ()  # type: ignore[union-attr]
+    assert ask(coordinator, sites[0], question, carried).code == ReplyCode.WITNESSED
+    assert sites[0].replica.files.bound.padded.shared == ("birch",)  # type: ignore[union-attr]
+    sites[0].void(1)
+    assert ask(coordinator, sites[0], question, carried).code == ReplyCode.VOID
+
+
+def test_a_site_reveals_only_when_everybody_has_said_checked(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    arrived = coordinator._arrived
+    assert arrived is not None
+    swapped = arrived.carried[64:128] + arrived.carried[:64] + arrived.carried[128:]
+    flipped = arrived.carried[:-1] + bytes([arrived.carried[-1] ^ 1])
+    for carried in (b"", arrived.carried[:-64], flipped, swapped):
+        with pytest.raises(ProtocolError, match="CHECKED of"):
+            ask(coordinator, sites[0], arrived.data, carried)
+    assert not sites[0].replica.files.bound.arrived
+    assert ask(coordinator, sites[0], arrived.data, arrived.carried).code == ReplyCode.REVEALED
+
+
+def test_nothing_of_an_earlier_attempt_is_revealed_or_shared_once_a_later_one_is_answered(padded: Make) -> None:
+    """Nested cohorts: the server keeps all envelopes of both attempts, and gets masks of the later one only."""
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    arrived = coordinator._arrived
+    assert arrived is not None
+    # A server that lies forgets that the sum was fixed.
+    coordinator._arrived = None
+    first = {site.name: coordinator._payload(site.name) for site in sites}
+    assert coordinator.fail(["dogwood"])
+    up_to(coordinator, sites[:3], Step.REVEAL)
+    for site in sites[:3]:
+        with pytest.raises(ProtocolError, match="the newest here is attempt 2"):
+            ask(coordinator, site, arrived.data, arrived.carried)
+    assert exchange(coordinator, sites[0]).code == ReplyCode.REVEALED
+    with pytest.raises(ProtocolError, match="the newest here is attempt 2"):
+        ask(coordinator, sites[0], arrived.data, arrived.carried)
+    # And the same ciphertexts' bytes never come twice: each attempt is under its own pads and encryption.
+    for name in NAMES[:3]:
+        assert first[name] != coordinator._payload(name)
+
+
+def cohort_of(federation: Federation, coordinator: Coordinator, **fresh: str) -> bytes:
+    """A COHORT whose named sites have other fresh keys, each signed by that site itself: colluders, with the server."""
+    due, words = coordinator.journal.chain.due, []
+    for name, word in sorted(coordinator._readies.items()):
+        if name in fresh:
+            key = federation.site(name).replica.identity.signing
+            data = sign_ready(federation.agreed, due, coordinator.attempt, name, False, key, fresh[name])
+            word = split_word(READY_MAGIC, data)
+        words.append(word)
+    return sign_cohort(federation.agreed, due, coordinator.attempt, words, federation.signing)
+
+
+def fresh_key(coordinator: Coordinator, name: str) -> str:
+    key = parse_header(coordinator._readies[name].signed[0], ReadyHeader, EnvelopeError).fresh
+    assert key is not None
+    return key
+
+
+def test_copied_replaced_and_weak_fresh_keys_are_refused_by_sites_and_server(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    for site in sites:
+        exchange(coordinator, site)
+    ash = sites[0]
+    copied = cohort_of(federation, coordinator, birch=fresh_key(coordinator, "ash"))
+    with pytest.raises(ProtocolError, match="ash and birch sent the same fresh key"):
+        ask(coordinator, ash, copied)
+    with pytest.raises(ProtocolError, match="small order"):
+        ask(coordinator, ash, cohort_of(federation, coordinator, birch="00" * 32))
+    with pytest.raises(ProtocolError, match="one encoding"):
+        ask(coordinator, ash, cohort_of(federation, coordinator, birch="ff" * 32))
+    # Its own key replaced: only the site itself can sign that, as a copied identity could.
+    with pytest.raises(EnvelopeError, match="another fresh key for ash"):
+        ask(coordinator, ash, cohort_of(federation, coordinator, ash=public_of(bytes(31) + b"1")))
+    assert ash.replica.files.bound.attempt == 0
+    due, birch = coordinator.journal.chain.due, sites[1].replica.identity.signing
+    for key, text in ((fresh_key(coordinator, "ash"), "ash and birch sent"), ("00" * 32, "small order")):
+        ready = sign_ready(federation.agreed, due, 1, "birch", False, birch, key)
+        with pytest.raises(EnvelopeError, match=text):
+            coordinator.receive(RoundReply("birch", ReplyCode.READY, sites[1].run, 1, "", ready))
+    bare = sign_ready(federation.agreed, due, 1, "birch", False, birch)
+    with pytest.raises(EnvelopeError, match="no fresh key"):
+        coordinator.receive(RoundReply("birch", ReplyCode.READY, sites[1].run, 1, "", bare))
+
+
+# What sites that lie gain
+
+
+def spoil(entries: bytes, at: int) -> bytes:
+    return entries[: 80 * at] + bytes([entries[80 * at] ^ 1]) + entries[80 * at + 1 :]
+
+
+def deal_badly(maker: str, receiver_place: int) -> Any:
+    """A site deals one share that does not open, and signs the root over it."""
+
+    def dealing(mine: Any, seed: bytes, needed: int) -> Any:
+        dealt = deal(mine, seed, needed)
+        if mine.site != maker:
+            return dealt
+        entries = spoil(dealt.entries, receiver_place)
+        leaves = [shares.leaf(entries[at : at + 48], entries[at + 48 : at + 80]) for at in range(0, len(entries), 80)]
+        return Dealt(dealt.hidden._replace(shares=shares.tree(leaves)[0].hex()), entries)
+
+    return mock.patch("secure_fed.clients.site.deal", dealing)
+
+
+def test_who_deals_a_bad_share_is_left_out_by_the_complaint(padded: Make) -> None:
+    federation = padded(5)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    pass_step(coordinator, sites)
+    with deal_badly("birch", 2):
+        for site in sites:
+            exchange(coordinator, site)
+    coordinator.advance()
+    assert coordinator.step is Step.CHECKED
+    for site in sites:
+        exchange(coordinator, site)
+    coordinator.advance()
+    assert (coordinator.attempt, coordinator.left_out) == (2, {"birch"})
+    honest = [site for site in sites if site.name != "birch"]
+    assert close(coordinator, honest).sites == ("ash", "cedar", "dogwood", "elm")
+
+
+def test_who_complains_falsely_again_is_left_out_itself(padded: Make) -> None:
+    federation = padded(6)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    liar = next(site for site in sites if site.name == "fir")
+    for victim in ("ash", "birch"):
+        asked = [site for site in sites if site.name not in coordinator.left_out]
+        up_to(coordinator, asked, Step.CHECKED)
+        for site in asked:
+            if site is liar:
+                check = coordinator._check
+                assert check is not None
+                word = sign_checked(federation.agreed, check.digest, "fir", [victim], liar.replica.identity.signing)
+                coordinator.receive(RoundReply("fir", ReplyCode.CHECKED, liar.run, liar.position, "", word))
+            else:
+                exchange(coordinator, site)
+        coordinator.advance()
+    assert coordinator.left_out == {"ash", "fir"}
+    assert close(coordinator, sites[1:5]).sites == ("birch", "cedar", "dogwood", "elm")
+
+
+def test_a_wrong_check_is_named_and_others_speak_for_it(padded: Make, caplog: pytest.LogCaptureFixture) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    arrived = coordinator._arrived
+    assert arrived is not None
+    for site in sites:
+        reply = site.respond(coordinator.request(site.name, site.run, site.position))
+        if site.name == "birch":
+            seed = site.replica.files.bound.padded.seed  # type: ignore[union-attr]
+            word = sign_reveal(federation.agreed, arrived.digest, "birch", (1, 2), site.replica.identity.signing, seed)
+            reply = replace(reply, envelope=word)
+        coordinator.receive(reply)
+    assert coordinator.advance() is None
+    assert "birch: its REVEAL of round 1 is wrong" in caplog.text
+    with pytest.raises(EnvelopeError, match="check does not fit its envelope"):
+        coordinator.receive(reply.__class__("birch", ReplyCode.REVEALED, sites[1].run, 1, "", word))
+    entry = close(coordinator, [sites[0], *sites[2:]])
+    assert [one.site for one in entry.header.witnessed] == ["birch"]
+    bring_up(coordinator, sites)
+
+
+def test_a_wrong_mask_a_wrong_witness_and_a_wrong_share_do_not_count_and_are_named(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    arrived = coordinator._arrived
+    assert arrived is not None
+    ash = sites[0]
+    check = coordinator._wire.check_words(arrived.digest, coordinator._payload("ash"))
+    key = ash.replica.identity.signing
+    for seed, text in (("11" * 32, "another mask than"), (None, "no mask")):
+        word = sign_reveal(federation.agreed, arrived.digest, "ash", check, key, seed)
+        with pytest.raises(EnvelopeError, match=f"REVEAL of ash: {text}"):
+            coordinator.receive(RoundReply("ash", ReplyCode.REVEALED, ash.run, 1, "", word))
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.recover(["ash"])
+    birch = sites[1]
+    good = birch.respond(coordinator.request("birch", birch.run, birch.position))
+    lie = sign_witness(federation.agreed, arrived.digest, "birch", "ash", (1, 2), birch.replica.identity.signing)
+    with pytest.raises(EnvelopeError, match="WITNESS of birch for ash: its check does not fit"):
+        coordinator.receive(replace(good, envelope=lie))
+    with pytest.raises(EnvelopeError, match="WITNESS of birch for ash: its share is another"):
+        coordinator.receive(replace(good, carried=bytes(32)))
+    with pytest.raises(EnvelopeError, match="in a reply of cedar"):
+        coordinator.receive(replace(good, site="cedar"))
+    coordinator.receive(good)
+    assert close(coordinator, sites[1:]).sites == NAMES[:4]
+
+
+def test_shares_that_fit_and_do_not_rebuild_name_their_maker(padded: Make, caplog: pytest.LogCaptureFixture) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    pass_step(coordinator, sites)
+
+    def dealing(mine: Any, seed: bytes, needed: int) -> Any:
+        dealt = deal(mine, bytes(32) if mine.site == "ash" else seed, needed)
+        return replace(dealt, hidden=dealt.hidden._replace(mask=commitment(seed, mine.site)))
+
+    with mock.patch("secure_fed.clients.site.deal", dealing):
+        for site in sites:
+            exchange(coordinator, site)
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.recover(["ash"])
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert "ash: the shares it dealt fit and do not give the mask" in caplog.text
+    assert coordinator.advance() is None
+    assert coordinator.asked == {"ash"}, "the round waits for it"
+    assert close(coordinator, sites).sites == NAMES[:4]
+
+
+# Records
+
+
+def test_records_with_other_masks_or_witnesses_are_refused_and_not_decrypted(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    coordinator.recover(["ash"])
+    close(coordinator, sites[1:])
+    data = coordinator.journal.read(1)
+    frame, header = read_header(data, federation.agreed)
+    (whose,) = header.witnessed
+    other = sites[1].replica.identity.signing
+    forged_word = sign_witness(federation.agreed, "5" * 64, "birch", "ash", whose.products, other)
+    changes: dict[str, Any] = {
+        "another mask": {"masks": ("11" * 32, *header.masks[1:])},
+        "masks swapped": {"masks": (header.masks[1], header.masks[0], *header.masks[2:])},
+        "no masks": {"masks": ()},
+        "one mask less": {"masks": header.masks[:-1]},
+        "q - 1 witnesses": {"witnessed": (whose._replace(words=whose.words[:-1]),)},
+        "a witness twice": {"witnessed": (whose._replace(words=(whose.words[0], *whose.words[:-1])),)},
+        "another check": {"witnessed": (whose._replace(first=f"{whose.products[0] ^ 1:016x}"),)},
+        "a witness for another ARRIVED": {
+            "witnessed": (whose._replace(words=(("birch", forged_word[-64:].hex()), *whose.words[1:])),)
+        },
+        "nobody witnessed": {"witnessed": ()},
+        "witnessed for two": {"witnessed": (whose, whose._replace(site="birch")), "reveals": header.reveals[1:]},
+    }
+    payload = bytes(frame.payload)
+    for what, changed in changes.items():
+        record = sign_record(header.model_copy(update=changed), payload, federation.signing)
+        with mock.patch.object(Cipher, "open") as spy, pytest.raises(RecordError):
+            sites[1].respond(RoundRequest(2, 0, (record,), more=False))
+        assert not spy.called, what
+    bent = np.frombuffer(payload, np.uint8).copy()
+    bent[0] ^= 1
+    fields = payload_fields(bent.tobytes())
+    record = sign_record(header.model_copy(update=fields), bent.tobytes(), federation.signing)
+    with mock.patch.object(Cipher, "open") as spy, pytest.raises(RecordError):
+        sites[1].respond(RoundRequest(2, 0, (record,), more=False))
+    assert not spy.called
+    bring_up(coordinator, sites)
+    assert [site.round for site in sites] == [1] * 4
+
+
+# What is left
+
+
+def everything_in(folder: Path) -> bytes:
+    return b"\n".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_keys_and_masks_of_a_closed_round_are_on_no_disk_and_its_envelopes_open_no_more(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    bound = {site.name: site.replica.files.bound for site in sites}
+    recorded = {site.name: coordinator._payload(site.name) for site in sites}
+    headers = {site.name: coordinator._envelopes[site.name].header for site in sites}
+    secrets = [text for one in bound.values() if one.padded for text in (one.padded.private,)]
+    state = everything_in(federation.folder / "sites")
+    assert all(text.encode() in state for text in secrets), "while the round is open they are there"
+    close(coordinator, sites)
+    bring_up(coordinator, sites)
+    state = everything_in(federation.folder)
+    for text in secrets:
+        assert text.encode() not in state
+        assert bytes.fromhex(text) not in state
+    # Whoever steals all disks now has the study's key, the journal with all masks, and recorded envelopes.
+    for site in sites:
+        header = headers[site.name]
+        place = PadPlace(federation.agreed.study.id, header.position, header.attempt, header.cohort)
+        lanes = federation.agreed.layout(1).lanes
+        seed = {site.name: bytes.fromhex(bound[site.name].padded.seed)}  # type: ignore[union-attr]
+        bare = without_masks(unpack_residues(recorded[site.name], lanes.modulus_bits), place, seed, lanes.modulus)
+        binding = Binding(run=header.run, head=header.head, round=1)
+        with pytest.raises(AggregateRefused):
+            site.replica._sealer(header.key, 1).open(
+                pack_residues(bare, lanes.modulus_bits), binding, [header.contribution]
+            )
+
+
+@pytest.mark.parametrize("colluders", [("ash",), ("ash", "dogwood")])
+def test_a_server_with_colluding_sites_opens_no_single_update(padded: Make, colluders: tuple[str, ...]) -> None:
+    """With the key, all masks and the colluders' own keys: what is left of birch's envelope tells nothing."""
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    victim = sites[1]
+    lanes, padded_of = federation.agreed.layout(1).lanes, {}
+    for site in sites:
+        padded_of[site.name] = site.replica.files.bound.padded
+    header = coordinator._envelopes["birch"].header
+    place = PadPlace(federation.agreed.study.id, header.position, header.attempt, header.cohort)
+    left = unpack_residues(coordinator._payload("birch"), lanes.modulus_bits)
+    left = without_masks(left, place, {"birch": bytes.fromhex(padded_of["birch"].seed)}, lanes.modulus)
+    for name in colluders:
+        own = padded_of[name]
+        theirs = SitePads(place, dict(zip(NAMES[:4], own.keys, strict=True)), name, bytes.fromhex(own.private))
+        known = pad(theirs.pad_key("birch"), left.size, lanes.modulus)
+        left = (left + (known if name < "birch" else lanes.modulus - known)) % np.uint64(lanes.modulus)
+    binding = Binding(run=header.run, head=header.head, round=1)
+    with pytest.raises(AggregateRefused):
+        victim.replica.sealer.open(pack_residues(left, lanes.modulus_bits), binding, [header.contribution])
+    cells = np.bincount((left * np.uint64(16) // np.uint64(lanes.modulus)).astype(np.int64), minlength=16)
+    statistic = float(((cells - left.size / 16) ** 2 / (left.size / 16)).sum())
+    assert statistic < 15 + 5 * 30**0.5, "uniform: 15 degrees of freedom, five standard deviations"
+
+
+def test_the_claim_stands_in_evidence_and_report(padded: Make, tmp_path: Path) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    close(coordinator, sites)
+    bring_up(coordinator, sites)
+    claim = federation.agreed.study.quorum(federation.agreed.study.sites).claim
+    pack_evidence(federation.folder / "sites" / "ash", tmp_path / "evidence.zip")
+    found = verify_evidence(tmp_path / "evidence.zip")
+    assert (found["rounds"], found["updates_in_sums"]) == (1, 1)
+    assert found["together"] == claim
+    assert claim in in_words(found)
+    assert ("Collusion", claim) in study_facts(federation.agreed, "simulated")
+
+
+def test_the_claim_stands_in_the_acceptance(padded: Make) -> None:
+    federation = padded(4)
+    quorum = federation.agreed.study.quorum(federation.agreed.study.sites)
+    assert quorum.claim == (
+        "the server and any 1 sites together learn, of sites without a budget, one sum for each adapter state over at "
+        "least 2 other sites, unless operators released another"
+    )
+    shown = terms(read_site_file(federation.folder / "sites" / "ash" / "site.toml"), federation.agreed)
+    assert "carried" in shown["leaves"]["reply_fields"]
+    assert "hidden" in shown["leaves"]["update_fields"]
+    bare = terms(read_site_file(padded(4, 0).folder / "sites" / "ash" / "site.toml"), padded(4, 0).agreed)
+    assert "carried" not in bare["leaves"]["reply_fields"]
+    assert "hidden" not in bare["leaves"]["update_fields"]
