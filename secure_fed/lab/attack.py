@@ -24,7 +24,7 @@ from scipy import stats
 from secure_fed.clients.data import Split
 from secure_fed.clients.features import Labelled, SiteFeatures
 from secure_fed.clients.training import predict, train_round, training_seed
-from secure_fed.core.errors import DataError, PrivateMethodError, SecfacmicError
+from secure_fed.core.errors import DataError, PrivateMethodError, SecfacmicError, StudyError
 from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.lab.simulation import open_sites, plan_of, prepare
 from secure_fed.lab.workers import run_locally
@@ -124,10 +124,15 @@ def attack(
         The content of ``attack.json``.
 
     Raises:
-        StudyError: the template cannot be simulated.
+        StudyError: the template cannot be simulated, or is of anomalies.
         DataError: a site has fewer than four labelled patients.
         SecfacmicError: whatever a site refuses, or a repetition fails with.
     """
+    if template.task == "anomaly":
+        raise StudyError(
+            f"study {template.name}: of anomalies; the attacks guess by what an adapter says of labelled images, which "
+            'a memory does not: expected task = "classify". Its sums under a budget: secfacmic audit'
+        )
     plan = plan_of(template, out, data)
     make_folder(out)
     with exclusive(out):

@@ -26,6 +26,7 @@ from secure_fed.core.errors import (
     StudyError,
 )
 from secure_fed.core.tomlfile import write_toml
+from secure_fed.lab.attack import attack
 from secure_fed.lab.phantoms import PhantomSite, make_phantoms
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import load_adapter
@@ -187,6 +188,12 @@ def test_a_study_that_does_not_hold_together_is_refused(tmp_path: Path, change: 
     with pytest.raises((StudyError, ValueError), match=says):
         new_study(template(**({"method": {"block": "image", **change.pop("method", {})}} | change)), [], tmp_path)
     assert not (tmp_path / "study.toml").exists()
+
+
+def test_attacks_on_labels_are_refused_for_a_memory(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match='expected task = "classify"'):
+        attack(template(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_memory_is_for_anomalies_alone() -> None:
