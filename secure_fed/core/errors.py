@@ -226,6 +226,8 @@ class BudgetError(SecfacmicError):
 class BudgetSpentError(BudgetError):
     """A privacy budget of which no update more can be paid in this run, whatever is asked."""
 
+    exit_code = 57
+
 
 class PrivateMethodError(SecfacmicError):
     """A method, loss or norm that differential privacy does not hold for."""

@@ -90,6 +90,7 @@ NO_FIGURES = {
     "site accept": "terms",
     "site sent": "what left already",
     "site void": "a signed word about a round",
+    "site retire": "a signed word about itself",
     "site release": "a signed word about an adapter",
     "evidence verify": "an archive",
 }

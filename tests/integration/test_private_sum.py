@@ -83,7 +83,7 @@ def test_what_leaves_is_the_noised_sum_and_is_drawn_once(study: Federation) -> N
     assert np.abs(found[one_sum.FIRST]).max() > 1  # of 15 patients within the unit ball: noise
 
 
-def test_a_crash_after_the_reservation_pays_and_the_site_goes_on_as_an_observer(study: Federation) -> None:
+def test_a_crash_after_the_reservation_pays_and_the_site_retires(study: Federation) -> None:
     site = study.site("ash")
     coordinator = begin(study)
     with (
@@ -95,7 +95,7 @@ def test_a_crash_after_the_reservation_pays_and_the_site_goes_on_as_an_observer(
     assert [event.state for event in ledger_of(study).events] == ["reserved"]
     again = study.site("ash")
     reply = again.respond(study.reopen().request(again.name, again.run, again.position))
-    assert (reply.code, reply.envelope) == (ReplyCode.APPLIED, b"")
+    assert reply.code == ReplyCode.RETIRED
     assert ledger_of(study).epsilon_spent <= 3
 
 
@@ -110,7 +110,7 @@ def test_a_second_run_finds_nothing_left_and_reads_no_data(study: Federation) ->
     shutil.rmtree(study.folder / "data", ignore_errors=True)
     coordinator = begin(study)
     with mock.patch("secure_fed.clients.private_sums.one_sum.views", side_effect=AssertionError("data were read")):
-        assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.APPLIED
+        assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.RETIRED
 
 
 def test_no_noise_comes_from_a_seedable_generator(study: Federation) -> None:
