@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.encaps import get_frame
+from pydicom.encaps import get_frame, parse_basic_offsets, parse_fragments
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders import base
 from pydicom.pixels.processing import apply_color_lut
@@ -30,6 +30,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
     RLELossless,
 )
 
@@ -119,8 +121,14 @@ _UNFOLLOWED = {
 }
 """Of grey pictures."""
 
+_BEGINNINGS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")
+"""Of a frame as JPEG or JPEG-LS, JPEG 2000, and that in its own file format; inside of one none of them occurs."""
+
 HEADER = 132
 """Bytes of a file by which :func:`is_dicom` knows it."""
+
+_WITHOUT_SIGN = (JPEGLSLossless, JPEGLSNearLossless)
+"""Whose codestreams may be of more bits than are stored, with the stored sign left where it is."""
 
 _MOST_BYTES = 2**28
 """Of a deflated file, unpacked."""
@@ -336,6 +344,7 @@ class DicomFile:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                self._refuse_more_codestreams()
                 self._compare_codestream(index)
                 stored = self._stored(index)
         except UndecodableError:
@@ -403,6 +412,27 @@ class DicomFile:
                 f"PixelData (7FE0,0010) has {found:,} bytes, and its header accounts for {self.frames * bits // 8:,} "
                 f"(NumberOfFrames {self.frames}, each of {bits // 8:,}); expected as many as that: export it again"
             )
+
+    def _refuse_more_codestreams(self) -> None:
+        """As :meth:`_refuse_more_pixels`, of compressed pixels."""
+        if self._codestreams > self.frames:
+            raise UndecodableError(
+                f"PixelData (7FE0,0010) holds {self._codestreams} frames, and NumberOfFrames (0028,0008) counts "
+                f"{self.frames}; expected the same in both: export it again"
+            )
+
+    @cached_property
+    def _codestreams(self) -> int:
+        """How many compressed frames begin in the pixels; 0 where that is not known."""
+        syntax, pixels = self._dataset.file_meta.TransferSyntaxUID, self._dataset.PixelData
+        if not syntax.is_encapsulated:
+            return 0
+        with io.BytesIO(pixels) as stream:
+            parse_basic_offsets(stream)
+            places = parse_fragments(stream)[1]
+        if syntax == RLELossless:  # of which a frame is one fragment
+            return len(places)
+        return sum(pixels.startswith(_BEGINNINGS, place + 8) for place in places)  # behind an item's tag and length
 
     def _compare_codestream(self, index: int) -> None:
         """What a frame's own codestream says of size and sign is compared with the header before it is unpacked.
@@ -569,9 +599,10 @@ class DicomFile:
         group = _group(self._dataset, index, "PixelValueTransformationSequence")
         unit = text(group, "RescaleType").upper()
         table = _table(group.get("ModalityLUTSequence")) is not None
-        scaled = table or bool(_numbers(group, "RescaleSlope", "(0028,1053)"))
-        if window.unit == "HU" and (unit not in ("", "HU", "US") or not scaled):
-            found = f"RescaleType (0028,1054) {unit!r}" if scaled else "no RescaleSlope (0028,1053)"
+        tags = (("RescaleSlope", "(0028,1053)"), ("RescaleIntercept", "(0028,1052)"))
+        missing = [] if table else [f"{name} {tag}" for name, tag in tags if not _numbers(group, name, tag)]
+        if window.unit == "HU" and (unit not in ("", "HU", "US") or missing):
+            found = f"no {' and no '.join(missing)}" if missing else f"RescaleType (0028,1054) {unit!r}"
             raise UndecodableError(
                 f"the study's window for {window.modality} is in HU, but the file has {found}; expected values in HU: "
                 "export it with its rescale, or take it out of the data"
@@ -611,7 +642,11 @@ class DicomFile:
 def _decoded(dataset: Any, index: int) -> NDArray[Any]:
     """A frame's stored values; by pydicom's ``pixel_array`` the header would be read for it twice."""
     decoder = base.get_decoder(dataset.file_meta.TransferSyntaxUID)
-    return np.asarray(decoder.as_array(dataset, index=index)[0])
+    found = np.asarray(decoder.as_array(dataset, index=index)[0])
+    bits, allocated = dataset.get("BitsStored"), 8 * found.dtype.itemsize
+    if dataset.file_meta.TransferSyntaxUID in _WITHOUT_SIGN and isinstance(bits, int) and 1 <= bits < allocated:
+        found = (found << (allocated - bits)) >> (allocated - bits)
+    return found
 
 
 def _descriptor(value: Any, name: str) -> tuple[int, int, int]:

@@ -113,6 +113,8 @@ def _refuse_deep(image: Image.Image, content: bytes) -> None:
                     "say: choose a window and convert it, or use DICOM"
                 )
             depth = content[start + 42] + 1
+            if depth < 8:  # shown as they are, they would be nearly black
+                raise UndecodableError(f"a JPEG 2000 file of {depth} bits a channel; expected 8: convert it")
     elif image.format == "PPM":
         header = re.sub(rb"#[^\n]*\n", b" ", content[:4096]).split(maxsplit=4)
         if header[0] in (b"P2", b"P3", b"P5", b"P6") and len(header) > 3 and header[3].isdigit():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
+from pydicom.valuerep import DA, TM
 
-from secure_fed.clients.dicom import is_dicom
+from secure_fed.clients.dicom import is_dicom, text
 from secure_fed.model.adapter_file import AdapterFile
 
 _SCHEME = "99SECFACMIC"
@@ -36,6 +37,7 @@ _INHERITED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime"),
 )
+_FORMS: dict[str, Callable[[str], object]] = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 _PROCEDURE = CodedConcept("18748-4", "LN", "Diagnostic imaging study")
 _MEANING = 64  # characters of a code's meaning, at most
 
@@ -124,8 +126,19 @@ def _header(path: Path, patient: str) -> Dataset | None:
             return None
         header = Dataset()
         for key in (*_NEEDED, *_INHERITED):
-            setattr(header, key, read.get(key) or "")
+            setattr(header, key, _kept(read, key))
         header.PatientID = patient
         return header
     except Exception:  # broken in a way that its picture does not mind
         return None
+
+
+def _kept(read: Dataset, key: str) -> str:
+    """An element as a report may have it; empty if it is not as the standard wants it, which a picture's file need not
+    be."""
+    value = text(read, key).replace("\\", " ")
+    try:
+        _FORMS.get(key, str)(value)
+    except ValueError:
+        return ""
+    return "" if key == "PatientSex" and value not in ("M", "F", "O") else value

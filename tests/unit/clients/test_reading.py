@@ -422,6 +422,57 @@ def test_a_table_whose_descriptor_is_none_is_refused_with_the_tag():
         grey(dicom(RAMP, VOILUTSequence=Sequence([item])))
 
 
+@pytest.mark.parametrize(
+    ("syntax", "encode"),
+    [
+        (uid.JPEGBaseline8Bit, imagecodecs.jpeg8_encode),
+        (uid.JPEGLSLossless, imagecodecs.jpegls_encode),
+        (uid.JPEG2000Lossless, lambda pixels: imagecodecs.jpeg2k_encode(pixels, codecformat="j2k", reversible=True)),
+        (uid.RLELossless, None),
+    ],
+)
+@pytest.mark.parametrize("offsets", [True, False])
+def test_more_compressed_frames_than_the_header_counts_are_refused(syntax, encode, offsets):
+    frames = np.stack([np.full((32, 32), value, np.uint8) for value in (30, 120, 220)])
+    several = dicom(frames, WindowCenter=128, WindowWidth=256)
+    if encode is None:
+        several.compress(syntax)
+    else:
+        several.file_meta.TransferSyntaxUID = syntax
+        several.PixelData = encapsulate([encode(frame) for frame in frames], has_bot=offsets)
+        several["PixelData"].is_undefined_length = True
+    assert abs(int(grey(several)[0, 0]) - 120) <= 2
+    for count in (None, 0, 2):
+        several.NumberOfFrames = count
+        with pytest.raises(UndecodableError, match=r"holds 3 frames, and NumberOfFrames \(0028,0008\) counts [12];"):
+            grey(several)
+
+
+def test_one_compressed_frame_may_be_in_several_fragments():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    whole = encapsulated(noise, uid.JPEGBaseline8Bit, imagecodecs.jpeg8_encode(noise))
+    parts = encapsulated(noise, uid.JPEGBaseline8Bit, imagecodecs.jpeg8_encode(noise))
+    parts.PixelData = encapsulate([imagecodecs.jpeg8_encode(noise)], fragments_per_frame=3)
+    assert np.array_equal(grey(whole), grey(parts))
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_stored_signs_of_jpeg_ls_are_extended_where_the_codestream_has_more_bits(extended):
+    values = np.linspace(-1000, 1500, 64 * 64).astype(np.int16).reshape(64, 64)
+    says = {"BitsStored": 12, "HighBit": 11, "WindowCenter": 200, "WindowWidth": 2600}
+    stored = values.view(np.uint16) if extended else values.view(np.uint16) & 0xFFF
+    stored[0, 0] |= 0xF000  # by which the encoder takes sixteen bits
+    stream = imagecodecs.jpegls_encode(stored)
+    assert stream[stream.find(b"\xff\xf7") + 4] == 16
+    assert np.array_equal(grey(encapsulated(values, uid.JPEGLSLossless, stream, **says)), grey(dicom(values, **says)))
+
+
+def test_jpeg_2000_pictures_of_few_bits_are_refused():
+    few = imagecodecs.jpeg2k_encode(np.full((8, 8), 15, np.uint8), codecformat="jp2", bitspersample=4)
+    with pytest.raises(UndecodableError, match="a JPEG 2000 file of 4 bits a channel; expected 8"):
+        decode(few)
+
+
 def test_a_kind_of_colours_in_small_letters_is_meant_as_in_capitals():
     assert np.array_equal(grey(dicom(RAMP, "monochrome1")), grey(dicom(RAMP, "MONOCHROME1")))
 
@@ -685,6 +736,9 @@ def test_the_studys_window_holds_for_its_modality_whatever_the_file_says():
     assert np.array_equal(np.asarray(decode(other, rules=CT)), np.asarray(decode(other)))
     with pytest.raises(UndecodableError, match=r"window for CT is in HU, but the file has no RescaleSlope"):
         decode(as_bytes(dicom(stored, Modality="CT")), rules=CT)
+    for intercept in ({}, {"RescaleIntercept": None}):
+        with pytest.raises(UndecodableError, match=r"in HU, but the file has no RescaleIntercept \(0028,1052\)"):
+            decode(as_bytes(dicom(stored, Modality="CT", RescaleSlope=1, **intercept)), rules=CT)
     with pytest.raises(UndecodableError, match=r"RescaleType \(0028,1054\) 'OD'"):
         decode(as_bytes(dicom(stored, Modality="CT", RescaleType="OD", **rescale)), rules=CT)
     assert CT.digest != Rules().digest

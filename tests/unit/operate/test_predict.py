@@ -34,6 +34,7 @@ from secure_fed.model.calibration import LEAST, MOST, fit_temperature, tempered
 from secure_fed.operate.export import export_run
 from secure_fed.operate.predict import of_patient, predict_folder
 from secure_fed.operate.site_results import write_results
+from secure_fed.operate.structured_report import report_on
 from secure_fed.protocol.study import AgreedStudy, Method, load_study
 from tests.conftest import CLASSES, TRAINING, Federation, Run, make_template, run_round
 from tests.unit.clients.test_dicom import as_bytes, dicom
@@ -525,3 +526,28 @@ def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward
         pointed = {image.referenced_sop_instance_uid for image in group.source_images}
         assert pointed == {uid for uid, patient in sent.items() if patient == entry["patient"]}
     assert all(path.stat().st_mode & 0o077 == 0 for path in (run / "reports").iterdir())
+
+
+def test_a_report_leaves_out_what_a_header_says_in_no_form_of_the_standards(run: Path) -> None:
+    adapter = load_adapter(run / "adapter.safetensors")
+    row = np.full(len(adapter.classes), 1 / len(adapter.classes))
+    path = run / "dirty.dcm"
+    content = as_bytes(
+        slice_of("A-1", "1.2.3", 1, 9, PatientSex="W", PatientName="A^B", StudyDate="20200101", StudyTime="101500")
+    )
+    for key, dirty in (
+        *((b"StudyDate", b"2020-1-1"), (b"StudyTime", b"10 h 5"), (b"StudyTime", b"99 ".ljust(6))),
+        *((b"PatientSex", b"W "), (b"PatientSex", b"m "), (b"PatientName", b"A\\B ")),
+    ):
+        clean = {b"StudyDate": b"20200101", b"StudyTime": b"101500", b"PatientSex": b"W ", b"PatientName": b"A^B "}[key]
+        assert content.count(clean) == 1
+        path.write_bytes(content.replace(clean, dirty))
+        report = report_on("A-1", [path], row, adapter, True)
+        assert report is not None
+        report.save_as(io.BytesIO())
+        found = str(report.get(key.decode()) or "")
+        assert found == ("A B" if key == b"PatientName" else "")
+    path.write_bytes(content.replace(b"W ", b"F "))
+    kept = report_on("A-1", [path], row, adapter, True)
+    assert kept is not None
+    assert (kept.PatientSex, str(kept.PatientName), kept.StudyDate) == ("F", "A^B", "20200101")
