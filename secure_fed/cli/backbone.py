@@ -151,6 +151,9 @@ def _size(count: int) -> str:
 def _tell(path: Path, backbone: Any) -> None:
     say(f"{path}: {backbone.description}")
     say(f"found: {backbone.form.kind}; activation {backbone.activation}, context {backbone.context} tokens")
+    how = backbone.form.preprocess
+    say(f"images: {' x '.join(map(str, how['size']))}, mean {how['mean']}, std {how['std']}")
+    say(f"tokenizer: {backbone.form.tokens.identity}")
     for line in backbone.form.told:
         say(f"assumed: {line}")
     say(f"id = {backbone.id}")

@@ -591,8 +591,15 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = 
             form, source = download(backbone), backbone.tag or "hub"
     else:
         model = backbone.model
-        if path.is_dir() and not model.startswith(HUB) and (path / backbone_store.ENTRY).is_file():
-            model = backbone_store.read_entry(path).model
+        if path.is_dir() and (path / backbone_store.ENTRY).is_file():
+            entry = backbone_store.read_entry(path)
+            if backbone.digest is None and not backbone_store.bears(entry, backbone):
+                raise BackboneError(
+                    f"{path}: holds {' and '.join(one.spoken[bool(one.tag)] for one in entry.names)}, not "
+                    f"{backbone.model}{':' + backbone.tag if backbone.tag else ''}; expected the weights that are "
+                    "named: name these in the template, or give those"
+                )
+            model = model if model.startswith(HUB) else entry.model
         seeded = backbone.weights == "random"
         form = read_form(path, model, backbone.tag, backbone.activation, seeded=seeded)
         source = path.name if path.is_file() or checkpoint is not None else form.weights.name
@@ -625,6 +632,8 @@ def load_given(
     """
     model, tag = named(name, path)
     source = Path(os.path.realpath(path)).name  # Path.resolve raises where links lead in a circle
+    if not source.isprintable():
+        raise BackboneError(f"{source!r}: a name with characters that no line can show; expected others: rename it")
     entry = backbone_store.read_entry(path) if (path / backbone_store.ENTRY).is_file() else None
     if path.parent == configs.MODELS:  # what comes along is called by its model's name
         model = model or path.stem

@@ -26,7 +26,7 @@ from secure_fed.model.network import Form, under_transformers_names, which_fit, 
 from secure_fed.model.preparing import read_preprocessing, usual_preprocessing
 from secure_fed.model.text_model import TEXT, fetch_text, read_text_model
 from secure_fed.model.tokenizer import ClipTokens, FileTokens, Tokens, read_own_tokenizer, read_tokenizer
-from secure_fed.model.weights import SUFFIXES, adapter_alone, is_archive, read_weights
+from secure_fed.model.weights import SUFFIXES, adapter_alone, is_openais, read_weights
 
 ENTRY = "backbone.json"
 CONFIG = "open_clip_config.json"
@@ -253,10 +253,11 @@ def _read_open_clip(path: Path, model: str | None, text: Path | None) -> Form:
 
 def _called(path: Path, model: str | None, config: Mapping[str, Any]) -> str:
     """What a folder's model is to be called: not by a name that open_clip has for another one."""
+    is_one = name_of(config)
     if model is None:
-        return name_of(config) or path.resolve().name
-    if model in open_clip().list_models() and not same_model(config, known_model(model)):
-        is_one = name_of(config)
+        return is_one or path.resolve().name
+    plain = model if model.startswith(HUB) else model.partition(":")[0]
+    if plain != model or (plain in open_clip().list_models() and not same_model(config, known_model(plain))):
         raise BackboneError(
             f"{path}: is not {model}, but by its configuration {is_one or 'none that open_clip knows by name'}; "
             f"expected that name, {HUB}OWNER/NAME, or no --model at all"
@@ -308,9 +309,15 @@ def _read_transformers(path: Path, model: str | None) -> Form:
     found, how = path / "preprocessor_config.json", {}
     if found.is_file():
         how = read_json(found)
-    elif (path / "processor_config.json").is_file():
-        found = path / "processor_config.json"
-        how = checked(read_json(found), _Processor, found).image_processor
+    nested = path / "processor_config.json"
+    if nested.is_file() and (inner := checked(read_json(nested), _Processor, nested).image_processor):
+        ways = [theirs.preprocessing(one, size, kind, str(nested)) for one in (inner, how or inner)]
+        if ways[0] != ways[1]:  # transformers 5 reads this one, 4 the other
+            raise BackboneError(
+                f"{nested}: its image_processor prepares images otherwise than {found.name}, and versions of "
+                "transformers differ in which they read; expected one: remove the file that is not meant"
+            )
+        found, how = nested, inner
     if not how:
         raise BackboneError(
             f"{path}: has no preprocessor_config.json, where size, mean and std of its images stand; copy the whole "
@@ -388,7 +395,8 @@ _FOREIGN = (
 def _named_open_clip(path: Path) -> tuple[str, ...]:
     """Names of open_clip's checkpoints where the folder also holds the model in transformers' form."""
     content = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    return _OPEN_CLIP_NAMES if content.get("model_type") in ("clip", "siglip") else ()
+    both = content.get("model_type") in ("clip", "siglip") or "architecture" in content  # transformers' or timm's
+    return _OPEN_CLIP_NAMES if both else ()
 
 
 def _content(path: Path) -> str:
@@ -486,7 +494,7 @@ def _read_file(
             "secfacmic backbone fetch writes it or a hub's cache holds it"
         )
     config = known_model(model)
-    quick = is_archive(path)
+    quick = is_openais(path)
     if quick and not config.get("quick_gelu") and activation != "quickgelu":
         raise BackboneError(
             f"{path}: an OpenAI archive, trained with QuickGELU, but model {model} has none; expected a model such as "

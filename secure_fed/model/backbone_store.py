@@ -16,6 +16,7 @@ from pydantic import Field
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.core.tomlfile import FileModel, parse_table
+from secure_fed.model.library import twin
 from secure_fed.protocol.study import Backbone, Hex64, Text
 
 ENTRY = "backbone.json"
@@ -139,9 +140,16 @@ def _fits(entry: Entry, backbone: Backbone) -> bool:
         return False
     if backbone.digest is not None:
         return entry.digest == backbone.digest
-    if backbone.weights == "file":
-        return any(name.source == backbone.file for name in entry.names)
-    return any(
-        name.model == backbone.model and (backbone.model.startswith("hf-hub:") or name.tag == backbone.tag)
-        for name in entry.names
+    return bears(entry, backbone) and (
+        backbone.weights != "file" or any(name.source == backbone.file for name in entry.names)
     )
+
+
+def bears(entry: Entry, backbone: Backbone) -> bool:
+    """Whether an entry has the name of a study's backbone: its model, or that model's twin, and its tag if it has one.
+
+    A file's own name tells nothing: ``best.pt`` is what many trainings call theirs.
+    """
+    models = (backbone.model, twin(backbone.model))
+    tagged = backbone.weights == "pretrained" and not backbone.model.startswith("hf-hub:")
+    return any(name.model in models and (not tagged or name.tag == backbone.tag) for name in entry.names)

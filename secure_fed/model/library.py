@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +24,7 @@ def open_clip() -> Any:
     import open_clip as library
 
     library.add_model_config(configs.MODELS)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its warnings are for programmers
     return library
 
 

@@ -71,7 +71,7 @@ def build(form: Form) -> nn.Module:
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     try:
         if form.convert is not None:
-            tensors = without_prefix(tensors, theirs.anchors(form.config), form.weights)
+            tensors = _the_model(form, tensors, theirs.anchors(form.config))
             tensors = theirs.convert(form.convert, tensors)
         else:
             tensors = _as_open_clip(form, network, tensors, expected)
@@ -154,6 +154,15 @@ def make_network(config: Mapping[str, Any], text: Mapping[str, Any] | None = Non
     return made
 
 
+_ALSO = (
+    "is_decoder",
+    "feed_forward_proj",
+    "relative_attention_max_distance",
+    "scale_embedding",
+)
+"""Of a text model's configuration, what changes features and no shape, and is usually not there."""
+
+
 def facts(network: Any, form: Form) -> dict[str, Any]:
     """What decides about features beside weights: of each tower activation, heads, epsilon, pooler; context."""
     text = getattr(network, "text", None)
@@ -167,9 +176,16 @@ def facts(network: Any, form: Form) -> dict[str, Any]:
     pool = type(holder.pooler).__name__ if hasattr(holder, "pooler") else str(pool)
     end = getattr(holder, "text_eos_id", getattr(holder, "eos_id", None)) if pool == "eos" else None
     towers["text"] |= {"pooler": pool, "end": end}
+    if getattr(holder, "attn_mask", 0) is None:
+        towers["text"]["causal"] = False
+    if getattr(network.visual, "final_ln_after_pool", False):
+        towers["vision"]["normalised"] = "after pooling"
     if form.text is not None:
         chosen = ("hidden_act", "layer_norm_eps", "num_attention_heads", "pad_token_id", "position_embedding_type")
-        towers["text"]["model"] = {key: form.text.get(key) for key in chosen} | {"type": form.text.get("model_type")}
+        stated = {key: form.text[key] for key in _ALSO if form.text.get(key)}
+        towers["text"]["model"] = (
+            {key: form.text.get(key) for key in chosen} | {"type": form.text.get("model_type")} | stated
+        )
     return towers | {"context": form.tokens.context}
 
 
@@ -245,13 +261,27 @@ def without_text(shapes: Mapping[str, Any]) -> str:
     return "" if named else ", and has no text tower, which prompts need"
 
 
+def _the_model(form: Form, tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None]) -> Tensors:
+    """The tensors under the model's prefix; what lies beside it is told, as it may have been trained with it."""
+    found = without_prefix(tensors, anchors, form.weights)
+    if len(found) < len(tensors):
+        kept = {id(value) for value in found.values()}
+        beside = [name for name, value in tensors.items() if id(value) not in kept and "_orig_mod." not in name]
+        form.told.append(
+            f"that what lies beside the model, {len(beside)} tensors ({', '.join(beside[:3])}"
+            f"{' and so on' if beside[3:] else ''}), is not needed; if they are an adapter or a projection, features "
+            "are not those that were trained"
+        )
+    return found
+
+
 def _as_open_clip(form: Form, network: nn.Module, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> Tensors:
     """Tensors under the names of this open_clip, of which some were others before."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
     anchors = {name: shape for name, shape in expected.items() if name.startswith("visual.")}
-    tensors = without_prefix(tensors, anchors, form.weights)
+    tensors = _the_model(form, tensors, anchors)
     tensors = convert_state_dict(network, tensors)
     if "positional_embedding" in tensors and not hasattr(network, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -208,6 +208,8 @@ class _Config(Foreign):
     do_lower_case: bool | None = None
     strip_accents: bool | None = None
     tokenize_chinese_chars: bool | None = None
+    padding_side: Literal["left", "right"] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     pad_token: _Special = None
     sep_token: _Special = None
     cls_token: _Special = None
@@ -262,6 +264,14 @@ def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: d
             f"{folder}: a vocabulary, but no tokenizer.json, which says how it is used; expected one: on a machine "
             "with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
         )
+    usual = "left" if name.startswith(("Gemma", "Siglip2")) else "right"
+    for what, side in (("padding_side", config.padding_side or usual), ("truncation_side", config.truncation_side)):
+        if side == "left":
+            raise BackboneError(
+                f"{folder / 'tokenizer_config.json'}: {what} left (stated, or what {name or 'its class'} does where "
+                'nothing is); expected "right", texts that are filled up and cut at their end: models trained so state '
+                "it, others are not read"
+            )
     vocabulary = checked(content, _Whole, folder).vocabulary
     given = [_token(table.pad_token) for table in (config, special)]
     known = [*filter(None, given), *_PADS.get(kind, ()), "[PAD]", "<pad>"]

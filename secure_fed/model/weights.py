@@ -12,6 +12,7 @@ import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -126,6 +127,18 @@ def is_archive(path: Path) -> bool:
         return False
 
 
+def is_openais(path: Path) -> bool:
+    """Whether a TorchScript archive is one of OpenAI's, which have QuickGELU and hold their sizes as tensors."""
+    if not is_archive(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            table = next((archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")), b"")
+    except (zipfile.BadZipFile, zlib.error, OSError):  # the load says how it is damaged
+        return False
+    return all(name.encode() in table for name in ARCHIVE_SIZES)
+
+
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as a safetensors file, one after the other, whole or not at all, and fsync it.
 
@@ -161,7 +174,15 @@ def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | Non
     Raises:
         BackboneError: the model is in it twice.
     """
-    plain = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    plain: Tensors = {}
+    for name, value in tensors.items():
+        short = name.replace("_orig_mod.", "")
+        if short in plain and not _equal(plain[short], value):
+            raise BackboneError(
+                f"{where}: holds {short} twice with other values, with and without _orig_mod.; expected one model: "
+                "save the one that is meant by itself"
+            )
+        plain[short] = value
     tails = {anchor.rsplit(".", 2)[-1] for anchor in anchors}
     counts: Counter[str] = Counter()
     fitting: Counter[str] = Counter()
@@ -212,6 +233,10 @@ def shards_of(index: Path) -> list[str]:
             f"{index}: {found}; expected names of weights beside it, {' or '.join(SUFFIXES)}: copy the folder again"
         )
     return names
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return (first.shape, first.dtype) == (second.shape, second.dtype) and torch.equal(first, second)
 
 
 def _differ(tensors: Tensors, first: str, second: str) -> bool:
@@ -305,7 +330,8 @@ def _read_safetensors(path: Path, size: int) -> Tensors:
             ) from error
         if size < end:
             raise BackboneError(
-                f"{path}: ends after {megabytes(size)} of {megabytes(end)}; copy or fetch the file again"
+                f"{path}: ends after {megabytes(size)} of {megabytes(end)} ({end - size:,} bytes are missing); copy or "
+                "fetch the file again"
             )
         return {
             name: _read_tensor(stream, 8 + length + begin, dtype, shape)
@@ -497,5 +523,5 @@ def _holds_code(path: Path, error: Exception) -> BackboneError:
 
 def _unreadable(path: Path, error: Exception) -> BackboneError:
     reason = " ".join(str(error).split())
-    shown = "" if "weights_only" in reason else f" ({reason[:120]})"
+    shown = "" if not reason or "weights_only" in reason else f" ({reason[:120]})"
     return BackboneError(f"{path}: is damaged or cut off{shown}; copy or fetch the file again")

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import backbone_fetch, backbone_store
-from secure_fed.model.backbone import load_backbone
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.protocol.study import Backbone
 from tests.conftest import Run, template_table
@@ -205,12 +205,42 @@ def test_one_backbone_is_found_under_each_name_that_it_was_added_with(
         assert secfacmic("backbone", "check", model)[0] == 0
         assert secfacmic("backbone", "check", kept, "--model", model)[0] == 0
     for file in ("clip", "renamed"):
-        assert load_backbone(Backbone(model="x", weights="file", file=file), None).id == added.id
+        for model in (NAME, other):
+            assert load_backbone(Backbone(model=model, weights="file", file=file), None).id == added.id
     assert [row["model"] for row in json.loads(secfacmic("backbone", "list", "--json")[1])["added"]] == [NAME, other]
     shutil.copytree(kept, tmp_path / "usb")
     shutil.rmtree(kept)
     add(tmp_path / "usb", None)
     assert [one.model for one in backbone_store.read_entry(kept).names] == [NAME, other]
+
+
+def test_a_file_of_the_same_name_is_another_models_weights(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_random_checkpoint("random-small", 1, tmp_path / "best.pt")
+    add(tmp_path / "best.pt", "random-small")
+    add(clip, NAME)
+    monkeypatch.chdir("/")
+    assert load_backbone(Backbone(model="random-small", weights="file", file="best.pt"), None)
+    for model, file in (("ViT-B-16-SigLIP", "best.pt"), ("ViT-B-32", "clip"), ("hf-hub:fake/other", "clip")):
+        with pytest.raises(BackboneError, match="no such file here, and none of that name"):
+            load_backbone(Backbone(model=model, weights="file", file=file), None)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"model": "ViT-B-32", "weights": "pretrained", "tag": "openai"},
+        {"model": "ViT-B-32", "weights": "file", "file": "x"},
+        {"model": "hf-hub:fake/other", "weights": "pretrained"},
+    ],
+)
+def test_a_folder_of_the_store_is_only_what_it_was_added_as(named: dict[str, str], clip: Path) -> None:
+    kept, added = add(clip, NAME)
+    with pytest.raises(BackboneError, match=f"holds {NAME}, not {named['model']}"):
+        load_backbone(Backbone.model_validate(named), kept)
+    assert load_backbone(Backbone.model_validate(named | {"digest": added.digest}), kept).id == added.id
+    assert load_backbone(Backbone(model=NAME, weights="pretrained"), kept).id == added.id
 
 
 def test_an_entry_that_is_none_is_said_with_what_to_do(clip: Path, store: Path) -> None:

@@ -26,6 +26,7 @@ from secure_fed.model.backbone_fetch import add
 from secure_fed.model.library import known_model, twin
 from secure_fed.model.network import make_network
 from secure_fed.protocol.study import Backbone
+from tests.conftest import models_as_found
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -392,10 +393,12 @@ def test_what_no_shape_tells_differs_by_ten_tolerances_and_has_another_id(
         {"num_attention_heads": 2},
         {"hidden_act": "relu"},
         {"layer_norm_eps": 1e-3},
+        {"is_decoder": True},
     ],
 )
 def test_of_a_bert_too(change: dict[str, Any], tmp_path: Path) -> None:
-    bert_folder(tmp_path / "right")
+    # A decoder's first token sees no other, so that only a mean is of the whole text.
+    bert_folder(tmp_path / "right", **({"hf_pooler_type": "mean_pooler"} if "is_decoder" in change else {}))
     shutil.copytree(tmp_path / "right", tmp_path / "wrong")
     shutil.copytree(tmp_path / "text", tmp_path / "other")
     if "hf_pooler_type" in change and change["hf_pooler_type"] == "max_pooler":
@@ -416,6 +419,48 @@ def test_of_a_bert_too(change: dict[str, Any], tmp_path: Path) -> None:
     assert right.digest == wrong.digest
     assert right.id != wrong.id
     assert furthest(right, wrong)[1] > 10 * TOLERANCE
+
+
+OWN: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": 2,
+        "width": 32,
+        "head_width": 8,
+        "patch_size": 8,
+        "pool_type": "avg",
+        "final_ln_after_pool": False,
+    },
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2},
+}
+
+
+def own_folder(folder: Path, table: str = "vision_cfg", **changes: Any) -> Any:
+    """A small model of open_clip's own two towers in its form."""
+    folder.mkdir(parents=True)
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in OWN.items()}
+    torch.manual_seed(0)
+    network = open_clip.CLIP(**config)
+    scale_up(network)
+    config[table] |= changes
+    how = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": how}))
+    torch.save(network.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("tower", "table", "change"),
+    [(0, "vision_cfg", {"final_ln_after_pool": True}), (1, "text_cfg", {"no_causal_mask": True})],
+)
+def test_of_open_clips_own_towers_too(tower: int, table: str, change: dict[str, Any], tmp_path: Path) -> None:
+    own_folder(tmp_path / "right")
+    own_folder(tmp_path / "wrong", table, **change)
+    (_, right), (_, wrong) = add(tmp_path / "right", None), add(tmp_path / "wrong", None)
+    assert right.digest == wrong.digest
+    assert right.id != wrong.id
+    assert furthest(right, wrong)[tower] > 10 * TOLERANCE
 
 
 def test_tokenizer_and_preprocessing_are_in_the_id(tmp_path: Path) -> None:
@@ -491,6 +536,32 @@ def test_of_a_published_model_names_and_shapes_are_open_clips_so_that_digests_ar
         for config in (transformers_form.model_config(content, "config.json"), known_model(name))
     )
     assert theirs == ours
+
+
+def test_a_folder_in_open_clips_and_in_timms_form_is_read_as_open_clips(tmp_path: Path) -> None:
+    network = own_folder(tmp_path / "whole")
+    alone = add(tmp_path / "whole", None)[1].digest
+    tower = {k.removeprefix("visual."): v.clone() for k, v in network.state_dict().items() if k.startswith("visual.")}
+    safetensors.torch.save_file(tower, tmp_path / "whole/model.safetensors")
+    timms = {"architecture": "vit_base_patch32_clip_224", "num_classes": 512, "pretrained_cfg": {}}
+    (tmp_path / "whole/config.json").write_text(json.dumps(timms))
+    assert add(tmp_path / "whole", None)[1].digest == alone
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_that_is_not_openais_has_its_models_activation(tmp_path: Path) -> None:
+    network = own_folder(tmp_path / "whole")
+    right = add(tmp_path / "whole", None)[1]
+    with models_as_found():
+        for name, quick in (("tiny-own", False), ("tiny-own-quickgelu", True)):
+            (tmp_path / f"{name}.json").write_text(json.dumps(OWN | {"quick_gelu": quick}))
+            open_clip.add_model_config(tmp_path / f"{name}.json")
+        inputs = {"encode_image": torch.zeros(1, 3, 32, 32), "encode_text": torch.zeros(1, 20, dtype=torch.int64)}
+        torch.jit.save(torch.jit.trace_module(network, inputs, check_trace=False), tmp_path / "traced.pt")
+        with pytest.raises(BackboneError, match="does not say with which activation"):
+            add(tmp_path / "traced.pt", "tiny-own")
+        added = add(tmp_path / "traced.pt", "tiny-own", "gelu")[1]
+        assert (added.activation, added.digest) == ("gelu", right.digest)
 
 
 def test_shards_and_cache_folders_are_read(tmp_path: Path, store: Path) -> None:
@@ -628,6 +699,11 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:20_000])
 
 
+def two_ways(folder: Path) -> None:
+    how = json.loads((folder / "preprocessor_config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": how}))
+
+
 def empty(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
@@ -638,7 +714,7 @@ ZERO = change_tensors(lambda tensors: [value.zero_() for value in tensors.values
 BAD: dict[str, tuple[Make, str]] = {
     "lfs": (write("model.safetensors", POINTER), r"is a Git LFS pointer of 335 MB.*git lfs pull"),
     "web page": (write("model.safetensors", b"<!DOCTYPE html><html>"), "is a web page"),
-    "cut": (cut_short, r"ends after 0.02 MB of 0.\d+ MB"),
+    "cut": (cut_short, r"ends after 0.02 MB of 0.\d+ MB \([\d,]+ bytes are missing\)"),
     "empty file": (write("model.safetensors", b""), "is empty"),
     "empty folder": (empty, "is empty"),
     "half copied": (without("model.safetensors"), "no weights in it; the folder is half copied"),
@@ -682,6 +758,14 @@ BAD: dict[str, tuple[Make, str]] = {
         "do not depend on the image",
     ),
     "padding": (edit("preprocessor_config.json", do_pad=True), "do_pad = true"),
+    "two ways": (two_ways, r"processor_config.json: its image_processor prepares images otherwise than preprocessor_c"),
+    "filled in front": (edit("tokenizer_config.json", padding_side="left"), "padding_side left"),
+    "cut in front": (edit("tokenizer_config.json", truncation_side="left"), "truncation_side left"),
+    "gemma's side": (edit("tokenizer_config.json", tokenizer_class="GemmaTokenizer"), "padding_side left .stated, or"),
+    "compiled twice": (
+        change_tensors(lambda t: t.update({f"_orig_mod.{k}": v + 1 for k, v in t.items() if "visual" in k})),
+        r"holds visual_projection.weight twice with other values",
+    ),
     "filter": (edit("preprocessor_config.json", resample=9), "resample 9"),
     "tokens": (
         clip_config(lambda c: c["text_config"].update(vocab_size=30)),

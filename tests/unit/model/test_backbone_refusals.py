@@ -244,6 +244,7 @@ def test_a_folder_with_weights_of_another_model_says_which_fits(tmp_path: Path) 
 def test_a_name_that_a_folder_does_not_bear_is_refused(whole: Path, store: Path, secfacmic: Run) -> None:
     for name, says in (
         ("ViT-B-32", "is not ViT-B-32, but by its configuration none that open_clip knows by name"),
+        ("ViT-B-32:openai", "is not ViT-B-32:openai"),
         ("", "model '': no name"),
         ("a\nb", "no name"),
         ("hf-hub:", "expected hf-hub:OWNER/NAME"),
@@ -398,6 +399,34 @@ def test_an_archive_whose_code_runs_when_it_is_loaded_is_not_loaded(
             add(path, model)
     assert capfd.readouterr().out == ""
     assert not store.exists()
+
+
+def test_what_lies_beside_a_prefixed_model_is_told(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    path = tmp_path / "clip/model.safetensors"
+    model = {f"clip.{name}": value for name, value in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(model, path)
+    assert add(tmp_path / "clip", None)[1].form.told == []
+    safetensors.torch.save_file(model | {"adapter.fc.weight": torch.ones(3, 16)}, path)
+    (told,) = add(tmp_path / "clip", None)[1].form.told
+    assert "beside the model, 1 tensors (adapter.fc.weight)" in told
+
+
+def test_a_name_that_no_line_can_show_is_refused(whole: Path, tmp_path: Path, secfacmic: Run) -> None:
+    for name in ("a\nb", "x\x1b[31m"):
+        shutil.copytree(whole / "clip", tmp_path / name)
+        code, _, errors = secfacmic("backbone", "add", tmp_path / name)
+        assert (code, "rename it" in errors, name in errors) == (30, True, False)
+
+
+def test_a_text_model_is_built_without_words_of_transformers(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "bert", tmp_path / "bert")
+    edit("text/config.json", bos_token_id=49406)(tmp_path / "bert")
+    capfd.readouterr()
+    add(tmp_path / "bert", None)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_teacher_of_another_size_beside_the_model_is_passed_over(whole: Path, tmp_path: Path) -> None:
