@@ -146,10 +146,12 @@ def _fits(entry: Entry, backbone: Backbone) -> bool:
 
 
 def bears(entry: Entry, backbone: Backbone) -> bool:
-    """Whether an entry has the name of a study's backbone: its model, or that model's twin, and its tag if it has one.
+    """Whether an entry has the name of a study's backbone: its model and, if weights of a hub are meant, its tag.
 
-    A file's own name tells nothing: ``best.pt`` is what many trainings call theirs.
+    A file's own name tells nothing: ``best.pt`` is what many trainings call theirs. Its model may be the twin, as an
+    activation that was named makes it.
     """
-    models = (backbone.model, twin(backbone.model))
-    tagged = backbone.weights == "pretrained" and not backbone.model.startswith("hf-hub:")
-    return any(name.model in models and (not tagged or name.tag == backbone.tag) for name in entry.names)
+    if backbone.weights != "pretrained":
+        return any(name.model in (backbone.model, twin(backbone.model)) for name in entry.names)
+    tagged = not backbone.model.startswith("hf-hub:")
+    return any(name.model == backbone.model and (not tagged or name.tag == backbone.tag) for name in entry.names)

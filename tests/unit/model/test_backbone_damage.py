@@ -243,6 +243,15 @@ def test_a_folder_of_the_store_is_only_what_it_was_added_as(named: dict[str, str
     assert load_backbone(Backbone(model=NAME, weights="pretrained"), kept).id == added.id
 
 
+def test_a_tag_is_of_one_of_two_twins_and_a_file_of_either() -> None:
+    what = {"digest": "0" * 64, "id": "0" * 64, "activation": "gelu", "weights": "x", "bytes": 1}
+    entry = backbone_store.Entry.model_validate({"model": "ViT-B-32", "tag": "a", "source": "x.pt"} | what)
+    for model, tag, bears in (("ViT-B-32", "a", True), ("ViT-B-32-quickgelu", "a", False), ("ViT-B-32", "b", False)):
+        named = Backbone(model=model, weights="pretrained", tag=tag)
+        assert backbone_store.bears(entry, named) == bears
+    assert backbone_store.bears(entry, Backbone(model="ViT-B-32-quickgelu", weights="file", file="y.pt"))
+
+
 def test_an_entry_that_is_none_is_said_with_what_to_do(clip: Path, store: Path) -> None:
     add(clip, NAME)
     (store / "junk").mkdir()
