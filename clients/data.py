@@ -19,9 +19,9 @@ from typing import Literal, Never, get_args
 import numpy as np
 
 from secure_fed.clients.dicom import patient_id
-from secure_fed.clients.manifest import Table, read_table
+from secure_fed.clients.manifest import Table, plain_form, read_table
 from secure_fed.clients.nifti import AXES, Axis
-from secure_fed.clients.patients import SETTLED, in_one_form, read_settled
+from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, says_nothing
 from secure_fed.clients.reading import (
     IMAGE_ENDINGS,
     Place,
@@ -59,6 +59,7 @@ _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
 _UID = re.compile(r"\d+(\.\d+)+")
+_TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 _NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 
 
@@ -146,7 +147,8 @@ class _Row:
     @property
     def key(self) -> tuple[str, str, str]:
         """What two rows must not share."""
-        return os.path.normpath(os.path.join(self.base, self.path)), self.frame, self.axis
+        frame = self.frame and (self.frame.lstrip("0") or "0")
+        return os.path.realpath(os.path.join(self.base, self.path)), frame, self.axis or "axial"
 
 
 def read_data(
@@ -210,23 +212,28 @@ def read_data(
         rows, has_splits = _read_folders(folder, classes, unit, notes, others), False
         if shares is None:
             raise DataError(f"{folder}: no {MANIFEST} and no shares; set train, val, test and unlabelled shares")
+    known = {row.patient for row in rows}
     if choice.only:
         rows = _only(folder, rows, choice.only)
     if unlabelled is not None:
         rows += _read_unlabelled(unlabelled, unit, notes)
+        known.update(row.patient for row in rows)
     rows = _chosen(rows, choice, unit, notes)
     if unit == "patient":
-        rows = _settled(rows, choice.patients or folder / SETTLED, notes)
+        rows = _settled(rows, choice.patients, folder, notes, known)
     _refuse(manifest, _double_faults(rows, has_splits))
     if not rows:
         raise DataError(f"{folder}: no image; expected images in {MANIFEST} or in one folder per class")
-    if others is not None:
-        rows = [replace(row, label=others) if row.label and row.label not in classes else row for row in rows]
     strangers = Counter(row.label for row in rows if row.label and row.label not in classes)
     if meant := _meant(strangers, classes):
         rows = [replace(row, label=meant.get(row.label, row.label)) for row in rows]
         strangers = Counter({label: count for label, count in strangers.items() if label not in meant})
-    if strangers:
+    if strangers and others is not None:
+        where = manifest if manifest.exists() else folder
+        _refuse_unclear(where, strangers, classes, others)
+        rows = [replace(row, label=others) if row.label in strangers else row for row in rows]
+        notes.told.append(f"{where}: taken as {others!r}: {_counted(strangers, 'images')}")
+    elif strangers:
         _refuse_labels(manifest, strangers, "rows", classes)
     ids = {name: index for index, name in enumerate(classes)}
     if has_splits:
@@ -269,7 +276,7 @@ def find_pictures(folder: Path, choice: Choice, notes: Notes) -> list[SiteImage]
             notes.passed_over.append(f"{row.base / row.path}: {what}")
         else:
             pictures.append(row)
-    rows = _settled(_chosen(pictures, choice, "patient", notes), choice.patients or folder / SETTLED, notes)
+    rows = _settled(_chosen(pictures, choice, "patient", notes), choice.patients, folder, notes)
     _refuse(folder / MANIFEST, _double_faults(rows, False))
     return _images(rows, {}, defaultdict(lambda: UNLABELLED))
 
@@ -295,6 +302,10 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
             entries.append(entry.name)
         elif entry.is_symlink() and not entry.exists():
             raise DataError(f"{entry}: a link to nothing; mount or restore what it leads to, or remove it")
+        elif entry.stem.casefold() == "manifest" and entry.suffix.casefold() in _TABLES:
+            raise ManifestError(
+                f"{entry}: not read under this name; expected {MANIFEST}: save it as that, or remove it"
+            )
         elif entry.is_dir() or not entry.name.startswith("."):
             notes.passed_over.append(f"{_said(entry)}: in no folder of a class")
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
@@ -307,6 +318,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
     for name in entries:
         label = "" if name == UNLABELLED and name not in classes else meant.get(name, name)
         rows += [_found_row(folder, path, unit, label, "") for path in image_files(folder / name, notes)]
+    _refuse_split_folders(folder, rows)
     _refuse_two_classes(rows)
     _refuse_nameless(rows)
     return rows
@@ -316,6 +328,24 @@ def _meant(labels: Iterable[str], classes: Sequence[str]) -> dict[str, str]:
     """Of labels that differ from a class in Unicode's form alone, that class."""
     forms = {unicodedata.normalize("NFC", name): name for name in classes}
     return {label: forms[form] for label in labels if (form := unicodedata.normalize("NFC", label)) in forms}
+
+
+def _refuse_split_folders(folder: Path, rows: Sequence[_Row]) -> None:
+    """Refuse folders below a class that are named as splits are: splits are drawn, and would not be these."""
+    found = Counter(
+        "/".join(parts[: depth + 1])
+        for row in rows
+        if row.label
+        for parts in [Path(row.path).parts[:-1]]
+        for depth, part in enumerate(parts)
+        if depth and part.casefold() in _SPLIT_WORDS
+    )
+    if found:
+        raise DataError(
+            f"{folder}: {len(found)} folders below a class are named as splits, and folders carry no splits; "
+            f"expected a {MANIFEST} with a column split, or other names if splits are to be drawn"
+            f"{fault_lines([f'{name} ({count} images)' for name, count in sorted(found.items())])}"
+        )
 
 
 def _refuse_two_classes(rows: Sequence[_Row]) -> None:
@@ -514,11 +544,27 @@ def _places(count: int, slices: str) -> list[int]:
     return list(range(min(step // 2, count // 2), count, step))
 
 
-def _settled(rows: list[_Row], path: Path, notes: Notes) -> list[_Row]:
-    """The rows under the ids that people have settled upon."""
-    if not path.exists():
+def _settled(
+    rows: list[_Row], named: Path | None, folder: Path, notes: Notes, known: Collection[str] | None = None
+) -> list[_Row]:
+    """The rows under the ids that people have settled upon, in the file that the site names or beside the images.
+
+    Raises:
+        ManifestError: it is malformed, or not where the site says; ids that are here are said to be one with an id that
+            is neither ``known`` nor settled itself, if it is told which are: with a slip of the pen two writings of one
+            patient would become two patients.
+    """
+    path = named or folder / SETTLED
+    if named is None and not path.exists():
         return rows
     same, notes.settled = read_settled(path)
+    if known is not None and (
+        strange := [one for one in sorted(same.keys() & known) if same[one] not in {*known, *notes.settled}]
+    ):
+        raise ManifestError(
+            f"{path}: {len(strange)} ids are the same as an id that no image has; expected one that is here, or a row "
+            f"for it with an empty same_as{fault_lines([f'{one!r}, same as {same[one]!r}' for one in strange])}"
+        )
     merged = sorted({row.patient for row in rows} & set(same))
     if merged:
         notes.told.append(f"{path}: {len(merged)} ids are taken for another one, as it says")
@@ -780,7 +826,8 @@ def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
     first: dict[tuple[str, str, str], _Row] = {}
     splits: dict[str, _Row] = {}
     for row in rows:
-        if row.path and row.key in first:
+        listed = row.where != row.path  # of links that were found, copies are told
+        if row.path and row.key in first and listed:
             faults.append(f"{row.where}: path {row.path!r} is also on {first[row.key].where}; expected it once")
         first.setdefault(row.key, row)
         other = splits.setdefault(row.patient, row)
@@ -793,12 +840,33 @@ def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
 
 
 def _refuse_labels(where: Path, found: Counter[str], what: str, allowed: Sequence[str]) -> None:
-    names = ", ".join(f"{name!r} ({count} {what})" for name, count in sorted(found.items()))
     expected = ", ".join(repr(name) for name in allowed)
     raise LabelError(
-        f"{where}: labels outside the study's classes: {names}; expected {expected}, spelled exactly so: "
-        "rename or remove them"
+        f"{where}: labels outside the study's classes: {_counted(found, what)}; expected {expected}, spelled "
+        "exactly so: rename or remove them"
     )
+
+
+def _refuse_unclear(where: Path, found: Counter[str], classes: Sequence[str], others: str) -> None:
+    """Where every other label is of one class, refuse those that may be meant for another one, or say nothing."""
+    known = {plain_form(name) for name in (*classes, UNLABELLED, "unlabeled") if name != others}
+    unclear = Counter(
+        {
+            label: count
+            for label, count in found.items()
+            if plain_form(label) in known or says_nothing(label) or label.casefold() in _SPLIT_WORDS
+        }
+    )
+    if unclear:
+        raise LabelError(
+            f"{where}: labels that may be of another class than {others!r}, or of none: {_counted(unclear, 'images')}; "
+            f"expected {', '.join(map(repr, classes))}, spelled exactly so, none (or a folder {UNLABELLED!r}) where it "
+            f"is not known, or the name of a finding, which counts as {others!r}: rename or remove them"
+        )
+
+
+def _counted(found: Counter[str], what: str) -> str:
+    return ", ".join(f"{name!r} ({count} {what})" for name, count in sorted(found.items()))
 
 
 def _draw_splits(rows: Sequence[_Row], ids: dict[str, int], shares: Shares, seed: int) -> dict[str, Split]:

@@ -113,7 +113,7 @@ def _known(file: SiteFile, agreed: AgreedStudy, forgotten: Forgotten, patient: s
         reason = f"; the data cannot be read ({' '.join(str(error).split())[:160]})"
         names = named_patients(file)
     settled = Path(file.data.patients or Path(file.data.folder) / SETTLED)
-    if file.data.unit == "patient" and settled.exists():
+    if file.data.unit == "patient" and (file.data.patients is not None or settled.exists()):
         meant = read_settled(settled)[0].get(meant, meant)
     if meant in names or forgotten.patient(meant):
         return meant

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -171,11 +172,11 @@ def _refuse_header(path: Path, line: int, header: Sequence[str], known: Sequence
     """Refuse names that are there twice, and names that differ from known ones in form alone."""
     faults = []
     first: dict[str, int] = {}
-    forms = {_form(name): name for name in known} | ({} if "patient" in header else {"patientid": "patient"})
+    forms = {plain_form(name): name for name in known} | ({} if "patient" in header else {"patientid": "patient"})
     for place, name in enumerate(header, start=1):
         if not name:
             continue
-        meant = forms.get(_form(name), name)
+        meant = forms.get(plain_form(name), name)
         if meant in first:
             faults.append(
                 f"column {place}, {name!r}, has the name of column {first[meant]}: keep one, rename the other"
@@ -187,5 +188,6 @@ def _refuse_header(path: Path, line: int, header: Sequence[str], known: Sequence
         raise ManifestError(f"{path}: line {line}: " + "; ".join(faults))
 
 
-def _form(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name).casefold()
+def plain_form(name: str) -> str:
+    """A name without what people write in one way or another: case, blanks, signs, and Unicode's forms."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name)).casefold()

@@ -105,7 +105,7 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
     for patient, images in counts.items():
         if patient in settled:
             continue
-        if _says_nothing(patient):
+        if says_nothing(patient):
             found.append(Doubt("placeholder", (patient,), images))
         elif _DAMAGE.fullmatch(patient) or patient in cut:
             found.append(Doubt("spreadsheet", (patient,), images))
@@ -114,8 +114,8 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
     return sorted(found)
 
 
-def _says_nothing(patient: str) -> bool:
-    """Whether an id is a placeholder: words that name nobody, nothing, zeros, or nines."""
+def says_nothing(patient: str) -> bool:
+    """Whether an id, or a label, is a placeholder: words that name nobody, nothing, zeros, or nines."""
     words = [word.lstrip("0") for word in re.findall(r"[^\W_]+", patient.casefold())]
     whole = "".join(words)
     return (

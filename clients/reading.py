@@ -99,6 +99,7 @@ FORMATS = (
 IMAGE_ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm"),
     *(".dcm", ".dicom", ".ima", ".nii", ".nii.gz"),
+    *(".dcm.gz", ".heic", ".avif", ".mha", ".nrrd", ".mgz"),  # which are not read, and must not be missed in silence
 )
 """A file whose name ends so is meant to be an image, and is told if it is none; others may be passed over."""
 

@@ -1,5 +1,6 @@
 import csv
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from fractions import Fraction
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secure_fed.clients.data import DRAWN_ALONE, Notes, _largest_remainder, read_data
+from secure_fed.clients.data import DRAWN_ALONE, Choice, Notes, _largest_remainder, read_data
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.study import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
@@ -374,3 +375,93 @@ def test_under_a_budget_a_patient_with_an_unlabelled_image_is_unlabelled_whole(t
     manifest(tmp_path, rows, ("path", "patient", "label"))
     for image in read_data(tmp_path, CLASSES, "patient", SHARES, 0, together=None):
         assert int(image.patient.split()[1]) % 2 or image.split == "unlabelled"
+
+
+ANOMALIES = ("unauffällig", "anomaly")
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "Unauffällig",
+        "UN AUFFÄLLIG",
+        unicodedata.normalize("NFD", "UNAUFFÄLLIG"),
+        "nan",
+        "NA",
+        "unknown",
+        "?",
+        "Unlabelled",
+    ],
+)
+def test_where_every_other_label_is_an_anomaly_none_becomes_one_that_says_nothing_or_is_nearly_another(tmp_path, label):
+    manifest(tmp_path, [("a.png", "p1", label), ("b.png", "p2", "glioma")], columns=("path", "patient", "label"))
+    with pytest.raises(LabelError, match=r"labels that may be of another class than 'anomaly', or of none: .*1 images"):
+        read_data(tmp_path, ANOMALIES, "patient", SHARES, 0, others="anomaly")
+
+
+@pytest.mark.parametrize("name", ["Unauffällig", "Unlabelled", "unlabeled", "test", "Training"])
+def test_folders_are_no_anomalies_that_say_nothing_or_are_nearly_another_class(tmp_path, name):
+    folders(tmp_path, {name: 1, "glioma": 1})
+    with pytest.raises(LabelError, match=f"or of none: '{name}'"):
+        read_data(tmp_path, ANOMALIES, "image", SHARES, 0, others="anomaly")
+
+
+def test_which_labels_are_taken_as_anomalies_is_told(tmp_path):
+    normal = unicodedata.normalize("NFD", ANOMALIES[0])
+    rows = [("a.png", "p1", normal), ("b.png", "p2", "glioma"), ("c.png", "p3", "Anomaly"), ("d.png", "p4", "anomaly")]
+    notes = Notes()
+    manifest(tmp_path, [(*row, "train") for row in rows])
+    images = read_data(tmp_path, ANOMALIES, "patient", None, 0, notes=notes, others="anomaly")
+    assert [image.label for image in images] == [0, 1, 1, 1]
+    assert any("taken as 'anomaly': 'Anomaly' (1 images), 'glioma' (1 images)" in told for told in notes.told)
+
+
+def test_a_file_of_settled_ids_that_is_named_must_be_there(tmp_path):
+    manifest(tmp_path, [("a.png", "p1", "ant", "train")])
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_data(tmp_path, CLASSES, "patient", None, 0, choice=Choice(patients=tmp_path / "settled.csv"))
+
+
+def test_ids_are_not_settled_upon_one_that_no_image_has(tmp_path):
+    manifest(tmp_path, [("a.png", "7", "ant", "train"), ("b.png", "007", "ant", "train")])
+    (tmp_path / "patients.csv").write_text("id,same_as\n007,70\n9,8\n")
+    with pytest.raises(
+        ManifestError, match=r"1 ids are the same as an id that no image has; (.|\n)*'007', same as '70'"
+    ):
+        read_data(tmp_path, CLASSES, "patient", None, 0)
+    (tmp_path / "patients.csv").write_text("id,same_as\n007,70\n7,70\n70,\n")
+    assert {image.patient for image in read_data(tmp_path, CLASSES, "patient", None, 0)} == {"70"}
+
+
+@pytest.mark.parametrize("name", ["Manifest.csv", "manifest.CSV", "manifest.tsv", "MANIFEST.xlsx"])
+def test_a_manifest_under_another_name_is_refused(tmp_path, name):
+    folders(tmp_path, {"ant": 1})
+    (tmp_path / name).write_text("path,label,split\nant/000.png,ant,test\n")
+    with pytest.raises(ManifestError, match=r"not read under this name; expected manifest.csv"):
+        read_data(tmp_path, CLASSES, "image", SHARES, 0)
+
+
+def test_folders_below_a_class_that_are_named_as_splits_are_refused(tmp_path):
+    folders(tmp_path, {"ant/train": 2, "ant/x/Test": 1, "unlabelled/train": 1})
+    with pytest.raises(
+        DataError, match=r"2 folders below a class (.|\n)*ant/train \(2 images\)\n *ant/x/Test \(1 images\)"
+    ):
+        read_data(tmp_path, CLASSES, "image", SHARES, 0)
+
+
+def test_one_picture_is_not_listed_twice_in_other_words(tmp_path):
+    columns = ("path", "patient", "label", "split", "slice", "axis")
+    for other in (("a.nii", "p2", "ant", "test", "03", "axial"), ("b.nii", "p2", "ant", "test", "3", "")):
+        manifest(tmp_path, [("a.nii", "p1", "ant", "train", "3", ""), other], columns, files=False)
+        (tmp_path / "a.nii").touch()
+        (tmp_path / "b.nii").unlink(missing_ok=True)
+        os.symlink("a.nii", tmp_path / "b.nii")
+        with pytest.raises(ManifestError, match=r"line 3: path '[ab].nii' is also on line 2"):
+            read_data(tmp_path, CLASSES, "patient", None, 0)
+
+
+@pytest.mark.parametrize("ending", ["dcm.gz", "heic", "avif", "mha", "nrrd", "mgz"])
+def test_pictures_of_formats_that_are_not_read_are_not_missed_in_silence(tmp_path, ending):
+    folders(tmp_path, {"ant": 1})
+    (tmp_path / "ant" / f"b.{ending}").write_bytes(b"\x1f\x8b something")
+    assert len(read_data(tmp_path, CLASSES, "image", SHARES, 0)) == 2

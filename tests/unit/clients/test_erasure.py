@@ -12,7 +12,7 @@ from secure_fed.clients.erasure import forget
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import ForgottenError, UnknownPatientError
+from secure_fed.core.errors import ForgottenError, ManifestError, UnknownPatientError
 from secure_fed.core.tomlfile import write_toml
 from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.rounds import ReplyCode
@@ -243,3 +243,12 @@ def test_an_unknown_id_changes_nothing_and_similar_ones_are_shown(federation, ho
     with pytest.raises(UnknownPatientError, match="similar ids here: 'other-1'"):
         forget(read_site_file(path), federation.agreed, "OTHER-1")
     assert forget(read_site_file(path), federation.agreed, f" {PATIENT} ").images == 2  # only form
+
+
+def test_nobody_is_forgotten_while_the_file_of_settled_ids_is_not_where_the_site_says(federation, hospital, tmp_path):
+    file = read_site_file(hospital[0])
+    data = file.data.model_copy(update={"patients": str(tmp_path / "absent.csv")})
+    before = state_bytes(federation)
+    with pytest.raises(ManifestError, match=r"absent.csv: cannot be read"):
+        forget(file.model_copy(update={"data": data}), federation.agreed, PATIENT)
+    assert {path: content for path, content in state_bytes(federation).items() if path.name != "lock"} == before
