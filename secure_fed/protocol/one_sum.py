@@ -177,7 +177,7 @@ class Sums:
         """Least eigenvalue that the noise leaves meaningful in the covariance: its spectral norm, sqrt(2 k) times its
         deviation, over the patients."""
         total = math.fsum(self.patients.tolist())
-        return math.sqrt(self.noise) * math.sqrt(2.0 * len(self.second)) / max(total, 1.0)
+        return math.sqrt(max(self.noise, 0.0)) * math.sqrt(2.0 * len(self.second)) / max(total, 1.0)
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,12 @@ def covariance(sums: Sums) -> Floats:
 
 
 def solve(sums: Sums, shrinkage: float, min_patients: int) -> Head | None:
-    """The head of one shrinkage, in (0, 1]; None if fewer than two classes have enough patients.
+    """The head of one shrinkage, in (0, 1]; None if fewer than two classes have enough patients, or if the sum is of no
+    real features (a covariance without a positive diagonal).
 
-    A covariance that rounding made indefinite (its factor has no real diagonal) gets its negative eigenvalues set to 0
-    before it is shrunk, which makes it positive definite.
+    A covariance that has no real factor, by rounding or because a tiny shrinkage leaves it singular, gets its
+    eigenvalues raised to 1e-12 of its largest diagonal element before it is shrunk: far enough above the rounding of a
+    factorisation of some hundred dimensions.
     """
     known = known_classes(sums, min_patients)
     if known.sum() < 2:
@@ -226,8 +228,10 @@ def solve(sums: Sums, shrinkage: float, min_patients: int) -> Head | None:
     within = covariance(sums)
     factor = cholesky(_shrunk(within, shrinkage))
     if factor is None:
-        factor = cholesky(_shrunk(floored(within, 0.0), shrinkage))
-        assert factor is not None, "positive definite by construction"
+        top = float(within.diagonal().max())
+        factor = cholesky(_shrunk(floored(within, 1e-12 * top), shrinkage)) if top > 0 else None
+    if factor is None:
+        return None
     means = np.where(known[:, None], sums.first / np.maximum(sums.patients, 1.0)[:, None], 0.0)
     white = _forward(factor, means.T)
     weight = _backward(factor, white).T.copy()

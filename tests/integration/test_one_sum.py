@@ -431,6 +431,13 @@ def test_a_few_images_more_are_no_other_sum(tmp_path: Path) -> None:
     GivenSums(tmp_path).give("2" * 64, [b"c"])
 
 
+def test_what_a_run_was_given_once_stays_given_whatever_it_is_given_next(tmp_path: Path) -> None:
+    GivenSums(tmp_path).give("1" * 64, [b"a", b"b"])
+    GivenSums(tmp_path).give("1" * 64, [b"b"])  # its data have changed since
+    with pytest.raises(RepeatedSumError, match="1 of 1 training images"):
+        GivenSums(tmp_path).give("2" * 64, [b"a"])
+
+
 def test_another_study_from_another_state_folder_gets_no_second_sum(
     study: Federation, images: Path, tmp_path: Path
 ) -> None:

@@ -116,6 +116,22 @@ def test_a_covariance_that_rounding_made_indefinite_is_floored() -> None:
     assert np.allclose(head.factor @ head.factor.T, shrunk, atol=1e-12)
 
 
+@pytest.mark.parametrize("shrinkage", [1e-300, 1e-16, 1e-13, 1e-6, 1.0])
+def test_fewer_patients_than_dimensions_have_a_head_at_any_shrinkage(shrinkage: float) -> None:
+    x, labels = cases(4, 12, 48)
+    head = one_sum.solve(sums_of(x, labels), shrinkage, 2)
+    assert head is not None
+    assert np.isfinite(head.weight).all()
+
+
+@pytest.mark.parametrize("scale", [-1e9, -1.0, 0.0])
+def test_sums_that_no_features_give_have_no_head(scale: float) -> None:
+    x, labels = cases(4, 60, 6)
+    sums = sums_of(x, labels)
+    assert one_sum.solve(Sums(sums.patients, 0 * sums.first, scale * np.eye(6)), 0.1, 5) is None
+    assert Sums(sums.patients, sums.first, sums.second, noise=-1.0).floor == 0
+
+
 def test_noise_raises_the_least_eigenvalue_to_its_own_norm() -> None:
     x, labels = cases(5, 200, 8, spread=1e3)
     sums = sums_of(x, labels, noise=3 * 0.2**2)
