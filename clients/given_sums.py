@@ -69,8 +69,8 @@ class GivenSums:
                     "patients' parts by difference; expected images that were in none: give this site a budget, whose "
                     "noise covers a second sum, or take part as an observer"
                 )
-        given = hashes.union(content.runs.get(run, ()))  # also what the run was given before the data changed
-        runs = {**content.runs, run: tuple(sorted(given))}
+        ever = hashes.union(content.runs.get(run, ()))  # also what the run was given before the data changed
+        runs = {**content.runs, run: tuple(sorted(ever))}
         if runs != content.runs:
             content = content.model_copy(update={"runs": runs})
             write_durable(self._path, content.model_dump_json().encode() + b"\n", _PRIVATE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,16 +107,20 @@ def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], s
                 masks.append(mask)
                 pictures.append(np.asarray(Image.open(image.path).convert("L")))
                 rows.append(x[row])
-    if not masks or len({mask.shape for mask in masks}) > 1:
+    if not masks:
         return None
-    size = masks[0].shape
+    size = Counter(mask.shape for mask in masks).most_common(1)[0][0]  # all are judged in one
+    masks, pictures = [resized(mask, size) for mask in masks], [resized(picture, size) for picture in pictures]
     heat = upsampled(memory.maps(adapter, np.stack(rows)), size)
     lesions = np.stack(masks)
     learned = [
-        mask for site in training for image in site.train_sources() if (mask := _mask(site, image.path)) is not None
+        resized(mask, size)
+        for site in training
+        for image in site.train_sources()
+        if (mask := _mask(site, image.path)) is not None
     ]
     constant = None
-    if learned and learned[0].shape == size:
+    if learned:
         constant = upsampled(np.mean(learned, axis=0)[None], size)[0]
         constant = float(roc_auc_score(lesions.ravel(), np.broadcast_to(constant, lesions.shape).ravel()))
     return Places(
@@ -124,6 +130,12 @@ def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], s
         equal_place_auroc=equal_place(lesions, heat, np.stack(pictures) > _DARK),
         images=len(masks),
     )
+
+
+def resized(pixels: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
+    """A picture or mask [h, w] at another size, each pixel that of the nearest place: a mask stays one."""
+    rows, columns = (np.arange(to) * old // to for to, old in zip(size, pixels.shape, strict=True))
+    return pixels[np.ix_(rows, columns)]
 
 
 _DARK = 20

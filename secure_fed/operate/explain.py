@@ -236,7 +236,8 @@ class _Classifier:
         feature is written as a weighted sum of the concepts' directions, by ridge regression, and a rest.
         """
         file = self._file
-        logits = file.initial.logit_scale * (file.initial.prompt_features.astype(np.float64) @ x)
+        # At the adapter's temperature, so that what differs from its probabilities is what the study changed.
+        logits = file.initial.logit_scale * (file.initial.prompt_features.astype(np.float64) @ x) / file.temperature
         p = np.exp(logits - logits.max())
         zero_shot = {name: float(value) for name, value in zip(file.classes, p / p.sum(), strict=True)}
         features = torch.from_numpy(x[None].copy()).requires_grad_(True)

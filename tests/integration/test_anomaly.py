@@ -31,7 +31,17 @@ from secure_fed.lab.phantoms import PhantomSite, make_phantoms
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.onnx_export import write_onnx
-from secure_fed.operate.anomaly_figures import anomaly_figures, equal_place, per_region_overlap, read_mask, site_masks
+from secure_fed.operate.anomaly_figures import (
+    _places as places_of,
+)
+from secure_fed.operate.anomaly_figures import (
+    anomaly_figures,
+    equal_place,
+    per_region_overlap,
+    read_mask,
+    resized,
+    site_masks,
+)
 from secure_fed.operate.explain import explain
 from secure_fed.operate.new_study import new_study
 from secure_fed.operate.plots import plot_run, plot_site
@@ -260,6 +270,41 @@ def test_a_mask_of_another_size_is_refused_and_so_is_none(tmp_path: Path) -> Non
         read_mask(tmp_path / "mask.png", tmp_path / "image.png")
     with pytest.raises(DataError, match="no mask that can be read"):
         read_mask(tmp_path / "gone.png", tmp_path / "image.png")
+
+
+def test_masks_of_several_sizes_are_judged_in_one() -> None:
+    mask = np.zeros((4, 6), dtype=bool)
+    mask[1:3, 2:4] = True
+    twice = resized(mask, (8, 12))
+    assert twice.dtype == bool
+    np.testing.assert_array_equal(twice, mask.repeat(2, axis=0).repeat(2, axis=1))
+    np.testing.assert_array_equal(resized(twice, (4, 6)), mask)
+
+
+def test_a_study_whose_training_masks_have_two_sizes_gets_its_figures(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    sites = []
+    for number, side in enumerate((8, 12)):
+        site = mock.Mock(**{"test_images.return_value": (np.zeros((1, 1, 1, 4)), None, None)})
+        picture, mask = tmp_path / f"{number}.png", tmp_path / f"mask-{number}.png"
+        Image.fromarray(np.full((side, side), 99, dtype=np.uint8)).save(picture)
+        lesion = np.zeros((side, side), dtype=np.uint8)
+        lesion[: side // 2] = 255
+        Image.fromarray(lesion).save(mask)
+        site.test_sources.return_value = site.train_sources.return_value = [mock.Mock(path=picture)]
+        site.masks = {picture: mask}
+        site.data_folder = number
+        sites.append(site)
+    maps = np.concatenate([np.ones((2, 2, 4)), np.zeros((2, 2, 4))], axis=1)
+    with (
+        mock.patch("secure_fed.operate.anomaly_figures.site_masks", side_effect=lambda folder: sites[folder].masks),
+        mock.patch("secure_fed.operate.anomaly_figures.memory.maps", return_value=maps),
+    ):
+        found = places_of({}, sites, sites)
+    assert found is not None
+    assert found.images == 2
+    assert found.constant_pixel_auroc == 1.0
 
 
 def test_a_map_is_judged_as_defined() -> None:

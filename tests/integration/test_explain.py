@@ -17,7 +17,7 @@ import torch
 
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
-from secure_fed.model.adapter_file import load_adapter, save_adapter
+from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter
 from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_of, pooled_block
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.cases import Cases
@@ -99,6 +99,20 @@ def test_concepts_and_a_rest_make_up_the_margin(explained: Explained) -> None:
         assert sum(one.contribution for one in case.concepts) + case.rest == pytest.approx(case.margin)
         assert any(one.adapted != one.similarity for one in case.concepts)  # facmic moves features
     assert "stripes" in case_page(explained)
+
+
+def test_zero_shot_stands_at_the_temperature_of_what_it_is_compared_with(
+    finished_run: Path, said: Probabilities
+) -> None:
+    seen = []
+    for temperature in (1.0, 4.0):
+        calibration = Calibration(temperature, 10)
+        found = explain(
+            replace(said, adapter=replace(said.adapter, calibration=calibration)), finished_run / "backbone.safetensors"
+        )
+        seen.append(np.array([list(case.zero_shot.values()) for case in found.cases]))
+    cooler = seen[0] ** 0.25
+    np.testing.assert_allclose(seen[1], cooler / cooler.sum(axis=1, keepdims=True), rtol=1e-9)
 
 
 def test_concepts_travel_with_the_adapter(finished_run: Path, tmp_path: Path) -> None:
