@@ -101,8 +101,9 @@ def predict(
             if document["threshold"] is None
             else (
                 f"{sum(bool(image['flagged']) for image in document['images'])} of {len(document['images'])} images "
-                f"are flagged; at most {100 * document['false_alarms']:g} % of normal patients like the "
-                f"{document['calibration_patients']} of the study would be"
+                f"are flagged; at most {100 * document['false_alarms']:g} % of images of normal patients like the "
+                f"{document['calibration_patients']} of the study would be, each patient counting once; a patient of "
+                "many images is flagged by one of them more often"
             )
         )
         console.print(limit, highlight=False, soft_wrap=True)

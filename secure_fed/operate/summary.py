@@ -241,7 +241,7 @@ class AnomalyFigures(FileModel):
 
     Attributes:
         threshold: score from which on an image is flagged; None if too few normal patients were validated on.
-        false_alarms: share of normal patients that may be flagged, as the study states it.
+        false_alarms: share of normal patients' images, each patient counting once, that may be flagged: the study's.
         patients: normal ones that the threshold is made of.
         per_site: scores on each site's own test images.
         held_out: likewise on the observers'.

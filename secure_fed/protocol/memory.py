@@ -112,8 +112,11 @@ def score_bin(scores: Floats) -> NDArray[np.int64]:
 
 
 def threshold(histogram: Floats, false_alarms: float) -> float:
-    """The least score from which on an image is flagged; split conformal, so that of normal patients like those of the
-    validation at most a share of ``false_alarms`` is, in expectation. :data:`NO_LIMIT` if there are too few for that.
+    """The least score from which on an image is flagged; :data:`NO_LIMIT` if there are too few patients for one.
+
+    Split conformal: of images of normal patients like those of the validation, each patient counting once, at most a
+    share of ``false_alarms`` is flagged, in expectation. A patient of many images, which the largest of their scores
+    flags, is flagged more often.
 
     Args:
         histogram: weights of normal validation patients by bin, [BINS].

@@ -242,7 +242,8 @@ class Method(FileModel):
         top: of ``memory``: share of an image's patches, the farthest ones, whose mean distance is its score.
         start: of ``memory``: whether centroids start at patches of pictures of seeded noise (``random``) or of public
             images (``public``, with ``study new --public``); never at a site's.
-        false_alarms: of ``memory``: share of normal patients that the threshold may flag.
+        false_alarms: of ``memory``: share of normal patients' images, each patient counting once, that the
+            threshold may flag.
     """
 
     adapter: Text = "facmic"

@@ -38,7 +38,8 @@ def _claims(document: dict[str, Any]) -> list[str]:
             return ["There is no threshold: too few normal patients were validated on."]
         return [
             f"Scores from {document['threshold']:.3f} on are flagged: at most {100 * document['false_alarms']:g} % of "
-            f"normal patients like the {document['calibration_patients']} of the study would be."
+            f"images of normal patients like the {document['calibration_patients']} of the study would be, each "
+            "patient counting once; a patient of many images is flagged by one of them more often."
         ]
     found = [
         "Probabilities are calibrated on validation images."

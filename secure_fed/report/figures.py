@@ -635,7 +635,10 @@ def _anomaly(analysis: Analysis) -> Section:
     flagged = [one.flagged_normal for one in first.per_site.values() if one.flagged_normal is not None]
     finding = f"At most {100 * first.false_alarms:g} % false alarms are promised"
     finding += f"; {100 * fmean(flagged):.1f} % of the sites' own normal test images are flagged." if flagged else "."
-    notes = ("The promise holds for normal patients like those of all sites' validation, not for every site.",)
+    notes = (
+        "The promise holds for images of normal patients like those of all sites' validation, each patient counting "
+        "once; not for every site, and not for the largest score of a patient of many images.",
+    )
     charts = (*((roc,) if curves else ()), *histograms)
     return Section(key, title, finding, charts, matrices, tables, notes)
 
