@@ -188,7 +188,7 @@ def test_what_the_server_holds_is_at_chance(views: dict[str, dict[str, Any]]) ->
     assert abs(sigmas(held["inversion"], "hit_rate", "interval")) < 4
     assert abs(held["inversion"]["hit_rate"] - 0.5) < 0.1
     assert abs(sigmas(held["membership"], "auc", "auc_interval")) < 4
-    assert abs(held["membership"]["auc"] - 0.5) < 0.06
+    assert abs(held["membership"]["auc"] - 0.5) < 0.1  # keys are drawn anew each time; a sigma is 0.022 to 0.026
 
 
 def test_privacy_takes_what_the_released_adapter_tells(views: dict[str, dict[str, Any]]) -> None:
