@@ -211,9 +211,9 @@ def corrupt(site: Site, **tensors: Any) -> None:
     site.replica.state = replace(damaged, digests={damaged.chain.head: (damaged.digest, damaged.chain.key)})
 
 
-def close_round(coordinator: Coordinator, sites: Iterable[Site]) -> Any:
+def close_round(coordinator: Coordinator, sites: Iterable[Site], steps: int = 3) -> Any:
     """Append the record of a round for which sites are ready: the other steps, with those whom they ask."""
-    for _ in range(3):
+    for _ in range(steps):
         entry = coordinator.advance()
         if entry is not None:
             return entry

@@ -125,7 +125,6 @@ def void(
     """Give a round up: this site sends nothing more for it; a quorum's words let it begin anew."""
     from secure_fed.clients.site import Site
     from secure_fed.clients.sitefile import read_site
-    from secure_fed.core.errors import NotAcceptedError
     from secure_fed.core.storage import exclusive
 
     file, agreed = read_site(site, None)
@@ -135,10 +134,7 @@ def void(
         _say("Adapter, ledger and stored update stay as they are. The round begins anew once a quorum has said so.")
         for line in opened.abandoned_words:
             _say(line)
-        if by is None and sys.stdin.isatty():
-            by = typer.prompt("your name, to give it up (empty: do not)", default="", err=True).strip()
-        if not by:
-            raise NotAcceptedError("nobody's name was given; the round was not given up: give --by NAME")
+        by = _who_decides(by, "give it up", "the round was not given up")
         revealed = opened.void(round_)
     _say(f"given up by {by}; it had{'' if revealed else ' not'} revealed. Start the client again: it tells the server")
 
@@ -153,7 +149,6 @@ def release(
     """Let this site reveal once more at the adapter it holds, to other sites than before."""
     from secure_fed.clients.site import Site
     from secure_fed.clients.sitefile import read_site
-    from secure_fed.core.errors import NotAcceptedError
     from secure_fed.core.storage import exclusive
     from secure_fed.protocol.sealed_key import EXACT
 
@@ -174,10 +169,7 @@ def release(
         if agreed.study.mode == "he":
             _say("A site that was in that sum and cannot be in the next must have left before: by its own word,")
             _say("secfacmic site retire, or removed, secfacmic keys rotate --remove SITE at the key maker.")
-        if by is None and sys.stdin.isatty():
-            by = typer.prompt("your name, to release it (empty: do not)", default="", err=True).strip()
-        if not by:
-            raise NotAcceptedError("nobody's name was given; nothing was released: give --by NAME")
+        by = _who_decides(by, "release it", "nothing was released")
         opened.release()
     _say(f"released by {by}, for one round; start the client again")
 
@@ -192,7 +184,6 @@ def retire(
     """Let this site train no more in the run, from the next round on; it goes on as an observer."""
     from secure_fed.clients.site import Site
     from secure_fed.clients.sitefile import read_site
-    from secure_fed.core.errors import NotAcceptedError
     from secure_fed.core.storage import exclusive
 
     file, agreed = read_site(site, None)
@@ -204,12 +195,24 @@ def retire(
             told = ", ".join(before) or "sites that nobody here knows"
             _say(f"At the adapter that it holds it has revealed to {told}. If they go on at that adapter without it,")
             _say(f"whoever has both sums, as every member has, can compute the update of {file.site} by difference.")
-        if by is None and sys.stdin.isatty():
-            by = typer.prompt("your name, to retire it (empty: do not)", default="", err=True).strip()
-        if not by:
-            raise NotAcceptedError("nobody's name was given; the site was not retired: give --by NAME")
+        by = _who_decides(by, "retire it", "the site was not retired")
         opened.retire()
     _say(f"retired by {by}. Start the client again: it tells the server")
+
+
+def _who_decides(by: str | None, deed: str, not_done: str) -> str:
+    """The name of who decides, from the option or a terminal.
+
+    Raises:
+        NotAcceptedError: nobody's was given.
+    """
+    from secure_fed.core.errors import NotAcceptedError
+
+    if by is None and sys.stdin.isatty():
+        by = typer.prompt(f"your name, to {deed} (empty: do not)", default="", err=True).strip()
+    if not by:
+        raise NotAcceptedError(f"nobody's name was given; {not_done}: give --by NAME")
+    return by
 
 
 @app.command()

@@ -453,14 +453,41 @@ def check_arrived(
         ProtocolError: with what was found and expected.
     """
     header, digest = server_frame(data, ARRIVED_MAGIC, ArrivedHeader, agreed)
-    check_place(header, due, header.attempt, "ARRIVED", ProtocolError)
-    try:
-        found = check_envelopes(header.envelopes, agreed, members, due)
-    except EnvelopeError as error:
-        raise ProtocolError(f"ARRIVED: {error}") from None
-    if {(entry.attempt, entry.cohort) for entry in found} != {(header.attempt, header.cohort)}:
-        raise ProtocolError("ARRIVED: names envelopes of another attempt or cohort than its own; expected one only")
+    found = check_which_came(header, header.cohort, header.envelopes, "ARRIVED", agreed, members, due)
     return header, found, digest
+
+
+def check_which_came(
+    header: PlacedHeader,
+    cohort: str,
+    words: Iterable[SignedWord],
+    what: str,
+    agreed: AgreedStudy,
+    members: Mapping[str, Member],
+    due: RoundPosition,
+) -> tuple[EnvelopeHeader, ...]:
+    """The headers of the envelopes that a frame of the server's names: of this position, one attempt, one cohort.
+
+    Args:
+        header: the frame's.
+        cohort: digest of the attempt's COHORT, as it says.
+        words: the envelopes, by name.
+        what: the frame's kind, for errors.
+        agreed: the study.
+        members: by name.
+        due: the position that it must be of.
+
+    Raises:
+        ProtocolError: with what was found and expected.
+    """
+    check_place(header, due, header.attempt, what, ProtocolError)
+    try:
+        found = check_envelopes(words, agreed, members, due)
+    except EnvelopeError as error:
+        raise ProtocolError(f"{what}: {error}") from None
+    if {(entry.attempt, entry.cohort) for entry in found} != {(header.attempt, cohort)}:
+        raise ProtocolError(f"{what}: names envelopes of another attempt or cohort than its own; expected one only")
+    return found
 
 
 def check_envelopes(

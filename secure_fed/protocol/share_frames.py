@@ -30,8 +30,8 @@ from secure_fed.protocol.round_frames import (
     PlacedHeader,
     Product,
     SignedWord,
-    check_envelopes,
     check_place,
+    check_which_came,
     place_fields,
     products,
     server_frame,
@@ -304,13 +304,7 @@ def check_check(
         ProtocolError: with what was found and expected.
     """
     header, digest = server_frame(data, CHECK_MAGIC, CheckHeader, agreed)
-    check_place(header, due, header.attempt, "CHECK", ProtocolError)
-    try:
-        found = check_envelopes(header.envelopes, agreed, members, due)
-    except EnvelopeError as error:
-        raise ProtocolError(f"CHECK: {error}") from None
-    if {(entry.attempt, entry.cohort) for entry in found} != {(header.attempt, header.cohort)}:
-        raise ProtocolError("CHECK: names envelopes of another attempt or cohort than its own; expected one only")
+    found = check_which_came(header, header.cohort, header.envelopes, "CHECK", agreed, members, due)
     return header, found, digest
 
 

@@ -47,7 +47,16 @@ from secure_fed.protocol.share_frames import Dealt, deal, sign_checked, sign_gon
 from secure_fed.protocol.signing import parse_header, payload_fields
 from secure_fed.report.results import study_facts
 from secure_fed.server.coordinator import Coordinator, Step
-from tests.conftest import CLASSES, TRAINING, Federation, exchange, make_template, pass_step, template_table
+from tests.conftest import (
+    CLASSES,
+    TRAINING,
+    Federation,
+    close_round,
+    exchange,
+    make_template,
+    pass_step,
+    template_table,
+)
 
 NAMES = (*TRAINING, "dogwood", "elm", "fir")
 
@@ -110,15 +119,8 @@ def up_to(coordinator: Coordinator, sites: list[Site], step: Step) -> None:
 
 
 def close(coordinator: Coordinator, sites: list[Site]) -> Any:
-    """Close the round with these sites."""
-    for _ in range(10):
-        entry = coordinator.advance()
-        if entry is not None:
-            return entry
-        for site in sites:
-            if site.name in coordinator.asked:
-                exchange(coordinator, site)
-    raise AssertionError(f"{coordinator.step}: in {coordinator.sites_in}, asked {sorted(coordinator.asked)}")
+    """Close the round with these sites: with pads there are more steps, and more again for who is gone."""
+    return close_round(coordinator, sites, 10)
 
 
 def test_a_round_with_pads_is_that_without_and_its_record_half_a_kilobyte_a_site_larger(padded: Make) -> None:
