@@ -1057,18 +1057,22 @@ class Site:
                 quantised.saturated,
                 quantised.error,
             )
-            if quantised.saturated > SATURATION_WARNING:
-                log.warning(
-                    "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: "
-                    "%s in the next study",
-                    round_number,
-                    name,
-                    100 * quantised.saturated,
-                    100 * SATURATION_WARNING,
-                    "raise method.most_patients"
-                    if self._agreed.study.method.sums
-                    else "raise encoding.value_bound or lower the learning rate",
+            if quantised.saturated <= SATURATION_WARNING:
+                continue
+            cut, sums = 100 * quantised.saturated, self._agreed.study.method.sums
+            if sums and self._private is not None:
+                log.info(
+                    "round %d, %s: %.2f %% of the values lie beyond their bounds by the noise that the budget asks for "
+                    "and are cut, which moves no head by anything that shows: nothing is to be done",
+                    *(round_number, name, cut),
                 )
+                continue
+            log.warning(
+                "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: %s in "
+                "the next study",
+                *(round_number, name, cut, 100 * SATURATION_WARNING),
+                "raise method.most_patients" if sums else "raise encoding.value_bound or lower the learning rate",
+            )
         return integers
 
 
