@@ -43,7 +43,7 @@ from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
-from secure_fed.protocol.records import Chain, Record, RecordFolder, RecordHeader, read_header
+from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, RecordHeader, read_header, replaceable
 from secure_fed.protocol.round_frames import VoidHeader
 from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader, exact_warning
 from secure_fed.protocol.signing import Frame, check_payload, parse_header, payload_fields, sign_frame
@@ -266,10 +266,10 @@ class RunFiles:
         write_durable(self.folder.refusal(round_number), key.encode())
 
     def take_back(self, record: Record) -> None:
-        """Take the last record, a sum, out of the journal again; kept as evidence."""
+        """Take the last sum, and what follows it, out of the journal again; the sum is kept as evidence."""
         self._keep_evidence(record.data)
         self.folder.refusal(record.header.round).unlink(missing_ok=True)
-        self.records.drop_last(record.header.seq)
+        self.records.drop_from(record.header.seq)
 
     def keep_before(self) -> None:
         """Keep the state as it is stored, of before a sum that may be taken back."""
@@ -339,6 +339,21 @@ def _keys_of(folder: Path, agreed: AgreedStudy) -> set[str]:
 # --- the site's part ---
 
 
+@dataclass(frozen=True)
+class LastSum:
+    """A sum that a void can still take the place of.
+
+    Attributes:
+        before: the chain before it.
+        record: it.
+        after: the kinds of the records that follow it.
+    """
+
+    before: Chain
+    record: Record
+    after: tuple[Kind, ...]
+
+
 class Replica:
     """A site's copy of a study's current run: takes records, and speaks for the adapter that they make.
 
@@ -366,6 +381,7 @@ class Replica:
     """
 
     files: RunFiles
+    _back: int | None = None
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
         self.name = file.site
@@ -382,6 +398,34 @@ class Replica:
             self._enter_run(current)
 
     # --- records ---
+
+    @property
+    def position(self) -> int:
+        """How many records of the run it has, those that it does not apply yet among them; where the server's journal
+        is another from the last sum on, those before that."""
+        return self.state.chain.length + len(self.waiting) if self._back is None else self._back
+
+    def goes_back(self, after: str) -> bool:
+        """Whether the server's journal is another than the one here from the last sum on, in whose place it has a void.
+
+        Nothing is taken back at its word: it is asked for what comes from there.
+
+        Args:
+            after: id of the server's record before those that it sends.
+        """
+        self._back = None
+        if after in ("", self.state.chain.head, *(record.id for record in self.waiting)):
+            return False
+        if any(record.id == after for record in self.files.records.replay(Chain(self._agreed))):
+            return False
+        last = self.last_sum()
+        if self.waiting:
+            self.waiting = []  # they are sent again, if they are still there
+        elif last is not None:
+            self._back = last.record.header.seq
+        else:
+            return False
+        return True
 
     def take(self, data: bytes) -> None:
         """Take a record as the server sent it; one that is here already changes nothing.
@@ -416,11 +460,11 @@ class Replica:
         A race or a lie made both. No later record exists, since two quorums share an honest site, which gives no word
         for a void once it has revealed in a later round.
         """
-        place = self.last_sum()
-        if place is None or header.seq != place[1].header.seq:
+        last = self.last_sum()
+        if last is None or header.seq != last.record.header.seq:
             return False
-        before, record = place
-        before.check(data)
+        record = last.record
+        last.before.check(data)
         log.warning(
             "%s: round %d has a record and a void, both complete; the void counts, the record is taken back and kept "
             "in %s; nobody need have lied",
@@ -429,18 +473,19 @@ class Replica:
         self.take_back(record)
         return True
 
-    def last_sum(self) -> tuple[Chain, Record] | None:
-        """The last record and the chain before it, if it is a sum: only that one can be taken back."""
+    def last_sum(self) -> LastSum | None:
+        """The last sum, if a void can still take its place: only that one can be taken back."""
         records = list(self.files.records.replay(Chain(self._agreed)))
-        if not records or records[-1].header.kind != "aggregate":
+        place = replaceable([record.header.kind for record in records])
+        if place is None:
             return None
         chain = Chain(self._agreed)
-        for record in records[:-1]:
+        for record in records[:place]:
             chain.advance(record)
-        return chain, records[-1]
+        return LastSum(chain, records[place], tuple(record.header.kind for record in records[place + 1 :]))
 
     def take_back(self, record: Record) -> None:
-        """Stand again where it stood before its last record, a sum; a crash on the way leaves one or the other."""
+        """Stand again where it stood before its last sum; a crash on the way leaves that, or some of what followed."""
         self.files.take_back(record)
         self._enter_run(self.state.run)
 
@@ -622,7 +667,7 @@ class Replica:
         """The site's word, for the others, that it holds this adapter at this head; empty if it cannot tell."""
         chain = self.state.chain
         # Before the first genesis there is neither key nor head.
-        if not chain.length or self.state.blind or self.waiting or not self._holds(chain.key):
+        if not chain.length or self.state.blind or self.waiting or not self._holds(chain.key) or self._back is not None:
             return ""
         return codec.attestation(self._attestation_key(chain.key), self.name, chain.head, self.state.digest)
 

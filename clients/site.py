@@ -10,7 +10,6 @@ import hashlib
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
@@ -26,14 +25,14 @@ from secure_fed.clients import memory, one_sum
 from secure_fed.clients.acceptance import acceptance_digest
 from secure_fed.clients.bound import Bound, Fresh, Padded
 from secure_fed.clients.budget import ledger_folder, unpaid
-from secure_fed.clients.data import SiteImage, Split
+from secure_fed.clients.data import DRAWN_ALONE, SiteImage, Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
 from secure_fed.clients.given_sums import GivenSums
-from secure_fed.clients.images import by_patient, compared_images, data_changed, refuse_doubts, rules_of
+from secure_fed.clients.images import by_patient, compared_images, data_changed, find_images, refuse_doubts, rules_of
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.rehearsal import rehearse
-from secure_fed.clients.replica import Replica
+from secure_fed.clients.replica import LastSum, Replica
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.clients.snapshot import read_snapshot, write_snapshot
 from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
@@ -68,7 +67,6 @@ from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
 from secure_fed.protocol.packing import Binding, Contribution, Sealed
 from secure_fed.protocol.pads import KEY_BYTES, PadPlace, SitePads, new_private, public_of
 from secure_fed.protocol.presence import PresenceQuestion, sign_presence
-from secure_fed.protocol.records import Chain, Record
 from secure_fed.protocol.residues import pack_residues, unpack_residues
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
@@ -168,8 +166,8 @@ class Site:
 
     @property
     def position(self) -> int:
-        """How many records of the run the site has, those that it does not apply yet among them."""
-        return self.replica.state.chain.length + len(self.replica.waiting)
+        """How many records of the run the site has, as far as the server's journal is the same."""
+        return self.replica.position
 
     @property
     def round(self) -> int:
@@ -239,18 +237,19 @@ class Site:
     def _read_data(self, progress: Progress | None) -> SiteFeatures:
         checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
         pictures: dict[str, frozenset[bytes]] = {}
-        found, looks = compared_images(self._file, self._agreed, progress)
-        for line in found.notes.told:
-            log.info("%s: %s", self.name, line)
+        looks = None
+        if self._private is None:
+            found = find_images(self._file, self._agreed, progress)
+        else:
+            found, looks = compared_images(self._file, self._agreed, progress)
         refuse_doubts(self._file, found)
+        if DRAWN_ALONE in found.notes.told:
+            log.info("%s: %s", self.name, DRAWN_ALONE)
         if found.doubts:
-            kinds = Counter(doubt.kind for doubt in found.doubts)
-            log.warning(
-                "%s: %d doubts about who is who (%s); see them: secfacmic data check",
-                *(self.name, len(found.doubts), ", ".join(f"{kind} {count}" for kind, count in kinds.items())),
-            )
+            count = len(found.doubts)
+            log.warning("%s: %d doubts about who is who; see them: secfacmic data check", self.name, count)
         images = found.images
-        if self._private is not None:
+        if looks is not None:
             images, pictures = by_patient(images, looks, self._file.data.unit)
         with FeatureCache(self._file.feature_cache) as cache:
             features = load_features(
@@ -392,6 +391,8 @@ class Site:
             SecfacmicError: others, for the site's own data and disk.
         """
         torch.set_num_threads(self._file.threads)
+        if self.run and self.replica.goes_back(request.after):
+            return self._reply(ReplyCode.MORE)
         for data in request.records:
             self.replica.take(data)
         if self._private is not None:
@@ -696,8 +697,9 @@ class Site:
             ProtocolError: another round is open here, or none; or it has revealed in a later one.
         """
         last = self.replica.last_sum() if self.run else None
-        if last is not None and last[1].header.round == round_number and self._trains(self.name):
-            return self._give_back(*last)
+        # Who stands by an amendment has acknowledged, or will, what it has of the round.
+        if last is not None and last.record.header.round == round_number and "amendment" not in last.after:
+            return self._give_back(last)
         chain = self.replica.state.chain
         due = self.replica.due
         open_here = bool(self.run) and not chain.finished and not chain.awaits_checkpoint
@@ -710,9 +712,11 @@ class Site:
         self.replica.files.bind(bound.model_copy(update={"void": True}))
         return bound.may_have_revealed
 
-    def _give_back(self, before: Chain, record: Record) -> bool:
+    def _give_back(self, last: LastSum) -> bool:
         """The same for a round whose record it has applied, and on which it has revealed nothing yet."""
-        files = self.replica.files
+        files, record = self.replica.files, last.record
+        if last.before.members[self.name].role != "train":
+            raise ProtocolError(f"a void of round {record.header.round}; only training sites give one up")
         now = files.bound.at(self.replica.due)
         if now.may_have_revealed:
             raise ProtocolError(
@@ -720,7 +724,7 @@ class Site:
                 "on its record; expected none: the record stands"
             )
         self.replica.take_back(record)
-        bound = self.replica.files.bound.at(before.due)
+        bound = self.replica.files.bound.at(last.before.due)
         contributed = self.name in [entry.site for entry in record.contributors]
         if contributed or self._asked_for in bound.given:
             bound = bound.model_copy(update={"arrived": record.arrived})
@@ -1057,22 +1061,18 @@ class Site:
                 quantised.saturated,
                 quantised.error,
             )
-            if quantised.saturated <= SATURATION_WARNING:
-                continue
-            cut, sums = 100 * quantised.saturated, self._agreed.study.method.sums
-            if sums and self._private is not None:
-                log.info(
-                    "round %d, %s: %.2f %% of the values lie beyond their bounds by the noise that the budget asks for "
-                    "and are cut, which moves no head by anything that shows: nothing is to be done",
-                    *(round_number, name, cut),
+            if quantised.saturated > SATURATION_WARNING:
+                log.warning(
+                    "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: "
+                    "%s in the next study",
+                    round_number,
+                    name,
+                    100 * quantised.saturated,
+                    100 * SATURATION_WARNING,
+                    "raise method.most_patients"
+                    if self._agreed.study.method.sums
+                    else "raise encoding.value_bound or lower the learning rate",
                 )
-                continue
-            log.warning(
-                "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: %s in "
-                "the next study",
-                *(round_number, name, cut, 100 * SATURATION_WARNING),
-                "raise method.most_patients" if sums else "raise encoding.value_bound or lower the learning rate",
-            )
         return integers
 
 

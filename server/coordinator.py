@@ -257,7 +257,7 @@ class Coordinator:
             run: the run the site says it is in.
             position: how many of its records the site says it has; ignored when it is in another run.
         """
-        start = min(position, self._unsettled) if run == self.run else 0
+        start = min(position, len(self.journal.records)) if run == self.run else 0
         records: list[bytes] = []
         total = 0
         for seq in range(start, len(self.journal.records)):
@@ -279,19 +279,10 @@ class Coordinator:
             carried=carried,
             records=tuple(records),
             more=start + len(records) < len(self.journal.records),
+            after=self.journal.records[start - 1].id if start else "",
             attested_head=head,
             attestations=dict(self._attestations.get(head, {})),
         )
-
-    @property
-    def _unsettled(self) -> int:
-        """From which record on a site may have another than the one here: the last void, until a sum follows it."""
-        for entry in reversed(self.journal.records):
-            if entry.header.kind == "void":
-                return entry.header.seq
-            if entry.header.kind == "aggregate":
-                break
-        return len(self.journal.records)
 
     def _question(self, site: str) -> tuple[bytes, bytes]:
         """What a site is asked now, and what goes with it; nothing before a cohort is chosen."""
@@ -422,7 +413,12 @@ class Coordinator:
     def given_up(self) -> bool:
         """Whether those of the open round, or of the last sum's, are a quorum: then it begins anew."""
         needed = self.journal.chain.quorum.needed
-        return (len(self._voids) >= needed and not self.finished) or len(self._late_voids) >= needed
+        return (len(self._voids) >= needed and not self.finished) or self._given_up_late
+
+    @property
+    def _given_up_late(self) -> bool:
+        before = self.journal.before
+        return before is not None and len(self._late_voids) >= before.quorum.needed
 
     @property
     def paused(self) -> bool:
@@ -721,11 +717,7 @@ class Coordinator:
     def _take_void(self, data: bytes, site: str) -> None:
         word = split_word(VOID_MAGIC, data)
         chain, before = self.journal.chain, self.journal.before
-        late = (
-            before is not None
-            and self.journal.records[-1].header.kind == "aggregate"
-            and word_head(word) == before.head
-        )
+        late = before is not None and word_head(word) == before.head
         voids, place = (self._late_voids, before) if late else (self._voids, chain)
         assert place is not None
         header = check_void(word, self._agreed, place.members, place.due)
@@ -742,13 +734,14 @@ class Coordinator:
         Or of the last sum, where its record and these words crossed: the void counts.
         """
         shutil.rmtree(self._folder.spooled_round(self.round), ignore_errors=True)
-        late = len(self._late_voids) >= self.journal.chain.quorum.needed
+        late = self._given_up_late
         voids = self._late_voids if late else self._voids
         words = [voids[name] for name in sorted(voids)]
         if late:
             log.warning("round %d: a quorum gives it up, whose record was there already: the record is taken back, and "
                         "nobody need have lied", self.round - 1)  # fmt: skip
             self.journal.replace_sum(words)
+            self._retiring.clear()  # asked again at the new head
         else:
             self.journal.append_void(words)
         self._open_round()
@@ -831,10 +824,6 @@ class Coordinator:
         for folder in self._folder.spool.glob("*"):
             if folder.name != numbered(self.round):
                 shutil.rmtree(folder)
-        # One more than is promised: a site may be a record behind.
-        for number in self._folder.shown_rounds():
-            if number < self.round - 1 - self._agreed.study.keep_rounds:
-                shutil.rmtree(self._folder.shown(number))
 
     def _waiting_amendment(self) -> bytes | None:
         """The amendment that follows the key in force, if one was left."""
@@ -896,11 +885,6 @@ class Coordinator:
 
     def _keep(self, names: Collection[str]) -> None:
         """Keep the round's envelopes before its record, so that there is no record without them."""
-        if self._pads and self._agreed.study.keep_rounds:
-            folder = self._folder.shown(self.round)
-            make_folder(folder, 0o700)
-            for site in names:
-                write_durable(folder / self._envelopes[site].header.payload, self._payload(site), 0o600)
         if self._keep_envelopes is None:
             return
         folder = kept_round(self._keep_envelopes, self.run, self.round)

@@ -38,7 +38,7 @@ class Journal:
     Attributes:
         chain: how far it has come.
         records: headers and sizes, in order; payloads stay on disk.
-        before: the chain before the last record; None before the first.
+        before: the chain before the last sum, while a void can still take its place; else None.
     """
 
     def __init__(self, agreed: AgreedStudy, folder: Path, key: Ed25519PrivateKey) -> None:
@@ -47,6 +47,7 @@ class Journal:
         self.chain = Chain(agreed)
         self.before: Chain | None = None
         self.records: list[JournalEntry] = []
+        self._folder.drop_replaced(agreed)
         for record in list(self._folder.replay(Chain(agreed))):
             self._take(record)
 
@@ -111,15 +112,17 @@ class Journal:
         self._append("extension", self.chain.round + 1, str(rounds).encode())
 
     def replace_sum(self, words: Sequence[SignedWord]) -> None:
-        """Put a void in the place of the last record, a sum, in one write: a quorum's words for it, by site name.
+        """Put a void in the place of the last sum, in one write: a quorum's words for it, by site name. What followed
+        the sum goes with it.
 
         Raises:
             RecordError: they are too few, or of another round or head.
         """
         assert self.before is not None
-        self.chain = self.before
-        self.records.pop()
+        self.chain, self.before = self.before, None
+        del self.records[self.chain.length :]
         self.append_void(words)
+        self._folder.drop_from(self.chain.length)
 
     def append_retired(self, word: SignedWord) -> None:
         """Append that a site trains no more, by its own word.
@@ -190,5 +193,7 @@ class Journal:
         self._take(record)
 
     def _take(self, record: Record) -> None:
-        self.before, self.chain = self.chain, self.chain.after(record)
+        if record.header.kind in ("aggregate", "checkpoint"):
+            self.before = self.chain if record.header.kind == "aggregate" else None
+        self.chain = self.chain.after(record)
         self.records.append(JournalEntry(record))

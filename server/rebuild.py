@@ -12,7 +12,7 @@ from secure_fed.core.layout import RECORDS, ServerRun, ServerState, SiteState, n
 from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.journal import find_runs, verify_run
-from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, read_header
+from secure_fed.protocol.records import Chain, Kind, RecordFolder, read_header, replaceable
 from secure_fed.protocol.round_frames import check_arrived, check_cohort
 from secure_fed.protocol.signing import SIGNATURE_BYTES, check_payload, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
@@ -45,24 +45,23 @@ class _Copy:
     """A verified journal: where it lies, how far it goes, and the digest of each record's bytes.
 
     Attributes:
-        before: the chain before the last record.
+        before: the chain before the last sum that a void can take the place of, if there is one.
         kinds: of each record.
     """
 
     source: Path
     journal: Path
-    before: Chain
+    before: Chain | None
     chain: Chain
     digests: list[bytes]
     kinds: list[Kind]
 
     def without_sum(self, others: Iterable[_Copy]) -> _Copy:
-        """This without its last record, if that is a sum in whose place another copy has a void: the void counts."""
-        last = len(self.kinds) - 1
-        void = any(copy.kinds[last : last + 1] == ["void"] for copy in others)
-        if not void or self.kinds[last] != "aggregate":
+        """This without its last sum and what follows it, if another copy has a void in its place: the void counts."""
+        before = self.before
+        if before is None or all(copy.kinds[before.length : before.length + 1] != ["void"] for copy in others):
             return self
-        return replace(self, chain=self.before, digests=self.digests[:last], kinds=self.kinds[:last])
+        return replace(self, chain=before, digests=self.digests[: before.length], kinds=self.kinds[: before.length])
 
 
 def rebuild(agreed: AgreedStudy, sources: Sequence[Path], state: Path) -> Rebuilt:
@@ -114,10 +113,12 @@ def _read_copy(source: Path, agreed: AgreedStudy) -> _Copy:
     current = [run for run in find_runs(source) if run.current]
     if not current:
         raise RecordError(f"{source}: in no run; expected a site's state folder with a run")
-    before = chain = Chain(agreed)
+    before, chain = None, Chain(agreed)
     digests, kinds = [], []
     for record in verify_run(current[0], agreed):
-        before, chain = chain, chain.after(record)
+        if record.header.kind in ("aggregate", "checkpoint"):
+            before = chain if record.header.kind == "aggregate" else None
+        chain = chain.after(record)
         digests.append(hashlib.sha256(record.data).digest())
         kinds.append(record.header.kind)
     return _Copy(source, current[0].journal, before, chain, digests, kinds)
@@ -125,6 +126,9 @@ def _read_copy(source: Path, agreed: AgreedStudy) -> _Copy:
 
 def _complete(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int:
     """Restore what a journal lacks of a copy; how many records that were."""
+    void = _replaced(folder, copy, agreed)
+    if void is not None:
+        folder.drop_from(void)
     beyond = sorted(path for path in folder.path.glob(RECORDS) if path.stem > numbered(len(copy.digests) - 1))
     if beyond:
         raise RecordError(
@@ -136,7 +140,7 @@ def _complete(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int:
         path = folder.file(seq)
         record = chain.check(RecordFolder(copy.journal).read(seq))
         if not path.exists() or hashlib.sha256(path.read_bytes()).digest() != digest:
-            if path.exists() and _is_signed(path.read_bytes(), agreed) and not _counts_over(record, chain, path):
+            if path.exists() and _is_signed(path.read_bytes(), agreed):
                 raise _fork(path, RecordFolder(copy.journal).file(seq))
             folder.append(record)
             added += 1
@@ -144,14 +148,16 @@ def _complete(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int:
     return added
 
 
-def _counts_over(void: Record, chain: Chain, last: Path) -> bool:
-    """Whether a record is the void of the round whose sum the server has as its last one: that is taken back."""
-    if void.header.kind != "void" or last.with_name(numbered(void.header.seq + 1) + last.suffix).exists():
-        return False
-    try:
-        return chain.check(last.read_bytes()).header.kind == "aggregate"
-    except RecordError:
-        return False
+def _replaced(folder: RecordFolder, copy: _Copy, agreed: AgreedStudy) -> int | None:
+    """The number of a void in a copy in whose place the server has its last sum: that is taken back."""
+    present = (path.read_bytes() for path in sorted(folder.path.glob(RECORDS)))
+    headers = [read_header(data, agreed)[1] for data in present if _is_signed(data, agreed)]
+    place = replaceable([header.kind for header in headers])
+    if place is None or copy.kinds[headers[place].seq : headers[place].seq + 1] != ["void"]:
+        return None
+    seq, previous = headers[place].seq, headers[place].previous
+    void = read_header(RecordFolder(copy.journal).read(seq), agreed)[1]
+    return seq if void.previous == previous else None
 
 
 def _is_signed(data: bytes, agreed: AgreedStudy) -> bool:

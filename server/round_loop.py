@@ -302,7 +302,7 @@ class RoundLoop:
             if coordinator.before_the_first:
                 question = PresenceQuestion(chain.run, chain.key).to_bytes()
             return RoundRequest(coordinator.round, coordinator.attempt, (), more=True, question=question)
-        behind = site.run != coordinator.run or site.position < len(coordinator.journal.records)
+        behind = site.run != coordinator.run or site.position != len(coordinator.journal.records)
         wanted = not site.told_the_end if coordinator.finished else self._is_asked(site)
         due = behind or wanted
         return coordinator.request(site.name, site.run, site.position) if due else None
@@ -365,6 +365,9 @@ class RoundLoop:
             return
         known = len(coordinator.journal.records)
         if reply.run == coordinator.run and reply.position > known:
+            if site.position is None:
+                site.run, site.position = reply.run, reply.position
+                return  # a void may have taken the place of some: it is told at which head the journal here is
             raise ProtocolError(
                 f"it has {reply.position} records, the journal here {known}: this state folder is older than the "
                 "study; end the server and put the newest one back, or use: secfacmic journal rebuild"

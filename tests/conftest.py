@@ -27,6 +27,7 @@ from secure_fed.lab.simulation import accept_another_run, prepare, run_id, simul
 from secure_fed.model import backbone_store
 from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.keys import create_sealed_key, load_identity
+from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, load_study
 from secure_fed.server.coordinator import Coordinator
@@ -185,10 +186,11 @@ class Federation:
 
 
 def exchange(coordinator: Coordinator, site: Site) -> Any:
-    """One request and reply."""
-    reply = site.respond(coordinator.request(site.name, site.run, site.position))
+    """One request and reply; one more where a void has taken the place of the site's last sum."""
+    position = site.position
+    reply = site.respond(coordinator.request(site.name, site.run, position))
     coordinator.receive(reply)
-    return reply
+    return exchange(coordinator, site) if site.position < position and reply.code == ReplyCode.MORE else reply
 
 
 def pass_step(coordinator: Coordinator, sites: list[Site]) -> Any:

@@ -521,6 +521,25 @@ def read_header(data: bytes, agreed: AgreedStudy) -> tuple[Frame, RecordHeader]:
     return frame, header
 
 
+def replaceable(kinds: Sequence[Kind]) -> int | None:
+    """Which record a void can still take the place of: the last sum, until a checkpoint follows it.
+
+    What else follows a sum (an extension, an end, a site that retires, an amendment that nobody has acknowledged, a
+    void of the next round) binds nobody to it: the server alone or one site may have put it there, or sites which have
+    revealed nothing since. It goes with the sum. A checkpoint has the words of a quorum, which give none for that void
+    any more.
+
+    Args:
+        kinds: of a run's records, in order.
+    """
+    for seq in reversed(range(len(kinds))):
+        if kinds[seq] == "aggregate":
+            return seq
+        if kinds[seq] == "checkpoint":
+            return None
+    return None
+
+
 class RecordFolder:
     """The records of one run on disk, one file each, so that a file is whole or absent.
 
@@ -540,10 +559,30 @@ class RecordFolder:
         """
         write_durable(self.file(record.header.seq), record.data)
 
-    def drop_last(self, seq: int) -> None:
-        """Take the last record, of that number, away; durable when this returns."""
-        self.file(seq).unlink(missing_ok=True)
+    def drop_from(self, first: int) -> None:
+        """Take the records from that number on away, the last one first; durable when this returns."""
+        for number in reversed(self._numbers()):
+            if number >= first:
+                self.file(number).unlink(missing_ok=True)
         sync_folder(self.path)
+
+    def drop_replaced(self, agreed: AgreedStudy) -> None:
+        """Take away what followed a sum before a void was written over it, after a crash in between.
+
+        Raises:
+            RecordError: a record does not verify.
+        """
+        following = ZERO_DIGEST
+        for number in reversed(self._numbers()):
+            _, header = read_header(self.read(number), agreed)
+            if header.kind == "void" and following not in (ZERO_DIGEST, head_after_void(header.previous)):
+                self.drop_from(number + 1)
+            if header.kind in ("aggregate", "checkpoint"):
+                return
+            following = header.previous
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.path.iterdir() if re.fullmatch(r"\d{8}\.record", path.name))
 
     def file(self, seq: int) -> Path:
         """Where the record of that number lies."""
@@ -568,7 +607,7 @@ class RecordFolder:
         Raises:
             RecordError: a record does not verify, or one in the middle is missing.
         """
-        numbers = sorted(int(path.stem) for path in self.path.iterdir() if re.fullmatch(r"\d{8}\.record", path.name))
+        numbers = self._numbers()
         if numbers != list(range(len(numbers))):
             raise RecordError(f"{self.path}: records {numbers}; expected all from 0 on; restore the missing ones")
         for number in numbers:

@@ -52,6 +52,8 @@ class RoundRequest:
             payload; empty if there is none. A site whose disk does not know it was put back to an older state.
         carried: what goes with a question, under other sites' signatures: shares with a CHECK, everybody's CHECKED
             with an ARRIVED, a share and an envelope's payload with a GONE.
+        after: id of the server's record before those that it sends, by which a site sees whether a void took the place
+            of its last sum; empty if the site has none yet.
     """
 
     round: int
@@ -64,6 +66,7 @@ class RoundRequest:
     held: str = ""
     past: bytes = b""
     carried: bytes = b""
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class RoundReply:
         site: the sender.
         code: what happened.
         run: the run the site is in; empty before its first genesis.
-        position: number of records of that run that the site has.
+        position: number of records of that run that the site has, and the server too as far as it has said.
         attestation: keyed digest of its adapter at that position; empty while it cannot open the adapter.
         envelope: the signed word that the code names: that it is there for ``present``, READY for ``ready``, the
             update's envelope for ``update``, REVEAL for ``revealed``, its people's word for ``void`` and ``retired``,

@@ -57,6 +57,7 @@ class _RequestFields(FileModel):
     round: Count
     attempt: Count
     more: bool
+    after: Hex64 | Literal[""]
     attested_head: str
     sites: tuple[str, ...]
     attestations: tuple[str, ...]
@@ -94,6 +95,7 @@ def request_content(request: RoundRequest, publish: Callable[[bytes], str]) -> R
             "round": request.round,
             "attempt": request.attempt,
             "more": request.more,
+            "after": request.after,
             "attested_head": request.attested_head,
             "sites": sites,
             "attestations": [request.attestations[site] for site in sites],
@@ -137,6 +139,7 @@ def read_request(content: RecordDict, fetch: Callable[[str, int], bytes]) -> Rou
         attempt=parsed.attempt,
         records=records,
         more=parsed.more,
+        after=parsed.after,
         attested_head=parsed.attested_head,
         attestations=dict(zip(parsed.sites, parsed.attestations, strict=True)),
         question=question,

@@ -307,7 +307,7 @@ def targets() -> dict[str, Target]:
     word_text = reply_text.replace(b"update", b"void") + b'","word":"YWJj","digest":"","length":0,"carried":0}'
     reply_text += b'","word":"","digest":"' + b"0" * 64 + b'","length":3,"carried":2}'
     request_text = (
-        b'{"round":1,"attempt":1,"more":false,"attested_head":"","sites":["ash"],"attestations":["'
+        b'{"round":1,"attempt":1,"more":false,"after":"","attested_head":"","sites":["ash"],"attestations":["'
         + b"0" * 64
         + b'"],"digests":["'
         + b"0" * 64

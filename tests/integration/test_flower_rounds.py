@@ -289,6 +289,29 @@ def test_a_rotated_key_takes_force_in_mid_study(federation: Federation, caplog: 
     assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_observer_that_has_a_record_which_a_void_replaced_comes_back(
+    federation: Federation, restarted: bool
+) -> None:
+    """It is asked for nothing, and may hear of it only when the round has a record again: its journal is as long."""
+    coordinator, wire, loop = _begin(federation)
+    sites = {app.site.name: app.site for app in wire.apps.values()}
+    _steps(loop, lambda: all(site.position == 2 for site in sites.values()))
+    before = sites[OBSERVER].adapter_digest
+    wire.away = {OBSERVER}
+    for name in TRAINING:
+        sites[name].void(1)
+    _steps(loop, lambda: coordinator.journal.records[1].header.kind == "void" and len(coordinator.rounds) == 1)
+    assert (sites[OBSERVER].position, sites[OBSERVER].adapter_digest) == (2, before)
+    wire.away = set()
+    if restarted:
+        loop = _loop(federation, federation.reopen(), wire)
+    loop.run()
+    assert sites[OBSERVER].round == federation.agreed.study.rounds
+    assert len({site.adapter_digest for site in sites.values()}) == 1
+    assert sites[OBSERVER].replica.files.records.read(1) == coordinator.journal.read(1)
+
+
 def test_when_members_change_the_loop_ends_for_them_to_be_registered(federation: Federation) -> None:
     coordinator, wire, loop = _begin(federation)
     _steps(loop, lambda: len(coordinator.rounds) == 1)

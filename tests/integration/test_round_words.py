@@ -17,8 +17,11 @@ import safetensors.numpy
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
+from secure_fed.clients.acceptance import record_acceptance
+from secure_fed.clients.keyring import membership
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import (
     AggregateRefused,
     EnvelopeError,
@@ -32,6 +35,7 @@ from secure_fed.privacy.ckks import Cipher
 from secure_fed.protocol import codec
 from secure_fed.protocol.journal import find_runs, verify_run
 from secure_fed.protocol.packing import PlainSealer
+from secure_fed.protocol.records import RecordFolder
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     SignedWord,
@@ -44,7 +48,7 @@ from secure_fed.protocol.round_frames import (
 )
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import sign_frame
-from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.coordinator import Coordinator, Step, end_run, extend_run
 from secure_fed.server.rebuild import rebuild
 from tests.conftest import (
     TRAINING,
@@ -627,6 +631,132 @@ def test_a_record_and_a_void_of_one_round_the_void_counts_and_one_record_is_take
     assert again[1].round == 1
     runs = find_runs(four.folder / "sites" / "birch" / "state")
     assert [record.header.kind for record in verify_run(runs[0], four.agreed)] == ["genesis", "void", "aggregate"]
+
+
+def follow(four: Federation, kind: str, coordinator: Coordinator, sites: list[Site]) -> None:
+    """A record of this kind after the last sum, which some sites take."""
+    if kind == "extension":
+        for member in four.agreed.study.sites:
+            file = read_site_file(four.folder / "sites" / member.name / "site.toml")
+            identity = membership(file, four.agreed).identity
+            record_acceptance(file, four.agreed, identity, "Dr X", rounds=five(four))
+        extend_run(four.agreed, four.folder / "server", five(four))
+    elif kind == "retired":
+        sites[1].retire()
+        assert exchange(coordinator, sites[1]).code == ReplyCode.RETIRED
+    elif kind == "end":
+        end_run(four.agreed, four.folder / "server")
+    else:  # a void of the round after
+        for site in (sites[0], *sites[1:3]):
+            exchange(coordinator, site)
+            site.void(2)
+            assert exchange(coordinator, site).code == ReplyCode.VOID
+    entry = coordinator.advance()
+    assert entry is not None
+    assert entry.header.kind == kind
+    for site in sites[:2]:
+        exchange(coordinator, site)
+
+
+def five(four: Federation) -> int:
+    return four.agreed.study.rounds + 2
+
+
+@pytest.mark.parametrize("kind", ["extension", "retired", "end", "void"])
+def test_what_follows_a_sum_by_the_server_or_one_site_goes_with_it_when_a_void_counts(
+    four: Federation, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a site that had it could never follow the others, who gave the round up before they knew of its record."""
+    sites, coordinator = split_over_a_record(four)
+    start = four.site("dogwood").adapter_digest
+    follow(four, kind, coordinator, sites)
+    length = sites[1].position
+    assert length == 3
+    for site in (sites[0], *sites[2:]):
+        site.void(1)
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    monkeypatch.setattr(RecordFolder, "drop_from", lambda *_: None)  # a crash in between
+    entry = coordinator.advance()
+    assert entry is not None
+    assert (entry.header.kind, entry.header.seq) == ("void", 1)
+    monkeypatch.undo()
+    coordinator = four.reopen()
+    assert [entry.header.kind for entry in coordinator.journal.records] == ["genesis", "void"]
+    late = four.site("birch")
+    assert late.position == length
+    assert exchange(coordinator, late).code == (ReplyCode.RETIRED if kind == "retired" else ReplyCode.READY)
+    assert late.adapter_digest == start
+    kinds = [record.header.kind for record in verify_run(find_runs(four.folder / "sites/birch/state")[0], four.agreed)]
+    assert kinds == ["genesis", "void"]
+    sites[1] = late
+    if kind == "end":
+        coordinator.advance()
+        assert coordinator.finished
+        return
+    if kind in ("extension", "retired"):
+        exchange(coordinator, late)
+        assert coordinator.advance().header.kind == kind, "it comes again"  # type: ignore[union-attr]
+    if kind == "retired":
+        for site in (sites[0], *sites[2:]):
+            site.release()
+    pass_step(coordinator, sites)
+    close_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+    assert coordinator.round == 2
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["void", "void and the round anew"])
+def test_a_site_that_was_away_for_voids_takes_back_the_record_that_the_first_replaced(
+    four: Federation, again: bool
+) -> None:
+    sites, coordinator = split_over_a_record(four)
+    others = (sites[0], *sites[2:])
+    for _ in range(2):
+        for site in others:
+            site.void(1)
+            exchange(coordinator, site)
+        coordinator.advance()
+        for site in others:
+            site.release()
+            exchange(coordinator, site)
+    assert [entry.header.kind for entry in coordinator.journal.records] == ["genesis", "void", "void"]
+    if again:
+        close_round(coordinator, list(others))
+        for site in others:
+            exchange(coordinator, site)
+    assert sites[1].position == 2
+    assert exchange(coordinator, sites[1]).code == ReplyCode.READY
+    assert sites[1].adapter_digest == sites[0].adapter_digest
+
+
+def test_a_server_that_names_a_head_that_nobody_has_takes_nothing_back(four: Federation) -> None:
+    sites, coordinator = split_over_a_record(four)
+    request = coordinator.request("ash", sites[0].run, sites[0].position)
+    held = sites[0].adapter_digest
+    reply = sites[0].respond(replace(request, after="5" * 64))
+    assert (reply.code, reply.position, reply.attestation) == (ReplyCode.MORE, 1, "")
+    assert (sites[0].adapter_digest, sites[0].round) == (held, 1)
+    assert exchange(coordinator, sites[0]).code == ReplyCode.APPLIED  # it is ready already
+    assert sites[0].position == 2
+
+
+def test_whoever_stands_by_an_amendment_gives_no_word_for_a_void_of_the_sum_before(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    run_round(coordinator, sites)
+    coordinator.amend(federation.seal_key(2, coordinator.journal.chain.key))
+    pass_step(coordinator, sites)
+    for site in sites:
+        assert exchange(coordinator, site).code == ReplyCode.ACKNOWLEDGED
+        with pytest.raises(ProtocolError, match="the round that is open here is none"):
+            site.void(1)
+    coordinator.advance()
+    for site in sites:
+        exchange(coordinator, site)
+        with pytest.raises(ProtocolError, match="the round that is open here is 2"):
+            site.void(1)
 
 
 def test_a_rebuild_from_a_copy_with_the_record_and_one_with_its_void_goes_on_from_the_void(four: Federation) -> None:

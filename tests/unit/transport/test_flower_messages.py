@@ -27,7 +27,13 @@ from tests.flower_messages import Shelf
 
 REQUEST = RoundRequest(3, 2, (b"first", b"second"), True, "ab" * 32, {"ash": "00" * 32, "birch": "11" * 32})
 ASKING = dataclasses.replace(
-    REQUEST, records=(), more=False, question=b"a signed question", held="ef" * 32, past=b"its own word"
+    REQUEST,
+    records=(),
+    more=False,
+    question=b"a signed question",
+    held="ef" * 32,
+    past=b"its own word",
+    after="98" * 32,
 )
 READY = RoundReply("ash", ReplyCode.READY, "cd" * 32, 4, "22" * 32, b"a signed word")
 VOID = RoundReply("ash", ReplyCode.VOID, "cd" * 32, 4, "22" * 32, b"a signed void")
