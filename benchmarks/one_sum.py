@@ -157,11 +157,46 @@ def precision_rows(data: Data, rows: Rows) -> None:
 # --- budgets ---
 
 
-def private_rows(data: Data, rows: Rows, epsilons: Sequence[float], sizes: Sequence[int] = (32, 64)) -> None:
+def small_rows(data: Data, rows: Rows) -> None:
+    """What rounding costs at small sites, whose sums are small beside bounds that the usual most patients make."""
+    rng = np.random.default_rng(data.agreed.study.seed)
+    for count in (30, 60):
+        few = Data(data.agreed, [_some(own, count, rng) for own in data.training.values()], None)
+        few.held_out = data.held_out
+        for size in (64, 128):
+            agreed = sum_study(
+                data.agreed,
+                method=METHOD | {"min_patients": 2},
+                features={"basis": "public", "dimensions": size},
+            )
+            name = f"public {size}, {count} images a site"
+            rows.setdefault(f"{name}: not rounded", []).append(
+                head_figures(few, agreed, unrounded(few, agreed)) | {"kB": 0.0}
+            )
+            for bits in (18, 16, 14, 12):
+                agreed = sum_study(agreed, bits=bits)
+                rows.setdefault(f"{name}: {bits} bits", []).append(
+                    head_figures(few, agreed, federate(agreed, few.training).adapter)
+                )
+
+
+def _some(own: SiteFeatures, count: int, rng: np.random.Generator) -> SiteFeatures:
+    """A site with so many training images, and a sixth as many for validation, drawn from all that it has."""
+    found, owners = {}, dict(own.patients)
+    for split, kept in (("train", count), ("val", count // 6)):
+        part: Labelled = getattr(own, split)
+        rows = rng.permutation(len(part.y))[:kept]
+        found[split] = Labelled(part.x[rows], part.y[rows])
+        owners[split] = tuple(own.patients[split][row] for row in rows)  # type: ignore[index]
+    return replace(own, **found, patients=owners)
+
+
+def private_rows(data: Data, rows: Rows, epsilons: Sequence[float], sizes: Sequence[int] = (16, 32, 64)) -> None:
     """Sites that release their statistics once under a budget; the shrinkage is declared."""
     method = METHOD | {"shrinkage": 0.03}
     bases: list[dict[str, Any]] = [{"basis": "public", "dimensions": size} for size in sizes]
-    for features in (*bases, {"basis": "random", "dimensions": 64}):
+    bases += [{"basis": "random", "dimensions": 32}, {"basis": "random", "dimensions": 64}, {"basis": "raw"}]
+    for features in bases:
         agreed = sum_study(data.agreed, rounds=1, method=method, features=features)
         most = agreed.study.privacy.images_per_patient
         sums = []
@@ -178,7 +213,7 @@ def private_rows(data: Data, rows: Rows, epsilons: Sequence[float], sizes: Seque
                 found = layout.decode(np.asarray(total), [1.0] * len(sums))
                 state = aggregation.after_round(agreed, aggregation.start(agreed), found)
                 drawn.append(head_figures(data, agreed, aggregation.adapter_of(state)))
-            name = f"{features['basis']} {features['dimensions']}, epsilon {epsilon:g}"
+            name = f"{' '.join(map(str, features.values()))}, epsilon {epsilon:g}"
             rows.setdefault(name, []).append({key: float(np.mean([one[key] for one in drawn])) for key in drawn[0]})
 
 
@@ -428,7 +463,14 @@ def show(console: Console, title: str, rows: Rows) -> None:
 
 def on_brain_mri(folder: Path, work: Path, seeds: int, console: Console) -> dict[str, Rows]:
     """All tables of the brain MRI."""
-    tables: dict[str, Rows] = {"Bases": {}, "Precision": {}, "Budgets": {}, "Tried": {}, "Sets of 90 %": {}}
+    tables: dict[str, Rows] = {
+        "Bases": {},
+        "Precision": {},
+        "Small sites": {},
+        "Budgets": {},
+        "Tried": {},
+        "Sets of 90 %": {},
+    }
     template = read_template(Path("brain_mri"))
     for seed in range(seeds):
         start = time.perf_counter()
@@ -440,6 +482,7 @@ def on_brain_mri(folder: Path, work: Path, seeds: int, console: Console) -> dict
             found = head_figures(data, agreed, federate(agreed, data.training).adapter)
             tables["Bases"].setdefault(row.name, []).append(found)
         precision_rows(data, tables["Precision"])
+        small_rows(data, tables["Small sites"])
         private_rows(data, tables["Budgets"], EPSILONS)
         tried_rows(data, world, tables["Tried"])
         set_rows(data, tables["Sets of 90 %"])

@@ -257,6 +257,10 @@ def _budget(file: SiteFile) -> dict[str, Any] | None:
     return {"epsilon": account.epsilon, "delta": account.delta, "unit": account.unit}
 
 
+_MOST_NOISED = 128
+"""Dimensions above which one sum of a site with a budget is warned of (docs/results/brain_mri.md)."""
+
+
 def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
     """What a site says in a study of sums, and what the sums disclose."""
     study, basis = agreed.study, agreed.initial.basis
@@ -273,6 +277,12 @@ def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
             if budget
             else "round 2: histograms of how validation patients, and training patients under heads without them, "
             "fare under each shrinkage; no single image's figures"
+        )
+    if budget and basis.dimensions > _MOST_NOISED:
+        lines.append(
+            f"warning: under this site's budget the noise lies in {basis.dimensions} dimensions and drowns what tells "
+            f'classes apart; expected at most {_MOST_NOISED}: ask for a study with features.basis = "public" and '
+            "dimensions = 32"
         )
     if not budget:
         lines += [

@@ -18,7 +18,7 @@ from typing import Literal, Never, get_args
 
 import numpy as np
 
-from secure_fed.clients.dicom import patient_id
+from secure_fed.clients.dicom import NOBODY, Owner, owner
 from secure_fed.clients.manifest import Table, plain_form, read_table
 from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, says_nothing
@@ -74,6 +74,8 @@ class SiteImage:
         split: what it is used for; all images of a patient share one.
         frame: of a multi-frame DICOM file or a NIfTI volume, which frame or slice, from 0; None takes the middle one.
         axis: of a NIfTI volume, which way it is cut.
+        owner: whose it is by the file's own header, whatever a manifest says; not looked at where an image counts as a
+            patient.
     """
 
     path: Path
@@ -82,6 +84,7 @@ class SiteImage:
     split: Split
     frame: int | None = None
     axis: Axis = "axial"
+    owner: Owner = NOBODY
 
     @property
     def source(self) -> Source:
@@ -119,12 +122,14 @@ class Notes:
         passed_over: files and folders that are no images, with the reason.
         left_out: how many images were left out by the site's choice, by kind.
         settled: ids that people have said to be patients of their own.
+        same: from ids to those that people have said to hold for them.
     """
 
     told: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     settled: frozenset[str] = frozenset()
+    same: Mapping[str, str] = field(default_factory=dict)
 
 
 Groups = Callable[[Sequence[SiteImage]], Collection[Collection[str]]]
@@ -143,6 +148,7 @@ class _Row:
     axis: str = ""
     series: str = ""
     asked: bool = False
+    owner: Owner = NOBODY
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -287,7 +293,7 @@ def _images(rows: Sequence[_Row], ids: dict[str, int], splits: Mapping[str, Spli
         split = splits[row.patient]
         label = None if split == UNLABELLED else ids[row.label]
         frame = int(row.frame) if row.frame else None
-        images.append(SiteImage(row.base / row.path, row.patient, label, split, frame, _axis(row.axis)))
+        images.append(SiteImage(row.base / row.path, row.patient, label, split, frame, _axis(row.axis), row.owner))
     return sorted(images, key=lambda one: (one.path.as_posix(), one.axis, -1 if one.frame is None else one.frame))
 
 
@@ -364,8 +370,9 @@ def _refuse_two_classes(rows: Sequence[_Row]) -> None:
 def _found_row(folder: Path, path: Path, unit: Unit, label: str, split: str) -> _Row:
     """The row of a file that no manifest lists."""
     relative = path.relative_to(folder).as_posix()
-    patient = relative if unit == "image" else in_one_form(patient_id(path))
-    return _Row(relative, relative, patient, label, split, base=folder)
+    whose = NOBODY if unit == "image" else owner(path)
+    patient = relative if unit == "image" else in_one_form(whose.patient)
+    return _Row(relative, relative, patient, label, split, base=folder, owner=whose)
 
 
 def _refuse_nameless(rows: Sequence[_Row]) -> None:
@@ -558,6 +565,7 @@ def _settled(
     if named is None and not path.exists():
         return rows
     same, notes.settled = read_settled(path)
+    notes.same = same
     if known is not None and (
         strange := [one for one in sorted(same.keys() & known) if same[one] not in {*known, *notes.settled}]
     ):
@@ -615,11 +623,12 @@ def _read_manifest(
             else:
                 fault = files.contradiction(path, cells["series"])
         for name, frame, asked in pictures:
-            patient = name + (f"#{frame}" if frame else "")
+            patient, whose = name + (f"#{frame}" if frame else ""), NOBODY
             if unit == "patient":
-                patient = in_one_form(cells["patient"] or patient_id(manifest.parent / name))
+                whose = files.owner(name)
+                patient = in_one_form(cells["patient"] or whose.patient)
             about = (f"line {line}", name, patient, cells["label"], cells["split"], frame, manifest.parent)
-            row = _Row(*about, cells["axis"], cells["series"], asked)
+            row = _Row(*about, cells["axis"], cells["series"], asked, whose)
             if fault := fault or _fault(row, has_splits, nameless):
                 faults.append(f"{row.where}: {fault}")
             rows.append(row)
@@ -669,6 +678,7 @@ class _Files:
         self._inside: dict[str, bool] = {}
         self._series: dict[str, list[tuple[str, _Order]]] = {}
         self._uids: dict[str, str] = {}
+        self._owner: tuple[str, Owner] = "", NOBODY
         self.guessed = 0
 
     def find(self, path: str) -> str:
@@ -718,6 +728,12 @@ class _Files:
             fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
             return [(path, place, False)], f"{fault} {len(there) - 1}"
         return [(there[int(place)][1], "", True)], None
+
+    def owner(self, path: str) -> Owner:
+        """Whose a file is by its own header; rows of one file follow one another, and it is read once for them."""
+        if self._owner[0] != path:
+            self._owner = path, owner(self._folder / path)
+        return self._owner[1]
 
     def contradiction(self, path: str, series: str) -> str | None:
         """What is wrong with the UID of a series that a row says a file is of; any other name is free."""

@@ -48,8 +48,8 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
     Returns:
         A JSON document. ``told``: what was sniffed or guessed; ``passed_over``: what is no image, count and list;
         ``left_out``: how many images by kind, as the site chose; ``doubts``: about who is who, each with ``kind``,
-        ``ids``, ``images``, ``splits`` and ``text``; ``kinds``: scouts and screenshots among the images, by kind;
-        ``modalities`` and ``scanners``: images by each; ``largest_patients``: those with most images; ``odd``:
+        ``ids``, ``images``, ``splits``, ``text`` and ``remedy``; ``kinds``: scouts and screenshots among the images, by
+        kind; ``modalities`` and ``scanners``: images by each; ``largest_patients``: those with most images; ``odd``:
         ``blank``, ``tiny``, ``colour`` and ``unlike`` pictures, and ``noted`` ones, whose file says what cannot be
         followed; behind a path, in brackets, which picture of the file is meant.
         ``classes``: images by class and split; ``patients``: by split; ``missing_classes``;
@@ -85,6 +85,7 @@ def check_data(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = 
                 "images": doubt.images,
                 "splits": sorted({image.split for image in images if image.patient in doubt.ids}),
                 "text": doubt.text,
+                "remedy": doubt.remedy,
             }
             for doubt in doubts
         ],

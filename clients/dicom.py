@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
@@ -102,7 +102,8 @@ _SHORT_SCOUTS = re.compile(r"\b(loc|survey|uebersicht|\u00fcbersicht)\b")
 """Of magnetic resonance and computed tomography; of X-rays a survey is an examination."""
 _SCREENS = frozenset({"SCREEN SAVE", "SCREENSHOT", "SCREEN_SAVE", "SCREEN CAPTURE", "DOSE_INFO"})
 _HEADER = (
-    *("SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "ManufacturerModelName", "ImageType", "PatientID"),
+    *("SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "ManufacturerModelName", "ImageType"),
+    *("PatientID", "IssuerOfPatientID"),
     *("BurnedInAnnotation", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "NumberOfFrames"),
     *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
@@ -212,10 +213,30 @@ def _inflated(content: bytes) -> bytes:
     return content[:start].replace(DeflatedExplicitVRLittleEndian.encode(), native) + found
 
 
+class Owner(NamedTuple):
+    """Whose a DICOM file is by its own header; empty what it does not say.
+
+    Attributes:
+        patient: PatientID (0010,0020).
+        issuer: IssuerOfPatientID (0010,0021), who gave it: ids of two hospitals may be equal.
+    """
+
+    patient: str = ""
+    issuer: str = ""
+
+
+NOBODY = Owner()
+
+
+def owner(path: Path) -> Owner:
+    """Whose a file is; nobody's, if it is no DICOM file."""
+    header = read_header(path)
+    return NOBODY if header is None else Owner(text(header, "PatientID"), text(header, "IssuerOfPatientID"))
+
+
 def patient_id(path: Path) -> str:
     """PatientID (0010,0020) of a DICOM file; empty if it has none, or is no DICOM file."""
-    header = read_header(path)
-    return "" if header is None else text(header, "PatientID")
+    return owner(path).patient
 
 
 def text(dataset: Any, keyword: str) -> str:

@@ -13,7 +13,7 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -153,6 +153,27 @@ def run_site(app: SiteApp, way: Way) -> None:
         raise app.failure
 
 
+@contextlib.contextmanager
+def open_line(way: Way, site: str, key: ec.EllipticCurvePrivateKey) -> Iterator[ByteLine]:
+    """The large bytes alone, beside a client that may be running; nothing is joined.
+
+    Raises:
+        CertificateError: the server does not prove to be the one that the study means.
+        ClockError: the clocks differ too much.
+        NotAdmittedError: the server does not know this site.
+        ProtocolError: nobody is there, or it answers something else.
+    """
+    connection = _Connection(way, site, key, lambda: True)
+    try:
+        yield connection.bare_line
+    except _Over:
+        raise ProtocolError(
+            f"{way.address}: nobody answers; expected the study's server, while it runs: ask again when it is there"
+        ) from None
+    finally:
+        connection.leave()
+
+
 def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
     fastest, slowest = max(FASTEST, way.sites / FAST_CALLS), max(SLOWEST, way.sites / SLOW_CALLS)
     pause = fastest
@@ -226,6 +247,7 @@ class _Connection:
 
     Attributes:
         line: the large bytes beside it.
+        bare_line: the same, where a refusal means that something is not there.
     """
 
     def __init__(
@@ -249,6 +271,7 @@ class _Connection:
         http = httpx.Client(verify=trusting(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False)
         self._client._client = http
         self.line = ByteLine(http, f"https://{way.address}", site, key, self._call, way.records)
+        self.bare_line = ByteLine(http, f"https://{way.address}", site, key, self._repeat)
         self._waits = bool(way.wait)
         self._looking = False
         self._bundles: dict[int, bytes] = {}

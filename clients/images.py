@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import NamedTuple
 from secure_fed.clients.budget import has_budget
 from secure_fed.clients.data import MANIFEST, Choice, Groups, Notes, SiteImage, read_data
 from secure_fed.clients.decoding import identities
-from secure_fed.clients.duplicates import Fingerprints, fingerprints, inseparable, merged
+from secure_fed.clients.doubts import all_doubts, renamed
+from secure_fed.clients.duplicates import Fingerprint, Fingerprints, fingerprints, inseparable, merged
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.manifest import read_table
-from secure_fed.clients.patients import SETTLED, Doubt, doubts, in_one_form
+from secure_fed.clients.patients import SETTLED, Doubt, in_one_form
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import ManifestError, PatientError, SecfacmicError, fault_lines
@@ -48,7 +48,7 @@ class Found(NamedTuple):
     Attributes:
         images: as :func:`site_images` gives them.
         notes: what was noticed while they were found.
-        doubts: ids that may not tell patients apart.
+        doubts: what is open about who is who, and which label a picture has.
     """
 
     images: list[SiteImage]
@@ -57,10 +57,10 @@ class Found(NamedTuple):
 
 
 def find_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> Found:
-    """:func:`site_images` with what was noticed on the way."""
-    images, places, _, notes = _kept(file, agreed, progress)
+    """:func:`site_images` with what was noticed on the way; of pictures, where splits depend on them."""
+    images, places, looks, notes = _kept(file, agreed, progress)
     kept = [images[place] for place in places]
-    return Found(kept, notes, _doubts(file, kept, notes))
+    return _found(file, agreed, kept, notes, None if looks is None else [looks.found[place] for place in places])
 
 
 def compared_images(
@@ -69,33 +69,42 @@ def compared_images(
     """:func:`find_images` with the fingerprints of all images, in the same order."""
     images, places, looks, notes = _kept(file, agreed, progress)
     kept = [images[place] for place in places]
-    found = Found(kept, notes, _doubts(file, kept, notes))
     if looks is None:
-        return found, _look(file, agreed, kept, progress)
-    reasons = {index: looks.unreadable[place] for index, place in enumerate(places) if place in looks.unreadable}
-    return found, Fingerprints([looks.found[place] for place in places], reasons)
+        seen = _look(file, agreed, kept, progress)
+    else:
+        reasons = {index: looks.unreadable[place] for index, place in enumerate(places) if place in looks.unreadable}
+        seen = Fingerprints([looks.found[place] for place in places], reasons)
+    return _found(file, agreed, kept, notes, seen.found), seen
 
 
 def refuse_doubts(file: SiteFile, found: Found) -> None:
-    """Under a privacy budget, check that ids tell patients apart: one patient under two ids would have two budgets.
+    """Under a privacy budget, check that nothing is open: one patient under two ids would have two budgets.
 
     Raises:
-        PatientError: they do not, or nobody has said so yet.
+        PatientError: ids do not tell patients apart, or nobody has said so yet; or a picture has two labels.
     """
     if not found.doubts or not has_budget(file):
         return
     lines = [doubt.text for doubt in found.doubts]
     raise PatientError(
         f"{file.data.folder}: {len(found.doubts)} doubts about who is who; under a privacy budget each patient must "
-        f"have one id: mend the ids, or settle each in {SETTLED} (columns id, same_as; an empty same_as says that the "
-        f"id is a patient of its own){fault_lines(lines)}"
+        f"have one id, and each picture one label: mend them, or settle each id in {SETTLED} (columns id, same_as; an "
+        f"empty same_as says that the id is a patient of its own){fault_lines(lines)}"
     )
 
 
-def _doubts(file: SiteFile, images: Sequence[SiteImage], notes: Notes) -> list[Doubt]:
-    if file.data.unit == "image":
-        return []
-    return doubts(Counter(image.patient for image in images), notes.settled)
+def _found(
+    file: SiteFile,
+    agreed: AgreedStudy,
+    images: list[SiteImage],
+    notes: Notes,
+    looks: Sequence[Fingerprint | None] | None,
+) -> Found:
+    if others := renamed(images, notes):
+        notes.told.append(
+            f"{file.data.folder}: {others} patients have another id in the manifest than in their DICOM files"
+        )
+    return Found(images, notes, all_doubts(images, file.data.unit, notes, agreed.study.class_names, looks))
 
 
 def present_images(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
@@ -163,8 +172,9 @@ def _kept(
 
     def together(images: Sequence[SiteImage]) -> list[frozenset[str]]:
         looks.append(_look(file, agreed, images, progress))
-        # Who may be one patient in two writings is never split either.
-        one = [frozenset(doubt.ids) for doubt in _doubts(file, images, notes) if doubt.kind == "writings"]
+        # Who may be one patient in two writings, or by the files, is never split either.
+        open_ = all_doubts(images, file.data.unit, notes)
+        one = [frozenset(doubt.ids) for doubt in open_ if doubt.kind in ("writings", "header")]
         return merged([*inseparable(images, looks[0].found), *one])
 
     images = _read(file, agreed, None if has_budget(file) else together, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,13 +54,14 @@ def _tell(agreed: AgreedStudy, together: Sums) -> None:
         )
         return
     least = agreed.study.method.min_patients
+    noise = " (two standard deviations of the budgets' noise more than the study asks for)" if together.doubtful else ""
     known = one_sum.known_classes(together, least)
     for name, there, count in zip(agreed.study.class_names, known, together.patients, strict=True):
         if not there:
             log.warning(
-                "class %s has %.0f patients in the sum of all sites; expected at least %d: it is left out of the head "
-                "and never predicted; ask for sites that have some, or lower method.min_patients in a new study",
-                *(name, max(0.0, float(count)), least),
+                "class %s has %.0f patients in the sum of all sites; expected at least %d%s: it is left out of the "
+                "head and never predicted; ask for sites that have some, or lower method.min_patients in a new study",
+                *(name, max(0.0, float(count)), math.ceil(least + together.doubtful), noise),
             )
 
 

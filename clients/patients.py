@@ -25,7 +25,12 @@ _PLACEHOLDERS = frozenset(
     {
         *("nan", "none", "null", "na", "nil", "undefined", "unknown", "missing", "empty", "default", "dummy", "test"),
         *("anon", "anonym", "anonymous", "anonymized", "anonymised", "anonymous1", "deidentified", "pseudonym"),
-        *("removed", "redacted", "patient", "patientid", "id", "noid", "noname", "tbd", "x", "xxx", "xxxx"),
+        *("anonymisiert", "anonymise", "anonyme", "anonimo", "anonimizado", "anonimizzato", "anonymizer", "deid"),
+        *("pseudo", "pseudonymized", "pseudonymised", "pseudonymisiert", "unidentified", "identified", "de"),
+        *("removed", "redacted", "patient", "patientid", "id", "noid", "noname", "tbd", "deleted", "erased"),
+        *("hidden", "masked", "withheld", "confidential", "private", "protected", "blank", "cleared", "scrubbed"),
+        *("sanitized", "sanitised", "obfuscated", "value", "subject", "person", "dicom"),
+        *("x", "xx", "xxx", "xxxx"),
         *("unbekannt", "inconnu", "desconocido", "sconosciuto", "unk", "name", "not", "available", "applicable", "no"),
         *("number", "mrn", "pid", "true", "false", "wahr", "falsch", "leer", "vide"),
     }
@@ -47,13 +52,18 @@ _LOOKALIKES = str.maketrans(
 )
 """Letters whose capitals cannot be told from Latin ones, after :meth:`str.casefold`."""
 
-Kind = Literal["writings", "placeholder", "spreadsheet", "share"]
+Kind = Literal["writings", "placeholder", "spreadsheet", "share", "header", "issuers", "picture", "classes"]
 _WORDS: dict[Kind, str] = {
     "writings": "may be one patient in several writings",
     "placeholder": "is a placeholder and may stand for many patients",
     "spreadsheet": "is what a spreadsheet makes of an id, and may stand for many patients",
     "share": f"has more than {MOST_SHARE:.0%} of all images",
 }
+MANY_IN_ONE: frozenset[Kind] = frozenset({"placeholder", "spreadsheet", "header", "issuers"})
+"""Doubts whether what goes by one id is of one person."""
+
+NAMED = 10
+"""Ids that a doubt names; others are counted."""
 
 
 class Doubt(NamedTuple):
@@ -62,17 +72,34 @@ class Doubt(NamedTuple):
     Attributes:
         kind: what is wrong.
         ids: of whom.
-        images: that they have together.
+        images: that it is about.
+        found: what is wrong, in words, where the kind alone does not say it.
     """
 
     kind: Kind
     ids: tuple[str, ...]
     images: int
+    found: str = ""
 
     @property
     def text(self) -> str:
         """In words."""
-        return f"{', '.join(map(repr, self.ids))} ({self.images} images) {_WORDS[self.kind]}"
+        ids = some(map(repr, self.ids))
+        return f"{ids} ({self.images} image{'s' * (self.images != 1)}) {self.found or _WORDS[self.kind]}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        if self.kind == "classes":
+            return "give the picture one label, or take it out"
+        return f"mend it, or settle it in {SETTLED}"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names, and how many there are beside them."""
+    listed = list(names)
+    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
+    return ", ".join(listed[:NAMED]) + more
 
 
 def in_one_form(patient: str) -> str:
@@ -92,11 +119,11 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for patient in counts:
-        groups[_key(patient)].append(patient)
+        groups[writing_free(patient)].append(patient)
     found = [
         Doubt("writings", tuple(sorted(group)), sum(counts[one] for one in group))
         for group in groups.values()
-        if len(group) > 1 and sum(one not in settled for one in group) > 1
+        if are_open(group, settled)
     ]
     total = sum(counts.values())
     # A spreadsheet's numbers have 15 digits: of longer ones it leaves zeros, in all of them.
@@ -114,23 +141,28 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
     return sorted(found)
 
 
+def are_open(ids: Collection[str], settled: Collection[str]) -> bool:
+    """Whether ids may be one patient: there are several, and people have not said of all, or all but one, otherwise."""
+    return len(ids) > 1 and sum(one not in settled for one in ids) > 1
+
+
 def says_nothing(patient: str) -> bool:
-    """Whether an id, or a label, is a placeholder: words that name nobody, nothing, zeros, or nines."""
+    """Whether an id, or a label, is a placeholder: words that name nobody, zeros, one sign again and again, 1 to 9."""
     words = [word.lstrip("0") for word in re.findall(r"[^\W_]+", patient.casefold())]
     whole = "".join(words)
     return (
         not whole
         or whole in _PLACEHOLDERS
         or all(word in _PLACEHOLDERS for word in words)
-        or re.fullmatch(r"9{5,}", whole) is not None
-        or re.fullmatch(r"-(1|9+)", patient) is not None
+        or re.fullmatch(r"(.)\1{4,}", whole) is not None
+        or re.fullmatch(r"-(1|9+)|0?12345678(90?)?", patient) is not None
     )
 
 
 def similar(patient: str, known: Iterable[str]) -> list[str]:
     """At most five known ids that somebody may have meant."""
     names = sorted(set(known))
-    alike = [name for name in names if _key(name) == _key(patient)]
+    alike = [name for name in names if writing_free(name) == writing_free(patient)]
     return list(dict.fromkeys([*alike, *difflib.get_close_matches(patient, names, n=5)]))[:5]
 
 
@@ -172,8 +204,13 @@ def read_settled(path: Path) -> tuple[dict[str, str], frozenset[str]]:
     return same, frozenset(own)
 
 
-def _key(patient: str) -> str:
-    """Equal for ids that differ by case, blanks, quotes, dashes, leading zeros, ``.0``, thousands or the alphabet."""
+def writing_free(patient: str) -> str:
+    """Equal for ids that may be one in two writings.
+
+    Such differ by case, Unicode's compatible forms, letters of other alphabets that look alike, blanks, underscores,
+    quotes and ``=``, the kind of dash, empty parts of a DICOM name (``^``), zeros before any of their numbers, or, of
+    an id that is a number, ``.0`` and a spreadsheet's thousands.
+    """
     plain = unicodedata.normalize("NFKC", patient).casefold().translate(_LOOKALIKES)
     plain = re.sub(r"[\s_'\"=`\u2018\u2019\u201c\u201d\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
     plain = re.sub(r"[\u2010-\u2015\u2212]", "-", plain)

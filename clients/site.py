@@ -10,6 +10,7 @@ import hashlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
@@ -25,11 +26,11 @@ from secure_fed.clients import memory, one_sum
 from secure_fed.clients.acceptance import acceptance_digest
 from secure_fed.clients.bound import Bound, Fresh, Padded
 from secure_fed.clients.budget import ledger_folder, unpaid
-from secure_fed.clients.data import DRAWN_ALONE, SiteImage, Split
+from secure_fed.clients.data import SiteImage, Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
 from secure_fed.clients.given_sums import GivenSums
-from secure_fed.clients.images import by_patient, compared_images, data_changed, find_images, refuse_doubts, rules_of
+from secure_fed.clients.images import by_patient, compared_images, data_changed, refuse_doubts, rules_of
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.rehearsal import rehearse
 from secure_fed.clients.replica import LastSum, Replica
@@ -237,19 +238,18 @@ class Site:
     def _read_data(self, progress: Progress | None) -> SiteFeatures:
         checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
         pictures: dict[str, frozenset[bytes]] = {}
-        looks = None
-        if self._private is None:
-            found = find_images(self._file, self._agreed, progress)
-        else:
-            found, looks = compared_images(self._file, self._agreed, progress)
+        found, looks = compared_images(self._file, self._agreed, progress)
+        for line in found.notes.told:
+            log.info("%s: %s", self.name, line)
         refuse_doubts(self._file, found)
-        if DRAWN_ALONE in found.notes.told:
-            log.info("%s: %s", self.name, DRAWN_ALONE)
         if found.doubts:
-            count = len(found.doubts)
-            log.warning("%s: %d doubts about who is who; see them: secfacmic data check", self.name, count)
+            kinds = Counter(doubt.kind for doubt in found.doubts)
+            log.warning(
+                "%s: %d doubts about who is who (%s); see them: secfacmic data check",
+                *(self.name, len(found.doubts), ", ".join(f"{kind} {count}" for kind, count in kinds.items())),
+            )
         images = found.images
-        if looks is not None:
+        if self._private is not None:
             images, pictures = by_patient(images, looks, self._file.data.unit)
         with FeatureCache(self._file.feature_cache) as cache:
             features = load_features(
@@ -1061,18 +1061,22 @@ class Site:
                 quantised.saturated,
                 quantised.error,
             )
-            if quantised.saturated > SATURATION_WARNING:
-                log.warning(
-                    "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: "
-                    "%s in the next study",
-                    round_number,
-                    name,
-                    100 * quantised.saturated,
-                    100 * SATURATION_WARNING,
-                    "raise method.most_patients"
-                    if self._agreed.study.method.sums
-                    else "raise encoding.value_bound or lower the learning rate",
+            if quantised.saturated <= SATURATION_WARNING:
+                continue
+            cut, sums = 100 * quantised.saturated, self._agreed.study.method.sums
+            if sums and self._private is not None:
+                log.info(
+                    "round %d, %s: %.2f %% of the values lie beyond their bounds by the noise that the budget asks for "
+                    "and are cut, which moves no head by anything that shows: nothing is to be done",
+                    *(round_number, name, cut),
                 )
+                continue
+            log.warning(
+                "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: %s in "
+                "the next study",
+                *(round_number, name, cut, 100 * SATURATION_WARNING),
+                "raise method.most_patients" if sums else "raise encoding.value_bound or lower the learning rate",
+            )
         return integers
 
 

@@ -157,6 +157,20 @@ class SiteFile(FileModel):
         return SiteState(Path(self.state))
 
     @property
+    def known_server(self) -> SiteServer:
+        """How the site reaches its server.
+
+        Raises:
+            SiteFileError: the file does not say.
+        """
+        if self.server is None:
+            raise SiteFileError(
+                f"site {self.site}: no [server] table in site.toml; expected address and authority of the study's "
+                "server"
+            )
+        return self.server
+
+    @property
     def feature_cache(self) -> Path:
         """Where the feature cache lies."""
         return self.state_folder.features if self.features is None else Path(self.features)

@@ -135,6 +135,10 @@ class Outgoing:
             write_durable(path, data)
         return digest
 
+    def find(self, digest: str) -> Path | None:
+        """Where bytes lie that were published, or that the coordinator keeps of a round, in a folder a round."""
+        return next((path for path in (self.folder / digest, *self.folder.glob(f"*/{digest}")) if path.is_file()), None)
+
     def lend(self, data: bytes) -> str:
         """Make bytes fetchable until :meth:`take_back`; their digest, or nothing if they are so for good.
 
@@ -276,10 +280,12 @@ class ByteStore:
         return True
 
     async def _give(self, digest: str, asked: bytes, send: Send) -> None:
-        path = self._outgoing.folder / digest
+        path = self._outgoing.find(digest)
         try:
-            stream = path.open("rb")
+            stream = None if path is None else path.open("rb")
         except OSError:
+            stream = None  # a round that is not kept any more
+        if stream is None:
             await answer(send, 404)
             return
         with stream:

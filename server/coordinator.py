@@ -824,6 +824,10 @@ class Coordinator:
         for folder in self._folder.spool.glob("*"):
             if folder.name != numbered(self.round):
                 shutil.rmtree(folder)
+        # One more than is promised: a site may be a record behind.
+        for number in self._folder.shown_rounds():
+            if number < self.round - 1 - self._agreed.study.keep_rounds:
+                shutil.rmtree(self._folder.shown(number))
 
     def _waiting_amendment(self) -> bytes | None:
         """The amendment that follows the key in force, if one was left."""
@@ -885,6 +889,11 @@ class Coordinator:
 
     def _keep(self, names: Collection[str]) -> None:
         """Keep the round's envelopes before its record, so that there is no record without them."""
+        if self._pads and self._agreed.study.keep_rounds:
+            folder = self._folder.shown(self.round)
+            make_folder(folder, 0o700)
+            for site in names:
+                write_durable(folder / self._envelopes[site].header.payload, self._payload(site), 0o600)
         if self._keep_envelopes is None:
             return
         folder = kept_round(self._keep_envelopes, self.run, self.round)

@@ -282,7 +282,7 @@ def _show(report: dict[str, Any]) -> None:
     for line in report["told"]:
         say(line)
     for doubt in report["doubts"]:
-        say(f"doubt: {doubt['text']}; in splits {', '.join(doubt['splits'])}: mend it, or settle it in patients.csv")
+        say(f"doubt: {doubt['text']}; in splits {', '.join(doubt['splits'])}: {doubt['remedy']}")
     for kind, count in report["left_out"].items():
         say(f"left out, as site.toml says: {count} of kind {kind}")
     for kind, count in report["kinds"].items():

@@ -1,4 +1,4 @@
-"""``secfacmic journal``: read, verify, compare, recompute and rebuild journals; none of it needs a key."""
+"""``secfacmic journal``: read, verify, compare, recompute, audit and rebuild journals; none of it opens anything."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from secure_fed.cli.output import Json, out, print_json
+from secure_fed.cli.output import SITE_HELP, Json, out, print_json
 
 if TYPE_CHECKING:
     from secure_fed.protocol.journal import RunFolder
+    from secure_fed.protocol.recompute import Recomputed
     from secure_fed.protocol.study import AgreedStudy
 
-app = typer.Typer(help="Journals: verify, show, compare, recompute, rebuild. No key is needed.", no_args_is_help=True)
+app = typer.Typer(
+    help="Journals: verify, show, compare, recompute, audit, rebuild. Nothing is opened.", no_args_is_help=True
+)
 
 Folder = Annotated[
     Path,
@@ -170,11 +173,40 @@ def recompute(
         print_json({"study_id": agreed.study.id, "aggregates": rows})
     else:
         for _, result in results:
-            verdict = "the same, bit for bit" if result.same else f"missing {', '.join(result.missing)}"
-            _say(
-                f"record {result.seq}, round {result.round}: {verdict if result.same or result.missing else 'DIFFERS'}"
-            )
+            _say(_verdict(result))
     refuse_differences([result for _, result in results], envelopes)
+
+
+@app.command()
+def audit(
+    site: Annotated[Path, typer.Option("--site", help=SITE_HELP)],
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many of the last rounds; all that the study keeps.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Fetch the padded envelopes of past rounds from the server, add them again and compare with the records."""
+    from secure_fed.clients.sitefile import read_site
+    from secure_fed.operate.audit_sums import audit_sums, refuse_unshown
+
+    file, agreed = read_site(site)
+    results = audit_sums(file, agreed, rounds)
+    if json_:
+        rows = [
+            {
+                "seq": result.seq,
+                "round": result.round,
+                "same": result.same,
+                "missing": list(result.missing),
+                "odd_checks": list(result.odd),
+            }
+            for result in results
+        ]
+        print_json({"study_id": agreed.study.id, "aggregates": rows})
+    else:
+        for result in results:
+            _say(_verdict(result))
+    refuse_unshown(results)
 
 
 @app.command()
@@ -223,6 +255,15 @@ def study_path(given: Path | None, folder: Path) -> Path:
     from secure_fed.protocol.journal import find_study
 
     return find_study(folder) if given is None else given
+
+
+def _verdict(result: Recomputed) -> str:
+    """What became of one sum, in a line."""
+    if result.missing:
+        verdict = f"missing {', '.join(result.missing)}"
+    else:
+        verdict = "the same, bit for bit" if result.same else "DIFFERS"
+    return f"record {result.seq}, round {result.round}: {verdict}"
 
 
 def _time(milliseconds: int) -> str:

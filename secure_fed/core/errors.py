@@ -211,6 +211,12 @@ class AdapterMismatchError(SecfacmicError):
     exit_code = 48
 
 
+class NotShownError(SecfacmicError):
+    """A server that cannot show the envelopes of a sum of which it promised to keep them."""
+
+    exit_code = 49
+
+
 class NonFiniteUpdateError(SecfacmicError):
     """An update with NaN or infinite values."""
 

@@ -51,6 +51,7 @@ At a server:
 | ``runs/RUN/spool/N/A/S.envelope`` | what site S sent for attempt A of round N | coordinator |
 | ``runs/RUN/incoming/S.DIGEST.BYTES.part`` | what site S is sending | the connections |
 | ``runs/RUN/outgoing/DIGEST`` | what sites may fetch | the rounds |
+| ``runs/RUN/outgoing/N/DIGEST`` | padded residues of the last rounds' envelopes | coordinator |
 | ``runs/RUN/amendments/KEY.sealed`` | an amendment that waits, after that key | ``study amend`` |
 | ``runs/RUN/pause``, ``runs/RUN/end`` | that no round begins; that the run ends | ``study pause``, ``study end`` |
 | ``runs/RUN/lobby`` | that the first round waits until all are ready | ``server --lobby`` |
@@ -230,6 +231,14 @@ class ServerRun(RunState):
     def outgoing(self) -> Path:
         """Folder of what sites may fetch, by its SHA-256; may be copied to any web server."""
         return self.path / "outgoing"
+
+    def shown(self, round_number: int) -> Path:
+        """Folder of the padded residues of a round's envelopes, by their SHA-256, which sites may fetch."""
+        return self.outgoing / numbered(round_number)
+
+    def shown_rounds(self) -> list[int]:
+        """Rounds that have such a folder, in order."""
+        return sorted(int(path.name) for path in self.outgoing.glob("[0-9]" * 8) if path.is_dir())
 
     def spooled_round(self, round_number: int) -> Path:
         """Folder of what was received for a round, a folder an attempt."""

@@ -20,7 +20,7 @@ from secure_fed.clients.flower_app import RehearsalApp
 from secure_fed.clients.flower_node import Way, run_site
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteData, SiteFile
-from secure_fed.core.errors import AggregateRefused, EnvelopeError, SiteFileError
+from secure_fed.core.errors import AggregateRefused, EnvelopeError
 from secure_fed.core.storage import exclusive
 from secure_fed.lab.phantoms import CLASSES, draw_facts, render_slice, scanner_of
 from secure_fed.privacy.ckks import Cipher, StudySecret
@@ -63,10 +63,7 @@ def rehearse_round(file: SiteFile, tell: Callable[[str], None] = lambda text: No
         EnvelopeError: what came back is not what was sent.
         SecfacmicError: others, of the connection.
     """
-    if file.server is None:
-        raise SiteFileError(
-            f"site {file.site}: no [server] table in site.toml; expected address and authority of the study's server"
-        )
+    server = file.known_server
     agreed = load_study(Path(file.study))
     file.refuse_study(agreed.study)
     file.state_folder.begin()
@@ -80,7 +77,6 @@ def rehearse_round(file: SiteFile, tell: Callable[[str], None] = lambda text: No
         sealed = sealer.seal(integers, binding, file.site)
         tell(f"sending {len(sealed.payload) / 1e6:.2f} MB, once the server asks who is there")
         app = RehearsalApp(site, agreed.study.id, sealed.payload)
-        server = file.server
         authority = Path(server.authority)
         run_site(app, Way(server.address, authority, len(agreed.study.sites), server.proxy, server.wait_seconds))
     try:

@@ -23,10 +23,11 @@ from secure_fed.clients.data import (
     read_data,
 )
 from secure_fed.clients.dicom import patient_id
+from secure_fed.clients.doubts import all_doubts, doubts_of_pictures
 from secure_fed.clients.duplicates import fingerprints
 from secure_fed.clients.features import FeatureCache, Progress
 from secure_fed.clients.manifest import read_table
-from secure_fed.clients.patients import doubts
+from secure_fed.clients.patients import Doubt
 from secure_fed.core.errors import DataError, ManifestError, OutputError
 from secure_fed.core.storage import write_durable
 from secure_fed.operate.overlaps import Held, Overlaps, overlaps
@@ -110,9 +111,7 @@ def look_at(path: Path) -> Folder:
         unit, notes = "image", Notes()
         images = read_data(path, classes, "image", shares, 0, notes=notes)
         notes.told.append(f"{path}: not all images say whose they are, so that each counts as a patient of its own")
-    if unit == "patient":
-        found = doubts(Counter(image.patient for image in images), notes.settled)
-        notes.told += [f"{path}: doubt: {doubt.text}: mend it, or settle it in patients.csv" for doubt in found]
+    notes.told += [_told(path, doubt) for doubt in all_doubts(images, unit, notes)]
     return Folder(path, classes, unit, shares is None, images, notes)
 
 
@@ -148,6 +147,8 @@ def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tupl
 
             looks = fingerprints(folder.images, cache, tell)
             unreadable += [f"{folder.images[index].path}: {why}" for index, why in sorted(looks.unreadable.items())]
+            open_ = doubts_of_pictures(folder.images, folder.unit, folder.notes, folder.classes, looks.found)
+            folder.notes.told += [_told(folder.path, doubt) for doubt in open_]
             kinds = Counter(one.facts.kind for one in looks.found if one is not None)
             folder.notes.told += [
                 f"{folder.path}: among its images: {count} of kind {kind}; leave_out in [data] of site.toml leaves "
@@ -160,6 +161,10 @@ def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tupl
             held.append(Held(folder.name, images, looks.found, ids=folder.unit == "patient"))
             before += len(folder.images)
     return overlaps(held), unreadable
+
+
+def _told(path: Path, doubt: Doubt) -> str:
+    return f"{path}: doubt: {doubt.text}: {doubt.remedy}"
 
 
 def _unused(image: SiteImage) -> SiteImage:

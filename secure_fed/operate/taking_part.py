@@ -19,7 +19,7 @@ from secure_fed.clients.outgoing_log import SentList
 from secure_fed.clients.reply_clock import ReplyClock, reply_seconds
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile
-from secure_fed.core.errors import RoundFailedError, SecfacmicError, SiteFileError, StorageError
+from secure_fed.core.errors import RoundFailedError, SecfacmicError, StorageError
 from secure_fed.core.status import StatusFile
 from secure_fed.operate.metrics import serve_metrics
 from secure_fed.operate.running import running
@@ -51,10 +51,7 @@ def take_part(
         NotAcceptedError: nobody accepted this very study here.
         SecfacmicError: others, for which the site cannot go on.
     """
-    if file.server is None:
-        raise SiteFileError(
-            f"site {file.site}: no [server] table in site.toml; expected address and authority of the study's server"
-        )
+    server = file.known_server
     agreed = load_study(Path(file.study))
     study, state = agreed.study, Path(file.state)
     file.state_folder.begin()
@@ -89,7 +86,6 @@ def take_part(
             status.tell(run=done.run, round=done.round, rounds=done.rounds, finished=done.finished)
 
         app = SiteApp(site, study.id, after_round, sent.add, clock)
-        server = file.server
         run_site(
             app,
             Way(

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from secure_fed.core.errors import EnvelopeError, RecordError
 from secure_fed.core.layout import ENVELOPES
@@ -28,13 +29,22 @@ class Recomputed:
     Attributes:
         seq, round: of its record.
         missing: contributors whose envelopes are not there; then nothing was added.
-        same: whether the sum came out bit for bit; false while envelopes are missing.
+        same: whether the sum came out bit for bit, and each check; false while envelopes are missing.
+        odd: contributors whose linear check in the record is not that of their envelope.
     """
 
     seq: int
     round: int
     missing: tuple[str, ...]
     same: bool
+    odd: tuple[str, ...] = ()
+
+
+class Payloads(Protocol):
+    """Where the envelopes of sums come from."""
+
+    def payload(self, contribution: SignedWord, size: int, digest: str) -> bytes | None:
+        """The payload that a contributor signed, None if it is not to be had whole."""
 
 
 class EnvelopeStore:
@@ -79,24 +89,38 @@ def _mark(header: bytes, signature: bytes) -> bytes:
     return hashlib.sha256(header + signature).digest()
 
 
-def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iterator[Recomputed]:
+def recompute(run: RunFolder, agreed: AgreedStudy, store: Payloads, first: int = 0) -> Iterator[Recomputed]:
     """Add every aggregate's envelopes again and compare with its record, bit for bit.
 
-    The journal itself is verified on the way. One envelope and one sum are in memory at a time.
+    The journal itself is verified on the way: with pads also that each mask in a record is the one that its site
+    committed to. Each site's linear check, revealed by itself or witnessed, is held against its envelope, too. One
+    envelope and one sum are in memory at a time.
+
+    Args:
+        run: the journal.
+        agreed: the study.
+        store: the envelopes.
+        first: the round from which on sums are added again.
 
     Raises:
         RecordError: the journal does not verify.
     """
     for record in verify_run(run, agreed):
-        if record.header.kind != "aggregate":
+        if record.header.kind != "aggregate" or record.header.round < first:
             continue
         sums = wire(agreed.study.mode, agreed.layout(record.header.round).lanes)
-        total, missing = sums.zero(), []
+        witnessed = {entry.site: entry.products for entry in record.header.witnessed}
+        revealed = [entry.site for entry in record.contributors if entry.site not in witnessed]
+        kept = zip(revealed, record.header.reveals, strict=True)
+        checks = witnessed | {site: reveal.products for site, reveal in kept}
+        total, missing, odd = sums.zero(), [], []
         for contribution, header in zip(record.header.contributors, record.contributors, strict=True):
             payload = store.payload(contribution, header.size, header.payload)
             if payload is None:
                 missing.append(header.site)
                 continue
+            if sums.check_words(record.arrived, payload) != checks[header.site]:
+                odd.append(header.site)
             try:
                 total = sums.add(total, payload)
             except EnvelopeError as error:
@@ -104,8 +128,24 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: EnvelopeStore) -> Iter
                     f"record {record.header.seq}: the envelope of {header.site} is in the sum, but {error}; "
                     "the coordinator had to refuse it"
                 ) from None
-        same = not missing and sums.record(total, len(record.contributors)) == record.payload
-        yield Recomputed(record.header.seq, record.header.round, tuple(missing), same)
+        same = not missing and not odd and sums.record(total, len(record.contributors)) == record.payload
+        yield Recomputed(record.header.seq, record.header.round, tuple(missing), same, tuple(odd))
+
+
+def refuse_forged(results: Sequence[Recomputed]) -> None:
+    """Check that no aggregate came out different.
+
+    Raises:
+        RecordError: with the records that differ.
+    """
+    wrong = [result.seq for result in results if not result.same and not result.missing]
+    odd = sorted({site for result in results for site in result.odd})
+    if wrong:
+        told = f" the checks of {', '.join(odd)} do not fit their envelopes: they sent them so;" if odd else ""
+        raise RecordError(
+            f"records {wrong}: not the sum of the envelopes that their contributors signed;{told} expected the same "
+            "bytes: the coordinator garbled or forged them, or let them be; show journal and envelopes to the sites"
+        )
 
 
 def refuse_differences(results: Sequence[Recomputed], envelopes: Path) -> None:
@@ -118,12 +158,7 @@ def refuse_differences(results: Sequence[Recomputed], envelopes: Path) -> None:
     Raises:
         RecordError: with the records that differ; else with those whose envelopes are missing.
     """
-    wrong = [result.seq for result in results if not result.same and not result.missing]
-    if wrong:
-        raise RecordError(
-            f"records {wrong}: not the sum of the envelopes that their contributors signed; expected the same bytes: "
-            "the coordinator garbled or forged them; show journal and envelopes to the sites"
-        )
+    refuse_forged(results)
     absent = [result.seq for result in results if result.missing]
     if absent or not results:
         raise RecordError(

@@ -653,6 +653,8 @@ class StudyFile(FileModel):
             (:mod:`secure_fed.protocol.quorum`).
         collusion: how many of those may pool all they have with the server without learning another site's update
             (:mod:`secure_fed.protocol.pads`). 0: one is enough, since all sites hold the study's key.
+        keep_rounds: of how many of the last rounds any site may fetch the envelopes and add them again, with
+            ``collusion`` above 0: they are padded then, so that nobody reads one; else the server hands out none.
         round_seconds: how long a round waits for missing sites before it goes on with a quorum.
         records_url: where else records may be fetched, by digest: any web server with copies of the coordinator's
             folder of them, which need not be trusted; from the coordinator alone if not given.
@@ -710,6 +712,7 @@ class StudyFile(FileModel):
     min_sites: Annotated[int, Field(ge=1, le=4096)]
     faulty: Annotated[int, Field(ge=1, le=1000)] = 1
     collusion: Annotated[int, Field(ge=0, le=1000)] = 0
+    keep_rounds: Annotated[int, Field(ge=0, le=1000)] = 2
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
     records_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]{1,250}$")] | None = None
     task: Literal["classify", "anomaly"] = "classify"

@@ -53,11 +53,11 @@ def memory(needed: float) -> str:
     return f"{free / 1e9:.1f} GB of memory free"
 
 
-def disk(state: Path, agreed: AgreedStudy, updates: int) -> str:
-    """There is room for the whole study, and for so many updates of a round and the next."""
+def disk(state: Path, agreed: AgreedStudy, updates: int, kept: int = 0) -> str:
+    """There is room for the whole study, for so many updates of a round and the next, and so many that are kept."""
     study = agreed.study
     sizes = wire(study.mode, agreed.lanes)
-    needed = (study.rounds + 2 * updates) * sizes.payload_bytes + SPARE_DISK
+    needed = (study.rounds + 2 * updates + kept) * sizes.payload_bytes + SPARE_DISK
     place = next(parent for parent in (state, *state.resolve().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -57,7 +57,13 @@ def examine_server(state: Path, study: Path, listen: tuple[str, int] | None) -> 
         return
     yield check("coordinator key", lambda: _coordinator(state, agreed))
     yield check("journal and clock", lambda: _journal(state, agreed))
-    yield check("disk", lambda: disk(state, agreed, updates=agreed.study.max_sites))
+    yield check("disk", lambda: disk(state, agreed, agreed.study.max_sites, _shown(agreed)))
+
+
+def _shown(agreed: AgreedStudy) -> int:
+    """How many envelopes are kept at most for sites that add past rounds again."""
+    study = agreed.study
+    return (study.keep_rounds + 1) * study.max_sites if study.pads and study.keep_rounds else 0
 
 
 def _secrets(state: ServerState) -> list[Path]:

@@ -132,6 +132,8 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("1234567890123450000", "1234567890123460017"), []),
         (("Mar-12", "=B2", "#ZAHL!"), ["spreadsheet"] * 3),
         (("Unknown Patient", "TEST^PATIENT", "No Name", "99999", "-9", "TRUE"), ["placeholder"] * 6),
+        (("XXXXXXXX", "11111", "123456789", "DE-IDENTIFIED", "no value"), ["placeholder"] * 5),
+        (("anonymisiert", "Deid^Subject", "hidden", "Unidentified Person"), ["placeholder"] * 4),
         (("1,234", "1234", "1.234"), ["writings"]),
         (("Doe^John", "DOE^JOHN^^"), ["writings"]),
         (("2024-01-05", "05.01.2024", "1/5/24", "5. Mai"), ["spreadsheet"] * 4),

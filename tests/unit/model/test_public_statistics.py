@@ -191,7 +191,7 @@ def test_a_raw_basis_of_few_public_images_has_room_where_they_do_not_differ() ->
     [
         (Features(), True, 18),
         (Features(), False, 24),
-        (Features(basis="public", dimensions=4), True, 12),
+        (Features(basis="public", dimensions=4), True, 18),
         (Features(basis="random", dimensions=4), True, 24),
     ],
 )

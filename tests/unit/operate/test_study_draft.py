@@ -196,7 +196,9 @@ def test_folders_are_checked_against_each_other_without_a_study(overlapping: Pat
 def test_a_folders_ids_that_may_be_one_patient_and_its_scouts_are_told(tmp_path: Path) -> None:
     (tmp_path / "dark").mkdir()
     for name, patient in (("a", "007"), ("b", "7")):
-        (tmp_path / "dark" / f"{name}.dcm").write_bytes(as_bytes(dicom(RAMP, PatientID=patient, ProtocolName="Scout")))
+        (tmp_path / "dark" / f"{name}.dcm").write_bytes(
+            as_bytes(dicom(RAMP if name == "a" else RAMP[::-1], PatientID=patient, ProtocolName="Scout"))
+        )
     folder = look_at(tmp_path)
     compare([folder])
     assert folder.notes.told == [

@@ -14,7 +14,7 @@ from secure_fed.core.errors import GuardError
 from secure_fed.privacy import class_statistics
 from secure_fed.privacy.class_statistics import SCALES, SENSITIVITY, exact_sums
 from secure_fed.protocol import one_sum
-from secure_fed.protocol.one_sum import NOISE, SECOND, Sums
+from secure_fed.protocol.one_sum import NOISE, PATIENTS, SECOND, Sums
 
 CLASSES = 3
 
@@ -90,3 +90,11 @@ def test_the_guard_finds_statistics_that_a_patient_moves_too_far() -> None:
         pytest.raises(GuardError, match="nothing was spent"),
     ):
         class_statistics.check_sums(3, 8)
+
+
+def test_numbers_of_patients_have_the_noise_that_travels_with_the_sum() -> None:
+    """By it sites tell a class without patients from noise."""
+    assert SCALES[PATIENTS] == SCALES[SECOND]
+    nobody = exact_sums(np.zeros((0, 2)), np.zeros(0, dtype=np.int64), [], 4000)
+    found = class_statistics.noisy_values(nobody, 3.0)
+    assert np.var(found[PATIENTS]) == pytest.approx(float(found[NOISE][0]), rel=0.15)

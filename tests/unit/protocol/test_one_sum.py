@@ -143,9 +143,69 @@ def test_noise_raises_the_least_eigenvalue_to_its_own_norm() -> None:
     assert values.max() == pytest.approx(bare.max())
 
 
+def test_a_class_without_patients_is_told_from_noise_and_moves_nothing() -> None:
+    """Of 400 draws of noise at epsilon 1, with two classes of three in the data."""
+    x, labels = cases(5, 300, 8)
+    exact, known, errors = sums_of(x[labels < 2], labels[labels < 2]), [], []
+    rng, std = np.random.default_rng(0), 18.6
+    for _ in range(400):
+        first = exact.first + 0.4 * std * rng.standard_normal(exact.first.shape)
+        sums = Sums(exact.patients + std * rng.standard_normal(3), first, exact.second, std**2)
+        known.append(one_sum.known_classes(sums, 5))
+        if sums.patients[2] < sums.doubtful:
+            with_noise, without = Sums(sums.patients, first.copy(), exact.second, std**2), first.copy()
+            without[2] = 0
+            alike = Sums(sums.patients, without, exact.second, std**2)
+            errors.append(float(np.abs(one_sum.covariance(with_noise) - one_sum.covariance(alike)).max()))
+    found = np.mean(known, axis=0)
+    assert found[2] <= 0.025
+    assert found[:2].min() >= 0.95
+    assert errors
+    assert max(errors) == 0
+    assert one_sum.known_classes(exact, 5).tolist() == [True, True, False]
+    assert exact.doubtful == 0
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**20), st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.0, 1e-3, 1.0, 1e150, 1e-150]))
+def test_turns_find_the_eigenvalues_of_all_kinds_of_matrices(seed: int, size: int, rank: int, scale: float) -> None:
+    drawn = np.random.default_rng(seed).standard_normal((rank, size))
+    matrix = scale * (drawn.T @ drawn - np.eye(size))
+    matrix = (matrix + matrix.T) / 2
+    values, vectors = one_sum.eigen(matrix)
+    exact = np.linalg.eigvalsh(matrix)
+    tolerance = 1e-13 * max(1.0, size * rank) * scale
+    assert np.allclose(np.sort(values), exact, rtol=0, atol=tolerance)
+    assert np.allclose((vectors * values) @ vectors.T, matrix, rtol=0, atol=tolerance)
+    least = 0.1 * scale
+    raised = one_sum.floored(matrix, least)
+    assert np.array_equal(raised, raised.T)
+    assert np.allclose(np.linalg.eigvalsh(raised), np.maximum(exact, least), rtol=0, atol=2 * tolerance)
+
+
+def test_as_many_turns_as_a_few_an_eigenvalue_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the matrix, so that 512 dimensions under noise take seconds."""
+    turns, turn = [], one_sum._turn
+    monkeypatch.setattr(one_sum, "_turn", lambda *parts: turns.append(1) or turn(*parts))
+    rng, size = np.random.default_rng(0), 96
+    x = rng.standard_normal((size // 2, size)) * np.geomspace(1, 1e-3, size)
+    noise = rng.standard_normal((size, size))
+    for matrix in (x.T @ x, x.T @ x + noise + noise.T, noise + noise.T, np.ones((size, size)), np.eye(size)):
+        turns.clear()
+        one_sum.eigen(matrix)
+        assert len(turns) <= 3 * size
+
+
+def test_a_covariance_is_taken_apart_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = cases(9, 60, 5)
+    first = one_sum.covariance(sums_of(x, labels, noise=1e-3))
+    monkeypatch.setattr(one_sum, "eigen", lambda *_: pytest.fail("taken apart again"))
+    assert np.array_equal(one_sum.covariance(sums_of(x, labels, noise=1e-3)), first)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**20), st.integers(1, 17))
-def test_rotations_find_all_eigenvalues(seed: int, size: int) -> None:
+def test_reflections_and_turns_find_all_eigenvalues(seed: int, size: int) -> None:
     drawn = np.random.default_rng(seed).standard_normal((size, size))
     matrix = drawn + drawn.T
     values, vectors = one_sum.eigen(matrix)

@@ -29,7 +29,16 @@ def checked(folder: Path) -> dict[str, Any]:
         "told": ["manifest.csv: read as separated by semicolons"],
         "passed_over": files(f"{folder}/letter.pdf"),
         "left_out": {"scout": 3},
-        "doubts": [{"kind": "zeros", "ids": ["7", "007"], "images": 2, "splits": ["train"], "text": "7 and 007"}],
+        "doubts": [
+            {
+                "kind": "zeros",
+                "ids": ["7", "007"],
+                "images": 2,
+                "splits": ["train"],
+                "text": "7 and 007",
+                "remedy": "settle it",
+            }
+        ],
         "kinds": {"screenshot": 2},
         "modalities": {"MR": 30, "CT": 10},
         "scanners": {"Acme <X>": 40},

@@ -1,0 +1,131 @@
+"""What a site's images leave open about who is who: by their ids, by their files' own headers, by equal pictures."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from secure_fed.clients.data import Notes, SiteImage, Unit
+from secure_fed.clients.duplicates import Fingerprint, exact_copies
+from secure_fed.clients.patients import Doubt, are_open, in_one_form, says_nothing, some, writing_free
+from secure_fed.clients.patients import doubts as doubts_of_ids
+
+_Looks = Sequence[Fingerprint | None]
+
+
+def all_doubts(
+    images: Sequence[SiteImage], unit: Unit, notes: Notes, classes: Sequence[str] = (), looks: _Looks | None = None
+) -> list[Doubt]:
+    """What is open, sorted by kind.
+
+    Args:
+        images: of the site.
+        unit: what counts as one patient; where it is the image, only classes can be in doubt.
+        notes: of who is settled.
+        classes: names of the labels.
+        looks: fingerprints of the images, in their order, if they were made.
+    """
+    found = [] if looks is None else doubts_of_pictures(images, unit, notes, classes, looks)
+    if unit == "patient":
+        counts = Counter(image.patient for image in images if image.patient)
+        found += [*doubts_of_ids(counts, notes.settled), *_headers(images, notes)]
+    return sorted(found)
+
+
+def doubts_of_pictures(
+    images: Sequence[SiteImage], unit: Unit, notes: Notes, classes: Sequence[str], looks: _Looks
+) -> list[Doubt]:
+    """The part of :func:`all_doubts` that is about pictures: those of several classes, or of several patients."""
+    return [*_classes(images, looks, classes), *(_pictures(images, looks, notes) if unit == "patient" else [])]
+
+
+def renamed(images: Sequence[SiteImage], notes: Notes) -> int:
+    """How many patients have another id than in their files' headers."""
+    pairs = {(image.patient, _in_header(image, notes)) for image in images}
+    return len({one for one, other in pairs if one and other and writing_free(one) != writing_free(other)})
+
+
+def _in_header(image: SiteImage, notes: Notes) -> str:
+    """The id that a file's header has, as people have settled it; empty if that names nobody."""
+    header = in_one_form(image.owner.patient)
+    return "" if says_nothing(header) else notes.same.get(header, header)
+
+
+def _headers(images: Sequence[SiteImage], notes: Notes) -> list[Doubt]:
+    """Where a manifest and the headers of its DICOM files do not tell the same patients apart.
+
+    A patient may have another name in the headers, as pseudonyms are, if it is one there too and nobody else's.
+    """
+    counts = Counter(image.patient for image in images)
+    in_headers: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    issuers: defaultdict[str, set[str]] = defaultdict(set)
+    owners: defaultdict[str, set[str]] = defaultdict(set)
+    for patient in counts:
+        owners[writing_free(patient)].add(patient)
+    by_writing = {writing: frozenset(ids) for writing, ids in owners.items()}
+    names: dict[str, str] = {}
+    for image in images:
+        header = _in_header(image, notes)
+        if image.owner.issuer and image.patient:
+            issuers[image.patient].add(image.owner.issuer)
+        if image.patient and header:
+            writing = writing_free(header)
+            names.setdefault(writing, header)
+            in_headers[image.patient].setdefault(writing, header)
+            owners[writing].add(image.patient)
+    found = []
+    for patient, several in in_headers.items():
+        if len(several) > 1 and patient not in notes.settled:
+            ids = some(map(repr, sorted(several.values())))
+            found.append(
+                Doubt("header", (patient,), counts[patient], f"has the DICOM files of several PatientIDs: {ids}")
+            )
+    for writing, patients in owners.items():
+        # Several writings of one id are a doubt of their own.
+        if frozenset(patients) != by_writing.get(writing, frozenset()) and are_open(patients, notes.settled):
+            shown = names[writing]
+            total = sum(counts[patient] for patient in patients)
+            words = f"are one patient by PatientID (0010,0020) of their DICOM files, {shown!r}"
+            found.append(Doubt("header", tuple(sorted(patients)), total, words))
+    for patient, several_issuers in issuers.items():
+        if len(several_issuers) > 1 and patient not in notes.settled:
+            by = some(map(repr, sorted(several_issuers)))
+            words = f"was given by several IssuerOfPatientID (0010,0021), and may be as many patients: {by}"
+            found.append(Doubt("issuers", (patient,), counts[patient], words))
+    return found
+
+
+def _pictures(images: Sequence[SiteImage], looks: _Looks, notes: Notes) -> list[Doubt]:
+    """One picture of several patients."""
+    shared: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+    for group in exact_copies(looks):
+        patients = {images[index].patient for index in group}
+        if are_open(patients, notes.settled):
+            shared[tuple(sorted(patients))] += group
+    return [
+        Doubt("picture", patients, len(places), f"have one picture: {_paths(images, places)}")
+        for patients, places in shared.items()
+    ]
+
+
+def _classes(images: Sequence[SiteImage], looks: _Looks, classes: Sequence[str]) -> list[Doubt]:
+    """One picture with several labels."""
+    mixed: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+    for group in exact_copies(looks):
+        labelled = [index for index in group if images[index].label is not None]
+        labels = {label for index in labelled if (label := images[index].label) is not None}
+        if len(labels) > 1:
+            mixed[tuple(classes[label] for label in sorted(labels))] += labelled
+    return [
+        Doubt(
+            "classes",
+            tuple(sorted({images[index].patient for index in places})),
+            len(places),
+            f"have one picture in classes {', '.join(map(repr, names))}: {_paths(images, places)}",
+        )
+        for names, places in mixed.items()
+    ]
+
+
+def _paths(images: Sequence[SiteImage], places: Sequence[int]) -> str:
+    return some(str(images[index].path) for index in places)
