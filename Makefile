@@ -1,14 +1,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CHOSEN := $(if $(filter file,$(origin PYTHON)),,--this-python)
 BIN := .venv/bin
 
 .PHONY: environment test test-unit test-slow test-browser lint docs coverage audit lock demo demo-figures fuzz mini-clip
 .PHONY: test-pacs test-faults test-network wheelhouse brain-mri sweep-demo
 
-# Makes .venv anew when pyproject.toml or requirements-dev.txt changes, or when it runs another checkout's code.
+# Makes .venv anew when pyproject.toml or requirements-dev.txt changes, when it runs another checkout's code, or when
+# PYTHON names another version than it has; which PYTHON chose stays until it chooses another.
 # TORCH_INDEX: where to take torch and torchvision from, for a machine without a graphics card.
 export TORCH_INDEX
 environment:
-	@$(PYTHON) scripts/environment.py
+	@$(PYTHON) scripts/environment.py $(CHOSEN)
 
 lint: environment
 	$(BIN)/ruff check
@@ -47,7 +49,7 @@ lock: $(BIN)/pip-compile
 		-e '1i # takes the newest versions that fit. Made by make lock; do not edit.'
 
 $(BIN)/pip-compile:
-	@$(PYTHON) scripts/environment.py
+	@$(PYTHON) scripts/environment.py $(CHOSEN)
 
 # Some need root, since full disks are mounted.
 test-slow: environment

@@ -1,9 +1,11 @@
 """The development environment ``.venv``, as the Makefile's targets need it: ``python3.11 scripts/environment.py``.
 
 ``TORCH_INDEX`` in the environment, or ``make TORCH_INDEX=...``, names an index of torch builds without CUDA.
+``--this-python``, as ``make PYTHON=...`` says it, asks for the version of Python that runs this.
 
-It is made anew when it is not what this checkout asks for, and left alone otherwise. What modules that have moved left
-behind goes first: Python takes a folder that holds nothing but ``__pycache__`` for a package.
+It is made anew when it is not what this checkout asks for, and left alone otherwise: one of a Python that somebody
+chose before stays while nobody chooses another. What modules that have moved left behind goes first: Python takes a
+folder that holds nothing but ``__pycache__`` for a package.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ CODE = (
     *("secfacmic", "secure_fed", "server", "tests"),
 )
 PROBE = "import secure_fed.clients; print(secure_fed.clients.__file__)"
+HERE = "{}.{}".format(*sys.version_info)
 
 
 def remove_orphans(root: Path) -> list[Path]:
@@ -56,19 +59,35 @@ def wanted(root: Path) -> str:
     return hashlib.sha256(b"\0".join(content)).hexdigest()
 
 
-def stale(root: Path) -> str | None:
-    """Why the environment has to be made anew; None if it has not."""
+def stale(root: Path, this_python: bool = False) -> str | None:
+    """Why the environment has to be made anew; None if it has not.
+
+    Args:
+        root: the checkout.
+        this_python: whether it must be of the Python that runs this.
+    """
     ready = root / ".venv" / "ready"
     if not ready.exists():
         return "there is none"
     if ready.read_text() != wanted(root):
         return f"pyproject.toml or {LOCK} has changed"
+    if this_python and (found := python_of(root)) != HERE:
+        return f"it is of Python {found}, expected {HERE}"
     return misdirected(root)
+
+
+def python_of(root: Path) -> str:
+    """The version of Python that the environment was made with, as ``3.11``."""
+    text = (root / ".venv" / "pyvenv.cfg").read_text()
+    found = re.search(r"^version(?:_info)?\s*=\s*(\d+\.\d+)", text, re.MULTILINE)
+    return found[1] if found else "an unknown version"
 
 
 def misdirected(root: Path) -> str | None:
     """What is wrong with the editable install: another checkout's, or an older layout's."""
     python = root / ".venv" / "bin" / "python"
+    if not python.exists():  # a link to a Python that is not installed any more
+        return f"its Python, {python.resolve()}, is gone"
     probe = subprocess.run([python, "-I", "-c", PROBE], cwd="/", capture_output=True, text=True)  # -I: no PYTHONPATH
     if probe.returncode:
         return f"secure_fed.clients cannot be imported: {probe.stderr.strip().rpartition(chr(10))[2]}"
@@ -139,11 +158,11 @@ def main() -> None:
     removed = remove_orphans(root)
     if removed:
         print(f"removed {len(removed)} compiled modules without a source, {removed[0].relative_to(root)} among them")
-    why = stale(root)
+    why = stale(root, "--this-python" in sys.argv[1:])
     if why:
         torch_index = os.environ.get("TORCH_INDEX") or None
         size = SIZE_WITHOUT_CUDA if torch_index else SIZE
-        print(f".venv is made anew, which takes minutes and {size}: {why}", flush=True)
+        print(f".venv is made anew with Python {HERE}, which takes minutes and {size}: {why}", flush=True)
         started = time.monotonic()
         make(root, torch_index)
         print(f".venv is ready, after {time.monotonic() - started:.0f} s", flush=True)

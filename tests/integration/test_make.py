@@ -66,7 +66,7 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
-def fake_environment(root: Path, code: Path) -> None:
+def fake_environment(root: Path, code: Path, version: str = "3.11.2") -> None:
     """An environment that is ready and takes its code from a folder, without the seconds that a real one takes."""
     python = root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -74,6 +74,7 @@ def fake_environment(root: Path, code: Path) -> None:
         f"#!/bin/sh\nshift\nexec {sys.executable} -I -c \"import sys; sys.path.insert(0, '{code}'); $2\"\n"
     )
     python.chmod(0o755)
+    (root / ".venv" / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {version}\n")
     (root / ".venv" / "ready").write_text(environment.wanted(root))
 
 
@@ -96,6 +97,22 @@ def test_another_checkouts_code_makes_it_stale(checkout: Path, tmp_path: Path) -
     shutil.copytree(checkout, other, symlinks=True)
     fake_environment(checkout, other)
     assert environment.stale(checkout) == f"it runs the code of {other}, expected {checkout}"
+
+
+def test_one_of_another_python_is_stale_once_a_python_is_chosen(checkout: Path) -> None:
+    fake_environment(checkout, checkout, "3.9.1")
+    assert environment.stale(checkout) is None
+    assert environment.stale(checkout, this_python=True) == f"it is of Python 3.9, expected {environment.HERE}"
+    (checkout / ".venv" / "pyvenv.cfg").write_text(f"version_info = {environment.HERE}.77\n")  # another patch, by uv
+    assert environment.stale(checkout, this_python=True) is None
+
+
+def test_one_whose_python_is_gone_is_stale(checkout: Path, tmp_path: Path) -> None:
+    fake_environment(checkout, checkout)
+    python = checkout / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to(tmp_path / "python3.99")
+    assert environment.stale(checkout) == f"its Python, {tmp_path / 'python3.99'}, is gone"
 
 
 def test_the_layout_of_0_1_makes_it_stale(checkout: Path, tmp_path: Path) -> None:
@@ -129,10 +146,14 @@ def test_compiled_leftovers_of_moved_modules_go_and_others_stay(checkout: Path) 
 def test_make_makes_the_environment_once_and_again_when_it_runs_another_checkouts_code(
     checkout: Path, tmp_path: Path
 ) -> None:
-    def make() -> str:
-        command = ["make", f"PYTHON={sys.executable}", "environment"]
-        names = {"MAKEFLAGS", "MAKELEVEL", "PYTHONPATH"}
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3.11").symlink_to(sys.executable)  # what make takes where none is chosen
+
+    def make(*chosen: str) -> str:
+        command = ["make", *chosen, "environment"]
+        names = {"MAKEFLAGS", "MAKELEVEL", "PYTHONPATH", "PYTHON"}
         clean = {name: value for name, value in os.environ.items() if name not in names} | {"PIP_NO_INDEX": "1"}
+        clean |= {"PATH": f"{tmp_path / 'bin'}:{clean['PATH']}"}
         done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, env=clean)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -142,7 +163,8 @@ def test_make_makes_the_environment_once_and_again_when_it_runs_another_checkout
     here = (sys.version_info[:2], environment.sysconfig.get_platform(), environment.platform.python_implementation())
     assert locked in script
     (checkout / "scripts" / "environment.py").write_text(script.replace(locked, f"LOCKED = {here!r}"))
-    assert "there is none" in make()
+    assert f"is made anew with Python {environment.HERE}" in (said := make())
+    assert "there is none" in said
     assert make() == ""
     other = tmp_path / "other"
     shutil.copytree(checkout, other, symlinks=True, ignore=shutil.ignore_patterns(".venv"))
@@ -155,6 +177,11 @@ def test_make_makes_the_environment_once_and_again_when_it_runs_another_checkout
     assert "removed 1 compiled modules" in said
     assert f"it runs the code of {other}" in said
     assert make() == ""
+    about = checkout / ".venv" / "pyvenv.cfg"
+    about.write_text(re.sub(r"(?m)^version = .*", "version = 3.9.1", about.read_text()))
+    assert make() == ""  # somebody chose it
+    assert "it is of Python 3.9" in make(f"PYTHON={sys.executable}")
+    assert make(f"PYTHON={sys.executable}") == ""
 
 
 def tiny_wheel(folder: Path, name: str, version: str) -> None:
