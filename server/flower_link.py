@@ -53,7 +53,16 @@ from secure_fed.server.flower_api import FLEET_PATHS, HEARTBEAT_SECONDS, FlowerA
 from secure_fed.server.gate import Gate, Member, Members
 from secure_fed.server.listener import Callers, Listener
 from secure_fed.transport.certificates import SOON_DAYS, ServerCertificate
-from secure_fed.transport.flower_parcels import PULL, PUSH, RUNTIME, parcel, put_together, taken_apart, unpacked
+from secure_fed.transport.flower_parcels import (
+    PULL,
+    PUSH,
+    RUNTIME,
+    by_name,
+    parcel,
+    put_together,
+    taken_apart,
+    unpacked,
+)
 
 log = logging.getLogger(__name__)
 
@@ -217,10 +226,10 @@ class _Grid(HttpGrid):
             response_type=BytesList,
         )
         response, parts = unpacked(packed, PullAppMessagesResponse)
-        found = []
+        held, found = by_name(parts), []
         for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             try:
-                found.append(put_together(head, tree, parts))
+                found.append(put_together(head, tree, held))
             except ProtocolError as error:
                 metadata = message_from_proto(head).metadata
                 log.warning("a reply is malformed: %s", error)
@@ -254,7 +263,8 @@ def open_grid(runtime: str, token: str) -> Iterator[tuple[Grid, Context]]:
 def _bind(address: tuple[str, int]) -> socket.socket:
     host, port = address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # TCP by its number, not by default: else asyncio lets what it writes wait for acknowledgements, 40 ms an answer.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

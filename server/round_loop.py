@@ -142,8 +142,7 @@ class RoundLoop:
         self._look()
         moved = self._collect()
         self._advance_if_due()
-        for site in self._sites:
-            self._ask(site)
+        self._ask_all()
         if time.monotonic() - self._reported >= LOOK_SECONDS:
             self._report()
         return moved
@@ -274,24 +273,33 @@ class RoundLoop:
 
     # --- asking ---
 
-    def _ask(self, site: _Site) -> None:
+    def _ask_all(self) -> None:
+        """Ask each site what it lacks, all in one call: each costs a way to the other process and back."""
+        asked = [(site, request) for site in self._sites if (request := self._due_request(site)) is not None]
+        if not asked:
+            return
+        messages = [
+            Message(
+                request_content(request, self.outgoing.publish),
+                site.node,
+                ROUND_MESSAGE,
+                ttl=MESSAGE_SECONDS,
+                group_id=str(request.round),
+            )
+            for site, request in asked
+        ]
+        identifiers = self.grid.push_messages(messages)
+        for (site, request), identifier in zip(asked, identifiers, strict=True):
+            site.asked, site.asked_since, site.asked_at = identifier, site.since, now()
+            down = sum(map(len, request.records)) + len(request.question) + len(request.carried)
+            site.taking_until = time.monotonic() + down / DOWN_RATE
+            site.asked_step = self.coordinator.step if request.attempt and not request.more else None
+
+    def _due_request(self, site: _Site) -> RoundRequest | None:
+        """What to ask a site now; None if it is away, has not answered yet, or lacks nothing."""
         if not site.since or site.asked or time.monotonic() < site.not_before:
-            return
-        request = self._request(site)
-        if request is None:
-            return
-        message = Message(
-            request_content(request, self.outgoing.publish),
-            site.node,
-            ROUND_MESSAGE,
-            ttl=MESSAGE_SECONDS,
-            group_id=str(request.round),
-        )
-        (identifier,) = self.grid.push_messages([message])
-        site.asked, site.asked_since, site.asked_at = identifier, site.since, now()
-        down = sum(map(len, request.records)) + len(request.question) + len(request.carried)
-        site.taking_until = time.monotonic() + down / DOWN_RATE
-        site.asked_step = self.coordinator.step if request.attempt and not request.more else None
+            return None
+        return self._request(site)
 
     def _request(self, site: _Site) -> RoundRequest | None:
         """What the site lacks; None if nothing."""

@@ -6,7 +6,7 @@ in answer to what.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from flwr.app import Error, Message
@@ -48,8 +48,17 @@ def taken_apart(messages: Sequence[Message]) -> tuple[list[Head], list[ObjectTre
     return [message_to_proto(remove_content_from_message(message)) for message in messages], trees, [*parts.values()]
 
 
-def put_together(head: Head, tree: ObjectTree, parts: Iterable[bytes]) -> Message:
+def by_name(parts: Iterable[bytes]) -> dict[str, bytes]:
+    """Parts of messages by their SHA-256, as trees name them."""
+    return {get_object_id(part): part for part in parts}
+
+
+def put_together(head: Head, tree: ObjectTree, held: Mapping[str, bytes]) -> Message:
     """A message of its head and its parts; what its parts say of sender, receiver and question does not count.
+
+    Args:
+        head, tree: the message's.
+        held: parts by name, its own among them.
 
     Raises:
         ProtocolError: the head is none, the parts are not those of the tree, or they are no message.
@@ -58,7 +67,6 @@ def put_together(head: Head, tree: ObjectTree, parts: Iterable[bytes]) -> Messag
         metadata = message_from_proto(head).metadata
         if head.HasField("error"):
             return make_message(metadata, error=Error(head.error.code, head.error.reason))
-        held = {get_object_id(part): part for part in parts}
         needed = {each.object_id: held[each.object_id] for each in iterate_object_tree(tree)}
         found = inflate_object_from_contents(tree.object_id, needed)
         assert isinstance(found, Message)
@@ -80,7 +88,7 @@ def delivered(packed: BytesList) -> Message:
     heads, trees = response.messages_list, response.message_object_trees
     if len(heads) != 1 or len(trees) != 1:
         raise ProtocolError(f"the server answers a look with {len(heads)} messages and {len(trees)} trees; expected 1")
-    return put_together(heads[0], trees[0], parts)
+    return put_together(heads[0], trees[0], by_name(parts))
 
 
 def parcel(call: Proto, parts: Iterable[bytes] = ()) -> BytesList:

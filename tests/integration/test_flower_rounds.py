@@ -52,6 +52,7 @@ class Wire(Grid):  # type: ignore[misc]
         self.waiting: dict[str, Message] = {}
         self.pages: dict[str, list[int]] = {}
         self.ttls: list[float] = []
+        self.pushed: list[int] = []
         self._ids = itertools.count()
 
     @property
@@ -78,7 +79,9 @@ class Wire(Grid):  # type: ignore[misc]
         ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        names = []
+        names: list[str] = []
+        messages = list(messages)
+        self.pushed.append(len(messages))
         for message in messages:
             name = f"{next(self._ids):064d}"
             message.metadata.__dict__["_message_id"] = name
@@ -140,6 +143,14 @@ def test_a_study_runs_to_its_end_and_every_site_has_the_same(federation: Federat
     assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
     assert all(app.finished for app in wire.apps.values())
     assert min(wire.ttls) >= 60
+
+
+def test_all_who_are_asked_at_one_moment_are_asked_in_one_call(federation: Federation) -> None:
+    """Each call costs a way between the server's two processes."""
+    _, wire, loop = _begin(federation)
+    loop.step()
+    loop.step()
+    assert wire.pushed == [len(wire.nodes)] * 2  # where they are, then what the first step asks
 
 
 def test_a_missing_site_is_waited_for_until_the_deadline_and_catches_up(

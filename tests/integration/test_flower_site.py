@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import math
@@ -293,6 +294,26 @@ def _asked(link: Link) -> tuple[_Grid, str]:
     message = Message(request_content(HELLO, Shelf().publish), link.link.nodes["ash"], "train.round", ttl=60.0)
     (identifier,) = grid.push_messages([message])
     return grid, identifier
+
+
+def _taken_at(port: int) -> list[socket.socket]:
+    """The server's ends of the connections to a port."""
+    # By type: isinstance would wake what is loaded lazily.
+    open_ones = [each for each in gc.get_objects() if type(each) is socket.socket and each.fileno() >= 0]
+    inet = [each for each in open_ones if each.family == socket.AF_INET and each.getsockname()[1] == port]
+    return [each for each in inet if not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)]
+
+
+def test_no_answer_waits_for_an_acknowledgement(link: Link) -> None:
+    """Nagle's algorithm and delayed acknowledgements, met in one connection, make each answer 40 ms late."""
+    site = link.connect()
+    grid, _ = _asked(link)
+    for port in (link.port, int(link.link.runtime.rpartition(":")[2])):
+        taken = _taken_at(port)
+        assert taken
+        assert all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in taken)
+    grid.close()
+    site.leave()
 
 
 def _reply(message: Message, code: ReplyCode = ReplyCode.MORE) -> Message:
