@@ -25,6 +25,7 @@ from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, says
 from secure_fed.clients.reading import (
     IMAGE_ENDINGS,
     Place,
+    Position,
     Source,
     count_frames,
     is_meant_as_image,
@@ -505,7 +506,7 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         rows = kept
     if choice.slices is None:
         return rows
-    series: defaultdict[tuple[str, ...], list[tuple[_Order, _Row]]] = defaultdict(list)
+    series: defaultdict[tuple[str, ...], list[tuple[Position, _Row]]] = defaultdict(list)
     chosen = [row for row in rows if row.frame or row.asked]
     for row in rows:
         if row.frame or row.asked:
@@ -521,22 +522,42 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         name, position = place_in_series(path)
         name = row.series or name
         key = (name, row.patient if unit == "patient" else "", row.label) if name else ("", row.path)
-        series[key].append((_order(position, row.path), row))
+        series[key].append((position, row))
     for slices in series.values():
-        ordered = [row for _, row in sorted(slices, key=lambda entry: entry[0])]
-        places = _places(len(ordered), choice.slices)
-        chosen += [ordered[place] for place in places]
-        notes.left_out["other slice"] += len(ordered) - len(places)
+        order, unplaced = _in_order([(position, row.path) for position, row in slices])
+        if choice.slices == "all":  # then nothing hangs on their order
+            order, unplaced = [*order, *unplaced], []
+        places = _places(len(order), choice.slices)
+        chosen += [slices[order[place]][1] for place in places]
+        notes.left_out["other slice"] += len(order) - len(places)
+        if unplaced:
+            notes.left_out["slice without a position"] += len(unplaced)
+        notes.passed_over += [
+            f"{slices[one][1].base / slices[one][1].path}: a slice that does not say where in its series it lies, as "
+            "others do"
+            for one in unplaced
+        ]
     return chosen
 
 
-_Order = tuple[tuple[float, ...], list[tuple[int, str]], str]
+def _in_order(slices: Sequence[tuple[Position, str]]) -> tuple[list[int], list[int]]:
+    """The order of slices of one series, each with its path, and those that have no place in it.
 
+    By where they lie; if none says that, by their numbers; if none has one, by their names, numbers in them as numbers.
+    """
 
-def _order(position: tuple[float, ...], path: str) -> _Order:
-    """By which slices of a series are in order: where they lie, else their names, numbers in them as numbers."""
-    parts = re.split(r"(\d+)", path)
-    return position, [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path
+    def by_name(one: int) -> tuple[list[tuple[int, str]], str]:
+        path = slices[one][1]
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)], path
+
+    everything = range(len(slices))
+    alongs, numbers = ([getattr(position, name) for position, _ in slices] for name in Position._fields)
+    for values in (alongs, numbers):
+        placed = [one for one in everything if values[one] is not None]
+        if placed:
+            order = sorted(placed, key=lambda one: (values[one], numbers[one] or 0, by_name(one)))
+            return order, [one for one in everything if values[one] is None]
+    return sorted(everything, key=by_name), []
 
 
 def _axis(name: str) -> Axis:
@@ -676,7 +697,7 @@ class _Files:
         self._listings: dict[str, dict[str, bool]] = {}
         self._forms: dict[str, dict[str, list[str]]] = {}
         self._inside: dict[str, bool] = {}
-        self._series: dict[str, list[tuple[str, _Order]]] = {}
+        self._series: dict[str, list[tuple[str, Position, str]]] = {}
         self._uids: dict[str, str] = {}
         self._owner: tuple[str, Owner] = "", NOBODY
         self.guessed = 0
@@ -709,10 +730,12 @@ class _Files:
             for found in image_files(self._folder / path, self._notes):
                 uid, position = place_in_series(found)
                 name = os.path.normpath(os.path.join(path, os.path.relpath(found, self._folder / path)))
-                entries.append((uid, _order(position, name)))
-            self._series[path] = sorted(entries, key=lambda entry: entry[1])
+                entries.append((uid, position, name))
+            self._series[path] = entries
         named = _UID.fullmatch(series) is not None
-        there = [(uid, name) for uid, (_, _, name) in self._series[path] if not named or uid == series]
+        these = [entry for entry in self._series[path] if not named or entry[0] == series]
+        places, unplaced = _in_order([(position, name) for _, position, name in these])
+        there = [(these[one][0], these[one][2]) for one in [*places, *unplaced]]
         if not there:
             what = f" of series {series}" if named else ""
             return [(path, place, False)], f"folder {path!r} holds no image{what}; expected at least one"
@@ -724,6 +747,12 @@ class _Files:
             return [(path, place, False)], fault + "); expected the UID of one in column series"
         if len(there) == 1:
             return [(there[0][1], place, True)], None
+        if unplaced:
+            lacking = these[unplaced[0]][2]
+            fault = f"slice {place} of folder {path!r}, of which {len(unplaced)} images do not say where in the series "
+            fault += f"they lie ({lacking!r}), and others do; expected ImagePositionPatient (0020,0032) with "
+            fault += "ImageOrientationPatient (0020,0037), or InstanceNumber (0020,0013), in all"
+            return [(path, place, False)], fault + ": name the file instead"
         if not _is_number(place) or int(place) >= len(there):
             fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
             return [(path, place, False)], f"{fault} {len(there) - 1}"
@@ -841,11 +870,19 @@ def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
     faults = []
     first: dict[tuple[str, str, str], _Row] = {}
     splits: dict[str, _Row] = {}
-    for row in rows:
+    keys = [row.key for row in rows]
+    frames: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for path, frame, axis in keys:
+        frames[path, axis].add(frame)
+    for row, (path, frame, axis) in zip(rows, keys, strict=True):
+        if not frame and len(frames[path, axis]) > 1:  # no frame is the middle one, which another row may name
+            frame = str(count_frames(Path(path), _axis(axis)) // 2)
+        key = path, frame, axis
         listed = row.where != row.path  # of links that were found, copies are told
-        if row.path and row.key in first and listed:
-            faults.append(f"{row.where}: path {row.path!r} is also on {first[row.key].where}; expected it once")
-        first.setdefault(row.key, row)
+        if row.path and key in first and listed:
+            which = f" (frame {frame}, the middle one)" if bool(first[key].frame) != bool(row.frame) else ""
+            faults.append(f"{row.where}: path {row.path!r}{which} is also on {first[key].where}; expected it once")
+        first.setdefault(key, row)
         other = splits.setdefault(row.patient, row)
         if has_splits and row.patient and other.split != row.split:
             faults.append(

@@ -100,6 +100,9 @@ _SCOUT_SERIES = ("localizer", "localiser", "scout", "topogram", "surview", "scan
 
 _SHORT_SCOUTS = re.compile(r"\b(loc|survey|uebersicht|\u00fcbersicht)\b")
 """Of magnetic resonance and computed tomography; of X-rays a survey is an examination."""
+_SLIDE_PARTS = frozenset({"LABEL", "OVERVIEW", "THUMBNAIL"})
+"""Of whole slides: beside the slide itself; a label has the patient's name on it."""
+
 _SCREENS = frozenset({"SCREEN SAVE", "SCREENSHOT", "SCREEN_SAVE", "SCREEN CAPTURE", "DOSE_INFO"})
 _HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "ManufacturerModelName", "ImageType"),
@@ -257,7 +260,9 @@ def facts(dataset: Any) -> Facts:
     kind: Kind = ""
     if no_picture(dataset):
         kind = "no picture"
-    elif words & _SCOUTS or _names_scout(dataset):
+    elif (
+        words & _SCOUTS or _names_scout(dataset) or (words & _SLIDE_PARTS and text(dataset, "Modality").upper() == "SM")
+    ):
         kind = "scout"
     elif (
         sop == _SECONDARY_CAPTURE
@@ -467,7 +472,8 @@ class DicomFile:
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.startswith("1.2.840.10008.1.2.4."):
             return
-        found = _codestream(get_frame(dataset.PixelData, index, number_of_frames=self.frames))
+        frame = get_frame(dataset.PixelData, index, number_of_frames=self.frames)
+        found = _codestream(frame)
         if found is None:
             return
         width, height, samples, bits, signed = found
@@ -486,6 +492,9 @@ class DicomFile:
             )
         if signed is not None:
             dataset.PixelRepresentation = signed
+        if self._colour == "YBR_FULL" and _is_transformed(frame):
+            # Decoders undo that, and hand out red, green and blue (PS3.5, 8.2.4).
+            dataset.PhotometricInterpretation = "YBR_ICT"
 
     def _stored(self, index: int) -> NDArray[Any]:
         """A frame's stored values; those that do not end with the lowest bit are moved there."""
@@ -528,6 +537,9 @@ class DicomFile:
         below = bool(rescaled(_extremes(dataset, stored.dtype)).min() < 0)
         look = self._look(index, rules.window(self._facts.modality), below, notes)
         windowed = look is not None
+        if rules.windows and rules.window(self._facts.modality) is None and self._facts.modality in ("", "OT"):
+            found = f"Modality (0008,0060) {self._facts.modality or 'missing'}"
+            notes.append(f"{found}, so that none of the study's windows holds for it")
         if look is None:
             look = _stretched(stored, padding, rescaled)
         grey = _in_grey(stored, lambda values: look(rescaled(values)))
@@ -567,7 +579,7 @@ class DicomFile:
         """From values, which may be ``below`` zero, to brightness in [0, 1], as the study or the file says; None if
         neither does."""
         if window is not None:
-            self._refuse_unit(window, index)
+            self._refuse_unit(window, index, below, notes)
             return lambda values: brightness(values, window.centre, window.width)
         voi = _group(self._dataset, index, "FrameVOILUTSequence")
         if (item := _table(voi.get("VOILUTSequence"))) is not None:
@@ -615,7 +627,7 @@ class DicomFile:
 
         return through
 
-    def _refuse_unit(self, window: Window, index: int) -> None:
+    def _refuse_unit(self, window: Window, index: int, below: bool, notes: list[str]) -> None:
         """Check that a window in Hounsfield units meets values in Hounsfield units."""
         group = _group(self._dataset, index, "PixelValueTransformationSequence")
         unit = text(group, "RescaleType").upper()
@@ -628,6 +640,16 @@ class DicomFile:
                 f"the study's window for {window.modality} is in HU, but the file has {found}; expected values in HU: "
                 "export it with its rescale, or take it out of the data"
             )
+        bits = _whole(self._dataset, "BitsStored")
+        if window.unit == "HU" and not table and (bits <= 8 or self._facts.kind == "screenshot"):
+            found = f"{bits} bits a pixel" if bits <= 8 else "a screenshot's"
+            raise UndecodableError(
+                f"the study's window for {window.modality} is in HU, but the file's values are {found} (BitsStored "
+                "(0028,0101), SOP class or ImageType), which were windowed before; expected values in HU: export the "
+                "original, or take it out of the data"
+            )
+        if window.unit == "HU" and not below and unit != "HU":
+            notes.append("values that cannot be below 0, taken as HU, of which air has -1000")
 
     def _padding(self, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
         """Where pixels are padding; None if the file has none."""
@@ -721,6 +743,17 @@ def _codestream(frame: bytes) -> tuple[int, int, int, int, int | None] | None:
             return width, height, frame[at + 9], frame[at + 4], None
         at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
     return None
+
+
+def _is_transformed(frame: bytes) -> bool:
+    """Whether a JPEG 2000 codestream says that its components are a transform of red, green and blue (ISO/IEC 15444-1,
+    A.6.1)."""
+    at = frame.find(b"\xff\x4f\xff\x51", 0, 1 << 16) + 2
+    while at >= 2 and at + 9 <= len(frame) and frame[at] == 0xFF and frame[at + 1] != 0x90:  # tiles
+        if frame[at + 1] == 0x52:
+            return frame[at + 8] == 1
+        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    return False
 
 
 Values = Callable[[NDArray[Any]], NDArray[Any]]

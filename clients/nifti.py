@@ -108,6 +108,7 @@ class NiftiFile:
                 self._refuse_shape(shape, self._dtype)
                 self._shape = shape[:3] + (1,) * (3 - len(shape[:3]))
                 self._start = int(self._header.get_data_offset())
+                self._refuse_two_orientations()
                 affine = self._header.get_best_affine()
                 turned = nibabel.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
                 slope, inter = self._header.get_slope_inter()
@@ -135,6 +136,20 @@ class NiftiFile:
             )
         if dtype.kind not in "iuf":
             raise UndecodableError(f"NIfTI values of type {dtype}; expected numbers, one a voxel: convert it")
+
+    def _refuse_two_orientations(self) -> None:
+        """Refuse a file whose two ways to say where the axes lead contradict one another: one of them is mirrored."""
+        if int(self._header["qform_code"]) < 1 or int(self._header["sform_code"]) < 1:
+            return
+        affines = [self._header.get_sform(), self._header.get_qform()]
+        if not all(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 0 for affine in affines):
+            return
+        first, second = ("".join(nibabel.aff2axcodes(affine)) for affine in affines)
+        if first != second:
+            raise UndecodableError(
+                f"a NIfTI whose axes lead to {first} by its sform and to {second} by its qform; expected the same in "
+                "both, as otherwise left may be right: set the wrong one's code to 0, or write it anew"
+            )
 
     def frames_along(self, axis: Axis) -> int:
         """How many slices it has."""
@@ -208,8 +223,13 @@ class NiftiFile:
                     f"a NIfTI of {end:,} bytes; expected at most {most:,} (a small file can claim any size): write a "
                     "smaller volume, or raise most_pixels in [data] of site.toml (of predict: --most-pixels)"
                 )
+            if self._start < self._header.sizeof_hdr:
+                raise UndecodableError(
+                    f"a NIfTI whose vox_offset is {self._start}, inside of its own header; expected at least "
+                    f"{self._header.sizeof_hdr + 4}: write it anew"
+                )
             content = _unpacked(self._content, end) if self._packed else self._content
-            if len(content) < end or self._start < self._header.sizeof_hdr:
+            if len(content) < end:
                 shape = " x ".join(map(str, self._shape))
                 raise UndecodableError(f"a NIfTI of {shape} values in {len(content):,} bytes; copy it again")
             values = np.frombuffer(content, self._dtype, math.prod(self._shape), self._start)

@@ -6,7 +6,9 @@ Every picture that this package looks at comes from :func:`open_file`. :data:`FO
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +83,8 @@ FORMATS = (
         "the middle axial slice or the one asked for, in canonical orientation, patient's right at the left; the "
         "study's window for `NIFTI`, else `cal_min` and `cal_max`, else least to greatest value",
         "more than three dimensions; colours; segmentations, statistics and vectors, by `intent_code`; header and "
-        "image in two files; more than six bytes for each of `most_pixels`",
+        "image in two files; a sform and a qform that contradict one another; more than six bytes for each of "
+        "`most_pixels`",
         is_nifti,
         NiftiFile,
     ),
@@ -185,20 +188,35 @@ def count_frames(path: Path, axis: Axis) -> int:
     return max(1, int(found)) if found.isdecimal() else 1
 
 
-def place_in_series(path: Path) -> tuple[str, tuple[float, ...]]:
-    """Of a DICOM file, the UID of its series, and what slices of a series are ordered by; else empty."""
+class Position(NamedTuple):
+    """What slices of a series are ordered by; None what a file does not say.
+
+    Attributes:
+        along: where it lies along the normal of its plane, in mm.
+        number: InstanceNumber (0020,0013).
+    """
+
+    along: float | None = None
+    number: float | None = None
+
+
+def place_in_series(path: Path) -> tuple[str, Position]:
+    """Of a DICOM file, the UID of its series, and where it lies in it; else empty."""
     header = read_header(path)
     if header is None:
-        return "", ()
-    number = along = 0.0
-    try:
-        number = float(text(header, "InstanceNumber") or 0)
+        return "", Position()
+    along = number = None
+    with contextlib.suppress(Exception):  # what is no number says nothing
+        number = _finite(float(text(header, "InstanceNumber")))
+    with contextlib.suppress(Exception):
         position = np.array(header.get("ImagePositionPatient"), dtype=np.float64)
         rows, columns = np.array(header.get("ImageOrientationPatient"), dtype=np.float64).reshape(2, 3)
-        along = float(np.cross(rows, columns) @ position)
-    except Exception:  # without a position the numbers have to do, and without these the names
-        along = 0.0
-    return text(header, "SeriesInstanceUID"), (along, number)
+        along = _finite(float(np.cross(rows, columns) @ position))
+    return text(header, "SeriesInstanceUID"), Position(along, number)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def identity(content: bytes, frame: int | None, axis: Axis = "axial") -> bytes:

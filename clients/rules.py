@@ -13,7 +13,7 @@ from PIL import Image
 
 from secure_fed.protocol.study import Background, StudyFile, Window
 
-VERSION = 6
+VERSION = 7
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
 
 MOST_PIXELS = 89_478_485

@@ -46,6 +46,7 @@ def predict(
     import re
 
     from secure_fed.clients.data import Choice
+    from secure_fed.clients.patients import some
     from secure_fed.clients.rules import MOST_PIXELS
     from secure_fed.clients.sitefile import SLICES
     from secure_fed.core.storage import write_durable
@@ -84,6 +85,8 @@ def predict(
         console.print(f"passed over: {name}: {what}", markup=False, highlight=False, soft_wrap=True)
     for line in found.told:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for doubt in found.doubts:
+        console.print(f"doubt: {doubt.text}: {doubt.remedy}", markup=False, highlight=False, soft_wrap=True)
     unknown = sum(not image.patient for image in found.images)
     if unknown and unknown < len(found.images):
         console.print(f"{unknown} images are of nobody known, and in no patient's row", highlight=False, soft_wrap=True)
@@ -92,6 +95,14 @@ def predict(
         if reports[1]:
             console.print(
                 f"no report for {reports[1]} patients: none of their images is DICOM with identifiers", soft_wrap=True
+            )
+        if reports[2]:
+            console.print(
+                f"no report for {len(reports[2])} ids that may be several persons: {some(map(repr, reports[2]))}; "
+                "mend the ids, or settle each in patients.csv beside the images",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
     if drawn is not None:
         console.print(f"{maps}: {drawn} heat maps, made of the images: keep them as you keep these", soft_wrap=True)

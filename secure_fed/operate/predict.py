@@ -6,7 +6,7 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from secure_fed.clients.data import MANIFEST, Choice, Notes, SiteImage, find_pictures
 from secure_fed.clients.decoding import decode
+from secure_fed.clients.doubts import all_doubts, renamed
 from secure_fed.clients.encoding import Patches, encode_all
-from secure_fed.clients.patients import SETTLED
+from secure_fed.clients.patients import MANY_IN_ONE, SETTLED, Doubt
 from secure_fed.clients.rules import MOST_PIXELS, Rules
 from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError, fault_lines
 from secure_fed.core.storage import make_folder, write_durable
@@ -66,6 +67,8 @@ class Probabilities:
         cases: of a head of one sum: the classes that may be meant, and which images are like none it knows.
         anomalies: of a memory of normal images: how far the images are from them.
         features: what the adapter saw, a row an image.
+        rules: how pictures were seen.
+        doubts: ids that may not tell patients apart.
     """
 
     adapter: AdapterFile
@@ -78,6 +81,8 @@ class Probabilities:
     cases: Cases | None = None
     anomalies: Anomalies | None = None
     features: NDArray[np.float32] | None = None
+    rules: Rules = field(default_factory=Rules)
+    doubts: tuple[Doubt, ...] = ()
 
     def name(self, image: SiteImage) -> str:
         """An image's path below the folder."""
@@ -141,6 +146,7 @@ class Probabilities:
             "unreadable": self.unreadable,
             "passed_over": self.passed_over,
             "told": list(self.told),
+            "doubts": [{"kind": one.kind, "ids": list(one.ids), "text": one.text} for one in self.doubts],
         }
 
     def _scored(self, found: Anomalies) -> dict[str, Any]:
@@ -170,6 +176,7 @@ class Probabilities:
             "unreadable": self.unreadable,
             "passed_over": self.passed_over,
             "told": list(self.told),
+            "doubts": [{"kind": one.kind, "ids": list(one.ids), "text": one.text} for one in self.doubts],
         }
 
     def csv(self) -> str:
@@ -224,15 +231,17 @@ def of_patient(probabilities: NDArray[np.float64], rule: PatientRule) -> NDArray
     return np.asarray(row / row.sum())
 
 
-def write_reports(found: Probabilities, folder: Path) -> tuple[int, int]:
+def write_reports(found: Probabilities, folder: Path) -> tuple[int, int, list[str]]:
     """Write a DICOM structured report for each patient with DICOM images, ``UID.dcm``, readable by the owner alone.
+
+    None for an id that may stand for several persons: it would speak of one by the images of another.
 
     Args:
         found: what an adapter says.
         folder: made if it is not there.
 
     Returns:
-        How many reports were written, and for how many patients there could be none.
+        How many reports were written, for how many patients there could be none, and the ids that are in doubt.
 
     Raises:
         StorageError: they cannot be written.
@@ -247,7 +256,10 @@ def write_reports(found: Probabilities, folder: Path) -> tuple[int, int]:
     make_folder(folder, 0o700)
     written = 0
     patients = found.patients()
+    many = {patient for doubt in found.doubts if doubt.kind in MANY_IN_ONE for patient in doubt.ids} & patients.keys()
     for patient, (own, row) in patients.items():
+        if patient in many:
+            continue
         files = list(dict.fromkeys(found.images[index].path for index in own))
         report = report_on(patient, files, row, found.adapter, found.calibrated)
         if report is not None:
@@ -255,7 +267,7 @@ def write_reports(found: Probabilities, folder: Path) -> tuple[int, int]:
             report.save_as(content)
             write_durable(folder / f"{report.SOPInstanceUID}.dcm", content.getvalue(), mode=0o600)
             written += 1
-    return written, len(patients) - written
+    return written, len(patients) - len(many) - written, sorted(many)
 
 
 def predict_folder(
@@ -318,6 +330,10 @@ def predict_folder(
         others = f" ({len(passed_over)} other files)" if passed_over else ""
         raise DataError(f"{single or folder}: no image{others}; expected images in it, or in folders below it")
     told = [*notes.told, *(f"left out: {count} of kind {kind}" for kind, count in sorted(notes.left_out.items()))]
+    # What is to be predicted may well be of one patient.
+    doubts = [doubt for doubt in all_doubts(images, "patient", notes) if doubt.kind != "share"]
+    if pseudonyms := renamed(images, notes):
+        told.append(f"{folder}: {pseudonyms} patients have another id in the manifest than in their DICOM files")
     backbone = load_backbone(file.backbone, checkpoint, device)
     decoded, features, unreadable = [], [], {}
     rules = Rules(file.windows, file.background, most_pixels)
@@ -343,8 +359,8 @@ def predict_folder(
     cases = judge(file.initial, file.initial.adapter, x)
     anomalies = _anomalies(file, x) if patches.blocks else None
     values = file.predict(x, tower)
-    said = tuple(told)
-    return Probabilities(file, folder, tuple(decoded), values, unreadable, passed_over, said, cases, anomalies, x)
+    about = tuple(decoded), values, unreadable, passed_over, tuple(told), cases, anomalies, x, rules, tuple(doubts)
+    return Probabilities(file, folder, *about)
 
 
 def _anomalies(file: AdapterFile, x: NDArray[np.float32]) -> Anomalies:
@@ -369,12 +385,11 @@ def write_maps(found: Probabilities, folder: Path) -> int:
     if found.anomalies is None:
         raise AdapterFileError("heat maps of a folder are those of a memory of normal images; expected such an adapter")
     top = float(found.anomalies.maps.max(initial=1e-9))
-    rules = Rules(found.adapter.windows, found.adapter.background)
     for image, heat in zip(found.images, found.anomalies.maps, strict=True):
         place = "" if image.frame is None else f".{image.axis}-{image.frame}"
         path = folder / f"{found.name(image)}{place}.png"
         make_folder(path.parent, 0o700)
-        picture = decode(image.path.read_bytes(), image.frame, image.axis, rules)
+        picture = decode(image.path.read_bytes(), image.frame, image.axis, found.rules)
         content = io.BytesIO()
         overlay(picture, heat / top).save(content, "PNG")
         write_durable(path, content.getvalue(), 0o600)

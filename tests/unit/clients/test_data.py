@@ -4,6 +4,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -458,6 +459,23 @@ def test_one_picture_is_not_listed_twice_in_other_words(tmp_path):
         os.symlink("a.nii", tmp_path / "b.nii")
         with pytest.raises(ManifestError, match=r"line 3: path '[ab].nii' is also on line 2"):
             read_data(tmp_path, CLASSES, "patient", None, 0)
+
+
+def test_the_middle_frame_is_not_listed_beside_the_file_itself(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(as_bytes(dicom(np.stack([RAMP] * 5))))
+    (tmp_path / "b.dcm").write_bytes(as_bytes(dicom(RAMP)))
+    columns = ("path", "patient", "label", "frame")
+    for rows, middle in (
+        ([("a.dcm", "p", "ant", ""), ("a.dcm", "p", "bee", "2")], 2),
+        ([("a.dcm", "p", "ant", "02"), ("a.dcm", "p", "bee", "")], 2),
+        ([("b.dcm", "p", "ant", "0"), ("b.dcm", "p", "ant", "")], 0),
+    ):
+        manifest(tmp_path, rows, columns, files=False)
+        words = rf"line 3: path '[ab].dcm' \(frame {middle}, the middle one\) is also on line 2"
+        with pytest.raises(ManifestError, match=words):
+            read_data(tmp_path, ("ant", "bee"), "patient", SHARES, 0)
+    manifest(tmp_path, [("a.dcm", "p", "ant", ""), ("a.dcm", "p", "bee", "3")], columns, files=False)
+    assert len(read_data(tmp_path, ("ant", "bee"), "patient", SHARES, 0)) == 2
 
 
 @pytest.mark.parametrize("ending", ["dcm.gz", "heic", "avif", "mha", "nrrd", "mgz"])

@@ -7,6 +7,7 @@ from collections import Counter
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 
 from secure_fed.clients.data import Choice, Notes, find_pictures, image_files, read_data
@@ -376,6 +377,33 @@ def test_of_a_series_the_rule_takes_slices_by_their_position(tmp_path):
     assert names(tmp_path, slices="middle") == (["03.dcm"], {"other slice": 6})
     assert names(tmp_path, slices="every:3")[0] == ["02.dcm", "05.dcm"]
     assert len(names(tmp_path, slices="all")[0]) == 7
+
+
+@pytest.mark.parametrize("without", ["ImagePositionPatient", "InstanceNumber"])
+def test_a_slice_that_does_not_say_where_it_lies_has_no_place_among_others_that_do(tmp_path, without):
+    series(tmp_path / "dark", 5, SeriesInstanceUID="1.2.1")
+    for number in range(5):
+        path = tmp_path / "dark" / f"{number:02}.dcm"
+        dataset = pydicom.dcmread(path)
+        if without == "InstanceNumber":  # then by numbers alone
+            del dataset.ImagePositionPatient
+        if number == 3:
+            del dataset[without]
+        path.write_bytes(as_bytes(dataset))
+    notes = Notes()
+    images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice("middle"), notes=notes)
+    # Of 0, 1, 2, 4: positions run from 4 to 0, numbers from 0 to 4.
+    assert [image.path.name for image in images] == ["01.dcm" if without == "ImagePositionPatient" else "02.dcm"]
+    assert notes.left_out == {"other slice": 3, "slice without a position": 1}
+    assert notes.passed_over == [
+        f"{tmp_path / 'dark' / '03.dcm'}: a slice that does not say where in its series it lies, as others do"
+    ]
+    assert len(names(tmp_path, slices="all")[0]) == 5  # for nothing hangs on their order
+    (tmp_path / "manifest.csv").write_text("path,label,slice\ndark,dark,2\n")
+    with pytest.raises(ManifestError, match=r"slice 2 of folder 'dark', of which 1 images do not say .*'dark/03.dcm'"):
+        names(tmp_path)
+    (tmp_path / "manifest.csv").write_text("path,label\ndark,dark\n")
+    assert len(names(tmp_path)[0]) == 5
 
 
 def test_of_a_file_with_many_frames_the_rule_takes_slices_too(tmp_path):

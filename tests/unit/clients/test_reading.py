@@ -27,6 +27,7 @@ from secure_fed.clients.reading import (
     Source,
     identity,
     is_meant_as_image,
+    kind_of,
     open_file,
     see,
     table,
@@ -599,6 +600,29 @@ def test_of_jpeg_2000_the_codestream_says_whether_there_is_a_sign():
     assert np.array_equal(grey(contradicted), expected)
 
 
+@pytest.mark.parametrize("syntax", [uid.JPEG2000Lossless, uid.HTJ2KLossless])
+def test_of_jpeg_2000_the_codestream_says_whether_colours_were_transformed(syntax):
+    small = np.random.default_rng(3).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    colours = np.asarray(Image.fromarray(small).resize((32, 32)))
+    encode, back = imagecodecs.jpeg2k_encode, imagecodecs.jpeg2k_decode
+    if syntax == uid.HTJ2KLossless:
+        encode, back = imagecodecs.htj2k_encode, imagecodecs.htj2k_decode
+    options = {"codecformat": "j2k"} if syntax == uid.JPEG2000Lossless else {}
+    transformed = encode(colours, reversible=True, **({"mct": True} if options else {"rgb": True}), **options)
+    assert np.array_equal(back(transformed), colours)  # by which another decoder undoes it too
+    for header in ("YBR_FULL", "YBR_RCT", "RGB"):
+        dataset = encapsulated(colours, syntax, transformed, "RGB")
+        dataset.PhotometricInterpretation = header
+        assert np.array_equal(np.asarray(decode(as_bytes(dataset))), colours), header
+    if options:  # as they are, they are luminance and colour differences
+        as_they_are = encode(
+            np.asarray(Image.fromarray(colours).convert("YCbCr")), reversible=True, mct=False, **options
+        )
+        dataset = encapsulated(colours, syntax, as_they_are, "RGB")
+        dataset.PhotometricInterpretation = "YBR_FULL"
+        assert np.abs(np.asarray(decode(as_bytes(dataset))).astype(int) - colours).max() <= 3  # rounded twice
+
+
 def palette(order):
     dataset = dicom(np.arange(4, dtype=np.uint8).reshape(2, 2), "PALETTE COLOR")
     for place, name in enumerate(("Red", "Green", "Blue")):
@@ -744,6 +768,39 @@ def test_the_studys_window_holds_for_its_modality_whatever_the_file_says():
     assert CT.digest != Rules().digest
 
 
+def test_what_was_windowed_before_is_no_hounsfield_unit():
+    as_is = {"Modality": "CT", "RescaleSlope": 1, "RescaleIntercept": 0}
+    eight = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    with pytest.raises(UndecodableError, match=r"in HU, but the file's values are 8 bits a pixel \(BitsStored"):
+        decode(as_bytes(dicom(eight, **as_is)), rules=CT)
+    deep = eight.astype(np.uint16)
+    captured = dicom(deep, ConversionType="WSD", **as_is)
+    with pytest.raises(UndecodableError, match=r"in HU, but the file's values are a screenshot's"):
+        decode(as_bytes(captured), rules=CT)
+    (note,) = see(open_file(as_bytes(dicom(deep, **as_is))), Place(), CT).facts.notes
+    assert "cannot be below 0" in note
+    assert not see(open_file(as_bytes(dicom(deep, RescaleType="HU", **as_is))), Place(), CT).facts.notes
+    assert not see(open_file(as_bytes(dicom(deep, **as_is | {"RescaleIntercept": -1024}))), Place(), CT).facts.notes
+
+
+@pytest.mark.parametrize(("modality", "says"), [("OT", "OT"), ("", "missing"), ("MR", None)])
+def test_a_file_that_does_not_say_of_what_modality_it_is_is_told_where_a_study_has_windows(modality, says):
+    content = as_bytes(dicom(RAMP, Modality=modality))
+    words = f"Modality (0008,0060) {says}, so that none of the study's windows holds for it"
+    assert see(open_file(content), Place(), CT).facts.notes == (() if says is None else (words,))
+    assert not see(open_file(content), Place(), Rules()).facts.notes
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("LABEL", "scout"), ("OVERVIEW", "scout"), ("THUMBNAIL", "scout"), ("VOLUME", "")]
+)
+def test_what_lies_beside_a_whole_slide_is_left_out_as_scouts_are(part, kind, tmp_path):
+    words = ["ORIGINAL", "PRIMARY", part, "NONE"]
+    slide = dicom(RAMP, SOPClassUID=uid.VLWholeSlideMicroscopyImageStorage, Modality="SM", ImageType=words)
+    (tmp_path / "a.dcm").write_bytes(as_bytes(slide))
+    assert kind_of(tmp_path / "a.dcm") == kind
+
+
 VOLUME = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
 
 
@@ -837,6 +894,26 @@ def test_slope_and_byte_order_of_a_nifti_are_heeded():
     assert np.array_equal(np.asarray(decode(image.to_bytes(), 1, rules=rules)), expected)
 
 
+def test_two_ways_to_say_where_a_niftis_axes_lead_must_not_contradict():
+    mirrored = np.diag([-1, 1, 1, 1])
+    turned = np.array([[0.99, 0.1, 0, 5], [-0.1, 0.99, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+    def of(sform, sform_code, qform_code):
+        content = nifti(packed=False)
+        header = nibabel.Nifti1Header(content[:348])
+        header.set_sform(sform, sform_code)
+        header.set_qform(np.eye(4), qform_code)
+        return header.binaryblock + content[348:]
+
+    with pytest.raises(
+        UndecodableError, match=r"lead to LAS by its sform and to RAS by its qform; .* left may be right"
+    ):
+        decode(of(mirrored, 1, 1))
+    one, other = (np.asarray(decode(of(mirrored, *codes))) for codes in ((1, 0), (0, 1)))
+    assert np.array_equal(one, other[:, ::-1])
+    assert decode(of(turned, 4, 1)).size == (4, 5)  # as registration writes it
+
+
 def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
     rules = Rules(windows=(Window(modality="NIFTI", centre=60, width=120, unit="rescaled"),))
     expected = np.rint(255 * VOLUME[:, :, 1].clip(0, 120) / 120).T[::-1, ::-1]
@@ -859,6 +936,10 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
         (nifti(intent_code=3, packed=False), "holds a map of statistics"),
         (nifti()[:-9], "gzipped file that ends too early"),
         (nifti(np.zeros((9, 9, 9), np.int16), packed=False)[:400], "a NIfTI of 9 x 9 x 9 values in 400 bytes"),
+        (
+            nifti(packed=False)[:108] + bytes(4) + nifti(packed=False)[112:],
+            "vox_offset is 0, inside of its own header; expected at least 352",
+        ),
         (gzip.compress(nifti(packed=False)[:-2]), "gzipped file that ends too early"),
         (gzip.compress(nifti(packed=False) + bytes(2**28)), "goes on behind the 592 bytes of its values"),
         (
@@ -871,6 +952,7 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
         "no magic",
         "labels",
         "statistics",
+        "no offset",
         "cut gzip",
         "cut",
         "cut before",

@@ -528,6 +528,35 @@ def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward
     assert all(path.stat().st_mode & 0o077 == 0 for path in (run / "reports").iterdir())
 
 
+def test_doubts_are_told_and_no_report_is_of_an_id_that_may_be_several_persons(
+    run: Path, ward: Path, secfacmic: Run
+) -> None:
+    for name, patient, study, fields in (
+        ("x1", "ANONYMOUS", "1.2.5", {"PatientName": "X^Y"}),
+        ("x2", "ANONYMOUS", "1.2.6", {"PatientName": "Y^X"}),
+        ("i1", "12", "1.2.7", {"IssuerOfPatientID": "H1"}),
+        ("i2", "12", "1.2.8", {"IssuerOfPatientID": "H2"}),
+        ("h1", "X1", "1.2.9", {}),
+        ("h2", "X2", "1.2.10", {}),
+    ):
+        (ward / f"{name}.dcm").write_bytes(as_bytes(slice_of(patient, study, 1, 90, **fields)))
+    (ward / "manifest.csv").write_text("path,patient\nknown.png,C-7\nh1.dcm,p9\nh2.dcm,p9\n")
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", ward, "--json"]
+    command += ["--checkpoint", run / "backbone.safetensors", "--dicom-sr", run / "reports"]
+    code, out, errors = secfacmic(*command)
+    assert code == 0, errors
+    doubts = [("header", ["p9"]), ("issuers", ["12"]), ("placeholder", ["ANONYMOUS"])]
+    assert [(doubt["kind"], doubt["ids"]) for doubt in json.loads(out)["doubts"]] == doubts
+    assert "doubt: 'ANONYMOUS' (2 images) is a placeholder and may stand for many patients: mend it" in errors
+    assert "2 structured reports" in errors
+    assert "no report for 3 ids that may be several persons: '12', 'ANONYMOUS', 'p9'; mend the ids" in errors
+    assert {srread(path).PatientID for path in (run / "reports").iterdir()} == {"A-1", "Müller"}
+    (ward / "patients.csv").write_text("id,same_as\np9,\nANONYMOUS,\n12,\n")
+    code, out, errors = secfacmic(*command)
+    assert (code, json.loads(out)["doubts"]) == (0, [])
+    assert "5 structured reports" in errors
+
+
 def test_a_report_leaves_out_what_a_header_says_in_no_form_of_the_standards(run: Path) -> None:
     adapter = load_adapter(run / "adapter.safetensors")
     row = np.full(len(adapter.classes), 1 / len(adapter.classes))
