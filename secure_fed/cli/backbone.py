@@ -130,9 +130,9 @@ def list_(json_: Json = False) -> None:
     table = Table("model", "tag", "activation", "size", "digest", "id", "where")
     for row in rows:
         table.add_row(
-            row["model"],
-            row["tag"] or "-",
-            row["activation"],
+            escape(row["model"]),
+            escape(row["tag"] or "-"),
+            escape(row["activation"]),
             _size(row["bytes"]),
             row["digest"][:12],
             row["id"][:12],

@@ -11,11 +11,24 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from secure_fed.core.errors import AddressError
 
-console = Console(stderr=True)
-out = Console()
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that steer a terminal, or turn the order of what it shows; line feed and tab are text."""
+
+
+class _Terminal(Console):
+    """A console for text alone: names out of other people's files cannot steer the terminal."""
+
+    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+        """As rich does it, with a question mark for each character that is no text."""
+        return super().render_str(_STEERS.sub("?", text), **how)
+
+
+console = _Terminal(stderr=True)
+out = _Terminal()
 
 _DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 

@@ -599,6 +599,7 @@ def load_backbone(backbone: Backbone, checkpoint: Path | None, device: Device = 
                     f"{backbone.model}{':' + backbone.tag if backbone.tag else ''}; expected the weights that are "
                     "named: name these in the template, or give those"
                 )
+            backbone_store.is_meant(entry, backbone)  # else refuse_others compares it
             model = model if model.startswith(HUB) else entry.model
         seeded = backbone.weights == "random"
         form = read_form(path, model, backbone.tag, backbone.activation, seeded=seeded)

@@ -115,9 +115,7 @@ def _read_folder(
     path: Path, model: str | None, tag: str | None, activation: str | None, text: Path | None, seeded: bool
 ) -> Form:
     if (path / "snapshots").is_dir():
-        owner, _, name = path.name.removeprefix("models--").partition("--")
-        called = f"{HUB}{owner}/{name}" if path.name.startswith("models--") and name else None
-        return _read_folder(_snapshot(path), model or called, tag, activation, text, seeded)
+        return _read_folder(_snapshot(path), model or _repository(path), tag, activation, text, seeded)
     inside = sorted(path.iterdir())
     if not inside:
         raise BackboneError(f"{path}: is empty; expected weights and their configuration: copy the folder again")
@@ -129,7 +127,9 @@ def _read_folder(
         )
     if (path / "adapter_config.json").is_file():
         raise adapter_alone(path)
-    if (path / CONFIG).is_file():
+    if model is None and path.resolve().parent.name == "snapshots":
+        model = _repository(path.resolve().parent.parent)
+    if (path / CONFIG).is_file() and not is_transformers_alone(path):
         return _read_open_clip(path, model, text)
     if (path / "config.json").is_file():
         return _read_transformers(path, model)
@@ -149,6 +149,12 @@ def _read_folder(
             f"whole folder{named if fits else ''}"
         )
     return _read_file(found, model, tag, activation, text or path, seeded)
+
+
+def _repository(cache: Path) -> str | None:
+    """The name of the repository that a hub's cache folder is of; None of any other folder."""
+    owner, _, name = cache.name.removeprefix("models--").partition("--")
+    return f"{HUB}{owner}/{name}" if cache.name.startswith("models--") and name else None
 
 
 def _is_a_backbones(folder: Path) -> bool:
@@ -251,9 +257,21 @@ def _read_open_clip(path: Path, model: str | None, text: Path | None) -> Form:
     )
 
 
+def is_transformers_alone(path: Path) -> bool:
+    """Whether a folder with both configurations has weights under transformers' names only."""
+    if not _named_open_clip(path) or any((path / name).is_file() for name in OPEN_CLIP_NAMES):
+        return False
+    return under_transformers_names(read_weights(_weights_in(path, TRANSFORMERS_NAMES)))
+
+
 def _called(path: Path, model: str | None, config: Mapping[str, Any]) -> str:
     """What a folder's model is to be called: not by a name that open_clip has for another one."""
     is_one = name_of(config)
+    if model is None and is_one is None and re.fullmatch(r"[0-9a-f]{40}", path.resolve().name):
+        raise BackboneError(
+            f"{path}: a snapshot of a hub's cache, whose name says nothing of its model; expected the cache folder "
+            f"models--OWNER--NAME with it, or the name by --model {HUB}OWNER/NAME"
+        )
     if model is None:
         return is_one or path.resolve().name
     plain = model if model.startswith(HUB) else model.partition(":")[0]
@@ -327,13 +345,12 @@ def _read_transformers(path: Path, model: str | None) -> Form:
     if tokens is None:
         raise _no_tokenizer(path, "its tokenizer")
     _refuse_tokens(path, tokens, config["text_cfg"]["vocab_size"])
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     return Form(
         f"a folder in transformers' form, {kind}",
         _called(path, model, config),
         config,
         theirs.preprocessing(how, size, kind, str(found)),
-        _weights_in(path, names),
+        _weights_in(path, TRANSFORMERS_NAMES),
         tokens,
         None,
         kind,
@@ -376,27 +393,27 @@ def _weights_in(path: Path, names: tuple[str, ...]) -> Path:
     return min(found, key=lambda one: (one.suffix != ".safetensors", one.name))
 
 
-_OPEN_CLIP_NAMES = (
+OPEN_CLIP_NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
     "open_clip_model.safetensors.index.json",
 )
-_FOREIGN = (
-    *_OPEN_CLIP_NAMES,
+TRANSFORMERS_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_FOREIGN = (*OPEN_CLIP_NAMES, *TRANSFORMERS_NAMES)
 
 
 def _named_open_clip(path: Path) -> tuple[str, ...]:
     """Names of open_clip's checkpoints where the folder also holds the model in transformers' form."""
     content = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     both = content.get("model_type") in ("clip", "siglip") or "architecture" in content  # transformers' or timm's
-    return _OPEN_CLIP_NAMES if both else ()
+    return OPEN_CLIP_NAMES if both else ()
 
 
 def _content(path: Path) -> str:

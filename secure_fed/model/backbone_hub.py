@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from secure_fed.core.errors import BackboneError
-from secure_fed.model.backbone_form import CONFIG, read_form
+from secure_fed.model.backbone_form import CONFIG, OPEN_CLIP_NAMES, TRANSFORMERS_NAMES, is_transformers_alone, read_form
 from secure_fed.model.given_files import read_json
 from secure_fed.model.library import HUB, fetch_elsewhere, known_model, open_clip
 from secure_fed.model.network import Form
@@ -22,16 +22,12 @@ _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "spiece.model",
+    "tokenizer.model",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-)
-_TRANSFORMERS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
 )
 
 
@@ -96,29 +92,44 @@ def _tag(backbone: Backbone, cache: Path | None) -> Form:
 
 
 def _repository(name: str, cache: Path | None) -> Form:
-    config = _file(name, CONFIG, cache)
-    if config is not None:
-        from open_clip.pretrained import download_pretrained_from_hf
-
-        folder = config.parent
-        for one in ("README.md", *_TOKENIZER):
-            _file(name, one, cache)
-        download_pretrained_from_hf(name, cache_dir=None if cache is None else str(cache))
-        text_cfg = _text_config(config)
-        with _text(text_cfg, cache) as text:
-            return read_form(folder, HUB + name, text=text)
-    config = _file(name, "config.json", cache)
-    if config is None:
+    ours, config = _file(name, CONFIG, cache), _file(name, "config.json", cache)
+    folder = next((found.parent for found in (ours, config) if found is not None), None)
+    if folder is None:
         raise BackboneError(
             f"{HUB}{name}: has no {CONFIG} and no config.json; expected a model in open_clip's or transformers' form"
         )
     for one in ("preprocessor_config.json", "processor_config.json", "README.md", *_TOKENIZER):
         _file(name, one, cache)
-    weights = next((found for one in _TRANSFORMERS if (found := _file(name, one, cache)) is not None), None)
-    if weights is not None and weights.name.endswith(".index.json"):
-        for shard in shards_of(weights):
-            _file(name, shard, cache)
-    return read_form(config.parent, HUB + name)
+    # Of a repository with both configurations, the weights that it has say which holds: see read_form.
+    wanted = (*(OPEN_CLIP_NAMES if ours is not None else ()), *TRANSFORMERS_NAMES)
+    weights = next((found for one in wanted if (found := _file(name, one, cache)) is not None), None)
+    if weights is None:
+        raise _lacks(name, f"no weights of the names that are read ({', '.join(wanted)})")
+    if weights.name.endswith(".index.json"):
+        lost = [shard for shard in shards_of(weights) if _file(name, shard, cache) is None]
+        if lost:
+            raise _lacks(name, f"not all shards that {weights.name} names: {', '.join(lost)} missing")
+    try:
+        text_cfg = {} if ours is None or is_transformers_alone(folder) else _text_config(ours)
+        with _text(text_cfg, cache) as text:
+            return read_form(folder, HUB + name, text=text)
+    except BackboneError as error:  # the folder is a cache's, and mostly gone when this is read
+        reason = str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+        if "copy" in reason:  # advice for a folder that lost something on its way
+            raise _lacks(name, f"not what adding it needs: {reason}") from error
+        raise BackboneError(f"{HUB}{name}: {reason}") from error
+
+
+def _lacks(name: str, what: str) -> BackboneError:
+    if constants.HF_HUB_OFFLINE:
+        return BackboneError(
+            f"{HUB}{name}: of an earlier download there is {what}, and no hub is asked; run "
+            f"{fetch_elsewhere(HUB + name)}"
+        )
+    return BackboneError(
+        f"{HUB}{name}: the repository has {what}\n  all that is read of it was downloaded, so choose another one, or "
+        "put what is missing beside what it has and add that folder"
+    )
 
 
 def _text_config(config: Path) -> dict[str, Any]:

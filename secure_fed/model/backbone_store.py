@@ -16,7 +16,7 @@ from pydantic import Field
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.core.tomlfile import FileModel, parse_table
-from secure_fed.model.library import twin
+from secure_fed.model.library import activation_named, twin
 from secure_fed.protocol.study import Backbone, Hex64, Text
 
 ENTRY = "backbone.json"
@@ -119,14 +119,17 @@ def find(backbone: Backbone) -> Path | None:
     By its id if the study names it, else by the digest of its weights, else by model and tag or file name.
 
     Raises:
-        BackboneError: several fit, or an entry is malformed.
+        BackboneError: several fit, an entry is malformed, or a file's name is all that tells which of two activations
+            is meant.
     """
     folder = store_folder()
     if backbone.id is not None:
         return folder / backbone.id if (folder / backbone.id / ENTRY).is_file() else None
     if backbone.digest is None and backbone.weights == "random":
         return None  # of what seed they are is not known
-    found = [path for path, entry in entries(folder).items() if _fits(entry, backbone)]
+    here = entries(folder)
+    found = [path for path, entry in here.items() if _fits(entry, backbone)]
+    found = [path for path in found if is_meant(here[path], backbone)]
     if len(found) > 1:
         raise BackboneError(
             f"{folder}: {len(found)} backbones fit {backbone.model} ({', '.join(path.name[:12] for path in found)}); "
@@ -143,6 +146,19 @@ def _fits(entry: Entry, backbone: Backbone) -> bool:
     return bears(entry, backbone) and (
         backbone.weights != "file" or any(name.source == backbone.file for name in entry.names)
     )
+
+
+def is_meant(entry: Entry, backbone: Backbone) -> bool:
+    """Whether an entry has the activation that is meant of a file, where its model is there with both.
+
+    Raises:
+        BackboneError: nothing but the file's name says which is meant.
+    """
+    if backbone.weights != "file" or backbone.id is not None or twin(backbone.model) is None:
+        return True
+    if not bears(entry, backbone):  # found by its digest, and called otherwise: its own configuration says
+        return True
+    return entry.activation == activation_named(backbone.model, backbone.activation, str(backbone.file))
 
 
 def bears(entry: Entry, backbone: Backbone) -> bool:

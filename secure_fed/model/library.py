@@ -115,6 +115,15 @@ def with_activation(model: str, tag: str | None, activation: str | None, where: 
     return quick if activation == "quickgelu" else plain
 
 
+def activation_named(model: str, activation: str | None, where: str) -> str:
+    """The activation that is meant of weights of a model which is there with both; as :func:`with_activation`.
+
+    Raises:
+        BackboneError: nothing says which.
+    """
+    return "quickgelu" if with_activation(model, None, activation, where).endswith(_TWIN) else "gelu"
+
+
 def name_of(config: Mapping[str, Any]) -> str | None:
     """The name that open_clip has for a configuration, if it has one."""
     models = ((name, open_clip().get_model_config(name)) for name in open_clip().list_models())

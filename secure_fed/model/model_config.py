@@ -68,7 +68,7 @@ def check_model_config(config: Any, where: Path | str) -> dict[str, Any]:
         where: the file, for messages.
 
     Returns:
-        The same.
+        The same without what is null and would be without it too: libraries ask whether a key is there.
 
     Raises:
         BackboneError: a key is unknown, missing, or of another type or range; or it names a model of a hub.
@@ -80,8 +80,19 @@ def check_model_config(config: Any, where: Path | str) -> dict[str, Any]:
         _refuse_heads(where, "vision_cfg", width, head, "a head's width of")
     if not text.get("hf_model_name"):
         _refuse_heads(where, "text_cfg", text.get("width") or 512, text.get("heads") or 8, "heads,")
-    found: dict[str, Any] = config
-    return found
+    return _without_nulls(config)
+
+
+_NULL_MEANS = ("hf_proj_type", "patch_size", "timm_pool", "timm_proj")
+"""Keys whose null is written and says something else than their absence: no projection, pooling or patches."""
+
+
+def _without_nulls(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None or key in _NULL_MEANS
+    }
 
 
 def _refuse_heads(where: Path | str, table: str, width: int, parts: int, what: str) -> None:
@@ -134,9 +145,10 @@ def _models() -> Any:
 
 
 def _as_model(table: type[Any], ranges: dict[str, Any]) -> Any:
-    """A model of the keys of one of open_clip's dataclasses; each may be null, which is its default."""
+    """A model of the keys of one of open_clip's dataclasses; null is only what is null where nothing is said."""
     hints = get_type_hints(table)
-    fields: dict[str, Any] = {
-        one.name: (ranges.get(one.name, hints[one.name]) | None, None) for one in dataclasses.fields(table)
-    }
+    fields: dict[str, Any] = {}
+    for one in dataclasses.fields(table):
+        kind = ranges.get(one.name, hints[one.name])
+        fields[one.name] = (kind | None if one.default is None or one.name in _NULL_MEANS else kind, None)
     return create_model(table.__name__, __base__=FileModel, **fields)

@@ -20,7 +20,7 @@ from secure_fed.model import transformers_form as theirs
 from secure_fed.model.library import offline, open_clip
 from secure_fed.model.model_config import OURS
 from secure_fed.model.tokenizer import Tokens
-from secure_fed.model.weights import ARCHIVE_SIZES, Tensors, read_weights, without_prefix
+from secure_fed.model.weights import ARCHIVE_SIZES, WRAPPER, Tensors, read_weights, without_prefix
 
 
 @dataclass
@@ -266,7 +266,7 @@ def _the_model(form: Form, tensors: Tensors, anchors: Mapping[str, tuple[int, ..
     found = without_prefix(tensors, anchors, form.weights)
     if len(found) < len(tensors):
         kept = {id(value) for value in found.values()}
-        beside = [name for name, value in tensors.items() if id(value) not in kept and "_orig_mod." not in name]
+        beside = [name for name, value in tensors.items() if id(value) not in kept and not WRAPPER.search(name)]
         form.told.append(
             f"that what lies beside the model, {len(beside)} tensors ({', '.join(beside[:3])}"
             f"{' and so on' if beside[3:] else ''}), is not needed; if they are an adapter or a projection, features "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from pydantic import Field
@@ -23,12 +23,12 @@ from torch import Tensor
 from secure_fed.core.errors import BackboneError
 from secure_fed.model.given_files import AGAIN, Foreign, checked, read_bytes, read_json, read_text
 from secure_fed.model.model_config import Rules, Token
+from secure_fed.model.tokenizer_class import BERTS, CLIP_SPLIT, Config, as_its_class, class_of, read_config
 from secure_fed.protocol.study import canonical_json
 
 FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json")
 """Any of these makes a tokenizer; ``vocab.json`` with ``merges.txt``."""
 
-_CLIP_SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 _PADS = {"siglip": ("</s>", "<pad>"), "clip": ("<|endoftext|>",)}
 
 
@@ -194,28 +194,6 @@ class _Whole(Foreign):
         )
 
 
-class _SpecialToken(Foreign):
-    content: str
-
-
-_Special = str | _SpecialToken | None
-
-
-class _Config(Foreign):
-    """``tokenizer_config.json`` and ``special_tokens_map.json``."""
-
-    tokenizer_class: str | None = None
-    do_lower_case: bool | None = None
-    strip_accents: bool | None = None
-    tokenize_chinese_chars: bool | None = None
-    padding_side: Literal["left", "right"] | None = None
-    truncation_side: Literal["left", "right"] | None = None
-    pad_token: _Special = None
-    sep_token: _Special = None
-    cls_token: _Special = None
-    unk_token: _Special = None
-
-
 def read_own_tokenizer(path: Path, context: int, rules: dict[str, Any]) -> FileTokens:
     """The tokenizer of a folder of ours.
 
@@ -242,21 +220,29 @@ def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: d
     """
     if not any((folder / name).is_file() for name in FILES):
         return None
-    config, special = (_config(folder / one) for one in ("tokenizer_config.json", "special_tokens_map.json"))
-    name = config.tokenizer_class or ""
+    config = read_config(folder)
+    whole = (folder / "tokenizer.json").is_file()
+    # Of a folder in open_clip's form, kind is a guess where it is none of a text model.
+    name = class_of(config, kind if clean == "none" or kind not in _PADS or not whole else "")
     pieces = next((folder / one for one in ("spiece.model", "tokenizer.model") if (folder / one).is_file()), None)
-    if (folder / "tokenizer.json").is_file() and not (kind == "siglip" and pieces and "Siglip" in name):
+    if name == "SiglipTokenizer" and pieces is None:
+        raise BackboneError(
+            f"{folder}: its tokenizer is not here: a SiglipTokenizer, which is of a SentencePiece model; expected "
+            "spiece.model beside the other files: copy the whole folder"
+        )
+    if whole and name != "SiglipTokenizer":
         content = read_json(folder / "tokenizer.json")
-        _follow_config(content, checked(content, _Whole, folder / "tokenizer.json"), name, config)
+        checked(content, _Whole, folder / "tokenizer.json")
     elif pieces is not None:
         with _in_our_words("cannot be used", pieces):
-            content = _sentencepiece(pieces, (config.pad_token, config.unk_token) if kind == "siglip" else None)
-        if kind == "siglip":
+            content = _sentencepiece(pieces, config if name == "SiglipTokenizer" else None)
+        if name == "SiglipTokenizer":
             clean = "siglip_cased" if config.do_lower_case is False else "siglip"
-    elif (folder / "vocab.txt").is_file():
+    elif (folder / "vocab.txt").is_file() and (name in BERTS or not config.tokenizer_class):
+        name = name if name in BERTS else BERTS[0]
         with _in_our_words("cannot be used", folder / "vocab.txt"):
             content = _wordpiece(folder / "vocab.txt", config)
-    elif (folder / "merges.txt").is_file() and kind == "clip":
+    elif (folder / "merges.txt").is_file() and name == "CLIPTokenizer":
         with _in_our_words("cannot be used", folder / "vocab.json"):
             content = _byte_pairs(folder)
     else:
@@ -264,63 +250,29 @@ def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: d
             f"{folder}: a vocabulary, but no tokenizer.json, which says how it is used; expected one: on a machine "
             "with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
         )
-    usual = "left" if name.startswith(("Gemma", "Siglip2")) else "right"
-    for what, side in (("padding_side", config.padding_side or usual), ("truncation_side", config.truncation_side)):
-        if side == "left":
-            raise BackboneError(
-                f"{folder / 'tokenizer_config.json'}: {what} left (stated, or what {name or 'its class'} does where "
-                'nothing is); expected "right", texts that are filled up and cut at their end: models trained so state '
-                "it, others are not read"
-            )
+    with _in_our_words("cannot be used", folder):
+        content = as_its_class(content, config, name, folder)
     vocabulary = checked(content, _Whole, folder).vocabulary
-    given = [_token(table.pad_token) for table in (config, special)]
-    known = [*filter(None, given), *_PADS.get(kind, ()), "[PAD]", "<pad>"]
+    known = [*filter(None, [config.token("pad_token")]), *_PADS.get(kind, ()), "[PAD]", "<pad>"]
     pad = next((one for one in known if one in vocabulary), None)
     if pad is None:
         raise BackboneError(
             f"{folder}: the tokenizer's files name no token that fills short texts up; expected pad_token in "
             f"tokenizer_config.json: {AGAIN}"
         )
-    without = None
-    if options.get("strip_sep_token"):
-        without = next(filter(None, (_token(table.sep_token) for table in (config, special))), "[SEP]")
+    without = (config.token("sep_token") or "[SEP]") if options.get("strip_sep_token") else None
     return FileTokens(content, context, {"pad": pad, "clean": clean, "without": without})
 
 
-def _config(path: Path) -> _Config:
-    if not path.is_file():
-        return _Config()
-    content = read_json(path)
-    if "auto_map" in content:
-        raise BackboneError(
-            f"{path}: its tokenizer comes with code of its own (auto_map), which is never run; expected one of "
-            "transformers' own"
-        )
-    return checked(content, _Config, path)
-
-
-def _follow_config(content: dict[str, Any], whole: _Whole, name: str, config: _Config) -> None:
-    """What ``tokenizer_config.json`` says about case, and transformers puts over ``tokenizer.json``."""
-    normalizer = whole.normalizer or {}
-    if name.startswith("Bert") and normalizer.get("type") == "BertNormalizer":
-        for stated, ours in ((config.do_lower_case, "lowercase"), (config.strip_accents, "strip_accents")):
-            if stated is not None:
-                normalizer[ours] = stated
-        content["normalizer"] = normalizer
-    if name.startswith("Siglip2") and "Lowercase" not in json.dumps(normalizer):
-        parts = [{"type": "Lowercase"}, *([normalizer] if normalizer else [])]
-        content["normalizer"] = {"type": "Sequence", "normalizers": parts}
-
-
-def _wordpiece(path: Path, config: _Config) -> dict[str, Any]:
+def _wordpiece(path: Path, config: Config) -> dict[str, Any]:
     """BERT's tokenizer of a list of words (Devlin et al., arXiv 1810.04805), as transformers makes it."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = read_text(path, "a vocabulary, a token a line").split("\n")
     vocabulary = {word.rstrip("\r"): number for number, word in enumerate(words) if word}
     unknown, start, end = (
-        _token(stated) or usual
-        for stated, usual in ((config.unk_token, "[UNK]"), (config.cls_token, "[CLS]"), (config.sep_token, "[SEP]"))
+        config.token(key) or usual
+        for key, usual in (("unk_token", "[UNK]"), ("cls_token", "[CLS]"), ("sep_token", "[SEP]"))
     )
     for token in (unknown, start, end):
         if token not in vocabulary:
@@ -388,7 +340,7 @@ def _byte_pairs(folder: Path) -> dict[str, Any]:
     )
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_CLIP_SPLIT), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -397,16 +349,16 @@ def _byte_pairs(folder: Path) -> dict[str, Any]:
     return dict(json.loads(made.to_str()))
 
 
-def _sentencepiece(path: Path, named: Sequence[_Special] | None = None) -> dict[str, Any]:
+def _sentencepiece(path: Path, siglip: Config | None = None) -> dict[str, Any]:
     """A unigram SentencePiece model (Kudo, arXiv 1804.10959) with an end of text, as T5 and SigLIP use it.
 
     Args:
         path: the model.
-        named: special tokens that a SigLIP's configuration names; its tokenizer knows these, the end and the unknown in
-            a text too, and what follows one of them begins no word. None for others.
+        siglip: of a SigLIP, whose tokenizer knows its end, unknown and padding token in a text too, and what follows
+            one of them begins no word. None for others.
 
     Raises:
-        BackboneError: it is no such model.
+        BackboneError: it is no such model, or a SigLIP's is used in another way than usual.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -437,11 +389,18 @@ def _sentencepiece(path: Path, named: Sequence[_Special] | None = None) -> dict[
         ]
     )
     made.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="always" if named is None else "first", split=False
+        replacement="▁", prepend_scheme="always" if siglip is None else "first", split=False
     )
     made.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, names[end])])
-    if named is not None:
-        special = [one for one in dict.fromkeys([end, "<unk>", *map(_token, named)]) if one in names]
+    if siglip is not None:
+        for key, usual in (("eos_token", end), ("unk_token", "<unk>"), ("sp_model_kwargs", {})):
+            stated = getattr(siglip, key) if key == "sp_model_kwargs" else siglip.token(key)
+            if stated not in (None, usual):
+                raise BackboneError(
+                    f"{path.parent}: {key} {str(stated)[:60]!r} in tokenizer_config.json; expected {usual!r}, as "
+                    "SigLIP's have it: another way is not read"
+                )
+        special = [one for one in dict.fromkeys([end, "<unk>", *siglip.specials]) if one in names]
         made.add_special_tokens(
             [AddedToken(one, lstrip=True, rstrip=True, normalized=False, special=True) for one in special]
         )
@@ -530,8 +489,3 @@ def _cleaner(name: str, special: Sequence[str]) -> Callable[[str], str]:
 
     clean: Callable[[str], str] = get_clean_fn(name)
     return clean
-
-
-def _token(value: str | _SpecialToken | None) -> str | None:
-    """A special token, which is a text or a table with its content."""
-    return value.content if isinstance(value, _SpecialToken) else value

@@ -56,6 +56,9 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
+"""What torch's wrappers put into names, anywhere: ``torch.compile``, FSDP (its older name too), checkpointing."""
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = re.compile(r"(\.SCB|\.qweight|\.qzeros|\.absmax|\.quant_map|quant_state\..*|\.weight_scale(_inv)?)$")
 _ADAPTERS = re.compile(r"(^|\.)(lora_|ia3_l|hada_w|lokr_w|b?oft_|vera_lambda|base_layer\.|prompt_embeddings$)")
@@ -165,8 +168,8 @@ def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | Non
     """The tensors under the names that their model has, whatever a training program put before them.
 
     Args:
-        tensors: of a checkpoint; ``_orig_mod.`` (torch.compile) may stand anywhere, and other prefixes, as ``module.``
-            or Lightning's ``model.``, in front.
+        tensors: of a checkpoint; what is of :data:`WRAPPER` may stand anywhere, and other prefixes, as ``module.`` or
+            Lightning's ``model.``, in front.
         anchors: names of the model that show where it begins, and their shapes, so that a teacher of another size
             beside it is passed over; None where any shape will do.
         where: the file, for messages.
@@ -176,10 +179,13 @@ def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | Non
     """
     plain: Tensors = {}
     for name, value in tensors.items():
-        short = name.replace("_orig_mod.", "")
+        short = WRAPPER.sub("", name)
         if short in plain and not _equal(plain[short], value):
+            wrapper = next(
+                found[0] for one in tensors if WRAPPER.sub("", one) == short and (found := WRAPPER.search(one))
+            )
             raise BackboneError(
-                f"{where}: holds {short} twice with other values, with and without _orig_mod.; expected one model: "
+                f"{where}: holds {short} twice with other values, with and without {wrapper}; expected one model: "
                 "save the one that is meant by itself"
             )
         plain[short] = value
@@ -317,10 +323,12 @@ def _read_safetensors(path: Path, size: int) -> Tensors:
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         try:
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
             entries = {name: _entry(name, entry) for name, entry in header.items()}
             end = 8 + length + max((entry[3] for entry in entries.values()), default=0)
+            if size >= end:
+                _refuse_gaps(entries, size - 8 - length)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if 8 + length > size:
                 raise BackboneError(f"{path}: ends within its header; copy or fetch the file again") from error
@@ -337,6 +345,27 @@ def _read_safetensors(path: Path, size: int) -> Tensors:
             name: _read_tensor(stream, 8 + length + begin, dtype, shape)
             for name, (dtype, shape, begin, _) in sorted(entries.items(), key=lambda entry: entry[1][2])
         }
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values under one name, readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice} stands in it twice")
+    return found
+
+
+def _refuse_gaps(entries: Mapping[str, tuple[torch.dtype, list[int], int, int]], size: int) -> None:
+    """Each byte after the header is of exactly one tensor, as the format says; else it is not known what is meant."""
+    place = 0
+    for name, (_, _, begin, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if begin != place:
+            what = f"begins within the one before, at {begin}" if begin < place else f"leaves a hole before {begin}"
+            raise ValueError(f"{name} {what} where {place} was expected")
+        place = stop
+    if size != place:
+        raise ValueError(f"{size - place:,} bytes follow its last tensor")
 
 
 def _entry(name: str, entry: dict[str, Any]) -> tuple[torch.dtype, list[int], int, int]:

@@ -296,3 +296,17 @@ def test_adds_of_several_processes_at_one_moment_all_count(clip: Path, monkeypat
     assert [one.name for one in kept.parent.iterdir()] == [kept.name]
     for name in names:
         load_backbone(Backbone(model=name, weights="pretrained"), None)
+
+
+def test_what_steers_a_terminal_in_an_entry_is_shown_as_text(clip: Path, secfacmic: Run) -> None:
+    kept, _ = add(clip, NAME)
+    content = json.loads((kept / "backbone.json").read_text())
+    evil = "x\x1b[31mred\x1b]0;title\x07\x9b2J\u202eback [bold]y"
+    (kept / "backbone.json").write_text(json.dumps(content | {"model": evil}))
+    code, out, _ = secfacmic("backbone", "list")
+    assert code == 0
+    assert "?[31" in out
+    errors = secfacmic("backbone", "check", str(kept), "--model", "other")[2]
+    assert "x?[31mred" in errors
+    for text in (out, errors):
+        assert not [letter for letter in text if not letter.isprintable() and letter not in "\n\t"]

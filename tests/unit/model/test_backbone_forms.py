@@ -225,13 +225,18 @@ def test_a_siglip_2_with_gemmas_tokenizer_is_transformers_own(tmp_path: Path) ->
     same(taken(tmp_path / "siglip", None), expected)
 
 
-def split_up(folder: Path) -> None:
-    """A CLIP's folder with vocabulary and merges in files of their own, and its weights in two shards."""
+def split_up_tokenizer(folder: Path) -> None:
+    """A CLIP's folder with vocabulary and merges in files of their own."""
     content = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in content["model"]["merges"])
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+
+
+def split_up(folder: Path) -> None:
+    """A CLIP's folder with its tokenizer in parts too, and its weights in two shards."""
+    split_up_tokenizer(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     index = {name: f"model-{number % 2}-of-2.safetensors" for number, name in enumerate(sorted(tensors))}
@@ -499,6 +504,11 @@ def test_the_same_values_have_one_digest_in_any_container(tmp_path: Path) -> Non
         },
         "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
         "compiled in parallel": {f"module._orig_mod.{name}": value for name, value in state.items()},
+        "sharded": {f"_fsdp_wrapped_module.{name}": value for name, value in state.items()},
+        "sharded inside": {
+            name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."): value
+            for name, value in state.items()
+        },
         "compiled inside": {name.replace("encoder.", "encoder._orig_mod."): value for name, value in state.items()},
         "wrapped": {f"module.clip.model.{name}": value for name, value in state.items()},
     }
@@ -859,7 +869,7 @@ def test_the_lines_that_are_given_make_safetensors(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, store: Path) -> None:
     config = json.loads((configs.MODELS / "random-small.json").read_text())
     for name, quick in (("twin", False), ("twin-quickgelu", True)):
         (tmp_path / f"{name}.json").write_text(json.dumps(config | {"quick_gelu": quick}))
@@ -878,8 +888,19 @@ def test_a_model_with_a_twin_needs_its_activation_named(tmp_path: Path, monkeypa
     named = Backbone(model="twin", weights="file", file="tuned.safetensors", activation="quickgelu")
     assert load_backbone(named, None).id == quick.id
     ambiguous = named.model_copy(update={"activation": None})
-    with pytest.raises(BackboneError, match="2 backbones fit twin"):
+    with pytest.raises(BackboneError, match=r"tuned\.safetensors: twin does not say with which activation"):
         load_backbone(ambiguous, None)
+    shutil.rmtree(store / gelu.id)  # whichever was added is not for that the one that is meant
+    with pytest.raises(BackboneError, match=r"tuned\.safetensors: twin does not say with which activation"):
+        load_backbone(ambiguous, None)
+    with pytest.raises(BackboneError, match=r"tuned\.safetensors: twin does not say with which activation"):
+        load_backbone(ambiguous.model_copy(update={"digest": quick.digest}), None)
+    with pytest.raises(BackboneError, match="twin does not say with which activation"):
+        load_backbone(ambiguous, store / quick.id)
+    assert load_backbone(ambiguous.model_copy(update={"model": "twin-quickgelu"}), None).id == quick.id
+    assert load_backbone(ambiguous.model_copy(update={"id": quick.id}), None).id == quick.id
+    with pytest.raises(BackboneError, match="no such file here"):
+        load_backbone(ambiguous.model_copy(update={"activation": "gelu"}), None)
     with pytest.raises(BackboneDigestError, match="the study names"):
         load_backbone(named.model_copy(update={"id": gelu.id, "file": str(path)}), None)
     assert [name for name in ("ViT-B-32", "RN50") if twin(name) == f"{name}-quickgelu"] == [

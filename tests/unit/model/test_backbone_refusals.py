@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -20,7 +21,7 @@ import torch
 from huggingface_hub import constants
 
 from secure_fed.core.errors import BackboneError
-from secure_fed.model import backbone_form, backbone_store
+from secure_fed.model import backbone_form, backbone_store, library
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.model.weights import read_weights
@@ -423,10 +424,27 @@ def test_a_text_model_is_built_without_words_of_transformers(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(whole / "bert", tmp_path / "bert")
-    edit("text/config.json", bos_token_id=49406)(tmp_path / "bert")
+    edit("text/config.json", bos_token_id=40961)(tmp_path / "bert")
+    heard: list[str] = []
+    log, listener = logging.getLogger("transformers"), logging.Handler(logging.WARNING)
+    listener.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(listener)
+    before = log.level
     capfd.readouterr()
-    add(tmp_path / "bert", None)
-    assert capfd.readouterr().err == ""
+    try:
+        log.setLevel(logging.WARNING)  # as it is when transformers was just imported
+        library.open_clip.cache_clear()
+        add(tmp_path / "bert", None)
+        load_backbone(Backbone(model="hf-hub:a/b", weights="pretrained"), tmp_path / "bert")
+        assert heard == []
+        assert capfd.readouterr().err == ""
+        log.setLevel(logging.WARNING)
+        edit("text/config.json", bos_token_id=40962)(tmp_path / "bert")  # it says each word once in a process
+        add(tmp_path / "bert", None)
+        assert heard, "transformers has no word about this configuration any more"
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(before)
 
 
 def test_a_teacher_of_another_size_beside_the_model_is_passed_over(whole: Path, tmp_path: Path) -> None:
@@ -614,9 +632,45 @@ def test_tensors_that_hold_no_plain_values_are_refused(value: Any, says: str, tm
 def test_a_header_of_safetensors_that_lies_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | change}).encode()
     path = tmp_path / "x.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(BackboneError, match="header"):
         read_weights(path)
+
+
+def tensor_file(path: Path, entries: list[tuple[str, int, int]], size: int) -> Path:
+    """A safetensors file with a header of these names, begins and ends, all of float32."""
+    parts = [
+        f'"{name}": {{"dtype": "F32", "shape": [{(end - begin) // 4}], "data_offsets": [{begin}, {end}]}}'
+        for name, begin, end in entries
+    ]
+    header = f"{{{', '.join(parts)}}}".encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "says"),
+    [
+        ([("a", 0, 8), ("b", 4, 12)], 12, "b begins within the one before, at 4 where 8 was expected"),
+        ([("a", 0, 8), ("b", 0, 8)], 8, "b begins within the one before, at 0"),
+        ([("a", 0, 8), ("b", 12, 20)], 20, "b leaves a hole before 12 where 8 was expected"),
+        ([("a", 4, 8)], 8, "a leaves a hole before 4"),
+        ([("a", 0, 8), ("b", 8, 12)], 1212, "1,200 bytes follow its last tensor"),
+        ([], 3, "3 bytes follow its last tensor"),
+        ([("a", 0, 8), ("a", 8, 16)], 16, "a stands in it twice"),
+    ],
+)
+def test_each_byte_of_safetensors_is_of_one_tensor(
+    entries: list[tuple[str, int, int]], size: int, says: str, tmp_path: Path
+) -> None:
+    path = tensor_file(tmp_path / "x.safetensors", entries, size)
+    with pytest.raises(BackboneError, match=says):
+        read_weights(path)
+
+
+def test_tensors_in_any_order_and_without_a_byte_are_read(tmp_path: Path) -> None:
+    path = tensor_file(tmp_path / "x.safetensors", [("b", 8, 12), ("none", 8, 8), ("a", 0, 8), ("last", 12, 12)], 12)
+    assert {name: value.numel() for name, value in read_weights(path).items()} == {"a": 2, "b": 1, "none": 0, "last": 0}
 
 
 @pytest.mark.parametrize(
