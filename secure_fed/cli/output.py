@@ -22,7 +22,7 @@ _STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 class _Terminal(Console):
     """A console for text alone: names out of other people's files cannot steer the terminal."""
 
-    def render_str(self, text: str, **how: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **how: Any) -> Text:
         """As rich does it, with a question mark for each character that is no text."""
         return super().render_str(_STEERS.sub("?", text), **how)
 

@@ -77,7 +77,8 @@ class Config(Foreign):
 
     def token(self, name: str) -> str | None:
         """A special token by its key, as ``pad_token``; None where none is stated."""
-        return _text(getattr(self, name))
+        found: str | None = _text(getattr(self, name))
+        return found
 
     @property
     def specials(self) -> list[str]:
