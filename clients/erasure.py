@@ -7,11 +7,12 @@ from pathlib import Path
 
 from secure_fed.clients.bound import read_bound
 from secure_fed.clients.budget import has_budget, ledger_folder
+from secure_fed.clients.data import Notes
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import every_image, named_patients
-from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, similar
+from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, similar, writing_free
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.clients.snapshot import read_snapshot, without, write_snapshot
 from secure_fed.core.errors import EnvelopeError, SecfacmicError, UnknownPatientError
@@ -28,7 +29,7 @@ class Forgetting:
     """What was done.
 
     Attributes:
-        images: of the patient, in the data folder now.
+        images: of the patient, in the data folder now, in whatever writing of the id.
         features: images of which all that was computed was dropped: the patient's and any that are not there any more.
         rounds: whose pending update was dropped, by run and round.
         heads: private heads that were dropped.
@@ -66,22 +67,28 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
     forgotten = Forgotten(state.path)
     patient = _known(file, agreed, forgotten, patient)
     theirs: list[bytes] = []
+    in_any_writing = file.data.unit == "patient"
     others: list[bytes] = []
     unread, count = "", 0
     try:
-        images = every_image(file, agreed)
+        notes = Notes()
+        images = every_image(file, agreed, notes)
         for image, known in zip(images, identities(one.source for one in images), strict=True):
-            mine = image.patient == patient
+            mine = image.patient == patient or (
+                in_any_writing
+                and image.patient not in notes.settled
+                and writing_free(image.patient) == writing_free(patient)
+            )
             count += mine
             if isinstance(known, OSError):
                 continue
             if mine:
                 theirs.append(known)
-            elif not forgotten.patient(image.patient):
+            elif not forgotten.goes_by(image.patient, notes.settled):
                 others.append(known)
     except SecfacmicError as error:
         unread, others = str(error), []
-    forgotten.add(patient, sorted(set(theirs) - set(others)))
+    forgotten.add(patient, sorted(set(theirs) - set(others)), in_any_writing)
     if has_budget(file):
         # What it sent, or will send again, is noised: it may stay, and to send nothing would tell that somebody left.
         rounds: tuple[str, ...] = ()

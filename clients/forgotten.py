@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +19,7 @@ from pydantic import Field, StringConstraints
 
 from secure_fed.clients.data import SiteImage
 from secure_fed.clients.decoding import identities
+from secure_fed.clients.patients import writing_free
 from secure_fed.core.errors import ForgottenError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import write_durable
@@ -34,6 +35,7 @@ class _Content(FileModel):
     key: Hex64
     patients: tuple[_Hash, ...]
     images: tuple[_Hash, ...] = Field(default=())
+    writings: tuple[_Hash, ...] = Field(default=())
 
 
 class Forgotten:
@@ -64,38 +66,66 @@ class Forgotten:
                 table = {}
             self._content = parse_table(table, _Content, ForgottenError, f"{self._path}: put it back from a backup")
         self._patients, self._images = set(self._content.patients), set(self._content.images)
+        self._writings = set(self._content.writings)
 
     def patient(self, name: str) -> bool:
         """Whether this patient is to be forgotten."""
         return bool(self._patients) and self._hash("patient", name.encode()) in self._patients
 
+    def written_otherwise(self, name: str) -> bool:
+        """Whether this id is not on the list, but may be another writing of one that is."""
+        if not self._writings or self.patient(name):
+            return False
+        return self._hash("writing", writing_free(name).encode()) in self._writings
+
+    def goes_by(self, name: str, settled: Collection[str]) -> bool:
+        """Whether a patient to be forgotten may go by this id, which people have not settled as another's."""
+        return self.patient(name) or (name not in settled and self.written_otherwise(name))
+
     def image(self, known_as: bytes) -> bool:
         """Whether the image of this identity was a forgotten patient's."""
         return bool(self._images) and self._hash("image", known_as) in self._images
 
-    def among(self, images: Sequence[SiteImage]) -> list[bool]:
-        """Which images are a forgotten patient's, under that name or any other.
+    def among(self, images: Sequence[SiteImage], settled: Collection[str]) -> list[bool]:
+        """Which images are a forgotten patient's, under that name, in another writing of it or under any other.
 
         What cannot be read nobody can use; whoever decodes it tells why.
+
+        Args:
+            images: of the site.
+            settled: ids of which people have said that each is one patient of its own.
         """
+        names = {image.patient for image in images}
+        gone = {name for name in names if self.goes_by(name, settled)}
         if not self._images:
-            return [self.patient(image.patient) for image in images]
+            return [image.patient in gone for image in images]
         known = identities(image.source for image in images)
         return [
-            self.patient(image.patient) or (not isinstance(known_as, OSError) and self.image(known_as))
+            image.patient in gone or (not isinstance(known_as, OSError) and self.image(known_as))
             for image, known_as in zip(images, known, strict=True)
         ]
 
-    def add(self, name: str, images: list[bytes]) -> None:
-        """Put a patient and the identities of the images on the list, durably."""
+    def add(self, name: str, images: list[bytes], in_any_writing: bool = False) -> None:
+        """Put a patient and the identities of the images on the list, durably.
+
+        Args:
+            name: the patient's id.
+            images: identities.
+            in_any_writing: ids that may be other writings of this one are the patient's too.
+        """
+        writings = self._writings | ({self._hash("writing", writing_free(name).encode())} if in_any_writing else set())
         patients = self._patients | {self._hash("patient", name.encode())}
         digests = self._images | {self._hash("image", image) for image in images}
         content = self._content.model_copy(
-            update={"patients": tuple(sorted(patients)), "images": tuple(sorted(digests))}
+            update={
+                "patients": tuple(sorted(patients)),
+                "images": tuple(sorted(digests)),
+                "writings": tuple(sorted(writings)),
+            }
         )
         self._state.begin()
         write_durable(self._path, content.model_dump_json().encode() + b"\n", PRIVATE)
-        self._content, self._patients, self._images = content, patients, digests
+        self._content, self._patients, self._images, self._writings = content, patients, digests, writings
 
     def _hash(self, what: str, content: bytes) -> str:
         message = f"secfacmic forgotten 1 {what}\n".encode() + content

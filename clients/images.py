@@ -110,13 +110,14 @@ def _found(
 def present_images(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
     """The images of :func:`site_images`, their split aside: that may be another one, as no picture is looked at."""
     forgotten = Forgotten(Path(file.state))
-    images = every_image(file, agreed)
-    return [image for image, gone in zip(images, forgotten.among(images), strict=True) if not gone]
+    notes = Notes()
+    images = every_image(file, agreed, notes)
+    return [image for image, gone in zip(images, forgotten.among(images, notes.settled), strict=True) if not gone]
 
 
-def every_image(file: SiteFile, agreed: AgreedStudy) -> list[SiteImage]:
+def every_image(file: SiteFile, agreed: AgreedStudy, notes: Notes | None = None) -> list[SiteImage]:
     """All images in a site's folders, the forgotten patients' too; their split says nothing."""
-    return _read(file, agreed, lambda images: (), Notes())
+    return _read(file, agreed, lambda images: (), Notes() if notes is None else notes)
 
 
 def named_patients(file: SiteFile) -> set[str]:
@@ -178,7 +179,14 @@ def _kept(
         return merged([*inseparable(images, looks[0].found), *one])
 
     images = _read(file, agreed, None if has_budget(file) else together, notes)
-    places = [place for place, gone in enumerate(forgotten.among(images)) if not gone]
+    gone = forgotten.among(images, notes.settled)
+    places = [place for place, away in enumerate(gone) if not away]
+    others = {image.patient for image, away in zip(images, gone, strict=True) if away}
+    if likely := sorted(name for name in others if forgotten.written_otherwise(name)):
+        notes.told.append(
+            f"{file.data.folder}: {len(likely)} ids are left out, as they may be other writings of a forgotten "
+            f"patient's; one that is not is settled in {SETTLED} as a patient of its own"
+        )
     return images, places, looks[0] if looks else None, notes
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from secure_fed.cli import main
 from secure_fed.clients.erasure import forget
 from secure_fed.clients.forgotten import Forgotten
+from secure_fed.clients.images import compared_images, present_images, site_images
 from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import ForgottenError, ManifestError, UnknownPatientError
@@ -105,6 +106,44 @@ def test_no_export_brings_a_forgotten_patient_back(federation, hospital):
         assert len(found.train.y) == 10
     (folder / "0-0.png").write_bytes((folder / "1-0.png").read_bytes())  # a picture that another patient has too
     assert len(federation.site("ash").features().train.y) == 11
+
+
+def test_a_forgotten_patient_does_not_come_back_in_another_writing(federation, hospital):
+    path, folder = hospital
+    federation.site("ash").features()
+    forget_now(federation, path)
+    for slice_ in range(2):
+        picture(900 + slice_).save(folder / f"0-{slice_}.png")  # other files, so that the id alone can tell
+    rows = (folder / "manifest.csv").read_text()
+    for writing in (PATIENT.upper(), PATIENT.replace("4711", "004711"), PATIENT.replace("-", "\u2013")):
+        (folder / "manifest.csv").write_text(rows.replace(PATIENT, writing))
+        found, _ = compared_images(read_site_file(path), federation.agreed)
+        assert len(found.images) == 14
+        assert any("1 ids are left out, as they may be other writings" in line for line in found.notes.told)
+        assert len(present_images(read_site_file(path), federation.agreed)) == 14
+        assert writing not in str(found.notes.told)
+    (folder / "patients.csv").write_text(f"id,same_as\n{writing},\n")  # whom people know to be somebody else
+    assert len(site_images(read_site_file(path), federation.agreed)) == 16
+
+
+def test_all_writings_of_a_patient_that_are_there_are_forgotten_together(federation, hospital):
+    path, folder = hospital
+    manifest = folder / "manifest.csv"
+    rows = manifest.read_text().replace("2-0.png,other-2", f"2-0.png,{PATIENT.upper()}")
+    manifest.write_text(rows.replace("2-1.png,other-2", f"2-1.png,{PATIENT.upper()}"))
+    (folder / "patients.csv").write_text(f"id,same_as\n{PATIENT.upper()},\n")
+    assert forget_now(federation, path).images == 2
+    (folder / "patients.csv").unlink()
+    assert forget_now(federation, path).images == 4
+    assert len(site_images(read_site_file(path), federation.agreed)) == 12
+
+
+def test_where_an_image_is_a_patient_another_path_is_another_image(tmp_path):
+    forgotten = Forgotten(tmp_path)
+    forgotten.add("a/1.png", [])
+    assert not Forgotten(tmp_path).written_otherwise("A/01.png")
+    forgotten.add("p3", [], in_any_writing=True)
+    assert Forgotten(tmp_path).written_otherwise("P03")
 
 
 def test_files_that_are_gone_already_are_forgotten_too(federation, hospital):
