@@ -44,6 +44,9 @@ batches are no slower."""
 _LARGE_BATCH = 8
 """Encoded at once by a large tower on a CPU: what is padded would take seconds each time that a backbone is loaded."""
 
+_WIDE, _WIDE_BATCH = 300, 2
+"""Pixels a side from which on a large tower on a CPU encodes fewer still: eight of 448 take half a gigabyte."""
+
 _BF16_COSINE = 0.999
 """Least cosine between a bfloat16 and a float32 feature for bfloat16 to be used."""
 
@@ -126,7 +129,9 @@ class LoadedBackbone:
         self._model.to(device)
         self._model.visual.to(memory_format=torch.channels_last)  # convolutions take half the time on a CPU
         large = sum(one.numel() for one in model.visual.parameters()) >= _LARGE
-        self.batch = _LARGE_BATCH if large and device == "cpu" else BATCH
+        self.batch = BATCH
+        if large and device == "cpu":
+            self.batch = _LARGE_BATCH if self.side < _WIDE else _WIDE_BATCH
         self._try_images()
         if large and not exact and _multiplies_bfloat16(device):
             self._choose_precision()
@@ -793,7 +798,7 @@ def _digest(model: nn.Module) -> str:
         if values.dtype.kind == "f":
             values = values.astype("<f4", copy=False)
         total.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
-        total.update(np.ascontiguousarray(values).tobytes())
+        total.update(np.ascontiguousarray(values).data)
     return total.hexdigest()
 
 

@@ -27,7 +27,15 @@ from secure_fed.model.backbone_fetch import add
 from secure_fed.model.weights import read_weights
 from secure_fed.protocol.study import Backbone
 from tests.conftest import Run
-from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, edit, siglip_folder, split_up, write
+from tests.unit.model.test_backbone_forms import (
+    bert_folder,
+    clip_folder,
+    edit,
+    own_folder,
+    siglip_folder,
+    split_up,
+    write,
+)
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -750,3 +758,32 @@ def test_models_that_open_clip_knows_pass_our_ranges() -> None:
 
     for name in open_clip.list_models():
         check_model_config(known_model(name), name)
+
+
+NULLS: list[tuple[str, ...]] = [
+    ("text_cfg", "hf_model_name"),
+    ("text_cfg", "hf_tokenizer_name"),
+    ("text_cfg", "act_kwargs"),
+    ("vision_cfg", "timm_model_name"),
+    ("vision_cfg", "ls_init_value"),
+    ("multimodal_cfg",),
+    ("init_logit_bias",),
+]
+
+
+@pytest.mark.parametrize("key", [*NULLS, None], ids=str)
+def test_a_null_is_what_is_null_where_nothing_is_said(key: tuple[str, ...] | None, tmp_path: Path) -> None:
+    own_folder(tmp_path / "plain")
+    path = tmp_path / "plain/open_clip_config.json"
+    plain = add(tmp_path / "plain", None)[1].id
+    for table in NULLS if key is None else [key]:
+        inside(path.name, "model_cfg", *table[:-1], **{table[-1]: None})(path.parent)
+    assert add(tmp_path / "plain", None)[1].id == plain
+
+
+@pytest.mark.parametrize("key", [("text_cfg", "pool_type"), ("vision_cfg", "layers"), ("text_cfg", "no_causal_mask")])
+def test_a_null_that_would_say_something_else_is_refused(key: tuple[str, str], tmp_path: Path) -> None:
+    own_folder(tmp_path / "plain")
+    inside("open_clip_config.json", "model_cfg", key[0], **{key[1]: None})(tmp_path / "plain")
+    with pytest.raises(BackboneError, match=rf"{key[0]}\.{key[1]}"):
+        add(tmp_path / "plain", None)
