@@ -178,8 +178,8 @@ def _attempt(envelope: Path) -> int:
 def withdrawn(run: SiteRun, round_number: int, attempt: int) -> bool:
     """Whether a round's update was dropped after it may have been sent for this attempt, or a later one.
 
-    A second, different update must not follow for one attempt: both would carry the same one-time tag, and a server
-    that has both could add one and take away the other, which shows what the patient made of the difference.
+    A second, different update must not follow for one attempt: a server that has both could add one and take away the
+    other, which shows what the patient made of the difference.
     """
     note = run.withdrawn(round_number)
     return note.exists() and attempt <= int(note.read_text(encoding="ascii"))

@@ -1,8 +1,9 @@
-"""Exact sums under CKKS, authenticated: the only module that holds the CKKS secret.
+"""Exact sums under CKKS: the only module that holds the CKKS secret.
 
-A site seals bounded integers and two linear tags over them; a site that holds the same secret opens a sum and accepts
-it only if every lane is in range and the tags are those of the signed cohort. What leaves this module is envelope
-bytes and exact integers, never a noisy number: CKKS noise would give the key away (Li and Micciancio, EUROCRYPT 2021).
+A site seals bounded integers; a site that holds the same secret opens a sum and accepts it only if every lane is in
+range. That it is the sum of its cohort's envelopes is known before it comes here, by what each of them revealed
+(:meth:`secure_fed.protocol.records.Chain.check`). What leaves this module is envelope bytes and exact integers, never
+a noisy number: CKKS noise would give the key away (Li and Micciancio, EUROCRYPT 2021).
 
 Integers lie in a polynomial's coefficients, not in CKKS slots: an envelope is (c0, a) with c0 = -a s + e + D m mod Q,
 an ordinary symmetric CKKS ciphertext of SEAL whose message was encoded without the canonical embedding, which a sum
@@ -21,8 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher as StreamCipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from tenseal import sealapi
 
 from secure_fed.core.errors import AggregateRefused, EnvelopeError, KeyFileError, SealFormatError
@@ -30,8 +29,6 @@ from secure_fed.privacy import seal_format
 from secure_fed.protocol.packing import (
     NOISE_MOST,
     REFUSAL,
-    TAG_PRIME,
-    TAGS,
     Binding,
     CipherWire,
     Contribution,
@@ -57,17 +54,14 @@ from secure_fed.protocol.residues import (
     uncentre,
 )
 
-TAG_KEY_BYTES: Final = 32
-"""Length of the tags' key."""
+MAC_KEY_BYTES: Final = 32
+"""Length of the key of attestations and checkpoints."""
 
 _SEED_BYTES: Final = 32
 _STREAM: Final = b"secfacmic second polynomials 1"
 _KEY_MAGIC: Final = b"secfacmic-ckks-2"
 _KEY_LENGTH: Final = struct.Struct(">I")
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
-# Values of a tag's dot product at a time: in the processor's cache, exact (see _dot_product), and below the 10,000
-# from which OpenBLAS would start threads, which wait for one another on a busy machine.
-_BLOCK: Final = 2**13
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +71,30 @@ class StudySecret:
     Attributes:
         modulus_bits: bits of the data prime that the key is for, which the study's lanes decide.
         secret_key: SEAL's serialised secret key.
-        tag_key: TAG_KEY_BYTES bytes, from which the tags are derived.
+        mac_key: MAC_KEY_BYTES bytes, under which sites attest their adapter to one another, checkpoints are sealed, and
+            the key is named.
     """
 
     modulus_bits: int
     secret_key: bytes = field(repr=False)
-    tag_key: bytes = field(repr=False)
+    mac_key: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.tag_key) != TAG_KEY_BYTES:
+        if len(self.mac_key) != MAC_KEY_BYTES:
             raise KeyFileError(
-                f"a tag key of {len(self.tag_key)} bytes; expected {TAG_KEY_BYTES}; get the key file again"
+                f"a key of attestations of {len(self.mac_key)} bytes; expected {MAC_KEY_BYTES}; get the key file again"
             )
 
     @classmethod
     def generate(cls, modulus_bits: int) -> StudySecret:
         """Draw a new secret for a data prime; both keys come from the operating system's generator (SEAL's too)."""
         secret_key = sealapi.KeyGenerator(_context(modulus_bits)).secret_key()
-        return cls(modulus_bits, seal_format.save(secret_key), secrets.token_bytes(TAG_KEY_BYTES))
+        return cls(modulus_bits, seal_format.save(secret_key), secrets.token_bytes(MAC_KEY_BYTES))
 
     def to_bytes(self) -> bytes:
-        """Serialise: magic, bits of the prime (1), tag key, length of the secret key (4, big-endian), secret key,
+        """Serialise: magic, bits of the prime (1), MAC key, length of the secret key (4, big-endian), secret key,
         SHA-256 of all."""
-        start = _KEY_MAGIC + bytes([self.modulus_bits]) + self.tag_key
+        start = _KEY_MAGIC + bytes([self.modulus_bits]) + self.mac_key
         body = start + _KEY_LENGTH.pack(len(self.secret_key)) + self.secret_key
         return body + hashlib.sha256(body).digest()
 
@@ -111,8 +106,8 @@ class StudySecret:
             KeyFileError: other magic, length or digest. The text shows nothing of the content.
         """
         body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-        tag_at = len(_KEY_MAGIC) + 1
-        length_at = tag_at + TAG_KEY_BYTES
+        mac_at = len(_KEY_MAGIC) + 1
+        length_at = mac_at + MAC_KEY_BYTES
         key_at = length_at + _KEY_LENGTH.size
         if (
             len(body) < key_at
@@ -124,7 +119,7 @@ class StudySecret:
                 f"{len(data)} bytes that are not a whole study secret of this version; the key file is cut, "
                 "damaged or of another program; get it again"
             )
-        return cls(body[tag_at - 1], secret_key=body[key_at:], tag_key=body[tag_at:length_at])
+        return cls(body[mac_at - 1], secret_key=body[key_at:], mac_key=body[mac_at:length_at])
 
     def require_prime(self, parameters: LaneParameters) -> None:
         """Refuse a secret that no envelope of this study can be sealed with.
@@ -152,7 +147,6 @@ class Cipher:
         secret.require_prime(parameters)
         self._parameters = parameters
         self._wire = CipherWire(parameters)
-        self._tag_key = secret.tag_key
         self._context = _context(parameters.modulus_bits)
         words = tuple(self._context.first_parms_id())
         self._parms_id = (words[0], words[1], words[2], words[3])
@@ -169,20 +163,17 @@ class Cipher:
         self._test_against_seal()
 
     def seal(self, integers: Integers, binding: Binding, site: str) -> Sealed:
-        """Tag, pack and encrypt one update; see ``Sealer.seal``."""
+        """Pack and encrypt one update; see ``Sealer.seal``."""
         check_integers(integers, self._parameters)
         contribution = Contribution(site, secrets.token_hex(_SEED_BYTES))
-        dots = _dot_products(self._tag_key, binding, integers)
-        masks = self._masks(binding, contribution)
-        tags = [(dot + mask) % TAG_PRIME for dot, mask in zip(dots, masks, strict=True)]
-        packed = pack_lanes(np.concatenate((integers, self._digits(tags))), self._parameters)
+        packed = pack_lanes(integers, self._parameters)
         modulus = self._parameters.modulus
         first = self._encrypted_zeros(stream_key(binding, contribution))
         add_into(first, uncentre(packed * self._parameters.scale, modulus), modulus)
         return Sealed(contribution, pack_residues(first, self._parameters.modulus_bits))
 
     def open(self, record_payload: bytes, binding: Binding, cohort: Sequence[Contribution]) -> Integers:
-        """Decrypt, check and return one record's exact sums; see ``Sealer.open``."""
+        """Decrypt and return one record's exact sums, if they are in range; see ``Sealer.open``."""
         with contextlib.suppress(EnvelopeError, SealFormatError, RuntimeError, ValueError, _NotAnHonestSum):
             return self._open(record_payload, binding, cohort)
         # Outside the handler, so that no traceback and no __context__ tells one refusal from another.
@@ -200,14 +191,9 @@ class Cipher:
             add_into(noisy, self._times_secret(streams.take(polynomials * DEGREE))[: noisy.size], parameters.modulus)
             packed = (centre(noisy, parameters.modulus) + parameters.scale // 2) // parameters.scale
             lanes[used] = unpack_lanes(packed, parameters)
-        integers = lanes.reshape(-1)[: parameters.integers]
-        values = integers[: parameters.values]
-        digit_sums = integers[parameters.values :].reshape(TAGS, parameters.tag_digits)
-        # One verdict after all checks, so that the time taken does not tell where a forgery failed.
-        verdict = in_range(lanes, parameters, len(cohort)) & self._tags_hold(values, digit_sums, binding, cohort)
-        if not verdict:
+        if not in_range(lanes, parameters, len(cohort)):
             raise _NotAnHonestSum
-        return values
+        return lanes.reshape(-1)[: parameters.values]
 
     def _blocks(self) -> Iterator[tuple[int, slice]]:
         """The polynomials, as many at a time as SEAL takes in one ciphertext and caches hold: how many, and which of
@@ -216,36 +202,6 @@ class Cipher:
         for first in range(0, count, most):
             last = min(first + most, count)
             yield last - first, slice(first * DEGREE, min(last * DEGREE, self._parameters.coefficients))
-
-    def _tags_hold(
-        self, sums: Integers, digit_sums: Integers, binding: Binding, cohort: Sequence[Contribution]
-    ) -> bool:
-        expected = _dot_products(self._tag_key, binding, sums)
-        for contribution in cohort:
-            masks = self._masks(binding, contribution)
-            expected = [(left + right) % TAG_PRIME for left, right in zip(expected, masks, strict=True)]
-        width = self._parameters.bits - 1
-        found = [
-            sum(int(digit) << (width * place) for place, digit in enumerate(digits)) % TAG_PRIME
-            for digits in digit_sums
-        ]
-        return found == expected
-
-    def _masks(self, binding: Binding, contribution: Contribution) -> list[int]:
-        """Return u_ij of one envelope, for each j."""
-        return [
-            int.from_bytes(_derive(self._tag_key, "u", j, binding, contribution.site), "big") % TAG_PRIME
-            for j in range(TAGS)
-        ]
-
-    def _digits(self, tags: Sequence[int]) -> Integers:
-        """Split tags into non-negative digits of bits - 1 bits, lowest first."""
-        width = self._parameters.bits - 1
-        places = range(self._parameters.tag_digits)
-        return np.array(
-            [tag >> (width * place) & self._parameters.max_integer for tag in tags for place in places],
-            np.int64,
-        )
 
     def _encrypted_zeros(self, key: bytes) -> Residues:
         """First polynomials e - a s of an encryption of zeros under the second polynomials a of a stream key.
@@ -348,44 +304,3 @@ def _context(modulus_bits: int) -> Any:
     # TC256: SEAL refuses parameters below 256 bits of the HomomorphicEncryption.org standard. One prime: nothing is
     # multiplied or switched.
     return sealapi.SEALContext(parameters, True, sealapi.SEC_LEVEL_TYPE.TC256)
-
-
-def _derive(tag_key: bytes, label: str, tag: int, binding: Binding, *more: str) -> bytes:
-    """HMAC-SHA-256 of the fields, each after its length, so that no two lists of fields agree."""
-    fields = [label, str(tag), binding.run, binding.head, str(binding.round), *more]
-    encoded = [text.encode() for text in fields]
-    message = b"".join(_KEY_LENGTH.pack(len(text)) + text for text in encoded)
-    return hmac.digest(tag_key, message, "sha256")
-
-
-def _dot_products(tag_key: bytes, binding: Binding, values: Integers) -> list[int]:
-    """Return <r_j, values> modulo TAG_PRIME for each j, exactly.
-
-    Args:
-        tag_key: the study's.
-        binding: the round, from which r_j is expanded with ChaCha20.
-        values: int64 of any length, magnitudes below 2^25 (lanes hold no more: 57 bits hold two).
-    """
-    return [_dot_product(_derive(tag_key, "r", j, binding), values) for j in range(TAGS)]
-
-
-def _dot_product(stream_key: bytes, values: Integers) -> int:
-    """One dot product, exactly, from two inexact ones a block.
-
-    The integer one is exact modulo 2^64. The float one is off by at most (block + 2) * 2^-53 * sum |r||v| < 2^60,
-    since r < 2^61 and |v| < 2^25: enough to tell which multiple of 2^64 the other lacks.
-    """
-    stream = StreamCipher(ChaCha20(stream_key, bytes(16)), mode=None).encryptor()
-    zeros = bytes(8 * min(_BLOCK, values.size))
-    keystream = bytearray(len(zeros))
-    total = 0
-    for start in range(0, values.size, _BLOCK):
-        block = values[start : start + _BLOCK]
-        length = 8 * block.size
-        stream.update_into(memoryview(zeros)[:length], memoryview(keystream)[:length])
-        # 61 random bits each; TAG_PRIME itself is among them and stands for 0, a bias of 2^-61.
-        words = np.frombuffer(keystream, "<i8", block.size) & TAG_PRIME
-        wrapped = int(np.dot(words, block))
-        rough = float(np.dot(words.astype(np.float64), block.astype(np.float64)))
-        total += wrapped + (round((rough - wrapped) * 2.0**-64) << 64)
-    return total % TAG_PRIME

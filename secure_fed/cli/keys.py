@@ -1,4 +1,4 @@
-"""``secfacmic keys``: the study's CKKS and tag key, made at one site and sealed to all."""
+"""``secfacmic keys``: the study's CKKS and MAC key, made at one site and sealed to all."""
 
 from __future__ import annotations
 

@@ -30,10 +30,6 @@ from secure_fed.protocol.residues import (
 
 Integers = npt.NDArray[np.int64]
 
-TAG_PRIME: Final = 2**61 - 1
-"""Modulus of the linear tags."""
-TAGS: Final = 2
-"""Tags an envelope; a forgery passes both with probability about 2^-120."""
 MIN_BITS: Final = 8
 MAX_BITS: Final = 21
 """Bits that a value may have: below, rounding costs more than the update carries; above, no study has use for them."""
@@ -48,8 +44,9 @@ in two times 21 random bits."""
 NO_SEED: Final = "0" * 64
 """Stands for the seed where nothing is encrypted."""
 REFUSAL: Final = (
-    "the aggregate was refused and nothing was changed; expected the exact sum of this round's signed "
-    "contributors; compare journals with the other sites and ask the coordinator to void the round"
+    "the aggregate was refused and nothing was changed; expected a sum of its contributors' updates within the study's "
+    "bounds; find the site that is broken or lies by other means, then let it leave: secfacmic site retire, or "
+    "secfacmic keys rotate --remove SITE"
 )
 """The one text of every AggregateRefused that opening a record raises."""
 
@@ -67,15 +64,13 @@ class LaneParameters:
         max_sites: most envelopes a sum may hold, K.
         bits: width w of one site's value, sign included.
         lanes: values packed in one coefficient, L.
-        values: value and validation lanes of an update, tags excluded.
+        values: value and validation lanes of an update.
         guard_bits: g, the fewest bits with 2^g >= max_sites.
         lane_bits: width w + g of a value's sum.
         scale: D, the integer by which packed values are multiplied so that noise stays below them.
         max_integer: B = 2^(w-1) - 1, the largest magnitude a site may send.
         modulus_bits: bits of the data prime.
         modulus: the data prime Q.
-        tag_digits: digits of w - 1 bits in which a tag travels.
-        integers: everything packed: the values, then the digits of both tags.
         coefficients: that are used, up to a multiple of 8; the last polynomial is cut behind them.
         ciphertexts: ciphertexts an envelope.
     """
@@ -90,8 +85,6 @@ class LaneParameters:
     max_integer: int
     modulus_bits: int
     modulus: int
-    tag_digits: int
-    integers: int
     coefficients: int
     ciphertexts: int
 
@@ -140,9 +133,7 @@ def lane_parameters(max_sites: int, bits: int, lanes: int | None, values: int) -
     if modulus_bits is None:
         raise LanesError(f"{bits} bits for {max_sites} sites do not fit into {lanes} lanes; {_what_fits(max_sites)}")
     guard_bits, scale = _guard_and_scale(max_sites)
-    tag_digits = -(-TAG_PRIME.bit_length() // (bits - 1))
-    integers = values + TAGS * tag_digits
-    coefficients = GROUP * -(-integers // (GROUP * lanes))
+    coefficients = GROUP * -(-values // (GROUP * lanes))
     return LaneParameters(
         max_sites=max_sites,
         bits=bits,
@@ -154,8 +145,6 @@ def lane_parameters(max_sites: int, bits: int, lanes: int | None, values: int) -
         max_integer=2 ** (bits - 1) - 1,
         modulus_bits=modulus_bits,
         modulus=PRIMES[modulus_bits],
-        tag_digits=tag_digits,
-        integers=integers,
         coefficients=coefficients,
         ciphertexts=-(-coefficients // DEGREE),
     )
@@ -224,14 +213,14 @@ def pack_lanes(integers: Integers, parameters: LaneParameters) -> Integers:
     """Lay integers into coefficients: ``lanes`` integers each, as digits of base 2^lane_bits, the first the lowest.
 
     Args:
-        integers: int64 of shape (integers,), magnitudes at most max_integer.
+        integers: int64 of shape (values,), magnitudes at most max_integer.
         parameters: the study's lanes.
 
     Returns:
         int64 of shape (coefficients,), unscaled; what lies behind the last integer is zero.
     """
     padded = np.zeros(parameters.coefficients * parameters.lanes, np.int64)
-    padded[: parameters.integers] = integers
+    padded[: parameters.values] = integers
     digits = padded.reshape(-1, parameters.lanes)
     packed = digits[:, -1].copy()
     for lane in range(parameters.lanes - 2, -1, -1):
@@ -276,8 +265,8 @@ def in_range(lanes: Integers, parameters: LaneParameters, sites: int) -> bool:
         sites: contributors of the sum.
     """
     noise, most = parameters.noise_in_lane(sites), sites * parameters.max_integer
-    padding = lanes.reshape(-1)[parameters.integers :]
-    in_lane_0 = np.arange(parameters.integers, lanes.size) % parameters.lanes == 0
+    padding = lanes.reshape(-1)[parameters.values :]
+    in_lane_0 = np.arange(parameters.values, lanes.size) % parameters.lanes == 0
     return bool(
         _largest(lanes[:, 0]) <= most + noise
         and _largest(lanes[:, 1:]) <= most
@@ -424,7 +413,7 @@ class CipherWire:
 
 
 class PlainWire:
-    """The wire without encryption: little-endian int32 values, no tags.
+    """The wire without encryption: little-endian int32 values.
 
     Envelope and record have the same form; a total is int64 of shape (values,).
     """
@@ -543,7 +532,7 @@ class Sealer(Protocol):
         ...
 
     def open(self, record_payload: bytes, binding: Binding, cohort: Sequence[Contribution]) -> Integers:
-        """Open a record's sum.
+        """Open a record's sum, which was held against its cohort's words before.
 
         Args:
             record_payload: what ``Wire.record`` made.
@@ -554,13 +543,13 @@ class Sealer(Protocol):
             The exact sums, int64 of shape (values,).
 
         Raises:
-            AggregateRefused: the record is anything but the exact sum of this cohort's envelopes.
+            AggregateRefused: it is no sum of so many envelopes within the study's bounds.
         """
         ...
 
 
 class PlainSealer:
-    """Implements Sealer without a key, for studies in plain mode: no secrecy and no authenticity."""
+    """Implements Sealer without a key, for studies in plain mode: no secrecy."""
 
     def __init__(self, parameters: LaneParameters) -> None:
         self._parameters = parameters

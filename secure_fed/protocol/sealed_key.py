@@ -1,6 +1,6 @@
 """Sealed key files and checkpoints, as far as everybody can check them: no key opens anything here.
 
-A sealed key file holds a study's CKKS secret and tag key, sealed to its members and signed by the key maker. One with
+A sealed key file holds a study's CKKS secret and MAC key, sealed to its members and signed by the key maker. One with
 a predecessor is an *amendment*: it may name sites that join or leave, and takes force when the coordinator appends it
 to the journal. Members then *acknowledge* it, and the key maker adds a checkpoint for those who come later.
 """

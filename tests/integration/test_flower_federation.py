@@ -129,7 +129,7 @@ def look(facts: Seen) -> None:
     pids = {"server": network.processes["server"].pid, "rounds": rounds, "ash": network.processes["ash"].pid}
     secret = study_secret(network)
     # Any 24 bytes of the middle tell the whole.
-    wanted = {"tag key": secret.tag_key[:24], "secret key": secret.secret_key[1000:1064]}
+    wanted = {"MAC key": secret.mac_key[:24], "secret key": secret.secret_key[1000:1064]}
     wanted["control"] = network.agreed.study.id.encode()
     for name, pid in pids.items():
         facts.loaded[name] = loaded_files(pid)
@@ -197,7 +197,7 @@ def test_a_server_of_a_foreign_authority_is_refused(seen: Seen) -> None:
 
 
 def test_the_servers_processes_hold_no_key(seen: Seen) -> None:
-    assert seen.held["ash"] == {"tag key", "secret key", "control"}  # the scan finds what is there
+    assert seen.held["ash"] == {"MAC key", "secret key", "control"}  # the scan finds what is there
     assert seen.held["server"] == seen.held["rounds"] == {"control"}
 
 
@@ -230,7 +230,7 @@ def test_no_process_is_left_and_the_servers_folder_holds_no_key(seen: Seen) -> N
     for path in (seen.network.folder / "server").rglob("*"):
         if path.is_file():
             content = path.read_bytes()
-            assert secret.tag_key not in content
+            assert secret.mac_key not in content
             assert secret.secret_key[1000:1064] not in content
     assert not any(os.path.exists(f"/proc/{process.pid}") for process in seen.network.processes.values())
 

@@ -126,7 +126,7 @@ def test_no_secret_is_in_it(site: Path, folder: Path, tmp_path: Path) -> None:
     identity = load_identity(site / "identity", "ash")
     for sealed in (site / "state" / "keys").glob("*.sealed"):
         opened = open_sealed_key(sealed.read_bytes(), federation.agreed, identity)
-        secrets[f"{sealed.name} tag key"] = opened.tag_key
+        secrets[f"{sealed.name} MAC key"] = opened.mac_key
         secrets[f"{sealed.name} secret"] = opened.secret_key[1000:1064]
     for path in (site / "state").glob("runs/*/outbox/*.integers"):
         secrets[path.name] = path.read_bytes()[-64:]

@@ -158,7 +158,7 @@ def test_a_key_of_another_study_or_an_older_epoch_is_refused(federation: Federat
 def test_representations_show_no_secret(federation: Federation) -> None:
     identity = _identity(federation, "ash")
     secret = keys.open_sealed_key(federation.seal_key(1), federation.agreed, identity)
-    assert repr(secret.tag_key)[2:12] not in repr(secret)
+    assert repr(secret.mac_key)[2:12] not in repr(secret)
     assert "AGE-SECRET" not in repr(identity)
 
 
