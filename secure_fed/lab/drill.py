@@ -493,14 +493,74 @@ def _garbage(ground: Ground) -> Outcome:
 
 
 def _second_sum(ground: Ground) -> Outcome:
+    """Take two sums at one adapter, and with the people's word show whose update their difference is.
+
+    A second run is refused as in B1, whose row counts that.
+    """
+    without, more, run = (ground.copy(ground.folder.with_name(f"{ground.folder.name}-{number}")) for number in range(3))
+    found = [_after_a_void(without, newcomer=False), _after_a_void(more, newcomer=True)]
+    seen = [outcome.seen for outcome in found] + [_in_another_run(run)]
+    return Outcome("; ".join(seen), all(outcome.held for outcome in found))
+
+
+def _after_a_void(ground: Ground, newcomer: bool) -> Outcome:
+    """The second sum once the first one's record was taken back: without a site that was in it, or with one more."""
     sites, coordinator = ground.without_budgets().begun()
-    liar = _liar(ground, sites)
-    _close_with_garbage(coordinator, sites, liar)
+    victim = _liar(ground, sites)
+    others = [site for site in sites if site is not victim]
+    play_round(coordinator, others if newcomer else sites)
+    first = coordinator.journal.read(len(coordinator.journal.records) - 1)
+    for word in (lambda site: None, lambda site: site.void(1)):
+        for site in sites:
+            word(site)
+            ask(coordinator, site)
+    coordinator.advance()
     for site in sites:
-        ask(coordinator, site)
-    staying = _remove(ground, coordinator, sites, liar)
-    step(coordinator, staying)
-    return _refused({f"the adapter of before, now without {liar.name}": lambda: answer(coordinator, staying[0])})
+        ask(coordinator, site)  # takes the void
+    if not newcomer:
+        victim.retire()
+        step(coordinator, sites)
+    step(coordinator, sites)
+    refused = _refused({"": lambda: answer(coordinator, others[0])})
+    for site in sites if newcomer else others:
+        site.release()
+    coordinator.fail([])
+    play_round(coordinator, sites)
+    second = coordinator.journal.read(len(coordinator.journal.records) - 1)
+    difference = _sum_in(ground, first, others[0]) - _sum_in(ground, second, others[0])
+    own, _ = victim._integers(victim.replica.files.folder.integers(1))
+    exact = np.array_equal(abs(difference), abs(own)) and bool(own.any())
+    what = f"a newcomer to it, {victim.name}" if newcomer else f"it was taken back, and {victim.name} left"
+    return Outcome(f"a second sum at the adapter of the first after {what}{refused.seen}; by the word of all people the "
+                   f"difference is the update of {victim.name}: {exact}", refused.held)  # fmt: skip
+
+
+def _in_another_run(ground: Ground) -> str:
+    sites, coordinator = ground.without_budgets().begun()
+    victim = _liar(ground, sites)
+    others = [site for site in sites if site is not victim]
+    play_round(coordinator, sites)
+    first = coordinator.journal.read(len(coordinator.journal.records) - 1)
+    own, _ = victim._integers(victim.replica.files.folder.integers(1))
+    total, sealed = _sum_in(ground, first, others[0]), ground.seal_key(coordinator.journal.chain.amendment + 2)
+    (key,) = {site.replica.keys.accept(sealed).key for site in sites}
+    coordinator = ground.another_run(key)
+    refused = _refused({"in a second run": lambda: ask(coordinator, others[0])})
+    accept_another_run(ground.agreed, ground.folder)
+    play_round(coordinator, others)
+    second = coordinator.journal.read(len(coordinator.journal.records) - 1)
+    difference = (total - _sum_in(ground, second, others[0])).astype(float)
+    cosine = difference @ own / (np.linalg.norm(difference) * np.linalg.norm(own))
+    return f"{refused.seen}; by that word the difference has cosine {cosine:.3f} with the update of {victim.name}"
+
+
+def _sum_in(ground: Ground, data: bytes, site: Site) -> NDArray[np.int64]:
+    """What a member reads in a record of the first round."""
+    _, header = read_header(data, ground.agreed)
+    entries = [parse_header(word.signed[0], EnvelopeHeader, EnvelopeError) for word in header.contributors]
+    place = Binding(run=header.run, head=entries[0].head, round=header.round)
+    sealer = site.replica._sealer(header.key, header.round)
+    return sealer.open(data[len(data) - header.size :], place, [entry.contribution for entry in entries])
 
 
 def _wrong_check(ground: Ground) -> Outcome:
@@ -826,7 +886,7 @@ ATTACKS = (
     Attack("B5", "server", "removes a site, which has their envelopes, in an open round", _slipped_amendment),
     Attack("B6", "one site", "says that a sum is out of range which the others have applied", _false_refusal),
     Attack("B7", "one site", "sends values out of range, so that no sum can be applied", _garbage),
-    Attack("B7.2", "server", "takes a second sum at one adapter, without one site", _second_sum),
+    Attack("B7.2", "server", "takes a second sum at one adapter, with one site less or more", _second_sum),
     Attack("B7.3", "one site", "reveals a wrong check of its envelope, so that the sum looks bent", _wrong_check),
     Attack("B8", "one site", "attests and acknowledges another adapter than it holds", _odd_words),
     Attack("B9", "one site", "sends validation counts that no images give", _impossible_counts),
@@ -845,4 +905,4 @@ ATTACKS = (
         "B19", "a thief and the server", "opens old traffic with a site's disk of after the round", _stolen_disk, True
     ),
 )
-"""Attacks of the threat model whose defence is there. The others of docs/threat-model.md have no row yet."""
+"""Attacks of the threat model."""
