@@ -511,15 +511,11 @@ class Coordinator:
         its bytes again. After that the round waits.
 
         Returns:
-            Whether it was given up; not if too few would be left, or the sum is fixed. Where all have gone without an
-            envelope, having refused the cohort say, all are asked for their READYs anew, which carry what their people
-            have said since, and nobody is left out.
+            Whether it was given up; not if too few would be left, or the sum is fixed. With nobody gone all are asked
+            for their READYs anew, which carry what their people have said since, and nobody is left out.
         """
         if self._cohort is None or self._arrived is not None:
             return False
-        if not self._envelopes and set(gone) >= set(self._cohort.names):
-            self._next_attempt()
-            return True
         if len(set(self._cohort.names) - set(gone)) < self.journal.chain.quorum.needed:
             return False
         self._left_out |= set(gone)

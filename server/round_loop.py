@@ -524,9 +524,17 @@ class RoundLoop:
             due = late or not missing - self._absent
         else:
             missing = set(coordinator.asked)
-            gone = self._gone(inside | missing) | (missing if late else set())
+            away = self._gone(inside | missing)
+            gone = away | (missing if late else set())
             if step is not Step.REVEAL and gone and missing <= gone and coordinator.fail(gone):
                 log.warning("round %d: another attempt, without %s", coordinator.round, ", ".join(sorted(gone)))
+                self._step_taken()
+                return
+            if step is not Step.REVEAL and missing and missing <= away and coordinator.fail([]):
+                # They may have refused the cohort: what their people say now is in their next READYs.
+                log.warning(
+                    "round %d: too few without %s: all are asked anew", coordinator.round, ", ".join(sorted(missing))
+                )
                 self._step_taken()
                 return
             if step is Step.REVEAL and gone and coordinator.recover(gone):

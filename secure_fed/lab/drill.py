@@ -531,7 +531,7 @@ def _after_a_void(ground: Ground, newcomer: bool) -> Outcome:
     own, _ = victim._integers(victim.replica.files.folder.integers(1))
     exact = np.array_equal(abs(difference), abs(own)) and bool(own.any())
     what = f"a newcomer to it, {victim.name}" if newcomer else f"it was taken back, and {victim.name} left"
-    return Outcome(f"a second sum at the adapter of the first after {what}{refused.seen}; by the word of all people the "
+    return Outcome(f"a second sum at the adapter of the first after {what}{refused.seen}; by all people's word the "
                    f"difference is the update of {victim.name}: {exact}", refused.held)  # fmt: skip
 
 

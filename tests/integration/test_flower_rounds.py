@@ -300,6 +300,24 @@ def test_a_rotated_key_takes_force_in_mid_study(federation: Federation, caplog: 
     assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
 
 
+def test_where_too_few_would_be_left_of_a_cohort_all_are_asked_anew(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that refuse a cohort end, and their people say something: only their next READYs carry it."""
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    wire.silent = {"birch", "cedar"}
+    _steps(loop, lambda: coordinator.sites_in == ("ash",))
+    wire.away, wire.silent = wire.silent, set()
+    _steps(loop, lambda: coordinator.attempt == 2)
+    assert coordinator.step is Step.READY
+    assert coordinator.left_out == frozenset()
+    wire.away = set()
+    _steps(loop, lambda: coordinator.finished, 60)
+    assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_an_observer_that_has_a_record_which_a_void_replaced_comes_back(
     federation: Federation, restarted: bool
