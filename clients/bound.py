@@ -15,6 +15,7 @@ from secure_fed.core.errors import StorageError
 from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
+from secure_fed.protocol.records import head_after_void
 from secure_fed.protocol.signing import Count
 from secure_fed.protocol.study import Hex64, Name
 
@@ -63,7 +64,8 @@ class Bound(FileModel):
         given: adapter states, by digest, at which the site has revealed, and to which cohort; the newest last, and of
             those before it one, since at most one record is ever taken back. An empty cohort: nobody here knows which.
         given_before: the same before the REVEAL of this round, if there was one.
-        void: whether its people have given their word that nothing more is said for the round at this head.
+        void: whether its people have given their word that nothing more is said for the round at this head, nor at one
+            that anything but a void has made of it since.
         behind: whether others have words of this site that this disk does not know: an older copy was put back.
         retired: whether its people have given their word that it trains no more in this run.
         out: whether the site sits this round out for that; it may have said anything in it, a REVEAL among it.
@@ -103,11 +105,13 @@ class Bound(FileModel):
         return header.attempt < self.attempt or (header.attempt, header.cohort) == (self.attempt, self.cohort)
 
     def at(self, due: RoundPosition) -> Bound:
-        """Of a round at a head: this if it is the one, else a new one that remembers the adapter state."""
+        """Of a round at a head: this if it is the one, else a new one that remembers the adapter state and, until the
+        round is closed or void, whether its people have given it up."""
         if (self.round, self.head) == (due.round, due.head):
             return self
         kept = {"given": self.given, "released": self.released, "retired": self.retired, "behind": self.behind}
-        return Bound(round=due.round, head=due.head).model_copy(update=kept)
+        void = self.void and self.round == due.round and due.head != head_after_void(self.head)
+        return Bound(round=due.round, head=due.head, void=void).model_copy(update=kept)
 
     def giving(self, state: str, cohort: tuple[Name, ...]) -> Bound:
         """This once the site has revealed at a state to a cohort: of a release, then, nothing is left."""

@@ -521,7 +521,9 @@ class Replica:
             self.files.pin(record)
             self._remember(record)
             self.files.keep_before()
-        elif record.header.kind == "void":
+        elif self.files.bound.void:
+            self.files.bind(self.files.bound.at(self.state.chain.due))  # by this head, before it moves
+        if record.header.kind == "void":
             self._free(record)
         self.heads.keep(heads)
         self.files.records.append(record)

@@ -678,7 +678,7 @@ class Site:
     @property
     def _voided(self) -> bool:
         """Whether its people have given the round that is open up."""
-        return bool(self.run) and self.replica.files.bound.at(self.replica.due).void
+        return bool(self.run) and self._trains(self.name) and self.replica.files.bound.at(self.replica.due).void
 
     def _void(self) -> bytes:
         due = self.replica.due

@@ -475,7 +475,7 @@ class Coordinator:
             return self.journal.records[-1]
         if self.extends_now:
             self.journal.append_extension(self._rounds_wanted)
-            self._readies.clear()  # they were said at another head
+            self._head_moved()
             return self.journal.records[-1]
         if self.resting:
             return None
@@ -487,7 +487,7 @@ class Coordinator:
             if waiting is not None and not self._begun and enough and self._may_amend(waiting):
                 self.journal.append_amendment(waiting)
                 self._acknowledged.clear()
-                self._readies.clear()
+                self._head_moved()
                 self._refusing.clear()
                 return self.journal.records[-1]
             if len(self._readies) >= needed:
@@ -761,9 +761,14 @@ class Coordinator:
         name = min(self._retiring)
         self.journal.append_retired(self._retiring.pop(name))
         log.warning("%s trains no more, by its own word; it goes on as an observer", name)
-        self._readies.clear()
+        self._head_moved()
         self._refusing.clear()
         return self.journal.records[-1]
+
+    def _head_moved(self) -> None:
+        """What sites have said of the round that is due was said at another head: they are asked again."""
+        self._readies.clear()
+        self._voids.clear()
 
     def _next_attempt(self) -> None:
         self._clear_attempt()

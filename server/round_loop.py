@@ -71,6 +71,7 @@ class _Site:
     told_the_end: bool = False
     blind_at: str = ""  # the head at which it says that it has no adapter to acknowledge
     gives_none: tuple[int, int] = (0, 0)  # round and attempt for which it says that it has no update
+    refused: tuple[int, int] = (0, 0)  # round and attempt whose cohort it has refused
     passed: tuple[int, int] = (0, 0)  # round and attempt that go on without its update
     asked_at: str = ""  # UTC
     taking_until: float = 0.0  # what it was asked with may be on its way until then
@@ -366,6 +367,8 @@ class RoundLoop:
         if reply.code.value.startswith(("failed", "refused-bundle")):
             log.warning("%s: cannot take part: %s; it is asked again", site.name, reply.code)
             site.trouble = f"it says {reply.code}"
+            if reply.code == ReplyCode.FAILED_PROTOCOL and site.asked_step in (Step.ENVELOPE, Step.CHECKED):
+                site.refused = (coordinator.round, coordinator.attempt)
             self._ask_later(site)
             return
         if reply.code == ReplyCode.PRESENT:
@@ -530,8 +533,10 @@ class RoundLoop:
                 log.warning("round %d: another attempt, without %s", coordinator.round, ", ".join(sorted(gone)))
                 self._step_taken()
                 return
-            if step is not Step.REVEAL and missing and missing <= away and coordinator.fail([]):
-                # They may have refused the cohort: what their people say now is in their next READYs.
+            this = (coordinator.round, coordinator.attempt)
+            refusing = {site.name for site in self._sites if late and site.refused == this}
+            if step is not Step.REVEAL and missing and missing <= away | refusing and coordinator.fail([]):
+                # What the people of those that refuse the cohort say now is in their next READYs.
                 log.warning(
                     "round %d: too few without %s: all are asked anew", coordinator.round, ", ".join(sorted(missing))
                 )

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from flwr.app import Context, Message, RecordDict
@@ -24,7 +25,7 @@ from secure_fed.clients.erasure import _withdraw
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import NotEnoughSitesError
+from secure_fed.core.errors import NotEnoughSitesError, ProtocolError
 from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.server.coordinator import Coordinator, Step
@@ -300,20 +301,30 @@ def test_a_rotated_key_takes_force_in_mid_study(federation: Federation, caplog: 
     assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
 
 
+@pytest.mark.parametrize("how", ["they refuse it", "they are away"])
 def test_where_too_few_would_be_left_of_a_cohort_all_are_asked_anew(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Two that refuse a cohort end, and their people say something: only their next READYs carry it."""
+    """What the people of sites that refuse a cohort say then is in their next READYs alone."""
     monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
+    federation.agreed.study.__dict__["round_seconds"] = 1.0
     coordinator, wire, loop = _begin(federation)
     _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
-    wire.silent = {"birch", "cedar"}
-    _steps(loop, lambda: coordinator.sites_in == ("ash",))
-    wire.away, wire.silent = wire.silent, set()
+    others = {"birch", "cedar"}
+    if how == "they refuse it":
+        for app in wire.apps.values():
+            if app.site.name in others:
+                app.site.__dict__["_envelope"] = mock.Mock(side_effect=ProtocolError("another cohort"))
+    else:
+        wire.silent = set(others)
+        _steps(loop, lambda: coordinator.sites_in == ("ash",))
+        wire.away, wire.silent = wire.silent, set()
     _steps(loop, lambda: coordinator.attempt == 2)
-    assert coordinator.step is Step.READY
     assert coordinator.left_out == frozenset()
+    for app in wire.apps.values():
+        app.site.__dict__.pop("_envelope", None)
     wire.away = set()
+    federation.agreed.study.__dict__["round_seconds"] = 60.0
     _steps(loop, lambda: coordinator.finished, 60)
     assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
 

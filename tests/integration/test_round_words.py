@@ -38,6 +38,7 @@ from secure_fed.protocol.packing import PlainSealer
 from secure_fed.protocol.records import RecordFolder
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
+    VOID_MAGIC,
     SignedWord,
     arrived_header,
     check_arrived,
@@ -45,6 +46,7 @@ from secure_fed.protocol.round_frames import (
     sign_ready,
     sign_reveal,
     split_word,
+    word_head,
 )
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import sign_frame
@@ -729,6 +731,31 @@ def test_a_site_that_was_away_for_voids_takes_back_the_record_that_the_first_rep
     assert sites[1].position == 2
     assert exchange(coordinator, sites[1]).code == ReplyCode.READY
     assert sites[1].adapter_digest == sites[0].adapter_digest
+
+
+@pytest.mark.parametrize("kind", ["extension", "retired"])
+def test_a_round_that_is_given_up_stays_so_when_a_record_that_closes_nothing_moves_the_head(
+    four: Federation, kind: str
+) -> None:
+    """Else a site could have a part in a void at one head and in a sum at the next, which both close the round."""
+    sites, coordinator = split_over_a_record(four)
+    for site in sites:
+        exchange(coordinator, site)
+    sites[3].void(2)
+    assert exchange(coordinator, sites[3]).code == ReplyCode.VOID
+    follow(four, kind, coordinator, sites)
+    again = four.site("dogwood")
+    reply = exchange(coordinator, again)
+    assert reply.code == ReplyCode.VOID
+    assert word_head(split_word(VOID_MAGIC, reply.envelope)) == coordinator.journal.chain.head
+    for site in (sites[0], sites[2]):
+        exchange(coordinator, site)
+        site.void(2)
+        exchange(coordinator, site)
+    entry = coordinator.advance()
+    assert entry is not None
+    assert entry.header.kind == "void"
+    assert exchange(coordinator, again).code == ReplyCode.READY
 
 
 def test_a_server_that_names_a_head_that_nobody_has_takes_nothing_back(four: Federation) -> None:

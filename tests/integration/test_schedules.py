@@ -42,6 +42,7 @@ from secure_fed.protocol.round_frames import (
     check_reveal,
     sign_cohort,
     sign_ready,
+    sign_retired,
     sign_reveal,
     sign_void,
     split_word,
@@ -94,6 +95,7 @@ class LyingServer(RuleBasedStateMachine):
         self.way: dict[str, tuple[bytes, ...]] = {chain.head: (genesis,)}
         self.made: dict[str, list[Record]] = {}  # complete records, by the head that they follow
         self.state = {chain.head: chain.head}  # of which sum the adapter at a head is the result
+        self.begun = {chain.head: chain.head}  # with which record the round that is due at a head began
         self.readies: dict[tuple[str, int], dict[str, SignedWord]] = {}
         self.cohorts: list[Shown] = []
         self.sums: list[Shown] = []
@@ -217,7 +219,8 @@ class LyingServer(RuleBasedStateMachine):
             self.made.setdefault(head, []).append(record)
             self.chains[record.id] = chain.after(record)
             self.way[record.id] = (*self.way[head], data)
-            self.state[record.id] = self.state[head] if kind == "void" else record.id
+            self.state[record.id] = record.id if kind == "aggregate" else self.state[head]
+            self.begun[record.id] = self.begun[head] if kind == "retired" else record.id
         return record.id
 
     def play(self, head: str, attempt: int, names: set[str], steps: int, bent: bool = False) -> str | None:
@@ -283,6 +286,21 @@ class LyingServer(RuleBasedStateMachine):
             words = self.voids.get(head, {})
             self.append(head, "void", tuple(words[name] for name in sorted(words)))
 
+    @rule(name=st.sampled_from(NAMES), place=st.integers(0, 2))
+    def retire(self, name: str, place: int) -> None:
+        """People of a site let it train no more; the server puts that where it likes, and shows it to whom it likes."""
+        head = self.heads[-1 - place % len(self.heads)]
+        if name == FAULTY and self.lies:
+            data = sign_retired(self.agreed, self.chains[head].run, name, self.signing(name))
+        else:
+            with contextlib.suppress(SecfacmicError):
+                self.sites[name].retire()
+            reply = self.ask(name, head)
+            if reply is None or reply.code != ReplyCode.RETIRED:
+                return
+            data = reply.envelope
+        self.append(head, "retired", (split_word(data[:4], data),))
+
     @rule(name=st.sampled_from(NAMES))
     def crash(self, name: str) -> None:
         self.sites[name] = self.federation.site(name)
@@ -309,11 +327,14 @@ class LyingServer(RuleBasedStateMachine):
 
     @invariant()
     def one_sum_a_round_and_none_upon_one_that_a_void_can_take_back(self) -> None:
-        for made in self.made.values():
+        rounds: dict[str, list[Record]] = {}
+        for head, made in self.made.items():
+            rounds.setdefault(self.begun[head], []).extend(made)
+        for made in rounds.values():
             sums = [record for record in made if record.header.kind == "aggregate"]
             assert len(sums) <= 1
-            if len(sums) < len(made):  # a void too
-                assert all(each.header.kind == "void" for one in sums for each in self.made.get(one.id, []))
+            if any(record.header.kind == "void" for record in made):
+                assert not any(record.header.kind == "aggregate" for one in sums for record in rounds.get(one.id, []))
 
     @invariant()
     def sums_at_one_adapter_are_of_the_same_sites(self) -> None:
