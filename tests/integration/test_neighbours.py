@@ -14,12 +14,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
-import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -42,20 +41,26 @@ from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import prepare
 from secure_fed.operate import evidence
 from secure_fed.operate.evidence import pack_evidence
-from secure_fed.privacy import class_statistics, validation
+from secure_fed.privacy import class_statistics, memory_sums, validation
 from secure_fed.privacy.accounting import Noise
 from secure_fed.privacy.dp_training import Descent
 from secure_fed.privacy.guard import check_training
 from secure_fed.privacy.ledger import Ledger, opened
-from secure_fed.protocol import codec
+from secure_fed.protocol import codec, memory
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.study import Template
 from tests.conftest import CLASSES, TRAINING, Federation, exchange, make_template
+from tests.integration.test_anomaly import template as anomaly_template
+from tests.unit.clients.test_dicom import as_bytes, dicom
+from tests.unit.clients.test_reading import nifti
 
 CLIP, RATE, N_REF = 4.0, 0.5, 20
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "unlabelled")
+
+
+Form = Literal["png", "bmp", "dcm", "nii.gz"]
 
 
 class Patient(NamedTuple):
@@ -66,6 +71,8 @@ class Patient(NamedTuple):
     scale: float = 1.0
     pictures: str = ""
     """Of whom the pictures are copies; its own by default."""
+    form: Form = "png"
+    """Of its files: of ``dcm`` and ``nii.gz`` there is one, of as many frames or slices as images."""
 
 
 World = dict[str, Patient]
@@ -172,7 +179,9 @@ Where = Callable[[Path, World], AbstractContextManager[None]]
 @contextmanager
 def in_memory(folder: Path, world: World) -> Iterator[None]:
     """As if read and encoded, and with neither guard nor rehearsal, which see no patient: fast."""
-    found = features_of(world, Federation(folder).agreed.initial.prompt_features.shape[1])
+    initial = Federation(folder).agreed.initial
+    patches = memory.GRIDS in initial.adapter
+    found = features_of(world, memory.width(initial.adapter) if patches else initial.prompt_features.shape[1])
     with (
         mock.patch.object(site_module, "compared_images", return_value=(Found([], Notes(), []), Fingerprints([], {}))),
         mock.patch.object(site_module, "by_patient", return_value=([], dict(found.digests))),
@@ -192,7 +201,7 @@ def whole_path(
     between: Callable[[Path], None] | None = None,
     integers: list[dict[str, NDArray[np.float64]]] | None = None,
 ) -> Any:
-    """Everything that leaves in a run of two rounds and afterwards, with what depends on keys or chance masked.
+    """Everything that leaves in a run and afterwards, with what depends on keys or chance masked.
 
     Args:
         prepared: the study.
@@ -201,7 +210,7 @@ def whole_path(
         before: what its people did before the run.
         where: puts the data there.
         between: what happens to the data after the first round, when the site starts again.
-        integers: is given the values that those of the first round stand for.
+        integers: is given the values that those of each round stand for.
     """
     shutil.copytree(prepared, folder, symlinks=True)
     federation = Federation(folder)
@@ -215,7 +224,18 @@ def whole_path(
         clock.now += 0.01 * sum(batch.mask.numel() for batch in patients)  # as padded work would
         real(self, adapter, patients, *rest)
 
-    with without_chance(), where(folder, world), mock.patch.object(Descent, "run", work):
+    finite = class_statistics.finite_rows
+
+    def work_on_sums(x: Any, owners: Any) -> Any:
+        clock.now += 0.01 * len(x)
+        return finite(x, owners)
+
+    with (
+        without_chance(),
+        where(folder, world),
+        mock.patch.object(Descent, "run", work),
+        mock.patch.object(class_statistics, "finite_rows", work_on_sums),
+    ):
         if before is not None:
             before(folder)
         ash = federation.site("ash")
@@ -249,10 +269,9 @@ def whole_path(
                 masked = ("run", "head", "cohort", "ledger_head", "payload")
                 header = {name: value for name, value in facts.items() if name not in masked}
                 header["ledger_links"] = [seq for seq, _ in facts["ledger_links"]]
-                if integers is not None and not integers:
-                    (stored,) = folder.glob("sites/ash/state/runs/*/outbox/*.noised")
-                    noised = safetensors.numpy.load(stored.read_bytes())["integers"]
-                    integers.append(federation.agreed.layout(1).decode(noised, [1.0]))
+                if integers is not None:
+                    lanes = np.frombuffer(frame.payload, "<i4").astype(np.int64)
+                    integers.append(federation.agreed.layout(len(integers) + 1).decode(lanes, [1.0]))
             # A REVEAL's two numbers are of the integers, and so is its length.
             size = 0 if reply.code == ReplyCode.REVEALED else len(reply.envelope)
             left.append((reply.code.value, reply.position, size, header, round(clock.now - began, 6)))
@@ -429,20 +448,44 @@ def own_folder(folder: Path) -> Path:
     return folder / "pictures"
 
 
+def pictures_of(one: Patient) -> NDArray[np.uint8]:
+    """[images, 60, 80], each from black to white, so that every format shows the same."""
+    drawn = []
+    for label, seed in one.images:
+        picture = np.random.default_rng(seed).integers(0, 256, (20, 20 + label), dtype=np.uint8)
+        drawn.append(np.array(Image.fromarray(picture).resize((80, 60))))
+        drawn[-1][0, :2] = 0, 255
+    return np.array(drawn)
+
+
 def write_files(folder: Path, world: World) -> None:
-    """Pictures and manifest; one that is not finite is a file that breaks off, a copy is the same in another format."""
+    """Pictures and manifest; one that is not finite is a file that breaks off.
+
+    Whose a DICOM file is says the file alone.
+    """
     place = own_folder(folder)
     place.mkdir()
-    lines = ["path,patient,label,split"]
+    lines = ["path,patient,label,split,frame"]
     for name, one in world.items():
-        for number, (label, seed) in enumerate((world[one.pictures] if one.pictures else one).images):
-            picture = np.random.default_rng(seed).integers(0, 256, (20, 20 + label), dtype=np.uint8)
-            path = place / f"{name}-{number}.{'bmp' if one.pictures else 'png'}"
-            Image.fromarray(picture).resize((80, 60)).save(path)
-            if not np.isfinite(one.scale):
-                path.write_bytes(path.read_bytes()[:60])
-            shown = "" if one.split == "unlabelled" else CLASSES[label]
-            lines.append(f"{path.name},{name},{shown},{one.split}")
+        shown = pictures_of(world[one.pictures] if one.pictures else one)
+        paths = [place / f"{name}-{number}.{one.form}" for number in range(len(shown))]
+        owner = name
+        if one.form == "dcm":
+            paths, owner = paths[:1] * len(paths), ""
+            paths[0].write_bytes(as_bytes(dicom(shown, PatientID=name)))
+        elif one.form == "nii.gz":
+            paths = paths[:1] * len(paths)
+            paths[0].write_bytes(nifti(np.moveaxis(shown, 0, 2)))
+        else:
+            for path, picture in zip(paths, shown, strict=True):
+                Image.fromarray(picture).save(path)
+        for path in set(paths) if not np.isfinite(one.scale) else ():
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+        for number, (path, (label, _)) in enumerate(zip(paths, one.images, strict=False)):
+            word = "" if one.split == "unlabelled" else CLASSES[label]
+            frame = number if len(set(paths)) < len(paths) else ""
+            lines.append(f"{path.name},{owner},{word},{one.split},{frame}")
     (place / "manifest.csv").write_text("\n".join(lines) + "\n")
 
 
@@ -473,14 +516,29 @@ def lose(folder: Path) -> None:
     """The new patient's pictures are gone, another's is broken."""
     for path in own_folder(folder).glob("p-*"):
         path.unlink()
-    (own_folder(folder) / "t1-0.png").write_bytes(b"no picture")
+    (own_folder(folder) / "t3-0.png").write_bytes(b"no picture")
+    (own_folder(folder) / "t1-0.dcm").write_bytes(b"no picture")
 
 
 FILES: dict[str, tuple[Patient, Callable[[Path], None] | None]] = {
     "who trains": (patient("train", 1, 2, 1, 1, seed=99), None),
     "who validates, and is lost in the run": (patient("val", 1, seed=99), lose),
     "whose file is broken": (patient("train", 1, seed=99, scale=float("nan")), None),
+    "who trains on frames of a DICOM file": (patient("train", 1, 2, 1, 1, seed=99, form="dcm"), None),
+    "who trains on slices of a NIfTI volume": (patient("train", 1, 2, 1, 1, seed=99, form="nii.gz"), None),
+    "whose DICOM file is broken": (patient("train", 1, 2, seed=99, scale=float("nan"), form="dcm"), None),
+    "whose NIfTI volume is broken": (patient("train", 1, 2, seed=99, scale=float("nan"), form="nii.gz"), None),
 }
+
+
+def others_in_files() -> World:
+    """Those who are there anyway, some of them in files of other formats."""
+    world = {**others(), "x0": patient("test", 0, seed=41)}
+    world["t1"] = world["t1"]._replace(form="dcm")
+    world["t2"] = patient("train", 2, 2, seed=3, form="nii.gz")
+    world["v1"] = patient("val", 1, 1, seed=22, form="dcm")
+    world["u0"] = world["u0"]._replace(form="nii.gz")
+    return world
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
@@ -491,7 +549,7 @@ def test_from_files_to_envelopes_nothing_depends_on_one_patient_but_integers(
     one, between = FILES[case]
     first: list[dict[str, NDArray[np.float64]]] = []
     second: list[dict[str, NDArray[np.float64]]] = []
-    world = {**others(), "x0": patient("test", 0, seed=41)}
+    world = others_in_files()
     without = whole_path(prepared_files, tmp_path / "without", world, None, in_files, between, first)
     with_one = whole_path(prepared_files, tmp_path / "with", {**world, "p": one}, None, in_files, between, second)
     assert without == with_one
@@ -506,9 +564,12 @@ def test_from_files_to_envelopes_nothing_depends_on_one_patient_but_integers(
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
-def test_files_with_equal_pictures_are_settled_before_anything_leaves(prepared_files: Path, tmp_path: Path) -> None:
-    world = {**others(), "x0": patient("test", 0, seed=41)}
-    copied = {**world, "p": patient("train", 1, seed=99, pictures="t0")}
+@pytest.mark.parametrize("form", ["bmp", "dcm"])
+def test_files_with_equal_pictures_are_settled_before_anything_leaves(
+    prepared_files: Path, tmp_path: Path, form: Form
+) -> None:
+    world = others_in_files()
+    copied = {**world, "p": patient("train", 1, seed=99, pictures="t0", form=form)}
     with pytest.raises(TwinsError, match=r"1 pairs of patient ids[\s\S]*p  t0"):
         whole_path(prepared_files, tmp_path / "unsettled", copied, None, in_files)
     assert SentList(tmp_path / "unsettled/sites/ash/state").read() == []
@@ -554,6 +615,55 @@ def test_nothing_that_leaves_of_one_sum_depends_on_one_patient_but_integers(
     length = float(np.linalg.norm(np.concatenate(moved)))
     assert length <= class_statistics.SENSITIVITY + 1e-3
     assert (length > 0.1) == np.isfinite(one.scale)
+
+
+# --- a memory of normal images ---
+
+SUMS, DARK = 2, 0
+"""Rounds that have a release, and the class that is normal."""
+
+
+@pytest.fixture(scope="module")
+def prepared_memory(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """A study of anomalies, of one memory."""
+    folder = tmp_path_factory.mktemp("memory") / "out"
+    prepare(anomaly_template(mode="plain", rounds=SUMS + 1, privacy={"images_per_patient": 3}), folder, images)
+    for name in TRAINING[1:]:
+        Federation(folder).site(name).features()
+    set_budget(folder)
+    return folder
+
+
+MEMORY = {
+    "one more who trains": (others(), patient("train", DARK, DARK, 1, seed=99)),
+    "one who is not normal": (others(), patient("train", 1, 2, seed=99)),
+    "one more who validates": (others(), patient("val", DARK, seed=99)),
+    "the only patient at all": ({}, patient("train", DARK, seed=99)),
+    "500 images": (others(), patient("train", *([DARK] * 500), seed=99)),
+    "images that are not finite": (others(), patient("train", DARK, seed=99, scale=float("nan"))),
+    "huge features": (others(), patient("train", DARK, seed=99, scale=1e30)),
+}
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_nothing_that_leaves_of_a_memory_depends_on_one_patient_but_integers(
+    prepared_memory: Path, tmp_path: Path, case: str
+) -> None:
+    world, one = MEMORY[case]
+    first: list[dict[str, NDArray[np.float64]]] = []
+    second: list[dict[str, NDArray[np.float64]]] = []
+    without = whole_path(prepared_memory, tmp_path / "without", world, integers=first)
+    assert without == whole_path(prepared_memory, tmp_path / "with", {**world, "p": one}, integers=second)
+    assert [message[0] for message in without[0]] == WORDS[:3] * (SUMS + 1) + WORDS[-1:]
+    # The first sums are around the same centroids; those of later rounds follow from what was released before.
+    moved = [memory_sums.scale_of(name) * (second[0][name] - first[0][name]) for name in first[0]]
+    length = float(np.linalg.norm(np.concatenate(moved)))
+    assert length <= memory_sums.sensitivity(Federation(prepared_memory).agreed.initial.adapter) + 1e-2
+    assert (length > 0.1) == (one.split == "train" and one.images[0][0] == DARK and bool(np.isfinite(one.scale)))
+    # Nobody has paid for the histogram, be they there or not, nor for numbers of patients.
+    for sent in (*first, *second):
+        assert not any(sent[name].any() for name in sent if name.endswith("_patients"))
+    assert not any(value.any() for sent in (first[-1], second[-1]) for value in sent.values())
 
 
 # --- the integers, by how much ---
