@@ -159,7 +159,7 @@ def data_changed(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures) ->
     before = {digest for digests in features.digests.values() for digest in digests}
     try:
         return before != set(identities(image.source for image in present_images(file, agreed)))
-    except SecfacmicError:
+    except (SecfacmicError, OSError):
         return True
 
 

@@ -1,6 +1,7 @@
 """When a reply leaves for which a site with a budget worked on its data: at times that do not tell how long it worked.
 
-The one reply that reads data is held until a fixed time after its request, or a multiple of it. The time is public, in
+The one reply that reads data is held until a fixed time after its request, or a multiple of it; and so long does the
+site take for the figures of its own images after a round, before it reads the next message. The time is public, in
 ``site.toml``, or follows from what the machine needs for synthetic patients as many and as large as the site declared:
 the same for every data set. Everything else reads no data and leaves at once.
 """
@@ -26,7 +27,7 @@ MARGIN = 2.0
 
 
 class ReplyClock:
-    """Holds replies.
+    """Holds what took work on data.
 
     Args:
         seconds: the fixed time, above 0.
@@ -57,8 +58,8 @@ class ReplyClock:
         multiple = max(1, math.ceil((self._now() - began) / self.seconds))
         if multiple > 1:
             log.warning(
-                "for this site's own eyes: a reply took longer than privacy.reply_seconds = %g and leaves after %d "
-                "times as long; raise it, or give the machine less else to do",
+                "for this site's own eyes: work on its data took longer than privacy.reply_seconds = %g, so that it "
+                "goes on after %d times as long; raise it, or give the machine less else to do",
                 *(self.seconds, multiple),
             )
         self._sleep(max(0.0, began + multiple * self.seconds - self._now()))

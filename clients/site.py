@@ -140,6 +140,7 @@ class Site:
         self._file = file
         self._agreed = agreed
         self._features: SiteFeatures | None = None
+        self._froze = False
         trains = self.replica.member.role == "train"
         self._private = (
             private_rounds(
@@ -291,7 +292,7 @@ class Site:
     @property
     def read_data(self) -> bool:
         """Whether the last reply took work on the site's data, under a budget: then it leaves at a fixed time."""
-        return self._private is not None and self._private.drew
+        return self._private is not None and (self._private.drew or self._froze)
 
     def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Metrics:
         """Metrics of :meth:`predictions`."""
@@ -398,7 +399,8 @@ class Site:
         if self._private is not None:
             self._private.drew = False
         frozen = self._snapshot
-        if frozen is not None and not frozen.exists() and self._can_seal:
+        self._froze = frozen is not None and not frozen.exists() and self._can_seal
+        if frozen is not None and self._froze:
             # Before the run's first message.
             write_snapshot(frozen, self.features(), snapshot_key(ledger_folder(self._file)))
         self.replica.compare(request.attested_head, request.attestations)

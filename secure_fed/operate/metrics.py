@@ -1,6 +1,7 @@
 """Figures of a running server or site for Prometheus, to who has the token.
 
-They are what the status file says and nothing else; at a site that is nothing about any patient.
+They are what the status file says and nothing else; at a site that is nothing about any patient but when the process
+last said something, which under a privacy budget is for the site's own eyes.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secure_fed.clients.acceptance import require_acceptance
-from secure_fed.clients.budget import ledger_folder
+from secure_fed.clients.budget import has_budget, ledger_folder
 from secure_fed.clients.features import Progress
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.flower_node import Way, run_site
@@ -25,9 +25,12 @@ from secure_fed.operate.metrics import serve_metrics
 from secure_fed.operate.running import running
 from secure_fed.operate.site_results import write_results
 from secure_fed.privacy.ledger import Ledger
-from secure_fed.protocol.study import load_study
+from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
+
+LOOKING_ON_SECONDS = 5.0
+"""The fixed time of a site with a budget that does not train, if its ``site.toml`` names none."""
 
 
 def take_part(
@@ -75,12 +78,12 @@ def take_part(
             features = site.features(progress)
             log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
         sent = SentList(state)
-        clock = ReplyClock(reply_seconds(file, agreed)) if site.budgeted and not site.over else None
+        clock = _clock(file, agreed, site)
         if clock is not None:
-            log.info("%s: replies that read data leave after %g seconds", file.site, clock.seconds)
+            log.info("%s: what reads data takes %g seconds, or a multiple", file.site, clock.seconds)
 
         def after_round(done: Site) -> None:
-            write_results(state, agreed, done)
+            _leave_results(file, agreed, done)
             if done.round:
                 log.info("%s: %s", done.name, _round_in_words(file, done, sent))
             status.tell(run=done.run, round=done.round, rounds=done.rounds, finished=done.finished)
@@ -99,6 +102,36 @@ def take_part(
         )
         by = ", ended by its coordinator" if site.replica.state.chain.ended else ""
         log.info("%s: the study is over after %d rounds%s", file.site, site.round, by)
+
+
+def _clock(file: SiteFile, agreed: AgreedStudy, site: Site) -> ReplyClock | None:
+    """What hides how long work on the site's data takes, if it has a budget."""
+    if not has_budget(file) or site.over:
+        return None
+    if site.budgeted:
+        return ReplyClock(reply_seconds(file, agreed))
+    # Who only looks on works on its images too, after each round.
+    return ReplyClock((file.privacy and file.privacy.reply_seconds) or LOOKING_ON_SECONDS)
+
+
+def _leave_results(file: SiteFile, agreed: AgreedStudy, site: Site) -> None:
+    """Write a round's results; whether a site with a budget goes on does not depend on what its images are.
+
+    Raises:
+        StorageError: a file cannot be written.
+        SecfacmicError: others, without a budget.
+    """
+    try:
+        write_results(Path(file.state), agreed, site)
+    except StorageError:
+        raise
+    except Exception as error:
+        if not has_budget(file):
+            raise
+        log.warning(
+            "%s: for its own eyes: no figures of round %d (%s); the run goes on",
+            *(site.name, site.round, _without_patients(error, file)),
+        )
 
 
 def _round_in_words(file: SiteFile, site: Site, sent: SentList) -> str:

@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,8 @@ from typer.testing import CliRunner
 from secure_fed.cli import app
 from secure_fed.clients.acceptance import again_words
 from secure_fed.clients.budget import LOCAL, has_budget, ledger_folder, unpaid
-from secure_fed.clients.reply_clock import reply_seconds
+from secure_fed.clients.flower_app import SiteApp
+from secure_fed.clients.reply_clock import ReplyClock, reply_seconds
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
 from secure_fed.core.errors import (
     BudgetError,
@@ -33,6 +35,7 @@ from secure_fed.core.errors import (
 from secure_fed.core.layout import SiteRun
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.model.public_statistics import PublicStatistics
+from secure_fed.operate import taking_part
 from secure_fed.operate.doctor.site import _data as of_images
 from secure_fed.operate.evidence import pack_evidence, verify_evidence
 from secure_fed.operate.site_results import write_results
@@ -40,6 +43,7 @@ from secure_fed.privacy.accounting import Mechanism, mu_squared_of
 from secure_fed.privacy.ledger import Account, Ledger, opened
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.records import Chain
+from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.study import AgreedStudy
 from tests.conftest import TRAINING, Federation, exchange, run_round
 from tests.integration.test_dp_site import make_private, set_budget
@@ -380,3 +384,56 @@ def test_asked_ten_times_at_one_state_a_site_sends_the_same_and_spends_nothing(t
     ask(2, "b", 11)
     assert not np.array_equal(sent[-1], sent[0])
     assert Ledger(ledger(federation)).epsilon_spent > spent
+
+
+# --- what takes work on the data takes a fixed time ---
+
+
+class _Ticks:
+    """Time that passes only when somebody works or sleeps."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("work", [0.0, 1.0, 4.9])
+def test_figures_of_its_own_images_after_a_round_take_a_site_a_fixed_time(work: float) -> None:
+    """The next message is read when they are there: when it is answered would else tell how many images there are."""
+    ticks, site, seen = _Ticks(), mock.Mock(position=3), []
+
+    def figures(of: Any) -> None:
+        seen.append(of)
+        ticks.pass_by(work)
+
+    app = SiteApp(site, "0" * 64, figures, clock=ReplyClock(5.0, ticks, ticks.pass_by))
+    app.after_reply()
+    app.after_reply()  # no new record, and nothing to do
+    assert (seen, ticks.now) == ([site], 5.0)
+
+
+def test_a_run_is_frozen_in_a_reply_that_leaves_at_the_fixed_time(site: Federation) -> None:
+    """Also where nobody asks for an update yet: a snapshot takes the longer the more images there are."""
+    ash, coordinator = site.site("ash"), site.open_run()
+    request = replace(coordinator.request(ash.name, ash.run, ash.position), attempt=0)
+    assert ash.respond(request).code == ReplyCode.APPLIED
+    assert ash.read_data
+    request = replace(coordinator.request(ash.name, ash.run, ash.position), attempt=0)
+    assert ash.respond(request).code == ReplyCode.APPLIED
+    assert not ash.read_data
+
+
+@pytest.mark.parametrize(("name", "budget", "seconds"), [("ash", 8.0, 7), ("dogwood", 8.0, 5), ("birch", None, None)])
+def test_whoever_has_a_budget_has_such_a_time_also_who_only_looks_on(
+    site: Federation, monkeypatch: pytest.MonkeyPatch, name: str, budget: float | None, seconds: float | None
+) -> None:
+    if budget is not None:
+        set_budget(site.folder, name, budget)
+    monkeypatch.setattr(taking_part, "reply_seconds", lambda *rest: 7)
+    file = read_site_file(site.folder / "sites" / name / "site.toml")
+    clock = taking_part._clock(file, site.agreed, site.site(name))
+    assert (None if clock is None else clock.seconds) == seconds

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from secure_fed.clients.acceptance import terms
-from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import EnvelopeError
+from secure_fed.clients.flower_app import SiteApp
+from secure_fed.clients.flower_node import Way
+from secure_fed.clients.sitefile import SiteServer, read_site_file
+from secure_fed.core.errors import DataError, EnvelopeError
+from secure_fed.operate import anomaly_figures, taking_part
+from secure_fed.operate.taking_part import take_part
 from secure_fed.privacy.accounting import plan_noise
 from secure_fed.privacy.memory_sums import sensitivity
 from secure_fed.protocol import memory
@@ -84,3 +88,34 @@ def test_what_is_accepted_names_what_leaves_with_a_budget_and_without(study: Fed
     assert "histogram of the scores" in exact["statistics"][1]
     assert any("stays where it was" in line for line in exact["statistics"])
     assert not any("number of patients" in line for line in with_budget["statistics"])
+
+
+@pytest.mark.parametrize("name", ["ash", "birch"])
+def test_a_mask_that_is_gone_does_not_end_a_run_under_a_budget(
+    study: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Whether a site goes on would else tell of one patient."""
+    file = read_site_file(study.folder / "sites" / name / "site.toml")
+    server = SiteServer(address="127.0.0.1:1", authority="ca.crt")
+    masked = []
+
+    def a_round(app: SiteApp, way: Way) -> None:
+        coordinator = study.open_run()
+        sites = [app.site, *(study.site(other) for other in TRAINING if other != name)]
+        run_round(coordinator, sites)
+        exchange(coordinator, app.site)
+        masked.append(app.site.test_sources()[0].path)
+        app.after_reply()
+
+    monkeypatch.setattr(taking_part, "run_site", a_round)
+    monkeypatch.setattr(taking_part, "reply_seconds", lambda *rest: 0.01)
+    monkeypatch.setattr(anomaly_figures, "site_masks", lambda folder: dict.fromkeys(masked, folder / "gone.png"))
+    if name == "birch":
+        with pytest.raises(DataError, match="no mask that can be read"):
+            take_part(file.model_copy(update={"server": server}), in_full=True)
+        return
+    with caplog.at_level("INFO"):
+        take_part(file.model_copy(update={"server": server}))
+    (told,) = [line for line in caplog.messages if "no figures of round 1" in line]
+    assert "for its own eyes" in told
+    assert (Path(file.state) / "adapter.safetensors").is_file()  # the round's adapter is there all the same
