@@ -80,14 +80,17 @@ def compared_images(
 def refuse_doubts(file: SiteFile, found: Found) -> None:
     """Under a privacy budget, check that nothing is open: one patient under two ids would have two budgets.
 
+    Of equal pictures the ledger asks by itself, since it knows those of earlier data too, and keeps the answer
+    (:meth:`secure_fed.clients.private_round.PrivateRounds.settle`).
+
     Raises:
         PatientError: ids do not tell patients apart, or nobody has said so yet; or a picture has two labels.
     """
-    if not found.doubts or not has_budget(file):
+    lines = [doubt.text for doubt in found.doubts if doubt.kind != "picture"]
+    if not lines or not has_budget(file):
         return
-    lines = [doubt.text for doubt in found.doubts]
     raise PatientError(
-        f"{file.data.folder}: {len(found.doubts)} doubts about who is who; under a privacy budget each patient must "
+        f"{file.data.folder}: {len(lines)} doubts about who is who; under a privacy budget each patient must "
         f"have one id, and each picture one label: mend them, or settle each id in {SETTLED} (columns id, same_as; an "
         f"empty same_as says that the id is a patient of its own){fault_lines(lines)}"
     )

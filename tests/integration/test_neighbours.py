@@ -569,7 +569,7 @@ def test_files_with_equal_pictures_are_settled_before_anything_leaves(
     prepared_files: Path, tmp_path: Path, form: Form
 ) -> None:
     world = others_in_files()
-    copied = {**world, "p": patient("train", 1, seed=99, pictures="t0", form=form)}
+    copied = {**world, "p": patient("train", 0, seed=99, pictures="t0", form=form)}
     with pytest.raises(TwinsError, match=r"1 pairs of patient ids[\s\S]*p  t0"):
         whole_path(prepared_files, tmp_path / "unsettled", copied, None, in_files)
     assert SentList(tmp_path / "unsettled/sites/ash/state").read() == []
