@@ -21,13 +21,18 @@ from PIL import Image
 from pydicom.encaps import get_frame, parse_basic_offsets, parse_fragments
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders import base
-from pydicom.pixels.processing import apply_color_lut
+from pydicom.pixels.processing import apply_color_lut, convert_color_space
 from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
     UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
     JPEGLSLossless,
@@ -134,7 +139,10 @@ HEADER = 132
 _WITHOUT_SIGN = (JPEGLSLossless, JPEGLSNearLossless)
 """Whose codestreams may be of more bits than are stored, with the stored sign left where it is."""
 
-_MOST_BYTES = 2**28
+_COSTLY = (JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
+"""Whose decoders take 32 bits for each sample."""
+
+_MOST_BYTES = 2**27
 """Of a deflated file, unpacked."""
 
 _BLOCK = 2**20
@@ -365,7 +373,8 @@ class DicomFile:
         index = self.frames // 2 if frame is None else frame
         if not 0 <= index < self.frames:
             raise UndecodableError(f"no frame {index}; it has {self.frames}, counted from 0")
-        rules.refuse_size(_whole(dataset, "Columns"), _whole(dataset, "Rows"))
+        coloured = self._colour in _COLOUR and dataset.file_meta.TransferSyntaxUID in _COSTLY
+        rules.refuse_size(_whole(dataset, "Columns"), _whole(dataset, "Rows"), coloured)
         self._refuse_unread(index)
         try:
             with warnings.catch_warnings():
@@ -685,7 +694,11 @@ class DicomFile:
 def _decoded(dataset: Any, index: int) -> NDArray[Any]:
     """A frame's stored values; by pydicom's ``pixel_array`` the header would be read for it twice."""
     decoder = base.get_decoder(dataset.file_meta.TransferSyntaxUID)
-    found = np.asarray(decoder.as_array(dataset, index=index)[0])
+    found, about = decoder.as_array(dataset, index=index, as_rgb=False)  # type: ignore[arg-type]  # one of the options
+    if found.ndim == 3 and (colours := str(about["photometric_interpretation"])).startswith("YBR_FULL"):
+        # Here and not in pydicom, which takes the whole picture as floating point numbers.
+        for rows in _blocks(found, _SMALL):
+            found[rows] = convert_color_space(found[rows], colours, "RGB")
     bits, allocated = dataset.get("BitsStored"), 8 * found.dtype.itemsize
     if dataset.file_meta.TransferSyntaxUID in _WITHOUT_SIGN and isinstance(bits, int) and 1 <= bits < allocated:
         found = (found << (allocated - bits)) >> (allocated - bits)

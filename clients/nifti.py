@@ -40,8 +40,8 @@ _MOST_BEHIND = 2**20
 _BLOCK = 2**20
 """Unpacked at once: what is read into a place of its own is there twice."""
 
-_BYTES_A_PIXEL = 6
-"""A volume may take so many bytes for each of :attr:`Rules.most_pixels`: 0.5 GiB, unless the site raises it."""
+_BYTES_A_PIXEL = 8
+"""A volume may take so many bytes for each of :attr:`Rules.most_pixels`: 0.32 GB, unless the site raises it."""
 
 
 def is_nifti(head: bytes) -> bool:
@@ -180,7 +180,8 @@ class NiftiFile:
         if not 0 <= index < count:
             raise UndecodableError(f"no slice {index}; it has {count} along {axis}, counted from 0")
         across, *kept = (_NORMAL[axis], *(place for place in range(3) if place != _NORMAL[axis]))
-        rules.refuse_size(*(self._shape[self._along[place]] for place in kept))
+        width, height = (self._shape[self._along[place]] for place in kept)
+        rules.refuse_size(width, height)
         cut: list[Any] = [slice(None)] * 3
         cut[self._along[across]] = count - 1 - index if self._backwards[across] else index
         values = self._whole(rules)[tuple(cut)]

@@ -47,7 +47,8 @@ class PhotographFile:
         with _own_limit():
             try:
                 image: Image.Image = Image.open(io.BytesIO(self._content), formats=FORMATS)
-                rules.refuse_size(*image.size)
+                coloured = image.format == "JPEG2000" and image.mode != "L"
+                rules.refuse_size(*image.size, costly=coloured or image.format == "WEBP")
                 _refuse_deep(image, self._content)
                 frames = getattr(image, "n_frames", 1)
                 if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews

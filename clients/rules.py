@@ -16,8 +16,8 @@ from secure_fed.protocol.study import Background, StudyFile, Window
 VERSION = 7
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
 
-MOST_PIXELS = 89_478_485
-"""Of one picture, unless the site raises it: 0.25 GiB of RGB; a small file can claim any size."""
+MOST_PIXELS = 40_000_000
+"""Of one picture, unless the site raises it: with it a process stays below 1 GiB; a small file can claim any size."""
 
 Kind = Literal["", "scout", "screenshot", "no picture"]
 
@@ -97,17 +97,24 @@ class Rules:
         """The study's window for a modality, if it has one."""
         return next((window for window in self.windows if window.modality == modality), None)
 
-    def refuse_size(self, width: int, height: int) -> None:
+    def refuse_size(self, width: int, height: int, costly: bool = False) -> None:
         """Check a picture's size before it is decoded.
+
+        Args:
+            width: in pixels.
+            height: in pixels.
+            costly: it is coded so that decoders take up to 20 bytes for each pixel; then a third as many are allowed.
 
         Raises:
             UndecodableError: it is empty or too large.
         """
         if width < 1 or height < 1:
             raise UndecodableError(f"{width} x {height} pixels; expected at least one")
-        if width * height > self.most_pixels:
+        most = self.most_pixels // 3 if costly else self.most_pixels
+        if width * height > most:
+            part = ", a third of most_pixels, of colours in JPEG 2000 or WebP" * costly
             raise UndecodableError(
-                f"{width} x {height} pixels; expected at most {self.most_pixels:,} (a small file can claim any size): "
+                f"{width} x {height} pixels; expected at most {most:,}{part} (a small file can claim any size): "
                 "make it smaller, or raise most_pixels in [data] of site.toml (of predict: --most-pixels)"
             )
 

@@ -29,7 +29,7 @@ def predict(
     ] = None,
     skip_unreadable: SkipUnreadable = False,
     most_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Of one picture, as in site.toml; about 89 million if not given.")
+        int | None, typer.Option(min=1, help="Of one picture, as in site.toml; 40 million if not given.")
     ] = None,
     slices: Annotated[
         str | None, typer.Option(metavar="RULE", help="Of each series, as in site.toml: middle, every:N or all.")
