@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from secure_fed.clients.flower_app import SiteApp
+from secure_fed.clients.flower_node import Way, run_site
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.server import flower_api, gate, listener
+from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
+from secure_fed.server.flower_link import SuperLink, open_grid
 from secure_fed.server.listener import MEMBER_CONNECTIONS, STRANGERS, STRANGERS_AT_ADDRESS, Callers
+from secure_fed.server.round_loop import RoundLoop
+from secure_fed.server.supervisor import most_bytes
+from secure_fed.transport.certificates import create_authority
 from secure_fed.transport.connection import (
     DIGEST,
     KEY_HEADER,
@@ -31,7 +39,8 @@ from secure_fed.transport.connection import (
     TOTAL,
     SignedRequest,
 )
-from secure_fed.transport.flower_messages import read_reply
+from secure_fed.transport.flower_messages import contract, read_reply
+from tests.conftest import TRAINING, Federation
 from tests.flower_messages import Shelf
 from tests.integration.test_flower_site import Link, _asked, _push, _reply
 
@@ -131,6 +140,57 @@ def test_members_are_served_while_outsiders_hold_connections_and_send_bodies(
     assert grown < 50e6
     assert sum(len(record.getMessage()) for record in caplog.records) < 1e6
     assert took < 30
+
+
+def test_members_finish_encrypted_rounds_meanwhile(
+    federation: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sites, round loop and SuperLink in this process, over real connections; the outsiders are another process."""
+    agreed, coordinator = federation.agreed, federation.begin(federation.sites())
+    incoming, outgoing = Incoming(tmp_path / "in"), Outgoing(tmp_path / "out")
+    store = ByteStore(incoming, outgoing, coordinator.run, lambda site: most_bytes(agreed, site))
+    create_authority(tmp_path / "tls", ["127.0.0.1"])
+    sites = federation.sites()
+    keys = {site.name: site.connection_key.public_key() for site in sites}
+    openssh = {name: key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() for name, key in keys.items()}
+    member = base64.b64encode(keys["ash"].public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode()
+    link = SuperLink(tmp_path / "tls", ("127.0.0.1", 0), openssh, store)
+    authority = tmp_path / "tls" / "ca.crt"
+    way = Way(f"127.0.0.1:{link.address[1]}", authority, len(sites), wait=0)
+    apps = [SiteApp(site, agreed.study.id, lambda _: None) for site in sites]
+    threads = [threading.Thread(target=run_site, args=(app, way), daemon=True) for app in apps]
+    outsider = None
+    try:
+        with open_grid(link.runtime, link.start_run(contract(agreed.study.id))) as (grid, _):
+            loop = RoundLoop(coordinator, agreed, grid, link.nodes, incoming, outgoing)
+            for thread in threads:
+                thread.start()
+            play(loop, 1)
+            before = resident()
+            command = [sys.executable, "-c", OUTSIDER, str(link.address[1]), str(authority), member, "500", "50"]
+            outsider = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert outsider.stdout is not None
+            assert outsider.stdout.readline() == "ready\n"
+            play(loop, agreed.study.rounds)
+            grown = resident() - before
+            loop.run()  # every site has the last record
+    finally:
+        if outsider is not None:
+            outsider.kill()
+            outsider.communicate()
+        link.stop()
+    assert [app.failure for app in apps] == [None] * len(apps)
+    assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * agreed.study.rounds
+    assert grown < 50e6
+    assert sum(len(record.getMessage()) for record in caplog.records) < 1e6
+
+
+def play(loop: RoundLoop, rounds: int) -> None:
+    ended = time.monotonic() + 120
+    while len(loop.coordinator.rounds) < rounds:
+        assert time.monotonic() < ended, "no round was closed"
+        loop.step()
+        time.sleep(0.02)
 
 
 def raw(link: Link) -> ssl.SSLSocket:
