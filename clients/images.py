@@ -157,6 +157,14 @@ def by_patient(
     return named, {patient: frozenset(pictures) for patient, pictures in found.items()}
 
 
+def pixels_of(file: SiteFile, images: Sequence[SiteImage]) -> list[bytes]:
+    """Digests of the pixels of images, whatever file, name or frame they are read from and whatever a study shows of
+    them; of those that can be decoded."""
+    with FeatureCache(file.feature_cache) as cache:
+        looks = fingerprints(images, cache, None, Rules(most_pixels=file.data.most_pixels))
+    return [look.pixels for look in looks.found if look is not None]
+
+
 def data_changed(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures) -> bool:
     """Whether the site's folders hold other images than those that features were made of, or cannot be read."""
     before = {digest for digests in features.digests.values() for digest in digests}

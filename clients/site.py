@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -24,13 +25,20 @@ from numpy.typing import NDArray
 
 from secure_fed.clients import memory, one_sum
 from secure_fed.clients.acceptance import acceptance_digest
-from secure_fed.clients.bound import Bound, Fresh, Padded
+from secure_fed.clients.bound import Bound, Fresh, Padded, read_bound
 from secure_fed.clients.budget import ledger_folder, unpaid
 from secure_fed.clients.data import SiteImage, Split
 from secure_fed.clients.erasure import withdrawn
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
-from secure_fed.clients.given_sums import GivenSums
-from secure_fed.clients.images import by_patient, compared_images, data_changed, refuse_doubts, rules_of
+from secure_fed.clients.given_sums import HASH_BYTES, GivenSums
+from secure_fed.clients.images import (
+    by_patient,
+    compared_images,
+    data_changed,
+    pixels_of,
+    refuse_doubts,
+    rules_of,
+)
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.rehearsal import rehearse
 from secure_fed.clients.replica import LastSum, Replica
@@ -46,7 +54,7 @@ from secure_fed.core.errors import (
     ProtocolError,
     SiteFileError,
 )
-from secure_fed.core.layout import SiteRun
+from secure_fed.core.layout import RECORDS, SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, check_method
 from secure_fed.model.backbone import load_backbone
@@ -68,6 +76,7 @@ from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
 from secure_fed.protocol.packing import Binding, Contribution, Sealed
 from secure_fed.protocol.pads import KEY_BYTES, PadPlace, SitePads, new_private, public_of
 from secure_fed.protocol.presence import PresenceQuestion, sign_presence
+from secure_fed.protocol.records import read_header
 from secure_fed.protocol.residues import pack_residues, unpack_residues
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
@@ -557,6 +566,7 @@ class Site:
         self._refuse_past("asked for", attempt, bound, bound.attempt)
         self.replica.sealer  # noqa: B018 -- who cannot seal reads no data and spends no budget
         self._integers(self._outbox.integers(due.round))
+        self._refuse_given()
         released = self._private is not None or bound.released == self._asked_for
         fresh = public_of(self._fresh_key(attempt)) if self._agreed.study.pads else None
         return sign_ready(self._agreed, due, attempt, self.name, released, self.replica.identity.signing, fresh)
@@ -871,6 +881,7 @@ class Site:
             except EnvelopeError as error:
                 log.warning("%s: round %d: %s; tell its people", self.name, bound.round, error)
                 complaints.append(maker)
+        self._note_given()  # from here on others' shares open what this site sent, also if it reveals nothing
         return sign_checked(self._agreed, digest, self.name, complaints, self.replica.identity.signing)
 
     def _handed(
@@ -931,6 +942,7 @@ class Site:
         payload = bytes(split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError).payload)
         check = self.replica.state.chain.wire.check_words(digest, payload)
         write_durable(files.folder.question("arrived"), question, 0o600)
+        self._note_given()
         if not bound.arrived:
             files.bind(bound.giving(self._asked_for, bound.names).model_copy(update={"arrived": digest}))
         mask = None if bound.padded is None else bound.padded.seed
@@ -994,13 +1006,60 @@ class Site:
             old.unlink()
         integers = self._train()
         made_at = np.frombuffer(bytes.fromhex(self._asked_for), np.uint8)
-        write_durable(path, bytes(safetensors.numpy.save({"integers": integers, "state": made_at})), 0o600)
+        tensors: dict[str, NDArray[Any]] = {"integers": integers, "state": made_at, "marks": self._marks()}
+        write_durable(path, bytes(safetensors.numpy.save(tensors)), 0o600)
         return integers, NO_LEDGER
 
     def _stored(self) -> NDArray[np.int64] | None:
         """The integers that were made at this adapter, in this round or, if it moved none, in one before."""
+        kept = self._kept()
+        return None if kept is None else kept.integers
+
+    def _kept(self) -> _Kept | None:
         made = (_made_at(path) for path in self._outbox.all_integers())
-        return next((integers for state, integers in made if state == self._asked_for), None)
+        return next((kept for kept in made if kept.state == self._asked_for), None)
+
+    # --- exact sums are given once ---
+
+    @property
+    def _given_sums(self) -> GivenSums:
+        return GivenSums(Path(self._file.identity), self.replica.identity.signing.private_bytes_raw())
+
+    def _marks(self) -> NDArray[np.uint8]:
+        """What the patients and pictures in this round's statistics are known by, uint8 [n, HASH_BYTES]; of none where
+        no patient's go into a sum without noise."""
+        exact = self._agreed.study.sums_patients(self.replica.due.round) and self._file.data.kind == "patients"
+        images = self.train_sources() if exact else []
+        with_ids = {image.patient for image in images} if self._file.data.unit == "patient" else set()
+        marks = self._given_sums.marks(pixels_of(self._file, images), with_ids) if images else []
+        return np.frombuffer(b"".join(marks), np.uint8).reshape(-1, HASH_BYTES)
+
+    def _refuse_given(self) -> None:
+        """Give no statistics of those whom another run's sum holds; before anything leaves."""
+        kept = None if self._private is not None else self._kept()
+        if kept is not None and kept.marks:
+            before = [folder.name for folder in self._file.state_folder.begun_runs() if self._gave(SiteRun(folder))]
+            self._given_sums.refuse(self.run, kept.marks, before)
+
+    def _note_given(self) -> None:
+        """Note whom this round's statistics hold, before the word that lets others open their sum."""
+        kept = None if self._private is not None else self._kept()
+        if kept is not None and kept.marks:
+            self._given_sums.give(self.run, kept.marks)
+
+    def _gave(self, run: SiteRun) -> bool:
+        """Whether, by its own journal, this site has given patients' statistics to a run of this study."""
+        study = self._agreed.study
+        bound = read_bound(run.bound)
+        if bound.arrived and study.sums_patients(bound.round):
+            return True
+        for path in sorted(run.journal.glob(RECORDS)):
+            _, header = read_header(path.read_bytes(), self._agreed)
+            if header.kind == "aggregate" and study.sums_patients(header.round):
+                words = (parse_header(word.signed[0], EnvelopeHeader, EnvelopeError) for word in header.contributors)
+                if self.name in [word.site for word in words]:
+                    return True
+        return False
 
     @property
     def _gave_others(self) -> bool:
@@ -1017,9 +1076,6 @@ class Site:
         study = self._agreed.study
         round_number = self.replica.due.round
         features = self.features()
-        if study.method.sums and round_number == 1 and self._file.data.kind == "patients":
-            images = [image for patient in set(features.patients["train"]) for image in features.digests[patient]]
-            GivenSums(Path(self._file.identity)).give(self.replica.due.run, images)
         if study.task == "anomaly":
             return self._encode(memory.message(self._agreed, round_number, self.parameters, features))
         if study.method.one_sum:
@@ -1082,7 +1138,15 @@ class Site:
         return integers
 
 
-def _made_at(path: Path) -> tuple[str, NDArray[np.int64]]:
-    """The adapter state at which stored integers were made, and those."""
+class _Kept(NamedTuple):
+    """Stored integers: the adapter state at which they were made, and whom they hold where these are given once."""
+
+    state: str
+    integers: NDArray[np.int64]
+    marks: list[bytes]
+
+
+def _made_at(path: Path) -> _Kept:
     kept = safetensors.numpy.load(path.read_bytes())
-    return kept["state"].tobytes().hex() if "state" in kept else "", kept["integers"]
+    state = kept["state"].tobytes().hex() if "state" in kept else ""
+    return _Kept(state, kept["integers"], [mark.tobytes() for mark in kept.get("marks", ())])

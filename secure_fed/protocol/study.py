@@ -916,6 +916,13 @@ class StudyFile(FileModel):
         how = f"{method.shrinkage:g}, declared" if self.rounds == 1 else "chosen by summed validation histograms"
         return f"none: class statistics in one sum (basis {basis}; {self.encoding.precision} bits); shrinkage {how}"
 
+    def sums_patients(self, round_number: int) -> bool:
+        """Whether a round adds statistics of training patients, of which two exact sums tell a difference; the last
+        one only counts how patients fare."""
+        if self.method.one_sum:
+            return round_number == 1
+        return self.method.sums and round_number < self.rounds
+
     def packing(self) -> LaneParameters:
         """How values lie in ciphertexts, as far as a template knows: of one value."""
         return lane_parameters(self.max_sites, self.encoding.bits, self.encoding.lanes, values=1)

@@ -410,7 +410,7 @@ def test_patients_images_are_given_to_one_exact_sum_and_no_other(study: Federati
     assert not (identity_of(study, "birch") / GIVEN).exists()
     again = study.sites()
     coordinator = study.begin(again)
-    with pytest.raises(RepeatedSumError, match="15 of 15 training images are in the exact sum"):
+    with pytest.raises(RepeatedSumError, match="15 of 15 training images and patients are in the exact sum"):
         again[0].respond(coordinator.request(again[0].name, again[0].run, again[0].position))
     assert exchange(coordinator, again[1]).code == ReplyCode.READY  # its images are simulated
     given.write_bytes(b"{")
@@ -419,23 +419,144 @@ def test_patients_images_are_given_to_one_exact_sum_and_no_other(study: Federati
     assert sites[0].finished
 
 
+def test_a_list_that_lacks_what_the_journal_says_was_given_is_refused(study: Federation) -> None:
+    of_patients(study, "ash")
+    finish(study)
+    (identity_of(study, "ash") / GIVEN).unlink()
+    again = study.site("ash")
+    coordinator = study.begin([again])
+    with pytest.raises(RepeatedSumError, match=r"says nothing of run .*by its own journal.*put it back from a backup"):
+        again.respond(coordinator.request(again.name, again.run, again.position))
+
+
+def test_patients_are_given_with_the_word_that_opens_their_sum_and_not_before(study: Federation) -> None:
+    of_patients(study, "ash")
+    site, given = study.site("ash"), identity_of(study, "ash") / GIVEN
+    assert exchange(study.begin(study.sites()), site).code == ReplyCode.READY
+    assert not given.exists()
+    # That run is over, with nothing said: the next one gets them, up to its reveal.
+    sites = study.sites()
+    coordinator = study.begin(sites)
+    send_envelopes(coordinator, sites)
+    assert not given.exists()
+    coordinator.advance()
+    assert exchange(coordinator, sites[0]).code == ReplyCode.REVEALED
+    assert list(json.loads(given.read_bytes())["runs"]) == [sites[0].run]
+    # Before that run's record: its own word is enough.
+    given.unlink()
+    later = study.site("ash")
+    coordinator = study.begin([later])
+    with pytest.raises(RepeatedSumError, match="says nothing of run"):
+        exchange(coordinator, later)
+
+
+def test_patients_whose_mask_others_can_stand_for_are_given_with_the_word_on_shares(
+    images: Path, tmp_path: Path
+) -> None:
+    """Then others' shares open what a site sent, also if it reveals nothing itself."""
+    sites = [{"name": name} for name in FOUR]
+    federation = Federation(prepare_sites(one_sum_template(sites=sites, collusion=1, rounds=2), tmp_path, images))
+    of_patients(federation, "ash")
+    taking = [federation.site(name) for name in FOUR]
+    coordinator = federation.begin(taking)
+    send_envelopes(coordinator, taking)
+    given = identity_of(federation, "ash") / GIVEN
+    assert not given.exists()
+    coordinator.advance()
+    assert exchange(coordinator, taking[0]).code == ReplyCode.CHECKED
+    assert given.exists()
+
+
+def test_every_round_that_adds_patients_is_one_of_sums() -> None:
+    memory = {"adapter": "memory", "block": "image", "map_block": "image", "centroids": 12}
+    anomaly = {"task": "anomaly", "classes": [{"name": "dark", "prompts": ["a dark image"]}], "rounds": 3}
+    several = (
+        (one_sum_template(), [True, False, False]),
+        (make_template(**anomaly, method=memory), [True, True, False]),  # who comes late gives sums as well
+        (make_template(), [False, False, False]),
+    )
+    for template, expected in several:
+        assert [template.sums_patients(number) for number in (1, 2, 3)] == expected
+
+
+def test_two_runs_that_are_open_at_once_do_not_both_open_a_sum(study: Federation) -> None:
+    of_patients(study, "ash")
+    sites = study.sites()
+    coordinator = study.begin(sites)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    marks = sites[0]._marks()
+    sites[0]._given_sums.give("1" * 64, [mark.tobytes() for mark in marks])
+    with pytest.raises(RepeatedSumError, match="15 of 15"):
+        exchange(coordinator, sites[0])
+    assert sites[0].revealed_to is None
+
+
+def test_a_rehearsal_of_a_first_round_gives_nothing(study: Federation) -> None:
+    of_patients(study, "ash")
+    site = study.site("ash")
+    exchange(study.begin([site]), site)
+    site.first_integers()
+    assert not (identity_of(study, "ash") / GIVEN).exists()
+
+
+def test_the_same_pictures_in_other_files_and_of_other_ids_are_no_new_ones(study: Federation) -> None:
+    of_patients(study, "ash")
+    finish(study)
+    site = study.site("ash")
+    folder, taken = site.data_folder, site.train_sources()
+    for number, image in enumerate(taken):
+        with Image.open(image.path) as picture:
+            picture.load()
+        image.path.unlink()
+        picture.save(image.path.with_name(f"renamed {number}.bmp"))
+    later = study.site("ash")
+    coordinator = study.begin([later])
+    assert not {image.path for image in later.train_sources()} & {image.path for image in taken}
+    assert {image.path.parent.parent for image in later.train_sources()} == {folder}
+    with pytest.raises(RepeatedSumError, match="training images and patients are in the exact sum"):
+        exchange(coordinator, later)
+
+
 def identity_of(federation: Federation, name: str) -> Path:
     return Path(read_site_file(federation.folder / "sites" / name / "site.toml").identity)
 
 
 def test_a_few_images_more_are_no_other_sum(tmp_path: Path) -> None:
-    GivenSums(tmp_path).give("1" * 64, [b"a", b"b"])
-    GivenSums(tmp_path).give("1" * 64, [b"b", b"a"])
-    with pytest.raises(RepeatedSumError, match="2 of 3 training images"):
-        GivenSums(tmp_path).give("2" * 64, [b"a", b"b", b"c"])
-    GivenSums(tmp_path).give("2" * 64, [b"c"])
+    a, b, c = (hashlib.sha256(name).digest()[:16] for name in (b"a", b"b", b"c"))
+    sums = GivenSums(tmp_path, b"secret")
+    sums.give("1" * 64, [a, b])
+    sums.give("1" * 64, [b, a])
+    for call in (sums.refuse, sums.give):
+        with pytest.raises(RepeatedSumError, match="2 of 3 training images and patients"):
+            call("2" * 64, [a, b, c])
+    sums.refuse("2" * 64, [c], ["1" * 64])
+    assert list(json.loads((tmp_path / GIVEN).read_bytes())["runs"]) == ["1" * 64]
+    with pytest.raises(RepeatedSumError, match="says nothing of run 3333"):
+        sums.refuse("2" * 64, [c], ["1" * 64, "3" * 64])
+    sums.give("2" * 64, [c])
+
+
+def test_a_patient_is_the_same_one_with_other_pictures_and_a_picture_with_another_patient(tmp_path: Path) -> None:
+    sums = GivenSums(tmp_path, b"secret")
+    sums.give("1" * 64, sums.marks([b"p" * 32], ["Ada"]))
+    for marks in (sums.marks([b"q" * 32], ["Ada"]), sums.marks([b"p" * 32], ["Bob"]), sums.marks([b"p" * 32], [])):
+        with pytest.raises(RepeatedSumError, match="1 of "):
+            sums.refuse("2" * 64, marks)
+    sums.refuse("2" * 64, sums.marks([b"q" * 32], ["Bob"]))
+    held = (tmp_path / GIVEN).read_text()
+    assert "Ada" not in held
+    assert (b"p" * 32).hex() not in held
+    assert sums.marks([b"p" * 32], []) != GivenSums(tmp_path / "other", b"another").marks([b"p" * 32], [])
 
 
 def test_what_a_run_was_given_once_stays_given_whatever_it_is_given_next(tmp_path: Path) -> None:
-    GivenSums(tmp_path).give("1" * 64, [b"a", b"b"])
-    GivenSums(tmp_path).give("1" * 64, [b"b"])  # its data have changed since
-    with pytest.raises(RepeatedSumError, match="1 of 1 training images"):
-        GivenSums(tmp_path).give("2" * 64, [b"a"])
+    a, b = b"a" * 16, b"b" * 16
+    sums = GivenSums(tmp_path, b"secret")
+    sums.give("1" * 64, [a, b])
+    sums.give("1" * 64, [b])  # its data have changed since
+    with pytest.raises(RepeatedSumError, match="1 of 1 training images and patients"):
+        sums.give("2" * 64, [a])
 
 
 def test_another_study_from_another_state_folder_gets_no_second_sum(
@@ -443,9 +564,7 @@ def test_another_study_from_another_state_folder_gets_no_second_sum(
 ) -> None:
     """Nor one that is named otherwise, has other members, another basis or another method of sums."""
     of_patients(study, "ash")
-    site = study.site("ash")
-    coordinator = study.begin(study.sites())
-    exchange(coordinator, site)
+    finish(study)
     method = {**METHOD, "min_patients": 3}
     prepare(one_sum_template(name="another", seed=5, method=method), tmp_path / "other", images)
     other = Federation(tmp_path / "other")
