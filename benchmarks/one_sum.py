@@ -191,12 +191,12 @@ def _some(own: SiteFeatures, count: int, rng: np.random.Generator) -> SiteFeatur
     return replace(own, **found, patients=owners)
 
 
-def private_rows(data: Data, rows: Rows, epsilons: Sequence[float], sizes: Sequence[int] = (16, 32, 64)) -> None:
+def private_rows(data: Data, rows: Rows, epsilons: Sequence[float], raw: bool) -> None:
     """Sites that release their statistics once under a budget; the shrinkage is declared."""
     method = METHOD | {"shrinkage": 0.03}
-    bases: list[dict[str, Any]] = [{"basis": "public", "dimensions": size} for size in sizes]
-    bases += [{"basis": "random", "dimensions": 32}, {"basis": "random", "dimensions": 64}, {"basis": "raw"}]
-    for features in bases:
+    bases: list[dict[str, Any]] = [{"basis": "public", "dimensions": size} for size in (16, 32, 64)]
+    bases += [{"basis": "random", "dimensions": size} for size in (32, 64)]
+    for features in (*bases, *([{"basis": "raw"}] if raw else ())):
         agreed = sum_study(data.agreed, rounds=1, method=method, features=features)
         most = agreed.study.privacy.images_per_patient
         sums = []
@@ -483,7 +483,7 @@ def on_brain_mri(folder: Path, work: Path, seeds: int, console: Console) -> dict
             tables["Bases"].setdefault(row.name, []).append(found)
         precision_rows(data, tables["Precision"])
         small_rows(data, tables["Small sites"])
-        private_rows(data, tables["Budgets"], EPSILONS)
+        private_rows(data, tables["Budgets"], EPSILONS, raw=True)
         tried_rows(data, world, tables["Tried"])
         set_rows(data, tables["Sets of 90 %"])
         console.print(f"seed {seed}: {time.perf_counter() - start:.0f} s")
@@ -503,7 +503,7 @@ def on_phantoms(work: Path, seeds: int) -> dict[str, Rows]:
             rows.setdefault(f"{row.name}, no budget", []).append(
                 head_figures(data, own, federate(own, data.training).adapter)
             )
-        private_rows(data, rows, (1.0, 3.0, 8.0))
+        private_rows(data, rows, (1.0, 3.0, 8.0), raw=False)
     return tables
 
 
