@@ -68,7 +68,7 @@ def new(
         from secure_fed.operate.advice import advise, as_advised
 
         there = public is not None or has_packaged_statistics(chosen.backbone.model)
-        advice = advise(epsilon, patients, public=there)
+        advice = advise(epsilon, patients, public=there, one_sum=chosen.method.one_sum)
         chosen = as_advised(chosen, advice)
         out.print(f"method: {advice.words}", markup=False, highlight=False, soft_wrap=True)
     members = [read_public_identity(path) for path in site or []]

@@ -349,7 +349,8 @@ def under_budget(template: Template, budget: Budget | None, data: Path | None = 
         )
     else:
         patients = smallest([look_at(data / folder) for folder in sorted(folders)], plan.shares)
-    advice = advise(budget.epsilon, patients, public=has_packaged_statistics(template.backbone.model))
+    there = has_packaged_statistics(template.backbone.model)
+    advice = advise(budget.epsilon, patients, public=there, one_sum=template.method.one_sum)
     return as_advised(template, advice), advice
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -84,3 +85,29 @@ def test_the_demo_under_a_budget_ends_above_zero_shot_by_its_own_defaults(tmp_pa
     ]
     before, after = (sum(filter(None, row)) / len(row) for row in shares)
     assert after > before + 0.03
+
+
+@pytest.mark.parametrize(("public", "basis"), [(True, "public"), (False, "random")])
+def test_a_study_of_one_sum_stays_one_and_gets_its_dimensions(public: bool, basis: str) -> None:
+    template = read_template(Path("brain_mri_one_sum"))
+    advice = advise(1.0, 200, public=public, one_sum=True)
+    advised = as_advised(template, advice)
+    assert (advised.features.basis, advised.features.dimensions) == (basis, 32)
+    assert (advised.method, advised.rounds, advised.aggregation) == (
+        template.method,
+        template.rounds,
+        template.aggregation,
+    )
+    assert f"one sum, in 32 {basis} dimensions" in advice.words
+    assert ("--public it gains" in advice.words) != public
+
+
+def test_study_new_keeps_one_sum_under_a_budget(secfacmic: Any, tmp_path: Path) -> None:
+    made = secfacmic(
+        *("study", "new", "brain_mri_one_sum", "--out", tmp_path / "out", "--epsilon", "1", "--patients", "200")
+    )
+    assert made.returncode == 0, made.stderr
+    assert "method: class statistics in one sum, in 32 public dimensions, advised at epsilon 1" in made.stdout
+    study = read_study_file(tmp_path / "out" / "study.toml")
+    assert study.method.one_sum
+    assert (study.features.basis, study.features.dimensions, study.encoding.precision) == ("public", 32, 18)
