@@ -302,7 +302,7 @@ def _around_centroids(study: Study, budget: bool) -> list[str]:
         + ("" if budget else ", and the number of patients"),
         f"round {last}: nothing but zeros, as a histogram would cost more budget than it tells"
         if budget
-        else f"round {last}: a histogram of the scores of normal validation patients",
+        else f"round {last}: a histogram of the largest scores of normal validation patients",
     ]
     if not budget:
         lines += [

@@ -57,7 +57,7 @@ _SPLIT_COLUMNS = re.compile(r"(is|in|for)?(train(ing)?|val(id|idation)?|test(ing
 """Names of columns, letters alone, that say of each row whether it is in one split, by one of these words:"""
 _YES_OR_NO = frozenset({"0", "1", "0.0", "1.0", "true", "false", "yes", "no", "y", "n", "t", "f", "x"})
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
-_KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis")
+_KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis", "mask")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
 _UID = re.compile(r"\d+(\.\d+)+")
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
@@ -77,6 +77,7 @@ class SiteImage:
         axis: of a NIfTI volume, which way it is cut.
         owner: whose it is by the file's own header, whatever a manifest says; not looked at where an image counts as a
             patient.
+        mask: a picture of where its finding is, if a manifest names one; not looked at yet.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class SiteImage:
     frame: int | None = None
     axis: Axis = "axial"
     owner: Owner = NOBODY
+    mask: Path | None = None
 
     @property
     def source(self) -> Source:
@@ -150,6 +152,7 @@ class _Row:
     series: str = ""
     asked: bool = False
     owner: Owner = NOBODY
+    mask: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -175,7 +178,8 @@ def read_data(
     It holds a ``manifest.csv`` or one folder per class, named exactly as the class, and perhaps ``unlabelled``, each
     searched whole, links followed. Hidden files, and what is no image by content and name, are passed over. The
     manifest's columns are ``path`` (relative to the folder), ``label`` (empty if unknown), and, if wanted, ``patient``,
-    ``split``, ``frame`` or ``slice``, ``axis`` and ``series``; others are free. A path may be of a folder: the row then
+    ``split``, ``frame`` or ``slice``, ``axis``, ``series`` and ``mask``; others are free. What a manifest names
+    as a mask is no image of the site. A path may be of a folder: the row then
     is of all images below it, or of those of the DICOM series whose UID ``series`` names, and ``slice`` counts along
     them. Where it names no patient, a DICOM file's own PatientID counts. Ids are taken in one form; ``patients.csv``
     beside it says which ids are one patient.
@@ -294,7 +298,9 @@ def _images(rows: Sequence[_Row], ids: dict[str, int], splits: Mapping[str, Spli
         split = splits[row.patient]
         label = None if split == UNLABELLED else ids[row.label]
         frame = int(row.frame) if row.frame else None
-        images.append(SiteImage(row.base / row.path, row.patient, label, split, frame, _axis(row.axis), row.owner))
+        mask = row.base / row.mask if row.mask else None
+        place = frame, _axis(row.axis)
+        images.append(SiteImage(row.base / row.path, row.patient, label, split, *place, row.owner, mask))
     return sorted(images, key=lambda one: (one.path.as_posix(), one.axis, -1 if one.frame is None else one.frame))
 
 
@@ -414,6 +420,7 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     """
     notes = Notes() if notes is None else notes
     seen: set[tuple[int, int]] = set()
+    masks: set[str] = set()
 
     def stop(error: OSError) -> Never:
         raise DataError(
@@ -435,6 +442,8 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
             (name for name in folders if not _is_passed_over(name)),
             key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
         )
+        if MANIFEST in names:
+            masks |= _masks_of(Path(parent, MANIFEST))
         for name in names:
             path = Path(parent, name)
             if name[0] == ".":
@@ -447,6 +456,8 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
             try:
                 if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe would take for ever
                     notes.passed_over.append(f"{_said(path)}: a pipe or device, no file")
+                elif masks and os.path.realpath(path) in masks:
+                    notes.passed_over.append(f"{_said(path)}: a mask, as a {MANIFEST} says")
                 elif not is_meant_as_image(path):
                     notes.passed_over.append(f"{_said(path)}: no image, by its content and its name")
                 elif _said(path) != str(path):
@@ -460,6 +471,16 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
             except OSError as error:
                 error.filename = error.filename or str(path)
                 stop(error)
+
+
+def _masks_of(manifest: Path) -> set[str]:
+    """Where the files are that a manifest names as masks; none if it cannot be read, which is told where it counts."""
+    try:
+        rows = read_table(manifest, _KNOWN, ("path",)).rows
+    except ManifestError:
+        return set()
+    files = _Files(manifest.parent, Notes())
+    return {os.path.realpath(manifest.parent / files.find(mask)) for row in rows if (mask := row.cells.get("mask"))}
 
 
 def _said(path: Path | str) -> str:
@@ -629,6 +650,7 @@ def _read_manifest(
         notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
     files = _Files(manifest.parent, notes)
+    masks = _masks_of(manifest) if "mask" in table.columns else set()
     rows, faults = [], []
     for line, entry in table.rows:
         cells = {name: entry.get(name, "") for name in _KNOWN}
@@ -649,7 +671,9 @@ def _read_manifest(
                 whose = files.owner(name)
                 patient = in_one_form(cells["patient"] or whose.patient)
             about = (f"line {line}", name, patient, cells["label"], cells["split"], frame, manifest.parent)
-            row = _Row(*about, cells["axis"], cells["series"], asked, whose)
+            row = _Row(*about, cells["axis"], cells["series"], asked, whose, files.find(cells["mask"]))
+            if not fault and masks and os.path.realpath(manifest.parent / name) in masks:
+                fault = f"path {name!r} is a mask, as column mask says; expected a picture: remove the row, or the mask"
             if fault := fault or _fault(row, has_splits, nameless):
                 faults.append(f"{row.where}: {fault}")
             rows.append(row)

@@ -15,6 +15,7 @@ from secure_fed.clients.duplicates import Fingerprint, Fingerprints, fingerprint
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.manifest import read_table
+from secure_fed.clients.masks import check_masks
 from secure_fed.clients.patients import SETTLED, Doubt, in_one_form
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
@@ -36,7 +37,8 @@ def site_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None =
 
     Raises:
         ForgottenError: the list of the forgotten cannot be read; then nothing is read of the data.
-        DataError, LabelError, ManifestError: as :func:`secure_fed.clients.data.read_data`.
+        DataError, LabelError, ManifestError: as :func:`secure_fed.clients.data.read_data`; of a study of anomalies also
+            if masks that a manifest names do not fit their images.
         StorageError: the feature cache cannot be used.
     """
     return find_images(file, agreed, progress).images
@@ -198,6 +200,8 @@ def _kept(
             f"{file.data.folder}: {len(likely)} ids are left out, as they may be other writings of a forgotten "
             f"patient's; one that is not is settled in {SETTLED} as a patient of its own"
         )
+    if agreed.study.task == "anomaly":
+        check_masks([images[place] for place in places], rules_of(file, agreed))
     return images, places, looks[0] if looks else None, notes
 
 

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.core.errors import DataError
 from secure_fed.privacy import class_statistics
-from secure_fed.privacy.class_statistics import shares
 from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory, one_sum
 from secure_fed.protocol.codec import Parameters
@@ -51,10 +50,12 @@ def message(agreed: AgreedStudy, round_number: int, adapter: Parameters, feature
 
 
 def histogram(adapter: Parameters, x: NDArray[np.float32], owners: list[str], top: float) -> NDArray[np.float64]:
-    """Weights of patients by bin of their images' scores, [BINS]."""
-    if not owners:
-        return np.zeros(memory.BINS)
-    return np.bincount(memory.score_bin(memory.scores(adapter, x, top)), shares(owners), memory.BINS).astype(np.float64)
+    """Patients by the bin of the largest of their images' scores, [BINS]."""
+    largest: dict[str, float] = {}
+    for owner, score in zip(owners, memory.scores(adapter, x, top).tolist(), strict=True):
+        largest[owner] = max(score, largest.get(owner, 0.0))
+    bins = memory.score_bin(np.array(list(largest.values()), dtype=np.float64))
+    return np.bincount(bins, minlength=memory.BINS).astype(np.float64)
 
 
 def alone(agreed: AgreedStudy, features: SiteFeatures) -> Parameters:

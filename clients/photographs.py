@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from secure_fed.clients.rules import Picture, Rules, UndecodableError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 """Those of Pillow's formats that are tried; others are programs' own, or run programs."""
 
+_DRAWN = "secfacmic"
+"""Key of a text in each PNG that secfacmic drew over a picture."""
 _BITS_PER_SAMPLE = 258
 _SAMPLE_FORMAT = 339
 _BLOCK = 2**20
@@ -46,6 +49,8 @@ class PhotographFile:
         """
         with _own_limit():
             try:
+                if what := no_picture(self._content[:1000]):
+                    raise UndecodableError(f"{what}; expected the picture itself")
                 image: Image.Image = Image.open(io.BytesIO(self._content), formats=FORMATS)
                 coloured = image.format == "JPEG2000" and image.mode != "L"
                 rules.refuse_size(*image.size, costly=coloured or image.format == "WEBP")
@@ -142,6 +147,20 @@ def _filled(image: Image.Image, rules: Rules) -> Image.Image:
         clear = image.crop(part).convert("RGBA")
         whole.paste(Image.alpha_composite(Image.new("RGBA", clear.size, rules.background), clear).convert("RGB"), part)
     return whole
+
+
+def as_drawn(picture: Image.Image) -> bytes:
+    """What was drawn over a picture, as PNG that is never taken for a patient's picture when it is met in a folder."""
+    info, content = PngInfo(), io.BytesIO()
+    info.add_text(_DRAWN, "drawn over a picture; no picture of a patient itself")
+    picture.save(content, "PNG", optimize=True, pnginfo=info)
+    return content.getvalue()
+
+
+def no_picture(head: bytes) -> str:
+    """What a file is that secfacmic itself drew over a picture, by its first 1000 bytes; empty of any other."""
+    text = b"tEXt" + _DRAWN.encode() + b"\0"
+    return "a picture that secfacmic drew a map on" if head.startswith(b"\x89PNG") and text in head else ""
 
 
 def looks_like_one(head: bytes) -> bool:

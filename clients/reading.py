@@ -18,7 +18,7 @@ import numpy as np
 from pydicom import uid
 from pydicom.pixels.decoders import base
 
-from secure_fed.clients import dicom, nifti
+from secure_fed.clients import dicom, nifti, photographs
 from secure_fed.clients.dicom import HEADER, DicomFile, is_dicom, read_header, text
 from secure_fed.clients.nifti import Axis, NiftiFile, is_nifti
 from secure_fed.clients.photographs import PhotographFile, looks_like_one
@@ -171,7 +171,7 @@ def no_picture(path: Path) -> str:
             head = stream.read(1000)
     except OSError:
         return ""
-    return nifti.no_picture(head) if is_nifti(head) else ""
+    return nifti.no_picture(head) if is_nifti(head) else photographs.no_picture(head)
 
 
 def count_frames(path: Path, axis: Axis) -> int:

@@ -42,6 +42,7 @@ from secure_fed.clients.images import (
 from secure_fed.clients.private_round import private_rounds
 from secure_fed.clients.rehearsal import rehearse
 from secure_fed.clients.replica import LastSum, Replica
+from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile, read_site_file
 from secure_fed.clients.snapshot import read_snapshot, write_snapshot
 from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
@@ -60,6 +61,7 @@ from secure_fed.model.adapters import PRIVATE_HEAD, check_method
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.device import choose_device
 from secure_fed.model.evaluation import Metrics, Predictions, balanced_accuracy, metrics
+from secure_fed.model.preparing import window
 from secure_fed.model.text_tower import TextTower
 from secure_fed.privacy.ledger import snapshot_key
 from secure_fed.protocol import codec
@@ -150,6 +152,7 @@ class Site:
         self._agreed = agreed
         self._features: SiteFeatures | None = None
         self._froze = False
+        self._preprocess: dict[str, Any] | None = None
         trains = self.replica.member.role == "train"
         self._private = (
             private_rounds(
@@ -336,9 +339,16 @@ class Site:
         return [image for image in self.features().images if image.split == "train"]
 
     @property
-    def data_folder(self) -> Path:
-        """Where its images are."""
-        return Path(self._file.data.folder)
+    def rules(self) -> Rules:
+        """How its pictures are seen."""
+        return rules_of(self._file, self._agreed)
+
+    def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part of a picture of this width and height that the study's image tower sees."""
+        if self._preprocess is None:
+            checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
+            self._preprocess = load_backbone(self._agreed.study.backbone, checkpoint).form.preprocess
+        return window(self._preprocess, size)
 
     def validate(self, parameters: Parameters) -> float | None:
         """Balanced accuracy on the site's validation images, by which choices are made; None without any."""

@@ -105,16 +105,21 @@ def predict(
                 soft_wrap=True,
             )
     if drawn is not None:
-        console.print(f"{maps}: {drawn} heat maps, made of the images: keep them as you keep these", soft_wrap=True)
+        scale = "" if found.anomalies is None else f"; {found.anomalies.scale.words}"
+        console.print(
+            f"{maps}: {drawn} heat maps, made of the images: keep them as you keep these{scale}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if found.anomalies is not None:
         limit = (
-            "no threshold: too few normal patients were validated on"
+            f"no threshold: {document['why_no_threshold']}"
             if document["threshold"] is None
             else (
                 f"{sum(bool(image['flagged']) for image in document['images'])} of {len(document['images'])} images "
-                f"are flagged; at most {100 * document['false_alarms']:g} % of images of normal patients like the "
-                f"{document['calibration_patients']} of the study would be, each patient counting once; a patient of "
-                "many images is flagged by one of them more often"
+                f"are flagged; at most {100 * document['false_alarms']:g} % of normal patients like the "
+                f"{document['calibration_patients']} of the study would be, by any of their images"
             )
         )
         console.print(limit, highlight=False, soft_wrap=True)

@@ -29,7 +29,7 @@ from secure_fed.model.backbone_hub import download
 from secure_fed.model.device import Device, kind_of
 from secure_fed.model.library import HUB, known_model, offline, open_clip, twin, with_activation
 from secure_fed.model.network import Form, activation, build, facts, make_network
-from secure_fed.model.preparing import preparer
+from secure_fed.model.preparing import preparer, window
 from secure_fed.model.text_tower import TextTower, reads_at
 from secure_fed.model.weights import write_weights
 from secure_fed.protocol.study import Backbone, canonical_json
@@ -143,6 +143,10 @@ class LoadedBackbone:
     def prepare(self, image: Image.Image) -> NDArray[np.float32]:
         """What the image tower takes, [3, size, size], of any Pillow mode that converts to RGB and any size."""
         return self._prepare(image)
+
+    def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part of a picture of this width and height that the image tower sees: left, top, right, bottom."""
+        return window(self.form.preprocess, size)
 
     def encode_prepared(self, prepared: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """Unit image features, [n, dim], of prepared images, each [3, size, size].

@@ -53,6 +53,26 @@ def preparer(preprocess: Mapping[str, Any]) -> Callable[[Image.Image], NDArray[n
     return prepare
 
 
+def window(preprocess: Mapping[str, Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of a picture that a tower sees: its left, top, right and bottom edge, in pixels of the picture.
+
+    It lies in the picture's middle, but for a pixel's part that rounding moves it by; it is larger than the picture
+    where this is padded.
+
+    Args:
+        preprocess: as for :func:`preparer`.
+        size: width and height of the picture.
+    """
+    height, width = preprocess["size"]
+    target = preprocess["resize_to"] if preprocess["cut"] == "floor" else (height, width)
+    rows, columns = (target, target) if isinstance(target, int) else target
+    along, down = columns / size[0], rows / size[1]
+    if preprocess["resize_mode"] != "squash":
+        along = down = min(along, down) if preprocess["resize_mode"] == "longest" else max(along, down)
+    half = width / along / 2, height / down / 2
+    return size[0] / 2 - half[0], size[1] / 2 - half[1], size[0] / 2 + half[0], size[1] / 2 + half[1]
+
+
 _Three = Annotated[list[float], Field(min_length=3, max_length=3)]
 _Above = Annotated[float, Field(gt=0)]
 _ThreeAbove = Annotated[list[_Above], Field(min_length=3, max_length=3)]

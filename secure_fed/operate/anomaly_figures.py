@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from secure_fed.clients.data import MANIFEST
-from secure_fed.clients.manifest import read_table
+from secure_fed.clients.decoding import decode
+from secure_fed.clients.masks import lesion_of
 from secure_fed.clients.site import Site
-from secure_fed.core.errors import DataError
-from secure_fed.model.heat import upsampled
+from secure_fed.model.heat import placed, upsampled
 from secure_fed.operate.summary import AnomalyFigures, Places, ScoresAt
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import NORMAL, AgreedStudy, Method
@@ -75,12 +72,18 @@ def _scores(sites: Sequence[Site], adapter: dict[str, NDArray[np.float64]], meth
     return ScoresAt(
         normal=tuple(np.bincount(bins[~wrong], minlength=_BINS).tolist()),
         anomalous=tuple(np.bincount(bins[wrong], minlength=_BINS).tolist()),
-        flagged_normal=float((found[~wrong] >= limit).mean()) if (~wrong).any() else None,
-        flagged_anomalous=float((found[wrong] >= limit).mean()) if wrong.any() else None,
+        flagged_normal=_flagged(owners[~wrong], found[~wrong] >= limit),
+        flagged_anomalous=_flagged(owners[wrong], found[wrong] >= limit),
         roc=curve,
         normal_map=mean_maps[0],
         anomalous_map=mean_maps[1],
     )
+
+
+def _flagged(owners: NDArray[Any], above: NDArray[np.bool_]) -> float | None:
+    """Share of patients one of whose images is flagged."""
+    everybody = set(owners.tolist())
+    return len(set(owners[above].tolist())) / len(everybody) if everybody else None
 
 
 def _mean_map(heat: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
@@ -98,26 +101,27 @@ def _mean_map(heat: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
 
 
 def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], sites: Sequence[Site]) -> Places | None:
-    masks, pictures, rows = [], [], []
+    masks, pictures, found = [], [], []
     for site in sites:
-        x, _, _ = site.test_images()
+        heat = memory.maps(adapter, site.test_images()[0])
         for row, image in enumerate(site.test_sources()):
-            mask = _mask(site, image.path)
+            mask = lesion_of(image, site.rules)
             if mask is not None and mask.any():
+                picture = decode(image.path.read_bytes(), image.frame, image.axis, site.rules)
                 masks.append(mask)
-                pictures.append(np.asarray(Image.open(image.path).convert("L")))
-                rows.append(x[row])
+                pictures.append(np.asarray(picture.convert("L")))
+                found.append(placed(heat[row : row + 1], site.window(picture.size), mask.shape)[0])
     if not masks:
         return None
     size = Counter(mask.shape for mask in masks).most_common(1)[0][0]  # all are judged in one
     masks, pictures = [resized(mask, size) for mask in masks], [resized(picture, size) for picture in pictures]
-    heat = upsampled(memory.maps(adapter, np.stack(rows)), size)
+    heat = np.stack([resized(one, size) for one in found])
     lesions = np.stack(masks)
     learned = [
         resized(mask, size)
         for site in training
         for image in site.train_sources()
-        if (mask := _mask(site, image.path)) is not None
+        if (mask := lesion_of(image, site.rules)) is not None
     ]
     constant = None
     if learned:
@@ -140,44 +144,6 @@ def resized(pixels: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
 
 _DARK = 20
 """Grey value up to which a pixel shows no head."""
-
-
-def _mask(site: Site, path: Path) -> NDArray[np.bool_] | None:
-    """The lesion of an image, if its manifest names a mask for it."""
-    found = site_masks(site.data_folder).get(path)
-    return None if found is None else read_mask(found, path)
-
-
-def site_masks(folder: Path) -> dict[Path, Path]:
-    """Masks by image, as the column ``mask`` of a manifest names them; empty without one."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return {}
-    table = read_table(manifest, ("path", "mask"), ("path",))
-    if "mask" not in table.columns:
-        return {}
-    return {folder / row.cells["path"]: folder / row.cells["mask"] for row in table.rows if row.cells["mask"]}
-
-
-def read_mask(mask: Path, image: Path) -> NDArray[np.bool_]:
-    """A lesion's mask, bool [height, width]: whatever is not black.
-
-    Raises:
-        DataError: it is missing, cannot be read, or is of another size than the image.
-    """
-    try:
-        with Image.open(mask) as opened, Image.open(image) as picture:
-            size, found = picture.size, np.asarray(opened.convert("L")) > 0
-    except OSError as error:
-        raise DataError(
-            f"{mask}: no mask that can be read ({error}); expected a picture as large as {image}"
-        ) from error
-    if found.shape != (size[1], size[0]):
-        raise DataError(
-            f"{mask}: {found.shape[1]} x {found.shape[0]} pixels, but {image} has {size[0]} x {size[1]}; expected a "
-            "mask of the image's size: make it anew"
-        )
-    return found
 
 
 def per_region_overlap(lesions: NDArray[np.bool_], heat: NDArray[np.float64]) -> float:

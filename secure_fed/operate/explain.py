@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from secure_fed.clients.data import SiteImage
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.features import FeatureCache, SiteFeatures, load_features
 from secure_fed.clients.images import rules_of, site_images
+from secure_fed.clients.photographs import as_drawn
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import read_site
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
@@ -32,7 +32,7 @@ from secure_fed.model.attribution import HeatMaps, margin_of
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.device import Device
 from secure_fed.model.heat import overlay
-from secure_fed.operate.predict import Probabilities
+from secure_fed.operate.predict import Anomalies, Probabilities
 
 CASES = "cases.json"
 PAGE = "cases.html"
@@ -89,7 +89,7 @@ class Explanation:
         margin: of the predicted class; None for a memory.
         concepts: what the study's concepts contribute; empty if it has none, and for a stranger.
         rest: the part of the margin that no concept explains.
-        similar: of the site's own training patients, the nearest first.
+        similar: of the site's own training patients, the nearest first; none for a stranger.
         picture: what the image tower saw, with the map over it if there is one, as PNG.
         has_map: whether there is; a stranger has none.
     """
@@ -170,7 +170,7 @@ def explain(
     images = found.document()["images"]
     rules = Rules(file.windows, file.background)
     if found.anomalies is not None:
-        explainer: _Memory | _Classifier = _Memory(found, float(found.anomalies.maps.max(initial=1e-9)))
+        explainer: _Memory | _Classifier = _Memory(found.anomalies)
     else:
         explainer = _Classifier(file, backbone)
     cases = []
@@ -179,7 +179,7 @@ def explain(
         strange = found.cases is not None and bool(found.cases.strangers[place])
         heat = None if strange else explainer.map(place, prepared, x[place])
         zero_shot, margin, concepts, rest = explainer.reasons(x[place], strange)
-        similar = () if neighbours is None else neighbours.of(x[place])
+        similar = () if neighbours is None or strange else neighbours.of(x[place])
         picture = _drawn(backbone, prepared, heat)
         said = dict(images[place])
         cases.append(Explanation(said, zero_shot, margin, concepts, rest, similar, picture, heat is not None))
@@ -265,15 +265,13 @@ class _Classifier:
 
 
 class _Memory:
-    kind = "distances of patches to the nearest normal centroid"
-
-    def __init__(self, found: Probabilities, top: float) -> None:
-        assert found.anomalies is not None
-        self._maps, self._top = found.anomalies.maps, top
+    def __init__(self, found: Anomalies) -> None:
+        self._found = found
+        self.kind = f"distances of patches to the nearest normal centroid ({found.scale.words})"
 
     def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
         """The memory's own, on one scale for all images."""
-        return np.asarray(self._maps[place] / self._top)
+        return self._found.scale.share(self._found.maps[place])
 
     def reasons(self, x: NDArray[np.float32], strange: bool) -> Reasons:
         """None: a memory knows one class."""
@@ -339,6 +337,4 @@ def _drawn(backbone: LoadedBackbone, prepared: NDArray[np.float32], heat: NDArra
     picture = backbone.seen(prepared)
     if picture.width < _SHOWN:
         picture = picture.resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
-    content = BytesIO()
-    (picture if heat is None else overlay(picture, heat)).save(content, "PNG", optimize=True)
-    return content.getvalue()
+    return as_drawn(picture if heat is None else overlay(picture, heat))

@@ -37,7 +37,7 @@ from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import tempered
 from secure_fed.model.evaluation import CALIBRATION_BINS, Predictions, balanced_accuracy, pool
-from secure_fed.model.heat import overlay
+from secure_fed.model.heat import Scale, overlay
 from secure_fed.protocol import memory
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.study import NORMAL, AgreedStudy, load_study
@@ -328,11 +328,12 @@ def feature_map(run: Run) -> Figure | None:
 def anomaly_maps(run: Run) -> Figure | None:
     """A memory's heat maps over test images: of each site the first anomalous and the first normal ones, unchosen.
 
-    Colours mean the same in all panels. None without any test image.
+    Colours mean the same in all pictures of the study. None without any test image.
     """
     study = run.agreed.study
     limit = memory.threshold(run.parameters[memory.HISTOGRAM], study.method.false_alarms)
     rules = Rules(study.windows, study.background)
+    scale = Scale.of(run.parameters, study.method.false_alarms)
     shown: list[tuple[str, SiteImage, NDArray[np.float64]]] = []
     for site in run.sites:
         x, labels, _ = site.test_images()
@@ -349,15 +350,15 @@ def anomaly_maps(run: Run) -> Figure | None:
         return None
     columns = 2 * _MAPS_A_SIDE
     rows_of_panels = -(-len(shown) // columns)
-    figure, panels = _figure(rows_of_panels, columns, 1.9 * columns, 2.3 * rows_of_panels + 0.5)
-    top = max(float(heat.max()) for *_, heat in shown)
+    figure, panels = _figure(rows_of_panels, columns, 1.9 * columns, 2.3 * rows_of_panels + 0.7)
     for axes in panels:
         axes.set_axis_off()
     for axes, (title, image, heat) in zip(panels, shown, strict=False):
         picture = decode(image.path.read_bytes(), image.frame, image.axis, rules)
-        axes.imshow(np.asarray(overlay(picture, heat / max(top, 1e-9))))
+        axes.imshow(np.asarray(overlay(picture, scale.share(heat), run.sites[0].window(picture.size))))
         axes.set_title(title, fontsize=8)
-    figure.suptitle(f"{study.name}: test images, distance of patches to the nearest normal centroid", fontsize=10)
+    title = f"{study.name}: test images, distance of patches to the nearest normal centroid"
+    figure.suptitle(f"{title}\n{scale.words}", fontsize=10)
     return figure
 
 

@@ -18,6 +18,7 @@ from secure_fed.clients.decoding import decode
 from secure_fed.clients.doubts import all_doubts, renamed
 from secure_fed.clients.encoding import Patches, encode_all
 from secure_fed.clients.patients import MANY_IN_ONE, SETTLED, Doubt
+from secure_fed.clients.photographs import as_drawn
 from secure_fed.clients.rules import MOST_PIXELS, Rules
 from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError, fault_lines
 from secure_fed.core.storage import make_folder, write_durable
@@ -25,7 +26,7 @@ from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases, judge
 from secure_fed.model.device import Device
-from secure_fed.model.heat import overlay
+from secure_fed.model.heat import Scale, Window, overlay
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import PatientRule, load_study
 
@@ -38,13 +39,17 @@ class Anomalies:
 
     Attributes:
         scores: [n].
-        limit: score from which on an image is flagged; None if too few normal patients were validated on.
+        limit: score from which on an image is flagged; None if there is none.
         maps: [n, h, w], by place; large where an image is unlike normal ones.
+        scale: which distances a drawn map shows.
+        window: from a picture's width and height, the part of it that the maps are of.
     """
 
     scores: NDArray[np.float64]
     limit: float | None
     maps: NDArray[np.float64]
+    scale: Scale
+    window: Callable[[tuple[int, int]], Window]
 
     def said(self, own: Sequence[int]) -> dict[str, Any]:
         """Of one or more images together: the largest score, and whether it is flagged."""
@@ -158,6 +163,9 @@ class Probabilities:
             "backbone_digest": self.adapter.backbone.digest,
             "normal": self.adapter.classes[0],
             "threshold": found.limit,
+            "why_no_threshold": memory.why_no_threshold(
+                self.adapter.initial.adapter[memory.HISTOGRAM], self.adapter.method.false_alarms
+            ),
             "false_alarms": self.adapter.method.false_alarms,
             "calibration_patients": patients,
             "images": [
@@ -328,6 +336,7 @@ def predict_folder(
             passed_over[name] = reason
     if not images:
         others = f" ({len(passed_over)} other files)" if passed_over else ""
+        others = f" ({min(passed_over.values())})" if single is not None and passed_over else others
         raise DataError(f"{single or folder}: no image{others}; expected images in it, or in folders below it")
     told = [*notes.told, *(f"left out: {count} of kind {kind}" for kind, count in sorted(notes.left_out.items()))]
     # What is to be predicted may well be of one patient.
@@ -357,17 +366,21 @@ def predict_folder(
     width = memory.width(file.initial.adapter) if patches.blocks else backbone.dim
     x = np.stack(features) if features else np.empty((0, width), dtype=np.float32)
     cases = judge(file.initial, file.initial.adapter, x)
-    anomalies = _anomalies(file, x) if patches.blocks else None
+    anomalies = _anomalies(file, x, backbone.window) if patches.blocks else None
     values = file.predict(x, tower)
     about = tuple(decoded), values, unreadable, passed_over, tuple(told), cases, anomalies, x, rules, tuple(doubts)
     return Probabilities(file, folder, *about)
 
 
-def _anomalies(file: AdapterFile, x: NDArray[np.float32]) -> Anomalies:
+def _anomalies(file: AdapterFile, x: NDArray[np.float32], window: Callable[[tuple[int, int]], Window]) -> Anomalies:
     adapter, method = file.initial.adapter, file.method
     limit = memory.threshold(adapter[memory.HISTOGRAM], method.false_alarms)
     return Anomalies(
-        memory.scores(adapter, x, method.top), None if limit >= memory.NO_LIMIT else limit, memory.maps(adapter, x)
+        memory.scores(adapter, x, method.top),
+        None if limit >= memory.NO_LIMIT else limit,
+        memory.maps(adapter, x),
+        Scale.of(adapter, method.false_alarms),
+        window,
     )
 
 
@@ -384,15 +397,13 @@ def write_maps(found: Probabilities, folder: Path) -> int:
     """
     if found.anomalies is None:
         raise AdapterFileError("heat maps of a folder are those of a memory of normal images; expected such an adapter")
-    top = float(found.anomalies.maps.max(initial=1e-9))
     for image, heat in zip(found.images, found.anomalies.maps, strict=True):
         place = "" if image.frame is None else f".{image.axis}-{image.frame}"
         path = folder / f"{found.name(image)}{place}.png"
         make_folder(path.parent, 0o700)
         picture = decode(image.path.read_bytes(), image.frame, image.axis, found.rules)
-        content = io.BytesIO()
-        overlay(picture, heat / top).save(content, "PNG")
-        write_durable(path, content.getvalue(), 0o600)
+        drawn = overlay(picture, found.anomalies.scale.share(heat), found.anomalies.window(picture.size))
+        write_durable(path, as_drawn(drawn), 0o600)
     return len(found.images)
 
 

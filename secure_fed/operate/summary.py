@@ -201,7 +201,7 @@ class ScoresAt(FileModel):
 
     Attributes:
         normal, anomalous: images by bin of their score, ``bins`` equal parts from 0 to 2.
-        flagged_normal, flagged_anomalous: share of each that is flagged; None without any.
+        flagged_normal, flagged_anomalous: share of patients with such images one of whose is flagged; None without any.
         roc: false and true positive rate by threshold, from (0, 0) to (1, 1); empty if undefined.
         normal_map, anomalous_map: means over the images of the heat map, by rows of places; empty of fewer patients
             than the study makes a centroid of, of whom a mean would tell too much, and of maps of one place.
@@ -240,8 +240,8 @@ class AnomalyFigures(FileModel):
     """A memory of normal images.
 
     Attributes:
-        threshold: score from which on an image is flagged; None if too few normal patients were validated on.
-        false_alarms: share of normal patients' images, each patient counting once, that may be flagged: the study's.
+        threshold: score from which on an image is flagged; None if there is none.
+        false_alarms: share of normal patients of whom an image may be flagged: the study's.
         patients: normal ones that the threshold is made of.
         per_site: scores on each site's own test images.
         held_out: likewise on the observers'.

@@ -3,8 +3,8 @@
 A memory is a list of centroids in the space of patch features. In a round each site assigns its normal training patches
 to the nearest centroid and sends, for each, the sum of features, the patients' weight and their number; every site
 divides the opened sums, in elementwise float64, so that all get the same bits. In the last round sites send a
-histogram of the scores of their normal validation patients, of which the threshold is made. A patient weighs 1: each of
-its patches one over their number.
+histogram of the largest scores of their normal validation patients, of which the threshold is made. A patient weighs 1:
+each of its patches one over their number.
 """
 
 from __future__ import annotations
@@ -114,12 +114,11 @@ def score_bin(scores: Floats) -> NDArray[np.int64]:
 def threshold(histogram: Floats, false_alarms: float) -> float:
     """The least score from which on an image is flagged; :data:`NO_LIMIT` if there are too few patients for one.
 
-    Split conformal: of images of normal patients like those of the validation, each patient counting once, at most a
-    share of ``false_alarms`` is flagged, in expectation. A patient of many images, which the largest of their scores
-    flags, is flagged more often.
+    Split conformal: of normal patients like those of the validation, with as many images, at most a share of
+    ``false_alarms`` has an image that is flagged, in expectation.
 
     Args:
-        histogram: weights of normal validation patients by bin, [BINS].
+        histogram: normal validation patients by the bin of their largest score, [BINS].
         false_alarms: in (0, 1).
     """
     counts = np.maximum(histogram, 0.0)
@@ -132,6 +131,23 @@ def threshold(histogram: Floats, false_alarms: float) -> float:
         if above > allowed + 1e-9:
             return (place + 1) * (2 / BINS)
     return 0.0
+
+
+def why_no_threshold(histogram: Floats, false_alarms: float) -> str:
+    """Why nothing is flagged, in words; empty if there is a threshold."""
+    if threshold(histogram, false_alarms) < NO_LIMIT:
+        return ""
+    patients = round(float(np.maximum(histogram, 0.0).sum()))
+    if patients == 0:
+        return (
+            "no site sent scores of normal validation patients; with a privacy budget none does, and without one there "
+            "were none"
+        )
+    needed = math.ceil(1 / false_alarms - 1 - 1e-9)
+    return (
+        f"{patients} normal patients were validated on, and {needed} are needed to promise at most "
+        f"{100 * false_alarms:g} % of false alarms"
+    )
 
 
 def distances(bank: Floats, features: NDArray[np.float32]) -> tuple[NDArray[np.int64], Floats]:

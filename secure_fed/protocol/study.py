@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationInfo, field_validator
 
 from secure_fed import configs
 from secure_fed.core.errors import LanesError, StudyError
@@ -55,7 +55,15 @@ from secure_fed.protocol.quorum import Quorum, quorum, refuse_quorum
 Mode = Literal["he", "plain"]
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+
+
+def _no_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("nothing but blanks; expected a text: write what is missing")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=300), AfterValidator(_no_blank)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 ADAPTERS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "model" / "adapters").glob("[!_]*.py")))
@@ -242,8 +250,7 @@ class Method(FileModel):
         top: of ``memory``: share of an image's patches, the farthest ones, whose mean distance is its score.
         start: of ``memory``: whether centroids start at patches of pictures of seeded noise (``random``) or of public
             images (``public``, with ``study new --public``); never at a site's.
-        false_alarms: of ``memory``: share of normal patients' images, each patient counting once, that the
-            threshold may flag.
+        false_alarms: of ``memory``: share of normal patients of whom the threshold may flag an image.
     """
 
     adapter: Text = "facmic"

@@ -35,11 +35,11 @@ def _claims(document: dict[str, Any]) -> list[str]:
     """What holds of all cases."""
     if "threshold" in document:
         if document["threshold"] is None:
-            return ["There is no threshold: too few normal patients were validated on."]
+            return [f"There is no threshold: {document['why_no_threshold']}."]
         return [
             f"Scores from {document['threshold']:.3f} on are flagged: at most {100 * document['false_alarms']:g} % of "
-            f"images of normal patients like the {document['calibration_patients']} of the study would be, each "
-            "patient counting once; a patient of many images is flagged by one of them more often."
+            f"normal patients like the {document['calibration_patients']} of the study would be, by any of their "
+            "images."
         ]
     found = [
         "Probabilities are calibrated on validation images."
@@ -62,7 +62,9 @@ def _shown(case: Explanation, document: dict[str, Any]) -> dict[str, Any]:
     where = said["image"] + ("" if said["frame"] is None else f" [{said['axis']} {said['frame']}]")
     lines: list[str] = []
     rows: list[tuple[str, ...]] = []
-    if "score" in said:
+    if said.get("stranger"):
+        headline = "A stranger"
+    elif "score" in said:
         flag = {True: "flagged", False: "not flagged", None: "no threshold to flag by"}[said["flagged"]]
         headline = f"Score {said['score']:.3f}: {flag}"
     else:

@@ -620,8 +620,8 @@ def _anomaly(analysis: Analysis) -> Section:
     tables = (
         Table(
             "Flags",
-            ("setting", "where", "threshold", "false alarms promised at most, %", "normal flagged, %",
-             "anomalous flagged, %", "normal images", "anomalous images"),
+            ("setting", "where", "threshold", "false alarms promised at most, %", "normal patients flagged, %",
+             "anomalous patients flagged, %", "normal images", "anomalous images"),
             tuple(rows),
         ),
         Table("Scores", ("setting", "where", "score", "normal images", "anomalous images"), tuple(scores_at)),
@@ -634,10 +634,10 @@ def _anomaly(analysis: Analysis) -> Section:
     )  # fmt: skip
     flagged = [one.flagged_normal for one in first.per_site.values() if one.flagged_normal is not None]
     finding = f"At most {100 * first.false_alarms:g} % false alarms are promised"
-    finding += f"; {100 * fmean(flagged):.1f} % of the sites' own normal test images are flagged." if flagged else "."
+    finding += f"; {100 * fmean(flagged):.1f} % of the sites' own normal test patients are flagged." if flagged else "."
     notes = (
-        "The promise holds for images of normal patients like those of all sites' validation, each patient counting "
-        "once; not for every site, and not for the largest score of a patient of many images.",
+        "The promise holds for normal patients like those of all sites' validation, with as many images; a patient is "
+        "flagged by any of them. It does not hold for every site by itself.",
     )
     charts = (*((roc,) if curves else ()), *histograms)
     return Section(key, title, finding, charts, matrices, tables, notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,9 @@ import pytest
 from PIL import Image
 
 from secure_fed.clients import memory as at_site
+from secure_fed.clients.data import SiteImage, read_data
+from secure_fed.clients.masks import lesion_of
+from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import (
     AdapterFileError,
     BackboneError,
@@ -38,9 +42,7 @@ from secure_fed.operate.anomaly_figures import (
     anomaly_figures,
     equal_place,
     per_region_overlap,
-    read_mask,
     resized,
-    site_masks,
 )
 from secure_fed.operate.explain import explain
 from secure_fed.operate.new_study import new_study
@@ -169,6 +171,54 @@ def test_predict_gives_scores_flags_and_maps(
         write_reports(found, tmp_path / "reports")
 
 
+def test_maps_lie_on_the_pixels_that_were_seen_and_mean_the_same_in_every_folder(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path
+) -> None:
+    """A wide picture is cut to its middle; another picture in the folder does not change its colours."""
+    middle = Image.open(pictures / "dogwood" / "light" / "0.png")
+    wide = Image.new("L", (96, 32), 0)
+    wide.paste(middle, (32, 0))
+    for name in ("alone", "with"):
+        (tmp_path / name).mkdir()
+        wide.save(tmp_path / name / "wide.png")
+    shutil.copy(pictures / "dogwood" / "dark" / "0.png", tmp_path / "with" / "nearer.png")
+    adapter, weights = finished[0] / "adapter.safetensors", finished[0] / "backbone.safetensors"
+    drawn = {}
+    for name in ("alone", "with"):
+        found = predict_folder(adapter, tmp_path / name, checkpoint=weights)
+        write_maps(found, tmp_path / name / "maps")
+        drawn[name] = (tmp_path / name / "maps" / "wide.png.png").read_bytes()
+        again = predict_folder(adapter, tmp_path / name, checkpoint=weights)  # the maps lie in the folder now
+        assert len(again.images) == len(found.images)
+    assert drawn["alone"] == drawn["with"]
+    pixels = np.asarray(Image.open(tmp_path / "alone" / "maps" / "wide.png.png")).astype(int)
+    red = (pixels[..., 0] - pixels[..., 2]).sum(axis=0)
+    assert red[:32].max() == red[64:].max() == 0
+    assert red[32:64].max() > 0
+    assert found.anomalies is not None
+    assert found.anomalies.limit is not None
+    (hottest,) = (heat for heat, one in zip(found.anomalies.maps, found.images, strict=True) if one.path.stem == "wide")
+    redness = (hottest.max() / found.anomalies.limit - 0.5).clip(0, 1)  # none at half the threshold, all at 1.5
+    strongest = (255 - pixels[..., 2] / np.maximum(np.asarray(wide), 1) * 255)[:, 32:64].max() / 255
+    assert strongest == pytest.approx(0.6 * redness, abs=0.1)
+
+
+def test_a_prediction_without_a_threshold_says_why(finished: tuple[Path, dict[str, Any]], pictures: Path) -> None:
+    weights = finished[0] / "backbone.safetensors"
+    image = next((pictures / "dogwood").rglob("*.png"))
+    found = predict_folder(finished[0] / "adapter.safetensors", image, checkpoint=weights)
+    few = np.zeros(memory.BINS)
+    few[100] = 3.0
+    for histogram, says in ((few * 0, "with a privacy budget none does"), (few, "3 normal patients .* 4 are needed")):
+        initial = replace(found.adapter.initial, adapter=found.adapter.initial.adapter | {memory.HISTOGRAM: histogram})
+        assert found.anomalies is not None
+        silent = replace(
+            found, adapter=replace(found.adapter, initial=initial), anomalies=replace(found.anomalies, limit=None)
+        )
+        assert re.search(says, silent.document()["why_no_threshold"])
+        assert re.search(says, case_page(explain(silent, weights)))
+
+
 def test_a_memory_is_refused_where_it_says_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(OnnxError, match="without --onnx"):
         write_onnx(tmp_path / "model.onnx", load_adapter(finished[0] / "adapter.safetensors"), None, {})
@@ -251,25 +301,30 @@ def test_masks_lie_beside_phantoms_and_say_where_the_mass_is(tmp_path: Path) -> 
     make_phantoms(tmp_path / "with", [site], seed=7, masks=True)
     make_phantoms(tmp_path / "without", [site], seed=7)
     folder, bare = tmp_path / "with" / "north", tmp_path / "without" / "north"
-    masks = site_masks(folder)
-    rows = list(csv.DictReader((folder / "manifest.csv").open()))
-    assert len(masks) == len(rows)
-    assert site_masks(bare) == {}
-    for row in rows:
-        image = folder / row["path"]
-        assert image.read_bytes() == (bare / row["path"]).read_bytes()  # the pictures are the same
-        mask = read_mask(masks[image], image)
-        assert mask.any() == (row["label"] != "no tumour")
+    classes = ("no tumour", "glioma", "meningioma", "pituitary tumour")
+    images, without = (read_data(one, classes, "patient", None, 0) for one in (folder, bare))
+    assert len(images) == len(list((folder / "images").iterdir()))
+    for image, other in zip(images, without, strict=True):
+        assert other.mask is None
+        assert image.path.read_bytes() == other.path.read_bytes()  # the pictures are the same
+        mask = lesion_of(image, Rules())
+        assert mask is not None
+        assert mask.any() == (image.label != 0)
         assert mask.mean() < 0.2
 
 
-def test_a_mask_of_another_size_is_refused_and_so_is_none(tmp_path: Path) -> None:
-    Image.new("L", (64, 64)).save(tmp_path / "image.png")
-    Image.new("L", (32, 64)).save(tmp_path / "mask.png")
-    with pytest.raises(DataError, match=r"32 x 64 pixels, but .*image.png has 64 x 64; expected a mask of the"):
-        read_mask(tmp_path / "mask.png", tmp_path / "image.png")
-    with pytest.raises(DataError, match="no mask that can be read"):
-        read_mask(tmp_path / "gone.png", tmp_path / "image.png")
+def test_a_mask_that_does_not_fit_stops_a_study_before_its_first_round(pictures: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    rows = [[f"{kind}/{number}.png", kind, ""] for kind in ("dark", "light") for number in range(12)]
+    rows[-1][2] = "mask.png"
+    Image.new("L", (16, 32)).save(data / "ash" / "mask.png")
+    with (data / "ash" / "manifest.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["path", "label", "mask"], *rows])
+    with pytest.raises(DataError, match=r"mask.png: 16 x 32 pixels, but .*11.png has 32 x 32; expected a mask of the"):
+        simulate(template(), tmp_path / "out", data)
+    assert not list((tmp_path / "out").rglob("journal*.jsonl"))
+    assert not (tmp_path / "out" / "adapter.safetensors").exists()
 
 
 def test_masks_of_several_sizes_are_judged_in_one() -> None:
@@ -286,21 +341,19 @@ def test_a_study_whose_training_masks_have_two_sizes_gets_its_figures(
 ) -> None:
     sites = []
     for number, side in enumerate((8, 12)):
-        site = mock.Mock(**{"test_images.return_value": (np.zeros((1, 1, 1, 4)), None, None)})
+        site = mock.Mock(**{"test_images.return_value": (np.full((1, 1), number), None, None)})
         picture, mask = tmp_path / f"{number}.png", tmp_path / f"mask-{number}.png"
         Image.fromarray(np.full((side, side), 99, dtype=np.uint8)).save(picture)
         lesion = np.zeros((side, side), dtype=np.uint8)
         lesion[: side // 2] = 255
         Image.fromarray(lesion).save(mask)
-        site.test_sources.return_value = site.train_sources.return_value = [mock.Mock(path=picture)]
-        site.masks = {picture: mask}
-        site.data_folder = number
+        image = SiteImage(picture, "p", 0, "test", mask=mask)
+        site.test_sources.return_value = site.train_sources.return_value = [image]
+        site.rules = Rules()
+        site.window = lambda size: (0.0, 0.0, *size)
         sites.append(site)
-    maps = np.concatenate([np.ones((2, 2, 4)), np.zeros((2, 2, 4))], axis=1)
-    with (
-        mock.patch("secure_fed.operate.anomaly_figures.site_masks", side_effect=lambda folder: sites[folder].masks),
-        mock.patch("secure_fed.operate.anomaly_figures.memory.maps", return_value=maps),
-    ):
+    maps = np.concatenate([np.ones((1, 2, 4)), np.zeros((1, 2, 4))], axis=1)
+    with mock.patch("secure_fed.operate.anomaly_figures.memory.maps", return_value=maps):
         found = places_of({}, sites, sites)
     assert found is not None
     assert found.images == 2

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from secure_fed.clients.acceptance import terms
+from secure_fed.clients.data import SiteImage
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.flower_node import Way
+from secure_fed.clients.masks import lesion_of
+from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteServer, read_site_file
 from secure_fed.core.errors import DataError, EnvelopeError
 from secure_fed.operate import anomaly_figures, taking_part
@@ -85,7 +90,7 @@ def test_what_is_accepted_names_what_leaves_with_a_budget_and_without(study: Fed
     )
     assert not with_budget["validation_counts"]
     assert "zeros" in with_budget["statistics"][1]
-    assert "histogram of the scores" in exact["statistics"][1]
+    assert "histogram of the largest scores" in exact["statistics"][1]
     assert any("stays where it was" in line for line in exact["statistics"])
     assert not any("number of patients" in line for line in with_budget["statistics"])
 
@@ -109,7 +114,11 @@ def test_a_mask_that_is_gone_does_not_end_a_run_under_a_budget(
 
     monkeypatch.setattr(taking_part, "run_site", a_round)
     monkeypatch.setattr(taking_part, "reply_seconds", lambda *rest: 0.01)
-    monkeypatch.setattr(anomaly_figures, "site_masks", lambda folder: dict.fromkeys(masked, folder / "gone.png"))
+
+    def gone(image: SiteImage, rules: Rules) -> NDArray[np.bool_] | None:
+        return lesion_of(replace(image, mask=Path("gone.png")) if image.path in masked else image, rules)
+
+    monkeypatch.setattr(anomaly_figures, "lesion_of", gone)
     if name == "birch":
         with pytest.raises(DataError, match="no mask that can be read"):
             take_part(file.model_copy(update={"server": server}), in_full=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from secure_fed.clients.memory import histogram
 from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory
 from secure_fed.protocol.codec import layout_of
@@ -136,6 +137,34 @@ def test_the_threshold_keeps_the_stated_share_of_false_alarms(alpha: float, pati
     assert (flagged + 1) / (patients + 1) <= alpha + 1e-9
     lower = limit - 2 / memory.BINS  # a bin lower, it would not hold
     assert (int((scores >= lower).sum()) + 1) / (patients + 1) > alpha
+
+
+@pytest.mark.parametrize("images", [1, 10])
+def test_the_promise_is_kept_for_patients_of_many_images(images: int) -> None:
+    """A patient is flagged by any of its images, so it counts by the largest of their scores."""
+    rng, bank = np.random.default_rng(5), np.array([[1.0, 0.0]])
+    adapter = {"grids": np.array([[1.0, 1.0, 2.0]]), "score_centroids": bank}
+
+    def people(count: int) -> NDArray[np.float32]:
+        angles = rng.uniform(0.2, 1.0, count * images)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    shares = []
+    for _ in range(200):
+        owners = [f"{number}" for number in range(100) for _ in range(images)]
+        limit = memory.threshold(histogram(adapter, people(100), owners, 1.0), 0.1)
+        new = memory.scores(adapter, people(300), 1.0).reshape(300, images)
+        shares.append(float((new.max(axis=1) >= limit).mean()))
+    assert 0.06 < np.mean(shares) <= 0.105  # with a standard error of 0.002; bins round to the safe side
+
+
+def test_why_there_is_no_threshold_is_said_as_it_is() -> None:
+    few = np.zeros(memory.BINS)
+    few[7] = 8.0
+    assert memory.why_no_threshold(few, 0.1).startswith("8 normal patients were validated on, and 9 are needed")
+    assert "no site sent scores" in memory.why_no_threshold(few * 0, 0.1)
+    few[7] = 9.0
+    assert memory.why_no_threshold(few, 0.1) == ""
 
 
 def test_without_patients_nothing_is_flagged() -> None:
