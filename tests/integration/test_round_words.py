@@ -744,6 +744,7 @@ def test_a_round_that_is_given_up_stays_so_when_a_record_that_closes_nothing_mov
     sites[3].void(2)
     assert exchange(coordinator, sites[3]).code == ReplyCode.VOID
     follow(four, kind, coordinator, sites)
+    assert coordinator.voiding == frozenset(), "it is asked again: its word was said at the head before"
     again = four.site("dogwood")
     reply = exchange(coordinator, again)
     assert reply.code == ReplyCode.VOID
