@@ -38,16 +38,22 @@ _BLUR = 0.25
 _EXACT = 7
 """Fewest places a side of a last block whose own map can point at something."""
 
+_NO_CHANCE = 745.0
+"""A logit so far below the largest has no probability in float64: its class was left out of the head."""
+
 Margin = Callable[[Tensor], Tensor]
 """Of unit features [n, d], differentiable, what is to be explained, [n]."""
 
 
 def margin_of(adapter: Adapter, label: int) -> Margin:
-    """The logit of a class over the mean of the others', of unit features."""
+    """The logit of a class over the mean of the others', of unit features; a class that is left out counts for none."""
 
     def margin(features: Tensor) -> Tensor:
         logits = adapter.logits(features)
-        return logits[:, label] - (logits.sum(dim=1) - logits[:, label]) / (logits.shape[1] - 1)
+        others = logits.detach() > logits.detach().amax(dim=1, keepdim=True) - _NO_CHANCE
+        others[:, label] = False
+        rest = torch.where(others, logits, torch.zeros_like(logits)).sum(dim=1)
+        return logits[:, label] - rest / others.sum(dim=1).clamp_min(1)
 
     return margin
 

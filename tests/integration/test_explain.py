@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -131,6 +132,16 @@ def test_a_concept_without_prompts_is_refused() -> None:
             make_template(concepts=[{"name": "stripes", "prompts": ["stripes", blank]}])
     with pytest.raises(ValueError, match="concept"):
         make_template(concepts=[{"name": "stripes", "prompts": ["a"]}, {"name": "stripes", "prompts": ["b"]}])
+
+
+def test_a_class_that_was_left_out_of_a_head_has_no_part_in_a_margin() -> None:
+    class Head:
+        def logits(self, features: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[12.0, 11.0, -1e6], [9.0, 5.0, -1e6]]) + features.sum()
+
+    rows = torch.zeros(2, 2, requires_grad=True)
+    assert margin_of(cast(Any, Head()), 0)(rows).tolist() == [1.0, 4.0]
+    assert margin_of(cast(Any, Head()), 1)(rows).tolist() == [-1.0, -4.0]
 
 
 def test_a_stranger_gets_no_reasons(finished_run: Path, said: Probabilities) -> None:
