@@ -45,7 +45,7 @@ from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire
 from secure_fed.protocol.pads import commitment, refuse_copied_keys
-from secure_fed.protocol.records import MOST_ROUNDS, Chain, RecordFolder, summed_checks
+from secure_fed.protocol.records import LOST, MOST_ROUNDS, Chain, RecordFolder, summed_checks
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     READY_MAGIC,
@@ -434,10 +434,21 @@ class Coordinator:
         return not self.finished and self._folder.end.exists()
 
     @property
+    def ends_now(self) -> bool:
+        """Whether it ends with the next step: also within a round, if sites that it needs are lost for ever."""
+        if not self.ending or self.journal.chain.awaits_checkpoint:
+            return False
+        return self._cohort is None or self._lost
+
+    @property
+    def _lost(self) -> bool:
+        return self._folder.end.read_bytes() == LOST
+
+    @property
     def extending(self) -> bool:
         """Whether the coordinator's people want more rounds than the run has."""
         chain = self.journal.chain
-        return not chain.ended and self._rounds_wanted > chain.rounds
+        return not chain.ended and not chain.short and self._rounds_wanted > chain.rounds
 
     @property
     def extends_now(self) -> bool:
@@ -469,8 +480,8 @@ class Coordinator:
         chain, needed = self.journal.chain, self.journal.chain.quorum.needed
         if chain.awaits_checkpoint:
             return self._close_amendment()
-        if self._cohort is None and self.ending:
-            self.journal.append_end()
+        if self.ends_now:
+            self.journal.append_end(self._lost)
             self._open_round()
             return self.journal.records[-1]
         if self.extends_now:
@@ -1132,7 +1143,7 @@ def extend_run(agreed: AgreedStudy, state: Path, rounds: int) -> int:
             f"{state}: the rounds of {agreed.study.method.adapter} are its method's, {agreed.study.rounds}; expected a "
             "study that trains: begin another study"
         )
-    if chain.ended or folder.end.exists():
+    if chain.ended or chain.short or folder.end.exists():
         raise StudyError(f"{state}: the run was ended after {chain.round} rounds; expected one that goes on")
     if not chain.rounds < rounds <= MOST_ROUNDS:
         raise StudyError(
@@ -1142,15 +1153,16 @@ def extend_run(agreed: AgreedStudy, state: Path, rounds: int) -> int:
     return chain.round
 
 
-def end_run(agreed: AgreedStudy, state: Path) -> int:
+def end_run(agreed: AgreedStudy, state: Path, lost: bool = False) -> int:
     """End the current run before its last round, whether its coordinator is running or not; not to be taken back.
 
     Args:
         agreed: the study.
         state: the server's state folder.
+        lost: for want of sites, which never come back: a round that has a cohort is given up.
 
     Returns:
-        The last round that has its record now; one that has a cohort is closed before the end.
+        The last round that has its record now; one that has a cohort is closed before the end, unless sites are lost.
 
     Raises:
         StudyError: no run has begun, or it is over.
@@ -1158,7 +1170,7 @@ def end_run(agreed: AgreedStudy, state: Path) -> int:
         StorageError: it cannot be written.
     """
     folder, chain = _open_run(agreed, state)
-    write_durable(folder.end, b"")
+    write_durable(folder.end, LOST if lost else b"")
     return chain.round
 
 

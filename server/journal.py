@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from secure_fed.core.errors import KeyFileError, RecordError
 from secure_fed.protocol.envelope import Envelope
 from secure_fed.protocol.journal import JournalEntry
-from secure_fed.protocol.records import Chain, Kind, Record, RecordFolder, new_header, sign_record
+from secure_fed.protocol.records import LOST, Chain, Kind, Record, RecordFolder, new_header, sign_record
 from secure_fed.protocol.round_frames import Revealed, SignedWord
 from secure_fed.protocol.sealed_key import check_sealed_key
 from secure_fed.protocol.share_frames import Witnessed
@@ -94,13 +94,16 @@ class Journal:
         """
         self._append("void", self.chain.round + 1, signed=[word.signed for word in words])
 
-    def append_end(self) -> None:
+    def append_end(self, lost: bool = False) -> None:
         """Close the run before its last round.
+
+        Args:
+            lost: for want of sites.
 
         Raises:
             RecordError: it is over, or an amendment waits for its checkpoint.
         """
-        self._append("end", self.chain.round + 1)
+        self._append("end", self.chain.round + 1, LOST if lost else b"")
 
     def append_extension(self, rounds: int) -> None:
         """Let the run have so many rounds.

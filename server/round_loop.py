@@ -127,6 +127,9 @@ class RoundLoop:
 
         Returns:
             Whether it has ended; else the members have changed, and the sites must be registered anew.
+
+        Raises:
+            NotEnoughSitesError: it has ended for want of sites.
         """
         pause = FASTEST
         while not self._over():
@@ -136,6 +139,7 @@ class RoundLoop:
             pause = FASTEST if moved else min(SLOWEST, pause * 1.1)
             time.sleep(pause)
         self._report()
+        self.coordinator.journal.chain.refuse_short()
         return True
 
     def step(self) -> bool:
@@ -505,9 +509,8 @@ class RoundLoop:
             return
         if coordinator.finished:
             return
-        coordinator.require_enough(coordinator.journal.chain.quorum.training)
         step = coordinator.step
-        if step is Step.READY and (coordinator.ending or coordinator.extends_now):
+        if coordinator.ends_now or (step is Step.READY and coordinator.extends_now):
             entry = coordinator.advance()
             assert entry is not None
             self._closed(entry)
@@ -522,8 +525,9 @@ class RoundLoop:
         inside = set(coordinator.sites_in)
         late = self._late()
         if step in (Step.READY, Step.ACKNOWLEDGED):
-            missing = {site.name for site in self._sites if site.trains and not self._passes(site)} - inside
-            missing -= coordinator.left_out | {site.name for site in self._sites if self._blind(site)}
+            asked = coordinator.asked  # nobody whose people have given the round up, or let it retire
+            missing = {site.name for site in self._sites if site.name in asked and not self._passes(site)}
+            missing -= {site.name for site in self._sites if self._blind(site)}
             due = late or not missing - self._absent
         else:
             missing = set(coordinator.asked)

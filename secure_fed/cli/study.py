@@ -378,21 +378,24 @@ def end(
     study: Made,
     state: State,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; it cannot be taken back.")] = False,
+    lost: Annotated[
+        bool, typer.Option("--lost", help="Too few sites can ever come back: give up the round that waits for them.")
+    ] = False,
 ) -> None:
     """End the run before its last round: all sites end, and keep the adapter of the last one that was closed.
 
     Whether the server is running or not: it tells the sites when it runs, by a signed record. A round whose cohort is
-    chosen is closed before.
+    chosen is closed before; with --lost it is given up, and server and sites end with 70.
     """
     from secure_fed.server.coordinator import end_run
 
     agreed = load_study(study)
     if not yes:
         typer.confirm(f"end the run of study {agreed.study.name}, for ever?", abort=True, err=True)
-    done = end_run(agreed, state)
+    done = end_run(agreed, state, lost)
     out.print(
-        f"{done} of {agreed.study.rounds} rounds are closed; the run ends after them, or after the one under way, as "
-        "soon as the server runs",
+        f"{done} of {agreed.study.rounds} rounds are closed; the run ends after them, "
+        f"{'without' if lost else 'or after'} the one under way, as soon as the server runs",
         highlight=False,
         soft_wrap=True,
     )

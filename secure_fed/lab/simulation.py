@@ -626,6 +626,7 @@ def run_rounds(agreed: AgreedStudy, coordinator: Coordinator, sites: Sequence[Si
             listener.round(round_facts(agreed, entry, share))
         told = len(coordinator.rounds)
         if coordinator.finished:
+            coordinator.journal.chain.refuse_short()
             return
         if coordinator.paused:
             raise StudyPausedError(paused_text(coordinator))

@@ -9,7 +9,7 @@ from secure_fed.core.errors import RecordError, StudyError
 from secure_fed.core.layout import RECORDS, RunState, ServerState, StateFolder
 from secure_fed.core.status import StatusFile, is_running
 from secure_fed.protocol.journal import find_runs, find_study
-from secure_fed.protocol.records import MAGIC, RecordHeader
+from secure_fed.protocol.records import MAGIC, Chain, RecordFolder, RecordHeader
 from secure_fed.protocol.signing import parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy, load_study
 
@@ -42,6 +42,11 @@ def is_over(state: Path, agreed: AgreedStudy) -> bool:
     if journal is None or not any(journal.glob(RECORDS)):
         return False
     newest = _newest(journal)
+    if newest.kind == "retired":
+        chain = Chain(agreed)
+        for _ in RecordFolder(journal).replay(chain):
+            pass
+        return chain.finished
     if newest.kind != "aggregate" or newest.round < agreed.study.rounds:
         return newest.kind == "end"
     return newest.round >= _rounds(journal, agreed)

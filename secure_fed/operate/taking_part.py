@@ -51,6 +51,7 @@ def take_part(
 
     Raises:
         SiteFileError: there is no server in the file, or the site refuses the study.
+        NotEnoughSitesError: the study is over for want of sites; the results are there.
         NotAcceptedError: nobody accepted this very study here.
         SecfacmicError: others, for which the site cannot go on.
     """
@@ -100,7 +101,9 @@ def take_part(
                 study.records_url,
             ),
         )
-        by = ", ended by its coordinator" if site.replica.state.chain.ended else ""
+        chain = site.replica.state.chain
+        chain.refuse_short()
+        by = ", ended by its coordinator" if chain.ended else ""
         log.info("%s: the study is over after %d rounds%s", file.site, site.round, by)
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secure_fed.core.errors import EnvelopeError, KeyFileError, RecordError, StorageError
+from secure_fed.core.errors import EnvelopeError, KeyFileError, NotEnoughSitesError, RecordError, StorageError
 from secure_fed.core.layout import record_file
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.protocol import aggregation
@@ -62,6 +62,9 @@ Kind = Literal["genesis", "aggregate", "void", "retired", "amendment", "checkpoi
 MOST_ROUNDS = 100_000
 """Of a study, extended or not."""
 
+LOST = b"lost"
+"""Payload of an end for want of sites."""
+
 
 class RecordHeader(SignedHeader):
     """One record.
@@ -72,7 +75,8 @@ class RecordHeader(SignedHeader):
             observer of a training site; ``amendment`` brings a new sealed key and perhaps other members;
             ``checkpoint``, always next, the members' acknowledgements and the adapter sealed under the key;
             ``extension`` lets the run have more rounds than the study says, as many as its payload says in decimal
-            digits; ``end`` closes the run before its last round, and nothing follows it.
+            digits; ``end`` closes the run before its last round, and nothing follows it; one with a payload does so
+            for want of sites, and closes what was begun of a round with it.
         seq: 0 for genesis, then one more each.
         previous: id of the record before; zeros for genesis.
         study, run, key: ids; ``key`` is zeros in ``plain`` mode, and an amendment's is the new one.
@@ -175,6 +179,7 @@ class Chain:
         changed_after: the same of the last with which a training site joined or left.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
         ended: whether the last record is an end, which nothing follows.
+        lost: whether it is one for want of sites.
         seeds: of the envelopes in the sums so far.
         ledgers: number and id of the newest privacy-ledger head of each site in them, of those that have one.
     """
@@ -191,6 +196,7 @@ class Chain:
         self.rounds = agreed.study.rounds
         self.awaits_checkpoint = False
         self.ended = False
+        self.lost = False
         self.seeds: Seeds = {}
         self.ledgers: dict[str, tuple[int, str]] = {}
         self.amended_after = -1
@@ -213,8 +219,27 @@ class Chain:
 
     @property
     def finished(self) -> bool:
-        """Whether no round is left: every one has its record, or the run was ended before."""
-        return self.ended or self.round >= self.rounds
+        """Whether no round is left: every one has its record, the run was ended, or is over for want of sites."""
+        return self.ended or self.round >= self.rounds or self.short
+
+    @property
+    def short(self) -> bool:
+        """Whether the run is over for want of sites: so many have retired that no quorum is left, which no later record
+        can mend, or its coordinator has said so."""
+        return self.lost or (self.length > 0 and self.round < self.rounds and self.quorum.away < 0)
+
+    def refuse_short(self) -> None:
+        """Say that the run is over for want of sites, if it is.
+
+        Raises:
+            NotEnoughSitesError: it is.
+        """
+        if self.short:
+            why = "its coordinator ended it" if self.lost else f"{self.quorum.training} sites train any more"
+            raise NotEnoughSitesError(
+                f"the study is over after {self.round} of {self.rounds} rounds: {why}; expected at least the quorum, "
+                f"{self.quorum.needed}, who can agree to a round; everybody keeps the adapter of the last one"
+            )
 
     def check(self, data: bytes) -> Record:
         """Check a record's signature, its place in the chain, and its contributors. Changes nothing.
@@ -274,6 +299,10 @@ class Chain:
         checkpoint = self._check_acknowledgements(header) if header.kind == "checkpoint" else ""
         if header.kind == "aggregate":
             self._check_sum(header, contributors, arrived, bytes(frame.payload))
+        if header.kind == "end" and frame.payload not in (b"", LOST):
+            raise RecordError(
+                f"record {header.seq}: an end with {bytes(frame.payload)!r}; expected nothing, or {LOST!r}"
+            )
         return Record(header, identity, contributors, arrived, checkpoint, amendment, members, rounds, data)
 
     def check_ledger(self, header: EnvelopeHeader) -> None:
@@ -304,6 +333,7 @@ class Chain:
         self.rounds = record.rounds
         self.awaits_checkpoint = header.kind == "amendment"
         self.ended = header.kind == "end"
+        self.lost = self.ended and record.payload == LOST
         if header.kind == "aggregate":
             self.round = header.round
             # A new one: chains that come of one another share it.
@@ -325,7 +355,7 @@ class Chain:
         tensors = aggregation.start(self.agreed)
         state = 8 * sum(value.size for value in tensors.values()) + 256 * (len(tensors) + 16)
         number = len(str(MOST_ROUNDS))
-        most = {"amendment": MAX_SEALED, "checkpoint": state, "extension": number}.get(header.kind, 0)
+        most = {"amendment": MAX_SEALED, "checkpoint": state, "extension": number, "end": len(LOST)}.get(header.kind, 0)
         if header.size > most:
             raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")
 

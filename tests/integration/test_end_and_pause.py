@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from secure_fed.core.errors import RecordError, StudyError
+from secure_fed.core.errors import NotEnoughSitesError, RecordError, StudyError
 from secure_fed.operate.standing import is_over, standing
-from secure_fed.server.coordinator import Coordinator, Step, end_run, hold_run
+from secure_fed.server.coordinator import Coordinator, Step, end_run, extend_run, hold_run
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked
 from tests.conftest import Federation, Run
 from tests.integration.test_flower_rounds import _begin, _identity, _loop, _steps
@@ -159,3 +159,74 @@ def test_an_end_that_is_not_confirmed_is_none(federation: Federation, secfacmic:
     refused = secfacmic("study", "end", federation.folder / "study.toml", "--state", federation.folder / "server")
     assert refused.returncode != 0
     assert not coordinator.ending
+
+
+# --- for want of sites ---
+
+
+def test_below_a_quorum_of_training_sites_the_study_ends_by_rule_and_everybody_keeps_the_adapter(
+    federation: Federation,
+) -> None:
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: len(coordinator.rounds) == 1 and coordinator.step is Step.READY)
+    wire.apps[wire.nodes["cedar"]].site.retire()
+    # Its word is there at once, or with the next round if it has said READY already; neither waits for a deadline.
+    with pytest.raises(NotEnoughSitesError, match=r"of 3 rounds: 2 sites train any more; expected at least .* 3"):
+        loop.run()
+    assert coordinator.journal.records[-1].header.kind == "retired"
+    assert coordinator.finished
+    assert not coordinator.asked
+    assert all(app.finished and app.site.over for app in wire.apps.values())
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+    assert is_over(federation.folder / "server", federation.agreed)
+    with pytest.raises(StudyError, match="was ended"):
+        extend_run(federation.agreed, federation.folder / "server", 9)
+    # A site's own command: its results are there, and it ends with the code.
+    ash = federation.site("ash")
+    assert ash.over
+    with pytest.raises(NotEnoughSitesError):
+        ash.replica.state.chain.refuse_short()
+    again = _loop(federation, federation.reopen(), wire)
+    with pytest.raises(NotEnoughSitesError):
+        again.run()
+
+
+def test_as_many_as_a_quorum_go_on(federation: Federation) -> None:
+    coordinator, _, loop = _begin(federation)
+    assert not coordinator.journal.chain.short
+    loop.run()
+    coordinator.journal.chain.refuse_short()
+
+
+def test_a_round_that_waits_for_a_site_that_is_lost_is_given_up_by_its_coordinators_people(
+    federation: Federation, secfacmic: Run
+) -> None:
+    coordinator, wire, loop = _begin(federation)
+    state, study = federation.folder / "server", federation.folder / "study.toml"
+    _steps(loop, lambda: len(coordinator.rounds) == 1 and coordinator.step is Step.REVEAL)
+    wire.away.add("cedar")
+    _steps(loop, lambda: set(coordinator.sites_in) == {"ash", "birch"})
+    end_run(federation.agreed, state)
+    loop.step()
+    assert not coordinator.finished, "it waits for the round under way"
+    question = coordinator.request("ash", coordinator.run, len(coordinator.journal.records) - 1)
+    ended = secfacmic("study", "end", study, "--state", state, "--yes", "--lost")
+    assert ended.returncode == 0, ended.stderr
+    assert "without the one under way" in ended.stdout
+    _steps(loop, lambda: coordinator.finished)
+    wire.away.clear()
+    with pytest.raises(NotEnoughSitesError, match="after 1 of 3 rounds: its coordinator ended it"):
+        loop.run()
+    assert all(app.site.over and app.site.round == 1 for app in wire.apps.values())
+    assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+    # Nothing of the round that was given up is said any more.
+    ash = wire.apps[wire.nodes["ash"]].site
+    with pytest.raises(RecordError):
+        ash.respond(question)
+    assert secfacmic("journal", "verify", state, "--study", study).returncode == 0
+
+
+def test_an_end_says_nothing_else_than_that_sites_are_lost(federation: Federation) -> None:
+    coordinator, _, _ = _begin(federation)
+    with pytest.raises(RecordError, match="an end with b'gone'"):
+        coordinator.journal._append("end", 1, b"gone")
