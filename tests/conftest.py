@@ -102,6 +102,7 @@ def template_table(**changes: Any) -> dict[str, Any]:
         "rounds": 3,
         "max_sites": 4,
         "min_sites": 3,
+        "collusion": 0,  # studies with pads, the default, have tests of their own
         "key_maker": "ash",
         "classes": [{"name": name, "prompts": [f"a {name} image", f"a picture that is {name}"]} for name in CLASSES],
         "backbone": {"model": "random-small", "weights": "random", "seed": 1},

@@ -41,7 +41,7 @@ def signing(name: str) -> Ed25519PrivateKey:
 def study(collusion: int = 1) -> Any:
     """As much of a study as words are checked against."""
     facts = SimpleNamespace(
-        id=STUDY, mode="he", collusion=collusion, pads=collusion > 0, max_sites=8, coordinator=public_hex(signing("-"))
+        id=STUDY, mode="he", colluders=collusion, pads=collusion > 0, max_sites=8, coordinator=public_hex(signing("-"))
     )
     return SimpleNamespace(study=facts, layout=lambda _: SimpleNamespace(lanes=SimpleNamespace(values=40)))
 

@@ -119,6 +119,7 @@ def _make(
     study = with_fields(
         template,
         format=2,
+        collusion=template.colluders,
         backbone=template.backbone.model_dump(mode="json", exclude_none=True)
         | {"activation": backbone.activation, "digest": backbone.digest, "id": backbone.id},
         encoding=_encoding(template, statistics),

@@ -209,7 +209,7 @@ def verify_contribution(
     if (header.hidden is None) == agreed.study.pads:
         raise EnvelopeError(
             f"envelope of {header.site}: {'no' if agreed.study.pads else 'a'} word of pads, in a study of collusion = "
-            f"{agreed.study.collusion}"
+            f"{agreed.study.colluders}"
         )
     return header
 

@@ -337,7 +337,7 @@ def check_ready(
     if (header.fresh is None) == agreed.study.pads:
         raise EnvelopeError(
             f"READY of {header.site}: {'no' if agreed.study.pads else 'a'} fresh key, in a study of collusion = "
-            f"{agreed.study.collusion}"
+            f"{agreed.study.colluders}"
         )
     if header.fresh is not None:
         check_fresh_key(header.fresh, header.site)
@@ -356,7 +356,7 @@ def check_reveal(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Me
     if (header.mask is None) == agreed.study.pads:
         raise EnvelopeError(
             f"REVEAL of {header.site}: {'no' if agreed.study.pads else 'a'} mask, in a study of collusion = "
-            f"{agreed.study.collusion}"
+            f"{agreed.study.colluders}"
         )
     return header
 

@@ -659,7 +659,8 @@ class StudyFile(FileModel):
         faulty: how many training sites may lie, or come back from an older disk, without stopping or fooling the others
             (:mod:`secure_fed.protocol.quorum`).
         collusion: how many of those may pool all they have with the server without learning another site's update
-            (:mod:`secure_fed.protocol.pads`). 0: one is enough, since all sites hold the study's key.
+            (:mod:`secure_fed.protocol.pads`). 0: one is enough, since all sites hold the study's key. In a template 1
+            unless given, in ``plain`` mode 0; a study says it.
         keep_rounds: of how many of the last rounds any site may fetch the envelopes and add them again, with
             ``collusion`` above 0: they are padded then, so that nobody reads one; else the server hands out none.
         round_seconds: how long a round waits for missing sites before it goes on with a quorum.
@@ -718,7 +719,7 @@ class StudyFile(FileModel):
     max_sites: Annotated[int, Field(ge=1, le=4096)]
     min_sites: Annotated[int, Field(ge=1, le=4096)]
     faulty: Annotated[int, Field(ge=1, le=1000)] = 1
-    collusion: Annotated[int, Field(ge=0, le=1000)] = 0
+    collusion: Annotated[int, Field(ge=0, le=1000)] | None = None
     keep_rounds: Annotated[int, Field(ge=0, le=1000)] = 2
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
     records_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]{1,250}$")] | None = None
@@ -752,7 +753,9 @@ class StudyFile(FileModel):
 
     @field_validator("collusion")
     @classmethod
-    def _within_the_faulty(cls, collusion: int, info: ValidationInfo) -> int:
+    def _within_the_faulty(cls, collusion: int | None, info: ValidationInfo) -> int | None:
+        if collusion is None:
+            return None
         faulty = info.data.get("faulty", collusion)
         if collusion and info.data.get("mode") == "plain":
             raise ValueError(f"{collusion} in plain mode, in which the server reads every update; expected 0")
@@ -973,12 +976,19 @@ class StudyFile(FileModel):
         training = sum(member.role == "train" for member in members)
         if self.mode == "plain":
             return Quorum(training, 0, 0, max(training // 2 + 1, self.min_sites))
-        return Quorum(training, self.faulty, self.collusion, quorum(training, self.faulty, self.min_sites))
+        return Quorum(training, self.faulty, self.colluders, quorum(training, self.faulty, self.min_sites))
 
     @property
     def pads(self) -> bool:
         """Whether envelopes are padded, so that no site and server together open one."""
-        return self.collusion > 0
+        return self.colluders > 0
+
+    @property
+    def colluders(self) -> int:
+        """t: of how many sites and the server together a site's update is hidden."""
+        if self.collusion is None:
+            return int(self.format == TEMPLATE_FORMAT and self.mode == "he")
+        return self.collusion
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -1197,6 +1207,7 @@ def as_template(file: StudyFile) -> dict[str, Any]:
     """What a study has from its template, without all that ``study new`` fills in, to compare two of them."""
     content = file.model_dump(mode="json", exclude={"simulation", "coordinator", "initial"})
     del content["format"]
+    content["collusion"] = file.colluders  # which a template need not say
     for key in ("activation", "digest", "id"):
         content["backbone"].pop(key)
     for site in content["sites"]:

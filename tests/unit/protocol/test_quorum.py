@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
+from secure_fed import configs
 from secure_fed.core.errors import StudyError
+from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.quorum import quorum
-from secure_fed.protocol.study import Template, with_fields
+from secure_fed.protocol.study import Template, read_template, unlike, with_fields
 from tests.conftest import make_template
 
 
@@ -50,6 +53,31 @@ def test_more_may_lie_than_may_collude_and_a_study_is_told_the_numbers_that_woul
         with_fields(make_template(), collusion=2)
     with pytest.raises(StudyError, match="in plain mode, in which the server reads every update; expected 0"):
         with_fields(make_template(mode="plain"), collusion=1)
+
+
+def test_a_template_that_says_nothing_has_pads_and_an_older_study_none() -> None:
+    said = {"collusion": None}  # not set
+    template = with_fields(make_template(), **said)
+    assert (template.colluders, template.pads) == (1, True)
+    assert not with_fields(template, mode="plain").pads
+    assert not with_fields(template, collusion=0).pads
+    assert not with_fields(template, format=2).pads
+    for path in sorted(configs.FOLDER.glob("*.toml")):
+        study = read_template(path)
+        assert study.pads == (study.mode == "he"), path
+        assert "any 1 sites together learn" in study.quorum(study.sites).claim or study.mode == "plain", path
+
+
+def test_what_is_made_of_a_template_says_how_many_may_collude(tmp_path: Path, images: Path) -> None:
+    agreed = prepare(with_fields(make_template(), collusion=None), tmp_path / "out", images)
+    assert (agreed.study.collusion, agreed.study.pads) == (1, True)
+    assert not unlike(agreed.study, with_fields(make_template(), collusion=None))
+
+
+def test_two_sites_are_told_how_many_would_do() -> None:
+    two = [{"name": name} for name in ("ash", "birch")]
+    with pytest.raises(StudyError, match=r"2 training sites; expected at least min_sites = 3"):
+        with_fields(make_template(), collusion=1, sites=two, simulation=None)
 
 
 def test_a_study_with_pads_of_more_sites_than_shares_have_places_is_refused() -> None:
