@@ -8,7 +8,8 @@ Every role runs in a process of its own: the coordinator's (with our real Coordi
 journal), the sites', and a site that opens the record. Times are medians over all sites and turns, wall clock; every
 row runs once a turn, so that what else the machine does falls on all rows alike. Ours counts all of a round that grows
 with the update: at a site sealing and the check of its REVEAL, at the server envelopes, REVEALs and the record. Bytes
-are those of one envelope and one REVEAL with header and signature, and of one record.
+are those of one envelope and one REVEAL with header and signature, and of one record; with pads also of the shares
+that a site deals and is handed, of its CHECKED and of all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import secrets
 import statistics
 import subprocess
 import sys
@@ -36,18 +38,30 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from rich.table import Table
 
-from secure_fed.core.errors import AggregateRefused, LanesError, ProtocolError
+from secure_fed.core.errors import AggregateRefused, EnvelopeError, LanesError, ProtocolError
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.protocol import codec
-from secure_fed.protocol.envelope import RoundPosition, seal_envelope
+from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, RoundPosition, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.packing import MIN_BITS, Binding, lane_parameters, largest_bits, wire
+from secure_fed.protocol.packing import MIN_BITS, Binding, Sealed, lane_parameters, largest_bits, wire
+from secure_fed.protocol.pads import PadPlace, SitePads, new_private, public_of
 from secure_fed.protocol.records import Chain
-from secure_fed.protocol.round_frames import ARRIVED_MAGIC, COHORT_MAGIC, max_header, sign_ready, sign_reveal
+from secure_fed.protocol.residues import pack_residues, unpack_residues
+from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
+    COHORT_MAGIC,
+    CohortHeader,
+    SignedWord,
+    cohort_keys,
+    max_header,
+    sign_ready,
+    sign_reveal,
+)
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
-from secure_fed.protocol.signing import public_hex, split_frame
+from secure_fed.protocol.share_frames import Dealt, check_digest, deal, hand_out, open_handed, sign_checked, take_handed
+from secure_fed.protocol.signing import SIGNATURE_BYTES, parse_header, public_hex, split_frame
 from secure_fed.protocol.study import AgreedStudy, InitialState, Study
-from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.coordinator import Coordinator, Step
 
 VALUES = 526_336
 """Values of FACMIC's 512-wide adapter with layer norm."""
@@ -55,8 +69,8 @@ VALUES = 526_336
 BOUND = 0.01
 
 Encoding = tuple[int | None, int | None]
-Shape = tuple[int, Encoding, int]
-"""Sites, encoding and values of a round."""
+Shape = tuple[int, Encoding, int, bool]
+"""Sites, encoding and values of a round, and whether it has pads."""
 
 REACH_SITES = 16
 OURS: dict[str, Encoding] = {
@@ -67,7 +81,12 @@ OURS: dict[str, Encoding] = {
     "ours-16-bits": (16, None),
 }
 """Bits and lanes: without bits the most that the lanes hold, without lanes those of the fewest bytes."""
-ROWS = (*OURS, "tenseal-8192", "nvflare", "float32")
+PADS = "ours-9-bits-pads"
+PADDED: dict[int, Encoding] = {64: (16, None), 256: (12, None)}
+"""Encoding of the row with pads where 9 bits would be of fewer bytes than anybody needs."""
+ROWS = (*OURS, PADS, "tenseal-8192", "nvflare", "flower-secagg", "float32")
+MOST_SECAGG = 64
+"""Sites above which Flower's is not run: it would take hours."""
 SECONDS = ("encrypt_s", "server_s_per_site", "decrypt_s")
 MOST_MEMORY = 1.2
 
@@ -147,7 +166,7 @@ def in_process(role: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
 # --- ours ---
 
 
-def study_of(sites: int, encoding: Encoding, values: int, keys: Sequence[Ed25519PrivateKey]) -> AgreedStudy:
+def study_of(sites: int, encoding: Encoding, values: int, pads: bool, keys: Sequence[Ed25519PrivateKey]) -> AgreedStudy:
     """A study of so many sites.
 
     Raises:
@@ -166,6 +185,8 @@ def study_of(sites: int, encoding: Encoding, values: int, keys: Sequence[Ed25519
         "rounds": 1,
         "max_sites": sites,
         "min_sites": 3,
+        "collusion": int(pads),
+        "keep_rounds": 0,
         "key_maker": name_of(0),
         "classes": [{"name": name, "prompts": [name]} for name in ("a", "b")],
         "backbone": {"model": "none", "weights": "file", "file": "none", "digest": "0" * 64},
@@ -208,10 +229,17 @@ def begin(folder: Path, shape: Shape) -> tuple[RoundPosition, str]:
     coordinator = Coordinator.begin(agreed, folder / "server", keys[-1], "1" * 64)
     due = coordinator.journal.chain.due
     for index in range(shape[0]):
-        ready = sign_ready(agreed, due, coordinator.attempt, name_of(index), False, keys[index])
+        fresh = None
+        if agreed.study.pads:
+            private = new_private()
+            (folder / f"{index}.fresh").write_bytes(private)
+            fresh = public_of(private)
+        ready = sign_ready(agreed, due, coordinator.attempt, name_of(index), False, keys[index], fresh)
         coordinator.receive(reply_of(index, ReplyCode.READY, due.run, ready))
     coordinator.advance()
-    return due, split_frame(COHORT_MAGIC, asked_of(coordinator, 0), max_header(agreed), ProtocolError).digest
+    question = asked_of(coordinator, 0)
+    (folder / "cohort").write_bytes(question)
+    return due, split_frame(COHORT_MAGIC, question, max_header(agreed), ProtocolError).digest
 
 
 def asked_of(coordinator: Coordinator, index: int) -> bytes:
@@ -219,9 +247,59 @@ def asked_of(coordinator: Coordinator, index: int) -> bytes:
     return coordinator.request(name_of(index), coordinator.run, 1).question
 
 
-def reply_of(index: int, code: ReplyCode, run: str, word: bytes) -> RoundReply:
+def reply_of(index: int, code: ReplyCode, run: str, word: bytes, carried: bytes = b"") -> RoundReply:
     """A site's reply that carries a signed word."""
-    return RoundReply(name_of(index), code, run, 1, "", word)
+    return RoundReply(name_of(index), code, run, 1, "", word, carried)
+
+
+class Padding:
+    """What sites do for pads in a round."""
+
+    def __init__(self, folder: Path, agreed: AgreedStudy, due: RoundPosition, cohort: str) -> None:
+        question = split_frame(COHORT_MAGIC, (folder / "cohort").read_bytes(), max_header(agreed), ProtocolError)
+        keys = cohort_keys(parse_header(question.header, CohortHeader, ProtocolError))
+        self.folder, self.agreed, self.due, self.cohort = folder, agreed, due, cohort
+        self.names = list(keys)
+        place = PadPlace(agreed.study.id, due, 1, cohort)
+        privates = [(folder / f"{index}.fresh").read_bytes() for index in range(len(keys))]
+        self.sites = [SitePads(place, keys, name, own) for name, own in zip(self.names, privates, strict=True)]
+        self.needed = agreed.study.quorum(agreed.study.sites).needed
+        self.dealt: list[Dealt] = []
+
+    def put_on(self, index: int, sealed: Sealed) -> Sealed:
+        """Pads, mask and shares of one site's envelope, and that it finds what is below them again."""
+        lanes, mine, seed = self.agreed.lanes, self.sites[index], secrets.token_bytes(32)
+        residues = unpack_residues(sealed.payload, lanes.modulus_bits)
+        masked = mine.masked(residues, seed, lanes.modulus)
+        assert np.array_equal(mine.unmasked(masked, seed, lanes.modulus), residues)
+        self.dealt.append(deal(mine, seed, self.needed))
+        (self.folder / f"{index}.seed").write_bytes(seed)
+        return Sealed(sealed.contribution, pack_residues(masked, lanes.modulus_bits))
+
+    def check(self, keys: Sequence[Ed25519PrivateKey]) -> dict[str, Any]:
+        """Every site's CHECKED, once all have sent; none where nobody can be missed."""
+        if not self.dealt[0].entries:
+            return {"checked": [0.0] * len(self.names), "bytes_checked": 0, "bytes_handed": 0}
+        frames = [(self.folder / f"{index}.up").read_bytes() for index in range(len(self.names))]
+        parts = [split_frame(MAGIC, data, MAX_HEADER, EnvelopeError) for data in frames]
+        words = tuple(SignedWord.of(part.header, part.signature) for part in parts)
+        digest = check_digest(self.agreed, self.due, 1, self.cohort, words)
+        roots = {name: dealt.hidden.shares for name, dealt in zip(self.names, self.dealt, strict=True)}
+        handed = [hand_out(dealt.entries, dealt.hidden.shares, len(self.names) - 1) for dealt in self.dealt]
+        seconds = []
+        for index, name in enumerate(self.names):
+            makers = [other for other in self.names if other != name]
+            carried = b"".join(
+                handed[maker][index - (maker < index)] for maker in range(len(self.names)) if maker != index
+            )
+            start = time.perf_counter()
+            for maker, entry in take_handed(carried, self.names, makers, name, roots)[0].items():
+                open_handed(self.sites[index], maker, entry)
+            word = sign_checked(self.agreed, digest, name, [], keys[index])
+            seconds.append(time.perf_counter() - start)
+            (self.folder / f"{index}.checked").write_bytes(word)
+        bytes_handed = len(carried) + SIGNATURE_BYTES * len(self.names)
+        return {"checked": seconds, "bytes_checked": len(word), "bytes_handed": bytes_handed}
 
 
 def make_secret(modulus_bits: int) -> bytes:
@@ -235,11 +313,12 @@ def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition, cohort: 
     """Every site's envelope as a file, and what the sum must be."""
     from secure_fed.privacy.ckks import Cipher, StudySecret
 
-    sites, _, values = shape
+    sites, _, values, _ = shape
     keys = signing_keys(sites)
     agreed = study_of(*shape, keys)
     cipher = Cipher(agreed.lanes, StudySecret.from_bytes(secret))
     binding = Binding(run=due.run, head=due.head, round=due.round)
+    padding = Padding(folder, agreed, due, cohort) if agreed.study.pads else None
     bounds = np.full(values, BOUND)
     total, mean = np.zeros(values, np.int64), np.zeros(values)
     seconds, size = [], 0
@@ -249,15 +328,23 @@ def send(folder: Path, shape: Shape, secret: bytes, due: RoundPosition, cohort: 
         integers = codec.quantise(update, bounds, 1.0, agreed.lanes.max_integer, draws).integers
         start = time.perf_counter()
         sealed = cipher.seal(integers, binding, name_of(index))
-        data = seal_envelope(agreed, due, sealed, NO_LEDGER, keys[index], attempt=1, cohort=cohort)
+        hidden, entries = None, b""
+        if padding is not None:
+            sealed = padding.put_on(index, sealed)
+            hidden, entries = padding.dealt[-1].hidden, padding.dealt[-1].entries
+        data = seal_envelope(agreed, due, sealed, NO_LEDGER, keys[index], attempt=1, cohort=cohort, hidden=hidden)
         seconds.append(time.perf_counter() - start)
-        size = len(data)
+        size = len(data) + len(entries)
+        (folder / f"{index}.shares").write_bytes(entries)
         (folder / f"{index}.up").write_bytes(data)
         total += integers
         mean += update / sites
     np.save(folder / "sum.npy", total)
     np.save(folder / "mean.npy", mean)
-    return {"bytes_up": size, "encrypt": seconds}
+    checked = {} if padding is None else padding.check(keys)
+    seconds = [mine + more for mine, more in zip(seconds, checked.get("checked", [0.0] * sites), strict=True)]
+    size += checked.get("bytes_checked", 0)
+    return {"bytes_up": size, "encrypt": seconds, "bytes_handed": checked.get("bytes_handed", 0)}
 
 
 def serve(folder: Path, shape: Shape) -> dict[str, Any]:
@@ -267,12 +354,19 @@ def serve(folder: Path, shape: Shape) -> dict[str, Any]:
     seconds = []
     for index in range(shape[0]):
         data = (folder / f"{index}.up").read_bytes()
-        reply = reply_of(index, ReplyCode.UPDATE, coordinator.run, data)
+        reply = reply_of(index, ReplyCode.UPDATE, coordinator.run, data, (folder / f"{index}.shares").read_bytes())
         start = time.perf_counter()
         coordinator.receive(reply)
         seconds.append(time.perf_counter() - start)
         del data, reply
     coordinator.advance()
+    if coordinator.step is Step.CHECKED:
+        for index in range(shape[0]):
+            reply = reply_of(index, ReplyCode.CHECKED, coordinator.run, (folder / f"{index}.checked").read_bytes())
+            start = time.perf_counter()
+            coordinator.receive(reply)
+            seconds[index] += time.perf_counter() - start
+        coordinator.advance()
     assert not {"tenseal", "torch"} & set(sys.modules)
     (folder / "arrived").write_bytes(asked_of(coordinator, 0))
     return {"server": seconds}
@@ -289,7 +383,8 @@ def reveal(folder: Path, shape: Shape) -> dict[str, Any]:
     for index in range(shape[0]):
         payload = (folder / f"{index}.up").read_bytes()[-words.payload_bytes :]
         start = time.perf_counter()
-        word = sign_reveal(agreed, arrived, name_of(index), words.check_words(arrived, payload), keys[index])
+        seed = (folder / f"{index}.seed").read_bytes().hex() if agreed.study.pads else None
+        word = sign_reveal(agreed, arrived, name_of(index), words.check_words(arrived, payload), keys[index], seed)
         seconds.append(time.perf_counter() - start)
         (folder / f"{index}.reveal").write_bytes(word)
         (folder / f"{index}.up").unlink()
@@ -325,7 +420,7 @@ def receive(folder: Path, shape: Shape, secret: bytes) -> dict[str, Any]:
     cipher = Cipher(agreed.lanes, StudySecret.from_bytes(secret))
     start = time.perf_counter()
     record = chain.check(data)
-    sums = cipher.open(record.payload, Binding(run=due.run, head=due.head, round=due.round), record.cohort)
+    sums = cipher.open(record.ciphertexts(agreed), Binding(run=due.run, head=due.head, round=due.round), record.cohort)
     update = codec.average_update(sums, np.full(shape[2], BOUND), [1.0] * shape[0], agreed.lanes.max_integer)
     seconds = time.perf_counter() - start
     return {
@@ -335,9 +430,9 @@ def receive(folder: Path, shape: Shape, secret: bytes) -> dict[str, Any]:
     }
 
 
-def measure_ours(sites: int, values: int, encoding: Encoding) -> dict[str, Any]:
+def measure_ours(sites: int, values: int, encoding: Encoding, pads: bool = False) -> dict[str, Any]:
     """One round of ours."""
-    shape = (sites, encoding, values)
+    shape = (sites, encoding, values, pads)
     agreed = study_of(*shape, signing_keys(sites))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -351,7 +446,7 @@ def measure_ours(sites: int, values: int, encoding: Encoding) -> dict[str, Any]:
     return {
         **received,
         "bytes_up": sent["bytes_up"] + revealed["bytes_reveal"],
-        "bytes_down": closed["bytes_down"],
+        "bytes_down": closed["bytes_down"] + sent["bytes_handed"],
         "encrypt": [sum(parts) for parts in zip(sent["encrypt"], revealed["reveal"], strict=True)],
         "server": [sum(parts) for parts in zip(served["server"], closed["close"], strict=True)],
         "peak_rss_bytes": max(peak, closing),
@@ -447,9 +542,9 @@ def measure_float32(sites: int, values: int) -> dict[str, Any]:
     return {**result, "peak_rss_bytes": peak}
 
 
-def measure_nvflare(sites: int, values: int, python: Path) -> dict[str, Any]:
-    """One round of NVFlare's, in its own environment."""
-    script = Path(__file__).with_name("nvflare_round.py")
+def measure_script(name: str, sites: int, values: int, python: Path) -> dict[str, Any]:
+    """One round of another system's, in a process and an environment of its own."""
+    script = Path(__file__).with_name(name)
     command = [str(python), str(script), "--values", str(values), "--clients", str(sites)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -472,11 +567,17 @@ def measure(names: Sequence[str], sites: Sequence[int], values: int, turns: int,
             try:
                 if name in OURS:
                     sample.add(measure_ours(count, values, OURS[name]))
+                elif name == PADS:
+                    sample.add(measure_ours(count, values, PADDED.get(count, OURS["ours-9-bits"]), pads=True))
+                elif name == "flower-secagg":
+                    if count > MOST_SECAGG:
+                        raise LanesError(f"not run above {MOST_SECAGG} sites")
+                    sample.add(measure_script("secagg_round.py", count, values, Path(sys.executable)))
                 elif name == "tenseal-8192":
                     sample.add(measure_tenseal(count, values))
                 elif name == "nvflare":
                     assert nvflare is not None
-                    sample.add(measure_nvflare(count, values, nvflare))
+                    sample.add(measure_script("nvflare_round.py", count, values, nvflare))
                 else:
                     sample.add(measure_float32(count, values))
             except LanesError as error:
@@ -516,7 +617,7 @@ def show(rows: Sequence[dict[str, Any]], sites: Sequence[int]) -> None:
         )
     out.print(table)
     shown = REACH_SITES if REACH_SITES in sites else sites[0]
-    for name in OURS:
+    for name in (*OURS, PADS):
         parts = [
             f"{label} {value:.3f} x {base}"
             for label, key, base in (

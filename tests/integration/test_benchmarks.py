@@ -38,7 +38,7 @@ def _run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 def test_rows_and_fields(tmp_path: Path) -> None:
     report, text = _run(tmp_path, "--values", "40000", "--sites", "4", "--turns", "1")
     rows = {row["name"]: row for row in report["rows"]}
-    assert set(rows) == {*OURS, "tenseal-8192", "float32"}
+    assert set(rows) == {*OURS, "ours-9-bits-pads", "tenseal-8192", "flower-secagg", "float32"}
     assert all(set(row) == FIELDS for row in rows.values())
     assert all(row["refused"] is None for row in rows.values())
     assert rows["float32"]["bytes_up"] == rows["float32"]["bytes_down"] == 160_000
@@ -51,6 +51,11 @@ def test_rows_and_fields(tmp_path: Path) -> None:
         assert min(row["encrypt_s"], row["server_s_per_site"], row["decrypt_s"]) > 0
         assert row["peak_rss_bytes"] > 2**20
     assert rows["tenseal-8192"]["wrong_integers"] is None
+    bare, padded = rows["ours-9-bits"], rows["ours-9-bits-pads"]
+    assert padded["wrong_integers"] == 0
+    assert 0 < padded["bytes_up"] - bare["bytes_up"] < 300 + 4 * 80 + 64 + 500  # CHECKED, and words in the header
+    assert 0 < padded["bytes_down"] - bare["bytes_down"] < 4 * 1_200
+    assert rows["flower-secagg"]["max_error"] < 1e-7
     share = rows["ours-two-lanes"]["bytes_up"] / 160_000
     assert f"up {share:.3f} x float32" in text
 
