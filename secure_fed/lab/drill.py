@@ -68,7 +68,8 @@ from secure_fed.protocol.round_frames import (
     split_word,
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.share_frames import sign_gone
+from secure_fed.protocol.share_frames import share_points, sign_checked, sign_gone
+from secure_fed.protocol.shares import combine
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key, parse_header, sign_frame, split_frame
 from secure_fed.protocol.study import AgreedStudy, Template, read_template
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
@@ -659,23 +660,60 @@ def _opens(ground: Ground, site: Site, residues: Residues, headers: list[Envelop
 
 
 def _nested_cohorts(ground: Ground) -> Outcome:
-    """Fail an attempt after its envelopes, and close the round without one site: were both sums open, their difference
-    would be its update."""
+    """Close a round without one site, after an attempt with it that failed before its sum was fixed, or that was given
+    up after: were both sums open, their difference would be its update."""
+    outcomes = [
+        _nested(ground.copy(ground.folder / "attempts"), Step.CHECKED),
+        _nested(ground.copy(ground.folder / "voids"), Step.REVEAL),
+    ]
+    return Outcome("; ".join(outcome.seen for outcome in outcomes), all(outcome.held for outcome in outcomes))
+
+
+def _nested(ground: Ground, step: Step) -> Outcome:
     sites, coordinator = ground.begun()
-    up_to(Step.CHECKED, coordinator, sites)
+    up_to(step, coordinator, sites)
     headers = [coordinator._envelopes[name].header for name in sorted(coordinator._envelopes)]
-    lanes = ground.agreed.layout(1).lanes
+    lanes, first = ground.agreed.layout(1).lanes, headers[0]
     total = unpack_residues(coordinator._sum(), lanes.modulus_bits)
-    coordinator.fail([sites[-1].name])
-    play_round(coordinator, sites[:-1])
-    _, record = read_header(coordinator.journal.read(len(coordinator.journal.records) - 1), ground.agreed)
-    known = dict(zip(sorted(site.name for site in sites[:-1]), record.masks, strict=True))
-    seeds = {header.site: bytes.fromhex(known.get(header.site, "00" * 32)) for header in headers}
-    first = headers[0]
     place = PadPlace(ground.agreed.study.id, first.position, first.attempt, first.cohort)
+    last, staying, known = sites[-1], sites[:-1], {}
+    if step is Step.CHECKED:
+        coordinator.fail([last.name])
+    else:
+        known = _given_up(ground, coordinator, staying, last)
+    play_round(coordinator, staying)
+    if not known:
+        _, record = read_header(coordinator.journal.read(len(coordinator.journal.records) - 1), ground.agreed)
+        known = dict(zip(sorted(site.name for site in staying), record.masks, strict=True))
+    seeds = {header.site: bytes.fromhex(known.get(header.site, "00" * 32)) for header in headers}
     opened = _opens(ground, sites[0], without_masks(total, place, seeds, lanes.modulus), headers)
-    seen = f"an attempt of {len(headers)} sites, beside the closed one of {len(known)}: "
+    what = "an attempt" if step is Step.CHECKED else "a round that was given up,"
+    seen = f"{what} of {len(headers)} sites, beside the closed one of {len(staying)}: "
     return Outcome(seen + ("opened: one site's update is the difference" if opened else "stays closed"), not opened)
+
+
+def _given_up(ground: Ground, coordinator: Coordinator, staying: list[Site], last: Site) -> dict[str, str]:
+    """All but one reveal, and give the round up then; their masks, and the last one's too if they hand out its shares
+    after that."""
+    arrived, needed = coordinator._arrived, coordinator.journal.chain.quorum.needed
+    assert arrived is not None
+    known, points = {}, {}
+    due, names = coordinator.journal.chain.due, arrived.names
+    question = sign_gone(ground.agreed, due, coordinator.attempt, arrived.digest, last.name, ground.server_key)
+    for site in staying:
+        word = ask(coordinator, site).envelope
+        mask = parse_header(split_word(REVEAL_MAGIC, word).signed[0], RevealHeader, EnvelopeError).mask
+        assert mask is not None
+        known[site.name] = mask
+        site.void(coordinator.round)
+        carried = coordinator._shares.handed(last.name, site.name) + coordinator._payload(last.name)
+        reply = site.respond(RoundRequest(1, coordinator.attempt, (), more=False, question=question, carried=carried))
+        if reply.code == ReplyCode.WITNESSED:
+            points[share_points(names, last.name)[site.name]] = reply.carried
+    if len(points) >= needed:
+        known[last.name] = combine(points).hex()
+    step(coordinator, staying)  # the void
+    return known
 
 
 def _two_attempts(ground: Ground) -> Outcome:
@@ -766,10 +804,41 @@ def _stolen_disk(ground: Ground) -> Outcome:
                    + ("opened" if opened else "stays closed; no key of the round is on it"), not opened)  # fmt: skip
 
 
+def _shares_out_of_turn(ground: Ground) -> Outcome:
+    outcomes = [
+        _early_share(ground.copy(ground.folder / "early")),
+        _false_complaint(ground.copy(ground.folder / "complaint")),
+    ]
+    return Outcome("; ".join(outcome.seen for outcome in outcomes), all(outcome.held for outcome in outcomes))
+
+
+def _false_complaint(ground: Ground) -> Outcome:
+    """One site says of another's share that it does not open: it costs an attempt, and no round."""
+    sites, coordinator = ground.begun()
+    up_to(Step.CHECKED, coordinator, sites)
+    liar, victim, check = sites[-1], sites[0], coordinator._check
+    assert check is not None
+    for site in sites:
+        reply = answer(coordinator, site)
+        word = sign_checked(ground.agreed, check.digest, site.name, [victim.name], site.replica.identity.signing)
+        coordinator.receive(replace(reply, envelope=word) if site is liar else reply)
+    coordinator.advance()
+    staying = [site for site in sites if site.name not in coordinator.left_out]
+    for _ in range(4):  # READY, envelopes, and with shares CHECKED; REVEAL
+        step(coordinator, staying)
+    closed = coordinator.round == 2
+    without = ", ".join(sorted(coordinator.left_out)) or victim.name
+    return Outcome(f"a false complaint over {victim.name}: round 1 closed, without {without}: {closed}", closed)
+
+
 def _early_share(ground: Ground) -> Outcome:
     sites, coordinator = ground.begun()
     up_to(Step.REVEAL, coordinator, sites)
-    site, victim, arrived = sites[0], sites[1], coordinator._arrived
+    site, victim = sites[0], sites[1]
+    older = coordinator._shares.handed(victim.name, site.name)
+    coordinator._next_attempt()
+    up_to(Step.REVEAL, coordinator, sites)
+    arrived = coordinator._arrived
     assert arrived is not None
     due = coordinator.journal.chain.due
     carried = coordinator._shares.handed(victim.name, site.name) + coordinator._payload(victim.name)
@@ -783,7 +852,15 @@ def _early_share(ground: Ground) -> Outcome:
     before = _refused({"before its REVEAL": asked(arrived.digest, carried)})
     ask(coordinator, site)
     garbled = bytes([carried[0] ^ 1]) + carried[1:]
-    after = _refused({"for another sum": asked("5" * 64, carried), "garbled": asked(arrived.digest, garbled)})
+    mixed, garbage = older + carried[len(older) :], bytes(len(older)) + carried[len(older) :]
+    after = _refused(
+        {
+            "for another sum": asked("5" * 64, carried),
+            "garbled": asked(arrived.digest, garbled),
+            "of another attempt": asked(arrived.digest, mixed),
+            "garbage": asked(arrived.digest, garbage),
+        }
+    )
     site.void(coordinator.round)
     reply = asked(arrived.digest, carried)()
     assert isinstance(reply, RoundReply)
@@ -900,7 +977,7 @@ ATTACKS = (
     ),
     Attack("B16", "server", "asks one site to reveal in two attempts of a round", _two_attempts, True),
     Attack("B17", "server", "shows sites of one attempt two cohorts, and two sums of one", _two_sums, True),
-    Attack("B18", "server", "asks for shares of a mask out of turn, and garbles them", _early_share, True),
+    Attack("B18", "server", "asks for shares of a mask out of turn, and garbles them", _shares_out_of_turn, True),
     Attack(
         "B19", "a thief and the server", "opens old traffic with a site's disk of after the round", _stolen_disk, True
     ),
