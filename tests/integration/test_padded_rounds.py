@@ -274,6 +274,92 @@ def test_whoever_goes_before_the_sum_is_fixed_costs_an_attempt(padded: Make, ste
     bring_up(coordinator, sites)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "step", "gone"),
+    [
+        (count, step, gone)
+        for count, most in ((5, 1), (6, 2))
+        for step in (Step.ENVELOPE, Step.CHECKED)
+        for away in range(1, most + 1)
+        for gone in combinations(NAMES[:count], away)
+    ],
+)
+def test_every_set_that_goes_before_the_sum_is_fixed_costs_an_attempt(
+    padded: Make, count: int, step: Step, gone: tuple[str, ...]
+) -> None:
+    federation = padded(count)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, step)
+    staying = [site for site in sites if site.name not in gone]
+    assert len(staying) >= coordinator.journal.chain.quorum.needed
+    for site in staying:
+        exchange(coordinator, site)
+    assert coordinator.advance() is None
+    assert coordinator.fail(gone)
+    entry = close(coordinator, staying)
+    assert entry.sites == tuple(site.name for site in staying)
+    found = opened(federation, sites, coordinator.journal.read(1))
+    assert np.array_equal(found, sum(integers_of(site) for site in staying))
+
+
+@pytest.mark.parametrize(
+    ("step", "gone"),
+    [
+        pytest.param(step, gone, marks=() if (step, gone) == (Step.ENVELOPE, "birch") else pytest.mark.slow)
+        for step in (Step.ENVELOPE, Step.REVEAL)
+        for gone in NAMES[:3]
+    ],
+)
+def test_of_three_whoever_goes_is_waited_for_and_costs_nothing_once_it_is_back(
+    padded: Make, step: Step, gone: str
+) -> None:
+    """Three are a quorum: nobody can be missed, at no step, and no update is lost."""
+    federation = padded(3)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, step)
+    for site in sites:
+        if site.name != gone:
+            exchange(coordinator, site)
+    assert coordinator.advance() is None
+    assert not coordinator.fail([gone])
+    assert not coordinator.recover([gone])
+    assert coordinator.asked == {gone}
+    entry = close(coordinator, [federation.site(gone), *(site for site in sites if site.name != gone)])
+    assert entry.sites == NAMES[:3]
+    found = opened(federation, sites, coordinator.journal.read(1))
+    assert np.array_equal(found, sum(integers_of(site) for site in sites))
+
+
+def test_a_record_and_a_void_of_one_round_open_no_second_sum(padded: Make) -> None:
+    """The server shows one colluder the record and the others its void; then it asks for a cohort without one site."""
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    reveal(coordinator, sites)
+    before = federation.folder / "before"
+    shutil.copytree(federation.folder / SERVER, before)
+    assert coordinator.advance() is not None
+    exchange(coordinator, sites[3])  # a colluder has the record
+    shutil.rmtree(federation.folder / SERVER)
+    shutil.copytree(before, federation.folder / SERVER)
+    again = federation.reopen()
+    for site in sites[:3]:
+        site.void(1)
+        assert exchange(again, site).code == ReplyCode.VOID
+    assert again.given_up
+    again.advance()
+    for site in sites[:3]:
+        exchange(again, site)
+    again.advance()
+    assert again.step is Step.ENVELOPE
+    for site in sites[:3]:
+        with pytest.raises(ProtocolError, match="the difference of the two sums is somebody's update"):
+            site.respond(again.request(site.name, site.run, site.position))
+
+
 def test_sites_that_start_anew_at_every_step_say_the_same(padded: Make) -> None:
     """As after kill -9: nothing but the state folder is left between any two words."""
     federation = padded(4)
