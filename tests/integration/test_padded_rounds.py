@@ -26,6 +26,7 @@ from secure_fed.clients.replica import RunFiles
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AggregateRefused, EnvelopeError, ProtocolError, RecordError, StorageError
+from secure_fed.core.tomlfile import to_toml
 from secure_fed.lab.simulation import SERVER, prepare
 from secure_fed.operate.evidence import in_words, pack_evidence, verify_evidence
 from secure_fed.privacy.ckks import Cipher
@@ -45,12 +46,14 @@ from secure_fed.protocol.round_frames import (
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.share_frames import Dealt, deal, sign_checked, sign_gone, sign_witness
 from secure_fed.protocol.signing import parse_header, payload_fields
+from secure_fed.protocol.study import load_study, with_fields
 from secure_fed.report.results import study_facts
 from secure_fed.server.coordinator import Coordinator, Step
 from tests.conftest import (
     CLASSES,
     TRAINING,
     Federation,
+    Run,
     close_round,
     exchange,
     make_template,
@@ -889,3 +892,26 @@ def test_the_claim_stands_in_the_acceptance(padded: Make) -> None:
     bare = terms(read_site_file(padded(4, 0).folder / "sites" / "ash" / "site.toml"), padded(4, 0).agreed)
     assert "carried" not in bare["leaves"]["reply_fields"]
     assert "hidden" not in bare["leaves"]["update_fields"]
+
+
+@pytest.mark.slow
+def test_a_simulation_by_the_command_line_has_pads_and_gives_the_same_adapter(
+    secfacmic: Run, six_images: Path, tmp_path: Path
+) -> None:
+    sites = [{"name": name} for name in NAMES[:4]]
+    played = [{"name": name, "folder": name} for name in NAMES[:4]]
+    simulation = template_table()["simulation"] | {"sites": played}
+    adapters = []
+    for name, changes in (("said", {"collusion": None}), ("off", {"collusion": 0}), ("plain", {"mode": "plain"})):
+        template = with_fields(make_template(sites=sites, simulation=simulation, rounds=2), **changes)
+        (tmp_path / f"{name}.toml").write_text(to_toml(template))
+        out = tmp_path / name
+        done = secfacmic("simulate", tmp_path / f"{name}.toml", "--data", six_images, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert load_study(out / "study.toml").study.colluders == (name == "said")
+        adapters.append((out / "adapter.safetensors").read_bytes())
+        journal = secfacmic("journal", "verify", out / "server", "--study", out / "study.toml")
+        assert journal.returncode == 0, journal.stderr
+    first, *others = (safetensors.numpy.load(data) for data in adapters)
+    for other in others:
+        assert all(np.array_equal(first[key], other[key]) for key in first)
