@@ -99,8 +99,8 @@ AGAIN = (
 """What a further run means, to be shown to who accepts it."""
 
 
-def members_now(file: SiteFile, agreed: AgreedStudy) -> list[str] | None:
-    """Whom the newest sealed key here is for: the members, once hospitals have joined or left; None without a key.
+def as_of_key(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
+    """What the newest sealed key here says of a study in which hospitals have joined or left.
 
     To be shown beside the terms, which are the study's: who joins or leaves is accepted by other words.
 
@@ -108,11 +108,20 @@ def members_now(file: SiteFile, agreed: AgreedStudy) -> list[str] | None:
         file: its ``site.toml``.
         agreed: the study.
 
+    Returns:
+        ``members_now``, whom it is for, None without a key; ``rounds_left``, how many of its run's ``rounds_now`` were
+        left when it was made, both None if it replaced no other.
+
     Raises:
         KeyFileError: it is damaged, or of another study.
     """
     newest = max(file.state_folder.keys.glob(SEALED), default=None)
-    return None if newest is None else list(check_sealed_key(read_sealed_file(newest), agreed).recipients)
+    if newest is None:
+        return dict.fromkeys(("members_now", "rounds_left", "rounds_now"))
+    header = check_sealed_key(read_sealed_file(newest), agreed)
+    closed, rounds = header.rounds or (None, None)
+    left = None if closed is None or rounds is None else max(0, rounds - closed)
+    return {"members_now": list(header.recipients), "rounds_left": left, "rounds_now": rounds}
 
 
 def again_words(file: SiteFile, agreed: AgreedStudy) -> list[str]:

@@ -184,6 +184,7 @@ def create_sealed_key(
     members: Mapping[str, Member] | None = None,
     added: tuple[Member, ...] = (),
     removed: tuple[str, ...] = (),
+    rounds: tuple[int, int] | None = None,
 ) -> bytes:
     """Make a new CKKS secret and MAC key for a study and seal them to all its members.
 
@@ -195,6 +196,7 @@ def create_sealed_key(
         members: the members so far, if amendments have changed the study's.
         added: sites that join with the new key.
         removed: sites that leave with it, and can open nothing later.
+        rounds: rounds of the run that are closed, and all that it has, for whoever joins.
 
     Returns:
         The sealed key file, which may travel over the server.
@@ -222,6 +224,7 @@ def create_sealed_key(
         added=added,
         removed=removed,
         created_ms=time.time_ns() // 1_000_000,
+        rounds=rounds,
         **payload_fields(sealed),
     )
     return sign_frame(KEY_MAGIC, header, maker.signing, sealed)

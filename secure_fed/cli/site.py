@@ -42,6 +42,8 @@ def init(
         write_durable(Path("site.toml"), explained_toml(site_file).encode())
         _say("site.toml: every key there is, with its meaning; look through it: it is this site's own policy")
         _say(f"site.toml: expects what the coordinator sends in {Path(site_file.study).parent}/")
+        if data is not None and not data.is_dir():
+            _say(f"{data}: no such folder yet; the images must be there before secfacmic client --site site.toml")
     _say(f"send this file to the coordinator: {folder / name}.pub")
 
 
@@ -69,7 +71,7 @@ def accept(
     """Show what will leave this site in a study, to whom and under which budget, and record who accepts it."""
     from secure_fed.clients.acceptance import (
         again_words,
-        members_now,
+        as_of_key,
         record_acceptance,
         require_acceptance,
         rounds_to_accept,
@@ -84,7 +86,7 @@ def accept(
     file = with_budget(file, epsilon, delta)
     file.refuse_study(agreed.study)
     accepts = rounds_to_accept(file, agreed, identity.keys.signing, rounds)
-    shown = terms(file, agreed, accepts) | {"members_now": members_now(file, agreed)}
+    shown = terms(file, agreed, accepts) | as_of_key(file, agreed)
     further = again_words(file, agreed) if again else []
     if again:
         shown["again"] = further
@@ -250,6 +252,9 @@ def _show_terms(shown: dict[str, Any]) -> None:
     if now is not None and sorted(now) != sorted(member["name"] for member in shown["members"]):
         _say(f"hospitals have joined or left since: by the newest key here the members are {', '.join(now)}")
         _say("rounds that were closed before this site takes part are not asked of it")
+        if shown["rounds_left"] is not None:
+            _say(f"when that key was made {shown['rounds_left']} of {shown['rounds_now']} rounds were left: a site "
+                 "that joins with it sends at most so many updates")  # fmt: skip
     for line in Quorum(**shown["quorum"]).words:
         _say(line)
     _say("")
@@ -289,4 +294,4 @@ def _show_terms(shown: dict[str, Any]) -> None:
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, highlight=False, soft_wrap=True)

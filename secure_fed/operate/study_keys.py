@@ -49,9 +49,8 @@ def rotate_key(
     here = Replica(file, agreed)
     chain = here.state.chain
     joining = tuple(Member(name=each.name, keys=each.keys) for each in add)
-    sealed = create_sealed_key(
-        agreed, here.identity, here.keys.newest[0] + 1, chain.key, chain.members, joining, tuple(remove)
-    )
+    epoch, rounds = here.keys.newest[0] + 1, (chain.round, chain.rounds)
+    sealed = create_sealed_key(agreed, here.identity, epoch, chain.key, chain.members, joining, tuple(remove), rounds)
     return _keep(here.keys, sealed, into)
 
 

@@ -48,6 +48,8 @@ class SealedKeyHeader(SignedHeader):
         recipients: the members it is sealed to, after joining and leaving.
         added, removed: sites that join and leave with it.
         created_ms: the key maker's clock, milliseconds since 1970; for information.
+        rounds: of a key that replaces another in a run, how many rounds were closed when it was made, and how many the
+            run has; what whoever joins with it is told.
     """
 
     version: Literal[2]
@@ -60,6 +62,7 @@ class SealedKeyHeader(SignedHeader):
     added: tuple[Member, ...]
     removed: tuple[Name, ...]
     created_ms: Count
+    rounds: tuple[Count, Count] | None = None
 
 
 class AcknowledgementHeader(MemberHeader):

@@ -5,7 +5,7 @@ Each is one file that loads nothing and runs nothing, and prints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,19 @@ class Block:
     rows: Sequence[Sequence[str]] = ()
 
 
+def _changes(terms: Mapping[str, Any]) -> Iterator[str]:
+    """Who has joined or left since the study was made, and in how many rounds whoever joins takes part."""
+    now = terms.get("members_now")
+    if now is None or sorted(now) == sorted(member["name"] for member in terms["members"]):
+        return
+    yield f"Hospitals have joined or left since: by the newest key the members are {', '.join(now)}."
+    if terms["rounds_left"] is not None:
+        yield (
+            f"When that key was made {terms['rounds_left']} of {terms['rounds_now']} rounds were left: a hospital that "
+            "joins with it sends at most so many updates."
+        )
+
+
 def consent_page(terms: Mapping[str, Any]) -> str:
     """What taking part means, to be read, printed and signed.
 
@@ -54,6 +67,7 @@ def consent_page(terms: Mapping[str, Any]) -> str:
             (
                 f"Sums are made of at least {terms['min_sites']} hospitals; {terms['quorum']['needed']} must agree to "
                 "each of them.",
+                *_changes(terms),
             ),
             columns=("hospital", "role", "share in the average", ""),
             rows=[

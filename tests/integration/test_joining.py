@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -84,6 +85,13 @@ def test_a_hospital_joins_by_the_page(federation: Federation, secfacmic: Run) ->
     hospitals.study("elm")
     _, accepted = hospitals.play("elm", "elm")
     assert f"the members are {', '.join(sorted((*TRAINING, OBSERVER, 'elm')))}" in accepted.stdout
+    assert "2 of 3 rounds were left: a site that joins with it sends at most so many updates" in accepted.stdout
+    again = secfacmic("site", "accept", "study/study.toml", "--site", "site.toml", "--html", "consent.html",
+                      "--json", cwd=hospitals.folder("elm"))  # fmt: skip
+    assert json.loads(again.stdout)["rounds_left"] == 2
+    page = (hospitals.folder("elm") / "consent.html").read_text()
+    assert "2 of 3 rounds were left" in page
+    assert f"the members are {', '.join(sorted((*TRAINING, OBSERVER, 'elm')))}" in page
     (amended,) = hospitals.play("coordinator", "coordinator")
     assert f"elm join: {', '.join(sorted(members))} must have said yes" in amended.stdout.replace("\n", " ")
     assert "for who joins at most 2 of 3 rounds are left" in amended.stdout.replace("\n", " ")
