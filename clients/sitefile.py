@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from secure_fed.clients.rules import MOST_PIXELS
 from secure_fed.core.errors import SiteFileError
 from secure_fed.core.layout import SiteState
-from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
+from secure_fed.core.tomlfile import FileModel, parse_table, read_toml, spelled
 from secure_fed.model.device import DeviceChoice
 from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Name, Shares, Study, Text, load_study
 
 SITE_FILE = "site.toml"
 """A site's own file; a site is named to a command by it, or by the folder that it is in."""
 
+ADDRESS = r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"
 SLICES = r"^(middle|all|every:[1-9][0-9]{0,3})$"
 
 
@@ -43,7 +44,7 @@ class SiteData(FileModel):
     shares: Shares | None = None
     unlabelled: Annotated[Text | None, Field(examples=["/data/without-labels"])] = None
     slices: Annotated[
-        Annotated[str, StringConstraints(pattern=SLICES)] | None,
+        Annotated[str, spelled(SLICES, "middle, all or every:N, as in every:3")] | None,
         Field(examples=["middle"]),
     ] = None
     leave_out: tuple[Literal["scout", "screenshot", "no picture"], ...] = ()
@@ -64,12 +65,12 @@ class SiteServer(FileModel):
     """
 
     address: Annotated[
-        Annotated[str, StringConstraints(pattern=r"^(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")],
+        Annotated[str, spelled(ADDRESS, "HOST:PORT, as in fl.example.org:8443")],
         Field(examples=["fl.example.org:8443"]),
     ]
     authority: Annotated[Text, Field(examples=["study/ca.crt"])]
     proxy: Annotated[
-        Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$", max_length=300)] | None,
+        Annotated[str, spelled(r"^https?://[^/\s]+/?$", "a URL, as in http://proxy.example.org:3128", 300)] | None,
         Field(examples=["http://proxy.example.org:3128"]),
     ] = None
     wait_seconds: Annotated[int, Field(ge=0, le=25, examples=[0])] = 25

@@ -153,5 +153,5 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> None:
-    console.print(f"secfacmic: {message}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"secfacmic: {message}", highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from secure_fed.cli.data import say
@@ -94,7 +93,7 @@ def check(
     if report["zero_shot"] is not None:
         rows = Table("zero-shot", "correct")
         for way, share in report["zero_shot"]["correct"].items():
-            rows.add_row(escape(way), "-" if share is None else f"{100 * share:.1f} %")
+            rows.add_row(way, "-" if share is None else f"{100 * share:.1f} %")
         out.print(rows)
         say(report["zero_shot"]["hint"])
 
@@ -130,9 +129,9 @@ def list_(json_: Json = False) -> None:
     table = Table("model", "tag", "activation", "size", "digest", "id", "where")
     for row in rows:
         table.add_row(
-            escape(row["model"]),
-            escape(row["tag"] or "-"),
-            escape(row["activation"]),
+            row["model"],
+            row["tag"] or "-",
+            row["activation"],
             _size(row["bytes"]),
             row["digest"][:12],
             row["id"][:12],

@@ -55,7 +55,7 @@ def client(
     take_part(file, _logged_progress(file.site), figures, in_full=at_a_terminal)
     if at_a_terminal:  # logs name no place of this machine
         for line in _next_steps(file, site):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _rehearse(file: SiteFile) -> None:
@@ -67,7 +67,6 @@ def _rehearse(file: SiteFile) -> None:
         f"rehearsed: trained on phantoms in {done.training_seconds:.1f} s; {megabytes:.2f} MB went up in "
         f"{done.up_seconds:.1f} s, came back in {done.down_seconds:.1f} s and opened to what was sent. No image of "
         "this site was read, and no budget or key of the study was used",
-        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
 from rich.table import Column, Table
@@ -98,12 +97,14 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
         print_json({"folders": told, "unreadable": unreadable, "in_common": common.document()})
     else:
         classes = sorted({name for one in told for name in one["classes"]})
-        table = Table(Column("folder", overflow="fold"), "images", "patients", *classes, "without a label", "splits")
+        # Whole in any width: what is long, names above all, breaks its lines anywhere.
+        long = [Column(name, overflow="fold") for name in ("folder", *classes, "without a label", "splits")]
+        table = Table(long[0], *(Column(name, no_wrap=True) for name in ("images", "patients")), *long[1:])
         for one in told:
             counts = [str(one["classes"].get(name, "-")) for name in classes]
             patients = str(one["patients"]) if one["unit"] == "patient" else "not said"
             table.add_row(
-                escape(one["folder"]), str(one["images"]), patients, *counts, str(one["without_label"]), one["splits"]
+                one["folder"], str(one["images"]), patients, *counts, str(one["without_label"]), one["splits"]
             )
         out.print(table)
         for one in told:
@@ -164,7 +165,7 @@ def fetch(
     table = None if labels is None else Labels.read(labels)
     pacs = Pacs(dicomweb, token=read_token(token_file), authority=ca, proxy=proxy, rate=rate)
     if pacs.url.startswith("http:"):
-        console.print(f"{pacs.url}: without TLS; whoever is on the way sees names and images", markup=False)
+        console.print(f"{pacs.url}: without TLS; whoever is on the way sees names and images")
     with progress("searching", "searches") as tell:
         plan = plan_fetch(pacs, wanted, table, into, tell)
     _show_plan(plan.document())
@@ -183,7 +184,7 @@ def fetch(
 
 def _tell(line: str) -> None:
     """One line on stderr."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _show_plan(plan: dict[str, Any]) -> None:
@@ -260,7 +261,7 @@ def forget(
 
 def say(line: str) -> None:
     """One line on stdout."""
-    out.print(line, markup=False, highlight=False, soft_wrap=True)
+    out.print(line, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -273,7 +274,7 @@ def duration(seconds: float) -> str:
 def _show(report: dict[str, Any]) -> None:
     table = Table("class", "train", "val", "test", "unlabelled")
     for name, counts in report["classes"].items():
-        table.add_row(escape(name), *(str(counts[split]) for split in ("train", "val", "test")), "")
+        table.add_row(name, *(str(counts[split]) for split in ("train", "val", "test")), "")
     table.add_row("without a label, or with one that is not looked at", "", "", "", str(report["unlabelled"]))
     out.print(table)
     patients = report["patients"]

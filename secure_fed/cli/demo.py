@@ -83,4 +83,4 @@ def demo(
         "  secfacmic drill                 attacks on this installation, and what held",
         "  secfacmic study init DIR...     a study of your own images",
     ):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)

@@ -66,4 +66,4 @@ def _shown(findings: Iterable[Finding], json_: bool) -> list[Any]:
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, highlight=False, soft_wrap=True)

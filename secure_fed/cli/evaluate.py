@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, out, print_json
@@ -56,21 +55,21 @@ def evaluate(
     for section in () if json_ else sections:
         for text in (section.title, section.finding):
             if text:
-                out.print(text, markup=False, highlight=False, soft_wrap=True)
+                out.print(text, highlight=False, soft_wrap=True)
         for table in section.tables:
-            shown = Table(title=escape(table.caption))
+            shown = Table(title=table.caption)
             for name, numeric in zip(table.columns, table.numeric, strict=True):
-                shown.add_column(escape(name), justify="right" if numeric else "left")
+                shown.add_column(name, justify="right" if numeric else "left")
             for row in table.rows:
-                shown.add_row(*(escape(one.text) for one in row))
+                shown.add_row(*(one.text for one in row))
             out.print(shown)
         for note in section.notes:
-            out.print(note, markup=False, highlight=False, soft_wrap=True)
+            out.print(note, highlight=False, soft_wrap=True)
     if found.said.local and not json_:
         out.print(found.said.local, highlight=False, soft_wrap=True)
     for name, reason in found.said.unreadable.items():
-        console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
     if found.unlabelled:
         console.print(f"{found.unlabelled} images without a label count in nothing", highlight=False, soft_wrap=True)
     if figures is not None:
-        console.print(f"{figures}: {len(written)} files", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{figures}: {len(written)} files", highlight=False, soft_wrap=True)

@@ -70,4 +70,4 @@ def verify(
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, highlight=False, soft_wrap=True)

@@ -23,5 +23,5 @@ def explain(
     if json_:
         print_json({"code": code, "name": page.name, "text": page.text})
         return
-    out.print(f"{code} {page.name}\n", markup=False, highlight=False)
-    out.print(page.text, markup=False, highlight=False)
+    out.print(f"{code} {page.name}\n", highlight=False)
+    out.print(page.text, highlight=False)

@@ -55,7 +55,7 @@ def explain_case(
     if json_:
         print_json(explained.document())
     for name, reason in found.unreadable.items():
-        console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
     if found.local:
         console.print(f"calibrated here: {found.local}", highlight=False, soft_wrap=True)
     strangers = sum(bool(case.said.get("stranger")) for case in explained.cases)
@@ -68,7 +68,6 @@ def explain_case(
     console.print(
         f"{into / PAGE}: {len(explained.cases)} cases; {len(written)} files, made of the images: keep them as "
         f"you keep these. {NOT_A_DIAGNOSIS}",
-        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -275,4 +275,4 @@ def _time(milliseconds: int) -> str:
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, highlight=False, soft_wrap=True)

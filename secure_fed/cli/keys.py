@@ -107,4 +107,4 @@ def _tell(header: SealedKeyHeader, site: Path) -> None:
     out.print("compare the fingerprint with the other sites by phone", highlight=False, soft_wrap=True)
     warning = exact_warning(read_site(site, None)[1].study, header)
     if warning is not None:
-        out.print(warning, highlight=False, soft_wrap=True, markup=False)
+        out.print(warning, highlight=False, soft_wrap=True)

@@ -27,8 +27,9 @@ class _Terminal(Console):
         return super().render_str(_STEERS.sub("?", text), **how)
 
 
-console = _Terminal(stderr=True)
-out = _Terminal()
+# No bracket in a name is a style, and no :word: a picture.
+console = _Terminal(stderr=True, markup=False, emoji=False)
+out = _Terminal(markup=False, emoji=False)
 
 _DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 
@@ -72,7 +73,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
-        console.print(f"{record.levelname} {record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{record.levelname} {record.getMessage()}", highlight=False, soft_wrap=True)
 
 
 class Pace:

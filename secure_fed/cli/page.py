@@ -24,7 +24,9 @@ def page(
     from secure_fed.operate.live_page import LivePage
 
     live = LivePage(state, port)
-    out.print(live.url, markup=False, highlight=False, soft_wrap=True)
+    out.print(live.url, highlight=False, soft_wrap=True)
     out.print("for a browser on this machine; who has the link sees all. Ctrl-C ends it", highlight=False)
+    if live.nothing_yet:
+        out.print(f"nothing to show yet: {live.nothing_yet}", highlight=False, soft_wrap=True)
     os.nice(19)  # a study on this machine goes first
     live.serve()

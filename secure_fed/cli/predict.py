@@ -80,18 +80,18 @@ def predict(
     elif into is None:
         typer.echo(text, nl=False)
     for name, reason in found.unreadable.items():
-        console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
     for name, what in found.passed_over.items():
-        console.print(f"passed over: {name}: {what}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"passed over: {name}: {what}", highlight=False, soft_wrap=True)
     for line in found.told:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     for doubt in found.doubts:
-        console.print(f"doubt: {doubt.text}: {doubt.remedy}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"doubt: {doubt.text}: {doubt.remedy}", highlight=False, soft_wrap=True)
     unknown = sum(not image.patient for image in found.images)
     if unknown and unknown < len(found.images):
         console.print(f"{unknown} images are of nobody known, and in no patient's row", highlight=False, soft_wrap=True)
     if reports is not None:
-        console.print(f"{dicom_sr}: {reports[0]} structured reports", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{dicom_sr}: {reports[0]} structured reports", highlight=False, soft_wrap=True)
         if reports[1]:
             console.print(
                 f"no report for {reports[1]} patients: none of their images is DICOM with identifiers", soft_wrap=True
@@ -100,7 +100,6 @@ def predict(
             console.print(
                 f"no report for {len(reports[2])} ids that may be several persons: {some(map(repr, reports[2]))}; "
                 "mend the ids, or settle each in patients.csv beside the images",
-                markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
@@ -108,7 +107,6 @@ def predict(
         scale = "" if found.anomalies is None else f"; {found.anomalies.scale.words}"
         console.print(
             f"{maps}: {drawn} heat maps, made of the images: keep them as you keep these{scale}",
-            markup=False,
             highlight=False,
             soft_wrap=True,
         )

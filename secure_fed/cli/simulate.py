@@ -54,7 +54,7 @@ def simulate(
         summary = run(chosen, into, data, listener, skip_unreadable=skip_unreadable, budget=budget, device=device)
     found = parse_summary(summary, StudySummary, str(into / SUMMARY))
     for path in write_logs(logs or (), into, {chosen.name: ({}, found)}):
-        console.print(f"log: {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"log: {path}", highlight=False, soft_wrap=True)
     if json_:
         print_json(summary)
     else:
@@ -89,7 +89,7 @@ def as_played(chosen: Template, budget: Any, data: Path | None) -> Template:
 
     played, advice = under_budget(chosen, budget, data)
     if advice is not None:
-        console.print(f"method: {advice.words}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"method: {advice.words}", highlight=False, soft_wrap=True)
     return played
 
 
@@ -115,7 +115,7 @@ def print_results(summary: StudySummary) -> None:
     out.print(table)
     if summary.metrics.one_sum is not None:
         for line in _order(summary, measure):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            out.print(line, highlight=False, soft_wrap=True)
     for site, spent in summary.privacy.items():
         out.print(
             f"{site}: simulated epsilon {spent.epsilon_spent:.3f} of {spent.epsilon_budget:g} spent at delta "
@@ -147,7 +147,7 @@ def _order(summary: StudySummary, measure: str) -> list[str]:
 
 @contextmanager
 def live() -> Iterator[Any]:
-    """A listener that keeps a table of the rounds up to date on stderr."""
+    """A listener that keeps a table of the rounds up to date on stderr; there is none before the first."""
     from secure_fed.lab.simulation import Listener, RoundFacts
 
     table = Table(
@@ -161,7 +161,7 @@ def live() -> Iterator[Any]:
         "sites, before the round's training",
     )
     status, pace = Text("starting"), Pace()
-    with Live(Group(table, status), console=console, refresh_per_second=4) as live:
+    with Live(status, console=console, refresh_per_second=4) as live:
 
         def tell(text: str) -> None:
             status.plain = text
@@ -177,7 +177,7 @@ def live() -> Iterator[Any]:
                 f"{facts.seconds:.1f}",
                 validation,
             )
-            live.refresh()
+            live.update(Group(table, status), refresh=True)
 
         try:
             yield Listener(

@@ -68,4 +68,4 @@ def _yes(value: bool) -> str:
 
 
 def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    out.print(text, highlight=False, soft_wrap=True)

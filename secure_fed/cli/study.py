@@ -70,7 +70,7 @@ def new(
         there = public is not None or has_packaged_statistics(chosen.backbone.model)
         advice = advise(epsilon, patients, public=there, one_sum=chosen.method.one_sum)
         chosen = as_advised(chosen, advice)
-        out.print(f"method: {advice.words}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"method: {advice.words}", highlight=False, soft_wrap=True)
     members = [read_public_identity(path) for path in site or []]
     made, backbone = new_study(chosen, members, into, checkpoint, public)
     out.print(f"{into / 'study.toml'}: study {made.name}, id {made.id}", highlight=False, soft_wrap=True)
@@ -142,14 +142,14 @@ def init(
         )  # fmt: skip
     write_durable(into, draft.text.encode())
     for line in draft.told:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)
     names = ", ".join(f"{site.name}{' (held out)' if site.role == 'observer' else ''}" for site in draft.template.sites)
     for line in (
         f"{into}: sites {names}; classes {', '.join(draft.template.class_names)}",
         f"review it, the prompts first; then: secfacmic study check {into}",
         f"and: secfacmic simulate {into} --data {draft.data} --out {into.with_suffix('')}",
     ):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command("list")
@@ -309,13 +309,12 @@ def amend(
                 f"(amendments = {allowed}) or by hand (secfacmic keys accept {sealed.name}); whose people have "
                 "not, that site ends with exit code 11 until they do"
                 + (f"; for who joins at most {last - first + 1} of {last} rounds are left" if what == "join" else ""),
-                markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
     warning = exact_warning(agreed.study, header)
     if warning is not None:
-        out.print(warning, markup=False, highlight=False, soft_wrap=True)
+        out.print(warning, highlight=False, soft_wrap=True)
 
 
 State = Annotated[Path, typer.Option(help="The server's state folder.")]
@@ -367,7 +366,6 @@ def extend(
         f"of every site must have said yes before (secfacmic site accept {study.name} --site site.toml --rounds "
         f"{rounds}); one whose have not ends with exit code 13 until they do. A site with a budget sends updates for "
         "the rounds that it planned for, and takes the others",
-        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -461,4 +459,4 @@ def close(
     for what, count in done.destroyed.items():
         out.print(f"destroyed: {count} files, {what}", highlight=False, soft_wrap=True)
     for what, words in done.remains.items():
-        out.print(f"remains: {what}: {words}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"remains: {what}: {words}", highlight=False, soft_wrap=True)

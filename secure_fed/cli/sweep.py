@@ -56,7 +56,7 @@ def sweep(
         found = run_sweep(file, into, SweepListener(tell, count), jobs=jobs, ray=ray)
     done = {line.trial: (line.settings, line.summary) for line in found.trials if line.summary is not None}
     for path in write_logs(logs or (), into, done):
-        console.print(f"log: {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"log: {path}", highlight=False, soft_wrap=True)
     compared = compare(found.trials)
     if json_:
         print_json(

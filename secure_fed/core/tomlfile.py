@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic_core import to_jsonable_python
 
 from secure_fed.core.errors import SecfacmicError
@@ -31,6 +31,21 @@ class FileModel(BaseModel):
 
 
 Model = TypeVar("Model", bound=FileModel)
+
+_SPELLINGS: dict[str, str] = {}
+
+
+def spelled(pattern: str, words: str, most: int | None = None) -> StringConstraints:
+    """A text that people write in a form of its own.
+
+    Args:
+        pattern: a regular expression that all of it matches, from ``^`` to ``$``.
+        words: what the form is, for whoever wrote another: ``expected WORDS``.
+        most: most characters.
+    """
+    _SPELLINGS[pattern] = words
+    return StringConstraints(pattern=pattern, max_length=most)
+
 
 _DEPTH = 5
 """How often a file is read again for errors that others hide."""
@@ -215,6 +230,8 @@ def _line(entry: Any) -> str:
         return f"  {key}: unknown key; remove it or correct its spelling"
     if entry["type"] == "missing":
         return f"  {key}: missing; this key is required"
+    if entry["type"] == "string_pattern_mismatch" and entry["ctx"]["pattern"] in _SPELLINGS:
+        message = f"expected {_SPELLINGS[entry['ctx']['pattern']]}"
     found = repr(entry["input"])
     if len(found) > 80:
         found = found[:77] + "..."

@@ -272,8 +272,9 @@ def _refuse_failures(processes: dict[str, subprocess.Popen[bytes]], out: Path) -
         if process.poll():
             log = out / LOGS / f"{name}.log"
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no word"]
+            last = lines[-1].removeprefix("secfacmic: ")  # one message, not one in another
             raise DemoError(
-                f"{name} ended with {process.returncode} before the study was over: {lines[-1]}; "
+                f"{name} ended with {process.returncode} before the study was over: {last}; "
                 f"its log is {log}; the same command goes on from here"
             )
 

@@ -69,6 +69,11 @@ class LivePage:
         """The link, which is as secret as what it shows."""
         return f"http://{HOST}:{self.port}/{self._token}/"
 
+    @property
+    def nothing_yet(self) -> str:
+        """Why there is nothing to show yet; empty if there is."""
+        return str(self._place.facts().get("nothing_yet", ""))
+
     def serve(self) -> None:
         """Answer until :meth:`close`."""
         self._server.serve_forever(poll_interval=0.2)

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationInfo, f
 
 from secure_fed import configs
 from secure_fed.core.errors import LanesError, StudyError
-from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
+from secure_fed.core.tomlfile import FileModel, parse_table, read_toml, spelled
 from secure_fed.protocol import memory
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import (
@@ -54,7 +54,9 @@ from secure_fed.protocol.quorum import Quorum, quorum, refuse_quorum
 
 Mode = Literal["he", "plain"]
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+Name = Annotated[
+    str, spelled(r"^[a-z0-9][a-z0-9_-]{0,39}$", "up to 40 small letters a to z, digits, - and _, as in north-2")
+]
 
 
 def _no_blank(text: str) -> str:
@@ -404,7 +406,7 @@ class Window(FileModel):
         unit: of both: ``HU`` refuses files whose values are none; ``rescaled`` takes what the modality rescale gives.
     """
 
-    modality: Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_]{1,16}$")]
+    modality: Annotated[str, spelled(r"^[A-Z0-9_]{1,16}$", "DICOM's word in capital letters, as CT")]
     centre: Annotated[float, Field(ge=-1e9, le=1e9)]
     width: Annotated[float, Field(gt=0, le=1e9)]
     unit: Literal["HU", "rescaled"]
@@ -722,7 +724,9 @@ class StudyFile(FileModel):
     collusion: Annotated[int, Field(ge=0, le=1000)] | None = None
     keep_rounds: Annotated[int, Field(ge=0, le=1000)] = 2
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
-    records_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s?#]{1,250}$")] | None = None
+    records_url: (
+        Annotated[str, spelled(r"^https?://[^\s?#]{1,250}$", "a URL, as in https://files.example.org/records")] | None
+    ) = None
     task: Literal["classify", "anomaly"] = "classify"
     classes: tuple[StudyClass, ...]
     backbone: Backbone

@@ -121,3 +121,19 @@ def test_ctrl_c_in_the_middle_of_a_write(
         _cut_short(secfacmic(*words(place)), 130, place)
     again = secfacmic(*words(place))
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("megabytes", [40, 110], ids=["while the sites encode", "in the rounds"])
+def test_a_demo_whose_disk_fills_names_the_site_and_goes_on_once_there_is_room(
+    megabytes: int, tmp_path: Path, secfacmic: Run
+) -> None:
+    small = tmp_path / "small"
+    words = ("demo", "--rounds", 2, "--sites", 3, "--out", small / "out")
+    with mounted(small, megabytes << 20):
+        ended = secfacmic(*words)
+        _cut_short(ended, errors.DemoError.exit_code, small)
+        assert "No space left on device" in ended.stderr or "disk is full" in ended.stderr
+        assert "the same command goes on from here" in ended.stderr
+        enlarge(small, 400 << 20)
+        again = secfacmic(*words)
+        assert again.returncode == 0, again.stderr

@@ -161,7 +161,7 @@ def test_simulated_sites_beside_each_other_share_nothing(tmp_path: Path) -> None
         (lambda t: t["sites"][0].update(weight=1.5), "sites[0].weight = 1.5", "less than or equal to 1"),
         (lambda t: t["simulation"]["shares"].update(train=0.9), "simulation.shares.unlabelled", "expected 1"),
         (lambda t: t["simulation"]["sites"].pop(), "simulation", "expected exactly the study's"),
-        (lambda t: t["sites"][0].update(name="../x"), "sites[0].name", "pattern"),
+        (lambda t: t["sites"][0].update(name="../x"), "sites[0].name", "up to 40 small letters"),
     ],
 )
 def test_each_error_names_key_value_and_what_is_allowed(tmp_path: Path, change: Any, key: str, says: str) -> None:
