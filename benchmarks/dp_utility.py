@@ -9,7 +9,7 @@ Site sends, without encryption (which changes no bit) and without the rounding t
 ledger's own plan, one round kept for a crash. Prints a table of means and standard errors over seeds of initial
 adapter and noise, and one JSON line a cell: of the mean of the adapters after each round, and of the last one.
 ``text_head:64`` sees features in 64 public dimensions, of the statistics that come with mini-CLIP; ``advised`` is what
-docs/privacy.md advises for each budget and the smallest site, dimensions and learning rate, which is where the demo and
+docs/privacy.md advises for each budget and the smallest site, dimensions and constants, which is where the demo and
 ``study new --epsilon`` have it from. The constants were chosen on the phantoms of seed 11.
 
 ``--lmmd`` compares the uses of released class means instead (``privacy.lmmd_use``): each hospital has labelled images
@@ -39,7 +39,7 @@ from secure_fed.lab.simulation import open_sites, prepare
 from secure_fed.model.adapters import Adapter, build_adapter, initial_parameters
 from secure_fed.model.evaluation import metrics
 from secure_fed.model.public_statistics import make_basis, packaged_statistics
-from secure_fed.operate.advice import CLIP, advise
+from secure_fed.operate.advice import CLIP, MOMENTUM, advise
 from secure_fed.privacy import class_means
 from secure_fed.privacy.accounting import gaussian_noise, mu_squared_of
 from secure_fed.privacy.dp_training import (
@@ -286,8 +286,8 @@ def flat_gradient(adapter: Adapter, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(own) if one is None else one).flatten().detach() for own, one in pairs])
 
 
-def with_constants(agreed: AgreedStudy, clip: float, learning_rate: float) -> AgreedStudy:
-    constants = {"clip": clip, "learning_rate": learning_rate}
+def with_constants(agreed: AgreedStudy, clip: float, learning_rate: float, momentum: float = 0.0) -> AgreedStudy:
+    constants = {"clip": clip, "learning_rate": learning_rate, "momentum": momentum}
     settings = agreed.study.privacy.model_copy(update=constants)
     return AgreedStudy(agreed.study.model_copy(update={"privacy": settings}), agreed.initial)
 
@@ -333,7 +333,7 @@ def compare_methods(agreed: AgreedStudy, features: list[SiteFeatures], name: str
         for epsilon in (*arguments.epsilons, None):
             if kind == "advised":
                 advice = advise(epsilon or max(arguments.epsilons), min(counts), public=True)
-                own = with_constants(with_basis(agreed, advice.dimensions), CLIP, advice.learning_rate)
+                own = with_constants(with_basis(agreed, advice.dimensions), CLIP, advice.learning_rate, MOMENTUM)
             pairs = [federate(own, features, method, epsilon, seed) for seed in range(arguments.seeds)]
             cell = {"data": name, "patients": counts, "method": kind, "epsilon": epsilon}
             cell |= {"last": [round(100 * last, 2) for _, last in pairs]}

@@ -17,8 +17,8 @@ from secure_fed.protocol.study import read_study_file, read_template, with_field
 
 @pytest.mark.parametrize(
     ("epsilon", "patients", "public", "dimensions", "rate"),
-    [(8, 30, True, 32, 0.031), (1, 200, True, 32, 0.034), (3, 200, True, 32, 0.18), (8, 599, True, 32, 0.75),
-     (1, 600, True, 64, 0.2), (8, 600, True, 64, 0.75), (8, 600, False, None, 0.75)],
+    [(8, 30, True, 32, 0.0021), (1, 200, True, 32, 0.0022), (3, 200, True, 32, 0.012), (8, 239, True, 32, 0.033),
+     (1, 600, True, 32, 0.013), (3, 600, True, 64, 0.036), (8, 600, True, 64, 0.05), (8, 600, False, None, 0.05)],
 )  # fmt: skip
 def test_dimensions_and_rate_follow_from_budget_and_size(
     epsilon: float, patients: int, public: bool, dimensions: int | None, rate: float
@@ -41,7 +41,7 @@ def test_the_advised_template_averages_and_keeps_the_rest() -> None:
     advised = as_advised(demo, advise(8.0, 30, public=True))
     assert (advised.method.adapter, advised.features.basis, advised.features.dimensions) == ("text_head", "public", 32)
     assert advised.aggregation.iterates == "mean"
-    assert (advised.privacy.clip, advised.privacy.learning_rate) == (4.0, 0.031)
+    assert (advised.privacy.clip, advised.privacy.momentum, advised.privacy.learning_rate) == (12.0, 0.8, 0.0021)
     assert (advised.encoding, advised.sites) == (demo.encoding, demo.sites)
     assert advised.privacy.steps == demo.privacy.steps
 
