@@ -50,15 +50,16 @@ def seen(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[See
     folder = tmp_path_factory.mktemp("federation")
     network = Network(folder / "out", make_template(rounds=ROUNDS, round_seconds=120), images)
     facts = Seen(network)
+    network.options["server"] = ["--lobby"]
     try:
         network.start("server")
         network.wait_until(lambda: "listening" in network.log("server"), 60)
         knock(facts, folder)
         rehearse(facts)
         network.start(*network.names)
-        network.wait_until(lambda: network.records >= 2, 90)
+        network.wait_until(lambda: network.records >= 2, 240)
         look(facts)
-        facts.exits = network.wait(90)
+        facts.exits = network.wait(240)
         yield facts
     finally:
         network.close()
@@ -150,6 +151,15 @@ def test_a_round_can_be_rehearsed_over_the_true_line_before_the_first(seen: Seen
     assert "opened to what was sent. No image of this site was read" in words
     assert "ash: rehearses, and leaves then" in seen.network.log("server")
     assert seen.begun_after_rehearsal == []
+
+
+def test_a_server_with_a_lobby_begins_once_all_that_train_are_ready(seen: Seen) -> None:
+    log = seen.network.log("server")
+    waiting = log.index("lobby: 0 of 3 sites are ready, quorum 3; waiting for ash, birch, cedar; begin without them")
+    ready = log.index("all 3 sites that train are ready")
+    said = [log.index(f"{name}: ready: acceptance ") for name in ("ash", "birch", "cedar")]
+    assert waiting < min(said) < max(said) < ready < log.index(f"round 1 of {ROUNDS}: 3 sites in")
+    assert not list((seen.network.folder / "server").rglob("lobby"))
 
 
 def test_it_ends_with_the_adapter_of_a_simulation(seen: Seen, images: Path, tmp_path: Path) -> None:
