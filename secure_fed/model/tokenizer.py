@@ -401,6 +401,11 @@ def _sentencepiece(path: Path, siglip: Config | None = None) -> dict[str, Any]:
                     "SigLIP's have it: another way is not read"
                 )
         special = [one for one in dict.fromkeys([end, "<unk>", *siglip.specials]) if one in names]
+        if words := [one for one in special if not re.fullmatch("<.+>", one)]:
+            raise BackboneError(
+                f"{path.parent}: {words[0]!r} is named among the special tokens, but is a piece of words too; expected "
+                "special tokens in angle brackets, as SigLIP's have them: another way is not read"
+            )
         made.add_special_tokens(
             [AddedToken(one, lstrip=True, rstrip=True, normalized=False, special=True) for one in special]
         )

@@ -83,12 +83,12 @@ class _SiglipVision(_Tower):
 
 
 class _Whole(Foreign):
-    """Old files have a second table of each tower, which transformers puts over the first."""
+    """Old files of CLIP have a second table of each tower, which holds with all that it leaves out at its default."""
 
     text_config: dict[str, Any] = Field(default_factory=dict)
-    text_config_dict: dict[str, Any] = Field(default_factory=dict)
+    text_config_dict: dict[str, Any] | None = None
     vision_config: dict[str, Any] = Field(default_factory=dict)
-    vision_config_dict: dict[str, Any] = Field(default_factory=dict)
+    vision_config_dict: dict[str, Any] | None = None
     projection_dim: Size = 512
 
 
@@ -166,10 +166,9 @@ def model_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = content["model_type"]
     whole = checked(_stated(content), _Whole, where)
     clip = kind == "clip"
-    text: Any = _tower(whole.text_config, whole.text_config_dict, _ClipText if clip else _SiglipText, f"{where}, text")
-    vision: Any = _tower(
-        whole.vision_config, whole.vision_config_dict, _ClipVision if clip else _SiglipVision, f"{where}, vision"
-    )
+    second = (whole.text_config_dict, whole.vision_config_dict) if clip else (None, None)
+    text: Any = _tower(whole.text_config, second[0], _ClipText if clip else _SiglipText, f"{where}, text")
+    vision: Any = _tower(whole.vision_config, second[1], _ClipVision if clip else _SiglipVision, f"{where}, vision")
     for tower in (text, vision):
         if tower.hidden_act not in _ACTIVATIONS:
             raise BackboneError(
@@ -311,10 +310,18 @@ def preprocessing(content: Mapping[str, Any], size: int, kind: str, where: str) 
             f"{where}: comes with code of its own (auto_map), which is never run; expected a model whose images "
             "transformers' own processors prepare"
         )
-    table = {key: value for key, value in _stated(content).items() if key not in _WITHOUT_EFFECT}
+    # A step that is null is left out; what a step needs has no other null than that of an older version's default.
+    steps = {key: False for key, value in content.items() if value is None and key.startswith("do_")}
+    if content.get("resample", 3) is None or content.get("rescale_factor", 1) is None:
+        raise BackboneError(
+            f"{where}: resample or rescale_factor is null, and versions of transformers differ in what that means; "
+            "expected a number, or neither key"
+        )
+    table = {key: value for key, value in (_stated(content) | steps).items() if key not in _WITHOUT_EFFECT}
     how = checked(table, _Preparing, where)
-    maker = how.image_processor_type or how.feature_extractor_type or kind
-    family = next((one for one in ("siglip", "clip") if maker.lower().startswith(one)), None)
+    maker = how.image_processor_type or how.feature_extractor_type or f"{kind}imageprocessor"
+    found = re.fullmatch(r"(siglip|clip)(imageprocessor(fast|pil)?|featureextractor)", maker.lower())
+    family = found and found[1]
     if family is None:
         raise BackboneError(
             f"{where}: images are prepared by {maker[:60]!r}, which is not read; expected CLIP's or SigLIP's way"
@@ -330,11 +337,11 @@ def preprocessing(content: Mapping[str, Any], size: int, kind: str, where: str) 
     if how.resample not in _FILTERS:
         raise BackboneError(f"{where}: resample {how.resample!r}; expected a filter of Pillow, 0 to 5")
     cuts = clip if how.do_center_crop is None else how.do_center_crop
-    usual = _Shortest(shortest_edge=size) if clip else _Square(height=size, width=size)
+    usual = _Shortest(shortest_edge=_USUAL) if clip else _Square(height=_USUAL, width=_USUAL)
     short, square = _edges(how.size or usual, not how.default_to_square)
-    cut = _edges(how.crop_size or size, False)[1] if cuts else None
+    cut = _edges(how.crop_size or _USUAL, False)[1] if cuts else None
     if cuts and cut is None:
-        raise BackboneError(f"{where}: crop_size {how.crop_size!r}; expected height and width")
+        raise BackboneError(f"{where}: crop_size {content['crop_size']}; expected height and width")
     if square is None and cut is None:
         raise BackboneError(f"{where}: images keep their shape and are not cut; expected a square at the end")
     final = cut or square
@@ -360,6 +367,9 @@ def preprocessing(content: Mapping[str, Any], size: int, kind: str, where: str) 
         "cut": "floor",
     }
 
+
+_USUAL = 224
+"""Pixels a side that transformers takes where a file does not say."""
 
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MEANS = {
@@ -433,8 +443,8 @@ def _blocks(kind: str, tower: str) -> str:
     return "visual.transformer.resblocks" if kind == "clip" else "visual.trunk.blocks"
 
 
-def _tower(given: dict[str, Any], over: dict[str, Any], table: type[_Tower], where: str) -> _Tower:
-    return checked(_stated(given) | _stated(over), table, where)
+def _tower(given: dict[str, Any], second: dict[str, Any] | None, table: type[_Tower], where: str) -> _Tower:
+    return checked(_stated(given if second is None else second), table, where)
 
 
 def _stated(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,6 +180,25 @@ def test_a_clip_of_transformers_is_transformers_own(act: str, tmp_path: Path) ->
     assert loaded.activation == {"quick_gelu": "quickgelu", "gelu": "gelu"}[act]
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_second_table_of_a_tower_is_transformers_own(kind: str, tmp_path: Path) -> None:
+    """CLIP's holds alone, with its defaults in place of what the first says; SigLIP has none."""
+    from transformers import AutoModel
+
+    folder = tmp_path / kind
+    make = clip_folder if kind == "clip" else siglip_folder
+    _, tokenizer, processor = make(folder, "gelu")
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config_dict"] = {key: value for key, value in content["text_config"].items() if key != "hidden_act"}
+    content["vision_config_dict"] = None
+    (folder / "config.json").write_text(json.dumps(content))
+    model = AutoModel.from_pretrained(folder).eval()
+    expected = of_transformers(model, tokenizer, processor, content["text_config"]["max_position_embeddings"])
+    loaded = taken(folder, None)
+    same(loaded, expected)
+    assert loaded.activation == {"clip": "gelu+quickgelu", "siglip": "gelu"}[kind]
+
+
 def test_a_siglip_of_transformers_is_transformers_own(tmp_path: Path) -> None:
     model, tokenizer, processor = siglip_folder(tmp_path / "siglip")
     expected = of_transformers(model, tokenizer, processor, 16)

@@ -81,6 +81,16 @@ def move_onnx(folder: Path) -> None:
     (folder / "onnx/model.onnx").write_bytes(b"\x08\x07")
 
 
+def leave_out(*keys: str) -> Make:
+    """Take keys out of what says how images are prepared."""
+
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / PREPARE).read_text())
+        (folder / PREPARE).write_text(json.dumps({key: content[key] for key in content if key not in keys}))
+
+    return apply
+
+
 def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads((folder / OURS).read_text())
     change(content["model_cfg"])
@@ -117,6 +127,23 @@ BAD: dict[str, tuple[str, Make, str]] = {
         edit(PREPARE, size={"shortest_edge": 20}),
         "made 20 pixels wide and then cut to 32",
     ),
+    "a size that nothing says": ("siglip", leave_out("size"), "become 224 x 224, but the model takes 36 x 36"),
+    "a cut that nothing says": ("clip", leave_out("crop_size"), "become 224 x 224, but the model takes 32 x 32"),
+    "a step of null": ("clip", edit(PREPARE, do_normalize=None), "do_normalize = false"),
+    "a cut of null": ("clip", edit(PREPARE, do_center_crop=None), "keep their shape and are not cut"),
+    "a filter of null": ("clip", edit(PREPARE, resample=None), "resample or rescale_factor is null"),
+    "a factor of null": ("siglip", edit(PREPARE, rescale_factor=None), "resample or rescale_factor is null"),
+    "a cut by the short edge": (
+        "clip",
+        edit(PREPARE, crop_size={"shortest_edge": 32}),
+        r"crop_size \{'shortest_edge': 32\}; expected height and width",
+    ),
+    "a processor of any shape": (
+        "siglip",
+        edit(PREPARE, image_processor_type="Siglip2ImageProcessorFast"),
+        "prepared by 'Siglip2ImageProcessorFast'",
+    ),
+    "a special word": ("siglip", edit("tokenizer_config.json", pad_token="a"), "'a' is named among the special"),
     "not cut": ("clip", edit(PREPARE, do_center_crop=False), "keep their shape and are not cut"),
     "code that reads": ("clip", edit("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), "never run"),
     "pad that is a number": ("clip", edit("tokenizer_config.json", pad_token=3), "pad_token"),
