@@ -125,20 +125,22 @@ class Bound(FileModel):
         return self.model_copy(update={"given": self.given_before})
 
 
-def read_bound(path: Path) -> Bound:
-    """What was written last; of no round if nothing was.
+def read_bound(path: Path) -> Bound | None:
+    """What was written last; of no round if nothing was. None if the file is damaged: nobody knows what was said.
 
     Raises:
-        StorageError: it cannot be read, so that nobody knows what was said.
+        StorageError: it cannot be read.
     """
     try:
         return Bound.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return Bound()
-    except (OSError, ValidationError) as error:
+    except ValidationError:
+        return None
+    except OSError as error:
         raise StorageError(
-            f"{path}: cannot be read as what this site has bound itself to ({type(error).__name__}); put it back from "
-            "a backup of this moment, or sit the round out: the next one begins a new file once it is removed"
+            f"{path}: what this site has bound itself to cannot be read ({error.strerror}); mend the disk or the "
+            "file's rights, and start the site again"
         ) from None
 
 

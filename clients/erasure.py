@@ -155,7 +155,7 @@ def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:
             write_durable(run.withdrawn(number), str(attempt).encode(), PRIVATE)
             run.integers(number).unlink(missing_ok=True)
             bound = read_bound(run.bound)
-            if bound.round != number or bound.attempt < max(attempt, 1):
+            if bound is None or bound.round != number or bound.attempt < max(attempt, 1):
                 envelope.unlink(missing_ok=True)  # else the server has it: once its sum is fixed, the round needs it
             sync_folder(run.outbox)
             rounds.append(f"run {folder.name[:16]}, round {number}")

@@ -237,8 +237,18 @@ class RunFiles:
 
     @property
     def bound(self) -> Bound:
-        """What this site has bound itself to."""
-        return read_bound(self.folder.bound)
+        """What this site has bound itself to; where its file is damaged, from now on, that it is behind its words."""
+        bound = read_bound(self.folder.bound)
+        if bound is None:
+            log.error(
+                "%s: damaged, so that nobody knows what this site has said in the open round; it begins a new file and "
+                "sits that round out; if its people have just given a void, a release or a retirement, they say it "
+                "again; look after this computer's disk",
+                self.folder.bound,
+            )
+            bound = Bound(behind=True)
+            self.bind(bound)
+        return bound
 
     def bind(self, bound: Bound) -> None:
         """Bind this site, durably, before it speaks.

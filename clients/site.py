@@ -1061,7 +1061,7 @@ class Site:
         """Whether, by its own journal, this site has given patients' statistics to a run of this study."""
         study = self._agreed.study
         bound = read_bound(run.bound)
-        if bound.arrived and study.sums_patients(bound.round):
+        if bound is None or (bound.arrived and study.sums_patients(bound.round)):
             return True
         for path in sorted(run.journal.glob(RECORDS)):
             _, header = read_header(path.read_bytes(), self._agreed)

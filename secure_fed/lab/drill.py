@@ -27,7 +27,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from numpy.typing import NDArray
 
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
-from secure_fed.clients.bound import read_bound
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
@@ -792,7 +791,7 @@ def _stolen_disk(ground: Ground) -> Outcome:
     for site in sites:
         request = coordinator.request(site.name, site.run, site.position)
         site.respond(replace(request, attempt=0, question=b""))  # takes the record; the next round has not begun here
-    kept = read_bound(victim.replica.files.folder.bound)
+    kept = victim.replica.files.bound
     opened = False
     if kept.padded is not None:
         place = PadPlace(ground.agreed.study.id, header.position, header.attempt, header.cohort)
