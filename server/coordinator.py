@@ -435,10 +435,11 @@ class Coordinator:
 
     @property
     def ends_now(self) -> bool:
-        """Whether it ends with the next step: also within a round, if sites that it needs are lost for ever."""
-        if not self.ending or self.journal.chain.awaits_checkpoint:
+        """Whether it ends with the next step: also within a round, or before an amendment's checkpoint, if sites that
+        these need are lost for ever."""
+        if not self.ending:
             return False
-        return self._cohort is None or self._lost
+        return self._lost or (self._cohort is None and not self.journal.chain.awaits_checkpoint)
 
     @property
     def _lost(self) -> bool:
@@ -478,12 +479,12 @@ class Coordinator:
         if self.finished:
             return None
         chain, needed = self.journal.chain, self.journal.chain.quorum.needed
-        if chain.awaits_checkpoint:
-            return self._close_amendment()
         if self.ends_now:
             self.journal.append_end(self._lost)
             self._open_round()
             return self.journal.records[-1]
+        if chain.awaits_checkpoint:
+            return self._close_amendment()
         if self.extends_now:
             self.journal.append_extension(self._rounds_wanted)
             self._head_moved()
@@ -555,6 +556,7 @@ class Coordinator:
         hidden = self._envelopes[name].header.hidden
         assert hidden is not None
         check = self._wire.check_words(self._arrived.digest, self._payload(name))
+        self._true_checks[name] = check
         self._shares.gone[name] = StandIn(name, hidden.mask, check, seed)
 
     def _all_checked(self) -> bool:
@@ -635,13 +637,15 @@ class Coordinator:
         if self._wire.check_words(digest, self._sum()) == summed_checks(checks.values(), self._wire.modulus):
             return True
         for name, check in checks.items():
-            if self._wire.check_words(digest, self._payload(name)) != check:
+            true = self._wire.check_words(digest, self._payload(name))
+            if true != check:
                 log.error(
                     "%s: its REVEAL of round %d is wrong: it does not fit the envelope that it signed; both are kept "
                     "in %s; the round waits for its right one, or for people",
                     *(name, self.round, self._spool()),
                 )
                 del self._reveals[name]
+                self._true_checks[name] = true
                 if self._pads and self._shares.deals:
                     self._stand_in(name, self._masks[name])
         return False
@@ -683,6 +687,8 @@ class Coordinator:
         header = check_reveal(word, self._agreed, self.journal.chain.members, self._arrived.digest)
         if header.site != site:
             raise EnvelopeError(f"a REVEAL of {header.site} in a reply of {site}")
+        if header.products != self._true_checks.get(site, header.products):
+            raise EnvelopeError(f"REVEAL of {site}: its check does not fit its envelope; it does not count")
         if header.mask is not None:
             self._check_mask(header)
         write_durable(self._folder.frame(self.round, self.attempt, REVEAL_OF + site), data, 0o600)
@@ -690,7 +696,7 @@ class Coordinator:
         self._shares.gone.pop(site, None)
 
     def _check_mask(self, header: RevealHeader) -> None:
-        """Refuse a REVEAL of another mask than its envelope names or, once others speak for it, of a wrong check."""
+        """Refuse a REVEAL of another mask than its envelope names."""
         assert self._arrived is not None
         place = self._arrived.names.index(header.site)
         envelope = parse_header(self._arrived.envelopes[place].signed[0], EnvelopeHeader, EnvelopeError)
@@ -698,9 +704,6 @@ class Coordinator:
         assert envelope.hidden is not None
         if commitment(bytes.fromhex(header.mask), header.site) != envelope.hidden.mask:
             raise EnvelopeError(f"REVEAL of {header.site}: another mask than its envelope names; it does not count")
-        stand_in = self._shares.gone.get(header.site)
-        if stand_in is not None and stand_in.check != header.products:
-            raise EnvelopeError(f"REVEAL of {header.site}: its check does not fit its envelope; it does not count")
         self._masks[header.site] = header.mask
 
     def _take_checked(self, data: bytes, site: str) -> None:
@@ -792,6 +795,7 @@ class Coordinator:
         self._arrived = None
         self._shares = Shares()
         self._masks: dict[str, str] = {}
+        self._true_checks: dict[str, tuple[int, int]] = {}  # of whose REVEAL was wrong, and of those who were gone
         self._readies: dict[str, SignedWord] = {}
         self._reveals: dict[str, Revealed] = {}
         self._clear_sum()
@@ -952,7 +956,10 @@ class Coordinator:
         for name in self._cohort.names:
             path = self._folder.frame(self.round, self.attempt, REVEAL_OF + name)
             if path.is_file():
-                self._take_reveal(path.read_bytes(), name)
+                try:
+                    self._take_reveal(path.read_bytes(), name)
+                except EnvelopeError as error:
+                    log.warning("%s: damaged, and asked for again (%s)", path, error)
 
     def _hold(self, path: Path) -> None:
         """Remember a payload that need not be sent again; a damaged one shows when it is used."""

@@ -101,7 +101,7 @@ class Journal:
             lost: for want of sites.
 
         Raises:
-            RecordError: it is over, or an amendment waits for its checkpoint.
+            RecordError: it is over, or an amendment waits for its checkpoint, unless sites are lost.
         """
         self._append("end", self.chain.round + 1, LOST if lost else b"")
 

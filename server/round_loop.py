@@ -528,7 +528,7 @@ class RoundLoop:
             asked = coordinator.asked  # nobody whose people have given the round up, or let it retire
             missing = {site.name for site in self._sites if site.name in asked and not self._passes(site)}
             missing -= {site.name for site in self._sites if self._blind(site)}
-            due = late or not missing - self._absent
+            due = late or not (missing if step is Step.READY and self._just_a_quorum else missing - self._absent)
         else:
             missing = set(coordinator.asked)
             away = self._gone(inside | missing)
@@ -563,6 +563,13 @@ class RoundLoop:
                 self._step_taken()
                 return
         self._tell_waiting(step, inside, missing, late)
+
+    @property
+    def _just_a_quorum(self) -> bool:
+        """Whether with pads no more are ready than must stay to the end: such a round can miss nobody once its sum is
+        fixed, and is begun only when the deadline is over, also without those who are known to be away."""
+        ready, needed = len(self.coordinator.sites_in), self.coordinator.journal.chain.quorum.needed
+        return self.agreed.study.pads and ready <= needed
 
     def _gone(self, names: set[str]) -> set[str]:
         """Which of these have not been connected for a while; who only starts anew keeps its place."""

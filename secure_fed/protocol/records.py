@@ -177,7 +177,8 @@ class Chain:
         rounds: how many the run has: the study's, unless an extension gave it more.
         amended_after: the last round before the last amendment or retirement; -1 before the first.
         changed_after: the same of the last with which a training site joined or left.
-        awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows.
+        awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows, or the end
+            of a run whose sites are lost.
         ended: whether the last record is an end, which nothing follows.
         lost: whether it is one for want of sites.
         seeds: of the envelopes in the sums so far.
@@ -265,9 +266,12 @@ class Chain:
             raise RecordError(f"record 0 is of kind {header.kind}; expected genesis")
         elif header.run != self.run or (header.key != self.key and header.kind != "amendment"):
             raise RecordError(f"record {header.seq}: of another run or key; expected run {self.run[:16]}")
-        if self.awaits_checkpoint != (header.kind == "checkpoint"):
+        # Those who would have to acknowledge an amendment can be lost as well.
+        given_up = self.awaits_checkpoint and header.kind == "end" and frame.payload == LOST
+        if self.awaits_checkpoint != (header.kind == "checkpoint") and not given_up:
             raise RecordError(
-                f"record {header.seq}: a {header.kind}; a checkpoint follows an amendment and nothing else"
+                f"record {header.seq}: a {header.kind}; a checkpoint follows an amendment and nothing else, unless its "
+                "sites are lost"
             )
         if header.kind in ("genesis", "amendment") and header.contributors:
             raise RecordError(f"record {header.seq}: a {header.kind} with contributors; expected none")

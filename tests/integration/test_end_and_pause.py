@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from secure_fed.operate.standing import is_over, standing
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.server.coordinator import Coordinator, Step, end_run, extend_run, hold_run
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked
-from tests.conftest import Federation, Run
+from tests.conftest import Federation, Run, make_template
 from tests.integration.test_flower_rounds import _begin, _identity, _loop, _steps
+from tests.network import Network
 
 __all__ = ["_identity"]  # a fixture
 
@@ -231,3 +233,68 @@ def test_an_end_says_nothing_else_than_that_sites_are_lost(federation: Federatio
     coordinator, _, _ = _begin(federation)
     with pytest.raises(RecordError, match="an end with b'gone'"):
         coordinator.journal._append("end", 1, b"gone")
+
+
+def test_an_amendment_that_too_few_can_acknowledge_any_more_holds_up_no_end_for_want_of_sites(
+    federation: Federation,
+) -> None:
+    coordinator, wire, loop = _begin(federation)
+    state, sites = federation.folder / "server", [app.site for app in wire.apps.values()]
+    _steps(loop, lambda: len(coordinator.rounds) == 1 and coordinator.step is Step.READY)
+    chain = coordinator.journal.chain
+    coordinator.amend(federation.seal_key(2, chain.key, members=chain.members))
+    _steps(loop, lambda: coordinator.journal.chain.awaits_checkpoint)
+    before = {site.adapter_digest for site in sites if site.round == 1}
+    wire.away |= {"ash", "birch"}  # the key maker among them
+    with pytest.raises(RecordError, match="a checkpoint follows an amendment and nothing else"):
+        coordinator.journal.append_end()
+    end_run(federation.agreed, state)
+    loop.step()
+    assert not coordinator.ends_now, "it waits for the checkpoint"
+    end_run(federation.agreed, state, lost=True)
+    _steps(loop, lambda: coordinator.finished)
+    assert [entry.header.kind for entry in coordinator.journal.records] == ["genesis", "aggregate", "amendment", "end"]
+    wire.away.clear()
+    with pytest.raises(NotEnoughSitesError, match="after 1 of 3 rounds: its coordinator ended it"):
+        loop.run()
+    assert all(app.site.over and app.site.round == 1 for app in wire.apps.values())
+    assert {site.adapter_digest for site in sites} == before
+    # Also who starts anew, sites and server, takes it for over.
+    assert federation.site("cedar").over
+    assert _reopened(federation).finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["rule", "word"])
+def test_server_and_client_commands_of_a_study_without_enough_sites_end_with_its_code(
+    tmp_path: Path, images: Path, secfacmic: Run, how: str
+) -> None:
+    template = make_template(collusion=1, rounds=500, round_seconds=120)
+    network = Network(tmp_path / "out", template, images, forked=True)
+    study, state = network.folder / "study.toml", network.folder / "server"
+    ash, cedar = (network.site_folder(name) / "site.toml" for name in ("ash", "cedar"))
+    try:
+        network.start("server", *network.names)
+        network.wait_until(lambda: network.records >= 3, 120)
+        # What a site asks for in the middle of the rounds, of the server that runs them.
+        audited = secfacmic("journal", "audit", "--site", ash, "--rounds", "1", "--json")
+        assert audited.returncode == 0, audited.stderr
+        assert [row["same"] for row in json.loads(audited.stdout)["aggregates"]] == [True]
+        if how == "rule":
+            done = secfacmic("site", "retire", "--site", cedar, "--by", "Dr. C")
+        else:
+            network.kill("cedar")
+            done = secfacmic("study", "end", study, "--state", state, "--lost", "--yes")
+        assert done.returncode == 0, done.stderr
+        staying = [name for name in (*network.names, "server") if how == "rule" or name != "cedar"]
+        if how == "word":
+            network.wait_until(lambda: standing(state)["finished"], 60)
+            network.start("cedar")  # it comes back after all, and is told
+            staying.append("cedar")
+        assert network.wait(120, *staying) == dict.fromkeys(staying, NotEnoughSitesError.exit_code)
+    finally:
+        network.close()
+    told = "2 sites train any more" if how == "rule" else "its coordinator ended it"
+    assert all(told in network.log(name) for name in staying)
+    assert all("Traceback" not in network.log(name) for name in staying)
+    assert len({network.summary(name)["adapter_digest"] for name in network.names}) == 1

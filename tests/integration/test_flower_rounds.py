@@ -491,3 +491,21 @@ def test_with_pads_a_site_that_goes_after_the_sum_is_fixed_costs_no_update(
     assert coordinator.rounds[0].sites == (*TRAINING, OBSERVER)
     assert [one.site for one in coordinator.rounds[0].header.witnessed] == ["ash"]
     assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+
+
+@pytest.mark.parametrize("collusion", [0, 1])
+def test_with_pads_just_a_quorum_begins_no_round_before_the_deadline_though_the_others_are_known_to_be_away(
+    tmp_path: Path, images: Path, collusion: int
+) -> None:
+    sites = [{"name": name} for name in (*TRAINING, OBSERVER)]
+    federation = _federation(tmp_path / "out", images, sites=sites, collusion=collusion, rounds=2)
+    coordinator, wire, loop = _begin(federation)
+    wire.away = loop._absent = {"ash"}
+    if collusion:
+        _steps(loop, lambda: len(coordinator.sites_in) == 3)
+        for _ in range(5):
+            loop.step()
+        assert coordinator.step is Step.READY, "nobody of the three could be missed later"
+        federation.agreed.study.__dict__["round_seconds"] = 0.0
+    _steps(loop, lambda: coordinator.step is not Step.READY)
+    assert coordinator.asked == {"birch", "cedar", OBSERVER}

@@ -478,6 +478,47 @@ def test_a_crash_between_an_envelope_and_its_pin_leaves_no_second_envelope_of_on
         federation.site("ash").respond(request)
 
 
+def test_a_reveal_that_is_damaged_at_the_server_is_asked_for_again(
+    padded: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    reveal(coordinator, sites)
+    for name, keep in (("birch", 0), ("cedar", -1)):
+        path = coordinator._folder.frame(1, coordinator.attempt, f"reveal-{name}")
+        path.write_bytes(path.read_bytes()[:keep])
+    again = federation.reopen()
+    assert again.step is Step.REVEAL
+    assert again.asked == {"birch", "cedar"}
+    assert caplog.text.count("damaged, and asked for again") == 2
+    assert close(again, sites).header.witnessed == ()
+    bring_up(again, sites)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"\xff" + data[1:]])
+def test_a_site_whose_own_word_is_damaged_sits_the_round_out_and_says_so(
+    padded: Make, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    path = sites[0].replica.files.folder.bound
+    path.write_bytes(damage(path.read_bytes()))
+    sites[0] = federation.site("ash")
+    for again in (sites[0], federation.site("ash")):
+        assert exchange(coordinator, again).code == ReplyCode.SITS_OUT
+    assert "damaged, so that nobody knows what this site has said" in caplog.text
+    assert caplog.text.count("begins a new file") == 1
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.recover(["ash"])
+    assert [one.site for one in close(coordinator, sites[1:]).header.witnessed] == ["ash"]
+    bring_up(coordinator, sites)
+    assert close(coordinator, sites).sites == NAMES[:4], "with the next round it goes on"
+
+
 # What a server that lies is told
 
 
@@ -692,6 +733,33 @@ def test_a_wrong_check_is_named_and_others_speak_for_it(padded: Make, caplog: py
         coordinator.receive(reply.__class__("birch", ReplyCode.REVEALED, sites[1].run, 1, "", word))
     entry = close(coordinator, [sites[0], *sites[2:]])
     assert [one.site for one in entry.header.witnessed] == ["birch"]
+    bring_up(coordinator, sites)
+
+
+def test_a_wrong_check_of_just_a_quorum_is_named_once_and_counts_no_more(
+    padded: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = padded(3)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    arrived, bound = coordinator._arrived, sites[1].replica.files.bound.padded
+    assert arrived is not None
+    assert bound is not None
+    key = sites[1].replica.identity.signing
+    wrong = [sign_reveal(federation.agreed, arrived.digest, "birch", (n, 2), key, bound.seed) for n in (1, 3)]
+    for site in (sites[0], sites[2]):
+        exchange(coordinator, site)
+    coordinator.receive(RoundReply("birch", ReplyCode.REVEALED, sites[1].run, 1, "", wrong[0]))
+    assert coordinator.advance() is None
+    assert coordinator.asked == {"birch"}
+    # It is not taken and named again as often as it is asked, but refused, which makes the server wait a while.
+    for word in wrong:
+        with pytest.raises(EnvelopeError, match="birch: its check does not fit"):
+            coordinator.receive(RoundReply("birch", ReplyCode.REVEALED, sites[1].run, 1, "", word))
+    assert coordinator.advance() is None
+    assert caplog.text.count("its REVEAL of round 1 is wrong") == 1
+    assert close(coordinator, sites).sites == NAMES[:3]
     bring_up(coordinator, sites)
 
 
