@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, out, print_json
+
+if TYPE_CHECKING:
+    from secure_fed.report import chart
 
 
 def evaluate(
@@ -57,12 +60,7 @@ def evaluate(
             if text:
                 out.print(text, highlight=False, soft_wrap=True)
         for table in section.tables:
-            shown = Table(title=table.caption)
-            for name, numeric in zip(table.columns, table.numeric, strict=True):
-                shown.add_column(name, justify="right" if numeric else "left")
-            for row in table.rows:
-                shown.add_row(*(one.text for one in row))
-            out.print(shown)
+            out.print(_shown(table))
         for note in section.notes:
             out.print(note, highlight=False, soft_wrap=True)
     if found.said.local and not json_:
@@ -73,3 +71,19 @@ def evaluate(
         console.print(f"{found.unlabelled} images without a label count in nothing", highlight=False, soft_wrap=True)
     if figures is not None:
         console.print(f"{figures}: {len(written)} files", highlight=False, soft_wrap=True)
+
+
+def _shown(table: chart.Table) -> Table:
+    """A table for a terminal of 80 columns: where it has several intervals, each is below its figure."""
+    shown = Table(title=table.caption)
+    joined = table.columns.count("low") > 1
+    kept = [place for place, name in enumerate(table.columns) if not (joined and name in ("low", "high"))]
+    for place in kept:
+        shown.add_column(table.columns[place], justify="right" if table.numeric[place] else "left", overflow="fold")
+    for row in table.rows:
+        texts = [one.text for one in row]
+        for place in kept:
+            if joined and table.columns[place + 1 : place + 2] == ("low",) and row[place].value is not None:
+                texts[place] += f"\n{texts[place + 1]} to {texts[place + 2]}"
+        shown.add_row(*(texts[place] for place in kept))
+    return shown

@@ -98,7 +98,7 @@ def draft_study(
         held_out: further folders, which are tested on and train nothing.
         partition: of one folder: ``iid``, ``dirichlet:ALPHA`` (the smaller, the more unlike) or ``column:NAME`` of its
             manifest. Patients, and those whose images are copies or near twins, stay together.
-        sites: how many one folder is split into.
+        sites: how many one folder is split into; with a column, as many as it says.
         epsilon: the budget that sites will train under, if any; the method that is advised hangs on it.
         progress: told how many images were compared, of how many.
 
@@ -180,9 +180,10 @@ def _split(
     """By site, the paths of its images."""
     kind, _, argument = partition.partition(":")
     if kind == "column" and argument:
-        if count is not None:
-            raise StudyError("--sites: a column of the manifest says how many sites there are; leave it out")
         owner = _by_column(folder, argument)
+        found = len(set(owner.values()))
+        if count not in (None, found):
+            raise StudyError(f"--sites {count}: column {argument} says {found} sites; expected --sites {found} or none")
     elif (kind == "iid" and not argument) or kind == "dirichlet":
         count = SITES if count is None else count
         owner = _drawn(folder, None if kind == "iid" else _alpha(argument), count, progress)
@@ -227,7 +228,15 @@ def _by_column(folder: Folder, column: str) -> dict[str, str]:
             f"{manifest}: {len(torn)} patients have no value, or several, in column {column}, {torn[0]!r} first; "
             "expected one a patient, since all of a patient's images are at one site"
         )
-    return {patient: _slug(found.pop()) for patient, found in values.items()}
+    value_of = {patient: found.pop() for patient, found in values.items()}
+    called: dict[str, str] = {}
+    for value in sorted(set(value_of.values())):
+        if (other := called.setdefault(_slug(value), value)) != value:
+            raise StudyError(
+                f"{manifest}: {other!r} and {value!r} of column {column} would be one site, {_slug(value)}; expected "
+                "values that differ in Latin letters or digits, of which a site's name is made: rename one of them"
+            )
+    return {patient: _slug(value) for patient, value in value_of.items()}
 
 
 def _drawn(

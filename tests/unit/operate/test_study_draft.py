@@ -123,9 +123,16 @@ def test_a_column_of_the_manifest_may_say_the_site(own: Path, tmp_path: Path) ->
     draft = draft_study([folder], "x", partition="column:ward")
     assert [site.name for site in draft.template.sites] == ["ward-0", "ward-1", "ward-2"]
     assert draft.template.plan.unit == "patient"
+    assert draft_study([folder], "x", partition="column:ward", sites=3).text == draft.text
+    with pytest.raises(StudyError, match="column ward says 3 sites; expected --sites 3 or none"):
+        draft_study([folder], "x", partition="column:ward", sites=4)
     for said, match in (("column:floor", "no column floor"), ("column:path", "several, in column path")):
         with pytest.raises(StudyError, match=match):
             draft_study([folder], "x", partition=said)
+    manifest = (folder / "manifest.csv").read_text()
+    (folder / "manifest.csv").write_text(manifest.replace("Ward 0", "Лор").replace("Ward 1", "Ухо"))
+    with pytest.raises(StudyError, match="'Лор' and 'Ухо' of column ward would be one site, site"):
+        draft_study([folder], "x", partition="column:ward")
 
 
 @pytest.mark.parametrize(
