@@ -12,19 +12,6 @@ from typing import Any
 from secure_fed.clients.acceptance import when
 from secure_fed.report.page import fill, source
 
-THREATS = (
-    "The coordinator's server sees who takes part, when and how much is sent. It adds encrypted numbers that it "
-    "cannot open, and learns neither images nor the model.",
-    "The other hospitals see sums over all hospitals, never one hospital's own contribution, and the model that "
-    "follows from them.",
-    "A hospital that works together with the server can open another hospital's single contributions: the members of "
-    "the study trust one another not to.",
-    "A sum over all hospitals can tell something of the patients behind it. Only a privacy budget bounds that; without "
-    "one, nothing does.",
-    "Whoever holds this hospital's computer, its keys or its images is not kept out by anything in the study.",
-)
-"""The threat model in five lines; docs/threat-model.md has it whole."""
-
 
 @dataclass(frozen=True)
 class Block:
@@ -74,13 +61,13 @@ def consent_page(terms: Mapping[str, Any]) -> str:
                 (
                     member["name"],
                     "contributes" if member["role"] == "train" else "observes",
-                    f"{member['weight']:g}",
+                    f"{member['weight']:g}" if member["role"] == "train" else "none",
                     "makes the study's key" if member["key_maker"] else "",
                 )
                 for member in terms["members"]
             ],
         ),
-        Block("What is protected against whom", items=THREATS),
+        Block("What is protected against whom", items=threats(terms)),
         Block(
             "Identity of what is accepted",
             (
@@ -96,6 +83,38 @@ def consent_page(terms: Mapping[str, Any]) -> str:
         blocks,
         "This page records nothing by itself: secfacmic site accept STUDY --site SITE --by NAME does.",
         signature=terms["site"],
+    )
+
+
+def threats(terms: Mapping[str, Any]) -> tuple[str, ...]:
+    """The threat model in five lines, as this study has it; docs/threat-model.md has it whole."""
+    server = "The coordinator's server sees who takes part, when and how much is sent. "
+    pads = terms["quorum"]["collusion"]
+    if terms["mode"] != "he":
+        server += "Nothing is encrypted: it reads every contribution, and the model."
+        together = "Nothing hides a contribution from whoever works together with the server."
+    else:
+        server += "It adds encrypted numbers that it cannot open, and learns neither images nor the model."
+        if not pads:
+            together = (
+                "A hospital that works together with the server can open another hospital's single contributions: the "
+                "members of the study trust one another not to."
+            )
+        else:
+            some = "A hospital that works" if pads == 1 else f"Up to {pads} hospitals that work"
+            together = (
+                f"{some} together with the server cannot open another hospital's single contribution: without a "
+                "privacy budget they learn, for each state of the model, one sum over at least "
+                f"{terms['quorum']['needed'] - pads} others, unless people there released another."
+            )
+    return (
+        server,
+        "The other hospitals see sums over all hospitals, never one hospital's own contribution, and the model that "
+        "follows from them.",
+        together,
+        "A sum over all hospitals can tell something of the patients behind it. Only a privacy budget bounds that; "
+        "without one, nothing does.",
+        "Whoever holds this hospital's computer, its keys or its images is not kept out by anything in the study.",
     )
 
 

@@ -17,7 +17,7 @@ from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import EvidenceError
 from secure_fed.operate.evidence import in_words, pack_evidence, verify_evidence
 from secure_fed.privacy.keys import load_identity
-from secure_fed.report.document_page import THREATS, consent_page, evidence_page
+from secure_fed.report.document_page import consent_page, evidence_page, threats
 from tests.conftest import Federation, Run, exchange, run_round
 
 OUTSIDE = ("http:", "https:", "//", "src=", "<script", "<link", "<form", "@import", "url(")
@@ -59,7 +59,8 @@ def read(page: str) -> str:
 
 def test_the_page_to_be_signed_says_it_in_plain_words(federation: Federation) -> None:
     file = read_site_file(federation.folder / "sites/ash")
-    text = read(consent_page(terms(file, federation.agreed)))
+    agreed_to = terms(file, federation.agreed)
+    text = read(consent_page(agreed_to))
     assert "keyed" not in text
     assert "digest of" not in text
     for said in (
@@ -70,15 +71,36 @@ def test_the_page_to_be_signed_says_it_in_plain_words(federation: Federation) ->
         "None. The sums, which all hospitals of the study open, are not differentially private",
         *("dogwood observes", "makes the study's key", federation.agreed.study.id),
         *("Name Role Date Signature", "I have read this page, and accept it for ash"),
-        *THREATS,
+        *threats(agreed_to),
     ):
         assert said in text, said
-    assert len(THREATS) == 5
+    assert len(threats(agreed_to)) == 5
     private = file.model_copy(update={"privacy": SitePrivacy(epsilon=2.0)})
     assert "(2, 1e-05)-differentially private for each image" in read(consent_page(terms(private, federation.agreed)))
     observer = read(consent_page(terms(read_site_file(federation.folder / "sites/dogwood"), federation.agreed)))
     assert "dogwood only observes" in observer
     assert "A contribution" not in observer
+
+
+@pytest.mark.parametrize(
+    ("mode", "pads", "says", "never"),
+    [
+        ("he", 0, "can open another hospital's single contributions", "cannot open another hospital's"),
+        ("he", 1, "A hospital that works together with the server cannot open another", "trust one another"),
+        ("he", 2, "Up to 2 hospitals that work together with the server cannot open another", "trust one another"),
+        ("plain", 0, "Nothing is encrypted: it reads every contribution", "It adds encrypted numbers"),
+    ],
+)
+def test_the_page_says_what_this_studys_protection_is(
+    federation: Federation, mode: str, pads: int, says: str, never: str
+) -> None:
+    shown = terms(read_site_file(federation.folder / "sites/ash"), federation.agreed)
+    shown |= {"mode": mode, "quorum": shown["quorum"] | {"needed": 5, "collusion": pads}}
+    text = read(consent_page(shown))
+    assert says in text
+    assert never not in text
+    assert (f"one sum over at least {5 - pads} others" in text) == (pads > 0)
+    assert "dogwood observes none" in text
 
 
 def test_names_are_text_and_never_markup(federation: Federation) -> None:
