@@ -394,12 +394,12 @@ def test_the_packaged_study_asks_for_one_sum() -> None:
     assert (template.rounds, template.features.basis) == (2, "raw")
 
 
-def of_patients(federation: Federation, *names: str) -> None:
-    """Say of sites that their images are patients'."""
+def of_patients(federation: Federation, *names: str, **data: Any) -> None:
+    """Say of sites that their images are patients', and what else of their data."""
     for name in names:
         path = federation.folder / "sites" / name / "site.toml"
         file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
-        write_toml(path, file.model_copy(update={"data": file.data.model_copy(update={"kind": "patients"})}))
+        write_toml(path, file.model_copy(update={"data": file.data.model_copy(update={"kind": "patients", **data})}))
 
 
 def test_patients_images_are_given_to_one_exact_sum_and_no_other(study: Federation, tmp_path: Path) -> None:
@@ -500,11 +500,12 @@ def test_a_rehearsal_of_a_first_round_gives_nothing(study: Federation) -> None:
     assert not (identity_of(study, "ash") / GIVEN).exists()
 
 
-def test_the_same_pictures_in_other_files_and_of_other_ids_are_no_new_ones(study: Federation) -> None:
-    of_patients(study, "ash")
+def test_the_same_pictures_in_other_files_and_of_other_ids_are_no_new_ones(study: Federation, tmp_path: Path) -> None:
+    path, folder = study.folder / "sites" / "ash" / "site.toml", tmp_path / "pictures"
+    shutil.copytree(read_site_file(path).data.folder, folder)
+    of_patients(study, "ash", folder=str(folder))
     finish(study)
-    site = study.site("ash")
-    folder, taken = site.data_folder, site.train_sources()
+    taken = study.site("ash").train_sources()
     for number, image in enumerate(taken):
         with Image.open(image.path) as picture:
             picture.load()
