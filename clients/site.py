@@ -1036,16 +1036,17 @@ class Site:
         return GivenSums(Path(self._file.identity), self.replica.identity.signing.private_bytes_raw())
 
     def _marks(self) -> NDArray[np.uint8]:
-        """What the patients and pictures in this round's statistics are known by, uint8 [n, HASH_BYTES]; of none where
-        no patient's go into a sum without noise."""
-        exact = self._agreed.study.sums_patients(self.replica.due.round) and self._file.data.kind == "patients"
+        """What the patients and pictures that train here are known by, uint8 [n, HASH_BYTES]; of none where no
+        patient's go into sums without noise."""
+        exact = self._agreed.study.method.sums and self._file.data.kind == "patients"
         images = self.train_sources() if exact else []
         with_ids = {image.patient for image in images} if self._file.data.unit == "patient" else set()
         marks = self._given_sums.marks(pixels_of(self._file, images), with_ids) if images else []
         return np.frombuffer(b"".join(marks), np.uint8).reshape(-1, HASH_BYTES)
 
     def _refuse_given(self) -> None:
-        """Give no statistics of those whom another run's sum holds; before anything leaves."""
+        """Give no statistics of those whom another run's sum holds, nor count in a later round how they fare, for which
+        a site is asked that was not there in the first. Before anything leaves."""
         kept = None if self._private is not None else self._kept()
         if kept is not None and kept.marks:
             before = [folder.name for folder in self._file.state_folder.begun_runs() if self._gave(SiteRun(folder))]
@@ -1054,7 +1055,7 @@ class Site:
     def _note_given(self) -> None:
         """Note whom this round's statistics hold, before the word that lets others open their sum."""
         kept = None if self._private is not None else self._kept()
-        if kept is not None and kept.marks:
+        if kept is not None and kept.marks and self._agreed.study.sums_patients(self.replica.due.round):
             self._given_sums.give(self.run, kept.marks)
 
     def _gave(self, run: SiteRun) -> bool:

@@ -862,6 +862,12 @@ class StudyFile(FileModel):
                 f"in sums of patients each patient weighs 1, but {', '.join(weighted)} has a weight; expected none"
             )
         training = sum(site.role == "train" for site in sites)
+        if method is not None and method.sums and training and method.min_patients > training * method.most_patients:
+            faults.append(
+                f"method.min_patients = {method.min_patients}, but {training} sites of at most {method.most_patients} "
+                "patients (method.most_patients) have no more than "
+                f"{training * method.most_patients}, so that all would be left out; expected a smaller min_patients"
+            )
         if training > known.get("max_sites", training):
             faults.append(
                 f"{training} training sites, but the lanes hold max_sites = {known['max_sites']}; raise max_sites, or "

@@ -279,6 +279,10 @@ def test_local_and_pooled_heads_follow_the_same_rule(study: Federation) -> None:
         ({"features": {"basis": "random", "dimensions": 300}}, "the backbone has 128"),
         ({"features": {"basis": "public", "dimensions": 16}}, "give it with --public"),
         ({"method": {"adapter": "gaussian_head", "lmmd_weight": 1.0}}, "moves no image feature"),
+        (
+            {"method": METHOD | {"most_patients": 3, "min_patients": 10}},
+            "3 sites of at most 3 patients .* no more than 9",
+        ),
         ({"encoding": {"bits": 18, "precision_bits": 60, "value_bound": 1.0}}, "a precision of 60 bits"),
     ],
 )
@@ -695,6 +699,36 @@ def test_a_member_that_is_lost_is_removed_by_an_amendment_and_the_sum_begins_ane
         exchange(coordinator, site)
     assert coordinator.finished
     assert one_sum.Limits.of(again[0].parameters).patients == 3 * (15 + 6)
+
+
+@pytest.fixture(scope="module")
+def sealed_four_made(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    template = one_sum_template(sites=[{"name": name} for name in FOUR], min_sites=3, collusion=0)
+    return prepare_sites(template, tmp_path_factory.mktemp("sealed-one-sum-of-four"), images)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_whom_another_runs_sum_holds_are_not_counted_in_a_later_round_either(
+    given: bool, sealed_four_made: Path, tmp_path: Path
+) -> None:
+    four = copy_of(sealed_four_made, tmp_path)
+    of_patients(four, "ash")
+    coordinator = four.begin(sites := four.sites())
+    for taking in (sites if given else sites[1:], sites):
+        run_round(coordinator, taking)
+    for site in sites:
+        exchange(coordinator, site)
+    assert (identity_of(four, "ash") / GIVEN).exists() == given  # to be counted alone is not to be in a sum
+    coordinator = four.begin(again := four.sites())
+    if not given:
+        assert exchange(coordinator, again[0]).code == ReplyCode.READY
+        return
+    with pytest.raises(RepeatedSumError):
+        exchange(coordinator, again[0])
+    run_round(coordinator, again[1:])
+    with pytest.raises(RepeatedSumError, match="15 of 15 training images and patients"):
+        exchange(coordinator, again[0])
+    assert again[0].round == 1
 
 
 def test_without_its_second_round_a_study_ends_at_the_declared_shrinkage_and_claims_nothing(
