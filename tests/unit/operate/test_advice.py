@@ -36,6 +36,15 @@ def test_where_noise_leaves_nothing_to_learn_the_words_say_so() -> None:
     assert "only observe" not in advise(1, 200, public=True).words
 
 
+@pytest.mark.parametrize(("patients", "public", "named"), [(199, True, False), (200, True, True), (200, False, False)])
+def test_one_sum_is_named_beside_what_is_advised_where_it_may_give_more(
+    patients: int, public: bool, named: bool
+) -> None:
+    words = advise(3, patients, public=public).words
+    assert words.startswith("text_head")
+    assert ("where prompts alone say little, a study of one sum" in words) == named
+
+
 def test_the_advised_template_averages_and_keeps_the_rest() -> None:
     demo = read_template(Path("demo"))
     advised = as_advised(demo, advise(8.0, 30, public=True))
