@@ -64,6 +64,9 @@ from secure_fed.protocol.study import AgreedStudy, canonical_json
 
 log = logging.getLogger(__name__)
 
+_unheard = log.getChild("rehearsal")
+_unheard.setLevel(logging.CRITICAL)
+
 People = Mapping[Split, Sequence[str]]
 """Whose each row is, by split: persons of the ledger."""
 
@@ -131,6 +134,8 @@ class PrivateRounds:
         self._heads = heads
         self._folder = ledger_folder(file)
         self._rehearse = rehearse
+        # Of a throw-away ledger nothing is told: people would take it for the site's own.
+        self._log = _unheard if rehearse is None else log
         self._noise = noise
         self._run_epsilon = None if file.privacy is None else file.privacy.run_epsilon
         self._runs = 1 if file.privacy is None else file.privacy.runs
@@ -259,7 +264,7 @@ class PrivateRounds:
         data = bytes(safetensors.numpy.save({"integers": integers, "events": np.array([event.seq], dtype=np.int64)}))
         write_durable(path, data, 0o600)
         ledger.commit([event.seq], data, study.id, plan.run)
-        log.info(
+        self._log.info(
             "%s: the sum of %s: epsilon spent %.4f of %g at delta %g",
             *(self._file.site, purpose, ledger.epsilon_spent, ledger.account.epsilon, ledger.account.delta),
         )
@@ -310,7 +315,7 @@ class PrivateRounds:
                 self._mean_releases(),
                 self._validation_rounds(),
             )
-            log.info(
+            self._log.info(
                 "%s: plan for %d rounds of %d steps (and one round in case of a crash), epsilon %.4f declared for the "
                 "run: noise multiplier %.3g, clipping norm %g; LMMD %s; validation counts %s; epsilon spent %.4f of "
                 "%g at delta %g",
@@ -433,7 +438,7 @@ class PrivateRounds:
         trains = set(people["train"])
         paying = ledger.able(trains, cost)
         if len(paying) < len(trains) or not trains:
-            log.warning(
+            self._log.warning(
                 "%s: for its own eyes: %d of %d training patients can pay for the round; the others are left out",
                 *(self._file.site, len(paying), len(trains)),
             )
@@ -457,7 +462,7 @@ class PrivateRounds:
         data = bytes(safetensors.numpy.save(tensors))
         write_durable(path, data, 0o600)
         ledger.commit(numbers, data, study.id, plan.run)
-        log.info(
+        self._log.info(
             "%s: %s: epsilon spent %.4f of %g, left %.4f, at delta %g",
             *(self._file.site, purposes[0], ledger.epsilon_spent, ledger.account.epsilon),
             *(ledger.account.epsilon - ledger.epsilon_spent, ledger.account.delta),

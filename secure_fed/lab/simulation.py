@@ -18,6 +18,7 @@ from secure_fed.clients import memory
 from secure_fed.clients.acceptance import record_acceptance, require_acceptance
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.calibration import calibrate
+from secure_fed.clients.data import DRAWN_ALONE
 from secure_fed.clients.features import pool_features
 from secure_fed.clients.images import compared_images, site_images
 from secure_fed.clients.replica import Validation
@@ -195,7 +196,7 @@ def tell_overlaps(
 ) -> list[str]:
     """Compare the sites' images with each other, and tell what they have in common, in words.
 
-    Phantoms that were just made have nothing.
+    Phantoms that were just made have nothing. That a budget drew splits anew is told with it.
 
     Raises:
         DataLeakError: one site is tested on what another trains on, and the table does not say ``shared``.
@@ -205,7 +206,7 @@ def tell_overlaps(
         return []
     listener = listener or Listener()
     listener.stage("comparing the sites' images")
-    held = []
+    held, alone = [], []
     for member in agreed.study.sites:
         file = read_site_file(out / "sites" / member.name / "site.toml")
         file.state_folder.begin()
@@ -214,7 +215,11 @@ def tell_overlaps(
             agreed,
             lambda done, total, name=member.name: listener.encoding(name, done, total),  # type: ignore[misc]
         )
+        if DRAWN_ALONE in found.notes.told:
+            alone.append(member.name)
         held.append(Held(member.name, found.images, looks.found, member.role == "observer", plan.unit == "patient"))
+    if alone:
+        log.warning("%s: %s", ", ".join(alone), DRAWN_ALONE)
     common = overlaps(held)
     for line in common.words:
         log.warning("%s", line)

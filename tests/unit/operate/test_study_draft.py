@@ -14,8 +14,9 @@ import pytest
 import tomli_w
 from PIL import Image
 
+from secure_fed.clients.data import DRAWN_ALONE
 from secure_fed.core.errors import DataError, DataLeakError, ManifestError, OutputError, StudyError
-from secure_fed.lab.simulation import prepare, simulate
+from secure_fed.lab.simulation import Budget, prepare, simulate, tell_overlaps
 from secure_fed.operate.folders import compare, look_at, propose_manifest
 from secure_fed.operate.new_study import check_study
 from secure_fed.operate.study_draft import draft_study
@@ -224,6 +225,16 @@ def test_a_manifest_that_says_whose_images_are_and_does_not_fit_is_refused_and_n
     (tmp_path / "manifest.csv").write_text("\n".join(rows))
     with pytest.raises(ManifestError, match="patient 'p1' is in split 'test', but on line 2 in 'train'"):
         look_at(tmp_path)
+
+
+def test_a_start_says_that_a_budget_draws_the_splits_anew(
+    own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = draft_study(folders(own), "x", epsilon=8.0).template
+    for budget in (None, Budget(8.0, 1e-5)):
+        out = tmp_path / f"{budget is None}"
+        tell_overlaps(prepare(template, out, own, budget=budget), template.plan, out, own)
+        assert (f"ash, birch, cedar, dogwood: {DRAWN_ALONE}" in caplog.text) == (budget is not None)
 
 
 def test_splits_that_are_still_to_be_drawn_leak_nothing(own: Path, tmp_path: Path) -> None:
