@@ -32,16 +32,17 @@ _PLACEHOLDERS = frozenset(
         *("sanitized", "sanitised", "obfuscated", "value", "subject", "person", "dicom"),
         *("x", "xx", "xxx", "xxxx"),
         *("unbekannt", "inconnu", "desconocido", "sconosciuto", "unk", "name", "not", "available", "applicable", "no"),
-        *("number", "mrn", "pid", "true", "false", "wahr", "falsch", "leer", "vide"),
+        *("number", "mrn", "pid", "true", "false", "wahr", "falsch", "leer", "vide", "ka"),
     }
 )
 _MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
 _DAY = r"(0?[1-9]|[12]\d|3[01])"  # or a month
+_TIME = r"\d{1,2}:\d\d(:\d\d([.,]\d+)?)?( ?[AP]M)?"
 _DAMAGE = re.compile(
-    r"[+-]?\d+([.,]\d+)?E[+-]?\d+|#\S+[!?]|#N/A|#+|=.*"
-    rf"|\d{{1,2}}[-. ]{{1,2}}{_MONTH}([- ]\d{{2,4}})?|{_MONTH}[-. ]\d{{1,4}}"
-    r"|\d{4}-\d\d-\d\d( 00:00:00)?"
-    rf"|{_DAY}(?P<dash>[./-]){_DAY}(?P=dash)(\d\d|\d{{4}})",
+    r"[+-]?\d+([.,]\d+)?E[+-]?\d+|#\S+[!?]|#N/?[AV]|#+|=.*"
+    rf"|(\d{{1,2}}[-. ]{{1,2}}{_MONTH}([- ]\d{{2,4}})?|{_MONTH}[-. ]\d{{1,4}}|{_MONTH} {_DAY},? \d{{4}}"
+    r"|\d{4}[./-]\d\d?[./-]\d\d?"
+    rf"|{_DAY}(?P<dash>[./-]){_DAY}(?P=dash)(\d\d|\d{{4}}))([T ]{_TIME})?|{_TIME}",
     re.IGNORECASE,
 )
 
