@@ -743,18 +743,10 @@ def _codestream(frame: bytes) -> tuple[int, int, int, int, int | None] | None:
         right, bottom, left, top = struct.unpack(">4I", frame[start + 8 : start + 24])
         samples = int.from_bytes(frame[start + 40 : start + 42], "big")
         return right - left, bottom - top, samples, (frame[start + 42] & 0x7F) + 1, frame[start + 42] >> 7
-    if not frame.startswith(b"\xff\xd8"):
-        return None
-    at = 2
-    while at + 10 <= len(frame) and frame[at] == 0xFF:
-        marker = frame[at + 1]
-        if marker == 0xFF or 0xD0 <= marker <= 0xD8:  # fill, and markers without a segment
-            at += 1 if marker == 0xFF else 2
-            continue
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            height, width = struct.unpack(">2H", frame[at + 5 : at + 9])
-            return width, height, frame[at + 9], frame[at + 4], None
-        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    for marker, _, content in jpeg.segments(frame):
+        if (marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC))) and len(content) > 5:
+            height, width = struct.unpack(">2H", content[1:5])
+            return width, height, content[5], content[0], None
     return None
 
 
@@ -939,6 +931,10 @@ def _stored_value(dataset: Any, keyword: str, dtype: np.dtype[Any]) -> int | Non
         return None
 
 
+_ALL_PLUGINS = "Unable to decode as exceptions were raised by all available plugins:"
+
+
 def _short(error: Exception) -> str:
     """What went wrong, in one line, without a library's guesses at it."""
-    return " ".join(str(error).split(" - ")[0].split())[:160] or type(error).__name__
+    words = " ".join(str(error).split(" - ")[0].split())
+    return words.removeprefix(_ALL_PLUGINS).strip()[:160] or type(error).__name__

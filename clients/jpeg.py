@@ -1,7 +1,8 @@
-"""JPEG of 12 bits and lossless JPEG for pydicom, by libjpeg-turbo, through imagecodecs."""
+"""JPEG for pydicom, whatever its bits, lossy and lossless, by libjpeg-turbo, through imagecodecs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import imagecodecs
@@ -19,13 +20,22 @@ from pydicom.uid import (
     JPEGLSNearLossless,
 )
 
-DECODER_DEPENDENCIES = dict.fromkeys((JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1), ("imagecodecs",))
+DECODER_DEPENDENCIES = dict.fromkeys(
+    (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1), ("imagecodecs",)
+)
 """By this name pydicom asks a plugin for what it needs."""
 
-_NEVER = "gdcm"
-"""Of pydicom's plugins: on a broken frame it ends the process, and nothing can catch that."""
+_LOSSLESS = (JPEGLossless, JPEGLosslessSV1)
+_NEVER = {
+    "gdcm": (*DECODER_DEPENDENCIES, JPEGLSLossless, JPEGLSNearLossless, JPEG2000Lossless, JPEG2000),
+    "pillow": tuple(DECODER_DEPENDENCIES),
+}
+"""Of pydicom's plugins those that decode nothing here. On a broken frame gdcm ends the process itself.
+Where Adobe's marker says so, Pillow turns luminance and differences into colours, and pydicom then does it again."""
 
-_ITS_OTHERS = (JPEGBaseline8Bit, JPEGLSLossless, JPEGLSNearLossless, JPEG2000Lossless, JPEG2000)
+_JFIF, _ADOBE, _SCAN = 0xE0, 0xEE, 0xDA
+_ADOBES = {0: "RGB", 1: "YBR_FULL"}
+"""The transform in Adobe's marker, as DICOM names colours."""
 
 
 def is_available(uid: UID) -> bool:
@@ -33,25 +43,52 @@ def is_available(uid: UID) -> bool:
     return uid in DECODER_DEPENDENCIES
 
 
+def segments(frame: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """A JPEG or JPEG-LS codestream's markers up to the first scan, where the content of each begins, and that; none of
+    what is neither."""
+    at = 2 if frame.startswith(b"\xff\xd8") else len(frame)
+    while at + 4 <= len(frame) and frame[at] == 0xFF:
+        marker = frame[at + 1]
+        if marker == 0xFF or 0xD0 <= marker <= 0xD8:  # fill, and markers without a segment
+            at += 1 if marker == 0xFF else 2
+            continue
+        size = int.from_bytes(frame[at + 2 : at + 4], "big")
+        yield marker, at + 4, frame[at + 4 : at + 2 + size]
+        if marker == _SCAN:
+            return
+        at += 2 + size
+
+
 def decode_frame(src: bytes, runner: Any) -> bytes:
-    """One frame's values as they were coded, 8 or 16 bits each, little-endian, as pydicom's plugins give them."""
-    lossless = runner.transfer_syntax != JPEGExtended12Bit
-    # Three samples of a lossless frame are what the header says; named alike on both sides, nothing converts them.
-    colour = "RGB" if lossless and runner.samples_per_pixel == 3 else None
+    """One frame's values as they were coded, 8 or 16 bits each, little-endian, as pydicom's plugins give them.
+
+    Raises:
+        ValueError: the frame ends before its end is said: libjpeg would make up the rest.
+    """
+    found, scan = {}, 0
+    for marker, start, content in segments(src):
+        found[marker], scan = content, start
+    if src.rfind(b"\xff\xd9") < scan:
+        raise ValueError("it ends too early, without an EOI marker")
+    # Named alike on both sides, nothing converts three samples: that is for the header, or the codestream, to say.
+    colour = "RGB" if runner.samples_per_pixel == 3 else None
     pixels = np.asarray(imagecodecs.jpeg8_decode(src, colorspace=colour, outcolorspace=colour))
     bits = 8 * pixels.dtype.itemsize
-    if not lossless and (bits != 16 or pixels.ndim != 2):
-        raise ValueError(f"{pixels.ndim - 1} colour axes of {bits} bits; expected 12-bit grey")
     runner.set_option("bits_allocated", bits)
+    if colour and runner.transfer_syntax not in _LOSSLESS and not found.get(_JFIF, b"").startswith(b"JFIF"):
+        adobe = found.get(_ADOBE, b"")
+        if adobe.startswith(b"Adobe") and len(adobe) >= 12 and adobe[11] in _ADOBES:
+            runner.set_option("photometric_interpretation", _ADOBES[adobe[11]])
     return pixels.astype(f"<u{bits // 8}").tobytes()
 
 
 def register() -> None:
-    """Have pydicom use it, after its own plugins, all but one."""
-    for uid in (*DECODER_DEPENDENCIES, *_ITS_OTHERS):
-        decoder = base.get_decoder(uid)
-        if _NEVER in decoder.available_plugins:
-            decoder.remove_plugin(_NEVER)
+    """Have pydicom use it for JPEG, and nothing use gdcm."""
+    for plugin, syntaxes in _NEVER.items():
+        for uid in syntaxes:
+            decoder = base.get_decoder(uid)
+            if plugin in decoder.available_plugins:
+                decoder.remove_plugin(plugin)
     for uid in DECODER_DEPENDENCIES:
         decoder = base.get_decoder(uid)
         if "imagecodecs" not in decoder.available_plugins:

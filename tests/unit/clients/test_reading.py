@@ -97,7 +97,7 @@ def test_baseline_jpeg_and_run_lengths_are_shown_as_other_decoders_show_them():
     window = {"WindowCenter": 128, "WindowWidth": 256, "VOILUTFunction": "LINEAR_EXACT"}
     stream = imagecodecs.jpeg8_encode(eight, level=95)
     found = grey(encapsulated(eight, uid.JPEGBaseline8Bit, stream, **window))
-    expected = np.rint(imagecodecs.jpeg8_decode(stream).astype(float) / 256 * 255)
+    expected = np.rint(np.asarray(Image.open(io.BytesIO(stream))).astype(float) / 256 * 255)
     assert np.abs(found - expected).max() <= 1
     packed = dicom(SMOOTH, **TWELVE)
     packed.compress(uid.RLELossless)
@@ -125,14 +125,65 @@ def test_lossless_jpeg_keeps_every_value_whatever_its_bits_and_predictor(bits, p
 def test_lossless_jpeg_keeps_colours_as_the_header_names_them(colour):
     pixels = np.random.default_rng(3).integers(0, 256, (10, 12, 3), dtype=np.uint8)
     stream = imagecodecs.jpeg8_encode(pixels, lossless=True, colorspace="RGB", outcolorspace="RGB")
-    if colour == "YBR_FULL":  # names of the components as others write them, with JFIF for the word on RGB
+    streams = [stream]
+    if colour == "YBR_FULL":  # names of the components as others write them, with JFIF for the word on RGB, or not
         start = stream.index(b"\xff\xee")
-        stream = stream[:start] + b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0" + stream[start + 16 :]
+        streams = [stream, stream[:start] + JFIF + stream[start + 16 :]]
         for between in (b"\x11\0", b"\0"):  # in the frame's header and in the scan's
-            stream = stream.replace(b"R%bG%bB" % (between, between), b"\1%b\2%b\3" % (between, between))
-    found = encapsulated(pixels, uid.JPEGLosslessSV1, stream, colour=colour)
+            streams = [one.replace(b"R%bG%bB" % ((between,) * 2), b"\1%b\2%b\3" % ((between,) * 2)) for one in streams]
     plain = decode(as_bytes(dicom(pixels, colour)))
-    assert np.array_equal(np.asarray(decode(as_bytes(found))), np.asarray(plain))
+    for one in streams:
+        found = encapsulated(pixels, uid.JPEGLosslessSV1, one, colour=colour)
+        assert np.array_equal(np.asarray(decode(as_bytes(found))), np.asarray(plain))
+
+
+ADOBE = b"\xff\xee\0\x0eAdobe\0d\0\0\0\0"
+JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+
+
+@pytest.mark.parametrize("header", ["RGB", "YBR_FULL", "YBR_FULL_422"])
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit])
+def test_of_jpeg_the_codestream_says_whether_colours_were_transformed(syntax, header):
+    pixels = np.zeros((16, 24, 3), dtype=np.uint8)
+    pixels[:] = (200, 60, 20)
+    stream = imagecodecs.jpeg8_encode(pixels, level=98, subsampling="420" if header == "YBR_FULL_422" else "444")
+    assert JFIF in stream
+    plain = stream.replace(JFIF, b"")
+    for marked in (stream, plain[:2] + ADOBE + b"\1" + plain[2:], plain[:2] + JFIF + ADOBE + b"\0" + plain[2:]):
+        found = np.asarray(
+            decode(as_bytes(encapsulated(pixels, syntax, marked, "RGB", PhotometricInterpretation=header)))
+        ).astype(int)
+        assert np.abs(found - pixels).max() <= 3
+    raw = imagecodecs.jpeg8_encode(pixels, level=98, colorspace="RGB", outcolorspace="RGB")
+    raw = raw.replace(ADOBE + b"\0", b"")
+    for between in (b"\x11\0", b"\0"):  # in the frame's header and in the scan's
+        raw = raw.replace(b"R%bG%bB" % (between, between), b"\1%b\2%b\3" % (between, between))
+    for marked in (raw[:2] + ADOBE + b"\0" + raw[2:], *[raw] * (header == "RGB")):
+        found = np.asarray(
+            decode(as_bytes(encapsulated(pixels, syntax, marked, "RGB", PhotometricInterpretation=header)))
+        ).astype(int)
+        assert np.abs(found - pixels).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("syntax", "options"),
+    [
+        (uid.JPEGBaseline8Bit, {}),
+        (uid.JPEGExtended12Bit, {"bitspersample": 12}),
+        (uid.JPEGLosslessSV1, {"bitspersample": 12, "lossless": True}),
+    ],
+)
+def test_a_jpeg_frame_that_ends_too_early_is_refused_and_never_filled(syntax, options):
+    noise = SMOOTH + np.random.default_rng(0).integers(0, 64, SMOOTH.shape).astype(np.uint16)
+    pixels, fields = (noise, TWELVE) if options else ((noise >> 4).astype(np.uint8), {})
+    stream = imagecodecs.jpeg8_encode(pixels, **options)
+    thumbnail = b"\xff\xe1\0\x06\xff\xd9\xff\xd9"  # which has ends of its own
+    stream = stream[:2] + thumbnail + stream[2:]
+    for padding in (b"", b"\0", b"\0\0\0"):
+        assert len(np.unique(grey(encapsulated(pixels, syntax, stream + padding, **fields)))) > 100
+    for part in (len(stream) // 2, len(stream) - 2):
+        with pytest.raises(UndecodableError, match="imagecodecs: it ends too early, without an EOI marker"):
+            grey(encapsulated(pixels, syntax, stream[:part], **fields))
 
 
 def test_a_codestream_of_fewer_bits_than_the_header_is_shown_or_refused():
