@@ -410,6 +410,12 @@ class Coordinator:
         return frozenset(self._voids) | frozenset(self._late_voids)
 
     @property
+    def leaving(self) -> frozenset[str]:
+        """Whose people, in the cohort, have given the round up: they reveal nothing in it, so that its sum is not fixed
+        with them."""
+        return frozenset() if self._cohort is None else self.voiding & set(self._cohort.names)
+
+    @property
     def given_up(self) -> bool:
         """Whether those of the open round, or of the last sum's, are a quorum: then it begins anew."""
         needed = self.journal.chain.quorum.needed
@@ -506,6 +512,8 @@ class Coordinator:
                 self._choose()
             return None
         if set(self._envelopes) != set(self._cohort.names):
+            return None
+        if self._arrived is None and self.leaving:
             return None
         if self._arrived is None:
             if self._pads and self._shares.deals and not self._all_checked():
@@ -666,6 +674,8 @@ class Coordinator:
     def _take_ready(self, data: bytes, site: str) -> None:
         if self._cohort is not None or self.journal.chain.awaits_checkpoint or self.finished:
             return  # too late for this attempt
+        if site in self.voiding:
+            return
         word = split_word(READY_MAGIC, data)
         chain = self.journal.chain
         header = check_ready(word, self._agreed, chain.members, chain.due, self.attempt)
@@ -737,6 +747,7 @@ class Coordinator:
             log.warning("%s: its people give round %d up; it %s revealed", site, header.round,
                         "had" if header.revealed else "had not")  # fmt: skip
         voids[site] = word
+        self._readies.pop(site, None)
 
     def _give_up(self) -> JournalEntry:
         """The void of what was begun of the round. Its spool goes first: nothing but the void can follow then.

@@ -213,6 +213,8 @@ class RoundLoop:
     def _doing(self, site: _Site) -> str:
         """What is known of why a site is in, or is not in yet."""
         held, total = site.sent
+        if site.name in self.coordinator.voiding:
+            return "its people have given the round up"
         if site.name in self.coordinator.sites_in:
             return "in"
         if not site.since:
@@ -368,6 +370,9 @@ class RoundLoop:
 
     def _take(self, site: _Site, reply: RoundReply) -> None:
         coordinator = self.coordinator
+        known = len(coordinator.journal.records)
+        if reply.code == ReplyCode.FAILED_PROTOCOL and site.run == coordinator.run:
+            self._refuse_more(site.position or 0, known)  # it knows the head at which the journal here ends
         if reply.code.value.startswith(("failed", "refused-bundle")):
             log.warning("%s: cannot take part: %s; it is asked again", site.name, reply.code)
             site.trouble = f"it says {reply.code}"
@@ -378,15 +383,11 @@ class RoundLoop:
         if reply.code == ReplyCode.PRESENT:
             self._take_presence(site, reply)
             return
-        known = len(coordinator.journal.records)
         if reply.run == coordinator.run and reply.position > known:
             if site.position is None:
                 site.run, site.position = reply.run, reply.position
                 return  # a void may have taken the place of some: it is told at which head the journal here is
-            raise ProtocolError(
-                f"it has {reply.position} records, the journal here {known}: this state folder is older than the "
-                "study; end the server and put the newest one back, or use: secfacmic journal rebuild"
-            )
+            self._refuse_more(reply.position, known)
         if reply.run == coordinator.run and reply.position:
             coordinator.receive(reply)
         site.run, site.position, site.trouble = reply.run, reply.position, ""
@@ -396,11 +397,14 @@ class RoundLoop:
             site.position = reply.position
             if coordinator.paused:
                 raise StudyPausedError(paused_text(coordinator))
-        elif reply.code in (ReplyCode.VOID, ReplyCode.RETIRED):
+        elif reply.code == ReplyCode.VOID:
             pass
-        elif reply.code == ReplyCode.SITS_OUT:
-            log.warning("%s: was put back to an older state, and sits round %d out", site.name, coordinator.round)
-            if site.asked_step is Step.ENVELOPE and coordinator.fail([site.name]):
+        elif reply.code == ReplyCode.SITS_OUT or (
+            reply.code == ReplyCode.RETIRED and site.asked_step in (Step.ENVELOPE, Step.CHECKED, Step.REVEAL)
+        ):
+            if reply.code == ReplyCode.SITS_OUT:
+                log.warning("%s: was put back to an older state, and sits round %d out", site.name, coordinator.round)
+            if site.asked_step in (Step.ENVELOPE, Step.CHECKED) and coordinator.fail([site.name]):
                 self._step_taken()
             else:
                 self._ask_later(site)
@@ -424,6 +428,14 @@ class RoundLoop:
                     self._pass(site)
             elif reply.code == ReplyCode.READY:
                 site.gives_none = (0, 0)
+
+    def _refuse_more(self, held: int, known: int) -> None:
+        """Refuse to go on with a journal that is older than a site's."""
+        if held > known:
+            raise ProtocolError(
+                f"it has {held} records, the journal here {known}: this state folder is older than the study; end the "
+                "server and put the newest one back, or use: secfacmic journal rebuild"
+            )
 
     def _take_presence(self, site: _Site, reply: RoundReply) -> None:
         chain = self.coordinator.journal.chain
@@ -532,17 +544,18 @@ class RoundLoop:
         else:
             missing = set(coordinator.asked)
             away = self._gone(inside | missing)
-            gone = away | (missing if late else set())
+            gone = away | coordinator.leaving | (missing if late else set())
             if step is not Step.REVEAL and gone and missing <= gone and coordinator.fail(gone):
                 log.warning("round %d: another attempt, without %s", coordinator.round, ", ".join(sorted(gone)))
                 self._step_taken()
                 return
             this = (coordinator.round, coordinator.attempt)
             refusing = {site.name for site in self._sites if late and site.refused == this}
-            if step is not Step.REVEAL and missing and missing <= away | refusing and coordinator.fail([]):
+            without = missing | coordinator.leaving
+            if step is not Step.REVEAL and without and missing <= away | refusing and coordinator.fail([]):
                 # What the people of those that refuse the cohort say now is in their next READYs.
                 log.warning(
-                    "round %d: too few without %s: all are asked anew", coordinator.round, ", ".join(sorted(missing))
+                    "round %d: too few without %s: all are asked anew", coordinator.round, ", ".join(sorted(without))
                 )
                 self._step_taken()
                 return
@@ -562,6 +575,12 @@ class RoundLoop:
                 self._absent |= {site.name for site in self._sites if site.name in missing and not site.since}
                 self._step_taken()
                 return
+        if coordinator.voiding and not missing:
+            self._tell(
+                f"round {coordinator.round}: people gave it up at {', '.join(sorted(coordinator.voiding))}, and it "
+                "cannot be closed without them; it begins anew once a quorum's people have: secfacmic site void"
+            )
+            return
         self._tell_waiting(step, inside, missing, late)
 
     @property

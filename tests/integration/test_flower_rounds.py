@@ -27,7 +27,8 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import NotEnoughSitesError, ProtocolError
 from secure_fed.lab.simulation import prepare
-from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.protocol.round_frames import sign_ready, sign_reveal
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.round_loop import RoundLoop
 from secure_fed.transport.flower_messages import contract, read_request
@@ -287,6 +288,35 @@ def test_an_envelope_that_is_refused_does_not_end_the_study(
     assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
 
 
+def test_a_site_that_sends_wrong_checks_without_end_is_asked_now_and_then(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else one site keeps the server busy, and fills its log."""
+    coordinator, wire, loop = _begin(federation)
+    site = wire.apps[wire.nodes["birch"]].site
+    respond = site.respond
+
+    def wrong(request: Any) -> Any:
+        reply = respond(request)
+        if reply.code != ReplyCode.REVEALED:
+            return reply
+        digest = coordinator._arrived.digest  # type: ignore[union-attr]
+        key = site.replica.identity.signing
+        return dataclasses.replace(reply, envelope=sign_reveal(federation.agreed, digest, "birch", (1, 2), key))
+
+    site.respond = wrong  # type: ignore[method-assign]
+    _steps(loop, lambda: "birch: its REVEAL of round 1 is wrong" in caplog.text)
+    for _ in range(20):
+        loop.step()
+    assert caplog.text.count("birch: its REVEAL of round 1 is wrong") == 1
+    site.respond = respond  # type: ignore[method-assign]
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
+    for each in loop._sites:
+        each.not_before = 0.0
+    loop.run()
+    assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
+
+
 def test_a_rotated_key_takes_force_in_mid_study(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "secure_fed")
     coordinator, wire, loop = _begin(federation)
@@ -471,6 +501,40 @@ def test_a_site_whose_older_disk_was_put_back_sits_the_round_out_and_trains_on(
     assert loop.run()
     assert [entry.sites for entry in coordinator.rounds] == [("birch", "cedar", OBSERVER), (*TRAINING, OBSERVER)]
     assert len({app.site.adapter_digest for app in wire.apps.values()}) == 1
+
+
+@pytest.mark.parametrize("when", ["before its envelope", "after its envelope", "while another one is away"])
+def test_where_one_site_gives_the_round_up_before_the_sum_is_fixed_the_others_close_it(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """Else one site's word stops the others: they would wait for what it never sends, and say for nobody."""
+    training = [{"name": name} for name in (*TRAINING, OBSERVER)]
+    federation = _federation(tmp_path / "out", images, rounds=1, mode="plain", sites=training)
+    coordinator = Coordinator.begin(federation.agreed, federation.folder / "server", federation.signing, "0" * 64)
+    wire = Wire(federation, federation.sites())
+    loop = _loop(federation, coordinator, wire)
+    if when == "while another one is away":
+        wire.away = {"birch"}
+        federation.agreed.study.__dict__["round_seconds"] = 0.5
+    _steps(loop, lambda: coordinator.step is Step.ENVELOPE)
+    federation.agreed.study.__dict__["round_seconds"] = 60.0
+    wire.silent = {"birch"}
+    if when == "after its envelope":
+        _steps(loop, lambda: "ash" in coordinator.sites_in)
+        wire.since[wire.nodes["ash"]] = "second"
+    wire.apps[wire.nodes["ash"]].site.void(1)
+    _steps(loop, lambda: coordinator.voiding == {"ash"})
+    assert loop._doing(loop._sites[0]) == "its people have given the round up"
+    if wire.away:
+        _steps(loop, lambda: coordinator.sites_in == ("cedar", OBSERVER) and coordinator.step is Step.READY)
+        key, due = wire.apps[wire.nodes["ash"]].site.replica.identity.signing, coordinator.journal.chain.due
+        ready = sign_ready(federation.agreed, due, coordinator.attempt, "ash", True, key)
+        coordinator.receive(RoundReply("ash", ReplyCode.READY, coordinator.run, 1, "", ready))
+        assert coordinator.sites_in == ("cedar", OBSERVER), "nor can it cost one attempt after the other"
+    wire.away, wire.silent = set(), set()
+    _steps(loop, lambda: coordinator.finished)
+    assert "without ash" in caplog.text
+    assert [entry.sites for entry in coordinator.rounds] == [("birch", "cedar", OBSERVER)]
 
 
 def test_with_pads_a_site_that_goes_after_the_sum_is_fixed_costs_no_update(
