@@ -16,7 +16,7 @@ from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
 from secure_fed.protocol.records import head_after_void
-from secure_fed.protocol.signing import Count
+from secure_fed.protocol.signing import ZERO_DIGEST, Count
 from secure_fed.protocol.study import Hex64, Name
 
 
@@ -63,7 +63,8 @@ class Bound(FileModel):
         arrived: digest of the one ARRIVED that was revealed for; empty before.
         given: adapter states, by digest, at which the site has revealed, and to which cohort; the newest last, and of
             those before it one, since at most one record is ever taken back. An empty cohort: nobody here knows which.
-        given_before: the same before the REVEAL of this round, if there was one.
+        upon: id of the last sum upon which the site has revealed, in whatever attempt or state of the round after it.
+        before: the last two before the REVEAL of this round, if there was one.
         void: whether its people have given their word that nothing more is said for the round at this head, nor at one
             that anything but a void has made of it since.
         behind: whether others have words of this site that this disk does not know: an older copy was put back.
@@ -82,7 +83,8 @@ class Bound(FileModel):
     names: tuple[Name, ...] = ()
     arrived: str = ""
     given: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
-    given_before: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    upon: Hex64 = ZERO_DIGEST
+    before: tuple[dict[str, tuple[Name, ...]], Hex64] = ({}, ZERO_DIGEST)
     released: str = ""
     void: bool = False
     retired: bool = False
@@ -109,20 +111,23 @@ class Bound(FileModel):
         round is closed or void, whether its people have given it up."""
         if (self.round, self.head) == (due.round, due.head):
             return self
-        kept = {"given": self.given, "released": self.released, "retired": self.retired, "behind": self.behind}
+        kept = self.model_dump(include={"given", "upon", "released", "retired", "behind"})
         void = self.void and self.round == due.round and due.head != head_after_void(self.head)
         return Bound(round=due.round, head=due.head, void=void).model_copy(update=kept)
 
-    def giving(self, state: str, cohort: tuple[Name, ...]) -> Bound:
-        """This once the site has revealed at a state to a cohort: of a release, then, nothing is left."""
+    def giving(self, state: str, cohort: tuple[Name, ...], upon: str) -> Bound:
+        """This once the site has revealed at a state, which follows a sum, to a cohort: of a release, then, nothing is
+        left."""
         others = [item for item in self.given.items() if item[0] != state]
         given = dict([*others[-1:], (state, cohort)])
         released = self.released if self.given.get(state, cohort) == cohort else ""
-        return self.model_copy(update={"given": given, "given_before": self.given, "released": released})
+        before = self.given, self.upon
+        return self.model_copy(update={"given": given, "upon": upon, "before": before, "released": released})
 
     def forgiven(self) -> Bound:
         """This as if the site had not revealed in this round: no sum of it can be opened."""
-        return self.model_copy(update={"given": self.given_before})
+        given, upon = self.before
+        return self.model_copy(update={"given": given, "upon": upon})
 
 
 def read_bound(path: Path) -> Bound | None:

@@ -78,7 +78,7 @@ from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
 from secure_fed.protocol.packing import Binding, Contribution, Sealed
 from secure_fed.protocol.pads import KEY_BYTES, PadPlace, SitePads, new_private, public_of
 from secure_fed.protocol.presence import PresenceQuestion, sign_presence
-from secure_fed.protocol.records import read_header
+from secure_fed.protocol.records import Record, read_header
 from secure_fed.protocol.residues import pack_residues, unpack_residues
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
@@ -448,7 +448,8 @@ class Site:
         if chain.finished or not self._trains(self.name):
             return self._reply(ReplyCode.APPLIED)
         bound = self.replica.files.bound.at(self.replica.due)
-        if bound.retired and not bound.attempt:  # members of an open round stay to its end
+        # Members of an open round stay to its end, also those whose READY is in a COHORT already.
+        if bound.retired and not bound.attempt and request.question[:4] != COHORT_MAGIC:
             return self._retired()
         if self.replica.paused:
             return self._reply(ReplyCode.REFUSED_AGGREGATE)
@@ -557,7 +558,8 @@ class Site:
         files = self.replica.files
         bound = files.bound.at(self.replica.due)
         if bound.behind:
-            bound = bound.giving(self._asked_for, ()).model_copy(update={"behind": False, "out": True, "released": ""})
+            bound = bound.giving(self._asked_for, (), self.replica.state.chain.sum)
+            bound = bound.model_copy(update={"behind": False, "out": True, "released": ""})
             files.bind(bound)
             log.warning(
                 "%s: this state folder is older than what this site has said since: a copy was put back. It sits round "
@@ -736,15 +738,10 @@ class Site:
 
     def _give_back(self, last: LastSum) -> bool:
         """The same for a round whose record it has applied, and on which it has revealed nothing yet."""
-        files, record = self.replica.files, last.record
+        record = last.record
         if last.before.members[self.name].role != "train":
             raise ProtocolError(f"a void of round {record.header.round}; only training sites give one up")
-        now = files.bound.at(self.replica.due)
-        if now.may_have_revealed:
-            raise ProtocolError(
-                f"a void of round {record.header.round}, but this site has revealed in round {now.round}, which builds "
-                "on its record; expected none: the record stands"
-            )
+        self._refuse_taking_back(record)
         self.replica.take_back(record)
         bound = self.replica.files.bound.at(last.before.due)
         contributed = self.name in [entry.site for entry in record.contributors]
@@ -752,6 +749,18 @@ class Site:
             bound = bound.model_copy(update={"arrived": record.arrived})
         self.replica.files.bind(bound.model_copy(update={"void": True}))
         return bound.may_have_revealed
+
+    def _refuse_taking_back(self, record: Record) -> None:
+        """Stand by a sum upon which it has revealed: the sum of the later round may be complete, and others have it.
+
+        Also where what it revealed in was given up since.
+        """
+        now = self.replica.files.bound.at(self.replica.due)
+        if now.may_have_revealed or now.upon == record.id:
+            raise ProtocolError(
+                f"a void of round {record.header.round}, but this site has revealed in round {now.round}, which builds "
+                "on its record; expected none: the record stands"
+            )
 
     @property
     def exact(self) -> bool:
@@ -954,7 +963,8 @@ class Site:
         write_durable(files.folder.question("arrived"), question, 0o600)
         self._note_given()
         if not bound.arrived:
-            files.bind(bound.giving(self._asked_for, bound.names).model_copy(update={"arrived": digest}))
+            given = bound.giving(self._asked_for, bound.names, self.replica.state.chain.sum)
+            files.bind(given.model_copy(update={"arrived": digest}))
         mask = None if bound.padded is None else bound.padded.seed
         return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing, mask)
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,25 @@ def _split_cohort(ground: Ground) -> Outcome:
         return lambda: site.respond(request)
 
     return _refused({f"a round of {' and '.join(half)} alone": show(half) for half in halves})
+
+
+def _two_records(ground: Ground) -> Outcome:
+    """Show one site the record of round 2, have the others give that up, and then the round before."""
+    sites, coordinator = ground.begun()
+    for _ in range(2):
+        play_round(coordinator, sites)
+    shown, others = sites[-1], sites[:-1]
+    ask(coordinator, shown)
+    for site in others:
+        site.void(2)
+        ask(coordinator, site)
+    coordinator.advance()
+    for site in others:
+        ask(coordinator, site)  # takes the void
+    return _refused(
+        {f"{site.name} gives up a round on whose record it has revealed": partial(site.void, 1)
+         for site in others}
+    )  # fmt: skip
 
 
 # --- one site ---
@@ -962,6 +982,7 @@ ATTACKS = (
     Attack("B5", "server", "removes a site, which has their envelopes, in an open round", _slipped_amendment),
     Attack("B6", "one site", "says that a sum is out of range which the others have applied", _false_refusal),
     Attack("B7", "one site", "sends values out of range, so that no sum can be applied", _garbage),
+    Attack("B7.1", "server", "has two records taken back, of which one site has both", _two_records),
     Attack("B7.2", "server", "takes a second sum at one adapter, with one site less or more", _second_sum),
     Attack("B7.3", "one site", "reveals a wrong check of its envelope, so that the sum looks bent", _wrong_check),
     Attack("B8", "one site", "attests and acknowledges another adapter than it holds", _odd_words),

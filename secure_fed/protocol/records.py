@@ -179,6 +179,7 @@ class Chain:
         changed_after: the same of the last with which a training site joined or left.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows, or the end
             of a run whose sites are lost.
+        sum: id of the last aggregate; zeros before the first.
         ended: whether the last record is an end, which nothing follows.
         lost: whether it is one for want of sites.
         seeds: of the envelopes in the sums so far.
@@ -196,6 +197,7 @@ class Chain:
         self.members: Members = {site.name: site for site in agreed.study.sites}
         self.rounds = agreed.study.rounds
         self.awaits_checkpoint = False
+        self.sum = ZERO_DIGEST
         self.ended = False
         self.lost = False
         self.seeds: Seeds = {}
@@ -340,6 +342,7 @@ class Chain:
         self.lost = self.ended and record.payload == LOST
         if header.kind == "aggregate":
             self.round = header.round
+            self.sum = record.id
             # A new one: chains that come of one another share it.
             self.seeds = self.seeds | {(entry.site, entry.seed): entry.payload for entry in record.contributors}
             self.ledgers = self.ledgers | {

@@ -60,6 +60,7 @@ MUTATIONS: dict[str, Mutate] = {
         Coordinator, "paused", property(lambda self: bool(self._refusing) and self._waiting_amendment() is None)
     ),
     "B7": lambda patch: patch.setattr(Replica, "paused", False),
+    "B7.1": lambda patch: patch.setattr(Site, "_refuse_taking_back", lambda *_: None),
     "B7.2": lambda patch: patch.setattr(Site, "_refuse_another_cohort", lambda *_: None),
     "B7.3": lambda patch: patch.setattr(Coordinator, "_checks_hold", lambda _: True),
     "B8": lambda patch: patch.setattr(coordinator, "_acknowledged_adapter", lambda _: ""),

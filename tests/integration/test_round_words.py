@@ -33,8 +33,10 @@ from secure_fed.core.errors import (
 from secure_fed.lab.simulation import prepare
 from secure_fed.privacy.ckks import Cipher
 from secure_fed.protocol import codec
+from secure_fed.protocol.envelope import seal_envelope
 from secure_fed.protocol.journal import find_runs, verify_run
-from secure_fed.protocol.packing import PlainSealer
+from secure_fed.protocol.ledger_heads import NO_LEDGER
+from secure_fed.protocol.packing import Binding, PlainSealer
 from secure_fed.protocol.records import RecordFolder
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
@@ -42,6 +44,7 @@ from secure_fed.protocol.round_frames import (
     SignedWord,
     arrived_header,
     check_arrived,
+    check_envelopes,
     sign_cohort,
     sign_ready,
     sign_reveal,
@@ -114,6 +117,23 @@ def test_a_reveal_is_as_long_whatever_it_says(federation: Federation) -> None:
     agreed, key = federation.agreed, federation.site("ash").replica.identity.signing
     largest = agreed.lanes.modulus - 1
     assert len({len(sign_reveal(agreed, "5" * 64, "ash", (product, 1), key)) for product in (0, 255, largest)}) == 1
+
+
+def test_a_second_envelope_of_an_attempt_is_refused_and_the_first_counts(federation: Federation) -> None:
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    first = send_envelopes(coordinator, sites)[1]
+    agreed, due, ready = federation.agreed, coordinator.journal.chain.due, coordinator._envelopes["birch"].header
+    integers = np.zeros(agreed.layout(1).lanes.values, np.int64)
+    sealed = sites[1].replica.sealer.seal(integers, Binding(run=due.run, head=due.head, round=1), "birch")
+    second = seal_envelope(
+        agreed, due, sealed, NO_LEDGER, sites[1].replica.identity.signing, attempt=ready.attempt, cohort=ready.cohort
+    )
+    with pytest.raises(EnvelopeError, match="a second, different envelope of birch for round 1; the first counts"):
+        coordinator.receive(replace(first, envelope=second))
+    coordinator.receive(first)
+    entry = close_round(coordinator, sites)
+    assert check_envelopes(entry.header.contributors, agreed, coordinator.journal.chain.members, due)[1] == ready
 
 
 def test_a_member_that_is_gone_costs_its_own_update_only(four: Federation) -> None:
@@ -833,6 +853,28 @@ def test_whoever_has_revealed_in_a_later_round_gives_no_word_for_a_void_of_the_o
             exchange(coordinator, site)
 
 
+def test_whoever_has_revealed_on_a_record_stands_by_it_though_that_later_round_was_given_up(four: Federation) -> None:
+    """Else two records are taken back, and who has applied the second can never follow the others."""
+    sites, coordinator = split_over_a_record(four)
+    for site in sites[2:]:
+        exchange(coordinator, site)
+    assert close_round(coordinator, sites) is not None
+    exchange(coordinator, sites[3])
+    assert sites[3].round == 2, "dogwood has the record of round 2, the others have not"
+    for site in sites[:3]:
+        assert site.void(2), "it had revealed"
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+    for site in sites[:3]:
+        exchange(coordinator, site)
+        with pytest.raises(ProtocolError, match="has revealed in round 2, which builds on its record"):
+            site.void(1)
+        with pytest.raises(ProtocolError, match="has revealed in round 2, which builds on its record"):
+            four.site(site.name).void(1)
+    assert exchange(coordinator, sites[3]).code == ReplyCode.READY
+    assert sites[3].adapter_digest == sites[0].adapter_digest
+
+
 def test_a_site_that_gave_a_round_up_applies_its_record_only_under_a_later_one(four: Federation) -> None:
     """Else it could reveal on the record and have given its word for the void: both could be built on."""
     sites, coordinator = split_over_a_record(four)
@@ -943,6 +985,18 @@ def test_members_change_one_by_one_on_the_whole_way_from_the_key_maker_to_the_si
     assert len({site.adapter_digest for site in sites}) == 1
 
 
+def test_who_retires_after_its_ready_takes_part_in_the_round_and_then_no_more(federation: Federation) -> None:
+    """Else, with no more than a quorum, the round could never be closed, nor the retirement stand in the journal."""
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    pass_step(coordinator, sites)
+    sites[0].retire()
+    assert close_round(coordinator, sites).sites == TRAINING
+    assert exchange(coordinator, sites[0]).code == ReplyCode.RETIRED
+    assert coordinator.advance().header.kind == "retired"  # type: ignore[union-attr]
+    assert coordinator.journal.chain.short
+
+
 def test_no_retirement_slips_into_an_open_round(four: Federation) -> None:
     sites = four.sites()
     coordinator = begin(four)
@@ -971,6 +1025,23 @@ def test_where_a_quorum_had_not_revealed_a_void_needs_no_release(four: Federatio
     assert sites[0].revealed_to is None
     pass_step(coordinator, sites[:3])
     assert close_round(coordinator, sites[:3]).sites == TRAINING
+
+
+def test_no_sum_is_fixed_with_a_site_that_has_given_the_round_up(federation: Federation) -> None:
+    """Nobody reveals anything then, so that all can begin anew without anybody's release."""
+    sites = federation.sites()[:3]
+    coordinator = begin(federation)
+    send_envelopes(coordinator, sites)
+    sites[0].void(1)
+    assert exchange(coordinator, sites[0]).code == ReplyCode.VOID
+    assert coordinator.advance() is None
+    assert coordinator.step is Step.ENVELOPE
+    for site in sites[1:]:
+        assert not site.void(1), "it has revealed nothing"
+        exchange(coordinator, site)
+    assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+    pass_step(coordinator, sites)
+    assert close_round(coordinator, sites).sites == TRAINING
 
 
 def test_voids_of_the_same_cohort_need_no_release_and_a_word_is_for_one_head(federation: Federation) -> None:

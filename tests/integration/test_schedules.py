@@ -268,9 +268,9 @@ class LyingServer(RuleBasedStateMachine):
     def show(self, place: int, name: str) -> None:
         self.ask(name, self.heads[-1 - place % len(self.heads)])
 
-    @rule(names=st.sampled_from(SUBSETS), back=st.integers(0, 1))
-    def give_up(self, names: set[str], back: int) -> None:
-        """People of these sites give the open round up, or that of the last record."""
+    @rule(names=st.sampled_from(SUBSETS), back=st.integers(0, 1), shown=st.booleans())
+    def give_up(self, names: set[str], back: int, shown: bool) -> None:
+        """People of these sites give the open round up, or that of the last record; all may be shown what follows."""
         for name in sorted(names - ({FAULTY} if self.lies else set())):
             site = self.sites[name]
             if site.run:
@@ -285,6 +285,8 @@ class LyingServer(RuleBasedStateMachine):
                 self.voids.setdefault(head, {})[FAULTY] = split_word(VOID_MAGIC, data)
             words = self.voids.get(head, {})
             self.append(head, "void", tuple(words[name] for name in sorted(words)))
+        for name in NAMES if shown else ():
+            self.ask(name, self.heads[-1])
 
     @rule(name=st.sampled_from(NAMES), place=st.integers(0, 2))
     def retire(self, name: str, place: int) -> None:
@@ -461,7 +463,7 @@ class OneLiar(RuleBasedStateMachine):
             waiting = set() if coordinator._cohort is None else set(coordinator._cohort.names) - {*coordinator.sites_in}
             if coordinator.step is Step.REVEAL and waiting == {FAULTY}:
                 return
-            if coordinator.step is Step.ENVELOPE and waiting == {FAULTY}:
+            if coordinator.step is Step.ENVELOPE and waiting | coordinator.leaving == {FAULTY}:
                 assert coordinator.fail([FAULTY])
             coordinator.advance()
         raise AssertionError(f"step {coordinator.step}, in {coordinator.sites_in}, asked {coordinator.asked}")
