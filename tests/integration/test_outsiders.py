@@ -55,12 +55,15 @@ def connect(secure):
     plain = socket.create_connection(("127.0.0.1", port), timeout=10)
     return trust.wrap_socket(plain, server_hostname="127.0.0.1") if secure else plain
 def hold(number):
-    try:
-        link = connect(number % 4 == 0)
-        held.append(link)
-        link.sendall(b"POST /v1/fleet/pull HTTP/1.1\\r\\nX-Slow: ")
-    except OSError:
-        pass
+    while True:  # drip, and come back
+        try:
+            link = connect(number % 4 == 0)
+            link.sendall(b"POST /v1/fleet/pull HTTP/1.1\\r\\nX-Slow: ")
+            while True:
+                time.sleep(2)
+                link.sendall(b"x")
+        except OSError:
+            time.sleep(10)
 def send(number):
     try:
         link = connect(True)
@@ -77,13 +80,8 @@ for thread in threads:
     thread.start()
 time.sleep(1.0)
 print("ready", flush=True)
-while True:  # drip, and come back
-    time.sleep(0.5)
-    for link in list(held):
-        try:
-            link.sendall(b"x")
-        except OSError:
-            held.remove(link)
+for thread in threads:
+    thread.join()
 """
 
 
@@ -165,13 +163,13 @@ def test_members_finish_encrypted_rounds_meanwhile(
             loop = RoundLoop(coordinator, agreed, grid, link.nodes, incoming, outgoing)
             for thread in threads:
                 thread.start()
-            play(loop, 1)
+            play(loop, 1, link)
             before = resident()
             command = [sys.executable, "-c", OUTSIDER, str(link.address[1]), str(authority), member, "500", "50"]
             outsider = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             assert outsider.stdout is not None
             assert outsider.stdout.readline() == "ready\n"
-            play(loop, agreed.study.rounds)
+            held = play(loop, agreed.study.rounds, link)
             grown = resident() - before
             loop.run()  # every site has the last record
     finally:
@@ -179,18 +177,22 @@ def test_members_finish_encrypted_rounds_meanwhile(
             outsider.kill()
             outsider.communicate()
         link.stop()
+    assert held <= 64 + 8 * len(sites), "members have theirs beside those of all others"
     assert [app.failure for app in apps] == [None] * len(apps)
     assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * agreed.study.rounds
     assert grown < 50e6
     assert sum(len(record.getMessage()) for record in caplog.records) < 1e6
 
 
-def play(loop: RoundLoop, rounds: int) -> None:
-    ended = time.monotonic() + 120
+def play(loop: RoundLoop, rounds: int, link: SuperLink) -> int:
+    """Close so many rounds; how many connections there were at most."""
+    ended, held = time.monotonic() + 120, 0
     while len(loop.coordinator.rounds) < rounds:
         assert time.monotonic() < ended, "no round was closed"
         loop.step()
+        held = max(held, len(link.callers))
         time.sleep(0.02)
+    return held
 
 
 def raw(link: Link) -> ssl.SSLSocket:
