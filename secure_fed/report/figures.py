@@ -769,12 +769,19 @@ def _one_sum(analysis: Analysis) -> Section:
     )  # fmt: skip
     covered = [found.coverage for _, head in heads for found in (head.held_out,) if found is not None]
     promised = heads[0][1].promised
-    finding = f"The pooled histograms chose a shrinkage of {heads[0][1].shrinkage:g}."
+    chosen = heads[0][1].validation is not None
+    finding = (
+        f"The pooled histograms chose a shrinkage of {heads[0][1].shrinkage:g}."
+        if chosen
+        else f"The shrinkage, {heads[0][1].shrinkage:g}, is the one that the study declares: no histograms chose it."
+    )
     if covered and promised is not None:
         finding += f" Held out, sets hold the class of {100 * fmean(covered):.1f} %; {100 * promised:g} % are promised."
     notes = (
         "Pooled figures come from summed histograms of patients that the head judged without knowing them; no single "
-        "site's are known. The promise holds for patients like those, not for every site or class.",
+        "site's are known. The promise holds for patients like those, not for every site or class."
+        if any(head.validation is not None for _, head in heads)
+        else "Without histograms nothing is claimed of single cases.",
     )
     return Section(
         key, title, finding, (chart,), (), tuple(table for table in tables if table.rows), ("method",), notes=notes

@@ -845,6 +845,16 @@ def test_the_report_tells_of_the_head_and_of_what_a_byte_buys(secfacmic: Any, im
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for words in ("## One sum", "The pooled histograms chose a shrinkage", "least covered class", "What a byte buys"):
         assert words in text
+    # Without histograms: one round, or budgets at all sites.
+    path = tmp_path / "out" / "summary.json"
+    summary = json.loads(path.read_text())
+    nothing = {"validation": None, "promised": None, "per_site": {}, "held_out": None, "shrinkage": 0.02}
+    path.write_text(json.dumps(summary | {"one_sum": summary["one_sum"] | nothing}))
+    assert secfacmic("report", tmp_path / "out", "--out", tmp_path / "declared.md").returncode == 0
+    text = (tmp_path / "declared.md").read_text(encoding="utf-8")
+    assert "The shrinkage, 0.02, is the one that the study declares: no histograms chose it." in text
+    assert "nothing is claimed of single cases" in text
+    assert "The promise holds" not in text
 
 
 def test_attacks_read_sums_and_not_the_encrypted_ones(images: Path, tmp_path: Path) -> None:
