@@ -56,7 +56,8 @@ from secure_fed.privacy.dp_training import (
 )
 from secure_fed.privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases, Plan
 from secure_fed.protocol import aggregation
-from secure_fed.protocol.study import AgreedStudy, Features, Method, Template, read_template
+from secure_fed.protocol.codec import flatten
+from secure_fed.protocol.study import Aggregation, AgreedStudy, Features, Method, Template, read_template
 
 DELTA = 1e-5
 METHODS = ("advised", "text_head", "text_head:32", "text_head:64", "low_rank", "facmic")
@@ -141,7 +142,10 @@ def fewer(one: SiteFeatures, patients: int | None) -> SiteFeatures:
 def federate(
     agreed: AgreedStudy, features: list[SiteFeatures], method: Method, epsilon: float | None, seed: int
 ) -> tuple[float, float]:
-    """Mean balanced accuracy over the sites' test images, of the mean of the adapters after each round and the last."""
+    """Mean balanced accuracy over the sites' test images, of the mean of the adapters after each round and the last.
+
+    Averages go through the study's rule.
+    """
     initial = agreed.initial
     study = agreed.study.model_copy(update={"method": method})
     dimensions = None if initial.basis is None else initial.basis.dimensions
@@ -151,13 +155,17 @@ def federate(
     iterates = []
     private = [] if epsilon is None else [PrivateSite(own, one, epsilon) for one in features]
     parameters: dict[str, Any] = dict(start)
+    rule = study.aggregation.model_copy(update={"iterates": "last"})
+    state = aggregation.initial_state(rule, parameters)
     for round_number in range(1, study.rounds + 1):
         if private:
             local = [site.round(parameters) for site in private]
         else:
             seeds = [training_seed(seed, "", str(index), round_number) for index in range(len(features))]
             local = [train_round(own, parameters, *pair) for pair in zip(features, seeds, strict=True)]
-        parameters = {name: np.mean([result[name] for result in local], axis=0) for name in parameters}
+        step = {name: np.mean([result[name] for result in local], axis=0) - parameters[name] for name in parameters}
+        state = aggregation.apply(rule, state, flatten(step))
+        parameters = dict(aggregation.adapter_of(state))
         iterates.append(parameters)
     mean = {name: np.mean([one[name] for one in iterates], axis=0) for name in parameters}
     return test(own, mean, features), test(own, parameters, features)
@@ -316,6 +324,10 @@ def with_constants(agreed: AgreedStudy, clip: float, learning_rate: float, momen
     return AgreedStudy(agreed.study.model_copy(update={"privacy": settings}), agreed.initial)
 
 
+def with_rule(agreed: AgreedStudy, rule: Aggregation) -> AgreedStudy:
+    return AgreedStudy(agreed.study.model_copy(update={"aggregation": rule}), agreed.initial)
+
+
 def with_use(agreed: AgreedStudy, use: str) -> AgreedStudy:
     settings = agreed.study.privacy.model_copy(update={"lmmd_use": use})
     return AgreedStudy(agreed.study.model_copy(update={"privacy": settings}), agreed.initial)
@@ -358,13 +370,15 @@ def compare_methods(agreed: AgreedStudy, features: list[SiteFeatures], name: str
             if kind == "advised":
                 advice = advise(epsilon or max(arguments.epsilons), min(counts), public=True)
                 own = with_constants(with_basis(agreed, advice.dimensions), CLIP, advice.learning_rate, MOMENTUM)
+                own = with_rule(own, Aggregation.model_validate(advice.tables["aggregation"]))
+            averages = kind != "advised" or own.study.aggregation.iterates == "mean"
             pairs = [
                 sum_once(own, features, epsilon) if method.one_sum else federate(own, features, method, epsilon, seed)
                 for seed in range(arguments.seeds)
             ]
             cell = {"data": name, "patients": counts, "method": kind, "epsilon": epsilon}
             cell |= {"last": [round(100 * last, 2) for _, last in pairs]}
-            row += f"{show(cells, cell, [100 * (mean if epsilon else last) for mean, last in pairs]):>14}"
+            row += f"{show(cells, cell, [100 * (mean if averages and epsilon else last) for mean, last in pairs]):>14}"
         print(row, flush=True)
     return cells
 

@@ -29,11 +29,18 @@ here."""
 WEAK = 100.0
 """Patients times mu of the budget below which the rate is halved once more."""
 
+LAST: dict[str, Any] = {"rule": "fedavgm", "learning_rate": 1.0, "betas": (0.5, 0.99), "iterates": "last"}
+"""What is made of averages from :data:`PLENTY` on."""
+
 LITTLE = 20.0
 """Patients times mu of the budget below which there is next to nothing to learn."""
 
 LARGE = 400.0
 """Patients times mu of the budget from which on twice the dimensions pay."""
+
+PLENTY = 800.0
+"""Patients times mu of the budget from which on so little noise is left that the last adapter is better than the mean,
+and momentum in the sum, too, takes it further in as many rounds. Below, both cost."""
 
 SUMMED = 32
 """Dimensions in which one sum is taken under a budget, whatever its size: docs/results/brain_mri.md."""
@@ -53,6 +60,7 @@ class Advice:
     Attributes:
         epsilon: the budget it is for.
         patients: training patients of the smallest site that trains.
+        averages: whether the mean of the adapters comes out; else the last one, with momentum in the sum.
         dimensions: in which a ``text_head`` sees features, public ones; None: as the backbone gives them.
         learning_rate: of the noisy steps.
         one_sum: whether it is for a study that asks for one sum, whose method stays: then only the dimensions count.
@@ -60,6 +68,7 @@ class Advice:
 
     epsilon: float
     patients: int
+    averages: bool
     dimensions: int | None
     learning_rate: float
     one_sum: bool = False
@@ -75,7 +84,7 @@ class Advice:
             return {"features": basis}
         tables: dict[str, dict[str, Any]] = {
             "method": {"adapter": "text_head", "loss": "class_prompt"},
-            "aggregation": {"iterates": "mean"},
+            "aggregation": {"iterates": "mean"} if self.averages else LAST,
             "privacy": {"clip": CLIP, "momentum": MOMENTUM, "learning_rate": self.learning_rate},
         }
         if self.dimensions is not None:
@@ -93,10 +102,12 @@ class Advice:
             )
             return text + ("" if kind == "public" else "; with study new --public it gains")
         seen = "as the backbone sees" if self.dimensions is None else f"in {self.dimensions} public dimensions"
+        outcome = "the mean of the adapters" if self.averages else "the last adapter after momentum in the sum"
+        why = ", small steps and averaging leave less noise" if self.averages else " and small steps leave less noise"
         text = (
-            f"text_head {seen}, learning rate {self.learning_rate:g}, and the mean of the adapters, advised at epsilon "
-            f"{self.epsilon:g} for about {self.patients} training patients at the smallest site: fewer values, small "
-            "steps and averaging leave less noise (docs/privacy.md)"
+            f"text_head {seen}, learning rate {self.learning_rate:g}, and {outcome}, advised at epsilon "
+            f"{self.epsilon:g} for about {self.patients} training patients at the smallest site: fewer values{why} "
+            "(docs/privacy.md)"
         )
         if self.dimensions is None:
             text += "; there are no statistics of public images for this backbone: with study new --public it gains"
@@ -122,7 +133,8 @@ def advise(epsilon: float, patients: int, *, public: bool, one_sum: bool = False
     signal = _signal(epsilon, patients)
     rate = min(FASTEST, signal / SIGNAL / (1 if signal >= WEAK else 2))
     dimensions = SUMMED if one_sum else 64 if signal >= LARGE else 32
-    return Advice(epsilon, patients, dimensions if public else None, float(f"{rate:.2g}"), one_sum)
+    averages = signal < PLENTY
+    return Advice(epsilon, patients, averages, dimensions if public else None, float(f"{rate:.2g}"), one_sum)
 
 
 def _signal(epsilon: float, patients: int) -> float:

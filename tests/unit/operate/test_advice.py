@@ -30,6 +30,18 @@ def test_dimensions_and_rate_follow_from_budget_and_size(
     assert ("no statistics of public images" in advice.words) != public
 
 
+@pytest.mark.parametrize(("epsilon", "patients", "averages"), [(8, 400, True), (3, 1000, True), (8, 600, False)])
+def test_where_little_noise_is_left_the_last_adapter_comes_out_with_momentum_in_the_sum(
+    epsilon: float, patients: int, averages: bool
+) -> None:
+    advice = advise(epsilon, patients, public=True)
+    rule = as_advised(read_template(Path("demo")), advice).aggregation
+    assert (rule.iterates, rule.rule) == (("mean", "average") if averages else ("last", "fedavgm"))
+    assert averages or (rule.learning_rate, rule.betas[0]) == (1.0, 0.5)
+    assert ("the mean of the adapters" in advice.words) == averages
+    assert ("momentum in the sum" in advice.words) != averages
+
+
 def test_where_noise_leaves_nothing_to_learn_the_words_say_so() -> None:
     assert "or only observe" in advise(1, 50, public=True).words
     assert "only observe" not in advise(8, 50, public=True).words
