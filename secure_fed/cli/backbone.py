@@ -96,6 +96,7 @@ def check(
             rows.add_row(way, "-" if share is None else f"{100 * share:.1f} %")
         out.print(rows)
         say(report["zero_shot"]["hint"])
+        say(report["zero_shot"]["local"])
 
 
 @app.command("list")

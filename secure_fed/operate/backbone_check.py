@@ -31,6 +31,11 @@ PER_CLASS = 50
 _BETTER = 0.05
 """Share of correct images by which another way must be better to be worth a word; a few images differ by chance."""
 
+NOBODY_PAID = (
+    "these figures are of your images, for your own eyes: if they are patients', no privacy budget has paid for them"
+)
+"""Stands at what images tell of a backbone; whose they are nobody says here."""
+
 _OPENAI = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 _HALF = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
 
@@ -54,7 +59,7 @@ def check_backbone(
     Returns:
         A JSON document; ``zero_shot`` is None without images, else ``chance``, ``images`` (their number),
         ``unreadable`` (with reasons), ``correct`` (share by way of preparing and computing; None for what this model
-        cannot do) and ``hint``.
+        cannot do), ``hint`` and ``local`` (:data:`NOBODY_PAID`).
 
     Raises:
         BackboneError: there is none of that name, or it cannot be used.
@@ -165,7 +170,14 @@ def _zero_shot(loaded: LoadedBackbone, folder: Path) -> dict[str, Any]:
         hint += "no other way is clearly better"
     if usual < chance + _BETTER:
         hint += "; and it does no better than chance: other prompts, another backbone, or not this task"
-    return {"chance": chance, "images": len(pictures), "unreadable": unreadable, "correct": correct, "hint": hint}
+    return {
+        "chance": chance,
+        "images": len(pictures),
+        "unreadable": unreadable,
+        "correct": correct,
+        "hint": hint,
+        "local": NOBODY_PAID,
+    }
 
 
 def _others(form: Form, activation: str) -> dict[str, Form | None]:
