@@ -47,7 +47,11 @@ TOLERANCE = 1e-6
 """Relative to the update; both ways compute in float64."""
 
 TRAINING, VALIDATING, UNLABELLED = 8, 4, 3
-"""Synthetic patients by split, with one to three images each. One who trains cannot pay."""
+"""Synthetic patients by split, with one to three images each."""
+SPENT = ("train 0", "val 0")
+"""Synthetic patients who have nothing left."""
+TWICE = "train 1"
+"""A synthetic patient who trains and is among those who validate too, in place of the second of these."""
 
 IMAGES = 2
 """At most so many images of each are taken."""
@@ -181,13 +185,13 @@ def _apart(file: SiteFile, agreed: AgreedStudy, folder: Path, noise: Noise) -> t
 
 
 def _open_account(place: Path, budget: SitePrivacy, features: SiteFeatures) -> None:
-    """Register the synthetic patients, one of whom has spent all it had."""
+    """Register the synthetic patients, of whom :data:`SPENT` have spent all they had."""
     names = sorted({owner for owners in features.patients.values() for owner in owners})
     with opened(place) as ledger:
         ledger.register({name: (name.encode(),) for name in names})
         everything = mu_squared_of(budget.epsilon, budget.delta) * (1 - 1e-6)
         spent = Mechanism(1.0, 1.0 / math.sqrt(everything), 1)
-        ledger.reserve(spent, "all that one of them has", "", {ledger.person("train 0")})
+        ledger.reserve(spent, "all that these have", "", {ledger.person(name) for name in SPENT})
 
 
 def _unchanged(
@@ -304,7 +308,7 @@ class _SumRehearsal:
     def _paying(self) -> list[tuple[str, NDArray[np.int64]]]:
         """The synthetic patients who train and can pay, each with the rows of its images, mirrored views included."""
         owners = np.array(self._features.patients["train"])
-        return [(name, np.flatnonzero(owners == name)) for name in sorted(set(owners) - {"train 0"})]
+        return [(name, np.flatnonzero(owners == name)) for name in sorted(set(owners).difference(SPENT))]
 
 
 class _ClassStatistics(_SumRehearsal):
@@ -505,7 +509,7 @@ class _Rehearsal:
         owners = np.array(self._features.patients["train"])
         cap = self._agreed.study.privacy.images_per_patient
         found = []
-        for name in sorted(set(owners) - {"train 0"}):
+        for name in sorted(set(owners).difference(SPENT)):
             rows = np.flatnonzero(owners == name)[:cap]
             features, labels = torch.from_numpy(x[rows]).double(), torch.from_numpy(y[rows])
             found.append(PatientBatch(features[None], labels[None], torch.ones(1, len(rows), dtype=torch.bool)))
@@ -525,12 +529,18 @@ class _Rehearsal:
         classes = len(self._agreed.study.classes)
         with torch.no_grad():  # one by one, as the round does: in a batch the last bit may differ, and decide a tie
             guesses = [int(adapter(row[None])[0, :classes].argmax()) for row in torch.from_numpy(x).double()]
-        right = np.array(guesses) == y
-        exact = validation.exact_counts(right, self._features.patients["val"]) + noise
+        owners = self._features.patients["val"]
+        # Neither who trains, which the counts would cost more than was declared for the run, nor who cannot pay.
+        counted = np.array([owner not in (*self._features.patients["train"], *SPENT) for owner in owners])
+        right = (np.array(guesses) == y)[counted]
+        exact = validation.exact_counts(right, [owners[row] for row in np.flatnonzero(counted)]) + noise
         count = max(0, round(float(exact[0])))
         expected = (count, min(max(0, round(float(exact[1]))), count))
         if counts != expected:
-            raise GuardError(f"validation counts {counts} were sent; counts and paid noise give {expected}")
+            raise GuardError(
+                f"validation counts {counts} were sent; counts of who can pay and does not train, with the noise that "
+                f"was paid, give {expected}"
+            )
 
 
 def _totals(draws: list[tuple[float, int]]) -> dict[str, int]:
@@ -578,6 +588,7 @@ def _synthetic(agreed: AgreedStudy) -> SiteFeatures:
     sizes: dict[Split, int] = {"train": TRAINING, "val": VALIDATING, "unlabelled": UNLABELLED, "test": 0}
     for split, count in sizes.items():
         owners = [f"{split} {number}" for number in range(count) for _ in range(1 + number % 3)]
+        owners = [TWICE if owner == "val 1" else owner for owner in owners]
         rows = _random_rows(agreed, len(owners), rng)
         labels = rng.integers(0, classes, len(owners))
         if agreed.study.backbone.mirrored and split == "train":  # each image, then each mirrored view

@@ -182,6 +182,20 @@ SEEDED: dict[str, Callable[[], Any]] = {
         "noisy_counts",
         lambda real, right, owners, *rest: (len(set(owners)), int(right.sum())),
     ),
+    "who trains is counted too": lambda: patched(
+        PrivateRounds,
+        "_reserve_validation",
+        lambda real, self, ledger, plan, number, purpose, people, events: real(
+            self, ledger, plan, number, purpose, {**people, "train": ()}, events
+        ),
+    ),
+    "who cannot pay is counted": lambda: patched(
+        PrivateRounds,
+        "_noisy_counts",
+        lambda real, self, plan, used, features, people, counted: real(
+            self, plan, used, features, people, set(people["val"])
+        ),
+    ),
     "the ledger is told a smaller sensitivity": lambda: patched(
         Ledger,
         "reserve",
