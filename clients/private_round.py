@@ -257,12 +257,9 @@ class PrivateRounds:
             self._rehearse = None
         paying = ledger.able({ledger.person(name) for name in sums.patients(features)}, release.mu_squared)
         make_folder(path.parent, 0o700)
-        for old in path.parent.glob(f"*{path.suffix}"):
-            old.unlink()
         event = ledger.reserve(release, purpose, plan.run, paying)
         integers = encode(sums.noised(features, ledger.person, paying, release, self._noise))
-        data = bytes(safetensors.numpy.save({"integers": integers, "events": np.array([event.seq], dtype=np.int64)}))
-        write_durable(path, data, 0o600)
+        data = _store(path, integers, [event.seq], position.round)
         ledger.commit([event.seq], data, study.id, plan.run)
         self._log.info(
             "%s: the sum of %s: epsilon spent %.4f of %g at delta %g",
@@ -443,8 +440,6 @@ class PrivateRounds:
                 *(self._file.site, len(paying), len(trains)),
             )
         make_folder(path.parent, 0o700)
-        for old in path.parent.glob(f"*{path.suffix}"):
-            old.unlink()
         events = [ledger.reserve(release, purposes[0], plan.run, paying)]
         if each_round is not None:
             events.append(ledger.reserve(each_round, purposes[2], plan.run, paying))
@@ -458,9 +453,7 @@ class PrivateRounds:
         counts = (0, 0) if counted is None else self._noisy_counts(plan, used, features, people, counted)
         integers = quantise(update, uniforms(update.size), counts)
         numbers = [event.seq for event in events]
-        tensors = {"integers": integers, "events": np.array(numbers, dtype=np.int64)}
-        data = bytes(safetensors.numpy.save(tensors))
-        write_durable(path, data, 0o600)
+        data = _store(path, integers, numbers, position.round)
         ledger.commit(numbers, data, study.id, plan.run)
         self._log.info(
             "%s: %s: epsilon spent %.4f of %g, left %.4f, at delta %g",
@@ -636,6 +629,27 @@ def _image_term(agreed: AgreedStudy, source: ClassMeans, target: ClassMeans) -> 
     if settings.lmmd_use == "attraction":
         return attraction(method, settings, target)
     return witness(method, settings, source, target) if released_each_round(method, settings) else None
+
+
+def _store(path: Path, integers: NDArray[np.int64], events: Sequence[int], round_number: int) -> bytes:
+    """Store a round's integers with the events that paid for them, durably, and drop those of long ago.
+
+    Those of the round before stay: a void may take its record back, and they are asked for again.
+
+    Returns:
+        What was stored.
+    """
+    for old in path.parent.glob(f"*{path.suffix}"):
+        try:
+            made = int(safetensors.numpy.load(old.read_bytes())["round"][0])
+        except (safetensors.SafetensorError, KeyError, ValueError):
+            made = 0  # cut short, or of a release that kept one
+        if made < round_number - 1:
+            old.unlink()
+    tensors = {"integers": integers, "events": np.array(events, np.int64), "round": np.array([round_number], np.int64)}
+    data = bytes(safetensors.numpy.save(tensors))
+    write_durable(path, data, 0o600)
+    return data
 
 
 def _purposes(purpose: str) -> tuple[str, str, str]:

@@ -21,6 +21,7 @@ import safetensors.numpy
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
+from secure_fed.clients import private_round
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file, with_budget
@@ -40,7 +41,7 @@ from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import Budget, accept_another_run, prepare, simulate
 from secure_fed.model.backbone import LoadedBackbone
 from secure_fed.privacy import class_means
-from secure_fed.privacy.accounting import Mechanism, epsilon_of, uniforms
+from secure_fed.privacy.accounting import Mechanism, epsilon_of, mu_squared_of, uniforms
 from secure_fed.privacy.dp_training import Descent
 from secure_fed.privacy.guard import check_training
 from secure_fed.privacy.ledger import Ledger, opened, restore
@@ -176,7 +177,8 @@ def test_under_a_budget_no_count_leaves_and_no_two_runs_are_alike(private: Feder
 
 def sent_counts(federation: Federation, coordinator: Coordinator) -> tuple[int, int]:
     """The validation counts among the integers that ash has stored."""
-    path = next(federation.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.noised"))
+    kept = federation.folder.glob(f"sites/ash/state/runs/{coordinator.run}/outbox/*.noised")
+    path = max(kept, key=lambda one: one.stat().st_mtime_ns)
     integers = safetensors.numpy.load(path.read_bytes())["integers"]
     images, correct = federation.agreed.layout(1).decode(integers, [1.0])[codec.COUNTS]
     return int(images), int(correct)
@@ -296,6 +298,47 @@ def test_ten_voids_cost_nothing(private: Federation) -> None:
     assert len(sent) == 1
     play(private, sites, coordinator)
     assert len(ledger_of(private).events) == 2
+
+
+def test_a_record_that_is_taken_back_costs_nothing(private: Federation) -> None:
+    """A void may win against a sum upon which a site has drawn its next update: both are kept, and sent again."""
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    send_envelopes(coordinator, sites)
+    start, noised = sites[0].adapter_digest, sites[0].replica.files.folder.outbox.glob
+    (first,) = noised("*.noised")
+    sent = first.read_bytes()
+    close_round(coordinator, sites)
+    assert exchange(coordinator, sites[0]).code == ReplyCode.READY
+    second = set(noised("*.noised")) - {first}
+    assert len(second) == 1
+    spent = ledger_of(private).epsilon_spent
+    for site in sites:
+        site.void(1)
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    assert sites[0].adapter_digest == start
+    assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+    pass_step(coordinator, sites)
+    close_round(coordinator, sites)
+    assert first.read_bytes() == sent
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+    assert (len(ledger_of(private).events), ledger_of(private).epsilon_spent) == (2, spent)
+    play(private, sites, coordinator)
+    assert len(ledger_of(private).events) == 2
+
+
+def test_a_site_that_retires_has_spent_what_it_sent_and_no_more(private: Federation) -> None:
+    sites = trained_sites(private)
+    coordinator = begin(private)
+    run_round(coordinator, sites)
+    sites[0].retire()
+    assert exchange(coordinator, sites[0]).code == ReplyCode.RETIRED
+    again = private.site("ash")
+    assert exchange(coordinator, again).code == ReplyCode.RETIRED
+    (event,) = ledger_of(private).events
+    assert ledger_of(private).epsilon_spent == epsilon_of(event.mechanism.mu_squared, 1e-5)
 
 
 def test_ten_voids_by_command_cost_nothing(private: Federation) -> None:
@@ -1046,7 +1089,40 @@ def test_each_use_releases_the_means_it_needs_and_no_more(
     assert len(list((tmp_path / "out/sites/ash/identity/ledger").glob("means-*"))) == 1
 
 
-def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize("use", ["synthesis", "attraction"])
+def test_means_that_were_paid_for_and_lost_in_a_crash_are_not_paid_for_again(
+    tmp_path: Path, images: Path, use: str
+) -> None:
+    """A run would else cost more than was declared for it; it goes on without them."""
+    federation = make_private(
+        tmp_path / "out",
+        images,
+        method={"adapter": "facmic", "lmmd_weight": 1.0},
+        privacy={"steps": 2, "lmmd_use": use},
+    )
+    set_budget(tmp_path / "out", "ash", 8.0, n_ref=100_000)
+    coordinator, true = begin(federation), private_round.write_durable
+
+    def cut(path: Path, *rest: Any) -> None:
+        if path.name.startswith("means-") and path.is_relative_to(tmp_path):  # not those of the rehearsal
+            raise StorageError("as if it was killed here")
+        true(path, *rest)
+
+    with mock.patch.object(private_round, "write_durable", cut), pytest.raises(StorageError):
+        exchange(coordinator, federation.site("ash"))
+    paid = [event.purpose for event in ledger_of(federation).events]
+    assert len(paid) == (2 if use == "synthesis" else 1)
+    assert all(purpose.startswith("class means") for purpose in paid)
+    assert exchange(coordinator, federation.site("ash")).code == ReplyCode.READY
+    events = ledger_of(federation).events
+    assert [event.purpose for event in events[: len(paid)]] == paid
+    assert [event.purpose[:7] for event in events[len(paid) :]] == ["round 1"]
+
+
+@pytest.mark.parametrize("noise", [0.61, 0.78], ids=["for nothing", "for training but not for the round's means"])
+def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(
+    tmp_path: Path, images: Path, noise: float
+) -> None:
     """A round with means of both kinds, of patients with three images each, every other one of whom is spent."""
     federation = make_private(
         tmp_path / "out",
@@ -1068,8 +1144,11 @@ def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(t
     site._features = dataclasses.replace(found, unlabelled=found.train.x, patients=patients, digests=digests)
     private.settle(digests, digests)
     with opened(ledger_folder(read_site_file(federation.folder / "sites/ash/site.toml"))) as ledger:
-        spent = {ledger.person(name) for name in digests if name.startswith("spent")}
-        ledger.reserve(Mechanism(1.0, 0.61, 1), "before", "", spent)
+        for split, std in (("train", noise), ("unlabelled", 0.61)):
+            spent = {ledger.person(name) for name in patients[split] if name.startswith("spent")}
+            ledger.reserve(Mechanism(1.0, std, 1), "before", "", spent)
+        costs = {round(cost, 3) for cost in ledger.costs().values()}
+    assert costs == {0.0, *(round(std**-2, 3) for std in (noise, 0.61))}
     with (
         mock.patch("secure_fed.clients.site.rehearse"),
         mock.patch("secure_fed.clients.private_round.check_training", side_effect=check_training) as guard,
@@ -1077,7 +1156,10 @@ def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(t
         mock.patch.object(Descent, "run", autospec=True, side_effect=Descent.run) as run,
     ):
         assert exchange(begin(federation), site).code == ReplyCode.READY
-    _, once, training, current = ledger_of(federation).events
+    _, _, once, training, current = ledger_of(federation).events
+    left = mu_squared_of(8.0, 1e-5) - noise**-2
+    assert (left >= training.mechanism.mu_squared) == (noise > 0.61)
+    assert left < training.mechanism.mu_squared + current.mechanism.mu_squared
     assert training.blocks == current.blocks
     assert not set(once.blocks) & set(training.blocks)  # the unlabelled, and those who train
     descent, _, trained = run.call_args.args[:3]
