@@ -306,6 +306,10 @@ def read_site_file(path: Path) -> SiteFile:
         SiteFileError: with every error of the file.
     """
     path = site_file_in(path)
+    if not path.exists():
+        raise SiteFileError(
+            f"{path}: no such file; expected a site's folder or its site.toml, which secfacmic site init makes"
+        )
     file = read_toml(path, SiteFile, SiteFileError)
     base = path.resolve().parent
     paths = {name: str(base / getattr(file, name)) for name in ("study", "state", "identity")}

@@ -17,6 +17,7 @@ from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.model.device import Device
 from secure_fed.model.evaluation import CALIBRATION_BINS, RESAMPLES, metrics
 from secure_fed.model.scores import Scores
+from secure_fed.operate.folders import refuse_sites
 from secure_fed.operate.predict import Probabilities, predict_folder
 
 NO_VALUE = "(none)"
@@ -165,6 +166,8 @@ def evaluate_folder(
     named = [labels(path) for path in paths]
     strangers = sorted(set(named) - {"", *classes})
     if strangers:
+        if not (folder / MANIFEST).exists():
+            refuse_sites(folder, set(strangers))
         raise LabelError(
             f"{folder}: labels that the adapter does not know: {', '.join(map(repr, strangers))}; expected "
             f"{', '.join(map(repr, classes))}, spelled exactly so"

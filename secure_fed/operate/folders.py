@@ -92,7 +92,7 @@ def look_at(path: Path) -> Folder:
         labels = {row.cells.get("label", "") for row in table.rows} - {""}
     else:
         labels = set(class_folders(path)) - {UNLABELLED}
-        _refuse_sites(path, labels)
+        refuse_sites(path, labels)
     if not labels:
         loose = sum(1 for _ in image_files(path))
         raise DataError(
@@ -115,8 +115,12 @@ def look_at(path: Path) -> Folder:
     return Folder(path, classes, unit, shares is None, images, notes)
 
 
-def _refuse_sites(path: Path, names: set[str]) -> None:
-    """Refuse a folder of sites' folders, whose names would be taken for classes."""
+def refuse_sites(path: Path, names: set[str]) -> None:
+    """Refuse a folder of sites' folders, whose names would be taken for classes.
+
+    Raises:
+        DataError: the folders of these names have the same folders, or a manifest each.
+    """
     inner = [set(class_folders(path / name)) - {UNLABELLED} for name in sorted(names)]
     if len(inner) > 1 and all((path / name / MANIFEST).exists() for name in names):
         common = {MANIFEST}

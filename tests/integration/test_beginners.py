@@ -61,6 +61,17 @@ def test_the_wrong_folder(template: Path, images: Path, tmp_path: Path, secfacmi
     told(ended, errors.DataError, str(images / "ash" / "ash"), "no such folder")
 
 
+def test_a_site_that_is_not_there(tmp_path: Path, secfacmic: Run) -> None:
+    for command in (("client", "--site"), ("status",), ("evidence",)):
+        ended = secfacmic(
+            *command, tmp_path / "nowhere", *(["--out", tmp_path / "x"] if command[0] == "evidence" else [])
+        )
+        assert ended.returncode != 0
+        assert str(tmp_path / "nowhere") in ended.stderr
+        assert "Traceback" not in ended.stderr
+    told(secfacmic("client", "--site", tmp_path / "nowhere"), errors.SiteFileError, "secfacmic site init makes")
+
+
 def test_classes_in_another_language(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
     shutil.copytree(images, tmp_path / "data")
     (tmp_path / "data/birch/dark").rename(tmp_path / "data/birch/dunkel")

@@ -117,6 +117,11 @@ def test_what_cannot_be_evaluated_says_what_is_missing(finished_run: Path, label
         evaluated(finished_run, tmp_path / "loose")
 
 
+def test_a_folder_of_sites_is_told_from_one_of_classes(finished_run: Path, images: Path) -> None:
+    with pytest.raises(DataError, match="they look like sites, not like classes; expected the folders of the sites"):
+        evaluated(finished_run, images)
+
+
 def test_the_command_tells_it_and_writes_it_for_a_paper(
     finished_run: Path, labelled: Path, tmp_path: Path, secfacmic: Run
 ) -> None:
