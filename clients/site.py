@@ -415,6 +415,8 @@ class Site:
             return self._reply(ReplyCode.MORE)
         for data in request.records:
             self.replica.take(data)
+        if self.run and self._agreed.study.pads:
+            self.replica.files.erase_pads(self.replica.due)  # whatever stops this site next
         if self._private is not None:
             self._private.drew = False
         frozen = self._snapshot
@@ -423,8 +425,6 @@ class Site:
             # Before the run's first message.
             write_snapshot(frozen, self.features(), snapshot_key(ledger_folder(self._file)))
         self.replica.compare(request.attested_head, request.attestations)
-        if self.run and self._agreed.study.pads:
-            self.replica.files.erase_pads(self.replica.due)
         if self._voided:
             return self._reply(ReplyCode.VOID, self._void())
         if request.more:

@@ -25,7 +25,14 @@ from secure_fed.clients.acceptance import terms
 from secure_fed.clients.replica import RunFiles
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import AggregateRefused, EnvelopeError, ProtocolError, RecordError, StorageError
+from secure_fed.core.errors import (
+    AdapterMismatchError,
+    AggregateRefused,
+    EnvelopeError,
+    ProtocolError,
+    RecordError,
+    StorageError,
+)
 from secure_fed.core.tomlfile import to_toml
 from secure_fed.lab.simulation import SERVER, prepare
 from secure_fed.operate.evidence import in_words, pack_evidence, verify_evidence
@@ -902,6 +909,21 @@ def test_keys_and_masks_of_a_closed_round_are_on_no_disk_and_its_envelopes_open_
             site.replica._sealer(header.key, 1).open(
                 pack_residues(bare, lanes.modulus_bits), binding, [header.contribution]
             )
+
+
+def test_keys_and_masks_go_with_the_record_also_where_a_site_stops_over_anothers_adapter(padded: Make) -> None:
+    federation = padded(3)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    reveal(coordinator, sites)
+    assert coordinator.advance() is not None
+    assert sites[0].replica.files.bound.padded is not None
+    stop = mock.patch.object(type(sites[0].replica), "compare", side_effect=AdapterMismatchError("another one"))
+    with stop, pytest.raises(AdapterMismatchError):
+        exchange(coordinator, sites[0])
+    assert sites[0].round == 1
+    kept = sites[0].replica.files.bound
+    assert (kept.padded, kept.fresh) == (None, None)
 
 
 @pytest.mark.parametrize("colluders", [("ash",), ("ash", "dogwood")])
