@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import open_clip
-import torch
-from torch import Tensor
 
 from secure_fed.core.errors import BackboneError, OutputError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
@@ -165,7 +163,7 @@ def _write(folder: Path, loaded: LoadedBackbone, names: Sequence[Name]) -> None:
     if form.text is not None:
         make_folder(folder / TEXT)
         write_durable(folder / TEXT / "config.json", _json(form.text))
-    write_weights(folder / WEIGHTS, {name: _halved(value) for name, value in loaded.tensors().items()})
+    write_weights(folder / WEIGHTS, loaded.tensors(), halved=True)
     entry = Entry(
         **names[0].model_dump(),
         digest=loaded.digest,
@@ -177,14 +175,6 @@ def _write(folder: Path, loaded: LoadedBackbone, names: Sequence[Name]) -> None:
         also=list(names[1:]),
     )
     write_durable(folder / ENTRY, (entry.model_dump_json(indent=2, exclude_none=True) + "\n").encode())
-
-
-def _halved(value: Tensor) -> Tensor:
-    """In float16 if that holds its very values, as those of OpenAI's archives."""
-    if value.dtype != torch.float32:
-        return value
-    half = value.half()
-    return half if torch.equal(half.float(), value) else value
 
 
 def _json(content: object) -> bytes:

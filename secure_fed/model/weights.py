@@ -142,26 +142,37 @@ def is_openais(path: Path) -> bool:
     return all(name.encode() in table for name in ARCHIVE_SIZES)
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_weights(path: Path, tensors: Mapping[str, Tensor], halved: bool = False) -> None:
     """Write tensors as a safetensors file, one after the other, whole or not at all, and fsync it.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        halved: write those in float16 that it holds without a change, as the values of OpenAI's archives; each is
+            turned when it is written, so that no second copy of all is held.
 
     Raises:
         StorageError: it cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    dtypes = {name: torch.float16 if halved and _fits_half(value) else value.dtype for name, value in tensors.items()}
     place = 0
     for name in sorted(tensors):
-        size = tensors[name].numel() * tensors[name].element_size()
+        size = tensors[name].numel() * dtypes[name].itemsize
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [place, place + size]}
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": shape, "data_offsets": [place, place + size]}
         place += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with durable(path) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in sorted(tensors):
-            value = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+            value = tensors[name].detach().to(dtypes[name]).contiguous().reshape(-1).view(torch.uint8)
             stream.write(value.numpy().data)
+
+
+def _fits_half(value: Tensor) -> bool:
+    return value.dtype == torch.float32 and torch.equal(value.half().float(), value)
 
 
 def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], where: Path | str) -> Tensors:
@@ -492,12 +503,20 @@ def _the_weights(path: Path, tables: Mapping[str, Tensors]) -> Tensors:
 
 
 def _is_second(found: Tensors, other: Tensors) -> bool:
-    """Whether another table is of the same model, most of its shapes among it, with other values."""
-    shapes, others = (Counter(tuple(one.shape) for one in table.values()) for table in (found, other))
-    if 2 * (shapes & others).total() < len(found):
+    """Whether another table is of the same model, most of its shapes among it or its very names, with other values."""
+    plain, others = ({_unwrapped(name): one for name, one in table.items()} for table in (found, other))
+    both = [(value, others[name]) for name, value in plain.items() if name in others and value.ndim]
+    if any(first.shape == second.shape and not torch.equal(first, second) for first, second in both):
+        return True  # as a part that was trained, beside the whole before
+    shapes, more = (Counter(tuple(one.shape) for one in table.values()) for table in (found, other))
+    if 2 * (shapes & more).total() < len(found):
         return False
     same = [name for name in found if name in other]
     return len(same) < len(other) or any(not torch.equal(found[name], other[name]) for name in same)
+
+
+def _unwrapped(name: str) -> str:
+    return WRAPPER.sub("", name).removeprefix("module.")
 
 
 def _plain(path: Path, name: str, value: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import json
 import logging
 import pickle
@@ -24,7 +27,7 @@ from secure_fed.core.errors import BackboneError
 from secure_fed.model import backbone_form, backbone_store, library
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
-from secure_fed.model.weights import read_weights
+from secure_fed.model.weights import read_weights, write_weights
 from secure_fed.protocol.study import Backbone
 from tests.conftest import Run
 from tests.unit.model.test_backbone_forms import (
@@ -571,11 +574,17 @@ def small(folder: Path) -> dict[str, torch.Tensor]:
 def test_averages_beside_the_last_weights_are_not_passed_over(tmp_path: Path) -> None:
     state = small(tmp_path)
     moved = {name: value + 1 for name, value in state.items()}
+    few = {"logit_scale": moved["logit_scale"]}
     for name, content, says in (
         ("model and ema", {"model": state, "ema": moved}, "differ, model and ema"),
         ("state_dict and model_ema", {"state_dict": state, "model_ema": moved}, "differ, state_dict and model_ema"),
         ("deep", {"ema": {"state_dict": moved}, "model": state}, "differ, model and ema.state_dict"),
         ("a list", {"model": state, "ema": {"shadow_params": list(moved.values())}}, "model and ema.shadow_params"),
+        (
+            "a part",
+            {"model": {f"module.{k}": v for k, v in state.items()}, "tuned": {"ln_final.bias": moved["ln_final.bias"]}},
+            "differ, model and tuned",
+        ),
         (
             "its own",
             {**{f"model.{k}": v for k, v in state.items()}, **{f"ema.{k}": v for k, v in moved.items()}},
@@ -587,7 +596,11 @@ def test_averages_beside_the_last_weights_are_not_passed_over(tmp_path: Path) ->
             add(tmp_path / "x.pt", "random-small")
         assert name
     right = load_backbone(Backbone(model="random-small", weights="random", seed=0), tmp_path / "small.safetensors")
-    others = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "head": {"weight": torch.ones(2, 3)}}
+    others = {
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+        "head": {"weight": torch.ones(2, 3)},
+        "loss": few,
+    }
     torch.save({"model": state, "ema": dict(state), **others}, tmp_path / "same.pt")
     assert add(tmp_path / "same.pt", "random-small")[1].digest == right.digest
 
@@ -701,6 +714,32 @@ def test_each_byte_of_safetensors_is_of_one_tensor(
     path = tensor_file(tmp_path / "x.safetensors", entries, size)
     with pytest.raises(BackboneError, match=says):
         read_weights(path)
+
+
+def test_values_that_float16_holds_are_turned_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model whose values all fit would otherwise be held once and a half while it is added."""
+    tensors = {str(number): torch.full((3, 5), float(number)) for number in range(8)}
+    tensors |= {"odd": torch.tensor([1e-9]), "large": torch.tensor([1e6]), "whole": torch.arange(3)}
+    held: list[int] = []
+
+    def halves() -> int:
+        return sum(type(one) is torch.Tensor and one.dtype == torch.float16 for one in gc.get_objects())
+
+    before = halves()
+
+    class Watched(io.BytesIO):
+        def write(self, data: Any) -> int:
+            held.append(halves() - before)
+            return super().write(data)
+
+    stream = Watched()
+    monkeypatch.setattr("secure_fed.model.weights.durable", lambda path: contextlib.nullcontext(stream))
+    write_weights(tmp_path / "x.safetensors", tensors, halved=True)
+    (tmp_path / "x.safetensors").write_bytes(stream.getvalue())
+    found = read_weights(tmp_path / "x.safetensors")
+    assert max(held) <= 1
+    assert {name for name, value in found.items() if value.dtype == torch.float16} == set("01234567")
+    assert all(torch.equal(found[name].to(value.dtype), value) for name, value in tensors.items())
 
 
 def test_tensors_in_any_order_and_without_a_byte_are_read(tmp_path: Path) -> None:
