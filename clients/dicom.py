@@ -19,9 +19,11 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.encaps import get_frame, parse_basic_offsets, parse_fragments
+from pydicom.filereader import read_partial
 from pydicom.multival import MultiValue
 from pydicom.pixels.decoders import base
 from pydicom.pixels.processing import apply_color_lut, convert_color_space
+from pydicom.tag import Tag
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
@@ -116,6 +118,9 @@ _HEADER = (
     *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
 )
+_HEADER_TAGS = [Tag(keyword) for keyword in _HEADER]
+_PIXELS = 0x7FE00008
+_BEHIND_OWNER = 0x00100022
 _UNNAMED = {
     "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
     "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
@@ -171,19 +176,18 @@ def is_dicom(content: bytes) -> bool:
     return content[4:6] in _VRS or implicit
 
 
-def read_header(path: Path) -> Any | None:
-    """The header without pixels, of the elements that this package uses; None if it is no DICOM file or is broken."""
+def read_header(path: Path, until: int = _PIXELS) -> Any | None:
+    """The header before a tag, of the elements that this package uses; None if it is no DICOM file or is broken."""
     try:
         with path.open("rb") as stream:
             head = stream.read(HEADER + 1024)
             if not is_dicom(head):
                 return None
-            source: Any = path
-            if _is_deflated(head):
-                source = io.BytesIO(_inflated(head + stream.read()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return pydicom.dcmread(source, stop_before_pixels=True, specific_tags=list(_HEADER), force=True)
+            source: Any = io.BytesIO(_inflated(head + stream.read())) if _is_deflated(head) else stream
+            source.seek(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return read_partial(source, lambda tag, *_: tag >= until, specific_tags=list(_HEADER_TAGS), force=True)
     except Exception:  # why it is broken comes out when it is decoded
         return None
 
@@ -241,8 +245,15 @@ NOBODY = Owner()
 
 def owner(path: Path) -> Owner:
     """Whose a file is; nobody's, if it is no DICOM file."""
-    header = read_header(path)
-    return NOBODY if header is None else Owner(text(header, "PatientID"), text(header, "IssuerOfPatientID"))
+    # Elements are in order, and most of a header lies behind these; what is not in order is looked for in all of it.
+    for until in (_BEHIND_OWNER, _PIXELS):
+        header = read_header(path, until)
+        if header is None:
+            return NOBODY
+        found = Owner(text(header, "PatientID"), text(header, "IssuerOfPatientID"))
+        if found.patient:
+            break
+    return found
 
 
 def patient_id(path: Path) -> str:

@@ -11,6 +11,7 @@ from pydicom.pixels.processing import apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, MRImageStorage, RLELossless, generate_uid
 
+from secure_fed.clients import dicom as dicom_files
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.dicom import is_dicom, patient_id
 from secure_fed.clients.reading import identity
@@ -166,6 +167,27 @@ def test_the_patient_is_in_the_header(tmp_path):
     (tmp_path / "e.dcm").write_bytes(as_bytes(dicom(RAMP)).replace(b"MRN-7781", b"MRN\\7781"))
     assert patient_id(tmp_path / "e.dcm") == "MRN\\7781"
     assert [patient_id(tmp_path / name) for name in names] == ["MRN-7781", "", "", "", ""]
+
+
+def test_a_patients_id_is_found_wherever_it_stands_and_no_more_is_read_where_it_is_in_its_place(tmp_path, monkeypatch):
+    content = as_bytes(dicom(RAMP))
+    element = content[content.index(b"\x10\0\x20\0LO") :][:16]
+    pixels = content.index(b"\xe0\x7f\x10\0")
+    (tmp_path / "a.dcm").write_bytes(content)
+    (tmp_path / "b.dcm").write_bytes(content[:pixels].replace(element, b"") + element + content[pixels:])
+    asked = []
+
+    def spy(path, until):
+        asked.append(until)
+        return read_header(path, until)
+
+    read_header = dicom_files.read_header
+    monkeypatch.setattr(dicom_files, "read_header", spy)
+    assert [patient_id(tmp_path / name) for name in ("a.dcm", "b.dcm")] == ["MRN-7781"] * 2
+    assert len(asked) == 3
+    assert asked[0] < 0x00180000
+    assert "Modality" in read_header(tmp_path / "a.dcm", asked[0])
+    assert "ImageType" not in read_header(tmp_path / "a.dcm", 0x00080008)
 
 
 def test_an_identity_is_of_the_file_and_the_frame():
