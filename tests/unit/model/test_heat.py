@@ -64,6 +64,28 @@ def test_a_map_is_put_back_where_its_pixels_were() -> None:
     assert padded[:, -1].min() > 0.8
 
 
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        pytest.param((20, 30, 60, 70), (100, 90), id="inside"),
+        pytest.param((-25, 0, 75, 100), (100, 50), id="wider than the picture"),
+        pytest.param((0, -25, 100, 75), (50, 100), id="higher than the picture"),
+        pytest.param((10, -20, 50, 100), (80, 60), id="oblong, beyond two edges"),
+    ],
+)
+def test_each_value_of_a_map_lands_on_its_own_pixel(box: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+    """Maps that rise across and down say of each pixel where in the window it lies."""
+    left, top, right, bottom = box
+    rising = np.broadcast_to((np.arange(20) + 0.5) / 20, (20, 20))
+    across, down = placed(np.stack([rising, rising.T]), (left, top, right, bottom), size)
+    rows, columns = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
+    seen = ((rows > top) & (rows < bottom))[:, None] & ((columns > left) & (columns < right))
+    assert across[~seen].max(initial=0) == down[~seen].max(initial=0) == 0
+    there, below = np.broadcast_to((columns - left) / (right - left), size), ((rows - top) / (bottom - top))[:, None]
+    np.testing.assert_allclose(across[seen], there[seen], atol=0.08)  # edges are smoothed
+    np.testing.assert_allclose(down[seen], np.broadcast_to(below, size)[seen], atol=0.08)
+
+
 def test_a_picture_is_red_only_where_it_was_seen() -> None:
     picture = Image.new("L", (300, 100), 90)
     drawn = np.asarray(overlay(picture, np.ones((3, 3)), (100.0, 0.0, 200.0, 100.0))).astype(int)
