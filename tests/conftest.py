@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -35,6 +36,9 @@ from secure_fed.server.coordinator import Coordinator
 CLASSES = ("dark", "light", "striped")
 TRAINING = ("ash", "birch", "cedar")
 OBSERVER = "dogwood"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else no process that a test starts hears Ctrl-C
 
 
 @pytest.fixture(autouse=True)

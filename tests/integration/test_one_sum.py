@@ -850,8 +850,8 @@ def test_the_report_tells_of_the_head_and_of_what_a_byte_buys(secfacmic: Any, im
     summary = json.loads(path.read_text())
     nothing = {"validation": None, "promised": None, "per_site": {}, "held_out": None, "shrinkage": 0.02}
     path.write_text(json.dumps(summary | {"one_sum": summary["one_sum"] | nothing}))
-    assert secfacmic("report", tmp_path / "out", "--out", tmp_path / "declared.md").returncode == 0
-    text = (tmp_path / "declared.md").read_text(encoding="utf-8")
+    assert secfacmic("report", tmp_path / "out", "--out", tmp_path / "report.md").returncode == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "The shrinkage, 0.02, is the one that the study declares: no histograms chose it." in text
     assert "nothing is claimed of single cases" in text
     assert "The promise holds" not in text
