@@ -254,7 +254,7 @@ class PrivateSite:
             Ledger.create(Path(folder) / "ledger", Account("site", "", "patient", "simulated", epsilon, DELTA))
             ledger = Ledger(Path(folder) / "ledger")
             means = MeanReleases(settings.lmmd_use, once, each, why_not)
-            declared = ledger.declare(None, 1)
+            declared = ledger.account.declare(None, 1)
             rounds = self._agreed.study.rounds
             return ledger.make_plan("0" * 64, "1" * 64, declared, rounds, settings.steps, settings.clip, means)
 

@@ -144,12 +144,13 @@ class PrivateRounds:
         if file.privacy is None:
             return
         account = Account(file.site, identity, file.data.unit, file.data.kind, file.privacy.epsilon, file.privacy.delta)
+        # First: what is refused must not lower the budget for ever.
+        account.declare(self._run_epsilon, self._runs)
         if not Ledger.exists(self._folder):
             self._refuse_loss()
             Ledger.create(self._folder, account)
         with opened(self._folder) as ledger:
             ledger.agree(account)
-            ledger.declare(self._run_epsilon, self._runs)
 
     @property
     def n_ref(self) -> int:
@@ -231,7 +232,7 @@ class PrivateRounds:
             else:
                 plan = ledger.plan(position.run)
                 if plan is None:
-                    declared = ledger.declare(self._run_epsilon, self._runs)
+                    declared = ledger.account.declare(self._run_epsilon, self._runs)
                     plan = ledger.make_plan(study.id, position.run, declared, sums.planned, 1, sums.sensitivity)
                 self._refuse_more(ledger, plan)
                 self.drew = True
@@ -305,7 +306,7 @@ class PrivateRounds:
             plan = ledger.make_plan(
                 study.id,
                 position.run,
-                ledger.declare(self._run_epsilon, self._runs),
+                ledger.account.declare(self._run_epsilon, self._runs),
                 study.rounds,
                 constants.steps,
                 constants.clip,

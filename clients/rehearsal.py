@@ -256,7 +256,7 @@ class _SumRehearsal:
         mechanism, plan = events[0].mechanism, Ledger(place).plan(RUN)
         if plan is None:
             raise GuardError("a sum was noised without a plan in the ledger; expected one before any noise")
-        declared = Ledger(place).declare(self._budget.run_epsilon, self._budget.runs).mu_squared
+        declared = Ledger(place).account.declare(self._budget.run_epsilon, self._budget.runs).mu_squared
         cost = (plan.rounds + 1) * mechanism.mu_squared
         if (
             mechanism.sensitivity != self.sensitivity
@@ -404,7 +404,7 @@ class _Rehearsal:
         draws = list(recorder.draws)
         if plan is None:
             raise GuardError("the round was trained without a plan in the ledger; expected one before any noise")
-        self._check_plan(plan, found.declare(self._budget.run_epsilon, self._budget.runs).mu_squared)
+        self._check_plan(plan, found.account.declare(self._budget.run_epsilon, self._budget.runs).mu_squared)
         self._check_noise(events, draws)
         ((update, counts),) = seen
         if exactly:

@@ -67,6 +67,26 @@ class Account:
     epsilon: float
     delta: float
 
+    def declare(self, run_epsilon: float | None, runs: int) -> Declaration:
+        """What a run may cost each patient.
+
+        Args:
+            run_epsilon: as the site gives it; else the account's squared mu in equal parts.
+            runs: how many parts, from 1.
+
+        Raises:
+            BudgetError: it is more than the budget of a patient's life here.
+        """
+        if run_epsilon is None:
+            share = mu_squared_of(self.epsilon, self.delta) / runs
+            return Declaration(epsilon_of(share, self.delta), share, runs)
+        if run_epsilon > self.epsilon:
+            raise BudgetError(
+                f"privacy.run_epsilon = {run_epsilon:g}, but each patient's budget is epsilon {self.epsilon:g}; "
+                "expected at most that"
+            )
+        return Declaration(run_epsilon, mu_squared_of(run_epsilon, self.delta), None)
+
 
 @dataclass(frozen=True)
 class Event:
@@ -246,11 +266,7 @@ class Ledger:
             BudgetError: it asks for more, or for something else.
         """
         own = self.account
-        if account.identity != own.identity:
-            raise LedgerError(
-                f"{self._folder}: the ledger of identity {own.identity[:16]}; expected that of this site's identity "
-                f"{account.identity[:16]}: a ledger belongs to one identity, put each back with its own keys"
-            )
+        self.refuse_other(account.identity)
         for name, found, expected in (
             ("site", account.site, own.site),
             ("unit", account.unit, own.unit),
@@ -270,6 +286,22 @@ class Ledger:
         if account.epsilon < own.epsilon:
             self._entries.append({"kind": "budget", "epsilon": account.epsilon})
             self._read()
+
+    def refuse_other(self, identity: str) -> None:
+        """Check whose ledger it is.
+
+        Args:
+            identity: public signing key, 64 hex digits.
+
+        Raises:
+            LedgerError: it is another identity's.
+        """
+        own = self.account.identity
+        if identity != own:
+            raise LedgerError(
+                f"{self._folder}: the ledger of identity {own[:16]}; expected that of this site's identity "
+                f"{identity[:16]}: a ledger belongs to one identity, put each back with its own keys"
+            )
 
     # --- reading ---
 
@@ -478,27 +510,6 @@ class Ledger:
         self._histories.adopt(older.first, older.head, older.hash_key, older.spent)
 
     # --- planning ---
-
-    def declare(self, run_epsilon: float | None, runs: int) -> Declaration:
-        """What a run may cost each patient.
-
-        Args:
-            run_epsilon: as the site gives it; else the ledger's squared mu in equal parts.
-            runs: how many parts, from 1.
-
-        Raises:
-            BudgetError: it is more than the budget of a patient's life here.
-        """
-        account = self.account
-        if run_epsilon is None:
-            share = mu_squared_of(account.epsilon, account.delta) / runs
-            return Declaration(epsilon_of(share, account.delta), share, runs)
-        if run_epsilon > account.epsilon:
-            raise BudgetError(
-                f"privacy.run_epsilon = {run_epsilon:g}, but each patient's budget is epsilon {account.epsilon:g}; "
-                "expected at most that"
-            )
-        return Declaration(run_epsilon, mu_squared_of(run_epsilon, account.delta), None)
 
     def make_plan(
         self,

@@ -10,7 +10,7 @@ from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import write_durable
-from secure_fed.privacy.keys import load_identity
+from secure_fed.privacy.keys import load_identity, read_public_identity
 from secure_fed.privacy.ledger import Account, Ledger, opened, read_older, restore
 from secure_fed.protocol.signing import PRIVATE
 
@@ -22,11 +22,14 @@ def ledger_facts(file: SiteFile) -> dict[str, Any]:
         file: the site's.
 
     Raises:
-        LedgerError: it does not verify.
+        LedgerError: it does not verify, or is another identity's.
+        KeyFileError: the identity's keys cannot be read.
     """
     folder = ledger_folder(file)
     if Ledger.exists(folder):
-        return Ledger(folder).summary()
+        ledger = Ledger(folder)
+        ledger.refuse_other(_signing(file))
+        return ledger.summary()
     budget = file.privacy
     return {
         "site": file.site,
@@ -45,6 +48,12 @@ def ledger_facts(file: SiteFile) -> dict[str, Any]:
         "head": {"seq": 0, "id": "0" * 64},
         "events": [],
     }
+
+
+def _signing(file: SiteFile) -> str:
+    """Public signing key of a site's identity; a passphrase is asked for only if the public file is gone."""
+    public = Path(file.identity) / f"{file.site}.pub"
+    return (read_public_identity(public) if public.exists() else load_identity(public.parent, file.site)).keys.signing
 
 
 def export_ledger(file: SiteFile, into: Path) -> int:
@@ -108,6 +117,7 @@ def adopt_ledger(file: SiteFile, state: Path) -> None:
         keys = load_identity(Path(file.identity), file.site).keys
         budget = file.privacy
         account = Account(file.site, keys.signing, file.data.unit, file.data.kind, budget.epsilon, budget.delta)
+        account.declare(budget.run_epsilon, budget.runs)  # first, as at a start: the budget can never be raised
         Ledger.create(folder, account)
     with opened(folder) as ledger:
         ledger.adopt(older)

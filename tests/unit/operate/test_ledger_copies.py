@@ -9,7 +9,7 @@ import pytest
 
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
-from secure_fed.core.errors import LedgerError
+from secure_fed.core.errors import BudgetError, LedgerError
 from secure_fed.operate.ledger_copies import export_ledger, ledger_facts, restore_ledger
 from tests.conftest import Federation
 
@@ -39,3 +39,30 @@ def test_an_export_is_secret_and_is_put_back_as_it_was(file: SiteFile, federatio
     assert ledger_facts(file) == before
     with pytest.raises(LedgerError, match=r"none: cannot be read .*; expected a ledger's export"):
         restore_ledger(file, tmp_path / "none")
+
+
+def test_a_start_that_is_refused_for_its_run_leaves_the_budget_as_it_was(
+    file: SiteFile, federation: Federation
+) -> None:
+    ledger = Path(file.identity) / "ledger"
+    asked = file.model_copy(update={"privacy": SitePrivacy(epsilon=1.0, run_epsilon=2.0)})
+    with pytest.raises(BudgetError, match="run_epsilon = 2"):
+        Site(asked, federation.agreed)
+    assert not ledger.exists()
+    Site(file, federation.agreed)
+    with pytest.raises(BudgetError, match="run_epsilon = 2"):
+        Site(asked, federation.agreed)
+    assert ledger_facts(file)["epsilon_budget"] == 3.0
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_the_ledger_of_another_identity_is_not_called_sound(
+    file: SiteFile, federation: Federation, public: bool
+) -> None:
+    other = read_site_file(federation.folder / "sites/birch/site.toml")
+    Site(other.model_copy(update={"privacy": SitePrivacy(epsilon=3.0)}), federation.agreed)
+    shutil.copytree(Path(other.identity) / "ledger", Path(file.identity) / "ledger")
+    if not public:
+        (Path(file.identity) / "ash.pub").unlink()
+    with pytest.raises(LedgerError, match="a ledger belongs to one identity"):
+        ledger_facts(file)

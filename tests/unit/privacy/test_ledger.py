@@ -290,7 +290,7 @@ def test_no_patient_id_and_no_digest_stands_in_the_files(folder: Path, tmp_path:
 
 
 def make_plan(ledger: Ledger, run: str, rounds: int, steps: int, *rest: object, epsilon: float | None = None) -> Plan:
-    return ledger.make_plan(STUDY, run, ledger.declare(epsilon, 1), rounds, steps, 1.0, *rest)  # type: ignore[arg-type]
+    return ledger.make_plan(STUDY, run, ledger.account.declare(epsilon, 1), rounds, steps, 1.0, *rest)  # type: ignore[arg-type]
 
 
 def test_a_plan_leaves_room_for_one_crash_and_no_more(folder: Path) -> None:
@@ -315,22 +315,22 @@ def test_a_plan_follows_from_the_declaration_alone(folder: Path, tmp_path: Path)
 
 def test_a_run_costs_what_was_declared(folder: Path) -> None:
     ledger = Ledger(folder)
-    assert ledger.declare(None, 1).epsilon == pytest.approx(3.0)
-    half = ledger.declare(None, 2)
+    assert ledger.account.declare(None, 1).epsilon == pytest.approx(3.0)
+    half = ledger.account.declare(None, 2)
     assert half.mu_squared == pytest.approx(0.5171 / 2, rel=1e-3)
     plan = make_plan(ledger, RUN, 10, 4, epsilon=1.0)
     assert plan.noise_multiplier == pytest.approx(math.sqrt(44 / 0.0719), rel=1e-3)
     with pytest.raises(BudgetError, match=r"run_epsilon = 4.*epsilon 3"):
-        ledger.declare(4.0, 1)
+        ledger.account.declare(4.0, 1)
 
 
 def test_as_many_runs_are_planned_as_share_the_budget(folder: Path) -> None:
     ledger = Ledger(folder)
     for run in "ab":
-        ledger.make_plan(STUDY, run * 64, ledger.declare(None, 2), 10, 4, 1.0)
+        ledger.make_plan(STUDY, run * 64, ledger.account.declare(None, 2), 10, 4, 1.0)
     with pytest.raises(BudgetError, match=r"has planned 2 runs, as many as privacy.runs = 2"):
-        ledger.make_plan(STUDY, "c" * 64, ledger.declare(None, 2), 10, 4, 1.0)
-    ledger.make_plan(STUDY, "c" * 64, ledger.declare(3.0, 2), 10, 4, 1.0)  # for whoever can pay
+        ledger.make_plan(STUDY, "c" * 64, ledger.account.declare(None, 2), 10, 4, 1.0)
+    ledger.make_plan(STUDY, "c" * 64, ledger.account.declare(3.0, 2), 10, 4, 1.0)  # for whoever can pay
 
 
 @pytest.mark.parametrize(("once", "each_round"), [(2, False), (1, False), (1, True), (0, True)])
