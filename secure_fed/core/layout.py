@@ -318,6 +318,13 @@ class StateFolder:
             write_durable(self._format, f"{FORMAT}\n".encode())
 
     @property
+    def begun(self) -> bool:
+        """Whether a server or a site was here: anything lies in it that only they, or what sets them up, leave."""
+        site, server = SiteState(self.path), ServerState(self.path)
+        own = (server.key, server.certificates, site.keys, site.accepted)
+        return any(path.exists() for path in (self._format, self._run, self.status, self.runs, self.closed, *own))
+
+    @property
     def _format(self) -> Path:
         return self.path / "format"
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from secure_fed.core.errors import NotAcceptedError, RecordError, SecfacmicError, StorageError, StudyError
 from secure_fed.core.layout import RECORDS, SiteRun, SiteState, StateFolder
 from secure_fed.core.status import StatusFile, is_running
-from secure_fed.operate.standing import place_of, standing
+from secure_fed.operate.standing import place_of, refuse_no_state, standing
 from secure_fed.protocol.journal import find_study
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Place:
         path: the folder, or a site's folder or ``site.toml``.
 
     Raises:
-        RecordError: there is no such folder.
+        RecordError: there is no such folder, or it is neither a server's nor a site's.
         SiteFileError: there is a ``site.toml``, and it does not hold together.
     """
 
@@ -47,8 +47,8 @@ class Place:
         beside = path.parent / "site.toml"
         if self._study is None and beside.is_file() and place_of(beside)[0].resolve() == path.resolve():
             self.site_file, (_, self._study) = beside, place_of(beside)
-        if self.site_file is None and not self.state.is_dir():
-            raise RecordError(f"{path}: no folder; expected the state folder of a server or a site, or a site's folder")
+        if self.site_file is None:
+            refuse_no_state(self.state)
         self._kept: dict[str, tuple[object, Any]] = {}
 
     # --- facts ---

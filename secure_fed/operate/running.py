@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from secure_fed.core.errors import StorageError
 from secure_fed.core.layout import StateFolder
 from secure_fed.core.status import StatusFile, keep_log
 from secure_fed.core.storage import exclusive
@@ -26,10 +27,15 @@ def running(state: Path, role: str) -> Iterator[StatusFile]:
         The status to tell where the process stands.
 
     Raises:
-        StorageError: another process holds the folder, or it cannot be written.
+        StorageError: there is no such folder, another process holds it, or it cannot be written.
         StateFormatError: the folder is of another layout.
         StudyClosedError: the study is closed here.
     """
+    if not state.is_dir():
+        raise StorageError(
+            f"{state}: no folder; expected the state folder of a {role}: secfacmic study new makes the server's beside "
+            "the study, with the coordinator's key; give that one as --state"
+        )
     with exclusive(StateFolder(state).path):
         refuse_closed(state)
         status = StatusFile(state)

@@ -31,6 +31,24 @@ def place_of(path: Path) -> tuple[Path, Path | None]:
     return path, None
 
 
+def refuse_no_state(state: Path) -> None:
+    """Check that a path given by itself is a server's or a site's state folder.
+
+    Raises:
+        RecordError: there is no folder, or another one.
+    """
+    if not state.is_dir():
+        found = "no folder"
+    elif not StateFolder(state).begun:
+        found = "a folder in which neither a server nor a site has left anything"
+    else:
+        return
+    raise RecordError(
+        f"{state}: {found}; expected the state folder of a server or a site, or a site's folder: give the folder that "
+        "site.toml is in, or what the server was started with as --state"
+    )
+
+
 def is_over(state: Path, agreed: AgreedStudy) -> bool:
     """Whether nothing is left to do in a state folder: the study is closed there, its run was ended, or every round
     has its record."""
@@ -70,9 +88,9 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
     now = {"running": is_running(state), "closed": StateFolder(state).closed.exists()}
     if found:
         return {**found, **now}
-    if not state.is_dir():
-        raise RecordError(f"{state}: no folder; expected the state folder of a server or a site")
-    if study is not None and not any(StateFolder(state).run_folders()):
+    if study is None or not state.is_dir():
+        refuse_no_state(state)
+    elif not any(StateFolder(state).run_folders()):
         raise RecordError(f"{state}: nothing has run here yet; start the site with: secfacmic client --site SITE")
     run = next((run for run in find_runs(state) if run.current), None)
     records = 0 if run is None else len(list(run.journal.glob(RECORDS)))

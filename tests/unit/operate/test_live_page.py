@@ -316,3 +316,9 @@ def test_the_command_prints_the_link_and_refuses_what_is_no_state(tmp_path: Path
     assert behind == [19]  # a study on the same machine goes first
     assert re.match(r"http://127\.0\.0\.1:[0-9]+/[\w-]{43}/\n", shown)
     assert isinstance(CliRunner().invoke(app, ["page", str(tmp_path / "none")]).exception, RecordError)
+    (tmp_path / "images/dark").mkdir(parents=True)
+    (tmp_path / "images/dark/1.png").touch()
+    for command in ("page", "status"):
+        refused = CliRunner().invoke(app, [command, str(tmp_path / "images")])
+        assert "give the folder that site.toml is in" in str(refused.exception)
+        assert not refused.output

@@ -26,6 +26,16 @@ def test_a_state_folder_has_one_process_and_keeps_what_it_says(tmp_path: Path) -
     assert StatusFile(tmp_path).read()["last_error"]["text"] == "the disk is old"
 
 
+def test_a_server_whose_folder_is_not_there_says_what_makes_it(tmp_path: Path) -> None:
+    for state in (tmp_path / "none", tmp_path / "none/below"):
+        with (
+            pytest.raises(StorageError, match=rf"{state}: no folder; .* secfacmic study new makes"),
+            running(state, "server"),
+        ):
+            pass
+    assert not (tmp_path / "none").exists()
+
+
 def test_nothing_runs_where_the_study_is_closed(tmp_path: Path) -> None:
     (tmp_path / "closed").write_text("{}")
     with pytest.raises(StudyClosedError), running(tmp_path, "site"):
