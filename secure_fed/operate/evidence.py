@@ -25,7 +25,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -321,21 +321,36 @@ def _compared(path: Path, folder: Path, found: dict[str, Any], expected: str) ->
     return "index.html says what the files say"
 
 
+def counted(number: int, noun: str) -> str:
+    """As in ``1 run`` and ``2 runs``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def sent_in_words(found: Mapping[str, Any]) -> str:
+    """What left the site, of what :func:`verify_evidence` found."""
+    if found["updates_in_sums"] and not found["messages_sent"]:
+        return (
+            "no list of sent messages: the updates in sums went over no network, as in a simulation; a site of a study "
+            "over a network has one"
+        )
+    return f"{counted(found['messages_sent'], 'message')} left this site, {found['bytes_sent']:,} bytes in all"
+
+
 def in_words(found: dict[str, Any]) -> list[str]:
     """What :func:`verify_evidence` found, a sentence a line."""
     software = ", ".join(f"{name} {value}" for name, value in sorted(found["software"].items()))
     lines = [
         f"site {found['site']}, study {found['study']}, id {found['study_id']}",
         *(
-            f"accepted by {one['by']} at {when(one['accepted_ms'])}, for {one['runs']} runs in all, "
+            f"accepted by {one['by']} at {when(one['accepted_ms'])}, for {counted(one['runs'], 'run')} in all, "
             + ("without a privacy budget" if one["budget"] is None else _budget_words(one["budget"]))
             for one in found["all_acceptances"]
         ),
-        f"{found['runs']} runs with {found['records']} records and {found['rounds']} rounds; "
-        f"{found['updates_in_sums']} updates of this site are in sums",
-        *(f"member {one['name']}, {one['role']}: in {one['sums']} sums" for one in found["members"]),
+        f"{counted(found['runs'], 'run')} with {counted(found['records'], 'record')} and "
+        f"{counted(found['rounds'], 'round')}; {counted(found['updates_in_sums'], 'update')} of this site in sums",
+        *(f"member {one['name']}, {one['role']}: in {counted(one['sums'], 'sum')}" for one in found["members"]),
         found["together"],
-        f"{found['messages_sent']} messages left it, {found['bytes_sent']:,} bytes in all",
+        sent_in_words(found),
         f"privacy ledger: {found['ledger']}",
         f"software: {software}; {found['packages']} packages in the bill of materials",
         *([found["page"]] if found["page"] else []),
@@ -493,7 +508,8 @@ def _ledger(folder: Path, agreed: AgreedStudy, journals: _Journals, site: str) -
         )
     of = "".join(f", {number} of {kind}" for kind, number in sorted(kinds.items()))
     return (
-        f"{len(declared)} runs declared, {len(releases)} releases{of}; {len(heads) - 1} updates in this study; "
+        f"{counted(len(declared), 'run')} declared, {counted(len(releases), 'release')}{of}; "
+        f"{counted(len(heads) - 1, 'update')} in this study; "
         f"epsilon at most {at_most:.4f} of {budget:g} for a patient at delta {delta:g}"
     )
 

@@ -46,9 +46,10 @@ class Quorum:
             return "the server reads every update: nothing is encrypted"
         if not self.collusion:
             return "a site that pools the study's key with the server can open single updates (collusion = 0)"
+        others = "any one site" if self.collusion == 1 else f"any {self.collusion} sites"
         return (
-            f"the server and any {self.collusion} sites together learn, of sites without a budget, one sum for each "
-            f"adapter state over at least {self.needed - self.collusion} other sites, unless operators released another"
+            f"the server and {others} together learn, of sites without a budget, one sum for each adapter state over "
+            f"at least {self.needed - self.collusion} other sites, unless operators released another"
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secure_fed.clients.acceptance import when
+from secure_fed.operate.evidence import counted, sent_in_words
 from secure_fed.report.page import fill, source
 
 
@@ -79,7 +80,7 @@ def consent_page(terms: Mapping[str, Any]) -> str:
     return _page(
         f"Taking part in {terms['study']}",
         f"secfacmic: {terms['site']}",
-        f"{terms['site']} {'only observes' if observer else 'contributes'}, for {terms['rounds']} rounds.",
+        f"{terms['site']} {'only observes' if observer else 'contributes'}, for {counted(terms['rounds'], 'round')}.",
         blocks,
         "This page records nothing by itself: secfacmic site accept STUDY --site SITE --by NAME does.",
         signature=terms["site"],
@@ -135,7 +136,8 @@ def _leaves(terms: Mapping[str, Any]) -> list[str]:
     if leaves["updates"]:
         how = "encrypted and signed: the server cannot read it" if terms["mode"] == "he" else "NOT encrypted"
         found.append(
-            f"A contribution in each of {leaves['updates']} rounds: {leaves['update_values']:,} numbers that say how "
+            f"A contribution in each of {counted(leaves['updates'], 'round')}: "
+            f"{leaves['update_values']:,} numbers that say how "
             f"the model should change, {how}. {leaves['update_bytes'] / 1e6:.2f} MB each."
         )
         found.append(
@@ -172,12 +174,12 @@ def evidence_page(found: Mapping[str, Any]) -> str:
         found: as :func:`secure_fed.operate.evidence.verify_evidence` gives it.
     """
     ledger, software = found["ledger"], found["software"]
-    drill = found["drill"]
+    drill, sent = found["drill"], sent_in_words(found)
     blocks = [
         Block(
             "What was agreed",
             (
-                f"Study {found['study']}, digest {found['study_id']}: {found['study_rounds']} rounds, "
+                f"Study {found['study']}, digest {found['study_id']}: {counted(found['study_rounds'], 'round')}, "
                 f"{'encrypted' if found['mode'] == 'he' else 'NOT encrypted'}.",
                 f"{found['together'][0].upper()}{found['together'][1:]}.",
             ),
@@ -192,16 +194,16 @@ def evidence_page(found: Mapping[str, Any]) -> str:
         ),
         Block(
             "Who took part",
-            (f"{found['runs']} runs, {found['rounds']} rounds, {found['records']} records that all members have.",),
+            (
+                f"{counted(found['runs'], 'run')}, {counted(found['rounds'], 'round')}, "
+                f"{counted(found['records'], 'record')} that all members have.",
+            ),
             columns=("hospital", "role", "in how many sums"),
             rows=[(one["name"], one["role"], str(one["sums"])) for one in found["members"]],
         ),
         Block(
             "What was sent",
-            (
-                f"{found['messages_sent']} messages, {found['bytes_sent']:,} bytes in all; {found['updates_in_sums']} "
-                "contributions are in sums.",
-            ),
+            (f"{sent[0].upper()}{sent[1:]}. In sums: {counted(found['updates_in_sums'], 'contribution')}.",),
             columns=("time (UTC)", "round", "what", "bytes", "digest"),
             rows=[
                 (row["time"], str(row["round"]), row["code"], f"{row['bytes']:,}", row["digest"][:16])

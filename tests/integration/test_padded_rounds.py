@@ -973,7 +973,7 @@ def test_the_claim_stands_in_the_acceptance(padded: Make) -> None:
     federation = padded(4)
     quorum = federation.agreed.study.quorum(federation.agreed.study.sites)
     assert quorum.claim == (
-        "the server and any 1 sites together learn, of sites without a budget, one sum for each adapter state over at "
+        "the server and any one site together learn, of sites without a budget, one sum for each adapter state over at "
         "least 2 other sites, unless operators released another"
     )
     shown = terms(read_site_file(federation.folder / "sites" / "ash" / "site.toml"), federation.agreed)

@@ -65,7 +65,7 @@ def test_a_template_that_says_nothing_has_pads_and_an_older_study_none() -> None
     for path in sorted(configs.FOLDER.glob("*.toml")):
         study = read_template(path)
         assert study.pads == (study.mode == "he"), path
-        assert "any 1 sites together learn" in study.quorum(study.sites).claim or study.mode == "plain", path
+        assert "any one site together learn" in study.quorum(study.sites).claim or study.mode == "plain", path
 
 
 def test_what_is_made_of_a_template_says_how_many_may_collude(tmp_path: Path, images: Path) -> None:

@@ -187,9 +187,12 @@ def test_the_archive_has_a_page_for_people(played: Federation, tmp_path: Path, s
         "accepted by Dr. Beech at",
         "member birch, train: in 2 sums",
         "drill: 1 of 1 attacks held off",
-        "2 updates of this site are in sums",
+        "1 run with 3 records and 2 rounds; 2 updates of this site in sums",
+        "no list of sent messages: the updates in sums went over no network, as in a simulation",
     ):
         assert line in told.stdout
+    assert "No list of sent messages: the updates in sums went over no network, as in a simulation" in text
+    assert "1 run, 2 rounds, " in text
 
 
 def test_the_page_is_under_the_sites_signature(played: Federation, tmp_path: Path) -> None:
