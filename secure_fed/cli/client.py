@@ -56,6 +56,12 @@ def client(
     if at_a_terminal:  # logs name no place of this machine
         for line in _next_steps(file, site):
             console.print(line, highlight=False, soft_wrap=True)
+    else:
+        log.info(
+            "%s: the adapter is in the state folder that site.toml names; next: secfacmic report, predict or evidence, "
+            "and to end it for good: study close",
+            file.site,
+        )
 
 
 def _rehearse(file: SiteFile) -> None:

@@ -97,14 +97,21 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
         print_json({"folders": told, "unreadable": unreadable, "in_common": common.document()})
     else:
         classes = sorted({name for one in told for name in one["classes"]})
-        # Whole in any width: what is long, names above all, breaks its lines anywhere.
-        long = [Column(name, overflow="fold") for name in ("folder", *classes, "without a label", "splits")]
-        table = Table(long[0], *(Column(name, no_wrap=True) for name in ("images", "patients")), *long[1:])
-        for one in told:
-            counts = [str(one["classes"].get(name, "-")) for name in classes]
+        counts = [[f"{one['classes'].get(name, 'no')} {name}" for name in classes] for one in told]
+        longest = max((len(line) for lines in counts for line in lines), default=0)
+        # Whole in any width: what is long breaks its lines anywhere, but names of classes only if nothing else helps.
+        table = Table(
+            Column("folder", overflow="fold"),
+            Column("images", no_wrap=True),
+            Column("patients", no_wrap=True),
+            Column("of each class", overflow="fold", min_width=min(longest, 24)),
+            "without a label",
+            Column("splits", overflow="fold"),
+        )
+        for one, lines in zip(told, counts, strict=True):
             patients = str(one["patients"]) if one["unit"] == "patient" else "not said"
             table.add_row(
-                one["folder"], str(one["images"]), patients, *counts, str(one["without_label"]), one["splits"]
+                one["folder"], str(one["images"]), patients, "\n".join(lines), str(one["without_label"]), one["splits"]
             )
         out.print(table)
         for one in told:
@@ -329,10 +336,15 @@ class _Rate(ProgressColumn):
 def progress(what: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr with rate and time left; gives the function to tell it how far things are."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=None)
+    bar = Progress(*columns, console=console)
+    task = bar.add_task(what, total=None)
 
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+    def tell(done: int, total: int) -> None:
+        bar.start()  # only now, and once: what is refused before has done nothing
+        bar.update(task, completed=done, total=total)
 
+    try:
         yield tell
+    finally:
+        if bar.live.is_started:
+            bar.stop()

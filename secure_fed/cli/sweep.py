@@ -77,9 +77,15 @@ def sweep(
     if found.failed:
         first = found.failed[0]
         raise TrialFailedError(
-            f"{len(found.failed)} of {len(found.trials)} trials failed, the first of them with {first.settings}: "
-            f"{first.error}; what the others found is in {into}; the same command tries the failed ones again"
+            f"{len(found.failed)} of {len(found.trials)} trials failed, the first of them with "
+            f"{_in_words(first.settings)}: {first.error}; what the others found is in {into}; the same command tries "
+            "the failed ones again"
         )
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    """As a sweep file has them."""
+    return ", ".join(f"{name} = {'none' if value is None else value}" for name, value in settings.items())
 
 
 def _table(facts: dict[str, Any], compared: list[Any]) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from secure_fed.model.scores import SCALARS, Scores
 from secure_fed.operate.evaluate import Evaluation, Share
 from secure_fed.report.chart import (
@@ -38,7 +40,7 @@ def _overall(found: Evaluation) -> Section:
         "Overall",
         f"{scores.images} labelled images of {scores.patients} {unit}.",
         tables=(Table("All metrics, %", ("metric", "value", "low", "high"), rows),),
-        notes=("Low and high: 95 % intervals, by resampling patients.",),
+        notes=("Low and high: 95 % intervals, by resampling patients.", *_outside([scores])),
     )
 
 
@@ -46,6 +48,19 @@ def _metric(scores: Scores, name: str) -> tuple[Cell, Cell, Cell]:
     value = getattr(scores, name)
     ends = (scores.intervals or {}).get(name) or (None, None)
     return _percent(value), _percent(ends[0]), _percent(ends[1])
+
+
+def _outside(several: Iterable[Scores]) -> tuple[str, ...]:
+    """What is to be said where a calibration error is not in its interval."""
+    for scores in several:
+        value = scores.expected_calibration_error
+        ends = (scores.intervals or {}).get("expected_calibration_error")
+        if value is not None and ends is not None and not ends[0] <= value <= ends[1]:
+            return (
+                "A calibration error may lie below its interval: of few images it is estimated too high, of each "
+                "resample, which has fewer different ones, even more; do not compare by it.",
+            )
+    return ()
 
 
 def _percent(value: float | None) -> Cell:
@@ -132,5 +147,5 @@ def _groups(found: Evaluation) -> Section:
         "groups",
         f"By {found.column}",
         tables=(Table(f"By {found.column}, %", (found.column, "images", "patients", *columns), rows),),
-        notes=("A class that a group lacks counts in none of its means.",),
+        notes=("A class that a group lacks counts in none of its means.", *_outside(found.groups.values())),
     )

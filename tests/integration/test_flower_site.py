@@ -549,6 +549,10 @@ def test_a_site_whose_study_is_over_says_so_and_ends(
     assert "ash: the study is over here, with all 3 rounds applied" in ended.stderr
     for told in (f"the adapter is {over / 'state' / 'adapter.safetensors'}", "secfacmic predict", f"evidence {over} "):
         assert told in ended.stderr
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    again = secfacmic("client", "--site", over)  # into a log, which names no place
+    assert "the adapter is in the state folder that site.toml names; next: secfacmic report" in again.stderr
+    assert str(over) not in again.stderr
     assert (StatusFile(over / "state").read()["finished"], StatusFile(over / "state").read()["round"]) == (True, 3)
     assert "site: finished\n" in secfacmic("status", over).stdout
 

@@ -362,6 +362,8 @@ def test_a_sweep_is_killed_and_goes_on(small: Path, tmp_path: Path, monkeypatch:
     )
     assert second.returncode == 71, second.stderr
     assert "the same command tries the failed ones again" in second.stderr
+    assert "method.loss = contrastive" in second.stderr
+    assert "{'" not in second.stderr
     shown = json.loads(second.stdout)
     assert (shown["done"], len(shown["failed"]), shown["outside"]) == (2, 1, 0)
     assert "contrastive" in shown["failed"][0]["error"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,25 @@ def test_a_table_of_folders_loses_no_letter_in_eighty_columns(
     for number, name in enumerate(names):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("L", (32, 32), 40 * number).save(tmp_path / "data" / name / "1.png")
+    shutil.copytree(tmp_path / "data", tmp_path / "images of the second scanner")
     monkeypatch.setattr(out, "width", 80)
     monkeypatch.chdir(tmp_path)
-    ended = secfacmic("data", "check", "data")
+    ended = secfacmic("data", "check", "data", "images of the second scanner")
     assert ended.returncode == 0, ended.stderr
     table = [line for line in ended.stdout.splitlines() if line[:1] in "┏┃┡│└"]
     assert max(map(len, table)) <= 80
     assert "…" not in ended.stdout
-    heads = ["".join(cells).replace(" ", "") for cells in zip(*(line.strip("┃").split("┃") for line in table
+    for name in names:
+        assert sum(f"1 {name}" in line for line in table) == 2
+    heads = [" ".join(" ".join(cells).split()) for cells in zip(*(line.strip("┃").split("┃") for line in table
              if line.startswith("┃")), strict=True)]  # fmt: skip
-    assert heads == ["folder", "images", "patients", *sorted(names), "withoutalabel", "splits"]
+    assert heads == ["folder", "images", "patients", "of each class", "without a label", "splits"]
+
+
+def test_what_is_refused_before_any_image_shows_no_bar(tmp_path: Path, secfacmic: Run) -> None:
+    ended = secfacmic("study", "init", tmp_path / "none", "--out", tmp_path / "x.toml")
+    assert "no such folder" in ended.stderr
+    assert "comparing" not in ended.stderr
 
 
 def test_a_name_or_an_address_in_another_form_is_told_the_form(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from secure_fed.model.evaluation import metrics
 from secure_fed.operate.evaluate import NO_VALUE, Evaluation, _share, evaluate_folder
 from secure_fed.operate.new_study import RANDOM_CHECKPOINT
 from secure_fed.report.chart import Cell, Table
+from secure_fed.report.evaluation import evaluation_sections
 from secure_fed.report.papers import as_csv, as_latex
 from tests.conftest import CLASSES, OBSERVER, Run, make_template
 
@@ -157,6 +159,23 @@ def test_a_report_writes_its_figures_too(finished_run: Path, tmp_path: Path, sec
     assert done.returncode == 0, done.stderr
     forms = {path.suffix for path in (tmp_path / "figures").iterdir()}
     assert forms == {".svg", ".pdf", ".tex", ".csv"}
+
+
+def test_a_calibration_error_outside_its_interval_is_told(finished_run: Path, images: Path) -> None:
+    found = evaluated(finished_run, images / "ash")
+    notes = {}
+    for value in (0.1, 0.3):
+        scores = found.overall.model_copy(
+            update={
+                "expected_calibration_error": value,
+                "intervals": {"expected_calibration_error": (0.2, 0.4)},
+            }
+        )
+        each = replace(found, column="scanner", overall=scores, groups={"S0": scores})
+        notes[value] = [" ".join(section.notes) for section in evaluation_sections(each)]
+    told = "A calibration error may lie below its interval"
+    assert sum(told in text for text in notes[0.1]) == 2
+    assert not any(told in text for text in notes[0.3])
 
 
 def test_latex_means_what_the_table_says() -> None:
