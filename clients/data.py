@@ -21,13 +21,13 @@ import numpy as np
 from secure_fed.clients.dicom import NOBODY, Owner, owner
 from secure_fed.clients.manifest import Table, plain_form, read_table
 from secure_fed.clients.nifti import AXES, Axis
-from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, says_nothing
+from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, says_nothing, some
 from secure_fed.clients.reading import (
     IMAGE_ENDINGS,
     Place,
     Position,
     Source,
-    count_frames,
+    frames_of,
     is_meant_as_image,
     kind_of,
     no_picture,
@@ -529,16 +529,21 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         return rows
     series: defaultdict[tuple[str, ...], list[tuple[Position, _Row]]] = defaultdict(list)
     chosen = [row for row in rows if row.frame or row.asked]
+    unplaced_frames: list[str] = []
     for row in rows:
         if row.frame or row.asked:
             continue
         path = row.base / row.path
-        count = count_frames(path, _axis(row.axis))
-        if count > 1:
-            for place in _places(count, choice.slices):
-                patient = f"{row.patient}#{place}" if unit == "image" else row.patient
-                chosen.append(replace(row, frame=str(place), patient=patient))
-            notes.left_out["other slice"] += count - len(_places(count, choice.slices))
+        order, placed = frames_of(path, _axis(row.axis))
+        if len(order) > 1:
+            places = _places(len(order), choice.slices)
+            for place in places:
+                frame = str(order[place])
+                patient = f"{row.patient}#{frame}" if unit == "image" else row.patient
+                chosen.append(replace(row, frame=frame, patient=patient))
+            notes.left_out["other slice"] += len(order) - len(places)
+            if not placed and choice.slices != "all":
+                unplaced_frames.append(str(path))
             continue
         name, position = place_in_series(path)
         name = row.series or name
@@ -558,6 +563,11 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
             "others do"
             for one in unplaced
         ]
+    if unplaced_frames:
+        notes.told.append(
+            f"{some(unplaced_frames)}: not every frame says where it lies (PlanePositionSequence (0020,9113)), or they "
+            f"lie across one another: slices {choice.slices!r} are of the order in which frames are stored"
+        )
     return chosen
 
 
@@ -900,7 +910,8 @@ def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
         frames[path, axis].add(frame)
     for row, (path, frame, axis) in zip(rows, keys, strict=True):
         if not frame and len(frames[path, axis]) > 1:  # no frame is the middle one, which another row may name
-            frame = str(count_frames(Path(path), _axis(axis)) // 2)
+            order = frames_of(Path(path), _axis(axis)).order
+            frame = str(order[len(order) // 2])
         key = path, frame, axis
         listed = row.where != row.path  # of links that were found, copies are told
         if row.path and key in first and listed:

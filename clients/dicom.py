@@ -118,6 +118,7 @@ _HEADER = (
     *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
 )
+_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _HEADER_TAGS = [Tag(keyword) for keyword in _HEADER]
 _PIXELS = 0x7FE00008
 _BEHIND_OWNER = 0x00100022
@@ -134,6 +135,9 @@ _UNFOLLOWED = {
     "RedPaletteColorLookupTableDescriptor": "colours beside the grey values (0028,1101)",
 }
 """Of grey pictures."""
+
+_FRACTIONS = {"FloatPixelData": "(7FE0,0008)", "DoubleFloatPixelData": "(7FE0,0009)"}
+"""Elements that stand in the place of PixelData."""
 
 _BEGINNINGS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")
 """Of a frame as JPEG or JPEG-LS, JPEG 2000, and that in its own file format; inside of one none of them occurs."""
@@ -176,8 +180,15 @@ def is_dicom(content: bytes) -> bool:
     return content[4:6] in _VRS or implicit
 
 
-def read_header(path: Path, until: int = _PIXELS) -> Any | None:
-    """The header before a tag, of the elements that this package uses; None if it is no DICOM file or is broken."""
+def read_header(path: Path, until: int = _PIXELS, groups: bool = False) -> Any | None:
+    """The header before a tag, of the elements that this package uses; None if it is no DICOM file or is broken.
+
+    Args:
+        path: of the file.
+        until: the tag.
+        groups: with what is said of each frame, which may be long.
+    """
+    tags = [*_HEADER_TAGS, *(Tag(keyword) for keyword in _GROUPS * groups)]
     try:
         with path.open("rb") as stream:
             head = stream.read(HEADER + 1024)
@@ -187,7 +198,7 @@ def read_header(path: Path, until: int = _PIXELS) -> Any | None:
             source.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return read_partial(source, lambda tag, *_: tag >= until, specific_tags=list(_HEADER_TAGS), force=True)
+                return read_partial(source, lambda tag, *_: tag >= until, specific_tags=list(tags), force=True)
     except Exception:  # why it is broken comes out when it is decoded
         return None
 
@@ -301,6 +312,26 @@ def _names_scout(dataset: Any) -> bool:
     return any(word in names for word in _SCOUT_SERIES) or (sectional and _SHORT_SCOUTS.search(names) is not None)
 
 
+def in_order(dataset: Any, frames: int) -> list[int] | None:
+    """The numbers of a file's frames by where they lie along the normal of their planes; None if not all say that, or
+    not all planes are parallel."""
+    groups = dataset.get("PerFrameFunctionalGroupsSequence")
+    if not groups or len(groups) != frames:
+        return None
+    try:
+        # Each frame's own: what is said of all frames, or of the file, does not tell them apart.
+        positions = [np.array(group.PlanePositionSequence[0].ImagePositionPatient, np.float64) for group in groups]
+        planes = [_group(dataset, index, "PlaneOrientationSequence").ImageOrientationPatient for index in range(frames)]
+        rows, columns = np.array(planes, np.float64).reshape(frames, 2, 3).swapaxes(0, 1)
+        normals = np.cross(rows, columns)
+        along = np.array(positions).reshape(frames, 3) @ normals[0]
+    except Exception:  # what is missing, or no number, says nothing
+        return None
+    if not np.isfinite(along).all() or not np.allclose(normals, normals[0], atol=1e-2):
+        return None
+    return [int(one) for one in np.argsort(along, kind="stable")]
+
+
 def no_picture(dataset: Any) -> str:
     """What a file is that is no picture of a patient, by SOP class and modality; empty if it is one."""
     found = text(dataset, "SOPClassUID")
@@ -344,6 +375,7 @@ class DicomFile:
                 dataset = pydicom.dcmread(io.BytesIO(content), force=True)
                 dataset.get("SOPClassUID")
                 pixels = bool(dataset.get("PixelData"))
+                fractions = [name for name in _FRACTIONS if name in dataset]
                 _give_syntax(dataset)
         except Exception as error:  # pydicom raises of every kind on broken files
             raise UndecodableError(f"broken DICOM ({_short(error)}); export it again") from error
@@ -351,6 +383,11 @@ class DicomFile:
         if self._facts.kind == "no picture":
             raise refused_as_no_picture(
                 f"DICOM that holds {no_picture(dataset)} ({self._facts.modality or 'no modality'})"
+            )
+        if fractions and not pixels:
+            raise UndecodableError(
+                f"DICOM whose pixels are floating point numbers ({fractions[0]} {_FRACTIONS[fractions[0]]}); expected "
+                "whole numbers in PixelData (7FE0,0010): export the original image, or take it out of the data"
             )
         if not pixels:
             raise UndecodableError(
@@ -374,14 +411,15 @@ class DicomFile:
         PresentationLUTShape of INVERSE.
 
         Args:
-            frame: from 0; None takes the middle one, count // 2.
+            frame: from 0, as they are stored; None takes the middle one, count // 2, by :func:`in_order` if they say
+                where they lie.
             rules: of the study and the site.
 
         Raises:
             UndecodableError: it cannot be decoded, for want of a decoder or because it is broken; the message says why.
         """
         dataset = self._dataset
-        index = self.frames // 2 if frame is None else frame
+        index = self._middle if frame is None else frame
         if not 0 <= index < self.frames:
             raise UndecodableError(f"no frame {index}; it has {self.frames}, counted from 0")
         coloured = self._colour in _COLOUR and dataset.file_meta.TransferSyntaxUID in _COSTLY
@@ -406,6 +444,10 @@ class DicomFile:
             raise
         except Exception as error:
             raise UndecodableError(f"DICOM pixels cannot be shown ({_short(error)}); export the file again") from error
+
+    @cached_property
+    def _middle(self) -> int:
+        return (in_order(self._dataset, self.frames) or range(self.frames))[self.frames // 2]
 
     def _refuse_unread(self, index: int) -> None:
         """What can be known to be unreadable before pixels are decoded; colours in small letters are mended."""

@@ -35,6 +35,13 @@ _PLACEHOLDERS = frozenset(
         *("number", "mrn", "pid", "true", "false", "wahr", "falsch", "leer", "vide", "ka"),
     }
 )
+_NOBODY = re.compile(
+    r"(unknown|unk|unidentified|missing|unbekannt|inconnu|desconocido|sconosciuto|undefined|noname|noid|dummy|default"
+    r"|anon(ym(ous|ized|ised|isiert|e)?|imo)?)[\W_]*\d+",
+    re.IGNORECASE,
+)
+"""A placeholder with a number: nobody's beside ids of another kind, the site's pseudonyms where most ids are such."""
+
 _MONTH = r"(jan|feb|m[aä]r|mrz|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz])[a-z]*\.?"
 _DAY = r"(0?[1-9]|[12]\d|3[01])"  # or a month
 _TIME = r"\d{1,2}:\d\d(:\d\d([.,]\d+)?)?( ?[AP]M)?"
@@ -130,10 +137,12 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
     # A spreadsheet's numbers have 15 digits: of longer ones it leaves zeros, in all of them.
     long = {patient for patient in counts if re.fullmatch(r"\d{16,}", patient)}
     cut = long if all(re.fullmatch(r"\d{15}0+", patient) for patient in long) else set()
+    numbered = {patient for patient in counts if _NOBODY.fullmatch(patient)}
+    nobody = numbered if 2 * len(numbered) <= len(counts) else set()
     for patient, images in counts.items():
         if patient in settled:
             continue
-        if says_nothing(patient):
+        if says_nothing(patient) or patient in nobody:
             found.append(Doubt("placeholder", (patient,), images))
         elif _DAMAGE.fullmatch(patient) or patient in cut:
             found.append(Doubt("spreadsheet", (patient,), images))
@@ -209,13 +218,14 @@ def writing_free(patient: str) -> str:
     """Equal for ids that may be one in two writings.
 
     Such differ by case, Unicode's compatible forms, letters of other alphabets that look alike, blanks, underscores,
-    quotes and ``=``, the kind of dash, empty parts of a DICOM name (``^``), zeros before any of their numbers, or, of
-    an id that is a number, ``.0`` and a spreadsheet's thousands.
+    quotes and ``=``, the kind of dash, empty parts of a DICOM name (``^``), zeros before any of their numbers, a plus
+    before the first, or, of an id that is a number, ``.0`` and a spreadsheet's thousands.
     """
     plain = unicodedata.normalize("NFKC", patient).casefold().translate(_LOOKALIKES)
     plain = re.sub(r"[\s_'\"=`\u2018\u2019\u201c\u201d\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
     plain = re.sub(r"[\u2010-\u2015\u2212]", "-", plain)
     plain = plain.rstrip("^")  # empty parts of a DICOM name
+    plain = re.sub(r"^\+(?=\d)", "", plain)
     plain = re.sub(r"^(\d+)[.,]0+$", r"\1", plain)
     if re.fullmatch(r"\d{1,3}([.,]\d{3})+", plain):  # a spreadsheet's thousands
         plain = re.sub(r"[.,]", "", plain)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -174,18 +174,35 @@ def no_picture(path: Path) -> str:
     return nifti.no_picture(head) if is_nifti(head) else photographs.no_picture(head)
 
 
-def count_frames(path: Path, axis: Axis) -> int:
-    """How many pictures a file has; 1 also of one that cannot be read: why it cannot comes out when it is decoded."""
+class Frames(NamedTuple):
+    """The pictures of a file.
+
+    Attributes:
+        order: their numbers, in the order of their positions, else as they are stored.
+        placed: whether all of them say where they lie.
+    """
+
+    order: Sequence[int]
+    placed: bool
+
+
+def frames_of(path: Path, axis: Axis) -> Frames:
+    """The pictures of a file; one also of a file that cannot be read: why it cannot comes out when it is decoded."""
+    alone = Frames(range(1), True)
     try:
         with path.open("rb") as stream:
             head = stream.read(4 * HEADER)
         if is_nifti(head):
-            return NiftiFile(path.read_bytes()).frames_along(axis)
+            return Frames(range(NiftiFile(path.read_bytes()).frames_along(axis)), True)
+        size = path.stat().st_size
     except (OSError, UndecodableError):
-        return 1
-    header = read_header(path)
+        return alone
+    header = read_header(path, groups=True)
     found = "" if header is None else text(header, "NumberOfFrames")
-    return max(1, int(found)) if found.isdecimal() else 1
+    if not found.isdecimal() or not 1 < int(found) <= size:  # no file has more frames than bytes
+        return alone
+    order = dicom.in_order(header, int(found))
+    return Frames(range(int(found)) if order is None else order, order is not None)
 
 
 class Position(NamedTuple):

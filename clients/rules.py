@@ -13,7 +13,7 @@ from PIL import Image
 
 from secure_fed.protocol.study import Background, StudyFile, Window
 
-VERSION = 8
+VERSION = 9
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
 
 MOST_PIXELS = 40_000_000

@@ -28,7 +28,7 @@ def dicom(pixels, colour="MONOCHROME2", **fields) -> Dataset:
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = MRImageStorage
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
     dataset.PatientID, dataset.Modality, dataset.PhotometricInterpretation = "MRN-7781", "MR", colour
-    colours = colour in ("RGB", "YBR_FULL")
+    colours = colour == "RGB" or colour.startswith("YBR")
     dataset.SamplesPerPixel = 3 if colours else 1
     if colours:
         dataset.PlanarConfiguration = 0
@@ -119,6 +119,48 @@ def test_an_enhanced_files_frames_have_windows_of_their_own():
     assert grey(dataset, 0).tolist() == grey(dataset, 1).tolist() == [[128, 191], [255, 255]]
 
 
+def enhanced(alongs, orientation=(0, 1, 0, 0, 0, -1), **fields) -> Dataset:
+    """Frames of which each is filled with its number, at these places along the normal; None says no place."""
+    groups = []
+    for along in alongs:
+        place, group = Dataset(), Dataset()
+        if along is not None:
+            place.ImagePositionPatient = [-along, 7, 8]  # the normal is (-1, 0, 0)
+            group.PlanePositionSequence = Sequence([place])
+        groups.append(group)
+    plane, shared = Dataset(), Dataset()
+    plane.ImageOrientationPatient = list(orientation)
+    shared.PlaneOrientationSequence = Sequence([plane])
+    frames = np.stack([np.full((4, 4), number, dtype=np.uint8) for number in range(len(alongs))])
+    groups = {"SharedFunctionalGroupsSequence": [shared], "PerFrameFunctionalGroupsSequence": groups}
+    groups = {name: Sequence(items) for name, items in groups.items()}
+    return dicom(frames, WindowCenter=128, WindowWidth=256, **groups, **fields)
+
+
+def across(dataset: Dataset) -> Dataset:
+    """The same with one frame across the others."""
+    plane = Dataset()
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    dataset.PerFrameFunctionalGroupsSequence[1].PlaneOrientationSequence = Sequence([plane])
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("dataset", "middle"),
+    [
+        (enhanced([30, 0, 10, 40, 20]), 4),
+        (enhanced([30, 0, 10, 20]), 3),
+        (enhanced([5, 5, 5]), 1),
+        (enhanced([30, None, 10, 40, 20]), 2),
+        (across(enhanced([30, 0, 10, 40, 20])), 2),
+        (enhanced([30, 0, 10, 40, 20], orientation=()), 2),
+    ],
+)
+def test_the_middle_frame_is_the_middle_one_by_position_if_all_frames_have_one_on_parallel_planes(dataset, middle):
+    assert grey(dataset).max() == grey(dataset, middle).max()
+    assert [grey(dataset, one).max() for one in range(3)] == [0, 1, 2]  # a number is of the frames as they are stored
+
+
 def test_colours_and_compressed_grey():
     colours = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(decode(as_bytes(dicom(colours, "RGB")))), colours)
@@ -135,8 +177,14 @@ def test_what_cannot_be_decoded_says_why():
     unknown["PixelData"].is_undefined_length = True
     report = dicom(RAMP)
     del report.PixelData
+    floating = {}
+    for name, kind in (("FloatPixelData", np.float32), ("DoubleFloatPixelData", np.float64)):
+        floating[name] = dicom(RAMP, **{name: RAMP.astype(kind).tobytes()})
+        del floating[name].PixelData
     short = as_bytes(dicom(RAMP))[:-40]
     cases = [
+        (as_bytes(floating["FloatPixelData"]), r"floating point numbers \(FloatPixelData \(7FE0,0008\)\); expec"),
+        (as_bytes(floating["DoubleFloatPixelData"]), r"floating point numbers \(DoubleFloatPixelData \(7FE0,0009\)"),
         (as_bytes(unknown), "cannot be decoded .JPEG-LS Lossless"),
         (as_bytes(report), "DICOM without pixels .MR."),
         (short, "cannot be decoded"),

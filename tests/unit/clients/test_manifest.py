@@ -15,7 +15,7 @@ from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.study import Shares
-from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
+from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, enhanced
 
 CLASSES = ("dark", "light")
 ROWS = [("a.png", "dark", "p1"), ("b.png", "light", "p2")]
@@ -139,6 +139,11 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("Doe^John", "DOE^JOHN^^"), ["writings"]),
         (("2024-01-05", "05.01.2024", "1/5/24", "5. Mai"), ["spreadsheet"] * 4),
         (("12:30:00", "1/2/2023 0:00", "2023-02-01T00:00:00", "Feb 1, 2023", "2023/2/1"), ["spreadsheet"] * 5),
+        (("+12", "12"), ["writings"]),
+        (("unknown_1", "MRN-5", "MRN-6"), ["placeholder"]),
+        (("Anon2", "anonymized 7", "MRN-5", "MRN-6"), ["placeholder"] * 2),
+        (("anon1", "anon2", "MRN-5"), []),  # a site's own pseudonyms
+        (("patient_1", "subject-2", "Id3", "12+", "MRN-6"), []),
         (("#NV", "k.A."), ["placeholder", "spreadsheet"]),
         (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99", "12-34-5678", "1.2.3", "1-2-33-4"), []),
     ],
@@ -420,6 +425,33 @@ def test_of_a_file_with_many_frames_the_rule_takes_slices_too(tmp_path):
     (tmp_path / "manifest.csv").write_text(rows)
     images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice(slices="all"))
     assert [image.frame for image in images] == [4]
+
+
+def test_frames_of_one_file_are_taken_by_their_position_or_as_they_are_stored_and_that_is_told(tmp_path):
+    (tmp_path / "dark").mkdir()
+    path = tmp_path / "dark" / "m.dcm"
+    for alongs, expected, told in (
+        ([30, 0, 10, 40, 20], {"middle": [4], "every:2": [2, 0], "all": [1, 2, 4, 0, 3]}, 0),
+        ([30, 0, None, 40, 20], {"middle": [2], "every:2": [1, 3], "all": [0, 1, 2, 3, 4]}, 1),
+    ):
+        path.write_bytes(as_bytes(enhanced(alongs)))
+        for slices, frames in expected.items():
+            notes = Notes()
+            images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice(slices), notes=notes)
+            assert [image.frame for image in images] == sorted(frames)
+            lines = [line for line in notes.told if f"{path}: not every frame says where it lies" in line]
+            assert len(lines) == (told if slices != "all" else 0)
+    path.write_bytes(as_bytes(enhanced([30, 0, 10, 40, 20])))
+    (tmp_path / "manifest.csv").write_text("path,label,patient,frame\ndark/m.dcm,dark,p,\ndark/m.dcm,dark,p,4\n")
+    with pytest.raises(ManifestError, match=r"frame 4, the middle one"):
+        names(tmp_path)
+
+
+def test_a_header_that_counts_more_frames_than_the_file_has_bytes_makes_no_rows_for_them(tmp_path):
+    (tmp_path / "dark").mkdir()
+    dataset = dicom(RAMP, PatientID="P1", NumberOfFrames=9_000)
+    (tmp_path / "dark" / "m.dcm").write_bytes(as_bytes(dataset))
+    assert names(tmp_path, slices="all")[0] == ["m.dcm"]
 
 
 def test_scouts_screenshots_and_segmentations_are_left_out_by_rule_and_counted(tmp_path):

@@ -33,7 +33,7 @@ from pydicom.sequence import Sequence
 from secure_fed.clients.data import Choice, Notes, find_pictures, read_data
 from secure_fed.clients.nifti import AXES
 from secure_fed.clients.patients import read_settled
-from secure_fed.clients.reading import Place, count_frames, is_meant_as_image, open_file, place_in_series, see
+from secure_fed.clients.reading import Place, frames_of, is_meant_as_image, open_file, place_in_series, see
 from secure_fed.clients.rules import Rules, UndecodableError
 from secure_fed.core.errors import SecfacmicError
 from secure_fed.protocol.study import Shares, Window
@@ -80,6 +80,14 @@ def pictures() -> list[bytes]:
         encapsulated(SMOOTH, uid.HTJ2KLossless, imagecodecs.htj2k_encode(SMOOTH), **TWELVE),
         encapsulated(eight, uid.JPEGBaseline8Bit, imagecodecs.jpeg8_encode(eight)),
     ]
+    three = np.dstack([eight, eight.T, 255 - eight])
+    for syntax, colour, code in (
+        (uid.JPEGBaseline8Bit, "YBR_FULL_422", imagecodecs.jpeg8_encode(three, subsampling="422")),  # JFIF
+        (uid.JPEGBaseline8Bit, "YBR_FULL", imagecodecs.jpeg8_encode(three, colorspace="RGB", outcolorspace="RGB")),
+        (uid.JPEGLosslessSV1, "RGB", imagecodecs.jpeg8_encode(three, lossless=True, predictor=1)),
+        (uid.JPEG2000Lossless, "YBR_RCT", imagecodecs.jpeg2k_encode(three, codecformat="j2k", mct=True)),
+    ):
+        found.append(encapsulated(three, syntax, code, colour))
     contents = [as_bytes(one) for one in found]
     contents += [contents[0][132:], (Path(__file__).parent / "extended_12bit.dcm").read_bytes()]
     contents += [nifti(), nifti(packed=False), nifti(np.zeros((3, 3, 3), np.float32), packed=False)]
@@ -203,7 +211,7 @@ class Readers:
         path = self._folder / "file"
         path.write_bytes(content)
         is_meant_as_image(path)
-        count_frames(path, "axial")
+        frames_of(path, "axial")
         place_in_series(path)
 
     def table(self, content: bytes) -> None:
