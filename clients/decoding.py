@@ -6,12 +6,14 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +28,8 @@ T = TypeVar("T")
 
 MOST_WORKERS = 16
 _PLAIN = Rules()
+_ROWS = 2**14  # pixels in some rows
+
 _INLINE = 64
 """Fewer images than this are decoded in this process: starting others takes longer."""
 
@@ -39,12 +43,14 @@ class Decoded(Generic[T]):
         identity: :func:`secure_fed.clients.reading.identity` of what was decoded; empty if it could not be read.
         value: what was made of the image; None if it cannot be decoded.
         reason: why not; else empty.
+        pixels: :func:`digest_of_pixels`, where it was asked for.
     """
 
     index: int
     identity: bytes
     value: T | None
     reason: str
+    pixels: bytes = b""
 
 
 def decode(content: bytes, frame: int | None = None, axis: Axis = "axial", rules: Rules = _PLAIN) -> Image.Image:
@@ -54,6 +60,25 @@ def decode(content: bytes, frame: int | None = None, axis: Axis = "axial", rules
         UndecodableError: it is broken, or would be turned into something else without a word.
     """
     return see(open_file(content), Place(frame, axis), rules).image
+
+
+def digest_of_pixels(image: Image.Image) -> bytes:
+    """SHA-256 of size and pixels as RGB; of grey ones a few rows after others, which stay in the processor's caches."""
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    found = hashlib.sha256(struct.pack("<II", *image.size))
+    if image.mode == "RGB":
+        found.update(image.tobytes())
+        return found.digest()
+    pixels = np.asarray(image)
+    step = max(1, _ROWS // image.width)
+    for top in range(0, image.height, step):
+        rows = pixels[top : top + step]
+        wide = np.empty((*rows.shape, 3), dtype=np.uint8)
+        for channel in range(3):
+            wide[..., channel] = rows
+        found.update(wide.data)
+    return found.digest()
 
 
 class _Files:
@@ -107,7 +132,11 @@ def identities(sources: Iterable[Source]) -> Iterator[bytes | OSError]:
 
 
 def decode_all(
-    sources: Sequence[Source], work: Callable[[Iterator[Picture]], Sequence[T]], batch: int, rules: Rules = _PLAIN
+    sources: Sequence[Source],
+    work: Callable[[Iterator[Picture]], Sequence[T]],
+    batch: int,
+    rules: Rules = _PLAIN,
+    digests: bool = False,
 ) -> Iterator[list[Decoded[T]]]:
     """Decode images and do some work on them, batch by batch, in processes of their own: one a processor.
 
@@ -120,6 +149,7 @@ def decode_all(
             the other process on one thread.
         batch: results come in lists of this many, in order; the last one may be shorter.
         rules: how pictures are to be seen.
+        digests: whether equal pictures are to be known by their pixels too.
 
     Raises:
         StorageError: a process was killed, most likely for want of memory.
@@ -127,7 +157,7 @@ def decode_all(
     inline = len(sources) < _INLINE or multiprocessing.current_process().daemon  # a daemon may have no children
     workers = 0 if inline else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     loader: DataLoader[Decoded[T]] = DataLoader(
-        _Decoding(sources, work, rules),
+        _Decoding(sources, work, rules, digests),
         batch_size=batch,
         collate_fn=_as_they_are,
         num_workers=workers,
@@ -148,11 +178,12 @@ def decode_all(
 
 class _Decoding(Dataset[Decoded[T]], Generic[T]):
     def __init__(
-        self, sources: Sequence[Source], work: Callable[[Iterator[Picture]], Sequence[T]], rules: Rules
+        self, sources: Sequence[Source], work: Callable[[Iterator[Picture]], Sequence[T]], rules: Rules, digests: bool
     ) -> None:
         self._sources = sources
         self._work = work
         self._rules = rules
+        self._digests = digests
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -162,6 +193,7 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
         identities: dict[int, bytes] = {}
         reasons: dict[int, str] = {}
         decoded: list[int] = []
+        pixels: dict[int, bytes] = {}
         files = _Files()
 
         def pictures() -> Iterator[Picture]:
@@ -174,11 +206,16 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
                     reasons[index] = str(error.strerror if isinstance(error, OSError) else error)
                     continue
                 decoded.append(index)
+                if self._digests:
+                    pixels[index] = digest_of_pixels(picture.image)
                 yield picture
 
         values = dict(zip(decoded, self._work(pictures()), strict=True))
         return [
-            Decoded(index, identities.get(index, b""), values.get(index), reasons.get(index, "")) for index in indices
+            Decoded(
+                index, identities.get(index, b""), values.get(index), reasons.get(index, ""), pixels.get(index, b"")
+            )
+            for index in indices
         ]
 
 

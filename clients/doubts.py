@@ -99,7 +99,7 @@ def _pictures(images: Sequence[SiteImage], looks: _Looks, notes: Notes) -> list[
     """One picture of several patients."""
     shared: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
     for group in exact_copies(looks):
-        patients = {images[index].patient for index in group}
+        patients = {images[index].patient for index in group if images[index].patient}
         if are_open(patients, notes.settled):
             shared[tuple(sorted(patients))] += group
     return [

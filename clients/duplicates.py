@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -18,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from secure_fed.clients.data import SiteImage
-from secure_fed.clients.decoding import Decoded, decode_all, identities
+from secure_fed.clients.decoding import Decoded, decode_all, digest_of_pixels, identities
 from secure_fed.clients.features import FeatureCache, Progress
 from secure_fed.clients.rules import Facts, Picture, Rules
 
@@ -35,7 +34,6 @@ _PLAIN = Rules()
 _NO_FACTS = Facts()
 _LEVELS = np.arange(256)
 _BLOCK = 2048
-_ROWS = 2**14  # pixels in some rows
 
 
 class Fingerprint(NamedTuple):
@@ -82,7 +80,7 @@ def fingerprint(image: Image.Image, facts: Facts = _NO_FACTS) -> Fingerprint:
     """The fingerprint of a decoded image."""
     colours = image if image.mode in ("L", "RGB") else image.convert("RGB")
     grey = colours.convert("L")
-    digest = _digest(colours)
+    digest = digest_of_pixels(colours)
     look = np.packbits(imagehash.phash(grey, hash_size=_SIDE).hash.flatten()).tobytes()
     counts = np.array(grey.histogram()) / (image.width * image.height)
     mean = float(counts @ _LEVELS)
@@ -92,23 +90,6 @@ def fingerprint(image: Image.Image, facts: Facts = _NO_FACTS) -> Fingerprint:
         small = np.asarray(colours.reduce(max(1, min(image.size) // 64)), dtype=np.int16)
         spread = float((small.max(axis=2) - small.min(axis=2)).mean())
     return Fingerprint(digest, look, *image.size, mean, contrast, spread, facts)
-
-
-def _digest(image: Image.Image) -> bytes:
-    """SHA-256 of size and pixels as RGB; of grey ones a few rows after others, which stay in the processor's caches."""
-    found = hashlib.sha256(struct.pack("<II", *image.size))
-    if image.mode == "RGB":
-        found.update(image.tobytes())
-        return found.digest()
-    pixels = np.asarray(image)
-    step = max(1, _ROWS // image.width)
-    for top in range(0, image.height, step):
-        rows = pixels[top : top + step]
-        wide = np.empty((*rows.shape, 3), dtype=np.uint8)
-        for channel in range(3):
-            wide[..., channel] = rows
-        found.update(wide.data)
-    return found.digest()
 
 
 class Fingerprints(NamedTuple):

@@ -54,6 +54,7 @@ def encode_all(
     view: View = "plain",
     rules: Rules = _PLAIN,
     patches: Patches = WHOLE_IMAGES,
+    digests: bool = False,
 ) -> Iterator[list[Decoded[NDArray[np.float32]]]]:
     """Unit features [dim] of images, in order and in short lists, to be kept as they come.
 
@@ -67,6 +68,7 @@ def encode_all(
         view: the image as it is, or mirrored left to right.
         rules: how pictures are to be seen.
         patches: whether features are of patches instead.
+        digests: as :func:`secure_fed.clients.decoding.decode_all` takes it.
 
     Raises:
         BackboneError: the tower lacks a named block.
@@ -88,9 +90,9 @@ def encode_all(
         backbone.grid(block)  # once, before processes begin
 
     if backbone.device == "cpu":
-        yield from decode_all(sources, encoded, backbone.batch, rules)
+        yield from decode_all(sources, encoded, backbone.batch, rules, digests)
         return
-    for batch in decode_all(sources, prepared, backbone.batch, rules):
+    for batch in decode_all(sources, prepared, backbone.batch, rules, digests):
         rows = iter(features([one.value for one in batch if one.value is not None]))
         yield [one if one.value is None else replace(one, value=next(rows)) for one in batch]
 

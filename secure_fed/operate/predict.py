@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from secure_fed.clients.data import MANIFEST, Choice, Notes, SiteImage, find_pictures
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.doubts import all_doubts, renamed
+from secure_fed.clients.duplicates import Fingerprint
 from secure_fed.clients.encoding import Patches, encode_all
 from secure_fed.clients.patients import MANY_IN_ONE, SETTLED, Doubt
 from secure_fed.clients.photographs import as_drawn
@@ -339,16 +340,16 @@ def predict_folder(
         others = f" ({min(passed_over.values())})" if single is not None and passed_over else others
         raise DataError(f"{single or folder}: no image{others}; expected images in it, or in folders below it")
     told = [*notes.told, *(f"left out: {count} of kind {kind}" for kind, count in sorted(notes.left_out.items()))]
-    # What is to be predicted may well be of one patient.
-    doubts = [doubt for doubt in all_doubts(images, "patient", notes) if doubt.kind != "share"]
     if pseudonyms := renamed(images, notes):
         told.append(f"{folder}: {pseudonyms} patients have another id in the manifest than in their DICOM files")
     backbone = load_backbone(file.backbone, checkpoint, device)
     decoded, features, unreadable = [], [], {}
+    looks: list[Fingerprint | None] = []
     rules = Rules(file.windows, file.background, most_pixels)
     patches = Patches.of(file.method)
-    for batch in encode_all([image.source for image in images], backbone, rules=rules, patches=patches):
+    for batch in encode_all([image.source for image in images], backbone, rules=rules, patches=patches, digests=True):
         for one in batch:
+            looks.append(Fingerprint(one.pixels, b"", 0, 0) if one.pixels else None)
             if one.value is None:
                 unreadable[images[one.index].path.relative_to(folder).as_posix()] = one.reason
             else:
@@ -361,6 +362,8 @@ def predict_folder(
             f"{len(unreadable)} of {len(images)} images in {folder} cannot be decoded; expected whole 8-bit images or "
             f"DICOM: replace or remove them, or leave them out with --skip-unreadable{fault_lines(lines)}"
         )
+    # What is to be predicted may well be of one patient.
+    doubts = [doubt for doubt in all_doubts(images, "patient", notes, looks=looks) if doubt.kind != "share"]
     tokens = file.initial.prompt_tokens
     tower = None if tokens is None else backbone.text_tower(tokens)
     width = memory.width(file.initial.adapter) if patches.blocks else backbone.dim

@@ -131,7 +131,7 @@ def enhanced(alongs, orientation=(0, 1, 0, 0, 0, -1), **fields) -> Dataset:
     plane, shared = Dataset(), Dataset()
     plane.ImageOrientationPatient = list(orientation)
     shared.PlaneOrientationSequence = Sequence([plane])
-    frames = np.stack([np.full((4, 4), number, dtype=np.uint8) for number in range(len(alongs))])
+    frames = np.stack([np.full((4, 4), number % 256, dtype=np.uint8) for number in range(len(alongs))])
     groups = {"SharedFunctionalGroupsSequence": [shared], "PerFrameFunctionalGroupsSequence": groups}
     groups = {name: Sequence(items) for name, items in groups.items()}
     return dicom(frames, WindowCenter=128, WindowWidth=256, **groups, **fields)

@@ -381,7 +381,7 @@ def ward(run: Path) -> Path:
     folder.mkdir()
     for number, value in enumerate((20, 120, 200)):
         (folder / f"a{number}.dcm").write_bytes(as_bytes(slice_of("A-1", "1.2.3", number, value)))
-    (folder / "b.dcm").write_bytes(as_bytes(slice_of("Müller", "1.2.4", 1, 200, SpecificCharacterSet="ISO_IR 192")))
+    (folder / "b.dcm").write_bytes(as_bytes(slice_of("Müller", "1.2.4", 1, 210, SpecificCharacterSet="ISO_IR 192")))
     for name in ("known.png", "nobody.png"):
         Image.new("L", (32, 32), 180).save(folder / name)
     (folder / "manifest.csv").write_text("path,patient,label\nknown.png,C-7,\n")
@@ -531,15 +531,16 @@ def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward
 def test_doubts_are_told_and_no_report_is_of_an_id_that_may_be_several_persons(
     run: Path, ward: Path, secfacmic: Run
 ) -> None:
-    for name, patient, study, fields in (
+    files = (
         ("x1", "ANONYMOUS", "1.2.5", {"PatientName": "X^Y"}),
         ("x2", "ANONYMOUS", "1.2.6", {"PatientName": "Y^X"}),
         ("i1", "12", "1.2.7", {"IssuerOfPatientID": "H1"}),
         ("i2", "12", "1.2.8", {"IssuerOfPatientID": "H2"}),
         ("h1", "X1", "1.2.9", {}),
         ("h2", "X2", "1.2.10", {}),
-    ):
-        (ward / f"{name}.dcm").write_bytes(as_bytes(slice_of(patient, study, 1, 90, **fields)))
+    )
+    for value, (name, patient, study, fields) in enumerate(files, 90):
+        (ward / f"{name}.dcm").write_bytes(as_bytes(slice_of(patient, study, 1, value, **fields)))
     (ward / "manifest.csv").write_text("path,patient\nknown.png,C-7\nh1.dcm,p9\nh2.dcm,p9\n")
     command = ["predict", "--adapter", run / "adapter.safetensors", "--images", ward, "--json"]
     command += ["--checkpoint", run / "backbone.safetensors", "--dicom-sr", run / "reports"]
@@ -555,6 +556,22 @@ def test_doubts_are_told_and_no_report_is_of_an_id_that_may_be_several_persons(
     code, out, errors = secfacmic(*command)
     assert (code, json.loads(out)["doubts"]) == (0, [])
     assert "5 structured reports" in errors
+
+
+def test_one_picture_of_several_patients_is_told(run: Path, tmp_path: Path, secfacmic: Run) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name, patient, value in (("a", "A-7", 90), ("b", "B-8", 90), ("c", "C-9", 91), ("nobodys", "", 91)):
+        (folder / f"{name}.dcm").write_bytes(as_bytes(slice_of(patient, "1.2.5", 1, value)))
+    command = ["predict", "--adapter", run / "adapter.safetensors", "--images", folder, "--json"]
+    command += ["--checkpoint", run / "backbone.safetensors"]
+    code, out, errors = secfacmic(*command)
+    assert code == 0, errors
+    assert [(doubt["kind"], doubt["ids"]) for doubt in json.loads(out)["doubts"]] == [("picture", ["A-7", "B-8"])]
+    assert "doubt: 'A-7', 'B-8' (2 images) have one picture: " in errors
+    (folder / "patients.csv").write_text("id,same_as\nB-8,\n")
+    code, out, errors = secfacmic(*command)
+    assert (code, json.loads(out)["doubts"]) == (0, [])
 
 
 def test_a_report_leaves_out_what_a_header_says_in_no_form_of_the_standards(run: Path) -> None:
