@@ -26,7 +26,7 @@ from secure_fed.model.network import Form, under_transformers_names, which_fit, 
 from secure_fed.model.preparing import read_preprocessing, usual_preprocessing
 from secure_fed.model.text_model import TEXT, fetch_text, read_text_model
 from secure_fed.model.tokenizer import ClipTokens, FileTokens, Tokens, read_own_tokenizer, read_tokenizer
-from secure_fed.model.weights import SUFFIXES, adapter_alone, is_openais, read_weights
+from secure_fed.model.weights import SUFFIXES, adapter_alone, is_openais, is_tensorflows, read_weights
 
 ENTRY = "backbone.json"
 CONFIG = "open_clip_config.json"
@@ -373,14 +373,16 @@ def _weights_in(path: Path, names: tuple[str, ...]) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        shards = [one.name for one in inside if "-of-" in one.name]
+        shards = [one.name for one in inside if "-of-" in one.name and not is_tensorflows(one)]
         if shards:
             raise BackboneError(
                 f"{path}: {len(shards)} shards ({shards[0]} and so on) without the index that belongs to them; copy "
                 "the whole folder again"
             )
         below = [one for folder in _seen(path) if folder.is_dir() for one in _seen(folder)]  # as onnx/model.onnx
-        others = [one for one in (*inside, *below) if one.suffix.lower() in _OTHERS and one.is_file()]
+        others = [
+            one for one in (*inside, *below) if (one.suffix.lower() in _OTHERS or is_tensorflows(one)) and one.is_file()
+        ]
         if others:
             read_weights(others[0])
         raise BackboneError(f"{path}: no weights in it; the folder is half copied: copy all of it again")
@@ -499,7 +501,7 @@ def _read_file(
         read_weights(path)  # which says so
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         raise BackboneError(f"{path}: is no checkpoint; expected one, or the folder of a backbone: name the folder")
-    if re.search(r"-of-\d+\.", path.name):
+    if re.search(r"-of-\d+\.", path.name) and not is_tensorflows(path):
         raise BackboneError(
             f"{path}: one of several shards; expected all of them with their index: name the folder, or the index"
         )

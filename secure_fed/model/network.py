@@ -20,7 +20,7 @@ from secure_fed.model import transformers_form as theirs
 from secure_fed.model.library import offline, open_clip
 from secure_fed.model.model_config import OURS
 from secure_fed.model.tokenizer import Tokens
-from secure_fed.model.weights import ARCHIVE_SIZES, WRAPPER, Tensors, read_weights, without_prefix
+from secure_fed.model.weights import ARCHIVE_SIZES, Tensors, read_weights, type_of, without_prefix
 
 
 @dataclass
@@ -64,17 +64,18 @@ def build(form: Form) -> nn.Module:
         raise BackboneError(f"{form.weights}: {error}") from error
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     try:
-        tensors = read_weights(form.weights)
+        beside: list[str] = []
+        tensors = read_weights(form.weights, beside)
     except BackboneError as error:
         reason = str(error).removeprefix(f"{form.weights}: ")
         raise BackboneError(f"{form.weights}: not loaded as {form.model}: {reason}") from error
     given = {name: tuple(value.shape) for name, value in tensors.items()}
     try:
         if form.convert is not None:
-            tensors = _the_model(form, tensors, theirs.anchors(form.config))
+            tensors = _the_model(form, tensors, theirs.anchors(form.config), beside)
             tensors = theirs.convert(form.convert, tensors)
         else:
-            tensors = _as_open_clip(form, network, tensors, expected)
+            tensors = _as_open_clip(form, network, tensors, expected, beside)
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:  # parts that do not go together
         reason = " ".join(str(error).split())[:120]
         raise BackboneError(
@@ -90,8 +91,13 @@ def build(form: Form) -> nn.Module:
     for name, value in tensors.items():
         floats = network.state_dict()[name].is_floating_point() if value.dtype != torch.float32 else True
         if floats and not value.is_floating_point():
+            if value.dtype.is_complex or value.dtype in (torch.bool, torch.int64):
+                raise BackboneError(
+                    f"{form.weights}: values of type {type_of(value)} in {name}, which is no weight of such a model; "
+                    "expected float32, float16 or bfloat16: save the model's state_dict() again"
+                )
             raise BackboneError(
-                f"{form.weights}: quantised weights ({name}, {str(value.dtype).removeprefix('torch.')}); expected "
+                f"{form.weights}: quantised weights ({name}, {type_of(value)}); expected "
                 "float32, float16 or bfloat16: get the weights before they were quantised"
             )
     for name in list(tensors):  # one after the other, so that no second copy of all is held
@@ -261,12 +267,13 @@ def without_text(shapes: Mapping[str, Any]) -> str:
     return "" if named else ", and has no text tower, which prompts need"
 
 
-def _the_model(form: Form, tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None]) -> Tensors:
+def _the_model(
+    form: Form, tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], elsewhere: list[str]
+) -> Tensors:
     """The tensors under the model's prefix; what lies beside it is told, as it may have been trained with it."""
-    found = without_prefix(tensors, anchors, form.weights)
-    if len(found) < len(tensors):
-        kept = {id(value) for value in found.values()}
-        beside = [name for name, value in tensors.items() if id(value) not in kept and not WRAPPER.search(name)]
+    found, beside = without_prefix(tensors, anchors, form.weights)
+    beside += elsewhere
+    if beside:
         form.told.append(
             f"that what lies beside the model, {len(beside)} tensors ({', '.join(beside[:3])}"
             f"{' and so on' if beside[3:] else ''}), is not needed; if they are an adapter or a projection, features "
@@ -275,13 +282,15 @@ def _the_model(form: Form, tensors: Tensors, anchors: Mapping[str, tuple[int, ..
     return found
 
 
-def _as_open_clip(form: Form, network: nn.Module, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]) -> Tensors:
+def _as_open_clip(
+    form: Form, network: nn.Module, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], elsewhere: list[str]
+) -> Tensors:
     """Tensors under the names of this open_clip, of which some were others before."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
     anchors = {name: shape for name, shape in expected.items() if name.startswith("visual.")}
-    tensors = _the_model(form, tensors, anchors)
+    tensors = _the_model(form, tensors, anchors, elsewhere)
     tensors = convert_state_dict(network, tensors)
     if "positional_embedding" in tensors and not hasattr(network, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)

@@ -29,7 +29,7 @@ _ACTIVATIONS = {
 
 
 class _Tower(Foreign):
-    """What ``config.json`` says of both kinds of tower; what it leaves out is transformers' default."""
+    """What ``config.json`` says of both kinds of tower; what it leaves out is transformers' default, a null is not."""
 
     hidden_size: Size = 768
     intermediate_size: Size = 3072
@@ -47,7 +47,7 @@ class _Tower(Foreign):
 
 
 class _ClipText(_Tower):
-    model_type: Literal["clip_text_model", "clip"] = "clip_text_model"
+    model_type: Literal["clip_text_model", "clip"] | None = "clip_text_model"
     hidden_size: Size = 512
     intermediate_size: Size = 2048
     num_attention_heads: Size = 8
@@ -57,14 +57,14 @@ class _ClipText(_Tower):
 
 
 class _ClipVision(_Tower):
-    model_type: Literal["clip_vision_model", "clip"] = "clip_vision_model"
+    model_type: Literal["clip_vision_model", "clip"] | None = "clip_vision_model"
     image_size: Size = 224
     patch_size: Size = 32
     num_channels: Literal[3] = 3
 
 
 class _SiglipText(_Tower):
-    model_type: Literal["siglip_text_model", "siglip"] = "siglip_text_model"
+    model_type: Literal["siglip_text_model", "siglip"] | None = "siglip_text_model"
     max_position_embeddings: Context = 64
     vocab_size: Vocabulary = 32000
     hidden_act: str = "gelu_pytorch_tanh"
@@ -73,7 +73,7 @@ class _SiglipText(_Tower):
 
 
 class _SiglipVision(_Tower):
-    model_type: Literal["siglip_vision_model", "siglip"] = "siglip_vision_model"
+    model_type: Literal["siglip_vision_model", "siglip"] | None = "siglip_vision_model"
     image_size: Size = 224
     patch_size: Size = 16
     num_channels: Literal[3] = 3
@@ -163,9 +163,9 @@ def model_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         BackboneError: it is none that open_clip can build.
     """
-    kind = content["model_type"]
-    whole = checked(_stated(content), _Whole, where)
-    clip = kind == "clip"
+    clip = content["model_type"] == "clip"
+    needed = {key: content[key] for key in ("projection_dim",) if clip and key in content}
+    whole = checked(_stated(content) | needed, _Whole, where)
     second = (whole.text_config_dict, whole.vision_config_dict) if clip else (None, None)
     text: Any = _tower(whole.text_config, second[0], _ClipText if clip else _SiglipText, f"{where}, text")
     vision: Any = _tower(whole.vision_config, second[1], _ClipVision if clip else _SiglipVision, f"{where}, vision")
@@ -312,11 +312,9 @@ def preprocessing(content: Mapping[str, Any], size: int, kind: str, where: str) 
         )
     # A step that is null is left out; what a step needs has no other null than that of an older version's default.
     steps = {key: False for key, value in content.items() if value is None and key.startswith("do_")}
-    if content.get("resample", 3) is None or content.get("rescale_factor", 1) is None:
-        raise BackboneError(
-            f"{where}: resample or rescale_factor is null, and versions of transformers differ in what that means; "
-            "expected a number, or neither key"
-        )
+    for key in ("size", "image_mean", "image_std", "resample", "rescale_factor"):
+        if key in content and content[key] is None:
+            raise _null(where, key)
     table = {key: value for key, value in (_stated(content) | steps).items() if key not in _WITHOUT_EFFECT}
     how = checked(table, _Preparing, where)
     maker = how.image_processor_type or how.feature_extractor_type or f"{kind}imageprocessor"
@@ -339,6 +337,8 @@ def preprocessing(content: Mapping[str, Any], size: int, kind: str, where: str) 
     cuts = clip if how.do_center_crop is None else how.do_center_crop
     usual = _Shortest(shortest_edge=_USUAL) if clip else _Square(height=_USUAL, width=_USUAL)
     short, square = _edges(how.size or usual, not how.default_to_square)
+    if cuts and "crop_size" in content and how.crop_size is None:
+        raise _null(where, "crop_size")
     cut = _edges(how.crop_size or _USUAL, False)[1] if cuts else None
     if cuts and cut is None:
         raise BackboneError(f"{where}: crop_size {content['crop_size']}; expected height and width")
@@ -366,6 +366,13 @@ def preprocessing(content: Mapping[str, Any], size: int, kind: str, where: str) 
         "resize_to": list(square) if square is not None else short,
         "cut": "floor",
     }
+
+
+def _null(where: str, key: str) -> BackboneError:
+    return BackboneError(
+        f"{where}: {key} is null, and versions of transformers differ in what that means; expected a value, or no "
+        "such key"
+    )
 
 
 _USUAL = 224
@@ -444,11 +451,11 @@ def _blocks(kind: str, tower: str) -> str:
 
 
 def _tower(given: dict[str, Any], second: dict[str, Any] | None, table: type[_Tower], where: str) -> _Tower:
-    return checked(_stated(given if second is None else second), table, where)
+    return checked(given if second is None else second, table, where)
 
 
 def _stated(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is null, which is the default."""
+    """Without what is null, for keys of which that is the default."""
     return {key: value for key, value in content.items() if value is not None}
 
 

@@ -51,6 +51,10 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
@@ -62,6 +66,9 @@ WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_modul
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _QUANTISED = re.compile(r"(\.SCB|\.qweight|\.qzeros|\.absmax|\.quant_map|quant_state\..*|\.weight_scale(_inv)?)$")
 _ADAPTERS = re.compile(r"(^|\.)(lora_|ia3_l|hada_w|lokr_w|b?oft_|vera_lambda|base_layer\.|prompt_embeddings$)")
+_TENSORFLOWS = re.compile(r"\.ckpt(-\d+)?\.(data-\d+-of-\d+|index|meta)$|\.data-\d{5}-of-\d{5}$|^saved_model\.pb$")
+"""Names of the files of a checkpoint of TensorFlow, or of a model that it saved."""
+
 _OTHER_FORMATS = {
     ".h5": "TensorFlow's weights",
     ".msgpack": "Flax's weights",
@@ -72,28 +79,33 @@ _OTHER_FORMATS = {
 }
 
 
-def read_weights(path: Path) -> Tensors:
+def read_weights(path: Path, beside: list[str] | None = None) -> Tensors:
     """All tensors of a checkpoint, by the names that it gives them.
 
     Args:
         path: a file, or an index (``*.index.json``) of shards.
+        beside: is given the names of tensors that lie in tables of their own beside the model's, copies of it apart.
 
     Raises:
         BackboneError: it holds no weights, or not whole, or quantised ones, or an adapter's, or code.
     """
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
-    tensors = _read_file(path)
+        return _read_shards(path, beside)
+    tensors = _read_file(path, beside)
     if any(_ADAPTERS.search(name) for name in tensors):
         raise adapter_alone(path)
     for name, value in tensors.items():
         if _QUANTISED.search(name) or (value.is_floating_point() and value.dtype not in _FLOATS):
-            found = str(value.dtype).removeprefix("torch.")
             raise BackboneError(
-                f"{path}: quantised weights ({name}, {found}); expected float32, float16 or bfloat16, from which alone "
-                "features are the model's own: get the weights before they were quantised"
+                f"{path}: quantised weights ({name}, {type_of(value)}); expected float32, float16 or bfloat16, from "
+                "which alone features are the model's own: get the weights before they were quantised"
             )
     return tensors
+
+
+def type_of(value: Tensor) -> str:
+    """The type of a tensor's values, in a word."""
+    return str(value.dtype).removeprefix("torch.")
 
 
 class _Adapter(Foreign):
@@ -175,7 +187,9 @@ def _fits_half(value: Tensor) -> bool:
     return value.dtype == torch.float32 and torch.equal(value.half().float(), value)
 
 
-def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], where: Path | str) -> Tensors:
+def without_prefix(
+    tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], where: Path | str
+) -> tuple[Tensors, list[str]]:
     """The tensors under the names that their model has, whatever a training program put before them.
 
     Args:
@@ -185,8 +199,11 @@ def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | Non
             beside it is passed over; None where any shape will do.
         where: the file, for messages.
 
+    Returns:
+        The model's tensors, and the names of what lies beside them, equal copies of them apart.
+
     Raises:
-        BackboneError: the model is in it twice.
+        BackboneError: the model is in it twice, or a part of it with other values beside the whole.
     """
     plain: Tensors = {}
     for name, value in tensors.items():
@@ -216,17 +233,46 @@ def without_prefix(tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | Non
                 break
     counts = +fitting or counts  # where no shape fits, the load will say so
     if not counts:
-        return plain
+        return plain, []
     ((prefix, most), *others) = counts.most_common()
     if others and 2 * others[0][1] > most and _differ(plain, prefix, others[0][0]):
-        raise BackboneError(
-            f"{where}: holds the model twice, under {prefix or '(nothing)'} and {others[0][0] or '(nothing)'}; "
-            "expected one: save the one that is meant by itself"
-        )
-    return (
-        {name[len(prefix) + 1 :]: value for name, value in plain.items() if name.startswith(f"{prefix}.")}
-        if (prefix)
-        else plain
+        raise _twice(where, "the model", prefix, others[0][0])
+    if not prefix:
+        copies = tuple(f"{other}." for other, _ in others)
+        return {name: value for name, value in plain.items() if not _is_copy(plain, name, copies)}, []
+    model: Tensors = {name[len(prefix) + 1 :]: value for name, value in plain.items() if name.startswith(f"{prefix}.")}
+    second: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    beside: list[str] = []
+    for name, value in plain.items():
+        if name.startswith(f"{prefix}."):
+            continue
+        words = name.split(".")
+        tail = next((one for start in range(len(words)) if (one := ".".join(words[start:])) in model), None)
+        if tail is not None:
+            second.setdefault(name.removesuffix(tail).rstrip("."), []).append((model[tail], value))
+        if tail is None or not _equal(model[tail], value):
+            beside.append(name)
+    for other, pairs in second.items():
+        # One tensor of another shape, and it is another model, such as a teacher.
+        if all(one.shape == value.shape for one, value in pairs) and any(
+            value.ndim and not torch.equal(one, value) for one, value in pairs
+        ):
+            raise _twice(where, "a part of the model", prefix, other)
+    return model, beside
+
+
+def _twice(where: Path | str, what: str, prefix: str, other: str) -> BackboneError:
+    return BackboneError(
+        f"{where}: holds {what} twice, under {prefix or '(nothing)'} and {other or '(nothing)'}, "
+        "with other values; expected one: save the one that is meant by itself"
+    )
+
+
+def _is_copy(tensors: Tensors, name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a tensor stands under one of the prefixes and, with the same values, without it."""
+    starts = [start for start in prefixes if name.startswith(start)]
+    return any(
+        (own := tensors.get(name.removeprefix(start))) is not None and _equal(own, tensors[name]) for start in starts
     )
 
 
@@ -267,7 +313,7 @@ def _differ(tensors: Tensors, first: str, second: str) -> bool:
     return any(not torch.equal(one, other) for one, other in pairs)
 
 
-def _read_shards(path: Path) -> Tensors:
+def _read_shards(path: Path, beside: list[str] | None) -> Tensors:
     names = shards_of(path)
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
@@ -276,7 +322,7 @@ def _read_shards(path: Path) -> Tensors:
         )
     found: Tensors = {}
     for name in names:
-        shard = read_weights(path.parent / name)
+        shard = read_weights(path.parent / name, beside)
         if twice := [key for key in shard if key in found and not torch.equal(shard[key], found[key])]:
             raise BackboneError(
                 f"{path}: {len(twice)} tensors are in two shards with other values ({twice[0]}); expected shards of "
@@ -286,7 +332,7 @@ def _read_shards(path: Path) -> Tensors:
     return found
 
 
-def _read_file(path: Path) -> Tensors:
+def _read_file(path: Path, beside: list[str] | None) -> Tensors:
     if lost_link(path):
         raise BackboneError(
             f"{path}: only the link to the weights is here, which does not lead anywhere; expected the file itself: "
@@ -302,9 +348,9 @@ def _read_file(path: Path) -> Tensors:
         )
     _refuse_others(path, head, size)
     if head[:2] == b"PK":
-        return _read_zip(path, size)
+        return _read_zip(path, size, beside)
     if head[:1] == b"\x80":
-        return _read_pickle(path, False)
+        return _read_pickle(path, False, beside)
     (length,) = struct.unpack("<Q", head[:8].ljust(8, b"\0"))
     if head[8:9] == b"{" and length < 1 << 28:
         return _read_safetensors(path, size)
@@ -320,13 +366,26 @@ def _refuse_others(path: Path, head: bytes, size: int) -> None:
         kind = _OTHER_FORMATS[".h5"]
     elif head.startswith(b"GGUF"):
         kind = _OTHER_FORMATS[".gguf"]
+    elif head.startswith(b"\x93NUMPY"):
+        kind = "a numpy array"
+    elif is_tensorflows(path):
+        kind = _OTHER_FORMATS[".h5"]
     else:
         kind = _OTHER_FORMATS.get(path.suffix.lower(), "")
     if kind:
-        raise BackboneError(
-            f"{path}: is {kind}, which is not read; expected safetensors or PyTorch weights of the same model: its "
-            "publisher mostly offers them beside it"
-        )
+        raise _other_format(path, kind)
+
+
+def is_tensorflows(path: Path) -> bool:
+    """Whether a file is of a checkpoint of TensorFlow, by its name."""
+    return _TENSORFLOWS.search(path.name.lower()) is not None
+
+
+def _other_format(path: Path, kind: str) -> BackboneError:
+    return BackboneError(
+        f"{path}: is {kind}, which is not read; expected safetensors or PyTorch weights of the same model: its "
+        "publisher mostly offers them beside it"
+    )
 
 
 def _read_safetensors(path: Path, size: int) -> Tensors:
@@ -398,7 +457,7 @@ def _read_tensor(stream: BinaryIO, place: int, dtype: torch.dtype, shape: list[i
     return values
 
 
-def _read_zip(path: Path, size: int) -> Tensors:
+def _read_zip(path: Path, size: int, beside: list[str] | None) -> Tensors:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -421,11 +480,13 @@ def _read_zip(path: Path, size: int) -> Tensors:
         except Exception as error:  # damaged archives raise of every kind
             raise _unreadable(path, error) from error
         return {name: value.clone() for name, value in state.items() if name not in ARCHIVE_SIZES}
+    if names and all(name.endswith(".npy") for name in names):
+        raise _other_format(path, _OTHER_FORMATS[".npz"])
     if not any(name.endswith("data.pkl") for name in names):
         raise BackboneError(
             f"{path}: a zip archive without PyTorch weights in it; unpack it, and give the checkpoint or the folder"
         )
-    return _read_pickle(path, True)
+    return _read_pickle(path, True, beside)
 
 
 def _runs_code(path: Path) -> str | None:
@@ -439,8 +500,9 @@ def _runs_code(path: Path) -> str | None:
     return None
 
 
-def _read_pickle(path: Path, mapped: bool) -> Tensors:
+def _read_pickle(path: Path, mapped: bool, beside: list[str] | None) -> Tensors:
     import pickle
+    import pickletools
 
     scalars = [
         np._core.multiarray.scalar,  # type: ignore[attr-defined]
@@ -455,13 +517,19 @@ def _read_pickle(path: Path, mapped: bool) -> Tensors:
         with _in_our_words(), torch.serialization.safe_globals(scalars):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             tables = _tables(content)
-            found = _the_weights(path, tables)
+            found = _the_weights(path, tables, beside)
             # Copied out of the mapped file, one after the other.
             return {name: _plain(path, name, found[name]) for name in list(found)}
     except BackboneError:
         raise
     except pickle.UnpicklingError as error:
-        raise _holds_code(path, error) from error
+        operand = re.search(r"Unsupported operand (\d+)", str(error))
+        if operand is None:
+            raise _holds_code(path, error) from error
+        protocol = next((one.proto for one in pickletools.opcodes if one.code == chr(int(operand[1]))), None)
+        if protocol is None:
+            raise _unreadable(path, error) from error
+        raise _other_pickle(path, protocol) from error
     except Exception as error:  # damaged archives raise of every kind
         raise _unreadable(path, error) from error
 
@@ -474,8 +542,8 @@ def _in_our_words() -> Iterator[None]:
         yield
 
 
-def _the_weights(path: Path, tables: Mapping[str, Tensors]) -> Tensors:
-    """Of all tables of tensors in a file, the model's."""
+def _the_weights(path: Path, tables: Mapping[str, Tensors], beside: list[str] | None) -> Tensors:
+    """Of all tables of tensors in a file, the model's; the names in the others are added to ``beside``."""
     named = {name: table for name, table in tables.items() if not any(key.isdecimal() for key in table)}
     if not named:
         raise BackboneError(
@@ -499,6 +567,15 @@ def _the_weights(path: Path, tables: Mapping[str, Tensors]) -> Tensors:
                 "training keeps averages beside the last ones); expected one: save the one that is meant by itself, "
                 "as state_dict"
             )
+    if beside is not None:
+        plain = {_unwrapped(name): value for name, value in found.items()}
+        beside += [
+            f"{table}.{name}"
+            for table in tables
+            if table != chosen
+            for name, value in tables[table].items()
+            if (own := plain.get(_unwrapped(name))) is None or not _equal(own, value)
+        ]
     return found
 
 
@@ -511,8 +588,8 @@ def _is_second(found: Tensors, other: Tensors) -> bool:
     shapes, more = (Counter(tuple(one.shape) for one in table.values()) for table in (found, other))
     if 2 * (shapes & more).total() < len(found):
         return False
-    same = [name for name in found if name in other]
-    return len(same) < len(other) or any(not torch.equal(found[name], other[name]) for name in same)
+    same = [name for name in plain if name in others]
+    return len(same) < len(others) or any(not torch.equal(plain[name], others[name]) for name in same)
 
 
 def _unwrapped(name: str) -> str:
@@ -522,7 +599,7 @@ def _unwrapped(name: str) -> str:
 def _plain(path: Path, name: str, value: Tensor) -> Tensor:
     if value.is_quantized:
         raise BackboneError(
-            f"{path}: quantised weights ({name}, {str(value.dtype).removeprefix('torch.')}); expected float32, float16 "
+            f"{path}: quantised weights ({name}, {type_of(value)}); expected float32, float16 "
             "or bfloat16: get the weights before they were quantised"
         )
     if value.is_meta or value.layout != torch.strided:
@@ -555,9 +632,23 @@ def _holds_code(path: Path, error: Exception) -> BackboneError:
         r"(?:GLOBAL|Unsupported global|class|type)\s*:?\s*(?:GLOBAL )?([A-Za-z_][\w.]+\.[\w]+)", str(error)
     )
     what = f"{named[1]} besides tensors" if named else "more than tensors"
-    target = path.with_suffix(".safetensors").name
     return BackboneError(
         f"{path}: holds {what}, which could run code when it is read, so that it is not read; expected tensors alone. "
+        f"{_lines_for(path)}"
+    )
+
+
+def _other_pickle(path: Path, protocol: int) -> BackboneError:
+    return BackboneError(
+        f"{path}: is written in pickle protocol {protocol}{' or newer' if protocol > 2 else ''}, of which torch's safe "
+        "reader, by which alone checkpoints are read here, knows not all; expected protocol 2 or 3, or safetensors. "
+        f"{_lines_for(path)}"
+    )
+
+
+def _lines_for(path: Path) -> str:
+    target = path.with_suffix(".safetensors").name
+    return (
         "On a machine that you trust with this file, these lines make safetensors of it:\n"
         "  import pickle, torch, safetensors.torch\n"
         f"  found = torch.load({path.name!r}, map_location='cpu', pickle_module=pickle)\n"

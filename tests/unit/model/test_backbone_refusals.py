@@ -134,8 +134,27 @@ BAD: dict[str, tuple[str, Make, str]] = {
     "a cut that nothing says": ("clip", leave_out("crop_size"), "become 224 x 224, but the model takes 32 x 32"),
     "a step of null": ("clip", edit(PREPARE, do_normalize=None), "do_normalize = false"),
     "a cut of null": ("clip", edit(PREPARE, do_center_crop=None), "keep their shape and are not cut"),
-    "a filter of null": ("clip", edit(PREPARE, resample=None), "resample or rescale_factor is null"),
-    "a factor of null": ("siglip", edit(PREPARE, rescale_factor=None), "resample or rescale_factor is null"),
+    "a filter of null": ("clip", edit(PREPARE, resample=None), "resample is null, and versions"),
+    "a factor of null": ("siglip", edit(PREPARE, rescale_factor=None), "rescale_factor is null, and versions"),
+    "a cut's size of null": ("clip", edit(PREPARE, crop_size=None), "crop_size is null, and versions"),
+    **{
+        f"{key} of null, {form}": (form, edit(PREPARE, **{key: None}), f"{key} is null, and versions")
+        for key in ("size", "image_mean", "image_std")
+        for form in ("clip", "siglip")
+    },
+    **{
+        f"{key} of null, {form} {tower}": (form, inside(THEIRS, f"{tower}_config", **{key: None}), f"{key} = None")
+        for key in ("hidden_act", "layer_norm_eps", "num_attention_heads", "intermediate_size")
+        for tower in ("text", "vision")
+        for form in ("clip", "siglip")
+    },
+    "an end of null": ("clip", inside(THEIRS, "text_config", eos_token_id=None), "eos_token_id = None"),
+    "a width of both of null": ("clip", edit(THEIRS, projection_dim=None), "projection_dim = None"),
+    "a table with nulls that holds": (
+        "clip",
+        edit(THEIRS, text_config_dict={"hidden_act": None}),
+        "hidden_act = None",
+    ),
     "a cut by the short edge": (
         "clip",
         edit(PREPARE, crop_size={"shortest_edge": 32}),
@@ -595,6 +614,24 @@ def test_averages_beside_the_last_weights_are_not_passed_over(tmp_path: Path) ->
         with pytest.raises(BackboneError, match=says):
             add(tmp_path / "x.pt", "random-small")
         assert name
+    text = {k: v for k, v in moved.items() if not k.startswith("visual.")}
+    under = {f"model.{k}": v for k, v in state.items()}
+    for name, part in (
+        ("the text tower", {f"best.{k}": v for k, v in text.items()}),
+        ("one tensor", {"best.model.ln_final.bias": moved["ln_final.bias"]}),
+        ("plain names", {"visual.proj": moved["visual.proj"]}),
+        (
+            "one moved among equal ones",
+            {f"best.{k}": state[k] for k in text} | {"best.ln_final.bias": text["ln_final.bias"]},
+        ),
+    ):
+        torch.save(under | part, tmp_path / "x.pt")
+        with pytest.raises(BackboneError, match=r"holds a part of the model twice, under model and (best|\(nothing\))"):
+            add(tmp_path / "x.pt", "random-small")
+        assert name
+    other = {f"best.{k}": v for k, v in text.items()} | {"best.visual.proj": torch.ones(3, 3)}
+    torch.save(under | other, tmp_path / "x.pt")  # as a teacher with another image tower
+    assert "best." in add(tmp_path / "x.pt", "random-small")[1].form.told[0]
     right = load_backbone(Backbone(model="random-small", weights="random", seed=0), tmp_path / "small.safetensors")
     others = {
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
@@ -602,7 +639,58 @@ def test_averages_beside_the_last_weights_are_not_passed_over(tmp_path: Path) ->
         "loss": few,
     }
     torch.save({"model": state, "ema": dict(state), **others}, tmp_path / "same.pt")
-    assert add(tmp_path / "same.pt", "random-small")[1].digest == right.digest
+    added = add(tmp_path / "same.pt", "random-small")[1]
+    assert added.digest == right.digest
+    assert "beside the model, 2 tensors (head.weight, loss.logit_scale)" in added.form.told[0]
+
+
+def test_equal_copies_of_the_model_are_one_model(tmp_path: Path) -> None:
+    state = small(tmp_path)
+    right = load_backbone(Backbone(model="random-small", weights="random", seed=0), tmp_path / "small.safetensors")
+    before = {f"module.{k}": v for k, v in state.items()}
+    for content in (
+        state | before,
+        before | state,
+        {f"model.{k}": v for k, v in state.items()} | {f"best.{k}": v for k, v in state.items() if "visual" not in k},
+        {"model": state, "ema": {f"module.{k}": v for k, v in state.items()}},
+        state | {f"_orig_mod.{k}": v for k, v in state.items()},
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        added = add(tmp_path / "x.pt", "random-small")[1]
+        assert (added.digest, added.form.told) == (right.digest, [])
+
+
+@pytest.mark.parametrize("form", ["clip", "model"])
+def test_what_lies_in_a_table_of_its_own_beside_the_model_is_told(form: str, whole: Path, tmp_path: Path) -> None:
+    if form == "clip":
+        shutil.copytree(whole / "clip", tmp_path / "given")
+        state = safetensors.torch.load_file(tmp_path / "given/model.safetensors")
+        (tmp_path / "given/model.safetensors").unlink()
+        path, name = tmp_path / "given/pytorch_model.bin", None
+    else:
+        (tmp_path / "given").mkdir()
+        state, name = small(tmp_path), "random-small"
+        path = tmp_path / "given/x.pt"
+    given = path.parent if form == "clip" else path
+    adapter = {f"adapter.{number}.weight": torch.ones(3, 16) for number in range(5)}
+    for content, says in (
+        ({"state_dict": state, "adapter": adapter}, "5 tensors (adapter.adapter.0.weight, adapter.adapter.1.weight"),
+        ({"adapter": {"w": torch.ones(2)}, "state_dict": state}, "1 tensors (adapter.w)"),
+        (
+            {"model": {f"module.{k}": v for k, v in state.items()}, "x": {"proj": {"w": torch.ones(2)}}},
+            "1 tensors (x.proj.w)",
+        ),
+        ({"net": state, "a": [torch.ones(2)]}, "1 tensors (a.0)"),
+        (
+            {"model": {f"clip.{k}": v for k, v in state.items()} | {"a.w": torch.ones(2)}, "b": {"w": torch.ones(2)}},
+            "2 tensors (a.w, b.w)",
+        ),
+    ):
+        torch.save(content, path)
+        (told,) = add(given, name)[1].form.told
+        assert f"beside the model, {says}" in told, told
+    torch.save({"state_dict": state, "optimizer": {"state": {"0": {"m": torch.ones(2)}}}, "epoch": 3}, path)
+    assert add(given, name)[1].form.told == []
 
 
 class Whole(torch.nn.Module):
@@ -631,6 +719,78 @@ def test_the_lines_that_are_given_make_safetensors_of_a_pickled_model(wrap: Any,
     added = add(tmp_path / "whole.safetensors", "random-small")[1]
     named = Backbone(model="random-small", weights="random", seed=0)
     assert added.digest == load_backbone(named, tmp_path / "small.safetensors").digest
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_a_newer_pickle_of_tensors_alone_is_not_said_to_hold_code(protocol: int, zipped: bool, tmp_path: Path) -> None:
+    state = small(tmp_path)
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": state}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(BackboneError) as refused:
+        add(path, "random-small")
+    text = str(refused.value)
+    assert "is written in pickle protocol 4 or newer, of which torch's safe reader" in text
+    assert "code" not in text.replace("pickle_module", "")
+    program = "\n".join(line[2:] for line in text.splitlines()[1:])
+    for name in ("x.pt", "x.safetensors"):
+        program = program.replace(repr(name), repr(str(tmp_path / name)))
+    exec(program, {})
+    named = Backbone(model="random-small", weights="random", seed=0)
+    right = load_backbone(named, tmp_path / "small.safetensors")
+    assert add(tmp_path / "x.safetensors", "random-small")[1].digest == right.digest
+
+
+def test_a_pickle_with_an_operand_that_no_protocol_has_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"\x80\x02\xff" + bytes(40))
+    with pytest.raises(BackboneError, match="is damaged or cut off"):
+        add(tmp_path / "x.pt", "random-small")
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.bool, torch.int64, torch.int8, torch.int32, torch.uint16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_values_of_another_type_are_called_by_it(kind: torch.dtype, suffix: str, tmp_path: Path) -> None:
+    state = small(tmp_path)
+    state["visual.proj"] = state["visual.proj"].to(kind)
+    path = tmp_path / f"x{suffix}"
+    torch.save(state, path) if suffix == ".pt" else safetensors.torch.save_file(state, path)
+    quantised = kind in (torch.int8, torch.int32, torch.uint16)
+    name = str(kind).removeprefix("torch.")
+    says = rf"quantised weights \(visual.proj, {name}\)" if quantised else f"values of type {name} in visual.proj"
+    with pytest.raises(BackboneError, match=says) as refused:
+        add(path, "random-small")
+    assert ("quantised" in str(refused.value)) == quantised
+
+
+def test_files_of_tensorflow_and_numpy_are_called_so(tmp_path: Path, store: Path) -> None:
+    import numpy as np
+
+    np.savez(tmp_path / "made.npz", a=np.ones(3), b=np.ones(2))
+    np.save(tmp_path / "made.npy", np.ones(3))
+    archive, array = (tmp_path / "made.npz").read_bytes(), (tmp_path / "made.npy").read_bytes()
+    for name, content, says in (
+        ("model.ckpt.data-00000-of-00001", bytes(range(1, 200)), "is TensorFlow's weights"),
+        ("model.ckpt-30.data-00001-of-00002", bytes(range(1, 200)), "is TensorFlow's weights"),
+        ("variables.data-00000-of-00001", bytes(range(1, 200)), "is TensorFlow's weights"),
+        ("model.ckpt.index", bytes(range(1, 200)), "is TensorFlow's weights"),
+        ("saved_model.pb", b"\x08\x01" * 20, "is TensorFlow's weights"),
+        ("pytorch_model.bin", archive, "is a numpy archive"),
+        ("weights.pt", array, "is a numpy array"),
+    ):
+        folder = tmp_path / f"of {name}"
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        for given, model in ((folder / name, None), (folder / name, "random-small"), (folder, "random-small")):
+            with pytest.raises(BackboneError, match=says) as refused:
+                add(given, model)
+            assert "expected safetensors or PyTorch weights of the same model" in str(refused.value)
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for name in ("checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"):
+        (folder / name).write_bytes(bytes(range(1, 99)))
+    with pytest.raises(BackboneError, match="is TensorFlow's weights"):
+        add(folder, None)
+    assert not store.exists()
 
 
 def test_nothing_of_torchs_own_is_said_before_our_sentence(tmp_path: Path, secfacmic: Run) -> None:
