@@ -277,6 +277,13 @@ class Site:
             )
         if self._private is not None:
             self._private.settle(pictures, features.digests)
+        aligns = self._agreed.study.method.aligns
+        if aligns != "none" and self.replica.member.role == "train" and not len(features.unlabelled):
+            log.warning(
+                '%s: no unlabelled images for adaptation = "%s", so this site trains without it; give it '
+                "some: a share, or data.unlabelled in site.toml",
+                *(self.name, aligns),
+            )
         return features
 
     @property

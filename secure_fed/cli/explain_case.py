@@ -30,10 +30,11 @@ def explain_case(
     Nothing of it is a diagnosis, and nothing of it leaves the site.
     """
     from secure_fed.model.device import choose_device
-    from secure_fed.operate.explain import NOT_A_DIAGNOSIS, PAGE, explain, write_cases
+    from secure_fed.operate.explain import NOT_A_DIAGNOSIS, PAGE, explain, refuse_cases, write_cases
     from secure_fed.operate.predict import predict_folder
     from secure_fed.report.case_page import case_page
 
+    refuse_cases(into)
     chosen = choose_device(device or "auto")
     with console.status("loading the backbone") as status:
         found = predict_folder(

@@ -196,11 +196,10 @@ def write_cases(explained: Explained, page: str, folder: Path) -> list[Path]:
         folder: made if it is not there.
 
     Raises:
-        OutputError: it holds cases already.
+        OutputError: it holds cases already, or is a file.
         StorageError: they cannot be written.
     """
-    if any((folder / name).exists() for name in (CASES, PAGE)):
-        raise OutputError(f"{folder}: holds explained cases already; expected another folder, or an empty one")
+    refuse_cases(folder)
     written = []
     with made_folder(folder, 0o700):
         for name, case in zip(explained.pictures(), explained.cases, strict=True):
@@ -211,6 +210,18 @@ def write_cases(explained: Explained, page: str, folder: Path) -> list[Path]:
             write_durable(folder / name, content.encode(), 0o600)
             written.append(folder / name)
     return written
+
+
+def refuse_cases(folder: Path) -> None:
+    """Check that a folder can get cases, before hours of computing them.
+
+    Raises:
+        OutputError: it holds cases already, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: a file; expected a folder for the cases, which is made if it is not there")
+    if any((folder / name).exists() for name in (CASES, PAGE)):
+        raise OutputError(f"{folder}: holds explained cases already; expected another folder, or an empty one")
 
 
 Reasons = tuple[dict[str, float], float | None, tuple[ConceptShare, ...], float | None]

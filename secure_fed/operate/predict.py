@@ -324,7 +324,7 @@ def predict_folder(
     single = folder if folder.is_file() else None
     folder = folder.parent if single is not None else folder
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one with images in it")
+        raise DataError(f"{folder}: no such folder or file; expected an image, or a folder with images in it")
     notes = Notes()
     images = find_pictures(folder, choice, notes)
     if single is not None:

@@ -677,7 +677,7 @@ class StudyFile(FileModel):
         training: one round's local training.
         aggregation: what every site makes of a round's average.
         encoding: how an update becomes bounded integers.
-        concepts: by which predictions are explained at the sites; none by default.
+        concepts: by which predictions are explained at the sites; none by default, and none for ``anomaly``.
         windows: which grey values are shown, by modality; without one, what each file says.
         background: what shows through where a picture is transparent.
         privacy: public constants of training under differential privacy.
@@ -826,7 +826,12 @@ class StudyFile(FileModel):
 
     @field_validator("concepts")
     @classmethod
-    def _distinct_concepts(cls, concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+    def _distinct_concepts(cls, concepts: tuple[Concept, ...], info: ValidationInfo) -> tuple[Concept, ...]:
+        if concepts and info.data.get("task") == "anomaly":
+            raise ValueError(
+                'task = "anomaly" has one class, so that there is no margin between classes for concepts to explain; '
+                "expected none: leave [[concepts]] out"
+            )
         _refuse_duplicates("concept", [concept.name for concept in concepts])
         return concepts
 

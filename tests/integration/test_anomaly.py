@@ -242,6 +242,10 @@ def test_only_normal_images_train(finished: tuple[Path, dict[str, Any]]) -> None
         ({"method": {"lmmd_weight": 1.0}}, "moves no image feature"),
         ({"method": {"start": "public"}}, "folder of them with --public"),
         ({"method": {"neighbourhood": 2}}, "neighbourhood"),
+        (
+            {"concepts": [{"name": "stripes", "prompts": ["stripes"]}]},
+            r"no margin between classes.*leave \[\[concepts\]\] out",
+        ),
     ],
 )
 def test_a_study_that_does_not_hold_together_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:

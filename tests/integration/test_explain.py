@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
+from secure_fed.core.errors import AdapterFileError, DataError, OutputError, SiteFileError
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter
 from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_of, pooled_block
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
@@ -100,6 +100,21 @@ def test_concepts_and_a_rest_make_up_the_margin(explained: Explained) -> None:
         assert sum(one.contribution for one in case.concepts) + case.rest == pytest.approx(case.margin)
         assert any(one.adapted != one.similarity for one in case.concepts)  # facmic moves features
     assert "stripes" in case_page(explained)
+
+
+def test_a_place_that_can_get_no_cases_is_refused_before_anything_is_computed(
+    secfacmic: Run, finished_run: Path, few: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / CASES).write_text("{}")
+    for name, says in (("file", "a file; expected a folder"), ("full", "holds explained cases already")):
+        ended = secfacmic("explain-case", "--adapter", tmp_path / "none", "--image", few, "--out", tmp_path / name)
+        assert ended.returncode == OutputError.exit_code
+        assert says in ended.stderr
+    ended = secfacmic("explain-case", "--adapter", finished_run / "adapter.safetensors", "--image", few / "none.png")
+    assert ended.returncode == DataError.exit_code
+    assert "none.png: no such folder or file; expected an image" in ended.stderr
 
 
 def test_zero_shot_stands_at_the_temperature_of_what_it_is_compared_with(

@@ -131,6 +131,24 @@ def test_prompts_learn(backbone: LoadedBackbone, tower: TextTower) -> None:
     assert after > before + 0.2
 
 
+def test_a_site_without_unlabelled_images_says_that_nothing_aligns_it(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = make_template(method={"adapter": "facmic", "adaptation": "adversarial"})
+    assert template.simulation is not None
+    with_some = template.simulation.shares
+    assert with_some is not None
+    without = with_some.model_copy(update={"train": with_some.train + with_some.unlabelled, "unlabelled": 0.0})
+    for name, shares, told in (("with", with_some, []), ("without", without, list(TRAINING))):
+        caplog.clear()
+        plan = template.simulation.model_copy(update={"shares": shares})
+        agreed = prepare(template.model_copy(update={"simulation": plan}), tmp_path / name, images)
+        for site in open_sites(agreed, tmp_path / name):
+            site.features()
+        lines = [text for text in caplog.messages if 'no unlabelled images for adaptation = "adversarial"' in text]
+        assert [line.partition(":")[0] for line in lines] == told
+
+
 def test_a_study_with_prompts_carries_tokens_and_context(images: Path, tmp_path: Path) -> None:
     template = make_template(rounds=1, method={"adapter": "prompts", "context": 3})
     out = tmp_path / "out"
