@@ -317,7 +317,6 @@ class StateFolder:
         if not self._format.exists():
             write_durable(self._format, f"{FORMAT}\n".encode())
 
-    @property
     def begun(self) -> bool:
         """Whether a server or a site was here: anything lies in it that only they, or what sets them up, leave."""
         site, server = SiteState(self.path), ServerState(self.path)

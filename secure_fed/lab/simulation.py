@@ -33,7 +33,7 @@ from secure_fed.core.errors import (
     StudyError,
     StudyPausedError,
 )
-from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, ServerState
+from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, ServerState, SiteState
 from secure_fed.core.storage import exclusive, make_folder
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.phantoms import SPLIT_SHARES, PhantomSite, make_phantoms
@@ -509,11 +509,13 @@ def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Pa
         if path.exists():
             known = read_toml(path, SiteFile, SiteFileError)
             if known.model_copy(update={"server": None, "privacy": None}) != file:
-                raise OutputError(
-                    f"{path}: not what this template and data folder give; expected the same data as before, "
-                    "or another --out"
-                )
-            if server is None or known.server == server:
+                # Before a run nothing was made of the other data, as when a wrong --data was refused.
+                if any(SiteState(path.parent / "state").begun_runs()):
+                    raise OutputError(
+                        f"{path}: not what this template and data folder give; expected the same data as before, "
+                        "or another --out"
+                    )
+            elif server is None or known.server == server:
                 continue
             file = file.model_copy(update={"privacy": known.privacy})
         make_folder(path.parent)

@@ -39,7 +39,7 @@ def refuse_no_state(state: Path) -> None:
     """
     if not state.is_dir():
         found = "no folder"
-    elif not StateFolder(state).begun:
+    elif not StateFolder(state).begun():
         found = "a folder in which neither a server nor a site has left anything"
     else:
         return

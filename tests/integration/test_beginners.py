@@ -59,6 +59,10 @@ def test_a_budget_where_nobody_knows_the_patients(template: Path, images: Path, 
 def test_the_wrong_folder(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
     ended = secfacmic("simulate", template, "--data", images / "ash", "--out", tmp_path / "out")
     told(ended, errors.DataError, str(images / "ash" / "ash"), "no such folder")
+    assert secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out").returncode == 0
+    shutil.copytree(images, tmp_path / "others")
+    ended = secfacmic("simulate", template, "--data", tmp_path / "others", "--out", tmp_path / "out")
+    told(ended, errors.OutputError, "expected the same data as before, or another --out")
 
 
 def test_a_site_that_is_not_there(tmp_path: Path, secfacmic: Run) -> None:
