@@ -564,6 +564,7 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
             for one in unplaced
         ]
     if unplaced_frames:
+        unplaced_frames.sort()
         notes.told.append(
             f"{some(unplaced_frames)}: not every frame says where it lies (PlanePositionSequence (0020,9113)), or they "
             f"lie across one another: slices {choice.slices!r} are of the order in which frames are stored"

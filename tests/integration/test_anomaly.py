@@ -53,6 +53,7 @@ from secure_fed.protocol import memory
 from secure_fed.protocol.study import Template
 from secure_fed.report.case_page import case_page
 from tests.conftest import CLASSES, Federation, make_images, make_template
+from tests.unit.clients.test_dicom import as_bytes, dicom
 
 METHOD = {
     "adapter": "memory",
@@ -201,6 +202,20 @@ def test_maps_lie_on_the_pixels_that_were_seen_and_mean_the_same_in_every_folder
     redness = (hottest.max() / found.anomalies.limit - 0.5).clip(0, 1)  # none at half the threshold, all at 1.5
     strongest = (255 - pixels[..., 2] / np.maximum(np.asarray(wide), 1) * 255)[:, 32:64].max() / 255
     assert strongest == pytest.approx(0.6 * redness, abs=0.1)
+
+
+def test_frames_of_one_file_have_maps_of_their_own(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path
+) -> None:
+    frames = np.stack([np.asarray(Image.open(pictures / "dogwood" / kind / "0.png").convert("L")) for kind in CLASSES])
+    (tmp_path / "two.dcm").write_bytes(as_bytes(dicom(frames, WindowCenter=128, WindowWidth=256)))
+    (tmp_path / "manifest.csv").write_text("path,frame\ntwo.dcm,0\ntwo.dcm,1\n")
+    weights = finished[0] / "backbone.safetensors"
+    found = predict_folder(finished[0] / "adapter.safetensors", tmp_path, checkpoint=weights)
+    assert write_maps(found, tmp_path / "maps") == 2
+    maps = [Image.open(tmp_path / "maps" / f"two.dcm.axial-{frame}.png").tobytes() for frame in (0, 1)]
+    assert maps[0] != maps[1]
+    assert len(list((tmp_path / "maps").iterdir())) == 2
 
 
 def test_a_prediction_without_a_threshold_says_why(finished: tuple[Path, dict[str, Any]], pictures: Path) -> None:
