@@ -96,8 +96,12 @@ def test_from_the_folder_to_the_last_prediction_nobody_is_asked(
     path, name, backbone = carry(form, tmp_path / "carried")
     code, out, errors = secfacmic("backbone", "add", path, "--model", name)
     assert code == 0, errors
-    shutil.rmtree(tmp_path / "carried")
     facts = dict(line.split(" = ") for line in out.splitlines() if " = " in line)
+    code, out, errors = secfacmic("backbone", "check", path, "--model", name, "--json")
+    assert (code, json.loads(out)["id"]) == (0, facts["id"]), errors
+    shutil.rmtree(tmp_path / "carried")
+    code, out, errors = secfacmic("backbone", "list", "--json")
+    assert (code, [one["id"] for one in json.loads(out)["added"]]) == (0, [facts["id"]]), errors
     code, out, errors = secfacmic("backbone", "check", name, "--images", images / "ash", "--json")
     assert code == 0, errors
     report = json.loads(out)

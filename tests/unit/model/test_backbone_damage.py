@@ -306,6 +306,7 @@ def test_what_steers_a_terminal_in_an_entry_is_shown_as_text(clip: Path, secfacm
     code, out, _ = secfacmic("backbone", "list")
     assert code == 0
     assert "?[31" in out
+    assert "[bold]" in out
     errors = secfacmic("backbone", "check", str(kept), "--model", "other")[2]
     assert "x?[31mred" in errors
     for text in (out, errors):
