@@ -55,7 +55,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between the repository's pages become links of the site; to other files they become their text."""
+    """Links between the repository's pages become links of the site; to other files they become their text.
+
+    On whose machine a block of commands runs is for the tests alone: the site's parser takes such a fence for text.
+    """
     here = page.file.src_uri
     origin = ROOT if here in ROOT_PAGES.values() else (DOCS / here).parent
     sites = {ROOT / name: uri for name, uri in ROOT_PAGES.items()}
@@ -68,7 +71,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return link["text"] if target.exists() else link[0]
 
     pattern = r"(?<!!)\[(?P<text>[^\]]*)\]\((?!\w+:)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
-    return re.sub(pattern, replaced, markdown)
+    return re.sub(pattern, replaced, re.sub(r"^(```\w+) host=\w+$", r"\1", markdown, flags=re.MULTILINE))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -77,8 +80,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Refuse a site that asks others for anything: a hospital's machine reaches none of them."""
+    """Refuse a site that asks others for anything, as hospitals reach none of them, or that shows a fence as text."""
     for path in sorted(Path(config.site_dir).rglob("*.html")):
-        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", path.read_text(encoding="utf-8")):
+        html = path.read_text(encoding="utf-8")
+        if "```" in html:
+            raise PluginError(f"{path}: a block of code is shown as text; expected its fence to be understood")
+        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", html):
             if re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag):
                 raise PluginError(f"{path}: {tag} is loaded from elsewhere; expected a file of the site")
