@@ -40,7 +40,7 @@ from secure_fed.model.public_statistics import PublicStatistics
 from secure_fed.operate import taking_part
 from secure_fed.operate.backbone_check import NOBODY_PAID
 from secure_fed.operate.doctor.site import _data as of_images
-from secure_fed.operate.evidence import pack_evidence, verify_evidence
+from secure_fed.operate.evidence import counted, pack_evidence, verify_evidence
 from secure_fed.operate.live_facts import Place
 from secure_fed.operate.site_results import write_results
 from secure_fed.privacy.accounting import Mechanism, mu_squared_of
@@ -211,7 +211,7 @@ def test_what_evidence_packs_has_no_figure_of_any_image(patients: Federation, tm
     found = verify_evidence(tmp_path / "evidence.zip")["ledger"]
     trained = sum(not release["purpose"].startswith("validation") for release in public["releases"])
     assert trained
-    assert f"{len(public['releases'])} releases, {trained} of clipped gradients" in found
+    assert f"{counted(len(public['releases']), 'release')}, {trained} of clipped gradients" in found
 
 
 # --- figures of the site's images that nobody paid for: each command says that they are local ---
