@@ -152,7 +152,7 @@ def test_pages_that_are_open_or_killed_change_nothing_of_a_study(tmp_path: Path,
 def test_a_demo_that_runs_is_followed_checked_and_stopped(tmp_path: Path) -> None:
     """A real demo, a page of one site and one of the server, and a press of each button."""
     out = tmp_path / "out"
-    command = [sys.executable, "-P", "-m", "secure_fed.cli", "demo", "--rounds", "40", "--out", str(out)]
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", "demo", "--rounds", "400", "--out", str(out)]
     site, server = out / "sites/north", out / "server"
     opened: list[tuple[LivePage, threading.Thread, Browser]] = []
     with (tmp_path / "told").open("w") as told, subprocess.Popen(command, stdout=told, stderr=told) as demo:
