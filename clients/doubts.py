@@ -36,7 +36,8 @@ def doubts_of_pictures(
     images: Sequence[SiteImage], unit: Unit, notes: Notes, classes: Sequence[str], looks: _Looks
 ) -> list[Doubt]:
     """The part of :func:`all_doubts` that is about pictures: those of several classes, or of several patients."""
-    return [*_classes(images, looks, classes), *(_pictures(images, looks, notes) if unit == "patient" else [])]
+    copies = exact_copies(looks)
+    return [*_classes(images, copies, classes), *(_pictures(images, copies, notes) if unit == "patient" else [])]
 
 
 def renamed(images: Sequence[SiteImage], notes: Notes) -> int:
@@ -95,10 +96,10 @@ def _headers(images: Sequence[SiteImage], notes: Notes) -> list[Doubt]:
     return found
 
 
-def _pictures(images: Sequence[SiteImage], looks: _Looks, notes: Notes) -> list[Doubt]:
+def _pictures(images: Sequence[SiteImage], copies: Sequence[Sequence[int]], notes: Notes) -> list[Doubt]:
     """One picture of several patients."""
     shared: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-    for group in exact_copies(looks):
+    for group in copies:
         patients = {images[index].patient for index in group if images[index].patient}
         if are_open(patients, notes.settled):
             shared[tuple(sorted(patients))] += group
@@ -108,10 +109,10 @@ def _pictures(images: Sequence[SiteImage], looks: _Looks, notes: Notes) -> list[
     ]
 
 
-def _classes(images: Sequence[SiteImage], looks: _Looks, classes: Sequence[str]) -> list[Doubt]:
+def _classes(images: Sequence[SiteImage], copies: Sequence[Sequence[int]], classes: Sequence[str]) -> list[Doubt]:
     """One picture with several labels."""
     mixed: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-    for group in exact_copies(looks):
+    for group in copies:
         labelled = [index for index in group if images[index].label is not None]
         labels = {label for index in labelled if (label := images[index].label) is not None}
         if len(labels) > 1:
