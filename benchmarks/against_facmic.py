@@ -42,7 +42,9 @@ from secure_fed.clients.training import train_round
 from secure_fed.model import backbone as backbones
 from secure_fed.model.adapters import initial_parameters
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
-from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method, Study, Training
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study_tables import Backbone, Method, Training
 
 MODEL, DIM, CLASSES = "ViT-B-16", 512, 4
 SOURCE, TARGET, BATCH, STEPS, ROUNDS = 1000, 1000, 32, 199, 50

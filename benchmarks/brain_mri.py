@@ -50,7 +50,8 @@ from secure_fed.model.scores import SCALARS
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.codec import Parameters, lane_width
-from secure_fed.protocol.study import AgreedStudy, InitialState, Template, read_template, with_fields
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy, Template, read_template, with_fields
 
 RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates that validation chooses from."""

@@ -18,7 +18,7 @@ import torch
 
 from secure_fed.model.adapters import build_adapter, class_prompt_loss, initial_parameters
 from secure_fed.privacy.dp_training import Descent, PatientBatch, class_prompt_patient_loss, public_log_prior, to_double
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 
 DIM, CLASSES, PATIENTS = 512, 4, 1000
 

@@ -57,7 +57,8 @@ from secure_fed.privacy.dp_training import (
 from secure_fed.privacy.ledger import LMMD_SHARE, Account, Ledger, MeanReleases, Plan
 from secure_fed.protocol import aggregation
 from secure_fed.protocol.codec import flatten
-from secure_fed.protocol.study import Aggregation, AgreedStudy, Features, Method, Template, read_template
+from secure_fed.protocol.study import AgreedStudy, Template, read_template
+from secure_fed.protocol.study_tables import Aggregation, Features, Method
 
 DELTA = 1e-5
 METHODS = ("advised", "text_head", "text_head:32", "text_head:64", "low_rank", "facmic")

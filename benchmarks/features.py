@@ -57,7 +57,7 @@ def compare(model: str, count: int, threads: int) -> list[dict[str, Any]]:
     from secure_fed.clients.features import FeatureCache
     from secure_fed.model import backbone as backbones
     from secure_fed.model.backbone import load_backbone, make_random_checkpoint
-    from secure_fed.protocol.study import Backbone
+    from secure_fed.protocol.study_tables import Backbone
 
     torch.set_num_threads(threads)
     rows = []
@@ -198,11 +198,11 @@ def run_stage(stage: str, folder: Path) -> None:
     from secure_fed.clients.duplicates import exact_copies, fingerprints, inseparable
     from secure_fed.clients.features import FeatureCache
     from secure_fed.model.backbone import load_backbone
-    from secure_fed.protocol.study import Backbone
+    from secure_fed.protocol.study_tables import Backbone
 
     if stage == "manifest":
         from secure_fed.clients.data import read_data
-        from secure_fed.protocol.study import Shares
+        from secure_fed.protocol.simulation_table import Shares
 
         shares = Shares(train=0.6, val=0.2, test=0.2, unlabelled=0)
         found = read_data(folder, ("dark",), "patient", shares, 0, together=None)

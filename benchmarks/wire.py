@@ -42,6 +42,7 @@ from secure_fed.core.errors import AggregateRefused, EnvelopeError, LanesError, 
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.protocol import codec
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, RoundPosition, seal_envelope
+from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.ledger_heads import NO_LEDGER
 from secure_fed.protocol.packing import MIN_BITS, Binding, Sealed, lane_parameters, largest_bits, wire
 from secure_fed.protocol.pads import PadPlace, SitePads, new_private, public_of
@@ -60,7 +61,7 @@ from secure_fed.protocol.round_frames import (
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.share_frames import Dealt, check_digest, deal, hand_out, open_handed, sign_checked, take_handed
 from secure_fed.protocol.signing import SIGNATURE_BYTES, parse_header, public_hex, split_frame
-from secure_fed.protocol.study import AgreedStudy, InitialState, Study
+from secure_fed.protocol.study import AgreedStudy, Study
 from secure_fed.server.coordinator import Coordinator, Step
 
 VALUES = 526_336

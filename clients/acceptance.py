@@ -20,6 +20,7 @@ from pydantic import StringConstraints
 
 from secure_fed.clients.budget import has_budget, ledger_folder
 from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import LedgerError, NotAcceptedError
 from secure_fed.core.layout import SEALED, acceptance_note
 from secure_fed.core.storage import make_folder, write_durable
@@ -42,7 +43,8 @@ from secure_fed.protocol.signing import (
     split_frame,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Name, Study, canonical_json
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study_tables import Hex64, Name
 
 MAGIC = b"SFP2"
 MAX_ACCEPTANCE_HEADER = 2048

@@ -17,7 +17,7 @@ from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
 from secure_fed.protocol.records import head_after_void
 from secure_fed.protocol.signing import ZERO_DIGEST, Count
-from secure_fed.protocol.study import Hex64, Name
+from secure_fed.protocol.study_tables import Hex64, Name
 
 
 class Fresh(FileModel):

@@ -35,7 +35,7 @@ from secure_fed.clients.reading import (
 )
 from secure_fed.clients.rules import Kind
 from secure_fed.core.errors import DataError, LabelError, ManifestError, fault_lines
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 
 Split = Literal["train", "val", "test", "unlabelled"]
 Unit = Literal["patient", "image"]

@@ -54,7 +54,7 @@ from secure_fed.clients.rules import (
     brightness,
     refused_as_no_picture,
 )
-from secure_fed.protocol.study import Window
+from secure_fed.protocol.study_tables import Window
 
 jpeg.register()
 

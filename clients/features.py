@@ -28,7 +28,8 @@ from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageE
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
 from secure_fed.model.device import Device, kind_of
 from secure_fed.protocol import memory
-from secure_fed.protocol.study import AgreedStudy, Backbone
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Backbone
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""

@@ -25,7 +25,7 @@ from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel, parse_table
 from secure_fed.protocol.signing import PRIVATE
-from secure_fed.protocol.study import Hex64
+from secure_fed.protocol.study_tables import Hex64
 
 _Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 

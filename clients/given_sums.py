@@ -21,7 +21,7 @@ from pydantic import Field
 from secure_fed.core.errors import RepeatedSumError
 from secure_fed.core.storage import exclusive, write_durable
 from secure_fed.core.tomlfile import FileModel, parse_table
-from secure_fed.protocol.study import Hex64
+from secure_fed.protocol.study_tables import Hex64
 
 GIVEN = "given-sums.json"
 HASH_BYTES = 16

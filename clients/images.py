@@ -20,7 +20,8 @@ from secure_fed.clients.patients import SETTLED, Doubt, in_one_form
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import ManifestError, PatientError, SecfacmicError, fault_lines
-from secure_fed.protocol.study import ANOMALY, AgreedStudy
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import ANOMALY
 
 
 def site_images(file: SiteFile, agreed: AgreedStudy, progress: Progress | None = None) -> list[SiteImage]:

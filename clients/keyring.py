@@ -13,7 +13,8 @@ from secure_fed.privacy.ckks import StudySecret
 from secure_fed.privacy.keys import Identity, load_identity, open_sealed_key
 from secure_fed.protocol.sealed_key import SealedKeyHeader, check_sealed_key
 from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST
-from secure_fed.protocol.study import AgreedStudy, Member
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Member
 
 
 class KeyRing:

@@ -13,7 +13,8 @@ from secure_fed.privacy import class_statistics
 from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory, one_sum
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.study import NORMAL, AgreedStudy
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import NORMAL
 
 Values = dict[str, NDArray[np.float64]]
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import EnvelopeError, EvidenceError, StorageError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import as_open_as_its_folder, sync_folder
@@ -22,7 +23,7 @@ from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.rounds import RoundReply
 from secure_fed.protocol.signing import ZERO_DIGEST, Count, split_frame
-from secure_fed.protocol.study import Hex64, canonical_json
+from secure_fed.protocol.study_tables import Hex64
 
 
 class SentMessage(FileModel):

@@ -25,7 +25,7 @@ from secure_fed.model.adapters import Adapter
 from secure_fed.model.adapters.low_rank import LowRank
 from secure_fed.privacy.class_means import ClassMeans, centre, cut
 from secure_fed.privacy.dp_training import Gradients, ImageTerm
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 
 SYNTHETIC_BATCH = 128
 """Synthetic features that a step of ``synthesis`` draws on each side."""

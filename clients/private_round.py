@@ -34,6 +34,7 @@ from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
 from secure_fed.clients.private_sums import PrivateSums, nothing, private_sums
 from secure_fed.clients.sitefile import SiteFile
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import BudgetError, BudgetSpentError, LedgerError, LedgerRollbackError, TwinsError
 from secure_fed.core.layout import SiteRun
 from secure_fed.core.storage import make_folder, write_durable
@@ -60,7 +61,7 @@ from secure_fed.protocol import codec
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead, LedgerHeads
-from secure_fed.protocol.study import AgreedStudy, canonical_json
+from secure_fed.protocol.study import AgreedStudy
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,8 @@ from secure_fed.protocol.codec import Layout, Parameters
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.one_sum import FIRST, NOISE, PATIENTS, SECOND
-from secure_fed.protocol.study import NORMAL, AgreedStudy
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import NORMAL
 
 TOLERANCE = 1e-6
 """Relative to the update; both ways compute in float64."""

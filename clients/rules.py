@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from secure_fed.protocol.study import Background, StudyFile, Window
+from secure_fed.protocol.study import StudyFile
+from secure_fed.protocol.study_tables import Background, Window
 
 VERSION = 9
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""

@@ -12,7 +12,9 @@ from secure_fed.core.errors import SiteFileError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml, spelled
 from secure_fed.model.device import DeviceChoice
-from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Name, Shares, Study, Text, load_study
+from secure_fed.protocol.simulation_table import Shares
+from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Study, load_study
+from secure_fed.protocol.study_tables import Name, Text
 
 SITE_FILE = "site.toml"
 """A site's own file; a site is named to a command by it, or by the folder that it is in."""

@@ -23,7 +23,8 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol import memory as bank
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.study import AgreedStudy, Method, Training
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Method, Training
 
 
 def train_round(

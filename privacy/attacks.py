@@ -29,7 +29,7 @@ from secure_fed.privacy.dp_training import (
     public_log_prior,
     to_double,
 )
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 
 Train = Callable[[NDArray[np.bool_]], NDArray[np.float64]]
 """Trains on the patients that take part [n] and gives the log-odds of every patient's own label [n]."""

@@ -29,7 +29,7 @@ from secure_fed.privacy.dp_training import (
     class_prompt_patient_loss,
     public_log_prior,
 )
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 
 CONFIDENCE = 0.95
 DIM, CLASSES = 32, 4

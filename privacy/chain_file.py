@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import LedgerError
 from secure_fed.core.storage import write_durable
 from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST
-from secure_fed.protocol.study import canonical_json
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise
 from secure_fed.privacy.dp_training import PatientBatch, Patients
-from secure_fed.protocol.study import PrivateTraining
+from secure_fed.protocol.study_tables import PrivateTraining
 
 LARGEST_ERROR = 0.4
 """Expected error of a class mean above which the means are noise and LMMD is turned off: 0.36 for 250 patients a

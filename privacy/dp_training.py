@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from secure_fed.core.errors import PrivateMethodError
 from secure_fed.model.adapters import Adapter, class_prompt_loss
 from secure_fed.privacy.accounting import Noise, gaussian_noise
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 
 CHUNK = 4096
 """Images whose activations are in memory at once; a patient with more is taken alone."""

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from pydantic import StringConstraints
 
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import KeyFileError
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.core.tomlfile import FileModel, parse_table
@@ -41,7 +42,8 @@ from secure_fed.protocol.signing import (
     sign_frame,
     split_frame,
 )
-from secure_fed.protocol.study import AgreedStudy, Member, Name, SiteKeys, canonical_json
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Member, Name, SiteKeys
 
 _LOCKED = b"age-encryption.org/"
 _NONCE_BYTES = 12

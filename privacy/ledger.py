@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import BudgetError, BudgetSpentError, KeyFileError, LedgerError, StorageError
 from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.core.tomlfile import FileModel
@@ -38,7 +39,6 @@ from secure_fed.privacy.chain_file import ChainFile
 from secure_fed.privacy.histories import Histories, Twins
 from secure_fed.protocol.ledger_heads import MAX_LINKS, SHORT, LedgerHead, Link
 from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST, read_private
-from secure_fed.protocol.study import canonical_json
 
 ADJACENCY = "add or remove one"
 

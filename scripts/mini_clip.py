@@ -40,7 +40,7 @@ from secure_fed.core.storage import write_durable
 from secure_fed.lab.phantoms import CLASSES, SliceFacts, draw_facts, render_slice, scanner_of
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.public_statistics import PublicStatistics
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 
 NAME = "mini-clip"
 SEED = 20

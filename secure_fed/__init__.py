@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secure_fed.clients.site import Site
     from secure_fed.lab.simulation import simulate
-    from secure_fed.protocol.study import Study as Study  # deprecated: a template is no study any more
+    from secure_fed.protocol.study import Study as Study
     from secure_fed.protocol.study import Template
     from secure_fed.server.coordinator import Coordinator
 

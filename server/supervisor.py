@@ -22,7 +22,8 @@ from secure_fed.protocol.packing import wire
 from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
 from secure_fed.protocol.share_frames import ENTRY
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
-from secure_fed.protocol.study import AgreedStudy, Member, load_study
+from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.protocol.study_tables import Member
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.flower_link import SuperLink

@@ -29,6 +29,7 @@ from secure_fed.core.errors import SecfacmicError
 from secure_fed.core.tomlfile import parse_table, to_toml
 from secure_fed.privacy import ckks, keys
 from secure_fed.protocol import codec, envelope, records, sealed_key
+from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.ledger_heads import MAX_LINKS, NO_LEDGER, LedgerHead
 from secure_fed.protocol.packing import Binding, CipherWire, Contribution, pack_lanes
 from secure_fed.protocol.records import new_header
@@ -55,7 +56,7 @@ from secure_fed.protocol.signing import (
     public_hex,
     split_frame,
 )
-from secure_fed.protocol.study import AgreedStudy, InitialState, Study, load_study
+from secure_fed.protocol.study import AgreedStudy, Study, load_study
 from secure_fed.server.coordinator import Coordinator
 from tests import make_pad_vectors, make_word_vectors
 

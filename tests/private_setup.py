@@ -18,7 +18,7 @@ from secure_fed.privacy.dp_training import (
     public_log_prior,
     to_double,
 )
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 
 torch.set_num_threads(1)  # as sites do; on tiny arrays two threads mostly wait for each other
 

@@ -45,7 +45,8 @@ def audit(
         return
     from secure_fed.privacy.attacks import attack_with_and_without
     from secure_fed.privacy.audit import audit as run
-    from secure_fed.protocol.study import PrivateTraining, read_study_file
+    from secure_fed.protocol.study import read_study_file
+    from secure_fed.protocol.study_tables import PrivateTraining
 
     epsilon, delta, canaries = epsilon or 3.0, delta or 1e-5, canaries or 1000
     settings = PrivateTraining() if study is None else read_study_file(study).privacy

@@ -27,7 +27,7 @@ def random(
 ) -> None:
     """Write a checkpoint with seeded random weights, and print its digest."""
     from secure_fed.model.backbone import load_backbone, make_random_checkpoint
-    from secure_fed.protocol.study import Backbone
+    from secure_fed.protocol.study_tables import Backbone
 
     make_random_checkpoint(model, seed, file)
     _tell(file, load_backbone(Backbone(model=model, weights="random", seed=seed), file))

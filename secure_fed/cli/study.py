@@ -406,7 +406,7 @@ def diff(
     json_: Json = False,
 ) -> None:
     """Show what changed between two versions of a study; exit status 0 whether it did or not."""
-    from secure_fed.protocol.study import differences
+    from secure_fed.protocol.study_differences import differences
 
     first, second = read_study_file(before), read_study_file(after)
     changes = differences(first, second)

@@ -35,7 +35,8 @@ from secure_fed.operate.new_study import SERVER
 from secure_fed.operate.summary import Result, SiteSummary, read_summary, write_summary
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import Chain, RecordFolder
-from secure_fed.protocol.study import AgreedStudy, Method, Template, with_fields
+from secure_fed.protocol.study import AgreedStudy, Template, with_fields
+from secure_fed.protocol.study_tables import Method
 from secure_fed.transport.certificates import CA, create_authority
 
 log = logging.getLogger(__name__)

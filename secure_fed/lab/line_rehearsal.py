@@ -26,7 +26,8 @@ from secure_fed.lab.phantoms import CLASSES, draw_facts, render_slice, scanner_o
 from secure_fed.privacy.ckks import Cipher, StudySecret
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
 from secure_fed.protocol.signing import ZERO_DIGEST
-from secure_fed.protocol.study import AgreedStudy, Shares, load_study
+from secure_fed.protocol.simulation_table import Shares
+from secure_fed.protocol.study import AgreedStudy, load_study
 
 PHANTOMS = 6
 """Of each class."""

@@ -66,16 +66,10 @@ from secure_fed.protocol.codec import COUNTS, Parameters, adapter_digest
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
-from secure_fed.protocol.study import (
-    AgreedStudy,
-    Method,
-    Simulation,
-    Study,
-    Template,
-    load_study,
-    read_template,
-    unlike,
-)
+from secure_fed.protocol.simulation_table import Simulation
+from secure_fed.protocol.study import AgreedStudy, Study, Template, load_study, read_template
+from secure_fed.protocol.study_differences import unlike
+from secure_fed.protocol.study_tables import Method
 from secure_fed.server.coordinator import Coordinator, paused_text
 
 log = logging.getLogger(__name__)

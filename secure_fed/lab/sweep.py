@@ -37,7 +37,8 @@ from secure_fed.lab.sweep_file import (
 )
 from secure_fed.lab.workers import Outcome, Outcomes, run_locally, run_on_ray
 from secure_fed.operate.summary import StudySummary, parse_summary
-from secure_fed.protocol.study import PhantomGroup, Template
+from secure_fed.protocol.simulation_table import PhantomGroup
+from secure_fed.protocol.study import Template
 
 log = logging.getLogger(__name__)
 

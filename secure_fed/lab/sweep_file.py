@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from secure_fed import configs
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import SecfacmicError, SiteFileError, StudyError, SweepFileError
 from secure_fed.core.tomlfile import FileModel, parse_table, read_toml
-from secure_fed.protocol.study import Name, Template, Text, canonical_json, read_template
+from secure_fed.protocol.study import Template, read_template
+from secure_fed.protocol.study_tables import Name, Text
 
 DELTA = 1e-5
 """The budget's delta where a sweep sets none."""

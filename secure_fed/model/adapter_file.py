@@ -24,16 +24,9 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol import memory
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import Parameters, adapter_digest
-from secure_fed.protocol.study import (
-    AgreedStudy,
-    Backbone,
-    Background,
-    Concept,
-    InitialState,
-    Method,
-    PatientRule,
-    Window,
-)
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Backbone, Background, Concept, Method, PatientRule, Window
 
 MODEL_CARD = "model_card"
 """Key of the model card in the metadata of an exported adapter."""

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from secure_fed import configs
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import backbone_store
 from secure_fed.model.backbone_form import named, read_form
@@ -32,7 +33,7 @@ from secure_fed.model.network import Form, activation, build, facts, make_networ
 from secure_fed.model.preparing import preparer, window
 from secure_fed.model.text_tower import TextTower, reads_at
 from secure_fed.model.weights import write_weights
-from secure_fed.protocol.study import Backbone, canonical_json
+from secure_fed.protocol.study_tables import Backbone
 
 BATCH = 32
 """Images or texts encoded at once; smaller batches are padded to it."""

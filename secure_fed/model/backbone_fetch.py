@@ -25,7 +25,7 @@ from secure_fed.model.network import build
 from secure_fed.model.text_model import TEXT
 from secure_fed.model.tokenizer import FileTokens
 from secure_fed.model.weights import write_weights
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 
 WEIGHTS = "open_clip_model.safetensors"
 """Name of the weights in a folder of the store; open_clip looks for it first."""

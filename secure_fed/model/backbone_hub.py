@@ -16,7 +16,7 @@ from secure_fed.model.given_files import read_json
 from secure_fed.model.library import HUB, fetch_elsewhere, known_model, open_clip
 from secure_fed.model.network import Form
 from secure_fed.model.weights import shards_of
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 
 _TOKENIZER = (
     "tokenizer.json",

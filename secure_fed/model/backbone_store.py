@@ -17,7 +17,7 @@ from pydantic import Field
 from secure_fed.core.errors import BackboneError
 from secure_fed.core.tomlfile import FileModel, parse_table
 from secure_fed.model.library import activation_named, twin
-from secure_fed.protocol.study import Backbone, Hex64, Text
+from secure_fed.protocol.study_tables import Backbone, Hex64, Text
 
 ENTRY = "backbone.json"
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secure_fed.protocol.codec import Parameters
+from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.one_sum import Limits
-from secure_fed.protocol.study import InitialState
 
 
 @dataclass(frozen=True)

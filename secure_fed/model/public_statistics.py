@@ -22,7 +22,7 @@ from secure_fed import configs
 from secure_fed.core.errors import StudyError
 from secure_fed.core.storage import write_durable
 from secure_fed.protocol.basis import Basis
-from secure_fed.protocol.study import Features
+from secure_fed.protocol.study_tables import Features
 
 LEAST_IMAGES = 100
 """Fewest public images that statistics are taken of."""

@@ -20,11 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import BackboneError
 from secure_fed.model.given_files import AGAIN, Foreign, checked, read_bytes, read_json, read_text
 from secure_fed.model.model_config import Rules, Token
 from secure_fed.model.tokenizer_class import BERTS, CLIP_SPLIT, Config, as_its_class, class_of, read_config
-from secure_fed.protocol.study import canonical_json
 
 FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json")
 """Any of these makes a tokenizer; ``vocab.json`` with ``merges.txt``."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from secure_fed.operate.folders import Folder
 from secure_fed.privacy.accounting import mu_squared_of
-from secure_fed.protocol.study import Shares, Template, with_fields
+from secure_fed.protocol.simulation_table import Shares
+from secure_fed.protocol.study import Template, with_fields
 
 DELTA = 1e-5
 """The usual one; rates for another differ by little."""

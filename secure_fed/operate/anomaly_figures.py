@@ -16,7 +16,8 @@ from secure_fed.clients.site import Site
 from secure_fed.model.heat import placed, upsampled
 from secure_fed.operate.summary import AnomalyFigures, Places, ScoresAt
 from secure_fed.protocol import memory
-from secure_fed.protocol.study import NORMAL, AgreedStudy, Method
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import NORMAL, Method
 
 _POINTS = 64
 _MOST_FALSE = 0.3

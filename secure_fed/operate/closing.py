@@ -23,7 +23,8 @@ from secure_fed.core.storage import exclusive, sync_folder, write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.signing import Count
-from secure_fed.protocol.study import AgreedStudy, Hex64
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Hex64
 from secure_fed.transport.certificates import CA_KEY, SERVER_KEY
 
 

@@ -36,6 +36,7 @@ from secure_fed.clients.acceptance import notes, policy, when
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.outgoing_log import SentMessage, read_sent
 from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import EvidenceError, RecordError
 from secure_fed.core.layout import RECORDS, SiteState
 from secure_fed.core.storage import durable, exclusive
@@ -58,7 +59,8 @@ from secure_fed.protocol.signing import (
     split_frame,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Name, canonical_json, load_study
+from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.protocol.study_tables import Hex64, Name
 
 _SENT = "sent.jsonl"
 """In an archive, as in a state folder."""

@@ -31,7 +31,7 @@ from secure_fed.clients.patients import Doubt
 from secure_fed.core.errors import DataError, ManifestError, OutputError
 from secure_fed.core.storage import write_durable
 from secure_fed.operate.overlaps import Held, Overlaps, overlaps
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 
 _UNDECIDED = Shares(train=1.0, val=0.0, test=0.0, unlabelled=0.0)
 """Splits of a folder that does not say so itself, while nobody has asked for any: no label is hidden."""

@@ -26,18 +26,10 @@ from secure_fed.model.public_statistics import PublicStatistics, make_basis, pac
 from secure_fed.privacy.keys import PublicIdentity
 from secure_fed.protocol import memory
 from secure_fed.protocol.codec import lane_width
+from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.signing import create_signing_key, load_signing_key, public_hex
-from secure_fed.protocol.study import (
-    InitialState,
-    Method,
-    SiteKeys,
-    StudyFile,
-    StudySite,
-    Template,
-    load_study,
-    read_study_file,
-    with_fields,
-)
+from secure_fed.protocol.study import StudyFile, Template, load_study, read_study_file, with_fields
+from secure_fed.protocol.study_tables import Method, SiteKeys, StudySite
 
 RANDOM_CHECKPOINT = "backbone.safetensors"
 """Name of the checkpoint that a study with random weights gets beside its ``study.toml``."""

@@ -40,7 +40,8 @@ from secure_fed.model.evaluation import CALIBRATION_BINS, Predictions, balanced_
 from secure_fed.model.heat import Scale, overlay
 from secure_fed.protocol import memory
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.study import NORMAL, AgreedStudy, load_study
+from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.protocol.study_tables import NORMAL
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 """Okabe and Ito's; beyond eight they come again with other markers."""

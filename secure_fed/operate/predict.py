@@ -29,7 +29,8 @@ from secure_fed.model.cases import Cases, judge
 from secure_fed.model.device import Device
 from secure_fed.model.heat import Scale, Window, overlay
 from secure_fed.protocol import memory
-from secure_fed.protocol.study import PatientRule, load_study
+from secure_fed.protocol.study import load_study
+from secure_fed.protocol.study_tables import PatientRule
 
 _EVERYTHING = Choice()
 

@@ -25,7 +25,8 @@ from secure_fed.operate.advice import advise, smallest
 from secure_fed.operate.folders import Folder, compare, look_at
 from secure_fed.operate.overlaps import Overlaps
 from secure_fed.protocol.packing import MIN_LANES, lane_parameters, largest_bits, usual_bits
-from secure_fed.protocol.study import MIN_SITES_HE, Shares, Template
+from secure_fed.protocol.simulation_table import Shares
+from secure_fed.protocol.study import MIN_SITES_HE, Template
 
 LEAST_SUMMED = 30
 """Training patients of a class, over all sites, from which on a head of class statistics is advised."""

@@ -11,7 +11,8 @@ from secure_fed.clients.sitefile import read_site
 from secure_fed.core.storage import write_durable
 from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key, load_identity
 from secure_fed.protocol.sealed_key import SealedKeyHeader
-from secure_fed.protocol.study import AgreedStudy, Member
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Member
 
 
 def create_key(site: Path, study: Path, into: Path) -> SealedKeyHeader:

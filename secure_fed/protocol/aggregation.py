@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from secure_fed.protocol import codec, memory, one_sum
 from secure_fed.protocol.codec import Parameters
-from secure_fed.protocol.study import Aggregation, AgreedStudy, InitialState, Study
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study_tables import Aggregation
 
 MOMENT = "moment."
 """What the names of moments begin with in a state; names of an adapter's parameters have no dot."""

@@ -25,7 +25,8 @@ from secure_fed.protocol.signing import (
     split_frame,
     verify_member,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Member
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Hex64, Member
 
 MAGIC = b"SFE2"
 MAX_HEADER = 2048

@@ -19,7 +19,7 @@ from secure_fed.core.errors import LedgerRollbackError, StorageError
 from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.signing import ZERO_DIGEST, Count
-from secure_fed.protocol.study import Hex64, Name
+from secure_fed.protocol.study_tables import Hex64, Name
 
 MAX_LINKS = 32
 """Links of one head: an envelope's header stays below its limit."""

@@ -16,7 +16,8 @@ from pydantic import StringConstraints
 from secure_fed.core.errors import EnvelopeError
 from secure_fed.protocol.round_frames import MAX_WORD, split_word
 from secure_fed.protocol.signing import Count, MemberHeader, payload_fields, sign_frame, verify_member
-from secure_fed.protocol.study import AgreedStudy, Hex64, Member
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Hex64, Member
 
 QUESTION_MAGIC = b"SFL2"
 PRESENCE_MAGIC = b"SFN2"

@@ -53,7 +53,8 @@ from secure_fed.protocol.signing import (
     split_frame,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Hex64
 
 MAGIC = b"SFR2"
 

@@ -37,7 +37,8 @@ from secure_fed.protocol.signing import (
     verify_member,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Member
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Hex64, Member
 
 READY_MAGIC = b"SFY2"
 COHORT_MAGIC = b"SFH2"

@@ -25,7 +25,8 @@ from secure_fed.protocol.signing import (
     verify_member,
     verify_signature,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name, Study
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study_tables import Hex64, Member, Name
 
 KEY_MAGIC = b"SFK2"
 MAX_KEY_HEADER = 512 * 1024

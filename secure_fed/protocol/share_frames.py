@@ -44,7 +44,8 @@ from secure_fed.protocol.signing import (
     sign_frame,
     verify_member,
 )
-from secure_fed.protocol.study import AgreedStudy, Hex64, Member, Name
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Hex64, Member, Name
 
 CHECK_MAGIC = b"SFS2"
 CHECKED_MAGIC = b"SFD2"

@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 from secure_fed.core.errors import KeyFileError, SecfacmicError
 from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
-from secure_fed.protocol.study import Hex64, Member, Name
+from secure_fed.protocol.study_tables import Hex64, Member, Name
 
 PRIVATE = 0o600
 """Mode of every file that holds a private key."""

@@ -34,13 +34,12 @@ from secure_fed.protocol.study import (
     AgreedStudy,
     Study,
     StudyFile,
-    as_template,
     load_study,
     read_study_file,
     read_template,
-    unlike,
     with_fields,
 )
+from secure_fed.protocol.study_differences import as_template, unlike
 
 if TYPE_CHECKING:
     from secure_fed.clients.sitefile import SiteFile

@@ -20,7 +20,7 @@ from secure_fed.core.errors import ProtocolError
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import Count
-from secure_fed.protocol.study import Hex64
+from secure_fed.protocol.study_tables import Hex64
 
 ROUND_MESSAGE = "train.round"
 """The one message type of the protocol."""

@@ -21,6 +21,7 @@ from secure_fed.privacy import ckks, keys, seal_format
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
 from secure_fed.protocol.envelope import RoundPosition, check_position, open_envelope
+from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.journal import find_runs, verify_run
 from secure_fed.protocol.packing import CipherWire, PlainWire
 from secure_fed.protocol.recompute import EnvelopeStore
@@ -36,7 +37,7 @@ from secure_fed.protocol.sealed_key import (
 )
 from secure_fed.protocol.share_frames import deal, hand_out, open_handed, take_handed
 from secure_fed.protocol.signing import encode_header, parse_header, payload_fields, split_frame
-from secure_fed.protocol.study import InitialState, load_study, read_study_file
+from secure_fed.protocol.study import load_study, read_study_file
 from secure_fed.transport import flower_messages as messages
 from tests.make_pad_vectors import NAMES, drawn, pads_of, place
 from tests.make_word_vectors import CHECKS

@@ -310,7 +310,7 @@ def test_public_images_start_the_centroids(pictures: Path, tmp_path: Path, block
 
 
 def load_initial(folder: Path) -> dict[str, Any]:
-    from secure_fed.protocol.study import InitialState
+    from secure_fed.protocol.initial_state import InitialState
 
     return InitialState.from_bytes((folder / "study.safetensors").read_bytes()).adapter
 

@@ -25,7 +25,8 @@ from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add, fetch
 from secure_fed.operate.doctor.site import _backbone
 from secure_fed.operate.new_study import new_study
-from secure_fed.protocol.study import Backbone, Template, load_study
+from secure_fed.protocol.study import Template, load_study
+from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import CLASSES, Run, template_table
 from tests.network import Network
 from tests.unit.model.test_backbone_cli import QUICK, write_forms

@@ -27,7 +27,8 @@ from secure_fed.operate.evidence import pack_evidence
 from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, _Neighbours, explain, write_cases
 from secure_fed.operate.export import export_site
 from secure_fed.operate.predict import Probabilities, predict_folder
-from secure_fed.protocol.study import Concept, with_fields
+from secure_fed.protocol.study import with_fields
+from secure_fed.protocol.study_tables import Concept
 from secure_fed.report.case_page import case_page
 from tests.conftest import Federation, Run, make_template
 

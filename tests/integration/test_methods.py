@@ -24,7 +24,9 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.privacy.dp_training import refuse_method
 from secure_fed.privacy.guard import check_structure
 from secure_fed.protocol import codec
-from secure_fed.protocol.study import ADAPTERS, AgreedStudy, Backbone, InitialState, Method, Study, Training
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study_tables import ADAPTERS, Backbone, Method, Training
 from tests.conftest import TRAINING, Federation, exchange, make_template, run_round
 
 torch.set_num_threads(1)

@@ -35,8 +35,10 @@ from secure_fed.operate.export import _claims_of_cases, export_site
 from secure_fed.operate.new_study import check_study, new_study
 from secure_fed.operate.sum_figures import one_sum_figures
 from secure_fed.protocol import aggregation, codec, one_sum
+from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.rounds import ReplyCode
-from secure_fed.protocol.study import InitialState, read_template, unlike
+from secure_fed.protocol.study import read_template
+from secure_fed.protocol.study_differences import unlike
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import (
     TRAINING,

@@ -19,7 +19,7 @@ import requests
 
 from secure_fed.clients.data import read_data
 from secure_fed.operate.dicomweb import Pacs
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 from tests.unit.clients.test_dicom import as_bytes
 from tests.unit.operate.test_fetch import instance
 

@@ -19,7 +19,7 @@ from secure_fed.protocol.records import RecordHeader, sign_record
 from secure_fed.protocol.rounds import ReplyCode, RoundRequest
 from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, check_sealed_key
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
-from secure_fed.protocol.study import Member
+from secure_fed.protocol.study_tables import Member
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import OBSERVER, Federation, close_round, corrupt, exchange, run_round, send_envelopes
 

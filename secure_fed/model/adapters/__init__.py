@@ -25,7 +25,8 @@ from secure_fed.model.adapters._base import (
 )
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol.basis import Basis
-from secure_fed.protocol.study import Method, StudyFile
+from secure_fed.protocol.study import StudyFile
+from secure_fed.protocol.study_tables import Method
 
 __all__ = [
     "PRIVATE_HEAD",

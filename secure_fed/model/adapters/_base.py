@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol.basis import Basis
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 PRIVATE_HEAD = "private_head"
 """Name of the parameter that a site trains and never shares; see :meth:`Adapter.logits`."""

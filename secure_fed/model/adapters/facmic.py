@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, linear, normalize, softmax
 
 from secure_fed.model.adapters._base import NORM_EPSILON, Adapter, Start, batch_norm
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 
 class AttentionGate(Adapter):

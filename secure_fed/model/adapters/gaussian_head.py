@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from secure_fed.model.adapters._base import Adapter, Start
 from secure_fed.protocol.one_sum import NO_LIMITS
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 
 class GaussianHead(Adapter):

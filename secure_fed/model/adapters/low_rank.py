@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from secure_fed.model.adapters._base import Adapter, Start
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 
 class LowRank(Adapter):

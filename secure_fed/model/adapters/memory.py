@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secure_fed.core.errors import StudyError
 from secure_fed.model.adapters._base import Adapter, Start
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 
 class MemoryBank(Adapter):

@@ -11,7 +11,7 @@ from torch import Tensor
 from secure_fed.core.errors import StudyError
 from secure_fed.model.adapters._base import Adapter, Start
 from secure_fed.model.text_tower import TextTower
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 CONTEXT_STD = 0.02
 """Of the initial context vectors, CoOp's."""

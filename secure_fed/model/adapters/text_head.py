@@ -14,7 +14,7 @@ from torch.nn.functional import linear, normalize
 from secure_fed.model.adapters._base import Adapter, Start
 from secure_fed.model.text_tower import TextTower
 from secure_fed.protocol.basis import Basis
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 
 class TextHead(Adapter):

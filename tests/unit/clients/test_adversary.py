@@ -5,7 +5,7 @@ import torch
 
 from secure_fed.clients.adversary import Discriminator
 from secure_fed.model.adapters import build_adapter, initial_parameters
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from secure_fed.clients.data import DRAWN_ALONE, Choice, Notes, _largest_remainder, read_data
 from secure_fed.core.errors import DataError, LabelError, ManifestError
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 
 CLASSES = ("zebra", "ant", "mole")  # not in alphabetical order

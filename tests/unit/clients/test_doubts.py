@@ -17,7 +17,7 @@ from secure_fed.clients.images import compared_images, refuse_doubts
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import PatientError
 from secure_fed.core.tomlfile import write_toml
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 
 CLASSES = ("dark", "light")

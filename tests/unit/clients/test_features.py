@@ -12,7 +12,9 @@ from secure_fed.clients.data import SiteImage
 from secure_fed.clients.features import FeatureCache, load_features
 from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
-from secure_fed.protocol.study import AgreedStudy, Backbone, InitialState, Method, Study
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study_tables import Backbone, Method
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from secure_fed.clients.images import (
 from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import ForgottenError, PatientError
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 
 SHARES = Shares(train=0.5, val=0.2, test=0.2, unlabelled=0.1)
 

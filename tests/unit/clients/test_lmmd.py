@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from secure_fed.clients.lmmd import lmmd
 from secure_fed.model.adapters import build_adapter, initial_parameters
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 torch.set_num_threads(1)
 

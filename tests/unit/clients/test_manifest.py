@@ -14,7 +14,7 @@ from secure_fed.clients.data import Choice, Notes, find_pictures, image_files, r
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
 from secure_fed.core.errors import DataError, LabelError, ManifestError
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, enhanced
 
 CLASSES = ("dark", "light")

@@ -16,7 +16,7 @@ from secure_fed.clients.photographs import as_drawn
 from secure_fed.clients.reading import no_picture
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import DataError, ManifestError
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 
 RULES = Rules()

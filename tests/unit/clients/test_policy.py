@@ -12,7 +12,8 @@ from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file, w
 from secure_fed.core.errors import PrivateMethodError, SiteFileError
 from secure_fed.core.tomlfile import parse_toml
 from secure_fed.privacy.dp_training import refuse_method
-from secure_fed.protocol.study import Method, with_fields
+from secure_fed.protocol.study import with_fields
+from secure_fed.protocol.study_tables import Method
 from tests.conftest import Federation, make_template
 
 

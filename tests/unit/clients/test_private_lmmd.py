@@ -22,7 +22,7 @@ from secure_fed.privacy.dp_training import (
     public_log_prior,
 )
 from secure_fed.privacy.guard import check_training
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 from tests.private_setup import flat, make_adapter, make_batch, patient_gradients
 
 CENTRED = {"lmmd_centre": (0.2, *[0.0] * 11), "lmmd_radius": 0.9}

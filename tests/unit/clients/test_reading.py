@@ -34,7 +34,7 @@ from secure_fed.clients.reading import (
     transfer_syntaxes,
 )
 from secure_fed.clients.rules import Rules, UndecodableError
-from secure_fed.protocol.study import Window
+from secure_fed.protocol.study_tables import Window
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, grey
 
 SMOOTH = np.add.outer(np.arange(64), 2 * np.arange(64)).astype(np.uint16) * 16  # 12 bits

@@ -36,7 +36,8 @@ from secure_fed.clients.patients import read_settled
 from secure_fed.clients.reading import Place, frames_of, is_meant_as_image, open_file, place_in_series, see
 from secure_fed.clients.rules import Rules, UndecodableError
 from secure_fed.core.errors import SecfacmicError
-from secure_fed.protocol.study import Shares, Window
+from secure_fed.protocol.simulation_table import Shares
+from secure_fed.protocol.study_tables import Window
 from tests.fuzz.mutations import hostile
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 from tests.unit.clients.test_reading import SMOOTH, TWELVE, encapsulated, j2k, nifti, saved

@@ -10,7 +10,9 @@ from secure_fed.core.errors import DataError
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter, class_prompt_loss, initial_parameters
 from secure_fed.model.evaluation import metrics
 from secure_fed.protocol import aggregation, codec
-from secure_fed.protocol.study import Aggregation, AgreedStudy, InitialState, Method, Study, Training
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy, Study
+from secure_fed.protocol.study_tables import Aggregation, Method, Training
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ from secure_fed.privacy.dp_training import (
     to_double,
 )
 from secure_fed.protocol.basis import Basis
-from secure_fed.protocol.study import Method
+from secure_fed.protocol.study_tables import Method
 
 METHODS = [
     Method(),

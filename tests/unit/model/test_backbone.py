@@ -14,7 +14,7 @@ from secure_fed.core.errors import BackboneDigestError, BackboneError, DeviceErr
 from secure_fed.model import library
 from secure_fed.model.backbone import BATCH, load_backbone, make_random_checkpoint
 from secure_fed.model.device import choose_device, describe_device
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import models_as_found
 
 torch.set_num_threads(1)

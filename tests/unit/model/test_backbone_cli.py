@@ -24,7 +24,8 @@ from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add, fetch
 from secure_fed.operate.new_study import new_study
 from secure_fed.operate.predict import predict_folder
-from secure_fed.protocol.study import Backbone, Template, read_template
+from secure_fed.protocol.study import Template, read_template
+from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import CLASSES, Run, make_template, models_as_found, template_table
 from tests.unit.model.test_backbone import _Archive
 

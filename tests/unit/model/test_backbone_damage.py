@@ -19,7 +19,7 @@ from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import backbone_fetch, backbone_store
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import Run, template_table
 from tests.unit.model.test_backbone_forms import clip_folder
 

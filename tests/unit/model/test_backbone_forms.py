@@ -25,7 +25,7 @@ from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random
 from secure_fed.model.backbone_fetch import add
 from secure_fed.model.library import known_model, twin
 from secure_fed.model.network import make_network
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import models_as_found
 
 pytestmark = pytest.mark.usefixtures("store")

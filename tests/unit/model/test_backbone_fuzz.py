@@ -23,7 +23,7 @@ from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import backbone_store
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.backbone_fetch import add
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 from tests.unit.model.test_backbone_forms import TEXTS, bert_folder, clip_folder, pictures, siglip_folder, split_up
 
 torch.set_num_threads(1)

@@ -28,7 +28,7 @@ from secure_fed.model import backbone_form, backbone_store, library
 from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.model.weights import read_weights, write_weights
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import Run
 from tests.unit.model.test_backbone_forms import (
     bert_folder,

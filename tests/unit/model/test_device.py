@@ -14,7 +14,7 @@ from secure_fed.clients.sitefile import with_device
 from secure_fed.clients.training import _descend
 from secure_fed.core.errors import DeviceError
 from secure_fed.model.adapters import build_adapter, initial_parameters
-from secure_fed.protocol.study import Method, Training
+from secure_fed.protocol.study_tables import Method, Training
 
 
 @pytest.mark.parametrize("method", [Method(), Method(norm="batch", loss="contrastive"), Method(adapter="low_rank")])

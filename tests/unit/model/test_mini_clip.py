@@ -11,7 +11,7 @@ import pytest
 
 from secure_fed import configs
 from secure_fed.model.backbone import LoadedBackbone, load_backbone
-from secure_fed.protocol.study import Backbone
+from secure_fed.protocol.study_tables import Backbone
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 import mini_clip

@@ -14,8 +14,9 @@ from secure_fed.model.backbone import load_backbone
 from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics, precision_for
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.codec import layout_of
+from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.one_sum import Sums, solve, sums_blocks
-from secure_fed.protocol.study import Backbone, Features, InitialState
+from secure_fed.protocol.study_tables import Backbone, Features
 from tests.conftest import make_template
 
 DIM = 12

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from secure_fed.cli import app
 from secure_fed.clients.outgoing_log import SentList, read_sent
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
+from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import EvidenceError, SecfacmicError, StorageError
 from secure_fed.core.storage import exclusive
 from secure_fed.core.tomlfile import read_toml, write_toml
@@ -24,7 +25,6 @@ from secure_fed.operate.evidence import MAGIC, MANIFEST, MAX_HEADER, pack_eviden
 from secure_fed.privacy.keys import load_identity, open_sealed_key
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame, split_frame
-from secure_fed.protocol.study import canonical_json
 from tests.conftest import Federation, close_round, exchange
 
 SENT = "sent.jsonl"

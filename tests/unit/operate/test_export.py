@@ -31,7 +31,9 @@ from secure_fed.model.onnx_export import write_onnx
 from secure_fed.operate.export import export_run, export_site
 from secure_fed.operate.predict import predict_folder
 from secure_fed.privacy.ledger import Ledger
-from secure_fed.protocol.study import Backbone, InitialState, Method, Template
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import Template
+from secure_fed.protocol.study_tables import Backbone, Method
 from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, run_round, template_table
 
 torch.set_num_threads(1)

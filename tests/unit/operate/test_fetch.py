@@ -35,7 +35,7 @@ from secure_fed.operate import dicomweb
 from secure_fed.operate.dicomweb import Pacs, parse_query
 from secure_fed.operate.fetch import Fetched, fetch, plan_fetch, read_token
 from secure_fed.operate.labels import Labels
-from secure_fed.protocol.study import Shares
+from secure_fed.protocol.simulation_table import Shares
 from secure_fed.transport.certificates import create_authority, server_context
 from tests.unit.clients.test_dicom import as_bytes, dicom
 

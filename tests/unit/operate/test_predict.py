@@ -35,7 +35,8 @@ from secure_fed.operate.export import export_run
 from secure_fed.operate.predict import of_patient, predict_folder
 from secure_fed.operate.site_results import write_results
 from secure_fed.operate.structured_report import report_on
-from secure_fed.protocol.study import AgreedStudy, Method, load_study
+from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.protocol.study_tables import Method
 from tests.conftest import CLASSES, TRAINING, Federation, Run, make_template, run_round
 from tests.unit.clients.test_dicom import as_bytes, dicom
 

@@ -24,7 +24,8 @@ from secure_fed.privacy.attacks import (
     reconstruct,
 )
 from secure_fed.privacy.ckks import StudySecret
-from secure_fed.protocol.study import AgreedStudy, InitialState
+from secure_fed.protocol.initial_state import InitialState
+from secure_fed.protocol.study import AgreedStudy
 from tests.conftest import make_template
 
 torch.set_num_threads(1)  # as the command does

@@ -17,7 +17,7 @@ from secure_fed.privacy import dp_training
 from secure_fed.privacy.accounting import gaussian_noise
 from secure_fed.privacy.audit import audit, lower_bound, p_value
 from secure_fed.privacy.dp_training import Descent, Gradients, PatientBatch, clipped_sum
-from secure_fed.protocol.study import PrivateTraining
+from secure_fed.protocol.study_tables import PrivateTraining
 
 torch.set_num_threads(1)  # as the command does
 

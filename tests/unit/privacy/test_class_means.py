@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from secure_fed.privacy.accounting import mu_squared_of
 from secure_fed.privacy.class_means import exact_sum, means_of, mechanism, noisy_sum, why_not
 from secure_fed.privacy.dp_training import PatientBatch
-from secure_fed.protocol.study import PrivateTraining
+from secure_fed.protocol.study_tables import PrivateTraining
 from tests.private_setup import make_batch
 
 

@@ -25,7 +25,7 @@ from secure_fed.privacy.dp_training import (
     public_log_prior,
     refuse_method,
 )
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 from tests.private_setup import ADAPTERS, flat, make_adapter, make_batch, make_loss, patient_gradients, unit_rows
 
 

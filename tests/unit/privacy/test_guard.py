@@ -27,7 +27,7 @@ from secure_fed.privacy.dp_training import (
     to_double,
 )
 from secure_fed.privacy.guard import check_training
-from secure_fed.protocol.study import Method, PrivateTraining
+from secure_fed.protocol.study_tables import Method, PrivateTraining
 from tests.private_setup import ADAPTERS, make_adapter, make_loss, unit_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")

@@ -15,7 +15,7 @@ from secure_fed.core.errors import AdapterMismatchError
 from secure_fed.lab.simulation import Listener, prepare, simulate
 from secure_fed.protocol import aggregation, codec
 from secure_fed.protocol.aggregation import MOMENT
-from secure_fed.protocol.study import Aggregation
+from secure_fed.protocol.study_tables import Aggregation
 from tests.conftest import TRAINING, Federation, close_round, corrupt, exchange, make_template, run_round
 
 SILENT = Listener(encoding=lambda *_: None, round=lambda _: None, stage=lambda _: None)

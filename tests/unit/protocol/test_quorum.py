@@ -11,7 +11,8 @@ from secure_fed import configs
 from secure_fed.core.errors import StudyError
 from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.quorum import quorum
-from secure_fed.protocol.study import Template, read_template, unlike, with_fields
+from secure_fed.protocol.study import Template, read_template, with_fields
+from secure_fed.protocol.study_differences import unlike
 from tests.conftest import make_template
 
 

@@ -17,16 +17,9 @@ from secure_fed.core.errors import BackboneDigestError, OutputError, SiteFileErr
 from secure_fed.core.tomlfile import explained_toml, parse_table, read_toml
 from secure_fed.operate.new_study import check_study, new_study
 from secure_fed.protocol.packing import largest_bits
-from secure_fed.protocol.study import (
-    Method,
-    Simulation,
-    Study,
-    Template,
-    load_study,
-    read_study_file,
-    read_template,
-    with_fields,
-)
+from secure_fed.protocol.simulation_table import Simulation
+from secure_fed.protocol.study import Study, Template, load_study, read_study_file, read_template, with_fields
+from secure_fed.protocol.study_tables import Method
 from tests.conftest import Federation, make_template, template_table
 
 
@@ -275,7 +268,7 @@ def test_the_id_is_of_the_content_not_of_the_bytes(tmp_path: Path) -> None:
 
 
 def test_new_fields_and_other_defaults_leave_old_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secure_fed.protocol.study import Training
+    from secure_fed.protocol.study_tables import Training
 
     whole = with_fields(read_study_file(_write(tmp_path / "a.toml", template_table())))
     again = _write(tmp_path / "b.toml", whole.model_dump(mode="json", exclude_none=True))
