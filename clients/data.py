@@ -5,42 +5,41 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, Never, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-from secure_fed.clients.dicom import NOBODY, Owner, owner
+from secure_fed.clients.dicom_header import NOBODY, Owner, owner
+from secure_fed.clients.files import (
+    KNOWN_COLUMNS,
+    MANIFEST,
+    Files,
+    Notes,
+    image_files,
+    is_number,
+    is_passed_over,
+    masks_of,
+    said,
+)
 from secure_fed.clients.manifest import Table, plain_form, read_table
 from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, says_nothing, some
-from secure_fed.clients.reading import (
-    IMAGE_ENDINGS,
-    Place,
-    Position,
-    Source,
-    frames_of,
-    is_meant_as_image,
-    kind_of,
-    no_picture,
-    place_in_series,
-)
+from secure_fed.clients.reading import Place, Source, frames_of, kind_of, no_picture
 from secure_fed.clients.rules import Kind
+from secure_fed.clients.series import Position, place_in_series, places_taken, slices_in_order
 from secure_fed.core.errors import DataError, LabelError, ManifestError, fault_lines
 from secure_fed.protocol.simulation_table import Shares
 
 Split = Literal["train", "val", "test", "unlabelled"]
 Unit = Literal["patient", "image"]
-
-MANIFEST = "manifest.csv"
 UNLABELLED: Split = "unlabelled"
 """Name of the split, and of the optional folder, of images without a label."""
 
@@ -57,11 +56,7 @@ _SPLIT_COLUMNS = re.compile(r"(is|in|for)?(train(ing)?|val(id|idation)?|test(ing
 """Names of columns, letters alone, that say of each row whether it is in one split, by one of these words:"""
 _YES_OR_NO = frozenset({"0", "1", "0.0", "1.0", "true", "false", "yes", "no", "y", "n", "t", "f", "x"})
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
-_KNOWN = ("path", "label", "patient", "split", "frame", "slice", "series", "axis", "mask")
-_NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
-_UID = re.compile(r"\d+(\.\d+)+")
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
-_NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +109,6 @@ class Choice:
 
 
 _EVERYTHING = Choice()
-
-
-@dataclass
-class Notes:
-    """What was noticed while data were found; it names files, and is for people at the site.
-
-    Attributes:
-        told: what was sniffed or guessed, in words.
-        passed_over: files and folders that are no images, with the reason.
-        left_out: how many images were left out by the site's choice, by kind.
-        settled: ids that people have said to be patients of their own.
-        same: from ids to those that people have said to hold for them.
-    """
-
-    told: list[str] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    settled: frozenset[str] = frozenset()
-    same: Mapping[str, str] = field(default_factory=dict)
 
 
 Groups = Callable[[Sequence[SiteImage]], Collection[Collection[str]]]
@@ -311,7 +287,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
         raise DataError(f"{folder}: cannot be read ({error.strerror}); give this user access to it") from error
     entries = []
     for entry in found:
-        if entry.is_dir() and not _is_passed_over(entry.name):
+        if entry.is_dir() and not is_passed_over(entry.name):
             entries.append(entry.name)
         elif entry.is_symlink() and not entry.exists():
             raise DataError(f"{entry}: a link to nothing; mount or restore what it leads to, or remove it")
@@ -320,7 +296,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
                 f"{entry}: not read under this name; expected {MANIFEST}: save it as that, or remove it"
             )
         elif entry.is_dir() or not entry.name.startswith("."):
-            notes.passed_over.append(f"{_said(entry)}: in no folder of a class")
+            notes.passed_over.append(f"{said(entry)}: in no folder of a class")
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
     meant = _meant(strangers, classes)
     strangers = [name for name in strangers if name not in meant]
@@ -409,89 +385,6 @@ def _read_unlabelled(folder: Path, unit: Unit, notes: Notes) -> list[_Row]:
     return rows
 
 
-def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
-    """All images below a folder, links followed, each folder once.
-
-    Hidden files, what file managers and CDs leave behind, and files that are no image by content and name are passed
-    over, and so told.
-
-    Raises:
-        DataError: a folder or file cannot be read.
-    """
-    notes = Notes() if notes is None else notes
-    seen: set[tuple[int, int]] = set()
-    masks: set[str] = set()
-
-    def stop(error: OSError) -> Never:
-        raise DataError(
-            f"{error.filename}: cannot be read ({error.strerror}); give this user access to it, or move it out of the "
-            "data folder"
-        ) from error
-
-    for parent, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        state = os.stat(parent)
-        if (state.st_dev, state.st_ino) in seen:
-            notes.passed_over.append(f"{_said(parent)}: a link to a folder that was read already")
-            folders[:] = []
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        notes.passed_over += [
-            f"{_said(parent)}/{_said(name)}: hidden, or a system's" for name in folders if _is_passed_over(name)
-        ]
-        folders[:] = sorted(
-            (name for name in folders if not _is_passed_over(name)),
-            key=lambda name: (os.path.islink(os.path.join(parent, name)), name),
-        )
-        if MANIFEST in names:
-            masks |= _masks_of(Path(parent, MANIFEST))
-        for name in names:
-            path = Path(parent, name)
-            if name[0] == ".":
-                if name.lower().endswith(IMAGE_ENDINGS):
-                    notes.passed_over.append(f"{_said(path)}: hidden")
-                continue
-            if name.lower() in _NOT_IMAGES:
-                notes.passed_over.append(f"{_said(path)}: no image")
-                continue
-            try:
-                if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe would take for ever
-                    notes.passed_over.append(f"{_said(path)}: a pipe or device, no file")
-                elif masks and os.path.realpath(path) in masks:
-                    notes.passed_over.append(f"{_said(path)}: a mask, as a {MANIFEST} says")
-                elif not is_meant_as_image(path):
-                    notes.passed_over.append(f"{_said(path)}: no image, by its content and its name")
-                elif _said(path) != str(path):
-                    raise DataError(f"{_said(path)}: a name that is no UTF-8 and cannot be written down; rename it")
-                else:
-                    yield path
-            except FileNotFoundError as error:
-                raise DataError(
-                    f"{path}: a link to nothing; mount or restore what it leads to, or remove it"
-                ) from error
-            except OSError as error:
-                error.filename = error.filename or str(path)
-                stop(error)
-
-
-def _masks_of(manifest: Path) -> set[str]:
-    """Where the files are that a manifest names as masks; none if it cannot be read, which is told where it counts."""
-    try:
-        rows = read_table(manifest, _KNOWN, ("path",)).rows
-    except ManifestError:
-        return set()
-    files = _Files(manifest.parent, Notes())
-    return {os.path.realpath(manifest.parent / files.find(mask)) for row in rows if (mask := row.cells.get("mask"))}
-
-
-def _said(path: Path | str) -> str:
-    """A path as it can be printed: bytes that are no UTF-8 are half a pair of surrogates in it."""
-    return str(path).encode(errors="backslashreplace").decode()
-
-
-def _is_passed_over(folder: str) -> bool:
-    return folder[0] == "." or folder.lower() in _NO_FOLDERS
-
-
 def _only(folder: Path, rows: Sequence[_Row], paths: frozenset[str]) -> list[_Row]:
     """The rows of these paths.
 
@@ -506,12 +399,6 @@ def _only(folder: Path, rows: Sequence[_Row], paths: frozenset[str]) -> list[_Ro
             f"the folder that the list was made of{fault_lines(missing)}"
         )
     return kept
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a data folder that hold images: classes, and perhaps ``unlabelled``."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_passed_over(entry.name))
-    return [name for name in names if next(image_files(folder / name), None) is not None]
 
 
 def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[_Row]:
@@ -536,7 +423,7 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         path = row.base / row.path
         order, placed = frames_of(path, _axis(row.axis))
         if len(order) > 1:
-            places = _places(len(order), choice.slices)
+            places = places_taken(len(order), choice.slices)
             for place in places:
                 frame = str(order[place])
                 patient = f"{row.patient}#{frame}" if unit == "image" else row.patient
@@ -550,10 +437,10 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         key = (name, row.patient if unit == "patient" else "", row.label) if name else ("", row.path)
         series[key].append((position, row))
     for slices in series.values():
-        order, unplaced = _in_order([(position, row.path) for position, row in slices])
+        order, unplaced = slices_in_order([(position, row.path) for position, row in slices])
         if choice.slices == "all":  # then nothing hangs on their order
             order, unplaced = [*order, *unplaced], []
-        places = _places(len(order), choice.slices)
+        places = places_taken(len(order), choice.slices)
         chosen += [slices[order[place]][1] for place in places]
         notes.left_out["other slice"] += len(order) - len(places)
         if unplaced:
@@ -572,36 +459,8 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
     return chosen
 
 
-def _in_order(slices: Sequence[tuple[Position, str]]) -> tuple[list[int], list[int]]:
-    """The order of slices of one series, each with its path, and those that have no place in it.
-
-    By where they lie; if none says that, by their numbers; if none has one, by their names, numbers in them as numbers.
-    """
-
-    def by_name(one: int) -> tuple[list[tuple[int, str]], str]:
-        path = slices[one][1]
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)], path
-
-    everything = range(len(slices))
-    alongs, numbers = ([getattr(position, name) for position, _ in slices] for name in Position._fields)
-    for values in (alongs, numbers):
-        placed = [one for one in everything if values[one] is not None]
-        if placed:
-            order = sorted(placed, key=lambda one: (values[one], numbers[one] or 0, by_name(one)))
-            return order, [one for one in everything if values[one] is None]
-    return sorted(everything, key=by_name), []
-
-
 def _axis(name: str) -> Axis:
     return next((axis for axis in AXES if axis == name), "axial")
-
-
-def _places(count: int, slices: str) -> list[int]:
-    """Which of so many slices a rule takes: ``middle``, ``every:N`` or ``all``."""
-    if slices == "middle":
-        return [count // 2]
-    step = 1 if slices == "all" else int(slices.removeprefix("every:"))
-    return list(range(min(step // 2, count // 2), count, step))
 
 
 def _settled(
@@ -641,7 +500,7 @@ def _read_manifest(
     nameless: bool = False,
 ) -> tuple[list[_Row], bool]:
     """The rows, one for each picture, checked, and whether they carry splits; ``nameless``: patients may be unknown."""
-    table = read_table(manifest, _KNOWN, needed)
+    table = read_table(manifest, KNOWN_COLUMNS, needed)
     notes.told += table.told
     has_splits = "split" in table.columns
     missing = [name for name in needed if name not in table.columns]
@@ -657,14 +516,14 @@ def _read_manifest(
             f"{manifest}: column {named!r} says of which split a row is, and there is no column split; expected it to "
             "be named split, with train, val, test and unlabelled: rename it, or remove it"
         )
-    if free := [name for name in table.columns if name and name not in _KNOWN]:
+    if free := [name for name in table.columns if name and name not in KNOWN_COLUMNS]:
         notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
-    files = _Files(manifest.parent, notes)
-    masks = _masks_of(manifest) if "mask" in table.columns else set()
+    files = Files(manifest.parent, notes)
+    masks = masks_of(manifest) if "mask" in table.columns else set()
     rows, faults = [], []
     for line, entry in table.rows:
-        cells = {name: entry.get(name, "") for name in _KNOWN}
+        cells = {name: entry.get(name, "") for name in KNOWN_COLUMNS}
         place = cells["frame"] or cells["slice"]
         fault: str | None = None
         if place and cells["slice"] not in ("", place):
@@ -704,7 +563,7 @@ def _named_otherwise(table: Table) -> str:
     """The free column whose cells are all names of splits, as people write them, or that says yes or no to one; empty
     if there is none."""
     for name in table.columns:
-        if name in _KNOWN or not name:
+        if name in KNOWN_COLUMNS or not name:
             continue
         found = {row.cells[name].casefold() for row in table.rows} - {""}
         if found & _SPLIT_WORDS and found <= _SPLIT_WORDS:
@@ -714,174 +573,10 @@ def _named_otherwise(table: Table) -> str:
     return ""
 
 
-_Picture = tuple[str, str, bool]
-"""Of a row of a manifest: a file, which frame, and whether that is the slice that was asked for."""
-
-
-class _Files:
-    """The files below a data folder, each folder listed once.
-
-    Attributes:
-        guessed: how many paths were not written as the files are named.
-    """
-
-    def __init__(self, folder: Path, notes: Notes) -> None:
-        self._folder = folder
-        self._notes = notes
-        self._root = os.path.realpath(folder)
-        self._listings: dict[str, dict[str, bool]] = {}
-        self._forms: dict[str, dict[str, list[str]]] = {}
-        self._inside: dict[str, bool] = {}
-        self._series: dict[str, list[tuple[str, Position, str]]] = {}
-        self._uids: dict[str, str] = {}
-        self._owner: tuple[str, Owner] = "", NOBODY
-        self.guessed = 0
-
-    def find(self, path: str) -> str:
-        """The path of the one file or folder that a manifest's path means; itself if there is none or several."""
-        if not path or self._is_there(path):
-            return path
-        for form in (path, path.replace("\\", "/")):
-            found = form if self._is_there(form) else self._in_other_form(form)
-            if found:
-                self.guessed += 1
-                return found
-        return path
-
-    def is_folder(self, path: str) -> bool:
-        """Whether a path that is there is of a folder."""
-        return not self._is_file(path)
-
-    def series(self, path: str, series: str, place: str) -> tuple[list[_Picture], str | None]:
-        """The pictures of a row that names a folder, and what is wrong with it.
-
-        Args:
-            path: of the folder.
-            series: UID of the one series that is meant; any other name, or none, means all that is there.
-            place: number of the one slice that is meant, from 0, in the order of the slices; empty for all.
-        """
-        if path not in self._series:
-            entries = []
-            for found in image_files(self._folder / path, self._notes):
-                uid, position = place_in_series(found)
-                name = os.path.normpath(os.path.join(path, os.path.relpath(found, self._folder / path)))
-                entries.append((uid, position, name))
-            self._series[path] = entries
-        named = _UID.fullmatch(series) is not None
-        these = [entry for entry in self._series[path] if not named or entry[0] == series]
-        places, unplaced = _in_order([(position, name) for _, position, name in these])
-        there = [(these[one][0], these[one][2]) for one in [*places, *unplaced]]
-        if not there:
-            what = f" of series {series}" if named else ""
-            return [(path, place, False)], f"folder {path!r} holds no image{what}; expected at least one"
-        if not place:
-            return [(name, "", False) for _, name in there], None
-        if len({uid for uid, _ in there}) > 1:
-            fault = f"slice {place} of folder {path!r}, which holds several series ("
-            fault += ", ".join(sorted({uid or "none" for uid, _ in there})[:3])
-            return [(path, place, False)], fault + "); expected the UID of one in column series"
-        if len(there) == 1:
-            return [(there[0][1], place, True)], None
-        if unplaced:
-            lacking = these[unplaced[0]][2]
-            fault = f"slice {place} of folder {path!r}, of which {len(unplaced)} images do not say where in the series "
-            fault += f"they lie ({lacking!r}), and others do; expected ImagePositionPatient (0020,0032) with "
-            fault += "ImageOrientationPatient (0020,0037), or InstanceNumber (0020,0013), in all"
-            return [(path, place, False)], fault + ": name the file instead"
-        if not _is_number(place) or int(place) >= len(there):
-            fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
-            return [(path, place, False)], f"{fault} {len(there) - 1}"
-        return [(there[int(place)][1], "", True)], None
-
-    def owner(self, path: str) -> Owner:
-        """Whose a file is by its own header; rows of one file follow one another, and it is read once for them."""
-        if self._owner[0] != path:
-            self._owner = path, owner(self._folder / path)
-        return self._owner[1]
-
-    def contradiction(self, path: str, series: str) -> str | None:
-        """What is wrong with the UID of a series that a row says a file is of; any other name is free."""
-        if _UID.fullmatch(series) is None:
-            return None
-        if path not in self._uids:
-            self._uids[path] = place_in_series(self._folder / path)[0]
-        if self._uids[path] in ("", series):
-            return None
-        return (
-            f"{path!r} is of series {self._uids[path]} (0020,000E), and column series says {series}; expected the same "
-            "in both, or a name that is no UID"
-        )
-
-    def fault(self, path: str) -> str | None:
-        """What is wrong with a path."""
-        if not path:
-            return "no path"
-        whole = os.path.join(self._folder, path)
-        if "\0" in path or not (self._is_inside(whole) if self._is_file(path) else self._leads_inside(whole)):
-            return f"path {path!r} leads out of the data folder; expected a relative path inside it"
-        if not self._is_there(path):
-            return f"path {path!r}: no such file"
-        return None
-
-    def _leads_inside(self, whole: str) -> bool:
-        return self._within(os.path.realpath(whole))
-
-    def _is_inside(self, whole: str) -> bool:
-        if os.path.islink(whole):
-            return self._leads_inside(whole)
-        parent = os.path.dirname(whole)
-        if parent not in self._inside:
-            self._inside[parent] = self._leads_inside(parent)
-        return self._inside[parent]
-
-    def _within(self, real: str) -> bool:
-        return real == self._root or real.startswith(self._root.rstrip("/") + "/")
-
-    def _is_file(self, path: str) -> bool:
-        parent, name = os.path.split(os.path.join(self._folder, path))
-        return self._listing(parent).get(name, False)
-
-    def _is_there(self, path: str) -> bool:
-        whole = os.path.normpath(os.path.join(self._folder, path))
-        parent, name = os.path.split(whole)
-        if whole == os.path.normpath(self._folder):
-            return True
-        return name in self._listing(parent) and (self._is_file(path) or os.path.isdir(whole))
-
-    def _listing(self, parent: str) -> dict[str, bool]:
-        parent = os.path.normpath(parent)
-        if parent not in self._listings:
-            try:
-                with os.scandir(parent) as entries:
-                    self._listings[parent] = {entry.name: entry.is_file() for entry in entries}
-            except (OSError, ValueError):
-                self._listings[parent] = {}
-        return self._listings[parent]
-
-    def _in_other_form(self, path: str) -> str:
-        """A path each of whose parts is there once, up to Unicode's forms."""
-        found = ""
-        for part in path.split("/"):
-            parent = os.path.normpath(os.path.join(self._folder, found))
-            if parent not in self._forms:
-                self._forms[parent] = defaultdict(list)
-                for name in self._listing(parent):
-                    self._forms[parent][unicodedata.normalize("NFC", name)].append(name)
-            names = self._forms[parent].get(unicodedata.normalize("NFC", part), [])
-            if len(names) != 1:
-                return ""
-            found = os.path.join(found, names[0])
-        return found if self._is_there(found) else ""
-
-
 def _refuse(manifest: Path, faults: Sequence[str]) -> None:
     if faults:
         count = f"{len(faults)} rows do" if len(faults) > 1 else "1 row does"
         raise ManifestError(f"{manifest}: {count} not fit; mend or remove them{fault_lines(faults)}")
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
 
 
 def _fault(row: _Row, has_splits: bool, nameless: bool) -> str | None:
@@ -889,7 +584,7 @@ def _fault(row: _Row, has_splits: bool, nameless: bool) -> str | None:
         return f'{row.path!r} has no patient; expected an id, a DICOM file with a PatientID, or unit = "image"'
     if not row.patient.isprintable():
         return f"{row.path!r} has patient {row.patient!r}, with a line break or another sign that is not seen"
-    if row.frame and not _is_number(row.frame):
+    if row.frame and not is_number(row.frame):
         return f"{row.path!r} has frame {row.frame!r}; expected a number from 0, or none for the middle one"
     if row.axis and row.axis not in AXES:
         return f"{row.path!r} has axis {row.axis!r}; expected one of {', '.join(AXES)}, or none"

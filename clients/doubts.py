@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from secure_fed.clients.data import Notes, SiteImage, Unit
+from secure_fed.clients.data import SiteImage, Unit
 from secure_fed.clients.duplicates import Fingerprint, exact_copies
+from secure_fed.clients.files import Notes
 from secure_fed.clients.patients import Doubt, are_open, in_one_form, says_nothing, some, writing_free
 from secure_fed.clients.patients import doubts as doubts_of_ids
 

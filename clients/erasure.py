@@ -7,9 +7,9 @@ from pathlib import Path
 
 from secure_fed.clients.bound import read_bound
 from secure_fed.clients.budget import has_budget, ledger_folder
-from secure_fed.clients.data import Notes
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.features import FeatureCache
+from secure_fed.clients.files import Notes
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import every_image, named_patients
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, similar, writing_free

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from secure_fed.clients.budget import has_budget
-from secure_fed.clients.data import MANIFEST, Choice, Groups, Notes, SiteImage, read_data
+from secure_fed.clients.data import Choice, Groups, SiteImage, read_data
 from secure_fed.clients.decoding import identities
 from secure_fed.clients.doubts import all_doubts, renamed
 from secure_fed.clients.duplicates import Fingerprint, Fingerprints, fingerprints, inseparable, merged
 from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures
+from secure_fed.clients.files import MANIFEST, Notes
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.masks import check_masks

@@ -6,23 +6,23 @@ Every picture that this package looks at comes from :func:`open_file`. :data:`FO
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from pydicom import uid
 from pydicom.pixels.decoders import base
 
-from secure_fed.clients import dicom, nifti, photographs
-from secure_fed.clients.dicom import HEADER, DicomFile, is_dicom, read_header, text
+from secure_fed.clients import dicom_header, nifti, photographs
+from secure_fed.clients.dicom import DicomFile
+from secure_fed.clients.dicom_elements import text
+from secure_fed.clients.dicom_header import HEADER, is_dicom, read_header
 from secure_fed.clients.nifti import Axis, NiftiFile, is_nifti
 from secure_fed.clients.photographs import PhotographFile, looks_like_one
 from secure_fed.clients.rules import Kind, Picture, Rules, UndecodableError
+from secure_fed.clients.series import frames_in_order
 
 
 class Place(NamedTuple):
@@ -158,14 +158,14 @@ def is_meant_as_image(path: Path) -> bool:
 def kind_of(path: Path) -> Kind:
     """What kind of file it is, as its header says; empty for an ordinary picture, and for what cannot be read."""
     header = read_header(path)
-    return dicom.facts(header).kind if header is not None else "no picture" if no_picture(path) else ""
+    return dicom_header.facts(header).kind if header is not None else "no picture" if no_picture(path) else ""
 
 
 def no_picture(path: Path) -> str:
     """What a file is that is no picture of a patient, in words; empty if it is one, or cannot be read."""
     header = read_header(path)
     if header is not None:
-        return dicom.no_picture(header)
+        return dicom_header.no_picture(header)
     try:
         with path.open("rb") as stream:
             head = stream.read(1000)
@@ -201,39 +201,8 @@ def frames_of(path: Path, axis: Axis) -> Frames:
     found = "" if header is None else text(header, "NumberOfFrames")
     if not found.isdecimal() or not 1 < int(found) <= size:  # no file has more frames than bytes
         return alone
-    order = dicom.in_order(header, int(found))
+    order = frames_in_order(header, int(found))
     return Frames(range(int(found)) if order is None else order, order is not None)
-
-
-class Position(NamedTuple):
-    """What slices of a series are ordered by; None what a file does not say.
-
-    Attributes:
-        along: where it lies along the normal of its plane, in mm.
-        number: InstanceNumber (0020,0013).
-    """
-
-    along: float | None = None
-    number: float | None = None
-
-
-def place_in_series(path: Path) -> tuple[str, Position]:
-    """Of a DICOM file, the UID of its series, and where it lies in it; else empty."""
-    header = read_header(path)
-    if header is None:
-        return "", Position()
-    along = number = None
-    with contextlib.suppress(Exception):  # what is no number says nothing
-        number = _finite(float(text(header, "InstanceNumber")))
-    with contextlib.suppress(Exception):
-        position = np.array(header.get("ImagePositionPatient"), dtype=np.float64)
-        rows, columns = np.array(header.get("ImageOrientationPatient"), dtype=np.float64).reshape(2, 3)
-        along = _finite(float(np.cross(rows, columns) @ position))
-    return text(header, "SeriesInstanceUID"), Position(along, number)
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 def identity(content: bytes, frame: int | None, axis: Axis = "axial") -> bytes:

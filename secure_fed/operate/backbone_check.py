@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from secure_fed import configs
-from secure_fed.clients.data import UNLABELLED, class_folders, image_files
+from secure_fed.clients.data import UNLABELLED
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.encoding import USUAL, expected_seconds
+from secure_fed.clients.files import class_folders, image_files
 from secure_fed.clients.rules import UndecodableError
 from secure_fed.core.errors import BackboneError, DataError, fault_lines
 from secure_fed.model.backbone import LoadedBackbone, load_given

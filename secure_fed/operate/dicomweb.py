@@ -29,7 +29,7 @@ from pydicom.datadict import tag_for_keyword
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
-from secure_fed.clients.dicom import NO_PICTURES
+from secure_fed.clients.dicom_header import NO_PICTURES
 from secure_fed.clients.patients import in_one_form
 from secure_fed.core.errors import CertificateError, KeyFileError, PacsError
 from secure_fed.transport.connection import without_password

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import MANIFEST, UNLABELLED
+from secure_fed.clients.data import UNLABELLED
+from secure_fed.clients.files import MANIFEST
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.rules import MOST_PIXELS
 from secure_fed.core.errors import DataError, LabelError, ManifestError

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secure_fed.clients.data import MANIFEST
+from secure_fed.clients.files import MANIFEST
 from secure_fed.core.errors import DataError, KeyFileError, OutputError, PacsError
 from secure_fed.core.storage import LOCK, exclusive, make_folder, write_durable
 from secure_fed.operate.dicomweb import STUDY_KEYS, Found, NotFetchedError, Pacs, PacsImage

@@ -11,21 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-from secure_fed.clients.data import (
-    MANIFEST,
-    UNLABELLED,
-    Notes,
-    SiteImage,
-    Split,
-    Unit,
-    class_folders,
-    image_files,
-    read_data,
-)
-from secure_fed.clients.dicom import patient_id
+from secure_fed.clients.data import UNLABELLED, SiteImage, Split, Unit, read_data
+from secure_fed.clients.dicom_header import patient_id
 from secure_fed.clients.doubts import all_doubts, doubts_of_pictures
 from secure_fed.clients.duplicates import fingerprints
 from secure_fed.clients.features import FeatureCache, Progress
+from secure_fed.clients.files import MANIFEST, Notes, class_folders, image_files
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import Doubt
 from secure_fed.core.errors import DataError, ManifestError, OutputError

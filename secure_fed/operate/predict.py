@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import MANIFEST, Choice, Notes, SiteImage, find_pictures
+from secure_fed.clients.data import Choice, SiteImage, find_pictures
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.doubts import all_doubts, renamed
 from secure_fed.clients.duplicates import Fingerprint
 from secure_fed.clients.encoding import Patches, encode_all
+from secure_fed.clients.files import MANIFEST, Notes
 from secure_fed.clients.patients import MANY_IN_ONE, SETTLED, Doubt
 from secure_fed.clients.photographs import as_drawn
 from secure_fed.clients.rules import MOST_PIXELS, Rules

@@ -28,7 +28,8 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 from pydicom.valuerep import DA, TM
 
-from secure_fed.clients.dicom import is_dicom, text
+from secure_fed.clients.dicom_elements import text
+from secure_fed.clients.dicom_header import is_dicom
 from secure_fed.model.adapter_file import AdapterFile
 
 _SCHEME = "99SECFACMIC"

@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import tomli_w
 
-from secure_fed.clients.data import MANIFEST
 from secure_fed.clients.duplicates import fingerprints, inseparable
 from secure_fed.clients.features import FeatureCache
+from secure_fed.clients.files import MANIFEST
 from secure_fed.clients.manifest import read_table
 from secure_fed.core.errors import StudyError
 from secure_fed.core.tomlfile import parse_toml

@@ -27,9 +27,10 @@ from PIL import Image
 from secure_fed.clients import private_round
 from secure_fed.clients import site as site_module
 from secure_fed.clients.budget import ledger_folder
-from secure_fed.clients.data import Notes, Split
+from secure_fed.clients.data import Split
 from secure_fed.clients.duplicates import Fingerprints
 from secure_fed.clients.features import Labelled, SiteFeatures
+from secure_fed.clients.files import Notes
 from secure_fed.clients.images import Found
 from secure_fed.clients.outgoing_log import SentList
 from secure_fed.clients.private_round import PrivateRounds

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secure_fed.clients.data import DRAWN_ALONE, Choice, Notes, _largest_remainder, read_data
+from secure_fed.clients.data import DRAWN_ALONE, Choice, _largest_remainder, read_data
+from secure_fed.clients.files import Notes
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.simulation_table import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom

@@ -11,9 +11,9 @@ from pydicom.pixels.processing import apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, MRImageStorage, RLELossless, generate_uid
 
-from secure_fed.clients import dicom as dicom_files
+from secure_fed.clients import dicom_header
 from secure_fed.clients.decoding import decode
-from secure_fed.clients.dicom import is_dicom, patient_id
+from secure_fed.clients.dicom_header import is_dicom, patient_id
 from secure_fed.clients.reading import identity
 from secure_fed.clients.rules import UndecodableError
 
@@ -229,8 +229,8 @@ def test_a_patients_id_is_found_wherever_it_stands_and_no_more_is_read_where_it_
         asked.append(until)
         return read_header(path, until)
 
-    read_header = dicom_files.read_header
-    monkeypatch.setattr(dicom_files, "read_header", spy)
+    read_header = dicom_header.read_header
+    monkeypatch.setattr(dicom_header, "read_header", spy)
     assert [patient_id(tmp_path / name) for name in ("a.dcm", "b.dcm")] == ["MRN-7781"] * 2
     assert len(asked) == 3
     assert asked[0] < 0x00180000

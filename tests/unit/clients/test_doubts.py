@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from secure_fed.cli import main
-from secure_fed.clients.data import Notes, SiteImage, read_data
-from secure_fed.clients.dicom import Owner
+from secure_fed.clients.data import SiteImage, read_data
+from secure_fed.clients.dicom_header import Owner
 from secure_fed.clients.doubts import all_doubts, renamed
 from secure_fed.clients.duplicates import Fingerprint
+from secure_fed.clients.files import Notes
 from secure_fed.clients.images import compared_images, refuse_doubts
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import PatientError
@@ -138,6 +139,7 @@ def test_who_may_be_one_patient_by_the_headers_is_never_in_two_splits(federation
 def test_where_an_image_is_a_patient_no_header_is_asked(hospital, monkeypatch):
     _, folder = hospital
     monkeypatch.setattr("secure_fed.clients.data.owner", None)
+    monkeypatch.setattr("secure_fed.clients.files.owner", None)
     assert len(read_data(folder, CLASSES, "image", None, 0)) == 6
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pydicom
 import pytest
 
-from secure_fed.clients.data import Choice, Notes, find_pictures, image_files, read_data
+from secure_fed.clients.data import Choice, find_pictures, read_data
+from secure_fed.clients.files import Notes, image_files
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
 from secure_fed.core.errors import DataError, LabelError, ManifestError

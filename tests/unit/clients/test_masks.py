@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from secure_fed.clients.data import Choice, Notes, SiteImage, find_pictures, read_data
+from secure_fed.clients.data import Choice, SiteImage, find_pictures, read_data
+from secure_fed.clients.files import Notes
 from secure_fed.clients.masks import check_masks, lesion_of
 from secure_fed.clients.photographs import as_drawn
 from secure_fed.clients.reading import no_picture

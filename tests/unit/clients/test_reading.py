@@ -20,7 +20,7 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 
 from secure_fed.clients.decoding import decode, decode_all, identities
-from secure_fed.clients.dicom import is_dicom
+from secure_fed.clients.dicom_header import is_dicom
 from secure_fed.clients.nifti import AXES
 from secure_fed.clients.reading import (
     Place,
@@ -563,7 +563,7 @@ def test_a_device_that_counts_no_frames_means_one():
 
 
 def test_large_pictures_are_computed_in_parts_that_show_no_seam(monkeypatch):
-    from secure_fed.clients import dicom as reader
+    from secure_fed.clients import dicom_display as reader
     from secure_fed.clients import photographs
 
     padded = SMOOTH.copy()
@@ -603,7 +603,7 @@ def deflated(extra=b""):
 
 
 def test_a_deflated_file_is_read_unless_it_becomes_too_large(tmp_path, monkeypatch):
-    from secure_fed.clients import dicom as reader
+    from secure_fed.clients import dicom_header as reader
 
     expected = grey(dicom(RAMP, WindowCenter=150, WindowWidth=400))
     assert np.array_equal(np.asarray(decode(deflated())).astype(int), expected)
@@ -769,7 +769,7 @@ def test_a_directory_of_a_cd_is_no_picture():
 def test_every_class_of_pictures_is_a_picture():
     from pydicom.uid import UID_dictionary
 
-    from secure_fed.clients.dicom import no_picture
+    from secure_fed.clients.dicom_header import no_picture
 
     for sop, (name, kind, *_) in UID_dictionary.items():
         if kind == "SOP Class" and "Image Storage" in name:

@@ -30,11 +30,13 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from secure_fed.clients.data import Choice, Notes, find_pictures, read_data
+from secure_fed.clients.data import Choice, find_pictures, read_data
+from secure_fed.clients.files import Notes
 from secure_fed.clients.nifti import AXES
 from secure_fed.clients.patients import read_settled
-from secure_fed.clients.reading import Place, frames_of, is_meant_as_image, open_file, place_in_series, see
+from secure_fed.clients.reading import Place, frames_of, is_meant_as_image, open_file, see
 from secure_fed.clients.rules import Rules, UndecodableError
+from secure_fed.clients.series import place_in_series
 from secure_fed.core.errors import SecfacmicError
 from secure_fed.protocol.simulation_table import Shares
 from secure_fed.protocol.study_tables import Window

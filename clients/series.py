@@ -1,0 +1,97 @@
+"""In which order the pictures of a series lie, and which of them a rule takes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from secure_fed.clients.dicom_elements import functional_group, text
+from secure_fed.clients.dicom_header import read_header
+
+
+class Position(NamedTuple):
+    """What slices of a series are ordered by; None what a file does not say.
+
+    Attributes:
+        along: where it lies along the normal of its plane, in mm.
+        number: InstanceNumber (0020,0013).
+    """
+
+    along: float | None = None
+    number: float | None = None
+
+
+def place_in_series(path: Path) -> tuple[str, Position]:
+    """Of a DICOM file, the UID of its series, and where it lies in it; else empty."""
+    header = read_header(path)
+    if header is None:
+        return "", Position()
+    along = number = None
+    with contextlib.suppress(Exception):  # what is no number says nothing
+        number = _finite(float(text(header, "InstanceNumber")))
+    with contextlib.suppress(Exception):
+        position = np.array(header.get("ImagePositionPatient"), dtype=np.float64)
+        rows, columns = np.array(header.get("ImageOrientationPatient"), dtype=np.float64).reshape(2, 3)
+        along = _finite(float(np.cross(rows, columns) @ position))
+    return text(header, "SeriesInstanceUID"), Position(along, number)
+
+
+def frames_in_order(dataset: Any, frames: int) -> list[int] | None:
+    """The numbers of a file's frames by where they lie along the normal of their planes; None if not all say that, or
+    not all planes are parallel."""
+    groups = dataset.get("PerFrameFunctionalGroupsSequence")
+    if not groups or len(groups) != frames:
+        return None
+    try:
+        # Each frame's own: what is said of all frames, or of the file, does not tell them apart.
+        positions = [np.array(group.PlanePositionSequence[0].ImagePositionPatient, np.float64) for group in groups]
+        planes = [
+            functional_group(dataset, index, "PlaneOrientationSequence").ImageOrientationPatient
+            for index in range(frames)
+        ]
+        rows, columns = np.array(planes, np.float64).reshape(frames, 2, 3).swapaxes(0, 1)
+        normals = np.cross(rows, columns)
+        along = np.array(positions).reshape(frames, 3) @ normals[0]
+    except Exception:  # what is missing, or no number, says nothing
+        return None
+    if not np.isfinite(along).all() or not np.allclose(normals, normals[0], atol=1e-2):
+        return None
+    return [int(one) for one in np.argsort(along, kind="stable")]
+
+
+def slices_in_order(slices: Sequence[tuple[Position, str]]) -> tuple[list[int], list[int]]:
+    """The order of slices of one series, each with its path, and those that have no place in it.
+
+    By where they lie; if none says that, by their numbers; if none has one, by their names, numbers in them as numbers.
+    """
+
+    def by_name(one: int) -> tuple[list[tuple[int, str]], str]:
+        path = slices[one][1]
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)], path
+
+    everything = range(len(slices))
+    alongs, numbers = ([getattr(position, name) for position, _ in slices] for name in Position._fields)
+    for values in (alongs, numbers):
+        placed = [one for one in everything if values[one] is not None]
+        if placed:
+            order = sorted(placed, key=lambda one: (values[one], numbers[one] or 0, by_name(one)))
+            return order, [one for one in everything if values[one] is None]
+    return sorted(everything, key=by_name), []
+
+
+def places_taken(count: int, slices: str) -> list[int]:
+    """Which of so many slices a rule takes: ``middle``, ``every:N`` or ``all``."""
+    if slices == "middle":
+        return [count // 2]
+    step = 1 if slices == "all" else int(slices.removeprefix("every:"))
+    return list(range(min(step // 2, count // 2), count, step))
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
