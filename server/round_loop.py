@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from secure_fed.protocol.study import AgreedStudy
 from secure_fed.server.byte_store import Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator, Step, paused_text
 from secure_fed.server.journal import now_ms
+from secure_fed.server.standing import Move, Standing
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, read_reply, request_content
 
 log = logging.getLogger(__name__)
@@ -514,74 +516,88 @@ class RoundLoop:
         """Take the round's next step when all whom it needs have answered, or at the deadline when enough have."""
         coordinator = self.coordinator
         if coordinator.given_up:
-            entry = coordinator.advance()
-            assert entry is not None
-            self._closed(entry)
+            self._close()
             self._open()
+        elif coordinator.finished:
             return
-        if coordinator.finished:
-            return
-        step = coordinator.step
-        if coordinator.ends_now or (step is Step.READY and coordinator.extends_now):
-            entry = coordinator.advance()
-            assert entry is not None
-            self._closed(entry)
-            return
-        if coordinator.resting:
+        elif coordinator.ends_now or (coordinator.step is Step.READY and coordinator.extends_now):
+            self._close()
+        elif coordinator.resting:
             self._stepped = time.monotonic()  # a pause is no site's fault
             if coordinator.in_lobby:
                 self._wait_in_lobby()
                 return
             self._tell(f"round {coordinator.round} does not begin: paused (secfacmic study pause, study resume)")
-            return
-        inside = set(coordinator.sites_in)
-        late = self._late()
-        if step in (Step.READY, Step.ACKNOWLEDGED):
-            asked = coordinator.asked  # nobody whose people have given the round up, or let it retire
-            missing = {site.name for site in self._sites if site.name in asked and not self._passes(site)}
-            missing -= {site.name for site in self._sites if self._blind(site)}
-            due = late or not (missing if step is Step.READY and self._just_a_quorum else missing - self._absent)
         else:
-            missing = set(coordinator.asked)
-            away = self._gone(inside | missing)
-            gone = away | coordinator.leaving | (missing if late else set())
-            if step is not Step.REVEAL and gone and missing <= gone and coordinator.fail(gone):
-                log.warning("round %d: another attempt, without %s", coordinator.round, ", ".join(sorted(gone)))
-                self._step_taken()
-                return
-            this = (coordinator.round, coordinator.attempt)
-            refusing = {site.name for site in self._sites if late and site.refused == this}
-            without = missing | coordinator.leaving
-            if step is not Step.REVEAL and without and missing <= away | refusing and coordinator.fail([]):
-                # What the people of those that refuse the cohort say now is in their next READYs.
-                log.warning(
-                    "round %d: too few without %s: all are asked anew", coordinator.round, ", ".join(sorted(without))
-                )
-                self._step_taken()
-                return
-            if step is Step.REVEAL and gone and coordinator.recover(gone):
-                log.warning("round %d: the others speak for %s", coordinator.round, ", ".join(sorted(gone)))
-            # Fixed only while all of them are there: after that the round waits for every one.
-            due = not missing and (step is Step.REVEAL or self._all_there(inside))
-        if due:
-            entry = coordinator.advance()
-            if entry is not None:
-                self._closed(entry)
-                return
-            if coordinator.step is not step:
-                if missing:
-                    log.warning("round %d goes on without %s", coordinator.round, ", ".join(sorted(missing)))
-                # Who is away is not waited for in every round; who is slow is.
-                self._absent |= {site.name for site in self._sites if site.name in missing and not site.since}
-                self._step_taken()
-                return
-        if coordinator.voiding and not missing:
-            self._tell(
-                f"round {coordinator.round}: people gave it up at {', '.join(sorted(coordinator.voiding))}, and it "
-                "cannot be closed without them; it begins anew once a quorum's people have: secfacmic site void"
-            )
-            return
-        self._tell_waiting(step, inside, missing, late)
+            standing = self._standing()
+            if not any(self._make(move, standing) for move in standing.moves()):
+                self._tell_waiting(standing)
+
+    def _close(self) -> None:
+        entry = self.coordinator.advance()
+        assert entry is not None
+        self._closed(entry)
+
+    def _standing(self) -> Standing:
+        """How the open step stands now."""
+        coordinator, late = self.coordinator, self._late()
+        asked = coordinator.asked  # nobody whose people have given the round up, or let it retire
+        if coordinator.step in (Step.READY, Step.ACKNOWLEDGED):
+            missing = {
+                site.name
+                for site in self._sites
+                if site.name in asked and not self._passes(site) and not self._blind(site)
+            }
+            all_count = coordinator.step is Step.READY and self._just_a_quorum
+            return Standing(coordinator.step, missing, late, known_away=set() if all_count else self._absent)
+        inside = set(coordinator.sites_in)
+        attempt = (coordinator.round, coordinator.attempt)
+        return Standing(
+            coordinator.step,
+            asked,
+            late,
+            away=self._gone(inside | asked),
+            leaving=coordinator.leaving,
+            refusing={site.name for site in self._sites if site.refused == attempt},
+            all_there=self._all_there(inside),
+        )
+
+    def _make(self, move: Move, standing: Standing) -> bool:
+        """Try a move; whether the round stands elsewhere now."""
+        coordinator = self.coordinator
+        gone = ", ".join(sorted(standing.gone))
+        if move is Move.STEP:
+            return self._take_step(standing)
+        if move is Move.SPEAK_FOR:
+            if coordinator.recover(standing.gone):
+                log.warning("round %d: the others speak for %s", coordinator.round, gone)
+            return False
+        if not coordinator.fail(standing.gone if move is Move.WITHOUT else []):
+            return False
+        if move is Move.WITHOUT:
+            log.warning("round %d: another attempt, without %s", coordinator.round, gone)
+        else:
+            # What the people of those that refuse the cohort say now is in their next READYs.
+            lacking = ", ".join(sorted(standing.lacking))
+            log.warning("round %d: too few without %s: all are asked anew", coordinator.round, lacking)
+        self._step_taken()
+        return True
+
+    def _take_step(self, standing: Standing) -> bool:
+        """Take the next step with those who are in, if they are enough; whether they were."""
+        entry = self.coordinator.advance()
+        if entry is not None:
+            self._closed(entry)
+            return True
+        if self.coordinator.step is standing.step:
+            return False
+        if standing.missing:
+            missing = ", ".join(sorted(standing.missing))
+            log.warning("round %d goes on without %s", self.coordinator.round, missing)
+        # Who is away is not waited for in every round; who is slow is.
+        self._absent |= {site.name for site in self._sites if site.name in standing.missing and not site.since}
+        self._step_taken()
+        return True
 
     @property
     def _just_a_quorum(self) -> bool:
@@ -590,28 +606,35 @@ class RoundLoop:
         ready, needed = len(self.coordinator.sites_in), self.coordinator.journal.chain.quorum.needed
         return self.agreed.study.pads and ready <= needed
 
-    def _gone(self, names: set[str]) -> set[str]:
+    def _gone(self, names: AbstractSet[str]) -> set[str]:
         """Which of these have not been connected for a while; who only starts anew keeps its place."""
         moment = time.monotonic()
         return {
             site.name for site in self._sites if site.name in names and not site.since and moment > site.left + PATIENCE
         }
 
-    def _all_there(self, names: set[str]) -> bool:
+    def _all_there(self, names: AbstractSet[str]) -> bool:
         return all(site.since and site.heard == site.since for site in self._sites if site.name in names)
 
-    def _tell_waiting(self, step: Step, inside: set[str], missing: set[str], late: bool) -> None:
+    def _tell_waiting(self, standing: Standing) -> None:
+        missing, late = standing.missing, standing.late
+        if self.coordinator.voiding and not missing:
+            self._tell(
+                f"round {self.coordinator.round}: people gave it up at {', '.join(sorted(self.coordinator.voiding))}, "
+                "and it cannot be closed without them; it begins anew once a quorum's people have: secfacmic site void"
+            )
+            return
         away = sorted(site.name for site in self._sites if site.name in missing and not site.since)
         if not away or not (late or not self._busy(missing)):
             return
         needed, seconds = self.coordinator.journal.chain.quorum.needed, self.agreed.study.round_seconds
-        if step is Step.REVEAL:
+        if standing.step is Step.REVEAL:
             until = "until they are back: the sum is fixed, and only they can reveal it;"
         else:
             until = "until there are enough" if late else f"for at most {seconds:g} s"
         self._tell(
-            f"round {self.coordinator.round}: {len(inside)} sites in, quorum {needed}; waiting {until} for "
-            f"{', '.join(away)}, not connected"
+            f"round {self.coordinator.round}: {len(self.coordinator.sites_in)} sites in, quorum {needed}; "
+            f"waiting {until} for {', '.join(away)}, not connected"
         )
 
     def _closed(self, entry: JournalEntry) -> None:
@@ -635,7 +658,7 @@ class RoundLoop:
         )
         self._open()
 
-    def _busy(self, missing: set[str]) -> bool:
+    def _busy(self, missing: AbstractSet[str]) -> bool:
         return any(site.since for site in self._sites if site.name in missing)
 
     def _open(self) -> None:
