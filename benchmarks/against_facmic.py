@@ -39,9 +39,10 @@ from secure_fed.clients.data import SiteImage
 from secure_fed.clients.features import FeatureCache, Labelled, SiteFeatures
 from secure_fed.clients.lmmd import lmmd
 from secure_fed.clients.training import train_round
-from secure_fed.model import backbone as backbones
+from secure_fed.model import loaded_backbone as backbones
 from secure_fed.model.adapters import initial_parameters
-from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.protocol.initial_state import InitialState
 from secure_fed.protocol.study import AgreedStudy, Study
 from secure_fed.protocol.study_tables import Backbone, Method, Training

@@ -31,7 +31,8 @@ from secure_fed.clients.decoding import decode
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.attribution import HeatMaps, margin_of, occluded
-from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.protocol.study import read_template, with_fields
 
 CHANGES: dict[str, dict[str, Any]] = {

@@ -55,7 +55,7 @@ def compare(model: str, count: int, threads: int) -> list[dict[str, Any]]:
 
     from secure_fed.clients.data import SiteImage
     from secure_fed.clients.features import FeatureCache
-    from secure_fed.model import backbone as backbones
+    from secure_fed.model import loaded_backbone as backbones
     from secure_fed.model.backbone import load_backbone, make_random_checkpoint
     from secure_fed.protocol.study_tables import Backbone
 

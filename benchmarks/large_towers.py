@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 
 from secure_fed.clients.encoding import expected_seconds
-from secure_fed.model.backbone import LoadedBackbone
 from secure_fed.model.library import known_model
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.network import Form, build, make_network
+from secure_fed.model.safetensors_file import write_weights
 from secure_fed.model.tokenizer import ClipTokens
 from secure_fed.model.transformers_form import model_config
-from secure_fed.model.weights import write_weights
 
 IMAGES = 8
 TOWERS = {"336": "ViT-L-14-336-quickgelu", "448": "a SigLIP SO400M"}

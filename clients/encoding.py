@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from secure_fed.clients.decoding import MOST_WORKERS, Decoded, decode_all
 from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import Picture, Rules
-from secure_fed.model.backbone import LoadedBackbone
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.protocol.study_tables import Method
 
 View = Literal["plain", "mirrored"]

@@ -25,8 +25,9 @@ from secure_fed.clients.decoding import identities
 from secure_fed.clients.encoding import WHOLE_IMAGES, Patches, View, encode_all
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import BackboneError, StorageError, UnreadableImageError, fault_lines
-from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.model.backbone import load_backbone
 from secure_fed.model.device import Device, kind_of
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.protocol.study_tables import Backbone

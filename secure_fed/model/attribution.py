@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.model.adapters import Adapter
-from secure_fed.model.backbone import LoadedBackbone
 from secure_fed.model.heat import upsampled
+from secure_fed.model.loaded_backbone import LoadedBackbone
 
 SHIFTS = 16
 """Shifted and noisy copies of an image that a map is the mean of; a square number."""

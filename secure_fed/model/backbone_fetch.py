@@ -15,16 +15,17 @@ import open_clip
 
 from secure_fed.core.errors import BackboneError, OutputError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
-from secure_fed.model.backbone import LoadedBackbone, load_given, refuse_other_gelu
+from secure_fed.model.backbone import load_given, refuse_other_gelu
 from secure_fed.model.backbone_form import CONFIG, ENTRY, named
 from secure_fed.model.backbone_hub import download
 from secure_fed.model.backbone_store import Entry, Name, read_entry, store_folder
 from secure_fed.model.library import HUB
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.model_config import OURS
 from secure_fed.model.network import build
+from secure_fed.model.safetensors_file import write_weights
 from secure_fed.model.text_model import TEXT
 from secure_fed.model.tokenizer import FileTokens
-from secure_fed.model.weights import write_weights
 from secure_fed.protocol.study_tables import Backbone
 
 WEIGHTS = "open_clip_model.safetensors"

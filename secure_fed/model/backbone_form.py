@@ -19,14 +19,15 @@ from pydantic import Field
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.model import transformers_form as theirs
-from secure_fed.model.given_files import Foreign, checked, lost_link, read_json
+from secure_fed.model.given_files import Foreign, checked, is_tensorflows, lost_link, read_json
 from secure_fed.model.library import HUB, known_model, name_of, offline, open_clip, same_model, with_activation
 from secure_fed.model.model_config import OURS, check_model_config
 from secure_fed.model.network import Form, under_transformers_names, which_fit, without_text
 from secure_fed.model.preparing import read_preprocessing, usual_preprocessing
+from secure_fed.model.pytorch_file import is_openais
 from secure_fed.model.text_model import TEXT, fetch_text, read_text_model
 from secure_fed.model.tokenizer import ClipTokens, FileTokens, Tokens, read_own_tokenizer, read_tokenizer
-from secure_fed.model.weights import SUFFIXES, adapter_alone, is_openais, is_tensorflows, read_weights
+from secure_fed.model.weights import SUFFIXES, adapter_alone, read_weights
 
 ENTRY = "backbone.json"
 CONFIG = "open_clip_config.json"

@@ -19,6 +19,18 @@ from secure_fed.core.tomlfile import FileModel, parse_table
 
 AGAIN = "copy the folder again from where it came from"
 
+_TENSORFLOWS = re.compile(r"\.ckpt(-\d+)?\.(data-\d+-of-\d+|index|meta)$|\.data-\d{5}-of-\d{5}$|^saved_model\.pb$")
+"""Names of the files of a checkpoint of TensorFlow, or of a model that it saved."""
+
+OTHER_FORMATS = {
+    ".h5": "TensorFlow's weights",
+    ".msgpack": "Flax's weights",
+    ".onnx": "an ONNX model",
+    ".gguf": "quantised weights in GGUF",
+    ".npz": "a numpy archive",
+    ".tflite": "a TensorFlow Lite model",
+}
+
 
 class Foreign(FileModel):
     """A table of somebody else's file: what is read of it is checked, other keys are passed over."""
@@ -64,6 +76,19 @@ def refuse_others(path: Path, head: bytes, size: int, expected: str) -> None:
             f"{path}: is a web page, not {expected}; fetch the file again by its download address, signed in if its "
             "publisher asks so"
         )
+
+
+def is_tensorflows(path: Path) -> bool:
+    """Whether a file is of a checkpoint of TensorFlow, by its name."""
+    return _TENSORFLOWS.search(path.name.lower()) is not None
+
+
+def other_format(path: Path, kind: str) -> BackboneError:
+    """What to say of weights of a kind that is not read."""
+    return BackboneError(
+        f"{path}: is {kind}, which is not read; expected safetensors or PyTorch weights of the same model: its "
+        "publisher mostly offers them beside it"
+    )
 
 
 def read_bytes(path: Path, expected: str) -> bytes:

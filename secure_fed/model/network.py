@@ -17,10 +17,12 @@ from torch import nn
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.model import transformers_form as theirs
+from secure_fed.model.checkpoint_parts import Tensors, type_of, without_prefix
 from secure_fed.model.library import offline, open_clip
 from secure_fed.model.model_config import OURS
+from secure_fed.model.pytorch_file import ARCHIVE_SIZES
 from secure_fed.model.tokenizer import Tokens
-from secure_fed.model.weights import ARCHIVE_SIZES, Tensors, read_weights, type_of, without_prefix
+from secure_fed.model.weights import read_weights
 
 
 @dataclass

@@ -20,9 +20,10 @@ from secure_fed.clients.encoding import USUAL, expected_seconds
 from secure_fed.clients.files import class_folders, image_files
 from secure_fed.clients.rules import UndecodableError
 from secure_fed.core.errors import BackboneError, DataError, fault_lines
-from secure_fed.model.backbone import LoadedBackbone, load_given
+from secure_fed.model.backbone import load_given
 from secure_fed.model.backbone_store import entries, store_folder
 from secure_fed.model.library import fetch_elsewhere, known_to_hubs
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.model_config import OURS
 from secure_fed.model.network import Form, build
 

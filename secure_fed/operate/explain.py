@@ -29,9 +29,10 @@ from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile
 from secure_fed.model.attribution import HeatMaps, margin_of
-from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.model.backbone import load_backbone
 from secure_fed.model.device import Device
 from secure_fed.model.heat import overlay
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.operate.predict import Anomalies, Probabilities
 
 CASES = "cases.json"

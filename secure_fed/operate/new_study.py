@@ -21,7 +21,8 @@ from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.core.tomlfile import parse_table, to_toml, write_toml
 from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, uses_basis
-from secure_fed.model.backbone import LoadedBackbone, is_here, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone import is_here, load_backbone, make_random_checkpoint
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics, precision_for
 from secure_fed.privacy.keys import PublicIdentity
 from secure_fed.protocol import memory

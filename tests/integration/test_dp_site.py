@@ -39,7 +39,7 @@ from secure_fed.core.errors import (
 )
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import Budget, accept_another_run, prepare, simulate
-from secure_fed.model.backbone import LoadedBackbone
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.privacy import class_means
 from secure_fed.privacy.accounting import Mechanism, epsilon_of, mu_squared_of, uniforms
 from secure_fed.privacy.dp_training import Descent

@@ -20,8 +20,9 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError, DataError, OutputError, SiteFileError
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter
 from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_of, pooled_block
-from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.preparing import preparer
 from secure_fed.operate.evidence import pack_evidence
 from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, _Neighbours, explain, write_cases

@@ -19,7 +19,8 @@ from secure_fed.clients.training import predict, train_round
 from secure_fed.core.errors import BackboneError, GuardError, PrivateMethodError, StudyError
 from secure_fed.lab.simulation import Listener, open_sites, prepare, simulate
 from secure_fed.model.adapters import PRIVATE_HEAD, Adapter, build_adapter, check_method, initial_parameters
-from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.text_tower import TextTower
 from secure_fed.privacy.dp_training import refuse_method
 from secure_fed.privacy.guard import check_structure

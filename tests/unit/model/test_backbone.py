@@ -12,8 +12,9 @@ from PIL import Image
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError, DeviceError
 from secure_fed.model import library
-from secure_fed.model.backbone import BATCH, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.device import choose_device, describe_device
+from secure_fed.model.loaded_backbone import BATCH
 from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import models_as_found
 
@@ -233,14 +234,14 @@ def test_a_vit_b_16_in_all_three_forms_offline_and_in_bfloat16(tmp_path, monkeyp
     rng = np.random.default_rng(3)
     images = [Image.fromarray(rng.integers(0, 256, (80, 100, 3)).astype(np.uint8)) for _ in range(4)]
     chosen = first.encode_images(images)
-    monkeypatch.setattr("secure_fed.model.backbone._multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._multiplies_bfloat16", lambda device: False)
     exact = load_backbone(named, tmp_path / "open_clip.pt")
     assert exact.precision == "float32"
     assert (chosen * exact.encode_images(images)).sum(axis=1).min() > 0.999
     assert (first.precision == "bfloat16") == native
     assert (chosen != exact.encode_images(images)).any() == native
-    monkeypatch.setattr("secure_fed.model.backbone._multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr("secure_fed.model.backbone._BF16_COSINE", 1.1)  # an accuracy that nothing reaches
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._BF16_COSINE", 1.1)  # an accuracy that nothing reaches
     assert load_backbone(named, tmp_path / "open_clip.pt").precision == "float32"
 
 
@@ -275,15 +276,15 @@ def test_a_device_that_is_none_is_refused_where_it_is_written(text, tmp_path):
 
 
 def test_bfloat16_weights_are_taken_only_if_they_are_accurate(checkpoint, loaded, monkeypatch):
-    monkeypatch.setattr("secure_fed.model.backbone._multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr("secure_fed.model.backbone._LARGE", 0)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._LARGE", 0)
     half = load_backbone(RANDOM, checkpoint)
     assert (half.precision, half.digest) == ("bfloat16", loaded.digest)
     assert all(value.dtype == torch.bfloat16 for value in half._model.visual.parameters())
     images, texts = pictures(3), ["a head"]
     assert (half.encode_images(images) * loaded.encode_images(images)).sum(axis=1).min() > 0.999
     np.testing.assert_allclose(half.encode_texts(texts), loaded.encode_texts(texts), atol=1e-6)
-    monkeypatch.setattr("secure_fed.model.backbone._BF16_COSINE", 1.1)  # an accuracy that nothing reaches
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._BF16_COSINE", 1.1)  # an accuracy that nothing reaches
     exact = load_backbone(RANDOM, checkpoint)
     assert exact.precision == "float32"
     np.testing.assert_allclose(exact.encode_images(images), loaded.encode_images(images), atol=1e-6)

@@ -21,9 +21,10 @@ from PIL import Image
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import text_model, transformers_form
-from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.model.library import known_model, twin
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.network import make_network
 from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import models_as_found
@@ -941,9 +942,9 @@ def test_the_choice_of_precision_works_for_each_family(
         shutil.copytree(tmp_path / "text", tmp_path / "folder/text")
     backbone = Backbone(model="hf-hub:a/b", weights="pretrained")
     exact = load_backbone(backbone, tmp_path / "folder")
-    monkeypatch.setattr("secure_fed.model.backbone._LARGE", 0)
-    monkeypatch.setattr("secure_fed.model.backbone._multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr("secure_fed.model.backbone._BF16_COSINE", 0.9)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._LARGE", 0)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._BF16_COSINE", 0.9)
     half = load_backbone(backbone, tmp_path / "folder")
     assert (exact.precision, half.precision) == ("float32", "bfloat16")
     assert half.id == exact.id

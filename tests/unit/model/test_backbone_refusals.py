@@ -25,9 +25,11 @@ from huggingface_hub import constants
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.model import backbone_form, backbone_store, library
-from secure_fed.model.backbone import LoadedBackbone, load_backbone, make_random_checkpoint
+from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
-from secure_fed.model.weights import read_weights, write_weights
+from secure_fed.model.loaded_backbone import LoadedBackbone
+from secure_fed.model.safetensors_file import write_weights
+from secure_fed.model.weights import read_weights
 from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import Run
 from tests.unit.model.test_backbone_forms import (
@@ -893,7 +895,7 @@ def test_values_that_float16_holds_are_turned_one_by_one(tmp_path: Path, monkeyp
             return super().write(data)
 
     stream = Watched()
-    monkeypatch.setattr("secure_fed.model.weights.durable", lambda path: contextlib.nullcontext(stream))
+    monkeypatch.setattr("secure_fed.model.safetensors_file.durable", lambda path: contextlib.nullcontext(stream))
     write_weights(tmp_path / "x.safetensors", tensors, halved=True)
     (tmp_path / "x.safetensors").write_bytes(stream.getvalue())
     found = read_weights(tmp_path / "x.safetensors")

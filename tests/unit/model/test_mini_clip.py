@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from secure_fed import configs
-from secure_fed.model.backbone import LoadedBackbone, load_backbone
+from secure_fed.model.backbone import load_backbone
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.protocol.study_tables import Backbone
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
