@@ -156,17 +156,20 @@ def prepare(folder: Path, sites: int, rounds: int) -> int:
 
 
 def make_study(folder: Path, sites: int, rounds: int) -> None:
-    """Keys, authority, run and the canned payload."""
+    """Study, authority, run, each site's identity and the canned payload: no data, and only one site opens the key."""
     import numpy as np
 
-    from secure_fed.lab.demo import prepare_federation
-    from secure_fed.lab.simulation import open_sites
+    from secure_fed.core.layout import ServerState
+    from secure_fed.operate.new_study import new_study
     from secure_fed.privacy.ckks import Cipher
+    from secure_fed.privacy.keys import create_identity, create_sealed_key, open_sealed_key
     from secure_fed.protocol.packing import Binding
-    from tests.conftest import make_images, make_template
+    from secure_fed.protocol.sealed_key import check_sealed_key
+    from secure_fed.server.coordinator import Coordinator
+    from secure_fed.transport.certificates import create_authority
+    from tests.conftest import make_template
 
     names = [f"site-{number:04d}" for number in range(sites)]
-    make_images(folder / "images", per_class=4)
     template = make_template(
         sites=[{"name": name} for name in names],
         key_maker=names[0],
@@ -175,20 +178,20 @@ def make_study(folder: Path, sites: int, rounds: int) -> None:
         round_seconds=3600,
         backbone={"model": "mini-clip", "weights": "random", "seed": 1},
         encoding={"bits": 8 if sites > 256 else 11 if sites > 64 else 13, "lanes": 2, "value_bound": 0.1},
-        simulation={
-            "kind": "simulated",
-            "unit": "image",
-            "shares": {"train": 0.5, "val": 0.2, "test": 0.2, "unlabelled": 0.1},
-            "sites": [{"name": name, "folder": "ash"} for name in names],
-            "shared": True,
-        },
+        simulation=None,
     )
-    agreed = prepare_federation(template, folder, folder / "images")
-    site = open_sites(agreed, folder)[0]
+    identities = [create_identity(folder / "sites" / name / "identity", name) for name in names]
+    new_study(template, [identity.public for identity in identities], folder)
+    agreed = load_study(folder / "study.toml")
+    server = ServerState(folder / "server")
+    create_authority(server.certificates, ["127.0.0.1", "localhost"])
+    key = create_sealed_key(agreed, identities[0], 1)
+    coordinator = Coordinator.begin(
+        agreed, server.path, load_signing_key(server.key), check_sealed_key(key, agreed).key
+    )
     integers = np.zeros(agreed.lanes.values, dtype=np.int64)
-    binding = Binding(run="0" * 64, head="0" * 64, round=1)
-    sealed = Cipher(agreed.lanes, site.replica.keys.secret(site.replica.keys.newest[1])).seal(
-        integers, binding, names[0]
+    sealed = Cipher(agreed.lanes, open_sealed_key(key, agreed, identities[0])).seal(
+        integers, Binding(coordinator.run, coordinator.journal.chain.head, 1), names[0]
     )
     (folder / PAYLOAD).write_bytes(sealed.payload)
 
