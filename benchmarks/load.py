@@ -202,7 +202,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     from secure_fed.lab.demo import _free_port
     from secure_fed.protocol.journal import JournalEntry
     from secure_fed.protocol.records import Chain, RecordFolder
-    from secure_fed.server.coordinator import hold_run
+    from secure_fed.server.orders import hold_run
     from tests.network import busy, peak
 
     values = prepare(folder, sites, rounds)

@@ -22,14 +22,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secure_fed.core.errors import (
     EnvelopeError,
-    KeyFileError,
     LedgerRollbackError,
     NotEnoughSitesError,
     ProtocolError,
     RecordError,
     StudyError,
 )
-from secure_fed.core.layout import ENVELOPES, ServerRun, ServerState, kept_round, numbered, site_envelope
+from secure_fed.core.layout import ENVELOPES, ServerState, kept_round, numbered, site_envelope
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.envelope import (
     MAGIC,
@@ -45,7 +44,7 @@ from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.packing import Wire
 from secure_fed.protocol.pads import commitment, refuse_copied_keys
-from secure_fed.protocol.records import LOST, MOST_ROUNDS, Chain, RecordFolder, summed_checks
+from secure_fed.protocol.records import summed_checks
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     READY_MAGIC,
@@ -98,6 +97,7 @@ from secure_fed.protocol.signing import (
 )
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.server.journal import Journal, now_ms
+from secure_fed.server.orders import Orders, store_amendment
 from secure_fed.server.shares import Shares, StandIn
 
 log = logging.getLogger(__name__)
@@ -165,6 +165,7 @@ class Coordinator:
         self._agreed = agreed
         self._key = key
         self._folder = state.run(run)
+        self._orders = Orders(self._folder)
         self._keep_envelopes = keep_envelopes
         self.journal = Journal(agreed, self._folder.journal, key)
         if not self.journal.records:
@@ -221,7 +222,7 @@ class Coordinator:
         """Whether the coordinator's people let no round begin; one that has a cohort goes on."""
         if self._cohort is not None or self.journal.chain.awaits_checkpoint:
             return False
-        return self._folder.pause.exists() or self.in_lobby
+        return self._orders.paused or self.in_lobby
 
     @property
     def before_the_first(self) -> bool:
@@ -231,7 +232,7 @@ class Coordinator:
     @property
     def in_lobby(self) -> bool:
         """Whether the first round waits until all are ready."""
-        return self.before_the_first and self._folder.lobby.exists()
+        return self.before_the_first and self._orders.lobby
 
     def hold_in_lobby(self, held: bool) -> None:
         """Let the first round wait until all are ready, or no longer.
@@ -239,10 +240,7 @@ class Coordinator:
         Raises:
             StorageError: it cannot be written.
         """
-        if held and self.before_the_first:
-            write_durable(self._folder.lobby, b"")
-        else:
-            self._folder.lobby.unlink(missing_ok=True)
+        self._orders.hold_in_lobby(held and self.before_the_first)
 
     @property
     def rounds(self) -> list[JournalEntry]:
@@ -437,7 +435,7 @@ class Coordinator:
     @property
     def ending(self) -> bool:
         """Whether the coordinator's people have ended the run; a round that has a cohort is closed before."""
-        return not self.finished and self._folder.end.exists()
+        return not self.finished and self._orders.end
 
     @property
     def ends_now(self) -> bool:
@@ -445,27 +443,18 @@ class Coordinator:
         these need are lost for ever."""
         if not self.ending:
             return False
-        return self._lost or (self._cohort is None and not self.journal.chain.awaits_checkpoint)
-
-    @property
-    def _lost(self) -> bool:
-        return self._folder.end.read_bytes() == LOST
+        return self._orders.lost or (self._cohort is None and not self.journal.chain.awaits_checkpoint)
 
     @property
     def extending(self) -> bool:
         """Whether the coordinator's people want more rounds than the run has."""
         chain = self.journal.chain
-        return not chain.ended and not chain.short and self._rounds_wanted > chain.rounds
+        return not chain.ended and not chain.short and self._orders.rounds > chain.rounds
 
     @property
     def extends_now(self) -> bool:
         """Whether they get them with the next step: not within a round that has had a cohort."""
         return self.extending and not self._begun and not self.journal.chain.awaits_checkpoint
-
-    @property
-    def _rounds_wanted(self) -> int:
-        path = self._folder.rounds
-        return int(path.read_text(encoding="ascii")) if path.exists() else 0
 
     @property
     def refusing(self) -> tuple[str, ...]:
@@ -486,13 +475,13 @@ class Coordinator:
             return None
         chain, needed = self.journal.chain, self.journal.chain.quorum.needed
         if self.ends_now:
-            self.journal.append_end(self._lost)
+            self.journal.append_end(self._orders.lost)
             self._open_round()
             return self.journal.records[-1]
         if chain.awaits_checkpoint:
             return self._close_amendment()
         if self.extends_now:
-            self.journal.append_extension(self._rounds_wanted)
+            self.journal.append_extension(self._orders.rounds)
             self._head_moved()
             return self.journal.records[-1]
         if self.resting:
@@ -858,8 +847,7 @@ class Coordinator:
 
     def _waiting_amendment(self) -> bytes | None:
         """The amendment that follows the key in force, if one was left."""
-        path = self._folder.amendment(self.journal.chain.key)
-        return path.read_bytes() if path.exists() else None
+        return self._orders.amendment(self.journal.chain.key)
 
     def _acknowledge(self, data: bytes, site: str) -> None:
         """Keep an acknowledgement for the checkpoint. In memory: after a restart sites give it again."""
@@ -1073,139 +1061,3 @@ def paused_text(coordinator: Coordinator) -> str:
         "leave by its own word: secfacmic site retire. A site without a budget then needs its people's word for the "
         "smaller cohort: secfacmic site release. Who has both sums can compute what the one that left had sent"
     )
-
-
-def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed: bytes) -> None:
-    """Leave an amendment in a run's folder, where its coordinator finds it, running or not.
-
-    Raises:
-        KeyFileError: it does not follow the key in force, or the members cannot change so.
-    """
-    _, members = check_amendment(sealed, agreed, chain.members, chain.key)
-    changed = chain.changed(members)
-    if len(changed) > 1:
-        raise KeyFileError(
-            f"an amendment by which {', '.join(changed)} would join, leave or change; expected one training site "
-            "at most between two rounds: make one amendment for each, and let a round pass between them"
-        )
-    path = ServerRun(run_folder).amendment(chain.key)
-    make_folder(path.parent)
-    write_durable(path, sealed)
-
-
-def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> tuple[int, int]:
-    """Leave an amendment for the current run, whether its coordinator is running or not.
-
-    Args:
-        agreed: the study.
-        state: the server's state folder.
-        sealed: a sealed key file that follows the key in force.
-
-    Returns:
-        The first round in which it can be in force, or the next one, if that is being closed; and the run's last.
-
-    Raises:
-        StudyError: no run has begun.
-        RecordError: the run's journal does not verify.
-        KeyFileError: it does not follow the key in force, or the members cannot change so.
-    """
-    folder, chain = _current_run(agreed, state)
-    store_amendment(agreed, folder.path, chain, sealed)
-    return chain.round + 1, chain.rounds
-
-
-def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
-    """Let no round of the current run begin, or begin again, whether its coordinator is running or not.
-
-    Args:
-        agreed: the study.
-        state: the server's state folder.
-        paused: whether no round is to begin.
-
-    Returns:
-        The round that is due.
-
-    Raises:
-        StudyError: no run has begun, or it is over.
-        RecordError: the run's journal does not verify.
-        StorageError: it cannot be written.
-    """
-    folder, chain = _open_run(agreed, state)
-    if paused:
-        write_durable(folder.pause, b"")
-    else:
-        folder.pause.unlink(missing_ok=True)
-        folder.lobby.unlink(missing_ok=True)
-    return chain.round + 1
-
-
-def extend_run(agreed: AgreedStudy, state: Path, rounds: int) -> int:
-    """Let the current run have more rounds, whether its coordinator is running or not, and though it is over.
-
-    Args:
-        agreed: the study.
-        state: the server's state folder.
-        rounds: how many in all.
-
-    Returns:
-        The last round that has its record now.
-
-    Raises:
-        StudyError: no run has begun, or it was ended; it has as many rounds already; or its method has a fixed number.
-        RecordError: the run's journal does not verify.
-        StorageError: it cannot be written.
-    """
-    folder, chain = _current_run(agreed, state)
-    if agreed.study.method.sums:
-        raise StudyError(
-            f"{state}: the rounds of {agreed.study.method.adapter} are its method's, {agreed.study.rounds}; expected a "
-            "study that trains: begin another study"
-        )
-    if chain.ended or chain.short or folder.end.exists():
-        raise StudyError(f"{state}: the run was ended after {chain.round} rounds; expected one that goes on")
-    if not chain.rounds < rounds <= MOST_ROUNDS:
-        raise StudyError(
-            f"{state}: {rounds} rounds, and the run has {chain.rounds}; expected more, {MOST_ROUNDS} at most"
-        )
-    write_durable(folder.rounds, str(rounds).encode())
-    return chain.round
-
-
-def end_run(agreed: AgreedStudy, state: Path, lost: bool = False) -> int:
-    """End the current run before its last round, whether its coordinator is running or not; not to be taken back.
-
-    Args:
-        agreed: the study.
-        state: the server's state folder.
-        lost: for want of sites, which never come back: a round that has a cohort is given up.
-
-    Returns:
-        The last round that has its record now; one that has a cohort is closed before the end, unless sites are lost.
-
-    Raises:
-        StudyError: no run has begun, or it is over.
-        RecordError: the run's journal does not verify.
-        StorageError: it cannot be written.
-    """
-    folder, chain = _open_run(agreed, state)
-    write_durable(folder.end, LOST if lost else b"")
-    return chain.round
-
-
-def _open_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
-    """The current run, which is not over."""
-    folder, chain = _current_run(agreed, state)
-    if chain.finished:
-        raise StudyError(f"{state}: the run is over after {chain.round} rounds; expected one that goes on")
-    return folder, chain
-
-
-def _current_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
-    folder = ServerState(state)
-    run = folder.current_run
-    if run is None:
-        raise StudyError(f"{state}: no run has begun; expected one")
-    chain = Chain(agreed)
-    for _ in RecordFolder(folder.run(run).journal).replay(chain):
-        pass
-    return folder.run(run), chain

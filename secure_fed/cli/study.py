@@ -293,7 +293,7 @@ def amend(
 ) -> None:
     """Bring a rotated key into force with the next round, whether the server is running or not."""
     from secure_fed.protocol.sealed_key import check_sealed_key, exact_warning, read_sealed_file
-    from secure_fed.server.coordinator import amend_run
+    from secure_fed.server.orders import amend_run
 
     agreed, data = load_study(study), read_sealed_file(sealed)
     first, last = amend_run(agreed, state, data)
@@ -327,7 +327,7 @@ def pause(study: Made, state: State) -> None:
 
     Sites stay connected and are asked nothing.
     """
-    from secure_fed.server.coordinator import hold_run
+    from secure_fed.server.orders import hold_run
 
     due = hold_run(load_study(study), state, paused=True)
     out.print(
@@ -341,7 +341,7 @@ def pause(study: Made, state: State) -> None:
 @app.command()
 def resume(study: Made, state: State) -> None:
     """Let rounds begin again after study pause."""
-    from secure_fed.server.coordinator import hold_run
+    from secure_fed.server.orders import hold_run
 
     due = hold_run(load_study(study), state, paused=False)
     out.print(f"round {due} is due", highlight=False)
@@ -357,7 +357,7 @@ def extend(
 
     In force with the next round. Each site's people accept them first, each at its own site.
     """
-    from secure_fed.server.coordinator import extend_run
+    from secure_fed.server.orders import extend_run
 
     agreed = load_study(study)
     done = extend_run(agreed, state, rounds)
@@ -385,7 +385,7 @@ def end(
     Whether the server is running or not: it tells the sites when it runs, by a signed record. A round whose cohort is
     chosen is closed before; with --lost it is given up, and server and sites end with 70.
     """
-    from secure_fed.server.coordinator import end_run
+    from secure_fed.server.orders import end_run
 
     agreed = load_study(study)
     if not yes:

@@ -12,7 +12,8 @@ import pytest
 from secure_fed.core.errors import NotEnoughSitesError, RecordError, StudyError
 from secure_fed.operate.standing import is_over, standing
 from secure_fed.protocol.rounds import ReplyCode
-from secure_fed.server.coordinator import Coordinator, Step, end_run, extend_run, hold_run
+from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.orders import end_run, extend_run, hold_run
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked
 from tests.conftest import Federation, Run, make_template
 from tests.integration.test_flower_rounds import _begin, _identity, _loop, _steps

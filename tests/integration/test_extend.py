@@ -16,7 +16,8 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import NotAcceptedError, RecordError, StudyError
 from secure_fed.operate.standing import is_over, standing
 from secure_fed.protocol.records import MOST_ROUNDS
-from secure_fed.server.coordinator import Coordinator, Step, end_run, extend_run
+from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.orders import end_run, extend_run
 from secure_fed.server.supervisor import ServerFolders
 from tests.conftest import OBSERVER, Federation
 from tests.integration.test_flower_rounds import Wire, _begin, _federation, _identity, _loop, _steps

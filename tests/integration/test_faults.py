@@ -22,7 +22,7 @@ from secure_fed.lab.simulation import open_run, open_sites, prepare
 from secure_fed.protocol import codec
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import Template
-from secure_fed.server.coordinator import store_amendment
+from secure_fed.server.orders import store_amendment
 from tests.conftest import Federation, close_round, exchange, make_template
 from tests.network import Network
 

@@ -15,7 +15,8 @@ from secure_fed.core.errors import DataError, EnvelopeError, NotAcceptedError
 from secure_fed.protocol.presence import PresenceQuestion, check_presence, sign_presence
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import ZERO_DIGEST
-from secure_fed.server.coordinator import Coordinator, hold_run
+from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.orders import hold_run
 from secure_fed.server.round_loop import RoundLoop
 from tests.conftest import OBSERVER, TRAINING, Federation
 from tests.integration.test_flower_rounds import Wire, _begin, _identity, _loop, _steps

@@ -53,7 +53,8 @@ from secure_fed.protocol.round_frames import (
 )
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import sign_frame
-from secure_fed.server.coordinator import Coordinator, Step, end_run, extend_run
+from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.orders import end_run, extend_run
 from secure_fed.server.rebuild import rebuild
 from tests.conftest import (
     TRAINING,

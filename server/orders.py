@@ -1,0 +1,201 @@
+"""What the coordinator's people order for a run: left in its folder, where the coordinator finds it, running or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secure_fed.core.errors import KeyFileError, StudyError
+from secure_fed.core.layout import ServerRun, ServerState
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.protocol.records import LOST, MOST_ROUNDS, Chain, RecordFolder
+from secure_fed.protocol.sealed_key import check_amendment
+from secure_fed.protocol.study import AgreedStudy
+
+
+class Orders:
+    """Those that lie in a run's folder.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: ServerRun) -> None:
+        self._folder = folder
+
+    @property
+    def paused(self) -> bool:
+        """Whether no round is to begin."""
+        return self._folder.pause.exists()
+
+    @property
+    def lobby(self) -> bool:
+        """Whether the first round waits until all are ready."""
+        return self._folder.lobby.exists()
+
+    def hold_in_lobby(self, held: bool) -> None:
+        """Let the first round wait until all are ready, or no longer.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if held:
+            write_durable(self._folder.lobby, b"")
+        else:
+            self._folder.lobby.unlink(missing_ok=True)
+
+    @property
+    def end(self) -> bool:
+        """Whether the run is to end before its last round."""
+        return self._folder.end.exists()
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is to end for want of sites, which never come back; once it is to end."""
+        return self._folder.end.read_bytes() == LOST
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds the run is to have, if more than it has; else 0."""
+        path = self._folder.rounds
+        return int(path.read_text(encoding="ascii")) if path.exists() else 0
+
+    def amendment(self, key: str) -> bytes | None:
+        """The amendment that follows the key of that id, if one was left."""
+        path = self._folder.amendment(key)
+        return path.read_bytes() if path.exists() else None
+
+
+def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed: bytes) -> None:
+    """Leave an amendment in a run's folder, where its coordinator finds it, running or not.
+
+    Raises:
+        KeyFileError: it does not follow the key in force, or the members cannot change so.
+    """
+    _, members = check_amendment(sealed, agreed, chain.members, chain.key)
+    changed = chain.changed(members)
+    if len(changed) > 1:
+        raise KeyFileError(
+            f"an amendment by which {', '.join(changed)} would join, leave or change; expected one training site "
+            "at most between two rounds: make one amendment for each, and let a round pass between them"
+        )
+    path = ServerRun(run_folder).amendment(chain.key)
+    make_folder(path.parent)
+    write_durable(path, sealed)
+
+
+def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> tuple[int, int]:
+    """Leave an amendment for the current run, whether its coordinator is running or not.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+        sealed: a sealed key file that follows the key in force.
+
+    Returns:
+        The first round in which it can be in force, or the next one, if that is being closed; and the run's last.
+
+    Raises:
+        StudyError: no run has begun.
+        RecordError: the run's journal does not verify.
+        KeyFileError: it does not follow the key in force, or the members cannot change so.
+    """
+    folder, chain = _current_run(agreed, state)
+    store_amendment(agreed, folder.path, chain, sealed)
+    return chain.round + 1, chain.rounds
+
+
+def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
+    """Let no round of the current run begin, or begin again, whether its coordinator is running or not.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+        paused: whether no round is to begin.
+
+    Returns:
+        The round that is due.
+
+    Raises:
+        StudyError: no run has begun, or it is over.
+        RecordError: the run's journal does not verify.
+        StorageError: it cannot be written.
+    """
+    folder, chain = _open_run(agreed, state)
+    if paused:
+        write_durable(folder.pause, b"")
+    else:
+        folder.pause.unlink(missing_ok=True)
+        folder.lobby.unlink(missing_ok=True)
+    return chain.round + 1
+
+
+def extend_run(agreed: AgreedStudy, state: Path, rounds: int) -> int:
+    """Let the current run have more rounds, whether its coordinator is running or not, and though it is over.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+        rounds: how many in all.
+
+    Returns:
+        The last round that has its record now.
+
+    Raises:
+        StudyError: no run has begun, or it was ended; it has as many rounds already; or its method has a fixed number.
+        RecordError: the run's journal does not verify.
+        StorageError: it cannot be written.
+    """
+    folder, chain = _current_run(agreed, state)
+    if agreed.study.method.sums:
+        raise StudyError(
+            f"{state}: the rounds of {agreed.study.method.adapter} are its method's, {agreed.study.rounds}; expected a "
+            "study that trains: begin another study"
+        )
+    if chain.ended or chain.short or folder.end.exists():
+        raise StudyError(f"{state}: the run was ended after {chain.round} rounds; expected one that goes on")
+    if not chain.rounds < rounds <= MOST_ROUNDS:
+        raise StudyError(
+            f"{state}: {rounds} rounds, and the run has {chain.rounds}; expected more, {MOST_ROUNDS} at most"
+        )
+    write_durable(folder.rounds, str(rounds).encode())
+    return chain.round
+
+
+def end_run(agreed: AgreedStudy, state: Path, lost: bool = False) -> int:
+    """End the current run before its last round, whether its coordinator is running or not; not to be taken back.
+
+    Args:
+        agreed: the study.
+        state: the server's state folder.
+        lost: for want of sites, which never come back: a round that has a cohort is given up.
+
+    Returns:
+        The last round that has its record now; one that has a cohort is closed before the end, unless sites are lost.
+
+    Raises:
+        StudyError: no run has begun, or it is over.
+        RecordError: the run's journal does not verify.
+        StorageError: it cannot be written.
+    """
+    folder, chain = _open_run(agreed, state)
+    write_durable(folder.end, LOST if lost else b"")
+    return chain.round
+
+
+def _open_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
+    """The current run, which is not over."""
+    folder, chain = _current_run(agreed, state)
+    if chain.finished:
+        raise StudyError(f"{state}: the run is over after {chain.round} rounds; expected one that goes on")
+    return folder, chain
+
+
+def _current_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
+    folder = ServerState(state)
+    run = folder.current_run
+    if run is None:
+        raise StudyError(f"{state}: no run has begun; expected one")
+    chain = Chain(agreed)
+    for _ in RecordFolder(folder.run(run).journal).replay(chain):
+        pass
+    return folder.run(run), chain
