@@ -28,7 +28,7 @@ from secure_fed.core.errors import (
     RecordError,
     StudyError,
 )
-from secure_fed.core.layout import ENVELOPES, ServerState, kept_round, numbered, site_envelope
+from secure_fed.core.layout import ServerState, kept_round, site_envelope
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.envelope import (
     MAGIC,
@@ -50,7 +50,6 @@ from secure_fed.protocol.round_frames import (
     READY_MAGIC,
     RETIRED_MAGIC,
     REVEAL_MAGIC,
-    VOID_MAGIC,
     ReadyHeader,
     Revealed,
     RevealHeader,
@@ -62,21 +61,12 @@ from secure_fed.protocol.round_frames import (
     check_ready,
     check_retired,
     check_reveal,
-    check_void,
     fresh_keys,
     sign_cohort,
     split_word,
-    word_head,
 )
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.sealed_key import (
-    ACKNOWLEDGEMENT_MAGIC,
-    MAX_ACKNOWLEDGEMENT_HEADER,
-    AcknowledgementHeader,
-    Members,
-    check_amendment,
-    verify_acknowledgement,
-)
+from secure_fed.protocol.sealed_key import Members, check_amendment
 from secure_fed.protocol.share_frames import (
     CHECKED_MAGIC,
     WITNESS_MAGIC,
@@ -86,26 +76,27 @@ from secure_fed.protocol.share_frames import (
     sign_check,
     sign_gone,
 )
-from secure_fed.protocol.signing import (
-    SIGNATURE_BYTES,
-    Frame,
-    check_payload,
-    parse_header,
-    public_hex,
-    sign_frame,
-    split_frame,
-)
+from secure_fed.protocol.signing import check_payload, parse_header, public_hex, sign_frame, split_frame
 from secure_fed.protocol.study import AgreedStudy
+from secure_fed.server.acknowledgements import Acknowledgements
 from secure_fed.server.journal import Journal, now_ms
 from secure_fed.server.orders import Orders, store_amendment
 from secure_fed.server.shares import Shares, StandIn
+from secure_fed.server.spool import (
+    ARRIVED,
+    CHECKED,
+    COHORT,
+    REVEAL_OF,
+    SHARES_OF,
+    Spool,
+    attempts,
+    envelope_start,
+    erase_other_rounds,
+    erase_round,
+)
+from secure_fed.server.voids import Voids
 
 log = logging.getLogger(__name__)
-
-
-COHORT, ARRIVED, CHECKED = "cohort", "arrived", "checked"
-REVEAL_OF, SHARES_OF = "reveal-", "shares-"
-"""Names of an attempt's frames in the spool; a site's name follows the last two."""
 
 
 class Step(StrEnum):
@@ -300,17 +291,16 @@ class Coordinator:
 
     def _payload(self, site: str) -> bytes:
         """A site's residues in this attempt, from the spool."""
-        return site_envelope(self._spool(), site).read_bytes()[-self._wire.payload_bytes :]
+        return self._spool.envelope(site)[-self._wire.payload_bytes :]
 
     def _past(self, site: str) -> bytes:
         """The newest word of a site in the open round, as it signed it."""
         if site in self._reveals:
-            return self._folder.frame(self.round, self.attempt, REVEAL_OF + site).read_bytes()
+            return self._spool.frame(REVEAL_OF + site) or b""
         held = self._held.get(site)
         if held is None:
             return b""
-        with held[1].open("rb") as file:
-            data = file.read(8 + MAX_HEADER + SIGNATURE_BYTES)
+        data = envelope_start(held[1])
         with contextlib.suppress(EnvelopeError):
             return data[: len(data) - len(split_frame(MAGIC, data, MAX_HEADER, EnvelopeError).payload)]
         return b""  # damaged: it is asked for again
@@ -346,11 +336,13 @@ class Coordinator:
         elif reply.code == ReplyCode.REVEALED:
             self._take_reveal(reply.envelope, reply.site)
         elif reply.code == ReplyCode.VOID:
-            self._take_void(reply.envelope, reply.site)
+            self._voids.take(reply.envelope, reply.site)
+            self._readies.pop(reply.site, None)
         elif reply.code == ReplyCode.RETIRED:
             self._take_retired(reply.envelope, reply.site)
         elif reply.code == ReplyCode.ACKNOWLEDGED:
-            self._acknowledge(reply.envelope, reply.site)
+            if self.journal.chain.awaits_checkpoint:
+                self._acknowledged.take(reply.envelope, reply.site, self.journal.chain)
         elif reply.code == ReplyCode.SITS_OUT and head == self.journal.chain.head:
             self._readies.pop(reply.site, None)
             self._left_out.add(reply.site)
@@ -390,7 +382,7 @@ class Coordinator:
     def sites_in(self) -> tuple[str, ...]:
         """Who has answered what the step asks, by name: sites that are ready, whose envelope came, or that revealed."""
         if self.journal.chain.awaits_checkpoint:
-            return tuple(sorted(self._acknowledged))
+            return tuple(sorted(self._acknowledged.frames))
         if self._cohort is None:
             return tuple(sorted(self._readies))
         if self._arrived is None:
@@ -405,7 +397,7 @@ class Coordinator:
     @property
     def voiding(self) -> frozenset[str]:
         """Whose people have given the open round up, or that of the last sum, on which they reveal nothing then."""
-        return frozenset(self._voids) | frozenset(self._late_voids)
+        return self._voids.sites
 
     @property
     def leaving(self) -> frozenset[str]:
@@ -416,13 +408,7 @@ class Coordinator:
     @property
     def given_up(self) -> bool:
         """Whether those of the open round, or of the last sum's, are a quorum: then it begins anew."""
-        needed = self.journal.chain.quorum.needed
-        return (len(self._voids) >= needed and not self.finished) or self._given_up_late
-
-    @property
-    def _given_up_late(self) -> bool:
-        before = self.journal.before
-        return before is not None and len(self._late_voids) >= before.quorum.needed
+        return (self._voids.complete and not self.finished) or self._voids.late_complete
 
     @property
     def paused(self) -> bool:
@@ -493,7 +479,7 @@ class Coordinator:
             enough = len(set(self._readies) | self._refusing) >= needed
             if waiting is not None and not self._begun and enough and self._may_amend(waiting):
                 self.journal.append_amendment(waiting)
-                self._acknowledged.clear()
+                self._acknowledged = Acknowledgements(self._agreed)
                 self._head_moved()
                 self._refusing.clear()
                 return self.journal.records[-1]
@@ -593,8 +579,8 @@ class Coordinator:
         """COHORT: who is ready takes part."""
         chosen = [self._readies[name] for name in sorted(self._readies)]
         data = sign_cohort(self._agreed, self.journal.chain.due, self.attempt, chosen, self._key)
-        make_folder(self._spool())
-        write_durable(self._folder.frame(self.round, self.attempt, COHORT), data, 0o600)
+        self._spool.begin()
+        self._spool.keep(COHORT, data)
         self._set_cohort(data)
 
     def _set_cohort(self, data: bytes) -> None:
@@ -614,8 +600,8 @@ class Coordinator:
         data = sign_frame(ARRIVED_MAGIC, header, self._key, b"")
         checked = b"".join(self._shares.checked[name].signed[1] for name in self._cohort.names if self._shares.checked)
         if checked:
-            write_durable(self._folder.frame(self.round, self.attempt, CHECKED), checked, 0o600)
-        write_durable(self._folder.frame(self.round, self.attempt, ARRIVED), data, 0o600)
+            self._spool.keep(CHECKED, checked)
+        self._spool.keep(ARRIVED, data)
         self._arrived = _Question(data, self._cohort.names, arrived_digest(header), words, checked)
 
     def _sum(self) -> bytes:
@@ -639,7 +625,7 @@ class Coordinator:
                 log.error(
                     "%s: its REVEAL of round %d is wrong: it does not fit the envelope that it signed; both are kept "
                     "in %s; the round waits for its right one, or for people",
-                    *(name, self.round, self._spool()),
+                    *(name, self.round, self._spool.folder),
                 )
                 del self._reveals[name]
                 self._true_checks[name] = true
@@ -690,7 +676,7 @@ class Coordinator:
             raise EnvelopeError(f"REVEAL of {site}: its check does not fit its envelope; it does not count")
         if header.mask is not None:
             self._check_mask(header)
-        write_durable(self._folder.frame(self.round, self.attempt, REVEAL_OF + site), data, 0o600)
+        self._spool.keep(REVEAL_OF + site, data)
         self._reveals[site] = Revealed(*header.check, word.signature)
         self._shares.gone.pop(site, None)
 
@@ -723,37 +709,14 @@ class Coordinator:
             raise EnvelopeError(f"a WITNESS of {header.site} for {header.gone} in a reply of {site}")
         self._shares.witness(site, header.gone, header.products, word.signature, share)
 
-    def _take_void(self, data: bytes, site: str) -> None:
-        word = split_word(VOID_MAGIC, data)
-        chain, before = self.journal.chain, self.journal.before
-        late = before is not None and word_head(word) == before.head
-        voids, place = (self._late_voids, before) if late else (self._voids, chain)
-        assert place is not None
-        header = check_void(word, self._agreed, place.members, place.due)
-        if header.site != site:
-            raise EnvelopeError(f"a void of {header.site} in a reply of {site}")
-        if site not in voids:
-            log.warning("%s: its people give round %d up; it %s revealed", site, header.round,
-                        "had" if header.revealed else "had not")  # fmt: skip
-        voids[site] = word
-        self._readies.pop(site, None)
-
     def _give_up(self) -> JournalEntry:
         """The void of what was begun of the round. Its spool goes first: nothing but the void can follow then.
 
         Or of the last sum, where its record and these words crossed: the void counts.
         """
-        shutil.rmtree(self._folder.spooled_round(self.round), ignore_errors=True)
-        late = self._given_up_late
-        voids = self._late_voids if late else self._voids
-        words = [voids[name] for name in sorted(voids)]
-        if late:
-            log.warning("round %d: a quorum gives it up, whose record was there already: the record is taken back, and "
-                        "nobody need have lied", self.round - 1)  # fmt: skip
-            self.journal.replace_sum(words)
+        erase_round(self._folder, self.round)
+        if self._voids.append():
             self._retiring.clear()  # asked again at the new head
-        else:
-            self.journal.append_void(words)
         self._open_round()
         return self.journal.records[-1]
 
@@ -782,12 +745,12 @@ class Coordinator:
     def _head_moved(self) -> None:
         """What sites have said of the round that is due was said at another head: they are asked again."""
         self._readies.clear()
-        self._voids.clear()
+        self._voids.given.clear()
 
     def _next_attempt(self) -> None:
         self._clear_attempt()
         self.attempt += 1
-        make_folder(self._spool())
+        self._spool.begin()
 
     def _clear_attempt(self) -> None:
         self._cohort = None
@@ -826,20 +789,17 @@ class Coordinator:
 
     def _open_round(self) -> None:
         self.attempt = 1
-        self._acknowledged: dict[str, Frame] = {}
+        self._acknowledged = Acknowledgements(self._agreed)
         self._opened_ms = now_ms()
         self._seeds: Seeds = {}  # of this round's envelopes, in all its attempts
         self._begun = False  # whether a cohort of the round was sent out, after which its members are frozen
         self._left_out: set[str] = set()
         self._complaints: dict[str, float] = {}  # over shares, of all its attempts
-        self._voids: dict[str, SignedWord] = {}
-        self._late_voids: dict[str, SignedWord] = {}  # of the round of the last record
+        self._voids = Voids(self._agreed, self.journal)
         self._refusing: set[str] = set()
         self._held: dict[str, tuple[str, Path]] = {}
         self._clear_attempt()
-        for folder in self._folder.spool.glob("*"):
-            if folder.name != numbered(self.round):
-                shutil.rmtree(folder)
+        erase_other_rounds(self._folder, self.round)
         # One more than is promised: a site may be a record behind.
         for number in self._folder.shown_rounds():
             if number < self.round - 1 - self._agreed.study.keep_rounds:
@@ -849,41 +809,13 @@ class Coordinator:
         """The amendment that follows the key in force, if one was left."""
         return self._orders.amendment(self.journal.chain.key)
 
-    def _acknowledge(self, data: bytes, site: str) -> None:
-        """Keep an acknowledgement for the checkpoint. In memory: after a restart sites give it again."""
-        chain = self.journal.chain
-        if not chain.awaits_checkpoint:
-            return
-        try:
-            frame = split_frame(ACKNOWLEDGEMENT_MAGIC, data, MAX_ACKNOWLEDGEMENT_HEADER, RecordError)
-            header = verify_acknowledgement(
-                frame.header, frame.signature, self._agreed, chain.members, self.run, chain.head
-            )
-            check_payload(frame, header, RecordError)
-        except RecordError as error:
-            raise ProtocolError(f"{site}: {error}") from None
-        if header.site != site:
-            raise ProtocolError(f"an acknowledgement of {header.site} in a reply of {site}")
-        if site != self._agreed.study.key_maker:
-            # Only the key maker's checkpoint counts; the others acknowledge its digest.
-            frame = Frame(frame.magic, frame.header, frame.signature, memoryview(b""))
-        self._acknowledged[site] = frame
-
     def _close_amendment(self) -> JournalEntry | None:
-        chain = self.journal.chain
-        maker = self._acknowledged.get(self._agreed.study.key_maker)
-        if maker is None:
+        """CHECKPOINT: a quorum holds the key maker's adapter."""
+        agreed = self._acknowledged.checkpoint(self.journal.chain)
+        if agreed is None:
             return None
-        agreed = _acknowledged_adapter(maker)
-        agreeing = [site for site in self.sites_in if _acknowledged_adapter(self._acknowledged[site]) == agreed]
-        odd = sorted(set(self.sites_in) - set(agreeing))
-        if odd:
-            log.warning("%s: acknowledge another adapter than the key maker, and are left out", ", ".join(odd))
-        if sum(chain.members[name].role == "train" for name in agreeing) < chain.quorum.needed:
-            return None
-        frames = [self._acknowledged[site] for site in agreeing]
-        self.journal.append_checkpoint(frames, bytes(maker.payload))
-        self._acknowledged.clear()
+        self.journal.append_checkpoint(*agreed)
+        self._acknowledged = Acknowledgements(self._agreed)
         self._next_attempt()
         return self.journal.records[-1]
 
@@ -899,8 +831,9 @@ class Coordinator:
     def _wire(self) -> Wire:
         return self.journal.chain.wire
 
-    def _spool(self) -> Path:
-        return self._folder.spooled(self.round, self.attempt)
+    @property
+    def _spool(self) -> Spool:
+        return Spool(self._folder, self.round, self.attempt)
 
     def _keep(self, names: Collection[str]) -> None:
         """Keep the round's envelopes before its record, so that there is no record without them."""
@@ -914,34 +847,33 @@ class Coordinator:
         folder = kept_round(self._keep_envelopes, self.run, self.round)
         make_folder(folder, 0o700)
         for site in names:
-            write_durable(site_envelope(folder, site), site_envelope(self._spool(), site).read_bytes(), 0o600)
+            write_durable(site_envelope(folder, site), self._spool.envelope(site), 0o600)
 
     def _take_spool(self) -> None:
         """After a restart: add what was accepted before. A damaged spool costs an attempt, never a wrong sum."""
-        folder = self._folder.spooled_round(self.round)
-        attempts = sorted(int(path.name) for path in folder.glob("*")) if folder.exists() else []
-        if not attempts:
+        spools = attempts(self._folder, self.round)
+        if not spools:
             return
-        self._begun = any(self._folder.frame(self.round, number, COHORT).is_file() for number in attempts)
-        for number in attempts:
-            for path in sorted(self._folder.spooled(self.round, number).glob(ENVELOPES)):
+        self._begun = any(spool.path(COHORT).is_file() for spool in spools)
+        for spool in spools:
+            for path in spool.envelopes():
                 self._hold(path)
-        self.attempt = attempts[-1]
-        cohort, arrived = (self._folder.frame(self.round, self.attempt, name) for name in (COHORT, ARRIVED))
-        if not cohort.is_file():
+        self.attempt = spools[-1].attempt
+        cohort, arrived = self._spool.frame(COHORT), self._spool.frame(ARRIVED)
+        if cohort is None:
             return
-        self._set_cohort(cohort.read_bytes())
+        self._set_cohort(cohort)
         damaged = False
-        for path in sorted(self._spool().glob(ENVELOPES)):
+        for path in self._spool.envelopes():
             try:
                 envelope = self._checked(path.read_bytes(), path.stem)
-                self._take_shares(envelope, self._spooled_shares(path.stem))
+                self._take_shares(envelope, self._spool.frame(SHARES_OF + path.stem) or b"")
                 self._count(envelope, self._wire.add(self._total, envelope.payload))
             except EnvelopeError as error:
                 log.warning("%s: damaged, and asked for again (%s)", path, error)
                 damaged = True
-        if arrived.is_file():
-            self._take_arrived(arrived.read_bytes())
+        if arrived is not None:
+            self._take_arrived(arrived)
         elif damaged:
             self._next_attempt()
 
@@ -949,16 +881,15 @@ class Coordinator:
         assert self._cohort is not None
         chain = self.journal.chain
         header, _, digest = check_arrived(data, self._agreed, chain.members, chain.due)
-        checked = self._folder.frame(self.round, self.attempt, CHECKED)
-        carried = checked.read_bytes() if checked.is_file() else b""
+        carried = self._spool.frame(CHECKED) or b""
         self._arrived = _Question(data, self._cohort.names, digest, header.envelopes, carried)
         for name in self._cohort.names:
-            path = self._folder.frame(self.round, self.attempt, REVEAL_OF + name)
-            if path.is_file():
+            revealed = self._spool.frame(REVEAL_OF + name)
+            if revealed is not None:
                 try:
-                    self._take_reveal(path.read_bytes(), name)
+                    self._take_reveal(revealed, name)
                 except EnvelopeError as error:
-                    log.warning("%s: damaged, and asked for again (%s)", path, error)
+                    log.warning("%s: damaged, and asked for again (%s)", self._spool.path(REVEAL_OF + name), error)
 
     def _hold(self, path: Path) -> None:
         """Remember a payload that need not be sent again; a damaged one shows when it is used."""
@@ -973,10 +904,6 @@ class Coordinator:
     def _take_shares(self, envelope: Envelope, entries: bytes) -> None:
         if envelope.header.hidden is not None:
             self._shares.take(envelope.header.site, entries, envelope.header.hidden.shares)
-
-    def _spooled_shares(self, site: str) -> bytes:
-        path = self._folder.frame(self.round, self.attempt, SHARES_OF + site)
-        return path.read_bytes() if path.is_file() else b""
 
     def _accept(self, data: bytes, site: str, entries: bytes = b"") -> None:
         if self._cohort is None or site not in self._cohort.names:
@@ -993,13 +920,12 @@ class Coordinator:
         self._take_shares(envelope, entries)
         # Checked and added in one pass; the sum in force is the old one until the envelope is durable.
         total = self._wire.add(self._total, envelope.payload)
-        make_folder(self._spool())
+        self._spool.begin()
         if entries:
-            write_durable(self._folder.frame(self.round, self.attempt, SHARES_OF + site), entries, 0o600)
+            self._spool.keep(SHARES_OF + site, entries)
         # Before the spool: a restart must not take an envelope that it would not have taken again.
         self._heads.keep({site: envelope.header.ledger})
-        path = site_envelope(self._spool(), site)
-        write_durable(path, data, 0o600)
+        path = self._spool.keep_envelope(site, data)
         self._count(envelope, total)
         self._held[site] = envelope.header.payload, path
 
@@ -1045,11 +971,6 @@ class Coordinator:
     def _attested_head(self) -> str:
         """The newest head at which sites attested; a pair that misses each other here meets in the next round."""
         return next(reversed(self._attestations), "")
-
-
-def _acknowledged_adapter(frame: Frame) -> str:
-    """The keyed digest of the adapter that an acknowledgement, checked before, is of."""
-    return parse_header(frame.header, AcknowledgementHeader, RecordError).checkpoint
 
 
 def paused_text(coordinator: Coordinator) -> str:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from secure_fed.core.errors import EnvelopeError, ProtocolError, RecordError, StorageError
 from secure_fed.core.layout import RECORDS, ServerRun, ServerState, SiteState, numbered
-from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.core.storage import exclusive
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.journal import find_runs, verify_run
 from secure_fed.protocol.records import Chain, Kind, RecordFolder, read_header, replaceable
 from secure_fed.protocol.round_frames import check_arrived, check_cohort
-from secure_fed.protocol.signing import SIGNATURE_BYTES, check_payload, parse_header, split_frame
+from secure_fed.protocol.signing import check_payload, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
-from secure_fed.server.coordinator import ARRIVED, CHECKED, COHORT
+from secure_fed.server.spool import ARRIVED, CHECKED, COHORT, Spool, envelope_start
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def rebuild(agreed: AgreedStudy, sources: Sequence[Path], state: Path) -> Rebuil
         attempt = _take_over(sources, agreed, chain, target) or _next_attempt(sources, chain)
         if attempt > 1:
             # The coordinator takes up the highest attempt that it finds a folder of.
-            make_folder(target.spooled(chain.round + 1, attempt))
+            Spool(target, chain.round + 1, attempt).begin()
         folder.enter_run(chain.run)
     return Rebuilt(chain.run, chain.length, added, chain.head, chain.round, attempt)
 
@@ -191,9 +191,10 @@ def _take_over(sources: Sequence[Path], agreed: AgreedStudy, chain: Chain, targe
         except (FileNotFoundError, ProtocolError):
             continue  # of no round, or of another one
         if digest == arrived.cohort:
-            make_folder(target.spooled(chain.round + 1, arrived.attempt))
+            spool = Spool(target, chain.round + 1, arrived.attempt)
+            spool.begin()
             for name, data in frames.items():
-                write_durable(target.frame(chain.round + 1, arrived.attempt, name), data, 0o600)
+                spool.keep(name, data)
             return arrived.attempt
     return 0
 
@@ -204,10 +205,8 @@ def _next_attempt(sources: Sequence[Path], chain: Chain) -> int:
     for source in sources:
         path = SiteState(source).run(chain.run).envelope(chain.round + 1)
         if path.is_file():
-            with path.open("rb") as stream:
-                start = stream.read(8 + MAX_HEADER + SIGNATURE_BYTES)
             try:
-                frame = split_frame(MAGIC, start, MAX_HEADER, EnvelopeError)
+                frame = split_frame(MAGIC, envelope_start(path), MAX_HEADER, EnvelopeError)
                 newest = max(newest, parse_header(frame.header, EnvelopeHeader, EnvelopeError).attempt)
             except EnvelopeError as error:
                 raise RecordError(f"{path}: {error}; leave this site out of --from") from None

@@ -493,7 +493,7 @@ def test_a_reveal_that_is_damaged_at_the_server_is_asked_for_again(
     coordinator = federation.begin(sites)
     reveal(coordinator, sites)
     for name, keep in (("birch", 0), ("cedar", -1)):
-        path = coordinator._folder.frame(1, coordinator.attempt, f"reveal-{name}")
+        path = coordinator._spool.path(f"reveal-{name}")
         path.write_bytes(path.read_bytes()[:keep])
     again = federation.reopen()
     assert again.step is Step.REVEAL

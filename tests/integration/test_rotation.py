@@ -337,7 +337,7 @@ def test_nothing_but_an_honest_checkpoint_follows_an_amendment(federation: Feder
     coordinator, sites = rotation.coordinator, rotation.sites
     coordinator.advance()
     replies = [exchange(coordinator, site) for site in sites]
-    frames = dict(coordinator._acknowledged)
+    frames = dict(coordinator._acknowledged.frames)
     payload = bytes(frames["ash"].payload)
     journal = coordinator.journal
     by_name = [frames[name] for name in sorted(frames)]

@@ -551,7 +551,7 @@ def test_a_site_that_never_comes_back_does_not_hold_the_others_up_for_ever(four:
     assert codes == [ReplyCode.VOID, ReplyCode.VOID, ReplyCode.APPLIED]
     assert coordinator.advance() is None, "two of four are no quorum"
     with pytest.raises(RecordError, match="expected at least 3 of 4"):
-        coordinator.journal.append_void([coordinator._voids[name] for name in sorted(coordinator._voids)])
+        coordinator.journal.append_void([word for _, word in sorted(coordinator._voids.given.items())])
     say(four, "cedar", "void", "--round", 1)
     again[2] = four.site("cedar")
     assert exchange(coordinator, again[2]).code == ReplyCode.VOID

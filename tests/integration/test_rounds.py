@@ -313,7 +313,7 @@ def test_an_envelope_that_cannot_be_stored_is_not_in_the_sum(
         raise StorageError(f"{path}: not written (No space left on device)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("secure_fed.server.coordinator.write_durable", full)
+        patch.setattr("secure_fed.server.spool.write_durable", full)
         with pytest.raises(StorageError):
             coordinator.receive(reply)
     assert np.array_equal(coordinator._total, before)
@@ -399,7 +399,7 @@ class Forger:
 
     def spooled(self) -> list[bytes]:
         """The payloads of the envelopes that are in."""
-        files = [self.coordinator._spool() / f"{name}.envelope" for name in TRAINING]
+        files = [self.coordinator._spool.folder / f"{name}.envelope" for name in TRAINING]
         return [file.read_bytes()[-self.wire.payload_bytes :] for file in files]
 
     def summed(self, indices: list[int]) -> bytes:

@@ -1,0 +1,107 @@
+"""What came for the round that is due: on disk until its record is durable, so that no restart loses it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from secure_fed.core.layout import ENVELOPES, ServerRun, numbered, site_envelope
+from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.protocol.envelope import MAX_HEADER
+from secure_fed.protocol.signing import SIGNATURE_BYTES
+
+COHORT, ARRIVED, CHECKED = "cohort", "arrived", "checked"
+REVEAL_OF, SHARES_OF = "reveal-", "shares-"
+"""Names of an attempt's frames; a site's name follows the last two."""
+
+
+@dataclass(frozen=True)
+class Spool:
+    """One attempt's.
+
+    Attributes:
+        run: the run's folder.
+        round: which.
+        attempt: of it.
+    """
+
+    run: ServerRun
+    round: int
+    attempt: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.run.spooled(self.round, self.attempt)
+
+    def begin(self) -> None:
+        """Make its folder: after a restart the newest one's attempt goes on.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        make_folder(self.folder)
+
+    def path(self, name: str) -> Path:
+        """Where a frame lies."""
+        return self.run.frame(self.round, self.attempt, name)
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep a frame, durably.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        write_durable(self.path(name), data, 0o600)
+
+    def frame(self, name: str) -> bytes | None:
+        """A frame, as it lies there; None if none does."""
+        path = self.path(name)
+        return path.read_bytes() if path.is_file() else None
+
+    def keep_envelope(self, site: str, data: bytes) -> Path:
+        """Keep a site's envelope, durably.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        path = site_envelope(self.folder, site)
+        write_durable(path, data, 0o600)
+        return path
+
+    def envelope(self, site: str) -> bytes:
+        """A site's envelope."""
+        return site_envelope(self.folder, site).read_bytes()
+
+    def envelopes(self) -> list[Path]:
+        """All that are there, by the sites' names."""
+        return sorted(self.folder.glob(ENVELOPES))
+
+
+def attempts(run: ServerRun, round_number: int) -> list[Spool]:
+    """A round's attempts, oldest first."""
+    folder = run.spooled_round(round_number)
+    numbers = sorted(int(path.name) for path in folder.glob("*")) if folder.exists() else []
+    return [Spool(run, round_number, number) for number in numbers]
+
+
+def erase_round(run: ServerRun, round_number: int) -> None:
+    """Erase what came for a round."""
+    shutil.rmtree(run.spooled_round(round_number), ignore_errors=True)
+
+
+def erase_other_rounds(run: ServerRun, round_number: int) -> None:
+    """Erase what came for any other round."""
+    for folder in run.spool.glob("*"):
+        if folder.name != numbered(round_number):
+            shutil.rmtree(folder)
+
+
+def envelope_start(path: Path) -> bytes:
+    """The beginning of an envelope's file, in which its header is whole, without most of its residues."""
+    with path.open("rb") as stream:
+        return stream.read(8 + MAX_HEADER + SIGNATURE_BYTES)
