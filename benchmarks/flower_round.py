@@ -2,9 +2,10 @@
 
 Prints one JSON document: per round its seconds from opening to record, those of the slowest site's own work
 (applying, training, encrypting), and what is left, which is transport and waiting; and the peak memory of the
-server's two processes and of a site.
+server's two processes and of a site. With several values of ``--collusion``, a study for each, one after the other
+and as often as ``--turns`` says, and how many times the first one's overhead the last one's is.
 
-    python benchmarks/flower_round.py [--rounds 10]
+    python benchmarks/flower_round.py [--rounds 10] [--collusion 0 1] [--turns 3]
 """
 
 from __future__ import annotations
@@ -34,14 +35,35 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--collusion", type=int, nargs="+", default=[0], help="of the study; pads above 0")
+    parser.add_argument("--turns", type=int, default=1)
     arguments = parser.parse_args()
+    runs = [run(arguments.rounds, collusion) for _ in range(arguments.turns) for collusion in arguments.collusion]
+    print(json.dumps(runs[0] if len(runs) == 1 else compared(runs), indent=2))
+
+
+def run(rounds: int, collusion: int) -> dict[str, Any]:
+    """One study, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), arguments.rounds), indent=2))
+        return measure(Path(folder), rounds, collusion)
 
 
-def template(rounds: int) -> Template:
+def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs, and medians over the rounds of all that have one collusion."""
+    rows: dict[int, list[dict[str, float]]] = {}
+    for one in runs:
+        rows.setdefault(one["collusion"], []).extend(one["rounds"])
+    median = {
+        collusion: {key: statistics.median(row[key] for row in table) for key in table[0]}
+        for collusion, table in rows.items()
+    }
+    first, last = (median[one["collusion"]]["overhead"] for one in (runs[0], runs[-1]))
+    return {"median": median, "overhead_ratio": last / first, "runs": runs}
+
+
+def template(rounds: int, collusion: int) -> Template:
     """Four training sites; a CLIP of width 512 makes 0.53 million values."""
-    table = template_table(rounds=rounds, round_seconds=600)
+    table = template_table(rounds=rounds, round_seconds=600, collusion=collusion)
     table["sites"] = [{"name": name} for name in SITES]
     table["encoding"] = {"bits": 16, "lanes": 2, "value_bound": 0.1}
     table["backbone"] = {"model": "mini-clip", "weights": "random", "seed": 1}
@@ -49,10 +71,10 @@ def template(rounds: int) -> Template:
     return parse_table(table, Template, ValueError, "template")  # type: ignore[type-var]
 
 
-def measure(folder: Path, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, rounds: int, collusion: int) -> dict[str, Any]:
     """Run the study and take the figures from journal, logs and /proc."""
     make_images(folder / "images", per_class=4)
-    network = Network(folder / "out", template(rounds), folder / "images")
+    network = Network(folder / "out", template(rounds, collusion), folder / "images")
     for site in open_sites(network.agreed, network.folder):
         site.features()  # so that no process needs the backbone
     memory: dict[str, int] = {}
@@ -82,6 +104,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         table.append({"seconds": seconds, "slowest_site": slowest, "overhead": seconds - slowest})
     return {
         "sites": len(SITES),
+        "collusion": collusion,
         "envelope_mb": entries[0].bytes_up / len(SITES) / 1e6,
         "record_mb": entries[0].size / 1e6,
         "median": {key: statistics.median(row[key] for row in table) for key in table[0]},
