@@ -710,9 +710,11 @@ class Replica:
         training = [site for site in attestations if site in members and members[site].role == "train"]
         against = sum(site in odd for site in training)
         if against > sum(site not in odd and site != self.name for site in training) + 1:
+            kept = self.files.folder
             raise AdapterMismatchError(
                 f"{', '.join(odd)} attest another adapter than the one here after record {head[:16]}, more sites than "
-                "agree; either the server garbles attestations or this site is damaged: compare by phone"
+                "agree; either the server garbles attestations or this site is damaged: compare by phone; if it is, "
+                f"delete {kept.adapter} and {kept.before.name}: they are made anew from the journal"
             )
         log.warning(
             "%s attest another adapter than the one here after record %s: damaged, or the server garbles their words; "

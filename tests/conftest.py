@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from secure_fed import configs
@@ -28,6 +29,7 @@ from secure_fed.lab.simulation import accept_another_run, prepare, run_id, simul
 from secure_fed.model import backbone_store
 from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.keys import create_sealed_key, load_identity
+from secure_fed.protocol import codec
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, load_study
@@ -172,18 +174,18 @@ class Federation:
         identity = load_identity(self.folder / "sites" / maker / "identity", maker)
         return create_sealed_key(self.agreed, identity, epoch, previous, **changes)
 
-    def begin(self, sites: list[Site]) -> Coordinator:
-        """Hand a new key to the sites and begin a run."""
+    def begin(self, sites: list[Site], run: str | None = None) -> Coordinator:
+        """Hand a new key to the sites and begin a run; its id follows from its number if none is given."""
         sealed = self.seal_key(sites[0].replica.keys.newest[0] + 1)
         (key,) = {site.replica.keys.accept(sealed).key for site in sites}
-        return self.open_run(key)
+        return self.open_run(key, run)
 
-    def open_run(self, key: str = "0" * 64) -> Coordinator:
+    def open_run(self, key: str = "0" * 64, run: str | None = None) -> Coordinator:
         """Begin a run under a key, which all have accepted: a second one too."""
         accept_another_run(self.agreed, self.folder)
         folder = self.folder / SERVER
         number = 1 + sum(1 for _ in ServerState(folder).run_folders())
-        return Coordinator.begin(self.agreed, folder, self.signing, key, run=run_id(self.agreed.study, number))
+        return Coordinator.begin(self.agreed, folder, self.signing, key, run=run or run_id(self.agreed.study, number))
 
     def reopen(self) -> Coordinator:
         """The coordinator as a new process would find it."""
@@ -216,6 +218,18 @@ def corrupt(site: Site, **tensors: Any) -> None:
     state = site.replica.state
     damaged = replace(state, tensors=state.tensors | tensors)
     site.replica.state = replace(damaged, digests={damaged.chain.head: (damaged.digest, damaged.chain.key)})
+
+
+def damage_adapter(adapter: Path) -> None:
+    """Another adapter, with the digest that belongs to it: what no checksum finds."""
+    with safetensors.safe_open(str(adapter), "np") as file:
+        metadata = dict(file.metadata())
+    tensors = safetensors.numpy.load(adapter.read_bytes())
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1e-9
+    true, false = metadata["digest"], codec.adapter_digest(tensors)
+    metadata = {key: value.replace(true, false) for key, value in metadata.items()}
+    adapter.write_bytes(safetensors.numpy.save(tensors, metadata))
 
 
 def close_round(coordinator: Coordinator, sites: Iterable[Site], steps: int = 3) -> Any:

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.numpy
 
 from secure_fed.core.layout import ServerState
-from secure_fed.lab.simulation import open_run, open_sites, prepare
-from secure_fed.protocol import codec
+from secure_fed.lab.simulation import open_sites, prepare
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.study import Template
 from secure_fed.server.orders import store_amendment
-from tests.conftest import Federation, close_round, exchange, make_template
+from tests.conftest import Federation, close_round, damage_adapter, exchange, make_template
 from tests.network import Network
 
 SITES = ("ash", "birch", "cedar", "dogwood")
@@ -75,11 +73,12 @@ def cohorts_of(network: Network) -> Cohorts:
     )
 
 
-def digest_without_fault(folder: Path, images: Path, template: Template, cohorts: Cohorts) -> str:
-    """The adapter that the same updates give in one process, where nothing fails."""
-    agreed = prepare(template, folder, images)
-    sites = {site.name: site for site in open_sites(agreed, folder)}
-    coordinator = open_run(agreed, folder, list(sites.values()))
+def digest_without_fault(folder: Path, images: Path, template: Template, cohorts: Cohorts, run: str) -> str:
+    """The adapter that the same updates of a run give in one process, where nothing fails."""
+    prepare(template, folder, images)
+    federation = Federation(folder)
+    sites = {site.name: site for site in federation.sites()}
+    coordinator = federation.begin(list(sites.values()), run)
     for cohort in cohorts:
         for name in cohort:
             exchange(coordinator, sites[name])
@@ -99,7 +98,8 @@ def check(network: Network, images: Path, tmp_path: Path) -> Cohorts:
     digests = {name: network.summary(name) for name in network.names}
     assert {summary["round"] for summary in digests.values()} == {study.rounds}
     template = four_sites(rounds=study.rounds, round_seconds=study.round_seconds)
-    expected = digest_without_fault(tmp_path / "without", images, template, cohorts)
+    run = str(ServerState(network.folder / "server").current_run)  # a server that begins one draws it
+    expected = digest_without_fault(tmp_path / "without", images, template, cohorts, run)
     assert {summary["adapter_digest"] for summary in digests.values()} == {expected}
     return cohorts
 
@@ -492,20 +492,8 @@ def test_a_server_with_an_older_state_folder_is_refused_until_its_journal_is_reb
     check(network, images, tmp_path)
 
 
-def damage(adapter: Path) -> None:
-    """Another adapter, with the digest that belongs to it: what no checksum finds."""
-    with safetensors.safe_open(str(adapter), "np") as file:
-        metadata = dict(file.metadata())
-    tensors = safetensors.numpy.load(adapter.read_bytes())
-    name = sorted(tensors)[0]
-    tensors[name] = tensors[name] + 1e-9
-    true, false = metadata["digest"], codec.adapter_digest(tensors)
-    metadata = {key: value.replace(true, false) for key, value in metadata.items()}
-    adapter.write_bytes(safetensors.numpy.save(tensors, metadata))
-
-
 @pytest.mark.faults
-def test_a_site_whose_adapter_differs_stops_the_study_until_it_is_mended(
+def test_a_site_whose_adapter_differs_stops_itself_and_the_others_go_on(
     start: Callable[..., Network], images: Path, tmp_path: Path
 ) -> None:
     network = start(rounds=6)
@@ -516,23 +504,17 @@ def test_a_site_whose_adapter_differs_stops_the_study_until_it_is_mended(
     network.processes["ash"].wait(60)
     run = (network.site_folder("ash") / "state" / "run").read_text()
     adapter = network.site_folder("ash") / "state" / "runs" / run / "adapter.safetensors"
-    damage(adapter)
+    damage_adapter(adapter)
     network.start("ash")
+    network.wait_until(lambda: network.processes["ash"].poll() is not None, 240)
+    assert network.processes["ash"].poll() == 48
+    assert "attest another adapter than the one here" in network.log("ash")
     others = ("birch", "cedar", "dogwood")
-    network.wait_until(lambda: any(network.processes[name].poll() is not None for name in (*others, "ash")), 240)
-    network.wait_until(lambda: 48 in {network.processes[name].poll() for name in (*others, "ash")}, 60)
-    records = network.records
-    for name in SITES:
-        if network.processes[name].poll() is None:
-            network.processes[name].terminate()
-        assert network.processes[name].wait(60) in (48, 130)
-    assert any("attests another adapter" in network.log(name) for name in SITES)
-    assert network.records <= records + 1
-    adapter.unlink()  # it is made anew from the journal
+    network.wait_until(lambda: network.records >= 5, 240)  # they go on without it
+    assert all(network.processes[name].poll() is None for name in others)
+    adapter.unlink()  # they are made anew from the journal
+    adapter.with_name("before.safetensors").unlink()
     network.start("ash")
-    network.wait_until(lambda: network.log("ash").count("connected to") >= 3, 240)
-    time.sleep(3)
-    network.start(*others)
     ended(network)
     check(network, images, tmp_path)
 

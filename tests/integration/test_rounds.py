@@ -47,6 +47,7 @@ from tests.conftest import (
     Federation,
     close_round,
     corrupt,
+    damage_adapter,
     exchange,
     make_template,
     pass_step,
@@ -197,6 +198,25 @@ def test_a_site_with_another_adapter_is_named_by_the_others_and_finds_itself(
     coordinator.receive(replace(applied, attestation="0" * 64))
     assert exchange(coordinator, sites[0]).code in (ReplyCode.READY, ReplyCode.APPLIED)
     assert "cedar attest another adapter" in caplog.text
+
+
+def test_a_site_whose_adapter_was_damaged_on_its_disk_is_whole_again_by_its_journal(federation: Federation) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    run_round(coordinator, sites)
+    folder = sites[2].replica.files.folder
+    damage_adapter(folder.adapter)  # of before the second sum, which is still to come
+    sites[2] = federation.site("cedar")
+    for site in sites[:2]:
+        exchange(coordinator, site)
+    with pytest.raises(AdapterMismatchError, match=r"delete .*adapter\.safetensors and before\.safetensors"):
+        exchange(coordinator, sites[2])
+    folder.adapter.unlink()
+    folder.before.unlink()
+    sites[2] = federation.site("cedar")
+    exchange(coordinator, sites[2])
+    assert sites[2].adapter_digest == sites[0].adapter_digest
 
 
 # --- what a hostile network or site may send to the server ---
