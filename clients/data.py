@@ -108,7 +108,8 @@ class Choice:
     only: frozenset[str] = frozenset()
 
 
-_EVERYTHING = Choice()
+EVERYTHING = Choice()
+"""All pictures that are there."""
 
 
 Groups = Callable[[Sequence[SiteImage]], Collection[Collection[str]]]
@@ -145,7 +146,7 @@ def read_data(
     seed: int,
     unlabelled: Path | None = None,
     together: Groups | None = lambda images: (),
-    choice: Choice = _EVERYTHING,
+    choice: Choice = EVERYTHING,
     notes: Notes | None = None,
     others: str | None = None,
 ) -> list[SiteImage]:

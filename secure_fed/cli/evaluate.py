@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, out, print_json
+from secure_fed.cli.pictures import LeaveOut, MostPixels, Slices, choice, most, tell_pictures
 
 if TYPE_CHECKING:
     from secure_fed.report import chart
@@ -27,6 +28,9 @@ def evaluate(
     ] = None,
     checkpoint: Checkpoint = None,
     skip_unreadable: SkipUnreadable = False,
+    most_pixels: MostPixels = None,
+    slices: Slices = None,
+    leave_out: LeaveOut = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -45,6 +49,8 @@ def evaluate(
             by,
             checkpoint,
             skip_unreadable=skip_unreadable,
+            most_pixels=most(most_pixels),
+            choice=choice(slices, leave_out),
             device=choose_device(device or "auto"),
             progress=lambda done, total: status.update(f"{done} of {total} images"),
         )
@@ -65,8 +71,7 @@ def evaluate(
             out.print(note, highlight=False, soft_wrap=True)
     if found.said.local and not json_:
         out.print(found.said.local, highlight=False, soft_wrap=True)
-    for name, reason in found.said.unreadable.items():
-        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
+    tell_pictures(found.said)
     if found.unlabelled:
         console.print(f"{found.unlabelled} images without a label count in nothing", highlight=False, soft_wrap=True)
     if figures is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, print_json
+from secure_fed.cli.pictures import LeaveOut, MostPixels, Slices, choice, most, tell_pictures
 
 
 def explain_case(
@@ -22,6 +23,9 @@ def explain_case(
     ] = None,
     checkpoint: Checkpoint = None,
     skip_unreadable: SkipUnreadable = False,
+    most_pixels: MostPixels = None,
+    slices: Slices = None,
+    leave_out: LeaveOut = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -42,6 +46,8 @@ def explain_case(
             image,
             checkpoint=checkpoint,
             skip_unreadable=skip_unreadable,
+            most_pixels=most(most_pixels),
+            choice=choice(slices, leave_out),
             device=chosen,
             progress=lambda done, total: status.update(f"{done} of {total} images"),
         )
@@ -55,8 +61,7 @@ def explain_case(
     written = write_cases(explained, case_page(explained), into)
     if json_:
         print_json(explained.document())
-    for name, reason in found.unreadable.items():
-        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
+    tell_pictures(found)
     if found.local:
         console.print(f"calibrated here: {found.local}", highlight=False, soft_wrap=True)
     strangers = sum(bool(case.said.get("stranger")) for case in explained.cases)

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, print_json
-
-_LEFT_OUT: dict[str, Literal["scout", "screenshot"]] = {"scout": "scout", "screenshot": "screenshot"}
+from secure_fed.cli.pictures import LeaveOut, MostPixels, Slices, choice, most, tell_pictures
 
 
 def predict(
@@ -28,35 +27,20 @@ def predict(
         typer.Option(metavar="DIR", help="Of a memory of normal images: also a heat map an image, into a folder."),
     ] = None,
     skip_unreadable: SkipUnreadable = False,
-    most_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Of one picture, as in site.toml; 40 million if not given.")
-    ] = None,
-    slices: Annotated[
-        str | None, typer.Option(metavar="RULE", help="Of each series, as in site.toml: middle, every:N or all.")
-    ] = None,
-    leave_out: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KIND", help="DICOM files that are left out, as in site.toml: scout, screenshot."),
-    ] = None,
+    most_pixels: MostPixels = None,
+    slices: Slices = None,
+    leave_out: LeaveOut = None,
     device: Device = None,
     json_: Json = False,
 ) -> None:
     """Calibrated probabilities of each class for every image of a folder, and for every patient."""
     import json
-    import re
 
-    from secure_fed.clients.data import Choice
     from secure_fed.clients.patients import some
-    from secure_fed.clients.rules import MOST_PIXELS
-    from secure_fed.clients.sitefile import SLICES
     from secure_fed.core.storage import write_durable
     from secure_fed.model.device import choose_device
     from secure_fed.operate.predict import predict_folder, write_maps, write_reports
 
-    if slices is not None and re.fullmatch(SLICES, slices) is None:
-        raise typer.BadParameter("expected middle, every:N or all", param_hint="--slices")
-    if strangers := set(leave_out or ()) - set(_LEFT_OUT):
-        raise typer.BadParameter(f"{min(strangers)!r}; expected scout or screenshot", param_hint="--leave-out")
     with console.status("loading the backbone") as status:
         found = predict_folder(
             adapter,
@@ -64,8 +48,8 @@ def predict(
             study,
             checkpoint,
             skip_unreadable=skip_unreadable,
-            most_pixels=most_pixels or MOST_PIXELS,
-            choice=Choice(slices, tuple(_LEFT_OUT[kind] for kind in leave_out or ())),
+            most_pixels=most(most_pixels),
+            choice=choice(slices, leave_out),
             device=choose_device(device or "auto"),
             progress=lambda done, total: status.update(f"{done} of {total} images"),
         )
@@ -79,14 +63,7 @@ def predict(
         print_json(document)
     elif into is None:
         typer.echo(text, nl=False)
-    for name, reason in found.unreadable.items():
-        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
-    for name, what in found.passed_over.items():
-        console.print(f"passed over: {name}: {what}", highlight=False, soft_wrap=True)
-    for line in found.told:
-        console.print(line, highlight=False, soft_wrap=True)
-    for doubt in found.doubts:
-        console.print(f"doubt: {doubt.text}: {doubt.remedy}", highlight=False, soft_wrap=True)
+    tell_pictures(found)
     unknown = sum(not image.patient for image in found.images)
     if unknown and unknown < len(found.images):
         console.print(f"{unknown} images are of nobody known, and in no patient's row", highlight=False, soft_wrap=True)

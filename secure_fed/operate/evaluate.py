@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import UNLABELLED
+from secure_fed.clients.data import EVERYTHING, UNLABELLED, Choice
 from secure_fed.clients.files import MANIFEST
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.rules import MOST_PIXELS
@@ -135,6 +135,7 @@ def evaluate_folder(
     *,
     skip_unreadable: bool = False,
     most_pixels: int = MOST_PIXELS,
+    choice: Choice = EVERYTHING,
     device: Device = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -159,6 +160,7 @@ def evaluate_folder(
         checkpoint,
         skip_unreadable=skip_unreadable,
         most_pixels=most_pixels,
+        choice=choice,
         device=device,
         progress=progress,
     )

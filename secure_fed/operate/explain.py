@@ -44,6 +44,9 @@ NOT_A_DIAGNOSIS = (
 _RIDGE = 0.1
 """Of the fit of concepts to a feature, in units of a concept's mean square; concepts are much alike."""
 
+_NOTHING = {"prediction": None, "probabilities": None, "set": None}
+"""What is claimed of a stranger."""
+
 _SHOWN = 320
 """Least side of a picture with its map, in pixels."""
 
@@ -85,9 +88,9 @@ class Explanation:
     """One image explained.
 
     Attributes:
-        said: as :meth:`Probabilities.document` has it, of this image.
-        zero_shot: probabilities by class without any training; empty for a memory.
-        margin: of the predicted class; None for a memory.
+        said: as :meth:`Probabilities.document` has it, of this image; of a stranger no class and no probabilities.
+        zero_shot: probabilities by class without any training; empty for a memory, and for a stranger.
+        margin: of the predicted class; None for a memory, and for a stranger.
         concepts: what the study's concepts contribute; empty if it has none, and for a stranger.
         rest: the part of the margin that no concept explains.
         similar: of the site's own training patients, the nearest first; none for a stranger.
@@ -133,8 +136,8 @@ class Explained:
     cases: tuple[Explanation, ...]
 
     def document(self) -> dict[str, Any]:
-        """As a JSON document."""
-        whole = self.found.document()
+        """As a JSON document: what is said of the images, as on the page; of patients, ``predict`` says it."""
+        whole = {key: value for key, value in self.found.document().items() if key not in ("patients", "per_patient")}
         cases = [case.document(name) for case, name in zip(self.cases, self.pictures(), strict=True)]
         return whole | {"images": cases, "maps": self.maps, "notice": NOT_A_DIAGNOSIS}
 
@@ -169,20 +172,19 @@ def explain(
     neighbours = None if site is None else _Neighbours(site, file, device)
     backbone = load_backbone(file.backbone, checkpoint, device)
     images = found.document()["images"]
-    rules = Rules(file.windows, file.background)
     if found.anomalies is not None:
         explainer: _Memory | _Classifier = _Memory(found.anomalies)
     else:
         explainer = _Classifier(file, backbone)
     cases = []
     for place, image in enumerate(found.images):
-        prepared = _prepared(backbone, image, rules)
+        prepared = _prepared(backbone, image, found.rules)
         strange = found.cases is not None and bool(found.cases.strangers[place])
         heat = None if strange else explainer.map(place, prepared, x[place])
-        zero_shot, margin, concepts, rest = explainer.reasons(x[place], strange)
+        zero_shot, margin, concepts, rest = ({}, None, (), None) if strange else explainer.reasons(x[place])
         similar = () if neighbours is None or strange else neighbours.of(x[place])
         picture = _drawn(backbone, prepared, heat)
-        said = dict(images[place])
+        said = dict(images[place]) | (_NOTHING if strange else {})
         cases.append(Explanation(said, zero_shot, margin, concepts, rest, similar, picture, heat is not None))
         progress(place + 1, len(found.images))
     return Explained(found, explainer.kind, tuple(cases))
@@ -241,7 +243,7 @@ class _Classifier:
         """Of the margin of the predicted class."""
         return self._maps.of(prepared, margin_of(self._adapter, self._label(x)))
 
-    def reasons(self, x: NDArray[np.float32], strange: bool) -> Reasons:
+    def reasons(self, x: NDArray[np.float32]) -> Reasons:
         """Zero-shot, and what the concepts contribute to the margin.
 
         The margin's gradient at the feature makes it, to first order, a sum over the feature's coordinates; the
@@ -256,7 +258,7 @@ class _Classifier:
         margin = margin_of(self._adapter, self._label(x))(features)
         (gradient,) = torch.autograd.grad(margin.sum(), features)
         value = float(margin.item())
-        if strange or not file.concepts:
+        if not file.concepts:
             return zero_shot, value, (), None
         with torch.inference_mode():
             adapted = self._adapter.adapt(torch.from_numpy(x[None])).double().numpy()[0]
@@ -285,7 +287,7 @@ class _Memory:
         """The memory's own, on one scale for all images."""
         return self._found.scale.share(self._found.maps[place])
 
-    def reasons(self, x: NDArray[np.float32], strange: bool) -> Reasons:
+    def reasons(self, x: NDArray[np.float32]) -> Reasons:
         """None: a memory knows one class."""
         return {}, None, (), None
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import Choice, SiteImage, find_pictures
+from secure_fed.clients.data import EVERYTHING, Choice, SiteImage, find_pictures
 from secure_fed.clients.decoding import decode
 from secure_fed.clients.doubts import all_doubts, renamed
 from secure_fed.clients.duplicates import Fingerprint
@@ -32,8 +32,6 @@ from secure_fed.model.heat import Scale, Window, overlay
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import load_study
 from secure_fed.protocol.study_tables import PatientRule
-
-_EVERYTHING = Choice()
 
 
 @dataclass(frozen=True)
@@ -289,7 +287,7 @@ def predict_folder(
     *,
     skip_unreadable: bool = False,
     most_pixels: int = MOST_PIXELS,
-    choice: Choice = _EVERYTHING,
+    choice: Choice = EVERYTHING,
     device: Device = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probabilities:

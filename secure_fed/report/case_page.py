@@ -75,7 +75,7 @@ def _shown(case: Explanation, document: dict[str, Any]) -> dict[str, Any]:
                 name,
                 f"{100 * value:.1f} %",
                 f"{100 * case.zero_shot[name]:.1f} %",
-                f"{100 * (value - case.zero_shot[name]):+.1f}",
+                f"{100 * (value - case.zero_shot[name]):+z.1f}",
             )
             for name, value in sorted(probabilities.items(), key=lambda item: -item[1])
         ]
@@ -95,12 +95,12 @@ def _shown(case: Explanation, document: dict[str, Any]) -> dict[str, Any]:
         "lines": lines,
         "rows": rows,
         "concepts": [
-            (one.name, f"{one.similarity:.3f}", f"{one.adapted:.3f}", f"{one.contribution:+.2f}")
+            (one.name, f"{one.similarity:z.3f}", f"{one.adapted:z.3f}", f"{one.contribution:+z.2f}")
             for one in sorted(case.concepts, key=lambda one: -abs(one.contribution))
         ],
-        "rest": None if case.rest is None else f"{case.rest:+.2f}",
-        "margin": None if case.margin is None else f"{case.margin:+.2f}",
-        "similar": [(f"patient {one.number}", one.label, f"{one.cosine:.3f}") for one in case.similar],
+        "rest": None if case.rest is None else f"{case.rest:+z.2f}",
+        "margin": None if case.margin is None else f"{case.margin:+z.2f}",
+        "similar": [(f"patient {one.number}", one.label, f"{one.cosine:z.3f}") for one in case.similar],
         "uri": "data:image/png;base64," + base64.b64encode(case.picture).decode(),
         "has_map": case.has_map,
     }

@@ -138,7 +138,7 @@ def size_text(size: float) -> str:
     return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
-def cell(value: float | None, form: str = "{:.1f}") -> Cell:
+def cell(value: float | None, form: str = "{:z.1f}") -> Cell:
     """A number's cell; a dash for None."""
     return Cell(UNKNOWN) if value is None else Cell(form.format(value), value)
 

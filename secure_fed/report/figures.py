@@ -1036,7 +1036,7 @@ def _hidden(count: int) -> list[str]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{value:+z.1f}".replace("-", "−")
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -222,7 +222,7 @@ def tiles(analysis: Analysis) -> list[Tile]:
     if held_out is not None:
         found.append(Tile("On the held-out site", *_figure(held_out, "which trained nothing")))
     if mean is not None and without is not None:
-        found.append(Tile("Given up for privacy", f"{without.value - mean.value:.1f} points", f"{without} without"))
+        found.append(Tile("Given up for privacy", f"{without.value - mean.value:z.1f} points", f"{without} without"))
     if best.epsilon is not None:
         spent = [one.epsilon_spent for summary in best.summaries for one in summary.privacy.values()]
         found.append(

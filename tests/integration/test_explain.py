@@ -15,9 +15,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from secure_fed.clients.rules import UndecodableError
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import AdapterFileError, DataError, OutputError, SiteFileError
+from secure_fed.core.errors import AdapterFileError, DataError, OutputError, SiteFileError, UnreadableImageError
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter
 from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_of, pooled_block
 from secure_fed.model.backbone import load_backbone
@@ -32,6 +34,7 @@ from secure_fed.protocol.study import with_fields
 from secure_fed.protocol.study_tables import Concept
 from secure_fed.report.case_page import case_page
 from tests.conftest import Federation, Run, make_template
+from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom
 
 CONCEPTS = (
     Concept(name="stripes", prompts=("an image with stripes", "a striped picture")),
@@ -92,6 +95,62 @@ def test_one_image_is_explained_alone(secfacmic: Run, finished_run: Path, few: P
     arguments = ("explain-case", "--adapter", adapter, "--checkpoint", weights, "--out", tmp_path / "out", "--json")
     ended = secfacmic(*arguments, "--image", few / "1.png")
     assert [case["image"] for case in json.loads(ended.stdout)["images"]] == ["1.png"]
+
+
+def test_pictures_are_chosen_and_told_as_predict_does_it(
+    secfacmic: Run, finished_run: Path, few: Path, tmp_path: Path
+) -> None:
+    ward = tmp_path / "ward"
+    ward.mkdir()
+    for number in range(3):
+        one = dicom(RAMP, PatientID="A-1", SeriesInstanceUID="1.2.3", InstanceNumber=number + 1)
+        (ward / f"{number}.dcm").write_bytes(as_bytes(one))
+    scout = dicom(RAMP, PatientID="A-1", SeriesInstanceUID="1.2.4", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    (ward / "scout.dcm").write_bytes(as_bytes(scout))
+    (ward / "notes.txt").write_text("of the ward")
+    adapter, weights = finished_run / "adapter.safetensors", finished_run / "backbone.safetensors"
+    words = ("--checkpoint", weights, "--slices", "middle", "--leave-out", "scout")
+    predicted = secfacmic("predict", "--adapter", adapter, "--images", ward, *words, "--json")
+    ended = secfacmic(
+        "explain-case", "--adapter", adapter, "--image", ward, "--out", tmp_path / "out", *words, "--json"
+    )
+    assert ended.returncode == 0, ended.stderr
+    own = [case["image"] for case in json.loads(ended.stdout)["images"]]
+    assert own == [case["image"] for case in json.loads(predicted.stdout)["images"]] == ["1.dcm"]
+    for said in ("left out: 1 of kind scout", "left out: 2 of kind other slice", "passed over: notes.txt"):
+        assert said in ended.stderr
+        assert said in predicted.stderr
+    for words in (("--slices", "often"), ("--leave-out", "nothing")):
+        assert secfacmic("explain-case", "--adapter", adapter, "--image", ward, *words).returncode == 2
+
+
+def test_a_picture_larger_than_allowed_is_neither_predicted_nor_explained(
+    secfacmic: Run, finished_run: Path, few: Path, tmp_path: Path
+) -> None:
+    with Image.open(few / "1.png") as picture:
+        pixels = picture.width * picture.height
+    words = ("explain-case", "--adapter", finished_run / "adapter.safetensors", "--image", few / "1.png")
+    words += ("--checkpoint", finished_run / "backbone.safetensors", "--out", tmp_path / "out", "--most-pixels")
+    assert secfacmic(*words, pixels - 1).returncode == UnreadableImageError.exit_code
+    assert not (tmp_path / "out").exists()
+    assert secfacmic(*words, pixels).returncode == 0
+
+
+def test_pictures_are_explained_as_they_were_predicted(finished_run: Path, said: Probabilities) -> None:
+    """By the same rules: else what was allowed to be predicted would be refused at its map."""
+    fewest = replace(said, rules=replace(said.rules, most_pixels=1))
+    with pytest.raises(UndecodableError):
+        explain(fewest, finished_run / "backbone.safetensors")
+
+
+def test_what_is_rounded_to_nothing_has_no_sign_of_a_loss(explained: Explained) -> None:
+    first = explained.cases[0]
+    nearly = {name: value + 1e-6 for name, value in first.said["probabilities"].items()}
+    concepts = tuple(replace(one, similarity=-1e-6, contribution=-1e-6) for one in first.concepts)
+    case = replace(first, zero_shot=nearly, concepts=concepts, rest=-1e-6)
+    page = case_page(replace(explained, cases=(case,)))
+    assert page.count("<td>+0.0</td>") == len(nearly)
+    assert not re.findall(r"[-\u2212]0\.0+(?!\d)", page)
 
 
 def test_concepts_and_a_rest_make_up_the_margin(explained: Explained) -> None:
@@ -174,6 +233,12 @@ def test_a_stranger_gets_no_reasons(finished_run: Path, said: Probabilities) -> 
     assert "is like none that the study was calibrated on" in section
     assert not any(name in section for name in said.adapter.classes)  # nothing is claimed of it, so no class is named
     assert "A set holds the class of 90 % of patients like the 20 calibration patients" in page
+    case = explained.document()["images"][1]
+    assert case["stranger"]
+    claimed = ("prediction", "probabilities", "set", "zero_shot", "margin", "rest")
+    assert {case[key] for key in claimed} == {None}
+    assert not any(name in json.dumps(case) for name in said.adapter.classes)
+    assert "patients" not in explained.document()  # whose classes would be made of the stranger's too
 
 
 def test_own_patients_are_shown_only_where_the_site_allows_it_and_by_numbers(
