@@ -301,9 +301,9 @@ def verify_evidence(path: Path, page: Callable[[dict[str, Any]], str] | None = N
             "bytes_sent": sum(row.bytes for row in sent),
             "sent": [row.model_dump(mode="json", include={"time", "round", "code", "bytes", "digest"}) for row in sent],
             "ledger": _ledger(folder, agreed, journals, site),
-            "software": json.loads(_read(folder, "versions.json")),
+            "software": _software(folder),
             "drill": _drill(folder),
-            "packages": len(json.loads(_read(folder, "bom.json"))["components"]),
+            "packages": _packages(folder),
         }
         return {**found, "page": None if page is None else _compared(path, folder, found, page(found))}
 
@@ -368,6 +368,30 @@ def in_words(found: dict[str, Any]) -> list[str]:
 
 def _budget_words(budget: dict[str, Any]) -> str:
     return f"epsilon {budget['epsilon']:g} at delta {budget['delta']:g} for each {budget['unit']}"
+
+
+def _software(folder: Path) -> dict[str, str]:
+    """What ran, by name."""
+    try:
+        found = json.loads(_read(folder, "versions.json"))
+        if found["secfacmic"] and all(isinstance(each, str) for each in found.values()):
+            return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise EvidenceError(
+        "versions.json: malformed; expected the versions that secfacmic evidence packs, as text by name"
+    )
+
+
+def _packages(folder: Path) -> int:
+    """How many packages the bill of materials lists."""
+    try:
+        components = json.loads(_read(folder, "bom.json"))["components"]
+        if isinstance(components, list):
+            return len(components)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise EvidenceError("bom.json: malformed; expected the bill of materials that secfacmic evidence packs")
 
 
 def _drill(folder: Path) -> dict[str, Any] | None:

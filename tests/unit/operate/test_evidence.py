@@ -25,7 +25,7 @@ from secure_fed.operate.evidence import MAGIC, MANIFEST, MAX_HEADER, pack_eviden
 from secure_fed.privacy.keys import load_identity, open_sealed_key
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame, split_frame
-from tests.conftest import Federation, close_round, exchange
+from tests.conftest import Federation, Run, close_round, exchange
 
 SENT = "sent.jsonl"
 
@@ -252,6 +252,23 @@ def test_signing_it_anew_does_not_help_a_site_that_lies(archive: Path, run: Path
         verify(forged_record)
     with pytest.raises(EvidenceError, match="not signed by the key that the study names for site ash"):
         verify(lambda parts: None, run / "sites" / "birch")
+
+
+@pytest.mark.parametrize("name", ["versions.json", "bom.json", "attacks.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"[]", b"3", b"null", b'"text"', b"{}", b'{"components": 3, "secfacmic": 3}', b"[" * 100_000],
+    ids=lambda content: content[:12].decode("latin-1"),
+)
+def test_what_a_site_ran_is_read_as_what_it_is(
+    name: str, content: bytes, archive: Path, run: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    """Though it signs it: one sentence, and no page of such figures."""
+    lie = rebuilt(archive, tmp_path / "lie.zip", lambda parts: parts.update({name: content}), run / "sites" / "ash")
+    ended = secfacmic("evidence", "verify", lie)
+    assert ended.returncode == EvidenceError.exit_code
+    assert f"{name}: malformed; expected " in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_strange_names_and_compressed_files_are_not_unpacked(archive: Path, tmp_path: Path) -> None:
