@@ -271,6 +271,24 @@ class FeatureCache:
 _BY_IMAGE = ("features", "looks")
 
 
+def refuse_unreadable(reasons: Sequence[str], among: int) -> None:
+    """Refuse to go on without images that nobody has agreed to leave out.
+
+    Args:
+        reasons: why not, a line for each image that cannot be decoded.
+        among: images in all.
+
+    Raises:
+        UnreadableImageError: there are some.
+    """
+    if reasons:
+        raise UnreadableImageError(
+            f"{len(reasons)} of {among} images cannot be decoded; expected whole 8-bit images, DICOM or NIfTI: replace "
+            "or remove them, or leave them out with --skip-unreadable (in site.toml: skip_unreadable = true)"
+            f"{fault_lines(reasons)}"
+        )
+
+
 class _Encoding:
     """One run over a list of images: looks up, has the rest decoded, computes and commits batch by batch."""
 
@@ -309,12 +327,8 @@ class _Encoding:
             self._compute(missing, len(self._images) - len(missing))
         self._tell(len(self._images))
         unreadable = self._unreadable
-        if unreadable and not skip_unreadable:
-            raise UnreadableImageError(
-                f"{len(unreadable)} of {len(self._images)} images cannot be decoded; expected whole 8-bit "
-                "images, DICOM or NIfTI: replace or remove them, or leave them out with --skip-unreadable "
-                f"(in site.toml: skip_unreadable = true){fault_lines(unreadable)}"
-            )
+        if not skip_unreadable:
+            refuse_unreadable(unreadable, len(self._images))
         found = [(image, digest) for image, digest in zip(self._images, self._digests, strict=True) if digest]
         return Encoded(
             [image for image, _ in found],

@@ -234,10 +234,25 @@ def with_budget(file: SiteFile, epsilon: float | None, delta: float | None) -> S
     """
     if epsilon is None and delta is None:
         return file
-    content = {} if file.privacy is None else file.privacy.model_dump(exclude_none=True)
+    return file.model_copy(update={"privacy": given_budget(epsilon, delta, file.privacy)})
+
+
+def given_budget(epsilon: float | None, delta: float | None, known: SitePrivacy | None = None) -> SitePrivacy:
+    """The budget that the command line gives, at least one half of it.
+
+    Args:
+        epsilon, delta: what was given.
+        known: where the rest comes from.
+
+    Raises:
+        SiteFileError: a figure out of range, or a delta without epsilon.
+    """
+    if epsilon is None and known is None:
+        raise SiteFileError(f"--delta {delta:g}: half of a budget; expected --epsilon beside it, or neither")
+    content = {} if known is None else known.model_dump(exclude_none=True)
     content |= {name: value for name, value in (("epsilon", epsilon), ("delta", delta)) if value is not None}
-    privacy = parse_table(content, SitePrivacy, SiteFileError, "--epsilon, --delta")
-    return file.model_copy(update={"privacy": privacy})
+    where = "the budget of --epsilon and --delta (leave both out for a run without one)"
+    return parse_table(content, SitePrivacy, SiteFileError, where)
 
 
 def with_device(file: SiteFile, device: DeviceChoice | None) -> SiteFile:

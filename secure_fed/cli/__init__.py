@@ -43,6 +43,7 @@ from secure_fed.cli import (
 from secure_fed.cli.output import ConsoleHandler, console
 from secure_fed.cli.version import show as show_version
 from secure_fed.core.errors import SecfacmicError, StorageError
+from secure_fed.core.tomlfile import number_words
 
 typer.core.HAS_RICH = False  # else brackets are escaped for a markup that is off, and shown as \[required]
 
@@ -101,7 +102,7 @@ def command() -> click.Command:
     """All of it, as click has it; where commands are listed, each with its whole first sentence."""
     whole = typer.main.get_command(app)
     _spell_out(whole)
-    _name_places(whole)
+    _name_values(whole)
     return whole
 
 
@@ -114,13 +115,56 @@ class _Place(typer.models.TyperPath):
         return super().convert(value, param, ctx)
 
 
-def _name_places(command: click.Command) -> None:
+class _Number:
+    """What a refused number is told: what was given, and what was expected, in our words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)  # type: ignore[misc]
+        except click.BadParameter:
+            ends = {name: getattr(self, name, None) for name in ("min", "max")}
+            words = number_words(whole=isinstance(self, click.types.IntParamType), low=ends["min"], high=ends["max"])
+            raise click.BadParameter(f"{value}; expected {words}", ctx, param) from None
+
+
+class _Whole(_Number, click.types.IntParamType):
+    pass
+
+
+class _Real(_Number, click.types.FloatParamType):
+    pass
+
+
+class _WholeRange(_Number, click.IntRange):
+    pass
+
+
+class _RealRange(_Number, click.FloatRange):
+    pass
+
+
+def _named(kind: click.ParamType[Any]) -> click.ParamType[Any]:
+    """The same type of values, with refusals of our own."""
+    match kind:
+        case click.Path():
+            return _Place()
+        case click.IntRange():
+            return _WholeRange(kind.min, kind.max)
+        case click.FloatRange():
+            return _RealRange(kind.min, kind.max)
+        case click.types.IntParamType():
+            return _Whole()
+        case click.types.FloatParamType():
+            return _Real()
+    return kind
+
+
+def _name_values(command: click.Command) -> None:
     for parameter in command.params:
-        if isinstance(parameter.type, click.Path):
-            parameter.type = _Place()
+        parameter.type = _named(parameter.type)
     if isinstance(command, click.Group):
         for each in command.commands.values():
-            _name_places(each)
+            _name_values(each)
 
 
 def _spell_out(command: click.Command) -> None:

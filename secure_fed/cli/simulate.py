@@ -70,13 +70,10 @@ def budget_of(epsilon: float | None, delta: float | None) -> Any:
     """
     if epsilon is None and delta is None:
         return None
-    from secure_fed.clients.sitefile import SitePrivacy
-    from secure_fed.core.errors import SiteFileError
-    from secure_fed.core.tomlfile import parse_table
+    from secure_fed.clients.sitefile import given_budget
     from secure_fed.lab.simulation import Budget
 
-    content = {name: value for name, value in (("epsilon", epsilon), ("delta", delta)) if value is not None}
-    checked = parse_table(content, SitePrivacy, SiteFileError, "--epsilon, --delta")
+    checked = given_budget(epsilon, delta)
     logging.getLogger("secure_fed.clients.private_round").setLevel(logging.INFO)
     return Budget(checked.epsilon, checked.delta)
 

@@ -141,7 +141,7 @@ def parse_table(content: dict[str, Any], model: type[Model], refusal: type[Secfa
     try:
         return _validated(content, model)
     except ValidationError as error:
-        lines = [*map(_line, error.errors()), *_hidden(content, model, error)]
+        lines = [*(_line(entry, model) for entry in error.errors()), *_hidden(content, model, error)]
         count = f"{len(lines)} errors" if len(lines) > 1 else "1 error"
         raise refusal(f"{where}: {count}\n" + "\n".join(lines)) from None
     except RecursionError:
@@ -198,7 +198,7 @@ def _hidden(content: dict[str, Any], model: type[Model], error: ValidationError)
         if not news:
             return
         told |= {entry["loc"] for entry in news}
-        yield from map(_line, news)
+        yield from (_line(entry, model) for entry in news)
 
 
 def _is_at(location: tuple[int | str, ...], told: set[tuple[int | str, ...]]) -> bool:
@@ -221,7 +221,89 @@ def _mend(content: Any, entry: Any) -> None:
         return
 
 
-def _line(entry: Any) -> str:
+def number_words(
+    *, whole: bool, low: float | None, high: float | None, above: bool = False, below: bool = False
+) -> str:
+    """What a number is to be, as in ``a number above 0 and at most 100``.
+
+    Args:
+        whole: no fractions.
+        low, high: the ends, if there are such.
+        above, below: the end itself is outside.
+    """
+    kind = "a whole number" if whole else "a number"
+    if low is not None and high is not None and not (above or below):
+        return f"{kind} from {low:.12g} to {high:.12g}"
+    ends = [] if low is None else [f"{'above' if above else 'of at least'} {low:.12g}"]
+    ends += [] if high is None else [f"{'below' if below else 'at most'} {high:.12g}"]
+    return " ".join([kind, " and ".join(ends)]).strip()
+
+
+_KINDS = {
+    "string": "text in quotes",
+    "bool": "true or false",
+    "tuple": "a list in brackets",
+    "list": "a list in brackets",
+    "model": "a table",
+    "dict": "a table",
+}
+
+
+def _expected(entry: Any, model: type[FileModel]) -> str | None:
+    """What a value is to be, in our own words, with an example where the model has one; None where it is not known."""
+    kind, facts = entry["type"], entry.get("ctx", {})
+    schema = _schema_at(model, entry["loc"])
+    if schema.get("type") in ("number", "integer") and not kind.endswith("_error"):
+        low, high = (schema.get(name, schema.get(f"exclusive{name.capitalize()}")) for name in ("minimum", "maximum"))
+        open_ends = {"above": "exclusiveMinimum" in schema, "below": "exclusiveMaximum" in schema}
+        words = number_words(whole=schema["type"] == "integer", low=low, high=high, **open_ends)
+    elif kind == "string_pattern_mismatch" and facts["pattern"] in _SPELLINGS:
+        words = _SPELLINGS[facts["pattern"]]
+    elif kind == "literal_error":
+        words = str(facts["expected"])
+    elif kind == "string_too_short":
+        words = "text that is not empty" if facts["min_length"] == 1 else f"{facts['min_length']} characters or more"
+    elif kind == "string_too_long":
+        words = f"at most {facts['max_length']} characters"
+    elif kind == "too_short":
+        words = f"{facts['min_length']} or more of them"
+    elif kind == "too_long":
+        words = f"at most {facts['max_length']} of them"
+    elif kind.endswith("_type") and (plain := kind.removesuffix("_type")) in _KINDS:
+        words = _KINDS[plain]
+    else:
+        return None
+    if examples := schema.get("examples"):
+        return f"expected {words}, as in {json.dumps(examples[0])}"
+    default = schema.get("default")
+    return f"expected {words}" + ("" if default is None else f"; left out, it is {json.dumps(default)}")
+
+
+def _schema_at(model: type[FileModel], location: tuple[int | str, ...]) -> dict[str, Any]:
+    """The JSON schema of a place in a model; empty where none is found."""
+    whole = model.model_json_schema()
+    found: dict[str, Any] = whole
+    for part in location:
+        found = _plain(found, whole)
+        inner = found.get("properties", {}).get(part) if isinstance(part, str) else found.get("items")
+        if not isinstance(inner, dict):
+            return {}
+        found = inner
+    return _plain(found, whole)
+
+
+def _plain(schema: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """A schema without the detours of a reference, and of a value that may also be absent."""
+    if "anyOf" in schema:
+        kept = [one for one in schema["anyOf"] if one.get("type") != "null"]
+        if len(kept) == 1:
+            schema = {**kept[0], **{key: value for key, value in schema.items() if key != "anyOf"}}
+    if "$ref" in schema:
+        schema = {**whole["$defs"][schema["$ref"].rpartition("/")[2]], **schema}
+    return schema
+
+
+def _line(entry: Any, model: type[FileModel]) -> str:
     key = ""
     for part in entry["loc"]:
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
@@ -230,8 +312,7 @@ def _line(entry: Any) -> str:
         return f"  {key}: unknown key; remove it or correct its spelling"
     if entry["type"] == "missing":
         return f"  {key}: missing; this key is required"
-    if entry["type"] == "string_pattern_mismatch" and entry["ctx"]["pattern"] in _SPELLINGS:
-        message = f"expected {_SPELLINGS[entry['ctx']['pattern']]}"
+    message = _expected(entry, model) or message
     found = repr(entry["input"])
     if len(found) > 80:
         found = found[:77] + "..."

@@ -25,8 +25,8 @@ from secure_fed.clients.data import Split
 from secure_fed.clients.features import Labelled, SiteFeatures
 from secure_fed.clients.training import predict, train_round, training_seed
 from secure_fed.core.errors import DataError, PrivateMethodError, SecfacmicError, StudyError
-from secure_fed.core.storage import exclusive, make_folder, write_durable
-from secure_fed.lab.simulation import open_sites, plan_of, prepare
+from secure_fed.core.storage import write_durable
+from secure_fed.lab.simulation import open_sites, plan_of, prepare, starting
 from secure_fed.lab.workers import run_locally
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.text_tower import TextTower
@@ -134,8 +134,7 @@ def attack(
             'a memory does not: expected task = "classify". Its sums under a budget: secfacmic audit'
         )
     plan = plan_of(template, out, data)
-    make_folder(out)
-    with exclusive(out):
+    with starting(out) as start:
         agreed = prepare(template, out, data)
         sites = open_sites(agreed, out)
         roles = {site.name: site for site in agreed.study.sites}
@@ -144,6 +143,7 @@ def attack(
             for site in sites
             if roles[site.name].role == "train"
         )
+        start.done = True
         observed = [site.features() for site in sites if roles[site.name].role == "observer"]
         notes = []
         try:

@@ -15,7 +15,7 @@ from secure_fed.clients.sitefile import SiteServer
 from secure_fed.core.errors import DemoError, SecfacmicError, StudyError
 from secure_fed.core.layout import ENVELOPES, SUMMARY, ServerState, SiteState
 from secure_fed.core.processes import start, stop
-from secure_fed.core.storage import exclusive, make_folder
+from secure_fed.core.storage import make_folder
 from secure_fed.lab.simulation import (
     Budget,
     Listener,
@@ -28,6 +28,7 @@ from secure_fed.lab.simulation import (
     prepare,
     round_facts,
     run_rounds,
+    starting,
     tell_overlaps,
 )
 from secure_fed.model.device import DeviceChoice
@@ -62,8 +63,11 @@ def with_sites(template: Template, count: int) -> Template:
         StudyError: it has fewer, or the study does not hold with so few.
     """
     training = [site.name for site in template.sites if site.role == "train"]
-    if not 1 <= count <= len(training):
-        raise StudyError(f"--sites {count}: expected 1 to {len(training)}, the training sites of study {template.name}")
+    if not template.min_sites <= count <= len(training):
+        raise StudyError(
+            f"--sites {count}: expected {template.min_sites} (min_sites of study {template.name}) to {len(training)} "
+            "(all its training sites)"
+        )
     gone = set(training[count:])
     content = template.model_dump(mode="json", exclude_none=True)
     plan = content.get("simulation", {})
@@ -81,7 +85,7 @@ def with_sites(template: Template, count: int) -> Template:
 def prepare_federation(
     template: Template, out: Path, data: Path | None, port: int = PORT, budget: Budget | None = None
 ) -> AgreedStudy:
-    """Write study, authority, keys and site folders, and begin a run, but start nothing.
+    """Write study, authority, keys and site folders, compare the sites' images, and begin a run, but start nothing.
 
     Args:
         template: with a ``[simulation]`` table.
@@ -91,11 +95,20 @@ def prepare_federation(
         budget: privacy budget of each site.
 
     Raises:
-        SecfacmicError: as :func:`secure_fed.lab.simulation.prepare`.
+        SecfacmicError: as :func:`secure_fed.lab.simulation.prepare` and ``tell_overlaps``; the folder is as it was.
     """
+    plan_of(template, out, data)
+    with starting(out):
+        return _federation(template, out, data, port, budget, Listener())
+
+
+def _federation(
+    template: Template, out: Path, data: Path | None, port: int, budget: Budget | None, listener: Listener
+) -> AgreedStudy:
     certificates = ServerState(out / SERVER).certificates
     server = SiteServer(address=f"{HOST}:{port}", authority=f"../../{SERVER}/{certificates.name}/{CA}")
     agreed = prepare(template, out, data, server, budget)
+    tell_overlaps(agreed, template.plan, out, data, listener)
     if not certificates.exists():
         create_authority(certificates, [HOST, "localhost"])
     # Sites open keys and journals, which must be closed again before their own processes do.
@@ -130,13 +143,11 @@ def run_demo(
         SecfacmicError: others, as ``simulate``.
     """
     plan_of(template, out, data)
-    make_folder(out)
-    with exclusive(out):
-        begun = time.monotonic()
+    with starting(out) as beginning:
         listener.stage("preparing the study, its keys and its authority")
         port = _free_port()
-        agreed = prepare_federation(template, out, data, port, budget)
-        tell_overlaps(agreed, template.plan, out, data, listener)
+        agreed = _federation(template, out, data, port, budget, listener)
+        beginning.done = True
         make_folder(out / LOGS)
         processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
@@ -162,12 +173,13 @@ def run_demo(
                 listener.round(facts)
         finally:
             stop(list(processes.values()))
-        summary = finish(agreed, out, open_sites(agreed, out, device=device), journal.entries, begun, listener)
+        sites = open_sites(agreed, out, device=device)
+        summary = finish(agreed, out, sites, journal.entries, beginning.begun, listener)
         listener.stage("for comparison, in this process: one secure sum over the same sites")
         found = None if budget is not None else _one_sum(template, out, data or out / "data", device)
         if found is not None:
             metrics = summary.metrics.model_copy(update={"one_sum": found})
-            elapsed = time.monotonic() - begun
+            elapsed = time.monotonic() - beginning.begun
             summary = summary.model_copy(update={"metrics": metrics, "seconds_total": elapsed})
             write_summary(out / SUMMARY, summary)
         return summary.content()

@@ -6,7 +6,8 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from secure_fed.clients.acceptance import record_acceptance, require_acceptance
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.calibration import calibrate
 from secure_fed.clients.data import DRAWN_ALONE
-from secure_fed.clients.features import pool_features
+from secure_fed.clients.features import pool_features, refuse_unreadable
 from secure_fed.clients.images import compared_images, site_images
 from secure_fed.clients.replica import Validation
 from secure_fed.clients.site import Site
@@ -29,12 +30,13 @@ from secure_fed.core.errors import (
     AdapterMismatchError,
     NotAcceptedError,
     OutputError,
+    SecfacmicError,
     SiteFileError,
     StudyError,
     StudyPausedError,
 )
 from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, ServerState, SiteState
-from secure_fed.core.storage import exclusive, make_folder
+from secure_fed.core.storage import LOCK, exclusive, make_folder, write_durable
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.phantoms import SPLIT_SHARES, PhantomSite, make_phantoms
 from secure_fed.model.adapter_file import save_adapter, save_calibration
@@ -157,42 +159,85 @@ def simulate(
         template = read_template(Path(template))
     out, data = Path(out), None if data is None else Path(data)
     plan_of(template, out, data)
+    listener = listener or Listener()
+    with starting(out) as start:
+        listener.stage("preparing the study")
+        agreed = prepare(template, out, data, budget=budget)
+        tell_overlaps(agreed, template.plan, out, data, listener, skip_unreadable=skip_unreadable)
+        start.done = True
+        sites = open_sites(agreed, out, skip_unreadable=skip_unreadable, device=device)
+        listener.stage("encoding images")
+        for site in sites:
+            site.features(lambda done, total, name=site.name: listener.encoding(name, done, total))  # type: ignore[misc]
+        listener.stage("training")
+        coordinator = open_run(agreed, out, sites)
+        run_rounds(agreed, coordinator, sites, listener)
+        return finish(agreed, out, sites, coordinator.rounds, start.begun, listener).content()
+
+
+@dataclass
+class Start:
+    """A start in a folder.
+
+    Attributes:
+        begun: when, by a monotonic clock, seconds.
+        done: whether nothing that was asked for can be refused any more; what is written then stays.
+    """
+
+    begun: float
+    done: bool = False
+
+
+@contextmanager
+def starting(out: Path) -> Iterator[Start]:
+    """Hold a folder to play a study in; if the start is refused, all in it is as it was.
+
+    What was made is removed, and a ``site.toml`` that was changed, by a budget or other data, has its content back: the
+    next start finds nothing of what was refused.
+
+    Args:
+        out: the folder, made if it is not there.
+
+    Raises:
+        StorageError: it cannot be made, or another process holds it.
+    """
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    locked = (out / LOCK).exists()
     make_folder(out)
     with exclusive(out):
-        return _simulate(template, out, data, listener or Listener(), skip_unreadable, budget, device)
-
-
-def _simulate(
-    template: Template,
-    out: Path,
-    data: Path | None,
-    listener: Listener,
-    skip_unreadable: bool,
-    budget: Budget | None,
-    device: DeviceChoice | None,
-) -> dict[str, Any]:
-    start = time.monotonic()
-    listener.stage("preparing the study")
-    agreed = prepare(template, out, data, budget=budget)
-    tell_overlaps(agreed, template.plan, out, data, listener)
-    sites = open_sites(agreed, out, skip_unreadable=skip_unreadable, device=device)
-    listener.stage("encoding images")
-    for site in sites:
-        site.features(lambda done, total, name=site.name: listener.encoding(name, done, total))  # type: ignore[misc]
-    listener.stage("training")
-    coordinator = open_run(agreed, out, sites)
-    run_rounds(agreed, coordinator, sites, listener)
-    return finish(agreed, out, sites, coordinator.rounds, start, listener).content()
+        before = set(out.rglob("*")) - ({out / LOCK} if not locked else set())
+        files = {path: path.read_bytes() for path in out.glob("sites/*/site.toml")}
+        start = Start(time.monotonic())
+        try:
+            yield start
+        except SecfacmicError:
+            if not start.done:
+                for path in sorted(set(out.rglob("*")) - before, reverse=True):
+                    (path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink)()
+                for path, content in files.items():
+                    if path.read_bytes() != content:
+                        write_durable(path, content)
+                for folder in missing:
+                    with suppress(OSError):
+                        folder.rmdir()  # unless somebody else writes there by now
+            raise
 
 
 def tell_overlaps(
-    agreed: AgreedStudy, plan: Simulation, out: Path, data: Path | None, listener: Listener | None = None
+    agreed: AgreedStudy,
+    plan: Simulation,
+    out: Path,
+    data: Path | None,
+    listener: Listener | None = None,
+    *,
+    skip_unreadable: bool = False,
 ) -> list[str]:
     """Compare the sites' images with each other, and tell what they have in common, in words.
 
     Phantoms that were just made have nothing. That a budget drew splits anew is told with it.
 
     Raises:
+        UnreadableImageError: an image cannot be decoded, and is not to be left out.
         DataLeakError: one site is tested on what another trains on, and the table does not say ``shared``.
         SecfacmicError: others, for a site's images.
     """
@@ -209,6 +254,9 @@ def tell_overlaps(
             agreed,
             lambda done, total, name=member.name: listener.encoding(name, done, total),  # type: ignore[misc]
         )
+        if not skip_unreadable:
+            reasons = [f"{found.images[place].path}: {reason}" for place, reason in sorted(looks.unreadable.items())]
+            refuse_unreadable(reasons, len(found.images))
         if DRAWN_ALONE in found.notes.told:
             alone.append(member.name)
         held.append(Held(member.name, found.images, looks.found, member.role == "observer", plan.unit == "patient"))

@@ -92,7 +92,7 @@ def test_two_sites_in_one_folder(template: Path, images: Path, tmp_path: Path, s
 
 def test_a_budget_of_nothing(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
     ended = secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out", "--epsilon", 0)
-    told(ended, errors.SiteFileError, "epsilon = 0.0", "greater than 0")
+    told(ended, errors.SiteFileError, "epsilon = 0.0: expected a number above 0 and at most 100", "leave both out")
     assert not (tmp_path / "out").exists()
 
 
@@ -234,3 +234,99 @@ def test_a_working_directory_that_nobody_may_write_to(tmp_path: Path, template: 
     ended = bare("site", "init", "north", cwd=locked, preexec_fn=without_override)
     assert ended.returncode == errors.StorageError.exit_code
     assert "choose another place" in ended.stderr
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [("simulate",), ("demo",), ("attack",)], ids=lambda words: words[0])
+def test_a_refused_start_leaves_the_folder_as_it_was(
+    words: tuple[str, ...], template: Path, images: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    """Whether it was there or not, and though nothing of a wrong folder is wrong before keys and sites are made."""
+    (tmp_path / "wrong").mkdir()
+    out = tmp_path / "deep" / "out"
+    command = (*words, template, "--data", tmp_path / "wrong", "--out", out)
+    told(secfacmic(*command), errors.DataError, "no such folder")
+    assert not (tmp_path / "deep").exists()
+    out.mkdir(parents=True)
+    (out / "mine.txt").write_text("of somebody")
+    told(secfacmic(*command), errors.DataError, "no such folder")
+    assert held(out) == {"mine.txt": b"of somebody"}
+
+
+def test_a_refused_budget_is_not_there_at_the_next_start(
+    template: Path, images: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    """What is refused for its images was written into each site.toml before they were looked at."""
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(images, broken)
+    command = ("simulate", template, "--data", broken, "--out", out)
+    assert secfacmic(*command).returncode == 0
+    before = held(out)
+    next((broken / "ash").rglob("*.png")).write_bytes(b"no picture")
+    told(secfacmic(*command, "--epsilon", 3), errors.UnreadableImageError, "--skip-unreadable")
+    changed = {name for name, content in held(out).items() if before.get(name) != content}
+    assert changed <= {name for name in before if name.endswith((".sqlite", ".sqlite-wal", ".sqlite-shm"))}
+    assert held(out).keys() == before.keys()
+
+
+def test_what_is_tested_on_the_neighbours_training_images_leaves_nothing(
+    template: Path, images: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    for path in (data / "dogwood").rglob("*.png"):
+        shutil.copy(path, data / "ash" / path.relative_to(data / "dogwood"))
+    for command in ("simulate", "demo"):
+        ended = secfacmic(command, template, "--data", data, "--out", tmp_path / "out")
+        told(ended, errors.DataLeakError, "shared = true")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("simulate", "demo", "--seed", "-1"), "-1; expected a whole number of at least 0"),
+        (("demo", "--rounds", "0"), "0; expected a whole number of at least 1"),
+        (("demo", "--rounds", "two"), "two; expected a whole number of at least 1"),
+        (("simulate", "demo", "--epsilon", "much"), "much; expected a number"),
+        (("study", "init", "x", "--sites", "2"), "2; expected a whole number from 3 to 1000"),
+        (("study", "init", "x", "--epsilon", "0"), "0; expected a number from 0.01 to 100"),
+    ],
+)
+def test_a_refused_number_of_an_option_is_told_what_was_expected(
+    words: tuple[str, ...], says: str, tmp_path: Path, secfacmic: Run
+) -> None:
+    ended = secfacmic(*words, "--out", tmp_path / "out")
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rounds": 0}, "rounds = 0: expected a whole number from 1 to 100000"),
+        ({"rounds": 2.5}, "rounds = 2.5: expected a whole number from 1 to 100000"),
+        ({"max_sites": "many"}, "max_sites = 'many': expected a whole number from 1 to 4096"),
+        ({"encoding": {"bits": 99, "value_bound": 0.5}}, "encoding.bits = 99: expected a whole number from 8 to 21"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate = -1: expected a number above 0 and at most 10"),
+        ({"mode": "plane"}, "mode = 'plane': expected 'he' or 'plain'"),
+        ({"classes": 3}, "classes = 3: expected a list in brackets"),
+        ({"backbone": "clip"}, "backbone = 'clip': expected a table"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_value_of_a_file_is_told_what_was_expected(
+    change: dict[str, object], says: str, tmp_path: Path, secfacmic: Run
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps({**template_table(rounds=1), **change}))
+    told(secfacmic("study", "check", path), errors.StudyError, says)
+
+
+def test_half_a_budget_asks_for_the_other_half(template: Path, tmp_path: Path, secfacmic: Run) -> None:
+    ended = secfacmic("simulate", template, "--out", tmp_path / "out", "--delta", 1e-5)
+    told(ended, errors.SiteFileError, "--delta 1e-05: half of a budget; expected --epsilon beside it")

@@ -50,7 +50,7 @@ def test_fewer_sites_are_the_first_ones() -> None:
     assert [site.name for site in fewer.sites] == ["ash", "birch", "dogwood"]
     assert fewer.key_maker == "ash"
     assert [site.name for site in fewer.plan.sites] == ["ash", "birch", "dogwood"]
-    with pytest.raises(StudyError, match="expected 1 to 3"):
+    with pytest.raises(StudyError, match=r"expected 2 \(min_sites of study small\) to 3"):
         with_sites(template, 4)
     with pytest.raises(StudyError, match="min_sites"):
         with_sites(make_template(), 2)

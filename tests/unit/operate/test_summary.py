@@ -87,7 +87,7 @@ def test_a_newer_format_is_refused_with_both_versions(name: str) -> None:
 @pytest.mark.parametrize(("name", "other"), [("study", "site"), ("site", "study")])
 @pytest.mark.parametrize("make", [written, today])
 def test_a_summary_of_the_other_kind_is_refused(name: str, other: str, make: Any) -> None:
-    with pytest.raises(SummaryError, match=f"kind = '{name}': Input should be '{other}'"):
+    with pytest.raises(SummaryError, match=f"kind = '{name}': expected '{other}'"):
         parse_summary(make(name), KINDS[other], "summary.json")
 
 
