@@ -1,53 +1,30 @@
-"""One round at a site: take the journal's new records, apply them, train, and seal the update.
+"""One round at a site: take the journal's new records, apply them, and answer the server's questions.
 
-Knows nothing of Flower. Everything that must survive a crash lies in the site's state folder
-(:mod:`secure_fed.core.layout`).
+Knows nothing of Flower. What it makes of its images is in :mod:`secure_fed.clients.learner`; all that must survive a
+crash lies in the site's state folder (:mod:`secure_fed.core.layout`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import secrets
 import time
-from collections import Counter
-from collections.abc import Mapping
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-import safetensors.numpy
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
-from numpy.typing import NDArray
 
-from secure_fed.clients import memory, one_sum
 from secure_fed.clients.acceptance import acceptance_digest
-from secure_fed.clients.bound import Bound, Fresh, Padded, read_bound
-from secure_fed.clients.budget import ledger_folder, unpaid
-from secure_fed.clients.data import SiteImage, Split
+from secure_fed.clients.bound import Bound, Fresh
+from secure_fed.clients.budget import ledger_folder
+from secure_fed.clients.envelopes import Envelopes
 from secure_fed.clients.erasure import withdrawn
-from secure_fed.clients.features import FeatureCache, Progress, SiteFeatures, load_features
-from secure_fed.clients.given_sums import HASH_BYTES, GivenSums
-from secure_fed.clients.images import (
-    by_patient,
-    compared_images,
-    data_changed,
-    pixels_of,
-    refuse_doubts,
-    rules_of,
-)
-from secure_fed.clients.private_round import private_rounds
-from secure_fed.clients.rehearsal import rehearse
-from secure_fed.clients.replica import LastSum, Replica
-from secure_fed.clients.rules import Rules
+from secure_fed.clients.learner import Learner
+from secure_fed.clients.replica import LastSum
+from secure_fed.clients.shares import HeldShares
 from secure_fed.clients.sitefile import SiteFile, read_site_file
-from secure_fed.clients.snapshot import read_snapshot, write_snapshot
-from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
+from secure_fed.clients.snapshot import write_snapshot
 from secure_fed.core.errors import (
-    AggregateRefused,
     BudgetError,
     BudgetSpentError,
     EnvelopeError,
@@ -55,43 +32,24 @@ from secure_fed.core.errors import (
     ProtocolError,
     SiteFileError,
 )
-from secure_fed.core.layout import RECORDS, SiteRun
-from secure_fed.core.storage import make_folder, write_durable
-from secure_fed.model.adapters import PRIVATE_HEAD, check_method
-from secure_fed.model.backbone import load_backbone
-from secure_fed.model.device import choose_device
-from secure_fed.model.evaluation import Metrics, Predictions, balanced_accuracy, metrics
-from secure_fed.model.preparing import window
-from secure_fed.model.text_tower import TextTower
+from secure_fed.core.storage import write_durable
 from secure_fed.privacy.ledger import snapshot_key
 from secure_fed.protocol import codec
-from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.envelope import MAGIC as ENVELOPE_MAGIC
-from secure_fed.protocol.envelope import (
-    MAX_HEADER,
-    EnvelopeHeader,
-    check_position,
-    seal_envelope,
-    verify_contribution,
-)
-from secure_fed.protocol.ledger_heads import NO_LEDGER, LedgerHead
-from secure_fed.protocol.packing import Binding, Contribution, Sealed
-from secure_fed.protocol.pads import KEY_BYTES, PadPlace, SitePads, new_private, public_of
+from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader, verify_contribution
+from secure_fed.protocol.pads import new_private, public_of
 from secure_fed.protocol.presence import PresenceQuestion, sign_presence
-from secure_fed.protocol.records import Record, read_header
-from secure_fed.protocol.residues import pack_residues, unpack_residues
+from secure_fed.protocol.records import Record
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     COHORT_MAGIC,
     MAX_WORD,
     REVEAL_MAGIC,
     ArrivedHeader,
-    CohortHeader,
     RevealHeader,
     SignedWord,
     check_arrived,
     check_cohort,
-    cohort_keys,
     releasing,
     sign_ready,
     sign_retired,
@@ -104,79 +62,35 @@ from secure_fed.protocol.share_frames import (
     CHECK_MAGIC,
     GONE_MAGIC,
     GoneHeader,
-    Handed,
     check_check,
     check_digest,
     check_gone,
-    deal,
-    open_handed,
     refuse_unchecked,
     sign_checked,
     sign_witness,
-    take_handed,
 )
-from secure_fed.protocol.signing import ZERO_DIGEST, check_payload, parse_header, split_frame, verify_member
+from secure_fed.protocol.signing import ZERO_DIGEST, Frame, parse_header, split_frame, verify_member
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
 
-NO_DRAWS = np.zeros(0)
-SATURATION_WARNING = 0.001
-"""Share of saturated coordinates above which the site warns: the value bound is then too small."""
 
-
-class Site:
+class Site(Learner):
     """One hospital in a study: learns from its images, for and from the adapter of its replica of the journal.
 
-    Args:
-        file: its ``site.toml``, paths absolute (:func:`secure_fed.clients.sitefile.read_site_file`).
-        agreed: the study; must be the one that ``file`` names.
-
-    Raises:
-        DeviceError: its ``site.toml`` asks for a device that is not there.
-        SiteFileError: its identity is not the one that the study names, or its policy refuses the study.
-        StudyError: the site is not in the study, or the study's method does not hold together.
-        RecordError: the state folder does not verify.
-
-    Attributes:
-        replica: its copy of the journal, its keys, and the adapter that follows.
-        device: where its images are encoded and, without a budget, its adapter is trained.
+    Made as a :class:`Learner` is; raises as it does.
     """
 
     def __init__(self, file: SiteFile, agreed: AgreedStudy) -> None:
-        file.refuse_study(agreed.study)
-        self.device = choose_device(file.device)
-        check_method(agreed.study.method)
-        self.replica = Replica(file, agreed)
-        self._file = file
-        self._agreed = agreed
-        self._features: SiteFeatures | None = None
+        super().__init__(file, agreed)
         self._froze = False
-        self._preprocess: dict[str, Any] | None = None
-        trains = self.replica.member.role == "train"
-        self._private = (
-            private_rounds(
-                file, agreed, self.replica.heads, self.replica.identity.keys.signing, lambda: rehearse(file, agreed)
-            )
-            if trains
-            else None
-        )
+        self._envelopes = Envelopes(agreed, self.replica)
 
     @classmethod
     def open(cls, path: Path) -> Site:
         """A site from its ``site.toml``."""
         file = read_site_file(path)
         return cls(file, load_study(Path(file.study)))
-
-    @property
-    def name(self) -> str:
-        """The site's name in the study."""
-        return self.replica.name
-
-    @property
-    def run(self) -> str:
-        """Id of the current run, empty before the first genesis."""
-        return self.replica.state.run
 
     @property
     def position(self) -> int:
@@ -194,19 +108,9 @@ class Site:
         return self.replica.state.chain.rounds
 
     @property
-    def finished(self) -> bool:
-        """Whether every round of the study is applied here."""
-        return self.replica.state.chain.finished
-
-    @property
     def over(self) -> bool:
         """Whether nothing is left to do here: every round is applied, and no further run was accepted."""
         return self.finished and not self.replica.awaits_run
-
-    @property
-    def parameters(self) -> Parameters:
-        """The global adapter, float64, after the last applied record."""
-        return self.replica.state.parameters
 
     @property
     def adapter_digest(self) -> str:
@@ -223,190 +127,15 @@ class Site:
         """The public half of the key that signs its envelopes, 64 hex digits."""
         return self.replica.identity.keys.signing
 
-    def features(self, progress: Progress | None = None) -> SiteFeatures:
-        """The site's image features, encoded once and cached.
-
-        Raises:
-            DataError, ManifestError, LabelError, UnreadableImageError, BackboneError: what the data lack.
-            ForgottenError: the list of the forgotten cannot be read.
-        """
-        if self._features is None:
-            torch.set_num_threads(self._file.threads)
-            frozen = self._snapshot
-            if frozen is not None and frozen.exists():
-                self._features = read_snapshot(frozen, snapshot_key(ledger_folder(self._file)))
-                if data_changed(self._file, self._agreed, self._features):
-                    log.warning(
-                        "%s: for its own eyes: the data are not what they were when run %s began; the run goes on with "
-                        "what they were then",
-                        *(self.name, self.run[:16]),
-                    )
-            else:
-                self._features = self._read_data(progress)
-            left_out = self._features.unreadable
-            if left_out:
-                log.warning("%s: left out %d unreadable image%s", self.name, left_out, "s" * (left_out > 1))
-        return self._features
-
-    def _read_data(self, progress: Progress | None) -> SiteFeatures:
-        checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
-        pictures: dict[str, frozenset[bytes]] = {}
-        found, looks = compared_images(self._file, self._agreed, progress)
-        for line in found.notes.told:
-            log.info("%s: %s", self.name, line)
-        refuse_doubts(self._file, found)
-        if found.doubts:
-            kinds = Counter(doubt.kind for doubt in found.doubts)
-            log.warning(
-                "%s: %d doubts about who is who (%s); see them: secfacmic data check",
-                *(self.name, len(found.doubts), ", ".join(f"{kind} {count}" for kind, count in kinds.items())),
-            )
-        images = found.images
-        if self._private is not None:
-            images, pictures = by_patient(images, looks, self._file.data.unit)
-        with FeatureCache(self._file.feature_cache) as cache:
-            features = load_features(
-                images,
-                self._agreed,
-                cache,
-                checkpoint,
-                self._file.skip_unreadable,
-                progress,
-                self.device,
-                rules_of(self._file, self._agreed),
-            )
-        if self._private is not None:
-            self._private.settle(pictures, features.digests)
-        aligns = self._agreed.study.method.aligns
-        if aligns != "none" and self.replica.member.role == "train" and not len(features.unlabelled):
-            log.warning(
-                '%s: no unlabelled images for adaptation = "%s", so this site trains without it; give it '
-                "some: a share, or data.unlabelled in site.toml",
-                *(self.name, aligns),
-            )
-        return features
-
-    @property
-    def _snapshot(self) -> Path | None:
-        """Where the data of the run that goes on are kept; None without a budget or a run."""
-        if self._private is None or not self.run or self.finished:
-            return None
-        return self.replica.files.folder.snapshot
-
     @property
     def _can_seal(self) -> bool:
         """Whether it holds the key in force; who does not reads no data and spends no budget."""
         return self._agreed.study.mode == "plain" or self.replica.keys.holds(self.replica.state.chain.key)
 
     @property
-    def budgeted(self) -> bool:
-        """Whether it trains under a privacy budget."""
-        return self._private is not None
-
-    @property
-    def unpaid(self) -> bool:
-        """Whether figures of its images are for its own eyes: they are patients', and a budget has not paid."""
-        return unpaid(self._file)
-
-    @property
     def read_data(self) -> bool:
         """Whether the last reply took work on the site's data, under a budget: then it leaves at a fixed time."""
         return self._private is not None and (self._private.drew or self._froze)
-
-    def evaluate(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Metrics:
-        """Metrics of :meth:`predictions`."""
-        return metrics(*self.predictions(parameters, agreed), positive=(agreed or self._agreed).study.positive)
-
-    def predictions(self, parameters: Parameters | None, agreed: AgreedStudy | None = None) -> Predictions:
-        """Probabilities for the site's test images; an observer, which trains on nothing, tests on all labelled ones.
-
-        Args:
-            parameters: an adapter, perhaps with a private head; None for zero-shot.
-            agreed: the study whose method the adapter is of, if not the site's own.
-        """
-        images, labels, patients = self.test_images()
-        return Predictions(self._predict(images, parameters, agreed or self._agreed), labels, patients)
-
-    def test_images(self) -> tuple[NDArray[np.float32], NDArray[np.int64], tuple[str, ...]]:
-        """Features [n, d] of the images that figures are made of, their labels [n], and whose they are."""
-        features = self.features()
-        splits: tuple[Split, ...] = ("train", "val", "test") if self.replica.member.role == "observer" else ("test",)
-        tests = [getattr(features, split) for split in splits]
-        images = np.concatenate([test.x for test in tests])
-        labels = np.concatenate([test.y for test in tests])
-        return images, labels, tuple(patient for split in splits for patient in features.patients[split])
-
-    def test_sources(self) -> list[SiteImage]:
-        """The images of :meth:`test_images`, in its order."""
-        splits = ("train", "val", "test") if self.replica.member.role == "observer" else ("test",)
-        return [image for split in splits for image in self.features().images if image.split == split]
-
-    def train_sources(self) -> list[SiteImage]:
-        """The training images."""
-        return [image for image in self.features().images if image.split == "train"]
-
-    @property
-    def rules(self) -> Rules:
-        """How its pictures are seen."""
-        return rules_of(self._file, self._agreed)
-
-    def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """The part of a picture of this width and height that the study's image tower sees."""
-        if self._preprocess is None:
-            checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
-            self._preprocess = load_backbone(self._agreed.study.backbone, checkpoint).form.preprocess
-        return window(self._preprocess, size)
-
-    def validate(self, parameters: Parameters) -> float | None:
-        """Balanced accuracy on the site's validation images, by which choices are made; None without any."""
-        probabilities, labels, _ = self.validation_predictions(parameters)
-        return balanced_accuracy(probabilities, labels)
-
-    def validation_predictions(self, parameters: Parameters) -> Predictions:
-        """Probabilities for the site's validation images."""
-        val = self.features().val
-        return Predictions(self._predict(val.x, parameters, self._agreed), val.y, self.features().patients["val"])
-
-    def train_alone(self, agreed: AgreedStudy) -> Parameters:
-        """An adapter (and private head) trained here alone, as :func:`secure_fed.clients.training.train_alone` does.
-
-        Args:
-            agreed: the study, or one like it with another method.
-        """
-        torch.set_num_threads(self._file.threads)
-        return train_alone(agreed, self.features(), self.name, self.tower, self.device)
-
-    def personal(self, parameters: Parameters, round_number: int | None = None) -> Parameters:
-        """An adapter with the private head that this site trained for it; the adapter itself if there is none.
-
-        Args:
-            parameters: the global adapter.
-            round_number: the last round to take the head of; by default the last one there is.
-        """
-        if not self._agreed.study.method.private_head or not self.run:
-            return parameters
-        stored = sorted(self.replica.files.folder.heads.glob("*"))
-        chosen = [path for path in stored if round_number is None or int(path.name) <= round_number]
-        return parameters | safetensors.numpy.load(chosen[-1].read_bytes()) if chosen else parameters
-
-    @cached_property
-    def tower(self) -> TextTower | None:
-        """The backbone's frozen text tower, for a study whose method trains through it."""
-        tokens = self._agreed.initial.prompt_tokens
-        if tokens is None:
-            return None
-        checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)
-        return load_backbone(self._agreed.study.backbone, checkpoint).text_tower(tokens)
-
-    def _predict(
-        self, images: NDArray[np.float32], parameters: Parameters | None, agreed: AgreedStudy
-    ) -> NDArray[np.float64]:
-        if parameters is None:
-            return zero_shot(agreed, images)
-        features = self.features()
-        # Batch norm's statistics: of all images that the site may learn from, labelled or not.
-        own = np.concatenate([features.train.x, features.unlabelled])
-        return predict(agreed, parameters, images, own, self.tower)
 
     def respond(self, request: RoundRequest) -> RoundReply:
         """Take a request: apply its records, compare adapters, and train if a round is due.
@@ -584,7 +313,7 @@ class Site:
         bound = self.replica.files.bound.at(due)
         self._refuse_past("asked for", attempt, bound, bound.attempt)
         self.replica.sealer  # noqa: B018 -- who cannot seal reads no data and spends no budget
-        self._integers(self._outbox.integers(due.round))
+        self._integers()
         self._refuse_given()
         released = self._private is not None or bound.released == self._asked_for
         fresh = public_of(self._fresh_key(attempt)) if self._agreed.study.pads else None
@@ -629,59 +358,18 @@ class Site:
         words = {"attempt": header.attempt, "cohort": cohort, "names": names}
         if self._agreed.study.pads:
             if again:
-                return self._sent_before(bound)
-            data, padded = self._padded(bound, header, cohort)
+                return self._envelopes.sent_before(bound)
+            data, padded = self._envelopes.padded(bound, header, cohort, self._integers)
             write_durable(files.folder.question("cohort"), question, 0o600)
             files.bind(bound.model_copy(update=words | {"padded": padded, "fresh": None}))
             return data, bytes.fromhex(padded.shares)
-        data = self._sealed(header.attempt, cohort)
+        data = self._envelopes.sealed(header.attempt, cohort, self._integers)
         if not again:
             write_durable(files.folder.question("cohort"), question, 0o600)
             files.bind(bound.model_copy(update=words))
         frame = split_frame(ENVELOPE_MAGIC, data, MAX_HEADER, EnvelopeError)
         known = parse_header(frame.header, EnvelopeHeader, EnvelopeError).payload
         return data[: len(data) - len(frame.payload)] if held == known else data, b""
-
-    def _padded(self, bound: Bound, header: CohortHeader, cohort: str) -> tuple[bytes, Padded]:
-        """An envelope under pads, on disk; taken apart again and compared with the stored integers before it leaves."""
-        due, lanes = self.replica.due, self._agreed.layout(self.replica.due.round).lanes
-        if bound.fresh is None or bound.fresh.attempt != header.attempt:
-            raise ProtocolError(f"COHORT of attempt {header.attempt}, for which this site has no fresh key any more")
-        private, keys = bytes.fromhex(bound.fresh.private), cohort_keys(header)
-        place = PadPlace(self._agreed.study.id, due, header.attempt, cohort)
-        mine, seed = SitePads(place, keys, self.name, private), secrets.token_bytes(KEY_BYTES)
-        dealt = deal(mine, seed, self.replica.state.chain.quorum.needed)
-        integers, ledger = self._integers(self._outbox.integers(due.round))
-        binding = Binding(run=due.run, head=due.head, round=due.round)
-        contribution, payload = self.replica.sealer.seal(integers, binding, self.name)
-        residues = mine.masked(unpack_residues(payload, lanes.modulus_bits), seed, lanes.modulus)
-        sealed = Sealed(contribution, pack_residues(residues, lanes.modulus_bits))
-        data = seal_envelope(
-            self._agreed, due, sealed, ledger, self.replica.identity.signing,
-            attempt=header.attempt, cohort=cohort, hidden=dealt.hidden,
-        )  # fmt: skip
-        final = unpack_residues(data[len(data) - len(sealed.payload) :], lanes.modulus_bits)
-        bare = pack_residues(mine.unmasked(final, seed, lanes.modulus), lanes.modulus_bits)
-        self._refuse_damage(bare, contribution, binding, integers)
-        write_durable(self._outbox.envelope(due.round), data, 0o600)
-        return data, Padded(
-            private=private.hex(),
-            keys=tuple(keys.values()),
-            seed=seed.hex(),
-            shares=dealt.entries.hex(),
-            envelope=hashlib.sha256(data).hexdigest(),
-        )
-
-    def _sent_before(self, bound: Bound) -> tuple[bytes, bytes]:
-        """The envelope and shares of the attempt that this site is bound to, byte for byte: none other has its pads."""
-        path = self._outbox.envelope(bound.round)
-        data = path.read_bytes() if path.is_file() else b""
-        if bound.padded is None or hashlib.sha256(data).hexdigest() != bound.padded.envelope:
-            raise ProtocolError(
-                f"round {bound.round}: the envelope of attempt {bound.attempt} is not here whole any more, and is "
-                "never made twice; this attempt goes on without it, the next one has other pads"
-            )
-        return data, bytes.fromhex(bound.padded.shares)
 
     def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...], releasing: frozenset[str]) -> None:
         """At one adapter state a site without a budget gives its integers to one cohort: of two sums, who is in one
@@ -805,6 +493,13 @@ class Site:
             return None
         return self.replica.files.bound.given.get(self._asked_for)
 
+    @property
+    def _gave_others(self) -> bool:
+        """Whether it has revealed integers at this adapter that are not here any more: others would, by difference,
+        show what is new in them (a patient that was to be forgotten, say)."""
+        released = self.run and self.replica.files.bound.released == self._asked_for
+        return self.revealed_to is not None and not released and self._stored() is None
+
     def release(self) -> None:
         """Its people's word: at this adapter it may reveal once more, to another cohort."""
         files = self.replica.files
@@ -822,53 +517,11 @@ class Site:
         files = self.replica.files
         files.bind(files.bound.model_copy(update={"retired": True}))
 
-    def _sealed(self, attempt: int, cohort: str) -> bytes:
-        """The envelope of an attempt, on disk; opened and compared with the stored integers before anybody gets it."""
-        due = self.replica.due
-        path = self._outbox.envelope(due.round)
-        integers, ledger = self._integers(self._outbox.integers(due.round))
-        binding = Binding(run=due.run, head=due.head, round=due.round)
-        sealed = self._sealed_before(path)
-        if sealed is None:
-            sealed = self.replica.sealer.seal(integers, binding, self.name)
-        data = seal_envelope(
-            self._agreed, due, sealed, ledger, self.replica.identity.signing, attempt=attempt, cohort=cohort
-        )
-        self._refuse_damage(data[len(data) - len(sealed.payload) :], sealed.contribution, binding, integers)
-        write_durable(path, data, 0o600)
-        return data
-
-    def _refuse_damage(
-        self, payload: bytes, contribution: Contribution, binding: Binding, integers: NDArray[np.int64]
-    ) -> None:
-        """Open what would be sent, as others will: a faulty site finds itself."""
-        try:
-            opened = self.replica.sealer.open(payload, binding, [contribution])
-        except AggregateRefused:
-            opened = None
-        if opened is None or not np.array_equal(opened, integers):
-            self._outbox.envelope(binding.round).unlink(missing_ok=True)
-            raise EnvelopeError(
-                f"round {binding.round}: the envelope does not open to the integers that were stored; nothing was "
-                "sent: this computer's memory or disk is damaged; start the site again, elsewhere if it comes back"
-            )
-
-    def _sealed_before(self, path: Path) -> Sealed | None:
-        """What was sealed for this very position, if it is whole; a damaged one was not sent, or is made anew."""
-        try:
-            frame = split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
-            header = parse_header(frame.header, EnvelopeHeader, EnvelopeError)
-            check_payload(frame, header, EnvelopeError)
-            check_position(header, self.replica.due)
-        except (FileNotFoundError, EnvelopeError):
-            return None
-        return Sealed(header.contribution, bytes(frame.payload))
-
     def _bound_to(
         self, what: str, attempt: int, cohort: str, envelopes: tuple[EnvelopeHeader, ...], words: tuple[SignedWord, ...]
-    ) -> Bound:
-        """What this site is bound to, which is the attempt that a question names, with all of its cohort and its own
-        envelope as it sent it."""
+    ) -> tuple[Bound, Frame]:
+        """What this site is bound to, which is the attempt that a question names, with all of its cohort; and its own
+        envelope, as it sent it."""
         bound = self.replica.files.bound.at(self.replica.due)
         if (attempt, cohort) != (bound.attempt, bound.cohort):
             raise ProtocolError(
@@ -879,42 +532,24 @@ class Site:
                 f"{what}: envelopes of {', '.join(entry.site for entry in envelopes)}; expected all of the cohort, "
                 f"{', '.join(bound.names)}"
             )
-        path = self._outbox.envelope(bound.round)
-        if not path.exists():
+        frame = self._envelopes.sent()
+        if frame is None:
             raise ProtocolError(f"{what} of attempt {attempt}, whose envelope is not here any more")
-        frame = split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
         if words[bound.names.index(self.name)] != SignedWord.of(frame.header, frame.signature):
             raise ProtocolError(f"{what}: names another envelope of this site than it sent")
-        return bound
-
-    def _pads(self, bound: Bound) -> SitePads:
-        """This site's keys in the attempt that it is bound to."""
-        assert bound.padded is not None  # of a study with pads
-        place = PadPlace(self._agreed.study.id, self.replica.due, bound.attempt, bound.cohort)
-        keys = dict(zip(bound.names, bound.padded.keys, strict=True))
-        return SitePads(place, keys, self.name, bytes.fromhex(bound.padded.private))
+        return bound, frame
 
     def _answer_for_shares(self, question: bytes, carried: bytes) -> bytes:
         """CHECKED: whether each share that was dealt to this site opens to what its maker's header says."""
         members = self.replica.state.chain.members
         header, envelopes, digest = check_check(question, self._agreed, members, self.replica.due)
-        bound = self._bound_to("CHECK", header.attempt, header.cohort, envelopes, header.envelopes)
-        handed = self._handed(bound, envelopes, [name for name in bound.names if name != self.name], carried)[0]
-        mine, complaints = self._pads(bound), []
-        for maker, entry in handed.items():
-            try:
-                open_handed(mine, maker, entry)
-            except EnvelopeError as error:
-                log.warning("%s: round %d: %s; tell its people", self.name, bound.round, error)
-                complaints.append(maker)
+        bound, _ = self._bound_to("CHECK", header.attempt, header.cohort, envelopes, header.envelopes)
+        complaints = self._held(bound, envelopes).complaints(carried)
         self._note_given()  # from here on others' shares open what this site sent, also if it reveals nothing
         return sign_checked(self._agreed, digest, self.name, complaints, self.replica.identity.signing)
 
-    def _handed(
-        self, bound: Bound, envelopes: tuple[EnvelopeHeader, ...], makers: list[str], carried: bytes
-    ) -> tuple[dict[str, Handed], bytes]:
-        roots = {entry.site: entry.hidden.shares for entry in envelopes if entry.hidden is not None}
-        return take_handed(carried, bound.names, makers, self.name, roots)
+    def _held(self, bound: Bound, envelopes: tuple[EnvelopeHeader, ...]) -> HeldShares:
+        return HeldShares(self._agreed, self.replica.due, self.name, bound, envelopes)
 
     def _stand_for(self, question: bytes, carried: bytes) -> tuple[bytes, bytes]:
         """WITNESS for a site that is gone after this one has revealed, and the share of its mask that was dealt here.
@@ -931,11 +566,7 @@ class Site:
         _, envelopes, digest = check_arrived(kept, self._agreed, self.replica.state.chain.members, due)
         if digest != bound.arrived:
             raise ProtocolError("the ARRIVED that this site keeps is not the one it has revealed for")
-        handed, payload = self._handed(bound, envelopes, [asked.gone], carried)
-        theirs = envelopes[bound.names.index(asked.gone)]
-        if (len(payload), hashlib.sha256(payload).hexdigest()) != (theirs.size, theirs.payload):
-            raise ProtocolError(f"asked to witness an envelope of {asked.gone} that is not the one it signed")
-        share = open_handed(self._pads(bound), asked.gone, handed[asked.gone])
+        payload, share = self._held(bound, envelopes).of_gone(asked.gone, carried)
         check = self.replica.state.chain.wire.check_words(digest, payload)
         if asked.gone not in bound.padded.shared:
             shared = (*bound.padded.shared, asked.gone)
@@ -960,12 +591,11 @@ class Site:
         """
         due, files = self.replica.due, self.replica.files
         arrived, envelopes, digest = check_arrived(question, self._agreed, self.replica.state.chain.members, due)
-        bound = self._bound_to("ARRIVED", arrived.attempt, arrived.cohort, envelopes, arrived.envelopes)
+        bound, sent = self._bound_to("ARRIVED", arrived.attempt, arrived.cohort, envelopes, arrived.envelopes)
         self._refuse_second_sum(bound, digest)
         if self._agreed.study.pads and not bound.arrived:
             self._refuse_unchecked(bound, arrived, carried)
-        path = self._outbox.envelope(due.round)
-        payload = bytes(split_frame(ENVELOPE_MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError).payload)
+        payload = bytes(sent.payload)
         check = self.replica.state.chain.wire.check_words(digest, payload)
         write_durable(files.folder.question("arrived"), question, 0o600)
         self._note_given()
@@ -988,193 +618,3 @@ class Site:
             digest = check_digest(self._agreed, due, arrived.attempt, arrived.cohort, arrived.envelopes)
             refuse_unchecked(carried, self._agreed, chain.members, digest, bound.names)
             write_durable(self.replica.files.folder.question("checked"), carried, 0o600)
-
-    @property
-    def _asked_for(self) -> str:
-        """Digest of what a site without a budget gives once, in whatever round it is asked: the adapter state and,
-        where sites send statistics, which of them: another one is no second sum of the first."""
-        state = self.replica.state.digest
-        if not self._agreed.study.method.sums:
-            return state
-        blocks = ",".join(block.name for block in self._agreed.layout(self.replica.due.round).blocks)
-        return hashlib.sha256(f"{state}:{blocks}".encode()).hexdigest()
-
-    @property
-    def _outbox(self) -> SiteRun:
-        folder = self.replica.files.folder
-        make_folder(folder.outbox, 0o700)
-        return folder
-
-    def _integers(self, path: Path) -> tuple[NDArray[np.int64], LedgerHead]:
-        """The integers of this adapter state: those stored, else trained, rounded once and stored before they are used.
-
-        A round that was given up, or whose sum was refused, does not move the adapter: the next one gets the same. With
-        them the head of the privacy ledger that paid for them; zeros without a budget.
-        """
-        if self._private is not None and self._agreed.study.method.sums:
-            folder, state = self.replica.files.folder, self.replica.state
-            integers = self._private.sums(
-                self.replica.due, state.digest, state.parameters, folder, self.features, self._encode
-            )
-            return integers, self._private.head
-        if self._private is not None:
-            folder, state = self.replica.files.folder, self.replica.state
-            integers = self._private.integers(
-                *(self.replica.due, state.digest, state.iterate, state.parameters),
-                *(folder, self.features, self._quantise),
-            )
-            return integers, self._private.head
-        stored = self._stored()
-        if stored is not None:
-            return stored, NO_LEDGER
-        last = list(self.replica.files.bound.given)[-1:]  # a void may bring that state back
-        kept = {old for old in self._outbox.all_integers() if _made_at(old)[0] in last}
-        for old in set(path.parent.iterdir()) - kept:
-            old.unlink()
-        integers = self._train()
-        made_at = np.frombuffer(bytes.fromhex(self._asked_for), np.uint8)
-        tensors: dict[str, NDArray[Any]] = {"integers": integers, "state": made_at, "marks": self._marks()}
-        write_durable(path, bytes(safetensors.numpy.save(tensors)), 0o600)
-        return integers, NO_LEDGER
-
-    def _stored(self) -> NDArray[np.int64] | None:
-        """The integers that were made at this adapter, in this round or, if it moved none, in one before."""
-        kept = self._kept()
-        return None if kept is None else kept.integers
-
-    def _kept(self) -> _Kept | None:
-        made = (_made_at(path) for path in self._outbox.all_integers())
-        return next((kept for kept in made if kept.state == self._asked_for), None)
-
-    # --- exact sums are given once ---
-
-    @property
-    def _given_sums(self) -> GivenSums:
-        return GivenSums(Path(self._file.identity), self.replica.identity.signing.private_bytes_raw())
-
-    def _marks(self) -> NDArray[np.uint8]:
-        """What the patients and pictures that train here are known by, uint8 [n, HASH_BYTES]; of none where no
-        patient's go into sums without noise."""
-        exact = self._agreed.study.method.sums and self._file.data.kind == "patients"
-        images = self.train_sources() if exact else []
-        with_ids = {image.patient for image in images} if self._file.data.unit == "patient" else set()
-        marks = self._given_sums.marks(pixels_of(self._file, images), with_ids) if images else []
-        return np.frombuffer(b"".join(marks), np.uint8).reshape(-1, HASH_BYTES)
-
-    def _refuse_given(self) -> None:
-        """Give no statistics of those whom another run's sum holds, nor count in a later round how they fare, for which
-        a site is asked that was not there in the first. Before anything leaves."""
-        kept = None if self._private is not None else self._kept()
-        if kept is not None and kept.marks:
-            before = [folder.name for folder in self._file.state_folder.begun_runs() if self._gave(SiteRun(folder))]
-            self._given_sums.refuse(self.run, kept.marks, before)
-
-    def _note_given(self) -> None:
-        """Note whom this round's statistics hold, before the word that lets others open their sum."""
-        kept = None if self._private is not None else self._kept()
-        if kept is not None and kept.marks and self._agreed.study.sums_patients(self.replica.due.round):
-            self._given_sums.give(self.run, kept.marks)
-
-    def _gave(self, run: SiteRun) -> bool:
-        """Whether, by its own journal, this site has given patients' statistics to a run of this study."""
-        study = self._agreed.study
-        bound = read_bound(run.bound)
-        if bound is None or (bound.arrived and study.sums_patients(bound.round)):
-            return True
-        for path in sorted(run.journal.glob(RECORDS)):
-            _, header = read_header(path.read_bytes(), self._agreed)
-            if header.kind == "aggregate" and study.sums_patients(header.round):
-                words = (parse_header(word.signed[0], EnvelopeHeader, EnvelopeError) for word in header.contributors)
-                if self.name in [word.site for word in words]:
-                    return True
-        return False
-
-    @property
-    def _gave_others(self) -> bool:
-        """Whether it has revealed integers at this adapter that are not here any more: others would, by difference,
-        show what is new in them (a patient that was to be forgotten, say)."""
-        released = self.run and self.replica.files.bound.released == self._asked_for
-        return self.revealed_to is not None and not released and self._stored() is None
-
-    def first_integers(self) -> NDArray[np.int64]:
-        """The integers of a first round that nobody asks for, and that are not kept: for a rehearsal."""
-        return self._train()
-
-    def _train(self) -> NDArray[np.int64]:
-        study = self._agreed.study
-        round_number = self.replica.due.round
-        features = self.features()
-        if study.task == "anomaly":
-            return self._encode(memory.message(self._agreed, round_number, self.parameters, features))
-        if study.method.one_sum:
-            return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
-        seed = training_seed(study.seed, self.run, self.name, round_number)
-        iterate = self.replica.state.iterate
-        start = self.personal(iterate, round_number - 1)
-        trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
-        if PRIVATE_HEAD in trained:
-            head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
-            if self.run:
-                folder = self.replica.files.folder
-                make_folder(folder.heads, 0o700)
-                write_durable(folder.head(round_number), bytes(safetensors.numpy.save(head)))
-        update = codec.flatten(trained) - codec.flatten(iterate)
-        counts = (0, 0)
-        if study.encoding.share_validation and len(features.val.y):
-            used = self.personal(self.parameters, round_number - 1)
-            predicted = self._predict(features.val.x, used, self._agreed).argmax(axis=1)
-            counts = len(features.val.y), int(np.count_nonzero(predicted == features.val.y))
-        draws = codec.rounding_draws(study.seed, self.run, self.name, round_number, update.size)
-        return self._quantise(update, draws, counts)
-
-    def _quantise(
-        self, update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int] = (0, 0)
-    ) -> NDArray[np.int64]:
-        """The integers of an update and, if the study shares them, of validation counts (zeros unless given)."""
-        return self._encode({codec.UPDATE: update, codec.COUNTS: np.array(counts, dtype=np.float64)}, draws)
-
-    def _encode(
-        self, values: Mapping[str, NDArray[np.float64]], draws: NDArray[np.float64] = NO_DRAWS
-    ) -> NDArray[np.int64]:
-        """The integers of the round's values, by block; what saturates is told, here and nowhere else."""
-        round_number = self.replica.due.round
-        integers, rounded = self._agreed.layout(round_number).encode(values, self.replica.member.weight, draws)
-        for name, quantised in rounded.items():
-            log.debug(
-                "round %d, %s: saturated share %.2g, quantisation error %.3g rms",
-                round_number,
-                name,
-                quantised.saturated,
-                quantised.error,
-            )
-            if quantised.saturated <= SATURATION_WARNING:
-                continue
-            cut, sums = 100 * quantised.saturated, self._agreed.study.method.sums
-            if sums and self._private is not None:
-                log.info(
-                    "round %d, %s: %.2f %% of the values lie beyond their bounds by the noise that the budget asks for "
-                    "and are cut, which moves no head by anything that shows: nothing is to be done",
-                    *(round_number, name, cut),
-                )
-                continue
-            log.warning(
-                "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: %s in "
-                "the next study",
-                *(round_number, name, cut, 100 * SATURATION_WARNING),
-                "raise method.most_patients" if sums else "raise encoding.value_bound or lower the learning rate",
-            )
-        return integers
-
-
-class _Kept(NamedTuple):
-    """Stored integers: the adapter state at which they were made, and whom they hold where these are given once."""
-
-    state: str
-    integers: NDArray[np.int64]
-    marks: list[bytes]
-
-
-def _made_at(path: Path) -> _Kept:
-    kept = safetensors.numpy.load(path.read_bytes())
-    state = kept["state"].tobytes().hex() if "state" in kept else ""
-    return _Kept(state, kept["integers"], [mark.tobytes() for mark in kept.get("marks", ())])

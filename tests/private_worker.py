@@ -6,7 +6,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from secure_fed.clients import site as site_module
+from secure_fed.clients import learner
 from secure_fed.clients.site import Site
 from secure_fed.core.errors import SecfacmicError
 from tests.fault_hooks import install
@@ -20,7 +20,7 @@ def serve(pipe: Connection, site_file: str, fault: dict[str, Any]) -> None:
         site_file: the site's.
         fault: what is wrong in this process (:mod:`tests.fault_hooks`).
     """
-    site_module.rehearse = lambda file, agreed: None  # its ledgers and rounds would be hit by the fault instead
+    learner.rehearse = lambda file, agreed: None  # its ledgers and rounds would be hit by the fault instead
     install(fault)
     try:
         site = Site.open(Path(site_file))

@@ -457,12 +457,12 @@ def _close_with_garbage(coordinator: Coordinator, sites: list[Site], liar: Site)
     step(coordinator, sites)
     true = liar._integers
 
-    def garbage(path: Path) -> tuple[NDArray[np.int64], LedgerHead]:
-        integers, head = true(path)
+    def garbage() -> tuple[NDArray[np.int64], LedgerHead]:
+        integers, head = true()
         return np.full_like(integers, 4 * liar._agreed.lanes.max_integer), head
 
     liar._integers = garbage  # type: ignore[method-assign]
-    values = garbage(liar.replica.files.folder.integers(coordinator.round))[0]
+    values = garbage()[0]
     with (
         mock.patch("secure_fed.privacy.ckks.check_integers"),
         mock.patch.object(Cipher, "open", return_value=values),  # it does not look at what it sends
@@ -548,7 +548,7 @@ def _after_a_void(ground: Ground, newcomer: bool) -> Outcome:
     play_round(coordinator, sites)
     second = coordinator.journal.read(len(coordinator.journal.records) - 1)
     difference = _sum_in(ground, first, others[0]) - _sum_in(ground, second, others[0])
-    own, _ = victim._integers(victim.replica.files.folder.integers(1))
+    own, _ = victim._integers()
     exact = np.array_equal(abs(difference), abs(own)) and bool(own.any())
     what = f"a newcomer to it, {victim.name}" if newcomer else f"it was taken back, and {victim.name} left"
     return Outcome(f"a second sum at the adapter of the first after {what}{refused.seen}; by all people's word the "
@@ -561,7 +561,7 @@ def _in_another_run(ground: Ground) -> str:
     others = [site for site in sites if site is not victim]
     play_round(coordinator, sites)
     first = coordinator.journal.read(len(coordinator.journal.records) - 1)
-    own, _ = victim._integers(victim.replica.files.folder.integers(1))
+    own, _ = victim._integers()
     total, sealed = _sum_in(ground, first, others[0]), ground.seal_key(coordinator.journal.chain.amendment + 2)
     (key,) = {site.replica.keys.accept(sealed).key for site in sites}
     coordinator = ground.another_run(key)

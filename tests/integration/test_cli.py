@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tomli_w
 
-import secure_fed.clients.site
+import secure_fed.clients.learner
 from secure_fed import configs
 from secure_fed.core import errors
 from secure_fed.protocol.codec import Parameters
@@ -115,14 +115,14 @@ def test_bad_manifest_rows(
 def test_training_that_diverges_sends_nothing(
     secfacmic: Run, template: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = secure_fed.clients.site.train_round
+    true = secure_fed.clients.learner.train_round
 
     def diverging(*arguments: Any) -> Parameters:
         trained = true(*arguments)
         trained[min(trained)].flat[0] = np.nan
         return trained
 
-    monkeypatch.setattr(secure_fed.clients.site, "train_round", diverging)
+    monkeypatch.setattr(secure_fed.clients.learner, "train_round", diverging)
     result = secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out")
     refused(result, errors.NonFiniteUpdateError, "1 of ", "NaN or infinite", "nothing was sent")
     assert not list((tmp_path / "out").glob("sites/*/state/runs/*/outbox/*"))

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -253,7 +253,7 @@ def test_validation_noise_comes_also_without_any_validation_patient(tmp_path: Pa
 def test_rounding_under_a_budget_uses_the_operating_system(private: Federation) -> None:
     site = private.site("ash")
     with (
-        mock.patch("secure_fed.clients.site.rehearse"),
+        mock.patch("secure_fed.clients.learner.rehearse"),
         mock.patch("secure_fed.protocol.codec.rounding_draws", side_effect=AssertionError("seeded")),
         mock.patch("secure_fed.clients.private_round.uniforms", side_effect=uniforms) as draws,
         mock.patch.object(codec, "quantise", side_effect=codec.quantise) as quantise,
@@ -595,14 +595,18 @@ def test_the_server_takes_no_ledger_head_that_the_sites_would_refuse(private: Fe
     ash = sites[0]
     number, head = coordinator.journal.chain.ledgers["ash"]
     true = ash._integers
+
+    def at(head: LedgerHead) -> Callable[[], Any]:
+        return lambda: (true()[0], head)
+
     heads = [LedgerHead(900, "a" * 64, ((number, head[:16]),)), LedgerHead(901, "b" * 64, ((900, "a" * 16),))]
     pass_step(coordinator, sites)
-    with mock.patch.object(ash, "_integers", lambda path: (true(path)[0], heads[0])):
+    with mock.patch.object(ash, "_integers", at(heads[0])):
         exchange(coordinator, ash)
     assert coordinator.fail([])
     pass_step(coordinator, sites)
     with (
-        mock.patch.object(ash, "_integers", lambda path: (true(path)[0], heads[1])),
+        mock.patch.object(ash, "_integers", at(heads[1])),
         pytest.raises(EnvelopeError, match="does not name its entry"),
     ):
         exchange(coordinator, ash)
@@ -1150,7 +1154,7 @@ def test_who_cannot_pay_is_in_no_sum_and_the_noise_is_what_the_ledger_was_told(
         costs = {round(cost, 3) for cost in ledger.costs().values()}
     assert costs == {0.0, *(round(std**-2, 3) for std in (noise, 0.61))}
     with (
-        mock.patch("secure_fed.clients.site.rehearse"),
+        mock.patch("secure_fed.clients.learner.rehearse"),
         mock.patch("secure_fed.clients.private_round.check_training", side_effect=check_training) as guard,
         mock.patch.object(class_means, "noisy_sum", side_effect=class_means.noisy_sum) as means,
         mock.patch.object(Descent, "run", autospec=True, side_effect=Descent.run) as run,

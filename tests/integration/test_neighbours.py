@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from secure_fed.clients import private_round
-from secure_fed.clients import site as site_module
+from secure_fed.clients import learner, private_round
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.data import Split
 from secure_fed.clients.duplicates import Fingerprints
@@ -184,10 +183,10 @@ def in_memory(folder: Path, world: World) -> Iterator[None]:
     patches = memory.GRIDS in initial.adapter
     found = features_of(world, memory.width(initial.adapter) if patches else initial.prompt_features.shape[1])
     with (
-        mock.patch.object(site_module, "compared_images", return_value=(Found([], Notes(), []), Fingerprints([], {}))),
-        mock.patch.object(site_module, "by_patient", return_value=([], dict(found.digests))),
-        mock.patch.object(site_module, "load_features", return_value=found),
-        mock.patch.object(site_module, "rehearse"),
+        mock.patch.object(learner, "compared_images", return_value=(Found([], Notes(), []), Fingerprints([], {}))),
+        mock.patch.object(learner, "by_patient", return_value=([], dict(found.digests))),
+        mock.patch.object(learner, "load_features", return_value=found),
+        mock.patch.object(learner, "rehearse"),
         mock.patch.object(private_round, "check_training"),
     ):
         yield
@@ -506,7 +505,7 @@ def in_files(folder: Path, world: World) -> Iterator[None]:
 
     with (
         mock.patch.object(private_round, "check_training", guard),
-        mock.patch.object(site_module, "rehearse", wraps=site_module.rehearse) as rehearsed,
+        mock.patch.object(learner, "rehearse", wraps=learner.rehearse) as rehearsed,
     ):
         yield
     assert checked

@@ -678,7 +678,7 @@ def deal_badly(maker: str, receiver_place: int) -> Any:
         leaves = [shares.leaf(entries[at : at + 48], entries[at + 48 : at + 80]) for at in range(0, len(entries), 80)]
         return Dealt(dealt.hidden._replace(shares=shares.tree(leaves)[0].hex()), entries)
 
-    return mock.patch("secure_fed.clients.site.deal", dealing)
+    return mock.patch("secure_fed.clients.envelopes.deal", dealing)
 
 
 def test_who_deals_a_bad_share_is_left_out_by_the_complaint(padded: Make) -> None:
@@ -810,7 +810,7 @@ def test_shares_that_fit_and_do_not_rebuild_name_their_maker(padded: Make, caplo
         dealt = deal(mine, bytes(32) if mine.site == "ash" else seed, needed)
         return replace(dealt, hidden=dealt.hidden._replace(mask=commitment(seed, mine.site)))
 
-    with mock.patch("secure_fed.clients.site.deal", dealing):
+    with mock.patch("secure_fed.clients.envelopes.deal", dealing):
         for site in sites:
             exchange(coordinator, site)
     up_to(coordinator, sites, Step.REVEAL)

@@ -93,7 +93,7 @@ def test_a_crash_after_the_reservation_pays_and_the_site_retires(study: Federati
     site = study.site("ash")
     coordinator = begin(study)
     with (
-        mock.patch("secure_fed.clients.site.rehearse"),
+        mock.patch("secure_fed.clients.learner.rehearse"),
         mock.patch("secure_fed.clients.private_round.write_durable", side_effect=StorageError("disk full")),
         pytest.raises(StorageError),
     ):

@@ -83,7 +83,7 @@ def test_the_second_attempt_carries_the_stored_integers(
         exchange(coordinator, site)
     path = next(federation.folder.glob("sites/ash/state/runs/*/outbox/*.integers"))
     before = path.read_bytes()
-    monkeypatch.delattr("secure_fed.clients.site.train_round")  # whoever trains again fails
+    monkeypatch.delattr("secure_fed.clients.learner.train_round")  # whoever trains again fails
     rotate(federation, coordinator)
     coordinator.advance()
     for site in sites:

@@ -51,7 +51,7 @@ def test_a_site_refuses_a_card_that_is_not_there(federation, monkeypatch):
 
 
 def test_the_device_reaches_backbone_training_and_cache(federation, monkeypatch):
-    from secure_fed.clients import features, site
+    from secure_fed.clients import features, learner
 
     seen = []
     member = federation.site("ash")
@@ -60,6 +60,6 @@ def test_the_device_reaches_backbone_training_and_cache(federation, monkeypatch)
     with pytest.raises(ZeroDivisionError):  # features of the CPU are not taken for the card's
         member.features()
     assert seen == ["cuda:1"]
-    monkeypatch.setattr(site, "train_alone", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(learner, "train_alone", lambda *arguments: arguments[-1])
     member._features = federation.site("ash").features()
     assert member.train_alone(federation.agreed) == "cuda:1"
