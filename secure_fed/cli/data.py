@@ -78,7 +78,7 @@ def check(
 
 def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None:
     from secure_fed.clients.data_check import LISTED
-    from secure_fed.operate.folders import compare, facts, look_at, propose_manifest
+    from secure_fed.operate.folders import compare, facts, look_at, names_of, propose_manifest
 
     if propose is not None:
         done = propose_manifest(paths[0], propose)
@@ -92,7 +92,8 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
     found = [look_at(path) for path in paths]
     with progress("comparing images") as tell:
         common, unreadable = compare(found, tell)
-    told = [facts(folder) for folder in found]
+    inside = [common.inside[name] for name in names_of(found).values()]
+    told = [facts(folder) | one.document() for folder, one in zip(found, inside, strict=True)]
     if json_:
         print_json({"folders": told, "unreadable": unreadable, "in_common": common.document()})
     else:
@@ -123,6 +124,9 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
             say(f"cannot be decoded: {line}")
         if len(unreadable) > LISTED:
             say(f"cannot be decoded: {len(unreadable) - LISTED} more; --json has all")
+        for path, own in zip(paths, inside, strict=True):
+            for line in own.words:
+                say(f"{path}: {line}")
         for line in common.words:
             say(line)
         for path in paths:
@@ -131,6 +135,7 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
         if not list(common.words) and len(paths) > 1:
             say("these folders have no picture in common")
     common.refuse_leaks()
+    common.refuse_leaks_inside()
 
 
 @app.command()

@@ -17,8 +17,8 @@ from secure_fed.clients.doubts import all_doubts, doubts_of_pictures
 from secure_fed.clients.duplicates import fingerprints
 from secure_fed.clients.features import FeatureCache, Progress
 from secure_fed.clients.files import MANIFEST, Notes, class_folders, image_files
-from secure_fed.clients.manifest import read_table
-from secure_fed.clients.patients import Doubt
+from secure_fed.clients.manifest import Row, read_table
+from secure_fed.clients.patients import Doubt, doubts, in_one_form
 from secure_fed.core.errors import DataError, ManifestError, OutputError
 from secure_fed.core.storage import write_durable
 from secure_fed.operate.overlaps import Held, Overlaps, overlaps
@@ -76,11 +76,12 @@ def look_at(path: Path) -> Folder:
     manifest = path / MANIFEST
     columns: tuple[str, ...] = ()
     says_whose = False
+    rows: list[Row] = []
     if manifest.exists():
         table = read_table(manifest, (), ("path", "label"))
-        columns = table.columns
-        says_whose = all(row.cells.get("patient") for row in table.rows)
-        labels = {row.cells.get("label", "") for row in table.rows} - {""}
+        columns, rows = table.columns, table.rows
+        says_whose = all(row.cells.get("patient") for row in rows)
+        labels = {row.cells.get("label", "") for row in rows} - {""}
     else:
         labels = set(class_folders(path)) - {UNLABELLED}
         refuse_sites(path, labels)
@@ -102,6 +103,9 @@ def look_at(path: Path) -> Folder:
         unit, notes = "image", Notes()
         images = read_data(path, classes, "image", shares, 0, notes=notes)
         notes.told.append(f"{path}: not all images say whose they are, so that each counts as a patient of its own")
+        cells = [row.cells.get("patient", "") for row in rows] or [patient_id(image.path) for image in images]
+        named = doubts(Counter(filter(None, map(in_one_form, cells))))
+        notes.told += [_told(path, doubt) for doubt in named if doubt.kind != "share"]  # which is of all images
     notes.told += [_told(path, doubt) for doubt in all_doubts(images, unit, notes)]
     return Folder(path, classes, unit, shares is None, images, notes)
 
@@ -124,12 +128,31 @@ def refuse_sites(path: Path, names: set[str]) -> None:
         )
 
 
+def names_of(folders: Sequence[Folder]) -> dict[Path, str]:
+    """What folders are called: by the last part of their paths, or the whole path where several have one name.
+
+    Raises:
+        DataError: a folder is there twice.
+    """
+    places: dict[Path, Path] = {}
+    for folder in folders:
+        first = places.setdefault(folder.path.resolve(), folder.path)
+        if first is not folder.path:
+            raise DataError(f"{folder.path}: the same folder as {first}; expected each folder once")
+    counts = Counter(folder.name for folder in folders)
+    return {folder.path: folder.name if counts[folder.name] == 1 else str(folder.path) for folder in folders}
+
+
 def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tuple[Overlaps, list[str]]:
     """What the images of several folders have in common; nothing is kept. What they are of is added to their notes.
 
     Returns:
-        That, and the files that cannot be decoded, with the reason.
+        That, by the folders' names in :func:`names_of`, and the files that cannot be decoded, with the reason.
+
+    Raises:
+        DataError: a folder is there twice.
     """
+    names = names_of(folders)
     held, unreadable = [], []
     total = sum(len(folder.images) for folder in folders)
     before = 0
@@ -151,19 +174,14 @@ def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tupl
                 for kind, count in sorted(kinds.items())
                 if kind
             ]
-            # Splits that were drawn just now mean nothing yet.
-            images = folder.images if folder.has_splits else [_unused(image) for image in folder.images]
-            held.append(Held(folder.name, images, looks.found, ids=folder.unit == "patient"))
+            ids = folder.unit == "patient"
+            held.append(Held(names[folder.path], folder.images, looks.found, ids=ids, splits=folder.has_splits))
             before += len(folder.images)
     return overlaps(held), unreadable
 
 
 def _told(path: Path, doubt: Doubt) -> str:
     return f"{path}: doubt: {doubt.text}: {doubt.remedy}"
-
-
-def _unused(image: SiteImage) -> SiteImage:
-    return SiteImage(image.path, image.patient, None, UNLABELLED, image.frame, image.axis)
 
 
 def propose_manifest(path: Path, out: Path) -> dict[str, Any]:

@@ -201,6 +201,60 @@ def test_folders_are_checked_against_each_other_without_a_study(overlapping: Pat
     assert "one patient at two sites, or two patients of one number" in clean.stdout
 
 
+def test_folders_of_one_name_are_compared_and_one_folder_twice_is_refused(own: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(own / "ash", tmp_path / name / "data")
+    common, _ = compare([look_at(tmp_path / name / "data") for name in ("a", "b")])
+    assert len(common.copies) == 18
+    assert {place.name for place in common.copies[0]} == {str(tmp_path / name / "data") for name in ("a", "b")}
+    (tmp_path / "c").symlink_to(tmp_path / "a")
+    with pytest.raises(DataError, match=r"c/data: the same folder as .*a/data; expected each folder once"):
+        compare([look_at(tmp_path / name / "data") for name in ("a", "c")])
+
+
+def test_what_one_folder_has_several_times_is_told_and_a_picture_in_two_splits_refused(
+    own: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    shutil.copytree(own / "ash", tmp_path / "ash")
+    shutil.copytree(own / "birch", tmp_path / "birch")
+    again = np.asarray(Image.open(own / "ash" / "dark" / "0.png")) ^ 1  # brighter or darker by 1
+    Image.fromarray(again).save(tmp_path / "ash" / "light" / "twin.png")
+    shutil.copy(own / "ash" / "dark" / "1.png", tmp_path / "ash" / "dark" / "copy.png")
+    done = secfacmic("data", "check", tmp_path / "ash", tmp_path / "birch")
+    assert done.returncode == 0
+    told = done.stdout
+    paths = [tmp_path / "ash" / "dark" / name for name in ("1.png", "copy.png", "0.png")]
+    assert f"ash: 1 group of the same picture, 2 images; the first: {paths[0]} (at ash), {paths[1]} (at ash)" in told
+    assert f"ash: 1 group of nearly the same picture, 2 images; the first: {paths[2]} (at ash), " in told
+    assert "birch: 1 group" not in told
+    assert "these folders have no picture in common" in told
+    listed(tmp_path, "ash", {"copy.png": "test", "twin.png": "test"})
+    done = secfacmic("data", "check", tmp_path / "ash", "--json")
+    assert done.returncode == DataLeakError.exit_code
+    assert "1 pictures lie in more than one split of one folder, so that what is tested was trained on" in done.stderr
+    found = json.loads(done.stdout)["folders"][0]
+    assert (found["copies_count"], found["near_twins_count"], len(found["leaks"])) == (1, 1, 1)
+
+
+def test_one_patient_in_two_writings_is_told_within_a_folder_and_across_them(own: Path, tmp_path: Path) -> None:
+    for name, ids in (("a", ("007", "x", "")), ("b", ("7", "p1", "P1"))):
+        shutil.copytree(own / ("ash" if name == "a" else "birch") / "dark", tmp_path / name)
+        rows = [f"{number}.png,dark,{patient}" for number, patient in enumerate(ids)]
+        (tmp_path / name / "manifest.csv").write_text("\n".join(["path,label,patient", *rows]))
+    one, other = (look_at(tmp_path / name) for name in ("a", "b"))
+    assert "'P1', 'p1' (2 images) may be one patient in several writings" in "\n".join(other.notes.told)
+    rows = [f"{number}.png,dark,{patient}" for number, patient in enumerate(("007", "7", ""))]
+    (tmp_path / "a" / "manifest.csv").write_text("\n".join(["path,label,patient", *rows]))
+    partly = look_at(tmp_path / "a")
+    assert partly.unit == "image"
+    assert "'007', '7' (2 images) may be one patient in several writings" in "\n".join(partly.notes.told)
+    (tmp_path / "a" / "manifest.csv").write_text("path,label,patient\n0.png,dark,007\n1.png,dark,x\n")
+    common, _ = compare([look_at(tmp_path / "a"), other])
+    assert common.writings == [{"007": ["a"], "7": ["b"]}]
+    assert "'007' at a, '7' at b" in "\n".join(common.words)
+    assert one.unit == "image"
+
+
 def test_a_folders_ids_that_may_be_one_patient_and_its_scouts_are_told(tmp_path: Path) -> None:
     (tmp_path / "dark").mkdir()
     for name, patient in (("a", "007"), ("b", "7")):
