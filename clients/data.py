@@ -477,7 +477,7 @@ def _settled(
     path = named or folder / SETTLED
     if named is None and not path.exists():
         return rows
-    same, notes.settled = read_settled(path)
+    same, notes.settled = read_settled(path, notes.told)
     notes.same = same
     if known is not None and (
         strange := [one for one in sorted(same.keys() & known) if same[one] not in {*known, *notes.settled}]
@@ -486,6 +486,8 @@ def _settled(
             f"{path}: {len(strange)} ids are the same as an id that no image has; expected one that is here, or a row "
             f"for it with an empty same_as{fault_lines([f'{one!r}, same as {same[one]!r}' for one in strange])}"
         )
+    if known is not None and (idle := sorted({*same, *notes.settled} - {*known, *same.values()})):
+        notes.told.append(f"{path}: of no image here: {some(map(repr, idle))}")
     merged = sorted({row.patient for row in rows} & set(same))
     if merged:
         notes.told.append(f"{path}: {len(merged)} ids are taken for another one, as it says")

@@ -17,6 +17,22 @@ _MOST_LETTERS = 1000
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
+_GUESSED = "cp1252"
+_SIGNS = "\u00a3\u00a5-\u00a9\u00ac"
+_MORE_SIGNS = (
+    r"\u00a4\u00ab\u00ae\u00af\u00b1\u00b6\u00b8\u00b9\u00bb-\u00bf\u00d7\u00f7\u0192\u02c6\u02dc"
+    r"\u2018\u201a\u201c-\u201e\u2020-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122"
+)
+_NO_NAME = re.compile(
+    # Letters of other encodings become capitals behind small letters, or between a capital and a small one, ...
+    r"(?<=[a-z\u00df-\u00ff])[\u00c0-\u00de\u0160\u0178\u017d]|(?<=[^\W\d_])[\u0178\u0160\u017d](?=[a-z])"
+    # ... signs within words and before them, ...
+    rf"|[^\W\d_][{_SIGNS}{_MORE_SIGNS}]+[^\W\d_]|(?<!\w)[{_SIGNS}][^\W\d_]"
+    # ... and words without a Latin letter.
+    r"|(?<!\w)[\u00c0-\u00ff\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192]{3,}(?!\w)"
+)
+"""What is in nobody's name, in Windows-1252."""
+
 
 class Row(NamedTuple):
     """One row: its line in the file (from 1), and its cells by column, without blanks around."""
@@ -42,8 +58,8 @@ class Table(NamedTuple):
 def read_table(path: Path, known: Sequence[str], needed: Sequence[str]) -> Table:
     """Read a CSV file as its writer meant it, where that is beyond doubt.
 
-    UTF-8, UTF-16 (with a mark) and, where it is neither, Windows-1252; commas, semicolons, tabs or bars, by the header
-    or a spreadsheet's ``sep=`` line.
+    UTF-8, UTF-16 and, where it is neither, Windows-1252, if that makes no names that nobody has; commas, semicolons,
+    tabs or bars, by the header or a spreadsheet's ``sep=`` line.
 
     Args:
         path: the file.
@@ -51,10 +67,10 @@ def read_table(path: Path, known: Sequence[str], needed: Sequence[str]) -> Table
         needed: those by which the header's separator is known.
 
     Raises:
-        ManifestError: it cannot be read; two columns have one name or one that is nearly known; rows have more or fewer
-            cells than the header. All rows are told together, by line.
+        ManifestError: it cannot be read, or is of another encoding; two columns have one name or one that is nearly
+            known; rows have more or fewer cells than the header. All rows are told together, by line.
     """
-    text, told = _decoded(path)
+    text, encoding, told = _decoded(path)
     skipped = 0
     separator = ""
     if match := re.match(r'"?sep=(.)"?[;,\t]*\r?\n', text, re.IGNORECASE):
@@ -90,10 +106,31 @@ def read_table(path: Path, known: Sequence[str], needed: Sequence[str]) -> Table
         )
     if empty:
         told.append(f"{path}: {empty} empty rows passed over")
+    if encoding == _GUESSED:
+        told.insert(0, _guessed(path, [name for name in header if name], rows, (*known, *needed)))
     return Table(tuple(header), rows, told)
 
 
-def _decoded(path: Path) -> tuple[str, list[str]]:
+def _guessed(path: Path, header: Sequence[str], rows: Sequence[Row], meant: Sequence[str]) -> str:
+    """What hangs on the guess of an encoding, in words.
+
+    Raises:
+        ManifestError: by it, columns that mean something would have what is in nobody's name.
+    """
+    forms = {plain_form(name) for name in meant}
+    columns = [name for name in header if plain_form(name) in forms]
+    cells = [(row.line, name, row.cells[name]) for row in rows for name in columns if not row.cells[name].isascii()]
+    if odd := next((cell for cell in cells if _NO_NAME.search(unicodedata.normalize("NFC", cell[2]))), None):
+        raise ManifestError(
+            f"{path}: neither UTF-8 nor Windows-1252, by which line {odd[0]} would say {odd[2][:80]!r} in column "
+            f"{odd[1]}; expected a CSV file in UTF-8 (of Excel: CSV UTF-8): save it again as that"
+        )
+    by = f", by which line {cells[0][0]} says {cells[0][2][:80]!r}" if cells else ""
+    return f"{path}: not UTF-8, read as Windows-1252{by}; save it as UTF-8 if letters are wrong"
+
+
+def _decoded(path: Path) -> tuple[str, str, list[str]]:
+    """A file's text, its encoding, and what is to be told of that."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -112,8 +149,8 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
         try:
             if encoding != "utf-8-sig":
                 raise
-            text = content.decode("cp1252")
-            told.append(f"{path}: not UTF-8, read as Windows-1252; save it as UTF-8 if letters are wrong")
+            text = content.decode(_GUESSED)
+            encoding = _GUESSED
         except UnicodeDecodeError:
             raise ManifestError(
                 f"{path}: cannot be read ({encoding.removesuffix('-sig')} ends at byte {error.start}); expected a CSV "
@@ -124,7 +161,7 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
             f"{path}: cannot be read (byte 0 in line {text[: text.index(chr(0))].count(chr(10)) + 1}); expected a CSV "
             "file in UTF-8, not a spreadsheet's own file: save it again as that"
         )
-    return text, told
+    return text, encoding, told
 
 
 def _unmarked(content: bytes) -> str:

@@ -176,11 +176,15 @@ def similar(patient: str, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*alike, *difflib.get_close_matches(patient, names, n=5)]))[:5]
 
 
-def read_settled(path: Path) -> tuple[dict[str, str], frozenset[str]]:
+def read_settled(path: Path, told: list[str] | None = None) -> tuple[dict[str, str], frozenset[str]]:
     """Who is whom, as people have settled it.
 
     A row whose ``same_as`` names another id gives its images to that one; where it is empty, or the id itself, the id
     is a patient of its own.
+
+    Args:
+        path: of the file.
+        told: what was sniffed is added here.
 
     Returns:
         From ids to the ids that hold for them; ids that are settled as their own.
@@ -189,6 +193,8 @@ def read_settled(path: Path) -> tuple[dict[str, str], frozenset[str]]:
         ManifestError: it is malformed, names an id twice, or goes in a circle.
     """
     table = read_table(path, ("id", "same_as"), ("id", "same_as"))
+    if told is not None:
+        told += table.told
     missing = [name for name in ("id", "same_as") if name not in table.columns]
     if missing:
         raise ManifestError(f"{path}: no column {', '.join(missing)}; expected id and same_as")

@@ -175,6 +175,8 @@ def fetch(
     if not wanted and labels is None:
         raise typer.BadParameter("expected --query, or --labels, or both: what is to be fetched?")
     table = None if labels is None else Labels.read(labels)
+    for line in () if table is None else table.told:
+        _tell(line)
     pacs = Pacs(dicomweb, token=read_token(token_file), authority=ca, proxy=proxy, rate=rate)
     if pacs.url.startswith("http:"):
         console.print(f"{pacs.url}: without TLS; whoever is on the way sees names and images")

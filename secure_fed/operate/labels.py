@@ -73,10 +73,12 @@ class Labels:
     Attributes:
         path: of its file.
         rows: those with a label.
+        told: what was sniffed, in words.
     """
 
     path: Path
     rows: tuple[_Row, ...]
+    told: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Labels:
@@ -87,7 +89,8 @@ class Labels:
                 the first ten are listed.
         """
         rows, faults = [], []
-        for line, cells in _lines(path):
+        lines, told = _lines(path)
+        for line, cells in lines:
             row = _Row(line, cells.get("accession", ""), cells.get("patient", ""), cells["label"])
             if not row.accession and not row.patient:
                 faults.append(f"line {line}: a label and neither accession number nor patient")
@@ -106,7 +109,7 @@ class Labels:
         _refuse(path, faults)
         if not rows:
             raise ManifestError(f"{path}: no row with a label; expected one a study or patient")
-        return cls(path, tuple(rows))
+        return cls(path, tuple(rows), told)
 
     def queries(self) -> Iterator[dict[str, str]]:
         """A query for each accession number, or patient, once."""
@@ -190,8 +193,8 @@ def _loose(text: str) -> str:
     return re.sub(r"\.0$|[\s_/-]", "", text.casefold()).lstrip("0")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows that have a label, with their line; cells by our names for the columns."""
+def _lines(path: Path) -> tuple[list[tuple[int, dict[str, str]]], tuple[str, ...]]:
+    """The rows that have a label, with their line, cells by our names for the columns; and what was sniffed."""
     table = read_table(path, (), tuple(name for names in _NAMES.values() for name in names))
     columns: dict[str, str] = {}
     for head in table.columns:
@@ -205,10 +208,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise ManifestError(
             f"{path}: columns {', '.join(table.columns) or 'none'}; expected label, and accession or patient"
         )
-    for line, cells in table.rows:
-        row = {name: in_one_form(cells[head]) for name, head in columns.items()}
-        if row["label"]:
-            yield line, row
+    rows = [(line, {name: in_one_form(cells[head]) for name, head in columns.items()}) for line, cells in table.rows]
+    return [(line, row) for line, row in rows if row["label"]], tuple(table.told)
 
 
 def _refuse(path: Path, faults: Sequence[str]) -> None:

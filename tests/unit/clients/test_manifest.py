@@ -55,10 +55,39 @@ def test_other_countries_and_spreadsheets_tables_are_read_and_told(tmp_path, con
     assert told in " ".join(notes.told)
 
 
-def test_what_is_not_utf8_is_windows(tmp_path):
+@pytest.mark.parametrize("name", ["Müller", "MUÑOZ", "José d’Évry", "Nº5", "ÅSA-ØRE", "ÄÖ 3", "5µm", "Šiša", "“q”"])
+def test_what_is_not_utf8_is_windows_and_the_word_by_which_it_shows_is_told(tmp_path, name):
     notes = Notes()
-    assert found(tmp_path, text().replace("p1", "Müller").encode("cp1252"), notes=notes)[0][1] == "Müller"
-    assert "Windows-1252" in notes.told[0]
+    assert found(tmp_path, text().replace("p1", name).encode("cp1252"), notes=notes)[0][1] == name
+    assert (
+        f"read as Windows-1252, by which line 2 says {name!r}; save it as UTF-8 if letters are wrong" in notes.told[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        *((name, "mac_roman") for name in ("Müller", "José", "Bär", "Größe")),
+        *((name, "cp1250") for name in ("Łukasz", "Łódź")),
+        *((name, "iso8859_2") for name in ("Šiša", "Łukasz")),
+        *(("Иван", name) for name in ("cp1251", "koi8_r", "gb18030")),
+        *(("Νίκος", "cp1253"), ("山田", "shift_jis"), ("Größe", "cp437")),
+    ],
+)
+def test_a_table_of_another_encoding_is_refused_by_the_name_that_it_would_have(tmp_path, name, encoding):
+    content = text().replace("p2", name).encode(encoding)
+    with pytest.raises(ManifestError, match=r"line 3 would say .* in column patient; expected a CSV file in UTF-8"):
+        found(tmp_path, content)
+    noted = "path,label,patient,note\na.png,dark,p1,x\nb.png,light,p2,©M¤\n".encode("cp1252")
+    assert len(found(tmp_path, noted)) == 2  # in a free column it means nothing
+
+
+def test_who_is_settled_in_a_guessed_encoding_or_has_no_image_is_told(tmp_path):
+    (tmp_path / "patients.csv").write_bytes("id,same_as\nMüller,p1\np1,\n".encode("cp1250"))
+    notes = Notes()
+    found(tmp_path, text().encode(), notes=notes)
+    assert "patients.csv: not UTF-8, read as Windows-1252, by which line 2 says 'Müller'" in notes.told[0]
+    assert notes.told[1] == f"{tmp_path}/patients.csv: of no image here: 'Müller'"
 
 
 @pytest.mark.parametrize(
