@@ -219,7 +219,12 @@ class Pacs:
                 unpaged |= whole
                 for entry in entries:
                     image = _image(study, series, of_study, modality, entry)
-                    images[image.uid] = image
+                    first = images.setdefault(image.uid, image)
+                    if (first.study, first.series) != (study, series):
+                        raise PacsError(
+                            f"{self.url}: lists image {image.uid} in series {first.series} and in {series}; expected "
+                            "it in one: ask the archive's operators"
+                        )
             done += 1
             tell(done, len(queries) + len(studies))
         ordered = sorted(images.values(), key=lambda image: (image.study, image.series, image.uid))
@@ -250,7 +255,7 @@ class Pacs:
             warnings.simplefilter("ignore")  # a file that comes without its envelope is one all the same
             try:
                 dataset = self._client.retrieve_instance(image.study, image.series, image.uid)
-                found = {key: in_one_form(str(dataset.get(key) or "")) for key in ("SOPInstanceUID", "PatientID")}
+                found = {key: in_one_form(str(dataset.get(key) or "")) for key in _IDENTITY}
                 content = io.BytesIO()
                 pydicom.dcmwrite(content, dataset, enforce_file_format=True)
             except (requests.RequestException, PacsError):
@@ -259,12 +264,13 @@ class Pacs:
                 raise NotFetchedError(
                     f"image {image.uid}: what came is no DICOM file ({_short(error)}); ask the archive's operators"
                 ) from error
-        expected = {"SOPInstanceUID": image.uid, "PatientID": image.patient}
-        for key, value in found.items():
-            if value != expected[key]:
+        for (key, value), expected in zip(
+            found.items(), (image.uid, image.series, image.study, image.patient), strict=True
+        ):
+            if value != expected:
                 raise NotFetchedError(
                     f"image {image.uid}: the file that came has {key} {value!r}, and the search told "
-                    f"{expected[key]!r}; expected the same in both, so it was not kept: ask the archive's operators"
+                    f"{expected!r}; expected the same in both, so it was not kept: ask the archive's operators"
                 )
         return content.getvalue()
 
@@ -285,7 +291,7 @@ class Pacs:
                 try:
                     # No limit: Orthanc 1.10 cuts by it before it filters by modality, and then says there is no more.
                     page = search(*place, offset=offset or None, fields=sorted(set(fields)), search_filters=dict(terms))
-                except requests.exceptions.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:  # what is no UTF-8, no JSON, or nested without end
                     raise PacsError(f"{self.url}: the answer to a search is no JSON; {_ADDRESS}") from error
             if not isinstance(page, list) or not all(isinstance(result, dict) for result in page):
                 raise PacsError(f"{self.url}: the answer to a search is no list of results; {_ADDRESS}")
@@ -391,6 +397,9 @@ class Pacs:
 
 
 _ADDRESS = "look at --dicomweb: it must be the root of the DICOMweb service, to which /studies is added"
+_IDENTITY = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID")
+"""Of a file: a label hangs on its study as on its patient."""
+
 _SIZE = ("Rows", "Columns", "BitsAllocated", "NumberOfFrames", "SamplesPerPixel", "InstanceNumber")
 
 
@@ -492,7 +501,7 @@ def _image(study: str, series: str, of_study: Mapping[str, Any], modality: str, 
     sides = [_text(result, key) for key in ("Rows", "Columns", "BitsAllocated")]
     more = [_text(result, key) or "1" for key in ("NumberOfFrames", "SamplesPerPixel")]
     size = None
-    if all(value.isdecimal() for value in (*sides, *more)):
+    if all(re.fullmatch(r"[0-9]{1,9}", value) for value in (*sides, *more)):
         rows, columns, bits, frames, samples = (int(value) for value in (*sides, *more))
         size = rows * columns * bits * frames * samples // 8
     return PacsImage(

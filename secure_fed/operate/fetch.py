@@ -7,6 +7,7 @@ and what did not fit. A file is whole or not there; the same command goes on whe
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -32,6 +33,9 @@ TOKEN = "SECFACMIC_DICOMWEB_TOKEN"
 _IMAGES = "images"
 _MOST_LOST = 10
 """So many images in succession that do not come are no accident of one of them."""
+
+_DIGESTS = "manifest_sha256"
+"""Key of the record: of the manifests that a fetch wrote, so that one that people completed is not written over."""
 
 _LISTED = 10
 _FIELDS = ("path", "label", "patient", "accession", "modality", "study", "series", "instance")
@@ -164,7 +168,7 @@ def plan_fetch(
         tell: is told how many searches are done, of how many known so far.
 
     Raises:
-        OutputError: the folder holds something else.
+        OutputError: the folder holds something else, or its manifest was changed since.
         PacsError, CertificateError: the archive cannot be asked.
         ManifestError: the table contradicts what the archive says.
         DataError: nothing was found.
@@ -204,7 +208,8 @@ def fetch(pacs: Pacs, plan: Plan, tell: Tell = lambda done, total: None) -> Fetc
     make_folder(plan.out, 0o700)
     with exclusive(plan.out):
         _check_folder(plan.out, plan.url, plan.query)
-        _write_record(plan.out, plan.document())  # so that an interrupted fetch is known for what it is
+        written = _digests(plan.out)
+        _write_record(plan.out, plan.document() | written)  # so that an interrupted fetch is known for what it is
         for leftover in (plan.out / _IMAGES).glob("*/*/.*"):  # of a process that was killed while it wrote
             leftover.unlink()
         done = Fetched(plan)
@@ -231,8 +236,11 @@ def fetch(pacs: Pacs, plan: Plan, tell: Tell = lambda done, total: None) -> Fetc
         tell(len(plan.absent), len(plan.absent))
         listed = {_file(plan.out, image) for image in plan.found.images}
         done.unlisted = sum(path not in listed for path in (plan.out / _IMAGES).glob("*/*/*.dcm"))
-        _write_manifest(plan, done.lost)
-        _write_record(plan.out, done.document())
+        manifest = _manifest(plan, done.lost)
+        new = hashlib.sha256(manifest).hexdigest()
+        _write_record(plan.out, plan.document() | {_DIGESTS: [*written[_DIGESTS], new]})
+        write_durable(plan.out / MANIFEST, manifest, mode=0o600)
+        _write_record(plan.out, done.document() | {_DIGESTS: [new]})
     return done
 
 
@@ -248,6 +256,7 @@ def _check_folder(out: Path, url: str, query: Mapping[str, str]) -> None:
     try:
         content = json.loads((out / RECORD).read_bytes())
         before = (str(content["dicomweb"]), dict(content["query"]))
+        written = content.get(_DIGESTS)
     except FileNotFoundError as error:
         if any(entry.name != LOCK for entry in out.iterdir()):
             raise OutputError(
@@ -264,6 +273,20 @@ def _check_folder(out: Path, url: str, query: Mapping[str, str]) -> None:
             f"{out}: holds {_as_text(before[1])} of {before[0]}; expected a new or empty folder for {_as_text(query)} "
             f"of {url}: choose another, or give the same query again"
         )
+    there = _digests(out)[_DIGESTS]
+    if written is not None and there and there[0] not in written:
+        raise OutputError(
+            f"{out / MANIFEST}: changed since it was fetched, and would be written over; expected it as it was: move "
+            "it elsewhere, fetch, and bring over what was added"
+        )
+
+
+def _digests(out: Path) -> dict[str, list[str]]:
+    """Of the manifest that is there, for the record."""
+    try:
+        return {_DIGESTS: [hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()]}
+    except FileNotFoundError:
+        return {_DIGESTS: []}
 
 
 def _as_text(query: Mapping[str, str]) -> str:
@@ -274,7 +297,7 @@ def _write_record(out: Path, document: dict[str, Any]) -> None:
     write_durable(out / RECORD, (json.dumps(document, indent=2) + "\n").encode(), mode=0o600)
 
 
-def _write_manifest(plan: Plan, lost: Mapping[str, str]) -> None:
+def _manifest(plan: Plan, lost: Mapping[str, str]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_FIELDS)
@@ -284,4 +307,4 @@ def _write_manifest(plan: Plan, lost: Mapping[str, str]) -> None:
             label = "" if plan.joined is None else plan.joined.label(image)
             about = (image.patient, image.accession, image.modality, image.study, image.series, image.number)
             writer.writerow((path, label, *about))
-    write_durable(plan.out / MANIFEST, text.getvalue().encode(), mode=0o600)
+    return text.getvalue().encode()

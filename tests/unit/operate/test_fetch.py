@@ -31,6 +31,7 @@ from secure_fed.core.errors import (
     SecfacmicError,
     StorageError,
 )
+from secure_fed.core.storage import write_durable
 from secure_fed.operate import dicomweb
 from secure_fed.operate.dicomweb import Pacs, parse_query
 from secure_fed.operate.fetch import Fetched, fetch, plan_fetch, read_token
@@ -275,6 +276,54 @@ def test_what_the_archive_lists_no_more_is_told_and_not_in_the_manifest(archive,
     assert len(manifest(tmp_path / "data")) == 2
 
 
+def test_a_manifest_that_people_have_completed_is_not_written_over(archive, tmp_path, monkeypatch):
+    out = tmp_path / "data"
+    run(archive, out, "PatientID=P1")
+    run(archive, out, "PatientID=P1")
+    own = (out / "manifest.csv").read_text().replace("path,", "split,path,").replace("\nimages", "\ntest,images")
+    (out / "manifest.csv").write_text(own)
+    asked = len(archive.asked)
+    with pytest.raises(OutputError, match=r"manifest.csv: changed since it was fetched, and would be written over"):
+        run(archive, out, "PatientID=P1")
+    assert (out / "manifest.csv").read_text() == own
+    assert len(archive.asked) == asked
+    (out / "manifest.csv").rename(tmp_path / "mine.csv")
+
+    archive.datasets.append(instance("P1", 5, 1, 1))
+    ended: list[Path] = []
+
+    def killed(path: Path, content: bytes, mode: int) -> None:
+        if ended:
+            raise KeyboardInterrupt
+        write_durable(path, content, mode)
+        ended.extend([path] * (path.name == "manifest.csv"))
+
+    monkeypatch.setattr("secure_fed.operate.fetch.write_durable", killed)
+    with pytest.raises(KeyboardInterrupt):  # between the manifest and the last word on it
+        run(archive, out, "PatientID=P1")
+    monkeypatch.undo()
+    assert len(manifest(out)) == 7
+    archive.datasets.append(instance("P1", 7, 1, 1))
+    run(archive, out, "PatientID=P1")
+    assert len(manifest(out)) == 8
+
+
+def test_one_image_in_two_series_of_the_archive_is_refused(archive, tmp_path):
+    again = instance("P1", 3, 1, 1, SOPInstanceUID="1.2.1.1.1")
+    archive.datasets.append(again)
+    with pytest.raises(PacsError, match=r"lists image 1\.2\.1\.1\.1 in series 1\.2\.1\.1 and in 1\.2\.3\.1; expected"):
+        run(archive, tmp_path / "data", "PatientID=P1")
+
+
+def test_a_size_that_no_image_has_is_unknown(archive, tmp_path):
+    archive.answer = lambda path, number: huge if path.endswith("/1.2.1.1/instances") else None
+    entry = {tag: {"vr": "US", "Value": ["9" * 5000]} for tag in ("00280010", "00280011", "00280100")}
+    listed = [entry | {"00080018": {"vr": "UI", "Value": [f"1.2.1.1.{number}"]}} for number in (1, 2, 3)]
+    huge = 200, {"Content-Type": "application/dicom+json"}, json.dumps(listed).encode()
+    plan = plan_fetch(open_archive(archive), {"PatientID": "P1"}, None, tmp_path / "data")
+    assert (plan.sizes_unknown, plan.size) == (3, 6 * 128)
+
+
 def test_another_query_or_another_folder_is_refused(archive, tmp_path):
     run(archive, tmp_path / "data", "PatientID=P0")
     with pytest.raises(OutputError, match="holds PatientID=P0"):
@@ -367,6 +416,8 @@ def test_a_wrong_address_is_told(archive, tmp_path):
         ),
         ((200, {"Content-Type": "text/html"}, b"<html>Log in</html>"), "text/html came; expected DICOM JSON"),
         ((200, {"Content-Type": "application/json"}, b"<html>"), "no JSON"),
+        ((200, {"Content-Type": "application/json"}, b"\xff["), "no JSON"),
+        ((200, {"Content-Type": "application/json"}, b"[" * 100_000), "no JSON"),
         ((200, {"Content-Type": "application/json"}, b'["a"]'), "no list of results"),
         ((200, {"Content-Type": "application/json"}, b'[{"0020000D": {"Value": ["../../etc"]}}]'), "digits and dots"),
         ((200, {"Content-Type": "application/json", "Content-Length": "900"}, b"[]"), "broken off"),
@@ -387,6 +438,8 @@ def test_what_is_no_answer_to_a_search_is_told(archive, tmp_path, answer, text):
         ((200, *multipart(b"no DICOM at all" * 20)), "no DICOM file"),
         ((200, *multipart(as_bytes(instance("P1", 9, 9, 9)))), "SOPInstanceUID '1.2.9.9.9'"),
         ((200, *multipart(as_bytes(instance("P7", 1, 1, 2)))), "PatientID 'P7'"),
+        ((200, *multipart(as_bytes(instance("P1", 1, 1, 2, StudyInstanceUID="1.2.3")))), "StudyInstanceUID '1.2.3'"),
+        ((200, *multipart(as_bytes(instance("P1", 1, 1, 2, SeriesInstanceUID="1.9")))), "SeriesInstanceUID '1.9'"),
         ((200, *multipart(as_bytes(instance("P1", 1, 1, 2))[:-40], b"")), "broken off 3 times"),
     ],
 )
