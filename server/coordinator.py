@@ -12,8 +12,9 @@ import logging
 import secrets
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from secure_fed.protocol.envelope import (
     check_position,
     open_envelope,
     refuse_repeated_seed,
+    verify_contribution,
 )
 from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.ledger_heads import LedgerHeads
@@ -73,6 +75,7 @@ from secure_fed.protocol.share_frames import (
     check_checked,
     check_digest,
     check_witness,
+    refuse_unchecked,
     sign_check,
     sign_gone,
 )
@@ -509,7 +512,7 @@ class Coordinator:
             Whether it was given up; not if too few would be left, or the sum is fixed. With nobody gone all are asked
             for their READYs anew, which carry what their people have said since, and nobody is left out.
         """
-        if self._cohort is None or self._arrived is not None:
+        if self._cohort is None or self._arrived is not None or self._fixed:
             return False
         if len(set(self._cohort.names) - set(gone)) < self.journal.chain.quorum.needed:
             return False
@@ -581,28 +584,42 @@ class Coordinator:
         data = sign_cohort(self._agreed, self.journal.chain.due, self.attempt, chosen, self._key)
         self._spool.begin()
         self._spool.keep(COHORT, data)
-        self._set_cohort(data)
+        self._set_cohort(self._read_cohort(data))
 
-    def _set_cohort(self, data: bytes) -> None:
+    def _read_cohort(self, data: bytes) -> _Question:
         chain = self.journal.chain
         _, names, digest = check_cohort(data, self._agreed, chain.members, chain.due, chain.quorum)
-        self._cohort = _Question(data, names, digest)
-        self._shares = Shares(names, chain.quorum.needed)
+        return _Question(data, names, digest)
+
+    def _set_cohort(self, cohort: _Question) -> None:
+        self._cohort = cohort
+        self._shares = Shares(cohort.names, self.journal.chain.quorum.needed)
         self._begun = True
 
     def _fix_sum(self) -> None:
         """ARRIVED: these envelopes, and this sum of them."""
+        assert self._cohort is not None
+        checked = b"".join(self._shares.checked[name].signed[1] for name in self._cohort.names if self._shares.checked)
+        if checked:
+            self._spool.keep(CHECKED, checked)
+        self._arrived = replace(self._sum_that_came(), carried=checked)
+        self._take_reveals()
+
+    def _sum_that_came(self) -> _Question:
+        """ARRIVED of the envelopes that are in: of the same ones, whenever it is made, the same bytes."""
         assert self._cohort is not None
         payload, words = self._sum(), self._words()
         facts = len(payload), hashlib.sha256(payload).hexdigest()
         due, cohort = self.journal.chain.due, self._cohort.digest
         header = arrived_header(self._agreed, due, self.attempt, cohort, facts, words)
         data = sign_frame(ARRIVED_MAGIC, header, self._key, b"")
-        checked = b"".join(self._shares.checked[name].signed[1] for name in self._cohort.names if self._shares.checked)
-        if checked:
-            self._spool.keep(CHECKED, checked)
         self._spool.keep(ARRIVED, data)
-        self._arrived = _Question(data, self._cohort.names, arrived_digest(header), words, checked)
+        return _Question(data, self._cohort.names, arrived_digest(header), words)
+
+    def _read_arrived(self, data: bytes) -> _Question:
+        chain = self.journal.chain
+        header, found, digest = check_arrived(data, self._agreed, chain.members, chain.due)
+        return _Question(data, tuple(entry.site for entry in found), digest, header.envelopes)
 
     def _sum(self) -> bytes:
         return self._wire.record(self._total, len(self._envelopes))
@@ -756,6 +773,7 @@ class Coordinator:
         self._cohort = None
         self._check = None
         self._arrived = None
+        self._fixed = False  # whether there is or was one, which may be damaged: somebody may have revealed for it
         self._shares = Shares()
         self._masks: dict[str, str] = {}
         self._true_checks: dict[str, tuple[int, int]] = {}  # of whose REVEAL was wrong, and of those who were gone
@@ -850,17 +868,27 @@ class Coordinator:
             write_durable(site_envelope(folder, site), self._spool.envelope(site), 0o600)
 
     def _take_spool(self) -> None:
-        """After a restart: add what was accepted before. A damaged spool costs an attempt, never a wrong sum."""
+        """After a restart: add what was accepted before. A damaged spool costs an attempt, never a wrong sum.
+
+        Once the sum was fixed, somebody may have revealed, so that there is no other attempt: what is damaged follows
+        from what is not, or is asked for again and is the same bytes then.
+        """
         spools = attempts(self._folder, self.round)
         if not spools:
             return
-        self._begun = any(spool.path(COHORT).is_file() for spool in spools)
+        self._begun = any(spool.path(name).is_file() for spool in spools for name in (COHORT, ARRIVED))
         for spool in spools:
             for path in spool.envelopes():
                 self._hold(path)
         self.attempt = spools[-1].attempt
-        cohort, arrived = self._spool.frame(COHORT), self._spool.frame(ARRIVED)
+        self._fixed = self._spool.path(ARRIVED).is_file()
+        if not self._fixed and not self._spool.path(COHORT).is_file():
+            return
+        arrived = self._spool.whole(ARRIVED, self._read_arrived)
+        cohort = self._spool.whole(COHORT, self._read_cohort) or (self._cohort_summed(arrived) if self._fixed else None)
         if cohort is None:
+            self._tell_loss("all of its envelopes")
+            self._next_attempt()
             return
         self._set_cohort(cohort)
         damaged = False
@@ -872,24 +900,60 @@ class Coordinator:
             except EnvelopeError as error:
                 log.warning("%s: damaged, and asked for again (%s)", path, error)
                 damaged = True
+        if arrived is None and self._fixed and set(self._envelopes) == set(cohort.names):
+            arrived = self._sum_that_came()
         if arrived is not None:
             self._take_arrived(arrived)
-        elif damaged:
+        elif damaged and not self._fixed:
             self._next_attempt()
+        lacking = sorted(set(cohort.names) - self._envelopes.keys())
+        if lacking and not cohort.data:
+            self._tell_loss(f"the envelopes of {', '.join(lacking)}")
 
-    def _take_arrived(self, data: bytes) -> None:
+    def _tell_loss(self, what: str) -> None:
+        if self._fixed:
+            log.error(
+                "%s: damaged, and %s, which cannot be asked for without it; sites that have revealed answer no other "
+                "attempt of round %d: end the server and give it a site's copies (secfacmic journal rebuild), or let "
+                "people give the round up (secfacmic site void)",
+                *(self._spool.path(COHORT), what, self.round),
+            )
+
+    def _cohort_summed(self, arrived: _Question | None) -> _Question | None:
+        """Whose envelopes were summed, where the COHORT is damaged: by their own words, which name it."""
+        paths = self._spool.envelopes()
+        words = () if arrived is None else tuple(word.signed for word in arrived.envelopes)
+        names = tuple(path.stem for path in paths) if arrived is None else arrived.names
+        for header, signature in words or filter(None, map(_signed_header, paths)):
+            with contextlib.suppress(EnvelopeError):
+                found = verify_contribution(header, signature, self._agreed, self.journal.chain.members)
+                return _Question(b"", names, found.cohort)
+        return None
+
+    def _take_arrived(self, arrived: _Question) -> None:
+        """Go on with the sum that was fixed, and with who has revealed for it; once more with CHECKED before, where the
+        kept ones are damaged and those who have not revealed ask for them."""
+        dealt = self._pads and self._shares.deals
+        carried = self._spool.whole(CHECKED, partial(self._read_checked, arrived=arrived)) if dealt else b""
+        self._arrived = replace(arrived, carried=carried or b"")
+        self._take_reveals()
+        if carried is None and len(self._reveals) < self.journal.chain.quorum.needed:
+            self._arrived = None
+            self._reveals.clear()
+
+    def _read_checked(self, data: bytes, arrived: _Question) -> bytes:
+        """Everybody's word for its shares."""
         assert self._cohort is not None
         chain = self.journal.chain
-        header, _, digest = check_arrived(data, self._agreed, chain.members, chain.due)
-        carried = self._spool.frame(CHECKED) or b""
-        self._arrived = _Question(data, self._cohort.names, digest, header.envelopes, carried)
-        for name in self._cohort.names:
-            revealed = self._spool.frame(REVEAL_OF + name)
-            if revealed is not None:
-                try:
-                    self._take_reveal(revealed, name)
-                except EnvelopeError as error:
-                    log.warning("%s: damaged, and asked for again (%s)", self._spool.path(REVEAL_OF + name), error)
+        where = self._agreed, chain.due, self.attempt, self._cohort.digest, arrived.envelopes
+        refuse_unchecked(data, self._agreed, chain.members, check_digest(*where), arrived.names)
+        return data
+
+    def _take_reveals(self) -> None:
+        """What came for this ARRIVED before a restart."""
+        assert self._arrived is not None
+        for name in self._arrived.names:
+            self._spool.whole(REVEAL_OF + name, partial(self._take_reveal, site=name))
 
     def _hold(self, path: Path) -> None:
         """Remember a payload that need not be sent again; a damaged one shows when it is used."""
@@ -971,6 +1035,14 @@ class Coordinator:
     def _attested_head(self) -> str:
         """The newest head at which sites attested; a pair that misses each other here meets in the next round."""
         return next(reversed(self._attestations), "")
+
+
+def _signed_header(path: Path) -> tuple[bytes, bytes] | None:
+    """The header of an envelope's file, and its signature; not verified. None if it is damaged beyond that."""
+    with contextlib.suppress(EnvelopeError):
+        frame = split_frame(MAGIC, envelope_start(path), MAX_HEADER, EnvelopeError)
+        return frame.header, frame.signature
+    return None
 
 
 def paused_text(coordinator: Coordinator) -> str:

@@ -55,9 +55,16 @@ class Orders:
 
     @property
     def rounds(self) -> int:
-        """How many rounds the run is to have, if more than it has; else 0."""
+        """How many rounds the run is to have, if more than it has; else 0.
+
+        Raises:
+            StudyError: the file is damaged.
+        """
         path = self._folder.rounds
-        return int(path.read_text(encoding="ascii")) if path.exists() else 0
+        wanted = path.read_bytes() if path.exists() else b"0"
+        if not wanted.isdigit():
+            raise StudyError(f"{path}: damaged; expected a number of rounds: remove it, and say it again: study extend")
+        return int(wanted)
 
     def amendment(self, key: str) -> bytes | None:
         """The amendment that follows the key of that id, if one was left."""

@@ -418,7 +418,9 @@ class RoundLoop:
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ACKNOWLEDGED:
             if reply.position == known:
                 site.blind_at = coordinator.journal.chain.head
-        elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.REVEAL:
+        elif (reply.code == ReplyCode.APPLIED and site.asked_step is Step.REVEAL) or (
+            reply.code == ReplyCode.READY and site.asked_step in (Step.ENVELOPE, Step.CHECKED, Step.REVEAL)
+        ):
             self._ask_later(site)
             site.position = reply.position
         elif reply.code != ReplyCode.MORE and reply.position == known:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from secure_fed.core.errors import EnvelopeError, ProtocolError
 from secure_fed.core.layout import ENVELOPES, ServerRun, numbered, site_envelope
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.envelope import MAX_HEADER
 from secure_fed.protocol.signing import SIGNATURE_BYTES
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 COHORT, ARRIVED, CHECKED = "cohort", "arrived", "checked"
 REVEAL_OF, SHARES_OF = "reveal-", "shares-"
@@ -60,6 +68,15 @@ class Spool:
         path = self.path(name)
         return path.read_bytes() if path.is_file() else None
 
+    def whole(self, name: str, check: Callable[[bytes], T]) -> T | None:
+        """A frame as a check reads it; None if none lies there, or a damaged one, which is told."""
+        data = self.frame(name)
+        try:
+            return None if data is None else check(data)
+        except (EnvelopeError, ProtocolError) as error:
+            log.warning("%s: damaged, and asked for again where the rest does not tell it (%s)", self.path(name), error)
+            return None
+
     def keep_envelope(self, site: str, data: bytes) -> Path:
         """Keep a site's envelope, durably.
 
@@ -85,7 +102,7 @@ class Spool:
 def attempts(run: ServerRun, round_number: int) -> list[Spool]:
     """A round's attempts, oldest first."""
     folder = run.spooled_round(round_number)
-    numbers = sorted(int(path.name) for path in folder.glob("*")) if folder.exists() else []
+    numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     return [Spool(run, round_number, number) for number in numbers]
 
 
