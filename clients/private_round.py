@@ -31,6 +31,7 @@ from torch.nn.functional import one_hot, softmax
 from secure_fed.clients.budget import has_budget, ledger_folder, refuse_unadopted
 from secure_fed.clients.data import Split
 from secure_fed.clients.features import SiteFeatures
+from secure_fed.clients.outbox import drawn_in
 from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
 from secure_fed.clients.private_sums import PrivateSums, nothing, private_sums
 from secure_fed.clients.sitefile import SiteFile
@@ -642,11 +643,7 @@ def _store(path: Path, integers: NDArray[np.int64], events: Sequence[int], round
         What was stored.
     """
     for old in path.parent.glob(f"*{path.suffix}"):
-        try:
-            made = int(safetensors.numpy.load(old.read_bytes())["round"][0])
-        except (safetensors.SafetensorError, KeyError, ValueError):
-            made = 0  # cut short, or of a release that kept one
-        if made < round_number - 1:
+        if drawn_in(old, damaged=0) < round_number - 1:  # one that was cut short, or is of a release that kept one, too
             old.unlink()
     tensors = {"integers": integers, "events": np.array(events, np.int64), "round": np.array([round_number], np.int64)}
     data = bytes(safetensors.numpy.save(tensors))

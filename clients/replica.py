@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from secure_fed.clients.acceptance import rounds_accepted, runs_accepted
 from secure_fed.clients.bound import Bound, read_bound, write_bound
 from secure_fed.clients.keyring import membership
+from secure_fed.clients.outbox import erase_updates
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import (
     AdapterMismatchError,
@@ -265,6 +266,15 @@ class RunFiles:
         secret = bound.fresh is not None or bound.padded is not None
         if secret and ((bound.round, bound.head) != (due.round, due.head) or bound.void):
             self.bind(bound.model_copy(update={"fresh": None, "padded": None}))
+
+    def erase_updates(self, round_number: int) -> None:
+        """Erase the updates at adapters that no void brings back, now that a record has come which builds on them.
+
+        Args:
+            round_number: of the record; of a checkpoint, the round that is due.
+        """
+        moved = (number for number in reversed(range(1, round_number)) if not self.refused(number))
+        erase_updates(self.folder, next(moved, 0))
 
     def fall_behind(self) -> None:
         """Mark, durably, that this site has said what this disk does not know."""
@@ -539,6 +549,8 @@ class Replica:
         self.files.records.append(record)
         self._apply(record)
         self.files.store(self.state)
+        if record.header.kind in ("aggregate", "checkpoint"):
+            self.files.erase_updates(record.header.round)
 
     def _remember(self, record: Record) -> None:
         """Hold a sum's REVEAL of this site against what its own disk knows of it."""

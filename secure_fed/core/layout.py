@@ -80,7 +80,8 @@ RECORDS = "*.record"
 SEALED = "*.sealed"
 ENVELOPES = "*.envelope"
 INTEGERS = "*.integers"
-"""Names of records, of sealed keys, of kept, spooled and sent envelopes, and of stored integers."""
+NOISED = "*.noised"
+"""Names of records, of sealed keys, of kept, spooled and sent envelopes, and of stored integers, noised ones too."""
 
 
 def numbered(number: int) -> str:
@@ -177,6 +178,14 @@ class SiteRun(RunState):
     def all_integers(self) -> list[Path]:
         """The rounded updates that are kept, by round: of the adapter's state and of the one before."""
         return sorted(self.outbox.glob(INTEGERS))
+
+    def all_noised(self) -> list[Path]:
+        """The noised updates that are kept."""
+        return sorted(self.outbox.glob(NOISED))
+
+    def envelopes(self) -> list[Path]:
+        """The updates that are kept as they were sent, by round."""
+        return sorted(self.outbox.glob(ENVELOPES))
 
     def updates(self) -> list[int]:
         """Rounds with an update in the outbox, in order."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +35,7 @@ from secure_fed.core.errors import (
 )
 from secure_fed.core.tomlfile import to_toml
 from secure_fed.lab.simulation import SERVER, prepare
+from secure_fed.operate.closing import close_site
 from secure_fed.operate.evidence import in_words, pack_evidence, verify_evidence
 from secure_fed.privacy.ckks import Cipher
 from secure_fed.protocol import shares
@@ -314,6 +315,34 @@ def test_every_set_that_goes_before_the_sum_is_fixed_costs_an_attempt(
     assert np.array_equal(found, sum(integers_of(site) for site in staying))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second", "steps"),
+    [
+        (*pair, ((Step.ENVELOPE, Step.CHECKED), (Step.ENVELOPE, Step.REVEAL), (Step.CHECKED, Step.REVEAL))[turn % 3])
+        for turn, pair in enumerate(permutations(NAMES, 2))
+    ],
+)
+def test_two_of_six_that_go_at_different_steps_cost_nobody_else_an_update(
+    padded: Make, first: str, second: str, steps: tuple[Step, Step]
+) -> None:
+    federation = padded(6)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    for gone, step in zip((first, second), steps, strict=True):
+        up_to(coordinator, sites, step)
+        sites = [site for site in sites if site.name != gone]
+        for site in sites:
+            exchange(coordinator, site)
+        assert coordinator.advance() is None
+        assert coordinator.recover([gone]) if step is Step.REVEAL else coordinator.fail([gone])
+    entry = close(coordinator, sites)
+    assert entry.sites == tuple(name for name in NAMES if name != first and (name != second or Step.REVEAL in steps))
+    everybody = federation.sites()
+    found = opened(federation, everybody, coordinator.journal.read(1))
+    assert np.array_equal(found, sum(integers_of(site) for site in everybody if site.name in entry.sites))
+
+
 @pytest.mark.parametrize(
     ("step", "gone"),
     [
@@ -435,9 +464,10 @@ class Process:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [0, 1, 2, 3])
-def test_a_killed_site_goes_on_where_it_was_and_the_round_loses_no_update(padded: Make, words: int) -> None:
+@pytest.mark.parametrize("count", [3, 4, 5, 6])
+def test_a_killed_site_goes_on_where_it_was_and_the_round_loses_no_update(padded: Make, count: int, words: int) -> None:
     """Killed with its key, its pin or its REVEAL on disk and unsaid; or between its envelope and its REVEAL."""
-    federation = padded(4)
+    federation = padded(count)
     sites = federation.sites()
     coordinator = federation.begin(sites)
     sites = sites[1:]
@@ -462,7 +492,7 @@ def test_a_killed_site_goes_on_where_it_was_and_the_round_loses_no_update(padded
     ash.kill()
     assert killed == 1
     assert entry is not None
-    assert (entry.sites, entry.header.witnessed) == (NAMES[:4], ())
+    assert (entry.sites, entry.header.witnessed) == (NAMES[:count], ())
     whole = [federation.site("ash"), *sites]
     assert np.array_equal(opened(federation, whole, coordinator.journal.read(1)), sum(map(integers_of, whole)))
     bring_up(coordinator, whole)
@@ -909,6 +939,42 @@ def test_keys_and_masks_of_a_closed_round_are_on_no_disk_and_its_envelopes_open_
             site.replica._sealer(header.key, 1).open(
                 pack_residues(bare, lanes.modulus_bits), binding, [header.contribution]
             )
+
+
+def test_integers_go_once_no_void_can_ask_for_them_again(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+
+    def of(round_number: int) -> bytes:
+        return bytes(integers_of(sites[0], round_number).tobytes())
+
+    def take(position: int) -> bytes:
+        """What lies at the site once it has taken a record, and before anything is asked of it."""
+        record = coordinator.journal.read(position)
+        sites[0].respond(RoundRequest(position + 1, 0, (record,), more=True))
+        return everything_in(federation.folder / "sites/ash/state")
+
+    reveal(coordinator, sites)
+    close(coordinator, sites)
+    first = of(1)
+    assert first in take(1), "a void may take this record back"
+    reveal(coordinator, sites)
+    second = of(2)
+    close(coordinator, sites)
+    state = take(2)
+    assert first not in state
+    assert second in state
+    reveal(coordinator, sites)
+    close(coordinator, sites)
+    third = of(3)
+    state = take(3)
+    assert sites[0].finished
+    assert second not in state
+    assert third in state
+    ash = federation.folder / "sites/ash"
+    close_site(ash / "state", ash / "identity", federation.agreed, abandon=False, destroy_identity=False)
+    assert third not in everything_in(ash)
 
 
 def test_keys_and_masks_go_with_the_record_also_where_a_site_stops_over_anothers_adapter(padded: Make) -> None:

@@ -95,6 +95,24 @@ def test_the_second_attempt_carries_the_stored_integers(
     assert path.read_bytes() == before
 
 
+def test_what_was_given_before_a_checkpoint_goes_with_it_and_what_is_due_stays(federation: Federation) -> None:
+    """Until then a void may take the last record back, and asks for it again."""
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    rotate(federation, coordinator)
+    for site in sites:
+        exchange(coordinator, site)
+    assert coordinator.advance().header.kind == "amendment"  # type: ignore[union-attr]
+    for site in sites:
+        assert exchange(coordinator, site).code == ReplyCode.ACKNOWLEDGED
+    kept = sites[0].replica.files.folder
+    assert kept.updates() == [1, 2]
+    assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
+    sites[0].respond(RoundRequest(2, 0, (coordinator.journal.read(coordinator.journal.chain.length - 1),), more=True))
+    assert kept.updates() == [2]
+
+
 def test_restarts_in_the_middle_of_a_rotation(federation: Federation) -> None:
     sites = federation.sites()
     coordinator = federation.begin(sites)
