@@ -96,10 +96,24 @@ class Envelopes:
         return data, bytes.fromhex(bound.padded.shares)
 
     def sent(self) -> Frame | None:
-        """The newest that this site has made in this round; None if it is not here any more."""
-        if not self._path.exists():
+        """The newest that this site has made in this round; None if it is not here any more.
+
+        Raises:
+            EnvelopeError: it is damaged: a check of it would name this site as one that lies.
+        """
+        path = self._path
+        if not path.exists():
             return None
-        return split_frame(MAGIC, self._path.read_bytes(), MAX_HEADER, EnvelopeError)
+        try:
+            frame = split_frame(MAGIC, path.read_bytes(), MAX_HEADER, EnvelopeError)
+            check_payload(frame, parse_header(frame.header, EnvelopeHeader, EnvelopeError), EnvelopeError)
+        except EnvelopeError as error:
+            raise EnvelopeError(
+                f"{path}: damaged since it was sent ({error}), so that this site signs nothing for it; with pads the "
+                "others speak for it, else people give the round up: secfacmic site void; look after this computer's "
+                "disk"
+            ) from None
+        return frame
 
     @property
     def _path(self) -> Path:

@@ -476,6 +476,12 @@ class _Kept(NamedTuple):
 
 
 def _made_at(path: Path) -> _Kept:
-    kept = safetensors.numpy.load(path.read_bytes())
+    try:
+        kept = safetensors.numpy.load(path.read_bytes())
+        if "integers" not in kept:
+            raise safetensors.SafetensorError("no integers")
+    except (safetensors.SafetensorError, ValueError) as error:
+        log.error("%s: damaged, and of no more use (%s); look after this computer's disk", path, error)
+        return _Kept("", np.zeros(0, np.int64), [])
     state = kept["state"].tobytes().hex() if "state" in kept else ""
     return _Kept(state, kept["integers"], [mark.tobytes() for mark in kept.get("marks", ())])

@@ -715,6 +715,8 @@ class Coordinator:
         header = check_checked(word, self._agreed, self.journal.chain.members, self._check.digest)
         if header.site != site or not set(header.complaints) <= set(self._check.names) - {site}:
             raise EnvelopeError(f"a CHECKED of {header.site} over {', '.join(header.complaints)} in a reply of {site}")
+        if header.complaints and self._fixed:
+            raise EnvelopeError(f"CHECKED of {site}: complains of shares that it has answered for; it does not count")
         self._shares.answer(header, word)
 
     def _take_witness(self, data: bytes, site: str, share: bytes) -> None:

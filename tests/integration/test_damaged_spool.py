@@ -12,9 +12,11 @@ import pytest
 import safetensors.numpy
 
 from secure_fed.clients.site import Site
-from secure_fed.core.errors import ProtocolError
+from secure_fed.core.errors import EnvelopeError, ProtocolError
 from secure_fed.lab.simulation import SERVER
 from secure_fed.protocol.packing import Binding
+from secure_fed.protocol.rounds import ReplyCode, RoundReply
+from secure_fed.protocol.share_frames import sign_checked
 from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.rebuild import rebuild
 from secure_fed.server.spool import ARRIVED, CHECKED, COHORT
@@ -139,6 +141,29 @@ def test_each_way_of_damaging_each_frame_is_noticed(four: Federation, caplog: py
     caplog.clear()
     assert four.reopen().step is Step.REVEAL
     assert not caplog.text
+
+
+@pytest.mark.parametrize("four_prepared", [1], indirect=True, ids=["pads"])
+def test_who_complains_of_shares_once_their_sum_was_fixed_holds_the_round_up_by_name_alone(four: Federation) -> None:
+    sites = four.sites()
+    coordinator = four.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    path = coordinator._spool.path(CHECKED)
+    path.write_bytes(b"")
+    again = four.reopen()
+    again.advance()
+    assert again.step is Step.CHECKED
+    assert again._check is not None
+    liar = sites[3]
+    word = sign_checked(four.agreed, again._check.digest, liar.name, ["ash"], liar.replica.identity.signing)
+    for site in sites[:3]:
+        exchange(again, site)
+    with pytest.raises(EnvelopeError, match="CHECKED of dogwood: complains of shares that it has answered for"):
+        again.receive(RoundReply(liar.name, ReplyCode.CHECKED, liar.run, liar.position, "", word))
+    assert again.advance() is None
+    assert again.asked == {"dogwood"}
+    close_round(again, sites, 5)
+    bring_up(again, sites)
 
 
 @pytest.mark.parametrize(

@@ -556,6 +556,50 @@ def test_a_site_whose_own_word_is_damaged_sits_the_round_out_and_says_so(
     assert close(coordinator, sites).sites == NAMES[:4], "with the next round it goes on"
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_a_site_whose_own_envelope_is_damaged_signs_no_check_of_it_and_others_speak_for_it(
+    padded: Make, damage: Callable[[bytes], bytes]
+) -> None:
+    """A check of damaged bytes would name it as one that lies."""
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    path = sites[0].replica.files.folder.envelope(1)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(EnvelopeError, match=r"damaged since it was sent .* others speak for it"):
+        exchange(coordinator, sites[0])
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.recover(["ash"])
+    assert [one.site for one in close(coordinator, sites[1:]).header.witnessed] == ["ash"]
+    bring_up(coordinator, sites)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: data[:9] + b"}" + data[10:]])
+def test_integers_that_are_damaged_are_made_again_while_nobody_was_given_them_and_not_after(
+    padded: Make, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    pass_step(coordinator, sites)
+    path = sites[0].replica.files.folder.integers(1)
+    before = integers_of(sites[0])
+    path.write_bytes(damage(path.read_bytes()))
+    assert exchange(coordinator, federation.site("ash")).code == ReplyCode.UPDATE
+    assert f"{path}: damaged" in caplog.text
+    assert np.array_equal(integers_of(sites[0]), before)
+    sites[0] = federation.site("ash")
+    reveal(coordinator, sites)
+    path.write_bytes(damage(path.read_bytes()))
+    for site in sites:
+        site.void(1)
+        exchange(coordinator, site)
+    assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+    assert exchange(coordinator, federation.site("ash")).code == ReplyCode.APPLIED, "others would show what is new"
+
+
 # What a server that lies is told
 
 
