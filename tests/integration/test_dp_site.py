@@ -561,7 +561,7 @@ def test_the_command_line_gives_a_budget(private: Federation) -> None:
     file = read_site_file(private.folder / "sites/ash/site.toml")
     assert with_budget(file, 1.0, 1e-6).privacy == SitePrivacy(epsilon=1.0, delta=1e-6, n_ref=20, run_epsilon=8.0)
     for wrong in ((-1.0, None), (3.0, 0.5)):
-        with pytest.raises(SiteFileError, match="epsilon, --delta"):
+        with pytest.raises(SiteFileError, match="the budget of --epsilon and --delta"):
             with_budget(file, *wrong)
 
 
