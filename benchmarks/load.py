@@ -5,8 +5,9 @@ Each canned site is a thread that speaks the same protocol through the same clie
 signs an envelope of the true size for the cohort, and reveals its check. The encrypted payload is made once and is
 every site's; headers and signatures are each site's own.
 The server is ``secfacmic server``, unchanged. Before the first round the study rests, and what connected sites cost
-meanwhile is measured. A floor is measured in the same run: a bare ASGI app under the same uvicorn and TLS, which
-takes and gives the same bytes and does nothing else.
+meanwhile is measured. Two floors are measured in the same run: a bare ASGI app under the same uvicorn and TLS, which
+takes and gives the same bytes and does nothing else; and the same one, which digests what it takes, checks and adds its
+residues and writes it down durably, once each.
 
     python benchmarks/load.py [--sites 64] [--rounds 5] [--json FILE]
 """
@@ -262,7 +263,9 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     seconds = [(entry.header.closed_ms - at) / 1000 for at, entry in zip(begun, entries, strict=True)]
     seconds = seconds[1:] or seconds
     served = sum(processor[name] for name in ("superlink", "rounds"))
-    floor = measure_floor(folder, names, rounds, int(entries[-1].bytes_up / sites), entries[-1].size)
+    each = int(entries[-1].bytes_up / sites), entries[-1].size
+    floor = measure_floor(folder, names, rounds, *each)
+    floor_with_work = measure_floor(folder, names, rounds, *each, work=True)
     late = served - started
     return {
         "sites": sites,
@@ -278,20 +281,41 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
         "server_processor_seconds_per_site_and_later_round": late / sites / (rounds - 1) if rounds > 1 else None,
         "idle_processors": idle,
         "floor": floor,
+        "floor_with_work": floor_with_work,
         "peak_memory_mb": {name: kilobytes * 1024 / 1e6 for name, kilobytes in memory.items()},
     }
 
 
 FLOOR = """
-import os, ssl, sys
+import hashlib, itertools, sys
+from pathlib import Path
 import uvicorn
-record = bytes(int(sys.argv[4]))
+record, work = bytes(int(sys.argv[4])), None
+if len(sys.argv) > 5:
+    from secure_fed.core.storage import write_durable
+    from secure_fed.protocol.packing import wire
+    from secure_fed.protocol.study import load_study
+    agreed = load_study(Path(sys.argv[5]))
+    added, spool, number = wire("he", agreed.lanes), Path(sys.argv[5]).parent, itertools.count()
+    total = added.zero()
+    def work(taken):
+        global total
+        hashlib.sha256(taken).digest()
+        total = added.add(total, taken[-added.payload_bytes:])
+        path = spool / f"floor.{next(number)}"
+        write_durable(path, taken)
+        path.unlink()
 async def app(scope, receive, send):
     if scope["type"] != "http":
         return
-    more = True
+    more, parts = True, []
     while more:
-        more = (await receive()).get("more_body", False)
+        event = await receive()
+        more = event.get("more_body", False)
+        if work:
+            parts.append(event.get("body", b""))
+    if parts and scope["method"] == "PUT":
+        work(b"".join(parts))
     body = record if scope["method"] == "GET" else b""
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -301,7 +325,7 @@ async def app(scope, receive, send):
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), ssl_certfile=sys.argv[2], ssl_keyfile=sys.argv[3], http="h11",
             lifespan="off", log_config=None, access_log=False, ws="none")
 """
-"""A server that does nothing but take and give bytes."""
+"""A server that does nothing but take and give bytes, or, given a study, what must be done with them once."""
 
 FLOOR_SITES = """
 import sys, threading, httpx, ssl
@@ -323,8 +347,10 @@ for thread in threads:
 """
 
 
-def measure_floor(folder: Path, names: list[str], rounds: int, up: int, down: int) -> dict[str, float]:
-    """What the same bytes cost a server that does nothing with them."""
+def measure_floor(
+    folder: Path, names: list[str], rounds: int, up: int, down: int, work: bool = False
+) -> dict[str, float]:
+    """What the same bytes cost a server that does nothing with them, or what must be done with them once."""
     from secure_fed.lab.demo import _free_port
     from tests.network import busy
 
@@ -338,6 +364,7 @@ def measure_floor(folder: Path, names: list[str], rounds: int, up: int, down: in
         str(tls / "server.crt"),
         str(tls / "server.key"),
         str(down),
+        *([str(folder / "study.toml")] if work else []),
     ]
     with subprocess.Popen(command) as server:
         try:
