@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from secure_fed.clients.rules import MOST_PIXELS
 from secure_fed.core.errors import SiteFileError
 from secure_fed.core.layout import SiteState
-from secure_fed.core.tomlfile import FileModel, parse_table, read_toml, spelled
+from secure_fed.core.tomlfile import FileModel, parse_table, reachable, read_toml, spelled
 from secure_fed.model.device import DeviceChoice
 from secure_fed.protocol.simulation_table import Shares
 from secure_fed.protocol.study import MIN_SITES_HE, AgreedStudy, Study, load_study
@@ -67,12 +67,21 @@ class SiteServer(FileModel):
     """
 
     address: Annotated[
-        Annotated[str, spelled(ADDRESS, "HOST:PORT, as in fl.example.org:8443")],
+        Annotated[
+            str,
+            spelled(ADDRESS, "HOST:PORT, as in fl.example.org:8443"),
+            AfterValidator(lambda address: reachable(f"https://{address}").removeprefix("https://")),
+        ],
         Field(examples=["fl.example.org:8443"]),
     ]
     authority: Annotated[Text, Field(examples=["study/ca.crt"])]
     proxy: Annotated[
-        Annotated[str, spelled(r"^https?://[^/\s]+/?$", "a URL, as in http://proxy.example.org:3128", 300)] | None,
+        Annotated[
+            str,
+            spelled(r"^https?://[^/\s]+/?$", "a URL, as in http://proxy.example.org:3128", 300),
+            AfterValidator(reachable),
+        ]
+        | None,
         Field(examples=["http://proxy.example.org:3128"]),
     ] = None
     wait_seconds: Annotated[int, Field(ge=0, le=25, examples=[0])] = 25

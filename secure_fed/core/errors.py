@@ -320,7 +320,7 @@ class DrillError(SecfacmicError):
 
 
 class AddressError(SecfacmicError):
-    """An address that cannot be listened on: in use, not ours, or not an address."""
+    """An address that cannot be listened on: in use, not ours, or not an address; or a proxy's that is none."""
 
     exit_code = 80
 

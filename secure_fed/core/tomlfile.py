@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -45,6 +46,22 @@ def spelled(pattern: str, words: str, most: int | None = None) -> StringConstrai
     """
     _SPELLINGS[pattern] = words
     return StringConstraints(pattern=pattern, max_length=most)
+
+
+def reachable(url: str) -> str:
+    """The URL, if it names a host and, if any, a port that there can be.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        parts = urlsplit(url)
+        named = bool((parts.hostname or "").encode("idna")) and (parts.port is None or parts.port >= 0)
+    except ValueError:  # brackets, a port beyond 65535, a name with an empty or too long part
+        named = False
+    if not named:
+        raise ValueError("no host and port that there can be; expected HOST or HOST:PORT, as in fl.example.org:8443")
+    return url
 
 
 _DEPTH = 5

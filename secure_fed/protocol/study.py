@@ -17,12 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from secure_fed import configs
 from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import LanesError, StudyError
-from secure_fed.core.tomlfile import FileModel, parse_table, read_toml, spelled
+from secure_fed.core.tomlfile import FileModel, parse_table, reachable, read_toml, spelled
 from secure_fed.protocol import memory
 from secure_fed.protocol.codec import (
     UPDATE,
@@ -153,7 +153,12 @@ class StudyFile(FileModel):
     keep_rounds: Annotated[int, Field(ge=0, le=1000)] = 2
     round_seconds: Annotated[float, Field(gt=0, le=30 * 86_400)] = 3600.0
     records_url: (
-        Annotated[str, spelled(r"^https?://[^\s?#]{1,250}$", "a URL, as in https://files.example.org/records")] | None
+        Annotated[
+            str,
+            spelled(r"^https?://[^\s?#]{1,250}$", "a URL, as in https://files.example.org/records"),
+            AfterValidator(reachable),
+        ]
+        | None
     ) = None
     task: Literal["classify", "anomaly"] = "classify"
     classes: tuple[StudyClass, ...]

@@ -21,6 +21,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from secure_fed.core.errors import AddressError
+from secure_fed.core.tomlfile import reachable
+
 KEY_HEADER = "flwr-public-key"
 """Header of the public half of a site's connection key: PEM, base64."""
 
@@ -79,10 +82,26 @@ def trusting(authority: bytes) -> ssl.SSLContext:
 
 
 def proxy_to(address: str, given: str | None) -> str | None:
-    """The proxy on the way to a server: the one given, else the environment's, unless that excepts the server."""
+    """The proxy on the way to a server: the one given, else the environment's, unless that excepts the server.
+
+    Raises:
+        AddressError: the environment's is no address of an HTTP proxy.
+    """
     if given is not None or proxy_bypass(address):
         return given
-    return getproxies().get("https")
+    named = getproxies().get("https")
+    if named is None:
+        return None
+    url = named if "://" in named else f"http://{named}"  # as most programs read it
+    try:
+        if not url.lower().startswith(("http://", "https://")):
+            raise ValueError("not of HTTP")
+        return reachable(url)
+    except ValueError:
+        raise AddressError(
+            f"HTTPS_PROXY is {without_password(url)!r}; expected an HTTP proxy, as http://proxy.example.org:3128: "
+            'correct the variable, or set proxy = "http://HOST:PORT" in site.toml'
+        ) from None
 
 
 def without_password(url: str) -> str:

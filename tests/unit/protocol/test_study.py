@@ -454,3 +454,27 @@ def test_a_new_site_file_has_every_key_with_its_meaning(tmp_path: Path) -> None:
     assert "# CPU threads of training; other counts give other rounding.\n# threads = 1\n" in text
     assert "``" not in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a..b/x", "http://h:abc/x", "http://[::1/x", "http://h:99999/x", "http:///x", "https://" + "a" * 70]
+)
+def test_a_records_url_whose_host_or_port_cannot_be_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="records_url") as refused:
+        make_template(records_url=url)
+    assert "expected" in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["https://files.example.org/records", "http://[::1]:8080/x", "http://10.0.0.1"])
+def test_any_other_records_url_is_taken(url: str) -> None:
+    assert make_template(records_url=url).records_url == url
+
+
+def test_a_servers_address_and_a_proxy_that_cannot_be_are_refused_in_site_toml() -> None:
+    for address in ("fl..example.org:8443", "fl.example.org:99999"):
+        with pytest.raises(ValueError, match="no host and port that there can be"):
+            SiteServer(address=address, authority="ca.crt")
+    for proxy in ("http://h:abc", "http://a..b:80", "http://[::1:80"):
+        with pytest.raises(ValueError, match="no host and port that there can be"):
+            SiteServer(address="fl.example.org:8443", authority="ca.crt", proxy=proxy)
+    assert SiteServer(address="[::1]:8443", authority="ca.crt", proxy="http://ada:x@[::1]:80/").address == "[::1]:8443"

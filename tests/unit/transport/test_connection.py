@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from secure_fed.core.errors import AddressError
 from secure_fed.transport.certificates import CA, create_authority
 from secure_fed.transport.connection import (
     Mistrust,
@@ -65,6 +66,20 @@ def test_a_given_proxy_comes_before_the_environments(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NO_PROXY", "fl.example.org")
     assert proxy_to("fl.example.org:8443", None) is None
     assert proxy_to("fl.example.org:8443", "http://own.example.org:80") == "http://own.example.org:80"
+
+
+def test_a_proxy_of_the_environment_that_is_none_is_refused_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NO_PROXY", "no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "proxy.example.org:3128")
+    assert proxy_to("fl.example.org:8443", None) == "http://proxy.example.org:3128"
+    for wrong in ("http://ada:secret@h:abc", "socks5://h:1080", "http://a..b:80", "http://[::1:80", "http://h:99999"):
+        monkeypatch.setenv("HTTPS_PROXY", wrong)
+        with pytest.raises(AddressError, match="expected an HTTP proxy") as refused:
+            proxy_to("fl.example.org:8443", None)
+        assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("url", ["http://ada:s@cret@proxy.example.org:3128/", "http://proxy.example.org:3128"])
