@@ -6,7 +6,8 @@ release takes some of them, they leave the block for a new one, which keeps what
 
 ``blocks.jsonl`` holds lines of five kinds:
 
-``cohort``    persons that form a new block, which blocks they come from, and how far the ledger had come
+``cohort``    persons that form a new block, which blocks they come from, how far the ledger had come, and what adopted
+              ledgers told of their ids by then
 ``images``    digests of pictures that a person was seen with, so that it is known again under another id
 ``link``      two ids are one person; their histories add
 ``distinct``  two ids with equal pictures are two persons all the same
@@ -75,6 +76,7 @@ class Histories:
         self._pictures: defaultdict[str, set[str]] = defaultdict(set)  # the other way round
         self._apart: set[frozenset[str]] = set()
         self._adopted: list[dict[str, Any]] = []
+        self._taken_over: dict[str, float] = {}  # squared mu of adopted ledgers, by id
         self.blocks: dict[int, Block] = {}
         for line in chain.lines:
             try:
@@ -175,16 +177,20 @@ class Histories:
         if news:
             self._append({"kind": "images", "images": news})
         missing: defaultdict[tuple[int | None, float], list[str]] = defaultdict(list)
-        spent: defaultdict[str, float] = defaultdict(float)
+        more: defaultdict[str, dict[str, float]] = defaultdict(dict)
         for patient in sorted(pictures):
-            spent[self.person(patient)] += self._carried(patient, files.get(patient, ()))
-        for person, carried in spent.items():
+            unit, carried = self._unit(patient), self._carried(patient, files.get(patient, ()))
+            of_person = more[self._root(unit)]
+            if carried > self._taken_over.get(unit, 0.0):
+                of_person[unit] = carried
+        for person, units in more.items():
             block = self._block.get(person)
-            before = 0.0 if block is None else self._carried_of(block)
-            if block is None or carried > before:
-                missing[block, carried - before].append(person)
+            if block is None or units:
+                added = sum(carried - self._taken_over.get(unit, 0.0) for unit, carried in units.items())
+                missing[block, added].append(person)
         for (block, carried), persons in missing.items():
-            self._cohort(persons, () if block is None else (block,), seen, carried)
+            told = {unit: total for person in persons for unit, total in more[person].items()}
+            self._cohort(persons, () if block is None else (block,), seen, carried, told)
 
     def take_out(self, persons: Collection[str], seen: int) -> list[int]:
         """The blocks that hold exactly these persons; those that share theirs with others leave it for a new one.
@@ -204,7 +210,7 @@ class Histories:
         found = []
         for block, inside in sorted(by_block.items()):
             whole = len(inside) == sizes[block]
-            found.append(block if whole else self._cohort(inside, (block,), seen, 0.0))
+            found.append(block if whole else self._cohort(inside, (block,), seen, 0.0, {}))
         return found
 
     def link(self, first: str, second: str, seen: int) -> None:
@@ -269,6 +275,8 @@ class Histories:
         if kind == "cohort":
             self.blocks[fields["block"]] = Block(tuple(fields["parents"]), fields["seen"], fields["carried"])
             self._block.update((person, fields["block"]) for person in fields["persons"])
+            before = {person: self._taken_over.get(person, 0.0) + fields["carried"] for person in fields["persons"]}
+            self._taken_over.update(fields.get("units", before))  # the line of an older release names no ids
         elif kind == "images":
             for unit, pictures in fields["images"].items():
                 self._pictures[unit].update(pictures)
@@ -287,7 +295,9 @@ class Histories:
         else:
             raise KeyError(kind)
 
-    def _cohort(self, persons: Collection[str], parents: tuple[int, ...], seen: int, carried: float) -> int:
+    def _cohort(
+        self, persons: Collection[str], parents: tuple[int, ...], seen: int, carried: float, units: Mapping[str, float]
+    ) -> int:
         number = self._next
         self._append(
             {
@@ -297,6 +307,7 @@ class Histories:
                 "seen": seen,
                 "carried": carried,
                 "persons": sorted(persons),
+                "units": dict(sorted(units.items())),
             }
         )
         return number
@@ -314,10 +325,6 @@ class Histories:
             known += [old["images"].get(keyed_hash(key, "image", digest)) for digest in files]
             total += sum(old["blocks"][str(block)] for block in {one for one in known if one is not None})
         return total
-
-    def _carried_of(self, block: int) -> float:
-        facts = self.blocks[block]
-        return facts.carried + sum(self._carried_of(parent) for parent in facts.parents)
 
     def _root(self, unit: str) -> str:
         while unit in self._roots:

@@ -498,14 +498,15 @@ class Ledger:
         """Take over a ledger of version 0.1; what it spent on a patient adds to what is spent here.
 
         Raises:
-            LedgerError: it was adopted before, or its delta or unit is another.
+            LedgerError: it was adopted before, or its site, delta or unit is another.
         """
         own = self.account
-        for name, found, expected in (("delta", older.delta, own.delta), ("unit", older.unit, own.unit)):
+        pairs = (("site", older.site, own.site), ("delta", older.delta, own.delta), ("unit", older.unit, own.unit))
+        for name, found, expected in pairs:
             if found != expected:
                 raise LedgerError(
-                    f"the ledger to adopt has {name} = {found}, this one {expected}; expected the same: figures of "
-                    "different kinds do not add"
+                    f"the ledger to adopt has {name} = {found}, this one {expected}; expected the same: another "
+                    "site's patients, or figures of different kinds, do not add"
                 )
         self._histories.adopt(older.first, older.head, older.hash_key, older.spent)
 
@@ -780,11 +781,17 @@ def opened(folder: Path) -> Iterator[Ledger]:
         yield Ledger(folder)
 
 
-def restore(folder: Path, export: bytes) -> Ledger:
+def restore(folder: Path, export: bytes, identity: str) -> Ledger:
     """Put an export in place of a lost or damaged ledger. It stays closed until server and peers confirm its head.
 
+    Args:
+        folder: where the ledger lies.
+        export: of :meth:`Ledger.export`.
+        identity: public signing key of the site's identity, 64 hex digits.
+
     Raises:
-        LedgerError: the export does not verify, or a ledger that verifies is there and has gone further.
+        LedgerError: the export does not verify or is another identity's, or a ledger that verifies is there and has
+            gone further.
         StorageError: it cannot be written, or the ledger is in use.
     """
     try:
@@ -792,12 +799,18 @@ def restore(folder: Path, export: bytes) -> Ledger:
         files = {name: content["files"][name].encode("ascii") for name in _FILES}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise LedgerError("the export cannot be read; expected a file made by secfacmic ledger export") from None
+    make_folder(folder.parent)
+    with TemporaryDirectory(dir=folder.parent, prefix=".restoring.") as trial:
+        for name, data in files.items():
+            write_durable(Path(trial) / name, data, PRIVATE)
+        restored = Ledger(Path(trial))
+    if restored.account.identity != identity:
+        raise LedgerError(
+            f"the export is of the ledger of identity {restored.account.identity[:16]}; expected that of this "
+            f"site's identity {identity[:16]}: nothing was changed"
+        )
     make_folder(folder, 0o700)
     with exclusive(folder):
-        with TemporaryDirectory(dir=folder, prefix=".restoring.") as trial:
-            for name, data in files.items():
-                write_durable(Path(trial) / name, data, PRIVATE)
-            restored = Ledger(Path(trial))
         try:
             present = Ledger(folder)
         except (LedgerError, KeyFileError):
@@ -851,13 +864,14 @@ class OlderLedger:
 
     Attributes:
         first, head: ids of its first and its last entry.
-        unit, delta: that it was opened with.
+        site, unit, delta: that it was opened with.
         hash_key: of its hashes.
         spent: ``units`` and ``images``, by hash the block, and ``blocks``, by block (as text) the squared mu.
     """
 
     first: str
     head: str
+    site: str
     unit: str
     delta: float
     hash_key: bytes
@@ -900,6 +914,7 @@ def read_older(folder: Path) -> OlderLedger:
         return OlderLedger(
             entries.lines[0].id,
             entries.head[1],
+            str(opening["site"]),
             str(opening["unit"]),
             float(opening["delta"]),
             _derive(secret, "hash"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +69,10 @@ def export_ledger(file: SiteFile, into: Path) -> int:
         Number of the last entry in it.
 
     Raises:
-        LedgerError: there is no ledger, or it does not verify.
+        LedgerError: there is no ledger, it does not verify, or it is another identity's.
         StorageError: the export cannot be written.
     """
-    with opened(_existing(file)) as ledger:
+    with _own(file) as ledger:
         write_durable(into, ledger.export(), PRIVATE)
         return ledger.head[0]
 
@@ -86,13 +88,13 @@ def restore_ledger(file: SiteFile, exported: Path) -> int:
         Number of its last entry.
 
     Raises:
-        LedgerError: the export cannot be read or used.
+        LedgerError: the export cannot be read or used, or is another identity's.
     """
     try:
         data = exported.read_bytes()
     except OSError as error:
         raise LedgerError(f"{exported}: cannot be read ({error.strerror}); expected a ledger's export") from error
-    return restore(ledger_folder(file), data).head[0]
+    return restore(ledger_folder(file), data, _signing(file)).head[0]
 
 
 def adopt_ledger(file: SiteFile, state: Path) -> None:
@@ -103,7 +105,7 @@ def adopt_ledger(file: SiteFile, state: Path) -> None:
         state: the state folder.
 
     Raises:
-        LedgerError: there is none, it was adopted before, or no budget is set here.
+        LedgerError: there is none, it was adopted before, it or the one here is another's, or no budget is set here.
         StorageError: the ledger cannot be written, or is in use.
     """
     older = read_older(SiteState(state).ledger)
@@ -119,7 +121,7 @@ def adopt_ledger(file: SiteFile, state: Path) -> None:
         account = Account(file.site, keys.signing, file.data.unit, file.data.kind, budget.epsilon, budget.delta)
         account.declare(budget.run_epsilon, budget.runs)  # first, as at a start: the budget can never be raised
         Ledger.create(folder, account)
-    with opened(folder) as ledger:
+    with _own(file) as ledger:
         ledger.adopt(older)
 
 
@@ -132,7 +134,7 @@ def link_patients(file: SiteFile, first: str, second: str) -> tuple[float, float
     Raises:
         LedgerError: there is no ledger, or an id is unknown.
     """
-    with opened(_existing(file)) as ledger:
+    with _own(file) as ledger:
         return ledger.link(first, second), ledger.account.epsilon
 
 
@@ -142,14 +144,18 @@ def tell_apart(file: SiteFile, first: str, second: str) -> None:
     Raises:
         LedgerError: there is no ledger, or an id is unknown.
     """
-    with opened(_existing(file)) as ledger:
+    with _own(file) as ledger:
         ledger.distinct(first, second)
 
 
-def _existing(file: SiteFile) -> Path:
+@contextmanager
+def _own(file: SiteFile) -> Iterator[Ledger]:
+    """The ledger of the site's identity, held for this process alone."""
     folder = ledger_folder(file)
     if not Ledger.exists(folder):
         raise LedgerError(
             f"{folder}: no ledger; expected one: this site has spent nothing, or its identity is elsewhere"
         )
-    return folder
+    with opened(folder) as ledger:
+        ledger.refuse_other(_signing(file))
+        yield ledger

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,10 +32,12 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[Network]:
-    """A study of three rounds, in which ash is killed after the first and comes back with less."""
+    """A study of three rounds, in which ash is killed after the first and comes back with less, and with other data."""
     settings = {"rounds": ROUNDS, "round_seconds": 240, "method": {"adapter": "text_head"}}
     template = make_template(privacy={"steps": 2, "validation_rounds": 1}, **settings)
-    network = Network(tmp_path_factory.mktemp("budget") / "out", template, images)
+    folder = tmp_path_factory.mktemp("budget")
+    shutil.copytree(images, folder / "images")
+    network = Network(folder / "out", template, folder / "images")
     network.options = dict.fromkeys(TRAINING, BUDGET)
     try:
         network.start("server")
@@ -42,6 +45,9 @@ def network(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[
         network.start(*network.names)
         network.wait_until(lambda: "round 1 of 3 applied" in network.log("ash"), 240)
         network.kill("ash")
+        pictures = sorted((folder / "images" / "ash").rglob("*.png"))
+        pictures[0].unlink()
+        pictures[1].write_bytes(b"no picture any more")
         network.options["ash"] = ["--epsilon", "2.9"]
         network.start("ash")
         assert set(network.wait(300).values()) == {0}
@@ -91,7 +97,10 @@ def test_spent_and_left_are_shown_after_each_round_and_are_what_the_ledger_says(
         assert facts["epsilon_spent"] == pytest.approx(max(epsilon_of(mu, 1e-5) for mu in by_block.values()))
         assert 0 < facts["epsilon_spent"] <= facts["epsilon_budget"]
         assert {event["state"] for event in facts["events"]} <= {"sent", "committed", "reserved"}
-        assert [event["block"] for event in facts["events"] if "validation" in event["purpose"]] == [2]
+        (counted,) = [event for event in facts["events"] if "validation" in event["purpose"]]
+        trained = {event["block"] for event in facts["events"] if event is not counted}
+        assert counted["block"] not in trained  # other patients paid for it, of whom each has a history of its own
+        assert facts["members"][str(counted["block"])] > 0
     assert facts_of(network, OBSERVER)["events"] == []
 
 
@@ -107,6 +116,15 @@ def test_a_lower_budget_is_taken_and_a_higher_one_refused_from_then_on(network: 
     other = command("client", "--site", site_file, "--epsilon", "2.9", "--delta", "1e-6")
     assert other.returncode == BudgetError.exit_code
     assert facts_of(network, "ash")["epsilon_budget"] == 2.9
+
+
+def test_data_that_change_during_a_run_are_told_to_the_site_alone(network: Network) -> None:
+    told = "for its own eyes: the data are not what they were when run"
+    assert told in network.log("ash")
+    assert "the run goes on with what they were then" in network.log("ash")
+    assert not [name for name in ("server", *network.names) if name != "ash" and told in network.log(name)]
+    assert "left out" not in network.log("ash")
+    assert network.summary("ash")["rounds"] == network.summary("birch")["rounds"]
 
 
 def test_all_sites_end_with_one_adapter(network: Network) -> None:

@@ -741,11 +741,11 @@ def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Fed
     coordinator = begin(private)
     run_round(coordinator, sites)
     folder = private.folder / "sites/ash/identity/ledger"
-    export = ledger_of(private).export()
+    export, identity = ledger_of(private).export(), ledger_of(private).account.identity
     # The ledger and the whole state are lost, and the export is put into its place.
     shutil.rmtree(folder)
     shutil.rmtree(private.folder / "sites/ash/state")
-    restore(folder, export)
+    restore(folder, export, identity)
     site = private.site("ash")
     before = ledger_of(private).epsilon_spent
     give_round_up(coordinator, [site, *sites[1:]])  # brings the journal, and with it the head
@@ -758,10 +758,10 @@ def test_a_restored_ledger_opens_when_the_journal_confirms_its_head(private: Fed
 
 def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newer_one(private: Federation) -> None:
     private.site("ash")
-    early = ledger_of(private).export()
+    early, identity = ledger_of(private).export(), ledger_of(private).account.identity
     folder = private.folder / "sites/ash/identity/ledger"
     shutil.rmtree(folder)
-    restore(folder, early)
+    restore(folder, early, identity)
     site = private.site("ash")
     coordinator = begin(private)
     assert site.respond(coordinator.request(site.name, site.run, site.position)).code == ReplyCode.APPLIED
@@ -771,7 +771,7 @@ def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newe
     run_round(coordinator, sites)
     shutil.rmtree(folder)
     shutil.rmtree(private.folder / "sites/ash/state")
-    restore(folder, early)
+    restore(folder, early, identity)
     site = private.site("ash")
     give_round_up(coordinator, [site, *sites[1:]])
     with pytest.raises(LedgerRollbackError, match="older copy"):

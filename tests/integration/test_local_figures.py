@@ -43,8 +43,9 @@ from secure_fed.operate.doctor.site import _data as of_images
 from secure_fed.operate.evidence import counted, pack_evidence, verify_evidence
 from secure_fed.operate.live_facts import Place
 from secure_fed.operate.site_results import write_results
-from secure_fed.privacy.accounting import Mechanism, mu_squared_of
-from secure_fed.privacy.ledger import Account, Ledger, opened
+from secure_fed.privacy.accounting import Mechanism, epsilon_of, mu_squared_of
+from secure_fed.privacy.chain_file import ChainFile
+from secure_fed.privacy.ledger import Account, Ledger, _derive, opened
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.records import Chain
 from secure_fed.protocol.rounds import ReplyCode
@@ -421,6 +422,38 @@ def test_a_known_ledger_that_was_not_adopted(site: Federation) -> None:
     with pytest.raises(
         LedgerError, match=r"has not taken over; expected every known one to be: secfacmic ledger adopt"
     ):
+        site.site("ash")
+
+
+def test_ledgers_of_0_1_are_adopted_by_command_once_each_and_their_histories_add(site: Federation) -> None:
+    path = site.folder / "sites/ash/site.toml"
+    file = read_site_file(path)
+    patient = sorted(site.site("ash").features().digests)[0]
+    shutil.rmtree(ledger(site))
+    other = site.folder / "another study's state"
+    older_ledger(Path(file.state) / "privacy", {patient: 0.1}, unit="image", data="public")
+    older_ledger(other / "privacy", {patient: 0.05}, unit="image", data="public")
+    taken = run("ledger", "adopt", file.state, other, "--site", path)
+    assert taken.exit_code == 0, taken.output
+    assert taken.stdout.count("its ledger is adopted; start no older version there") == 2
+    site.site("ash").features()
+    facts = json.loads(run("ledger", "show", path, "--json").stdout)
+    assert facts["epsilon_spent"] == pytest.approx(epsilon_of(0.15, 1e-5), abs=1e-6)
+    before = {one.name: one.read_bytes() for one in ledger(site).iterdir() if one.is_file()}
+    again = run("ledger", "adopt", other, "--site", path)
+    assert isinstance(again.exception, LedgerError)
+    assert "was adopted before; expected each once" in str(again.exception)
+    assert {one.name: one.read_bytes() for one in ledger(site).iterdir() if one.is_file()} == before
+    assert run("ledger", "verify", path).exit_code == 0
+    # Version 0.1 goes on with one of them behind the new ledger's back.
+    shutil.rmtree(Path(file.state) / "privacy")
+    shutil.copytree(other / "privacy", Path(file.state) / "privacy")
+    book = Path(file.state) / "privacy"
+    secret = bytes.fromhex((book / "ledger.key").read_text())
+    chain = ChainFile(book / "ledger.jsonl", _derive(secret, "mac"))
+    chain.load(chain.path.read_bytes())
+    chain.append({"kind": "budget", "epsilon": 2.0})
+    with pytest.raises(LedgerError, match=r"version 0\.1 has spent since"):
         site.site("ash")
 
 

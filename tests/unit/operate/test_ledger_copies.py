@@ -10,7 +10,13 @@ import pytest
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
 from secure_fed.core.errors import BudgetError, LedgerError
-from secure_fed.operate.ledger_copies import export_ledger, ledger_facts, restore_ledger
+from secure_fed.operate.ledger_copies import (
+    export_ledger,
+    ledger_facts,
+    link_patients,
+    restore_ledger,
+    tell_apart,
+)
 from tests.conftest import Federation
 
 
@@ -57,7 +63,7 @@ def test_a_start_that_is_refused_for_its_run_leaves_the_budget_as_it_was(
 
 @pytest.mark.parametrize("public", [True, False])
 def test_the_ledger_of_another_identity_is_not_called_sound(
-    file: SiteFile, federation: Federation, public: bool
+    file: SiteFile, federation: Federation, tmp_path: Path, public: bool
 ) -> None:
     other = read_site_file(federation.folder / "sites/birch/site.toml")
     Site(other.model_copy(update={"privacy": SitePrivacy(epsilon=3.0)}), federation.agreed)
@@ -66,3 +72,20 @@ def test_the_ledger_of_another_identity_is_not_called_sound(
         (Path(file.identity) / "ash.pub").unlink()
     with pytest.raises(LedgerError, match="a ledger belongs to one identity"):
         ledger_facts(file)
+    with pytest.raises(LedgerError, match="a ledger belongs to one identity"):
+        export_ledger(file, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    with pytest.raises(LedgerError, match="a ledger belongs to one identity"):
+        link_patients(file, "a", "b")
+    with pytest.raises(LedgerError, match="a ledger belongs to one identity"):
+        tell_apart(file, "a", "b")
+
+
+def test_an_export_of_another_identity_is_not_put_back(file: SiteFile, federation: Federation, tmp_path: Path) -> None:
+    other = read_site_file(federation.folder / "sites/birch/site.toml")
+    theirs = other.model_copy(update={"privacy": SitePrivacy(epsilon=3.0)})
+    Site(theirs, federation.agreed)
+    export_ledger(theirs, tmp_path / "export")
+    with pytest.raises(LedgerError, match="expected that of this site's identity"):
+        restore_ledger(file, tmp_path / "export")
+    assert ledger_facts(file)["events"] == []

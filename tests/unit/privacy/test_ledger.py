@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -227,7 +228,7 @@ def test_a_link_that_exceeds_the_budget_puts_the_patient_out(folder: Path) -> No
     assert ledger.able(people(ledger, "a", "b"), 0.0) == set()
 
 
-def older_ledger(folder: Path, spent: dict[str, float]) -> None:
+def older_ledger(folder: Path, spent: dict[str, float], **changes: Any) -> None:
     """A ledger as version 0.1 left it: blocks of patients, one event for each."""
     from secure_fed.privacy.chain_file import ChainFile
     from secure_fed.privacy.histories import keyed_hash
@@ -240,8 +241,8 @@ def older_ledger(folder: Path, spent: dict[str, float]) -> None:
     entries = ChainFile(folder / "ledger.jsonl", _derive(secret, "mac"))
     registry = ChainFile(folder / "blocks.jsonl", _derive(secret, "mac"))
     key = _derive(secret, "hash")
-    opening = {"site": "ash", "unit": "patient", "adjacency": "add or remove one", "data": "patients"}
-    entries.append({"kind": "open", **opening, "delta": 1e-5, "epsilon": 3.0})
+    opening = {"site": "ash", "unit": "patient", "adjacency": "add or remove one", "data": "patients"} | changes
+    entries.append({"kind": "open", "delta": 1e-5, "epsilon": 3.0} | opening)
     for block, (name, mu_squared) in enumerate(spent.items(), 1):
         units, images = [keyed_hash(key, "unit", name.encode())], [keyed_hash(key, "image", f"file {name}".encode())]
         registry.append({"block": block, "units": units, "images": images, "trains": True})
@@ -265,6 +266,38 @@ def test_adopted_ledgers_add_to_each_patients_history(folder: Path, tmp_path: Pa
         read_older(folder)
     facts = Ledger(folder).summary()
     assert sum(event["mu_squared"] for event in facts["events"]) == pytest.approx(0.35)
+
+
+def test_a_ledger_that_is_adopted_late_adds_to_linked_ids_of_whom_one_is_gone(folder: Path, tmp_path: Path) -> None:
+    older_ledger(tmp_path / "one", {"a": 0.1, "b": 0.2})
+    older_ledger(tmp_path / "two", {"a": 0.05, "b": 0.01})
+    ledger = Ledger(folder)
+    ledger.adopt(read_older(tmp_path / "one"))
+    ledger.register({"a": {b"pa"}, "b": {b"pb"}})
+    ledger.link("a", "b")
+    ledger.adopt(read_older(tmp_path / "two"))
+    for present, total in (("a", 0.35), ("a", 0.35), ("b", 0.36), ("a", 0.36)):
+        ledger = Ledger(folder)
+        ledger.register({present: {b"pictures " + present.encode()}})
+        assert spent_by(ledger, "a") == spent_by(Ledger(folder), "b") == pytest.approx(total)
+
+
+@pytest.mark.parametrize(("field", "value"), [("site", "birch"), ("unit", "image"), ("delta", 1e-6)])
+def test_what_is_not_this_sites_to_add_up_is_not_adopted(
+    folder: Path, tmp_path: Path, field: str, value: str | float
+) -> None:
+    older_ledger(tmp_path / "one", {"a": 0.1}, **{field: value})
+    before = (folder / "blocks.jsonl").read_bytes()
+    with pytest.raises(LedgerError, match=f"has {field} = {value}, this one .* expected the same"):
+        Ledger(folder).adopt(read_older(tmp_path / "one"))
+    assert (folder / "blocks.jsonl").read_bytes() == before
+
+
+def test_an_export_of_another_identity_is_not_restored(folder: Path, tmp_path: Path) -> None:
+    export = spend(folder).export()
+    with pytest.raises(LedgerError, match=r"of identity 1{16}; expected that of this site's identity 2{16}"):
+        restore(tmp_path / "other", export, "2" * 64)
+    assert not (tmp_path / "other" / "ledger.jsonl").exists()
 
 
 def test_a_ledger_of_another_identity_is_refused(folder: Path) -> None:
@@ -548,7 +581,7 @@ def test_a_restored_export_that_has_grown_is_noticed(folder: Path, tmp_path: Pat
     export = Ledger(folder).export()
     travel(folder, heads, 2)
     shutil.rmtree(folder)
-    restore(folder, export)
+    restore(folder, export, ACCOUNT.identity)
     (folder / CLOSED).unlink()  # by hand, against what it is for
     grown = spend(folder, 6)
     assert grown.sent(STUDY) > heads.newest("ash")[0]
@@ -646,7 +679,7 @@ def test_an_export_restores_a_lost_ledger_closed(folder: Path) -> None:
     ledger = spend(folder, 2)
     export, head, spent = ledger.export(), ledger.head, ledger.epsilon_spent
     shutil.rmtree(folder)
-    restored = restore(folder, export)
+    restored = restore(folder, export, ACCOUNT.identity)
     assert (restored.head, restored.epsilon_spent) == (head, spent)
     assert (folder / CLOSED).exists()
     assert spent_by(Ledger(folder), "a") == pytest.approx(2 * ROUND.mu_squared)
@@ -664,7 +697,7 @@ def test_an_interrupted_restore_leaves_the_ledger_closed(folder: Path) -> None:
         real(path, data, mode)
 
     with mock.patch.object(module, "write_durable", full), pytest.raises(StorageError):
-        restore(folder, export)
+        restore(folder, export, ACCOUNT.identity)
     assert (folder / CLOSED).exists()
 
 
@@ -672,26 +705,27 @@ def test_a_damaged_ledger_is_replaced_and_a_whole_newer_one_is_not(folder: Path)
     export = spend(folder).export()
     spend(folder)
     with pytest.raises(LedgerError, match="never goes back"):
-        restore(folder, export)
+        restore(folder, export, ACCOUNT.identity)
     assert len(Ledger(folder).events) == 2
     for broken in (b"broken\n", b"[" * 9000 + b"\n"):
         (folder / "ledger.jsonl").write_bytes(broken)
-        restore(folder, export)
+        restore(folder, export, ACCOUNT.identity)
     assert len(Ledger(folder).events) == 1
 
 
 @pytest.mark.parametrize("export", [b"", b"{}", b"[1]", b'{"files": {"ledger.jsonl": 3}}', b"\xff", b"[" * 9000])
 def test_what_is_no_export_is_refused(folder: Path, export: bytes) -> None:
     with pytest.raises(LedgerError, match="cannot be read"):
-        restore(folder, export)
+        restore(folder, export, ACCOUNT.identity)
     Ledger(folder)
 
 
 def test_a_changed_export_is_refused_and_changes_nothing(folder: Path) -> None:
     export = spend(folder).export()
     (folder / "ledger.jsonl").write_bytes(b"broken\n")
+    changed = export.replace(b"committed", b"x").replace(b'\\"noise_std\\":10', b'\\"noise_std\\":90')
     with pytest.raises(SecfacmicError):
-        restore(folder, export.replace(b"committed", b"x").replace(b'\\"noise_std\\":10', b'\\"noise_std\\":90'))
+        restore(folder, changed, ACCOUNT.identity)
     assert (folder / "ledger.jsonl").read_bytes() == b"broken\n"
     assert not (folder / CLOSED).exists()
     assert not list(folder.glob(".*"))
