@@ -143,9 +143,9 @@ def fewer(one: SiteFeatures, patients: int | None) -> SiteFeatures:
 def federate(
     agreed: AgreedStudy, features: list[SiteFeatures], method: Method, epsilon: float | None, seed: int
 ) -> tuple[float, float]:
-    """Mean balanced accuracy over the sites' test images, of the mean of the adapters after each round and the last.
+    """Mean balanced accuracy over the sites' test images, of a mean of the adapters after each round and the last.
 
-    Averages go through the study's rule.
+    Averages go through the study's rule; the mean is the one that the study asks for, else that of all alike.
     """
     initial = agreed.initial
     study = agreed.study.model_copy(update={"method": method})
@@ -168,7 +168,8 @@ def federate(
         state = aggregation.apply(rule, state, flatten(step))
         parameters = dict(aggregation.adapter_of(state))
         iterates.append(parameters)
-    mean = {name: np.mean([one[name] for one in iterates], axis=0) for name in parameters}
+    weights = np.arange(1, study.rounds + 1) ** (2.0 if study.aggregation.iterates == "late" else 0.0)
+    mean = {name: np.average([one[name] for one in iterates], axis=0, weights=weights) for name in parameters}
     return test(own, mean, features), test(own, parameters, features)
 
 
@@ -372,14 +373,13 @@ def compare_methods(agreed: AgreedStudy, features: list[SiteFeatures], name: str
                 advice = advise(epsilon or max(arguments.epsilons), min(counts), public=True)
                 own = with_constants(with_basis(agreed, advice.dimensions), CLIP, advice.learning_rate, MOMENTUM)
                 own = with_rule(own, Aggregation.model_validate(advice.tables["aggregation"]))
-            averages = kind != "advised" or own.study.aggregation.iterates == "mean"
             pairs = [
                 sum_once(own, features, epsilon) if method.one_sum else federate(own, features, method, epsilon, seed)
                 for seed in range(arguments.seeds)
             ]
             cell = {"data": name, "patients": counts, "method": kind, "epsilon": epsilon}
             cell |= {"last": [round(100 * last, 2) for _, last in pairs]}
-            row += f"{show(cells, cell, [100 * (mean if averages and epsilon else last) for mean, last in pairs]):>14}"
+            row += f"{show(cells, cell, [100 * (mean if epsilon else last) for mean, last in pairs]):>14}"
         print(row, flush=True)
     return cells
 

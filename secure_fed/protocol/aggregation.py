@@ -33,7 +33,7 @@ def initial_state(rule: Aggregation, adapter: Parameters) -> State:
     """The state before the first round: the adapter by name and, for rules that keep any, flat moments [values].
 
     ``fedadam`` starts its second moment at tau^2, the least that algorithm 2 of arXiv 2003.00295 allows. With
-    ``iterates = "mean"`` there are also the mean of the adapters after each round, and of how many [1].
+    ``iterates = "mean"`` or ``"late"`` there are also the mean of the adapters after each round, and of how many [1].
     """
     values = sum(value.size for value in adapter.values())
     state: State = dict(adapter)
@@ -41,7 +41,7 @@ def initial_state(rule: Aggregation, adapter: Parameters) -> State:
         state[_FIRST] = np.zeros(values)
     if rule.rule == "fedadam":
         state[_SECOND] = np.full(values, rule.tau * rule.tau)
-    if rule.iterates == "mean":
+    if rule.iterates != "last":
         state[_MEAN] = codec.flatten(adapter)
         state[_ROUNDS] = np.zeros(1)
     return state
@@ -74,11 +74,21 @@ def apply(rule: Aggregation, state: State, update: NDArray[np.float64]) -> State
         moments[_SECOND] = second * state[_SECOND] + (1 - second) * (update * update)
         step = rule.learning_rate * moments[_FIRST] / (np.sqrt(moments[_SECOND]) + rule.tau)
     after = codec.flatten(adapter) + step
-    if rule.iterates == "mean":
+    if rule.iterates != "last":
         moments[_ROUNDS] = state[_ROUNDS] + 1
-        moments[_MEAN] = after if not state[_ROUNDS][0] else state[_MEAN] + (after - state[_MEAN]) / moments[_ROUNDS]
+        among = _among(rule, float(moments[_ROUNDS][0]))
+        moments[_MEAN] = after if not state[_ROUNDS][0] else state[_MEAN] + (after - state[_MEAN]) / among
     shapes = {name: value.shape for name, value in adapter.items()}
     return codec.unflatten(after, shapes) | moments
+
+
+def _among(rule: Aggregation, rounds: float) -> float:
+    """Among how many equals the last of so many adapters counts in their mean.
+
+    Of ``late`` each weighs the square t^2 of its round, of t (t + 1) (2 t + 1) / 6 in all: means that forget where they
+    began (Shamir and Zhang, arXiv 1212.1824).
+    """
+    return rounds if rule.iterates == "mean" else (rounds + 1.0) * (2.0 * rounds + 1.0) / (6.0 * rounds)
 
 
 def start(agreed: AgreedStudy) -> State:
@@ -165,7 +175,7 @@ def adapter_of(state: State) -> Parameters:
 
 
 def result_of(state: State) -> Parameters:
-    """The adapter that is evaluated and used: the mean of those after each round where the study asks for it."""
+    """The adapter that is evaluated and used: a mean of those after each round where the study asks for it."""
     adapter = adapter_of(state)
     if _MEAN not in state:
         return adapter

@@ -247,6 +247,14 @@ class StudyFile(FileModel):
                 f"{method.adapter} takes one round for its sum and one for the histograms that choose its shrinkage, "
                 f"but rounds = {rounds}; expected 2, or 1 with a declared shrinkage"
             )
+        if method.one_sum and method.shrinkage == 0:
+            features = info.data.get("features", Features())
+            where = f"{features.dimensions} dimensions" if features.dimensions else "all of the backbone's dimensions"
+            raise ValueError(
+                f"shrinkage = 0 in {where}, of classes that may have as few as {method.min_patients} patients "
+                f"(method.min_patients), and at most {method.most_patients} at a site: with more dimensions than "
+                "patients a covariance has no inverse; expected shrinkage above 0 and at most 1, such as 0.01"
+            )
         return method
 
     @field_validator("aggregation")

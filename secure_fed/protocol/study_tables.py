@@ -36,6 +36,16 @@ NORMAL, ANOMALY = 0, "anomaly"
 """Of a study of anomalies: label of normal images, and name of the second class, which all other labels are of."""
 
 
+def _some_prompts(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    if not prompts:
+        raise ValueError("expected at least one prompt, a text that describes such images: write one")
+    return prompts
+
+
+Prompts = Annotated[tuple[Text, ...], AfterValidator(_some_prompts)]
+"""Texts of one class or concept."""
+
+
 class StudyClass(FileModel):
     """One class.
 
@@ -45,14 +55,7 @@ class StudyClass(FileModel):
     """
 
     name: Text
-    prompts: tuple[Text, ...]
-
-    @field_validator("prompts")
-    @classmethod
-    def _some_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        if not prompts:
-            raise ValueError("a class needs at least one prompt, a text that describes its images")
-        return prompts
+    prompts: Prompts
 
 
 class Concept(FileModel):
@@ -64,14 +67,7 @@ class Concept(FileModel):
     """
 
     name: Text
-    prompts: tuple[Text, ...]
-
-    @field_validator("prompts")
-    @classmethod
-    def _some_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        if not prompts:
-            raise ValueError("a concept needs at least one prompt, a text that describes images with it: write one")
-        return prompts
+    prompts: Prompts
 
 
 class Backbone(FileModel):
@@ -192,8 +188,8 @@ class Method(FileModel):
             by ``lmmd_weight``), ``adversarial`` (FAA-CLIP's private discriminator, by ``adversarial_weight``; not under
             differential privacy) or ``none``, whatever the weights are. If it is not said: ``lmmd`` where
             ``lmmd_weight`` is above 0, else ``none``.
-        shrinkage: of ``gaussian_head``'s covariance towards a multiple of the identity; with a second round, in which
-            patients' histograms choose it, only where there are none.
+        shrinkage: of ``gaussian_head``'s covariance towards a multiple of the identity, above 0; with a second round,
+            in which patients' histograms choose it, only where there are none.
         min_patients: of ``gaussian_head``: a class with fewer in the sum is left out.
         most_patients: of ``gaussian_head``: most training patients, and most validation patients, that a site has. The
             bounds of its sums are made of it.
@@ -219,7 +215,7 @@ class Method(FileModel):
     lmmd_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
     adversarial_weight: Annotated[float, Field(gt=0, le=1000)] = 0.5
     adaptation: Literal["lmmd", "adversarial", "none"] | None = None
-    shrinkage: Annotated[float, Field(gt=0, le=1)] = 0.01
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.01
     min_patients: Annotated[int, Field(ge=1, le=10**6)] = 5
     most_patients: Annotated[int, Field(ge=2, le=10**6)] = 1000
     coverage: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
@@ -328,20 +324,21 @@ class Aggregation(FileModel):
         learning_rate: eta of ``fedavgm`` and ``fedadam``.
         betas: decay of the first and, for ``fedadam``, second moment; ``fedavgm`` uses the first.
         tau: of ``fedadam``: the smaller, the more adaptive.
-        iterates: which adapter comes out: the ``last`` one, or the ``mean`` of those after each round, in which the
-            noise of private rounds cancels in part.
+        iterates: which adapter comes out: the ``last`` one, or a mean of those after each round, in which the noise of
+            private rounds cancels in part: of all alike (``mean``), or each by the square of its round (``late``), so
+            that where training began weighs little.
     """
 
     rule: Literal["average", "fedavgm", "fedadam"] = "average"
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    iterates: Literal["last", "mean"] = "last"
+    iterates: Literal["last", "mean", "late"] = "last"
 
     @property
     def moments(self) -> int:
         """How many vectors of the adapter's size the rule keeps beside it."""
-        return {"average": 0, "fedavgm": 1, "fedadam": 2}[self.rule] + (self.iterates == "mean")
+        return {"average": 0, "fedavgm": 1, "fedadam": 2}[self.rule] + (self.iterates != "last")
 
     @field_validator("learning_rate")
     @classmethod

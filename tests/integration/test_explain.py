@@ -201,7 +201,7 @@ def test_concepts_travel_with_the_adapter(finished_run: Path, tmp_path: Path) ->
 
 
 def test_a_concept_without_prompts_is_refused() -> None:
-    with pytest.raises(ValueError, match="a concept needs at least one prompt"):
+    with pytest.raises(ValueError, match="expected at least one prompt"):
         make_template(concepts=[{"name": "stripes", "prompts": []}])
     for blank in ("", "   ", "\t"):
         with pytest.raises(ValueError, match=r"concepts\[0\]\.prompts\[1\]"):

@@ -79,7 +79,7 @@ def test_the_method_hangs_on_sizes_and_budget(own: Path, monkeypatch: pytest.Mon
     private = draft_study(folders(own), "x", epsilon=3.0)
     assert private.template.method.adapter == "text_head"
     assert (private.template.features.basis, private.template.features.dimensions) == ("public", 32)
-    assert private.template.aggregation.iterates == "mean"
+    assert private.template.aggregation.iterates == "late"
     assert "epsilon 3" in private.text
 
 

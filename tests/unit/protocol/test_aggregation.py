@@ -43,7 +43,12 @@ def test_the_average_is_added_and_keeps_no_state(rule: Aggregation) -> None:
 
 def test_the_mean_of_the_adapters_comes_out_and_the_last_one_goes_on() -> None:
     updates = [[0.5, 0.25, -1.0], [1.0, 0.0, 0.5], [0.5, -0.75, 1.5]]
-    for rule in (Aggregation(iterates="mean"), Aggregation(rule="fedavgm", iterates="mean")):
+    for rule in (
+        Aggregation(iterates="mean"),
+        Aggregation(rule="fedavgm", iterates="mean"),
+        Aggregation(rule="fedavgm", iterates="late"),
+    ):
+        weights = [1, 1, 1] if rule.iterates == "mean" else [1, 4, 9]
         states = [run(rule, [1.0, 2.0, 3.0], updates[:rounds]) for rounds in range(4)]
         last = [codec.flatten(aggregation.adapter_of(state)) for state in states]
         plain = run(rule.model_copy(update={"iterates": "last"}), [1.0, 2.0, 3.0], updates)
@@ -51,7 +56,8 @@ def test_the_mean_of_the_adapters_comes_out_and_the_last_one_goes_on() -> None:
         assert aggregation.result_of(plain) == aggregation.adapter_of(plain)
         for rounds in (1, 2, 3):
             found = codec.flatten(aggregation.result_of(states[rounds]))
-            np.testing.assert_allclose(found, np.mean(last[1 : rounds + 1], axis=0), rtol=1e-15)
+            expected = np.average(last[1 : rounds + 1], axis=0, weights=weights[:rounds])
+            np.testing.assert_allclose(found, expected, rtol=1e-15)
         assert codec.flatten(aggregation.result_of(states[0])).tolist() == [
             1.0,
             2.0,
