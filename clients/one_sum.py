@@ -39,14 +39,21 @@ def message(agreed: AgreedStudy, round_number: int, state: aggregation.State, fe
     """
     if round_number == 1:
         return sums(agreed, features).values()
-    held = {name.removeprefix(aggregation.MOMENT): value for name, value in state.items()}
-    together = Sums.of(held)
-    _tell(agreed, together)
-    return {HISTOGRAMS: histograms(agreed, together, features)}
+    return {HISTOGRAMS: histograms(agreed, _held(state), features)}
 
 
-def _tell(agreed: AgreedStudy, together: Sums) -> None:
-    """Say what is missing from the sum of all sites."""
+def _held(state: aggregation.State) -> Sums:
+    return Sums.of({name.removeprefix(aggregation.MOMENT): value for name, value in state.items()})
+
+
+def tell(agreed: AgreedStudy, state: aggregation.State) -> None:
+    """Say what is missing from the sum of all sites.
+
+    Args:
+        agreed: the study.
+        state: after the round of the sum.
+    """
+    together = _held(state)
     if not together.patients.any():
         log.warning(
             "no sum of statistics is there: the round that was to carry it was abandoned; expected one: this study "
@@ -54,6 +61,15 @@ def _tell(agreed: AgreedStudy, together: Sums) -> None:
         )
         return
     least = agreed.study.method.min_patients
+    if together.drowned(least):
+        log.warning(
+            "the budgets' noise drowns the sum of all sites: classes have about %.0f patients in it; expected at least "
+            "%.0f, with fewer a class that is there may seem to be none: this study stays at zero-shot; take part with "
+            "a larger epsilon, or ask for more patients or sites",
+            max(0.0, float(together.patients.mean())),
+            math.ceil(least + 2 * together.doubtful),
+        )
+        return
     noise = " (two standard deviations of the budgets' noise more than the study asks for)" if together.doubtful else ""
     known = one_sum.known_classes(together, least)
     for name, there, count in zip(agreed.study.class_names, known, together.patients, strict=True):

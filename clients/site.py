@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from secure_fed.clients import one_sum
 from secure_fed.clients.acceptance import acceptance_digest
 from secure_fed.clients.bound import Bound, Fresh
 from secure_fed.clients.budget import ledger_folder
@@ -149,8 +150,11 @@ class Site(Learner):
         torch.set_num_threads(self._file.threads)
         if self.run and self.replica.goes_back(request.after):
             return self._reply(ReplyCode.MORE)
+        before = self.round
         for data in request.records:
             self.replica.take(data)
+        if self._agreed.study.method.one_sum and before == 0 < self.round:
+            one_sum.tell(self._agreed, self.replica.state.tensors)
         if self.run and self._agreed.study.pads:
             self.replica.files.erase_pads(self.replica.due)  # whatever stops this site next
         if self._private is not None:

@@ -197,6 +197,7 @@ def as_one_sum(template: Template) -> Template | None:
         aggregation={},
         features={},
         encoding={"value_bound": 1.0},
+        privacy=template.privacy.model_dump(mode="json") | {"validation_rounds": 0},
         sites=[{"name": site.name, "role": site.role} for site in template.sites],  # each patient weighs one
     )
 

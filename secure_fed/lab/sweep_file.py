@@ -182,7 +182,12 @@ def _usual(study: Template, path: str) -> Iterator[Any]:
 
 def _trial(base: Template, chosen: Settings, settings: Settings, data: Path, images: str) -> Trial:
     """A trial with the settings that are chosen for it; ``settings`` also has what others choose otherwise."""
-    from secure_fed.model.adapters import check_method, ignored, uses_basis  # loads torch, which reading does without
+    from secure_fed.model.adapters import (  # loads torch, which reading does without
+        check_method,
+        ignored,
+        refuse_idle,
+        uses_basis,
+    )
 
     try:
         epsilon, delta = _budget(settings)
@@ -193,6 +198,7 @@ def _trial(base: Template, chosen: Settings, settings: Settings, data: Path, ima
         study = with_settings(study, nothing) if nothing else study
         check_method(study.method)
         uses_basis(study)
+        refuse_idle(study)
         study.plan.refuse_shared(data)
     except SecfacmicError as error:
         failed = digest({"settings": settings, "base": base.model_dump(mode="json")})

@@ -20,7 +20,7 @@ from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.layout import ServerState
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.core.tomlfile import parse_table, to_toml, write_toml
-from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, uses_basis
+from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, refuse_idle, uses_basis
 from secure_fed.model.backbone import is_here, load_backbone, make_random_checkpoint
 from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.public_statistics import PublicStatistics, make_basis, packaged_statistics, precision_for
@@ -84,6 +84,7 @@ def new_study(
 def _make(
     template: Template, keys: Mapping[str, SiteKeys | None], out: Path, checkpoint: Path | None, public: Path | None
 ) -> tuple[StudyFile, LoadedBackbone]:
+    refuse_idle(template)
     if template.backbone.seed is not None and checkpoint is None:  # then the weights are random, and only then
         checkpoint = out / RANDOM_CHECKPOINT
         if not checkpoint.exists():
@@ -276,7 +277,8 @@ def check_study(path: Path) -> StudyFile:
     except StudyError as error:
         faults = _method_faults(path)
         raise (StudyError("\n  ".join([str(error), *faults])) if faults else error) from None
-    faults = [*_refused(lambda: check_method(study.method)), *_refused(lambda: uses_basis(study))]
+    checks = (lambda: check_method(study.method), lambda: uses_basis(study), lambda: refuse_idle(study))
+    faults = [fault for check in checks for fault in _refused(check)]
     if study.missing() and is_here(study.backbone):
         faults += _refused(lambda: _refuse_long_prompts(study, load_backbone(study.backbone, None)))
     if faults:

@@ -188,6 +188,17 @@ class Sums:
         """Patients of a class below which it may be noise alone; 0 without noise."""
         return _SURE * math.sqrt(max(self.noise, 0.0))
 
+    def drowned(self, min_patients: int) -> bool:
+        """Whether noise is so large beside the classes that one of their usual size would often seem to be none.
+
+        That is: some class does not pass, and those that do are on average no farther above what a class must have than
+        that is above the least patients. Then one that does not pass may as well be there, hidden by noise.
+        """
+        least = min_patients + self.doubtful
+        there = [count for count in self.patients.tolist() if count >= least]
+        few = math.fsum(there) < len(there) * (least + self.doubtful)
+        return self.noise > 0 and len(there) < len(self.patients) and (few or not there)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -210,8 +221,9 @@ class Head:
 
 def known_classes(sums: Sums, min_patients: int) -> NDArray[np.bool_]:
     """The classes with at least so many patients in the sum, noise aside, bool [K]: under budgets two standard
-    deviations of it more, so that one without any patient hardly ever passes."""
-    return np.asarray(sums.patients >= min_patients + sums.doubtful)
+    deviations of it more, so that one without any patient hardly ever passes, and none if the sum is drowned in noise:
+    a head without the classes that chance takes would be worse than the prompts."""
+    return np.asarray((sums.patients >= min_patients + sums.doubtful) & (not sums.drowned(min_patients)))
 
 
 def covariance(sums: Sums) -> Floats:

@@ -737,6 +737,15 @@ def _one_sum(analysis: Analysis) -> Section:
                     *(cell(mean.value if mean else None) for _, mean in measures),
                 )
             )
+    ranks = sorted({rank for _, head in heads for rank in head.spectrum})
+    spectra = tuple(
+        (
+            Cell(group.label),
+            cell(head.noise_floor, "{:.3g}"),
+            *(cell(head.spectrum.get(rank), "{:.3g}") for rank in ranks),
+        )
+        for group, head in heads
+    )
     spectrum = heads[0][1].spectrum
     marks = tuple(
         Mark(math.log2(rank), math.log10(max(value, 1e-12)), f"{rank}: {value:.3g}") for rank, value in spectrum.items()
@@ -755,6 +764,11 @@ def _one_sum(analysis: Analysis) -> Section:
              "classes left out"),
             tuple(rows),
         ).without_empty(),
+        Table(
+            "Spectrum: standard deviations within classes, by rank",
+            ("setting", "least that noise leaves", *(str(rank) for rank in ranks)),
+            spectra,
+        ),
         Table(
             "Sets and strangers on test images",
             ("setting", "where", "promised, %", "covered, %", "least covered class, %", "classes in a set",

@@ -104,6 +104,8 @@ def as_csv(analysis: Analysis) -> str:
         head = _csv_head(trial)
         summary = trial.summary
         metrics = {name: result.model_dump() for name, result in summary.metrics.items()} if summary else {}
+        if summary and summary.one_sum:
+            metrics["one_sum"] = summary.one_sum.model_dump()
         found = {key: value for key, value in flat(metrics).items() if value is not None}
         rows.append({**head, "round": None, "seconds": trial.seconds, **found})
         for entry in summary.rounds if summary else ():

@@ -12,12 +12,17 @@ import pytest
 import tomli_w
 from PIL import Image
 
+from secure_fed.clients.given_sums import GIVEN
+from secure_fed.clients.sitefile import read_site_file
+from secure_fed.core.errors import RepeatedSumError
+from secure_fed.core.tomlfile import write_toml
 from secure_fed.lab.simulation import Listener, simulate
 from secure_fed.lab.sweep import SweepListener, run_sweep
 from secure_fed.operate.evidence import pack_evidence, verify_evidence
 from secure_fed.operate.plots import plot_run
 from tests.conftest import TRAINING, template_table
 from tests.integration.test_one_sum import METHOD, one_sum_template
+from tests.network import Network
 
 TABLE = {
     "rounds": 2,
@@ -80,3 +85,38 @@ def test_a_demo_of_one_sum_gives_what_a_simulation_gives(simulated: Path, tmp_pa
         assert summary[key] == expected[key], key
     assert [row["sites_in"] for row in summary["rounds"]] == [len(TRAINING)] * 2
     assert [row["bytes_up"] for row in summary["rounds"]] == [row["bytes_up"] for row in expected["rounds"]]
+
+
+@pytest.mark.slow
+def test_another_run_of_a_study_of_one_sum_is_refused_by_every_sites_client(tmp_path: Path, images: Path) -> None:
+    """By the commands that begin one, with new keys and everybody's word: no patient is in a second exact sum."""
+    network = Network(tmp_path / "out", one_sum_template(), images)
+    sites = {name: network.site_folder(name) / "site.toml" for name in network.names}
+    for path in sites.values():
+        file = read_site_file(path)
+        write_toml(path, file.model_copy(update={"data": file.data.model_copy(update={"kind": "patients"})}))
+    study, maker = network.folder / "study.toml", network.agreed.study.key_maker
+    try:
+        network.start("server", *network.names)
+        assert set(network.wait(240).values()) == {0}
+        given = {name: (sites[name].parent / "identity" / GIVEN).read_bytes() for name in TRAINING}
+        key = tmp_path / "key"
+        secfacmic("keys", "create", study, "--site", sites[maker], "--out", key)
+        for path in sites.values():
+            if path != sites[maker]:
+                secfacmic("keys", "accept", key, "--site", path)
+            secfacmic("site", "accept", study, "--site", path, "--by", "Dr. Ada", "--again")
+        network.options["server"] = ["--key", str(key)]
+        network.start("server", *network.names)
+        assert set(network.wait(240, *TRAINING).values()) == {RepeatedSumError.exit_code}
+    finally:
+        network.close()
+    for name in TRAINING:
+        assert "are in the exact sum that this site gave to run" in network.log(name)
+        assert (sites[name].parent / "identity" / GIVEN).read_bytes() == given[name]
+    assert network.records == 1  # the beginning of the run, and no sum
+
+
+def secfacmic(*words: str | Path) -> None:
+    command = [sys.executable, "-P", "-m", "secure_fed.cli", *map(str, words)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)

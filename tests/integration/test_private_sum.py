@@ -17,7 +17,7 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import EnvelopeError, StorageError
 from secure_fed.privacy import class_statistics
 from secure_fed.privacy.accounting import plan_noise
-from secure_fed.protocol import aggregation, one_sum
+from secure_fed.protocol import aggregation, codec, one_sum
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import split_frame
@@ -74,6 +74,24 @@ def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: 
     validation = sites[1].replica.state.validation
     assert validation is not None
     assert validation.images == 2 * (15 + 6)
+
+
+def test_a_sum_that_budgets_drown_is_told_to_all_and_the_study_stays_at_zero_shot(
+    study: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in TRAINING:
+        set_budget(study.folder, name, 0.5)
+    sites = [study.site(name) for name in TRAINING]
+    coordinator = begin(study)
+    for _ in range(2):
+        run_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    told = [one.getMessage() for one in caplog.records if "noise drowns the sum" in one.getMessage()]
+    assert len(told) == len(TRAINING)
+    assert "this study stays at zero-shot; take part with a larger epsilon" in told[0]
+    digests = {codec.adapter_digest(site.parameters) for site in sites}
+    assert digests == {codec.adapter_digest(study.agreed.initial.adapter)}
 
 
 def test_what_leaves_is_the_noised_sum_and_is_drawn_once(study: Federation) -> None:

@@ -159,6 +159,17 @@ def test_what_a_method_makes_nothing_of_is_left_out_and_told(tmp_path: Path) -> 
     assert "moves no image feature" in str(asked[3].error)
 
 
+def test_counts_that_sums_do_not_carry_are_left_out_of_their_trials_and_told(tmp_path: Path) -> None:
+    table = template_table(rounds=2, privacy={"validation_rounds": 1})
+    adapters = {"method.adapter": ["text_head", "gaussian_head"]}
+    trials = planned(write(tmp_path, table, grid=adapters))
+    assert [trial.study.privacy.validation_rounds for trial in trials if trial.study] == [1, 0]
+    assert any("gaussian_head makes nothing of privacy.validation_rounds" in words for words in trials[1].ignored)
+    asked = planned(write(tmp_path, table, grid=adapters | {"privacy.validation_rounds": [0, 1]}))
+    assert [trial.error is None for trial in asked] == [True, True, True, False]
+    assert "privacy.validation_rounds = 1 makes no difference with gaussian_head" in str(asked[3].error)
+
+
 def test_trials_whose_sites_share_a_folder_fail_before_anything_is_made(tmp_path: Path) -> None:
     table = template_table()
     table["simulation"]["sites"][1]["folder"] = "ash/0"

@@ -39,6 +39,7 @@ __all__ = [
     "ignored",
     "initial_parameters",
     "needs_tower",
+    "refuse_idle",
     "uses_basis",
 ]
 
@@ -67,7 +68,38 @@ def ignored(study: StudyFile) -> dict[str, Any]:
         found["method.lmmd_weight"] = 0.0
     if study.features.basis != "raw" and not kind.uses_basis:
         found["features"] = {"basis": "raw"}
-    return found
+    return found | {path: usual for path, (_, usual) in _idle(study).items()}
+
+
+def refuse_idle(study: StudyFile) -> None:
+    """Refuse settings that somebody has set and that make no difference with the study's method.
+
+    Raises:
+        StudyError: naming each.
+    """
+    idle = _idle(study)
+    if idle:
+        lines = [
+            f"{path} = {_said(value)} makes no difference with {study.method.adapter}; expected {_said(usual)}: leave "
+            "it out, since sites send no validation counts beside sums"
+            for path, (value, usual) in idle.items()
+        ]
+        raise StudyError("; ".join(lines))
+
+
+def _idle(study: StudyFile) -> dict[str, tuple[Any, Any]]:
+    """By dotted path what is set though it makes no difference, and what it would be if nobody had set it."""
+    if not study.method.sums:
+        return {}
+    pairs = {
+        "encoding.share_validation": (study.encoding.share_validation, True),
+        "privacy.validation_rounds": (study.privacy.validation_rounds, 0),
+    }
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _said(value: Any) -> str:
+    return str(value).lower()  # as TOML has it
 
 
 def uses_basis(study: StudyFile) -> bool:

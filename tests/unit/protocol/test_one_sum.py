@@ -6,6 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +147,7 @@ def test_noise_raises_the_least_eigenvalue_to_its_own_norm() -> None:
 
 def test_a_class_without_patients_is_told_from_noise_and_moves_nothing() -> None:
     """Of 400 draws of noise at epsilon 1, with two classes of three in the data."""
-    x, labels = cases(5, 300, 8)
+    x, labels = cases(5, 360, 8)
     exact, known, errors = sums_of(x[labels < 2], labels[labels < 2]), [], []
     rng, std = np.random.default_rng(0), 18.6
     for _ in range(400):
@@ -164,6 +166,26 @@ def test_a_class_without_patients_is_told_from_noise_and_moves_nothing() -> None
     assert max(errors) == 0
     assert one_sum.known_classes(exact, 5).tolist() == [True, True, False]
     assert exact.doubtful == 0
+
+
+def test_a_sum_that_noise_drowns_has_no_head_rather_than_one_without_the_classes_that_chance_takes() -> None:
+    """Of 400 draws of noise beside classes of some 30: at a deviation of 12 it is all of them or none, at 4 all."""
+    exact, rng = sums_of(*cases(6, 90, 8)), np.random.default_rng(1)
+    found: dict[float, Counter[int]] = {}
+    for std in (12.0, 4.0):
+        found[std] = Counter()
+        for _ in range(400):
+            sums = Sums(exact.patients + std * rng.standard_normal(CLASSES), exact.first, exact.second, std**2)
+            known = one_sum.known_classes(sums, 5)
+            found[std][int(known.sum())] += 1
+            assert (one_sum.solve(sums, 0.03, 5) is None) == (known.sum() < 2)
+    assert found[12.0][0] >= 300
+    assert found[12.0][1] + found[12.0][2] <= 20
+    assert found[12.0][CLASSES] >= 30  # where all pass, noise has hidden none
+    assert found[4.0][CLASSES] >= 380
+    assert not exact.drowned(5)
+    assert not replace(exact, patients=np.zeros(CLASSES)).drowned(5)
+    assert not replace(exact, patients=np.array([300.0, 300.0, 0.0]), noise=144.0).drowned(5)  # told from noise
 
 
 @settings(deadline=None, max_examples=40)
