@@ -5,7 +5,9 @@ signed. Each part is answered with what is held now, and is checked before it co
 never sent again. ``POST /bytes/DIGEST`` says how much is held. ``GET /records/DIGEST`` gives bytes that do not change,
 in ranges; their address is their SHA-256, which a site is told, and nothing lists them.
 
-Parts go to the disk as they come. A site has one thing under way; another one replaces it.
+Parts go to the disk as they come. A site has one thing under way; another one replaces it. What has arrived is made
+durable by whoever takes it: until then the site has it, and is asked again. So what lies here from before a start is
+checked before it counts.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import contextlib
 import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from secure_fed.core.errors import ProtocolError
-from secure_fed.core.storage import make_folder, sync_folder, write_durable
+from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.server.http import Receive, Send, answer
 from secure_fed.transport.connection import DIGEST, OFFSET, TOTAL, SignedRequest
 
@@ -29,8 +32,10 @@ UPLOADS, RECORDS = "/bytes/", "/records/"
 MAX_PART = 4 * 2**20
 """Most bytes of one part."""
 
-CHUNK = 256 * 1024
-"""Bytes that are read of a record at a time."""
+CHUNK, LEAST_CHUNK = 256 * 1024, 64 * 1024
+GIVEN = 16 * 2**20
+"""Bytes that are read of a record at a time, for each who takes it: fewer where all together would hold more than
+:data:`GIVEN`, since what a line does not take yet lies in memory, twice under TLS."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})?")
@@ -89,7 +94,7 @@ class Incoming:
                     yield Upload(found["site"], found["digest"], min(path.stat().st_size, total), total)
 
     def take(self, site: str, digest: str, length: int) -> bytes:
-        """What a site has sent; it stays until :meth:`drop`.
+        """What a site has sent; it stays until :meth:`drop`. Its digest was checked when it became whole.
 
         Args:
             site: its name.
@@ -102,13 +107,20 @@ class Incoming:
             data = (self.folder / _name(site, digest, length, "whole")).read_bytes()
         except OSError:
             data = b""
-        if len(data) != length or hashlib.sha256(data).hexdigest() != digest:
+        if len(data) != length:
             raise ProtocolError(f"{site}: names {length} bytes that are not here; it is asked again")
         return data
 
+    def of(self, site: str) -> list[Path]:
+        """The files of a site."""
+        with contextlib.suppress(FileNotFoundError):
+            # Not a pattern, which would be matched with those of all other sites; no site's name has a dot.
+            return [self.folder / name for name in os.listdir(self.folder) if name.startswith(f"{site}.")]
+        return []
+
     def drop(self, site: str) -> None:
         """Erase what a site has sent."""
-        for path in self.folder.glob(f"{site}.*"):  # no name has a dot
+        for path in self.of(site):
             path.unlink(missing_ok=True)
 
 
@@ -121,6 +133,7 @@ class Outgoing:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._known: deque[tuple[bytes, str]] = deque(maxlen=4)  # what many sites are sent, and its digest
 
     def publish(self, data: bytes) -> str:
         """Make bytes fetchable; their digest.
@@ -128,7 +141,10 @@ class Outgoing:
         Raises:
             StorageError: they cannot be written.
         """
-        digest = hashlib.sha256(data).hexdigest()
+        digest = next((digest for known, digest in self._known if known is data), "")
+        if not digest:
+            digest = hashlib.sha256(data).hexdigest()
+            self._known.append((data, digest))
         path = self.folder / digest
         if not path.exists():
             make_folder(self.folder)
@@ -137,7 +153,8 @@ class Outgoing:
 
     def find(self, digest: str) -> Path | None:
         """Where bytes lie that were published, or that the coordinator keeps of a round, in a folder a round."""
-        return next((path for path in (self.folder / digest, *self.folder.glob(f"*/{digest}")) if path.is_file()), None)
+        path = self.folder / digest
+        return path if path.is_file() else next(self.folder.glob(f"*/{digest}"), None)
 
     def lend(self, data: bytes) -> str:
         """Make bytes fetchable until :meth:`take_back`; their digest, or nothing if they are so for good.
@@ -169,6 +186,7 @@ class ByteStore:
         self._run = run
         self._most = most
         self._open: dict[str, _Open] = {}
+        self._giving = 0
 
     def serves(self, method: str, path: str) -> bool:
         """Whether there may be something at a path."""
@@ -211,10 +229,12 @@ class ByteStore:
         folder = self._incoming.folder
         make_folder(folder, 0o700)
         part = folder / _name(site, digest, total, "part")
-        for path in folder.glob(f"{site}.*"):
+        for path in self._incoming.of(site):
             if path.stem != part.stem:
                 path.unlink(missing_ok=True)
         upload = _Open(part, digest, total, 0)
+        if upload.whole.exists() and not _is(upload.whole, digest):
+            upload.whole.unlink()  # from before this process began, and lost with the machine's power
         if upload.whole.exists():
             upload.held = total
         else:
@@ -254,7 +274,7 @@ class ByteStore:
                 await _say(send, 422, upload)
                 return
             upload.held += length
-            if upload.held == upload.total and not await self._complete(upload, descriptor):
+            if upload.held == upload.total and not await self._complete(upload, request):
                 await _say(send, 422, upload)
                 return
         finally:
@@ -263,21 +283,25 @@ class ByteStore:
             os.close(descriptor)
         await _say(send, 200, upload, request.digest)
 
-    async def _complete(self, upload: _Open, descriptor: int) -> bool:
-        """Whether the whole is what it was said to be; then it is durable and may be taken."""
-
-        def look() -> bool:
-            with upload.path.open("rb") as stream:
-                right = hashlib.file_digest(stream, "sha256").hexdigest() == upload.digest
-            os.fsync(descriptor)
-            return right
-
-        if not await asyncio.to_thread(look):
+    async def _complete(self, upload: _Open, last: SignedRequest) -> bool:
+        """Whether the whole is what it was said to be; then it may be taken."""
+        if last.length == upload.total:  # the whole in one part, whose digest was just checked
+            right = last.digest == upload.digest
+        else:
+            right = await asyncio.to_thread(_is, upload.path, upload.digest)
+        if not right:
             upload.held = 0
             return False
         os.replace(upload.path, upload.whole)
-        await asyncio.to_thread(sync_folder, upload.path.parent)
         return True
+
+    @contextlib.contextmanager
+    def _one_more(self) -> Iterator[None]:
+        self._giving += 1
+        try:
+            yield
+        finally:
+            self._giving -= 1
 
     async def _give(self, digest: str, asked: bytes, send: Send) -> None:
         path = self._outgoing.find(digest)
@@ -288,7 +312,7 @@ class ByteStore:
         if stream is None:
             await answer(send, 404)
             return
-        with stream:
+        with stream, self._one_more():
             size = os.fstat(stream.fileno()).st_size
             first, last, status = 0, size - 1, 200
             if asked:
@@ -310,7 +334,7 @@ class ByteStore:
             stream.seek(first)
             left = last - first + 1
             while left:
-                chunk = stream.read(min(CHUNK, left))
+                chunk = stream.read(min(CHUNK, max(LEAST_CHUNK, GIVEN // self._giving), left))
                 left -= len(chunk)
                 if not chunk:
                     return
@@ -321,6 +345,11 @@ async def _say(send: Send, status: int, upload: _Open, digest: str = "") -> None
     """How much is held, and the digest of the part that was taken."""
     headers = {OFFSET: str(upload.held), TOTAL: str(upload.total)} | ({DIGEST: digest} if digest else {})
     await answer(send, status, headers=headers)
+
+
+def _is(path: Path, digest: str) -> bool:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == digest
 
 
 def _name(site: str, digest: str, total: int, state: str) -> str:

@@ -47,6 +47,7 @@ class Journal:
         self.chain = Chain(agreed)
         self.before: Chain | None = None
         self.records: list[JournalEntry] = []
+        self._read: tuple[JournalEntry, bytes] | None = None
         self._folder.drop_replaced(agreed)
         for record in list(self._folder.replay(Chain(agreed))):
             self._take(record)
@@ -157,8 +158,11 @@ class Journal:
         self._append("checkpoint", self.chain.round + 1, checkpoint, signed)
 
     def read(self, seq: int) -> bytes:
-        """A record's bytes."""
-        return self._folder.read(seq)
+        """A record's bytes; those read last are held, since every site is sent the newest."""
+        entry = self.records[seq]
+        if self._read is None or self._read[0] is not entry:
+            self._read = (entry, self._folder.read(seq))
+        return self._read[1]
 
     def _append(
         self,

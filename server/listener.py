@@ -62,26 +62,33 @@ class Callers:
 
     def __init__(self) -> None:
         self._all: dict[tuple[str, int], Caller] = {}
+        self._strangers: dict[Caller, None] = {}
+        self._members: dict[bytes, dict[Caller, None]] = {}
 
     def __len__(self) -> int:
         return len(self._all)
 
     def come(self, peer: tuple[str, int]) -> Caller:
         """Take a connection; strangers that are too many make room, first those of the address that has most."""
-        strangers = [caller for caller in self._all.values() if not caller.key]
-        here = [caller for caller in strangers if caller.peer[0] == peer[0]]
+        here = [caller for caller in self._strangers if caller.peer[0] == peer[0]]
         if len(here) >= STRANGERS_AT_ADDRESS:
             self._drop(here[0])
-        elif len(strangers) >= STRANGERS:
-            ((most, _),) = Counter(caller.peer[0] for caller in strangers).most_common(1)
-            self._drop(next(caller for caller in strangers if caller.peer[0] == most))
+        elif len(self._strangers) >= STRANGERS:
+            ((most, _),) = Counter(caller.peer[0] for caller in self._strangers).most_common(1)
+            self._drop(next(caller for caller in self._strangers if caller.peer[0] == most))
         caller = self._all[peer] = Caller(peer)
+        self._strangers[caller] = None
         return caller
 
     def go(self, caller: Caller) -> None:
         """Forget a connection that has ended."""
         if self._all.get(caller.peer) is caller:
             del self._all[caller.peer]
+        self._strangers.pop(caller, None)
+        if caller.key in self._members:
+            self._members[caller.key].pop(caller, None)
+            if not self._members[caller.key]:
+                del self._members[caller.key]
 
     def prove(self, peer: tuple[str, int] | None, key: bytes) -> None:
         """Note that a connection is a member's; its oldest makes room for more than it may have."""
@@ -89,8 +96,10 @@ class Callers:
         if caller is None or caller.key:
             return
         caller.key = key
-        own = [other for other in self._all.values() if other.key == key]
-        for other in own[:-MEMBER_CONNECTIONS]:
+        self._strangers.pop(caller, None)
+        own = self._members.setdefault(key, {})
+        own[caller] = None
+        for other in list(own)[:-MEMBER_CONNECTIONS]:
             self._drop(other)
 
     def expire(self, caller: Caller) -> None:
@@ -100,7 +109,7 @@ class Callers:
 
     def drop_strangers(self) -> None:
         """Make room."""
-        for caller in [caller for caller in self._all.values() if not caller.key]:
+        for caller in list(self._strangers):
             self._drop(caller)
 
     def _drop(self, caller: Caller) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
@@ -158,6 +158,7 @@ class RoundLoop:
         self._reported = time.monotonic()
         coordinator = self.coordinator
         rounds = coordinator.rounds
+        inside, voiding = frozenset(coordinator.sites_in), coordinator.voiding
         self.report(
             {
                 "run": coordinator.run,
@@ -170,8 +171,8 @@ class RoundLoop:
                     site.name: {
                         "role": "train" if site.trains else "observer",
                         "connected": bool(site.since),
-                        "in": site.name in coordinator.sites_in,
-                        "doing": self._doing(site),
+                        "in": site.name in inside,
+                        "doing": self._doing(site, inside, voiding),
                         "presence": self._presence(site),
                     }
                     for site in self._sites
@@ -212,12 +213,12 @@ class RoundLoop:
             f"line {said.rate / 1e3:.0f} kB/s"
         )
 
-    def _doing(self, site: _Site) -> str:
+    def _doing(self, site: _Site, inside: AbstractSet[str], voiding: AbstractSet[str]) -> str:
         """What is known of why a site is in, or is not in yet."""
         held, total = site.sent
-        if site.name in self.coordinator.voiding:
+        if site.name in voiding:
             return "its people have given the round up"
-        if site.name in self.coordinator.sites_in:
+        if site.name in inside:
             return "in"
         if not site.since:
             return "not connected"
@@ -240,6 +241,7 @@ class RoundLoop:
         or sends a byte now and then, holds nobody up.
         """
         under_way = {upload.site: upload for upload in self.incoming.uploads()}
+        asked = self.coordinator.asked
         for site in self._sites:
             upload = under_way.get(site.name)
             if upload is None:
@@ -248,7 +250,7 @@ class RoundLoop:
             more = upload.held - site.sent[0] if site.sent[1] == upload.total else upload.held
             site.rate = 0.7 * site.rate + 0.3 * max(0, more) / seconds if site.rate else max(0, more) / seconds
             site.sent = upload.held, upload.total
-            if upload.held > site.most and site.rate >= LEAST_RATE and site.name in self.coordinator.asked:
+            if upload.held > site.most and site.rate >= LEAST_RATE and site.name in asked:
                 self._moved = time.monotonic()
             site.most = max(site.most, upload.held)
 
@@ -284,7 +286,7 @@ class RoundLoop:
 
     def _ask_all(self) -> None:
         """Ask each site what it lacks, all in one call: each costs a way to the other process and back."""
-        asked = [(site, request) for site in self._sites if (request := self._due_request(site)) is not None]
+        asked = list(self._due_requests())
         if not asked:
             return
         messages = [
@@ -304,14 +306,20 @@ class RoundLoop:
             site.taking_until = time.monotonic() + down / DOWN_RATE
             site.asked_step = self.coordinator.step if request.attempt and not request.more else None
 
-    def _due_request(self, site: _Site) -> RoundRequest | None:
-        """What to ask a site now; None if it is away, has not answered yet, or lacks nothing."""
-        if not site.since or site.asked or time.monotonic() < site.not_before:
-            return None
-        return self._request(site)
+    def _due_requests(self) -> Iterator[tuple[_Site, RoundRequest]]:
+        """Whom to ask now, and what: nobody who is away, has not answered yet, or lacks nothing."""
+        moment = time.monotonic()
+        due = [site for site in self._sites if site.since and not site.asked and moment >= site.not_before]
+        if not due:
+            return
+        wanted = self._wanted()
+        for site in due:
+            request = self._request(site, wanted)
+            if request is not None:
+                yield site, request
 
-    def _request(self, site: _Site) -> RoundRequest | None:
-        """What the site lacks; None if nothing."""
+    def _request(self, site: _Site, wanted: AbstractSet[str]) -> RoundRequest | None:
+        """What the site lacks, or is asked for if it is among those wanted; None if nothing."""
         coordinator = self.coordinator
         if site.position is None:
             # Where is it? Without an answer it would be sent the whole journal again.
@@ -320,16 +328,25 @@ class RoundLoop:
                 question = PresenceQuestion(chain.run, chain.key).to_bytes()
             return RoundRequest(coordinator.round, coordinator.attempt, (), more=True, question=question)
         behind = site.run != coordinator.run or site.position != len(coordinator.journal.records)
-        wanted = not site.told_the_end if coordinator.finished else self._is_asked(site)
-        due = behind or wanted
+        due = behind or site.name in wanted
         return coordinator.request(site.name, site.run, site.position) if due else None
 
-    def _is_asked(self, site: _Site) -> bool:
-        if self.coordinator.step == Step.ACKNOWLEDGED:
-            return site.trains and site.name not in self.coordinator.sites_in and not self._blind(site)
-        if self.coordinator.step in (Step.ENVELOPE, Step.CHECKED) and site.name in self.coordinator.sites_in:
-            return site.heard != site.since  # it was away: does it still stand by its envelope?
-        return site.name in self.coordinator.asked and not self._passes(site)
+    def _wanted(self) -> set[str]:
+        """Of whom something is wanted now. What it hangs on is of all sites, and is found once for all of them."""
+        coordinator = self.coordinator
+        if coordinator.finished:
+            return {site.name for site in self._sites if not site.told_the_end}
+        step, inside, asked = coordinator.step, frozenset(coordinator.sites_in), coordinator.asked
+        if step is Step.ACKNOWLEDGED:
+            return {
+                site.name for site in self._sites if site.trains and site.name not in inside and not self._blind(site)
+            }
+        wanted = {site.name for site in self._sites if site.name in asked and not self._passes(site)}
+        if step in (Step.ENVELOPE, Step.CHECKED):
+            wanted -= inside
+            # Who was away: does it still stand by its envelope?
+            wanted |= {site.name for site in self._sites if site.name in inside and site.heard != site.since}
+        return wanted
 
     def _blind(self, site: _Site) -> bool:
         """Whether it has just joined, and cannot acknowledge an adapter that it gets with the checkpoint."""

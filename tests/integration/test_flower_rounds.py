@@ -524,7 +524,10 @@ def test_where_one_site_gives_the_round_up_before_the_sum_is_fixed_the_others_cl
         wire.since[wire.nodes["ash"]] = "second"
     wire.apps[wire.nodes["ash"]].site.void(1)
     _steps(loop, lambda: coordinator.voiding == {"ash"})
-    assert loop._doing(loop._sites[0]) == "its people have given the round up"
+    assert (
+        loop._doing(loop._sites[0], frozenset(coordinator.sites_in), coordinator.voiding)
+        == "its people have given the round up"
+    )
     if wire.away:
         _steps(loop, lambda: coordinator.sites_in == ("cedar", OBSERVER) and coordinator.step is Step.READY)
         key, due = wire.apps[wire.nodes["ash"]].site.replica.identity.signing, coordinator.journal.chain.due

@@ -115,7 +115,7 @@ def test_nobody_is_asked_any_more_once_a_cohort_is_chosen(federation: Federation
     _steps(loop, lambda: len(coordinator.rounds) == 1)
     assert not coordinator.before_the_first
     loop._sites[0].position = None
-    request = loop._request(loop._sites[0])
+    request = loop._request(loop._sites[0], set())
     assert request is not None
     assert request.question == b""
     assert all(one["presence"] is None for one in _told(loop)["sites"].values())

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from secure_fed.clients import byte_line
 from secure_fed.clients.byte_line import FAULTS, LEAST_PART, MOST_PART, ByteLine
 from secure_fed.core.errors import ProtocolError
+from secure_fed.server import byte_store
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.gate import Gate, Member, Members
 from secure_fed.server.listener import Callers
@@ -194,7 +195,41 @@ def test_what_is_held_outlives_the_server(line: Line) -> None:
     assert line.sent == len(DATA)
 
 
+def test_what_lies_whole_from_before_a_start_is_checked_before_it_counts(line: Line) -> None:
+    """A machine that lost its power may have kept the name, and not the bytes."""
+    client(line).send(RUN, DATA)
+    (whole,) = line.incoming.folder.iterdir()
+    whole.write_bytes(bytes(len(DATA)))
+    line.open()
+    assert held(line) == 0
+    assert client(line).send(RUN, DATA) == WHOLE
+    assert line.incoming.take("ash", WHOLE, len(DATA)) == DATA
+
+
 # --- the site's end ---
+
+
+def test_what_is_held_is_asked_only_where_something_can_be(line: Line) -> None:
+    """First, after a send that was broken off, and of the same bytes: not before each one."""
+    sender, other = client(line), DATA[:5000]
+    sender.send(RUN, DATA)
+    line.asked.clear()
+    sender.send(RUN, other)
+    assert line.asked == ["PUT"]
+    line.asked.clear()
+    sender.send(RUN, other)
+    assert line.asked == ["POST"]
+
+    def broken(call: Callable[[], httpx.Response]) -> httpx.Response:
+        raise RuntimeError
+
+    sender._call, line.breaks = broken, lambda request: b""  # the line is gone for good
+    with pytest.raises(RuntimeError):
+        sender.send(RUN, DATA)
+    sender._call, line.breaks = (lambda call: call()), (lambda request: None)
+    line.asked.clear()
+    sender.send(RUN, DATA)
+    assert line.asked[0] == "POST"
 
 
 def test_parts_grow_on_a_fast_line_and_each_byte_is_sent_once(line: Line) -> None:
@@ -323,6 +358,35 @@ def test_a_server_that_gives_other_bytes_is_refused(line: Line) -> None:
         client(line).fetch(digest, len(DATA) - 1)
 
 
+def test_what_many_take_at_once_is_read_in_smaller_pieces(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory stays bounded while hundreds take a record over slow lines."""
+    monkeypatch.setattr(byte_store, "CHUNK", 50_000)
+    monkeypatch.setattr(byte_store, "LEAST_CHUNK", 10_000)
+    monkeypatch.setattr(byte_store, "GIVEN", 100_000)
+    store = ByteStore(line.incoming, line.outgoing, RUN, lambda site: MOST)
+    request = SignedRequest("ash", "GET", f"/records/{line.outgoing.publish(DATA)}", 0, "", 0)
+    sizes: list[int] = []
+
+    async def take(others: int) -> None:
+        async def send(event: Any) -> None:
+            if "status" not in event:
+                sizes.append(len(event["body"]))
+            await asyncio.sleep(0.01)
+
+        async def none() -> Any:
+            raise AssertionError("no body")
+
+        await asyncio.gather(*(store.answer(request, {}, none, send) for _ in range(1 + others)))
+
+    asyncio.run(take(0))
+    assert set(sizes) == {50_000}
+    sizes.clear()
+    asyncio.run(take(19))
+    assert max(sizes) <= 50_000
+    assert sum(size == 10_000 for size in sizes) >= 19 * 18
+    assert sum(sizes) == 20 * len(DATA)
+
+
 # --- copies elsewhere ---
 
 
@@ -369,7 +433,8 @@ def test_a_place_that_gives_anything_else_is_told_and_passed_over(
 
 def test_a_place_that_is_slow_or_not_there_is_passed_over(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     line.outgoing.publish(DATA)
-    assert client(line, elsewhere="http://127.0.0.1:1").fetch(WHOLE, len(DATA)) == DATA
+    for url in ("http://127.0.0.1:1", "http://a..b/x", "http://h:abc", "http://[::1/x", "http://h:99999", "http:///x"):
+        assert client(line, elsewhere=url).fetch(WHOLE, len(DATA)) == DATA
     clock = iter(range(0, 10_000, 3))
     monkeypatch.setattr(byte_line.time, "monotonic", lambda: float(next(clock)))
     with pytest.raises(TimeoutError):
