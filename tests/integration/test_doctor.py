@@ -488,6 +488,16 @@ def test_something_else_on_that_port(site: Path, serve: Serve) -> None:
 # --- proxies ---
 
 
+def test_a_proxy_of_the_environment_that_cannot_be_is_a_finding(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://proxy.example.org:1080")
+    address(site, "fl.example.org:8443")
+    found = look(site)["reachability"]
+    assert not found.ok
+    assert "expected an HTTP proxy" in found.found
+
+
 def test_through_a_proxy(site: Path, serve: Serve) -> None:
     port = serve()
     proxy = _Proxy()

@@ -52,10 +52,14 @@ def examine_way(file: SiteFile) -> Iterator[Finding]:
     if authority is None:
         return
     host, _, port = server.address.rpartition(":")
-    way = _Way(host.strip("[]"), int(port), proxy_to(server.address, server.proxy))
-    found = check("reachability", lambda: _reach(way))
+
+    def reached() -> tuple[_Way, str]:
+        way = _Way(host.strip("[]"), int(port), proxy_to(server.address, server.proxy))
+        return way, _reach(way)
+
+    found, way = attempt("reachability", reached)
     yield found
-    if not found.ok:
+    if way is None:
         return
     found, connection = attempt("certificate", lambda: _secure(way, authority))
     yield found
