@@ -19,7 +19,15 @@ from pydantic import Field
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.model import transformers_form as theirs
-from secure_fed.model.given_files import Foreign, checked, is_tensorflows, lost_link, read_json
+from secure_fed.model.given_files import (
+    OTHER_FORMATS,
+    Foreign,
+    checked,
+    is_tensorflows,
+    lost_link,
+    other_kind,
+    read_json,
+)
 from secure_fed.model.library import HUB, known_model, name_of, offline, open_clip, same_model, with_activation
 from secure_fed.model.model_config import OURS, check_model_config
 from secure_fed.model.network import Form, under_transformers_names, which_fit, without_text
@@ -33,8 +41,10 @@ ENTRY = "backbone.json"
 CONFIG = "open_clip_config.json"
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "open_clip_model.safetensors.index.json")
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
-_OTHERS = (".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".tflite")
+_SPARE = 255
+"""Tokens, at most, by which tables of them are filled up to round numbers."""
+
+_NO_WEIGHTS = ("openvino_", "training_args", "optimizer", "scheduler", "rng_state", "scaler")
 _TEXT_ALONE = ("clip_text_model", "siglip_text_model", "bert", "roberta", "xlm-roberta", "distilbert")
 _IMAGES_ALONE = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov3_vit", "beit", "swin", "vit_mae")
 
@@ -74,6 +84,12 @@ def read_form(
             raise BackboneError(
                 f"{path}: no such file; expected a checkpoint, or a folder with one and its configuration"
             )
+    vocabulary = (form.text or form.config["text_cfg"]).get("vocab_size") or 49408
+    if (unused := vocabulary - 1 - form.tokens.largest) > _SPARE:
+        form.told.append(
+            f"that {unused} of the text tower's {vocabulary} tokens are none of its tokenizer's, whose highest is "
+            f"{form.tokens.largest}, is as it should be; if its vocabulary was cut on the way, words are unknown"
+        )
     if text is not None and not {"hf_model_name", "hf_tokenizer_name"} & set(form.config["text_cfg"]):
         raise BackboneError(
             f"{path}: {form.kind}, which has a text tower and a tokenizer of its own, so that nothing is taken from "
@@ -163,7 +179,8 @@ def _is_a_backbones(folder: Path) -> bool:
     return any(
         one.name == "snapshots"
         if one.is_dir()
-        else one.name in (CONFIG, "config.json", "adapter_config.json") or one.suffix.lower() in (*SUFFIXES, *_OTHERS)
+        else one.name in (CONFIG, "config.json", "adapter_config.json")
+        or one.suffix.lower() in (*SUFFIXES, *OTHER_FORMATS)
         for one in _seen(folder)
     )
 
@@ -381,9 +398,7 @@ def _weights_in(path: Path, names: tuple[str, ...]) -> Path:
                 "the whole folder again"
             )
         below = [one for folder in _seen(path) if folder.is_dir() for one in _seen(folder)]  # as onnx/model.onnx
-        others = [
-            one for one in (*inside, *below) if (one.suffix.lower() in _OTHERS or is_tensorflows(one)) and one.is_file()
-        ]
+        others = [one for one in (*inside, *below) if one.is_file() and other_kind(one, b"") is not None]
         if others:
             read_weights(others[0])
         raise BackboneError(f"{path}: no weights in it; the folder is half copied: copy all of it again")

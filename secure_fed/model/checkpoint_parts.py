@@ -18,13 +18,30 @@ Tensors = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")
 """Where a training checkpoint keeps its weights, the likeliest first."""
 
-WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
-"""What torch's wrappers put into names, anywhere: ``torch.compile``, FSDP (its older name too), checkpointing."""
+WRAPPER = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.|(?<=\.)module\."
+)
+"""What torch's wrappers put into names, anywhere: ``torch.compile``, FSDP (its older name too), checkpointing; and
+``module.`` within a name, where one tower alone was trained in parallel."""
+
+_OF_TRAINING = re.compile(r"optim|sched|scaler|^loops$")
+"""Keys under which a training keeps what is of itself."""
+
+_FEWEST = 16
+"""Tensors that a table of weights holds at least: a CLIP of one layer a tower has twice as many."""
 
 
 def type_of(value: Tensor) -> str:
     """The type of a tensor's values, in a word."""
     return str(value.dtype).removeprefix("torch.")
+
+
+def quantised(where: Path | str, name: str, kind: str) -> BackboneError:
+    """What to say of values that are not the model's own any more."""
+    return BackboneError(
+        f"{where}: quantised weights ({name}, {kind}); expected float32, float16 or bfloat16, from which alone "
+        "features are the model's own: get the weights before they were quantised"
+    )
 
 
 def tables_in(content: Any, name: str = "", depth: int = 0) -> dict[str, Tensors]:
@@ -34,11 +51,9 @@ def tables_in(content: Any, name: str = "", depth: int = 0) -> dict[str, Tensors
     if not isinstance(content, Mapping):
         return {}
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if len(tensors) > 1 or (tensors and len(content) == 1):
-        return {name: tensors}
-    found: dict[str, Tensors] = {}
+    found = {name: tensors} if tensors else {}
     for key, value in content.items():
-        if depth < 2 and str(key) not in ("optimizer", "optimizer_states", "optimizer_state_dict", "scaler", "loops"):
+        if depth < 3 and not _OF_TRAINING.search(str(key)):
             found |= tables_in(value, f"{name}.{key}" if name else str(key), depth + 1)
     return found
 
@@ -50,34 +65,42 @@ def the_weights(path: Path, tables: Mapping[str, Tensors], beside: list[str] | N
         raise BackboneError(
             f"{path}: holds no tensors by name; expected a checkpoint with a state_dict: save the model's state_dict()"
         )
-    usual = [name for name in named if not name or set(name.split(".")) <= set(WRAPPERS)]
+    large = {name: table for name, table in named.items() if len(table) >= _FEWEST} or named
+    usual = [name for name in large if not name or set(name.split(".")) <= set(WRAPPERS)]
     if usual:
         chosen = min(usual, key=lambda name: [WRAPPERS.index(part) for part in name.split(".") if part])
-    elif len(named) == 1:
-        (chosen,) = named
+    elif all(_same(table, next(iter(large.values()))) for table in large.values()):
+        chosen = next(iter(large))
     else:
         raise BackboneError(
-            f"{path}: holds several sets of weights, {', '.join(sorted(named))}; expected one, as state_dict: "
+            f"{path}: holds several sets of weights, {', '.join(sorted(large))}; expected one, as state_dict: "
             "save the one that is meant by itself"
         )
     found = named[chosen]
     for name, table in tables.items():
         if name != chosen and _is_second(found, table):
             raise BackboneError(
-                f"{path}: holds two sets of weights of one model that differ, {chosen or 'its own'} and {name} (as a "
-                "training keeps averages beside the last ones); expected one: save the one that is meant by itself, "
-                "as state_dict"
+                f"{path}: holds two sets of weights of one model that differ, {chosen or 'its own'} and "
+                f"{name or 'its own'} (as a training keeps averages beside the last ones); expected one: save the one "
+                "that is meant by itself, as state_dict"
             )
     if beside is not None:
         plain = {_unwrapped(name): value for name, value in found.items()}
         beside += [
-            f"{table}.{name}"
+            f"{table}.{name}" if table else name
             for table in tables
             if table != chosen
             for name, value in tables[table].items()
-            if (own := plain.get(_unwrapped(name))) is None or not _equal(own, value)
+            if not _is_of_training(table, value)
+            and ((own := plain.get(_unwrapped(name))) is None or not _equal(own, value))
         ]
     return found
+
+
+def _is_of_training(table: str, value: Tensor) -> bool:
+    """Whether a tensor beside a model is a count, the state of a generator, or a figure that a callback kept."""
+    counts = value.ndim < 2 and not value.is_floating_point()
+    return counts or (table.split(".")[0] == "callbacks" and value.numel() == 1)
 
 
 def _is_second(found: Tensors, other: Tensors) -> bool:
@@ -148,8 +171,8 @@ def without_prefix(
     if others and 2 * others[0][1] > most and _differ(plain, prefix, others[0][0]):
         raise _twice(where, "the model", prefix, others[0][0])
     if not prefix:
-        copies = tuple(f"{other}." for other, _ in others)
-        return {name: value for name, value in plain.items() if not _is_copy(plain, name, copies)}, []
+        copies = _copies(plain)
+        return {name: value for name, value in plain.items() if name not in copies}, []
     model: Tensors = {name[len(prefix) + 1 :]: value for name, value in plain.items() if name.startswith(f"{prefix}.")}
     second: dict[str, list[tuple[Tensor, Tensor]]] = {}
     beside: list[str] = []
@@ -160,7 +183,7 @@ def without_prefix(
         tail = next((one for start in range(len(words)) if (one := ".".join(words[start:])) in model), None)
         if tail is not None:
             second.setdefault(name.removesuffix(tail).rstrip("."), []).append((model[tail], value))
-        if tail is None or not _equal(model[tail], value):
+        if not _is_of_training("", value) and (tail is None or not _equal(model[tail], value)):
             beside.append(name)
     for other, pairs in second.items():
         # One tensor of another shape, and it is another model, such as a teacher.
@@ -178,12 +201,23 @@ def _twice(where: Path | str, what: str, prefix: str, other: str) -> BackboneErr
     )
 
 
-def _is_copy(tensors: Tensors, name: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a tensor stands under one of the prefixes and, with the same values, without it."""
-    starts = [start for start in prefixes if name.startswith(start)]
-    return any(
-        (own := tensors.get(name.removeprefix(start))) is not None and _equal(own, tensors[name]) for start in starts
-    )
+def _copies(tensors: Tensors) -> set[str]:
+    """Names under prefixes under which each tensor is one that stands without it too, with the same values."""
+    under: dict[str, list[str]] = {}
+    for name in tensors:
+        for place in re.finditer(r"\.", name):
+            under.setdefault(name[: place.end()], []).append(name)
+    copies: set[str] = set()
+    for prefix, names in under.items():
+        kept = [name for name in names if not _is_of_training("", tensors[name])]
+        own = [tensors.get(name.removeprefix(prefix)) for name in kept]
+        if kept and all(one is not None and _equal(one, tensors[name]) for one, name in zip(own, kept, strict=True)):
+            copies |= set(names)
+    return copies
+
+
+def _same(first: Tensors, second: Tensors) -> bool:
+    return first.keys() == second.keys() and all(_equal(first[name], second[name]) for name in first)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -29,7 +29,19 @@ OTHER_FORMATS = {
     ".gguf": "quantised weights in GGUF",
     ".npz": "a numpy archive",
     ".tflite": "a TensorFlow Lite model",
+    ".keras": "Keras' weights",
+    ".ot": "weights of Rust's PyTorch",
 }
+"""What files are that are not read, by the end of their names."""
+
+_BEGINNINGS = (
+    (re.compile(rb"\x89HDF"), OTHER_FORMATS[".h5"]),
+    (re.compile(rb"GGUF"), OTHER_FORMATS[".gguf"]),
+    (re.compile(rb"\x93NUMPY"), "a numpy array"),
+    (re.compile(rb"\x08[\x01-\x1f]\x12"), OTHER_FORMATS[".onnx"]),  # the version, then the producer's name
+    (re.compile(rb"([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[A-Za-z_]{2}", re.DOTALL), OTHER_FORMATS[".msgpack"]),
+)
+"""How such files begin; a map of names in MessagePack is Flax's."""
 
 
 class Foreign(FileModel):
@@ -76,6 +88,16 @@ def refuse_others(path: Path, head: bytes, size: int, expected: str) -> None:
             f"{path}: is a web page, not {expected}; fetch the file again by its download address, signed in if its "
             "publisher asks so"
         )
+
+
+def other_kind(path: Path, head: bytes) -> str | None:
+    """What a file is of those that are not read, by its beginning and its name; None of any other."""
+    if is_tensorflows(path):
+        return OTHER_FORMATS[".h5"]
+    if path.name.startswith("openvino_"):
+        return "an OpenVINO model"
+    found = next((kind for beginning, kind in _BEGINNINGS if beginning.match(head)), None)
+    return found or OTHER_FORMATS.get(path.suffix.lower())
 
 
 def is_tensorflows(path: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.model import transformers_form as theirs
-from secure_fed.model.checkpoint_parts import Tensors, type_of, without_prefix
+from secure_fed.model.checkpoint_parts import Tensors, quantised, type_of, without_prefix
 from secure_fed.model.library import offline, open_clip
 from secure_fed.model.model_config import OURS
 from secure_fed.model.pytorch_file import ARCHIVE_SIZES
@@ -98,10 +98,7 @@ def build(form: Form) -> nn.Module:
                     f"{form.weights}: values of type {type_of(value)} in {name}, which is no weight of such a model; "
                     "expected float32, float16 or bfloat16: save the model's state_dict() again"
                 )
-            raise BackboneError(
-                f"{form.weights}: quantised weights ({name}, {type_of(value)}); expected "
-                "float32, float16 or bfloat16: get the weights before they were quantised"
-            )
+            raise quantised(form.weights, name, type_of(value))
     for name in list(tensors):  # one after the other, so that no second copy of all is held
         value = tensors.pop(name)
         value = value.float() if value.is_floating_point() else value
@@ -165,6 +162,7 @@ def make_network(config: Mapping[str, Any], text: Mapping[str, Any] | None = Non
 _ALSO = (
     "is_decoder",
     "feed_forward_proj",
+    "layer_norm_epsilon",
     "relative_attention_max_distance",
     "scale_embedding",
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secure_fed.core.errors import BackboneError
-from secure_fed.model.checkpoint_parts import WRAPPERS, Tensors, tables_in, the_weights, type_of
+from secure_fed.model.checkpoint_parts import WRAPPERS, Tensors, quantised, tables_in, the_weights, type_of
 from secure_fed.model.given_files import OTHER_FORMATS, megabytes, other_format
 
 _MOST_CODE = 1 << 26
@@ -126,6 +126,10 @@ def read_pickle(path: Path, mapped: bool, beside: list[str] | None) -> Tensors:
         with _in_our_words(), torch.serialization.safe_globals(scalars):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             tables = tables_in(content)
+            for place, table in tables.items():
+                for name, value in table.items():
+                    if value.is_quantized:
+                        raise quantised(path, f"{place}.{name}" if place else name, type_of(value))
             found = the_weights(path, tables, beside)
             # Copied out of the mapped file, one after the other.
             return {name: _plain(path, name, found[name]) for name in list(found)}
@@ -152,11 +156,6 @@ def _in_our_words() -> Iterator[None]:
 
 
 def _plain(path: Path, name: str, value: Tensor) -> Tensor:
-    if value.is_quantized:
-        raise BackboneError(
-            f"{path}: quantised weights ({name}, {type_of(value)}); expected float32, float16 "
-            "or bfloat16: get the weights before they were quantised"
-        )
     if value.is_meta or value.layout != torch.strided:
         raise BackboneError(
             f"{path}: {name} is a tensor {'without values' if value.is_meta else 'in a sparse form'}; expected whole "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from secure_fed.core.errors import BackboneError
 from secure_fed.core.storage import durable
-from secure_fed.model.checkpoint_parts import Tensors
+from secure_fed.model.checkpoint_parts import Tensors, quantised
 from secure_fed.model.given_files import megabytes
 
 _DTYPES = {
@@ -36,6 +37,9 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_FEW_BITS = re.compile(r"[FIU][1-8](_|$)")
+"""Types of eight bits and fewer, of which the format gets more from year to year."""
+
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -79,6 +83,9 @@ def read_safetensors(path: Path, size: int) -> Tensors:
         try:
             header = json.loads(stream.read(length), object_pairs_hook=_once)
             header.pop("__metadata__", None)
+            few = ((name, entry["dtype"]) for name, entry in header.items() if _FEW_BITS.match(entry["dtype"]))
+            if found := next((one for one in few if one[1] not in _DTYPES), None):
+                raise quantised(path, *found)
             entries = {name: _entry(name, entry) for name, entry in header.items()}
             end = 8 + length + max((entry[3] for entry in entries.values()), default=0)
             if size >= end:

@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from secure_fed.core.errors import BackboneError
-from secure_fed.model.checkpoint_parts import Tensors, type_of
+from secure_fed.model.checkpoint_parts import Tensors, quantised, type_of
 from secure_fed.model.given_files import (
-    OTHER_FORMATS,
     Foreign,
     checked,
-    is_tensorflows,
     lost_link,
     megabytes,
     other_format,
+    other_kind,
     read_json,
     refuse_others,
 )
@@ -32,8 +31,15 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Of files that are taken for weights in a folder."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_QUANTISED = re.compile(r"(\.SCB|\.qweight|\.qzeros|\.absmax|\.quant_map|quant_state\..*|\.weight_scale(_inv)?)$")
-_ADAPTERS = re.compile(r"(^|\.)(lora_|ia3_l|hada_w|lokr_w|b?oft_|vera_lambda|base_layer\.|prompt_embeddings$)")
+_QUANTISED = re.compile(
+    r"(\.SCB|\.q(weight|zeros)|\.g_idx|\.(nested_)?absmax|\.quant_map|\.quant_state\..*"
+    r"|\.weight_(packed|scale|zero_point|shape|global_scale)(_\w+)?|\.\w*(fc\d|proj|weight)_(blocks|scales))$"
+)
+"""Names that quantising libraries give to what they put in a weight's place."""
+
+_ADAPTERS = re.compile(
+    r"(^|\.)(lora_|ia3_l|hada_w|lokr_w|b?oft_|vera_lambda|base_layer\.|modules_to_save\.|prompt_embeddings$)"
+)
 
 
 def read_weights(path: Path, beside: list[str] | None = None) -> Tensors:
@@ -53,10 +59,7 @@ def read_weights(path: Path, beside: list[str] | None = None) -> Tensors:
         raise adapter_alone(path)
     for name, value in tensors.items():
         if _QUANTISED.search(name) or (value.is_floating_point() and value.dtype not in _FLOATS):
-            raise BackboneError(
-                f"{path}: quantised weights ({name}, {type_of(value)}); expected float32, float16 or bfloat16, from "
-                "which alone features are the model's own: get the weights before they were quantised"
-            )
+            raise quantised(path, name, type_of(value))
     return tensors
 
 
@@ -140,7 +143,9 @@ def _read_file(path: Path, beside: list[str] | None) -> Tensors:
         raise BackboneError(f"{path}: no such file, or not readable ({error.strerror}); expected weights there") from (
             error
         )
-    _refuse_others(path, head, size)
+    refuse_others(path, head, size, "weights")
+    if (kind := other_kind(path, head)) is not None:
+        raise other_format(path, kind)
     if head[:2] == b"PK":
         return read_zip(path, size, beside)
     if head[:1] == b"\x80":
@@ -152,19 +157,3 @@ def _read_file(path: Path, beside: list[str] | None) -> Tensors:
         f"{path}: {megabytes(size)} that are neither safetensors nor PyTorch's; expected weights: copy or fetch the "
         "file again"
     )
-
-
-def _refuse_others(path: Path, head: bytes, size: int) -> None:
-    refuse_others(path, head, size, "weights")
-    if head.startswith(b"\x89HDF"):
-        kind = OTHER_FORMATS[".h5"]
-    elif head.startswith(b"GGUF"):
-        kind = OTHER_FORMATS[".gguf"]
-    elif head.startswith(b"\x93NUMPY"):
-        kind = "a numpy array"
-    elif is_tensorflows(path):
-        kind = OTHER_FORMATS[".h5"]
-    else:
-        kind = OTHER_FORMATS.get(path.suffix.lower(), "")
-    if kind:
-        raise other_format(path, kind)

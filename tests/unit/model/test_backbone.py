@@ -1,6 +1,7 @@
 import json
 import shutil
 import socket
+import weakref
 
 import numpy as np
 import open_clip
@@ -14,7 +15,7 @@ from secure_fed.core.errors import BackboneDigestError, BackboneError, DeviceErr
 from secure_fed.model import library
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.device import choose_device, describe_device
-from secure_fed.model.loaded_backbone import BATCH
+from secure_fed.model.loaded_backbone import BATCH, LoadedBackbone
 from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import models_as_found
 
@@ -288,6 +289,21 @@ def test_bfloat16_weights_are_taken_only_if_they_are_accurate(checkpoint, loaded
     exact = load_backbone(RANDOM, checkpoint)
     assert exact.precision == "float32"
     np.testing.assert_allclose(exact.encode_images(images), loaded.encode_images(images), atol=1e-6)
+
+
+def test_a_tower_that_is_kept_in_bfloat16_leaves_its_other_memory_to_the_system(checkpoint, monkeypatch):
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._LARGE", 0)
+    exact, choose, given_back = [], LoadedBackbone._choose_precision, []
+
+    def remembered(self):
+        exact.append(weakref.ref(self._model.visual))
+        choose(self)
+
+    monkeypatch.setattr(LoadedBackbone, "_choose_precision", remembered)
+    monkeypatch.setattr("secure_fed.model.loaded_backbone._return_freed", lambda: given_back.append(exact[0]() is None))
+    load_backbone(RANDOM, checkpoint)
+    assert given_back == [True]
 
 
 @pytest.mark.parametrize(("matrix", "what"), [("visual.proj", "an image"), ("text_projection", "a text")])

@@ -10,6 +10,7 @@ import logging
 import pickle
 import re
 import shutil
+import struct
 import time
 import warnings
 import zipfile
@@ -34,6 +35,7 @@ from secure_fed.protocol.study_tables import Backbone
 from tests.conftest import Run
 from tests.unit.model.test_backbone_forms import (
     bert_folder,
+    clip_config,
     clip_folder,
     edit,
     own_folder,
@@ -548,6 +550,94 @@ def test_features_that_do_not_depend_on_the_text_are_refused(whole: Path, tmp_pa
     assert not list(store.glob("*"))
 
 
+def test_features_that_depend_on_a_texts_length_alone_are_refused(tmp_path: Path) -> None:
+    state = small(tmp_path)
+    state["token_embedding.weight"].zero_()
+    safetensors.torch.save_file(state, tmp_path / "empty.safetensors")
+    with pytest.raises(BackboneError, match="its features do not depend on the text"):
+        add(tmp_path / "empty.safetensors", "random-small")
+
+
+def test_a_vocabulary_that_was_cut_is_told(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    tensors = safetensors.torch.load_file(tmp_path / "clip/model.safetensors")
+    key = "text_model.embeddings.token_embedding.weight"
+    for more in (255, 256):
+        table = torch.cat([tensors[key], torch.ones(more, tensors[key].shape[1])])
+        safetensors.torch.save_file(tensors | {key: table}, tmp_path / "clip/model.safetensors")
+        clip_config(lambda content, rows=len(table): content["text_config"].update(vocab_size=rows))(tmp_path / "clip")
+        told = add(tmp_path / "clip", None)[1].form.told
+        assert [f"that {more} of the text tower's" in one for one in told] == ([True] if more == 256 else [])
+
+
+QUANTISED = {
+    "compressed tensors": {"mlp.fc1.weight_packed": torch.int32, "mlp.fc1.weight_scale": torch.float32},
+    "compressed zero points": {"mlp.fc1.weight_zero_point": torch.int32},
+    "MXFP4": {"mlp.fc1_blocks": torch.uint8, "mlp.fc1_scales": torch.uint8},
+    "GPTQ": {"mlp.fc1.g_idx": torch.int32},
+    "bitsandbytes": {"mlp.fc1.weight.nested_absmax": torch.float32},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_what_quantising_libraries_put_in_a_weights_place_is_called_so(kind: str, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    path, layer = tmp_path / "clip/model.safetensors", "text_model.encoder.layers.0"
+    tensors = safetensors.torch.load_file(path)
+    tensors |= {f"{layer}.{name}": torch.ones(3, 3, dtype=dtype) for name, dtype in QUANTISED[kind].items()}
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(BackboneError, match=rf"quantised weights \({re.escape(layer)}"):
+        add(tmp_path / "clip", None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_torch_quantised_for_processors_is_called_so(tmp_path: Path) -> None:
+    state: dict[str, Any] = small(tmp_path)
+    for name in [one for one in state if one.endswith("c_fc.weight")]:
+        packed = torch.quantize_per_tensor(state.pop(name), 0.1, 0, torch.qint8)
+        state[name.replace("weight", "_packed_params._packed_params")] = (packed, None)
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(BackboneError, match=r"quantised weights \(.*c_fc\._packed_params\._packed_params.*qint8\)"):
+        add(tmp_path / "x.pt", "random-small")
+
+
+def test_an_adapters_own_copies_of_layers_are_an_adapter(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    path = tmp_path / "clip/model.safetensors"
+    tensors = {f"base_model.model.{name}": value for name, value in safetensors.torch.load_file(path).items()}
+    tensors["base_model.model.text_projection.modules_to_save.default.weight"] = torch.ones(16, 32)
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(BackboneError, match="a PEFT adapter"):
+        add(tmp_path / "clip", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model.pt", b"\x08\x08\x12\x07pytorch\x1a\x052.6.0" + bytes(99), "is an ONNX model"),
+        ("pytorch_model.bin", b"\x83\xa6params\x82\xa9text_proj" + bytes(99), "is Flax's weights"),
+        ("pytorch_model.bin", b"\xde\x00\x20\xa6params\x82" + bytes(99), "is Flax's weights"),
+        ("model.weights.keras", b"PK\x03\x04" + bytes(99), "is Keras' weights"),
+        ("rust_model.ot", b"PK\x03\x04" + bytes(99), "is weights of Rust's PyTorch"),
+        ("openvino_model.bin", bytes(range(256)), "is an OpenVINO model"),
+    ],
+)
+def test_other_formats_are_called_so_under_any_name(
+    name: str, content: bytes, says: str, whole: Path, tmp_path: Path, store: Path
+) -> None:
+    shutil.copytree(whole / "clip", tmp_path / "clip")
+    if name.startswith("openvino"):  # beside weights it is in nobody's way
+        (tmp_path / "clip" / name).write_bytes(content)
+        add(tmp_path / "clip", None)
+        shutil.rmtree(store)
+    (tmp_path / "clip/model.safetensors").unlink()
+    (tmp_path / "clip" / name).write_bytes(content)
+    for given in (tmp_path / "clip", tmp_path / "clip" / name):
+        with pytest.raises(BackboneError, match=says):
+            add(given, None if given.is_dir() else "random-small")
+    assert not store.exists()
+
+
 def test_a_network_that_computes_nothing_is_refused_in_our_words(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -656,10 +746,93 @@ def test_equal_copies_of_the_model_are_one_model(tmp_path: Path) -> None:
         {f"model.{k}": v for k, v in state.items()} | {f"best.{k}": v for k, v in state.items() if "visual" not in k},
         {"model": state, "ema": {f"module.{k}": v for k, v in state.items()}},
         state | {f"_orig_mod.{k}": v for k, v in state.items()},
+        {"best": state, "last": dict(state)},
+        {k.replace("visual.", "visual.module."): v for k, v in state.items()},
     ):
         torch.save(content, tmp_path / "x.pt")
         added = add(tmp_path / "x.pt", "random-small")[1]
         assert (added.digest, added.form.told) == (right.digest, [])
+
+
+def test_tensors_beside_the_table_of_the_model_do_not_hide_it_and_are_told(tmp_path: Path) -> None:
+    state = small(tmp_path)
+    right = load_backbone(Backbone(model="random-small", weights="random", seed=0), tmp_path / "small.safetensors")
+    lone = torch.tensor(0.07)
+    two = {"temperature": lone, "class_features": torch.ones(3, 16)}
+    for content, names in (
+        ({"model": state, "temperature": lone}, ["temperature"]),
+        ({"logit_scale": torch.tensor(9.0), "state_dict": state, "epoch": 3}, ["logit_scale"]),
+        ({"model": state} | two, ["temperature", "class_features"]),
+        (two | {"net": {f"module.{name}": value for name, value in state.items()}}, ["temperature", "class_features"]),
+        ({"model": {"state_dict": state, "temperature": lone}}, ["model.temperature"]),
+        ({"state_dict": {"proj": torch.ones(2, 2)}, "model": state}, ["state_dict.proj"]),
+        ({"clip": state} | two, ["temperature", "class_features"]),
+        (state | {"head": {"proj": torch.ones(2, 2)}}, ["head.proj"]),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        added = add(tmp_path / "x.pt", "random-small")[1]
+        assert added.digest == right.digest
+        (told,) = added.form.told
+        assert f"beside the model, {len(names)} tensors ({', '.join(sorted(names, key=told.index))})" in told
+
+
+def test_what_a_training_keeps_of_itself_is_not_told(tmp_path: Path) -> None:
+    state = small(tmp_path)
+    score = torch.tensor(0.9)
+    lightning = {
+        "state_dict": {f"model.{name}": value for name, value in state.items()},
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'val.loss'}": {
+                "best_model_score": score,
+                "current_score": score,
+                "best_k_models": {"/x/epoch=1.ckpt": score},
+            }
+        },
+        "loops": {"fit_loop": {"state": torch.ones(3)}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
+    }
+    scaled = {"model": state, "lr_scheduler": {"rate": torch.tensor(0.1)}, "grad_scaler": {"scale": torch.tensor(2.0)}}
+    generator = {"model": state, "rng_state": torch.zeros(99, dtype=torch.uint8), "epoch": torch.tensor(3)}
+    averaged = {"n_averaged": torch.tensor(7)} | {f"module.{name}": value for name, value in state.items()}
+    for content in (lightning, generator, averaged, scaled):
+        torch.save(content, tmp_path / "x.pt")
+        assert add(tmp_path / "x.pt", "random-small")[1].form.told == []
+    lightning["callbacks"] = {"EMA": {"weights": {name: value + 1 for name, value in state.items()}}}
+    torch.save(lightning, tmp_path / "x.pt")
+    with pytest.raises(BackboneError, match=r"that differ, state_dict and callbacks\.EMA\.weights"):
+        add(tmp_path / "x.pt", "random-small")
+
+
+def test_of_a_model_without_prefix_an_equal_copy_of_a_part_is_passed_over(tmp_path: Path) -> None:
+    state = small(tmp_path)
+    right = load_backbone(Backbone(model="random-small", weights="random", seed=0), tmp_path / "small.safetensors")
+    text = {name: value for name, value in state.items() if not name.startswith("visual.")}
+    for prefix, part in (
+        ("text_copy.", text),
+        ("ema.module.", state),
+        ("best.", {"visual.proj": state["visual.proj"]}),
+    ):
+        torch.save(state | {f"{prefix}{name}": value for name, value in part.items()}, tmp_path / "x.pt")
+        assert add(tmp_path / "x.pt", "random-small")[1].digest == right.digest
+    text["ln_final.bias"] = text["ln_final.bias"] + 1
+    torch.save(state | {f"text_copy.{name}": value for name, value in text.items()}, tmp_path / "x.pt")
+    with pytest.raises(
+        BackboneError, match=r"are not the model's \(text_copy.*save the model's state_dict\(\) by itse"
+    ):
+        add(tmp_path / "x.pt", "random-small")
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "I4"])
+def test_types_of_few_bits_are_quantised_weights_whatever_they_are_called(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(small(tmp_path), path)
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header = json.loads(path.read_bytes()[8 : 8 + length])
+    header["visual.proj"]["dtype"] = kind
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + path.read_bytes()[8 + length :])
+    with pytest.raises(BackboneError, match=rf"quantised weights \(visual\.proj, {kind}\); expected float32, float16"):
+        add(path, "random-small")
 
 
 @pytest.mark.parametrize("form", ["clip", "model"])
