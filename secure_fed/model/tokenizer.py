@@ -251,7 +251,7 @@ def read_tokenizer(folder: Path, context: int, kind: str, clean: str, options: d
             "with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
         )
     with _in_our_words("cannot be used", folder):
-        content = as_its_class(content, config, name, folder)
+        content = as_its_class(content, config, name, folder, _cleaner(clean, ()))
     vocabulary = checked(content, _Whole, folder).vocabulary
     known = [*filter(None, [config.token("pad_token")]), *_PADS.get(kind, ()), "[PAD]", "<pad>"]
     pad = next((one for one in known if one in vocabulary), None)

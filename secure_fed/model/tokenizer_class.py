@@ -7,7 +7,9 @@ of a text, the files contradict each other, and the part or key is named.
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +66,8 @@ class Config(Foreign):
     padding_side: str | None = None
     truncation_side: str | None = None
     sp_model_kwargs: dict[str, Any] | None = None
+    src_lang: str | None = None
+    legacy_behaviour: bool | None = None
     bos_token: _Special = None
     eos_token: _Special = None
     unk_token: _Special = None
@@ -116,17 +120,21 @@ def read_config(folder: Path) -> Config:
     return config.model_copy(update={name: value for name, value in stated.items() if value is not None})
 
 
+_Find = Callable[[str], tuple[str, int]]
+"""Of a special token's key, the token and its number."""
+
+
 @dataclass(frozen=True)
 class _Class:
     """A tokenizer of transformers: its special tokens where nothing is stated, and the parts that it makes anew."""
 
     usual: dict[str, str]
-    parts: Callable[[Config, Callable[[str], tuple[str, int]]], dict[str, Any]]
+    parts: Callable[[Config, _Find, Mapping[str, Any]], dict[str, Any]]
     model: dict[str, Any]
     left: bool = False
 
 
-def _bert(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, Any]:
+def _bert(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
     from tokenizers import normalizers, pre_tokenizers, processors
 
     return {
@@ -141,7 +149,7 @@ def _bert(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, 
     }
 
 
-def _clip(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, Any]:
+def _clip(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
     from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
     return {
@@ -158,7 +166,7 @@ def _clip(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, 
     }
 
 
-def _roberta(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, Any]:
+def _roberta(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
     from tokenizers import pre_tokenizers, processors
 
     spaced = bool(config.add_prefix_space)
@@ -169,15 +177,51 @@ def _roberta(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[st
     }
 
 
-def _ends(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, Any]:
+def _mpnet(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
     from tokenizers import processors
 
-    (start, first), (end, last) = named("bos_token"), named("eos_token")
-    template = processors.TemplateProcessing(single=[start, "$A", end], special_tokens=[(start, first), (end, last)])
-    return {"post_processor": template}
+    ends = processors.RobertaProcessing(named("sep_token"), named("cls_token"), True, False)
+    return _bert(config, named, content) | {"post_processor": ends}
 
 
-def _gemma(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, Any]:
+def _pieces(start: bool) -> Callable[[Config, _Find, Mapping[str, Any]], dict[str, Any]]:
+    """Of a unigram SentencePiece model, whose map of characters is the file's; with a start of text or without."""
+
+    def parts(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
+        from tokenizers import pre_tokenizers, processors
+
+        ends = [named("bos_token"), named("eos_token")] if start else [named("eos_token")]
+        single = [*(token for token, _ in ends[:-1]), "$A", ends[-1][0]]
+        return {
+            "normalizer": _charsmap(content),
+            "pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
+            "post_processor": processors.TemplateProcessing(single=single, special_tokens=ends),
+        }
+
+    return parts
+
+
+def _nllb(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    mapped = _charsmap(content)
+    return {
+        "normalizer": mapped and normalizers.Sequence([mapped, normalizers.Replace(Regex(" {2,}"), " ")]),
+        "pre_tokenizer": pre_tokenizers.Metaspace(),
+    }
+
+
+def _charsmap(content: Mapping[str, Any]) -> Any:
+    """The map of characters that a file's normaliser has among its steps; None without one."""
+    from tokenizers import normalizers
+
+    normalizer = content.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    found = next((one["precompiled_charsmap"] for one in steps if one.get("precompiled_charsmap")), None)
+    return None if found is None else normalizers.Precompiled(base64.b64decode(found))
+
+
+def _gemma(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
     from tokenizers import normalizers, pre_tokenizers
 
     return {
@@ -186,10 +230,10 @@ def _gemma(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str,
     }
 
 
-def _siglip2(config: Config, named: Callable[[str], tuple[str, int]]) -> dict[str, Any]:
+def _siglip2(config: Config, named: _Find, content: Mapping[str, Any]) -> dict[str, Any]:
     from tokenizers import normalizers
 
-    parts = _gemma(config, named)
+    parts = _gemma(config, named, content)
     return parts | {"normalizer": normalizers.Sequence([normalizers.Lowercase(), parts["normalizer"]])}
 
 
@@ -204,48 +248,67 @@ _BERT = _Class(_SQUARED, _bert, {"continuing_subword_prefix": "##", "max_input_c
 BERTS = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "ConvBertTokenizer")
 """Classes that are one, of BERT's list of words."""
 
-BERTS = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "ConvBertTokenizer")
-"""Classes that are one, of BERT's list of words."""
-
 _CLASSES = {
     **dict.fromkeys(BERTS, _BERT),
     "CLIPTokenizer": _Class(_ENDS, _clip, _PLAIN | {"end_of_word_suffix": "</w>"}),
     "RobertaTokenizer": _Class(_ANGLED, _roberta, _PLAIN | {"end_of_word_suffix": ""}),
-    "XLMRobertaTokenizer": _Class(_ANGLED, _ends, {}),
+    "MPNetTokenizer": _Class(_ANGLED | {"unk_token": "[UNK]"}, _mpnet, _BERT.model),
+    "NllbTokenizer": _Class(_ANGLED, _nllb, _PLAIN | {"fuse_unk": True}),
+    "T5Tokenizer": _Class({key: _ANGLED[key] for key in ("eos_token", "unk_token", "pad_token")}, _pieces(False), {}),
+    "XLMRobertaTokenizer": _Class(_ANGLED, _pieces(True), {}),
     "GemmaTokenizer": _Class(_GEMMAS, _gemma, _PAIRS, left=True),
     "Siglip2Tokenizer": _Class(_GEMMAS, _siglip2, _PAIRS, left=True),
 }
+_CLASSES["MT5Tokenizer"] = _CLASSES["T5Tokenizer"]
+_PLAINLY = ("", "PreTrainedTokenizer", "TokenizersBackend")
+"""Classes that use ``tokenizer.json`` as it is, and a folder that names none."""
+
+_SIGLIP = "SiglipTokenizer"
 _OF_KIND = {
     "bert": "BertTokenizer",
     "clip": "CLIPTokenizer",
+    "mt5": "T5Tokenizer",
     "roberta": "RobertaTokenizer",
-    "siglip": "SiglipTokenizer",
+    "siglip": _SIGLIP,
     "xlm-roberta": "XLMRobertaTokenizer",
 }
-_MODELS = {"XLMRobertaTokenizer": "Unigram"}
+_MODELS = dict.fromkeys(("MT5Tokenizer", "T5Tokenizer", "XLMRobertaTokenizer"), "Unigram") | {
+    "MPNetTokenizer": "WordPiece"
+}
+_OF_PIECES = ("MT5Tokenizer", "NllbTokenizer", "T5Tokenizer", "XLMRobertaTokenizer")
 
 
 def class_of(config: Config, kind: str) -> str:
     """The class that reads a folder's tokenizer: the one that it names, else that of its kind of model."""
     name = config.tokenizer_class or _OF_KIND.get(kind, "")
-    return name.removesuffix("Fast") if name != "PreTrainedTokenizerFast" else ""
+    return name.removesuffix("Fast")
 
 
-def as_its_class(content: dict[str, Any], config: Config, name: str, folder: Path) -> dict[str, Any]:
+def as_its_class(
+    content: dict[str, Any], config: Config, name: str, folder: Path, clean: Callable[[str], str]
+) -> dict[str, Any]:
     """A tokenizer as the class that reads it uses it.
 
     Args:
         content: a parsed ``tokenizer.json``, or what was made of other files.
         config: of :func:`read_config`.
-        name: of :func:`class_of`; any other than those that are known here uses the file as it is.
+        name: of :func:`class_of`.
         folder: where the files lie, for messages.
+        clean: what happens to a text before, so that what it takes away makes no difference.
 
     Raises:
-        BackboneError: the files contradict each other, so that versions of transformers make other tokens of them.
+        BackboneError: the files contradict each other, so that versions of transformers make other tokens of them, or
+            the class is one of which it is not known what it makes anew.
     """
     from tokenizers import Tokenizer
 
     known = _CLASSES.get(name)
+    if known is None and name not in (*_PLAINLY, _SIGLIP):
+        raise BackboneError(
+            f"{folder}: a {name}, of which it is not known here how it uses tokenizer.json; expected one of "
+            f"{', '.join((*_CLASSES, _SIGLIP))}, or PreTrainedTokenizerFast, which uses the file as it is: if that is "
+            "what the model was trained with, write it as tokenizer_class into tokenizer_config.json"
+        )
     _follow(content, config, name)
     made = Tokenizer.from_str(json.dumps(content))
     vocabulary = made.get_vocab(with_added_tokens=True)
@@ -278,9 +341,15 @@ def as_its_class(content: dict[str, Any], config: Config, name: str, folder: Pat
     _refuse_spaces(content, config, name, folder)
     _refuse_ends(made, config, vocabulary, folder)
     if known is not None:
-        _refuse_parts(made, known, config, name, named, folder)
+        _refuse_parts(made, content, config, name, named, folder, [clean(_seen_by(name, text)) for text in _PROBES])
     found: dict[str, Any] = json.loads(made.to_str()) if more else content
     return found
+
+
+def _seen_by(name: str, text: str) -> str:
+    """A text without signs that a SentencePiece model's map of characters drops or makes a space: versions differ in
+    spaces at a text's end, which nobody writes so."""
+    return re.sub("[\u200b\ufffd\u00ad\\x00-\\x1f]", "", text) if name in _OF_PIECES else text
 
 
 def _follow(content: dict[str, Any], config: Config, name: str) -> None:
@@ -292,6 +361,11 @@ def _follow(content: dict[str, Any], config: Config, name: str) -> None:
             "strip_accents": config.strip_accents,
             "handle_chinese_chars": config.tokenize_chinese_chars is not False,
         }
+    if name == "MPNetTokenizer" and normalizer.get("type") == "BertNormalizer":
+        stated = {"lowercase": config.do_lower_case is not False, "strip_accents": config.strip_accents}
+        content["normalizer"] = normalizer | stated
+    if name == "NllbTokenizer":
+        content["post_processor"] = _language(content, config)
     before = content.get("pre_tokenizer") or {}
     if name == "RobertaTokenizer" and before.get("type") == "ByteLevel":
         content["pre_tokenizer"] = before | {"add_prefix_space": bool(config.add_prefix_space)}
@@ -300,23 +374,47 @@ def _follow(content: dict[str, Any], config: Config, name: str) -> None:
         content["normalizer"] = {"type": "Sequence", "normalizers": parts}
 
 
+def _language(content: Mapping[str, Any], config: Config) -> Any:
+    """The language before a text and its end, or both behind it, as NLLB has them (arXiv 2207.04672)."""
+    end, language = config.token("eos_token") or "</s>", config.src_lang or "eng_Latn"
+    numbers = dict((content.get("model") or {}).get("vocab") or {})
+    numbers |= {one["content"]: one["id"] for one in content.get("added_tokens") or ()}
+    if lacking := [one for one in (end, language) if one not in numbers]:
+        raise BackboneError(
+            f"the tokenizer's vocabulary has no {lacking[0]}, which NLLB's puts to each text (src_lang, eos_token); "
+            f"expected files of one tokenizer: {AGAIN}"
+        )
+    order = ["$A", end, language] if config.legacy_behaviour else [language, "$A", end]
+    return {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}} if one == "$A" else {"SpecialToken": {"id": one, "type_id": 0}}
+            for one in order
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {one: {"id": one, "ids": [numbers[one]], "tokens": [one]} for one in (end, language)},
+    }
+
+
 def _refuse_parts(
     made: Any,
-    known: _Class,
+    content: Mapping[str, Any],
     config: Config,
     name: str,
-    named: Callable[[str], tuple[str, int]],
+    named: _Find,
     folder: Path,
+    probes: list[str],
 ) -> None:
     """Refuse a file whose parts make other tokens than those of the class that reads it."""
+    known = _CLASSES[name]
     kind = _MODELS.get(name, "WordPiece" if known is _BERT else "BPE")
     if type(made.model).__name__ != kind:
         raise _contradiction(folder, f"a vocabulary of {type(made.model).__name__}", f"{name} takes one of {kind}")
-    right = _tokens(made)
-    for part, theirs in known.parts(config, named).items():
+    right = _tokens(made, probes)
+    for part, theirs in known.parts(config, named, content).items():
         ours = getattr(made, part)
         setattr(made, part, theirs)
-        if _tokens(made) != right:
+        if _tokens(made, probes) != right:
             raise _contradiction(folder, f"its {part}", f"{name}{_stated(config, part)} makes other tokens of a text")
         setattr(made, part, ours)
     model = known.model | ({"unk_token": named("unk_token")[0]} if hasattr(made.model, "unk_token") else {})
@@ -325,7 +423,7 @@ def _refuse_parts(
     for key, value in model.items():
         before = getattr(made.model, key)
         setattr(made.model, key, value)
-        if _tokens(made) != right:
+        if _tokens(made, probes) != right:
             raise _contradiction(folder, f"{key} = {before!r}", f"{name} takes {value!r}")
         setattr(made.model, key, before)
 
@@ -343,8 +441,8 @@ def _stated(config: Config, part: str) -> str:
     return f" with {found}" if found else ""
 
 
-def _tokens(made: Any) -> list[list[int]]:
-    return [one.ids for one in made.encode_batch(list(_PROBES))]
+def _tokens(made: Any, texts: list[str]) -> list[list[int]]:
+    return [one.ids for one in made.encode_batch(texts)]
 
 
 def _refuse_added(content: Mapping[str, Any], config: Config, name: str, folder: Path) -> None:

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 
 from secure_fed.core.errors import BackboneError
-from secure_fed.model.tokenizer import read_tokenizer
+from secure_fed.model.tokenizer import _read_pieces, read_tokenizer
 from tests.unit.model.test_backbone_forms import WORDS, clip_tokenizer, siglip_folder, split_up_tokenizer, without
 
 torch.set_num_threads(1)
@@ -35,6 +35,10 @@ def texts(name: str) -> list[str]:
     drawn = ["".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 25))) for _ in range(300)]
     if name == "siglip":  # of zero-width spaces and lone accents SentencePiece makes other tokens than tokenizers does
         drawn = [re.sub("\u200b|\u0301|</s>", "", text) for text in drawn]
+    if name in ("t5", "nllb", "xlm-roberta"):  # in open_clip's form alone, which cleans a text first
+        drawn = [" ".join(text.replace("\u200b", "").split()) for text in drawn]
+        # Of a space before a special token version 4 of transformers makes a token, version 5 none.
+        drawn = [re.sub(" (?=<pad>|<unk>|</s>)", "", text) for text in drawn]
     return ["", "a", "\u5934mass \u5934head", "mass " * 60, "x" * 150, *drawn]
 
 
@@ -118,6 +122,76 @@ def xlm(folder: Path) -> None:
     save(folder, XLMRobertaConfig(), made, "XLMRobertaTokenizer")
 
 
+def t5(folder: Path) -> None:
+    from transformers import T5Config
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"\u2581{word}", -2.0) for word in WORDS] + [(letter, -4.0) for letter in "aehmdswtxr\u2581"]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()]
+    )
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    extra = [f"<extra_id_{number}>" for number in range(3)]
+    made.add_special_tokens(["<pad>", "</s>", "<unk>", *extra])
+    save(folder, T5Config(), made, "T5Tokenizer", extra_ids=3, additional_special_tokens=extra)
+
+
+def of_version_4(name: str) -> Change:
+    """A SentencePiece model with its map of characters, as version 4 of transformers made tokenizer.json of it."""
+
+    def apply(folder: Path) -> None:
+        siglip_folder(folder.parent / "pieces")
+        pieces, _, charsmap = _read_pieces((folder.parent / "pieces/spiece.model").read_bytes())
+        start = [("<s>", 0.0), ("<pad>", 0.0)] if name == "xlm-roberta" else [("<pad>", 0.0)]
+        words = [one for one in pieces if one[0] not in ("<unk>", "</s>")]
+        vocabulary = [*start, ("</s>", 0.0), ("<unk>", 0.0), *words]
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=len(start) + 1))
+        made.normalizer = tokenizers.normalizers.Sequence(
+            [
+                tokenizers.normalizers.Precompiled(charsmap),
+                tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+            ]
+        )
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        ends = [("</s>", len(start)), ("<s>", 0)] if len(start) == 2 else [("</s>", 1)]
+        single = "<s> $A </s>" if len(start) == 2 else "$A </s>"
+        made.post_processor = tokenizers.processors.TemplateProcessing(single, special_tokens=ends)
+        made.add_special_tokens([token for token, _ in vocabulary[: len(start) + 2]])
+        made.save(str(folder / "tokenizer.json"))
+
+    return apply
+
+
+def nllb(folder: Path) -> None:
+    from transformers import M2M100Config
+
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    pairs.train_from_iterator([" ".join(WORDS[number:]) for number in range(len(WORDS))], trainer)
+    languages = ["eng_Latn", "deu_Latn"]
+    pairs.add_special_tokens([*languages, "<mask>"])
+    ends = [("</s>", 2), ("eng_Latn", pairs.token_to_id("eng_Latn"))]
+    pairs.post_processor = tokenizers.processors.TemplateProcessing("eng_Latn $A </s>", special_tokens=ends)
+    save(folder, M2M100Config(), pairs, "NllbTokenizer", additional_special_tokens=languages)
+
+
+def mpnet(folder: Path) -> None:
+    from transformers import MPNetConfig
+
+    words = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>", *WORDS, *"ehdswtrnm", *(f"##{letter}" for letter in "aehmdswt")]
+    words += ["\u6f22", "##\u5b57", "Head", "\u00e9", "E"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = tokenizers.normalizers.BertNormalizer()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0), True, False)
+    made.add_special_tokens([*words[:4], tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    save(folder, MPNetConfig(), made, "MPNetTokenizer", unk_token="[UNK]")
+
+
 def siglip(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{siglip_folder.__module__}.WORDS", ["<u", "k>", "<", ">", *WORDS])  # as real vocabularies have
@@ -135,8 +209,11 @@ def save(folder: Path, config: Any, made: Any, name: str, **more: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name} | stated | more))
 
 
-FOLDERS = {"bert": bert, "clip": clip, "roberta": roberta, "gemma": gemma, "xlm-roberta": xlm, "siglip": siglip}
-KINDS = {"gemma": "siglip"}
+FOLDERS = {
+    **{"bert": bert, "clip": clip, "roberta": roberta, "gemma": gemma, "xlm-roberta": xlm, "siglip": siglip},
+    **{"t5": t5, "nllb": nllb, "mpnet": mpnet},
+}
+KINDS = {"gemma": "siglip", "t5": "mt5", "nllb": "m2m_100"}
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +291,12 @@ def vocabulary_alone(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+SPACES = {"replacement": "\u2581", "prepend_scheme": "always", "split": True}
 LEFT = {"direction": "Left", "strategy": {"Fixed": 9}, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
 LEFT_CUT = {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
 EQUAL: dict[str, tuple[str, Change]] = {
     **{name: (name, lambda folder: None) for name in FOLDERS},
-    **{f"{name} without class": (name, stated(tokenizer_class=None)) for name in ("bert", "clip", "roberta")},
+    **{f"{name} without class": (name, stated(tokenizer_class=None)) for name in ("bert", "clip", "roberta", "t5")},
     **{f"{name} without configuration": (name, without("tokenizer_config.json")) for name in ("bert", "clip")},
     **{
         f"{name} fast": (name, stated(tokenizer_class=f"{FOLDERS_CLASS}Fast"))
@@ -226,6 +304,9 @@ EQUAL: dict[str, tuple[str, Change]] = {
             ("bert", "BertTokenizer"),
             ("clip", "CLIPTokenizer"),
             ("roberta", "RobertaTokenizer"),
+            ("t5", "T5Tokenizer"),
+            ("nllb", "NllbTokenizer"),
+            ("mpnet", "MPNetTokenizer"),
         )
     },
     **{
@@ -265,6 +346,21 @@ EQUAL: dict[str, tuple[str, Change]] = {
     "clip of another padding": ("clip", stated(pad_token="a")),
     "clip, lower case said": ("clip", stated(do_lower_case=False)),
     "clip in pieces": ("clip", split_up_tokenizer),
+    "nllb in German": ("nllb", stated(src_lang="deu_Latn")),
+    "nllb, language behind": ("nllb", stated(legacy_behaviour=True)),
+    "nllb, language behind in the file alone": (
+        "nllb",
+        inside(post_processor={"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]}),
+    ),
+    "t5 of spaces alone": ("t5", inside(pre_tokenizer={"type": "Metaspace", **SPACES})),
+    "t5 of version 4": ("t5", each(stated(additional_special_tokens=None, extra_ids=0), of_version_4("t5"))),
+    "xlm of version 4": ("xlm-roberta", each(stated(mask_token=None), of_version_4("xlm-roberta"))),
+    "t5 of mT5's class": ("t5", stated(tokenizer_class="MT5Tokenizer")),
+    "t5 of another padding": ("t5", stated(pad_token="<unk>")),
+    "t5 without its own tokens": ("t5", stated(additional_special_tokens=None)),
+    "mpnet cased": ("mpnet", stated(do_lower_case=False)),
+    "mpnet with accents": ("mpnet", stated(strip_accents=False)),
+    "mpnet of numbered tokens": ("mpnet", decoder()),
     "roberta with a space": ("roberta", stated(add_prefix_space=True)),
     "roberta with a space in the file alone": (
         "roberta",
@@ -312,6 +408,29 @@ OTHERWISE: dict[str, tuple[str, Change, str]] = {
     "cut in front": ("bert", inside(truncation=LEFT_CUT), "truncation_side left"),
     "no side": ("bert", stated(padding_side="middle"), "padding_side 'middle'"),
     "special ones split": ("bert", stated(split_special_tokens=True), "split_special_tokens = true"),
+    "t5 without spaces before": (
+        "t5",
+        inside(pre_tokenizer={"type": "Metaspace", **SPACES, "prepend_scheme": "never"}),
+        "its pre_tokenizer, but T5Tokenizer",
+    ),
+    "t5's end": ("t5", inside(post_processor=None), "its post_processor, but T5Tokenizer"),
+    "t5's case": ("t5", inside(normalizer={"type": "Lowercase"}), "its normalizer, but T5Tokenizer"),
+    "t5 of pairs": ("nllb", stated(tokenizer_class="T5Tokenizer"), "T5Tokenizer takes one of Unigram"),
+    "xlm's case": ("xlm-roberta", inside(normalizer={"type": "Lowercase"}), "its normalizer, but XLMRobertaTokenizer"),
+    "xlm's spaces": (
+        "xlm-roberta",
+        inside(pre_tokenizer={"type": "Metaspace", **SPACES, "prepend_scheme": "never"}),
+        "its pre_tokenizer, but XLMRobertaTokenizer",
+    ),
+    "nllb's language": ("nllb", stated(src_lang="fra_Latn"), "has no fra_Latn, which NLLB's puts to each text"),
+    "nllb's case": ("nllb", inside(normalizer={"type": "Lowercase"}), "its normalizer, but NllbTokenizer"),
+    "mpnet, Chinese": ("mpnet", stated(tokenize_chinese_chars=False), "its normalizer, but MPNetTokenizer"),
+    "a class that is not known": (
+        "xlm-roberta",
+        stated(tokenizer_class="AlbertTokenizer"),
+        "a AlbertTokenizer, of which",
+    ),
+    "m2m": ("nllb", stated(tokenizer_class="M2M100Tokenizer"), "or PreTrainedTokenizerFast, which uses the file as it"),
     "siglip without pieces": ("gemma", stated(tokenizer_class="SiglipTokenizer"), "which is of a SentencePiece model"),
     "siglip by its kind": ("gemma", stated(tokenizer_class=None), "which is of a SentencePiece model"),
     "siglip's end": ("siglip", stated(eos_token="<unk>"), "eos_token '<unk>' in tokenizer_config"),
