@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import resource
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +32,11 @@ PER_CLASS = 50
 """Images of a class that are looked at, the first by path."""
 
 _BETTER = 0.05
-"""Share of correct images by which another way must be better to be worth a word; a few images differ by chance."""
+"""Share of correct images by which another way must be better to be worth a word."""
+
+_CHANCE = 0.01
+"""Chance, at most, that a way which is no better would win as many of the images that only one of two ways gets right
+(a sign test, one-sided): of a few hundred images some points differ by chance."""
 
 NOBODY_PAID = (
     "these figures are of your images, for your own eyes: if they are patients', no privacy budget has paid for them"
@@ -151,26 +156,27 @@ def _zero_shot(loaded: LoadedBackbone, folder: Path) -> dict[str, Any]:
         )
     prompts = [f"an image of {name.replace('_', ' ')}" for name in classes]
     form, truth = loaded.form, np.array(labels)
-    correct: dict[str, float | None] = {"as it is": _share(loaded, pictures, prompts, truth)}
+    usual = _right(loaded, pictures, prompts, truth)
+    correct: dict[str, float | None] = {"as it is": float(usual.mean())}
+    better: dict[str, float] = {}
     for way, changed in _others(form, loaded.activation).items():
         if changed is None:
             correct[way] = None
             continue
-        correct[way] = _share(LoadedBackbone(build(changed), changed, way), pictures, prompts, truth)
-    usual = correct["as it is"] or 0.0
-    better = {way: share for way, share in correct.items() if share is not None and share > usual + _BETTER}
+        right = _right(LoadedBackbone(build(changed), changed, way), pictures, prompts, truth)
+        correct[way] = float(right.mean())
+        if right.mean() > usual.mean() + _BETTER and _by_chance(right, usual) < _CHANCE:
+            better[way] = float(right.mean() - usual.mean())
     chance = 1 / len(classes)
     hint = f"{len(pictures)} images of {len(classes)} classes, chance {100 * chance:.1f} %: "
     if unreadable:
         hint = f"{len(unreadable)} images cannot be read and are left out; {hint}"
     if better:
-        hint += "better with " + ", ".join(
-            f"{way} (+{100 * (share - usual):.0f} points)" for way, share in better.items()
-        )
-        hint += ": see whether its configuration is its own; few images differ by chance too"
+        hint += "better with " + ", ".join(f"{way} (+{100 * more:.0f} points)" for way, more in better.items())
+        hint += ": see whether its configuration is its own"
     else:
         hint += "no other way is clearly better"
-    if usual < chance + _BETTER:
+    if usual.mean() < chance + _BETTER:
         hint += "; and it does no better than chance: other prompts, another backbone, or not this task"
     return {
         "chance": chance,
@@ -205,8 +211,15 @@ def _others(form: Form, activation: str) -> dict[str, Form | None]:
     return found
 
 
-def _share(
+def _right(
     loaded: LoadedBackbone, pictures: Sequence[Image.Image], prompts: Sequence[str], truth: NDArray[np.int64]
-) -> float:
+) -> NDArray[np.bool_]:
+    """Of each picture whether its own class's prompt is the nearest."""
     cosines = loaded.encode_images(pictures) @ loaded.encode_texts(prompts).T
-    return float((cosines.argmax(axis=1) == truth).mean())
+    return np.asarray(cosines.argmax(axis=1) == truth)
+
+
+def _by_chance(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    won, lost = int((first & ~second).sum()), int((second & ~first).sum())
+    total = sum(math.comb(won + lost, count) for count in range(won, won + lost + 1))
+    return total / (1 << (won + lost))

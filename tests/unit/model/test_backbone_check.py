@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneError
-from secure_fed.model.backbone import make_random_checkpoint
+from secure_fed.model.backbone import load_given, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
+from secure_fed.model.loaded_backbone import LoadedBackbone
+from secure_fed.operate import backbone_check
 from tests.conftest import Run
-from tests.unit.model.test_backbone_forms import bert_folder, clip_folder, siglip_folder
+from tests.unit.model.test_backbone_forms import WORDS, bert_folder, clip_folder, siglip_folder
 
 pytestmark = pytest.mark.usefixtures("store")
 
@@ -117,6 +121,88 @@ def by_class(folder: Path, *names: str) -> Path:
         picture = np.random.default_rng(len(name)).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(picture).save(folder / name / "a.png")
     return folder
+
+
+def sorted_by_the_right_one(right: LoadedBackbone, wrong: LoadedBackbone, folder: Path) -> Path:
+    """Pictures by class as a model sorts them, so that it is right of all, by prompts on which another is not."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(80):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 6, 3)).astype(np.uint8))
+        pictures.append(coarse.resize((48, 32), Image.Resampling.BICUBIC))
+    words = ["head", "mass", "ray", "the", "a", "x", "with", "without", "an"]
+    names = [f"{one} {other}" for one in words for other in words]
+    prompts = [f"an image of {name}" for name in names]
+    found = [one.encode_images(pictures) @ one.encode_texts(prompts).T for one in (right, wrong)]
+    pairs = [(first, second) for first in range(len(names)) for second in range(first)]
+    sorts = [np.array([one[:, first] > one[:, second] for first, second in pairs]) for one in found]
+    moved = (sorts[0] != sorts[1]).mean(axis=1)
+    halved = 0.5 - np.abs(sorts[0].mean(axis=1) - 0.5)
+    best = int((np.minimum(moved, 0.3) + np.minimum(halved, 0.3)).argmax())
+    for number, picture in enumerate(pictures):
+        name = names[pairs[best][0 if sorts[0][best, number] else 1]]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name / f"{number}.png")
+    return folder
+
+
+def activation_gelu(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        content[tower]["hidden_act"] = "gelu"
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def prepared(**how: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | how))
+
+    return apply
+
+
+WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nothing": (lambda folder: None, "no other way is clearly better"),
+    "activation": (activation_gelu, r"better with the other activation, quickgelu \(\+\d+ points\): see whether"),
+    "mean and std": (
+        prepared(image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        r"the other usual mean and std \(\+\d+ points",
+    ),
+    "squash": (
+        prepared(size={"height": 32, "width": 32}, do_center_crop=False),
+        r"better with cut instead of squashed \(\+\d+ points",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_images_hint_at_what_is_wrong_with_a_backbone(
+    wrong: str, tmp_path: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A letter that the vocabulary lacks would end the text.
+    monkeypatch.setattr(f"{clip_folder.__module__}.WORDS", [*WORDS, "image", "of"])
+    clip = tmp_path / "clip"
+    clip_folder(clip, max_position_embeddings=30)
+    right = load_given(clip)[0]
+    change, says = WRONG[wrong]
+    change(clip)
+    images = sorted_by_the_right_one(right, load_given(clip)[0], tmp_path / "images")
+    code, out, errors = secfacmic("backbone", "check", clip, "--images", images, "--json")
+    assert code == 0, errors
+    found = json.loads(out)["zero_shot"]
+    assert re.search(says, found["hint"]), found
+    assert (found["correct"]["as it is"] == 1) == (wrong == "nothing")
+
+
+def test_a_few_images_more_are_no_hint() -> None:
+    """Forty to 26 of those on which two ways differ is nothing that chance would not do."""
+    first, second = np.zeros(166, dtype=bool), np.zeros(166, dtype=bool)
+    first[:40] = second[40:66] = True
+    assert first.mean() - second.mean() > backbone_check._BETTER
+    assert backbone_check._by_chance(first, second) == pytest.approx(0.0544, abs=1e-4)
+    second[43:66] = False
+    assert backbone_check._by_chance(first, second) < 1e-4
+    assert backbone_check._by_chance(second, second) == 1
 
 
 def test_images_that_cannot_be_read_are_told_and_folders_without_any_are_no_classes(
