@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,14 +83,8 @@ def _shares(counts: Mapping[str, int]) -> list[tuple[str, int, float]]:
 
 
 def _picture(line: str, rules: Rules, folder: Path) -> dict[str, str]:
-    """One of the contact sheet: small, as a data URI; without one if it cannot be read any more.
-
-    A line names the file, perhaps which of its pictures, in brackets, and perhaps with a remark behind it.
-    """
-    name, _, note = line.partition(": ") if not Path(line).is_file() else (line, "", "")
-    which = _WHICH.search(name)
-    path = Path(name if which is None else name[: which.start()])
-    place = next((Place(int(which[2]), axis) for axis in AXES if which is not None and axis == which[1]), Place())
+    """One of the contact sheet: small, as a data URI; without one if it cannot be read any more."""
+    name, note, path, place = _read(line)
     shown = {"path": name.removeprefix(f"{folder}/"), "note": note, "uri": "", "size": ""}
     try:
         image = see(open_file(path.read_bytes()), place, rules).image
@@ -101,6 +96,22 @@ def _picture(line: str, rules: Rules, folder: Path) -> dict[str, str]:
     content = io.BytesIO()
     small.save(content, "PNG", optimize=True)
     return shown | {"uri": "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()}
+
+
+def _read(line: str) -> tuple[str, str, Path, Place]:
+    """Of a line that names a file, perhaps which of its pictures, in brackets, and perhaps with a remark behind it: the
+    name, the remark, file and picture. Names may look like all of that; what is there is meant."""
+    ends = [match.start() for match in re.finditer(": ", line)]
+    for end in (len(line), *reversed(ends)):
+        name, note = line[:end], line[end + 2 :]
+        if os.path.isfile(name):
+            return name, note, Path(name), Place()
+        which = _WHICH.search(name)
+        if which is not None and which[1] in AXES and os.path.isfile(name[: which.start()]):
+            axis = next(axis for axis in AXES if axis == which[1])
+            return name, note, Path(name[: which.start()]), Place(int(which[2]), axis)
+    name, _, note = line.partition(": ")
+    return name, note, Path(name), Place()
 
 
 def _left_out(report: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:

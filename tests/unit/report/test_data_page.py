@@ -132,6 +132,19 @@ def test_of_a_file_with_many_pictures_the_odd_one_is_shown(folder: Path) -> None
     assert "many.dcm [axial 2]" in Page(data_page(found, Rules(), folder)).text
 
 
+def test_names_that_look_like_remarks_or_places_are_names(folder: Path) -> None:
+    names = ["a: b.png", "c [axial 3]", "d: e [coronal 2].png", "n\nl.png", "ü" * 120 + ".png"]
+    report = checked(folder)
+    for name in names:
+        Image.new("L", (40, 40), 9).save(folder / name, "PNG")
+    lines = [f"{folder}/{name}{note}" for name in names for note in ("", f": remark: {'long' * 60}")]
+    report["odd"] = {kind: files() for kind in report["odd"]} | {"noted": files(*lines, f"{folder}/gone: why")}
+    page = data_page(report, Rules(), folder)
+    assert page.count("data:image/png") == len(lines)
+    assert all(page.count(f"<span>{name}</span>") == 2 for name in names)
+    assert page.count("remark: long") == len(names)
+
+
 def test_the_page_loads_nothing_and_names_are_text(folder: Path) -> None:
     text = data_page(checked(folder), Rules(), folder)
     page = Page(text)
