@@ -418,6 +418,7 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
     series: defaultdict[tuple[str, ...], list[tuple[Position, _Row]]] = defaultdict(list)
     chosen = [row for row in rows if row.frame or row.asked]
     unplaced_frames: list[str] = []
+    across: list[str] = []
     for row in rows:
         if row.frame or row.asked:
             continue
@@ -438,9 +439,11 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         key = (name, row.patient if unit == "patient" else "", row.label) if name else ("", row.path)
         series[key].append((position, row))
     for slices in series.values():
-        order, unplaced = slices_in_order([(position, row.path) for position, row in slices])
+        order, unplaced, crossed = slices_in_order([(position, row.path) for position, row in slices])
         if choice.slices == "all":  # then nothing hangs on their order
-            order, unplaced = [*order, *unplaced], []
+            order, unplaced, crossed = [*order, *unplaced], [], False
+        if crossed:
+            across.append(str(slices[order[0]][1].base / slices[order[0]][1].path))
         places = places_taken(len(order), choice.slices)
         chosen += [slices[order[place]][1] for place in places]
         notes.left_out["other slice"] += len(order) - len(places)
@@ -451,6 +454,11 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
             "others do"
             for one in unplaced
         ]
+    if across:
+        notes.told.append(
+            f"{some(sorted(across))}: of series whose slices lie across one another (ImageOrientationPatient "
+            f"(0020,0037)): slices {choice.slices!r} are of the order of their instance numbers, or names"
+        )
     if unplaced_frames:
         unplaced_frames.sort()
         notes.told.append(

@@ -192,7 +192,7 @@ class Files:
             self._series[path] = entries
         named = _UID.fullmatch(series) is not None
         these = [entry for entry in self._series[path] if not named or entry[0] == series]
-        places, unplaced = slices_in_order([(position, name) for _, position, name in these])
+        places, unplaced, crossed = slices_in_order([(position, name) for _, position, name in these])
         there = [(these[one][0], these[one][2]) for one in [*places, *unplaced]]
         if not there:
             what = f" of series {series}" if named else ""
@@ -211,6 +211,10 @@ class Files:
             fault += f"they lie ({lacking!r}), and others do; expected ImagePositionPatient (0020,0032) with "
             fault += "ImageOrientationPatient (0020,0037), or InstanceNumber (0020,0013), in all"
             return [(path, place, False)], fault + ": name the file instead"
+        if crossed:
+            fault = f"slice {place} of folder {path!r}, whose {len(there)} images lie across one another, so that no "
+            fault += "order of theirs is one of positions; expected parallel planes, by ImageOrientationPatient"
+            return [(path, place, False)], fault + " (0020,0037): name the file instead"
         if not is_number(place) or int(place) >= len(there):
             fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
             return [(path, place, False)], f"{fault} {len(there) - 1}"

@@ -21,10 +21,26 @@ class Position(NamedTuple):
     Attributes:
         along: where it lies along the normal of its plane, in mm.
         number: InstanceNumber (0020,0013).
+        normal: of its plane.
     """
 
     along: float | None = None
     number: float | None = None
+    normal: tuple[float, ...] = ()
+
+
+class Order(NamedTuple):
+    """In which order slices lie.
+
+    Attributes:
+        places: their indices, in order.
+        unplaced: indices of those that have no place in it.
+        crossed: whether they lie across one another, so that no normal orders them.
+    """
+
+    places: list[int]
+    unplaced: list[int]
+    crossed: bool = False
 
 
 def place_in_series(path: Path) -> tuple[str, Position]:
@@ -33,13 +49,15 @@ def place_in_series(path: Path) -> tuple[str, Position]:
     if header is None:
         return "", Position()
     along = number = None
+    normal: tuple[float, ...] = ()
     with contextlib.suppress(Exception):  # what is no number says nothing
         number = _finite(float(text(header, "InstanceNumber")))
     with contextlib.suppress(Exception):
         position = np.array(header.get("ImagePositionPatient"), dtype=np.float64)
         rows, columns = np.array(header.get("ImageOrientationPatient"), dtype=np.float64).reshape(2, 3)
-        along = _finite(float(np.cross(rows, columns) @ position))
-    return text(header, "SeriesInstanceUID"), Position(along, number)
+        across = np.cross(rows, columns)
+        along, normal = _finite(float(across @ position)), tuple(across.tolist())
+    return text(header, "SeriesInstanceUID"), Position(along, number, normal)
 
 
 def frames_in_order(dataset: Any, frames: int) -> list[int] | None:
@@ -65,10 +83,11 @@ def frames_in_order(dataset: Any, frames: int) -> list[int] | None:
     return [int(one) for one in np.argsort(along, kind="stable")]
 
 
-def slices_in_order(slices: Sequence[tuple[Position, str]]) -> tuple[list[int], list[int]]:
-    """The order of slices of one series, each with its path, and those that have no place in it.
+def slices_in_order(slices: Sequence[tuple[Position, str]]) -> Order:
+    """The order of slices of one series, each with its path.
 
-    By where they lie; if none says that, by their numbers; if none has one, by their names, numbers in them as numbers.
+    By where they lie; if none says that, or not all planes are parallel, by their numbers; if none has one, by their
+    names, numbers in them as numbers.
     """
 
     def by_name(one: int) -> tuple[list[tuple[int, str]], str]:
@@ -76,13 +95,15 @@ def slices_in_order(slices: Sequence[tuple[Position, str]]) -> tuple[list[int], 
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)], path
 
     everything = range(len(slices))
-    alongs, numbers = ([getattr(position, name) for position, _ in slices] for name in Position._fields)
-    for values in (alongs, numbers):
+    alongs, numbers = ([getattr(position, name) for position, _ in slices] for name in ("along", "number"))
+    normals = np.array([position.normal for position, _ in slices if position.along is not None])
+    crossed = len(normals) > 1 and not np.allclose(normals, normals[0], atol=1e-2)
+    for values in (numbers,) if crossed else (alongs, numbers):
         placed = [one for one in everything if values[one] is not None]
         if placed:
             order = sorted(placed, key=lambda one: (values[one], numbers[one] or 0, by_name(one)))
-            return order, [one for one in everything if values[one] is None]
-    return sorted(everything, key=by_name), []
+            return Order(order, [one for one in everything if values[one] is None], crossed)
+    return Order(sorted(everything, key=by_name), [], crossed)
 
 
 def places_taken(count: int, slices: str) -> list[int]:

@@ -416,6 +416,26 @@ def test_of_a_series_the_rule_takes_slices_by_their_position(tmp_path):
     assert len(names(tmp_path, slices="all")[0]) == 7
 
 
+def test_slices_that_lie_across_one_another_are_in_order_of_their_numbers_and_that_is_told(tmp_path):
+    series(tmp_path / "dark", 5, SeriesInstanceUID="1.2.1")
+    for number in range(5):  # numbers run from 0; three planes are axial, two sagittal
+        path = tmp_path / "dark" / f"{number:02}.dcm"
+        dataset = pydicom.dcmread(path)
+        dataset.InstanceNumber = (number + 3) % 5
+        if number > 2:
+            dataset.ImagePositionPatient = [1000 * number, 0, 0]
+            dataset.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+        path.write_bytes(as_bytes(dataset))
+    notes = Notes()
+    images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice("middle"), notes=notes)
+    assert [image.path.name for image in images] == ["04.dcm"]
+    assert "02.dcm: of series whose slices lie across one another" in notes.told[0]
+    assert names(tmp_path, slices="all")[1] == {"other slice": 0}
+    (tmp_path / "manifest.csv").write_text("path,label,slice\ndark,dark,2\n")
+    with pytest.raises(ManifestError, match=r"slice 2 of folder 'dark', whose 5 images lie across one another"):
+        names(tmp_path)
+
+
 @pytest.mark.parametrize("without", ["ImagePositionPatient", "InstanceNumber"])
 def test_a_slice_that_does_not_say_where_it_lies_has_no_place_among_others_that_do(tmp_path, without):
     series(tmp_path / "dark", 5, SeriesInstanceUID="1.2.1")
