@@ -71,7 +71,9 @@ def predict(
         console.print(f"{dicom_sr}: {reports[0]} structured reports", highlight=False, soft_wrap=True)
         if reports[1]:
             console.print(
-                f"no report for {reports[1]} patients: none of their images is DICOM with identifiers", soft_wrap=True
+                f"no report for {reports[1]} patients: none of their images is DICOM with identifiers and a standard "
+                "class, or their id is none that DICOM can have",
+                soft_wrap=True,
             )
         if reports[2]:
             console.print(

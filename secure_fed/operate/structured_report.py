@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from highdicom.sr import (
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, generate_uid
 from pydicom.valuerep import DA, TM
 
 from secure_fed.clients.dicom_elements import text
@@ -40,13 +42,17 @@ _INHERITED = (
 )
 _FORMS: dict[str, Callable[[str], object]] = {"PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
 _PROCEDURE = CodedConcept("18748-4", "LN", "Diagnostic imaging study")
+_PATIENT_ID = re.compile(r"[^\\\x00-\x1f\x7f]{1,64}")
+"""What LO may hold: a longer id, or one of two values, would be another patient's."""
+
 _MEANING = 64  # characters of a code's meaning, at most
 
 
 def report_on(
     patient: str, files: Sequence[Path], row: NDArray[np.float64], adapter: AdapterFile, calibrated: bool
 ) -> Dataset | None:
-    """The report of one patient's prediction; None if no file of it is DICOM that a report can point at.
+    """The report of one patient's prediction; None if no file of it is DICOM that a report can point at, or the id is
+    none that DICOM can have.
 
     Args:
         patient: the id under which it was predicted, which becomes the report's.
@@ -60,7 +66,7 @@ def report_on(
         probability, each class's probability, and the adapter's digest.
     """
     evidence = [header for path in files if (header := _header(path, patient)) is not None]
-    if not evidence:
+    if not evidence or not _PATIENT_ID.fullmatch(patient):
         return None
     evidence.sort(key=lambda header: str(header.StudyDate), reverse=True)
     algorithm = AlgorithmIdentification(
@@ -99,17 +105,21 @@ def report_on(
         [group],
         title=codes.DCM.ImagingMeasurementReport,
     )
-    return Comprehensive3DSR(
-        evidence=evidence,
-        content=report,
-        series_instance_uid=generate_uid(),
-        series_number=9999,
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        manufacturer="secfacmic",
-        is_complete=True,
-        specific_character_set="ISO_IR 192",
-    )
+    study = evidence[0].StudyInstanceUID
+    for first in {header.SOPClassUID: header for header in evidence if header.StudyInstanceUID == study}.values():
+        with contextlib.suppress(KeyError):  # highdicom does not know the modules of private and of retired classes
+            return Comprehensive3DSR(
+                evidence=[first, *(header for header in evidence if header is not first)],
+                content=report,
+                series_instance_uid=generate_uid(),
+                series_number=9999,
+                sop_instance_uid=generate_uid(),
+                instance_number=1,
+                manufacturer="secfacmic",
+                is_complete=True,
+                specific_character_set="ISO_IR 192",
+            )
+    return None
 
 
 def _code(value: str, meaning: str) -> CodedConcept:
@@ -123,7 +133,7 @@ def _header(path: Path, patient: str) -> Dataset | None:
             if not is_dicom(stream.read(132)):
                 return None
         read = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*_NEEDED, *_INHERITED], force=True)
-        if not all(read.get(key) for key in _NEEDED):
+        if not all(UID(text(read, key)).is_valid for key in _NEEDED):
             return None
         header = Dataset()
         for key in (*_NEEDED, *_INHERITED):

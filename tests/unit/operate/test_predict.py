@@ -594,6 +594,21 @@ def test_a_report_leaves_out_what_a_header_says_in_no_form_of_the_standards(run:
         report.save_as(io.BytesIO())
         found = str(report.get(key.decode()) or "")
         assert found == ("A B" if key == b"PatientName" else "")
+    # Of a private class, with no identifier, or of an id that would be read as two: none, and no error.
+    private = {"SOPClassUID": "1.3.46.670589.11.0.0.12.2"}
+    for patient, fields in (
+        *(("A-1", private), ("A-1", {"StudyInstanceUID": "1.2.abc"}), ("A-1", {"SOPInstanceUID": "1." + "2" * 70})),
+        *(("A-1", {"StudyInstanceUID": ["1.2.3", "1.2.4"]}), ("A\\1", {}), ("A" * 65, {})),
+    ):
+        path.write_bytes(as_bytes(slice_of("A-1", "1.2.3", 1, 9, **fields)))
+        assert report_on(patient, [path], row, adapter, True) is None
+    (run / "private.dcm").write_bytes(as_bytes(slice_of("A-1", "1.2.3", 1, 9, **private)))
+    path.write_bytes(as_bytes(slice_of("A-1", "1.2.3", 1, 9)))
+    both = report_on("A-1", [run / "private.dcm", path], row, adapter, True)
+    assert both is not None
+    both.save_as(run / "report.dcm")
+    (group,) = srread(run / "report.dcm").content.get_image_measurement_groups()
+    assert len(group.source_images) == 2
     path.write_bytes(content.replace(b"W ", b"F "))
     kept = report_on("A-1", [path], row, adapter, True)
     assert kept is not None
