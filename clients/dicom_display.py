@@ -256,9 +256,9 @@ def _swapped(dataset: Any) -> Any:
     return turned
 
 
-def blocks(stored: NDArray[Any], pixels: int = _BLOCK) -> Iterator[slice]:
+def blocks(stored: NDArray[Any], pixels: int | None = None) -> Iterator[slice]:
     """Some rows after others, of about so many pixels."""
-    step = max(1, pixels // max(1, stored.shape[1]))
+    step = max(1, (pixels or _BLOCK) // max(1, stored.shape[1]))
     for start in range(0, len(stored), step):
         yield slice(start, start + step)
 
