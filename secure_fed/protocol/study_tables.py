@@ -355,13 +355,21 @@ class Window(FileModel):
         modality: as DICOM files name it, ``CT``, ``MR``; ``NIFTI`` for NIfTI files, which name none.
         centre: the value in the middle of the grey scale.
         width: ``centre`` - ``width`` / 2 becomes black, ``centre`` + ``width`` / 2 white.
-        unit: of both: ``HU`` refuses files whose values are none; ``rescaled`` takes what the modality rescale gives.
+        unit: of both: ``HU`` refuses files whose values are none, and modalities that have none; ``rescaled`` takes
+            what the modality rescale gives.
     """
 
     modality: Annotated[str, spelled(r"^[A-Z0-9_]{1,16}$", "DICOM's word in capital letters, as CT")]
     centre: Annotated[float, Field(ge=-1e9, le=1e9)]
     width: Annotated[float, Field(gt=0, le=1e9)]
     unit: Literal["HU", "rescaled"]
+
+    @field_validator("unit")
+    @classmethod
+    def _has_hounsfield_units(cls, unit: str, info: ValidationInfo) -> str:
+        if unit == "HU" and (modality := info.data.get("modality")) in ("MR", "US", "PT", "NM", "CR", "DX", "MG"):
+            raise ValueError(f"no unit of {modality}, whose values are not measured in it; expected 'rescaled'")
+        return unit
 
 
 class Encoding(FileModel):

@@ -478,3 +478,26 @@ def test_a_servers_address_and_a_proxy_that_cannot_be_are_refused_in_site_toml()
         with pytest.raises(ValueError, match="no host and port that there can be"):
             SiteServer(address="fl.example.org:8443", authority="ca.crt", proxy=proxy)
     assert SiteServer(address="[::1]:8443", authority="ca.crt", proxy="http://ada:x@[::1]:80/").address == "[::1]:8443"
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"centre": float("nan")}, "windows.0..centre = nan"),
+        ({"centre": float("inf")}, "windows.0..centre = inf"),
+        ({"width": 0}, "windows.0..width = 0"),
+        ({"width": float("inf")}, "windows.0..width = inf"),
+        ({"unit": "mm"}, "windows.0..unit = 'mm'"),
+        ({"unit": None}, "windows.0..unit"),
+        ({"modality": "ct"}, "expected DICOM's word in capital letters, as CT"),
+        ({"modality": "MR"}, "no unit of MR, whose values are not measured in it; expected 'rescaled'"),
+        ({"twice": True}, "windows.0..twice: unknown key"),
+    ],
+)
+def test_a_window_that_says_nothing_certain_is_refused(changed: dict[str, Any], text: str) -> None:
+    window = {"modality": "CT", "centre": 40, "width": 80, "unit": "HU"}
+    assert make_template(windows=[window, window | {"modality": "NIFTI"}]).windows[1].centre == 40
+    with pytest.raises(ValueError, match=text):
+        make_template(windows=[window | changed])
+    with pytest.raises(ValueError, match="window for CT more than once"):
+        make_template(windows=[window, window])
