@@ -53,6 +53,9 @@ _DAMAGE = re.compile(
     re.IGNORECASE,
 )
 
+_LOST = re.compile(r"\ufffd|[^\W\d_]\?[^\W\d_]")
+"""What a letter becomes that could not be read, or written."""
+
 _LOOKALIKES = str.maketrans(
     "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458"  # Cyrillic
     "\u03b1\u03b2\u03b5\u03b6\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7",  # Greek
@@ -144,6 +147,9 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
             continue
         if says_nothing(patient) or patient in nobody:
             found.append(Doubt("placeholder", (patient,), images))
+        elif _LOST.search(patient):
+            words = "has a letter that was lost with its encoding, and may stand for many patients"
+            found.append(Doubt("placeholder", (patient,), images, words))
         elif _DAMAGE.fullmatch(patient) or patient in cut:
             found.append(Doubt("spreadsheet", (patient,), images))
         elif total >= FEWEST_IMAGES and images > MOST_SHARE * total:
@@ -223,11 +229,12 @@ def read_settled(path: Path, told: list[str] | None = None) -> tuple[dict[str, s
 def writing_free(patient: str) -> str:
     """Equal for ids that may be one in two writings.
 
-    Such differ by case, Unicode's compatible forms, letters of other alphabets that look alike, blanks, underscores,
-    quotes and ``=``, the kind of dash, empty parts of a DICOM name (``^``), zeros before any of their numbers, a plus
-    before the first, or, of an id that is a number, ``.0`` and a spreadsheet's thousands.
+    Such differ by UTF-8 that was taken for another encoding, case, Unicode's compatible forms, letters of other
+    alphabets that look alike, blanks, underscores, quotes and ``=``, the kind of dash, empty parts of a DICOM name
+    (``^``), zeros before any of their numbers, a plus before the first, or, of an id that is a number, ``.0`` and a
+    spreadsheet's thousands.
     """
-    plain = unicodedata.normalize("NFKC", patient).casefold().translate(_LOOKALIKES)
+    plain = unicodedata.normalize("NFKC", _unmangled(patient)).casefold().translate(_LOOKALIKES)
     plain = re.sub(r"[\s_'\"=`\u2018\u2019\u201c\u201d\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
     plain = re.sub(r"[\u2010-\u2015\u2212]", "-", plain)
     plain = plain.rstrip("^")  # empty parts of a DICOM name
@@ -236,3 +243,13 @@ def writing_free(patient: str) -> str:
     if re.fullmatch(r"\d{1,3}([.,]\d{3})+", plain):  # a spreadsheet's thousands
         plain = re.sub(r"[.,]", "", plain)
     return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", plain)
+
+
+def _unmangled(patient: str) -> str:
+    """An id whose UTF-8 was taken for Windows-1252 or Latin-1, as of a DICOM file that names no character set."""
+    for encoding in ("cp1252", "latin-1"):
+        try:
+            return patient.encode(encoding).decode("utf-8")
+        except UnicodeError:
+            continue
+    return patient

@@ -78,6 +78,8 @@ def test_a_table_of_another_encoding_is_refused_by_the_name_that_it_would_have(t
     content = text().replace("p2", name).encode(encoding)
     with pytest.raises(ManifestError, match=r"line 3 would say .* in column patient; expected a CSV file in UTF-8"):
         found(tmp_path, content)
+    with pytest.raises(ManifestError, match="would say 'MÃ¼ller'"):  # rows of two encodings
+        found(tmp_path, text().replace("p2", "Müller").encode() + "c.png,dark,Bär\n".encode("cp1252"))
     noted = "path,label,patient,note\na.png,dark,p1,x\nb.png,light,p2,©M¤\n".encode("cp1252")
     assert len(found(tmp_path, noted)) == 2  # in a free column it means nothing
 
@@ -175,6 +177,9 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("anon1", "anon2", "MRN-5"), []),  # a site's own pseudonyms
         (("patient_1", "subject-2", "Id3", "12+", "MRN-6"), []),
         (("#NV", "k.A."), ["placeholder", "spreadsheet"]),
+        (("Müller", "MÃ¼ller", "Schröder"), ["writings"]),
+        (("Àlvarez", "Ã\u20aclvarez"), ["writings"]),
+        (("M\ufffdller", "M?ller", "Möller"), ["placeholder"] * 2),
         (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99", "12-34-5678", "1.2.3", "1-2-33-4"), []),
     ],
 )
