@@ -494,8 +494,10 @@ def _settled(
             f"{path}: {len(strange)} ids are the same as an id that no image has; expected one that is here, or a row "
             f"for it with an empty same_as{fault_lines([f'{one!r}, same as {same[one]!r}' for one in strange])}"
         )
-    if known is not None and (idle := sorted({*same, *notes.settled} - {*known, *same.values()})):
-        notes.told.append(f"{path}: of no image here: {some(map(repr, idle))}")
+    if known is not None and (idle := {*same, *notes.settled} - {*known, *same.values()}):
+        notes.told.append(
+            f"{path}: {len(idle)} ids are of no image here; look whether images have them in another writing"
+        )
     merged = sorted({row.patient for row in rows} & set(same))
     if merged:
         notes.told.append(f"{path}: {len(merged)} ids are taken for another one, as it says")

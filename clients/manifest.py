@@ -125,7 +125,8 @@ def _guessed(path: Path, header: Sequence[str], rows: Sequence[Row], meant: Sequ
             f"{path}: neither UTF-8 nor Windows-1252, by which line {odd[0]} would say {odd[2][:80]!r} in column "
             f"{odd[1]}; expected a CSV file in UTF-8 (of Excel: CSV UTF-8): save it again as that"
         )
-    by = f", by which line {cells[0][0]} says {cells[0][2][:80]!r}" if cells else ""
+    # No cell itself: this goes into logs, which are shown to others.
+    by = f", on which line {cells[0][0]}, column {cells[0][1]}, hangs" if cells else ""
     return f"{path}: not UTF-8, read as Windows-1252{by}; save it as UTF-8 if letters are wrong"
 
 
