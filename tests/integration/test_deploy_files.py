@@ -105,6 +105,30 @@ def test_compose_runs_commands_that_exist() -> None:
     assert "secfacmic " + shlex.join(services["server"]["command"]) in page
 
 
+def test_compose_starts_a_refusal_again_a_few_times_and_a_normal_end_never() -> None:
+    """Docker cannot tell a refusal that needs a person by its code, as the units do: so it gives up, and says so."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    for name, service in services.items():
+        found = re.fullmatch(r"on-failure:([1-9])", service["restart"])
+        assert found, f"{name}: {service['restart']}"
+        assert f"at most {['', 'one', 'two', 'three', 'four', 'five'][int(found[1])]} times" in page
+
+
+def test_the_pages_installation_is_the_images_and_the_wheelhouses() -> None:
+    """So that what the page says first is what is built from here, and tried without a network."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    step = text[text.index("## Before: the program") : text.index("## 1. ")]
+    image, makefile = (DEPLOY / "Dockerfile").read_text(), (ROOT / "Makefile").read_text()
+    assert "pip install secfacmic" in step
+    assert step.index("pip install --no-index --find-links wheelhouse secfacmic") < text.index("secfacmic site init")
+    assert re.search(r"^wheelhouse:", makefile, re.MULTILINE)
+    assert "make wheelhouse" in step
+    for words in ("--requirement deploy/requirements-server.txt", "--no-deps"):
+        assert words in step
+        assert words in image
+
+
 def test_alerts_are_on_figures_that_there_are(tmp_path: Path) -> None:
     status = StatusFile(tmp_path)
     status.begin("server")

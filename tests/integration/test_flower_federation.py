@@ -235,6 +235,14 @@ def test_logs_are_lines_without_paths_or_labels(seen: Seen) -> None:
             assert "Traceback" not in line
 
 
+def test_a_normal_end_is_no_error_in_any_log(seen: Seen) -> None:
+    """Not of uvicorn's either, which tells of connections that it ends as of errors."""
+    for name in (*seen.network.names, "server"):
+        lines = seen.network.log(name).splitlines()
+        assert lines
+        assert not [line for line in lines if " ERROR " in line or "CRITICAL" in line]
+
+
 def test_no_process_is_left_and_the_servers_folder_holds_no_key(seen: Seen) -> None:
     secret = study_secret(seen.network)
     for path in (seen.network.folder / "server").rglob("*"):
