@@ -55,6 +55,9 @@ from secure_fed.protocol.study import AgreedStudy, load_study
 
 NODE_PROCESSES = 2
 PAYLOAD = "payload"
+CONNECT_SECONDS = 0.02
+"""Between two sites' first calls: all are of one address, of which the server takes 32 strangers at a time."""
+
 SETTLE_SECONDS, IDLE_SECONDS = 5.0, 30.0
 """After all sites are connected: how long what they begin with may take, and how long their idle time is measured."""
 
@@ -143,6 +146,7 @@ def nodes(folder: Path, port: int, names: list[str]) -> None:
         threads.append(threading.Thread(target=run_site, args=(app, way), name=name))
     for thread in threads:
         thread.start()
+        time.sleep(CONNECT_SECONDS)
     for thread in threads:
         thread.join()
     if "torch" in sys.modules:

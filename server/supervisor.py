@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import subprocess
 import time
 from collections.abc import Mapping
@@ -39,6 +40,11 @@ HEADER_BYTES = 64 * 1024
 
 CHECKPOINT_VALUE_BYTES = 32
 """Of a checkpoint, for each value: the adapter's and two moments', in double precision, and room for names."""
+
+FILES, FILES_OF_SITE = 256, 3
+"""Open files and connections that the server needs beside the sites' own, and for each site."""
+
+LIMIT = resource.RLIMIT_NOFILE
 
 CRASHES = 5
 CRASH_SECONDS = 10.0
@@ -98,6 +104,7 @@ def serve(
     coordinator.hold_in_lobby(lobby)
     store = ByteStore(*folders.bytes_of(coordinator.run), coordinator.run, lambda site: most_bytes(agreed, site))
     keys = _flower_keys(coordinator.journal.chain.members)
+    _room_for(agreed.study.max_sites)
     link = SuperLink(ServerState(folders.state).certificates, listen, keys, store)
     study = agreed.study
     facts = {"study": study.name, "study_id": study.id, "rounds": study.rounds, "min_sites": study.min_sites}
@@ -108,6 +115,20 @@ def serve(
         _supervise(link, agreed, folders)
     finally:
         link.stop()
+
+
+def _room_for(sites: int) -> None:
+    """Let this process open as many files as the connections of all sites are: most systems begin with 1,024."""
+    wanted = FILES + FILES_OF_SITE * sites
+    held, most = (wanted if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(LIMIT))
+    if held < wanted:
+        resource.setrlimit(LIMIT, (min(wanted, most), resource.getrlimit(LIMIT)[1]))
+    if most < wanted:
+        log.warning(
+            "this machine lets the server open %d files; expected %d for %d sites, or some wait for others: raise its "
+            "limit (ulimit -Hn; LimitNOFILE of a service)",
+            *(most, wanted, sites),
+        )
 
 
 def most_bytes(agreed: AgreedStudy, site: str) -> int:
