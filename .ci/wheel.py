@@ -20,7 +20,7 @@ def main(wheel: str) -> None:
     tops = {name.partition("/")[0] for name in names} - {information}
     if tops != set(NAMES):
         sys.exit(f"{wheel}: brings {sorted(tops)}; expected {sorted(NAMES)} alone")
-    if entry_points != ["[console_scripts]", "secfacmic", "=", "secure_fed.cli:main"]:
+    if entry_points != ["[console_scripts]", "secfacmic", "=", "secfacmic.__main__:main"]:
         sys.exit(f"{wheel}: entry points {' '.join(entry_points)}; expected the command secfacmic alone")
     sources = {path.relative_to(ROOT).as_posix() for name in NAMES for path in (ROOT / name).rglob("*.py")}
     sources |= {f"secure_fed/{path.relative_to(ROOT)}" for name in FOLDERS for path in (ROOT / name).rglob("*.py")}

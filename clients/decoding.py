@@ -6,8 +6,10 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import signal
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,7 +168,9 @@ def decode_all(
         generator=torch.Generator(),  # else it draws a seed from torch's global state
     )
     try:
-        yield from loader
+        with _held_back(signal.SIGINT):  # which is for this process, as Ctrl-C sends it to all of a terminal's
+            batches = iter(loader)
+        yield from batches
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -219,7 +223,18 @@ class _Decoding(Dataset[Decoded[T]], Generic[T]):
         ]
 
 
+@contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    """A signal waits until the end, also in processes that are forked within."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(parent: int, worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent)  # torch's workers look for their parent only when idle, and a full pipe keeps them for ever
     gc.freeze()  # what was there before the fork is not searched again and again, nor copied for that
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import click
@@ -177,23 +179,52 @@ def _spell_out(command: click.Command) -> None:
 
 
 def main() -> None:
-    """Entry point of ``secfacmic``."""
+    """The command line, from ``sys.argv``; ends the process' work with an exit code in any case."""
     logging.getLogger().addHandler(logging.NullHandler())  # Opacus sets up a root handler where there is none
     logging.getLogger("secure_fed").handlers = [ConsoleHandler()]
-    try:
-        command()()
-    except SecfacmicError as error:
-        _end(str(error), error.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _end(
-            f"{where}{error.strerror or error}; check that the place exists, is yours and has room",
-            StorageError.exit_code,
-        )
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
-        _end("interrupted; the same command goes on from here", INTERRUPTED)
+    with _CtrlC() as ctrl_c:
+        try:
+            command()()
+        except SecfacmicError as error:
+            _end(str(error), error.exit_code)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _end(
+                f"{where}{error.strerror or error}; check that the place exists, is yours and has room",
+                StorageError.exit_code,
+            )
+        except SystemExit as end:
+            if end.code != INTERRUPTED:
+                raise
+            _end(_INTERRUPTED, INTERRUPTED)
+        except Exception:
+            if not ctrl_c.pressed:
+                raise
+            _end(_INTERRUPTED, INTERRUPTED)
+
+
+_INTERRUPTED = "interrupted; the same command goes on from here"
+
+
+class _CtrlC:
+    """Remembers that Ctrl-C was pressed: libraries that catch everything while they load make another error of it."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> _CtrlC:
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:  # who ignores it, as what a script starts beside itself, goes on
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if signal.getsignal(signal.SIGINT) == self._press:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        signal.default_int_handler(number, frame)
 
 
 def _end(message: str, code: int) -> None:

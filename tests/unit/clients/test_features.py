@@ -200,6 +200,22 @@ def test_a_killed_process_loses_only_what_it_was_at(tmp_path, backbone, loaded):
         assert left == 80 - 6
 
 
+def test_ctrl_c_which_a_terminal_sends_to_every_process_is_for_the_one_that_was_started(tmp_path, backbone, loaded):
+    """A process that decodes and ended by it would be told as want of memory."""
+    images = site(tmp_path, 80)
+    parent = os.getpid()
+
+    class Pressed(InPairs):
+        def encode_prepared(self, batch):
+            assert os.getpid() != parent
+            os.kill(os.getpid(), signal.SIGINT)
+            return loaded.encode_prepared(batch)
+
+    with FeatureCache(tmp_path / "cache.sqlite") as cache:
+        assert cache.encode(images, backbone, lambda: Pressed(loaded), "plain", False).encoded == 80
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_a_fault_of_our_own_is_no_shortage_of_memory(tmp_path, backbone, loaded):
     class Faulty(InPairs):
         def encode_prepared(self, batch):
