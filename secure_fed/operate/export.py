@@ -280,7 +280,8 @@ def model_card(agreed: AgreedStudy, file: AdapterFile, origin: Origin, onnx: boo
     ]
     if method.one_sum:
         parts += ["### Sets and strangers", _claims_of_cases(file)]
-    parts += ["## Uses", _USES, "## Bias, Risks, and Limitations", _LIMITS]
+    says = _ONLY_A_SCORE if study.task == "anomaly" else _ALWAYS_A_CLASS
+    parts += ["## Uses", _USES, "## Bias, Risks, and Limitations", f"{says} {_LIMITS}"]
     parts += ["## How to Get Started with the Model", _use(file, onnx)]
     claims = [*(origin.privacy or (_no_claim(origin),)), study.features.origin]
     parts += ["## Training Details", _facts(training), "### Privacy", "\n\n".join(filter(None, claims))]
@@ -298,7 +299,7 @@ def _head(study: Study) -> str:
         "tags:",
         *(f"- {tag}" for tag in ("federated-learning", "clip", "medical-imaging", study.method.adapter)),
         "metrics:",
-        "- accuracy",
+        "- roc_auc" if study.task == "anomaly" else "- accuracy",
         "inference: false",
     ]
     return "\n".join(["---", *lines, "---"])
@@ -310,8 +311,9 @@ def _facts(rows: Mapping[str, str]) -> str:
 
 _USES = """For research on the task and the classes above, with images like those of the sites. **It is no medical
 device**: not for diagnosis, triage or any decision about a patient."""
-_LIMITS = """It always names one of its classes, also for images
-that show none of them. Figures hold for the sites that they were measured at; another scanner, population or prevalence
+_ALWAYS_A_CLASS = "It always names one of its classes, also for images\nthat show none of them."
+_ONLY_A_SCORE = "Its score says how far an image is\nfrom the sites' normal ones, not what is wrong with it."
+_LIMITS = """Figures hold for the sites that they were measured at; another scanner, population or prevalence
 can change them: measure on images of your own first. Without a privacy claim below, what the adapter may reveal of
 single patients is not bounded; with one, it holds for the sites that make it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from secure_fed import configs
 from secure_fed.core.errors import DataLeakError, OutputError, StorageError, StudyError, SummaryError, SweepFileError
@@ -369,7 +371,10 @@ def test_a_sweep_is_killed_and_goes_on(small: Path, tmp_path: Path, monkeypatch:
     features = {path: path.stat().st_mtime_ns for path in (out / "features").iterdir()}
 
     second = subprocess.run(
-        command(small, "--out", out, "--jobs", 1, "--json"), env=ENVIRONMENT, capture_output=True, text=True
+        command(small, "--out", out, "--jobs", 1, "--json", "--log", "tensorboard", "--log", "mlflow"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert second.returncode == 71, second.stderr
     assert "the same command tries the failed ones again" in second.stderr
@@ -392,6 +397,21 @@ def test_a_sweep_is_killed_and_goes_on(small: Path, tmp_path: Path, monkeypatch:
     ended = [json.loads(text) for text in lines.read_text().splitlines()]
     done = [entry["trial"] for entry in ended if entry["status"] == "done"]
     assert sorted(done.count(trial.trial) for trial in found.trials[:2]) == [1, 1]
+
+    # What TensorBoard opens, and the CSV for MLflow, have each finished trial, and nothing of a single site.
+    opened = EventMultiplexer().AddRunsFromDirectory(str(out / "tensorboard"))
+    opened.Reload()
+    finished = {trial.trial: trial.settings["rounds"] for trial in found.trials[:2]}
+    assert opened.Runs().keys() == finished.keys()
+    for trial, rounds in finished.items():
+        assert [event.step for event in opened.Scalars(trial, "bytes_up")] == list(range(1, rounds + 1))
+        tags = opened.Runs()[trial]["scalars"]
+        assert set(tags) == {"bytes_down", "bytes_up", "seconds", "sites_in", "validation"}
+    with (out / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["run"] for row in rows} == finished.keys()
+    assert {row["value"] for row in rows if row["key"] == "method.adapter"} == {"text_head"}
+    assert not [name for name in ("ash", "birch", "cedar", "dogwood") if name in (out / "metrics.csv").read_text()]
 
     # Nothing is left but what failed; another grid adds to it, and what it leaves out is kept beside.
     content = small.read_text()

@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
@@ -115,6 +116,9 @@ def test_a_card_has_the_head_and_the_sections_of_the_hub(finished_run: Path, tmp
     assert facts["library_name"] == "secfacmic"
     assert {"federated-learning", "facmic"} <= set(facts["tags"])
     assert "license" not in facts  # nobody has chosen one
+    card = ModelCard.load(tmp_path / "e/README.md", ignore_metadata_errors=False)
+    assert card.data.to_dict() == facts
+    assert card.text.strip() == text.strip()
     sections = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
     assert sections == [
         *("Model Details", "Uses", "Bias, Risks, and Limitations", "How to Get Started with the Model"),
