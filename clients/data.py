@@ -19,6 +19,7 @@ import numpy as np
 
 from secure_fed.clients.dicom_header import NOBODY, Owner, owner
 from secure_fed.clients.files import (
+    IN_A_FOLDER,
     KNOWN_COLUMNS,
     MANIFEST,
     Files,
@@ -27,6 +28,7 @@ from secure_fed.clients.files import (
     is_number,
     is_passed_over,
     masks_of,
+    no_folder,
     said,
 )
 from secure_fed.clients.manifest import Table, plain_form, read_table
@@ -191,7 +193,7 @@ def read_data(
             patient, no label where the split needs one, or a patient in two splits; the first ten are named.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected {MANIFEST} or one folder per class in it")
+        raise no_folder(folder, IN_A_FOLDER)
     manifest = folder / MANIFEST
     notes = Notes() if notes is None else notes
     if manifest.exists():
@@ -374,7 +376,7 @@ def _refuse_nameless(rows: Sequence[_Row]) -> None:
 def _read_unlabelled(folder: Path, unit: Unit, notes: Notes) -> list[_Row]:
     """The rows of the folder of images without labels; an image that counts as a patient is known by its whole path."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected images without labels in it")
+        raise no_folder(folder, "images without labels in it")
     if (folder / MANIFEST).exists():
         rows, _ = _read_manifest(folder / MANIFEST, unit, True, notes, needed=("path",))
         rows = [replace(row, label="", split=UNLABELLED) for row in rows]

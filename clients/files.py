@@ -14,18 +14,45 @@ from typing import Never
 
 from secure_fed.clients.dicom_header import NOBODY, Owner, owner
 from secure_fed.clients.manifest import read_table
-from secure_fed.clients.patients import SETTLED
+from secure_fed.clients.patients import SETTLED, some
 from secure_fed.clients.reading import IMAGE_ENDINGS, is_meant_as_image
 from secure_fed.clients.series import Position, place_in_series, slices_in_order
 from secure_fed.core.errors import DataError, ManifestError
 
 MANIFEST = "manifest.csv"
+IN_A_FOLDER = f"{MANIFEST} or one folder per class in it"
+"""What a folder of images is to have."""
+
 KNOWN_COLUMNS = ("path", "label", "patient", "split", "frame", "slice", "series", "axis", "mask")
 """Of a manifest, that mean something."""
 
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
 _NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 _UID = re.compile(r"\d+(\.\d+)+")
+
+
+def no_folder(folder: Path, expected: str) -> DataError:
+    """What to say where a folder of images is to be and none is: what there is instead.
+
+    Args:
+        folder: that is not there.
+        expected: in it.
+    """
+    if folder.exists():
+        return DataError(
+            f"{folder}: a file, where a folder is to be; expected {expected}: name the folder that it is in"
+        )
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        return DataError(
+            f"{folder}: no such folder, {above} is a file; expected {expected}: name the folder that it is in"
+        )
+    try:
+        names = sorted(entry.name for entry in above.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        names = []
+    there = f" ({above} has {some(names)})" if names else f" ({above} has no folders)"
+    return DataError(f"{folder}: no such folder{there}; expected {expected}")
 
 
 @dataclass

@@ -81,7 +81,8 @@ def _read(mask: Path) -> NDArray[np.bool_]:
                 raise ValueError("several pictures in one file")
             return _marked(ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's readers raise of every kind on broken files
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(told.split())[:160] or type(error).__name__
         raise DataError(
             f"{mask}: no mask that can be read ({reason}); expected a PNG, black but for the finding"
         ) from (error)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from secure_fed.cli.data import say
 from secure_fed.cli.output import Json, out, print_json
+from secure_fed.core.errors import OutputError
 
 app = typer.Typer(help="Weights of the frozen CLIP.", no_args_is_help=True)
 
@@ -29,6 +30,8 @@ def random(
     from secure_fed.model.backbone import load_backbone, make_random_checkpoint
     from secure_fed.protocol.study_tables import Backbone
 
+    if file.exists():
+        raise OutputError(f"{file}: exists; expected no file there: remove it, or choose another name")
     make_random_checkpoint(model, seed, file)
     _tell(file, load_backbone(Backbone(model=model, weights="random", seed=seed), file))
 

@@ -105,7 +105,7 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
             Column("folder", overflow="fold"),
             Column("images", no_wrap=True),
             Column("patients", no_wrap=True),
-            Column("of each class", overflow="fold", min_width=min(longest, 24)),
+            Column("of each class", overflow="fold", no_wrap=longest <= 24),
             "without a label",
             Column("splits", overflow="fold"),
         )

@@ -15,6 +15,11 @@ from secure_fed.cli.output import SITE_HELP, Json, out, print_json
 class _PackByDefault(TyperGroup):
     """``evidence DIR`` is ``evidence pack DIR``."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["pack", *args]
+        return super().parse_args(ctx, args)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

@@ -6,11 +6,14 @@ import json
 import logging
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from secure_fed.core.errors import AddressError
@@ -20,11 +23,18 @@ _STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 
 
 class _Terminal(Console):
-    """A console for text alone: names out of other people's files cannot steer the terminal."""
+    """A console for text alone: names out of other people's files steer no terminal, and tables lose no letter."""
 
     def render_str(self, text: str, **how: Any) -> Text:
         """As rich does it, with a question mark for each character that is no text."""
         return super().render_str(_STEERS.sub("?", text), **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does it; what a table's column has no room for goes on in the next line instead of being cut."""
+        if isinstance(renderable, Table):
+            for column in renderable.columns:
+                column.overflow = "fold"
+        return super().render(renderable, options)
 
 
 # No bracket in a name is a style, and no :word: a picture.

@@ -14,7 +14,9 @@ from secure_fed.cli.output import out as stdout
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="Folders of simulate, demo, sweep or attack, or a site's folder."),
+        typer.Argument(
+            metavar="DIR...", help="Folders of simulate, demo, sweep or attack, or a site's folder or site.toml."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="The file; else report.html (.md, .csv, .png) in the first folder.")
@@ -41,6 +43,8 @@ def report(
     chosen = next((one for one in FORMATS if one == wanted), None)
     if chosen is None:
         raise typer.BadParameter(f"{wanted}: expected one of {', '.join(FORMATS)}", param_hint="--format")
+    # A site is named by its folder or its site.toml, as to every command.
+    folders = [named.parent if named.name == "site.toml" and named.is_file() else named for named in folders]
     path = out or folders[0] / f"report.{chosen}"
     analysis = write_report(folders, path, chosen, local_metrics=local_metrics)
     if analysis.results.local_only:

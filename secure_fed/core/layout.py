@@ -76,6 +76,9 @@ FORMAT = 1
 ADAPTER, CALIBRATION, SUMMARY = "adapter.safetensors", "calibration.safetensors", "summary.json"
 """Results, at a site and in a simulation's folder."""
 
+SWEEP = "sweep.json"
+"""What is swept, in a sweep's folder."""
+
 RECORDS = "*.record"
 SEALED = "*.sealed"
 ENVELOPES = "*.envelope"

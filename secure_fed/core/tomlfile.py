@@ -330,6 +330,8 @@ def _line(entry: Any, model: type[FileModel]) -> str:
     if entry["type"] == "missing":
         return f"  {key}: missing; this key is required"
     message = _expected(entry, model) or message
+    if entry["input"] is None:
+        return f"  {key}: {message}"
     found = repr(entry["input"])
     if len(found) > 80:
         found = found[:77] + "..."

@@ -35,7 +35,7 @@ from secure_fed.core.errors import (
     StudyError,
     StudyPausedError,
 )
-from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, ServerState, SiteState
+from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, SWEEP, ServerState, SiteState
 from secure_fed.core.storage import LOCK, exclusive, make_folder, write_durable
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.phantoms import SPLIT_SHARES, PhantomSite, make_phantoms
@@ -199,8 +199,11 @@ def starting(out: Path) -> Iterator[Start]:
         out: the folder, made if it is not there.
 
     Raises:
+        OutputError: it is a sweep's.
         StorageError: it cannot be made, or another process holds it.
     """
+    if (out / SWEEP).exists():
+        raise OutputError(f"{out}: holds a sweep; expected a folder of its own for a study: choose another --out")
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     locked = (out / LOCK).exists()
     make_folder(out)
@@ -213,7 +216,8 @@ def starting(out: Path) -> Iterator[Start]:
         except SecfacmicError:
             if not start.done:
                 for path in sorted(set(out.rglob("*")) - before, reverse=True):
-                    (path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink)()
+                    with suppress(OSError):  # what cannot be removed must not hide why the start was refused
+                        (path.rmdir if path.is_dir() and not path.is_symlink() else path.unlink)()
                 for path, content in files.items():
                     if path.read_bytes() != content:
                         write_durable(path, content)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from secure_fed import configs
 from secure_fed.core.errors import DataLeakError, OutputError, StorageError
-from secure_fed.core.layout import SiteState
+from secure_fed.core.layout import SWEEP, SiteState
 from secure_fed.core.storage import exclusive, make_folder, sync_folder, write_durable
 from secure_fed.lab.sweep_file import (
     DELTA,
@@ -159,7 +159,7 @@ def run_sweep(
 
     Raises:
         SweepFileError, StudyError: the file or its study do not hold together.
-        OutputError: the folder holds another sweep, or trials that other code has run.
+        OutputError: the folder holds another sweep, a study or a site, or trials that other code has run.
         DataLeakError: one site is tested on what another trains on; no trial is run.
         WorkersError: there is no such Ray cluster.
         StorageError: the folder cannot be written, or another process is using it.
@@ -168,6 +168,10 @@ def run_sweep(
     trials = plan_trials(file, study)
     for line in dict.fromkeys(line for trial in trials for line in trial.ignored):
         log.warning("%s", line)
+    if not (out / SWEEP).exists() and any((out / name).exists() for name in ("study.toml", "site.toml")):
+        raise OutputError(
+            f"{out}: holds a study or a site; expected a folder of its own for a sweep: choose another --out"
+        )
     make_folder(out)
     with exclusive(out):
         lines = _Lines(out / "trials.jsonl")
@@ -175,7 +179,7 @@ def run_sweep(
         facts = _facts(file, study, trials) | {
             "command": shlex.join(["secfacmic", "sweep", str(path), "--out", str(out)])
         }
-        write_durable(out / "sweep.json", (json.dumps(facts, indent=2) + "\n").encode())
+        write_durable(out / SWEEP, (json.dumps(facts, indent=2) + "\n").encode())
         _clear(out)
         ended = {trial.id: True for trial in trials if _is_done(lines.newest.get(trial.id))}
         due = [trial for trial in trials if trial.id not in ended]
@@ -237,7 +241,7 @@ def _clear(out: Path) -> None:
 
 
 def _refuse_other(out: Path, file: SweepFile, trials: Sequence[Trial], newest: Mapping[str, Finished]) -> None:
-    if (out / "sweep.json").exists():
+    if (out / SWEEP).exists():
         known = _read_facts(out)["name"]
         if known != file.name:
             raise OutputError(f"{out}: holds sweep {known}; expected {file.name}: choose another --out")
@@ -513,7 +517,7 @@ def _read_lines(path: Path) -> tuple[dict[str, Finished], int]:
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{folder}: no sweep there ({error}); expected a folder of: secfacmic sweep") from error
     if facts.get("format") != 1:

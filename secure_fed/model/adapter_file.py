@@ -278,8 +278,12 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
 
 
 def _malformed(path: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, KeyError):
+        reason = f"it lacks {reason}"
+    if path.is_dir():
+        reason = "a folder"
     return (
-        f"{path}: no adapter file ({type(error).__name__}: {reason}); expected adapter.safetensors of a site, of "
+        f"{path}: no adapter file ({reason}); expected adapter.safetensors of a site, of "
         "secfacmic simulate, or of an export"
     )

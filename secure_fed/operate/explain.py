@@ -8,6 +8,7 @@ are most like it. None of it is a diagnosis, and none of it goes into an export,
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from secure_fed.clients.images import rules_of, site_images
 from secure_fed.clients.photographs import as_drawn
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import read_site
-from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError
+from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError, StorageError
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile
 from secure_fed.model.attribution import HeatMaps, margin_of
@@ -220,9 +221,13 @@ def refuse_cases(folder: Path) -> None:
 
     Raises:
         OutputError: it holds cases already, or is a file.
+        StorageError: nobody may write there.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: a file; expected a folder for the cases, which is made if it is not there")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(above, os.W_OK):
+        raise StorageError(f"{folder}: cannot be written ({above} is not yours to write to); choose another place")
     if any((folder / name).exists() for name in (CASES, PAGE)):
         raise OutputError(f"{folder}: holds explained cases already; expected another folder, or an empty one")
 

@@ -16,7 +16,7 @@ from secure_fed.clients.dicom_header import patient_id
 from secure_fed.clients.doubts import all_doubts, doubts_of_pictures
 from secure_fed.clients.duplicates import fingerprints
 from secure_fed.clients.features import FeatureCache, Progress
-from secure_fed.clients.files import MANIFEST, Notes, class_folders, image_files
+from secure_fed.clients.files import IN_A_FOLDER, MANIFEST, Notes, class_folders, image_files, no_folder
 from secure_fed.clients.manifest import Row, read_table
 from secure_fed.clients.patients import Doubt, doubts, in_one_form
 from secure_fed.core.errors import DataError, ManifestError, OutputError
@@ -72,7 +72,7 @@ def look_at(path: Path) -> Folder:
         ManifestError: its manifest does not fit its files.
     """
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder; expected {MANIFEST} or one folder per class in it")
+        raise no_folder(path, IN_A_FOLDER)
     manifest = path / MANIFEST
     columns: tuple[str, ...] = ()
     says_whose = False

@@ -30,7 +30,7 @@ from secure_fed.clients.decoding import decode
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import AdapterFileError
+from secure_fed.core.errors import AdapterFileError, StudyError
 from secure_fed.core.layout import ADAPTER
 from secure_fed.core.storage import exclusive, make_folder, write_durable
 from secure_fed.model.adapter_file import load_adapter
@@ -106,9 +106,15 @@ def plot_run(folder: Path, out: Path) -> list[Path]:
         The pictures.
 
     Raises:
+        StudyError: there is no study in it.
         AdapterFileError: there is no finished run, or its data are patients'.
         SecfacmicError: others, as the sites give them.
     """
+    if not (folder / "study.toml").is_file():
+        raise StudyError(
+            f"{folder}: no study in it to draw; expected the folder of a finished simulate or demo, or of a site (what "
+            "secfacmic report draws of a sweep is in its page)"
+        )
     with exclusive(folder):
         agreed = load_study(folder / "study.toml")
         files = [read_site_file(folder / "sites" / member.name / "site.toml") for member in agreed.study.sites]

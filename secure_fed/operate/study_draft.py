@@ -124,7 +124,7 @@ def draft_study(
         places, data = _places(names, folders)
         common, unreadable = compare(folders, progress)
         told += [f"cannot be decoded: {line}" for line in unreadable]
-        told += common.words
+        told += [*common.words, *_in_other_words(names, folders)]
         common.refuse_leaks()
         observers = names[len(paths) :] or (names[-1:] if len(names) > MIN_SITES_HE else [])
         if observers and not held_out:
@@ -150,12 +150,35 @@ def draft_study(
 # --- sites ---
 
 
+def _in_other_words(names: Sequence[str], folders: Sequence[Folder]) -> list[str]:
+    """Classes that not every site has: one may be another's name, as in another language."""
+    having = {
+        label: [name for name, folder in zip(names, folders, strict=True) if label in folder.classes]
+        for label in sorted({label for folder in folders for label in folder.classes})
+    }
+    some = [f"{label!r} (at {', '.join(at)})" for label, at in having.items() if len(at) < len(names)]
+    if not some:
+        return []
+    return [
+        f"classes that not all sites have: {'; '.join(some)}: a class has one name at all sites; if one of these is "
+        "another's name, rename its folder or its labels and draft again"
+    ]
+
+
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-_")[:40].strip("-_") or "site"
 
 
 def _names(folders: Sequence[Folder]) -> list[str]:
     """A name a folder, each once: its own, else with those above it."""
+    known: dict[Path, Path] = {}
+    for folder in folders:
+        place = folder.path.resolve()
+        if place in known:
+            raise StudyError(
+                f"{known[place]} and {folder.path} are one folder; expected a folder of its own for each site"
+            )
+        known[place] = folder.path
     names = [_slug(folder.name) for folder in folders]
     if len(set(names)) < len(names):
         names = [_slug("-".join(folder.path.resolve().parts[-2:])) for folder in folders]

@@ -109,9 +109,12 @@ class Backbone(FileModel):
         if needed == "tag" and str(info.data.get("model")).startswith("hf-hub:"):
             given.pop("tag")  # the model's name says it all
         if needed is not None:
-            wrong = [key for key, value in given.items() if (value is not None) != (key == needed)]
-            if wrong:
-                raise ValueError(f'weights = "{info.data["weights"]}" takes {needed} and no other of {sorted(given)}')
+            others = [key for key, value in given.items() if value is not None and key != needed]
+            faults = [f"{needed} is missing"] if needed in given and given[needed] is None else []
+            faults += [f"{' and '.join(others)} must go"] if others else []
+            if faults:
+                told = "; ".join(faults)
+                raise ValueError(f'expected {needed} alone beside weights = "{info.data["weights"]}": {told}')
         return seed
 
     model_config = FileModel.model_config | {"validate_default": True}

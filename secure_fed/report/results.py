@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from secure_fed import configs
 from secure_fed.core.errors import ReportError, StudyError
-from secure_fed.core.layout import SUMMARY, SiteState
+from secure_fed.core.layout import SUMMARY, SWEEP, SiteState
 from secure_fed.lab.sweep import Finished, Sweep, read_sweep
 from secure_fed.lab.sweep_file import DELTA
 from secure_fed.operate.summary import (
@@ -358,7 +358,7 @@ class _SweepFacts(_Read):
 
 
 def _read_sweep(folder: Path, results: Results) -> None:
-    path = folder / "sweep.json"
+    path = folder / SWEEP
     try:
         about = _SweepFacts.model_validate(_json(path))
     except ValidationError as error:

@@ -52,7 +52,7 @@ from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import Template
 from secure_fed.report.case_page import case_page
-from tests.conftest import CLASSES, Federation, make_images, make_template
+from tests.conftest import CLASSES, Federation, Run, make_images, make_template
 from tests.unit.clients.test_dicom import as_bytes, dicom
 
 METHOD = {
@@ -332,7 +332,9 @@ def test_masks_lie_beside_phantoms_and_say_where_the_mass_is(tmp_path: Path) -> 
         assert mask.mean() < 0.2
 
 
-def test_a_mask_that_does_not_fit_stops_a_study_before_its_first_round(pictures: Path, tmp_path: Path) -> None:
+def test_a_mask_that_does_not_fit_stops_a_study_before_its_first_round(
+    pictures: Path, tmp_path: Path, secfacmic: Run
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     rows = [[f"{kind}/{number}.png", kind, ""] for kind in ("dark", "light") for number in range(12)]
@@ -340,10 +342,13 @@ def test_a_mask_that_does_not_fit_stops_a_study_before_its_first_round(pictures:
     Image.new("L", (16, 32)).save(data / "ash" / "mask.png")
     with (data / "ash" / "manifest.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["path", "label", "mask"], *rows])
-    with pytest.raises(DataError, match=r"mask.png: 16 x 32 pixels, but .*11.png has 32 x 32; expected a mask of the"):
-        simulate(template(), tmp_path / "out", data)
-    assert not list((tmp_path / "out").rglob("journal*.jsonl"))
-    assert not (tmp_path / "out" / "adapter.safetensors").exists()
+    write_toml(tmp_path / "mine.toml", template())
+    for command in ("simulate", "demo"):
+        ended = secfacmic(command, tmp_path / "mine.toml", "--data", data, "--out", tmp_path / "out")
+        assert ended.returncode == DataError.exit_code
+        says = r"mask.png: 16 x 32 pixels, but .*11.png has 32 x 32; expected a mask of the image's size"
+        assert re.search(says, ended.stderr)
+        assert not (tmp_path / "out").exists()
 
 
 def test_masks_of_several_sizes_are_judged_in_one() -> None:

@@ -60,6 +60,13 @@ def test_the_wrong_folder(template: Path, images: Path, tmp_path: Path, secfacmi
     ended = secfacmic("simulate", template, "--data", images / "ash", "--out", tmp_path / "out")
     told(ended, errors.DataError, str(images / "ash" / "ash"), "no such folder")
     assert secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out").returncode == 0
+    (tmp_path / "file").write_text("")
+    ended = secfacmic("simulate", template, "--data", tmp_path / "file", "--out", tmp_path / "new")
+    told(ended, errors.DataError, f"{tmp_path / 'file'} is a file", "name the folder that it is in")
+    ended = secfacmic("simulate", template, "--data", images.parent, "--out", tmp_path / "new")
+    told(ended, errors.DataError, f"({images.parent} has ", images.name)  # what is there, where the sites are not
+    ended = secfacmic("study", "init", tmp_path / "file", "--out", tmp_path / "new.toml")
+    told(ended, errors.DataError, "a file, where a folder is to be")
     shutil.copytree(images, tmp_path / "others")
     ended = secfacmic("simulate", template, "--data", tmp_path / "others", "--out", tmp_path / "out")
     told(ended, errors.OutputError, "expected the same data as before, or another --out")
@@ -81,12 +88,23 @@ def test_classes_in_another_language(template: Path, images: Path, tmp_path: Pat
     (tmp_path / "data/birch/dark").rename(tmp_path / "data/birch/dunkel")
     ended = secfacmic("simulate", template, "--data", tmp_path / "data", "--out", tmp_path / "out")
     told(ended, errors.LabelError, "'dunkel' (10 images)", "expected 'dark', 'light', 'striped'", "rename")
+    sites = [tmp_path / "data" / name for name in ("ash", "birch", "cedar")]
+    ended = secfacmic("study", "init", *sites, "--out", tmp_path / "new.toml")
+    assert "classes that not all sites have: 'dark' (at ash, cedar); 'dunkel' (at birch)" in ended.stderr + ended.stdout
+    (tmp_path / "data/birch/dunkel").rename(tmp_path / "data/birch/dark")
+    ended = secfacmic("study", "init", *sites, "--out", tmp_path / "again.toml")
+    assert "not all sites have" not in ended.stderr + ended.stdout
 
 
 def test_two_sites_in_one_folder(template: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
     template.write_text(template.read_text().replace('folder = "birch"', 'folder = "ash"'))
     ended = secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out")
     told(ended, errors.StudyError, "are one", "a folder of its own for each site", "shared = true")
+    (tmp_path / "link").symlink_to(images / "ash")
+    ended = secfacmic(
+        "study", "init", images / "ash", tmp_path / "link", images / "birch", "--out", tmp_path / "n.toml"
+    )
+    told(ended, errors.StudyError, f"{images / 'ash'} and {tmp_path / 'link'} are one folder")
     assert not (tmp_path / "out").exists()
 
 
@@ -115,6 +133,27 @@ def test_an_out_folder_of_another_study(finished_run: Path, images: Path, tmp_pa
     (tmp_path / "other.toml").write_text(tomli_w.dumps(template_table(rounds=2)))
     ended = secfacmic("simulate", tmp_path / "other.toml", "--data", images, "--out", tmp_path / "out")
     told(ended, errors.OutputError, "with other rounds", "choose another --out")
+
+
+def test_an_out_folder_of_another_command(
+    finished_run: Path, template: Path, images: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    """A study and a sweep in one folder would be neither; weights over a template would be the end of it."""
+    before = held(finished_run)
+    told(
+        secfacmic("sweep", "smoke", "--out", finished_run), errors.OutputError, "holds a study", "choose another --out"
+    )
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    for command in ("simulate", "demo", "attack"):
+        ended = secfacmic(command, template, "--data", images, "--out", tmp_path / "sweep")
+        told(ended, errors.OutputError, "holds a sweep", "choose another --out")
+    told(secfacmic("plot", tmp_path / "sweep"), errors.StudyError, "expected the folder of a finished simulate or demo")
+    assert held(tmp_path / "sweep") == {"sweep.json": b"{}"}
+    content = template.read_bytes()
+    told(secfacmic("backbone", "random", "random-small", "--out", template), errors.OutputError, "exists; expected no")
+    assert template.read_bytes() == content
+    assert held(finished_run) == before
 
 
 def test_a_summary_of_a_version_that_this_one_cannot_read(finished_run: Path, tmp_path: Path, secfacmic: Run) -> None:
@@ -316,6 +355,14 @@ def test_a_refused_number_of_an_option_is_told_what_was_expected(
         ({"mode": "plane"}, "mode = 'plane': expected 'he' or 'plain'"),
         ({"classes": 3}, "classes = 3: expected a list in brackets"),
         ({"backbone": "clip"}, "backbone = 'clip': expected a table"),
+        (
+            {"backbone": {"model": "mini-clip", "weights": "file", "seed": 3}},
+            'backbone.seed = 3: expected file alone beside weights = "file": file is missing; seed must go',
+        ),
+        (
+            {"backbone": {"model": "mini-clip", "weights": "file"}},
+            'backbone.seed: expected file alone beside weights = "file": file is missing',
+        ),
     ],
     ids=lambda value: str(value)[:30],
 )

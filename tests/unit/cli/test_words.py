@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +28,7 @@ def test_a_refusal_repeats_what_was_given_to_the_letter(tmp_path: Path, secfacmi
 def test_a_table_of_folders_loses_no_letter_in_eighty_columns(
     tmp_path: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["[b]glioma_tumor", "meningioma_tumor", "no_tumor", "pituitary_tumor"]
+    names = ["[b]glioma_tumor", "meningioma_tumor", "no_tumor", "pituitary_tumor_seen"]
     for number, name in enumerate(names):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("L", (32, 32), 40 * number).save(tmp_path / "data" / name / "1.png")
@@ -34,6 +38,7 @@ def test_a_table_of_folders_loses_no_letter_in_eighty_columns(
     ended = secfacmic("data", "check", "data", "images of the second scanner")
     assert ended.returncode == 0, ended.stderr
     table = [line for line in ended.stdout.splitlines() if line[:1] in "┏┃┡│└"]
+    assert {len(line) for line in table} == {max(map(len, table))}  # each to its right border
     assert max(map(len, table)) <= 80
     assert "…" not in ended.stdout
     for name in names:
@@ -41,6 +46,50 @@ def test_a_table_of_folders_loses_no_letter_in_eighty_columns(
     heads = [" ".join(" ".join(cells).split()) for cells in zip(*(line.strip("┃").split("┃") for line in table
              if line.startswith("┃")), strict=True)]  # fmt: skip
     assert heads == ["folder", "images", "patients", "of each class", "without a label", "splits"]
+
+
+def test_no_table_loses_a_letter_however_narrow_the_terminal(
+    secfacmic: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SECFACMIC_BACKBONES", str(tmp_path))
+    for width in (40, 80):
+        monkeypatch.setattr(out, "width", width)
+        for words in (("backbone", "list"), ("study", "show", "demo"), ("study", "list")):
+            ended = secfacmic(*words)
+            assert ended.returncode == 0, ended.stderr
+            assert "…" not in ended.stdout, (words, width)
+
+
+def test_ctrl_c_while_the_command_still_loads_is_one_line() -> None:
+    """Pressed by somebody who saw at once that it was the wrong command."""
+    program = """
+import os, runpy, signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Press())
+sys.argv = ["secfacmic", "study", "new", "hospitals", "--out", "x"]
+runpy.run_module("secfacmic", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "secfacmic: interrupted; the same command goes on from here\n"
+
+
+def test_what_a_library_makes_of_ctrl_c_is_told_as_ctrl_c(secfacmic: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tenseal tries another import when one fails in whatever way, Ctrl-C included."""
+
+    def swallowed(*_: object, **__: object) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        raise ModuleNotFoundError("No module named '_tenseal'")
+
+    monkeypatch.setattr("secure_fed.operate.new_study.new_study", swallowed)
+    ended = secfacmic("study", "new", "demo", "--out", "never")
+    assert (ended.returncode, ended.stderr) == (130, "secfacmic: interrupted; the same command goes on from here\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_is_refused_before_any_image_shows_no_bar(tmp_path: Path, secfacmic: Run) -> None:
@@ -75,3 +124,21 @@ def test_before_the_first_round_there_is_no_empty_table(tmp_path: Path, secfacmi
     ended = secfacmic("simulate", "demo", "--out", tmp_path / "full" / "out")
     assert ended.returncode in (OutputError.exit_code, StorageError.exit_code), ended.stderr
     assert "sites in" not in ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("status", "evidence SITE --out TO", "evidence --out TO SITE", "site sent", "ledger show"),
+        *("report SITE --out TO", "journal verify"),
+    ],
+)
+def test_a_site_is_named_by_its_folder_or_its_file(
+    words: str, finished_run: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    site = finished_run / "sites" / "ash"
+    for number, named in enumerate((site, site / "site.toml")):
+        places = {"SITE": named, "TO": tmp_path / f"{number}.html"}
+        options: list[object] = [places.get(word, word) for word in words.split()]
+        ended = secfacmic(*options, *([] if named in options else [named]))
+        assert ended.returncode == 0, ended.stderr

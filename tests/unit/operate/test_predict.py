@@ -484,6 +484,14 @@ def test_manifest_and_settled_ids_say_what_they_say_in_training(run: Path, ward:
         predict_folder(*command, checkpoint=run / "backbone.safetensors")
 
 
+def test_what_is_no_adapter_is_told_in_words(run: Path, secfacmic: Run) -> None:
+    for named, says in ((run, "(a folder)"), (run / "backbone.safetensors", "(it lacks ")):
+        ended = secfacmic("predict", "--adapter", named, "--images", run)
+        assert ended.returncode == AdapterFileError.exit_code
+        assert f"{named}: no adapter file {says}" in ended.stderr
+        assert "Error" not in ended.stderr
+
+
 def test_slices_and_scouts_are_chosen_as_in_training(run: Path, ward: Path, secfacmic: Run) -> None:
     scout = slice_of("A-1", "1.2.9", 1, 5, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     (ward / "scout.dcm").write_bytes(as_bytes(scout))

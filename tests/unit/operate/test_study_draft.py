@@ -153,7 +153,7 @@ def test_partitions_that_do_not_work_say_what_would(own: Path, change: dict[str,
 def test_folders_that_make_no_study(own: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="2 sites to train"):
         draft_study(folders(own)[:2], "x")
-    with pytest.raises(StudyError, match="two folders would be one site"):
+    with pytest.raises(StudyError, match="are one folder; expected a folder of its own for each site"):
         draft_study([own / "ash", own / "ash", own / "birch"], "x")
     with pytest.raises(StudyError, match="split one folder"):
         draft_study(folders(own), "x", partition="iid")
