@@ -421,6 +421,7 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
     chosen = [row for row in rows if row.frame or row.asked]
     unplaced_frames: list[str] = []
     across: list[str] = []
+    alone: list[str] = []
     for row in rows:
         if row.frame or row.asked:
             continue
@@ -438,6 +439,8 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
             continue
         name, position = place_in_series(path)
         name = row.series or name
+        if not name and position != Position():
+            alone.append(str(path))
         key = (name, row.patient if unit == "patient" else "", row.label) if name else ("", row.path)
         series[key].append((position, row))
     for slices in series.values():
@@ -456,6 +459,11 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
             "others do"
             for one in unplaced
         ]
+    if alone and choice.slices != "all":
+        notes.told.append(
+            f"{some(sorted(alone))}: slices that do not say of which series they are (SeriesInstanceUID (0020,000E)): "
+            f"each is taken for a series of its own, of which slices {choice.slices!r} leaves none out"
+        )
     if across:
         notes.told.append(
             f"{some(sorted(across))}: of series whose slices lie across one another (ImageOrientationPatient "

@@ -421,6 +421,14 @@ def test_of_a_series_the_rule_takes_slices_by_their_position(tmp_path):
     assert len(names(tmp_path, slices="all")[0]) == 7
 
 
+def test_slices_that_do_not_say_of_which_series_they_are_are_told(tmp_path):
+    series(tmp_path / "dark", 3)
+    for slices, count in (("middle", 1), ("all", 0)):
+        notes = Notes()
+        assert len(read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice(slices), notes=notes)) == 3
+        assert sum("02.dcm: slices that do not say of which series they are" in line for line in notes.told) == count
+
+
 def test_slices_that_lie_across_one_another_are_in_order_of_their_numbers_and_that_is_told(tmp_path):
     series(tmp_path / "dark", 5, SeriesInstanceUID="1.2.1")
     for number in range(5):  # numbers run from 0; three planes are axial, two sagittal
