@@ -228,6 +228,10 @@ def test_what_one_folder_has_several_times_is_told_and_a_picture_in_two_splits_r
     assert f"ash: 1 group of nearly the same picture, 2 images; the first: {paths[2]} (at ash), " in told
     assert "birch: 1 group" not in told
     assert "these folders have no picture in common" in told
+    near = np.asarray(Image.open(own / "ash" / "dark" / "1.png")) ^ 1
+    Image.fromarray(near).save(tmp_path / "birch" / "dark" / "near.png")
+    common, _ = compare([look_at(tmp_path / name) for name in ("ash", "birch")])
+    assert [len(common.twins), len(common.twins[0]), len(common.inside["ash"].twins)] == [1, 3, 1]  # two are copies
     listed(tmp_path, "ash", {"copy.png": "test", "twin.png": "test"})
     done = secfacmic("data", "check", tmp_path / "ash", "--json")
     assert done.returncode == DataLeakError.exit_code
