@@ -287,6 +287,11 @@ def _digests(out: Path) -> dict[str, list[str]]:
         return {_DIGESTS: [hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()]}
     except FileNotFoundError:
         return {_DIGESTS: []}
+    except OSError as error:
+        raise OutputError(
+            f"{out / MANIFEST}: cannot be read ({error.strerror}); expected the manifest of an earlier fetch, or none: "
+            "move it elsewhere"
+        ) from error
 
 
 def _as_text(query: Mapping[str, str]) -> str:

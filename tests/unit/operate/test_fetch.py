@@ -288,6 +288,10 @@ def test_a_manifest_that_people_have_completed_is_not_written_over(archive, tmp_
     assert (out / "manifest.csv").read_text() == own
     assert len(archive.asked) == asked
     (out / "manifest.csv").rename(tmp_path / "mine.csv")
+    (out / "manifest.csv").mkdir()
+    with pytest.raises(OutputError, match=r"manifest.csv: cannot be read .*move it elsewhere"):
+        run(archive, out, "PatientID=P1")
+    (out / "manifest.csv").rmdir()
 
     archive.datasets.append(instance("P1", 5, 1, 1))
     ended: list[Path] = []
