@@ -476,8 +476,12 @@ class Coordinator:
         if self.resting:
             return None
         if self._cohort is None:
-            if self._retiring and not self._begun and chain.changed_after < chain.round:
-                return self._retire()
+            if self._retiring and not self._begun:
+                if chain.changed_after < chain.round:
+                    return self._retire()
+                # The next may retire after a sum only, for which those who stay are too few.
+                if chain.quorum.training - len(self._retiring) < needed:
+                    return self._end_for_want_of_sites()
             waiting = self._waiting_amendment()
             enough = len(set(self._readies) | self._refusing) >= needed
             if waiting is not None and not self._begun and enough and self._may_amend(waiting):
@@ -759,6 +763,17 @@ class Coordinator:
         log.warning("%s trains no more, by its own word; it goes on as an observer", name)
         self._head_moved()
         self._refusing.clear()
+        return self.journal.records[-1]
+
+    def _end_for_want_of_sites(self) -> JournalEntry:
+        log.error(
+            "%s train no more either, by their own words, and the others are too few for the sum that would have to "
+            "come before: the study is over",
+            ", ".join(sorted(self._retiring)),
+        )
+        self._retiring.clear()
+        self.journal.append_end(lost=True)
+        self._open_round()
         return self.journal.records[-1]
 
     def _head_moved(self) -> None:

@@ -27,6 +27,7 @@ from secure_fed.core.errors import (
     EnvelopeError,
     KeyFileError,
     NotAcceptedError,
+    NotEnoughSitesError,
     ProtocolError,
     RecordError,
 )
@@ -947,6 +948,37 @@ def test_a_retirement_waits_for_the_open_round_and_one_follows_another_only_afte
     coordinator.journal.append_retired(coordinator._retiring["dogwood"])
     with pytest.raises(RecordError, match="expected at most one training site"):
         exchange(coordinator, sites[0])
+
+
+def test_where_so_many_retire_at_once_that_no_sum_can_come_between_the_study_is_over_by_rule(
+    four: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Budgets that are spent at once, say: of two that leave four, the second cannot before a sum of the other two."""
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    close_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    for site in sites[2:]:
+        site.retire()
+        exchange(coordinator, site)
+    kinds = []
+    for _ in range(3):
+        entry = coordinator.advance()
+        kinds += [] if entry is None else [entry.header.kind]
+        for site in sites:
+            exchange(coordinator, site)
+    assert kinds == ["retired", "end"]
+    assert "dogwood train no more either" in caplog.text
+    assert coordinator.finished
+    assert coordinator.journal.chain.lost
+    for site in [*sites, *four.sites()]:
+        assert site.over
+        with pytest.raises(NotEnoughSitesError, match="after 1 of 3 rounds: its coordinator ended it"):
+            site.replica.state.chain.refuse_short()
+    assert len({site.adapter_digest for site in sites}) == 1
+    assert four.reopen().finished
 
 
 def test_members_change_one_by_one_on_the_whole_way_from_the_key_maker_to_the_sites(
