@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,25 +22,35 @@ from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.site import Site
-from secure_fed.core.errors import EnvelopeError, RecordError, SecfacmicError
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
+from secure_fed.core.errors import AggregateRefused, EnvelopeError, KeyFileError, RecordError, SecfacmicError
+from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import prepare
-from secure_fed.privacy.keys import load_identity
+from secure_fed.privacy.ckks import Cipher
+from secure_fed.privacy.keys import create_identity, create_sealed_key, load_identity, open_sealed_key
+from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol import codec
-from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, seal_envelope
+from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader, seal_envelope
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.packing import Binding, PlainSealer
+from secure_fed.protocol.packing import Binding, PlainSealer, Sealed
+from secure_fed.protocol.pads import PadPlace, SitePads, new_private, pad, public_of, without_masks
 from secure_fed.protocol.records import Chain, Record, new_header, sign_record
+from secure_fed.protocol.residues import pack_residues, unpack_residues
 from secure_fed.protocol.round_frames import (
     ARRIVED_MAGIC,
     REVEAL_MAGIC,
     VOID_MAGIC,
+    ReadyHeader,
     Revealed,
     SignedWord,
     arrived_digest,
     arrived_header,
     check_reveal,
+    fresh_keys,
+    products,
     sign_cohort,
     sign_ready,
     sign_retired,
@@ -48,7 +59,26 @@ from secure_fed.protocol.round_frames import (
     split_word,
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.signing import sign_frame, split_frame
+from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, check_sealed_key
+from secure_fed.protocol.share_frames import (
+    CHECKED_MAGIC,
+    WITNESS_MAGIC,
+    Witnessed,
+    check_digest,
+    deal,
+    hand_out,
+    open_handed,
+    share_points,
+    sign_check,
+    sign_checked,
+    sign_gone,
+    sign_witness,
+    take_handed,
+)
+from secure_fed.protocol.shares import combine
+from secure_fed.protocol.signing import parse_header, sign_frame, split_frame
+from secure_fed.protocol.study import load_study
+from secure_fed.protocol.study_tables import Member
 from secure_fed.server.coordinator import Coordinator, Step
 from tests.conftest import TRAINING, Federation, make_template
 
@@ -67,10 +97,17 @@ class Shown:
     names: tuple[str, ...]
     data: bytes
     digest: str
+    cohort: str
+    readies: tuple[SignedWord, ...]
     payload: bytes = b""
     words: dict[str, SignedWord] = field(default_factory=dict)
     payloads: dict[str, bytes] = field(default_factory=dict)
     reveals: dict[str, Revealed] = field(default_factory=dict)
+    shares: dict[str, bytes] = field(default_factory=dict)
+    checked: bytes = b""
+    masks: dict[str, str] = field(default_factory=dict)
+    points: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    witnesses: dict[str, dict[str, SignedWord]] = field(default_factory=dict)
 
 
 class LyingServer(RuleBasedStateMachine):
@@ -80,13 +117,16 @@ class LyingServer(RuleBasedStateMachine):
 
     @initialize(faulty=st.sampled_from(["lies", "is restored"]))
     def begin(self, faulty: str) -> None:
+        self.start(faulty == "lies")
+
+    def start(self, lies: bool, key: str = "0" * 64) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=self.prepared.parent))
         shutil.copytree(self.prepared, self.folder / "out", symlinks=True)
         self.federation = Federation(self.folder / "out")
-        self.agreed, self.lies = self.federation.agreed, faulty == "lies"
+        self.agreed, self.lies = self.federation.agreed, lies
         self.sites = {name: self.federation.site(name) for name in NAMES}
         self.key = self.federation.signing
-        coordinator = Coordinator.begin(self.agreed, self.folder / "out/server", self.key, "0" * 64)
+        coordinator = Coordinator.begin(self.agreed, self.folder / "out/server", self.key, key)
         genesis = coordinator.journal.read(0)
         chain = Chain(self.agreed)
         chain.advance(chain.check(genesis))
@@ -115,10 +155,10 @@ class LyingServer(RuleBasedStateMachine):
     def signing(self, name: str) -> Any:
         return load_identity(self.federation.folder / "sites" / name / "identity", name).signing
 
-    def ask(self, name: str, head: str, attempt: int = 0, question: bytes = b"") -> Any:
+    def ask(self, name: str, head: str, attempt: int = 0, question: bytes = b"", carried: bytes = b"") -> Any:
         """A request at a head, with all that leads there; None if the site refuses."""
         due = self.chains[head].due
-        request = RoundRequest(due.round, attempt, self.way[head], more=False, question=question)
+        request = RoundRequest(due.round, attempt, self.way[head], more=False, question=question, carried=carried)
         try:
             reply = self.sites[name].respond(request)
         except SecfacmicError:
@@ -145,9 +185,10 @@ class LyingServer(RuleBasedStateMachine):
         chosen = tuple(sorted(names & set(words)))
         if not chosen:
             return None
-        data = sign_cohort(self.agreed, self.chains[head].due, attempt, [words[name] for name in chosen], self.key)
+        readies = tuple(words[name] for name in chosen)
+        data = sign_cohort(self.agreed, self.chains[head].due, attempt, readies, self.key)
         digest = split_frame(data[:4], data, 1 << 20, EnvelopeError).digest
-        shown = Shown(head, attempt, chosen, data, digest)
+        shown = Shown(head, attempt, chosen, data, digest, digest, readies)
         self.cohorts.append(shown)
         return shown
 
@@ -161,12 +202,17 @@ class LyingServer(RuleBasedStateMachine):
             data = seal_envelope(
                 self.agreed, due, sealed, NO_LEDGER, self.signing(name), attempt=shown.attempt, cohort=shown.digest
             )
+            dealt = b""
         else:
             reply = self.ask(name, shown.head, shown.attempt, shown.data)
             if reply is None or reply.code != ReplyCode.UPDATE:
                 return
-            data = reply.envelope
+            data, dealt = reply.envelope, reply.carried
+        self.take_envelope(name, shown, data, dealt)
+
+    def take_envelope(self, name: str, shown: Shown, data: bytes, dealt: bytes) -> None:
         frame = split_frame(MAGIC, data, MAX_HEADER, EnvelopeError)
+        shown.shares[name] = dealt
         shown.words[name] = SignedWord.of(frame.header, frame.signature)
         shown.payloads[name] = bytes(frame.payload)
 
@@ -183,7 +229,7 @@ class LyingServer(RuleBasedStateMachine):
         due = self.chains[shown.head].due
         header = arrived_header(self.agreed, due, shown.attempt, shown.digest, facts, words)
         data = sign_frame(ARRIVED_MAGIC, header, self.key, b"")
-        found = Shown(shown.head, shown.attempt, shown.names, data, arrived_digest(header), payload)
+        found = replace(shown, data=data, digest=arrived_digest(header), payload=payload, reveals={}, witnesses={})
         found.words, found.payloads = dict(shown.words), dict(shown.payloads)
         self.sums.append(found)
         return found
@@ -193,23 +239,30 @@ class LyingServer(RuleBasedStateMachine):
             check = self.chains[shown.head].wire.check_words(shown.digest, shown.payloads[name])
             data = sign_reveal(self.agreed, shown.digest, name, check, self.signing(name))
         else:
-            reply = self.ask(name, shown.head, shown.attempt, shown.data)
+            reply = self.ask(name, shown.head, shown.attempt, shown.data, shown.checked)
             if reply is None or reply.code != ReplyCode.REVEALED:
                 return
             data = reply.envelope
-            self.revealed.setdefault((name, shown.head), set()).add(shown.digest)
+            self.revealed.setdefault((name, self.begun[shown.head]), set()).add(shown.digest)
+        self.take_reveal(name, shown, data)
+
+    def take_reveal(self, name: str, shown: Shown, data: bytes) -> None:
         word = split_word(REVEAL_MAGIC, data)
         header = check_reveal(word, self.agreed, self.chains[shown.head].members, shown.digest)
         shown.reveals[name] = Revealed(*header.check, word.signature)
+        if header.mask is not None:
+            shown.masks[name] = header.mask
 
-    def append(self, head: str, kind: Any, words: tuple[SignedWord, ...], shown: Shown | None = None) -> str | None:
+    def append(
+        self, head: str, kind: Any, words: tuple[SignedWord, ...], shown: Shown | None = None, payload: bytes = b"",
+        **more: Any,
+    ) -> str | None:  # fmt: skip
         chain = self.chains[head]
-        reveals = () if shown is None else tuple(shown.reveals[name] for name in shown.names)
-        payload = b"" if shown is None else shown.payload
-        header = new_header(
-            chain, kind, run=chain.run, key=chain.key, round_number=chain.round + 1, contributors=words,
-            reveals=reveals, times_ms=(1, 2), payload=payload,
-        )  # fmt: skip
+        if shown is not None:
+            more["reveals"] = tuple(shown.reveals[name] for name in shown.names if name in shown.reveals)
+            payload = shown.payload
+        fields: dict[str, Any] = {"run": chain.run, "key": chain.key, "round_number": chain.round + 1} | more
+        header = new_header(chain, kind, contributors=words, times_ms=(1, 2), payload=payload, **fields)
         data = sign_record(header, payload, self.key)
         try:
             record = chain.check(data)
@@ -220,7 +273,8 @@ class LyingServer(RuleBasedStateMachine):
             self.chains[record.id] = chain.after(record)
             self.way[record.id] = (*self.way[head], data)
             self.state[record.id] = record.id if kind == "aggregate" else self.state[head]
-            self.begun[record.id] = self.begun[head] if kind == "retired" else record.id
+            goes_on = kind in ("retired", "amendment", "checkpoint")
+            self.begun[record.id] = self.begun[head] if goes_on else record.id
         return record.id
 
     def play(self, head: str, attempt: int, names: set[str], steps: int, bent: bool = False) -> str | None:
@@ -252,9 +306,9 @@ class LyingServer(RuleBasedStateMachine):
     def whole_round(self, attempt: int, names: set[str]) -> None:
         self.play(self.heads[-1], attempt, names, 9)
 
-    @rule(attempt=st.integers(1, 3), names=st.sampled_from(SUBSETS))
-    def bent_round(self, attempt: int, names: set[str]) -> None:
-        assert self.play(self.heads[-1], attempt, names, 9, bent=True) is None
+    @rule(place=st.integers(0, 3), attempt=st.integers(1, 3), names=st.sampled_from(SUBSETS))
+    def bent_round(self, place: int, attempt: int, names: set[str]) -> None:
+        assert self.play(self.heads[-1 - place % len(self.heads)], attempt, names, 9, bent=True) is None
 
     @rule(place=st.integers(0, 5), name=st.sampled_from(NAMES))
     def another_reveal(self, place: int, name: str) -> None:
@@ -287,6 +341,13 @@ class LyingServer(RuleBasedStateMachine):
             self.append(head, "void", tuple(words[name] for name in sorted(words)))
         for name in NAMES if shown else ():
             self.ask(name, self.heads[-1])
+
+    @rule(first=st.sampled_from(LARGE), second=st.sampled_from(LARGE), back=st.integers(0, 1))
+    def another_round_after_a_void(self, first: set[str], second: set[str], back: int) -> None:
+        """A sum, whose record is kept back, is given up by everybody's people, and another asked for."""
+        self.play(self.heads[-1], 1, first, 9)
+        self.give_up(set(NAMES), back, True)
+        self.play(self.heads[-1], 1, second, 9)
 
     @rule(name=st.sampled_from(NAMES), place=st.integers(0, 2))
     def retire(self, name: str, place: int) -> None:
@@ -368,12 +429,15 @@ class OneLiar(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
+        self.start("0" * 64)
+
+    def start(self, key_id: str) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=self.prepared.parent))
         shutil.copytree(self.prepared, self.folder / "out", symlinks=True)
         self.federation = Federation(self.folder / "out")
         self.sites = {name: self.federation.site(name) for name in NAMES}
         folder, key = self.folder / "out/server", self.federation.signing
-        self.coordinator = Coordinator.begin(self.federation.agreed, folder, key, "0" * 64)
+        self.coordinator = Coordinator.begin(self.federation.agreed, folder, key, key_id)
         self.said: list[RoundReply] = []
 
     def ask(self, name: str) -> None:
@@ -455,18 +519,21 @@ class OneLiar(RuleBasedStateMachine):
     def closes(self) -> None:
         coordinator = self.coordinator
         sums = len(coordinator.rounds)
-        for _ in range(8):
+        for _ in range(12):
             for name in TRAINING:
                 self.ask(name)
             if coordinator.finished or len(coordinator.rounds) > sums:
                 return
             waiting = set() if coordinator._cohort is None else set(coordinator._cohort.names) - {*coordinator.sites_in}
-            if coordinator.step is Step.REVEAL and waiting == {FAULTY}:
+            if coordinator.step is Step.REVEAL and self.stuck_but_for_the_liar(waiting):
                 return
-            if coordinator.step is Step.ENVELOPE and waiting | coordinator.leaving == {FAULTY}:
+            if coordinator.step in (Step.ENVELOPE, Step.CHECKED) and waiting | coordinator.leaving == {FAULTY}:
                 assert coordinator.fail([FAULTY])
             coordinator.advance()
         raise AssertionError(f"step {coordinator.step}, in {coordinator.sites_in}, asked {coordinator.asked}")
+
+    def stuck_but_for_the_liar(self, waiting: set[str]) -> bool:
+        return waiting == {FAULTY}
 
 
 OPENED: dict[tuple[str, str], set[bytes]] = {}
@@ -480,10 +547,363 @@ def _drawn(self: Site) -> Any:
     return self._quantise(rng.normal(0, 0.01, size), rng.random(size))
 
 
+# --- budgets ---
+
+
+class WithABudget(LyingServer):
+    """The same, where ash has a budget: it may be summed with whom the server likes, and pays for each adapter once."""
+
+    PAYS = "ash"
+
+    @initialize(faulty=st.sampled_from(["lies", "is restored"]))
+    def begin(self, faulty: str) -> None:
+        self.start(faulty == "lies")
+        self.asked_at: set[str] = set()
+        self.spent = 0.0
+
+    def ready(self, name: str, head: str, attempt: int) -> None:
+        super().ready(name, head, attempt)
+        if name == self.PAYS and name in self.readies.get((head, attempt), {}):
+            self.asked_at.add(self.sites[name].replica.state.digest)
+
+    @invariant()
+    def sums_at_one_adapter_are_of_the_same_sites(self) -> None:
+        """Each site without a budget gives what it made at an adapter to one cohort."""
+        cohorts: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+        for head, made in self.made.items():
+            for record in made:
+                names = tuple(entry.site for entry in record.contributors)
+                assert not names or len({*names} - {FAULTY}) >= 2
+                for name in {*names} - {FAULTY, self.PAYS}:
+                    cohorts.setdefault((self.state[head], name), set()).add(names)
+        assert all(len(found) == 1 for found in cohorts.values())
+
+    @invariant()
+    def an_adapter_is_paid_for_once_and_what_was_drawn_is_sent_again(self) -> None:
+        file = read_site_file(self.federation.folder / "sites" / self.PAYS / "site.toml")
+        ledger = Ledger(ledger_folder(file)) if Ledger.exists(ledger_folder(file)) else None
+        if ledger is not None:
+            assert len([event for event in ledger.events if event.purpose.startswith("round")]) <= len(self.asked_at)
+            assert self.spent <= ledger.epsilon_spent <= ledger.account.epsilon
+            self.spent = ledger.epsilon_spent
+        sent: dict[str, set[bytes]] = {}
+        for shown in self.cohorts:
+            if self.PAYS in shown.payloads:
+                sent.setdefault(self.state[shown.head], set()).add(shown.payloads[self.PAYS])
+        assert all(len(found) == 1 for found in sent.values())
+
+
+# --- pads: the server and one site together; members come and go ---
+
+NEWCOMER = "elm"
+
+
+class ServerAndSite(LyingServer):
+    """The server and dogwood lie together, with the study's key, all that either ever heard, and dogwood's own pads.
+
+    Who else trains changes by amendments, which the server puts where it likes.
+    """
+
+    @initialize()
+    def begin(self) -> None:
+        sealed = (self.prepared / "first.sealed").read_bytes()
+        self.start(True, check_sealed_key(sealed, load_study(self.prepared / "study.toml")).key)
+        self.secrets: dict[str, Any] = {}
+        self.keep(sealed)
+        self.amendments: dict[str, bytes] = {}
+        self.private: dict[tuple[str, int], bytes] = {}
+        self.answers: dict[str, set[str]] = {}
+
+    def keep(self, sealed: bytes) -> None:
+        identity = load_identity(self.federation.folder / "sites" / FAULTY / "identity", FAULTY)
+        with contextlib.suppress(KeyFileError):  # it has left
+            self.secrets[check_sealed_key(sealed, self.agreed).key] = open_sealed_key(sealed, self.agreed, identity)
+
+    def ready(self, name: str, head: str, attempt: int) -> None:
+        if name != FAULTY:
+            super().ready(name, head, attempt)
+            return
+        private = self.private.setdefault((head, attempt), new_private())
+        due = self.chains[head].due
+        data = sign_ready(self.agreed, due, attempt, name, True, self.signing(name), public_of(private))
+        self.readies.setdefault((head, attempt), {})[name] = split_word(data[:4], data)
+
+    def pads(self, shown: Shown) -> tuple[PadPlace, SitePads]:
+        """What dogwood computes in a cohort."""
+        place = PadPlace(self.agreed.study.id, self.chains[shown.head].due, shown.attempt, shown.cohort)
+        keys = fresh_keys(parse_header(word.signed[0], ReadyHeader, EnvelopeError) for word in shown.readies)
+        return place, SitePads(place, keys, FAULTY, self.private[shown.head, shown.attempt])
+
+    def cipher(self, head: str) -> Cipher:
+        chain = self.chains[head]
+        return Cipher(self.agreed.layout(chain.due.round).lanes, self.secrets[chain.key])
+
+    def envelope(self, name: str, shown: Shown) -> None:
+        if name != FAULTY:
+            super().envelope(name, shown)
+            return
+        due = self.chains[shown.head].due
+        lanes = self.agreed.layout(due.round).lanes
+        mine, mask = self.pads(shown)[1], secrets.token_bytes(32)
+        dealt = deal(mine, mask, self.chains[shown.head].quorum.needed)
+        binding = Binding(run=due.run, head=due.head, round=due.round)
+        integers = np.random.default_rng().integers(-9, 9, lanes.values)
+        sealed = self.cipher(shown.head).seal(integers, binding, name)
+        residues = mine.masked(unpack_residues(sealed.payload, lanes.modulus_bits), mask, lanes.modulus)
+        data = seal_envelope(
+            self.agreed, due, Sealed(sealed.contribution, pack_residues(residues, lanes.modulus_bits)), NO_LEDGER,
+            self.signing(name), attempt=shown.attempt, cohort=shown.digest, hidden=dealt.hidden,
+        )  # fmt: skip
+        self.take_envelope(name, shown, data, dealt.entries)
+        shown.masks[name] = mask.hex()
+
+    def handed(self, shown: Shown, maker: str, receiver: str) -> bytes:
+        header = parse_header(shown.words[maker].signed[0], EnvelopeHeader, EnvelopeError)
+        points = share_points(shown.names, maker)
+        root = header.hidden.shares if header.hidden else ""
+        return hand_out(shown.shares[maker], root, len(points))[list(points).index(receiver)]
+
+    def check(self, shown: Shown) -> None:
+        """Everybody's CHECKED of these envelopes."""
+        chain = self.chains[shown.head]
+        if len(shown.names) <= chain.quorum.needed or set(shown.words) != set(shown.names):
+            return
+        words = [shown.words[name] for name in shown.names]
+        data = sign_check(self.agreed, chain.due, shown.attempt, shown.digest, words, self.key)
+        digest, signatures = check_digest(self.agreed, chain.due, shown.attempt, shown.digest, words), []
+        for name in shown.names:
+            if name == FAULTY:
+                word = sign_checked(self.agreed, digest, name, [], self.signing(name))
+            else:
+                carried = b"".join(self.handed(shown, maker, name) for maker in shown.names if maker != name)
+                reply = self.ask(name, shown.head, shown.attempt, data, carried)
+                if reply is None or reply.code != ReplyCode.CHECKED:
+                    return
+                word = reply.envelope
+            signatures.append(bytes.fromhex(split_word(CHECKED_MAGIC, word).signature))
+        shown.checked = b"".join(signatures)
+
+    def reveal(self, name: str, shown: Shown) -> None:
+        if name != FAULTY:
+            super().reveal(name, shown)
+            return
+        check = self.chains[shown.head].wire.check_words(shown.digest, shown.payloads[name])
+        self.take_reveal(
+            name, shown, sign_reveal(self.agreed, shown.digest, name, check, self.signing(name), shown.masks[name])
+        )
+
+    def play(self, head: str, attempt: int, names: set[str], steps: int, bent: bool = False) -> str | None:
+        here = self.chains[head].members
+        names = {name for name in names | {NEWCOMER} if name in here and here[name].role == "train"}
+        return super().play(head, attempt, names, steps, bent)
+
+    def fix(self, shown: Shown, bent: bool) -> Shown | None:
+        self.check(shown)
+        return super().fix(shown, bent)
+
+    def close(self, total: Shown) -> str | None:
+        chain, missing = self.chains[total.head], [name for name in total.names if name not in total.reveals]
+        if any(name not in total.masks or name not in total.witnesses for name in missing):
+            return None
+        witnessed = []
+        for name in missing:
+            check = chain.wire.check_words(total.digest, total.payloads[name])
+            words = ((one, word.signature) for one, word in sorted(total.witnesses[name].items()))
+            witnessed.append(Witnessed(name, *products(check), tuple(words)))
+        return self.append(
+            total.head, "aggregate", tuple(total.words[name] for name in total.names), total,
+            masks=tuple(total.masks[name] for name in total.names), witnessed=tuple(witnessed),
+        )  # fmt: skip
+
+    @rule(attempt=st.integers(1, 3), gone=st.sampled_from(NAMES))
+    def round_with_one_gone(self, attempt: int, gone: str) -> None:
+        """All but one reveal, and speak for that one."""
+        self.play(self.heads[-1], attempt, set(NAMES), 3)
+        if self.sums and gone in self.sums[-1].names:
+            total = self.sums[-1]
+            for name in total.names:
+                if name != gone:
+                    self.reveal(name, total)
+            self.speak_for(total, gone, {*total.names})
+
+    @rule(place=st.integers(0, 5), askers=st.sampled_from(SUBSETS))
+    def shares_of_all(self, place: int, askers: set[str]) -> None:
+        """Shares of all of a sum's sites are asked of some, who need not have revealed; dogwood gives its own."""
+        if self.sums:
+            total = self.sums[-1 - place % len(self.sums)]
+            for gone in total.names:
+                self.speak_for(total, gone, askers | {FAULTY})
+
+    def speak_for(self, total: Shown, gone: str, askers: set[str]) -> None:
+        if not total.shares.get(gone):
+            return
+        chain = self.chains[total.head]
+        question = sign_gone(self.agreed, chain.due, total.attempt, total.digest, gone, self.key)
+        check = chain.wire.check_words(total.digest, total.payloads[gone])
+        for name in sorted({*total.names} & askers - {gone}):
+            if name == FAULTY:
+                handed = take_handed(self.handed(total, gone, name), total.names, [gone], name, self.roots(total))[0]
+                share = open_handed(self.pads(total)[1], gone, handed[gone])
+                word = sign_witness(self.agreed, total.digest, name, gone, check, self.signing(name))
+            else:
+                carried = self.handed(total, gone, name) + total.payloads[gone]
+                reply = self.ask(name, total.head, total.attempt, question, carried)
+                if reply is None or reply.code != ReplyCode.WITNESSED:
+                    continue
+                word, share = reply.envelope, reply.carried
+            total.witnesses.setdefault(gone, {})[name] = split_word(WITNESS_MAGIC, word)
+            total.points.setdefault(gone, {})[share_points(total.names, gone)[name]] = share
+        points = total.points.get(gone, {})
+        if len(points) >= chain.quorum.needed:
+            total.masks[gone] = combine(dict(list(points.items())[: chain.quorum.needed])).hex()
+        self.close(total)
+
+    def roots(self, shown: Shown) -> dict[str, str]:
+        headers = (parse_header(word.signed[0], EnvelopeHeader, EnvelopeError) for word in shown.words.values())
+        return {header.site: header.hidden.shares for header in headers if header.hidden is not None}
+
+    @rule(askers=st.sampled_from(SUBSETS), names=st.sampled_from(LARGE))
+    def another_attempt_after_shares(self, askers: set[str], names: set[str]) -> None:
+        """Shares of all are asked for before anybody has revealed, and then another attempt made."""
+        head = self.heads[-1]
+        self.play(head, 1, set(NAMES), 3)
+        self.shares_of_all(0, askers)
+        self.play(head, 2, names, 9)
+
+    @rule(names=st.sampled_from(LARGE), what=st.sampled_from(["join", "leave birch", "stay"]))
+    def amend_within_a_round(self, names: set[str], what: str) -> None:
+        """A sum is asked for before and after an amendment."""
+        head = self.heads[-1]
+        self.play(head, 1, names, 9)
+        amended = self.amend_at(head, what)
+        if amended is not None:
+            self.play(amended, 1, names, 9)
+
+    @rule(place=st.integers(0, 3), what=st.sampled_from(["join", "leave birch", "leave dogwood", "leave elm", "stay"]))
+    def amend(self, place: int, what: str) -> None:
+        """The key maker's people make one key to follow each; the server says where, and to whom it shows it."""
+        self.amend_at(self.heads[-1 - place % len(self.heads)], what)
+
+    def amend_at(self, head: str, what: str) -> str | None:
+        chain = self.chains[head]
+        if chain.awaits_checkpoint or chain.finished:
+            return None
+        if chain.key not in self.amendments:
+            folder, maker = self.federation.folder / "sites", self.agreed.study.key_maker
+            changes: dict[str, Any] = {}
+            if what == "join" and NEWCOMER not in chain.members:
+                keys = load_identity(folder / NEWCOMER / "identity", NEWCOMER).keys
+                changes = {"added": (Member(name=NEWCOMER, keys=keys),)}
+            elif what.startswith("leave") and what.split()[1] in chain.members:
+                changes = {"removed": (what.split()[1],)}
+            epoch = len(self.amendments) + 2
+            with contextlib.suppress(KeyFileError):
+                identity = load_identity(folder / maker / "identity", maker)
+                sealed = create_sealed_key(self.agreed, identity, epoch, chain.key, chain.members, **changes)
+                self.amendments[chain.key] = sealed
+                self.keep(sealed)
+                if "added" in changes:
+                    (folder / NEWCOMER / "state/keys").mkdir(parents=True, exist_ok=True)
+                    (folder / NEWCOMER / f"state/keys/{epoch:06}.sealed").write_bytes(sealed)
+                    self.sites[NEWCOMER] = self.federation.site(NEWCOMER)
+        sealed = self.amendments.get(chain.key, b"")
+        if sealed:
+            key = check_sealed_key(sealed, self.agreed).key
+            amended = self.append(head, "amendment", (), payload=sealed, key=key)
+            if amended is not None:
+                return self.acknowledge(amended)
+        return None
+
+    def acknowledge(self, head: str) -> str | None:
+        words, payload = [], b""
+        for name in sorted(self.chains[head].members):
+            reply = self.ask(name, head)
+            if reply is not None and reply.code == ReplyCode.ACKNOWLEDGED:
+                frame = split_frame(ACKNOWLEDGEMENT_MAGIC, reply.envelope, MAX_HEADER, RecordError)
+                words.append(SignedWord.of(frame.header, frame.signature))
+                payload = payload or bytes(frame.payload)
+        return self.append(head, "checkpoint", tuple(words), payload=payload)
+
+    def opened(self) -> Iterator[tuple[str, str, str, frozenset[str]]]:
+        """Round, adapter state, cohort and honest sites of each sum that the two can open: they have all its masks."""
+        for total in self.sums:
+            honest = frozenset(total.names) - {FAULTY}
+            if honest and honest <= set(total.masks):
+                yield self.begun[total.head], self.state[total.head], total.cohort, honest
+
+    @invariant()
+    def the_two_hold_one_sum_of_at_least_two_other_sites_at_an_adapter(self) -> None:
+        sums: dict[str, set[frozenset[str]]] = {}
+        cohorts: dict[str, set[str]] = {}
+        for begun, state, cohort, honest in self.opened():
+            sums.setdefault(state, set()).add(honest)
+            cohorts.setdefault(begun, set()).add(cohort)
+        assert all(len(found) == 1 and len(next(iter(found))) >= 2 for found in sums.values())
+        assert all(len(found) == 1 for found in cohorts.values())
+
+    def teardown(self) -> None:
+        try:
+            for total in getattr(self, "sums", [])[-3:]:
+                self.try_to_open(total)
+        finally:
+            super().teardown()
+
+    def try_to_open(self, total: Shown) -> None:
+        """With all they have the two open each set of a sum's other sites, or do not, as the rules say."""
+        due, honest = self.chains[total.head].due, sorted({*total.names} - {FAULTY})
+        if self.chains[total.head].key not in self.secrets or FAULTY not in total.names:
+            return
+        lanes, (place, mine) = self.agreed.layout(due.round).lanes, self.pads(total)
+        binding = Binding(run=due.run, head=due.head, round=due.round)
+        for chosen in range(1, 2 ** len(honest)):
+            names = [name for at, name in enumerate(honest) if chosen >> at & 1]
+            left = np.zeros(lanes.coefficients, np.uint64)
+            for name in names:
+                left = (left + unpack_residues(total.payloads[name], lanes.modulus_bits)) % np.uint64(lanes.modulus)
+                known = pad(mine.pad_key(name), left.size, lanes.modulus)
+                left = (left + (np.uint64(lanes.modulus) - known if name < FAULTY else known)) % np.uint64(
+                    lanes.modulus
+                )
+            seeds = {name: bytes.fromhex(total.masks[name]) for name in names if name in total.masks}
+            bare = pack_residues(without_masks(left, place, seeds, lanes.modulus), lanes.modulus_bits)
+            headers = [parse_header(total.words[name].signed[0], EnvelopeHeader, EnvelopeError) for name in names]
+            try:
+                self.cipher(total.head).open(bare, binding, [header.contribution for header in headers])
+                found = True
+            except AggregateRefused:
+                found = False
+            assert found == (names == honest and set(honest) <= set(total.masks)), names
+
+
+class PaddedLiar(OneLiar):
+    """An honest coordinator and one liar, with pads, whose people rotate the key or remove the liar."""
+
+    @initialize()
+    def begin(self) -> None:
+        sealed = (self.prepared / "first.sealed").read_bytes()
+        self.start(check_sealed_key(sealed, load_study(self.prepared / "study.toml")).key)
+
+    @rule(removed=st.sampled_from([(), (FAULTY,)]))
+    def amend(self, removed: tuple[str, ...]) -> None:
+        maker = self.sites[self.federation.agreed.study.key_maker].replica
+        chain = maker.state.chain
+        with contextlib.suppress(SecfacmicError):
+            epoch = maker.keys.newest[0] + 1
+            self.coordinator.amend(self.federation.seal_key(epoch, chain.key, members=chain.members, removed=removed))
+
+    def stuck_but_for_the_liar(self, waiting: set[str]) -> bool:
+        """Others speak for it, unless the cohort is just a quorum."""
+        coordinator = self.coordinator
+        assert coordinator._cohort is not None
+        if waiting == {FAULTY} and len(coordinator._cohort.names) > coordinator.journal.chain.quorum.needed:
+            coordinator.recover([FAULTY])
+            return False
+        return waiting == {FAULTY}
+
+
 @pytest.fixture
-def study(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    sites = [{"name": name} for name in NAMES]
-    prepare(make_template(mode="plain", sites=sites, min_sites=3, rounds=4), tmp_path / "out", images)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Training in no time; and what is opened is noted."""
     monkeypatch.setattr(Site, "_train", _drawn)
     read = Replica._read
 
@@ -494,8 +914,53 @@ def study(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         return found
 
     monkeypatch.setattr(Replica, "_read", opens)
-    yield tmp_path / "out"
+    yield
     OPENED.clear()
+
+
+def prepared_study(folder: Path, images: Path, **changes: Any) -> Path:
+    settings = {"sites": [{"name": name} for name in NAMES], "min_sites": 3, "rounds": 4} | changes
+    prepare(make_template(**settings), folder, images)
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path, images: Path, drawn: None) -> Path:
+    return prepared_study(tmp_path / "out", images, mode="plain")
+
+
+@pytest.fixture
+def study_with_a_budget(tmp_path: Path, images: Path, drawn: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its code is tried elsewhere."""
+    changes = {"method": {"adapter": "text_head"}, "privacy": {"steps": 2}}
+    folder = prepared_study(tmp_path / "out", images, mode="plain", **changes)
+    path = folder / "sites" / WithABudget.PAYS / "site.toml"
+    Federation(folder).site(WithABudget.PAYS).features()
+    file = read_toml(path, SiteFile, SecfacmicError)
+    budget = SitePrivacy(epsilon=8.0, delta=1e-5, n_ref=20, run_epsilon=8.0)
+    write_toml(path, file.model_copy(update={"privacy": budget}))
+    monkeypatch.setattr("secure_fed.clients.learner.rehearse", lambda *_: None)
+    monkeypatch.setattr("secure_fed.clients.private_round.check_training", lambda *_, **__: None)
+    return folder
+
+
+@pytest.fixture
+def padded_study(tmp_path: Path, images: Path, drawn: None) -> Path:
+    """With pads, the first key, and the folder of a hospital that may join."""
+    folder = prepared_study(tmp_path / "out", images, collusion=1, max_sites=8)
+    for path in folder.glob("sites/*/site.toml"):
+        path.write_text(path.read_text().replace('amendments = "removals"', 'amendments = "all"'))
+    shutil.copytree(folder / "sites/birch", folder / "sites" / NEWCOMER)
+    shutil.rmtree(folder / "sites" / NEWCOMER / "identity")
+    create_identity(folder / "sites" / NEWCOMER / "identity", NEWCOMER)
+    path = folder / "sites" / NEWCOMER / "site.toml"
+    path.write_text(path.read_text().replace('"birch"', f'"{NEWCOMER}"'))
+    federation = Federation(folder)
+    sealed = federation.seal_key(1)
+    for name in NAMES:
+        federation.site(name).replica.keys.accept(sealed)
+    (folder / "first.sealed").write_bytes(sealed)
+    return folder
 
 
 def run_schedules(
@@ -512,16 +977,41 @@ def run_schedules(
 
 
 def test_no_schedule_of_a_lying_server_and_a_faulty_site_breaks_a_rule(study: Path) -> None:
-    run_schedules(LyingServer, study, 60, 8)
+    run_schedules(LyingServer, study, 50, 8)
+
+
+def test_no_schedule_makes_a_budget_pay_twice_for_an_adapter(study_with_a_budget: Path) -> None:
+    run_schedules(WithABudget, study_with_a_budget, 8, 8)
+
+
+def test_no_schedule_opens_more_to_a_server_and_a_site_together_than_one_sum(padded_study: Path) -> None:
+    run_schedules(ServerAndSite, padded_study, 12, 8)
 
 
 def test_a_round_closes_whatever_one_site_says_or_waits_for_that_one(study: Path) -> None:
-    run_schedules(OneLiar, study, 40, 12)
+    run_schedules(OneLiar, study, 26, 12)
+
+
+def test_a_round_with_pads_closes_whatever_one_site_says(padded_study: Path) -> None:
+    run_schedules(PaddedLiar, padded_study, 4, 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", range(10))
 def test_no_long_schedule_breaks_a_rule(study: Path, piece: int) -> None:
-    """By hand: 2,000 of the longest in all, each piece from another seed."""
-    run_schedules(LyingServer, study, 120, 16, piece)
-    run_schedules(OneLiar, study, 80, 25, piece)
+    """By hand, with the next two: 2,000 of the longest in all, each piece from another seed."""
+    run_schedules(LyingServer, study, 70, 16, piece)
+    run_schedules(OneLiar, study, 50, 25, piece)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", range(10))
+def test_no_long_schedule_with_pads_breaks_a_rule(padded_study: Path, piece: int) -> None:
+    run_schedules(ServerAndSite, padded_study, 40, 16, piece)
+    run_schedules(PaddedLiar, padded_study, 20, 25, piece)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", range(10))
+def test_no_long_schedule_with_a_budget_breaks_a_rule(study_with_a_budget: Path, piece: int) -> None:
+    run_schedules(WithABudget, study_with_a_budget, 20, 16, piece)
