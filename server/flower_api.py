@@ -264,19 +264,21 @@ class FlowerApi:
         loop = asyncio.get_running_loop()
         end = loop.time() + wait
         news = self._news.setdefault(node, asyncio.Event())
+        news.set()  # what came before nobody looked; an older look ends
         while True:
-            news.clear()
             if gone() or self._looks.get(node) is not this:
                 return Answered(200, PROTOBUF, b"")
             self._state.acknowledge_node_heartbeat(node, HEARTBEAT_SECONDS)
-            answered, response = _call(
-                lambda: fleet_handlers.pull_messages(request, self._state, self._state.object_store)
-            )
             left = end - loop.time()
-            if response is None:
-                return answered
-            if response.messages_list:
-                return self._with_parts(response, response.message_object_trees)
+            if news.is_set():  # else it is a sign of life and nothing more: hundreds of sites wait
+                news.clear()
+                answered, response = _call(
+                    lambda: fleet_handlers.pull_messages(request, self._state, self._state.object_store)
+                )
+                if response is None:
+                    return answered
+                if response.messages_list:
+                    return self._with_parts(response, response.message_object_trees)
             if left <= 0:
                 return Answered(200, PROTOBUF, b"")
             with contextlib.suppress(TimeoutError):
