@@ -260,7 +260,7 @@ def given_budget(epsilon: float | None, delta: float | None, known: SitePrivacy 
         raise SiteFileError(f"--delta {delta:g}: half of a budget; expected --epsilon beside it, or neither")
     content = {} if known is None else known.model_dump(exclude_none=True)
     content |= {name: value for name, value in (("epsilon", epsilon), ("delta", delta)) if value is not None}
-    where = "--epsilon, --delta (leave both out for a run without a budget)"
+    where = "the budget of --epsilon and --delta (leave both out for a run without one)"
     return parse_table(content, SitePrivacy, SiteFileError, where)
 
 
