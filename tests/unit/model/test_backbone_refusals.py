@@ -601,6 +601,27 @@ def test_a_model_that_torch_quantised_for_processors_is_called_so(tmp_path: Path
         add(tmp_path / "x.pt", "random-small")
 
 
+def test_a_file_that_lost_a_bit_on_the_way_is_refused_by_its_checksums(tmp_path: Path) -> None:
+    from torch.serialization import set_crc32_options
+
+    state, path = small(tmp_path), tmp_path / "x.pt"
+    torch.save({"model": state}, path)
+    right = add(path, "random-small")[1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        BackboneError, match=r"is damaged: 1 of its \d+ records are not what their checksums say \(x/data/"
+    ):
+        add(path, "random-small")
+    set_crc32_options(False)
+    try:
+        torch.save({"model": state}, path)  # without checksums it is not known
+    finally:
+        set_crc32_options(True)
+    assert add(path, "random-small")[1].digest == right.digest
+
+
 def test_an_adapters_own_copies_of_layers_are_an_adapter(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "clip", tmp_path / "clip")
     path = tmp_path / "clip/model.safetensors"
