@@ -304,7 +304,7 @@ class Site(Learner):
             log.warning(
                 "%s: this state folder is older than what this site has said since: a copy was put back. It sits round "
                 "%d out and goes on with the next; if a sum of that round is lost, people give it up: secfacmic site "
-                "void",
+                "void. Ask who put a copy back; if nobody did, the server shows an old word of this site as its newest",
                 *(self.name, bound.round),
             )
         return bound.out

@@ -291,3 +291,26 @@ def test_server_and_client_commands_of_a_study_without_enough_sites_end_with_its
     assert all("2 sites train any more" in network.log(name) for name in staying)
     assert all("Traceback" not in network.log(name) for name in staying)
     assert len({network.summary(name)["adapter_digest"] for name in network.names}) == 1
+
+
+@pytest.mark.slow
+def test_commands_of_a_study_that_its_coordinators_people_end_for_lost_sites_end_with_the_code_too(
+    tmp_path: Path, images: Path, secfacmic: Run
+) -> None:
+    template = make_template(collusion=1, rounds=500, round_seconds=30)
+    network = Network(tmp_path / "out", template, images, forked=True)
+    staying = ("ash", "birch", "server")
+    try:
+        network.start("server", *network.names)
+        network.wait_until(lambda: network.records >= 3, 120)
+        network.kill("cedar")
+        state, study = network.folder / "server", network.folder / "study.toml"
+        done = secfacmic("study", "end", study, "--state", state, "--yes", "--lost")
+        assert done.returncode == 0, done.stderr
+        assert network.wait(120, *staying) == dict.fromkeys(staying, NotEnoughSitesError.exit_code)
+    finally:
+        network.close()
+    assert "cedar lack the last rounds" in network.log("server"), "it is not waited for longer than for a round"
+    assert all("its coordinator ended it" in network.log(name) for name in staying)
+    assert all("Traceback" not in network.log(name) for name in staying)
+    assert network.summary("ash")["adapter_digest"] == network.summary("birch")["adapter_digest"]

@@ -231,6 +231,32 @@ def test_who_comes_back_while_others_speak_for_it_reveals_itself(padded: Make) -
     assert entry.header.witnessed == ()
 
 
+def test_the_others_speak_for_a_site_whose_people_give_the_round_up_after_the_sum_is_fixed(padded: Make) -> None:
+    """One word stops no round: its envelope is in the sum. It has the record with the next one, which is upon it."""
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    expected = sum(map(integers_of, sites))
+    assert not sites[3].void(1), "it had not revealed"
+    assert exchange(coordinator, sites[3]).code == ReplyCode.VOID
+    for site in sites[:3]:
+        exchange(coordinator, site)
+    assert coordinator.leaving == {"dogwood"}
+    assert not coordinator.given_up
+    assert coordinator.recover(coordinator.leaving)
+    entry = close(coordinator, sites[:3])
+    assert [one.site for one in entry.header.witnessed] == ["dogwood"]
+    data = coordinator.journal.read(1)
+    exchange(coordinator, sites[3])
+    assert sites[3].round == 0, "a void may still be complete"
+    assert np.array_equal(opened(federation, [sites[3]], data), expected)
+    bring_up(coordinator, sites[:3])
+    assert close(coordinator, sites[:3]).sites == NAMES[:3]
+    bring_up(coordinator, sites)
+    assert sites[3].round == 2
+
+
 def test_nobody_speaks_for_another_before_a_quorum_has_revealed(padded: Make) -> None:
     federation = padded(4)
     sites = federation.sites()

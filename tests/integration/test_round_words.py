@@ -528,6 +528,31 @@ def test_a_word_that_is_another_sites_or_no_word_is_not_taken_for_its_own(four: 
     assert sites[0].respond(request).code == ReplyCode.UPDATE
 
 
+def test_a_server_that_shows_an_old_reveal_as_a_sites_newest_costs_it_that_round_and_is_named(
+    four: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if it had left the site out of the cohort; a REVEAL says of no round that it is that one's."""
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    old, *_ = [exchange(coordinator, site).envelope for site in sites]
+    assert coordinator.advance() is not None
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    ash = sites[0]
+    request = coordinator.request("ash", ash.run, ash.position)
+    assert ash.respond(replace(request, past=old)).code == ReplyCode.SITS_OUT
+    assert "a copy was put back. It sits round 2 out" in caplog.text
+    assert "if nobody did, the server shows an old word" in caplog.text
+    coordinator.fail([])
+    assert close_round(coordinator, sites[1:]).sites == ("birch", "cedar", "dogwood")
+    for site in sites:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in sites}) == 1
+    assert close_round(coordinator, sites).sites == ("ash", "birch", "cedar", "dogwood"), "nothing else is lost"
+
+
 def say(federation: Federation, name: str, *command: object) -> str:
     path = federation.folder / "sites" / name / "site.toml"
     arguments = ["site", *map(str, command), "--site", str(path), "--by", "Dr. Ada"]
@@ -1058,6 +1083,27 @@ def test_where_a_quorum_had_not_revealed_a_void_needs_no_release(four: Federatio
     assert sites[0].revealed_to is None
     pass_step(coordinator, sites[:3])
     assert close_round(coordinator, sites[:3]).sites == TRAINING
+
+
+def test_who_revealed_in_a_round_that_no_sum_came_of_stands_by_the_record_before_no_more(four: Federation) -> None:
+    sites = four.sites()
+    coordinator = begin(four)
+    send_envelopes(coordinator, sites)
+    close_round(coordinator, sites)
+    for site in sites:
+        exchange(coordinator, site)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    ash = sites[0]
+    assert exchange(coordinator, ash).code == ReplyCode.REVEALED
+    with pytest.raises(ProtocolError, match="the record stands"):
+        ash.void(1)
+    for site in sites[1:]:
+        assert not site.void(2)
+        exchange(coordinator, site)
+    assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+    exchange(coordinator, ash)
+    assert ash.void(1), "it had revealed in that one"
 
 
 def test_no_sum_is_fixed_with_a_site_that_has_given_the_round_up(federation: Federation) -> None:
