@@ -135,7 +135,7 @@ def test_of_a_file_with_many_pictures_the_odd_one_is_shown(folder: Path) -> None
 def test_names_that_look_like_remarks_or_places_are_names(folder: Path) -> None:
     names = ["a: b.png", "c [axial 3]", "d: e [coronal 2].png", "n\nl.png", "ü" * 120 + ".png"]
     report = checked(folder)
-    for name in names:
+    for name in (*names, "a"):  # and one that a longer name begins with
         Image.new("L", (40, 40), 9).save(folder / name, "PNG")
     lines = [f"{folder}/{name}{note}" for name in names for note in ("", f": remark: {'long' * 60}")]
     report["odd"] = {kind: files() for kind in report["odd"]} | {"noted": files(*lines, f"{folder}/gone: why")}
