@@ -27,6 +27,7 @@ from secure_fed.core.errors import (
     NotEnoughSitesError,
     ProtocolError,
     RecordError,
+    StorageError,
     StudyError,
 )
 from secure_fed.core.layout import ServerState, kept_round, site_envelope
@@ -293,8 +294,18 @@ class Coordinator:
         return question, self._shares.handed(gone, site) + self._payload(gone)
 
     def _payload(self, site: str) -> bytes:
-        """A site's residues in this attempt, from the spool."""
-        return self._spool.envelope(site)[-self._wire.payload_bytes :]
+        """A site's residues in this attempt, from the spool.
+
+        Raises:
+            StorageError: they are not what came: whose check does not fit them may be honest.
+        """
+        data = self._spool.envelope(site)[-self._wire.payload_bytes :]
+        if hashlib.sha256(data).hexdigest() != self._envelopes[site].header.payload:
+            raise StorageError(
+                f"{site_envelope(self._spool.folder, site)}: damaged since it came; expected it unchanged: look after "
+                "this computer's disk, and start the server again, which asks for it again"
+            )
+        return data
 
     def _past(self, site: str) -> bytes:
         """The newest word of a site in the open round, as it signed it."""
@@ -633,6 +644,9 @@ class Coordinator:
 
         Each is held against the sender's own envelope: bytes and a word that it signed, so that it can be shown to
         whoever may see them.
+
+        Raises:
+            StorageError: nobody's is wrong, or what came is damaged here.
         """
         assert self._arrived is not None
         digest = self._arrived.digest
@@ -640,18 +654,26 @@ class Coordinator:
         checks = stand_ins | {name: kept.products for name, kept in self._reveals.items()}
         if self._wire.check_words(digest, self._sum()) == summed_checks(checks.values(), self._wire.modulus):
             return True
+        right = True
         for name, check in checks.items():
             true = self._wire.check_words(digest, self._payload(name))
             if true != check:
+                right = False
                 log.error(
                     "%s: its REVEAL of round %d is wrong: it does not fit the envelope that it signed; both are kept "
                     "in %s; the round waits for its right one, or for people",
                     *(name, self.round, self._spool.folder),
                 )
                 del self._reveals[name]
+                self._shares.take_no_word_of(name)
                 self._true_checks[name] = true
                 if self._pads and self._shares.deals:
                     self._stand_in(name, self._masks[name])
+        if right:
+            raise StorageError(
+                f"round {self.round}: each check fits its envelope, and they do not add up to the sum here; expected "
+                "it: this computer's memory is damaged; start the server again, elsewhere if it comes back"
+            )
         return False
 
     def _append(self) -> JournalEntry:

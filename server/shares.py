@@ -139,7 +139,13 @@ class Shares:
                     gone,
                 )
 
+    def take_no_word_of(self, site: str) -> None:
+        """Let a site whose own REVEAL does not count speak for nobody: a record has no room for its words, and others
+        are asked in its place. Its shares fit what their makers signed."""
+        for stand_in in self.gone.values():
+            stand_in.words.pop(site, None)
+
     def witnessed(self, name: str) -> Witnessed:
-        """What the record keeps of those who speak for a site."""
+        """What the record keeps of those who speak for a site: as many as it needs."""
         stand_in = self.gone[name]
-        return Witnessed(name, *products(stand_in.check), tuple(sorted(stand_in.words.items())))
+        return Witnessed(name, *products(stand_in.check), tuple(sorted(stand_in.words.items())[: self._needed]))

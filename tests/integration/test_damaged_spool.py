@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 import safetensors.numpy
 
 from secure_fed.clients.site import Site
-from secure_fed.core.errors import EnvelopeError, ProtocolError
+from secure_fed.core.errors import EnvelopeError, ProtocolError, StorageError
 from secure_fed.lab.simulation import SERVER
 from secure_fed.protocol.packing import Binding
+from secure_fed.protocol.round_frames import sign_reveal
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.share_frames import sign_checked
 from secure_fed.server.coordinator import Coordinator, Step
@@ -141,6 +143,41 @@ def test_each_way_of_damaging_each_frame_is_noticed(four: Federation, caplog: py
     caplog.clear()
     assert four.reopen().step is Step.REVEAL
     assert not caplog.text
+
+
+def test_nobody_is_called_a_liar_over_what_is_damaged_at_the_server(
+    four: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One site lies, and the envelope of another one is damaged here while the server runs; or its memory is."""
+    sites = four.sites()
+    coordinator = four.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    replies = [site.respond(coordinator.request(site.name, site.run, site.position)) for site in sites]
+    assert coordinator._arrived is not None
+    key, bound = sites[3].replica.identity.signing, sites[3].replica.files.bound.padded
+    seed = None if bound is None else bound.seed
+    wrong = sign_reveal(four.agreed, coordinator._arrived.digest, "dogwood", (1, 2), key, seed)
+    for reply in (*replies[:3], replace(replies[3], envelope=wrong)):
+        coordinator.receive(reply)
+    path = coordinator._spool.envelopes()[0]
+    path.write_bytes(flip(path.read_bytes(), 0.9))
+    with pytest.raises(StorageError, match=r"ash\.envelope: damaged since it came"):
+        coordinator.advance()
+    assert "ash: its REVEAL" not in caplog.text
+    again = four.reopen()
+    assert again.asked == {"ash"}
+    exchange(again, sites[0])
+    again.advance()
+    assert "dogwood: its REVEAL of round 1 is wrong" in caplog.text
+    again.receive(replies[3])
+    again._total = again._total.copy()
+    again._total[0] ^= 1
+    with pytest.raises(StorageError, match="do not add up to the sum here"):
+        again.advance()
+    mended = four.reopen()
+    mended.receive(replies[3])
+    close_round(mended, sites, 5)
+    bring_up(mended, sites)
 
 
 @pytest.mark.parametrize("four_prepared", [1], indirect=True, ids=["pads"])

@@ -843,6 +843,30 @@ def test_a_wrong_check_is_named_and_others_speak_for_it(padded: Make, caplog: py
     bring_up(coordinator, sites)
 
 
+def test_who_speaks_for_another_and_sends_a_wrong_check_itself_does_not_count_in_the_record(padded: Make) -> None:
+    """fir is gone; elm stands for it in truth, and lies over its own envelope: those who revealed rightly go on."""
+    federation = padded(6)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    arrived, elm = coordinator._arrived, sites[4]
+    assert arrived is not None
+    for site in sites[:4]:
+        exchange(coordinator, site)
+    honest = exchange(coordinator, elm)
+    seed = elm.replica.files.bound.padded.seed  # type: ignore[union-attr]
+    word = sign_reveal(federation.agreed, arrived.digest, "elm", (1, 2), elm.replica.identity.signing, seed)
+    coordinator.receive(replace(honest, envelope=word))
+    assert coordinator.recover(["fir"])
+    for site in (elm, *sites[:3]):
+        assert exchange(coordinator, site).code == ReplyCode.WITNESSED
+    entry = close(coordinator, sites[:4])
+    assert [(one.site, [name for name, _ in one.words]) for one in entry.header.witnessed] == [
+        (name, list(NAMES[:4])) for name in ("elm", "fir")
+    ]
+    bring_up(coordinator, sites)
+
+
 def test_a_wrong_check_of_just_a_quorum_is_named_once_and_counts_no_more(
     padded: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

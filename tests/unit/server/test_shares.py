@@ -98,9 +98,9 @@ def test_a_quorum_of_words_and_shares_stand_for_one_who_is_gone_and_no_fewer() -
         assert attempt.server.lacking(helper) == "elm"
         attempt.say(helper, "elm")
         assert attempt.server.lacking(helper) is None
+        assert attempt.server.lacking("elm") is None, "nobody speaks for itself"
         assert len(stand_in.words) == number + 1
     assert attempt.server.lacking("dogwood") is None, "enough have spoken"
-    assert attempt.server.lacking("elm") is None, "nobody speaks for itself"
     assert stand_in.seed == attempt.seeds["elm"].hex()
     assert attempt.server.stand_ins == {"elm": stand_in}
     witnessed = attempt.server.witnessed("elm")
@@ -115,6 +115,8 @@ def test_words_are_kept_in_order_of_names_and_those_of_any_quorum_do() -> None:
         attempt.say(helper, "birch")
     assert stand_in.seed == attempt.seeds["birch"].hex()
     assert [name for name, _ in attempt.server.witnessed("birch").words] == ["ash", "dogwood", "elm"]
+    attempt.say("cedar", "birch")  # was on its way
+    assert [name for name, _ in attempt.server.witnessed("birch").words] == ["ash", "cedar", "dogwood"]
 
 
 def test_of_one_whose_mask_is_known_the_words_of_a_quorum_are_needed_all_the_same() -> None:
@@ -126,6 +128,19 @@ def test_of_one_whose_mask_is_known_the_words_of_a_quorum_are_needed_all_the_sam
     assert attempt.server.stand_ins == {}
     attempt.say("dogwood", "elm")
     assert list(attempt.server.stand_ins) == ["elm"]
+
+
+def test_who_does_not_count_itself_speaks_for_nobody_and_another_is_asked() -> None:
+    attempt = Attempt()
+    stand_in = attempt.miss("elm")
+    for helper in ("ash", "birch", "cedar"):
+        attempt.say(helper, "elm")
+    attempt.server.take_no_word_of("birch")
+    assert attempt.server.stand_ins == {}
+    assert attempt.server.lacking("dogwood") == "elm"
+    attempt.say("dogwood", "elm")
+    assert sorted(stand_in.words) == ["ash", "cedar", "dogwood"]
+    assert attempt.server.stand_ins == {"elm": stand_in}
 
 
 def test_each_is_asked_for_one_who_is_gone_after_the_other() -> None:
