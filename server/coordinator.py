@@ -750,9 +750,10 @@ class Coordinator:
             return  # of a round that is over
         word = split_word(WITNESS_MAGIC, data)
         header = check_witness(word, self._agreed, self.journal.chain.members, self._arrived.digest)
-        if header.site != site or header.gone == site or header.gone not in self._shares.gone:
+        if header.site != site or header.gone == site or header.gone not in self._arrived.names:
             raise EnvelopeError(f"a WITNESS of {header.site} for {header.gone} in a reply of {site}")
-        self._shares.witness(site, header.gone, header.products, word.signature, share)
+        if header.gone in self._shares.gone:  # else it came back while the word was on its way
+            self._shares.witness(site, header.gone, header.products, word.signature, share)
 
     def _give_up(self) -> JournalEntry:
         """The void of what was begun of the round. Its spool goes first: nothing but the void can follow then.

@@ -225,7 +225,10 @@ def test_who_comes_back_while_others_speak_for_it_reveals_itself(padded: Make) -
         exchange(coordinator, site)
     assert coordinator.recover(["ash"])
     exchange(coordinator, sites[1])
+    late = sites[2].respond(coordinator.request(sites[2].name, sites[2].run, sites[2].position))
     assert exchange(coordinator, sites[0]).code == ReplyCode.REVEALED
+    assert late.code == ReplyCode.WITNESSED
+    coordinator.receive(late)  # it was on its way, and is nobody's fault
     entry = coordinator.advance()
     assert entry is not None
     assert entry.header.witnessed == ()
