@@ -1089,6 +1089,18 @@ def test_keys_and_masks_go_with_the_record_also_where_a_site_stops_over_anothers
     assert (kept.padded, kept.fresh) == (None, None)
 
 
+def test_keys_and_masks_go_once_a_sites_people_give_the_round_up_and_not_only_with_the_void(padded: Make) -> None:
+    federation = padded(3)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    assert sites[0].replica.files.bound.padded is not None
+    sites[0].void(1)
+    assert exchange(coordinator, sites[0]).code == ReplyCode.VOID
+    kept = sites[0].replica.files.bound
+    assert (kept.padded, kept.fresh) == (None, None)
+
+
 @pytest.mark.parametrize("colluders", [("ash",), ("ash", "dogwood")])
 def test_a_server_with_colluding_sites_opens_no_single_update(padded: Make, colluders: tuple[str, ...]) -> None:
     """With the key, all masks and the colluders' own keys: what is left of birch's envelope tells nothing."""
