@@ -571,7 +571,8 @@ def test_a_vocabulary_that_was_cut_is_told(whole: Path, tmp_path: Path) -> None:
 
 
 QUANTISED = {
-    "compressed tensors": {"mlp.fc1.weight_packed": torch.int32, "mlp.fc1.weight_scale": torch.float32},
+    "compressed tensors": {"mlp.fc1.weight_packed": torch.int32},
+    "their scales": {"mlp.fc1.weight_scale": torch.float32},
     "compressed zero points": {"mlp.fc1.weight_zero_point": torch.int32},
     "MXFP4": {"mlp.fc1_blocks": torch.uint8, "mlp.fc1_scales": torch.uint8},
     "GPTQ": {"mlp.fc1.g_idx": torch.int32},
