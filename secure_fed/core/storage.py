@@ -72,13 +72,18 @@ def durable(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
 
     It goes into a temporary file beside ``path``, which is fsynced and renamed; then the folder is fsynced. Whatever
     ends this before, Ctrl-C too, leaves ``path`` as it was, and nothing beside it. The file's mode is ``mode`` as far
-    as the folder's goes.
+    as the folder's goes. A device or pipe, such as /dev/null or /dev/stdout, is written into: its name is never given
+    to a file.
 
     Raises:
         StorageError: the disk is full or the place not writable; ``path`` is as it was.
     """
     temporary: str | None = None
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            with path.open("wb") as stream:
+                yield stream
+            return
         descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as stream:
             os.fchmod(stream.fileno(), _within(path.absolute().parent, mode))
