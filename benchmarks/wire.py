@@ -1,6 +1,6 @@
 """What one encrypted round costs on the wire and in time, ours beside others', in turns in one run.
 
-    python benchmarks/wire.py --nvflare-python /tmp/nvflare-venv/bin/python --json wire.json
+    python benchmarks/wire.py --nvflare-python PYTHON --json wire.json
     python benchmarks/wire.py --memory             the server's peak memory, 256 sites against 4
     python benchmarks/wire.py --lanes 1000000000   how many of so many lanes come out wrong
 
