@@ -16,7 +16,7 @@ from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
 from secure_fed.protocol.records import head_after_void
-from secure_fed.protocol.signing import ZERO_DIGEST, Count
+from secure_fed.protocol.signing import Count
 from secure_fed.protocol.study_tables import Hex64, Name
 
 
@@ -61,10 +61,12 @@ class Bound(FileModel):
         cohort: digest of that COHORT; zeros before the first.
         names: who is in it.
         arrived: digest of the one ARRIVED that was revealed for; empty before.
-        given: adapter states, by digest, at which the site has revealed, and to which cohort; the newest last, and of
-            those before it one, since at most one record is ever taken back. An empty cohort: nobody here knows which.
-        upon: id of the last sum upon which the site has revealed, in whatever attempt or state of the round after it.
-        before: the last two before the REVEAL of this round, if there was one.
+        given: adapter states, by digest, at which the site has revealed, and to which cohort; the newest last. An empty
+            cohort: nobody here knows which. None is forgotten in a run: records are taken back one at a time, but one
+            after the other, and the state of each can come again.
+        upon: ids of the sums upon which the site has revealed, in whatever attempt or state of the round after each;
+            none is forgotten either.
+        before: what the last two had at this state and upon its sum before the REVEAL of this round, if there was one.
         void: whether its people have given their word that nothing more is said for the round at this head, nor at one
             that anything but a void has made of it since.
         behind: whether others have words of this site that this disk does not know: an older copy was put back.
@@ -83,8 +85,8 @@ class Bound(FileModel):
     names: tuple[Name, ...] = ()
     arrived: str = ""
     given: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
-    upon: Hex64 = ZERO_DIGEST
-    before: tuple[dict[str, tuple[Name, ...]], Hex64] = ({}, ZERO_DIGEST)
+    upon: tuple[Hex64, ...] = ()
+    before: tuple[tuple[Name, ...] | None, bool] | None = None
     released: str = ""
     void: bool = False
     retired: bool = False
@@ -118,16 +120,26 @@ class Bound(FileModel):
     def giving(self, state: str, cohort: tuple[Name, ...], upon: str) -> Bound:
         """This once the site has revealed at a state, which follows a sum, to a cohort: of a release, then, nothing is
         left."""
-        others = [item for item in self.given.items() if item[0] != state]
-        given = dict([*others[-1:], (state, cohort)])
-        released = self.released if self.given.get(state, cohort) == cohort else ""
-        before = self.given, self.upon
-        return self.model_copy(update={"given": given, "upon": upon, "before": before, "released": released})
+        cohort_before, known = self.given.get(state), upon in self.upon
+        given = {other: names for other, names in self.given.items() if other != state} | {state: cohort}
+        released = self.released if cohort_before in (None, cohort) else ""
+        return self.model_copy(
+            update={
+                "given": given,
+                "upon": self.upon if known else (*self.upon, upon),
+                "before": (cohort_before, known),
+                "released": released,
+            }
+        )
 
     def forgiven(self) -> Bound:
         """This as if the site had not revealed in this round: no sum of it can be opened."""
-        given, upon = self.before
-        return self.model_copy(update={"given": given, "upon": upon})
+        if self.before is None:
+            return self
+        *others, (state, _) = self.given.items()
+        cohort_before, known = self.before
+        given = dict(others) | ({} if cohort_before is None else {state: cohort_before})
+        return self.model_copy(update={"given": given, "upon": self.upon if known else self.upon[:-1]})
 
 
 def read_bound(path: Path) -> Bound | None:

@@ -455,7 +455,7 @@ class Site(Learner):
         Also where what it revealed in was given up since.
         """
         now = self.replica.files.bound.at(self.replica.due)
-        if now.may_have_revealed or now.upon == record.id:
+        if now.may_have_revealed or record.id in now.upon:
             raise ProtocolError(
                 f"a void of round {record.header.round}, but this site has revealed in round {now.round}, which builds "
                 "on its record; expected none: the record stands"

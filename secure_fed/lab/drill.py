@@ -427,21 +427,22 @@ def _split_cohort(ground: Ground) -> Outcome:
 
 
 def _two_records(ground: Ground) -> Outcome:
-    """Show one site the record of round 2, have the others give that up, and then the round before."""
+    """Have one site reveal upon the record of round 2, the others give that one up, and then the round before."""
     sites, coordinator = ground.begun()
     for _ in range(2):
         play_round(coordinator, sites)
+    up_to(Step.REVEAL, coordinator, sites)
     shown, others = sites[-1], sites[:-1]
     ask(coordinator, shown)
     for site in others:
         site.void(2)
         ask(coordinator, site)
     coordinator.advance()
-    for site in others:
+    for site in sites:
         ask(coordinator, site)  # takes the void
     return _refused(
         {f"{site.name} gives up a round on whose record it has revealed": partial(site.void, 1)
-         for site in others}
+         for site in sites}
     )  # fmt: skip
 
 

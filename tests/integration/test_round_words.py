@@ -682,6 +682,29 @@ def test_a_record_and_a_void_of_one_round_the_void_counts_and_one_record_is_take
     assert [record.header.kind for record in verify_run(runs[0], four.agreed)] == ["genesis", "void", "aggregate"]
 
 
+def test_no_record_is_taken_back_after_the_one_upon_it_by_who_has_revealed_upon_both(four: Federation) -> None:
+    """Else the adapter of before both comes again, and whoever forgot for whom it revealed there reveals to others."""
+    sites = four.sites()
+    coordinator = begin(four)
+    for _ in range(2):
+        pass_step(coordinator, sites)
+        close_round(coordinator, sites)
+    send_envelopes(coordinator, sites)
+    coordinator.advance()
+    assert exchange(coordinator, sites[3]).code == ReplyCode.REVEALED
+    for site in sites[:3]:
+        site.void(2)
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    entry = coordinator.advance()
+    assert entry is not None
+    assert (entry.header.kind, entry.header.round) == ("void", 2)
+    for site in sites:
+        exchange(coordinator, site)
+        assert site.round == 1
+        with pytest.raises(ProtocolError, match="a void of round 1, but this site has revealed in round 2"):
+            site.void(1)
+
+
 def follow(four: Federation, kind: str, coordinator: Coordinator, sites: list[Site]) -> None:
     """A record of this kind after the last sum, which some sites take."""
     if kind == "extension":
