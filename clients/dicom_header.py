@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import struct
@@ -16,6 +17,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from secure_fed.clients.dicom_elements import text, texts
+from secure_fed.clients.patients import name_free
 from secure_fed.clients.rules import Facts, Kind, UndecodableError
 
 _PREAMBLE = 128
@@ -70,7 +72,7 @@ _SLIDE_PARTS = frozenset({"LABEL", "OVERVIEW", "THUMBNAIL"})
 _SCREENS = frozenset({"SCREEN SAVE", "SCREENSHOT", "SCREEN_SAVE", "SCREEN CAPTURE", "DOSE_INFO"})
 _HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "ManufacturerModelName", "ImageType"),
-    *("PatientID", "IssuerOfPatientID"),
+    *("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("BurnedInAnnotation", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "NumberOfFrames"),
     *("ConversionType", "SeriesDescription", "ProtocolName"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
@@ -78,7 +80,7 @@ _HEADER = (
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _HEADER_TAGS = [Tag(keyword) for keyword in _HEADER]
 _PIXELS = 0x7FE00008
-_BEHIND_OWNER = 0x00100022
+_BEHIND_OWNER = 0x0020000F
 
 HEADER = 132
 """Bytes of a file by which :func:`is_dicom` knows it."""
@@ -156,15 +158,24 @@ def inflated(content: bytes) -> bytes:
 
 
 class Owner(NamedTuple):
-    """Whose a DICOM file is by its own header; empty what it does not say.
+    """Whose a DICOM file is by its own header; empty or 0 what it does not say.
 
     Attributes:
         patient: PatientID (0010,0020).
         issuer: IssuerOfPatientID (0010,0021), who gave it: ids of two hospitals may be equal.
+        name: number of 64 bits by which PatientName (0010,0010) is known, whatever its writing; 0 also of a name that
+            is a placeholder or the id itself.
+        birth: PatientBirthDate (0010,0030); of a first of January the year alone, as whoever hides the day writes that.
+        sex: PatientSex (0010,0040), M or F.
+        series: number of 64 bits by which SeriesInstanceUID (0020,000E) is known.
     """
 
     patient: str = ""
     issuer: str = ""
+    name: int = 0
+    birth: str = ""
+    sex: str = ""
+    series: int = 0
 
 
 NOBODY = Owner()
@@ -177,10 +188,35 @@ def owner(path: Path) -> Owner:
         header = read_header(path, until)
         if header is None:
             return NOBODY
-        found = Owner(text(header, "PatientID"), text(header, "IssuerOfPatientID"))
+        patient, sex = text(header, "PatientID"), text(header, "PatientSex").upper()
+        found = Owner(
+            patient,
+            text(header, "IssuerOfPatientID"),
+            _number(name_free(text(header, "PatientName"), patient)),
+            _birth(text(header, "PatientBirthDate")),
+            sex if sex in ("M", "F") else "",
+            _number(text(header, "SeriesInstanceUID")),
+        )
         if found.patient:
             break
-    return found
+    return _shared(found)
+
+
+@lru_cache(4096)
+def _shared(one: Owner) -> Owner:
+    """One object for the many files of a series."""
+    return one
+
+
+def _number(words: str) -> int:
+    return int.from_bytes(hashlib.sha256(words.encode(errors="replace")).digest()[:8], "big") if words else 0
+
+
+def _birth(date: str) -> str:
+    digits = re.sub(r"[.-]", "", date)
+    if not re.fullmatch(r"(19|20)\d{6}", digits) or digits in ("19000101", "19000000", "19700101", "20000101"):
+        return ""  # none, or what stands for none
+    return digits[:4] if digits[4:] in ("0101", "0000") else digits
 
 
 def patient_id(path: Path) -> str:

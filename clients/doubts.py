@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 from secure_fed.clients.data import SiteImage, Unit
 from secure_fed.clients.duplicates import Fingerprint, exact_copies
 from secure_fed.clients.files import Notes
 from secure_fed.clients.patients import Doubt, are_open, in_one_form, says_nothing, some, writing_free
 from secure_fed.clients.patients import doubts as doubts_of_ids
+
+_BIRTH = "PatientBirthDate (0010,0030)"
+_ABOUT = ("PatientName (0010,0010)", _BIRTH, "PatientSex (0010,0040)")
+_ONE_SERIES = "have DICOM files of one series, by SeriesInstanceUID (0020,000E), and a series is of one patient"
 
 _Looks = Sequence[Fingerprint | None]
 
@@ -30,6 +35,7 @@ def all_doubts(
     if unit == "patient":
         counts = Counter(image.patient for image in images if image.patient)
         found += [*doubts_of_ids(counts, notes.settled), *_headers(images, notes)]
+        found += [*_people(images, notes), *_shared(images, notes)]
     return sorted(found)
 
 
@@ -95,6 +101,48 @@ def _headers(images: Sequence[SiteImage], notes: Notes) -> list[Doubt]:
             words = f"was given by several IssuerOfPatientID (0010,0021), and may be as many patients: {by}"
             found.append(Doubt("issuers", (patient,), counts[patient], words))
     return found
+
+
+def _people(images: Sequence[SiteImage], notes: Notes) -> list[Doubt]:
+    """Ids whose DICOM files are of several persons: names, dates of birth or sexes contradict one another."""
+    says: defaultdict[str, dict[str, dict[object, SiteImage]]] = defaultdict(lambda: {tag: {} for tag in _ABOUT})
+    for image in images:
+        if image.patient and image.patient not in notes.settled:
+            for tag, value in zip(_ABOUT, (image.owner.name, image.owner.birth, image.owner.sex), strict=True):
+                if value:
+                    says[image.patient][tag].setdefault(value, image)
+    found = []
+    counts = Counter(image.patient for image in images)
+    for patient, about in says.items():
+        births = {str(one) for one in about[_BIRTH]}
+        years = {one[:4] for one in births}
+        contradicted = [tag for tag in _ABOUT if tag != _BIRTH and len(about[tag]) > 1]
+        if len(years) > 1 or len(births - years) > 1:
+            contradicted.append(_BIRTH)
+        if contradicted:
+            words = " and ".join(tag for tag in _ABOUT if tag in contradicted)
+            paths = some(sorted({str(image.path) for tag in contradicted for image in about[tag].values()}))
+            found.append(
+                Doubt("header", (patient,), counts[patient], f"has DICOM files that differ in {words}: {paths}")
+            )
+    return found
+
+
+def _shared(images: Sequence[SiteImage], notes: Notes) -> list[Doubt]:
+    """Series, by their UID, and files with many pictures that are of several patients."""
+    first: dict[int | Path, str] = {}
+    several: defaultdict[int | Path, set[str]] = defaultdict(set)
+    for image in images:
+        for what in (image.path, image.owner.series):
+            if image.patient and what and (other := first.setdefault(what, image.patient)) != image.patient:
+                several[what] |= {other, image.patient}
+    words: dict[tuple[str, ...], str] = {}
+    for what, patients in several.items():
+        if are_open(patients, notes.settled):
+            found = f"have pictures in one file, {what}" if isinstance(what, Path) else _ONE_SERIES
+            words.setdefault(tuple(sorted(patients)), found)
+    counts = Counter(image.patient for image in images)
+    return [Doubt("header", ids, sum(counts[one] for one in ids), found) for ids, found in words.items()]
 
 
 def _pictures(images: Sequence[SiteImage], copies: Sequence[Sequence[int]], notes: Notes) -> list[Doubt]:

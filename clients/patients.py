@@ -245,6 +245,26 @@ def writing_free(patient: str) -> str:
     return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", plain)
 
 
+def name_free(name: str, patient: str = "") -> str:
+    """Equal for names (DICOM's ``family^given^middle^prefix^suffix``) that one person may have in two writings.
+
+    Of family and given name, the words in any order: without case, accents, ``ae`` for an umlaut, and initials.
+
+    Args:
+        name: in the first of its alphabets that has one.
+        patient: the id; a name that is the id, or that is a placeholder, is none, and empty.
+    """
+    alphabet = next((part for part in name.split("=") if part.strip("^ ")), "")
+    kept = " ".join(alphabet.split("^")[:2]).strip()
+    if says_nothing(kept) or _NOBODY.fullmatch(kept) or (patient and writing_free(kept) == writing_free(patient)):
+        return ""
+    plain = unicodedata.normalize("NFKD", _unmangled(kept)).casefold()
+    plain = "".join(sign for sign in plain if not unicodedata.combining(sign))
+    plain = re.sub(r"([aou])e", r"\1", plain.replace("\u00f8", "o").replace("\u00e6", "a"))
+    words = re.findall(r"[^\W_]+", plain)
+    return " ".join(sorted([word for word in words if len(word) > 1] or words))
+
+
 def _unmangled(patient: str) -> str:
     """An id whose UTF-8 was taken for Windows-1252 or Latin-1, as of a DICOM file that names no character set."""
     for encoding in ("cp1252", "latin-1"):

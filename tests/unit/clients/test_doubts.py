@@ -10,7 +10,7 @@ from PIL import Image
 
 from secure_fed.cli import main
 from secure_fed.clients.data import SiteImage, read_data
-from secure_fed.clients.dicom_header import Owner
+from secure_fed.clients.dicom_header import Owner, owner
 from secure_fed.clients.doubts import all_doubts, renamed
 from secure_fed.clients.duplicates import Fingerprint
 from secure_fed.clients.files import Notes
@@ -62,6 +62,54 @@ def test_ids_that_are_settled_as_one_are_one_in_headers_too():
     assert renamed(images(("p9", "X1")), Notes(same={"X1": "p9"})) == 0
 
 
+M40 = {"PatientName": "M\u00fcller^Anna", "PatientBirthDate": "19400512", "PatientSex": "F"}
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        ({"PatientName": "MUELLER^ANNA^^Dr."}, ""),
+        ({"PatientName": "Anna Muller"}, ""),
+        ({"PatientName": "Anonymous"}, ""),
+        ({"PatientName": "17"}, ""),
+        ({"PatientName": "", "PatientBirthDate": "", "PatientSex": "O"}, ""),
+        ({"PatientBirthDate": "19400101"}, ""),  # its day hidden
+        ({"PatientBirthDate": "19000101"}, ""),
+        ({"PatientName": "Meier^Anna"}, "PatientName (0010,0010)"),
+        ({"PatientBirthDate": "19400513"}, "PatientBirthDate (0010,0030)"),
+        ({"PatientBirthDate": "19800101"}, "PatientBirthDate (0010,0030)"),
+        ({"PatientSex": "M"}, "PatientSex (0010,0040)"),
+        (
+            {"PatientName": "B^B", "PatientSex": "M", "PatientBirthDate": "19800202"},
+            "PatientName (0010,0010) and PatientBirthDate (0010,0030) and PatientSex (0010,0040)",
+        ),
+    ],
+)
+def test_one_patient_id_of_two_people_is_a_doubt(tmp_path, other, differs):
+    for name, about in (("a", M40), ("b", M40 | other)):
+        header = about | {"PatientID": "17", "SpecificCharacterSet": "ISO_IR 192"}
+        (tmp_path / name).write_bytes(as_bytes(dicom(RAMP, **header)))
+    site = [SiteImage(tmp_path / name, "17", 0, "train", owner=owner(tmp_path / name)) for name in "ab"]
+    words = f"'17' (2 images) has DICOM files that differ in {differs}: {tmp_path / 'a'}, {tmp_path / 'b'}"
+    assert [(one.kind, one.text) for one in all_doubts(site, "patient", Notes())] == [("header", words)] * bool(differs)
+    assert not all_doubts(site, "patient", Notes(settled=frozenset({"17"})))
+
+
+def test_one_series_or_file_of_two_patients_is_a_doubt(tmp_path):
+    for name in "ab":
+        uid = {"PatientID": name + "1", "SeriesInstanceUID": "1.2.3"}
+        (tmp_path / name).write_bytes(as_bytes(dicom(RAMP, **uid)))
+    site = [SiteImage(tmp_path / name, name + "1", 0, "train", owner=owner(tmp_path / name)) for name in "ab"]
+    (doubt,) = all_doubts(site, "patient", Notes())
+    assert (doubt.kind, doubt.ids) == ("header", ("a1", "b1"))
+    assert "one series, by SeriesInstanceUID" in doubt.text
+    assert not all_doubts(site, "patient", Notes(settled=frozenset({"a1"})))
+    frames = [SiteImage(Path("v.nii"), patient, 0, "train", frame) for frame, patient in enumerate(("p1", "p2"))]
+    (doubt,) = all_doubts(frames, "patient", Notes())
+    assert doubt.text == "'p1', 'p2' (2 images) have pictures in one file, v.nii"
+    assert not all_doubts(frames, "image", Notes())
+
+
 def look(content):
     return Fingerprint(hashlib.sha256(content).digest(), bytes(32), 1, 1)
 
@@ -87,8 +135,8 @@ def hospital(federation, tmp_path):
         noise = np.random.default_rng(number).integers(0, 256, (48, 48), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.png")
     Image.open(folder / "0.png").save(folder / "again.bmp")
-    for name, owner in (("a.dcm", "H1"), ("b.dcm", "H1")):
-        (folder / name).write_bytes(as_bytes(dicom(RAMP if name[0] == "a" else RAMP.T, PatientID=owner)))
+    for name, whose in (("a.dcm", "H1"), ("b.dcm", "H1")):
+        (folder / name).write_bytes(as_bytes(dicom(RAMP if name[0] == "a" else RAMP.T, PatientID=whose)))
     rows = ["path,patient,label,split", "0.png,p0,dark,train", "1.png,p1,light,train", "2.png,p2,dark,test"]
     rows += ["again.bmp,q0,light,train", "a.dcm,p3,dark,train", "b.dcm,p4,dark,train"]
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
