@@ -28,6 +28,12 @@ _UNFOLLOWED = {
 }
 """Of grey pictures."""
 
+_RESCALE = ("PixelValueTransformationSequence", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence")
+_LOOK = ("FrameVOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTSequence")
+"""Functional groups, and the elements for which one is taken."""
+
+_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+
 _BLOCK = 2**20
 """So many pixels are computed with at once: as 64-bit numbers they take eight times what the file has for them."""
 
@@ -77,7 +83,7 @@ class Display:
                 stored = np.rint(stored * (255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
             return Picture(Image.fromarray(stored), facts)
         notes += [f"{what} passed over" for keyword, what in _UNFOLLOWED.items() if keyword in dataset]
-        rescaled = self._rescaling(functional_group(dataset, index, "PixelValueTransformationSequence"))
+        rescaled = self._rescaling(functional_group(dataset, index, *_RESCALE))
         padding = self._padding(stored)
         below = bool(rescaled(_extremes(dataset, stored.dtype)).min() < 0)
         look = self._look(index, rules.window(self._facts.modality), below, notes)
@@ -97,8 +103,8 @@ class Display:
 
     def _has_square_pixels(self, index: int) -> bool:
         """Whether a frame's pixels are as wide as high, by their spacing or, where there is none, their ratio."""
-        group = functional_group(self._dataset, index, "PixelMeasuresSequence")
-        for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio"):
+        group = functional_group(self._dataset, index, "PixelMeasuresSequence", *_SPACINGS)
+        for name in _SPACINGS:
             with contextlib.suppress(ValueError):
                 if len(sides := [float(side) for side in text(group, name).split("\\")]) == 2:
                     return are_square(*sides)
@@ -126,7 +132,7 @@ class Display:
         if window is not None:
             self._refuse_unit(window, index, below, notes)
             return lambda values: brightness(values, window.centre, window.width)
-        voi = functional_group(self._dataset, index, "FrameVOILUTSequence")
+        voi = functional_group(self._dataset, index, *_LOOK)
         if (item := _table(voi.get("VOILUTSequence"))) is not None:
             through = self._through(item, "VOI", below)
 
@@ -174,7 +180,7 @@ class Display:
 
     def _refuse_unit(self, window: Window, index: int, below: bool, notes: list[str]) -> None:
         """Check that a window in Hounsfield units meets values in Hounsfield units."""
-        group = functional_group(self._dataset, index, "PixelValueTransformationSequence")
+        group = functional_group(self._dataset, index, *_RESCALE)
         unit = text(group, "RescaleType").upper()
         table = _table(group.get("ModalityLUTSequence")) is not None
         tags = (("RescaleSlope", "(0028,1053)"), ("RescaleIntercept", "(0028,1052)"))

@@ -111,10 +111,20 @@ def stored_value(dataset: Any, keyword: str, dtype: np.dtype[Any]) -> int | None
         return None
 
 
-def functional_group(dataset: Any, index: int, name: str) -> Any:
-    """The frame's own functional group of that name, else the one shared by all frames, else the whole file."""
+def functional_group(dataset: Any, index: int, name: str, *elements: str) -> Any:
+    """The frame's own functional group of that name, else the one shared by all frames, else the whole file: the first
+    of them in which one of the elements has a value, as some devices write groups without."""
     for sequence, place in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
         groups = dataset.get(sequence)
-        if groups and place < len(groups) and groups[place].get(name):
-            return groups[place].get(name)[0]
+        found = groups[place].get(name) if groups and place < len(groups) else None
+        if found and any(_is_filled(found[0], element) for element in elements):
+            return found[0]
     return dataset
+
+
+def _is_filled(dataset: Any, keyword: str) -> bool:
+    """Whether an element has a value, even one that cannot be read."""
+    value = dataset.get_item(keyword).value if keyword in dataset else None
+    if isinstance(value, bytes):
+        value = value.strip(b" \0\\")
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)

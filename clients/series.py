@@ -70,7 +70,9 @@ def frames_in_order(dataset: Any, frames: int) -> list[int] | None:
         # Each frame's own: what is said of all frames, or of the file, does not tell them apart.
         positions = [np.array(group.PlanePositionSequence[0].ImagePositionPatient, np.float64) for group in groups]
         planes = [
-            functional_group(dataset, index, "PlaneOrientationSequence").ImageOrientationPatient
+            functional_group(
+                dataset, index, "PlaneOrientationSequence", "ImageOrientationPatient"
+            ).ImageOrientationPatient
             for index in range(frames)
         ]
         rows, columns = np.array(planes, np.float64).reshape(frames, 2, 3).swapaxes(0, 1)

@@ -119,6 +119,32 @@ def test_an_enhanced_files_frames_have_windows_of_their_own():
     assert grey(dataset, 0).tolist() == grey(dataset, 1).tolist() == [[128, 191], [255, 255]]
 
 
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    [
+        ("PixelValueTransformationSequence", {}),
+        ("PixelValueTransformationSequence", {"RescaleSlope": None, "RescaleIntercept": None}),
+        ("PixelValueTransformationSequence", {"RescaleType": "HU"}),
+        ("FrameVOILUTSequence", {"WindowCenterWidthExplanation": "AUTO"}),
+        ("FrameVOILUTSequence", {"WindowCenter": None, "WindowWidth": None}),
+    ],
+)
+def test_a_frames_group_that_says_nothing_does_not_hide_what_all_frames_share(name, empty):
+    voi, transform, shared, item, group = (Dataset() for _ in range(5))
+    voi.WindowCenter, voi.WindowWidth, voi.VOILUTFunction = -50, 100, "LINEAR_EXACT"
+    transform.RescaleSlope, transform.RescaleIntercept = 1, -100
+    shared.FrameVOILUTSequence, shared.PixelValueTransformationSequence = Sequence([voi]), Sequence([transform])
+    for keyword, value in empty.items():
+        setattr(item, keyword, value)
+    setattr(group, name, Sequence([item]))
+    groups = {
+        "SharedFunctionalGroupsSequence": Sequence([shared]),
+        "PerFrameFunctionalGroupsSequence": Sequence([group] * 2),
+    }
+    frames = np.stack([np.array([[0, 25], [50, 60]], dtype=np.int16)] * 2)
+    assert grey(dicom(frames, **groups), 1).tolist() == [[0, 64], [128, 153]]
+
+
 def enhanced(alongs, orientation=(0, 1, 0, 0, 0, -1), **fields) -> Dataset:
     """Frames of which each is filled with its number, at these places along the normal; None says no place."""
     groups = []
