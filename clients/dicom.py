@@ -57,6 +57,9 @@ _BEGINNINGS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")
 _WITHOUT_SIGN = (JPEGLSLossless, JPEGLSNearLossless)
 """Whose codestreams may be of more bits than are stored, with the stored sign left where it is."""
 
+_WAVELETS_OF_ALL_BITS = (JPEG2000Lossless, HTJ2KLossless, HTJ2KLosslessRPCL)
+"""Whose codestreams may hold, above the bits that are stored, what else the header keeps there, such as overlays."""
+
 _COSTLY = (JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
 """Whose decoders take 32 bits for each sample."""
 
@@ -137,8 +140,7 @@ class DicomFile:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._refuse_more_codestreams()
-                self._compare_codestream(index)
-                stored = self._stored(index)
+                stored = self._stored(index, self._compare_codestream(index))
         except UndecodableError:
             raise
         except Exception as error:
@@ -230,10 +232,13 @@ class DicomFile:
             return len(places)
         return sum(pixels.startswith(_BEGINNINGS, place + 8) for place in places)  # behind an item's tag and length
 
-    def _compare_codestream(self, index: int) -> None:
+    def _compare_codestream(self, index: int) -> int:
         """What a frame's own codestream says of size and sign is compared with the header before it is unpacked.
 
         Of JPEG 2000 the sign in the codestream holds; a header that contradicts is wrong.
+
+        Returns:
+            Of how many bits a sample is in the codestream; 0 where that is not known.
 
         Raises:
             UndecodableError: the codestream is of another size, which would be unpacked, however large, first.
@@ -241,11 +246,11 @@ class DicomFile:
         dataset = self._dataset
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.startswith("1.2.840.10008.1.2.4."):
-            return
+            return 0
         frame = get_frame(dataset.PixelData, index, number_of_frames=self.frames)
         found = _codestream(frame)
         if found is None:
-            return
+            return 0
         width, height, samples, bits, signed = found
         expected = whole(dataset, "Columns"), whole(dataset, "Rows"), whole(dataset, "SamplesPerPixel")
         if (width, height, samples) != expected:
@@ -265,13 +270,19 @@ class DicomFile:
         if self._colour == "YBR_FULL" and _is_transformed(frame):
             # Decoders undo that, and hand out red, green and blue (PS3.5, 8.2.4).
             dataset.PhotometricInterpretation = "YBR_ICT"
+        return bits
 
-    def _stored(self, index: int) -> NDArray[Any]:
-        """A frame's stored values; those that do not end with the lowest bit are moved there."""
+    def _stored(self, index: int, coded: int) -> NDArray[Any]:
+        """A frame's stored values; those that do not end with the lowest bit are moved there.
+
+        Args:
+            index: of the frame, from 0.
+            coded: bits of a sample in the frame's codestream, 0 where that is not known.
+        """
         dataset = self._dataset
         bits, high = dataset.get("BitsStored"), dataset.get("HighBit")
         if not isinstance(bits, int) or not isinstance(high, int) or high == bits - 1:
-            return _decoded(dataset, index)
+            return _decoded(dataset, index, coded)
         syntax = dataset.file_meta.TransferSyntaxUID
         if not 1 <= bits <= high + 1 <= whole(dataset, "BitsAllocated") or (
             syntax.is_encapsulated and syntax != RLELossless
@@ -282,7 +293,7 @@ class DicomFile:
             )
         dataset.BitsStored = high + 1
         try:
-            return np.asarray(_decoded(dataset, index) >> (high + 1 - bits))
+            return np.asarray(_decoded(dataset, index, coded) >> (high + 1 - bits))
         finally:
             dataset.BitsStored = bits
 
@@ -297,16 +308,21 @@ def _give_syntax(dataset: Any) -> None:
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
 
 
-def _decoded(dataset: Any, index: int) -> NDArray[Any]:
+def _decoded(dataset: Any, index: int, coded: int) -> NDArray[Any]:
     """A frame's stored values; by pydicom's ``pixel_array`` the header would be read for it twice."""
-    decoder = base.get_decoder(dataset.file_meta.TransferSyntaxUID)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    decoder = base.get_decoder(syntax)
+    if syntax.is_encapsulated and whole(dataset, "SamplesPerPixel") > 1:
+        dataset.PlanarConfiguration = 0  # of what was compressed: decoders hand out pixels, or say what else
     found, about = decoder.as_array(dataset, index=index, as_rgb=False)  # type: ignore[arg-type]  # one of the options
     if found.ndim == 3 and (colours := str(about["photometric_interpretation"])).startswith("YBR_FULL"):
         # Here and not in pydicom, which takes the whole picture as floating point numbers.
         for rows in blocks(found, SMALL):
             found[rows] = convert_color_space(found[rows], colours, "RGB")
     bits, allocated = dataset.get("BitsStored"), 8 * found.dtype.itemsize
-    if dataset.file_meta.TransferSyntaxUID in _WITHOUT_SIGN and isinstance(bits, int) and 1 <= bits < allocated:
+    # A codestream of fewer bits than are allocated says how many there are, and a header of still fewer is wrong.
+    whole_word = syntax in _WAVELETS_OF_ALL_BITS and coded == whole(dataset, "BitsAllocated") == allocated
+    if (syntax in _WITHOUT_SIGN or whole_word) and isinstance(bits, int) and 1 <= bits < allocated:
         found = (found << (allocated - bits)) >> (allocated - bits)
     return found
 

@@ -798,6 +798,36 @@ def test_scouts_and_screenshots_are_known():
     assert {one.modality for one in found} == {"MR"}
 
 
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.JPEGLosslessSV1, uid.JPEG2000Lossless, uid.HTJ2KLossless])
+def test_compressed_colours_are_pixels_whatever_the_header_says_of_planes(syntax):
+    small = np.random.default_rng(3).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    colours = np.asarray(Image.fromarray(small).resize((48, 32)))
+    stream = {
+        uid.JPEGBaseline8Bit: lambda: imagecodecs.jpeg8_encode(colours, level=98, subsampling="444"),
+        uid.JPEGLosslessSV1: lambda: imagecodecs.jpeg8_encode(
+            colours, lossless=True, colorspace="RGB", outcolorspace="RGB"
+        ),
+        uid.JPEG2000Lossless: lambda: imagecodecs.jpeg2k_encode(colours, codecformat="j2k", mct=False),
+        uid.HTJ2KLossless: lambda: imagecodecs.htj2k_encode(colours, reversible=True),
+    }[syntax]()
+    for planes in (0, 1, None):
+        found = decode(as_bytes(encapsulated(colours, syntax, stream, "RGB", PlanarConfiguration=planes)))
+        assert np.abs(np.asarray(found).astype(int) - colours).max() <= (9 if syntax == uid.JPEGBaseline8Bit else 0)
+
+
+@pytest.mark.parametrize("syntax", [uid.JPEG2000Lossless, uid.HTJ2KLossless])
+def test_what_stands_above_the_stored_bits_is_not_shown(syntax):
+    def encode(values):
+        if syntax == uid.HTJ2KLossless:
+            return imagecodecs.htj2k_encode(values, reversible=True)
+        return imagecodecs.jpeg2k_encode(values, codecformat="j2k", reversible=True)
+
+    expected = grey(dicom(SMOOTH, **TWELVE))
+    for above in (0, 0x8000, 0xF000):
+        found = grey(encapsulated(SMOOTH, syntax, encode(SMOOTH | np.uint16(above)), **TWELVE))
+        assert np.array_equal(found, expected), above
+
+
 CT = Rules(windows=(Window(modality="CT", centre=40, width=80, unit="HU"),))
 
 
