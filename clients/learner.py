@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -297,16 +296,6 @@ class Learner:
     # --- what a round asks for ---
 
     @property
-    def _asked_for(self) -> str:
-        """Digest of what a site without a budget gives once, in whatever round it is asked: the adapter state and,
-        where sites send statistics, which of them: another one is no second sum of the first."""
-        state = self.replica.state.digest
-        if not self._agreed.study.method.sums:
-            return state
-        blocks = ",".join(block.name for block in self._agreed.layout(self.replica.due.round).blocks)
-        return hashlib.sha256(f"{state}:{blocks}".encode()).hexdigest()
-
-    @property
     def _outbox(self) -> SiteRun:
         folder = self.replica.files.folder
         make_folder(folder.outbox, 0o700)
@@ -340,7 +329,7 @@ class Learner:
         for old in set(path.parent.iterdir()) - kept:
             old.unlink()
         integers = self._train()
-        made_at = np.frombuffer(bytes.fromhex(self._asked_for), np.uint8)
+        made_at = np.frombuffer(bytes.fromhex(self.replica.asked_for), np.uint8)
         tensors: dict[str, NDArray[Any]] = {"integers": integers, "state": made_at, "marks": self._marks()}
         write_durable(path, bytes(safetensors.numpy.save(tensors)), 0o600)
         return integers, NO_LEDGER
@@ -352,7 +341,7 @@ class Learner:
 
     def _kept(self) -> _Kept | None:
         made = (_made_at(path) for path in self._outbox.all_integers())
-        return next((kept for kept in made if kept.state == self._asked_for), None)
+        return next((kept for kept in made if kept.state == self.replica.asked_for), None)
 
     # --- exact sums are given once ---
 

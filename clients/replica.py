@@ -553,14 +553,20 @@ class Replica:
             self.files.erase_updates(record.header.round)
 
     def _remember(self, record: Record) -> None:
-        """Hold a sum's REVEAL of this site against what its own disk knows of it."""
+        """Hold a sum's REVEAL of this site, or that others stood for it, against what its own disk knows of it."""
         due = self.state.chain.due
-        bound = self.files.bound
-        if self.name not in [entry.site for entry in record.contributors] or bound.round > due.round:
+        own = next((entry for entry in record.contributors if entry.site == self.name), None)
+        if own is None or self.files.bound.round > due.round:
             return
-        if bound.at(due).out:
+        bound = self.files.bound.at(due)
+        if bound.out:
             return  # that round is sat out for it already
-        if bound.at(due).arrived != record.arrived:
+        stood_for = self.name in [entry.site for entry in record.header.witnessed]
+        if stood_for and (bound.attempt, bound.cohort) == (own.attempt, own.cohort):
+            # It sent that envelope and was gone; what others opened counts as if it had revealed.
+            given = bound.giving(self.asked_for, bound.names, self.state.chain.sum)
+            self.files.bind(given.model_copy(update={"arrived": record.arrived}))
+        elif bound.arrived != record.arrived:
             self.files.fall_behind()
 
     def _free(self, record: Record) -> None:
@@ -664,6 +670,16 @@ class Replica:
     def due(self) -> RoundPosition:
         """Where the envelopes that are due stand."""
         return self.state.chain.due
+
+    @property
+    def asked_for(self) -> str:
+        """Digest of what a site without a budget gives once, in whatever round it is asked: the adapter state and,
+        where sites send statistics, which of them: another one is no second sum of the first."""
+        state = self.state.digest
+        if not self._agreed.study.method.sums:
+            return state
+        blocks = ",".join(block.name for block in self._agreed.layout(self.due.round).blocks)
+        return hashlib.sha256(f"{state}:{blocks}".encode()).hexdigest()
 
     @property
     def sealer(self) -> Sealer:

@@ -298,7 +298,7 @@ class Site(Learner):
         files = self.replica.files
         bound = files.bound.at(self.replica.due)
         if bound.behind:
-            bound = bound.giving(self._asked_for, (), self.replica.state.chain.sum)
+            bound = bound.giving(self.replica.asked_for, (), self.replica.state.chain.sum)
             bound = bound.model_copy(update={"behind": False, "out": True, "released": ""})
             files.bind(bound)
             log.warning(
@@ -319,7 +319,7 @@ class Site(Learner):
         self.replica.sealer  # noqa: B018 -- who cannot seal reads no data and spends no budget
         self._integers()
         self._refuse_given()
-        released = self._private is not None or bound.released == self._asked_for
+        released = self._private is not None or bound.released == self.replica.asked_for
         fresh = public_of(self._fresh_key(attempt)) if self._agreed.study.pads else None
         return sign_ready(self._agreed, due, attempt, self.name, released, self.replica.identity.signing, fresh)
 
@@ -385,7 +385,7 @@ class Site(Learner):
         unheard = sorted(set(names) - releasing)
         if self._agreed.study.mode == "he":  # in plain the server sees each update, and nobody can be removed
             unheard += sorted(name for name in before if name not in names and self._trains(name))
-        if unheard or bound.released != self._asked_for:
+        if unheard or bound.released != self.replica.asked_for:
             raise ProtocolError(
                 f"a cohort of {', '.join(names)} at an adapter for which this site has revealed to "
                 f"{', '.join(before) or 'sites that its disk does not know'}; expected the same one: the difference of "
@@ -444,7 +444,7 @@ class Site(Learner):
         self.replica.take_back(record)
         bound = self.replica.files.bound.at(last.before.due)
         contributed = self.name in [entry.site for entry in record.contributors]
-        if contributed or self._asked_for in bound.given:
+        if contributed or self.replica.asked_for in bound.given:
             bound = bound.model_copy(update={"arrived": record.arrived})
         self.replica.files.bind(bound.model_copy(update={"void": True}))
         return bound.may_have_revealed
@@ -495,19 +495,19 @@ class Site(Learner):
         not, or has a budget."""
         if self._private is not None or not self.run:
             return None
-        return self.replica.files.bound.given.get(self._asked_for)
+        return self.replica.files.bound.given.get(self.replica.asked_for)
 
     @property
     def _gave_others(self) -> bool:
         """Whether it has revealed integers at this adapter that are not here any more: others would, by difference,
         show what is new in them (a patient that was to be forgotten, say)."""
-        released = self.run and self.replica.files.bound.released == self._asked_for
+        released = self.run and self.replica.files.bound.released == self.replica.asked_for
         return self.revealed_to is not None and not released and self._stored() is None
 
     def release(self) -> None:
         """Its people's word: at this adapter it may reveal once more, to another cohort."""
         files = self.replica.files
-        files.bind(files.bound.model_copy(update={"released": self._asked_for}))
+        files.bind(files.bound.model_copy(update={"released": self.replica.asked_for}))
 
     def retire(self) -> None:
         """The word that it trains no more in this run, once the open round is closed: its people's, or its own where
@@ -604,7 +604,7 @@ class Site(Learner):
         write_durable(files.folder.question("arrived"), question, 0o600)
         self._note_given()
         if not bound.arrived:
-            given = bound.giving(self._asked_for, bound.names, self.replica.state.chain.sum)
+            given = bound.giving(self.replica.asked_for, bound.names, self.replica.state.chain.sum)
             files.bind(given.model_copy(update={"arrived": digest}))
         mask = None if bound.padded is None else bound.padded.seed
         return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing, mask)

@@ -97,6 +97,8 @@ from secure_fed.server.spool import (
     envelope_start,
     erase_other_rounds,
     erase_round,
+    keep_revealed,
+    revealed_to,
 )
 from secure_fed.server.voids import Voids
 
@@ -594,8 +596,17 @@ class Coordinator:
                      for name in self._cohort.names)  # fmt: skip
 
     def _choose(self) -> None:
-        """COHORT: who is ready takes part."""
-        chosen = [self._readies[name] for name in sorted(self._readies)]
+        """COHORT: who is ready takes part.
+
+        But where a round was given up whose sum some may have revealed for, those of that sum alone, unless all who are
+        ready are free of it: at one adapter the others would refuse any other cohort.
+        """
+        names = set(self._readies)
+        again = revealed_to(self._folder, self.journal.chain.sum)
+        headers = [parse_header(word.signed[0], ReadyHeader, EnvelopeError) for word in self._readies.values()]
+        if again and again <= names and not all(header.released for header in headers):
+            names = set(again)
+        chosen = [self._readies[name] for name in sorted(names)]
         data = sign_cohort(self._agreed, self.journal.chain.due, self.attempt, chosen, self._key)
         self._spool.begin()
         self._spool.keep(COHORT, data)
@@ -760,11 +771,18 @@ class Coordinator:
 
         Or of the last sum, where its record and these words crossed: the void counts.
         """
+        late = self.journal.before if self._voids.late_complete else None
+        revealed = self._last_sum_of() if late is not None else self._arrived.names if self._arrived else ()
+        if revealed:
+            keep_revealed(self._folder, (late or self.journal.chain).sum, revealed)
         erase_round(self._folder, self.round)
         if self._voids.append():
             self._retiring.clear()  # asked again at the new head
         self._open_round()
         return self.journal.records[-1]
+
+    def _last_sum_of(self) -> tuple[str, ...]:
+        return next(entry.sites for entry in reversed(self.journal.records) if entry.header.kind == "aggregate")
 
     def _may_amend(self, sealed: bytes) -> bool:
         """Whether an amendment can take force now; else it waits for a sum to come between two changes of members."""

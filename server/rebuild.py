@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from secure_fed.protocol.records import Chain, Kind, RecordFolder, read_header, 
 from secure_fed.protocol.round_frames import check_arrived, check_cohort
 from secure_fed.protocol.signing import check_payload, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
-from secure_fed.server.spool import ARRIVED, CHECKED, COHORT, Spool, envelope_start
+from secure_fed.server.spool import ARRIVED, CHECKED, COHORT, Spool, attempts, envelope_start
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,9 @@ def _take_over(sources: Sequence[Path], agreed: AgreedStudy, chain: Chain, targe
             spool.begin()
             for name, data in frames.items():
                 spool.keep(name, data)
+            for later in attempts(target, spool.round):  # who has revealed begins none of them
+                if later.attempt > spool.attempt:
+                    shutil.rmtree(later.folder)
             return arrived.attempt
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -104,6 +104,22 @@ def attempts(run: ServerRun, round_number: int) -> list[Spool]:
     folder = run.spooled_round(round_number)
     numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
     return [Spool(run, round_number, number) for number in numbers]
+
+
+def keep_revealed(run: ServerRun, after: str, names: Sequence[str]) -> None:
+    """Keep for whose sum sites may have revealed at the adapter that follows a sum, in a round that is given up.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_durable(run.revealed, "\n".join([after, *names]).encode(), 0o600)
+
+
+def revealed_to(run: ServerRun, after: str) -> frozenset[str]:
+    """These names, if the adapter still is the one that follows this sum; else none."""
+    path = run.revealed
+    kept = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    return frozenset(kept[1:]) if kept[:1] == [after] else frozenset()
 
 
 def erase_round(run: ServerRun, round_number: int) -> None:

@@ -56,6 +56,7 @@ At a server:
 | ``runs/RUN/pause``, ``runs/RUN/end`` | that no round begins; that the run ends | ``study pause``, ``study end`` |
 | ``runs/RUN/lobby`` | that the first round waits until all are ready | ``server --lobby`` |
 | ``runs/RUN/rounds`` | how many rounds the run is to have | ``study extend`` |
+| ``runs/RUN/revealed`` | the cohort of the last round that was given up after its sum was fixed | coordinator |
 
 ``N`` is a number of eight digits: a record's place in its journal, else a round.
 """
@@ -287,6 +288,11 @@ class ServerRun(RunState):
     def rounds(self) -> Path:
         """How many rounds the run is to have, once the coordinator's people want more than the study's."""
         return self.path / "rounds"
+
+    @property
+    def revealed(self) -> Path:
+        """Whose sum was fixed in the last round that was given up after that."""
+        return self.path / "revealed"
 
 
 @dataclass(frozen=True)

@@ -246,3 +246,25 @@ def test_with_the_cohort_and_an_envelope_damaged_people_are_told_what_to_do_and_
     close_round(mended, sites, 5)
     check_sum(four, mended, sites, digest)
     bring_up(mended, sites)
+
+
+def test_where_nothing_of_the_spool_is_left_the_journal_is_rebuilt_and_the_round_goes_on_as_it_was(
+    four: Federation,
+) -> None:
+    """A restart has begun another attempt meanwhile, in which nobody who has revealed answers."""
+    sites = four.sites()
+    coordinator = four.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites[:3]:
+        exchange(coordinator, site)
+    assert coordinator._arrived is not None
+    digest = coordinator._arrived.digest
+    for path in coordinator._spool.folder.iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    assert four.reopen().attempt == 2
+    rebuild(four.agreed, [four.folder / "sites" / site.name / "state" for site in sites], four.folder / SERVER)
+    mended = four.reopen()
+    assert mended.attempt == 1
+    close_round(mended, sites, 5)
+    check_sum(four, mended, sites, digest)
+    bring_up(mended, sites)

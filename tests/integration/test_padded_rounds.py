@@ -234,6 +234,25 @@ def test_who_comes_back_while_others_speak_for_it_reveals_itself(padded: Make) -
     assert entry.header.witnessed == ()
 
 
+def test_a_site_for_which_others_spoke_while_it_was_gone_goes_on_with_the_next_round(
+    padded: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.recover(["ash"])
+    entry = close(coordinator, sites[1:])
+    assert [one.site for one in entry.header.witnessed] == ["ash"]
+    state = sites[0].replica.state.digest
+    bring_up(coordinator, sites)
+    assert "older than what" not in caplog.text
+    assert sites[0].replica.files.bound.given == {state: NAMES[:4]}, "its integers were in a sum at that adapter"
+    assert close(coordinator, sites).sites == NAMES[:4]
+
+
 def test_the_others_speak_for_a_site_whose_people_give_the_round_up_after_the_sum_is_fixed(padded: Make) -> None:
     """One word stops no round: its envelope is in the sum. It has the record with the next one, which is upon it."""
     federation = padded(4)

@@ -606,6 +606,31 @@ def test_a_site_that_never_comes_back_does_not_hold_the_others_up_for_ever(four:
     assert sites[3].adapter_digest == again[0].adapter_digest
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_newcomer_without_its_peoples_word_holds_no_round_up_that_was_given_up(four: Federation, late: bool) -> None:
+    """The cohort to which the others revealed may close the round by itself, also after a restart of the server."""
+    sites = four.sites()
+    coordinator = begin(four)
+    trio = sites[:3]
+    pass_step(coordinator, trio)
+    if late:  # the record and the words cross
+        close_round(coordinator, trio)
+    else:
+        for _ in range(2):
+            coordinator.advance()
+            for site in trio:
+                exchange(coordinator, site)
+    for site in trio:
+        site.void(1)
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    entry = coordinator.advance()
+    assert entry is not None
+    assert entry.header.kind == "void"
+    coordinator = four.reopen()
+    pass_step(coordinator, sites)
+    assert close_round(coordinator, trio).sites == TRAINING
+
+
 def test_a_newcomer_to_the_cohort_needs_the_word_of_all_too(four: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has revealed to nobody; but its update would be the difference of the two sums."""
     sites = four.sites()
