@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.pixels.processing import apply_color_lut
@@ -170,8 +169,7 @@ class Display:
             )
         table = table[:entries]
         depth = max(depth, int(table.max()).bit_length())  # some devices write less than there is
-        # The first value mapped is written in 16 bits, with a sign where the values may have one.
-        start = (first + 2**15) % 2**16 - 2**15 if signed else first % 2**16
+        start = _first(first, signed)
 
         def through(values: NDArray[Any]) -> tuple[NDArray[Any], int]:
             return table[(np.rint(values).astype(np.int64) - start).clip(0, entries - 1)], depth
@@ -225,12 +223,33 @@ class Display:
                     f"{name}Data (0028,120{place}) has {size} bytes, for {entries} entries of {depth} bits; expected "
                     "one or two bytes for each, of 8 or 16 bits: export it again"
                 )
-        if dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian:
-            dataset = _swapped(dataset)
-        parts = [apply_color_lut(stored[rows], dataset) for rows in blocks(stored)]
-        if any(part.dtype.itemsize > 1 and part.max() > 255 for part in parts):
-            parts = [part >> 8 for part in parts]
-        return Image.fromarray(np.concatenate([part.astype(np.uint8) for part in parts]))
+        if segmented:
+            written = _descriptor(dataset.RedPaletteColorLookupTableDescriptor, "RedPaletteColorLookupTable")[1]
+            sign = written - _first(written, dataset.get("PixelRepresentation") == 1)  # pydicom takes it as written
+            parts = [apply_color_lut(stored[rows].astype(np.int32) + sign, dataset) for rows in blocks(stored)]
+            if any(part.dtype.itemsize > 1 and part.max() > 255 for part in parts):
+                parts = [part >> 8 for part in parts]
+            return Image.fromarray(np.concatenate([part.astype(np.uint8) for part in parts]))
+        tables = [self._colours(colour) for colour in ("Red", "Green", "Blue")]
+        down = 8 if max(int(table.max()) for table, _ in tables) > 255 else 0  # some devices write 8 bits as 16
+        shown = np.empty((*stored.shape, 3), dtype=np.uint8)
+        for rows in blocks(stored):
+            values = stored[rows].astype(np.int64)
+            for channel, (table, start) in enumerate(tables):
+                shown[rows][..., channel] = (table >> down)[(values - start).clip(0, len(table) - 1)]
+        return Image.fromarray(shown)
+
+    def _colours(self, colour: str) -> tuple[NDArray[Any], int]:
+        """A palette's entries for red, green or blue, and the value that the first of them is for."""
+        name = f"{colour}PaletteColorLookupTable"
+        entries, first, depth = _descriptor(self._dataset.get(f"{name}Descriptor"), name)
+        entries = entries % 2**16 or 2**16
+        data = bytes(self._dataset.get(f"{name}Data"))
+        if self._dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian and len(data) % 2 == 0:
+            data = np.frombuffer(data, dtype=">u2").astype("<u2").tobytes()
+        small = len(data) < 2 * entries or (entries == 1 and depth == 8)  # of which an odd number is padded
+        table = np.frombuffer(data, dtype=np.uint8 if small else "<u2")[:entries]
+        return table, _first(first, self._dataset.get("PixelRepresentation") == 1)
 
 
 def _descriptor(value: Any, name: str) -> tuple[int, int, int]:
@@ -248,18 +267,9 @@ def _descriptor(value: Any, name: str) -> tuple[int, int, int]:
     return entries, first, depth
 
 
-def _swapped(dataset: Any) -> Any:
-    """A big-endian file's palettes with their words turned: pydicom takes them as they lie in the file."""
-    turned = pydicom.Dataset()
-    for element in dataset.iterall():
-        name = element.keyword
-        if "PaletteColorLookupTable" not in name:
-            continue
-        value = element.value
-        if isinstance(value, bytes) and len(value) % 2 == 0:
-            value = np.frombuffer(value, dtype=">u2").astype("<u2").tobytes()
-        turned.add_new(element.tag, element.VR, value)
-    return turned
+def _first(written: int, signed: bool) -> int:
+    """The first value mapped, which is written in 16 bits, with a sign where the values may have one."""
+    return (written + 2**15) % 2**16 - 2**15 if signed else written % 2**16
 
 
 def blocks(stored: NDArray[Any], pixels: int | None = None) -> Iterator[slice]:

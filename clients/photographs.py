@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from secure_fed.clients.rules import Picture, Rules, UndecodableError
@@ -19,6 +19,7 @@ _DRAWN = "secfacmic"
 """Key of a text in each PNG that secfacmic drew over a picture."""
 _BITS_PER_SAMPLE = 258
 _SAMPLE_FORMAT = 339
+_COLOUR_MAP = 320
 _BLOCK = 2**20
 """So many pixels at once, where more would take memory."""
 
@@ -58,7 +59,10 @@ class PhotographFile:
                 frames = getattr(image, "n_frames", 1)
                 if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews
                     raise UndecodableError(f"{frames} frames; expected one image a file, DICOM or NIfTI: split it")
+                _widen_palette(image)
                 image.load()
+                if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
+                    image = image.convert("RGB")  # nobody means a picture of nothing: the fourth byte is unused
                 if image.mode[0] in "IF":
                     raise _too_deep(f"mode {image.mode}")
                 ImageOps.exif_transpose(image, in_place=True)
@@ -127,6 +131,14 @@ def _refuse_deep(image: Image.Image, content: bytes) -> None:
             depth = int(header[3][:9]).bit_length()
     if depth > 8:
         raise _too_deep(f"{depth} bits a channel")
+
+
+def _widen_palette(image: Image.Image) -> None:
+    """Take a TIFF's colours of 8 bits as that, as libtiff does; Pillow drops the lower 8 of 16."""
+    if image.format == "TIFF" and image.mode == "P":
+        colours = image.tag_v2.get(_COLOUR_MAP, ())  # type: ignore[attr-defined]
+        if colours and max(colours) < 2**8:
+            image.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
 def _too_deep(found: str) -> UndecodableError:

@@ -359,6 +359,36 @@ def test_palettes_show_their_colours():
     assert decode_all_of([as_bytes(beside)])[0].notes == ("colours beside the grey values (0028,1101) passed over",)
 
 
+@pytest.mark.parametrize("vr", ["US", "SS"])
+def test_a_palette_of_values_with_a_sign_begins_where_it_says_however_that_is_written(vr):
+    values = np.arange(-128, 128, dtype=np.int16).reshape(16, 16)
+    dataset = coloured(PixelRepresentation=1, BitsAllocated=16, BitsStored=16, HighBit=15, PixelData=values.tobytes())
+    for colour in ("Red", "Green", "Blue"):
+        name = f"{colour}PaletteColorLookupTableDescriptor"
+        dataset[name].VR = vr
+        setattr(dataset, name, [256, 65408 if vr == "US" else -128, 16])
+    assert np.array_equal(np.asarray(decode(as_bytes(dataset))), np.asarray(decode(as_bytes(coloured()))))
+
+
+@pytest.mark.parametrize("entries", [255, 5, 1])
+def test_a_palette_of_an_odd_number_of_bytes_is_padded(entries):
+    dataset = coloured(entries=entries, bits=8)
+    for factor, colour in enumerate(("Red", "Green", "Blue"), start=1):
+        table = bytes(40 + index * factor % 200 for index in range(entries)) + b"\0"
+        setattr(dataset, f"{colour}PaletteColorLookupTableData", table)
+    index = np.arange(256).reshape(16, 16).clip(0, entries - 1)
+    expected = np.stack([40 + index * factor % 200 for factor in (1, 2, 3)], axis=-1)
+    assert np.array_equal(np.asarray(decode(as_bytes(dataset))), expected)
+
+
+def test_each_colour_of_a_palette_begins_where_it_says():
+    dataset = coloured(BluePaletteColorLookupTableDescriptor=[256, 100, 16])
+    found = np.asarray(decode(as_bytes(dataset)))
+    index = np.arange(256).reshape(16, 16)
+    assert np.array_equal(found[..., 0], index)
+    assert np.array_equal(found[..., 2], (index - 100).clip(0) * 3 % 256)
+
+
 @pytest.mark.parametrize(
     ("dataset", "says"),
     [
@@ -1065,6 +1095,29 @@ def test_photographs_are_shown_as_viewers_do():
     transparent = Image.new("P", (2, 2), 1)
     transparent.putpalette([9, 9, 9, 200, 0, 0])
     assert not np.asarray(decode(saved(transparent, "PNG", transparency=1))).any()
+
+
+@pytest.mark.parametrize("factor", [1, 257])
+def test_a_tiffs_colours_are_of_eight_or_sixteen_bits(factor):
+    index = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("P")
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    index.putpalette(colours.tobytes())
+    content = saved(index, "TIFF")
+    written = struct.pack("<768H", *(int(value) * 256 for value in colours.T.ravel()))
+    assert content.count(written) == 1
+    content = content.replace(written, struct.pack("<768H", *(int(value) * factor for value in colours.T.ravel())))
+    assert np.array_equal(np.asarray(decode(content).convert("RGB")), colours.reshape(16, 16, 3))
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_a_bmp_whose_alpha_is_zero_throughout_has_none(alpha):
+    colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    pixels = np.dstack([colours[::-1, :, ::-1], np.full((6, 8), alpha, np.uint8)]).tobytes()
+    info = struct.pack(
+        "<IiiHHIIiiII4I", 124, 8, 6, 1, 32, 3, len(pixels), 0, 0, 0, 0, 0xFF0000, 0xFF00, 0xFF, 0xFF << 24
+    )
+    content = struct.pack("<2sIHHI", b"BM", 138 + len(pixels), 0, 0, 138) + info.ljust(124, b"\0") + pixels
+    assert np.array_equal(np.asarray(decode(content).convert("RGB")), colours)
 
 
 def test_values_with_a_sign_and_fractions_are_refused_and_never_shifted():
