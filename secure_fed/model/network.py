@@ -112,7 +112,8 @@ def make_network(config: Mapping[str, Any], text: Mapping[str, Any] | None = Non
     Args:
         config: as :class:`Form` has it.
         text: configuration of its text model of transformers.
-        empty: leave parameters without memory, to be assigned; else they are drawn from torch's generator.
+        empty: leave parameters without memory, to be assigned, where the model can be built so; else they are drawn
+            from torch's generator.
 
     Raises:
         BackboneError: open_clip cannot build it.
@@ -125,18 +126,7 @@ def make_network(config: Mapping[str, Any], text: Mapping[str, Any] | None = Non
         settings["vision_cfg"].update(timm_model_pretrained=False)
         if hugging:
             settings["text_cfg"].update(hf_model_pretrained=False)
-        custom = settings.pop("custom_text", False) or hugging
-        kind = library.CoCa if custom and "multimodal_cfg" in settings else library.CustomTextCLIP
-        with tempfile.TemporaryDirectory(prefix="secfacmic-") as name, offline(), _parameters(empty):
-            if hugging:
-                if text is None:
-                    raise BackboneError("the text model's configuration is not here")
-                # transformers takes a configuration from a folder, and open_clip only by the name of one.
-                (Path(name) / "config.json").write_text(json.dumps(text), encoding="utf-8")
-                settings["text_cfg"]["hf_model_name"] = name
-            network: Any = (kind if custom else library.CLIP)(**settings)
-            if "trunk" in ours.get("vision", {}):
-                network.visual.trunk = _trunk(ours["vision"]["trunk"])
+        network: Any = _constructed(settings, text, ours, hugging, empty)
     except BackboneError:
         raise
     except Exception as error:  # open_clip, timm and transformers each raise what they like
@@ -157,6 +147,49 @@ def make_network(config: Mapping[str, Any], text: Mapping[str, Any] | None = Non
         network.ln_final.eps = ours["text"]["eps"]
     made: nn.Module = network
     return made
+
+
+def _constructed(
+    settings: Mapping[str, Any], text: Mapping[str, Any] | None, ours: Mapping[str, Any], hugging: bool, empty: bool
+) -> Any:
+    """The network as open_clip makes it: in memory if some of it is computed from parameters, which have no values."""
+    if not empty:
+        return _construct(settings, text, ours, hugging)
+    try:
+        with _parameters():
+            network = _construct(settings, text, ours, hugging)
+        if not any(buffer.is_meta for buffer in network.buffers()):
+            return network
+    except RuntimeError as error:  # NotImplementedError is one
+        if "meta" not in str(error):
+            raise
+    with torch.random.fork_rng(devices=[]):
+        return _construct(settings, text, ours, hugging)
+
+
+def _construct(
+    settings: Mapping[str, Any], text: Mapping[str, Any] | None, ours: Mapping[str, Any], hugging: bool
+) -> Any:
+    library, given = open_clip(), copy.deepcopy(dict(settings))
+    custom = given.pop("custom_text", False) or hugging
+    kind = library.CoCa if custom and "multimodal_cfg" in given else library.CustomTextCLIP
+    with tempfile.TemporaryDirectory(prefix="secfacmic-") as name, offline():
+        if hugging:
+            if text is None:
+                raise BackboneError("the text model's configuration is not here")
+            # transformers takes a configuration from a folder, and open_clip only by the name of one.
+            (Path(name) / "config.json").write_text(json.dumps(text), encoding="utf-8")
+            given["text_cfg"]["hf_model_name"] = name
+        network: Any = (kind if custom else library.CLIP)(**given)
+        if "trunk" in ours.get("vision", {}):
+            network.visual.trunk = _trunk(ours["vision"]["trunk"])
+    return network
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of a model with no text model of transformers, without memory even where it can only be built in it."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in make_network(config).state_dict().items()}
 
 
 _ALSO = (
@@ -224,7 +257,7 @@ def which_fit(given: Mapping[str, tuple[int, ...]]) -> list[str]:
         if token not in shapes:
             continue
         try:
-            wanted = {name: tuple(value.shape) for name, value in make_network(config).state_dict().items()}
+            wanted = _shapes(config)
         except BackboneError:
             continue
         plain = {name.removeprefix("text."): shape for name, shape in wanted.items()}
@@ -395,11 +428,8 @@ def _tower_facts(parts: list[Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _parameters(empty: bool) -> Iterator[None]:
+def _parameters() -> Iterator[None]:
     """Within, modules that this thread makes get parameters without memory; buffers are real, as some are computed."""
-    if not empty:
-        yield
-        return
     mine, register = threading.get_ident(), nn.Module.register_parameter
 
     def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
-from secure_fed.model import text_model, transformers_form
+from secure_fed.model import network, text_model, transformers_form
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.model.library import known_model, twin
@@ -486,6 +486,37 @@ def test_of_open_clips_own_towers_too(tower: int, table: str, change: dict[str, 
     assert right.digest == wrong.digest
     assert right.id != wrong.id
     assert furthest(right, wrong)[tower] > 10 * TOLERANCE
+
+
+def configured(folder: Path, config: dict[str, Any], state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A folder in open_clip's form with these weights, or with random ones, which are given back."""
+    folder.mkdir(parents=True)
+    how = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": how}))
+    if state is None:
+        torch.manual_seed(0)
+        network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+        scale_up(network)
+        state = network.state_dict()
+    torch.save(state, folder / "open_clip_pytorch_model.bin")
+    return state
+
+
+def of_timm(name: str, **vision: Any) -> dict[str, Any]:
+    """open_clip's configuration of a tower of timm beside a small one for texts."""
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1}
+    tower = {"image_size": 224, "timm_model_name": name, "timm_pool": "avg", "timm_proj": "linear"}
+    return {"embed_dim": 16, "vision_cfg": tower | vision, "text_cfg": text}
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vitamin_small_224"])
+def test_towers_that_cannot_be_built_without_memory_are_built_in_it(name: str) -> None:
+    before = torch.get_rng_state()
+    made = make_network(of_timm(name))
+    assert torch.equal(before, torch.get_rng_state())
+    assert network._shapes(of_timm(name)) == {key: tuple(value.shape) for key, value in made.state_dict().items()}
+    plain = dict(make_network(of_timm(name), empty=False).named_buffers())
+    assert all(torch.equal(value, plain[key]) for key, value in made.named_buffers())
 
 
 def test_tokenizer_and_preprocessing_are_in_the_id(tmp_path: Path) -> None:
