@@ -54,9 +54,19 @@ DRAWN_ALONE = (
 _COLUMNS = ("path", "label")
 _SPLITS: tuple[Split, ...] = get_args(Split)
 _SPLIT_WORDS = frozenset({*_SPLITS, "training", "valid", "validation", "testing", "dev"})
-_SPLIT_COLUMNS = re.compile(r"(is|in|for)?(train(ing)?|val(id|idation)?|test(ing)?|holdout|heldout)(set|ing)?")
+_SPLIT_CELLS = _SPLIT_WORDS | {
+    *("trn", "tst", "eval", "evaluation", "holdout", "heldout", "development", "trainingsdaten", "testdaten"),
+    *("validierung", "entrenamiento", "prueba", "validaci\u00f3n", "validacion", "entra\u00eenement", "entrainement"),
+    *("apprentissage", "addestramento", "validazione", "treino", "treinamento", "teste", "valida\u00e7\u00e3o"),
+}
+"""Words of splits, as hospitals and public collections write them, beside these:"""
+_SPLIT_FILLERS = frozenset(
+    {"set", "sets", "data", "split", "cohort", "internal", "external", "public", "private", "usage"}
+)
+_SPLIT_COLUMNS = re.compile(r"(is|in|for)?((train(ing)?|val(id|idation)?|test(ing)?|holdout|heldout)(set|ing)?)+")
 """Names of columns, letters alone, that say of each row whether it is in one split, by one of these words:"""
-_YES_OR_NO = frozenset({"0", "1", "0.0", "1.0", "true", "false", "yes", "no", "y", "n", "t", "f", "x"})
+_YES_OR_NO = frozenset({"0", "1", "2", "0.0", "1.0", "2.0", "true", "false", "yes", "no", "y", "n", "t", "f", "x"})
+_FOLDS = re.compile(r"(cv|k)?folds?(id|no|nr|number)?")
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 
@@ -537,8 +547,15 @@ def _read_manifest(
     if "label" in needed and not has_splits and (named := _named_otherwise(table)):
         raise ManifestError(
             f"{manifest}: column {named!r} says of which split a row is, and there is no column split; expected it to "
-            "be named split, with train, val, test and unlabelled: rename it, or remove it"
+            "be named split, with train, val, test and unlabelled: rename it split, or remove it; if it is none, "
+            "write its cells as what they are"
         )
+    if (
+        "label" in needed
+        and not has_splits
+        and (folds := [one for one in table.columns if _FOLDS.fullmatch(_letters(one))])
+    ):
+        notes.told.append(f"{manifest}: column {folds[0]!r} looks like folds; splits are drawn without regard to it")
     if free := [name for name in table.columns if name and name not in KNOWN_COLUMNS]:
         notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
@@ -583,17 +600,34 @@ def _read_manifest(
 
 
 def _named_otherwise(table: Table) -> str:
-    """The free column whose cells are all names of splits, as people write them, or that says yes or no to one; empty
-    if there is none."""
+    """The free column whose cells are in large part names of splits, as people write them, or that says yes or no to
+    one; empty if there is none."""
     for name in table.columns:
         if name in KNOWN_COLUMNS or not name:
             continue
-        found = {row.cells[name].casefold() for row in table.rows} - {""}
-        if found & _SPLIT_WORDS and found <= _SPLIT_WORDS:
+        found = Counter(cell for row in table.rows if (cell := row.cells[name]))
+        splits = {cell: word for cell in found if (word := _split_word(cell))}
+        # With two names of splits beside one another, a tenth of the rows is enough: others say why a row is in none.
+        least = 0.1 if len(set(splits.values())) > 1 else 0.5
+        if splits and sum(found[cell] for cell in splits) >= least * found.total():
             return name
-        if found and found <= _YES_OR_NO and _SPLIT_COLUMNS.fullmatch(re.sub(r"[\W_]+", "", name).casefold()):
+        cells = {cell.casefold() for cell in found}
+        if cells and cells <= _YES_OR_NO and _SPLIT_COLUMNS.fullmatch(_letters(name)):
             return name
     return ""
+
+
+def _split_word(cell: str) -> str:
+    """The name of a split that a cell is, among words that say nothing more; else empty."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cell)
+    words = [word for word in re.findall(r"[^\W\d_]+", apart.casefold()) if word not in _SPLIT_FILLERS]
+    whole = "".join(words)
+    forms = (whole, whole.removesuffix("set"), whole.removesuffix("data"))
+    return next((form for form in forms if form in _SPLIT_CELLS), "")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def _refuse(manifest: Path, faults: Sequence[str]) -> None:

@@ -129,8 +129,9 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
         Sorted; of ids in several writings those groups of which more than one id is not settled.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
+    unbroken = {patient for patient in counts if patient.isdecimal() and len(patient) > 3}
     for patient in counts:
-        groups[writing_free(patient)].append(patient)
+        groups[_separator_free(patient, unbroken)].append(patient)
     found = [
         Doubt("writings", tuple(sorted(group)), sum(counts[one] for one in group))
         for group in groups.values()
@@ -243,6 +244,18 @@ def writing_free(patient: str) -> str:
     if re.fullmatch(r"\d{1,3}([.,]\d{3})+", plain):  # a spreadsheet's thousands
         plain = re.sub(r"[.,]", "", plain)
     return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", plain)
+
+
+def _separator_free(patient: str, unbroken: Collection[str]) -> str:
+    """As :func:`writing_free`, and equal for ids that differ by hyphens, dots or the like, or nothing in their place.
+
+    Between numbers something stays in their place, as 1-12 is not 11-2, unless the id is all digits, and among the
+    ``unbroken`` ones without it; of fewer than four digits these are as often other numbers.
+    """
+    whole = re.sub(r"(?<=\d)[-._/:](?=\d)", "", patient)
+    plain = writing_free(whole if whole in unbroken else patient)
+    plain = re.sub(r"(?<=\d)[-./\\:]+(?=\d)", "-", plain)
+    return re.sub(r"(?<=[^\W\d])[-./\\:]+(?=\w)|(?<=\w)[-./\\:]+(?=[^\W\d])", "", plain)
 
 
 def name_free(name: str, patient: str = "") -> str:

@@ -172,6 +172,12 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("2024-01-05", "05.01.2024", "1/5/24", "5. Mai"), ["spreadsheet"] * 4),
         (("12:30:00", "1/2/2023 0:00", "2023-02-01T00:00:00", "Feb 1, 2023", "2023/2/1"), ["spreadsheet"] * 5),
         (("+12", "12"), ["writings"]),
+        (("PAT-1", "PAT_1", "PAT1", "pat.001"), ["writings"]),
+        (("A.1", "A-1"), ["writings"]),
+        (("1/2", "1-2"), ["writings"]),
+        (("12-34", "1234"), ["writings"]),
+        (("1-12", "11-2"), []),
+        (("A-1-12", "A-11-2", "B-1"), []),
         (("unknown_1", "MRN-5", "MRN-6"), ["placeholder"]),
         (("Anon2", "anonymized 7", "MRN-5", "MRN-6"), ["placeholder"] * 2),
         (("anon1", "anon2", "MRN-5"), []),  # a site's own pseudonyms
@@ -180,7 +186,7 @@ def test_ids_are_taken_in_one_form(tmp_path):
         (("Müller", "MÃ¼ller", "Schröder"), ["writings"]),
         (("Àlvarez", "Ã\u20aclvarez"), ["writings"]),
         (("M\ufffdller", "M?ller", "Möller"), ["placeholder"] * 2),
-        (("12", "120", "1.2", "1-2", "P1E3", "Patient 3", "P-99", "12-34-5678", "1.2.3", "1-2-33-4"), []),
+        (("12", "120", "1-2", "P1E3", "Patient 3", "P-99", "12-34-5678", "1.2.3", "1-2-33-4"), []),
     ],
 )
 def test_ids_that_leave_open_who_is_who_are_found(ids, kinds):
@@ -219,7 +225,7 @@ def test_similar_ids_are_shown():
 
 def test_columns_that_mean_nothing_are_told(tmp_path):
     notes = Notes()
-    rows = b"path,label,patient,splits\na.png,dark,p1,few\nb.png,light,p2,train\n"
+    rows = b"path,label,patient,splits\na.png,dark,p1,few\nb.png,light,p2,many\n"
     assert len(found(tmp_path, rows, notes=notes)) == 2
     assert "columns that mean nothing here: splits" in notes.told[0]
 
@@ -240,6 +246,35 @@ def test_so_is_a_column_that_says_yes_or_no_to_one_split(tmp_path, name):
         found(tmp_path, rows.encode())
     for free in (rows.replace(name, "smoker"), rows.replace("p1,0", "p1,CT").replace("p2,1", "p2,MR")):
         assert len(found(tmp_path, free.encode())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("group", ["train"] * 5 + ["test"] * 4 + ["exclude"]),
+        ("Set", ["Train"] * 5 + ["Test"]),
+        ("dataset", ["TRAIN_SET"] * 3 + ["TEST_SET"] * 2),
+        ("usage", ["Training"] * 3 + ["PublicTest", "PrivateTest"]),
+        ("train/val/test", ["train", "trn", "tst"]),
+        ("subset", ["internal", "external test", "holdout"]),
+        ("phase", ["Entrenamiento", "Prueba"]),
+        ("train_test", ["1", "2"]),
+        ("test", ["0", "2"]),
+    ],
+)
+def test_a_hospitals_own_split_column_is_refused_also_with_foreign_values(tmp_path, name, cells):
+    lines = [f"p{place}.png,dark,p{place},{cell}" for place, cell in enumerate(cells)]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join([f"path,label,patient,{name}", *lines]) + "\n")
+    with pytest.raises(ManifestError, match=f"column '{name}' says of which split a row is"):
+        read_data(tmp_path, ("dark", "light"), "patient", HALF, 0)
+
+
+def test_folds_and_columns_that_speak_of_tests_are_none(tmp_path):
+    notes = Notes()
+    rows = b"path,label,patient,fold,remark\na.png,dark,p1,0,stress test\nb.png,light,p2,1,trained reader\n"
+    assert len(found(tmp_path, rows, notes=notes)) == 2
+    assert any("column 'fold' looks like folds" in line for line in notes.told)
 
 
 def test_an_id_with_a_line_break_is_refused_by_line(tmp_path):
