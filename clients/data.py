@@ -19,6 +19,7 @@ import numpy as np
 
 from secure_fed.clients.dicom_header import NOBODY, Owner, owner
 from secure_fed.clients.files import (
+    COPY,
     IN_A_FOLDER,
     KNOWN_COLUMNS,
     MANIFEST,
@@ -242,13 +243,21 @@ def read_data(
         assert shares is not None  # both readers refuse otherwise
         if together is None:
             notes.told.append(DRAWN_ALONE)
-        splits = _draw_each_split(rows, shares, seed) if together is None else _draw_splits(rows, ids, shares, seed)
-        bare = _images(rows, ids, dict.fromkeys(splits, UNLABELLED))
-        unknown = {row.patient for row in rows if not row.label}
+        # The pictures of one file are as alike as those of one patient.
+        whole = [replace(row, patient=_file(row, folder)) for row in rows] if unit == "image" else rows
+        splits = _draw_each_split(whole, shares, seed) if together is None else _draw_splits(whole, ids, shares, seed)
+        bare = _images(whole, ids, dict.fromkeys(splits, UNLABELLED))
+        unknown = {row.patient for row in whole if not row.label}
         for group in () if together is None else together(bare):
             split = UNLABELLED if unknown.intersection(group) else splits[min(group)]
             splits.update((patient, split) for patient in group)
+        splits = {row.patient: splits[one.patient] for row, one in zip(rows, whole, strict=True)}
     return _images(rows, ids, splits)
+
+
+def _file(row: _Row, folder: Path) -> str:
+    """By which an image's file is known where images count as patients; of one outside the folder, its whole path."""
+    return row.path if row.base == folder else (row.base / row.path).as_posix()
 
 
 def find_pictures(folder: Path, choice: Choice, notes: Notes) -> list[SiteImage]:
@@ -432,7 +441,8 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
     unplaced_frames: list[str] = []
     across: list[str] = []
     alone: list[str] = []
-    for row in rows:
+    instances: set[tuple[str, str, str]] = set()
+    for row in sorted(rows, key=lambda one: one.path):
         if row.frame or row.asked:
             continue
         path = row.base / row.path
@@ -447,7 +457,13 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
             if not placed and choice.slices != "all":
                 unplaced_frames.append(str(path))
             continue
-        name, position = place_in_series(path)
+        name, position, instance = place_in_series(path)
+        if instance:
+            known = instance, row.patient if unit == "patient" else "", row.label
+            if known in instances:
+                notes.left_out[COPY] += 1
+                continue
+            instances.add(known)
         name = row.series or name
         if not name and position != Position():
             alone.append(str(path))
@@ -657,6 +673,7 @@ def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
     faults = []
     first: dict[tuple[str, str, str], _Row] = {}
     splits: dict[str, _Row] = {}
+    files: dict[str, _Row] = {}
     keys = [row.key for row in rows]
     frames: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for path, frame, axis in keys:
@@ -676,6 +693,11 @@ def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
             faults.append(
                 f"{row.where}: patient {row.patient!r} is in split {row.split!r}, but on {other.where} in "
                 f"{other.split!r}; expected one split a patient"
+            )
+        elif has_splits and listed and (other := files.setdefault(path, row)).split != row.split:
+            faults.append(
+                f"{row.where}: a picture of {row.path!r} is in split {row.split!r}, but on {other.where} one in "
+                f"{other.split!r}; expected one split a file"
             )
     return faults
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import struct
+import unicodedata
 import warnings
 import zlib
 from functools import lru_cache
@@ -61,10 +62,15 @@ _NO_PICTURE_CLASSES = {
 _PICTURE_CLASSES = ("Image", "US Volume")
 """What the name of every standard class of pictures has in it, and no other's that is stored."""
 _SCOUTS = frozenset({"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM"})
-_SCOUT_SERIES = ("localizer", "localiser", "scout", "topogram", "surview", "scanogram")
+_SCOUT_SERIES = (
+    *("localizer", "localiser", "scout", "topogram", "surview", "scanogram", "lokalizer", "lokaliser", "lokalisator"),
+    *("localizador", "localizzatore", "localisateur", "rep\u00e9rage", "reperage"),
+)
 """Scanners of some makers say it in the series' name alone."""
 
-_SHORT_SCOUTS = re.compile(r"\b(loc|survey|uebersicht|\u00fcbersicht)\b")
+_SHORT_SCOUTS = re.compile(
+    r"(?<![^\W\d_])((plane|plan|pl)?loc|survey|scano|topo|uebersicht|\u00fcbersicht)(?![^\W\d_])"
+)
 """Of magnetic resonance and computed tomography; of X-rays a survey is an examination."""
 _SLIDE_PARTS = frozenset({"LABEL", "OVERVIEW", "THUMBNAIL"})
 """Of whole slides: beside the slide itself; a label has the patient's name on it."""
@@ -248,7 +254,8 @@ def facts(dataset: Any) -> Facts:
 
 
 def _names_scout(dataset: Any) -> bool:
-    names = (text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")).casefold()
+    names = unicodedata.normalize("NFC", text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName"))
+    names = names.casefold()
     sectional = text(dataset, "Modality").upper() in ("MR", "CT")
     return any(word in names for word in _SCOUT_SERIES) or (sectional and _SHORT_SCOUTS.search(names) is not None)
 

@@ -26,6 +26,9 @@ IN_A_FOLDER = f"{MANIFEST} or one folder per class in it"
 KNOWN_COLUMNS = ("path", "label", "patient", "split", "frame", "slice", "series", "axis", "mask")
 """Of a manifest, that mean something."""
 
+COPY = "copy of a slice"
+"""A kind of what is left out: another file of the same instance would move the slices behind it."""
+
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
 _NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 _UID = re.compile(r"\d+(\.\d+)+")
@@ -212,8 +215,13 @@ class Files:
         """
         if path not in self._series:
             entries = []
-            for found in image_files(self._folder / path, self._notes):
-                uid, position = place_in_series(found)
+            copies: set[str] = set()
+            for found in sorted(image_files(self._folder / path, self._notes)):
+                uid, position, instance = place_in_series(found)
+                if instance and instance in copies:
+                    self._notes.left_out[COPY] += 1
+                    continue
+                copies.add(instance)
                 name = os.path.normpath(os.path.join(path, os.path.relpath(found, self._folder / path)))
                 entries.append((uid, position, name))
             self._series[path] = entries

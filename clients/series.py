@@ -43,11 +43,15 @@ class Order(NamedTuple):
     crossed: bool = False
 
 
-def place_in_series(path: Path) -> tuple[str, Position]:
-    """Of a DICOM file, the UID of its series, and where it lies in it; else empty."""
+def place_in_series(path: Path) -> tuple[str, Position, str]:
+    """Of a DICOM file, the UID of its series, where it lies in it, and by what copies of it are known; else empty.
+
+    Copies are of one patient, series and instance (SOPInstanceUID), and lie at one place; of a file that does not say
+    where it lies none are known, as some exports give one UID to all.
+    """
     header = read_header(path)
     if header is None:
-        return "", Position()
+        return "", Position(), ""
     along = number = None
     normal: tuple[float, ...] = ()
     with contextlib.suppress(Exception):  # what is no number says nothing
@@ -57,7 +61,10 @@ def place_in_series(path: Path) -> tuple[str, Position]:
         rows, columns = np.array(header.get("ImageOrientationPatient"), dtype=np.float64).reshape(2, 3)
         across = np.cross(rows, columns)
         along, normal = _finite(float(across @ position)), tuple(across.tolist())
-    return text(header, "SeriesInstanceUID"), Position(along, number, normal)
+    series, place = text(header, "SeriesInstanceUID"), Position(along, number, normal)
+    instance = text(header, "SOPInstanceUID")
+    known = instance and place != Position()
+    return series, place, f"{text(header, 'PatientID')} {series} {instance} {along} {number}" if known else ""
 
 
 def frames_in_order(dataset: Any, frames: int) -> list[int] | None:

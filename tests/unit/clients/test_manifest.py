@@ -277,6 +277,42 @@ def test_folds_and_columns_that_speak_of_tests_are_none(tmp_path):
     assert any("column 'fold' looks like folds" in line for line in notes.told)
 
 
+def series_with_copies(folder):
+    (folder / "s").mkdir()
+    for number in range(5):
+        place = {"ImagePositionPatient": [0, 0, float(number)], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+        one = dicom(RAMP + number, PatientID="p1", SeriesInstanceUID="1.2.9", InstanceNumber=number, **place)
+        (folder / "s" / f"{number}.dcm").write_bytes(as_bytes(one))
+    for number in (0, 1):
+        (folder / "s" / f"{number} (1).dcm").write_bytes((folder / "s" / f"{number}.dcm").read_bytes())
+
+
+def test_a_copy_in_the_folder_moves_no_slice(tmp_path):
+    series_with_copies(tmp_path)
+    notes = Notes()
+    assert [name for name, _ in found(tmp_path, b"path,label,slice\ns,dark,2\n", notes=notes)] == ["2.dcm"]
+    assert notes.left_out["copy of a slice"] == 2
+    for rows in ("s,dark", "\n".join(f"s/{path.name},dark" for path in (tmp_path / "s").iterdir())):
+        notes = Notes()
+        images = found(tmp_path, f"path,label\n{rows}\n".encode(), notes=notes, choice=Choice(slices="middle"))
+        assert [name for name, _ in images] == ["2.dcm"]
+        assert notes.left_out == {"copy of a slice": 2, "other slice": 4}
+
+
+def test_the_pictures_of_one_file_are_in_one_split(tmp_path):
+    for name in ("v", "w", "x", "y"):
+        nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 6), np.int16), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    rows = b"path,label,patient,slice,split\nv.nii.gz,dark,p1,3,train\nv.nii.gz,light,p2,4,test\n"
+    with pytest.raises(ManifestError, match=r"line 3: a picture of 'v.nii.gz' is in split 'test', but on line 2"):
+        found(tmp_path, rows)
+    (tmp_path / "manifest.csv").write_text("path,label\nv.nii.gz,dark\nw.nii.gz,light\nx.nii.gz,dark\ny.nii.gz,light\n")
+    for together in (None, lambda images: ()):
+        images = read_data(tmp_path, CLASSES, "image", HALF, 0, together=together, choice=Choice(slices="all"))
+        assert len(images) == 24
+        assert len({image.patient for image in images}) == 24
+        assert len({(image.path, image.split) for image in images}) == 4
+
+
 def test_an_id_with_a_line_break_is_refused_by_line(tmp_path):
     with pytest.raises(ManifestError, match=r"line 2: 'a.png' has patient 'p\\n1', with a line break"):
         found(tmp_path, b'path,label,patient\na.png,dark,"p\n1"\nb.png,light,p2\n')

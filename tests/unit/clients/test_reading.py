@@ -815,9 +815,12 @@ def test_scouts_and_screenshots_are_known():
     for modality, name, kind in (
         *(("MR", "3-Plane Loc SSFSE", "scout"), ("CT", "\u00dcbersicht", "scout"), ("MR", "Survey", "scout")),
         *(("DX", "Bone survey", ""), ("MR", "local block", "")),
+        *(("MR", name, "scout") for name in ("Survey_32ch", "T2W_LOC", "Loc_3plane", "3PLANELOC", "Lokalizer")),
+        *(("MR", name, "scout") for name in ("localizador", "Rep\u00e9rage", "Repe\u0301rage")),
+        *(("CT", "Scano", "scout"), ("MR", "T2_velocity_3", "")),
     ):
-        found = decode_all_of([as_bytes(dicom(RAMP, Modality=modality, SeriesDescription=name))])
-        assert found[0].kind == kind, name
+        about = {"SpecificCharacterSet": "ISO_IR 192", "Modality": modality, "SeriesDescription": name}
+        assert decode_all_of([as_bytes(dicom(RAMP, **about))])[0].kind == kind, name
     scout = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     capture = dicom(RAMP, SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2")
     burned = dicom(RAMP, BurnedInAnnotation="YES", Manufacturer="ACME", ManufacturerModelName="Seer 3")
