@@ -226,11 +226,15 @@ class DicomFile:
         if not syntax.is_encapsulated:
             return 0
         with io.BytesIO(pixels) as stream:
-            parse_basic_offsets(stream)
+            offsets = parse_basic_offsets(stream)
             places = parse_fragments(stream)[1]
-        if syntax == RLELossless:  # of which a frame is one fragment
-            return len(places)
-        return sum(pixels.startswith(_BEGINNINGS, place + 8) for place in places)  # behind an item's tag and length
+        count = len(places)  # of run lengths, of which a frame is one fragment
+        if syntax != RLELossless:
+            count = sum(pixels.startswith(_BEGINNINGS, place + 8) for place in places)  # behind an item's tag, length
+        if offsets and count == self.frames == len(places) and set(offsets) != {place - places[0] for place in places}:
+            # The table does not lead to the frames, and each is one fragment: they are found without it.
+            self._dataset.PixelData = pixels[:4] + bytes(4) + pixels[places[0] :]
+        return count
 
     def _compare_codestream(self, index: int) -> int:
         """What a frame's own codestream says of size and sign is compared with the header before it is unpacked.
@@ -311,8 +315,12 @@ def _give_syntax(dataset: Any) -> None:
 def _decoded(dataset: Any, index: int, coded: int) -> NDArray[Any]:
     """A frame's stored values; by pydicom's ``pixel_array`` the header would be read for it twice."""
     syntax = dataset.file_meta.TransferSyntaxUID
+    samples = whole(dataset, "SamplesPerPixel")
+    native = not syntax.is_encapsulated and syntax != ExplicitVRBigEndian
+    if native and samples == whole(dataset, "BitsAllocated") == 1:
+        return _single_bits(dataset, index)
     decoder = base.get_decoder(syntax)
-    if syntax.is_encapsulated and whole(dataset, "SamplesPerPixel") > 1:
+    if syntax.is_encapsulated and samples > 1:
         dataset.PlanarConfiguration = 0  # of what was compressed: decoders hand out pixels, or say what else
     found, about = decoder.as_array(dataset, index=index, as_rgb=False)  # type: ignore[arg-type]  # one of the options
     if found.ndim == 3 and (colours := str(about["photometric_interpretation"])).startswith("YBR_FULL"):
@@ -325,6 +333,15 @@ def _decoded(dataset: Any, index: int, coded: int) -> NDArray[Any]:
     if (syntax in _WITHOUT_SIGN or whole_word) and isinstance(bits, int) and 1 <= bits < allocated:
         found = (found << (allocated - bits)) >> (allocated - bits)
     return found
+
+
+def _single_bits(dataset: Any, index: int) -> NDArray[np.uint8]:
+    """A frame of pixels of one bit, which follows the last one's within a byte: pydicom loses those at its end."""
+    shape = whole(dataset, "Rows"), whole(dataset, "Columns")
+    start, rest = divmod(index * math.prod(shape), 8)
+    end = rest + math.prod(shape)
+    content = np.frombuffer(dataset.PixelData[start : start + math.ceil(end / 8)], dtype=np.uint8)
+    return np.unpackbits(content, bitorder="little")[rest:end].reshape(shape)
 
 
 def _codestream(frame: bytes) -> tuple[int, int, int, int, int | None] | None:

@@ -33,12 +33,15 @@ _NORMAL: dict[Axis, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 _MODALITY = "NIFTI"
 _SIZES = {348: "NIfTI-1", 540: "NIfTI-2"}
 _GZIP = b"\x1f\x8b"
-_HEADER = 540
+_HEADER = 544
 _INTENTS = {1002: "a segmentation", 1003: "a segmentation", 1006: "displacements", 1007: "vectors"}
 _STATISTICS = range(2, 25)
 _MOST_BEHIND = 2**20
 _BLOCK = 2**20
 """Unpacked at once: what is read into a place of its own is there twice."""
+
+_LEAST_HOUNSFIELD = 20
+"""A volume with no value beyond it, to either side, is none in Hounsfield units: fat has -100, blood 40."""
 
 _BYTES_A_PIXEL = 8
 """A volume may take so many bytes for each of :attr:`Rules.most_pixels`: 0.32 GB, unless the site raises it."""
@@ -85,6 +88,7 @@ class NiftiFile:
         self._packed = content.startswith(_GZIP)
         self._content = content
         self._volume: NDArray[Any] | None = None
+        self._range: tuple[float, float] | None = None
         head = content[:_HEADER]
         if self._packed:
             with _gunzip(content) as stream:
@@ -103,11 +107,16 @@ class NiftiFile:
                         f"a NIfTI header with magic {magic!r}; expected n+1 or n+2, header and image in one file: "
                         "write it anew"
                     )
+                # As the format's reference reads it: the sign alone, and 0 is plus.
+                self._header["pixdim"][0] = -1 if float(self._header["pixdim"][0]) < 0 else 1
                 shape = tuple(int(side) for side in self._header.get_data_shape())
                 self._dtype = self._header.get_data_dtype()
                 self._refuse_shape(shape, self._dtype)
                 self._shape = shape[:3] + (1,) * (3 - len(shape[:3]))
                 self._start = int(self._header.get_data_offset())
+                behind = head[kind.sizeof_hdr : kind.sizeof_hdr + 4]
+                if self._start == 0 and behind == bytes(4):  # which says that no extension follows
+                    self._start = kind.sizeof_hdr + 4
                 self._refuse_two_orientations()
                 affine = self._header.get_best_affine()
                 turned = nibabel.io_orientation(affine) if np.isfinite(affine).all() else np.full((3, 2), np.nan)
@@ -196,6 +205,9 @@ class NiftiFile:
         if not finite.any():
             raise UndecodableError(f"slice {index} of a NIfTI without one finite value; expected numbers")
         window = rules.window(_MODALITY)
+        notes: tuple[str, ...] = self._notes
+        if window is not None and window.unit == "HU":
+            notes += self._check_hounsfield(rules)
         low, high = float(self._header["cal_min"]), float(self._header["cal_max"])
         if window is not None:
             shown = brightness(seen, window.centre, window.width)
@@ -206,8 +218,35 @@ class NiftiFile:
         grey = np.rint(255 * np.where(finite, shown, 0)).astype(np.uint8)
         sides = [float(side) for side in self._header.get_zooms()]
         seen_sides = [sides[self._along[place]] for place in kept if self._along[place] < len(sides)]
-        notes = self._notes if are_square(*seen_sides) else (*self._notes, NOT_SQUARE)
+        notes = notes if are_square(*seen_sides) else (*notes, NOT_SQUARE)
         return Picture(Image.fromarray(grey), Facts(_MODALITY, notes=notes))
+
+    def _check_hounsfield(self, rules: Rules) -> tuple[str, ...]:
+        """Check that a window in Hounsfield units meets a volume that may be in them: nothing in the file says it.
+
+        Returns:
+            What is to be told of it.
+
+        Raises:
+            UndecodableError: it cannot be.
+        """
+        if self._range is None:
+            stored = self._whole(rules)
+            ends = (float(end) for end in (np.fmin.reduce(stored, axis=None), np.fmax.reduce(stored, axis=None)))
+            low, high = sorted(end * self._slope + self._inter for end in ends)
+            self._range = low, high
+        low, high = self._range
+        found = ""
+        if self._dtype.itemsize == 1:
+            found = "are of 8 bits"
+        elif -_LEAST_HOUNSFIELD <= low <= high <= _LEAST_HOUNSFIELD:
+            found = f"run from {low:g} to {high:g}, as labels and normalised values do"
+        if found:
+            raise UndecodableError(
+                f"the study's window for {_MODALITY} is in HU, but the file's values {found}; expected values in HU: "
+                "export the original, or take it out of the data"
+            )
+        return ("no value of the volume is below 0, taken as HU, of which air has -1000",) if low >= 0 else ()
 
     def _whole(self, rules: Rules) -> NDArray[Any]:
         """All stored values, in the order of the file.

@@ -61,7 +61,7 @@ class PhotographFile:
                     raise UndecodableError(f"{frames} frames; expected one image a file, DICOM or NIfTI: split it")
                 _widen_palette(image)
                 image.load()
-                if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
+                if image.format in ("BMP", "TIFF") and image.mode == "RGBA" and not image.getchannel("A").getbbox():
                     image = image.convert("RGB")  # nobody means a picture of nothing: the fourth byte is unused
                 if image.mode[0] in "IF":
                     raise _too_deep(f"mode {image.mode}")

@@ -538,6 +538,43 @@ def test_one_compressed_frame_may_be_in_several_fragments():
     assert np.array_equal(grey(whole), grey(parts))
 
 
+@pytest.mark.parametrize("wrong", ["zeros", "without headers", "from the table", "too few"])
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.RLELossless])
+def test_a_table_of_offsets_that_leads_to_no_frame_is_passed_over_where_each_is_one_fragment(wrong, syntax):
+    frames = np.stack([np.random.default_rng(seed).integers(0, 256, (16, 16), np.uint8) for seed in range(3)])
+    dataset = dicom(frames)
+    if syntax == uid.RLELossless:
+        dataset.compress(syntax)
+    else:
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = encapsulate([imagecodecs.jpeg8_encode(frame, level=97) for frame in frames])
+        dataset["PixelData"].is_undefined_length = True
+    right = struct.unpack("<3I", dataset.PixelData[8:20])
+    expected = [grey(dataset, frame) for frame in range(3)]
+    table = {
+        "zeros": [0] * 3,
+        "without headers": [offset - 8 * place for place, offset in enumerate(right)],
+        "from the table": [offset + 20 for offset in right],
+        "too few": right[:1],
+    }[wrong]
+    rest = dataset.PixelData[20:]
+    dataset.PixelData = b"\xfe\xff\0\xe0" + struct.pack(f"<{1 + len(table)}I", 4 * len(table), *table) + rest
+    for frame in range(3):
+        assert np.array_equal(grey(dataset, frame), expected[frame])
+
+
+def test_frames_of_single_bits_begin_within_a_byte():
+    bits = np.random.default_rng(1).integers(0, 2, (3, 5, 7), dtype=np.uint8)
+    bits[:, 0, :2] = (0, 1)
+    packed = np.packbits(bits, axis=None, bitorder="little").tobytes()
+    dataset = dicom(bits, BitsAllocated=1, BitsStored=1, HighBit=0, PixelData=packed)
+    for frame in range(3):
+        assert np.array_equal(grey(dataset, frame), 255 * bits[frame].astype(int))
+    dataset.PixelData = packed[:-2]
+    with pytest.raises(UndecodableError, match="pixels cannot be decoded"):
+        grey(dataset, 2)
+
+
 @pytest.mark.parametrize("extended", [True, False])
 def test_stored_signs_of_jpeg_ls_are_extended_where_the_codestream_has_more_bits(extended):
     values = np.linspace(-1000, 1500, 64 * 64).astype(np.int16).reshape(64, 64)
@@ -1038,6 +1075,44 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
     assert np.asarray(decode(nifti(holes), 1))[-1, -1] == 0
 
 
+def test_a_niftis_values_that_cannot_be_hounsfield_units_are_refused_or_told():
+    rules = Rules(windows=(Window(modality="NIFTI", centre=40, width=400, unit="HU"),))
+    noise = np.random.default_rng(0)
+    for kind in (np.uint8, np.int8):
+        with pytest.raises(UndecodableError, match="in HU, but the file's values are of 8 bits"):
+            decode(nifti(VOLUME.astype(kind)), rules=rules)
+    labels, shares = noise.integers(0, 5, (6, 6, 6)).astype(np.int16), noise.normal(0, 2, (6, 6, 6)).astype(np.float32)
+    shares[0, 0, 0] = np.nan
+    for volume in (labels, shares, np.zeros((6, 6, 6), np.int16)):
+        with pytest.raises(UndecodableError, match=r"in HU, but the file's values run from \S+ to \S+, as labels"):
+            decode(nifti(volume), rules=rules)
+
+    def notes(volume, rules=rules):
+        return see(open_file(nifti(volume)), Place(), rules).facts.notes
+
+    assert notes(VOLUME) == ("no value of the volume is below 0, taken as HU, of which air has -1000",)
+    assert notes(VOLUME - np.int16(1000)) == notes(VOLUME, Rules()) == ()
+    sloped = nibabel.Nifti1Image(VOLUME, np.eye(4))
+    sloped.header.set_slope_inter(1, -1024)
+    assert see(open_file(sloped.to_bytes()), Place(), rules).facts.notes == ()
+
+
+@pytest.mark.parametrize("said", [0.0, 3.0, np.nan])
+def test_a_nifti_that_leaves_out_the_sign_of_its_third_axis_means_plus(said):
+    content = bytearray(nifti(packed=False))
+    content[76:80] = struct.pack("<f", said)
+    content[252:256] = struct.pack("<2h", 1, 0)  # by its qform alone
+    assert np.array_equal(np.asarray(decode(bytes(content))), np.asarray(decode(nifti())))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_nifti_that_leaves_out_where_its_values_begin_has_them_behind_its_header(packed):
+    content = bytearray(nifti(packed=False))
+    content[108:112] = bytes(4)
+    without = gzip.compress(content) if packed else bytes(content)
+    assert np.array_equal(np.asarray(decode(without)), np.asarray(decode(nifti())))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -1051,7 +1126,7 @@ def test_a_niftis_values_are_windowed_by_the_study_or_its_own_range():
         (nifti()[:-9], "gzipped file that ends too early"),
         (nifti(np.zeros((9, 9, 9), np.int16), packed=False)[:400], "a NIfTI of 9 x 9 x 9 values in 400 bytes"),
         (
-            nifti(packed=False)[:108] + bytes(4) + nifti(packed=False)[112:],
+            nifti(packed=False)[:108] + bytes(4) + nifti(packed=False)[112:348] + b"\1\0\0\0" + bytes(244),
             "vox_offset is 0, inside of its own header; expected at least 352",
         ),
         (gzip.compress(nifti(packed=False)[:-2]), "gzipped file that ends too early"),
@@ -1113,7 +1188,7 @@ def test_a_tiffs_colours_are_of_eight_or_sixteen_bits(factor):
 
 
 @pytest.mark.parametrize("alpha", [0, 255])
-def test_a_bmp_whose_alpha_is_zero_throughout_has_none(alpha):
+def test_a_bmp_or_tiff_whose_alpha_is_zero_throughout_has_none(alpha):
     colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     pixels = np.dstack([colours[::-1, :, ::-1], np.full((6, 8), alpha, np.uint8)]).tobytes()
     info = struct.pack(
@@ -1121,6 +1196,8 @@ def test_a_bmp_whose_alpha_is_zero_throughout_has_none(alpha):
     )
     content = struct.pack("<2sIHHI", b"BM", 138 + len(pixels), 0, 0, 138) + info.ljust(124, b"\0") + pixels
     assert np.array_equal(np.asarray(decode(content).convert("RGB")), colours)
+    same = saved(Image.fromarray(np.dstack([colours, np.full((6, 8), alpha, np.uint8)])), "TIFF")
+    assert np.array_equal(np.asarray(decode(same).convert("RGB")), colours)
 
 
 def test_values_with_a_sign_and_fractions_are_refused_and_never_shifted():
