@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -219,6 +220,8 @@ def read_data(
     if unlabelled is not None:
         rows += _read_unlabelled(unlabelled, unit, notes)
         known.update(row.patient for row in rows)
+    if manifest.exists() and not choice.only:
+        _tell_unlisted(manifest, rows, notes)
     rows = _chosen(rows, choice, unit, notes)
     if unit == "patient":
         rows = _settled(rows, choice.patients, folder, notes, known)
@@ -330,9 +333,40 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
         label = "" if name == UNLABELLED and name not in classes else meant.get(name, name)
         rows += [_found_row(folder, path, unit, label, "") for path in image_files(folder / name, notes)]
     _refuse_split_folders(folder, rows)
+    _tell_class_below(folder, rows, classes, notes)
     _refuse_two_classes(rows)
     _refuse_nameless(rows)
     return rows
+
+
+def _tell_unlisted(manifest: Path, rows: Sequence[_Row], notes: Notes) -> None:
+    """Tell how many images are in the folder of a manifest and in no row."""
+    listed = {os.path.normpath(row.base / row.path) for row in rows} | {row.key[0] for row in rows}
+    unlisted = []
+    with contextlib.suppress(DataError):  # what no row names need not be readable
+        for path in image_files(manifest.parent, Notes()):
+            if os.path.normpath(path) not in listed and os.path.realpath(path) not in listed:
+                unlisted.append(str(path))
+    if unlisted:
+        notes.told.append(
+            f"{manifest}: {len(unlisted)} images beside it are in none of its rows, and are not used: "
+            f"{some(sorted(unlisted))}"
+        )
+
+
+def _tell_class_below(folder: Path, rows: Sequence[_Row], classes: Sequence[str], notes: Notes) -> None:
+    """Tell of folders below a class that are named as another one."""
+    names = {plain_form(name) for name in (*classes, UNLABELLED)}
+    found: Counter[str] = Counter()
+    for row in rows:
+        above, *parts = Path(row.path).parts[:-1]
+        if below := [part for part in parts if plain_form(part) in names - {plain_form(above)}]:
+            found["/".join((above, *parts[: parts.index(below[0]) + 1]))] += 1
+    if found:
+        notes.told.append(
+            f"{folder}: folders named as one class lie in another's, and their images are taken for the class of the "
+            f"upper folder: {_counted(found, 'images')}"
+        )
 
 
 def _meant(labels: Iterable[str], classes: Sequence[str]) -> dict[str, str]:

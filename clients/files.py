@@ -6,8 +6,9 @@ import os
 import re
 import stat
 import unicodedata
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
@@ -30,6 +31,10 @@ COPY = "copy of a slice"
 """A kind of what is left out: another file of the same instance would move the slices behind it."""
 
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
+_MASK = re.compile(
+    r"(?P<of>.+?)[ _.-]+(masks?|maske|masque|seg|segm|segmentation|labelmap|gt|ground_?truth)(?P<number>[ _-]?\d+)?"
+)
+"""A name, without its ending, as masks have it that lie beside their image."""
 _NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 _UID = re.compile(r"\d+(\.\d+)+")
 
@@ -80,8 +85,8 @@ class Notes:
 def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     """All images below a folder, links followed, each folder once.
 
-    Hidden files, what file managers and CDs leave behind, and files that are no image by content and name are passed
-    over, and so told.
+    Hidden files, what file managers and CDs leave behind, files that are no image by content and name, and masks beside
+    the image that they are named after (``a_mask.png`` beside ``a.png``) are passed over, and so told.
 
     Raises:
         DataError: a folder or file cannot be read.
@@ -112,6 +117,7 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
         )
         if MANIFEST in names:
             masks |= masks_of(Path(parent, MANIFEST))
+        beside = _masks_beside(names)
         for name in names:
             path = Path(parent, name)
             if name[0] == ".":
@@ -126,6 +132,9 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
                     notes.passed_over.append(f"{said(path)}: a pipe or device, no file")
                 elif masks and os.path.realpath(path) in masks:
                     notes.passed_over.append(f"{said(path)}: a mask, as a {MANIFEST} says")
+                elif name in beside:
+                    notes.left_out["mask"] += 1
+                    notes.passed_over.append(f"{said(path)}: a mask, by its name beside {said(beside[name])}")
                 elif not is_meant_as_image(path):
                     notes.passed_over.append(f"{said(path)}: no image, by its content and its name")
                 elif said(path) != str(path):
@@ -149,6 +158,31 @@ def masks_of(manifest: Path) -> set[str]:
         return set()
     files = Files(manifest.parent, Notes())
     return {os.path.realpath(manifest.parent / files.find(mask)) for row in rows if (mask := row.cells.get("mask"))}
+
+
+def _masks_beside(names: Sequence[str]) -> dict[str, str]:
+    """The files of a folder that are named as masks of others, each with the one that it is of."""
+    stems = {name: stem for name in names if (stem := _stem(name))}
+    found = {name: match for name, stem in stems.items() if (match := _MASK.fullmatch(stem))}
+    if not found:
+        return {}
+    images = sorted((stem, name) for name, stem in stems.items() if name not in found)
+    masks = {}
+    for name, match in found.items():
+        # The image itself, else the first of several series that begin alike (p1_t1, p1_flair, p1_seg).
+        place = bisect_left(images, (match["of"], ""))
+        stem, image = images[place] if place < len(images) else ("", "")
+        apart = stem[len(match["of"]) :]
+        if stem.startswith(match["of"]) and (not apart or (apart[0] in " _.-" and not match["number"])):
+            masks[name] = image
+    return masks
+
+
+def _stem(name: str) -> str:
+    """A name without the ending that says that it is an image, in small letters; empty if it has none."""
+    low = name.lower()
+    endings = [ending for ending in IMAGE_ENDINGS if low.endswith(ending)]
+    return low[: -len(max(endings, key=len))] if endings else ""
 
 
 def said(path: Path | str) -> str:

@@ -136,7 +136,7 @@ def test_paths_are_taken_for_the_only_files_they_can_mean(tmp_path):
     notes = Notes()
     rows = "path,label,patient\nscans\\Läsion.png,dark,p1\n"
     assert found(tmp_path, rows.encode(), notes=notes) == [(name, "p1")]
-    assert "1 paths with backslashes" in notes.told[-1]
+    assert any("1 paths with backslashes" in line for line in notes.told)
     (tmp_path / "scans" / unicodedata.normalize("NFC", name)).touch()  # now it could be either
     assert found(tmp_path, rows.encode())[0][0] == unicodedata.normalize("NFC", name)
 
@@ -311,6 +311,52 @@ def test_the_pictures_of_one_file_are_in_one_split(tmp_path):
         assert len(images) == 24
         assert len({image.patient for image in images}) == 24
         assert len({(image.path, image.split) for image in images}) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "masks"),
+    [
+        (["a.png", "a_mask.png", "a_mask_1.png"], ["a_mask.png", "a_mask_1.png"]),
+        (["benign (1).png", "benign (1)_mask.png"], ["benign (1)_mask.png"]),
+        (["p1_t1.nii.gz", "p1_flair.nii.gz", "p1_seg.nii.gz"], ["p1_seg.nii.gz"]),
+        (["A.JPG", "a_Segmentation.png"], ["a_Segmentation.png"]),
+        (["a_mask.png", "b.png"], []),  # of no image here
+        (["p1.png", "p10_mask.png"], []),
+        (["p1_gt.png", "p10.png"], []),
+        (["MS_seg_01.png", "MS_x.png"], []),
+        (["unmask.png", "un.png", "a_masked.png", "a.png"], []),
+    ],
+)
+def test_masks_beside_their_images_are_left_out_and_counted(tmp_path, names, masks):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    notes = Notes()
+    assert {path.name for path in image_files(tmp_path, notes)} == {*names} - {*masks}
+    assert notes.left_out["mask"] == len(masks)
+    assert len(notes.passed_over) == len(masks)
+
+
+def test_a_class_folder_in_a_class_folder_is_told(tmp_path):
+    for name in ("dark/a.png", "dark/p1/Light/b.png", "light/c.png", "dark/dark/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    notes = Notes()
+    assert len(read_data(tmp_path, CLASSES, "image", HALF, 0, notes=notes)) == 4
+    (line,) = notes.told
+    assert line.endswith("taken for the class of the upper folder: 'dark/p1/Light' (1 images)")
+
+
+def test_images_that_are_in_no_row_are_told_with_their_number(tmp_path):
+    for name in ("c.png", "more/d.png", "a_mask.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    notes = Notes()
+    found(tmp_path, text().encode(), notes=notes)
+    assert any("2 images beside it are in none of its rows" in line and "d.png" in line for line in notes.told)
+    notes = Notes()
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    found(tmp_path, (text() + "c.png,dark,p3\nmore/d.png,dark,p4\n").encode(), notes=notes)
+    assert not notes.told
 
 
 def test_an_id_with_a_line_break_is_refused_by_line(tmp_path):

@@ -570,8 +570,9 @@ def test_doubts_are_told_and_no_report_is_of_an_id_that_may_be_several_persons(
 def test_one_picture_of_several_patients_is_told(run: Path, tmp_path: Path, secfacmic: Run) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
-    for name, patient, value in (("a", "A-7", 90), ("b", "B-8", 90), ("c", "C-9", 91), ("nobodys", "", 91)):
-        (folder / f"{name}.dcm").write_bytes(as_bytes(slice_of(patient, "1.2.5", 1, value)))
+    rows = (("a", "A-7", 90), ("b", "B-8", 90), ("c", "C-9", 91), ("nobodys", "", 91))
+    for number, (name, patient, value) in enumerate(rows):
+        (folder / f"{name}.dcm").write_bytes(as_bytes(slice_of(patient, f"1.2.5.{number}", 1, value)))
     command = ["predict", "--adapter", run / "adapter.safetensors", "--images", folder, "--json"]
     command += ["--checkpoint", run / "backbone.safetensors"]
     code, out, errors = secfacmic(*command)
