@@ -60,6 +60,9 @@ _WITHOUT_SIGN = (JPEGLSLossless, JPEGLSNearLossless)
 _WAVELETS_OF_ALL_BITS = (JPEG2000Lossless, HTJ2KLossless, HTJ2KLosslessRPCL)
 """Whose codestreams may hold, above the bits that are stored, what else the header keeps there, such as overlays."""
 
+_LOSSY_WAVELETS = (JPEG2000, HTJ2K)
+"""Of which those bits cannot be taken off: what is white may have become a little more than the stored bits hold."""
+
 _COSTLY = (JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
 """Whose decoders take 32 bits for each sample."""
 
@@ -329,8 +332,17 @@ def _decoded(dataset: Any, index: int, coded: int) -> NDArray[Any]:
             found[rows] = convert_color_space(found[rows], colours, "RGB")
     bits, allocated = dataset.get("BitsStored"), 8 * found.dtype.itemsize
     # A codestream of fewer bits than are allocated says how many there are, and a header of still fewer is wrong.
-    whole_word = syntax in _WAVELETS_OF_ALL_BITS and coded == whole(dataset, "BitsAllocated") == allocated
-    if (syntax in _WITHOUT_SIGN or whole_word) and isinstance(bits, int) and 1 <= bits < allocated:
+    whole_word = coded == whole(dataset, "BitsAllocated") == allocated
+    if not isinstance(bits, int) or not 1 <= bits < allocated:
+        return found
+    if whole_word and syntax in _LOSSY_WAVELETS:
+        most = 2**bits >> (found.dtype.kind == "i")
+        if not -most * 9 // 8 <= int(found.min()) <= int(found.max()) <= most * 9 // 8:
+            raise UndecodableError(
+                f"DICOM whose codestream has values from {found.min()} to {found.max()}, of lossy compression and "
+                f"{bits} bits (BitsStored (0028,0101)); expected as many as these hold: export it again"
+            )
+    if syntax in _WITHOUT_SIGN or (whole_word and syntax in _WAVELETS_OF_ALL_BITS):
         found = (found << (allocated - bits)) >> (allocated - bits)
     return found
 

@@ -898,6 +898,22 @@ def test_what_stands_above_the_stored_bits_is_not_shown(syntax):
         assert np.array_equal(found, expected), above
 
 
+@pytest.mark.parametrize("syntax", [uid.JPEG2000, uid.HTJ2K])
+def test_what_stands_above_the_stored_bits_is_refused_where_compression_is_lossy(syntax):
+    for level, above in ((0, 0), (95, 0), (95, 0x8000), (95, 0x2000)):
+        high = SMOOTH | np.uint16(above)
+        if syntax == uid.HTJ2K:
+            stream = imagecodecs.htj2k_encode(high, reversible=True)
+        else:
+            stream = imagecodecs.jpeg2k_encode(high, codecformat="j2k", level=level, reversible=not level)
+        dataset = encapsulated(SMOOTH, syntax, stream, **TWELVE)
+        if above:
+            with pytest.raises(UndecodableError, match=r"lossy compression and 12 bits \(BitsStored \(0028,0101\)\)"):
+                grey(dataset)
+        else:
+            assert np.abs(grey(dataset) - grey(dicom(SMOOTH, **TWELVE))).max() <= 1
+
+
 CT = Rules(windows=(Window(modality="CT", centre=40, width=80, unit="HU"),))
 
 
