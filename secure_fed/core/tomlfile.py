@@ -330,7 +330,7 @@ def _line(entry: Any, model: type[FileModel]) -> str:
     if entry["type"] == "missing":
         return f"  {key}: missing; this key is required"
     message = _expected(entry, model) or message
-    if entry["input"] is None:
+    if entry["input"] is None and entry["type"] == "value_error":  # of a key that is not there
         return f"  {key}: {message}"
     found = repr(entry["input"])
     if len(found) > 80:

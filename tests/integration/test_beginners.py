@@ -63,8 +63,9 @@ def test_the_wrong_folder(template: Path, images: Path, tmp_path: Path, secfacmi
     (tmp_path / "file").write_text("")
     ended = secfacmic("simulate", template, "--data", tmp_path / "file", "--out", tmp_path / "new")
     told(ended, errors.DataError, f"{tmp_path / 'file'} is a file", "name the folder that it is in")
-    ended = secfacmic("simulate", template, "--data", images.parent, "--out", tmp_path / "new")
-    told(ended, errors.DataError, f"({images.parent} has ", images.name)  # what is there, where the sites are not
+    (tmp_path / "above" / "images").mkdir(parents=True)
+    ended = secfacmic("simulate", template, "--data", tmp_path / "above", "--out", tmp_path / "new")
+    told(ended, errors.DataError, f"({tmp_path / 'above'} has images)")  # what is there, where the sites are not
     ended = secfacmic("study", "init", tmp_path / "file", "--out", tmp_path / "new.toml")
     told(ended, errors.DataError, "a file, where a folder is to be")
     shutil.copytree(images, tmp_path / "others")

@@ -17,7 +17,7 @@ from secure_fed.lab import drill
 from secure_fed.lab.drill import ATTACKS, Ground
 from secure_fed.protocol import pads, round_frames
 from secure_fed.protocol.records import Chain
-from secure_fed.server import coordinator, gate
+from secure_fed.server import acknowledgements, coordinator, gate
 from secure_fed.server.coordinator import Coordinator
 from secure_fed.transport.connection import SignedRequest
 from tests.conftest import Run
@@ -63,7 +63,7 @@ MUTATIONS: dict[str, Mutate] = {
     "B7.1": lambda patch: patch.setattr(Site, "_refuse_taking_back", lambda *_: None),
     "B7.2": lambda patch: patch.setattr(Site, "_refuse_another_cohort", lambda *_: None),
     "B7.3": lambda patch: patch.setattr(Coordinator, "_checks_hold", lambda _: True),
-    "B8": lambda patch: patch.setattr(coordinator, "_acknowledged_adapter", lambda _: ""),
+    "B8": lambda patch: patch.setattr(acknowledgements, "_adapter", lambda _: ""),
     "B9": lambda patch: patch.setattr(Validation, "clamped", lambda counts, _: counts),
     "B10": lambda patch: patch.setattr(round_frames, "refuse_cohort", lambda *_: None),
     "B11": lambda patch: patch.setattr(gate, "read_signed_request", _as_if_signed),
