@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import open_clip
+from PIL import Image
 
-from secure_fed.core.errors import BackboneError, OutputError
+from secure_fed.core.errors import BackboneDigestError, BackboneError, OutputError
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.model.backbone import load_given, refuse_other_gelu
 from secure_fed.model.backbone_form import CONFIG, ENTRY, named
@@ -30,6 +32,9 @@ from secure_fed.protocol.study_tables import Backbone
 
 WEIGHTS = "open_clip_model.safetensors"
 """Name of the weights in a folder of the store; open_clip looks for it first."""
+
+_SAME = 1e-4
+"""Features of one model, computed twice, differ by less."""
 
 
 def fetch(name: str, to: Path) -> tuple[Path, LoadedBackbone]:
@@ -113,7 +118,7 @@ def _keep(store: Path, loaded: LoadedBackbone, name: Name, given: Entry | None) 
         new = Path(temporary) / "backbone"
         make_folder(new)
         _write(new, loaded, names)
-        if not _holds(kept, new):
+        if not _holds(kept, new) and not _is_whole(kept, loaded):
             if kept.exists():  # damaged since: what was given is whole, and the other goes with the temporary folder
                 os.replace(kept, Path(temporary) / "damaged")
             os.replace(new, kept)
@@ -138,6 +143,32 @@ def _holds(kept: Path, new: Path) -> bool:
         return False
     names = [one.relative_to(new) for one in new.rglob("*") if one.is_file() and one.name != ENTRY]
     return all((kept / name).is_file() and filecmp.cmp(new / name, kept / name, shallow=False) for name in names)
+
+
+def _is_whole(kept: Path, loaded: LoadedBackbone) -> bool:
+    """Whether a folder of the store that differs from a new one of the same id is no damaged one, but the same said
+    otherwise, as with a default that is left out; studies that name it stay as they are.
+
+    Raises:
+        BackboneError: it is whole, and its features are others.
+    """
+    try:
+        there, _, _ = load_given(kept, exact=True)
+    except (BackboneError, BackboneDigestError):
+        return False
+    texts = ["a head with a mass", "3 words", "an x-ray of the left arm, in two planes, of an adult"]
+    grey = np.random.default_rng(0).integers(0, 256, (64, 48, 3)).astype(np.uint8)
+    pictures = [Image.fromarray(grey), Image.fromarray(grey[:20].repeat(2, axis=1))]
+    furthest = max(
+        float(np.abs(there.encode_images(pictures) - loaded.encode_images(pictures)).max()),
+        float(np.abs(there.encode_texts(texts) - loaded.encode_texts(texts)).max()),
+    )
+    if furthest > _SAME:
+        raise BackboneError(
+            f"{kept}: has the id of what is added, but other features (they differ by {furthest:.2g}), so that a study "
+            "that names the id could mean either; expected one: to replace it, remove that folder first"
+        )
+    return True
 
 
 def _named(name: str) -> Backbone:

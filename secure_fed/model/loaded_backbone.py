@@ -67,8 +67,8 @@ class LoadedBackbone:
     Attributes:
         digest: SHA-256 (64 hex digits) of the weights' content: names, shapes and float32 values. How they are
             stored (PyTorch, TorchScript, safetensors; float16 counts by its value) makes no difference.
-        id: SHA-256 of the digest and all else that features depend on, the precision apart: activation, heads,
-            epsilon, pooler, context, tokenizer, preprocessing.
+        id: SHA-256 of the digest and all else that features depend on, the precision apart: activation, heads and
+            epsilon by module, pooler, context, tokenizer, preprocessing, what its configuration says beyond defaults.
         activation: of both towers, as ``gelu``, ``quickgelu`` or ``gelu_tanh``.
         facts: what the id is of, by tower.
         dim: width of the features.
@@ -108,7 +108,7 @@ class LoadedBackbone:
         self.facts = facts(model, form)
         self.activation = activation(self.facts)
         whole = [self.digest, self.facts, self._tokens.identity, form.preprocess]
-        self.id = hashlib.sha256(b"secfacmic backbone id 1\n" + canonical_json(whole)).hexdigest()
+        self.id = hashlib.sha256(b"secfacmic backbone id 2\n" + canonical_json(whole)).hexdigest()
         scale = float(self._model.logit_scale.item())
         if not -20 < scale < 20:
             raise BackboneError(

@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -192,18 +192,31 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in make_network(config).state_dict().items()}
 
 
-_ALSO = (
-    "is_decoder",
-    "feed_forward_proj",
-    "layer_norm_epsilon",
-    "relative_attention_max_distance",
-    "scale_embedding",
-)
-"""Of a text model's configuration, what changes features and no shape, and is usually not there."""
+_ELSEWHERE = {
+    *("layers", "width", "mlp_ratio", "patch_size", "image_size", "vocab_size", "attn_pooler_queries", "ls_init_value"),
+    *("heads", "head_width", "attn_pooler_heads", "act_kwargs", "norm_kwargs", "context_length", "pool_type"),
+    *("eos_id", "pad_id", "tokenizer_mode", "tokenizer_kwargs", "hf_tokenizer_name", "output_tokens"),
+    *("patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained"),
+}
+"""Keys of open_clip's tables that shapes, modules in their order, tokenizer or preprocessing say, or training alone
+reads."""
+
+_UNREAD = {
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings", "dtype"),
+    *("transformers_version", "architectures", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+    *("initializer_range", "initializer_factor", "init_std", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("num_decoder_layers", "decoder_layers", "decoder_ffn_dim", "decoder_attention_heads", "_name_or_path"),
+    *("is_encoder_decoder", "torch_dtype"),
+}
+"""Keys of a text model's configuration on which features do not depend, dropout apart."""
 
 
 def facts(network: Any, form: Form) -> dict[str, Any]:
-    """What decides about features beside weights: of each tower activation, heads, epsilon, pooler; context."""
+    """What decides about features beside weights: of each tower activation, heads, epsilon, pooler; context.
+
+    Of both towers also each of these in the order of modules, and what their configuration says that is not its
+    default: a default that is stated is one that is left out.
+    """
     text = getattr(network, "text", None)
     parts = [text] if text is not None else [network.transformer, network.ln_final]
     towers: dict[str, Any] = {"vision": _tower_facts([network.visual]), "text": _tower_facts(parts)}
@@ -219,13 +232,44 @@ def facts(network: Any, form: Form) -> dict[str, Any]:
         towers["text"]["causal"] = False
     if getattr(network.visual, "final_ln_after_pool", False):
         towers["vision"]["normalised"] = "after pooling"
+    if getattr(holder, "cls_emb", None) is not None or getattr(holder, "use_pad_mask", False):
+        towers["text"]["pad"] = holder.pad_id
     if form.text is not None:
-        chosen = ("hidden_act", "layer_norm_eps", "num_attention_heads", "pad_token_id", "position_embedding_type")
-        stated = {key: form.text[key] for key in _ALSO if form.text.get(key)}
-        towers["text"]["model"] = (
-            {key: form.text.get(key) for key in chosen} | {"type": form.text.get("model_type")} | stated
-        )
-    return towers | {"context": form.tokens.context}
+        towers["text"]["model"] = _beyond_defaults(text)
+    order = {"vision": _in_order([network.visual]), "text": _in_order(parts)}
+    return towers | {"context": form.tokens.context, "order": order, "stated": _stated(form.config)}
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of open_clip's tables, what is not the default of a key that its towers read."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    found: dict[str, Any] = {}
+    for key, made in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        table, plain = config[key], asdict(made())
+        timms = "timm_model_name" in table
+        found[key] = {
+            name: value
+            for name, value in table.items()
+            if name not in _ELSEWHERE and value != plain.get(name) and name.startswith("timm_") == timms
+        }
+        if "hf_model_name" in table:  # what of it is read, modules and its own configuration say
+            found[key] = {}
+    return found
+
+
+def _beyond_defaults(text: Any) -> dict[str, Any]:
+    """Of the configuration that a text model of transformers was built with, what is not its kind's default."""
+    plain, config = type(text.config)().to_dict(), text.config.to_dict()
+    found = {
+        key: value
+        for key, value in config.items()
+        if key in plain and value != plain[key] and key not in _UNREAD and "drop" not in key
+    }
+    kept = text.state_dict()
+    if any(value.is_floating_point() and name not in kept for name, value in text.named_buffers()):
+        found["dtype"] = str(text.config.dtype or "float32").removeprefix("torch.")  # to which these were rounded
+    return found | {"type": config["model_type"]}
 
 
 def activation(towers: Mapping[str, Any]) -> str:
@@ -409,22 +453,33 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "quickgelu", "relu", "silu", "relu6", "hard
 
 
 def _tower_facts(parts: list[Any]) -> dict[str, Any]:
-    names, heads, epsilons = set(), set(), set()
+    """What a tower has of each, without their order and the activations that have no name here."""
+    found = _in_order(parts)
+    known = {name for name in found["activation"] if name in _ACTIVATIONS}
+    return {"activation": sorted(known), "heads": sorted(set(found["heads"])), "eps": sorted(set(found["eps"]))}
+
+
+def _in_order(parts: list[Any]) -> dict[str, list[Any]]:
+    """Activations, heads and epsilons of a tower's modules, in their order."""
+    found: dict[str, list[Any]] = {"activation": [], "heads": [], "eps": []}
     for module in (module for part in parts for module in part.modules()):
         name = type(module).__name__.lower()
         name = _ACTIVATION_NAMES.get(name, name)
         if isinstance(module, nn.GELU):
             name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
         if name in _ACTIVATIONS:
-            names.add(name)
+            found["activation"].append(name)
+        elif "activations" in type(module).__module__ or isinstance(module, nn.LeakyReLU | nn.ELU | nn.Softplus):
+            found["activation"].append(repr(module))
         for key in ("num_heads", "num_attention_heads"):
             value = getattr(module, key, None)
             if isinstance(value, int):
-                heads.add(value)
-        value = getattr(module, "eps", None)
-        if isinstance(value, float):
-            epsilons.add(value)
-    return {"activation": sorted(names), "heads": sorted(heads), "eps": sorted(epsilons)}
+                found["heads"].append(value)
+        for key in ("eps", "variance_epsilon"):
+            value = getattr(module, key, None)
+            if isinstance(value, float):
+                found["eps"].append(value)
+    return found
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from PIL import Image
 
 from secure_fed import configs
 from secure_fed.core.errors import BackboneDigestError, BackboneError
-from secure_fed.model import network, text_model, transformers_form
+from secure_fed.model import loaded_backbone, network, text_model, transformers_form
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
+from secure_fed.model.backbone_store import read_entry
 from secure_fed.model.library import known_model, twin
 from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.model.network import make_network
@@ -495,8 +496,9 @@ def configured(folder: Path, config: dict[str, Any], state: dict[str, Any] | Non
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": how}))
     if state is None:
         torch.manual_seed(0)
-        network = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-        scale_up(network)
+        network = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False, load_weights=False)
+        if "timm_model_name" not in config["vision_cfg"]:  # whose convolutions it would make end in zeros
+            scale_up(network)
         state = network.state_dict()
     torch.save(state, folder / "open_clip_pytorch_model.bin")
     return state
@@ -507,6 +509,131 @@ def of_timm(name: str, **vision: Any) -> dict[str, Any]:
     text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1}
     tower = {"image_size": 224, "timm_model_name": name, "timm_pool": "avg", "timm_proj": "linear"}
     return {"embed_dim": 16, "vision_cfg": tower | vision, "text_cfg": text}
+
+
+COCA: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        **{"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "output_tokens": True},
+        **{"attentional_pool": True, "attn_pooler_heads": 8, "attn_pooler_queries": 4},
+    },
+    "text_cfg": {
+        **{"context_length": 19, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2},
+        **{"embed_cls": True, "output_tokens": True},
+    },
+    "multimodal_cfg": {
+        **{"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1},
+        **{"dim_head": 8, "n_queries": 4, "attn_pooler_heads": 4},
+    },
+    "custom_text": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "table", "change", "tower"),
+    [
+        (
+            COCA,
+            "vision_cfg",
+            {"attn_pooler_heads": 4, "head_width": 4},
+            0,
+        ),  # the same set of heads, the other way round
+        (COCA, "text_cfg", {"pad_id": 49407}, 1),
+        (of_timm("resnet18", image_size=64), "vision_cfg", {"timm_model_name": "resnetblur18"}, 0),
+    ],
+)
+def test_one_id_is_of_one_model(
+    config: dict[str, Any], table: str, change: dict[str, Any], tower: int, tmp_path: Path
+) -> None:
+    state = configured(tmp_path / "right", config)
+    configured(tmp_path / "wrong", config | {table: config[table] | change}, state)
+    (_, right), (_, wrong) = add(tmp_path / "right", None), add(tmp_path / "wrong", None)
+    assert right.digest == wrong.digest
+    assert right.id != wrong.id
+    assert furthest(right, wrong)[tower] > 10 * TOLERANCE
+
+
+def m2m_folder(folder: Path, state: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A CLIP whose texts an M2M-100's encoder reads, of a configuration with these changes in ``FOLDER-text``."""
+    from transformers import M2M100Config
+
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 24}
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
+    bert_folder(folder.parent / f"{folder.name}-bert/clip")
+    text = folder.parent / f"{folder.name}-text"
+    M2M100Config(vocab_size=17, **sizes, **ends).save_pretrained(text)
+    path = text / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder.parent / f"{folder.name}-bert/clip" / name, text)
+    path = text / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    tower = {"hf_model_name": str(text), "hf_tokenizer_name": str(text), "hf_proj_type": "linear"}
+    tower |= {"hf_pooler_type": "mean_pooler", "hf_model_pretrained": False}
+    config = {"embed_dim": 16, "vision_cfg": OWN["vision_cfg"], "text_cfg": tower | {"context_length": 12}}
+    found = configured(folder, config, state)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(text / name, folder)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"activation_function": "gelu_10"}, {"activation_function": "leaky_relu"}),
+        ({}, {"dtype": "bfloat16"}),
+        ({}, {"scale_embedding": False}),
+    ],
+)
+def test_nor_of_two_text_models_of_transformers(first: dict[str, Any], second: dict[str, Any], tmp_path: Path) -> None:
+    state = m2m_folder(tmp_path / "right", **first)
+    m2m_folder(tmp_path / "wrong", state, **second)
+    right, wrong = (add(tmp_path / one, "hf-hub:a/b", None, tmp_path / f"{one}-text")[1] for one in ("right", "wrong"))
+    assert right.digest == wrong.digest
+    assert right.id != wrong.id
+    assert furthest(right, wrong)[1] > TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("stated", "left_out"),
+    [
+        ({"position_embedding_type": "absolute"}, ()),
+        ({"use_cache": False, "dtype": "float16", "hidden_dropout_prob": 0.2}, ()),
+        ({}, ("hidden_act", "layer_norm_eps", "pad_token_id")),
+    ],
+)
+def test_one_model_has_one_id_whether_its_configuration_states_defaults_or_not(
+    stated: dict[str, Any], left_out: tuple[str, ...], tmp_path: Path
+) -> None:
+    bert_folder(tmp_path / "biomed")
+    kept, first = add(tmp_path / "biomed", "hf-hub:a/b", None, tmp_path / "text")
+    config = (kept / "text" / "config.json").read_bytes()
+    shutil.copytree(tmp_path / "text", tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in left_out}
+    path.write_text(json.dumps(content | stated))
+    again, second = add(tmp_path / "biomed", "hf-hub:c/d", None, tmp_path / "other")
+    assert (again, second.id) == (kept, first.id)
+    assert (kept / "text" / "config.json").read_bytes() == config  # what studies name stays as it is
+    assert [one.model for one in read_entry(kept).names] == ["hf-hub:a/b", "hf-hub:c/d"]
+    assert furthest(first, second) == [0, 0]
+
+
+def test_another_model_under_an_id_that_is_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded_backbone, "facts", lambda *_: FEW)  # an id that lacks what tells the two apart
+    state = configured(tmp_path / "right", COCA)
+    kept, right = add(tmp_path / "right", None)
+    changed = COCA["vision_cfg"] | {"attn_pooler_heads": 4, "head_width": 4}
+    configured(tmp_path / "wrong", COCA | {"vision_cfg": changed}, state)
+    config = (kept / "open_clip_config.json").read_bytes()
+    with pytest.raises(BackboneError, match="has the id of what is added, but other features"):
+        add(tmp_path / "wrong", None)
+    assert (kept / "open_clip_config.json").read_bytes() == config
+    assert [one.name for one in kept.parent.iterdir()] == [right.id]
+
+
+FEW: dict[str, Any] = {"vision": {"activation": ["gelu"]}, "text": {"activation": ["gelu"]}}
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vitamin_small_224"])
