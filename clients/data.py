@@ -342,9 +342,14 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
 def _tell_unlisted(manifest: Path, rows: Sequence[_Row], notes: Notes) -> None:
     """Tell how many images are in the folder of a manifest and in no row."""
     listed = {os.path.normpath(row.base / row.path) for row in rows} | {row.key[0] for row in rows}
+    sliced = {
+        os.path.normpath((row.base / row.path).parent) for row in rows if row.asked
+    }  # whose others were meant too
     unlisted = []
     with contextlib.suppress(DataError):  # what no row names need not be readable
         for path in image_files(manifest.parent, Notes()):
+            if os.path.normpath(path.parent) in sliced:
+                continue
             if os.path.normpath(path) not in listed and os.path.realpath(path) not in listed:
                 unlisted.append(str(path))
     if unlisted:

@@ -292,6 +292,7 @@ def test_a_copy_in_the_folder_moves_no_slice(tmp_path):
     notes = Notes()
     assert [name for name, _ in found(tmp_path, b"path,label,slice\ns,dark,2\n", notes=notes)] == ["2.dcm"]
     assert notes.left_out["copy of a slice"] == 2
+    assert not any("none of its rows" in line and "/s/" in line for line in notes.told)
     for rows in ("s,dark", "\n".join(f"s/{path.name},dark" for path in (tmp_path / "s").iterdir())):
         notes = Notes()
         images = found(tmp_path, f"path,label\n{rows}\n".encode(), notes=notes, choice=Choice(slices="middle"))
