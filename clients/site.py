@@ -438,7 +438,8 @@ class Site(Learner):
     def _give_back(self, last: LastSum) -> bool:
         """The same for a round whose record it has applied, and on which it has revealed nothing yet."""
         record = last.record
-        if last.before.members[self.name].role != "train":
+        member = last.before.members.get(self.name)  # it may have joined since
+        if member is None or member.role != "train":
             raise ProtocolError(f"a void of round {record.header.round}; only training sites give one up")
         self._refuse_taking_back(record)
         self.replica.take_back(record)

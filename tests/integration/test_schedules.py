@@ -413,8 +413,9 @@ class LyingServer(RuleBasedStateMachine):
     def honest_sites_at_one_head_hold_one_adapter(self) -> None:
         held: dict[str, set[str]] = {}
         for name, site in self.sites.items():
-            if name != FAULTY:
-                held.setdefault(site.replica.state.chain.head, set()).add(site.adapter_digest)
+            state = site.replica.state
+            if name != FAULTY and name in state.chain.members and not state.blind:  # else it knows that it holds none
+                held.setdefault(state.chain.head, set()).add(site.adapter_digest)
         assert all(len(found) == 1 for found in held.values())
 
     @invariant()
