@@ -44,7 +44,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "ope
 _SPARE = 255
 """Tokens, at most, by which tables of them are filled up to round numbers."""
 
-_NO_WEIGHTS = ("openvino_", "training_args", "optimizer", "scheduler", "rng_state", "scaler")
+_NO_WEIGHTS = ("openvino_", "training_args", "optimizer", "scheduler", "rng_state", "scaler", "sampler")
 _TEXT_ALONE = ("clip_text_model", "siglip_text_model", "bert", "roberta", "xlm-roberta", "distilbert")
 _IMAGES_ALONE = ("clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov3_vit", "beit", "swin", "vit_mae")
 
@@ -220,6 +220,12 @@ def _snapshot(path: Path) -> Path:
     main = ref.read_text("utf-8", "replace").strip() if ref.is_file() else ""
     if path / "snapshots" / main in found:
         return path / "snapshots" / main
+    if main and found:
+        raise BackboneError(
+            f"{path}: its main branch (refs/main) is snapshot {main[:40]}, which is not here, but "
+            f"{', '.join(one.name for one in found[:3])}; expected that one: copy the whole cache folder again, or "
+            "name the folder below snapshots that is meant"
+        )
     if len(found) != 1:
         raise BackboneError(
             f"{path}: {len(found)} snapshots, and no refs/main that names one of them; expected one: name the folder "
@@ -401,6 +407,11 @@ def _weights_in(path: Path, names: tuple[str, ...]) -> Path:
         others = [one for one in (*inside, *below) if one.is_file() and other_kind(one, b"") is not None]
         if others:
             read_weights(others[0])
+        if any(one.name.endswith("_model_states.pt") for one in below):
+            raise BackboneError(
+                f"{path}: a checkpoint of DeepSpeed, whose parts are not read; expected whole weights: python "
+                f"zero_to_fp32.py {path} DIR, by the script that DeepSpeed puts beside them"
+            )
         raise BackboneError(f"{path}: no weights in it; the folder is half copied: copy all of it again")
     contents = {_content(one) for one in found}
     if len(contents) > 1:
@@ -549,11 +560,17 @@ def _read_file(
             )
         inner = read_text_model(path.parent, text, name, path, told)
     tokens = _tokens(None, text, config, inner, path)
+    usual = usual_preprocessing(model, tag)
+    if not usual and not quick and not seeded and open_clip().list_pretrained_tags_by_model(model):
+        told.append(
+            f"mean, std and resizing of {model}, of which its published tags have several, are open_clip's usual ones; "
+            "if the weights come from a tag, name it: --model MODEL:TAG"
+        )
     return Form(
         "an OpenAI archive" if quick else "a checkpoint",
         model,
         config,
-        read_preprocessing(config, usual_preprocessing(model, tag), str(path)),
+        read_preprocessing(config, usual, str(path)),
         path,
         tokens,
         inner,

@@ -23,6 +23,7 @@ from secure_fed.core.errors import BackboneDigestError, BackboneError
 from secure_fed.model import loaded_backbone, network, text_model, transformers_form
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
+from secure_fed.model.backbone_form import read_form
 from secure_fed.model.backbone_store import read_entry
 from secure_fed.model.library import known_model, twin
 from secure_fed.model.loaded_backbone import LoadedBackbone
@@ -618,6 +619,31 @@ def test_one_model_has_one_id_whether_its_configuration_states_defaults_or_not(
     assert (kept / "text" / "config.json").read_bytes() == config  # what studies name stays as it is
     assert [one.model for one in read_entry(kept).names] == ["hf-hub:a/b", "hf-hub:c/d"]
     assert furthest(first, second) == [0, 0]
+
+
+def test_a_cache_folder_without_its_main_branchs_snapshot_is_refused(tmp_path: Path) -> None:
+    cache = tmp_path / "models--a--b"
+    clip_folder(cache / "snapshots" / ("1" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("2" * 40)
+    with pytest.raises(BackboneError, match=f"snapshot {'2' * 40}, which is not here, but {'1' * 40}"):
+        add(cache, None)
+
+
+def test_what_trainings_leave_beside_weights_is_no_checkpoint_and_deepspeeds_parts_are_named(tmp_path: Path) -> None:
+    clip_folder(tmp_path / "clip")
+    torch.save({"a": torch.ones(2)}, tmp_path / "clip/sampler.bin")
+    add(tmp_path / "clip", None)
+    (tmp_path / "clip/global_step10").mkdir()
+    (tmp_path / "clip/model.safetensors").rename(tmp_path / "clip/global_step10/mp_rank_00_model_states.pt")
+    with pytest.raises(BackboneError, match=r"DeepSpeed.*zero_to_fp32\.py"):
+        add(tmp_path / "clip", None)
+
+
+def test_a_file_of_a_model_whose_tags_are_prepared_in_several_ways_is_told(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.pt")
+    assert "name it: --model MODEL:TAG" in " ".join(read_form(tmp_path / "x.pt", "ViT-L-14", None, "gelu").told)
+    assert not read_form(tmp_path / "x.pt", "ViT-L-14", "laion2b_s32b_b82k", "gelu").told
 
 
 def test_another_model_under_an_id_that_is_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
