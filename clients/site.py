@@ -438,7 +438,7 @@ class Site(Learner):
     def _give_back(self, last: LastSum) -> bool:
         """The same for a round whose record it has applied, and on which it has revealed nothing yet."""
         record = last.record
-        member = last.before.members.get(self.name)  # it may have joined since
+        member = last.before.members.get(self.name)  # it may have been removed before
         if member is None or member.role != "train":
             raise ProtocolError(f"a void of round {record.header.round}; only training sites give one up")
         self._refuse_taking_back(record)
