@@ -538,6 +538,7 @@ def _after_a_void(ground: Ground, newcomer: bool) -> Outcome:
     coordinator.advance()
     for site in sites:
         ask(coordinator, site)  # takes the void
+    coordinator._folder.revealed.unlink()  # an honest server would take the cohort that had revealed, and no other
     if not newcomer:
         victim.retire()
         step(coordinator, sites)
