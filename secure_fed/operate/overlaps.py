@@ -46,6 +46,15 @@ class Place(NamedTuple):
     use: str
 
 
+def _pictures(copies: list[list[Place]], twins: list[list[Place]]) -> dict[str, Any]:
+    return {
+        "copies": [[place._asdict() for place in group] for group in copies[:LISTED]],
+        "copies_count": len(copies),
+        "near_twins": [[place._asdict() for place in group] for group in twins[:LISTED]],
+        "near_twins_count": len(twins),
+    }
+
+
 @dataclass(frozen=True)
 class Inside:
     """What one has several times.
@@ -75,10 +84,7 @@ class Inside:
     def document(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "copies": [[place._asdict() for place in group] for group in self.copies[:LISTED]],
-            "copies_count": len(self.copies),
-            "near_twins": [[place._asdict() for place in group] for group in self.twins[:LISTED]],
-            "near_twins_count": len(self.twins),
+            **_pictures(self.copies, self.twins),
             "leaks": [_words(group) for group in self.leaks],
         }
 
@@ -131,10 +137,7 @@ class Overlaps:
     def document(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "copies": [[place._asdict() for place in group] for group in self.copies[:LISTED]],
-            "copies_count": len(self.copies),
-            "near_twins": [[place._asdict() for place in group] for group in self.twins[:LISTED]],
-            "near_twins_count": len(self.twins),
+            **_pictures(self.copies, self.twins),
             "patients": dict(list(self.patients.items())[:LISTED]),
             "patients_count": len(self.patients),
             "writings": self.writings[:LISTED],
