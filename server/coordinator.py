@@ -771,18 +771,21 @@ class Coordinator:
 
         Or of the last sum, where its record and these words crossed: the void counts.
         """
-        late = self.journal.before if self._voids.late_complete else None
-        revealed = self._last_sum_of() if late is not None else self._arrived.names if self._arrived else ()
-        if revealed:
-            keep_revealed(self._folder, (late or self.journal.chain).sum, revealed)
+        self._keep_revealed()
         erase_round(self._folder, self.round)
         if self._voids.append():
             self._retiring.clear()  # asked again at the new head
         self._open_round()
         return self.journal.records[-1]
 
-    def _last_sum_of(self) -> tuple[str, ...]:
-        return next(entry.sites for entry in reversed(self.journal.records) if entry.header.kind == "aggregate")
+    def _keep_revealed(self) -> None:
+        """Keep for whose sum sites may have revealed at the adapter at which the round begins anew."""
+        if self._voids.late_complete:
+            assert self.journal.before is not None
+            names = next(entry.sites for entry in reversed(self.journal.records) if entry.header.kind == "aggregate")
+            keep_revealed(self._folder, self.journal.before.sum, names)
+        elif self._arrived is not None:
+            keep_revealed(self._folder, self.journal.chain.sum, self._arrived.names)
 
     def _may_amend(self, sealed: bytes) -> bool:
         """Whether an amendment can take force now; else it waits for a sum to come between two changes of members."""
