@@ -132,7 +132,7 @@ def histograms(
     found = np.zeros((len(GRID), Histogram.size(classes)))
     for part in judged(agreed, together, known, features):
         for place in range(len(GRID)):
-            counted = _histogram(part.logits[place], part.distances[place], part.labels, part.each, classes)
+            counted = _histogram(part.logits[place], part.distances[place], part.labels, part.each[place], classes)
             found[place] += counted.values()
     return found.ravel()
 
@@ -159,7 +159,8 @@ def judged(
     x, whose = basis.linear(val.x[kept]), features.patients.get("val", ())
     scores = [head.scores(x, place) for place in range(len(GRID))]
     logits, distances = (np.stack([pair[part] for pair in scores]) for part in (0, 1))
-    return training, Judged(logits, distances, val.y[kept], shares([whose[row] for row in kept]))
+    each = np.tile(shares([whose[row] for row in kept]), (len(GRID), 1))
+    return training, Judged(logits, distances, val.y[kept], each)
 
 
 def _refuse_more(agreed: AgreedStudy, patients: int, split: str) -> None:
@@ -236,7 +237,7 @@ class Judged:
         logits: float64 [G, n, K], by shrinkage of the grid; -inf for classes that are left out.
         distances: float64 [G, n], squared distances to the nearest class mean over k.
         labels: int64 [n].
-        each: float64 [n], what each counts.
+        each: float64 [G, n], what each counts.
     """
 
     logits: NDArray[np.float64]
@@ -259,8 +260,9 @@ def _left_out(
 
         mu_c - s_c / (N_c - n_c),  scatter - sum_i w_i d_i d_i^T - sum_c s_c s_c^T / (N_c - n_c),  N - 1 patients,
 
-    a change of low rank, so that no head is solved anew (Woodbury). Patients without whom a class, or a direction of
-    the covariance, would be empty are not counted.
+    a change of low rank, so that no head is solved anew (Woodbury). Patients without whom a class would be empty are
+    not counted; nor is one under a shrinkage that is too small to mend what rounding leaves of the covariance without
+    it, which has no inverse then: of fewer patients than dimensions.
 
     Args:
         head: of the sums with all patients.
@@ -278,7 +280,7 @@ def _left_out(
     for row, owner in enumerate(owners):
         rows_of.setdefault(owner, []).append(row)
     kept: list[int] = []
-    logits, distances = [], []
+    logits, distances, counts = [], [], []
     for rows in rows_of.values():
         own, weights = labels[rows], each[rows]
         share = np.bincount(own, weights, classes)
@@ -298,8 +300,8 @@ def _left_out(
         inner = np.eye(len(gone)) - ((1 - grid) / degrees)[:, None, None] * np.einsum(
             "gk,ik,jk->gij", inverse, gone, gone, optimize=True
         )
-        if np.linalg.eigvalsh(inner).min() <= 0:
-            continue
+        there_is = np.linalg.eigvalsh(inner).min(axis=1) > 0
+        inner[~there_is] = np.eye(len(gone))
         # (M - c U^T U)^-1 = M^-1 + c M^-1 U^T (1 - c U M^-1 U^T)^-1 U M^-1
         points = np.concatenate([seen[rows], means])
         white = inverse[:, None, :] * points
@@ -312,11 +314,13 @@ def _left_out(
         far = norms[:, :count, None] - 2 * found
         logits.append(np.where(head.known, found, -np.inf))
         distances.append(np.where(head.known, far, np.inf).min(axis=2) / size)
+        counts.append(np.multiply.outer(there_is, weights))
         kept += rows
     if not kept:
-        nobody = np.zeros(0)
-        return Judged(np.zeros((len(GRID), 0, classes)), np.zeros((len(GRID), 0)), nobody.astype(np.int64), nobody)
-    return Judged(np.concatenate(logits, axis=1), np.concatenate(distances, axis=1), labels[kept], each[kept])
+        nobody = np.zeros((len(GRID), 0))
+        return Judged(np.zeros((len(GRID), 0, classes)), nobody, np.zeros(0, dtype=np.int64), nobody)
+    found, far, each = (np.concatenate(parts, axis=1) for parts in (logits, distances, counts))
+    return Judged(found, far, labels[kept], each)
 
 
 def _histogram(

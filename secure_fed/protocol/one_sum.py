@@ -51,10 +51,12 @@ _NOISE_BITS, _MOST_NOISE = 25, 2.0**17
 NO_LIMIT = 1e9
 """Beyond any log odds and distance: adapters hold finite numbers only."""
 _LEFT_OUT = -1e4
-"""Bias of a class that is left out."""
+"""Bias of a class that is left out, at most; no feature may make it the most probable one."""
 _SURE = 2.0
 """Standard deviations of the noise by which a class must exceed the least patients: one without any then passes once in
 a hundred times, while more would leave small classes out that are there, which costs all of their patients."""
+_NEARLY_ALL = 0.98
+"""Share of the patients that a shrinkage must be judged by; more than the rounding of counts takes."""
 _TURNS = 60
 """Most turns for one eigenvalue; two do on average."""
 _SCORE_START, _DISTANCE_START = -8.0, -6.0
@@ -441,9 +443,13 @@ def parameters_of(head: Head, basis: Basis, logit_scale: float) -> Parameters:
             weight += np.multiply.outer(column, axis)
     weight /= basis.radius
     shift = [math.fsum((row * basis.centre).tolist()) for row in weight]
-    bias = np.where(head.known, (head.bias - np.array(shift)) / logit_scale, _LEFT_OUT)
+    bias = (head.bias - np.array(shift)) / logit_scale
+    # Of few patients and little shrunk, a head gives classes that it knows any logit: the least that a feature of
+    # length 1 can get is the bias without the weight's length.
+    lengths = np.array([math.sqrt(math.fsum((row * row).tolist())) for row in weight]) / logit_scale
+    least = float((bias - lengths)[head.known].min())
     return {
-        "bias": bias,
+        "bias": np.where(head.known, bias, min(_LEFT_OUT, 2.0 * least)),
         "factor": head.factor,
         "limits": NO_LIMITS.values(),
         "means": head.means,
@@ -552,15 +558,19 @@ def limits_of(histogram: Histogram, coverage: float) -> Limits:
 
 
 def chosen(histograms: Floats, classes: int) -> tuple[int, Histogram]:
-    """Which shrinkage of the grid has the highest balanced accuracy, the larger of two alike, and its histogram."""
-    best, place, kept = -1.0, 0, None
-    for index, values in enumerate(histograms.reshape(len(GRID), -1)):
-        found = Histogram.of(values, classes)
+    """Which shrinkage of the grid has the highest balanced accuracy, the larger of two alike, and its histogram.
+
+    Of those under which nearly as many patients are counted as under any: where some have no head without them, those
+    that are left would say too much good of it, and of its limits.
+    """
+    several = [Histogram.of(values, classes) for values in histograms.reshape(len(GRID), -1)]
+    enough = _NEARLY_ALL * max(found.patients for found in several)
+    best, place = -1.0, len(several) - 1
+    for index, found in enumerate(several):
         score = balanced_accuracy(found.confusion)
-        if score >= best:
-            best, place, kept = score, index, found
-    assert kept is not None  # the grid is not empty
-    return place, kept
+        if found.patients >= enough and score >= best:
+            best, place = score, index
+    return place, several[place]
 
 
 def balanced_accuracy(confusion: Floats) -> float:

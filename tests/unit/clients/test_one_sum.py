@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -29,7 +31,7 @@ def test_a_patient_is_judged_by_the_head_of_the_sums_without_it(seed: int, size:
     assume(not np.any((weights.sum(axis=0) - weights < 1) & (weights > 0)))
     found = _left_out(_Eigen.of(whole, np.ones(CLASSES, dtype=bool)), x, seen, labels, owners)
     assert len(found.labels) == images
-    assert np.allclose(np.sort(found.each), np.sort(shares(owners)))
+    assert np.allclose(np.sort(found.each), np.sort(shares(owners)))  # under each shrinkage
     start = 0
     for owner in dict.fromkeys(owners):
         rows = [row for row in range(images) if owners[row] == owner]
@@ -76,3 +78,21 @@ def test_what_is_left_out_is_as_uncertain_as_what_was_never_seen() -> None:
     unknown = np.mean(head.scores(fresh, place)[0].argmax(axis=1) == truth)
     assert known > unknown + 0.1
     assert left == pytest.approx(unknown, abs=0.08)
+
+
+def test_fewer_patients_than_dimensions_are_judged_under_every_shrinkage_that_outweighs_what_rounding_left() -> None:
+    rng, size, images = np.random.default_rng(3), 100, 30
+    x, labels = rng.standard_normal((images, size)), np.resize(np.arange(CLASSES), images)
+    owners = [str(number) for number in range(images)]
+    exact = exact_sums(x, labels, owners, CLASSES)
+    error = 0.05 * rng.standard_normal((size, size))
+    rounded = replace(exact, second=exact.second + error + error.T)
+    known = np.ones(CLASSES, dtype=bool)
+    found = _left_out(_Eigen.of(rounded, known), x, x, labels, owners)
+    counted = found.each.sum(axis=1)
+    assert counted[0] < images
+    assert counted[GRID.index(0.1)] == images
+    assert np.all(np.diff(counted) >= 0)
+    truly = _left_out(_Eigen.of(exact, known), x, x, labels, owners)
+    place = GRID.index(0.3)
+    assert np.abs(found.logits[place] - truly.logits[place]).max() < 0.1 * np.abs(truly.logits[place]).max()

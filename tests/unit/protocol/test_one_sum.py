@@ -103,6 +103,27 @@ def test_a_class_with_too_few_patients_is_left_out() -> None:
     assert one_sum.solve(sums, 0.01, 1000) is None
 
 
+@pytest.mark.parametrize("scale", [5.0, 14.0, 100.0])
+@pytest.mark.parametrize("patients", [20, 60])
+@pytest.mark.parametrize("shrinkage", [1e-6, *GRID])
+def test_a_class_that_is_left_out_is_never_predicted_however_few_the_patients(
+    shrinkage: float, patients: int, scale: float
+) -> None:
+    rng, size = np.random.default_rng(0), 128
+    spread = np.geomspace(0.3, 0.003, size)
+    x, labels = rng.standard_normal((patients, size)) * spread, rng.integers(0, 2, patients)
+    x = (x + 0.7 * spread * rng.standard_normal((2, size))[labels]) / np.linalg.norm(x, axis=1).max()
+    head = one_sum.solve(sums_of(x, labels), shrinkage, 5)
+    assert head is not None
+    assert list(head.known) == [True, True, False]
+    parameters = one_sum.parameters_of(head, Basis(np.full(size, 0.01), None, 0.9, spread), scale)
+    features = rng.standard_normal((400, size)) * np.repeat([spread, np.ones(size)], 200, axis=0)
+    features = np.concatenate([features, parameters["weight"], -parameters["weight"], x])
+    features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    logits = scale * (features @ parameters["weight"].T + parameters["bias"])
+    assert (logits[:, 2] - logits[:, :2].max(axis=1)).max() < -50 * 745  # no probability at any temperature
+
+
 def test_a_covariance_that_rounding_made_indefinite_is_floored() -> None:
     x, labels = cases(4, 60, 6)
     sums = sums_of(x, labels)
@@ -312,13 +333,22 @@ def test_histograms_come_back_and_whole_patients_are_exact() -> None:
 
 
 def test_the_shrinkage_with_the_highest_balanced_accuracy_is_chosen_the_larger_of_two_alike() -> None:
-    good, bad = np.diag([8.0, 8, 8]), np.full((CLASSES, CLASSES), 4.0)
+    good, bad = np.diag([12.0, 12, 12]), np.full((CLASSES, CLASSES), 4.0)
     for place in (0, 4, len(GRID) - 1):
         grid = np.concatenate([histogram(good if index == place else bad).values() for index in range(len(GRID))])
         assert one_sum.chosen(grid, CLASSES)[0] == place
     alike = np.concatenate([histogram(good).values()] * len(GRID))
     assert one_sum.chosen(alike, CLASSES)[0] == len(GRID) - 1
     assert one_sum.balanced_accuracy(np.array([[9.0, 1, 0], [0, 0, 0], [5, 0, 5]])) == pytest.approx(0.7)
+
+
+def test_a_shrinkage_is_chosen_by_nearly_all_patients_not_by_those_for_whom_it_has_a_head() -> None:
+    few, all_of_them = histogram(5 * np.eye(CLASSES)), histogram(20 * np.eye(CLASSES) + 1)
+    rounded = histogram(0.99 * (20 * np.eye(CLASSES) + 1))
+    histograms = [few.values()] * 4 + [all_of_them.values(), rounded.values()] + [few.values()] * 3
+    place, found = one_sum.chosen(np.concatenate(histograms), CLASSES)
+    assert place == 5
+    assert found.patients == pytest.approx(rounded.patients)
 
 
 @settings(deadline=None, max_examples=40)
