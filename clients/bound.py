@@ -6,6 +6,7 @@ attempt after the other, never back; one REVEAL a round; and, at one adapter sta
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,8 @@ class Bound(FileModel):
         given: adapter states, by digest, at which the site has revealed, and to which cohort; the newest last. An empty
             cohort: nobody here knows which. None is forgotten in a run: records are taken back one at a time, but one
             after the other, and the state of each can come again.
+        noised: adapter states, by digest, and whose updates at each are under a budget, as the sums that the site has
+            revealed for say: these are harmless alone.
         upon: ids of the sums upon which the site has revealed, in whatever attempt or state of the round after each;
             none is forgotten either.
         before: what the last two had at this state and upon its sum before the REVEAL of this round, if there was one.
@@ -85,6 +88,7 @@ class Bound(FileModel):
     names: tuple[Name, ...] = ()
     arrived: str = ""
     given: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
+    noised: dict[str, tuple[Name, ...]] = Field(default_factory=dict)
     upon: tuple[Hex64, ...] = ()
     before: tuple[tuple[Name, ...] | None, bool] | None = None
     released: str = ""
@@ -113,19 +117,23 @@ class Bound(FileModel):
         round is closed or void, whether its people have given it up."""
         if (self.round, self.head) == (due.round, due.head):
             return self
-        kept = self.model_dump(include={"given", "upon", "released", "retired", "behind"})
+        kept = self.model_dump(include={"given", "noised", "upon", "released", "retired", "behind"})
         void = self.void and self.round == due.round and due.head != head_after_void(self.head)
         return Bound(round=due.round, head=due.head, void=void).model_copy(update=kept)
 
-    def giving(self, state: str, cohort: tuple[Name, ...], upon: str) -> Bound:
-        """This once the site has revealed at a state, which follows a sum, to a cohort: of a release, then, nothing is
-        left."""
+    def giving(self, state: str, envelopes: Iterable[EnvelopeHeader], upon: str) -> Bound:
+        """This once the site has revealed at a state, which follows a sum, for these envelopes: of a release, then,
+        nothing is left. No envelopes: nobody here knows for which."""
+        sent = {entry.site: bool(entry.ledger_seq) for entry in envelopes}
+        cohort = tuple(sent)
+        noised = {*self.noised.get(state, ()), *sent} - {site for site, paid in sent.items() if not paid}
         cohort_before, known = self.given.get(state), upon in self.upon
         given = {other: names for other, names in self.given.items() if other != state} | {state: cohort}
-        released = self.released if cohort_before in (None, cohort) else ""
+        released = self.released if cohort_before == cohort else ""  # the same sum once more needs none
         return self.model_copy(
             update={
                 "given": given,
+                "noised": self.noised | {state: tuple(sorted(noised))},
                 "upon": self.upon if known else (*self.upon, upon),
                 "before": (cohort_before, known),
                 "released": released,

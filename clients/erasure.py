@@ -19,7 +19,7 @@ from secure_fed.core.errors import EnvelopeError, SecfacmicError, UnknownPatient
 from secure_fed.core.layout import SiteRun, SiteState
 from secure_fed.core.storage import exclusive, sync_folder, write_durable
 from secure_fed.privacy.ledger import snapshot_key
-from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader
+from secure_fed.protocol.envelope import MAGIC, MAX_HEADER, EnvelopeHeader, RoundPosition
 from secure_fed.protocol.signing import PRIVATE, parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy
 
@@ -151,8 +151,8 @@ def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:
         run = SiteRun(folder)
         for number in run.updates():
             envelope = run.envelope(number)
-            attempt = _attempt(envelope) if envelope.exists() else 0
-            write_durable(run.withdrawn(number), str(attempt).encode(), PRIVATE)
+            attempt, sealed_at = _sealed_for(envelope) if envelope.exists() else (0, "")
+            write_durable(run.withdrawn(number), f"{attempt} {sealed_at}".encode(), PRIVATE)
             run.integers(number).unlink(missing_ok=True)
             bound = read_bound(run.bound)
             if bound is None or bound.round != number or bound.attempt < max(attempt, 1):
@@ -166,20 +166,27 @@ def _withdraw(state: SiteState) -> tuple[tuple[str, ...], int]:
     return tuple(rounds), heads
 
 
-def _attempt(envelope: Path) -> int:
-    """The attempt that an envelope was sealed for; of a damaged one, beyond all: it may have been any."""
+def _sealed_for(envelope: Path) -> tuple[int, str]:
+    """The attempt, and the head, that an envelope was sealed for; of a damaged one, beyond all at any: it may have been
+    any."""
     try:
         frame = split_frame(MAGIC, envelope.read_bytes(), MAX_HEADER, EnvelopeError)
-        return parse_header(frame.header, EnvelopeHeader, EnvelopeError).attempt
+        header = parse_header(frame.header, EnvelopeHeader, EnvelopeError)
     except EnvelopeError:
-        return 2**31
+        return 2**31, ""
+    return header.attempt, header.head
 
 
-def withdrawn(run: SiteRun, round_number: int, attempt: int) -> bool:
-    """Whether a round's update was dropped after it may have been sent for this attempt, or a later one.
+def withdrawn(run: SiteRun, due: RoundPosition, attempt: int) -> bool:
+    """Whether the update of the round that is due was dropped after it may have been sent for this attempt, or a later
+    one.
 
     A second, different update must not follow for one attempt: a server that has both could add one and take away the
-    other, which shows what the patient made of the difference.
+    other, which shows what the patient made of the difference. After a void the round begins anew at another head, and
+    its attempts with it.
     """
-    note = run.withdrawn(round_number)
-    return note.exists() and attempt <= int(note.read_text(encoding="ascii"))
+    note = run.withdrawn(due.round)
+    if not note.exists():
+        return False
+    last, *head = note.read_text(encoding="ascii").split()
+    return attempt <= int(last) and head in ([], [due.head])

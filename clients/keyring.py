@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from secure_fed.core.layout import SEALED, sealed_key
 from secure_fed.core.storage import make_folder, sync_folder, write_durable
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.privacy.keys import Identity, load_identity, open_sealed_key
+from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.sealed_key import SealedKeyHeader, check_sealed_key
 from secure_fed.protocol.signing import PRIVATE, ZERO_DIGEST
 from secure_fed.protocol.study import AgreedStudy
@@ -117,11 +119,7 @@ class KeyRing:
 
     def joined(self, name: str) -> Member | None:
         """The site of that name as a key held here lets it join, if one does."""
-        for header in reversed(list(self.headers.values())):
-            for site in header.added:
-                if site.name == name:
-                    return site
-        return None
+        return _joined(reversed(self.headers.values()), name)
 
     def _file(self, epoch: int) -> Path:
         return sealed_key(self._folder, epoch)
@@ -150,16 +148,33 @@ def membership(file: SiteFile, agreed: AgreedStudy) -> Membership:
 
     Raises:
         KeyFileError: the identity cannot be read, or a key that the site holds is damaged or of another study.
-        StudyError: neither the study nor a key that it holds has a site of that name.
+        StudyError: neither the study, nor a key that it holds or has held in its run, has a site of that name.
         SiteFileError: the study knows that site by another identity.
     """
     identity = load_identity(Path(file.identity), file.site)
     keys = KeyRing(file.state_folder.keys, agreed, identity)
     listed = {site.name: site for site in agreed.study.sites}
-    site = listed.get(file.site) or keys.joined(file.site) or agreed.study.site(file.site)
+    site = (
+        listed.get(file.site) or keys.joined(file.site) or _joined_before(file, agreed) or agreed.study.site(file.site)
+    )
     if identity.keys != site.keys:
         raise SiteFileError(
             f"{file.identity}: not the keys that the study names for site {file.site}; use the identity folder "
             "whose public file went to the coordinator"
         )
     return Membership(identity, keys, site)
+
+
+def _joined_before(file: SiteFile, agreed: AgreedStudy) -> Member | None:
+    """A site as its copy of the journal says that it joined: the key that let it in was destroyed once a newer one was
+    in force."""
+    run = file.state_folder.current_run
+    if run is None:
+        return None
+    records = RecordFolder(file.state_folder.run(run).journal).replay(Chain(agreed))
+    amendments = [record.amendment for record in records if record.amendment is not None]
+    return _joined(reversed(amendments), file.site)
+
+
+def _joined(newest_first: Iterable[SealedKeyHeader], name: str) -> Member | None:
+    return next((site for header in newest_first for site in header.added if site.name == name), None)

@@ -564,7 +564,7 @@ class Replica:
         stood_for = self.name in [entry.site for entry in record.header.witnessed]
         if stood_for and (bound.attempt, bound.cohort) == (own.attempt, own.cohort):
             # It sent that envelope and was gone; what others opened counts as if it had revealed.
-            given = bound.giving(self.asked_for, bound.names, self.state.chain.sum)
+            given = bound.giving(self.asked_for, record.contributors, self.state.chain.sum)
             self.files.bind(given.model_copy(update={"arrived": record.arrived}))
         elif bound.arrived != record.arrived:
             self.files.fall_behind()

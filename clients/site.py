@@ -165,11 +165,12 @@ class Site(Learner):
             # Before the run's first message.
             write_snapshot(frozen, self.features(), snapshot_key(ledger_folder(self._file)))
         self.replica.compare(request.attested_head, request.attestations)
-        if self._voided:
+        chain = self.replica.state.chain
+        # What it gave up is the round; an amendment that came meanwhile waits for its word for the adapter.
+        if self._voided and not chain.awaits_checkpoint:
             return self._reply(ReplyCode.VOID, self._void())
         if request.more:
             return self._reply(ReplyCode.MORE)
-        chain = self.replica.state.chain
         if chain.length and self.name not in chain.members:
             raise SiteFileError(f"site {self.name} left the study with amendment {chain.amendment}; it is over here")
         if chain.awaits_checkpoint and not self.replica.state.blind:
@@ -205,7 +206,7 @@ class Site(Learner):
             return self._reply(ReplyCode.CHECKED, self._answer_for_shares(request.question, request.carried))
         if kind == GONE_MAGIC:
             return self._reply(ReplyCode.WITNESSED, *self._stand_for(request.question, request.carried))
-        if self._private is None and withdrawn(self.replica.files.folder, request.round, request.attempt):
+        if self._private is None and withdrawn(self.replica.files.folder, self.replica.due, request.attempt):
             log.warning("%s: round %d: its update was dropped, so it sends none", self.name, request.round)
             return self._reply(ReplyCode.APPLIED)
         if self._gave_others:
@@ -319,7 +320,7 @@ class Site(Learner):
         self.replica.sealer  # noqa: B018 -- who cannot seal reads no data and spends no budget
         self._integers()
         self._refuse_given()
-        released = self._private is not None or bound.released == self.replica.asked_for
+        released = self._may_give_others(bound)
         fresh = public_of(self._fresh_key(attempt)) if self._agreed.study.pads else None
         return sign_ready(self._agreed, due, attempt, self.name, released, self.replica.identity.signing, fresh)
 
@@ -376,16 +377,22 @@ class Site(Learner):
         return data[: len(data) - len(frame.payload)] if held == known else data, b""
 
     def _refuse_another_cohort(self, bound: Bound, names: tuple[str, ...], releasing: frozenset[str]) -> None:
-        """At one adapter state a site without a budget gives its integers to one cohort: of two sums, who is in one
-        and not in the other could be computed. For another it needs the word of the people of all that are in either:
-        this cohort's, in its READYs; who is only in the one before has retired, or was removed by a quorum."""
-        before = self.revealed_to
+        """At one adapter state a site gives its integers to one cohort: of two sums, who is in one and not in the other
+        could be computed. For another it needs the word of the people of all that are in either: this cohort's, in its
+        READYs; who is only in the one before has retired, or was removed by a quorum.
+
+        A site under a budget sends the same noise again: it hides itself in either sum, and nobody else in the
+        difference. So it lacks no word of its own, nor of others that have a budget, but those of all that have none.
+        """
+        state = self.replica.asked_for
+        before = bound.given.get(state)
         if before is None or before == names:
             return
         unheard = sorted(set(names) - releasing)
         if self._agreed.study.mode == "he":  # in plain the server sees each update, and nobody can be removed
-            unheard += sorted(name for name in before if name not in names and self._trains(name))
-        if unheard or bound.released != self.replica.asked_for:
+            gone = set(before) - set(names) - set(bound.noised.get(state, ()))
+            unheard += sorted(name for name in gone if self._trains(name))
+        if unheard or not self._may_give_others(bound):
             raise ProtocolError(
                 f"a cohort of {', '.join(names)} at an adapter for which this site has revealed to "
                 f"{', '.join(before) or 'sites that its disk does not know'}; expected the same one: the difference of "
@@ -393,6 +400,11 @@ class Site(Learner):
                 f"secfacmic site release; still to be heard: {', '.join(unheard) or self.name}; who is in neither any "
                 "more must have left the study"
             )
+
+    def _may_give_others(self, bound: Bound) -> bool:
+        """Whether as far as this site goes it may be in a sum with others than before: by its budget, or its people's
+        word."""
+        return self._private is not None or bound.released == self.replica.asked_for
 
     def _trains(self, name: str) -> bool:
         member = self.replica.state.chain.members.get(name)
@@ -605,7 +617,7 @@ class Site(Learner):
         write_durable(files.folder.question("arrived"), question, 0o600)
         self._note_given()
         if not bound.arrived:
-            given = bound.giving(self.replica.asked_for, bound.names, self.replica.state.chain.sum)
+            given = bound.giving(self.replica.asked_for, envelopes, self.replica.state.chain.sum)
             files.bind(given.model_copy(update={"arrived": digest}))
         mask = None if bound.padded is None else bound.padded.seed
         return sign_reveal(self._agreed, digest, self.name, check, self.replica.identity.signing, mask)

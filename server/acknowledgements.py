@@ -29,6 +29,7 @@ class Acknowledgements:
     def __init__(self, agreed: AgreedStudy) -> None:
         self._agreed = agreed
         self.frames: dict[str, Frame] = {}
+        self._told: list[str] = []
 
     def take(self, data: bytes, site: str, chain: Chain) -> None:
         """Take a site's.
@@ -54,17 +55,30 @@ class Acknowledgements:
     def checkpoint(self, chain: Chain) -> tuple[list[Frame], bytes] | None:
         """The words of those who hold the key maker's adapter, by site name, and its checkpoint; None while the key
         maker's is missing, or a quorum."""
-        maker = self.frames.get(self._agreed.study.key_maker)
-        if maker is None:
-            return None
-        adapter = _adapter(maker)
-        agreeing = [site for site in sorted(self.frames) if _adapter(self.frames[site]) == adapter]
-        odd = sorted(set(self.frames) - set(agreeing))
-        if odd:
+        agreeing, odd = self._sides()
+        if odd and odd != self._told and not self.against_maker(chain):
             log.warning("%s: acknowledge another adapter than the key maker, and are left out", ", ".join(odd))
+            self._told = odd
         if sum(chain.members[name].role == "train" for name in agreeing) < chain.quorum.needed:
             return None
-        return [self.frames[site] for site in agreeing], bytes(maker.payload)
+        return [self.frames[site] for site in agreeing], bytes(self.frames[self._agreed.study.key_maker].payload)
+
+    def against_maker(self, chain: Chain) -> list[str]:
+        """Training sites that agree on another adapter than the key maker's, if an honest one must be among them."""
+        adapters = {
+            name: _adapter(self.frames[name]) for name in self._sides()[1] if chain.members[name].role == "train"
+        }
+        most = max(adapters.values(), key=list(adapters.values()).count, default="")
+        names = [name for name, adapter in adapters.items() if adapter == most]
+        return names if len(names) > chain.quorum.faulty else []
+
+    def _sides(self) -> tuple[list[str], list[str]]:
+        """Who acknowledges the key maker's adapter, and who another, by name; nobody before it has."""
+        maker = self.frames.get(self._agreed.study.key_maker)
+        if maker is None:
+            return [], []
+        agreeing = [site for site in sorted(self.frames) if _adapter(self.frames[site]) == _adapter(maker)]
+        return agreeing, sorted(set(self.frames) - set(agreeing))
 
 
 def _adapter(frame: Frame) -> str:

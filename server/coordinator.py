@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secure_fed.core.errors import (
     EnvelopeError,
+    KeyFileError,
     LedgerRollbackError,
     NotEnoughSitesError,
     ProtocolError,
@@ -69,7 +70,7 @@ from secure_fed.protocol.round_frames import (
     split_word,
 )
 from secure_fed.protocol.rounds import PAGE_BYTES, ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.sealed_key import Members, check_amendment
+from secure_fed.protocol.sealed_key import Members
 from secure_fed.protocol.share_frames import (
     CHECKED_MAGIC,
     WITNESS_MAGIC,
@@ -103,6 +104,10 @@ from secure_fed.server.spool import (
 from secure_fed.server.voids import Voids
 
 log = logging.getLogger(__name__)
+
+
+MOST_ANEW = 100
+"""Attempts of a round that are begun because sites know of later ones."""
 
 
 class Step(StrEnum):
@@ -173,6 +178,7 @@ class Coordinator:
         self._arrived: _Question | None
         self._heads = LedgerHeads(state.ledger_heads)
         self._retiring: dict[str, SignedWord] = {}
+        self._stale = b""  # the amendment that people were told cannot take force
         self._open_round()
         self._take_spool()
 
@@ -435,6 +441,12 @@ class Coordinator:
         return len(training) > needed.faulty and self._waiting_amendment() is None
 
     @property
+    def against_key_maker(self) -> list[str]:
+        """Who agrees on another adapter than the key maker acknowledges an amendment with, if that is the odd one."""
+        chain = self.journal.chain
+        return self._acknowledged.against_maker(chain) if chain.awaits_checkpoint else []
+
+    @property
     def ending(self) -> bool:
         """Whether the coordinator's people have ended the run; a round that has a cohort is closed before."""
         return not self.finished and self._orders.end
@@ -537,6 +549,20 @@ class Coordinator:
         self._next_attempt()
         return True
 
+    def ask_anew(self) -> bool:
+        """Begin another attempt before this one has a cohort, while fewer than a quorum are ready: a server that was
+        put back to an older state asks for attempts that sites have left behind, and none of them goes back.
+
+        Returns:
+            Whether it was begun; not for ever, since sites that have revealed answer no other attempt at all.
+        """
+        few = len(self._readies) < self.journal.chain.quorum.needed
+        if self._cohort is not None or self.journal.chain.awaits_checkpoint or not few or self._anew >= MOST_ANEW:
+            return False
+        self._anew += 1
+        self._next_attempt()
+        return True
+
     def recover(self, gone: Collection[str]) -> bool:
         """Let those who have revealed speak for some that are gone after the sum was fixed: with pads a dropout costs
         no update then.
@@ -599,7 +625,8 @@ class Coordinator:
         """COHORT: who is ready takes part.
 
         But where a round was given up whose sum some may have revealed for, those of that sum alone, unless all who are
-        ready are free of it: at one adapter the others would refuse any other cohort.
+        ready are free of it: at one adapter the others would refuse any other cohort. Not so where the sum was out of
+        range: the same cohort sends the same integers, whose sum is refused again.
         """
         names = set(self._readies)
         again = revealed_to(self._folder, self.journal.chain.sum)
@@ -790,8 +817,7 @@ class Coordinator:
     def _may_amend(self, sealed: bytes) -> bool:
         """Whether an amendment can take force now; else it waits for a sum to come between two changes of members."""
         chain = self.journal.chain
-        _, members = check_amendment(sealed, self._agreed, chain.members, chain.key)
-        return chain.may_change(members)
+        return chain.may_change(chain.amended(sealed)[1])
 
     def _take_retired(self, data: bytes, site: str) -> None:
         word = split_word(RETIRED_MAGIC, data)
@@ -848,7 +874,7 @@ class Coordinator:
         Raises:
             KeyFileError: it does not follow the key in force, or the members cannot change so.
         """
-        store_amendment(self._agreed, self._folder.path, self.journal.chain, sealed)
+        store_amendment(self._folder.path, self.journal.chain, sealed)
 
     def require_enough(self, able: int) -> None:
         """Refuse to wait for ever.
@@ -871,6 +897,7 @@ class Coordinator:
         self._acknowledged = Acknowledgements(self._agreed)
         self._opened_ms = now_ms()
         self._seeds: Seeds = {}  # of this round's envelopes, in all its attempts
+        self._anew = 0
         self._begun = False  # whether a cohort of the round was sent out, after which its members are frozen
         self._left_out: set[str] = set()
         self._complaints: dict[str, float] = {}  # over shares, of all its attempts
@@ -885,8 +912,24 @@ class Coordinator:
                 shutil.rmtree(self._folder.shown(number))
 
     def _waiting_amendment(self) -> bytes | None:
-        """The amendment that follows the key in force, if one was left."""
-        return self._orders.amendment(self.journal.chain.key)
+        """The amendment that follows the key in force, if one was left; not one that fits the members no more, as when
+        another has retired since."""
+        chain = self.journal.chain
+        sealed = self._orders.amendment(chain.key)
+        if sealed is None:
+            return None
+        try:
+            chain.amended(sealed)
+        except KeyFileError as error:
+            if self._stale != sealed:
+                log.error(
+                    "the amendment that waits cannot take force any more, and the study goes on without it: %s; leave "
+                    "another one: secfacmic keys rotate at the key maker, then study amend",
+                    error,
+                )
+            self._stale = sealed
+            return None
+        return sealed
 
     def _close_amendment(self) -> JournalEntry | None:
         """CHECKPOINT: a quorum holds the key maker's adapter."""

@@ -8,7 +8,6 @@ from secure_fed.core.errors import KeyFileError, StudyError
 from secure_fed.core.layout import ServerRun, ServerState
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.records import LOST, MOST_ROUNDS, Chain, RecordFolder
-from secure_fed.protocol.sealed_key import check_amendment
 from secure_fed.protocol.study import AgreedStudy
 
 
@@ -72,13 +71,13 @@ class Orders:
         return path.read_bytes() if path.exists() else None
 
 
-def store_amendment(agreed: AgreedStudy, run_folder: Path, chain: Chain, sealed: bytes) -> None:
+def store_amendment(run_folder: Path, chain: Chain, sealed: bytes) -> None:
     """Leave an amendment in a run's folder, where its coordinator finds it, running or not.
 
     Raises:
         KeyFileError: it does not follow the key in force, or the members cannot change so.
     """
-    _, members = check_amendment(sealed, agreed, chain.members, chain.key)
+    _, members = chain.amended(sealed)
     changed = chain.changed(members)
     if len(changed) > 1:
         raise KeyFileError(
@@ -107,7 +106,7 @@ def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> tuple[int, int
         KeyFileError: it does not follow the key in force, or the members cannot change so.
     """
     folder, chain = _current_run(agreed, state)
-    store_amendment(agreed, folder.path, chain, sealed)
+    store_amendment(folder.path, chain, sealed)
     return chain.round + 1, chain.rounds
 
 

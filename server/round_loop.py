@@ -72,9 +72,9 @@ class _Site:
     not_before: float = 0.0
     told_the_end: bool = False
     blind_at: str = ""  # the head at which it says that it has no adapter to acknowledge
-    gives_none: tuple[int, int] = (0, 0)  # round and attempt for which it says that it has no update
-    refused: tuple[int, int] = (0, 0)  # round and attempt whose cohort it has refused
-    passed: tuple[int, int] = (0, 0)  # round and attempt that go on without its update
+    gives_none: tuple[str, int] = ("", 0)  # head and attempt for which it says that it has no update
+    refused: tuple[str, int] = ("", 0)  # head and attempt that it has refused, or whose cohort
+    passed: tuple[str, int] = ("", 0)  # head and attempt that go on without its update
     asked_at: str = ""  # UTC
     taking_until: float = 0.0  # what it was asked with may be on its way until then
     trouble: str = ""  # why its last reply could not be used
@@ -353,7 +353,12 @@ class RoundLoop:
         return site.blind_at == self.coordinator.journal.chain.head
 
     def _passes(self, site: _Site) -> bool:
-        return site.passed == (self.coordinator.round, self.coordinator.attempt)
+        return site.passed == self._attempt
+
+    @property
+    def _attempt(self) -> tuple[str, int]:
+        """Which it is: a round that was given up begins its attempts anew, after another head."""
+        return self.coordinator.journal.chain.head, self.coordinator.attempt
 
     # --- replies ---
 
@@ -395,8 +400,8 @@ class RoundLoop:
         if reply.code.value.startswith(("failed", "refused-bundle")):
             log.warning("%s: cannot take part: %s; it is asked again", site.name, reply.code)
             site.trouble = f"it says {reply.code}"
-            if reply.code == ReplyCode.FAILED_PROTOCOL and site.asked_step in (Step.ENVELOPE, Step.CHECKED):
-                site.refused = (coordinator.round, coordinator.attempt)
+            if reply.code == ReplyCode.FAILED_PROTOCOL and site.asked_step in (Step.READY, Step.ENVELOPE, Step.CHECKED):
+                site.refused = self._attempt
             self._ask_later(site)
             return
         if reply.code == ReplyCode.PRESENT:
@@ -444,11 +449,11 @@ class RoundLoop:
             site.told_the_end = coordinator.finished
             if reply.code == ReplyCode.APPLIED and site.trains and site.asked_step is Step.READY:
                 # It has the head, was asked for an update and says that it has none to give.
-                site.gives_none = (coordinator.round, coordinator.attempt)
+                site.gives_none = self._attempt
                 if not coordinator.finished:
                     self._pass(site)
             elif reply.code == ReplyCode.READY:
-                site.gives_none = (0, 0)
+                site.gives_none = ("", 0)
 
     def _refuse_more(self, held: int, known: int) -> None:
         """Refuse to go on with a journal that is older than a site's."""
@@ -503,8 +508,7 @@ class RoundLoop:
 
         The study ends if too few are left, but not at the words of so few that all of them may lie.
         """
-        attempt = (self.coordinator.round, self.coordinator.attempt)
-        without = sorted(each.name for each in self._sites if each.trains and each.gives_none == attempt)
+        without = sorted(each.name for each in self._sites if each.trains and each.gives_none == self._attempt)
         able = sum(each.trains for each in self._sites) - len(without)
         quorum = self.coordinator.journal.chain.quorum
         if able < quorum.needed and len(without) <= quorum.faulty:
@@ -515,7 +519,7 @@ class RoundLoop:
             )
             self._ask_later(site)
             return
-        site.passed = attempt
+        site.passed = self._attempt
         log.warning("%s sends no update any more: it only takes the rounds from now on", site.name)
         self.coordinator.require_enough(able)
 
@@ -568,18 +572,24 @@ class RoundLoop:
                 if site.name in asked and not self._passes(site) and not self._blind(site)
             }
             all_count = coordinator.step is Step.READY and self._just_a_quorum
-            return Standing(coordinator.step, missing, late, known_away=set() if all_count else self._absent)
+            refusing = self._refusing & missing if coordinator.step is Step.READY else set()
+            known_away = set() if all_count else self._absent
+            return Standing(coordinator.step, missing, late, known_away=known_away, refusing=refusing)
         inside = set(coordinator.sites_in)
-        attempt = (coordinator.round, coordinator.attempt)
         return Standing(
             coordinator.step,
             asked,
             late,
             away=self._gone(inside | asked),
             leaving=coordinator.leaving,
-            refusing={site.name for site in self._sites if site.refused == attempt},
+            refusing=self._refusing,
             all_there=self._all_there(inside),
         )
+
+    @property
+    def _refusing(self) -> set[str]:
+        """Who has refused this attempt, or its cohort."""
+        return {site.name for site in self._sites if site.refused == self._attempt}
 
     def _make(self, move: Move, standing: Standing) -> bool:
         """Try a move; whether the round stands elsewhere now."""
@@ -591,6 +601,8 @@ class RoundLoop:
             if coordinator.recover(standing.gone):
                 log.warning("round %d: the others speak for %s", coordinator.round, gone)
             return False
+        if standing.step in (Step.READY, Step.ACKNOWLEDGED):
+            return self._ask_anew(standing)
         if not coordinator.fail(standing.gone if move is Move.WITHOUT else []):
             return False
         if move is Move.WITHOUT:
@@ -599,6 +611,19 @@ class RoundLoop:
             # What the people of those that refuse the cohort say now is in their next READYs.
             lacking = ", ".join(sorted(standing.lacking))
             log.warning("round %d: too few without %s: all are asked anew", coordinator.round, lacking)
+        self._step_taken()
+        return True
+
+    def _ask_anew(self, standing: Standing) -> bool:
+        """Ask for another attempt, which those who refuse this one may not have left behind; whether it was begun."""
+        if not self.coordinator.ask_anew():
+            return False
+        log.warning(
+            "round %d: %s have answered what the state here does not know, as if it was older than the study: all are "
+            "asked anew, for attempt %d; if that goes on, end the server and put the newest state back, or use: "
+            "secfacmic journal rebuild",
+            *(self.coordinator.round, ", ".join(sorted(standing.refusing)), self.coordinator.attempt),
+        )
         self._step_taken()
         return True
 
@@ -637,6 +662,8 @@ class RoundLoop:
 
     def _tell_waiting(self, standing: Standing) -> None:
         missing, late = standing.missing, standing.late
+        if standing.step is Step.ACKNOWLEDGED and self._tell_amendment(missing):
+            return
         if self.coordinator.voiding and not missing:
             self._tell(
                 f"round {self.coordinator.round}: people gave it up at {', '.join(sorted(self.coordinator.voiding))}, "
@@ -655,6 +682,24 @@ class RoundLoop:
             f"round {self.coordinator.round}: {len(self.coordinator.sites_in)} sites in, quorum {needed}; "
             f"waiting {until} for {', '.join(away)}, not connected"
         )
+
+    def _tell_amendment(self, missing: AbstractSet[str]) -> bool:
+        """Say whose amendment the study waits at, where not only for who is away; whether that was said."""
+        against, maker = self.coordinator.against_key_maker, self.agreed.study.key_maker
+        refusing = sorted(
+            f"{site.name} ({site.trouble})" for site in self._sites if site.name in missing and site.trouble
+        )
+        if against:
+            why = f"it acknowledges another adapter than {', '.join(against)} hold: it is damaged or lies"
+        elif refusing:
+            why = f"it waits for {', '.join(refusing)}"
+        else:
+            return False
+        self._tell(
+            f"the amendment that {maker} sealed is not in force: {why}; nothing follows before; compare by phone, "
+            "or, if it never comes right, end the run: secfacmic study end --lost"
+        )
+        return True
 
     def _closed(self, entry: JournalEntry) -> None:
         header = entry.header

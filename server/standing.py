@@ -31,7 +31,7 @@ class Standing:
         known_away: who was not there before either: no step waits for them while nobody needs them.
         away: of those in or missing, who has not been connected for a while; before the cohort is fixed, nobody.
         leaving: whose people have given the round up after the cohort was fixed.
-        refusing: who has refused this attempt's cohort.
+        refusing: who has refused this attempt, or its cohort.
         all_there: whether who is in still stands by what it sent.
     """
 
@@ -60,6 +60,9 @@ class Standing:
             # Any that are enough will do.
             if self.late or self.missing <= self.known_away:
                 yield Move.STEP
+            # Too few, and nobody else comes: sites that know of a later attempt than the server are asked for the next.
+            if self.refusing and (self.late or self.missing <= self.known_away | self.refusing):
+                yield Move.ANEW
         elif self.step is Step.REVEAL:
             # The sum is fixed: it waits for every one, or for those who can speak for them.
             if self.gone:

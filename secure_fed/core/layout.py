@@ -176,7 +176,7 @@ class SiteRun(RunState):
         return self.path / "snapshot.safetensors"
 
     def withdrawn(self, round_number: int) -> Path:
-        """The note that a round's update was dropped: the last attempt it was sealed for, else 0."""
+        """The note that a round's update was dropped: the last attempt it was sealed for, else 0, and the head."""
         return self.outbox / f"{numbered(round_number)}.withdrawn"
 
     def all_integers(self) -> list[Path]:

@@ -39,7 +39,7 @@ def rotate_key(
 
     Args:
         site, study, into: as for :func:`create_key`.
-        add: sites that join, to train.
+        add: sites that join, to train; one that the study lists and that has left comes back with its weight there.
         remove: names of sites that leave.
 
     Raises:
@@ -49,9 +49,11 @@ def rotate_key(
     file, agreed = read_site(site, study)
     here = Replica(file, agreed)
     chain = here.state.chain
-    joining = tuple(Member(name=each.name, keys=each.keys) for each in add)
+    weights = {site.name: site.weight for site in agreed.study.sites}
+    joining = tuple(Member(name=each.name, keys=each.keys, weight=weights.get(each.name, 1.0)) for each in add)
     epoch, rounds = here.keys.newest[0] + 1, (chain.round, chain.rounds)
     sealed = create_sealed_key(agreed, here.identity, epoch, chain.key, chain.members, joining, tuple(remove), rounds)
+    chain.amended(sealed)  # as everybody will; here before anybody holds it
     return _keep(here.keys, sealed, into)
 
 

@@ -178,6 +178,7 @@ class Chain:
         rounds: how many the run has: the study's, unless an extension gave it more.
         amended_after: the last round before the last amendment or retirement; -1 before the first.
         changed_after: the same of the last with which a training site joined or left.
+        retired: public signing keys of those who have retired in the run.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows, or the end
             of a run whose sites are lost.
         sum: id of the last aggregate; zeros before the first.
@@ -205,6 +206,7 @@ class Chain:
         self.ledgers: dict[str, tuple[int, str]] = {}
         self.amended_after = -1
         self.changed_after = -1
+        self.retired: frozenset[str] = frozenset()
 
     @property
     def due(self) -> RoundPosition:
@@ -334,8 +336,11 @@ class Chain:
         self.head = record.id
         self.run = header.run
         self.key = header.key
-        if self.changed(record.members):
+        changed = self.changed(record.members)
+        if changed:
             self.changed_after = self.round
+        if header.kind == "retired":
+            self.retired |= {self.members[name].keys.signing for name in changed}
         self.members = record.members
         self.rounds = record.rounds
         self.awaits_checkpoint = header.kind == "amendment"
@@ -377,9 +382,24 @@ class Chain:
             raise RecordError(f"{what}: an extension to {text!r} rounds; expected {self.rounds + 1} to {MOST_ROUNDS}")
         return int(text)
 
+    def amended(self, sealed: bytes) -> tuple[SealedKeyHeader, Members]:
+        """What a sealed key file says as the amendment that comes next, and the members after it.
+
+        Raises:
+            KeyFileError: it does not follow the key in force, or the members cannot change so.
+        """
+        header, members = check_amendment(sealed, self.agreed, self.members, self.key)
+        back = sorted(site.name for site in header.added if site.keys.signing in self.retired)
+        if back:
+            raise KeyFileError(
+                f"{', '.join(back)} cannot join: has retired in this run, and its word, which holds for the whole run, "
+                "could be used again without it; expected a site under another identity"
+            )
+        return header, members
+
     def _check_amendment(self, header: RecordHeader, payload: bytes) -> tuple[SealedKeyHeader, Members]:
         try:
-            sealed, members = check_amendment(payload, self.agreed, self.members, self.key)
+            sealed, members = self.amended(payload)
         except KeyFileError as error:
             raise RecordError(f"record {header.seq}: {error}") from None
         if sealed.key != header.key or header.key == ZERO_DIGEST:

@@ -144,9 +144,11 @@ def members_after(
     """The members once some have joined and left.
 
     Raises:
-        KeyFileError: nobody of that name, a name or key twice, the key maker leaves, or too few or too many train.
+        KeyFileError: nobody of that name, a name or key twice, a name that the study lists otherwise, the key maker
+            leaves, or too few or too many train.
     """
     study = agreed.study
+    listed = {site.name: site for site in study.sites}
     strangers = sorted(set(removed) - set(members))
     if strangers:
         raise KeyFileError(f"{', '.join(strangers)} cannot leave: not among the members {', '.join(sorted(members))}")
@@ -156,6 +158,12 @@ def members_after(
     for site in added:
         if site.name in members:
             raise KeyFileError(f"{site.name} cannot join: a member has that name already")
+        known = listed.get(site.name, site)
+        if site != known:  # it goes by what the study says of it: an observer's budget pays for nothing, say
+            raise KeyFileError(
+                f"{site.name} cannot join to {_as(site)}: the study lists it to {_as(known)}; expected it as it is "
+                "listed, or under another name and identity"
+            )
         own = set(site.keys.model_dump().values())
         if any(own & set(other.keys.model_dump().values()) for other in after.values()):
             raise KeyFileError(f"{site.name} cannot join: it has a key that a member has already")
@@ -168,6 +176,11 @@ def members_after(
     if study.mode == "he":
         refuse_quorum(training, study.faulty, study.min_sites, KeyFileError)
     return after
+
+
+def _as(site: Member) -> str:
+    does = "train" if site.role == "train" else "observe"
+    return f"{does} with weight {site.weight:g} and signing key {site.keys.signing[:16]}"
 
 
 def check_amendment(

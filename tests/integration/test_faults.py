@@ -178,7 +178,7 @@ def rotation(network: Network) -> bytes:
     chain = Chain(network.agreed)
     list(RecordFolder(run / "journal").replay(chain))
     sealed = federation.seal_key(federation.site("ash").replica.keys.newest[0] + 1, chain.key, members=chain.members)
-    store_amendment(network.agreed, run, chain, sealed)
+    store_amendment(run, chain, sealed)
     return sealed
 
 

@@ -25,14 +25,14 @@ from secure_fed.clients.erasure import _withdraw
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import NotEnoughSitesError, ProtocolError
+from secure_fed.core.errors import BudgetError, NotEnoughSitesError, ProtocolError
 from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.round_frames import sign_ready, sign_reveal
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.round_loop import RoundLoop
 from secure_fed.transport.flower_messages import contract, read_request
-from tests.conftest import OBSERVER, TRAINING, Federation, make_template
+from tests.conftest import OBSERVER, TRAINING, Federation, make_template, send_envelopes
 from tests.flower_messages import Shelf
 
 RUN = 7
@@ -431,6 +431,81 @@ def _has_nothing_to_give(wire: Any, name: str) -> Any:
 
     site.respond = spent
     return respond
+
+
+def test_a_server_put_back_to_before_its_attempts_asks_for_later_ones_until_it_has_caught_up(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its sites answer no attempt that they have left behind, and three of three are needed."""
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
+    federation.agreed.study.__dict__["round_seconds"] = 1.0
+    coordinator, wire, _ = _begin(federation)
+    sites = [app.site for app in wire.apps.values() if app.site.name in TRAINING]
+    send_envelopes(coordinator, sites)
+    copy = federation.folder / "copy"
+    shutil.copytree(federation.folder / "server", copy)
+    for _ in range(2):
+        assert coordinator.fail([])
+        send_envelopes(coordinator, sites)
+    assert coordinator.attempt == 3
+    shutil.rmtree(federation.folder / "server")
+    shutil.copytree(copy, federation.folder / "server")
+    coordinator = federation.reopen()
+    assert coordinator.attempt == 1
+    loop = _loop(federation, coordinator, wire)
+    _steps(loop, lambda: coordinator.finished, 60)
+    assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * 3
+    assert "all are asked anew, for attempt 3" in caplog.text
+
+
+def test_one_site_that_refuses_every_attempt_costs_the_others_the_deadline_alone(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where three are needed of three it holds the round up, as it could by staying away; attempts do not run out."""
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.01)
+    monkeypatch.setattr("secure_fed.server.coordinator.MOST_ANEW", 3)
+    coordinator, wire, loop = _begin(federation)
+    cedar = next(app.site for app in wire.apps.values() if app.site.name == "cedar")
+    cedar.__dict__["_ready"] = mock.Mock(side_effect=ProtocolError("no"))
+    _steps(loop, lambda: coordinator.attempt == 4)
+    for _ in range(20):
+        loop.step()
+    assert coordinator.attempt == 4
+    del cedar.__dict__["_ready"]
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+
+
+def test_who_had_no_update_in_a_round_that_was_given_up_is_asked_when_it_begins_anew(
+    tmp_path: Path, images: Path
+) -> None:
+    """Its attempts begin anew; without the one that was passed over, and another that is lost, there is no quorum."""
+    sites = [{"name": name} for name in (*TRAINING, OBSERVER)]
+    federation = _federation(tmp_path / "out", images, sites=sites, rounds=1)
+    coordinator, wire, loop = _begin(federation)
+    by_name = {app.site.name: app.site for app in wire.apps.values()}
+    by_name["ash"].__dict__["_ready"] = mock.Mock(side_effect=BudgetError("none left for this round"))
+    _steps(loop, lambda: coordinator.step is Step.REVEAL)
+    assert "ash" not in coordinator.asked
+    wire.away = {"birch"}
+    del by_name["ash"].__dict__["_ready"]
+    for name in ("ash", "cedar", OBSERVER):
+        by_name[name].void(1)
+        wire.since[wire.nodes[name]] = "again"
+    _steps(loop, lambda: coordinator.journal.records[-1].header.kind == "void")
+    federation.agreed.study.__dict__["round_seconds"] = 0.0
+    _steps(loop, lambda: {*coordinator.sites_in} == {"ash", "cedar", OBSERVER} or coordinator.step is not Step.READY)
+
+
+def test_status_says_whose_amendment_the_study_waits_at(federation: Federation) -> None:
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: len(coordinator.rounds) == 1)
+    _rotated(federation, coordinator)
+    ash = next(app.site for app in wire.apps.values() if app.site.name == "ash")
+    ash.replica.__dict__["_checkpoint_digest"] = lambda *_: "6" * 64
+    _steps(loop, lambda: loop._told.startswith("the amendment that ash sealed is not in force"))
+    assert "another adapter than birch, cedar hold: it is damaged or lies" in loop._told
+    assert "secfacmic study end --lost" in loop._told
+    del ash.replica.__dict__["_checkpoint_digest"]
 
 
 def _rotated(federation: Federation, coordinator: Coordinator, **changes: Any) -> bytes:

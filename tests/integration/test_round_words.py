@@ -71,6 +71,8 @@ from tests.conftest import (
     template_table,
 )
 
+NAMES = (*TRAINING, "dogwood")
+
 
 @pytest.fixture(scope="module")
 def four_prepared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
@@ -336,6 +338,61 @@ def test_an_odd_acknowledgement_is_left_out_and_named(federation: Federation, ca
     assert "birch: acknowledge another adapter than the key maker" in caplog.text
     coordinator.receive(sites[1].respond(replace(coordinator.request("birch", sites[1].run, sites[1].position))))
     assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
+
+
+def test_a_key_maker_that_acknowledges_another_adapter_than_all_others_is_the_odd_one(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can follow such an amendment; it named those whom it contradicts."""
+    federation = Federation(
+        prepare_sites(make_template(sites=[{"name": name} for name in NAMES]), tmp_path / "he", images)
+    )
+    sites = federation.sites()
+    coordinator = begin(federation)
+    run_round(coordinator, sites)
+    chain = coordinator.journal.chain
+    coordinator.amend(federation.seal_key(2, chain.key, members=chain.members))
+    assert pass_step(coordinator, sites).header.kind == "amendment"
+    with mock.patch.object(type(sites[0].replica), "_checkpoint_digest", return_value="6" * 64):
+        coordinator.receive(sites[0].respond(coordinator.request("ash", sites[0].run, sites[0].position)))
+    exchange(coordinator, sites[1])
+    assert coordinator.against_key_maker == [], "one of two, who may lie"
+    for site in sites[2:]:
+        exchange(coordinator, site)
+    caplog.clear()
+    assert coordinator.advance() is None
+    assert coordinator.against_key_maker == ["birch", "cedar", "dogwood"]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_gives_an_open_round_up_acknowledges_an_amendment_that_came_meanwhile(
+    federation: Federation, late: bool
+) -> None:
+    """Nothing else can follow it, and its people meant the round."""
+    sites = federation.sites()[:3]
+    coordinator = federation.begin(federation.sites())
+    run_round(coordinator, sites)
+    chain = coordinator.journal.chain
+    coordinator.amend(federation.seal_key(2, chain.key, members=chain.members))
+    for site in sites:
+        exchange(coordinator, site)
+    if not late:
+        sites[2].void(2)
+    assert coordinator.advance().header.kind == "amendment"  # type: ignore[union-attr]
+    if late:  # it says so, and is restarted
+        say(federation, "cedar", "void", "--round", 2)
+        sites[2] = federation.site("cedar")
+    codes = [exchange(coordinator, site).code for site in sites]
+    assert codes == [ReplyCode.ACKNOWLEDGED] * 3
+    assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
+    assert exchange(coordinator, sites[2]).code == ReplyCode.VOID
+    for site in sites[:2]:
+        exchange(coordinator, site)
+        site.void(2)
+        exchange(coordinator, site)
+    assert coordinator.advance().header.kind == "void"  # type: ignore[union-attr]
+    run_round(coordinator, sites)
 
 
 def refused_by_all(coordinator: Coordinator, sites: list[Site]) -> None:
@@ -654,6 +711,24 @@ def test_a_newcomer_to_the_cohort_needs_the_word_of_all_too(four: Federation, mo
     again[3] = four.site("dogwood")
     pass_step(coordinator, again)
     assert close_round(coordinator, again).sites == (*TRAINING, "dogwood")
+
+
+def test_a_newcomers_word_is_for_one_cohort_too(four: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had revealed to nobody, so that its people's word was left over for another sum."""
+    sites = four.sites()
+    coordinator = begin(four)
+    pass_step(coordinator, sites[:3])
+    close_round(coordinator, sites[:3])
+    with mock.patch.object(PlainSealer, "open", side_effect=AggregateRefused("refused")):
+        for site in sites:
+            exchange(coordinator, site)
+    monkeypatch.setattr(Replica, "paused", False)
+    for name in NAMES:
+        say(four, name, "release")
+    again = four.sites()
+    pass_step(coordinator, again)
+    close_round(coordinator, again)
+    assert again[3].replica.files.bound.released == ""
 
 
 def test_a_release_says_how_a_site_that_is_lost_must_leave_before_it(federation: Federation) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ class LyingServer(RuleBasedStateMachine):
         self.sums: list[Shown] = []
         self.voids: dict[str, dict[str, SignedWord]] = {}
         self.revealed: dict[tuple[str, str], set[str]] = {}
+        self.releases: dict[tuple[str, str], int] = {}  # how often a site's people have said so at an adapter
         self.stored: Path | None = None
 
     def teardown(self) -> None:
@@ -349,6 +351,25 @@ class LyingServer(RuleBasedStateMachine):
         self.give_up(set(NAMES), back, True)
         self.play(self.heads[-1], 1, second, 9)
 
+    @rule(names=st.sampled_from(SUBSETS))
+    def release(self, names: set[str]) -> None:
+        """People of these sites let them reveal to others at the adapter that they hold."""
+        for name in sorted(names - ({FAULTY} if self.lies else set())):
+            site = self.sites[name]
+            if site.run:
+                site.release()
+                at = name, self.state[site.replica.state.chain.head]
+                self.releases[at] = self.releases.get(at, 0) + 1
+
+    @rule(first=st.sampled_from(LARGE), second=st.sampled_from(LARGE), names=st.sampled_from(SUBSETS))
+    def another_cohort_by_release(self, first: set[str], second: set[str], names: set[str]) -> None:
+        """The same, where people of some let it be: their words are for one other cohort, and not for a third."""
+        self.another_round_after_a_void(first, second, 0)
+        self.release(names)
+        self.play(self.heads[-1], 2, second, 9)
+        self.give_up(set(NAMES), 0, True)
+        self.play(self.heads[-1], 1, first, 9)
+
     @rule(name=st.sampled_from(NAMES), place=st.integers(0, 2))
     def retire(self, name: str, place: int) -> None:
         """People of a site let it train no more; the server puts that where it likes, and shows it to whom it likes."""
@@ -401,13 +422,31 @@ class LyingServer(RuleBasedStateMachine):
 
     @invariant()
     def sums_at_one_adapter_are_of_the_same_sites(self) -> None:
-        cohorts: dict[str, set[tuple[str, ...]]] = {}
-        for head, made in self.made.items():
-            for record in made:
-                if record.header.kind == "aggregate":
-                    names = tuple(entry.site for entry in record.contributors if entry.site != FAULTY)
-                    cohorts.setdefault(self.state[head], set()).add(names)
-        assert all(len(found) == 1 and len(next(iter(found))) >= 2 for found in cohorts.values())
+        self.refuse_differences(
+            (head, frozenset(entry.site for entry in record.contributors) - {FAULTY})
+            for head, made in self.made.items()
+            for record in made
+            if record.header.kind == "aggregate"
+        )
+
+    def refuse_differences(self, sums: Iterable[tuple[str, frozenset[str]]]) -> None:
+        """Of these sums, after a head and over these honest sites, two at one adapter are of the same, or the people of
+        all that are in either have let it be, or had let it leave; and as often as there are more than one."""
+        found: dict[str, dict[frozenset[str], str]] = {}
+        for head, honest in sums:
+            assert len(honest) >= 2
+            found.setdefault(self.state[head], {})[honest] = head
+        for state, cohorts in found.items():
+            for one, other in itertools.combinations(cohorts, 2):
+                spoke = {name for name in one | other if (name, state) in self.releases}
+                members = [self.chains[cohorts[which]].members for which in (one, other)]
+                left = {name for name in one | other if not all(_trains(each, name) for each in members)}
+                if self.agreed.study.mode == "plain":  # whose server sees each update
+                    assert one <= spoke or other <= spoke
+                else:
+                    assert one | other <= spoke | left
+            for name in NAMES:
+                assert sum(name in names for names in cohorts) <= 1 + self.releases.get((name, state), 0)
 
     @invariant()
     def honest_sites_at_one_head_hold_one_adapter(self) -> None:
@@ -538,6 +577,10 @@ class OneLiar(RuleBasedStateMachine):
         return waiting == {FAULTY}
 
 
+def _trains(members: Mapping[str, Member], name: str) -> bool:
+    return name in members and members[name].role == "train"
+
+
 OPENED: dict[tuple[str, str], set[bytes]] = {}
 """Which sums were opened, by the site's folder and the head before."""
 
@@ -570,7 +613,8 @@ class WithABudget(LyingServer):
 
     @invariant()
     def sums_at_one_adapter_are_of_the_same_sites(self) -> None:
-        """Each site without a budget gives what it made at an adapter to one cohort."""
+        """Each site without a budget gives what it made at an adapter to one cohort, and to one more at its people's
+        word."""
         cohorts: dict[tuple[str, str], set[tuple[str, ...]]] = {}
         for head, made in self.made.items():
             for record in made:
@@ -578,7 +622,8 @@ class WithABudget(LyingServer):
                 assert not names or len({*names} - {FAULTY}) >= 2
                 for name in {*names} - {FAULTY, self.PAYS}:
                     cohorts.setdefault((self.state[head], name), set()).add(names)
-        assert all(len(found) == 1 for found in cohorts.values())
+        for (state, name), found in cohorts.items():
+            assert len(found) <= 1 + self.releases.get((name, state), 0)
 
     @invariant()
     def an_adapter_is_paid_for_once_and_what_was_drawn_is_sent_again(self) -> None:
@@ -826,21 +871,19 @@ class ServerAndSite(LyingServer):
                 payload = payload or bytes(frame.payload)
         return self.append(head, "checkpoint", tuple(words), payload=payload)
 
-    def opened(self) -> Iterator[tuple[str, str, str, frozenset[str]]]:
-        """Round, adapter state, cohort and honest sites of each sum that the two can open: they have all its masks."""
+    def opened(self) -> Iterator[tuple[str, str, frozenset[str]]]:
+        """Head before, cohort and honest sites of each sum that the two can open: they have all its masks."""
         for total in self.sums:
             honest = frozenset(total.names) - {FAULTY}
             if honest and honest <= set(total.masks):
-                yield self.begun[total.head], self.state[total.head], total.cohort, honest
+                yield total.head, total.cohort, honest
 
     @invariant()
     def the_two_hold_one_sum_of_at_least_two_other_sites_at_an_adapter(self) -> None:
-        sums: dict[str, set[frozenset[str]]] = {}
+        self.refuse_differences((head, honest) for head, _, honest in self.opened())
         cohorts: dict[str, set[str]] = {}
-        for begun, state, cohort, honest in self.opened():
-            sums.setdefault(state, set()).add(honest)
-            cohorts.setdefault(begun, set()).add(cohort)
-        assert all(len(found) == 1 and len(next(iter(found))) >= 2 for found in sums.values())
+        for head, cohort, _ in self.opened():
+            cohorts.setdefault(self.begun[head], set()).add(cohort)
         assert all(len(found) == 1 for found in cohorts.values())
 
     def teardown(self) -> None:

@@ -196,6 +196,24 @@ def test_a_pending_update_is_dropped_and_made_anew_for_another_attempt_only(fede
     run_round(coordinator, [federation.site(name) for name in (*TRAINING, "dogwood")])  # and the study goes on
 
 
+def test_a_round_that_is_given_up_after_an_update_was_dropped_begins_anew_with_another(federation, hospital):
+    """Its attempts begin anew too: the first at the new head is none of those for which the update had been sent."""
+    path, _ = hospital
+    sites = federation.sites()[:3]
+    coordinator = federation.begin(federation.sites())
+    pass_step(coordinator, sites)
+    exchange(coordinator, sites[0])
+    forget_now(federation, path)
+    sites = [federation.site(name) for name in TRAINING]
+    assert exchange(coordinator, sites[0]).code == ReplyCode.APPLIED
+    for site in sites:
+        site.void(1)
+        assert exchange(coordinator, site).code == ReplyCode.VOID
+    assert coordinator.advance().header.kind == "void"
+    run_round(coordinator, [federation.site(name) for name in TRAINING])
+    assert coordinator.rounds[-1].sites == TRAINING
+
+
 def test_what_is_dropped_after_the_sum_was_fixed_does_not_hold_the_round_up(federation, hospital):
     path, _ = hospital
     sites = federation.sites()

@@ -29,6 +29,15 @@ def test_before_a_cohort_is_fixed_neither_the_late_nor_the_known_away_are_waited
     assert list(Standing(step, {"ash", "oak"}, late=False, known_away={"ash"}).moves()) == []
 
 
+def test_where_nobody_else_comes_and_sites_refuse_the_attempt_the_next_one_is_asked_for() -> None:
+    """Only if the step itself cannot be taken: who refuses for ever holds up no quorum of others."""
+    assert list(Standing(Step.READY, {"ash", "elm"}, late=False, refusing={"ash"}).moves()) == []
+    alone = Standing(Step.READY, {"ash", "elm"}, late=False, known_away={"elm"}, refusing={"ash"})
+    assert list(alone.moves()) == [Move.ANEW]
+    late = Standing(Step.READY, {"ash", "elm"}, late=True, refusing={"ash"})
+    assert list(late.moves()) == [Move.STEP, Move.ANEW]
+
+
 @pytest.mark.parametrize("step", COHORT)
 def test_a_cohort_begins_again_without_whom_it_waits_for_if_they_are_gone(step: Step) -> None:
     assert list(Standing(step, {"ash"}, late=False, away={"ash"}).moves()) == [Move.WITHOUT, Move.ANEW]
