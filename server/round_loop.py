@@ -434,7 +434,7 @@ class RoundLoop:
                 self._ask_later(site)
                 site.position = reply.position
         elif reply.code in (ReplyCode.UPDATE, ReplyCode.CHECKED):
-            site.heard = site.asked_since
+            site.heard, site.refused = site.asked_since, ("", 0)
         elif reply.code == ReplyCode.APPLIED and site.asked_step in (Step.ENVELOPE, Step.CHECKED):
             self._begin_again(site)
         elif reply.code == ReplyCode.APPLIED and site.asked_step is Step.ACKNOWLEDGED:

@@ -72,7 +72,8 @@ class Standing:
         else:
             if self.gone and self.missing <= self.gone:
                 yield Move.WITHOUT
-            if self.lacking and self.missing <= self.away | (self.refusing if self.late else frozenset()):
+            refusing = self.refusing if self.late else frozenset()
+            if (self.lacking or refusing) and self.missing <= self.away | refusing:
                 yield Move.ANEW
             # Fixed only while all of them are there: after that the round waits for every one.
             if not self.missing and self.all_there:

@@ -113,15 +113,31 @@ def test_who_comes_back_counts_as_the_study_says(five: Federation, tmp_path: Pat
     coordinator = five.begin(sites)
     run_round(coordinator, sites)
     amend(five, coordinator, sites, removed=("dogwood",))
-    for site in sites[:3]:
-        exchange(coordinator, site)
+    run_round(coordinator, sites[:3])
     heavier = sites[3].replica.member.model_copy(update={"weight": 1.0})
     with pytest.raises(KeyFileError, match=r"train with weight 1 .*: the study lists it to train with weight 0.5"):
         rotate(five, coordinator, added=(heavier,))
+    for site in sites[:3]:
+        exchange(coordinator, site)
     public = load_identity(five.folder / "sites/dogwood/identity", "dogwood").public
     maker = five.folder / "sites/ash/site.toml"
     header = rotate_key(maker, five.folder / "study.toml", tmp_path / "key", [public])
     assert header.added == (sites[3].replica.member,)
+    back = five.site("dogwood")
+    back.replica.keys.accept((tmp_path / "key").read_bytes())
+    coordinator.amend((tmp_path / "key").read_bytes())
+    everyone = [*(five.site(name) for name in TRAINING), back]
+    for kind in ("amendment", "checkpoint"):
+        for site in everyone if kind == "checkpoint" else everyone[:3]:
+            exchange(coordinator, site)
+        entry = coordinator.advance()
+        assert entry is not None
+        assert entry.header.kind == kind
+    run_round(coordinator, everyone)
+    assert coordinator.rounds[-1].sites == (*TRAINING, "dogwood")
+    for site in everyone:
+        exchange(coordinator, site)
+    assert len({site.adapter_digest for site in everyone}) == 1
 
 
 def test_who_has_retired_comes_back_under_another_identity_only(five: Federation) -> None:

@@ -60,6 +60,9 @@ def test_who_refuses_the_cohort_counts_at_the_deadline_alone(step: Step) -> None
     assert list(Standing(step, {"ash"}, late=False, refusing={"ash"}).moves()) == []
     assert list(Standing(step, {"ash"}, late=True, refusing={"ash"}).moves()) == [Move.WITHOUT, Move.ANEW]
     assert list(Standing(step, {"ash", "elm"}, late=True, refusing={"ash"}).moves()) == [Move.WITHOUT]
+    stale = Standing(step, set(), late=True, refusing={"ash"}, all_there=False)
+    assert list(stale.moves()) == [Move.ANEW], "its envelope is in, and it does not stand by it"
+    assert list(Standing(step, set(), late=False, refusing={"ash"}, all_there=False).moves()) == []
 
 
 @pytest.mark.parametrize("step", COHORT)
