@@ -200,7 +200,7 @@ def study_of(sites: int, encoding: Encoding, values: int, pads: bool, keys: Sequ
                 "keys": {
                     "signing": public_hex(key),
                     # Nobody connects and nothing is sealed to them here: they must only be well-formed and distinct.
-                    "flower": f"ecdsa-sha2-nistp384 {index:020d}",
+                    "flower": f"ecdsa-sha2-nistp256 {index:020d}",
                     "recipient": f"age1{index:058d}",
                 },
             }

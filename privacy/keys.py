@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeGuard
 
 import pyrage
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
@@ -104,7 +104,7 @@ def create_identity(folder: Path, name: str, passphrase: str = "") -> Identity:
     pem, openssh = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH
     pkcs8, bare = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     texts = {
-        "flower": ec.generate_private_key(ec.SECP384R1()).private_bytes(pem, openssh, bare),
+        "flower": ec.generate_private_key(ec.SECP256R1()).private_bytes(pem, openssh, bare),
         "recipient": f"{pyrage.x25519.Identity.generate()}\n".encode(),
         "signing": Ed25519PrivateKey.generate().private_bytes(pem, pkcs8, bare),
     }
@@ -140,11 +140,16 @@ def load_identity(folder: Path, name: str, ask: Callable[[], str] | None = None)
     except (ValueError, TypeError, UnsupportedAlgorithm, pyrage.IdentityError, pyrage.DecryptError) as error:
         reason = "malformed" if passphrase is None else "malformed, or the passphrase is wrong"
         raise KeyFileError(f"{folder}: its keys are {reason}; try again, or restore the folder") from error
-    if not isinstance(signing, Ed25519PrivateKey) or not isinstance(flower, ec.EllipticCurvePrivateKey):
+    if not isinstance(signing, Ed25519PrivateKey) or not _opens_connections(flower):
         raise KeyFileError(f"{folder}: malformed: keys of another kind; restore the folder")
     openssh = flower.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     keys = SiteKeys(signing=public_hex(signing), flower=openssh.decode("ascii"), recipient=str(recipient.to_public()))
     return Identity(name, signing, flower, recipient, keys)
+
+
+def _opens_connections(key: object) -> TypeGuard[ec.EllipticCurvePrivateKey]:
+    # P-384, which costs a server five times as much a request, is of identities made before.
+    return isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1)
 
 
 def _ask_passphrase() -> str:

@@ -271,6 +271,8 @@ class Coordinator:
         asked = site in self.asked or (self.step in (Step.ENVELOPE, Step.CHECKED) and site in self.sites_in)
         held = None if self._pads else self._held.get(site)
         question, carried = self._question(site) if asked else (b"", b"")
+        # Once a head: who is asked for more than an envelope was told with the cohort, when all of it had attested.
+        told = self._cohort is not None and question not in (b"", self._cohort.data)
         return RoundRequest(
             round=self.round,
             attempt=self.attempt if asked else 0,
@@ -282,7 +284,7 @@ class Coordinator:
             more=start + len(records) < len(self.journal.records),
             after=self.journal.records[start - 1].id if start else "",
             attested_head=head,
-            attestations=dict(self._attestations.get(head, {})),
+            attestations={} if told else dict(self._attestations.get(head, {})),
         )
 
     def _question(self, site: str) -> tuple[bytes, bytes]:

@@ -109,7 +109,7 @@ class SuperLink:
         # Idle connections of sites must not hold up the end.
         common |= {"timeout_graceful_shutdown": 1, "interface": "asgi3"}
         gate = Gate(self._members, FLEET_PATHS, api.fleet, store)
-        public = uvicorn.Config(gate, http="h11", server_header=False, proxy_headers=False, **common)
+        public = uvicorn.Config(gate, server_header=False, proxy_headers=False, **common)
         private = uvicorn.Config(api.runtime, server_header=False, **common)
         listener = Listener(public, outside, self._certificate, self.callers)
         self._servers = [(listener, outside), (uvicorn.Server(private), inside)]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from secure_fed.transport.certificates import ServerCertificate
 
@@ -33,6 +33,11 @@ MEMBER_CONNECTIONS = 8
 """Most connections of one member; a site needs three at a time."""
 
 HEADER_BYTES = 16 * 1024
+"""Headers that are not whole after so many bytes never will be."""
+
+WRITE_BUFFER = 64 * 1024
+"""What a line has not taken yet lies in memory beyond this only as far as one chunk goes. asyncio's own for TLS is 512
+KiB of each connection, in a buffer of OpenSSL's that never shrinks."""
 
 TLS_BUFFER = 32 * 1024
 """What asyncio reads of one connection at a time, a TLS record being 16 KiB at most. Its own 256 KiB, held from before
@@ -117,10 +122,33 @@ class Callers:
         caller.hang_up()
 
 
-class _Protocol(H11Protocol):
-    """uvicorn's, which says when it ends."""
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, with a limit for headers and for what waits to be written; says when it ends."""
 
     ended: Callable[[], None]
+    _head = 0
+    _in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; who sends headers without end is hung up on."""
+        self._head += len(data)
+        super().data_received(data)
+        if not self._in_head:
+            self._head = 0
+        elif self._head > HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response("Headers too large.")
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head, self._head = True, 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -140,7 +168,6 @@ class Listener(uvicorn.Server):
     def __init__(
         self, config: uvicorn.Config, bound: socket.socket, certificate: ServerCertificate, callers: Callers
     ) -> None:
-        config.h11_max_incomplete_event_size = HEADER_BYTES
         super().__init__(config)
         self._bound = bound
         self._certificate = certificate

@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from secure_fed.core.errors import SecfacmicError
-from secure_fed.core.processes import die_with_parent, end_on_sigterm, log_lines
+from secure_fed.core.processes import die_with_parent, end_on_sigterm, log_lines, settle
 from secure_fed.core.status import StatusFile, keep_log
 from secure_fed.protocol.study import load_study
 from secure_fed.server.flower_link import open_grid
@@ -50,6 +50,7 @@ def main() -> None:
         incoming, outgoing = folders.bytes_of(coordinator.run)
         tell = lambda facts: status.tell(**facts)  # noqa: E731
         loop = RoundLoop(coordinator, agreed, grid, setup["nodes"], incoming, outgoing, tell)
+        settle()
         ended = loop.run()
 
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from secure_fed.core.errors import ServerAppError, StudyError
 from secure_fed.core.layout import ServerState
-from secure_fed.core.processes import start, stop
+from secure_fed.core.processes import settle, start, stop
 from secure_fed.core.status import StatusFile
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
@@ -111,6 +111,7 @@ def serve(
     facts |= {"listen": f"[{listen[0]}]:{listen[1]}" if ":" in listen[0] else f"{listen[0]}:{listen[1]}"}
     StatusFile(folders.state).begin("server", **facts, certificate_until=link.certificate_until, restarts=0)
     log.info("study %s, %d rounds, mode %s; listening on %s", study.name, study.rounds, mode, facts["listen"])
+    settle()
     try:
         _supervise(link, agreed, folders)
     finally:

@@ -20,6 +20,6 @@ def call_as(address: str, authority: Path, site: str, member: ec.EllipticCurvePu
     body = ActivateNodeRequest(public_key=public_key_to_bytes(member), heartbeat_interval=30).SerializeToString()
     path, digest = "/v1/fleet/activate-node", hashlib.sha256(body).hexdigest()
     request = SignedRequest(site, "POST", path, len(body), digest, time.time_ns() // 1_000_000)
-    headers = request.headers(ec.generate_private_key(ec.SECP384R1())) | {KEY_HEADER: public_key_header(member)}
+    headers = request.headers(ec.generate_private_key(ec.SECP256R1())) | {KEY_HEADER: public_key_header(member)}
     context = ssl.create_default_context(cafile=str(authority))
     return httpx.post(f"https://{address}{path}", content=body, headers=headers, verify=context).status_code

@@ -49,7 +49,7 @@ def main(host: str, port: int, authority: Path, foreign_key: Path, scratch: Path
         found["oversized"] = client.post(f"{base}/v1/fleet/push", content=bytes(9 * 2**20)).status_code
         found["unbounded"] = client.post(f"{base}/v1/fleet/push", content=iter([b"x"] * 3)).status_code
     address = f"{host}:{port}"
-    stranger = ec.generate_private_key(ec.SECP384R1())
+    stranger = ec.generate_private_key(ec.SECP256R1())
     found["unregistered key"] = refusal(lambda: _Connection(Way(address, authority, 3), "stranger", stranger).join())
     other = load_ssh_private_key(foreign_key.read_bytes(), None)
     assert isinstance(other, ec.EllipticCurvePrivateKey)

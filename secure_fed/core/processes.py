@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -94,6 +95,15 @@ def log_lines(stream: IO[str] | None = None) -> None:
     threading.excepthook = lambda ended: logging.getLogger(__name__).error(
         "a thread ended with %s", ended.exc_type.__name__ if ended.exc_type else "no word"
     )
+
+
+def settle() -> None:
+    """Leave what is loaded by now out of all further garbage collection, once a process that runs for long is set up.
+
+    It stays to the end, and was an eighth of what a server's processes cost: each whole collection went through it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def end_on_sigterm() -> None:

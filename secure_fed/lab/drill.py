@@ -896,7 +896,7 @@ def _early_share(ground: Ground) -> Outcome:
 def _outsider(ground: Ground) -> Outcome:
     folder = ground.folder / "outside"
     create_authority(folder, ["127.0.0.1"])
-    member = ec.generate_private_key(ec.SECP384R1()).public_key()
+    member = ec.generate_private_key(ec.SECP256R1()).public_key()
     openssh = member.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     key = base64.b64encode(member.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode()
     store = ByteStore(Incoming(folder / "in"), Outgoing(folder / "out"), "", lambda site: 0)

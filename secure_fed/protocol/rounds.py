@@ -44,7 +44,8 @@ class RoundRequest:
         records: journal records that the site lacks, in order, at most 16 MiB (or one record).
         more: whether further records follow; then nothing is trained yet.
         attested_head: the head at which the sites made the attestations; empty when there are none.
-        attestations: keyed adapter digests of the sites at that head, by site name.
+        attestations: keyed adapter digests of the sites at that head, by site name; with records, with the question
+            whether a site is ready, and with a COHORT, not again with what follows it at the same head.
         question: a signed COHORT or ARRIVED, with pads also a CHECK or GONE, or whether the site is there
             (:mod:`secure_fed.protocol.presence`), to be answered instead; else empty.
         held: SHA-256 of this site's payload that the server has of an earlier attempt and need not be sent again.

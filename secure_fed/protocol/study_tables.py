@@ -450,12 +450,13 @@ class SiteKeys(FileModel):
 
     Attributes:
         signing: Ed25519 public key, 32 bytes in hex; signs envelopes.
-        flower: EC P-384 public key in OpenSSH form; opens the connection.
+        flower: EC public key in OpenSSH form, P-256 (P-384 of identities made before); signs its requests, opens the
+            connection.
         recipient: age X25519 recipient; study keys are sealed to it.
     """
 
     signing: Hex64
-    flower: Annotated[str, StringConstraints(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+$", max_length=400)]
+    flower: Annotated[str, StringConstraints(pattern=r"^ecdsa-sha2-nistp(256|384) [A-Za-z0-9+/=]+$", max_length=400)]
     recipient: Annotated[str, StringConstraints(pattern=r"^age1[0-9a-z]{58}$")]
 
 

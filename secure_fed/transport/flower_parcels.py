@@ -39,11 +39,11 @@ Call = TypeVar("Call", bound=Proto)
 def taken_apart(messages: Sequence[Message]) -> tuple[list[Head], list[ObjectTree], list[bytes]]:
     """Messages as heads, trees and parts; each message gets its id."""
     parts: dict[str, bytes] = {}
-    for message in messages:
-        message.metadata.__dict__["_message_id"] = message.object_id
-    with no_object_id_recompute():
+    with no_object_id_recompute():  # else flwr makes each part anew whenever a name is asked for
         for message in messages:
-            parts |= {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+            message.metadata.__dict__["_message_id"] = message.object_id
+            nested = get_all_nested_objects(message)
+            parts |= {name: part.deflate() for name, part in nested.items() if name not in parts}
         trees = [get_object_tree(message) for message in messages]
     return [message_to_proto(remove_content_from_message(message)) for message in messages], trees, [*parts.values()]
 

@@ -181,7 +181,7 @@ class Shown:
 
 def test_outsiders_and_unsigned_requests_get_nothing(played: Played) -> None:
     path = next(played.server.shown(4).glob("*"))
-    stranger = ec.generate_private_key(ec.SECP384R1())
+    stranger = ec.generate_private_key(ec.SECP256R1())
     with pytest.raises(NotAdmittedError), open_line(played.way(), "ash", stranger) as line:
         line.fetch(path.name, path.stat().st_size)
     url = f"https://{played.address}/records/{path.name}"

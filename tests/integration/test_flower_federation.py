@@ -92,7 +92,7 @@ def knock(facts: Seen, folder: Path) -> None:
             facts.statuses[f"POST {path}"] = client.post(base + path, content=b"x").status_code
         for path in ("activate-node", "pull"):
             facts.statuses[f"no key {path}"] = client.post(f"{base}/v1/fleet/{path}", content=b"").status_code
-    stranger = ec.generate_private_key(ec.SECP384R1())
+    stranger = ec.generate_private_key(ec.SECP256R1())
     address = f"127.0.0.1:{network.port}"
     facts.refused["stranger"] = attempt(lambda: _Connection(Way(address, authority, 4), "stranger", stranger).join())
     create_authority(folder / "foreign", ["127.0.0.1"])

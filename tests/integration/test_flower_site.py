@@ -163,7 +163,7 @@ class Link:
 
     def __init__(self, folder: Path, hosts: list[str]) -> None:
         create_authority(folder / "tls", hosts)
-        self.key = ec.generate_private_key(ec.SECP384R1())
+        self.key = ec.generate_private_key(ec.SECP256R1())
         public = self.key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
         self.sites = {"ash": public}
         self.folder = folder
@@ -321,7 +321,7 @@ def _reply(message: Message, code: ReplyCode = ReplyCode.MORE) -> Message:
 
 
 def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
-    thief = ec.generate_private_key(ec.SECP384R1())
+    thief = ec.generate_private_key(ec.SECP256R1())
     public = thief.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     link.link.register({**link.sites, "birch": public})
     ash = link.connect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 import socket
 import ssl
 import subprocess
@@ -24,7 +25,7 @@ from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.flower_node import Way, run_site
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.server import flower_api, gate, listener
-from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
+from secure_fed.server.byte_store import CHUNK, ByteStore, Incoming, Outgoing
 from secure_fed.server.flower_link import SuperLink, open_grid
 from secure_fed.server.listener import MEMBER_CONNECTIONS, STRANGERS, STRANGERS_AT_ADDRESS, Callers
 from secure_fed.server.round_loop import RoundLoop
@@ -273,12 +274,35 @@ def test_headers_and_handshakes_have_a_time_limit(link: Link, monkeypatch: pytes
     assert len(link.link.callers) == 0
 
 
-def test_headers_have_a_size(link: Link) -> None:
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["first", "second"])
+@pytest.mark.parametrize("start", [b"POST / HTTP/1.1\r\nX: ", b"POST /", b"\r\n\r\n", b"POST / HTTP/1.1\r\n"])
+def test_headers_have_a_size(link: Link, before: bytes, start: bytes) -> None:
+    more = b"x: y\r\n" if start.endswith(b"1.1\r\n") else b"\r\n" if start == b"\r\n\r\n" else b"x"
     with raw(link) as connection:
         connection.settimeout(5)
+        if before:
+            connection.sendall(before)
+            while not connection.recv(1000).endswith(b"}"):
+                pass
         with contextlib.suppress(ConnectionError, ssl.SSLError):
-            connection.sendall(b"POST / HTTP/1.1\r\nX: " + b"x" * 100_000)
+            connection.sendall(start)
+            for _ in range(100):
+                connection.sendall(more * (1000 // len(more)))
             assert connection.recv(100)[:12] in (b"HTTP/1.1 400", b"")
+
+
+def test_who_does_not_read_what_it_asked_for_holds_little(link: Link) -> None:
+    digest = link.outgoing.publish(os.urandom(8_000_000))
+    path = f"/records/{digest}"
+    signed = SignedRequest("ash", "GET", path, 0, NOTHING, time.time_ns() // 1_000_000)
+    lines = [f"GET {path} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in signed.headers(link.key).items())]
+    with raw(link) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        time.sleep(1.0)
+        (protocol,) = link.server.server_state.connections
+        assert protocol.transport.get_write_buffer_size() <= listener.WRITE_BUFFER + CHUNK + 32_000  # TLS's own, too
+        assert protocol.flow.write_paused
 
 
 def test_a_body_that_does_not_come_is_given_up(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,5 +378,5 @@ def test_failed_accepts_are_told_once_a_minute(
 
 
 def test_an_unknown_key_is_refused_without_more(link: Link) -> None:
-    link.key = ec.generate_private_key(ec.SECP384R1())
+    link.key = ec.generate_private_key(ec.SECP256R1())
     assert answer(link, head(link, 0)).startswith(b"HTTP/1.1 403")

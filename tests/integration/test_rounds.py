@@ -41,7 +41,7 @@ from secure_fed.protocol.round_frames import (
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame, split_frame
-from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.coordinator import Coordinator, Step
 from tests.conftest import (
     TRAINING,
     Federation,
@@ -198,6 +198,26 @@ def test_a_site_with_another_adapter_is_named_by_the_others_and_finds_itself(
     coordinator.receive(replace(applied, attestation="0" * 64))
     assert exchange(coordinator, sites[0]).code in (ReplyCode.READY, ReplyCode.APPLIED)
     assert "cedar attest another adapter" in caplog.text
+
+
+def test_what_all_sites_attest_is_told_with_the_records_and_the_cohort_and_not_again(federation: Federation) -> None:
+    """With a thousand sites it is 75 kB for each of them."""
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    training = {site.name for site in sites if coordinator.journal.chain.members[site.name].role == "train"}
+
+    def told(site: Site) -> set[str]:
+        return set(coordinator.request(site.name, site.run, site.position).attestations)
+
+    pass_step(coordinator, sites)
+    assert coordinator.step is Step.ENVELOPE
+    assert training <= told(sites[0])
+    pass_step(coordinator, sites)
+    assert coordinator.step is Step.REVEAL
+    assert told(sites[0]) == set()
+    pass_step(coordinator, sites)
+    assert coordinator.step is Step.READY
+    assert training <= told(sites[0])
 
 
 def test_a_site_whose_adapter_was_damaged_on_its_disk_is_whole_again_by_its_journal(federation: Federation) -> None:

@@ -22,7 +22,7 @@ def line(*held: str) -> ByteLine:
         return httpx.Response(200, headers=[(OFFSET.encode(), number.encode("latin-1"))])
 
     client = httpx.Client(transport=httpx.MockTransport(answer))
-    return ByteLine(client, "https://server", "ash", ec.generate_private_key(ec.SECP384R1()), lambda call: call())
+    return ByteLine(client, "https://server", "ash", ec.generate_private_key(ec.SECP256R1()), lambda call: call())
 
 
 def test_what_the_server_holds_already_is_not_sent() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pyrage
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from secure_fed.core.errors import KeyFileError
 from secure_fed.privacy import keys
@@ -51,6 +53,19 @@ def test_the_public_file_holds_no_private_key_and_is_its_owners(tmp_path: Path) 
         path.write_text(damaged)
         with pytest.raises(KeyFileError):
             keys.read_public_identity(path)
+
+
+def test_connection_keys_are_of_p256_and_older_ones_of_p384_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "id" / "flower.key"
+    assert keys.create_identity(tmp_path / "id", "ash").keys.flower.startswith("ecdsa-sha2-nistp256 ")
+    pem, openssh, bare = Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()
+    path.write_bytes(ec.generate_private_key(ec.SECP384R1()).private_bytes(pem, openssh, bare))
+    identity = keys.load_identity(tmp_path / "id", "ash")
+    assert identity.keys.flower.startswith("ecdsa-sha2-nistp384 ")
+    assert identity.public.keys == identity.keys
+    path.write_bytes(ec.generate_private_key(ec.SECP521R1()).private_bytes(pem, openssh, bare))
+    with pytest.raises(KeyFileError, match="keys of another kind"):
+        keys.load_identity(tmp_path / "id", "ash")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from secure_fed.server.listener import Callers
 from secure_fed.transport.connection import DIGEST, OFFSET, SignedRequest, public_key_header
 
 RUN, MOST = "e" * 64, 300_000
-KEYS = {name: ec.generate_private_key(ec.SECP384R1()) for name in ("ash", "birch")}
+KEYS = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ash", "birch")}
 DATA = random.Random(0).randbytes(200_000)
 WHOLE = hashlib.sha256(DATA).hexdigest()
 

@@ -28,7 +28,7 @@ from secure_fed.transport.connection import (
 
 
 def test_the_unsigned_pull_names_the_key_as_flower_reads_it() -> None:
-    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
     lines = unsigned_pull("fl.example.org", key).split("\r\n")
     assert lines[0] == "POST /v1/fleet/pull HTTP/1.1"
     headers = dict(line.split(": ") for line in lines[1:-2])
