@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import secrets
 import socket
 import statistics
@@ -133,6 +134,8 @@ class CannedSite:
 def nodes(folder: Path, port: int, names: list[str]) -> None:
     """Play these sites in this process until the study is over."""
     be_quiet_outside()  # before flwr is imported
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a site has two connections, and its process hundreds
     from secure_fed.clients.flower_app import SiteApp
     from secure_fed.clients.flower_node import Way, run_site
 
@@ -326,10 +329,11 @@ async def app(scope, receive, send):
     for start in range(0, len(body) or 1, 262144):
         part = body[start:start + 262144]
         await send({"type": "http.response.body", "body": part, "more_body": start + 262144 < len(body)})
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), ssl_certfile=sys.argv[2], ssl_keyfile=sys.argv[3], http="h11",
-            lifespan="off", log_config=None, access_log=False, ws="none")
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), ssl_certfile=sys.argv[2], ssl_keyfile=sys.argv[3],
+            http="httptools", loop="asyncio", lifespan="off", log_config=None, access_log=False, ws="none")
 """
-"""A server that does nothing but take and give bytes, or, given a study, what must be done with them once."""
+"""A server that does nothing but take and give bytes, or, given a study, what must be done with them once. HTTP's parser
+and the event loop are those of ``secfacmic server``."""
 
 FLOOR_SITES = """
 import sys, threading, httpx, ssl

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,10 @@ ELSEWHERE_SECONDS = 10.0
 ELSEWHERE_RATE = 20_000.0
 """A place of copies that gives nothing for so many seconds, or fewer bytes a second than that, is not waited for."""
 
+ELSEWHERE_PAUSE = 600.0
+"""For so many seconds a place that was silent, slow or wrong is not asked again: each question and record of a round would
+wait for it."""
+
 T = TypeVar("T")
 Call = Callable[[Callable[[], httpx.Response]], httpx.Response]
 
@@ -73,6 +78,7 @@ class ByteLine:
         self._key = key
         self._call = call
         self._elsewhere = elsewhere
+        self._elsewhere_from = -math.inf
         self._part = FIRST_PART
         self._rate = 0.0
         self._sent: str | None = None  # what was sent last, if it was sent to its end
@@ -140,7 +146,7 @@ class ByteLine:
         Raises:
             ProtocolError: the server gives others.
         """
-        if self._elsewhere is not None:
+        if self._elsewhere is not None and time.monotonic() >= self._elsewhere_from:
             found = self._fetch_elsewhere(f"{self._elsewhere.rstrip('/')}/{digest}", digest, length)
             if found is not None:
                 return found
@@ -217,9 +223,12 @@ class ByteLine:
                         break
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:  # the last of names of hosts
             log.info("%s: %s; the record is fetched from the server", url, type(error).__name__)
+            if not isinstance(error, httpx.HTTPStatusError):  # which says that the copy is not there yet
+                self._elsewhere_from = time.monotonic() + ELSEWHERE_PAUSE
             return None
         if hashlib.sha256(data).hexdigest() != digest:
             log.warning("%s: %d bytes of another digest; the record is fetched from the server", url, len(data))
+            self._elsewhere_from = time.monotonic() + ELSEWHERE_PAUSE
             return None
         return bytes(data)
 

@@ -225,11 +225,9 @@ class ByteStore:
         if known is not None and (known.digest, known.total) == (digest, total):
             if known.held < total or known.whole.exists():
                 return known
-            known = None  # it was taken
         folder = self._incoming.folder
-        make_folder(folder, 0o700)
         part = folder / _name(site, digest, total, "part")
-        for path in self._incoming.of(site):
+        for path in self._incoming.of(site) if known is None else (known.path, known.whole):
             if path.stem != part.stem:
                 path.unlink(missing_ok=True)
         upload = _Open(part, digest, total, 0)
@@ -238,7 +236,11 @@ class ByteStore:
         if upload.whole.exists():
             upload.held = total
         else:
-            part.touch(0o600)
+            try:
+                part.touch(0o600)
+            except FileNotFoundError:
+                make_folder(folder, 0o700)
+                part.touch(0o600)
             upload.held = min(part.stat().st_size, total)
         self._open[site] = upload
         return upload

@@ -1108,7 +1108,8 @@ class Coordinator:
         check_position(envelope.header, self.journal.chain.due)
         if envelope.header.attempt != self.attempt:
             raise EnvelopeError(f"envelope of {site}: attempt {envelope.header.attempt}, expected {self.attempt}")
-        refuse_repeated_seed(envelope.header, self.journal.chain.seeds | self._seeds)
+        for seen in (self.journal.chain.seeds, self._seeds):
+            refuse_repeated_seed(envelope.header, seen)
         assert self._cohort is not None  # else nobody is asked for one
         if envelope.header.cohort != self._cohort.digest:
             raise EnvelopeError(f"envelope of {site}: for another cohort than the one that was sent out")

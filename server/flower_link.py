@@ -107,10 +107,9 @@ class SuperLink:
         api = FlowerApi(self._state)
         common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False, "ws": "none"}
         # Idle connections of sites must not hold up the end.
-        common |= {"timeout_graceful_shutdown": 1, "interface": "asgi3"}
+        common |= {"timeout_graceful_shutdown": 1, "interface": "asgi3", "proxy_headers": False, "server_header": False}
         gate = Gate(self._members, FLEET_PATHS, api.fleet, store)
-        public = uvicorn.Config(gate, server_header=False, proxy_headers=False, **common)
-        private = uvicorn.Config(api.runtime, server_header=False, **common)
+        public, private = (uvicorn.Config(app, **common) for app in (gate, api.runtime))
         listener = Listener(public, outside, self._certificate, self.callers)
         self._servers = [(listener, outside), (uvicorn.Server(private), inside)]
         self.address: tuple[str, int] = outside.getsockname()[:2]

@@ -30,7 +30,7 @@ MAX_BODY = 512 * 1024
 """Most bytes of one of Flower's calls from outside; what is large goes beside them."""
 
 BODY_SECONDS = 60.0
-"""How long a body's next bytes may take."""
+"""How long a body's next bytes may take, up to half as long again."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,13 @@ class Gate:
             return
         peer = scope.get("client")
         self._members.callers.prove(None if peer is None else (peer[0], peer[1]), key)
-        paced = _paced(receive)
         try:
-            if flower:
-                await self._answer_flower(request, key, _seconds(headers), paced, receive, send)
-            else:
-                await self._store.answer(request, headers, paced, send)
+            async with asyncio.timeout(None) as limit:
+                paced = _paced(receive, limit)
+                if flower:
+                    await self._answer_flower(request, key, _seconds(headers), paced, receive, send)
+                else:
+                    await self._store.answer(request, headers, paced, send)
         except TimeoutError:
             await answer(send, 408)
         except StorageError as error:
@@ -184,11 +185,17 @@ def _seconds(headers: Mapping[bytes, bytes]) -> float:
     return min(float(text), MOST_WAIT) if text.isdigit() and len(text) < 4 else 0.0
 
 
-def _paced(receive: Receive) -> Receive:
+def _paced(receive: Receive, limit: asyncio.Timeout) -> Receive:
     """A body whose next bytes must come in their time; however long all of it takes."""
+    loop = asyncio.get_running_loop()
 
     async def channel():  # type: ignore[no-untyped-def]
-        async with asyncio.timeout(BODY_SECONDS):
-            return await receive()
+        at, now = limit.when(), loop.time()
+        if at is None or at - now < BODY_SECONDS:
+            limit.reschedule(now + 1.5 * BODY_SECONDS)  # not for each of many parts of a body
+        event = await receive()
+        if not event.get("more_body"):
+            limit.reschedule(None)
+        return event
 
     return channel

@@ -114,6 +114,7 @@ class RoundLoop:
     _told: str = field(init=False, default="")
     _looked: float = field(init=False, default=0.0)
     _reported: float = field(init=False, default=0.0)
+    _facts: dict[str, Any] = field(init=False, default_factory=dict)  # last reported
 
     def __post_init__(self) -> None:
         members = self.coordinator.journal.chain.members
@@ -159,32 +160,33 @@ class RoundLoop:
         coordinator = self.coordinator
         rounds = coordinator.rounds
         inside, voiding = frozenset(coordinator.sites_in), coordinator.voiding
-        self.report(
-            {
-                "run": coordinator.run,
-                "round": min(coordinator.round, coordinator.journal.chain.rounds),
-                "rounds": coordinator.journal.chain.rounds,
-                "finished": coordinator.finished,
-                "attempt": coordinator.attempt,
-                "step": coordinator.step.value,
-                "sites": {
-                    site.name: {
-                        "role": "train" if site.trains else "observer",
-                        "connected": bool(site.since),
-                        "in": site.name in inside,
-                        "doing": self._doing(site, inside, voiding),
-                        "presence": self._presence(site),
-                    }
-                    for site in self._sites
-                },
-                "waiting": self._told,
-                "rounds_closed": len(rounds),
-                "bytes_up": sum(entry.bytes_up for entry in rounds),
-                "last_round_seconds": (
-                    (rounds[-1].header.closed_ms - rounds[-1].header.opened_ms) / 1000 if rounds else None
-                ),
-            }
-        )
+        facts = {
+            "run": coordinator.run,
+            "round": min(coordinator.round, coordinator.journal.chain.rounds),
+            "rounds": coordinator.journal.chain.rounds,
+            "finished": coordinator.finished,
+            "attempt": coordinator.attempt,
+            "step": coordinator.step.value,
+            "sites": {
+                site.name: {
+                    "role": "train" if site.trains else "observer",
+                    "connected": bool(site.since),
+                    "in": site.name in inside,
+                    "doing": self._doing(site, inside, voiding),
+                    "presence": self._presence(site),
+                }
+                for site in self._sites
+            },
+            "waiting": self._told,
+            "rounds_closed": len(rounds),
+            "bytes_up": sum(entry.bytes_up for entry in rounds),
+            "last_round_seconds": (
+                (rounds[-1].header.closed_ms - rounds[-1].header.opened_ms) / 1000 if rounds else None
+            ),
+        }
+        if facts != self._facts:  # the file is read whole to add to it
+            self._facts = facts
+            self.report(facts)
 
     def _presence(self, site: _Site) -> dict[str, Any] | None:
         """What a site has said of itself before the first round."""

@@ -197,6 +197,7 @@ class Chain:
         self.round = 0
         self.amendment = 0
         self.members: Members = {site.name: site for site in agreed.study.sites}
+        self._quorum: tuple[Members, Quorum] | None = None
         self.rounds = agreed.study.rounds
         self.awaits_checkpoint = False
         self.sum = ZERO_DIGEST
@@ -221,7 +222,9 @@ class Chain:
     @property
     def quorum(self) -> Quorum:
         """Whose words a round needs, with the members in force."""
-        return self.agreed.study.quorum(self.members.values())
+        if self._quorum is None or self._quorum[0] is not self.members:  # asked for at every step, of each site
+            self._quorum = self.members, self.agreed.study.quorum(self.members.values())
+        return self._quorum[1]
 
     @property
     def finished(self) -> bool:

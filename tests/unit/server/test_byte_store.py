@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import http.server
 import random
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -429,6 +431,44 @@ def test_a_place_that_gives_anything_else_is_told_and_passed_over(
     assert client(line, elsewhere=url + "/").fetch(WHOLE, len(DATA)) == DATA
     assert line.asked == ["GET"]
     assert "fetched from the server" in caplog.text
+
+
+def test_a_place_that_says_nothing_is_waited_for_once_in_a_while(
+    line: Line, elsewhere: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by each question and record of a round."""
+    monkeypatch.setattr(byte_line, "ELSEWHERE_SECONDS", 0.2)
+    line.outgoing.publish(DATA)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        site = client(line, elsewhere=f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+        def called() -> int:
+            assert site.fetch(WHOLE, len(DATA)) == DATA
+            calls = 0
+            with contextlib.suppress(BlockingIOError):
+                while silent.accept():
+                    calls += 1
+            return calls
+
+        assert [called(), called(), called()] == [1, 0, 0]
+        monkeypatch.setattr(byte_line, "ELSEWHERE_PAUSE", 0.0)
+        site._elsewhere_from = 0.0  # later
+        assert [called(), called()] == [1, 1]
+
+
+def test_a_copy_that_is_not_there_yet_is_looked_for_again_and_a_wrong_one_is_not(
+    line: Line, elsewhere: tuple[Path, str]
+) -> None:
+    folder, url = elsewhere
+    site = client(line, elsewhere=url)
+    line.outgoing.publish(DATA)
+    for content, asked in ((None, 1), (DATA, 0), (DATA[1:], 1), (DATA, 1)):
+        if content is not None:
+            (folder / WHOLE).write_bytes(content)
+        line.asked.clear()
+        assert site.fetch(WHOLE, len(DATA)) == DATA
+        assert len(line.asked) == asked
 
 
 def test_a_place_that_is_slow_or_not_there_is_passed_over(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
