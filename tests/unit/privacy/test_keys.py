@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import stat
 from pathlib import Path
@@ -42,9 +43,12 @@ def test_the_public_file_holds_no_private_key_and_is_its_owners(tmp_path: Path) 
     identity = keys.create_identity(tmp_path / "id", "ash")
     path = tmp_path / "id" / "ash.pub"
     text = path.read_text()
-    for name in ("signing.key", "flower.key", "recipient.key"):
+    for name in ("signing.key", "recipient.key"):
         body = [line for line in (tmp_path / "id" / name).read_text().splitlines() if not line.startswith("-")]
         assert not any(line in text for line in body)
+    secret = identity.flower.private_numbers().private_value.to_bytes(32)  # its file has the public half too
+    assert secret.hex() not in text
+    assert not any(base64.b64encode(bytes(lead) + secret).decode()[4:-4] in text for lead in range(3))
     assert keys.read_public_identity(path).keys == identity.keys
     path.write_text(text.replace('"ash"', '"birch"'))
     with pytest.raises(KeyFileError, match="not signed by its own"):
