@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -51,6 +51,11 @@ FASTEST, SLOWEST = 0.01, 0.1
 
 PATIENCE = 10.0
 """Seconds until a site whose reply could not be used is asked again."""
+
+
+@cache
+def _own_version() -> str:
+    return version("secfacmic")  # reads the package's files, and each site's state names it every second
 
 
 @dataclass
@@ -209,7 +214,7 @@ class RoundLoop:
         said = site.presence
         assert said is not None  # asked for those that have said something
         state = "ready" if said.keyed else "there, but without this run's key (secfacmic keys accept)"
-        other = "" if said.secfacmic == version("secfacmic") else f", unlike here, {version('secfacmic')}"
+        other = "" if said.secfacmic == _own_version() else f", unlike here, {_own_version()}"
         return (
             f"{state}: acceptance {said.accepted[:16]}, clock {site.clock:+.1f} s, version {said.secfacmic}{other}, "
             f"line {said.rate / 1e3:.0f} kB/s"

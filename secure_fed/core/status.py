@@ -22,7 +22,7 @@ from typing import Any
 from secure_fed.core.errors import StorageError
 from secure_fed.core.layout import StateFolder
 from secure_fed.core.processes import safe_message
-from secure_fed.core.storage import as_open_as_its_folder, make_folder, write_durable
+from secure_fed.core.storage import as_open_as_its_folder, make_folder, write_whole
 
 LOG_BYTES, LOG_FILES = 5_000_000, 5
 """A log's size, and how many of them are kept."""
@@ -37,6 +37,8 @@ class StatusFile:
 
     def __init__(self, state: Path) -> None:
         self._path = StateFolder(state).status
+        self._seen: tuple[int, ...] = ()  # the file whose facts these are
+        self._known: Any = {}
 
     def begin(self, role: str, **facts: Any) -> None:
         """Start anew, as a process that now runs.
@@ -60,15 +62,27 @@ class StatusFile:
     def read(self) -> dict[str, Any]:
         """All facts; none if there is no whole file."""
         try:
-            content = json.loads(self._path.read_bytes())
+            with self._path.open("rb") as stream:
+                seen = _identity(os.fstat(stream.fileno()))
+                if seen != self._seen:
+                    self._known, self._seen = json.loads(stream.read()), seen
         except (OSError, ValueError, RecursionError):
             return {}
-        return content if isinstance(content, dict) else {}
+        return self._known if isinstance(self._known, dict) else {}
 
     def _write(self, facts: dict[str, Any]) -> None:
+        facts = {**facts, "updated": now()}
+        data = (json.dumps(facts) + "\n").encode()
         # On a full disk, whatever else is written will say so.
-        with contextlib.suppress(StorageError):
-            write_durable(self._path, (json.dumps({**facts, "updated": now()}) + "\n").encode())
+        with contextlib.suppress(StorageError, OSError):
+            write_whole(self._path, data)  # each line that is logged comes here
+            found = self._path.stat()
+            if found.st_size == len(data):  # else another process has written since
+                self._known, self._seen = facts, _identity(found)
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def now() -> str:

@@ -78,6 +78,23 @@ def durable(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
     Raises:
         StorageError: the disk is full or the place not writable; ``path`` is as it was.
     """
+    with _whole(path, mode, synced=True) as stream:
+        yield stream
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file that nobody ever sees half written, and whose loss costs nothing: as :func:`write_durable`, but without
+    waiting for the disk. When the machine's power is cut it may be gone or empty.
+
+    Raises:
+        StorageError: the disk is full or the place not writable; ``path`` is as it was.
+    """
+    with _whole(path, mode, synced=False) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def _whole(path: Path, mode: int, *, synced: bool) -> Iterator[IO[bytes]]:
     temporary: str | None = None
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -89,9 +106,11 @@ def durable(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
             os.fchmod(stream.fileno(), _within(path.absolute().parent, mode))
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if synced:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
-        sync_folder(path.absolute().parent)
+        if synced:
+            sync_folder(path.absolute().parent)
     except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):

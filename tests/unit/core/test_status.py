@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -47,6 +48,27 @@ def test_a_status_grows_and_is_written_only_when_it_changes(tmp_path: Path) -> N
     assert "round" not in status.read()
 
 
+def test_what_two_processes_tell_is_both_there(tmp_path: Path) -> None:
+    server, rounds = StatusFile(tmp_path), StatusFile(tmp_path)
+    server.begin("server")
+    for number in range(3):
+        rounds.tell(round=number)
+        server.tell(restarts=number)
+    facts = StatusFile(tmp_path).read()
+    assert (facts["round"], facts["restarts"]) == (2, 2)
+    assert server.read() == rounds.read() == facts
+
+
+def test_a_status_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line that is logged is in it; with hundreds of sites that connect the rounds would wait for nothing else."""
+    synced: list[object] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    status = StatusFile(tmp_path)
+    status.begin("server")
+    status.tell(round=1)
+    assert synced == []
+
+
 def test_a_full_disk_does_not_stop_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_root: logging.Logger, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,7 +79,7 @@ def test_a_full_disk_does_not_stop_anything(
     def full(*arguments: object) -> None:
         raise StorageError("full")
 
-    monkeypatch.setattr(module, "write_durable", full)
+    monkeypatch.setattr(module, "write_whole", full)
     stream = tmp_path / "log" / "server.jsonl"
     stream.symlink_to("/dev/full")
     logging.getLogger("secure_fed.server.round_loop").warning("a line")
