@@ -332,8 +332,8 @@ async def app(scope, receive, send):
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), ssl_certfile=sys.argv[2], ssl_keyfile=sys.argv[3],
             http="httptools", loop="asyncio", lifespan="off", log_config=None, access_log=False, ws="none")
 """
-"""A server that does nothing but take and give bytes, or, given a study, what must be done with them once. HTTP's parser
-and the event loop are those of ``secfacmic server``."""
+"""A server that does nothing but take and give bytes, or, given a study, what must be done with them once. The parser
+of HTTP and the event loop are those of ``secfacmic server``."""
 
 FLOOR_SITES = """
 import sys, threading, httpx, ssl

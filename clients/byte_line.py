@@ -44,8 +44,8 @@ ELSEWHERE_RATE = 20_000.0
 """A place of copies that gives nothing for so many seconds, or fewer bytes a second than that, is not waited for."""
 
 ELSEWHERE_PAUSE = 600.0
-"""For so many seconds a place that was silent, slow or wrong is not asked again: each question and record of a round would
-wait for it."""
+"""For so many seconds a place that was silent, slow or wrong is not asked again: each question and record of a round
+would wait for it."""
 
 T = TypeVar("T")
 Call = Callable[[Callable[[], httpx.Response]], httpx.Response]

@@ -222,9 +222,9 @@ class ByteStore:
     def _of(self, site: str, digest: str, total: int) -> _Open:
         """The site's upload of that digest: as it stands, else begun, in place of any other."""
         known = self._open.get(site)
-        if known is not None and (known.digest, known.total) == (digest, total):
-            if known.held < total or known.whole.exists():
-                return known
+        same = known is not None and (known.digest, known.total) == (digest, total)
+        if known is not None and same and (known.held < total or known.whole.exists()):  # else it was taken
+            return known
         folder = self._incoming.folder
         part = folder / _name(site, digest, total, "part")
         for path in self._incoming.of(site) if known is None else (known.path, known.whole):

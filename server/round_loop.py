@@ -300,7 +300,9 @@ class RoundLoop:
         for site, request in asked:
             if content is None or request != before:  # most are asked the same
                 content, before = request_content(request, self.outgoing.publish), request
-            messages.append(Message(content, site.node, ROUND_MESSAGE, ttl=MESSAGE_SECONDS, group_id=str(request.round)))
+            messages.append(
+                Message(content, site.node, ROUND_MESSAGE, ttl=MESSAGE_SECONDS, group_id=str(request.round))
+            )
         identifiers = self.grid.push_messages(messages)
         for (site, request), identifier in zip(asked, identifiers, strict=True):
             site.asked, site.asked_since, site.asked_at = identifier, site.since, now()

@@ -83,8 +83,8 @@ def durable(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file that nobody ever sees half written, and whose loss costs nothing: as :func:`write_durable`, but without
-    waiting for the disk. When the machine's power is cut it may be gone or empty.
+    """Write a file that nobody ever sees half written, and whose loss costs nothing: as :func:`write_durable`, but
+    without waiting for the disk. When the machine's power is cut it may be gone or empty.
 
     Raises:
         StorageError: the disk is full or the place not writable; ``path`` is as it was.

@@ -295,7 +295,11 @@ def test_who_does_not_read_what_it_asked_for_holds_little(link: Link) -> None:
     digest = link.outgoing.publish(os.urandom(8_000_000))
     path = f"/records/{digest}"
     signed = SignedRequest("ash", "GET", path, 0, NOTHING, time.time_ns() // 1_000_000)
-    lines = [f"GET {path} HTTP/1.1", "Host: x", *(f"{name}: {value}" for name, value in signed.headers(link.key).items())]
+    lines = [
+        f"GET {path} HTTP/1.1",
+        "Host: x",
+        *(f"{name}: {value}" for name, value in signed.headers(link.key).items()),
+    ]
     with raw(link) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
         assert connection.recv(12) == b"HTTP/1.1 200"
