@@ -87,6 +87,7 @@ class SiteImage:
         owner: whose it is by the file's own header, whatever a manifest says; not looked at where an image counts as a
             patient.
         mask: a picture of where its finding is, if a manifest names one; not looked at yet.
+        line: of the manifest, where the row is that it is of; 0 if there is none.
     """
 
     path: Path
@@ -97,6 +98,7 @@ class SiteImage:
     axis: Axis = "axial"
     owner: Owner = NOBODY
     mask: Path | None = None
+    line: int = 0
 
     @property
     def source(self) -> Source:
@@ -144,6 +146,7 @@ class _Row:
     asked: bool = False
     owner: Owner = NOBODY
     mask: str = ""
+    line: int = 0
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -301,7 +304,7 @@ def _images(rows: Sequence[_Row], ids: dict[str, int], splits: Mapping[str, Spli
         frame = int(row.frame) if row.frame else None
         mask = row.base / row.mask if row.mask else None
         place = frame, _axis(row.axis)
-        images.append(SiteImage(row.base / row.path, row.patient, label, split, *place, row.owner, mask))
+        images.append(SiteImage(row.base / row.path, row.patient, label, split, *place, row.owner, mask, row.line))
     return sorted(images, key=lambda one: (one.path.as_posix(), one.axis, -1 if one.frame is None else one.frame))
 
 
@@ -636,7 +639,7 @@ def _read_manifest(
                 whose = files.owner(name)
                 patient = in_one_form(cells["patient"] or whose.patient)
             about = (f"line {line}", name, patient, cells["label"], cells["split"], frame, manifest.parent)
-            row = _Row(*about, cells["axis"], cells["series"], asked, whose, files.find(cells["mask"]))
+            row = _Row(*about, cells["axis"], cells["series"], asked, whose, files.find(cells["mask"]), line)
             if not fault and masks and os.path.realpath(manifest.parent / name) in masks:
                 fault = f"path {name!r} is a mask, as column mask says; expected a picture: remove the row, or the mask"
             if fault := fault or _fault(row, has_splits, nameless):

@@ -58,6 +58,10 @@ class PublicIdentity(FileModel):
     signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
+class _Named(FileModel):
+    name: Name
+
+
 @dataclass(frozen=True)
 class Identity:
     """A site's private keys, in memory.
@@ -95,8 +99,9 @@ def create_identity(folder: Path, name: str, passphrase: str = "") -> Identity:
         passphrase: encrypts the private keys; empty for none.
 
     Raises:
-        KeyFileError: the folder already holds an identity.
+        KeyFileError: no site can have this name, or the folder already holds an identity; nothing is made.
     """
+    parse_table({"name": name}, _Named, KeyFileError, "the site")  # before keys that the right name would find there
     if (folder / "signing.key").exists():
         raise KeyFileError(f"{folder}: holds an identity already; keys are never overwritten: choose another folder")
     make_folder(folder, 0o700)

@@ -751,6 +751,8 @@ LMMD_SHARE = 0.12
 """Share of what a run may cost (in squared mu) for each set of class means, be it released once or anew in every round
 (docs/privacy.md, Cost and budget)."""
 
+EXPORT_HEAD = b'{"files":{'
+"""With which an export begins."""
 _FILES = ("ledger.jsonl", "blocks.jsonl", "ledger.key")
 
 

@@ -12,7 +12,7 @@ def main() -> None:
 
         command()
     except KeyboardInterrupt:
-        sys.stderr.write("secfacmic: interrupted; the same command goes on from here\n")
+        sys.stderr.write("secfacmic: interrupted before it began\n")
         sys.exit(130)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated, Any
 
@@ -196,14 +197,25 @@ def main() -> None:
         except SystemExit as end:
             if end.code != INTERRUPTED:
                 raise
-            _end(_INTERRUPTED, INTERRUPTED)
+            _end(interrupted(sys.argv[1:]), INTERRUPTED)
         except Exception:
             if not ctrl_c.pressed:
                 raise
-            _end(_INTERRUPTED, INTERRUPTED)
+            _end(interrupted(sys.argv[1:]), INTERRUPTED)
 
 
-_INTERRUPTED = "interrupted; the same command goes on from here"
+_GO_ON = ("simulate", "demo", "sweep", "server", "client", "data fetch", "data check --site")
+"""Commands that keep what they have done, and with which option if only with one."""
+
+
+def interrupted(words: Sequence[str]) -> str:
+    """What is told after Ctrl-C: whether the command that was given goes on when it is given again."""
+    given = [*words[:2], *(word.partition("=")[0] for word in words[2:])]
+    for command in _GO_ON:
+        name, dashes, option = command.partition(" --")
+        if given[: name.count(" ") + 1] == name.split() and (not dashes or f"--{option}" in given):
+            return "interrupted; the same command goes on from here"
+    return "interrupted; nothing is half-written, and the same command begins anew"
 
 
 class _CtrlC:

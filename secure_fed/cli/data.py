@@ -57,6 +57,11 @@ def check(
     from secure_fed.clients.data_check import check_data, refuse_leaks
     from secure_fed.clients.sitefile import read_site
 
+    if html is not None:
+        from secure_fed.core.storage import refuse_foreign
+        from secure_fed.report.page import is_page
+
+        refuse_foreign(html, is_page)
     file, agreed = read_site(site)
     with progress("checking images") as tell:
         report = check_data(file, agreed, tell)

@@ -67,9 +67,9 @@ def show(site: SitePath, json_: Json = False) -> None:
 @app.command()
 def verify(site: SitePath, json_: Json = False) -> None:
     """Check chain, MACs and sums of a ledger."""
-    from secure_fed.operate.ledger_copies import ledger_facts
+    from secure_fed.operate.ledger_copies import verify_ledger
 
-    facts = ledger_facts(_site_file(site))
+    facts = verify_ledger(_site_file(site))
     if json_:
         print_json({"verified": True, **{name: facts[name] for name in ("head", "epsilon_spent", "epsilon_budget")}})
         return

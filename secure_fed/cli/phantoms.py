@@ -19,14 +19,15 @@ def _noun() -> None:
 
 @app.command()
 def make(
-    folder: Annotated[Path, typer.Argument(help="Gets one folder a site.")],
+    folder: Annotated[Path, typer.Argument(help="Gets one folder a site; new, or with phantoms alone.")],
     sites: Annotated[int, typer.Option(min=1, help="How many sites.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the images.")] = 0,
     masks: Annotated[bool, typer.Option(help="Also masks of the lesions, and a column that names them.")] = False,
 ) -> None:
     """Generate head-MRI-like slices of several sites, with manifests."""
-    from secure_fed.lab.phantoms import default_sites, make_phantoms
+    from secure_fed.lab.phantoms import default_sites, make_phantoms, refuse_others
 
     made = default_sites(sites)
+    refuse_others(folder)
     make_phantoms(folder, made, seed, masks=masks)
     out.print(f"{folder}: phantoms of {', '.join(site.name for site in made)}", highlight=False, soft_wrap=True)

@@ -37,10 +37,12 @@ def predict(
     import json
 
     from secure_fed.clients.patients import some
-    from secure_fed.core.storage import write_durable
+    from secure_fed.core.storage import refuse_foreign, write_durable
     from secure_fed.model.device import choose_device
-    from secure_fed.operate.predict import predict_folder, write_maps, write_reports
+    from secure_fed.operate.predict import is_prediction, predict_folder, write_maps, write_reports
 
+    if into is not None:
+        refuse_foreign(into, is_prediction)
     with console.status("loading the backbone") as status:
         found = predict_folder(
             adapter,

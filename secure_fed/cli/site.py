@@ -81,6 +81,11 @@ def accept(
     from secure_fed.clients.keyring import membership
     from secure_fed.clients.sitefile import read_site, with_budget
 
+    if html is not None:
+        from secure_fed.core.storage import refuse_foreign
+        from secure_fed.report.page import is_page
+
+        refuse_foreign(html, is_page)
     file, agreed = read_site(site, study)
     identity = membership(file, agreed).identity
     file = with_budget(file, epsilon, delta)

@@ -7,11 +7,11 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from secure_fed.core.errors import StorageError
+from secure_fed.core.errors import OutputError, StorageError
 
 LOCK = "lock"
 """Name of the file by which a process holds a folder."""
@@ -64,6 +64,42 @@ def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:
     """
     with durable(path, mode) as stream:
         stream.write(data)
+
+
+HEAD = 4096
+"""Bytes of a file by which it is known whose it is."""
+
+
+def refuse_foreign(path: Path, own: Callable[[bytes], bool]) -> None:
+    """Check, before the work and not after it, that a product can be written to a place that a person named.
+
+    A file that an earlier call of the same command left there may be written over. Any other stays: it may be a
+    manifest, an adapter or a key that is nowhere else.
+
+    Args:
+        path: the place; a device or pipe is let through.
+        own: whether what begins with these :data:`HEAD` bytes is such a product.
+
+    Raises:
+        OutputError: a file of another kind or a folder is there.
+        StorageError: there is no such folder, or the file cannot be read.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: a folder; expected the name of a file, in it or elsewhere")
+    if not path.absolute().parent.is_dir():
+        raise StorageError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(HEAD)
+    except OSError as error:
+        raise StorageError(f"{path}: exists and cannot be read ({error.strerror}); choose another name") from error
+    if head.strip() and not own(head):
+        raise OutputError(
+            f"{path}: exists, and this command did not write it; expected no file there, or an earlier one of its own: "
+            "it is left as it is, choose another name"
+        )
 
 
 @contextlib.contextmanager

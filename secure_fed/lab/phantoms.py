@@ -14,6 +14,8 @@ import hashlib
 import io
 import multiprocessing
 import os
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +33,7 @@ from scipy import ndimage
 
 from secure_fed.core.errors import DataError, OutputError, StorageError
 from secure_fed.core.processes import die_with
-from secure_fed.core.storage import made_folder, make_folder, write_durable
+from secure_fed.core.storage import made_folder, make_folder, sync_folder, write_durable
 
 Level = Literal["base", "ventricles", "top"]
 Shape = Literal["none", "round", "lobed", "irregular"]
@@ -47,6 +49,8 @@ SPLIT_SHARES: Mapping[str, float] = MappingProxyType({"train": 0.60, "val": 0.15
 
 _Array = npt.NDArray[np.floating[Any]]
 _Option = TypeVar("_Option")
+MANIFEST = "manifest.csv"
+_COLUMNS = ("path", "patient", "label", "split")
 _LEVELS: tuple[Level, ...] = ("base", "ventricles", "top")
 
 
@@ -305,11 +309,13 @@ def lesion_mask(facts: SliceFacts, scanner: Scanner, patient: int, position: int
 def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int, *, masks: bool = False) -> None:
     """Write ``root/SITE/images/*.png`` and ``root/SITE/manifest.csv`` for every site.
 
-    The manifest (header ``path,patient,label,split``; path relative to the site's folder; label empty and
-    split ``unlabelled`` for patients without a label, else ``train``, ``val`` or ``test``) is written last:
-    a folder that has one is complete. Patients, never images, are assigned to splits, class by class. The
-    same (seed, site) gives the same files, whatever the other sites are. With ``masks`` also
-    ``root/SITE/masks/*.png``, white where the mass is, and their paths in a column ``mask``.
+    The manifest has the header ``path,patient,label,split``: path relative to the site's folder; label empty and split
+    ``unlabelled`` for patients without a label, else ``train``, ``val`` or ``test``. Patients, never images, are
+    assigned to splits, class by class. The same (seed, site) gives the same files, whatever the other sites are. With
+    ``masks`` also ``root/SITE/masks/*.png``, white where the mass is, and their paths in a column ``mask``.
+
+    A site's folder gets its name once all of it is there. Until then it is ``root/.SITE.drawing``; what a kill left
+    under that name is the only thing that is ever removed.
 
     Raises:
         DataError: a site's parameters make no sense, or two sites share a name.
@@ -324,11 +330,63 @@ def make_phantoms(root: Path, sites: Sequence[PhantomSite], seed: int, *, masks:
     for site in sites:
         folder = root / site.name
         if folder.exists() and any(folder.iterdir()):
-            raise OutputError(f"{folder} is not empty; expected a new folder; remove it or choose another root")
+            raise OutputError(
+                f"{folder} is not empty, and may be somebody's; expected no such folder, or an empty one: it is left "
+                "as it is, choose another place for the phantoms"
+            )
     with ExitStack() as stack:
-        for folder in (root, *(root / site.name for site in sites)):
-            stack.enter_context(made_folder(folder))  # of a study that cannot be whole nothing stays
+        stack.enter_context(made_folder(root))
+        for site in sites:
+            shutil.rmtree(_drawing(root, site.name), ignore_errors=True)
+        for site in sites:
+            stack.enter_context(made_folder(_drawing(root, site.name)))  # of a study that cannot be whole nothing stays
         _make_sites(root, sites, seed, masks)
+        for site in sites:
+            os.replace(_drawing(root, site.name), root / site.name)
+        sync_folder(root)
+
+
+_DRAWN = re.compile(r"\..+\.drawing")
+
+
+def _drawing(root: Path, name: str) -> Path:
+    return root / f".{name}.drawing"
+
+
+def _patient(site: str, number: int) -> str:
+    return f"{site}-{number:04d}"
+
+
+def _image(number: int, position: int) -> str:
+    return f"images/{number:04d}_{position}.png"
+
+
+def are_phantoms(folder: Path) -> bool:
+    """Whether a folder holds what :func:`make_phantoms` made of a site of its name; by its manifest's first row."""
+    try:
+        with (folder / MANIFEST).open(encoding="utf-8") as stream:
+            head, first = stream.readline(), stream.readline()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return head.startswith(",".join(_COLUMNS)) and first.startswith(f"{_image(0, 0)},{_patient(folder.name, 0)},")
+
+
+def refuse_others(root: Path) -> None:
+    """Check that nothing lies in a folder but phantoms: among other images they would be taken for such.
+
+    Raises:
+        OutputError: something does, or it is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise OutputError(f"{root}: a file; expected a folder for the phantoms, which is made if it is not there")
+    found = root.iterdir() if root.exists() else ()
+    others = sorted(path.name for path in found if not (are_phantoms(path) or _DRAWN.fullmatch(path.name)))
+    if others:
+        raise OutputError(
+            f"{root}: holds {others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}, which no phantoms "
+            "are; expected a new folder or an empty one, so that nobody takes phantoms for others' images: choose "
+            "another"
+        )
 
 
 def _make_sites(root: Path, sites: Sequence[PhantomSite], seed: int, masks: bool) -> None:
@@ -394,7 +452,7 @@ def _check(site: PhantomSite) -> None:
 
 
 def _make_site(root: Path, seed: int, masks: bool, site: PhantomSite) -> None:
-    folder = root / site.name
+    folder = _drawing(root, site.name)
     digest = hashlib.sha256(repr((seed, site)).encode()).digest()
     rng = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
     labels = np.repeat(CLASSES, _apportion(site.patients, site.class_mix))
@@ -407,12 +465,12 @@ def _make_site(root: Path, seed: int, masks: bool, site: PhantomSite) -> None:
         make_folder(folder / "masks")
     rows = []
     for number, (label, split) in enumerate(zip(labels.tolist(), splits, strict=True)):
-        patient = f"{site.name}-{number:04d}"
+        patient = _patient(site.name, number)
         anatomy = int(rng.integers(2**62))
         centre = draw_facts(label, rng)
         for position in range(int(rng.integers(1, 5))):
             facts = _neighbour(centre, position, rng)
-            name = f"images/{number:04d}_{position}.png"
+            name = _image(number, position)
             taken_by = other if split == "unlabelled" else scanner
             _save(render_slice(facts, taken_by, anatomy, position), folder / name)
             row = [name, patient, "" if split == "unlabelled" else label, split]
@@ -422,15 +480,15 @@ def _make_site(root: Path, seed: int, masks: bool, site: PhantomSite) -> None:
             rows.append(row)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["path", "patient", "label", "split", *["mask"] * masks])
+    writer.writerow([*_COLUMNS, *["mask"] * masks])
     writer.writerows(rows)
-    write_durable(folder / "manifest.csv", table.getvalue().encode())
+    write_durable(folder / MANIFEST, table.getvalue().encode())
 
 
 def _save(picture: npt.NDArray[np.uint8], path: Path) -> None:
     """Write a picture; a disk that is full leaves none rather than half of it.
 
-    Not durable, which would take long for so many: a site is whole once its manifest, written last, is there.
+    Not durable, which would take long for so many.
     """
     content = io.BytesIO()
     Image.fromarray(picture).save(content, "PNG", compress_level=1)

@@ -38,7 +38,7 @@ from secure_fed.core.errors import (
 from secure_fed.core.layout import ADAPTER, CALIBRATION, SUMMARY, SWEEP, ServerState, SiteState
 from secure_fed.core.storage import LOCK, exclusive, make_folder, write_durable
 from secure_fed.core.tomlfile import read_toml, write_toml
-from secure_fed.lab.phantoms import SPLIT_SHARES, PhantomSite, make_phantoms
+from secure_fed.lab.phantoms import SPLIT_SHARES, PhantomSite, are_phantoms, make_phantoms
 from secure_fed.model.adapter_file import save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, initial_parameters
 from secure_fed.model.device import DeviceChoice, describe_device
@@ -349,7 +349,7 @@ def prepare(
 
     Raises:
         StudyError: the template cannot be simulated.
-        OutputError: the folder holds another study, or sites with other data.
+        OutputError: the folder holds another study, sites with other data, or files that are of no study.
     """
     plan = plan_of(template, out, data)
     make_folder(out)
@@ -362,6 +362,7 @@ def prepare(
                 "expected the same study: choose another --out"
             )
     else:
+        _refuse_others(out, data)
         identities = [_identity(out, site.name) for site in template.sites]
         new_study(template, [identity.public for identity in identities], out)
         agreed = load_study(out / "study.toml")
@@ -372,6 +373,17 @@ def prepare(
         _set_budgets(agreed, plan, out, budget)
     _accept(agreed, out)
     return agreed
+
+
+def _refuse_others(out: Path, data: Path | None) -> None:
+    """Refuse a folder in which no study was begun, but in which lies what it would write over or put phantoms among."""
+    names = (SUMMARY, ADAPTER, CALIBRATION, *(() if data is not None else ("data",)))
+    others = [name for name in names if (out / name).exists()]
+    if others:
+        raise OutputError(
+            f"{out}: holds {', '.join(others)} and no study.toml, so it is of no earlier start; expected a new folder "
+            "or an empty one: choose another --out; images of your own go with --data"
+        )
 
 
 def under_budget(template: Template, budget: Budget | None, data: Path | None = None) -> tuple[Template, Advice | None]:
@@ -600,10 +612,8 @@ def _accept(agreed: AgreedStudy, out: Path) -> None:
 
 
 def _make_phantoms(plan: Simulation, own: Path, data: Path) -> None:
-    missing = [group for group in plan.phantoms if not (own / group.name / "manifest.csv").exists()]
+    missing = [group for group in plan.phantoms if not are_phantoms(own / group.name)]
     if data == own and missing:
-        for group in missing:
-            shutil.rmtree(own / group.name, ignore_errors=True)  # what a kill left of it
         groups = [PhantomSite(**group.model_dump()) for group in missing]
         make_phantoms(own, groups, plan.phantom_seed, masks=plan.masks)
 

@@ -241,6 +241,11 @@ def _clear(out: Path) -> None:
 
 
 def _refuse_other(out: Path, file: SweepFile, trials: Sequence[Trial], newest: Mapping[str, Finished]) -> None:
+    if not (out / SWEEP).exists() and (out / RUNNING).exists():
+        raise OutputError(
+            f"{out}: holds {RUNNING}, where trials would run, and no sweep; expected a new folder or an empty one: "
+            "choose another --out"
+        )
     if (out / SWEEP).exists():
         known = _read_facts(out)["name"]
         if known != file.name:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import EVERYTHING, UNLABELLED, Choice
+from secure_fed.clients.data import EVERYTHING, UNLABELLED, Choice, SiteImage
 from secure_fed.clients.files import MANIFEST
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.rules import MOST_PIXELS
@@ -23,6 +23,9 @@ from secure_fed.operate.predict import Probabilities, predict_folder
 
 NO_VALUE = "(none)"
 """Group of the images for which a manifest's column is empty."""
+
+_Cell = Callable[[SiteImage], str]
+"""What a column says of an image."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,7 @@ def evaluate_folder(
         progress=progress,
     )
     classes = said.adapter.classes
-    paths = [said.name(image) for image in said.images]
-    named = [labels(path) for path in paths]
+    named = [labels(image) for image in said.images]
     strangers = sorted(set(named) - {"", *classes})
     if strangers:
         if not (folder / MANIFEST).exists():
@@ -184,9 +186,9 @@ def evaluate_folder(
     y = np.array([classes.index(name) for name in named if name], dtype=np.int64)
     p = said.probabilities[known]
     owners = [image.patient for image, is_known in zip(said.images, known, strict=True) if is_known]
-    images = [path for path, is_known in zip(paths, known, strict=True) if is_known]
+    images = [image for image, is_known in zip(said.images, known, strict=True) if is_known]
     by_patient = all(owners)
-    patients = owners if by_patient else images
+    patients = owners if by_patient else [said.name(image) for image in images]
     draws = _draws(patients)
     right = p.argmax(axis=1) == y
     sets = None if said.cases is None else said.cases.sets[known]
@@ -227,16 +229,19 @@ def evaluate_folder(
     )
 
 
-def _said_of(folder: Path, column: str | None) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Label and group of an image by its path below the folder; empty where nobody says."""
+def _said_of(folder: Path, column: str | None) -> tuple[_Cell, _Cell]:
+    """Label and group of an image, by the row of the manifest that it is of; empty where nobody says.
+
+    A file may have several rows, one for each of its pictures, and a row may be of all files of a folder.
+    """
     manifest = folder / MANIFEST
     if not manifest.exists():
         if column is not None:
             raise ManifestError(f"{folder}: no {MANIFEST}, so no column {column}; expected one with path, label and it")
 
-        def of_folder(image: str) -> str:
-            first, _, rest = image.partition("/")
-            return first if rest and first != UNLABELLED else ""
+        def of_folder(image: SiteImage) -> str:
+            parts = image.path.relative_to(folder).parts
+            return parts[0] if len(parts) > 1 and parts[0] != UNLABELLED else ""
 
         return of_folder, lambda image: ""
     table = read_table(manifest, ("path", "label"), ("path", "label"))
@@ -245,10 +250,10 @@ def _said_of(folder: Path, column: str | None) -> tuple[Callable[[str], str], Ca
         raise ManifestError(
             f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns) or 'none'}: name one of these"
         )
-    rows = {Path(row.cells["path"]).as_posix(): row.cells for row in table.rows}
+    rows = {row.line: row.cells for row in table.rows}
 
-    def cell(name: str) -> Callable[[str], str]:
-        return lambda image: rows.get(image, {}).get(name, "")
+    def cell(name: str) -> _Cell:
+        return lambda image: rows.get(image.line, {}).get(name, "")
 
     return cell("label"), cell(column or "")
 

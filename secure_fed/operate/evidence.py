@@ -39,7 +39,7 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import EvidenceError, RecordError
 from secure_fed.core.layout import RECORDS, SiteState
-from secure_fed.core.storage import durable, exclusive
+from secure_fed.core.storage import durable, exclusive, refuse_foreign
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.privacy.accounting import Mechanism, epsilon_spent
 from secure_fed.privacy.keys import Identity, load_identity
@@ -108,12 +108,14 @@ def pack_evidence(folder: Path, into: Path, page: Callable[[dict[str, Any]], str
         The manifest.
 
     Raises:
+        OutputError: ``into`` is there already, and no archive of this site and study.
         StorageError: the site is running, or the archive cannot be written.
         EvidenceError, RecordError, LedgerError: what is to be packed does not verify.
     """
     file = read_site_file(folder)
     study_path, state = Path(file.study), file.state_folder
     agreed = load_study(study_path)
+    refuse_foreign(into, lambda _: _is_of(into, file.site, agreed.study.id))
     identity = load_identity(Path(file.identity), file.site)
     if not state.path.is_dir():
         raise EvidenceError(f"{state.path}: no folder; expected the state of a site that took part in the study")
@@ -156,6 +158,17 @@ def _seal(into: Path, parts: dict[str, Path | bytes], study: str, site: str, ide
     parts[MANIFEST] = sign_frame(MAGIC, header, identity.signing, payload)
     _write(into, parts)
     return manifest
+
+
+def _is_of(path: Path, site: str, study: str) -> bool:
+    """Whether a file is an archive of this site and study, by the header of its manifest."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            frame = split_frame(MAGIC, archive.read(MANIFEST), MAX_HEADER, EvidenceError)
+            header = parse_header(frame.header, _ManifestHeader, EvidenceError)
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, EvidenceError):
+        return False
+    return (header.site, header.study) == (site, study)
 
 
 def _write(into: Path, parts: dict[str, Path | bytes]) -> None:

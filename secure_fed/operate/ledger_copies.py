@@ -11,9 +11,9 @@ from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError
 from secure_fed.core.layout import SiteState
-from secure_fed.core.storage import write_durable
+from secure_fed.core.storage import refuse_foreign, write_durable
 from secure_fed.privacy.keys import load_identity, read_public_identity
-from secure_fed.privacy.ledger import Account, Ledger, opened, read_older, restore
+from secure_fed.privacy.ledger import EXPORT_HEAD, Account, Ledger, opened, read_older, restore
 from secure_fed.protocol.signing import PRIVATE
 
 
@@ -52,6 +52,25 @@ def ledger_facts(file: SiteFile) -> dict[str, Any]:
     }
 
 
+def verify_ledger(file: SiteFile) -> dict[str, Any]:
+    """As :func:`ledger_facts`, of a ledger that is there: of none nobody can say that it holds.
+
+    Raises:
+        LedgerError: also if there is none.
+        KeyFileError: as :func:`ledger_facts`.
+    """
+    _require(ledger_folder(file))
+    return ledger_facts(file)
+
+
+def _require(folder: Path) -> None:
+    if not Ledger.exists(folder):
+        raise LedgerError(
+            f"{folder}: no ledger; expected one: this site has spent nothing, or its identity is elsewhere, or the "
+            "ledger was lost and is to be put back (secfacmic ledger restore)"
+        )
+
+
 def _signing(file: SiteFile) -> str:
     """Public signing key of a site's identity; a passphrase is asked for only if the public file is gone."""
     public = Path(file.identity) / f"{file.site}.pub"
@@ -70,9 +89,11 @@ def export_ledger(file: SiteFile, into: Path) -> int:
 
     Raises:
         LedgerError: there is no ledger, it does not verify, or it is another identity's.
+        OutputError: ``into`` is there already, and no export.
         StorageError: the export cannot be written.
     """
     with _own(file) as ledger:
+        refuse_foreign(into, lambda head: head.startswith(EXPORT_HEAD))
         write_durable(into, ledger.export(), PRIVATE)
         return ledger.head[0]
 
@@ -152,10 +173,7 @@ def tell_apart(file: SiteFile, first: str, second: str) -> None:
 def _own(file: SiteFile) -> Iterator[Ledger]:
     """The ledger of the site's identity, held for this process alone."""
     folder = ledger_folder(file)
-    if not Ledger.exists(folder):
-        raise LedgerError(
-            f"{folder}: no ledger; expected one: this site has spent nothing, or its identity is elsewhere"
-        )
+    _require(folder)
     with opened(folder) as ledger:
         ledger.refuse_other(_signing(file))
         yield ledger

@@ -33,6 +33,14 @@ from secure_fed.protocol import memory
 from secure_fed.protocol.study import load_study
 from secure_fed.protocol.study_tables import PatientRule
 
+_COLUMNS = ("image", "frame", "axis", "patient", "images")
+_FIRST_KEY = "adapter_digest"
+
+
+def is_prediction(head: bytes) -> bool:
+    """Whether a file that begins so is what :meth:`Probabilities.csv` or :meth:`Probabilities.document` gives."""
+    return head.startswith(f"{','.join(_COLUMNS)},".encode()) or head.startswith(f'{{\n  "{_FIRST_KEY}": '.encode())
+
 
 @dataclass(frozen=True)
 class Anomalies:
@@ -124,7 +132,7 @@ class Probabilities:
         if self.anomalies is not None:
             return self._scored(self.anomalies)
         return {
-            "adapter_digest": self.adapter.digest,
+            _FIRST_KEY: self.adapter.digest,
             "study_id": self.adapter.study,
             "backbone_digest": self.adapter.backbone.digest,
             "classes": list(classes),
@@ -159,7 +167,7 @@ class Probabilities:
         """As :meth:`document`, of a memory: scores instead of probabilities."""
         patients = round(float(self.adapter.initial.adapter[memory.HISTOGRAM].sum()))
         return {
-            "adapter_digest": self.adapter.digest,
+            _FIRST_KEY: self.adapter.digest,
             "study_id": self.adapter.study,
             "backbone_digest": self.adapter.backbone.digest,
             "normal": self.adapter.classes[0],
@@ -200,14 +208,14 @@ class Probabilities:
         writer = csv.writer(text, lineterminator="\n")
         if self.anomalies is not None:
             document = self._scored(self.anomalies)
-            writer.writerow(["image", "frame", "axis", "patient", "images", "score", "flagged"])
+            writer.writerow([*_COLUMNS, "score", "flagged"])
             for row in [*document["images"], *document["patients"]]:
                 flag = {True: "yes", False: "no", None: ""}[row["flagged"]]
                 cells = [*(row.get(key) for key in ("image", "frame", "axis", "patient")), row.get("images", 1)]
                 writer.writerow([*cells, f"{row['score']:.6f}", flag])
             return text.getvalue()
         classes = self.adapter.classes
-        head = ["image", "frame", "axis", "patient", "images", "prediction"]
+        head = [*_COLUMNS, "prediction"]
         head += [f"probability of {name}" for name in classes]
         writer.writerow(head + ["set", "stranger"] * (self.cases is not None))
         rows: list[tuple[Any, ...]] = [

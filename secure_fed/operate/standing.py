@@ -71,8 +71,8 @@ def is_over(state: Path, agreed: AgreedStudy) -> bool:
 
 
 def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
-    """The status file with whether a process holds the folder, and whether the study was closed there; without a file,
-    as of a simulated site, what the journal says.
+    """The status file with whether a process holds the folder, and whether the study was closed there; without one of
+    a process that began, as at a simulated site or where every start was refused, what the journal says.
 
     Args:
         state: the folder.
@@ -86,24 +86,28 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
     """
     found = StatusFile(state).read()
     now = {"running": is_running(state), "closed": StateFolder(state).closed.exists()}
-    if found:
+    if "role" in found:
         return {**found, **now}
+    # A process that was refused before it began leaves why, and nothing else.
+    error = found.get("last_error")
+    role = "server" if ServerState(state).key.exists() else "site"
     if study is None or not state.is_dir():
         refuse_no_state(state)
     elif not any(StateFolder(state).run_folders()):
         raise RecordError(f"{state}: nothing has run here yet; start the site with: secfacmic client --site SITE")
+    if error is not None and not any(StateFolder(state).begun_runs()):
+        return {"role": role, **now, "round": 0, "last_error": error}
     run = next((run for run in find_runs(state) if run.current), None)
     records = 0 if run is None else len(list(run.journal.glob(RECORDS)))
     if run is None or not records:
         raise RecordError(f"{state}: no run has its first record yet; expected one as soon as server or site has begun")
-    role = "server" if ServerState(state).key.exists() else "site"
     return {
         "role": role,
         **now,
         "run": run.folder.name,
         "records": records,
         "round": _closed_rounds(_newest(run.journal)),
-        "last_error": None,
+        "last_error": error,
         **_study_facts(state, study, run.journal),
     }
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from secure_fed.clients.keyring import KeyRing
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import read_site
-from secure_fed.core.storage import write_durable
+from secure_fed.core.storage import refuse_foreign, write_durable
 from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key, load_identity
-from secure_fed.protocol.sealed_key import SealedKeyHeader
+from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.protocol.study_tables import Member
 
@@ -26,6 +26,7 @@ def create_key(site: Path, study: Path, into: Path) -> SealedKeyHeader:
     Raises:
         SiteFileError: the study is another.
         KeyFileError: this site makes no keys.
+        OutputError: ``into`` is there already, and no sealed key file.
         StorageError: the file cannot be written; then the site does not hold the key either.
     """
     agreed, identity, ring = _open(site, study)
@@ -44,7 +45,7 @@ def rotate_key(
 
     Raises:
         KeyFileError: also if the members cannot change so.
-        SiteFileError, StorageError: as for :func:`create_key`.
+        SiteFileError, OutputError, StorageError: as for :func:`create_key`.
     """
     file, agreed = read_site(site, study)
     here = Replica(file, agreed)
@@ -92,5 +93,6 @@ def _open(site: Path, study: Path | None = None) -> tuple[AgreedStudy, Identity,
 
 def _keep(ring: KeyRing, sealed: bytes, into: Path) -> SealedKeyHeader:
     """Write the file for the others first: a key that only the maker holds would be of no use."""
+    refuse_foreign(into, lambda head: head.startswith(KEY_MAGIC))
     write_durable(into, sealed)
     return ring.accept(sealed)

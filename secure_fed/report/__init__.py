@@ -10,13 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from secure_fed.core.storage import write_durable
+from secure_fed.core.storage import refuse_foreign, write_durable
 from secure_fed.report.groups import Analysis
-from secure_fed.report.page import as_csv, as_html, as_markdown
+from secure_fed.report.page import CSV_COLUMNS, MARKDOWN, as_csv, as_html, as_markdown, is_page
 from secure_fed.report.results import read_results
 
 Format = Literal["html", "md", "csv", "png"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+def _is_report(head: bytes) -> bool:
+    columns = f"{','.join(CSV_COLUMNS)},".encode()
+    return is_page(head) or head.startswith((MARKDOWN.encode(), columns)) or (head[:4] == b"\x89PNG" and _PNG in head)
+
+
+_PNG = b"secfacmic"
 
 
 def write_report(folders: Sequence[Path], out: Path, form: Format, *, local_metrics: bool = False) -> Analysis:
@@ -32,10 +40,12 @@ def write_report(folders: Sequence[Path], out: Path, form: Format, *, local_metr
         What was written about.
 
     Raises:
+        OutputError: ``out`` is a folder, or a file that is no report.
         ReportError: a folder holds nothing to report, or something malformed.
         SecfacmicError: others, for files of a study, a site, a sweep or a ledger that do not hold.
     """
     analysis = Analysis(read_results(folders, local_metrics=local_metrics))
+    refuse_foreign(out, _is_report)
     if form == "png":
         from secure_fed.report.png import as_png
 

@@ -43,6 +43,10 @@ SHADES = 11
 """Steps from nothing to all in a shaded table."""
 _LIGHT = ("#ffffff", "#79b4ea")
 _DARK = ("#1b1f24", "#1d5a92")
+MARKDOWN = "<!-- report by secfacmic -->\n\n"
+"""By which a report in Markdown is known again; nothing of it is shown."""
+CSV_COLUMNS = ("trial", "origin", "status", "error", "study_id", "method", "mode", "seed", "epsilon")
+"""With which a report as CSV begins."""
 LOCAL_WARNING = (
     "For this site's eyes only. This page holds metrics on the site's own patients that no privacy budget paid for: "
     "keep it on the site's disk and pass on nothing of it."
@@ -56,6 +60,11 @@ class Tile:
     label: str
     value: str
     detail: str = ""
+
+
+def is_page(head: bytes) -> bool:
+    """Whether a file that begins so is a page of ours, by what ``head.html`` names as its generator."""
+    return b'<meta name="generator" content="secfacmic ' in head
 
 
 def as_html(analysis: Analysis) -> str:
@@ -94,7 +103,7 @@ def fill(template: str, style: str, policy: str, **content: Any) -> str:
 def as_markdown(analysis: Analysis) -> str:
     """The same figures as tables in Markdown."""
     text = environment().get_template("report.md").render(**_content(analysis))
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return MARKDOWN + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def as_csv(analysis: Analysis) -> str:
@@ -121,16 +130,10 @@ def as_csv(analysis: Analysis) -> str:
 def _csv_head(trial: Trial) -> dict[str, Setting]:
     summary = trial.summary
     receivers = receivers_of(summary) if summary else None
+    agreed = (summary.study_id, summary.method, summary.mode) if summary else (None, None, None)
+    about = (trial.name, trial.origin, "failed" if trial.error else "done", trial.error)
     return {
-        "trial": trial.name,
-        "origin": trial.origin,
-        "status": "failed" if trial.error else "done",
-        "error": trial.error,
-        "study_id": summary.study_id if summary else None,
-        "method": summary.method if summary else None,
-        "mode": summary.mode if summary else None,
-        "seed": trial.seed,
-        "epsilon": trial.epsilon,
+        **dict(zip(CSV_COLUMNS, (*about, *agreed, trial.seed, trial.epsilon), strict=True)),
         **{f"setting.{key}": value for key, value in trial.settings.items()},
         "values": summary.values if summary else None,
         "receivers": receivers,

@@ -39,7 +39,7 @@ def as_png(analysis: Analysis) -> bytes:
         )
         draw(axis, panel)
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    figure.savefig(data, format="png", metadata={"Software": "secfacmic"})
     return data.getvalue()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from secure_fed.cli import interrupted
 from secure_fed.cli.output import out
 from secure_fed.core.errors import OutputError, ReportError, SiteFileError, StorageError
 from tests.conftest import Run
@@ -75,7 +76,7 @@ runpy.run_module("secfacmic", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 130, done.stderr
-    assert done.stderr == "secfacmic: interrupted; the same command goes on from here\n"
+    assert done.stderr == "secfacmic: interrupted before it began\n"
 
 
 def test_what_a_library_makes_of_ctrl_c_is_told_as_ctrl_c(secfacmic: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +89,30 @@ def test_what_a_library_makes_of_ctrl_c_is_told_as_ctrl_c(secfacmic: Run, monkey
 
     monkeypatch.setattr("secure_fed.operate.new_study.new_study", swallowed)
     ended = secfacmic("study", "new", "demo", "--out", "never")
-    assert (ended.returncode, ended.stderr) == (130, "secfacmic: interrupted; the same command goes on from here\n")
+    anew = "secfacmic: interrupted; nothing is half-written, and the same command begins anew\n"
+    assert (ended.returncode, ended.stderr) == (130, anew)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("words", "goes_on"),
+    [
+        ("simulate demo --out x", True),
+        ("demo", True),
+        ("data fetch --out x", True),
+        ("data check --site x", True),
+        ("data check --site=x", True),
+        ("data check simulate", False),
+        ("audit --site x", False),
+        ("evaluate --adapter simulate --images x", False),
+        ("predict --images x --adapter y --out demo", False),
+        ("phantoms make x", False),
+        ("", False),
+    ],
+)
+def test_ctrl_c_says_that_a_command_goes_on_only_of_those_that_do(words: str, goes_on: bool) -> None:
+    told = interrupted(words.split())
+    assert ("goes on from here" in told, "begins anew" in told) == (goes_on, not goes_on)
 
 
 def test_what_is_refused_before_any_image_shows_no_bar(tmp_path: Path, secfacmic: Run) -> None:

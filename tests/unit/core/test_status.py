@@ -21,6 +21,7 @@ from secure_fed.core import status as module
 from secure_fed.core.errors import AddressError, RecordError, StorageError
 from secure_fed.core.status import StatusFile, is_running, keep_log
 from secure_fed.core.storage import exclusive
+from secure_fed.operate.live_facts import Place
 from secure_fed.operate.metrics import serve_metrics
 from tests.conftest import Federation, exchange, run_round
 
@@ -301,3 +302,21 @@ def fetch(port: int, token: str, host: str = "127.0.0.1") -> str:
 def own_address() -> str:
     """Another address of this machine; on Linux all of 127/8 is."""
     return "127.0.0.2"
+
+
+def test_a_server_that_was_refused_before_it_began_says_why_and_where_it_stands(federation: Federation) -> None:
+    """A taken port is when somebody asks for the status."""
+    sites = federation.sites()
+    state = federation.folder / "server"
+    StatusFile(state).error("127.0.0.1:8443: cannot be listened on")
+    for began in (False, True):
+        if began:
+            federation.begin(sites)
+        shown = json.loads(CliRunner().invoke(app, ["status", str(state), "--json"]).stdout)
+        assert (shown["role"], shown["round"], shown["running"]) == ("server", 0, False)
+        assert "study" in shown or not began
+        ended = CliRunner().invoke(app, ["status", str(state)])
+        assert ended.exit_code == 0
+        assert "server: NOT running" in ended.output
+        assert "8443: cannot be listened on" in ended.output
+        assert Place(state).facts()["last_error"]["text"] == "127.0.0.1:8443: cannot be listened on"

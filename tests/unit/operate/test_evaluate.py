@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -70,6 +71,34 @@ def test_patients_classes_and_groups_of_a_manifest(finished_run: Path, labelled:
             assert each.precision.value == pytest.approx(matrix[place, place] / matrix[:, place].sum())
         assert each.sensitivity.low is not None
         assert each.sensitivity.low <= each.sensitivity.value <= (each.sensitivity.high or 0)
+
+
+def test_each_slice_of_a_volume_has_the_label_of_its_own_row(finished_run: Path, tmp_path: Path) -> None:
+    """A hospital labels slices, not files: one row's label for all of a file's would be wrong and nobody would see."""
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    volume = nibabel.Nifti1Image(rng.integers(0, 255, (32, 32, 6), dtype=np.uint8), np.diag([1.0, 1.0, 1.0, 1.0]))
+    nibabel.save(volume, folder / "head.nii.gz")
+    rows = [(0, "dark", "S1"), (2, "light", "S2"), (4, "", "S1"), (5, "dark", "S2")]
+    text = "".join(f"head.nii.gz,p1,{label},{scanner},{number}\n" for number, label, scanner in rows)
+    (folder / "manifest.csv").write_text(f"path,patient,label,scanner,slice\n{text}")
+    found = evaluated(finished_run, folder, "scanner")
+    assert [(each.name, each.images) for each in found.classes] == [("dark", 2), ("light", 1), ("striped", 0)]
+    assert (found.unlabelled, found.by_patient) == (1, True)
+    assert {value: scores.images for value, scores in found.groups.items()} == {"S1": 1, "S2": 2}
+
+
+def test_a_row_of_a_folder_labels_all_images_below_it(finished_run: Path, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "series"
+    shutil.copytree(images / OBSERVER / "dark", folder / "a")
+    shutil.copytree(images / OBSERVER / "light", folder / "b")
+    (folder / "manifest.csv").write_text("path,patient,label\na,p1,dark\nb,p2,light\n")
+    found = evaluated(finished_run, folder)
+    assert [(each.name, each.images, each.patients) for each in found.classes] == [
+        *(("dark", 10, 1), ("light", 10, 1), ("striped", 0, 0))
+    ]
+    assert found.unlabelled == 0
 
 
 def test_intervals_are_by_patient() -> None:

@@ -9,13 +9,14 @@ import pytest
 
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
-from secure_fed.core.errors import BudgetError, LedgerError
+from secure_fed.core.errors import BudgetError, LedgerError, OutputError
 from secure_fed.operate.ledger_copies import (
     export_ledger,
     ledger_facts,
     link_patients,
     restore_ledger,
     tell_apart,
+    verify_ledger,
 )
 from tests.conftest import Federation
 
@@ -32,6 +33,26 @@ def test_a_site_that_never_spent_has_an_empty_ledger_and_nothing_to_export(file:
     with pytest.raises(LedgerError, match="no ledger; expected one"):
         export_ledger(file, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_a_ledger_that_is_not_there_is_not_called_sound(file: SiteFile, federation: Federation) -> None:
+    with pytest.raises(LedgerError, match="no ledger; expected one"):
+        verify_ledger(file)
+    Site(file, federation.agreed)  # begins the ledger
+    assert verify_ledger(file) == ledger_facts(file)
+    shutil.rmtree(Path(file.identity) / "ledger")
+    with pytest.raises(LedgerError, match="or the ledger was lost"):
+        verify_ledger(file)
+
+
+def test_an_export_takes_no_other_files_place(file: SiteFile, federation: Federation, tmp_path: Path) -> None:
+    Site(file, federation.agreed)
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(OutputError, match="this command did not write it"):
+        export_ledger(file, tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+    for _ in range(2):
+        export_ledger(file, tmp_path / "export")
 
 
 def test_an_export_is_secret_and_is_put_back_as_it_was(file: SiteFile, federation: Federation, tmp_path: Path) -> None:

@@ -24,6 +24,15 @@ def _identity(federation: Federation, name: str) -> keys.Identity:
     return keys.load_identity(federation.folder / "sites" / name / "identity", name)
 
 
+@pytest.mark.parametrize("name", ["North Hospital", "North", "klinikum-süd", "../north", "", "-n", "n" * 41, "a\n"])
+def test_a_name_that_no_site_can_have_is_refused_before_anything_is_made(name: str, tmp_path: Path) -> None:
+    """Keys that lay there would stand in the way of the right name."""
+    with pytest.raises(KeyFileError, match=r"expected up to 40 small letters a to z, digits, - and _, as in north-2"):
+        keys.create_identity(tmp_path / "id", name)
+    assert not (tmp_path / "id").exists()
+    keys.create_identity(tmp_path / "id", "north-2")
+
+
 def test_private_files_are_0600_in_a_0700_folder_and_loose_ones_are_refused(tmp_path: Path) -> None:
     keys.create_identity(tmp_path / "id", "ash")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "id").iterdir()}
