@@ -7,7 +7,7 @@ import math
 import struct
 import warnings
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
@@ -57,7 +57,7 @@ _BEGINNINGS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")
 _WITHOUT_SIGN = (JPEGLSLossless, JPEGLSNearLossless)
 """Whose codestreams may be of more bits than are stored, with the stored sign left where it is."""
 
-_WAVELETS_OF_ALL_BITS = (JPEG2000Lossless, HTJ2KLossless, HTJ2KLosslessRPCL)
+_LOSSLESS_WAVELETS = (JPEG2000Lossless, HTJ2KLossless, HTJ2KLosslessRPCL)
 """Whose codestreams may hold, above the bits that are stored, what else the header keeps there, such as overlays."""
 
 _LOSSY_WAVELETS = (JPEG2000, HTJ2K)
@@ -65,6 +65,26 @@ _LOSSY_WAVELETS = (JPEG2000, HTJ2K)
 
 _COSTLY = (JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
 """Whose decoders take 32 bits for each sample."""
+
+
+class _Codestream(NamedTuple):
+    """What a frame's JPEG, JPEG-LS or JPEG 2000 codestream says of itself.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        samples: of each pixel.
+        bits: of each sample.
+        signed: 1 if samples have a sign, 0 if not; None where that is not said.
+        near: by how much JPEG-LS may have changed a sample.
+    """
+
+    width: int
+    height: int
+    samples: int
+    bits: int
+    signed: int | None = None
+    near: int = 0
 
 
 class DicomFile:
@@ -239,13 +259,13 @@ class DicomFile:
             self._dataset.PixelData = pixels[:4] + bytes(4) + pixels[places[0] :]
         return count
 
-    def _compare_codestream(self, index: int) -> int:
+    def _compare_codestream(self, index: int) -> _Codestream | None:
         """What a frame's own codestream says of size and sign is compared with the header before it is unpacked.
 
-        Of JPEG 2000 the sign in the codestream holds; a header that contradicts is wrong.
+        Of JPEG 2000 a sign in the codestream holds, whatever the header says.
 
         Returns:
-            Of how many bits a sample is in the codestream; 0 where that is not known.
+            What it says; None where there is none.
 
         Raises:
             UndecodableError: the codestream is of another size, which would be unpacked, however large, first.
@@ -253,12 +273,12 @@ class DicomFile:
         dataset = self._dataset
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.startswith("1.2.840.10008.1.2.4."):
-            return 0
+            return None
         frame = get_frame(dataset.PixelData, index, number_of_frames=self.frames)
         found = _codestream(frame)
         if found is None:
-            return 0
-        width, height, samples, bits, signed = found
+            return None
+        width, height, samples, bits, signed, _ = found
         expected = whole(dataset, "Columns"), whole(dataset, "Rows"), whole(dataset, "SamplesPerPixel")
         if (width, height, samples) != expected:
             raise UndecodableError(
@@ -272,19 +292,19 @@ class DicomFile:
                 "(BitsAllocated (0028,0100)), so that a window may be of either; expected the same in both: export it "
                 "again"
             )
-        if signed is not None:
+        if signed:  # without one it may be that the encoder knew none: then it stands in the highest bit, if anywhere
             dataset.PixelRepresentation = signed
-        if self._colour == "YBR_FULL" and _is_transformed(frame):
+        if self._colour in ("YBR_FULL", "YBR_FULL_422") and _is_transformed(frame):
             # Decoders undo that, and hand out red, green and blue (PS3.5, 8.2.4).
             dataset.PhotometricInterpretation = "YBR_ICT"
-        return bits
+        return found
 
-    def _stored(self, index: int, coded: int) -> NDArray[Any]:
+    def _stored(self, index: int, coded: _Codestream | None) -> NDArray[Any]:
         """A frame's stored values; those that do not end with the lowest bit are moved there.
 
         Args:
             index: of the frame, from 0.
-            coded: bits of a sample in the frame's codestream, 0 where that is not known.
+            coded: what the frame's codestream says of itself, if there is one.
         """
         dataset = self._dataset
         bits, high = dataset.get("BitsStored"), dataset.get("HighBit")
@@ -315,7 +335,7 @@ def _give_syntax(dataset: Any) -> None:
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
 
 
-def _decoded(dataset: Any, index: int, coded: int) -> NDArray[Any]:
+def _decoded(dataset: Any, index: int, coded: _Codestream | None) -> NDArray[Any]:
     """A frame's stored values; by pydicom's ``pixel_array`` the header would be read for it twice."""
     syntax = dataset.file_meta.TransferSyntaxUID
     samples = whole(dataset, "SamplesPerPixel")
@@ -330,21 +350,98 @@ def _decoded(dataset: Any, index: int, coded: int) -> NDArray[Any]:
         # Here and not in pydicom, which takes the whole picture as floating point numbers.
         for rows in blocks(found, SMALL):
             found[rows] = convert_color_space(found[rows], colours, "RGB")
-    bits, allocated = dataset.get("BitsStored"), 8 * found.dtype.itemsize
-    # A codestream of fewer bits than are allocated says how many there are, and a header of still fewer is wrong.
-    whole_word = coded == whole(dataset, "BitsAllocated") == allocated
-    if not isinstance(bits, int) or not 1 <= bits < allocated:
+    return found if coded is None else _of_stored_bits(dataset, found, coded)
+
+
+def _of_stored_bits(dataset: Any, found: NDArray[Any], coded: _Codestream) -> NDArray[Any]:
+    """A frame's values without what stands above the bits that are stored, and with the sign that stands in these.
+
+    Raises:
+        UndecodableError: it cannot be taken off, or may be a part of the values.
+    """
+    syntax, bits, allocated = dataset.file_meta.TransferSyntaxUID, dataset.get("BitsStored"), 8 * found.dtype.itemsize
+    if not isinstance(bits, int) or not 1 <= bits <= allocated:
         return found
-    if whole_word and syntax in _LOSSY_WAVELETS:
-        most = 2**bits >> (found.dtype.kind == "i")
+    if coded.near:
+        return _unwrapped(found, bits, coded)
+    unsigned = found.dtype.kind == "i" and coded.signed == 0
+    if unsigned and syntax in _LOSSY_WAVELETS and not 0 <= int(found.min()) <= int(found.max()) < 2 ** (bits - 1):
+        raise UndecodableError(
+            "DICOM whose lossy JPEG 2000 codestream has no sign and values in the upper half, and whose header says that "
+            "there is one (PixelRepresentation (0028,0103)): 0 and -1 are far apart in it, and became something between; "
+            "expected the same in both: export it again"
+        )
+    if bits == allocated:
+        return found
+    masked = np.asarray((found << (allocated - bits)) >> (allocated - bits))
+    if syntax in _WITHOUT_SIGN:
+        return masked
+    if syntax not in _LOSSLESS_WAVELETS + _LOSSY_WAVELETS or coded.bits <= bits:
+        return found
+    if syntax in _LOSSLESS_WAVELETS and coded.bits == whole(dataset, "BitsAllocated") == allocated:
+        return masked
+    most = 2**bits >> (found.dtype.kind == "i")
+    if syntax in _LOSSY_WAVELETS:
         if not -most * 9 // 8 <= int(found.min()) <= int(found.max()) <= most * 9 // 8:
             raise UndecodableError(
                 f"DICOM whose codestream has values from {found.min()} to {found.max()}, of lossy compression and "
                 f"{bits} bits (BitsStored (0028,0101)); expected as many as these hold: export it again"
             )
-    if syntax in _WITHOUT_SIGN or (whole_word and syntax in _WAVELETS_OF_ALL_BITS):
-        found = (found << (allocated - bits)) >> (allocated - bits)
-    return found
+        return found
+    # A codestream of fewer bits than are allocated says how many there are: the header may be wrong.
+    if np.array_equal(masked, found):
+        return found
+    if unsigned and 0 <= int(found.min()) <= int(found.max()) < 2**bits:
+        return masked
+    overlays = sum(1 << place for place in _overlay_planes(dataset) if bits <= place < coded.bits)
+    if overlays and np.array_equal(masked & (2**bits - 1), found & (2**coded.bits - 1 - overlays)):
+        return masked
+    raise UndecodableError(
+        f"DICOM whose codestream has values from {found.min()} to {found.max()}, of {coded.bits} bits, and whose header "
+        f"says {bits} (BitsStored (0028,0101)) and no overlay in the others (60xx,0102); expected the same in both: "
+        "export it again"
+    )
+
+
+def _overlay_planes(dataset: Any) -> set[int]:
+    """Places of the bits, from 0, in which a header says that overlays lie beside the values (60xx,0102)."""
+    found = (dataset.get((group, 0x0102)) for group in range(0x6000, 0x6020, 2))
+    return {element.value for element in found if element is not None and isinstance(element.value, int)}
+
+
+def _unwrapped(found: NDArray[Any], bits: int, coded: _Codestream) -> NDArray[Any]:
+    """Values that JPEG-LS may have changed by ``near``, cut where that led beyond what the stored bits hold.
+
+    Raises:
+        UndecodableError: they lie further beyond, or black and white may have become one another.
+    """
+    near, allocated, edge = coded.near, 8 * found.dtype.itemsize, 2 ** (bits - 1)
+    if found.dtype.kind == "u":
+        low, high, least, most = int(found.min()), int(found.max()), 0, 2**bits - 1
+    else:
+        # The encoder knows no sign: where it stands in the codestream's highest bit, or in the stored ones' alone.
+        values = np.asarray((found << (allocated - coded.bits)) >> (allocated - coded.bits))
+        low, high, least, most = int(values.min()), int(values.max()), -edge, edge - 1
+        if coded.bits > bits and low < 0:
+            found = values
+        else:
+            patterns = values.astype(np.int64) & (2**coded.bits - 1)
+            if ((patterns >= edge - near) & (patterns < edge + near)).any():
+                raise UndecodableError(
+                    f"DICOM of JPEG-LS that may have changed each value by {near}, with values within that of {most} "
+                    f"or {least}, which are neighbours as they are coded, so that white may have become black; "
+                    "expected lossless compression of values with a sign: export it again"
+                )
+            low = high = 0
+            if patterns.max() < 2**bits + near:
+                return np.asarray((found << (allocated - bits)) >> (allocated - bits))
+            high = int(patterns.max())
+    if not least - near <= low <= high <= most + near:
+        raise UndecodableError(
+            f"DICOM whose codestream has values from {low} to {high}, of lossy compression and {bits} bits "
+            "(BitsStored (0028,0101)); expected as many as these hold: export it again"
+        )
+    return found if least <= low <= high <= most else found.clip(least, most)
 
 
 def _single_bits(dataset: Any, index: int) -> NDArray[np.uint8]:
@@ -356,20 +453,24 @@ def _single_bits(dataset: Any, index: int) -> NDArray[np.uint8]:
     return np.unpackbits(content, bitorder="little")[rest:end].reshape(shape)
 
 
-def _codestream(frame: bytes) -> tuple[int, int, int, int, int | None] | None:
-    """Width, height, samples and bits of each that a frame's JPEG or JPEG 2000 codestream says it has, and its sign if
-    it says that; None if it is neither."""
+def _codestream(frame: bytes) -> _Codestream | None:
+    """What a frame's JPEG, JPEG-LS or JPEG 2000 codestream says of itself; None if it is neither."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 1 << 16)
     if start >= 0 and len(frame) > start + 42:
         # SIZ: marker, length, capabilities, sizes and offsets of 32 bits, number of components, the first one's depth.
         right, bottom, left, top = struct.unpack(">4I", frame[start + 8 : start + 24])
-        samples = int.from_bytes(frame[start + 40 : start + 42], "big")
-        return right - left, bottom - top, samples, (frame[start + 42] & 0x7F) + 1, frame[start + 42] >> 7
+        samples, depth = int.from_bytes(frame[start + 40 : start + 42], "big"), frame[start + 42]
+        return _Codestream(right - left, bottom - top, samples, (depth & 0x7F) + 1, depth >> 7)
+    found = None
     for marker, _, content in jpeg.segments(frame):
-        if (marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC))) and len(content) > 5:
+        if jpeg.is_frame(marker) and len(content) > 5:
             height, width = struct.unpack(">2H", content[1:5])
-            return width, height, content[5], content[0], None
-    return None
+            found = _Codestream(width, height, content[5], content[0])
+            if marker != jpeg.LS_FRAME:
+                return found
+        elif marker == jpeg.SCAN and found is not None and len(content) > 1 + 2 * content[0]:
+            return found._replace(near=content[1 + 2 * content[0]])
+    return found
 
 
 def _is_transformed(frame: bytes) -> bool:

@@ -33,7 +33,8 @@ _NEVER = {
 """Of pydicom's plugins those that decode nothing here. On a broken frame gdcm ends the process itself.
 Where Adobe's marker says so, Pillow turns luminance and differences into colours, and pydicom then does it again."""
 
-_JFIF, _ADOBE, _SCAN = 0xE0, 0xEE, 0xDA
+_JFIF, _ADOBE = 0xE0, 0xEE
+SCAN, LS_FRAME = 0xDA, 0xF7
 _ADOBES = {0: "RGB", 1: "YBR_FULL"}
 """The transform in Adobe's marker, as DICOM names colours."""
 
@@ -54,9 +55,20 @@ def segments(frame: bytes) -> Iterator[tuple[int, int, bytes]]:
             continue
         size = int.from_bytes(frame[at + 2 : at + 4], "big")
         yield marker, at + 4, frame[at + 4 : at + 2 + size]
-        if marker == _SCAN:
+        if marker == SCAN:
             return
         at += 2 + size
+
+
+def is_frame(marker: int) -> bool:
+    """Whether a marker's content is of size, bits and components."""
+    return marker == LS_FRAME or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC))
+
+
+def _is_thinned(content: bytes) -> bool:
+    """Whether a frame's first component has more samples than others, as luminance has, and no red."""
+    factors = [(one >> 4) * (one & 15) for one in content[7::3]]
+    return bool(factors) and factors[0] > min(factors)
 
 
 def decode_frame(src: bytes, runner: Any) -> bytes:
@@ -65,9 +77,10 @@ def decode_frame(src: bytes, runner: Any) -> bytes:
     Raises:
         ValueError: the frame ends before its end is said: libjpeg would make up the rest.
     """
-    found, scan = {}, 0
+    found, scan, frame = {}, 0, b""
     for marker, start, content in segments(src):
         found[marker], scan = content, start
+        frame = content if is_frame(marker) else frame
     if src.rfind(b"\xff\xd9") < scan:
         raise ValueError("it ends too early, without an EOI marker")
     # Named alike on both sides, nothing converts three samples: that is for the header, or the codestream, to say.
@@ -79,6 +92,8 @@ def decode_frame(src: bytes, runner: Any) -> bytes:
         adobe = found.get(_ADOBE, b"")
         if adobe.startswith(b"Adobe") and len(adobe) >= 12 and adobe[11] in _ADOBES:
             runner.set_option("photometric_interpretation", _ADOBES[adobe[11]])
+        elif _is_thinned(frame):
+            runner.set_option("photometric_interpretation", "YBR_FULL")
     return pixels.astype(f"<u{bits // 8}").tobytes()
 
 

@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+from openjpeg.utils import encode_buffer
 from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset
@@ -21,6 +22,7 @@ from pydicom.sequence import Sequence
 
 from secure_fed.clients.decoding import decode, decode_all, identities
 from secure_fed.clients.dicom_header import is_dicom
+from secure_fed.clients.jpeg import segments
 from secure_fed.clients.nifti import AXES
 from secure_fed.clients.reading import (
     Place,
@@ -163,6 +165,33 @@ def test_of_jpeg_the_codestream_says_whether_colours_were_transformed(syntax, he
             decode(as_bytes(encapsulated(pixels, syntax, marked, "RGB", PhotometricInterpretation=header)))
         ).astype(int)
         assert np.abs(found - pixels).max() <= 3
+
+
+def without_markers(stream):
+    """A JPEG without JFIF's and Adobe's, by which programs know its colours."""
+    kept, at = stream[:2], 2
+    for marker, start, content in segments(stream):
+        if marker not in (0xE0, 0xEE):
+            kept += stream[at : start + len(content)]
+        at = start + len(content)
+    return kept + stream[at:]
+
+
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit])
+@pytest.mark.parametrize("thinned", [1, 2])
+def test_colours_of_which_a_jpeg_has_fewer_are_differences_whatever_the_header_calls_them(syntax, thinned):
+    """As of ultrasound scanners that call them RGB: of red, green and blue none is thinned out."""
+    small = np.random.default_rng(5).integers(0, 256, (4, 4, 3), np.uint8)
+    colours = np.asarray(Image.fromarray(small).resize((64, 64)))
+    stream = saved(Image.fromarray(colours), "JPEG", quality=95, subsampling=thinned)
+    expected = np.asarray(Image.open(io.BytesIO(stream))).astype(int)
+    for found in (stream, without_markers(stream)):
+        for header in ("RGB", "YBR_FULL", "YBR_FULL_422"):
+            dataset = encapsulated(colours, syntax, found, "RGB")
+            dataset.PhotometricInterpretation = header
+            assert np.abs(np.asarray(decode(as_bytes(dataset))) - expected).max() <= 3, (header, len(found))
+    whole = without_markers(bytes(imagecodecs.jpeg8_encode(colours, level=98, colorspace="RGB", outcolorspace="RGB")))
+    assert np.abs(np.asarray(decode(as_bytes(encapsulated(colours, syntax, whole, "RGB")))) - expected).mean() < 10
 
 
 @pytest.mark.parametrize(
@@ -718,6 +747,33 @@ def test_of_jpeg_2000_the_codestream_says_whether_there_is_a_sign():
     assert np.array_equal(grey(contradicted), expected)
 
 
+def wavelets(values, bits, signed=False, **options):
+    """JPEG 2000 of one sample, of so many bits each."""
+    height, width = values.shape
+    kind = "<i2" if signed else "<u2"
+    return encode_buffer(values.astype(kind).tobytes(), width, height, 1, bits, signed, use_mct=False, **options)
+
+
+@pytest.mark.parametrize(("bits", "coded"), [(13, 13), (12, 13), (12, 16), (16, 16)])
+@pytest.mark.parametrize("extended", [True, False])
+def test_a_sign_that_an_encoder_of_jpeg_2000_did_not_know_stands_in_the_highest_bit(bits, coded, extended):
+    """As archives wrote it that encoded whatever has a sign as if it had none, and as viewers show it."""
+    values = np.linspace(-2000, 1732, 64 * 64).astype(np.int16).reshape(64, 64)
+    says = {"BitsStored": bits, "HighBit": bits - 1, "WindowCenter": 0, "WindowWidth": 4096}
+    stream = wavelets(values.view(np.uint16) & (2 ** (coded if extended else bits) - 1), coded)
+    assert stream[stream.find(b"\xff\x4f\xff\x51") + 42] == coded - 1  # no sign
+    found = grey(encapsulated(values, uid.JPEG2000Lossless, stream, **says))
+    assert np.array_equal(found, grey(dicom(values, **says)))
+    if coded == bits:  # what was near 0 or -1, which are far apart for such an encoder, became something between
+        lossy = wavelets(values.view(np.uint16) & (2**bits - 1), coded, compression_ratios=[4])
+        with pytest.raises(UndecodableError, match=r"header says that there is one \(PixelRepresentation \(0028,0103"):
+            grey(encapsulated(values, uid.JPEG2000, lossy, **says))
+        plain = abs(values // 2)
+        lossy = wavelets(plain, coded, compression_ratios=[4])
+        found = grey(encapsulated(values, uid.JPEG2000, lossy, **says))
+        assert np.abs(found - grey(dicom(plain, **says))).max() <= 2
+
+
 @pytest.mark.parametrize("syntax", [uid.JPEG2000Lossless, uid.HTJ2KLossless])
 def test_of_jpeg_2000_the_codestream_says_whether_colours_were_transformed(syntax):
     small = np.random.default_rng(3).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -728,7 +784,7 @@ def test_of_jpeg_2000_the_codestream_says_whether_colours_were_transformed(synta
     options = {"codecformat": "j2k"} if syntax == uid.JPEG2000Lossless else {}
     transformed = encode(colours, reversible=True, **({"mct": True} if options else {"rgb": True}), **options)
     assert np.array_equal(back(transformed), colours)  # by which another decoder undoes it too
-    for header in ("YBR_FULL", "YBR_RCT", "RGB"):
+    for header in ("YBR_FULL", "YBR_FULL_422", "YBR_RCT", "RGB"):
         dataset = encapsulated(colours, syntax, transformed, "RGB")
         dataset.PhotometricInterpretation = header
         assert np.array_equal(np.asarray(decode(as_bytes(dataset))), colours), header
@@ -912,6 +968,68 @@ def test_what_stands_above_the_stored_bits_is_refused_where_compression_is_lossy
                 grey(dataset)
         else:
             assert np.abs(grey(dataset) - grey(dicom(SMOOTH, **TWELVE))).max() <= 1
+
+
+def test_overlays_that_the_header_names_are_taken_off_values_of_whatever_bits_and_others_refused():
+    """A codestream of 13 to 15 bits may also be right, and the header's 12 wrong."""
+    plane = np.indices(SMOOTH.shape).sum(axis=0) % 7 == 0
+    for signed, coded, place in itertools.product((False, True), (13, 14, 15), (12, 13, 14)):
+        if place >= coded:
+            continue
+        values = SMOOTH.astype(np.int16) - 1000 if signed else SMOOTH
+        high = (values.view(np.uint16) & 0xFFF) | (plane * 2**place).astype(np.uint16)
+        says = TWELVE | {"WindowCenter": 500, "WindowWidth": 4000}
+        for with_sign in {False, signed}:
+            whole = (high << (16 - coded)).astype(np.uint16).view(np.int16) >> (16 - coded) if with_sign else high
+            dataset = encapsulated(values, uid.JPEG2000Lossless, wavelets(whole, coded, with_sign), **says)
+            with pytest.raises(UndecodableError, match=r"of 1[345] bits, and whose header says 12 \(BitsStored"):
+                grey(dataset)
+            dataset.add_new(0x60020102, "US", place)
+            assert np.array_equal(grey(dataset), grey(dicom(values, **says))), (signed, coded, place, with_sign)
+            dataset[0x60020102].value = place ^ 1 if 12 <= place ^ 1 < coded else 0
+            with pytest.raises(UndecodableError, match="no overlay in the others"):
+                grey(dataset)
+        lossy = encapsulated(values, uid.JPEG2000, wavelets(high, coded, compression_ratios=[2]), **says)
+        with pytest.raises(UndecodableError, match="lossy"):
+            grey(lossy)
+
+
+@pytest.mark.parametrize("near", [1, 3, 20])
+def test_near_lossless_jpeg_never_turns_white_into_black(near):
+    ramp = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    ramp[32:] = 4095 - np.random.default_rng(1).integers(0, 4 * near, (32, 64))
+    says = {"BitsStored": 12, "HighBit": 11, "WindowCenter": 2048, "WindowWidth": 4096}
+    # An encoder that was not told of twelve bits takes sixteen, and what it may change a value by leads beyond them.
+    stream = bytes(imagecodecs.jpegls_encode(ramp, level=near))
+    assert stream[stream.find(b"\xff\xf7") + 4] == 16
+    assert imagecodecs.jpegls_decode(stream).max() > 4095
+    found = grey(encapsulated(ramp, uid.JPEGLSNearLossless, stream, **says))
+    assert np.abs(found - grey(dicom(ramp, **says))).max() <= 2
+    with pytest.raises(
+        UndecodableError, match=r"values from \d+ to \d+, of lossy compression and 12 bits \(BitsStored"
+    ):
+        grey(encapsulated(ramp, uid.JPEGLSNearLossless, imagecodecs.jpegls_encode(ramp | 0x2000, level=near), **says))
+
+
+@pytest.mark.parametrize("near", [1, 3, 20])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_near_lossless_jpeg_of_values_with_a_sign_is_shown_where_none_may_have_become_its_opposite(bits, near):
+    most = 2 ** (bits - 1) - 1
+    says = {"BitsStored": bits, "HighBit": bits - 1, "WindowCenter": 0, "WindowWidth": 2**bits}
+    for end in (most, most - 2 * near):
+        values = np.linspace(-end, end, 64 * 64).astype(np.int16).reshape(64, 64)
+        values[32:48] = end - np.random.default_rng(1).integers(0, 4 * near, (16, 64))
+        for stored in {16, bits}:
+            # With the sign in all of the word it has no opposite there, unless the word is the value.
+            pattern = values.view(np.uint16) & np.uint16(2**stored - 1)
+            dataset = encapsulated(
+                values, uid.JPEGLSNearLossless, imagecodecs.jpegls_encode(pattern, level=near), **says
+            )
+            if end == most and stored == bits:
+                with pytest.raises(UndecodableError, match=f"may have changed each value by {near}, .* lossless"):
+                    grey(dataset)
+            else:
+                assert np.abs(grey(dataset) - grey(dicom(values, **says))).max() <= 2
 
 
 CT = Rules(windows=(Window(modality="CT", centre=40, width=80, unit="HU"),))
