@@ -38,7 +38,7 @@ from secure_fed.clients.nifti import AXES, Axis
 from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, says_nothing, some
 from secure_fed.clients.reading import Place, Source, frames_of, kind_of, no_picture
 from secure_fed.clients.rules import Kind
-from secure_fed.clients.series import Position, place_in_series, places_taken, slices_in_order
+from secure_fed.clients.series import Position, place_in_series, slices_in_order, taken
 from secure_fed.core.errors import DataError, LabelError, ManifestError, fault_lines
 from secure_fed.protocol.simulation_table import Shares
 
@@ -483,21 +483,23 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
     unplaced_frames: list[str] = []
     across: list[str] = []
     alone: list[str] = []
+    several: list[str] = []
     instances: set[tuple[str, str, str]] = set()
     for row in sorted(rows, key=lambda one: one.path):
         if row.frame or row.asked:
             continue
         path = row.base / row.path
-        order, placed = frames_of(path, _axis(row.axis))
-        if len(order) > 1:
-            places = places_taken(len(order), choice.slices)
-            for place in places:
-                frame = str(order[place])
+        frames, placed = frames_of(path, _axis(row.axis))
+        if len(taken(frames, "all")) > 1:
+            which = taken(frames, choice.slices)
+            for frame in map(str, which):
                 patient = f"{row.patient}#{frame}" if unit == "image" else row.patient
                 chosen.append(replace(row, frame=frame, patient=patient))
-            notes.left_out["other slice"] += len(order) - len(places)
+            notes.left_out["other slice"] += len(taken(frames, "all")) - len(which)
             if not placed and choice.slices != "all":
                 unplaced_frames.append(str(path))
+            if max(map(len, frames)) > 1:
+                several.append(str(path))
             continue
         name, position, instance = place_in_series(path)
         if instance:
@@ -512,14 +514,17 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         key = (name, row.patient if unit == "patient" else "", row.label) if name else ("", row.path)
         series[key].append((position, row))
     for slices in series.values():
-        order, unplaced, crossed = slices_in_order([(position, row.path) for position, row in slices])
+        places, unplaced, crossed = slices_in_order([(position, row.path) for position, row in slices])
         if choice.slices == "all":  # then nothing hangs on their order
-            order, unplaced, crossed = [*order, *unplaced], [], False
+            places, unplaced, crossed = [*places, unplaced], [], False
+        first = slices[places[0][0]][1]
         if crossed:
-            across.append(str(slices[order[0]][1].base / slices[order[0]][1].path))
-        places = places_taken(len(order), choice.slices)
-        chosen += [slices[order[place]][1] for place in places]
-        notes.left_out["other slice"] += len(order) - len(places)
+            across.append(str(first.base / first.path))
+        if max(map(len, places)) > 1:
+            several.append(str(first.base / first.path))
+        which = taken(places, choice.slices)
+        chosen += [slices[one][1] for one in which]
+        notes.left_out["other slice"] += sum(map(len, places)) - len(which)
         if unplaced:
             notes.left_out["slice without a position"] += len(unplaced)
         notes.passed_over += [
@@ -531,6 +536,12 @@ def _chosen(rows: list[_Row], choice: Choice, unit: Unit, notes: Notes) -> list[
         notes.told.append(
             f"{some(sorted(alone))}: slices that do not say of which series they are (SeriesInstanceUID (0020,000E)): "
             f"each is taken for a series of its own, of which slices {choice.slices!r} leaves none out"
+        )
+    if several and choice.slices != "all":
+        notes.told.append(
+            f"{some(sorted(several))}: of series, or files, with several pictures at one place, as of echoes, times or "
+            f"diffusion weights: slices {choice.slices!r} are places, and of each the first picture by its instance "
+            "number, or as stored, is taken"
         )
     if across:
         notes.told.append(
@@ -722,8 +733,7 @@ def _double_faults(rows: Sequence[_Row], has_splits: bool) -> list[str]:
         frames[path, axis].add(frame)
     for row, (path, frame, axis) in zip(rows, keys, strict=True):
         if not frame and len(frames[path, axis]) > 1:  # no frame is the middle one, which another row may name
-            order = frames_of(Path(path), _axis(axis)).order
-            frame = str(order[len(order) // 2])
+            frame = str(taken(frames_of(Path(path), _axis(axis)).places, "middle")[0])
         key = path, frame, axis
         listed = row.where != row.path  # of links that were found, copies are told
         if row.path and key in first and listed:

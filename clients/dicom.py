@@ -146,14 +146,15 @@ class DicomFile:
 
         Args:
             frame: from 0, as they are stored; None takes the middle one, count // 2, by where they lie if
-                they say that (:func:`frames_in_order`).
+                they say that, and of several at one place the first that is stored (:func:`frames_in_order`).
             rules: of the study and the site.
 
         Raises:
             UndecodableError: it cannot be decoded, for want of a decoder or because it is broken; the message says why.
         """
         dataset = self._dataset
-        index = self._middle if frame is None else frame
+        place = self._middle if frame is None else [frame]
+        index = place[0]
         if not 0 <= index < self.frames:
             raise UndecodableError(f"no frame {index}; it has {self.frames}, counted from 0")
         coloured = self._colour in COLOUR and dataset.file_meta.TransferSyntaxUID in _COSTLY
@@ -172,15 +173,21 @@ class DicomFile:
                 f"DICOM pixels cannot be decoded ({syntax.name}, {syntax}: {_short(error)}); export the file again"
             ) from error
         try:
-            return Display(dataset, self._facts).picture(stored, index, rules)
+            picture = Display(dataset, self._facts).picture(stored, index, rules)
         except UndecodableError:
             raise
         except Exception as error:
             raise UndecodableError(f"DICOM pixels cannot be shown ({_short(error)}); export the file again") from error
+        if len(place) > 1:
+            note = f"{len(place)} frames at the middle place, of which the first that is stored is taken"
+            picture = picture._replace(facts=picture.facts._replace(notes=(*picture.facts.notes, note)))
+        return picture
 
     @cached_property
-    def _middle(self) -> int:
-        return (frames_in_order(self._dataset, self.frames) or range(self.frames))[self.frames // 2]
+    def _middle(self) -> list[int]:
+        """The frames at the middle place."""
+        places = frames_in_order(self._dataset, self.frames)
+        return [self.frames // 2] if places is None else places[len(places) // 2]
 
     def _refuse_unread(self, index: int) -> None:
         """What can be known to be unreadable before pixels are decoded; colours in small letters are mended."""
@@ -367,8 +374,8 @@ def _of_stored_bits(dataset: Any, found: NDArray[Any], coded: _Codestream) -> ND
     unsigned = found.dtype.kind == "i" and coded.signed == 0
     if unsigned and syntax in _LOSSY_WAVELETS and not 0 <= int(found.min()) <= int(found.max()) < 2 ** (bits - 1):
         raise UndecodableError(
-            "DICOM whose lossy JPEG 2000 codestream has no sign and values in the upper half, and whose header says that "
-            "there is one (PixelRepresentation (0028,0103)): 0 and -1 are far apart in it, and became something between; "
+            "DICOM whose lossy JPEG 2000 codestream has no sign and values in the upper half, and whose header says "
+            "that there is one (PixelRepresentation (0028,0103)): 0 and -1, far apart in it, became something between; "
             "expected the same in both: export it again"
         )
     if bits == allocated:
@@ -397,9 +404,9 @@ def _of_stored_bits(dataset: Any, found: NDArray[Any], coded: _Codestream) -> ND
     if overlays and np.array_equal(masked & (2**bits - 1), found & (2**coded.bits - 1 - overlays)):
         return masked
     raise UndecodableError(
-        f"DICOM whose codestream has values from {found.min()} to {found.max()}, of {coded.bits} bits, and whose header "
-        f"says {bits} (BitsStored (0028,0101)) and no overlay in the others (60xx,0102); expected the same in both: "
-        "export it again"
+        f"DICOM whose codestream has values from {found.min()} to {found.max()}, of {coded.bits} bits, and whose "
+        f"header says {bits} (BitsStored (0028,0101)) and no overlay in the others (60xx,0102); expected the same in "
+        "both: export it again"
     )
 
 

@@ -17,7 +17,7 @@ from secure_fed.clients.dicom_header import NOBODY, Owner, owner
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import SETTLED, some
 from secure_fed.clients.reading import IMAGE_ENDINGS, is_meant_as_image
-from secure_fed.clients.series import Position, place_in_series, slices_in_order
+from secure_fed.clients.series import Position, place_in_series, slices_in_order, taken
 from secure_fed.core.errors import DataError, ManifestError
 
 MANIFEST = "manifest.csv"
@@ -262,7 +262,7 @@ class Files:
         named = _UID.fullmatch(series) is not None
         these = [entry for entry in self._series[path] if not named or entry[0] == series]
         places, unplaced, crossed = slices_in_order([(position, name) for _, position, name in these])
-        there = [(these[one][0], these[one][2]) for one in [*places, *unplaced]]
+        there = [(these[one][0], these[one][2]) for one in [*taken(places, "all"), *unplaced]]
         if not there:
             what = f" of series {series}" if named else ""
             return [(path, place, False)], f"folder {path!r} holds no image{what}; expected at least one"
@@ -284,6 +284,10 @@ class Files:
             fault = f"slice {place} of folder {path!r}, whose {len(there)} images lie across one another, so that no "
             fault += "order of theirs is one of positions; expected parallel planes, by ImageOrientationPatient"
             return [(path, place, False)], fault + " (0020,0037): name the file instead"
+        if several := next((group for group in places if len(group) > 1), None):
+            fault = f"slice {place} of folder {path!r}, of which {len(several)} images lie at one place, as echoes or "
+            fault += f"times do ({', '.join(repr(these[one][2]) for one in several[:2])}); expected one at each"
+            return [(path, place, False)], fault + ": name the file instead"
         if not is_number(place) or int(place) >= len(there):
             fault = f"slice {place!r} of folder {path!r}, which holds {len(there)}; expected a number from 0 to"
             return [(path, place, False)], f"{fault} {len(there) - 1}"

@@ -178,22 +178,22 @@ class Frames(NamedTuple):
     """The pictures of a file.
 
     Attributes:
-        order: their numbers, in the order of their positions, else as they are stored.
+        places: their numbers at each place, in the order of these, else each for itself as they are stored.
         placed: whether all of them say where they lie.
     """
 
-    order: Sequence[int]
+    places: Sequence[Sequence[int]]
     placed: bool
 
 
 def frames_of(path: Path, axis: Axis) -> Frames:
     """The pictures of a file; one also of a file that cannot be read: why it cannot comes out when it is decoded."""
-    alone = Frames(range(1), True)
+    alone = Frames([[0]], True)
     try:
         with path.open("rb") as stream:
             head = stream.read(4 * HEADER)
         if is_nifti(head):
-            return Frames(range(NiftiFile(path.read_bytes()).frames_along(axis)), True)
+            return Frames([[one] for one in range(NiftiFile(path.read_bytes()).frames_along(axis))], True)
         size = path.stat().st_size
     except (OSError, UndecodableError):
         return alone
@@ -201,8 +201,8 @@ def frames_of(path: Path, axis: Axis) -> Frames:
     found = "" if header is None else text(header, "NumberOfFrames")
     if not found.isdecimal() or not 1 < int(found) <= size:  # no file has more frames than bytes
         return alone
-    order = frames_in_order(header, int(found))
-    return Frames(range(int(found)) if order is None else order, order is not None)
+    places = frames_in_order(header, int(found))
+    return Frames([[one] for one in range(int(found))] if places is None else places, places is not None)
 
 
 def identity(content: bytes, frame: int | None, axis: Axis = "axial") -> bytes:

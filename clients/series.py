@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +29,21 @@ class Position(NamedTuple):
     normal: tuple[float, ...] = ()
 
 
+_APART = 1e-3
+"""Pictures that lie no more than so many mm apart lie at one place."""
+
+
 class Order(NamedTuple):
     """In which order slices lie.
 
     Attributes:
-        places: their indices, in order.
+        places: in order, the indices of the slices at each; several where they differ in something else, such as
+            echoes, times or diffusion weights, in order of their numbers.
         unplaced: indices of those that have no place in it.
         crossed: whether they lie across one another, so that no normal orders them.
     """
 
-    places: list[int]
+    places: list[list[int]]
     unplaced: list[int]
     crossed: bool = False
 
@@ -67,9 +72,9 @@ def place_in_series(path: Path) -> tuple[str, Position, str]:
     return series, place, f"{text(header, 'PatientID')} {series} {instance} {along} {number}" if known else ""
 
 
-def frames_in_order(dataset: Any, frames: int) -> list[int] | None:
-    """The numbers of a file's frames by where they lie along the normal of their planes; None if not all say that, or
-    not all planes are parallel."""
+def frames_in_order(dataset: Any, frames: int) -> list[list[int]] | None:
+    """The numbers of a file's frames at each place along the normal of their planes, several as they are stored; None
+    if not all say where they lie, or not all planes are parallel."""
     groups = dataset.get("PerFrameFunctionalGroupsSequence")
     if not groups or len(groups) != frames:
         return None
@@ -89,7 +94,7 @@ def frames_in_order(dataset: Any, frames: int) -> list[int] | None:
         return None
     if not np.isfinite(along).all() or not np.allclose(normals, normals[0], atol=1e-2):
         return None
-    return [int(one) for one in np.argsort(along, kind="stable")]
+    return _at_places([int(one) for one in np.argsort(along, kind="stable")], along.tolist())
 
 
 def slices_in_order(slices: Sequence[tuple[Position, str]]) -> Order:
@@ -111,16 +116,38 @@ def slices_in_order(slices: Sequence[tuple[Position, str]]) -> Order:
         placed = [one for one in everything if values[one] is not None]
         if placed:
             order = sorted(placed, key=lambda one: (values[one], numbers[one] or 0, by_name(one)))
-            return Order(order, [one for one in everything if values[one] is None], crossed)
-    return Order(sorted(everything, key=by_name), [], crossed)
+            places = [[one] for one in order]
+            if values is alongs:
+                places = _at_places(order, alongs, key=lambda one: (numbers[one] or 0, by_name(one)))
+            return Order(places, [one for one in everything if values[one] is None], crossed)
+    return Order([[one] for one in sorted(everything, key=by_name)], [], crossed)
 
 
-def places_taken(count: int, slices: str) -> list[int]:
-    """Which of so many slices a rule takes: ``middle``, ``every:N`` or ``all``."""
+def _at_places(order: Sequence[int], along: Sequence[Any], key: Callable[[int], Any] | None = None) -> list[list[int]]:
+    """Pictures that are in order of where they lie, by place, sorted at each; each for itself if there is one place
+    alone, as of pictures in time."""
+    places: list[list[int]] = []
+    for one in order:
+        if places and along[one] - along[places[-1][0]] <= _APART:
+            places[-1].append(one)
+        else:
+            places.append([one])
+    places = [sorted(place, key=key) for place in places]
+    return [[one] for one in places[0]] if len(places) == 1 else places
+
+
+def taken(places: Sequence[Sequence[int]], slices: str) -> list[int]:
+    """Which pictures a rule takes: ``all``, or of the ``middle`` place or ``every:N`` places the first.
+
+    Were pictures counted instead, how many slices a series has would decide which of its echoes is seen.
+    """
+    if slices == "all":
+        return [one for place in places for one in place]
+    count = len(places)
     if slices == "middle":
-        return [count // 2]
-    step = 1 if slices == "all" else int(slices.removeprefix("every:"))
-    return list(range(min(step // 2, count // 2), count, step))
+        return [places[count // 2][0]]
+    step = int(slices.removeprefix("every:"))
+    return [place[0] for place in places[min(step // 2, count // 2) :: step]]
 
 
 def _finite(number: float) -> float | None:

@@ -14,6 +14,8 @@ from secure_fed.clients.data import Choice, find_pictures, read_data
 from secure_fed.clients.files import Notes, image_files
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import doubts, in_one_form, read_settled, similar
+from secure_fed.clients.reading import Place, open_file, see
+from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import DataError, LabelError, ManifestError
 from secure_fed.protocol.simulation_table import Shares
 from tests.unit.clients.test_dicom import RAMP, as_bytes, dicom, enhanced
@@ -521,7 +523,7 @@ def series(folder, count, **fields):
     for number in range(count):
         # Names and instance numbers run the other way than the positions.
         position = {"ImagePositionPatient": [0, 0, -number], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
-        content = as_bytes(dicom(RAMP, PatientID="P1", InstanceNumber=number, **position, **fields))
+        content = as_bytes(dicom(RAMP, PatientID="P1", InstanceNumber=number, **(position | fields)))
         (folder / f"{number:02}.dcm").write_bytes(content)
 
 
@@ -592,6 +594,68 @@ def test_a_slice_that_does_not_say_where_it_lies_has_no_place_among_others_that_
         names(tmp_path)
     (tmp_path / "manifest.csv").write_text("path,label\ndark,dark\n")
     assert len(names(tmp_path)[0]) == 5
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("count", [4, 5])
+@pytest.mark.parametrize("echoes", [2, 3])
+def test_how_many_slices_a_series_has_does_not_decide_which_of_its_echoes_is_seen(tmp_path, count, echoes, together):
+    series(tmp_path / "dark", count * echoes, SeriesInstanceUID="1.2.1")
+    seen = {}
+    for number, path in enumerate(sorted((tmp_path / "dark").glob("*.dcm"))):
+        place, echo = divmod(number, echoes) if together else divmod(number, count)[::-1]
+        dataset = pydicom.dcmread(path)
+        dataset.ImagePositionPatient = [0, 0, 3 * place + 1e-4 * echo]  # as if computed anew for each
+        dataset.EchoNumbers = echo + 1
+        seen[path.name] = (place, echo)
+        path.write_bytes(as_bytes(dataset))
+    for slices, places in (("middle", [count // 2]), ("every:2", list(range(1, count, 2))), ("every:1", range(count))):
+        notes = Notes()
+        images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice(slices), notes=notes)
+        assert sorted(seen[image.path.name] for image in images) == [(place, 0) for place in places], slices
+        assert notes.left_out["other slice"] == count * echoes - len(places)
+        assert (
+            sum("00.dcm: of series, or files, with several pictures at one place" in line for line in notes.told) == 1
+        )
+    assert len(names(tmp_path, slices="all")[0]) == count * echoes
+    (tmp_path / "manifest.csv").write_text("path,label,slice\ndark,dark,2\n")
+    with pytest.raises(ManifestError, match=rf"slice 2 of folder 'dark', of which {echoes} images lie at one place"):
+        names(tmp_path)
+
+
+def test_pictures_that_all_lie_at_one_place_are_in_order_of_time(tmp_path):
+    series(tmp_path / "dark", 5, SeriesInstanceUID="1.2.1", ImagePositionPatient=[0, 0, 7])
+    assert names(tmp_path, slices="middle") == (["02.dcm"], {"other slice": 4})
+    (tmp_path / "dark" / "m.dcm").write_bytes(as_bytes(enhanced([7] * 4)))
+    notes = Notes()
+    images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice("middle"), notes=notes)
+    assert [(image.path.name, image.frame) for image in images] == [("02.dcm", None), ("m.dcm", 2)]
+    assert not any("at one place" in line for line in notes.told)
+
+
+@pytest.mark.parametrize("count", [4, 5])
+@pytest.mark.parametrize("together", [True, False])
+def test_of_frames_at_one_place_the_first_that_is_stored_is_taken(tmp_path, count, together):
+    (tmp_path / "dark").mkdir()
+    path = tmp_path / "dark" / "m.dcm"
+    alongs = [3 * place for place in range(count) for _ in range(2)] if together else [*range(count), *range(count)]
+    path.write_bytes(as_bytes(enhanced(alongs)))
+    middle = count // 2 * (2 if together else 1)
+    notes = Notes()
+    images = read_data(tmp_path, CLASSES, "patient", HALF, 0, choice=Choice("middle"), notes=notes)
+    assert [image.frame for image in images] == [middle]
+    assert notes.left_out == {"other slice": 2 * count - 1}
+    assert sum("m.dcm: of series, or files, with several pictures at one place" in line for line in notes.told) == 1
+    opened = open_file(path.read_bytes())
+    whole, chosen = see(opened, Place(None), Rules()), see(opened, Place(middle), Rules())
+    assert whole.image.tobytes() == chosen.image.tobytes()
+    assert whole.facts.notes == ("2 frames at the middle place, of which the first that is stored is taken",)
+    assert chosen.facts.notes == ()
+    (tmp_path / "manifest.csv").write_text(
+        f"path,label,patient,frame\ndark/m.dcm,dark,p,\ndark/m.dcm,dark,p,{middle}\n"
+    )
+    with pytest.raises(ManifestError, match=rf"frame {middle}, the middle one"):
+        names(tmp_path)
 
 
 def test_of_a_file_with_many_frames_the_rule_takes_slices_too(tmp_path):
