@@ -31,10 +31,11 @@ COPY = "copy of a slice"
 """A kind of what is left out: another file of the same instance would move the slices behind it."""
 
 _NOT_IMAGES = {"thumbs.db", "desktop.ini", "dicomdir", "autorun.inf", MANIFEST, SETTLED}
-_MASK = re.compile(
-    r"(?P<of>.+?)[ _.-]+(masks?|maske|masque|seg|segm|segmentation|labelmap|gt|ground_?truth)(?P<number>[ _-]?\d+)?"
-)
+_WORDS = r"(masks?|masken?|masques?|segs?|segm|segmentations?|labelmaps?|labels?|gts?|ground[ _-]?truths?|annotations?)"
+_MASK = re.compile(rf"((?P<of>.+?)[ _.-]+)?{_WORDS}(?P<number>[ _-]?\d+)?")
 """A name, without its ending, as masks have it that lie beside their image."""
+_MASKS = re.compile(rf"(.+[ _.-]|.*(?=ground))?{_WORDS}(tr|ts)?")
+"""A folder's name, in small letters, where masks lie beside the folder of their images, or in it."""
 _NO_FOLDERS = {"__macosx", "$recycle.bin", "system volume information", "@eadir"}
 _UID = re.compile(r"\d+(\.\d+)+")
 
@@ -86,7 +87,8 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     """All images below a folder, links followed, each folder once.
 
     Hidden files, what file managers and CDs leave behind, files that are no image by content and name, and masks beside
-    the image that they are named after (``a_mask.png`` beside ``a.png``) are passed over, and so told.
+    the image that they are named after (``a_mask.png`` beside ``a.png``, ``masks/a.png`` beside ``images/a.png``) are
+    passed over, and so told.
 
     Raises:
         DataError: a folder or file cannot be read.
@@ -94,6 +96,7 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
     notes = Notes() if notes is None else notes
     seen: set[tuple[int, int]] = set()
     masks: set[str] = set()
+    stems: dict[Path, list[tuple[str, str]]] = {}
 
     def stop(error: OSError) -> Never:
         raise DataError(
@@ -118,6 +121,13 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
         if MANIFEST in names:
             masks |= masks_of(Path(parent, MANIFEST))
         beside = _masks_beside(names)
+        if (apart := _images_apart(folder, Path(parent), stems)) is not None:
+            beside |= {name: of for name in names if (of := _of_masks_folder(name, apart))}
+            if apart and (others := [name for name in names if _stem(name) and name not in beside]):
+                notes.told.append(
+                    f"{said(parent)}: {len(others)} images in a folder that is named as one of masks, of no image "
+                    "beside it, and are taken for images of their own"
+                )
         for name in names:
             path = Path(parent, name)
             if name[0] == ".":
@@ -167,15 +177,64 @@ def _masks_beside(names: Sequence[str]) -> dict[str, str]:
     if not found:
         return {}
     images = sorted((stem, name) for name, stem in stems.items() if name not in found)
+    bare = sorted(name for name in names if "." not in name)  # as DICOM files are named
     masks = {}
     for name, match in found.items():
-        # The image itself, else the first of several series that begin alike (p1_t1, p1_flair, p1_seg).
-        place = bisect_left(images, (match["of"], ""))
-        stem, image = images[place] if place < len(images) else ("", "")
-        apart = stem[len(match["of"]) :]
-        if stem.startswith(match["of"]) and (not apart or (apart[0] in " _.-" and not match["number"])):
+        if match["of"]:
+            image = _named_after(match["of"], images, match["number"] is not None)
+        else:  # the only one of its folder
+            image = (images[0][1] if images else "".join(bare[:1])) if match["number"] is None else ""
+        if image:
             masks[name] = image
     return masks
+
+
+def _named_after(of: str, images: Sequence[tuple[str, str]], alone: bool = False) -> str:
+    """Of sorted names, each behind its stem, the one that a mask is of: the image itself, else, unless it must be
+    ``alone``, the first of several series that begin alike (p1_t1, p1_flair, p1_seg); empty if there is none."""
+    place = bisect_left(images, (of, ""))
+    stem, image = images[place] if place < len(images) else ("", "")
+    apart = stem[len(of) :]
+    return image if stem.startswith(of) and (not apart or (apart[0] in " _.-" and not alone)) else ""
+
+
+def _images_apart(folder: Path, parent: Path, stems: dict[Path, list[tuple[str, str]]]) -> list[tuple[str, str]] | None:
+    """The images beside a folder of masks in which a folder below the data folder is, sorted by stem; None if it is in
+    no such folder.
+
+    Args:
+        folder: of data.
+        parent: below it.
+        stems: of what was asked before; added to.
+    """
+    parts = parent.relative_to(folder).parts
+    place = next((place for place, part in enumerate(parts) if _MASKS.fullmatch(part.lower())), None)
+    if place is None:
+        return None
+    above = folder.joinpath(*parts[:place])
+    if above not in stems:
+        stems[above] = []
+        seen: set[tuple[int, int]] = set()
+        for at, folders, names in os.walk(above, followlinks=True):
+            state = os.stat(at)
+            folders[:] = [name for name in folders if not is_passed_over(name) and not _MASKS.fullmatch(name.lower())]
+            if (state.st_dev, state.st_ino) in seen:
+                folders[:] = []
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            images = ((_stem(name) or name.lower() * ("." not in name), name) for name in names)
+            stems[above] += [(stem, os.path.join(at, name)) for stem, name in images if stem]
+        stems[above].sort()
+    return stems[above]
+
+
+def _of_masks_folder(name: str, images: Sequence[tuple[str, str]]) -> str:
+    """The image that a file in a folder of masks is of, by the name of either; empty if there is none."""
+    stem = _stem(name)
+    match = _MASK.fullmatch(stem)
+    if match is not None and not match["of"]:
+        return images[0][1] if images else ""
+    return stem and (_named_after(stem, images) or (_named_after(match["of"], images) if match is not None else ""))
 
 
 def _stem(name: str) -> str:

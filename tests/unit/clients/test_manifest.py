@@ -328,15 +328,45 @@ def test_the_pictures_of_one_file_are_in_one_split(tmp_path):
         (["p1_gt.png", "p10.png"], []),
         (["MS_seg_01.png", "MS_x.png"], []),
         (["unmask.png", "un.png", "a_masked.png", "a.png"], []),
+        (["case/imaging.nii.gz", "case/segmentation.nii.gz"], ["case/segmentation.nii.gz"]),
+        (["case/IM0001", "case/IM0002", "case/mask.png"], ["case/mask.png"]),
+        (["case/seg.png", "other/a.png"], []),  # alone in its folder, it is the image
+        (["label_001.png", "label_002.png", "a.png"], []),
+        (["images/a.png", "images/b.png", "masks/a.png"], ["masks/a.png"]),
+        (["images/p1/a.jpg", "Masks/p1/a.png", "Masks/p1/a_mask.png"], ["Masks/p1/a.png", "Masks/p1/a_mask.png"]),
+        (["p1/IM01", "p1/IM02", "p1/seg/IM01.png", "p1/seg/seg.nii.gz"], ["p1/seg/IM01.png", "p1/seg/seg.nii.gz"]),
+        (["imagesTr/b_0000.nii.gz", "imagesTr/b_0001.nii.gz", "labelsTr/b.nii.gz"], ["labelsTr/b.nii.gz"]),
+        (
+            ["Training_Input/ISIC_1.jpg", "Training_GroundTruth/ISIC_1_segmentation.png"],
+            ["Training_GroundTruth/ISIC_1_segmentation.png"],
+        ),
+        (["masks/a.png", "masks/b.png"], []),  # of no image
+        (["masked/a.png", "images/a.png", "labelled/a.png", "gta/a.png"], []),
     ],
 )
 def test_masks_beside_their_images_are_left_out_and_counted(tmp_path, names, masks):
     for name in names:
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(as_bytes(dicom(RAMP)))
     notes = Notes()
-    assert {path.name for path in image_files(tmp_path, notes)} == {*names} - {*masks}
+    found = {path.relative_to(tmp_path).as_posix() for path in image_files(tmp_path, notes)}
+    assert found == {*names} - {*masks}
     assert notes.left_out["mask"] == len(masks)
     assert len(notes.passed_over) == len(masks)
+    assert not notes.told
+
+
+def test_what_lies_in_a_folder_of_masks_and_is_of_no_image_is_told(tmp_path):
+    for name in ("images/a.png", "masks/a.png", "masks/b.png", "masks/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "images" / "round").symlink_to(tmp_path)
+    notes = Notes()
+    assert {path.name for path in image_files(tmp_path, notes)} == {"a.png", "b.png"}
+    assert notes.told == [
+        f"{tmp_path}/masks: 1 images in a folder that is named as one of masks, of no image beside it, and are taken "
+        "for images of their own"
+    ]
 
 
 def test_a_class_folder_in_a_class_folder_is_told(tmp_path):
