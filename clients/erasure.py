@@ -12,7 +12,7 @@ from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.files import Notes
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import every_image, named_patients
-from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, similar, writing_free
+from secure_fed.clients.patients import SETTLED, in_one_form, read_settled, similar, writings
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.clients.snapshot import read_snapshot, without, write_snapshot
 from secure_fed.core.errors import EnvelopeError, SecfacmicError, UnknownPatientError
@@ -74,10 +74,10 @@ def _forget(file: SiteFile, agreed: AgreedStudy, patient: str) -> Forgetting:
         notes = Notes()
         images = every_image(file, agreed, notes)
         for image, known in zip(images, identities(one.source for one in images), strict=True):
-            mine = image.patient == patient or (
+            mine = image.patient == patient or bool(
                 in_any_writing
                 and image.patient not in notes.settled
-                and writing_free(image.patient) == writing_free(patient)
+                and writings(image.patient, sought=True) & writings(patient)
             )
             count += mine
             if isinstance(known, OSError):

@@ -19,7 +19,7 @@ from pydantic import Field, StringConstraints
 
 from secure_fed.clients.data import SiteImage
 from secure_fed.clients.decoding import identities
-from secure_fed.clients.patients import writing_free
+from secure_fed.clients.patients import writings
 from secure_fed.core.errors import ForgottenError
 from secure_fed.core.layout import SiteState
 from secure_fed.core.storage import write_durable
@@ -76,7 +76,7 @@ class Forgotten:
         """Whether this id is not on the list, but may be another writing of one that is."""
         if not self._writings or self.patient(name):
             return False
-        return self._hash("writing", writing_free(name).encode()) in self._writings
+        return any(self._hash("writing", form.encode()) in self._writings for form in writings(name, sought=True))
 
     def goes_by(self, name: str, settled: Collection[str]) -> bool:
         """Whether a patient to be forgotten may go by this id, which people have not settled as another's."""
@@ -113,19 +113,20 @@ class Forgotten:
             images: identities.
             in_any_writing: ids that may be other writings of this one are the patient's too.
         """
-        writings = self._writings | ({self._hash("writing", writing_free(name).encode())} if in_any_writing else set())
+        forms = writings(name) if in_any_writing else ()
+        written = self._writings | {self._hash("writing", form.encode()) for form in forms}
         patients = self._patients | {self._hash("patient", name.encode())}
         digests = self._images | {self._hash("image", image) for image in images}
         content = self._content.model_copy(
             update={
                 "patients": tuple(sorted(patients)),
                 "images": tuple(sorted(digests)),
-                "writings": tuple(sorted(writings)),
+                "writings": tuple(sorted(written)),
             }
         )
         self._state.begin()
         write_durable(self._path, content.model_dump_json().encode() + b"\n", PRIVATE)
-        self._content, self._patients, self._images, self._writings = content, patients, digests, writings
+        self._content, self._patients, self._images, self._writings = content, patients, digests, written
 
     def _hash(self, what: str, content: bytes) -> str:
         message = f"secfacmic forgotten 1 {what}\n".encode() + content

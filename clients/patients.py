@@ -128,13 +128,9 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
     Returns:
         Sorted; of ids in several writings those groups of which more than one id is not settled.
     """
-    groups: defaultdict[str, list[str]] = defaultdict(list)
-    unbroken = {patient for patient in counts if patient.isdecimal() and len(patient) > 3}
-    for patient in counts:
-        groups[_separator_free(patient, unbroken)].append(patient)
     found = [
-        Doubt("writings", tuple(sorted(group)), sum(counts[one] for one in group))
-        for group in groups.values()
+        Doubt("writings", tuple(group), sum(counts[one] for one in group))
+        for group in by_writing(counts)
         if are_open(group, settled)
     ]
     total = sum(counts.values())
@@ -158,6 +154,30 @@ def doubts(counts: Mapping[str, int], settled: Collection[str] = ()) -> list[Dou
     return sorted(found)
 
 
+def by_writing(patients: Iterable[str]) -> list[list[str]]:
+    """Ids, each with those that may be it in another writing; sorted."""
+    ids = set(patients)
+    unbroken = {patient for patient in ids if _is_unbroken(patient)}
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for patient in sorted(ids):
+        groups[_separator_free(patient, unbroken)].append(patient)
+    return sorted(groups.values())
+
+
+def writings(patient: str, sought: bool = False) -> frozenset[str]:
+    """Forms by which an id is known in another writing, as :func:`by_writing` groups them, without the ids beside it.
+
+    Two ids may be one if forms of the one and ``sought`` ones of the other are equal.
+    """
+    forms = {writing_free(patient), _separator_free(patient, ())}
+    whole = _whole(patient)
+    if _is_unbroken(patient):
+        forms.add(f"{'broken' if sought else 'unbroken'} {patient}")
+    elif _is_unbroken(whole):
+        forms.add(f"{'unbroken' if sought else 'broken'} {whole}")
+    return frozenset(forms)
+
+
 def are_open(ids: Collection[str], settled: Collection[str]) -> bool:
     """Whether ids may be one patient: there are several, and people have not said of all, or all but one, otherwise."""
     return len(ids) > 1 and sum(one not in settled for one in ids) > 1
@@ -179,7 +199,7 @@ def says_nothing(patient: str) -> bool:
 def similar(patient: str, known: Iterable[str]) -> list[str]:
     """At most five known ids that somebody may have meant."""
     names = sorted(set(known))
-    alike = [name for name in names if writing_free(name) == writing_free(patient)]
+    alike = [name for name in names if writings(name) & writings(patient, sought=True)]
     return list(dict.fromkeys([*alike, *difflib.get_close_matches(patient, names, n=5)]))[:5]
 
 
@@ -252,10 +272,20 @@ def _separator_free(patient: str, unbroken: Collection[str]) -> str:
     Between numbers something stays in their place, as 1-12 is not 11-2, unless the id is all digits, and among the
     ``unbroken`` ones without it; of fewer than four digits these are as often other numbers.
     """
-    whole = re.sub(r"(?<=\d)[-._/:](?=\d)", "", patient)
+    whole = _whole(patient)
     plain = writing_free(whole if whole in unbroken else patient)
     plain = re.sub(r"(?<=\d)[-./\\:]+(?=\d)", "-", plain)
     return re.sub(r"(?<=[^\W\d])[-./\\:]+(?=\w)|(?<=\w)[-./\\:]+(?=[^\W\d])", "", plain)
+
+
+def _whole(patient: str) -> str:
+    """An id without what separates its digits."""
+    return re.sub(r"(?<=\d)[-._/:](?=\d)", "", patient)
+
+
+def _is_unbroken(patient: str) -> bool:
+    """Whether an id is a number that some write in parts."""
+    return patient.isdecimal() and len(patient) > 3
 
 
 def name_free(name: str, patient: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from secure_fed.clients.data import UNLABELLED, SiteImage
 from secure_fed.clients.duplicates import Fingerprint, exact_copies, near_twins
-from secure_fed.clients.patients import writing_free
+from secure_fed.clients.patients import by_writing
 from secure_fed.core.errors import DataLeakError, fault_lines
 
 LISTED = 10
@@ -208,14 +208,10 @@ def overlaps(held: Sequence[Held]) -> Overlaps:
 
 
 def _writings(having: Mapping[str, Iterable[str]]) -> list[dict[str, list[str]]]:
-    """Ids that differ in form alone and are at more than one, each with who has it."""
-    groups: dict[str, dict[str, list[str]]] = {}
-    for patient, names in sorted(having.items()):
-        groups.setdefault(writing_free(patient), {})[patient] = list(names)
+    """Ids that may be one in several writings and are at more than one, each with who has it."""
+    groups = ({patient: list(having[patient]) for patient in ids} for ids in by_writing(having))
     return [
-        group
-        for group in groups.values()
-        if len(group) > 1 and len({name for names in group.values() for name in names}) > 1
+        group for group in groups if len(group) > 1 and len({name for names in group.values() for name in names}) > 1
     ]
 
 

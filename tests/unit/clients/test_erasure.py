@@ -11,6 +11,7 @@ from secure_fed.cli import main
 from secure_fed.clients.erasure import forget
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import compared_images, present_images, site_images
+from secure_fed.clients.patients import by_writing, similar
 from secure_fed.clients.reading import identity
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import ForgottenError, ManifestError, UnknownPatientError
@@ -115,7 +116,10 @@ def test_a_forgotten_patient_does_not_come_back_in_another_writing(federation, h
     for slice_ in range(2):
         picture(900 + slice_).save(folder / f"0-{slice_}.png")  # other files, so that the id alone can tell
     rows = (folder / "manifest.csv").read_text()
-    for writing in (PATIENT.upper(), PATIENT.replace("4711", "004711"), PATIENT.replace("-", "\u2013")):
+    for writing in (
+        *(PATIENT.upper(), PATIENT.replace("4711", "004711"), PATIENT.replace("-", "\u2013")),
+        *(PATIENT.replace("-", ""), PATIENT.replace("-", ".")),
+    ):
         (folder / "manifest.csv").write_text(rows.replace(PATIENT, writing))
         found, _ = compared_images(read_site_file(path), federation.agreed)
         assert len(found.images) == 14
@@ -286,6 +290,28 @@ def test_the_list_holds_hashes_under_a_key_of_its_own(tmp_path):
     contents = [Forgotten(path.parent)._content for path in texts]
     assert set(contents[0].patients).isdisjoint(contents[1].patients)
     assert second.patient(PATIENT)
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "also", "others"),
+    [
+        ("PAT-1", ["PAT1", "pat.01", "PAT_1"], ["PAT-11", "PAT-2"]),
+        ("PAT1", ["PAT-1", "PAT/1"], ["PAT-1-1"]),
+        ("12-34", ["1234", "12.34", "12/34"], ["1-234", "123-4", "12345", "1-2-3-4-5"]),
+        ("1234", ["12-34", "1-234"], ["1-235", "01-2345"]),
+        ("1-2", ["1.2"], ["12", "2-1"]),
+    ],
+)
+def test_the_list_knows_ids_by_what_separates_their_parts_as_doubts_do(tmp_path, forgotten, also, others):
+    listed = Forgotten(tmp_path)
+    listed.add(forgotten, [], in_any_writing=True)
+    assert [name for name in (*also, *others) if Forgotten(tmp_path).written_otherwise(name)] == also
+    for name in also:  # and so those who are asked about who is who
+        assert any({forgotten, name} <= set(group) for group in by_writing([forgotten, name]))
+        assert forgotten in similar(name, [forgotten])
+    exact = Forgotten(tmp_path / "image")
+    exact.add(forgotten, [])
+    assert not any(exact.written_otherwise(name) for name in also)
 
 
 def test_an_unknown_id_changes_nothing_and_similar_ones_are_shown(federation, hospital):

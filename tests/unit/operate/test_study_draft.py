@@ -257,6 +257,10 @@ def test_one_patient_in_two_writings_is_told_within_a_folder_and_across_them(own
     assert common.writings == [{"007": ["a"], "7": ["b"]}]
     assert "'007' at a, '7' at b" in "\n".join(common.words)
     assert one.unit == "image"
+    (tmp_path / "a" / "manifest.csv").write_text("path,label,patient\n0.png,dark,PAT-1\n1.png,dark,x\n")
+    (tmp_path / "b" / "manifest.csv").write_text("path,label,patient\n0.png,dark,pat1\n1.png,dark,PAT-11\n")
+    common, _ = compare([look_at(tmp_path / "a"), look_at(tmp_path / "b")])
+    assert common.writings == [{"PAT-1": ["a"], "pat1": ["b"]}]
 
 
 def test_a_folders_ids_that_may_be_one_patient_and_its_scouts_are_told(tmp_path: Path) -> None:
