@@ -43,6 +43,16 @@ SERIES_KEYS = ("Modality", "SeriesDescription", "SeriesInstanceUID", "SeriesNumb
 TIMEOUT = (10.0, 120.0)
 """Seconds to connect, and between two pieces of an answer."""
 
+MOST_FOUND = 2**27
+"""Bytes of the answer to one search."""
+
+MOST_BESIDE = 2**26
+"""Bytes that an image's file may have beside twice what its pixels were announced to take."""
+
+MOST_UNANNOUNCED = 2**31
+"""Bytes of the file of an image whose size the archive does not tell."""
+
+_PIECE = 2**20
 _ATTEMPTS = 3
 _BUSY = (429, 503, 504)
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -163,6 +173,7 @@ class Pacs:
         self._patience = patience
         self._proxy = None if proxy is None else without_password(proxy)
         self._more = False
+        self._most = MOST_FOUND
         try:
             self._client = DICOMwebClient(
                 self.url,
@@ -253,6 +264,7 @@ class Pacs:
     def _file(self, image: PacsImage) -> bytes:
         with self._asking(f"image {image.uid}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a file that comes without its envelope is one all the same
+            self._most = MOST_UNANNOUNCED if image.size is None else 2 * image.size + MOST_BESIDE
             try:
                 dataset = self._client.retrieve_instance(image.study, image.series, image.uid)
                 found = {key: in_one_form(str(dataset.get(key) or "")) for key in _IDENTITY}
@@ -286,6 +298,7 @@ class Pacs:
         results: dict[str, dict[str, Any]] = {}
         offset = 0
         self._more = False
+        self._most = MOST_FOUND
         while True:
             with self._asking(f"a search for {level}"):
                 try:
@@ -347,12 +360,32 @@ class Pacs:
             raise NotFetchedError(f"{kind or 'something unnamed'} came; expected DICOM: ask the archive's operators")
         if not image and status != 204 and kind not in ("application/dicom+json", "application/json"):
             raise PacsError(f"{self.url}: {kind or 'something unnamed'} came; expected DICOM JSON: {_ADDRESS}")
+        self._read(response, image)
         if image:
             boundary = re.search(r"boundary=\"?([^\";]+)", response.headers.get("Content-Type", ""))
             if boundary is not None and f"--{boundary[1].strip()}--".encode() not in response.content[-1000:]:
                 raise _BrokenOffError("the answer has no end")
         self._more |= response.headers.get("Warning", "").startswith("299")
         return response
+
+    def _read(self, response: requests.Response, image: bool) -> None:
+        """Take in an answer, unpacked, which may be no longer than was announced, whatever its headers say."""
+        pieces, size = [], 0
+        for piece in response.iter_content(_PIECE):
+            pieces.append(piece)
+            size += len(piece)
+            if size > self._most:
+                response.close()
+                if image:
+                    raise NotFetchedError(
+                        f"more than {self._most:,} bytes came, which is more than the search announced; expected a "
+                        "file of the size that Rows, Columns and NumberOfFrames say: ask the archive's operators"
+                    )
+                raise PacsError(
+                    f"{self.url}: the answer to a search has more than {self._most:,} bytes; expected fewer: narrow "
+                    "the query (StudyDate, Modality)"
+                )
+        response._content = b"".join(pieces)  # where requests itself keeps what it has read
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:

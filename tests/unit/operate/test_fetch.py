@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import ssl
@@ -473,6 +474,36 @@ def test_a_transfer_that_is_broken_off_once_is_tried_again(archive, tmp_path):
     run(archive, tmp_path / "data", "PatientID=P1").refuse_gaps()
     assert len(cut) == 2
     assert len(files(tmp_path / "data")) == 6
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_archive_that_sends_more_than_it_announced_is_stopped(archive, tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(dicomweb, "MOST_BESIDE", 20_000)
+    monkeypatch.setattr(dicomweb, "MOST_FOUND", 50_000)
+    headers, body = multipart(as_bytes(archive.datasets[0]))
+    body = body.replace(b"\r\n--xyz--", bytes(10_000_000) + b"\r\n--xyz--")
+    if packed:
+        headers, body = headers | {"Content-Encoding": "gzip"}, gzip.compress(body)
+        assert len(body) < 20_000
+    archive.answer = lambda path, number: (200, headers, body) if path.endswith("1.2.1.1.1") else None
+    done = run(archive, tmp_path / "mri", "StudyDate=20240101-20240131")
+    assert list(done.lost) == ["1.2.1.1.1"]
+    assert "more than 20,256 bytes came, which is more than the search announced" in done.lost["1.2.1.1.1"]
+    assert len(files(tmp_path / "mri")) == 8
+    with pytest.raises(PacsError, match="1 of 9 images did not come"):
+        done.refuse_gaps()
+    monkeypatch.setattr(dicomweb, "MOST_UNANNOUNCED", 30_000)
+    for dataset in archive.datasets:
+        del dataset.BitsAllocated
+    archive.answer = lambda path, number: (200, headers, body) if path.endswith("1.2.1.1.1") else None
+    done = run(archive, tmp_path / "unknown", "StudyDate=20240101")
+    assert "more than 30,000 bytes came" in done.lost["1.2.1.1.1"]
+    long = b"[" + b" " * 1_000_000 + b"]"
+    about = {"Content-Type": "application/dicom+json"} | ({"Content-Encoding": "gzip"} if packed else {})
+    archive.answer = lambda path, number: (200, about, gzip.compress(long) if packed else long)
+    with pytest.raises(PacsError, match=r"the answer to a search has more than 50,000 bytes; .* narrow the query"):
+        run(archive, tmp_path / "search", "StudyDate=20240101-20240131")
+    assert not (tmp_path / "search").exists()
 
 
 def test_an_archive_that_gives_no_image_at_all_is_not_asked_for_thousands(archive, tmp_path):
