@@ -13,7 +13,16 @@ from PIL import Image
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import ExplicitVRBigEndian
 
-from secure_fed.clients.dicom_elements import functional_group, number, numbers, places, stored_value, text, whole
+from secure_fed.clients.dicom_elements import (
+    functional_group,
+    number,
+    numbers,
+    places,
+    stored_value,
+    text,
+    texts,
+    whole,
+)
 from secure_fed.clients.rules import NOT_SQUARE, Facts, Picture, Rules, UndecodableError, are_square, brightness
 from secure_fed.protocol.study_tables import Window
 
@@ -82,6 +91,8 @@ class Display:
                 stored = np.rint(stored * (255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
             return Picture(Image.fromarray(stored), facts)
         notes += [f"{what} passed over" for keyword, what in _UNFOLLOWED.items() if keyword in dataset]
+        if "MOSAIC" in texts(dataset, "ImageType"):
+            notes.append("a mosaic of many slices (ImageType (0008,0008)), shown as it is stored")
         rescaled = self._rescaling(functional_group(dataset, index, *_RESCALE))
         padding = self._padding(stored)
         below = bool(rescaled(_extremes(dataset, stored.dtype)).min() < 0)

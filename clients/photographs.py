@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,8 @@ _DRAWN = "secfacmic"
 _BITS_PER_SAMPLE = 258
 _SAMPLE_FORMAT = 339
 _COLOUR_MAP = 320
+_DESCRIPTION = 270
+_DEPTH = 32997
 _BLOCK = 2**20
 """So many pixels at once, where more would take memory."""
 
@@ -56,9 +59,11 @@ class PhotographFile:
                 coloured = image.format == "JPEG2000" and image.mode != "L"
                 rules.refuse_size(*image.size, costly=coloured or image.format == "WEBP")
                 _refuse_deep(image, self._content)
-                frames = getattr(image, "n_frames", 1)
+                frames = _pictures(image)
                 if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews
                     raise UndecodableError(f"{frames} frames; expected one image a file, DICOM or NIfTI: split it")
+                if image.format == "PNG":
+                    _refuse_damaged(self._content)
                 _widen_palette(image)
                 image.load()
                 if image.format in ("BMP", "TIFF") and image.mode == "RGBA" and not image.getchannel("A").getbbox():
@@ -133,6 +138,34 @@ def _refuse_deep(image: Image.Image, content: bytes) -> None:
         raise _too_deep(f"{depth} bits a channel")
 
 
+def _pictures(image: Image.Image) -> int:
+    """How many pictures are in a file, also where a TIFF has them behind one another as if they were one."""
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        depth = tags.get(_DEPTH, 1)
+        if isinstance(depth, int) and depth > 1:
+            return depth
+        stack = re.match(r"ImageJ=.*?^images=(\d+)", str(tags.get(_DESCRIPTION, "")), re.DOTALL | re.MULTILINE)
+        if stack is not None and int(stack[1]) > 1:
+            return int(stack[1])
+    return int(getattr(image, "n_frames", 1))
+
+
+def _refuse_damaged(content: bytes) -> None:
+    """Refuse a PNG whose pixels are others than its writer's: Pillow does not look at their checksums."""
+    at = 8
+    while at + 12 <= len(content):
+        size = int.from_bytes(content[at : at + 4], "big")
+        end = at + 8 + size
+        found = zlib.crc32(memoryview(content)[at + 4 : end])
+        if content[at + 4 : at + 8] == b"IDAT" and content[end : end + 4] != found.to_bytes(4, "big"):
+            raise UndecodableError(
+                f"a PNG that is damaged at byte {at:,} (the checksum of its part IDAT does not fit); expected it as it "
+                "was written: copy it again"
+            )
+        at = end + 4
+
+
 def _widen_palette(image: Image.Image) -> None:
     """Take a TIFF's colours of 8 bits as that, as libtiff does; Pillow drops the lower 8 of 16."""
     if image.format == "TIFF" and image.mode == "P":
@@ -152,6 +185,8 @@ def _filled(image: Image.Image, rules: Rules) -> Image.Image:
     """The picture without transparency."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
         return image.convert("RGB") if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX") else image
+    if image.mode == "La":
+        image = image.convert("LA")
     whole = Image.new("RGB", image.size)
     step = max(1, _BLOCK // image.width)
     for top in range(0, image.height, step):  # in strips: all at once would take four times the picture's memory

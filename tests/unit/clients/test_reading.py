@@ -14,7 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 from openjpeg.utils import encode_buffer
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -644,6 +644,12 @@ def test_what_a_header_says_and_cannot_be_followed_is_told():
         ("a presentation table (2050,0010) passed over",),
         ("window of centre nan (0028,1050) passed over; expected a number and a width above 0",),
     ]
+
+
+def test_a_mosaic_of_slices_is_told():
+    mosaic = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"])
+    (notes,) = (see(open_file(as_bytes(mosaic)), Place(), Rules()).facts.notes,)
+    assert notes == ("a mosaic of many slices (ImageType (0008,0008)), shown as it is stored",)
 
 
 def test_an_element_of_no_known_kind_is_told_in_one_sentence():
@@ -1307,6 +1313,56 @@ def test_photographs_are_shown_as_viewers_do():
     transparent = Image.new("P", (2, 2), 1)
     transparent.putpalette([9, 9, 9, 200, 0, 0])
     assert not np.asarray(decode(saved(transparent, "PNG", transparency=1))).any()
+
+
+def test_a_png_whose_pixels_are_damaged_is_refused_though_they_can_be_unpacked():
+    """As half of a copy with its whole size is: what is not there yet is zeros."""
+    smooth = np.add.outer(np.arange(256), np.arange(256)) * 4 + np.random.default_rng(1).integers(0, 60, (256, 256))
+    content = saved(Image.fromarray((smooth.clip(0, 4095) // 16).astype(np.uint8)), "PNG")
+    assert decode(content).size == (256, 256)
+    start = content.index(b"IDAT")
+    for at in range(start + 100, len(content) - 16, (len(content) - start) // 40):
+        for damaged in (content[:at] + bytes(len(content) - at), content[:at] + b"\xff" + content[at + 1 :]):
+            with pytest.raises(UndecodableError, match=r"damaged at byte|broken image"):
+                decode(damaged)
+    unpacked = bytearray(zlib.decompress(content[start + 4 : -16]))
+    unpacked[5000] ^= 8
+    pixels = zlib.compress(bytes(unpacked))
+    checked = b"IDAT" + content[start + 4 : -16]
+    forged = content[: start - 4] + len(pixels).to_bytes(4, "big") + b"IDAT" + pixels
+    forged += zlib.crc32(checked).to_bytes(4, "big") + content[-12:]
+    with pytest.raises(UndecodableError, match=r"a PNG that is damaged at byte 33 \(the checksum of its part IDAT"):
+        decode(forged)
+
+
+def test_a_tiff_of_many_slices_that_calls_them_one_picture_is_refused():
+    pixels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for said, count in (
+        ({270: "ImageJ=1.54f\nimages=5\nslices=5\n"}, 5),
+        ({270: "ImageJ=1.54f\nunit=mm\nimages=1\n"}, 1),
+        ({270: "as of images=5"}, 1),
+        ({270: "ImageJ=1.54f\n"}, 1),
+        ({32997: 16}, 16),
+        ({32997: 1}, 1),
+    ):
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        for tag, value in said.items():
+            tags[tag] = value
+            tags.tagtype[tag] = 2 if isinstance(value, str) else 4
+        content = saved(pixels, "TIFF", tiffinfo=tags)
+        if count == 1:
+            assert decode(content).tobytes() == pixels.tobytes()
+        else:
+            with pytest.raises(UndecodableError, match=f"{count} frames; expected one image a file"):
+                decode(content)
+
+
+def test_grey_that_is_multiplied_by_its_alpha_is_shown_on_the_background():
+    content = bytearray(saved(Image.merge("LA", [Image.new("L", (8, 8), 60), Image.new("L", (8, 8), 128)]), "TIFF"))
+    at = content.index(struct.pack("<HHI", 338, 3, 1))
+    assert struct.unpack("<H", content[at + 8 : at + 10]) == (2,)
+    content[at + 8] = 1  # associated alpha
+    assert set(decode(bytes(content)).convert("L").tobytes()) <= {59, 60, 61}
 
 
 @pytest.mark.parametrize("factor", [1, 257])
