@@ -67,7 +67,13 @@ _SPLIT_FILLERS = frozenset(
 )
 _SPLIT_COLUMNS = re.compile(r"(is|in|for)?((train(ing)?|val(id|idation)?|test(ing)?|holdout|heldout)(set|ing)?)+")
 """Names of columns, letters alone, that say of each row whether it is in one split, by one of these words:"""
-_YES_OR_NO = frozenset({"0", "1", "2", "0.0", "1.0", "2.0", "true", "false", "yes", "no", "y", "n", "t", "f", "x"})
+_YES_OR_NO = frozenset(
+    {
+        *("0", "1", "2", "0.0", "1.0", "2.0", "true", "false", "yes", "no", "y", "n", "t", "f", "x", "-", "*"),
+        *("wahr", "falsch", "vrai", "faux", "verdadero", "falso", "vero", "ja", "nein", "nee", "j", "oui", "non", "si"),
+        *("s\u00ed", "s\u00ec", "s", "sim", "n\u00e3o", "nao", "tak", "nie", "\u2713", "\u2717", "\u2013"),
+    }
+)
 _FOLDS = re.compile(r"(cv|k)?folds?(id|no|nr|number)?")
 _SPLIT_OF: dict[str, Split] = {split: split for split in _SPLITS}
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
@@ -628,6 +634,13 @@ def _read_manifest(
     if free := [name for name in table.columns if name and name not in KNOWN_COLUMNS]:
         notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
+    if unit == "image" and "patient" in table.columns:
+        known = Counter(patient for row in table.rows if (patient := in_one_form(row.cells["patient"])))
+        if several := sum(count > 1 for count in known.values()):
+            notes.told.append(
+                f'{manifest}: column patient is passed over, as unit is "image": {several} patients have several '
+                "images, which may be in several splits"
+            )
     files = Files(manifest.parent, notes)
     masks = masks_of(manifest) if "mask" in table.columns else set()
     rows, faults = [], []

@@ -262,6 +262,9 @@ def test_so_is_a_column_that_says_yes_or_no_to_one_split(tmp_path, name):
         ("phase", ["Entrenamiento", "Prueba"]),
         ("train_test", ["1", "2"]),
         ("test", ["0", "2"]),
+        ("held_out", ["X", "-", "-"]),
+        ("Holdout", ["ja", "Nein"]),
+        ("test", ["", "\u2713"]),
     ],
 )
 def test_a_hospitals_own_split_column_is_refused_also_with_foreign_values(tmp_path, name, cells):
@@ -354,6 +357,22 @@ def test_masks_beside_their_images_are_left_out_and_counted(tmp_path, names, mas
     assert notes.left_out["mask"] == len(masks)
     assert len(notes.passed_over) == len(masks)
     assert not notes.told
+
+
+def test_patients_that_a_manifest_names_and_a_site_does_not_count_are_told(tmp_path):
+    rows = "path,label,patient\na.png,dark,p1\nb.png,light,p1\n"
+    for content, unit, count in (
+        (rows, "image", 1),
+        (rows, "patient", 0),
+        (rows.replace("b.png,light,p1", "b.png,light,p2"), "image", 0),
+        (rows.replace("p1", ""), "image", 0),
+    ):
+        notes = Notes()
+        found(tmp_path, content.encode(), unit, notes=notes)
+        told = [
+            line for line in notes.told if 'patient is passed over, as unit is "image": 1 patients have sev' in line
+        ]
+        assert len(told) == count, (content, unit)
 
 
 def test_what_lies_in_a_folder_of_masks_and_is_of_no_image_is_told(tmp_path):
@@ -731,7 +750,7 @@ def test_a_header_that_counts_more_frames_than_the_file_has_bytes_makes_no_rows_
 
 def test_scouts_screenshots_and_segmentations_are_left_out_by_rule_and_counted(tmp_path):
     series(tmp_path / "dark" / "scout", 2, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    series(tmp_path / "dark" / "seg", 1, Modality="SEG")
+    series(tmp_path / "dark" / "found", 1, Modality="SEG")
     series(tmp_path / "dark" / "ct", 3)
     assert len(names(tmp_path)[0]) == 6
     kept, left_out = names(tmp_path, leave_out=("scout", "no picture"))
