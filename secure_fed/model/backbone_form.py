@@ -32,9 +32,10 @@ from secure_fed.model.library import HUB, known_model, name_of, offline, open_cl
 from secure_fed.model.model_config import OURS, check_model_config
 from secure_fed.model.network import Form, under_transformers_names, which_fit, without_text
 from secure_fed.model.preparing import read_preprocessing, usual_preprocessing
-from secure_fed.model.pytorch_file import is_openais
 from secure_fed.model.text_model import TEXT, fetch_text, read_text_model
 from secure_fed.model.tokenizer import ClipTokens, FileTokens, Tokens, read_own_tokenizer, read_tokenizer
+from secure_fed.model.tokenizer_class import read_config
+from secure_fed.model.torchscript_file import is_openais
 from secure_fed.model.weights import SUFFIXES, adapter_alone, read_weights
 
 ENTRY = "backbone.json"
@@ -369,6 +370,12 @@ def _read_transformers(path: Path, model: str | None) -> Form:
     if tokens is None:
         raise _no_tokenizer(path, "its tokenizer")
     _refuse_tokens(path, tokens, config["text_cfg"]["vocab_size"])
+    if kind == "siglip" and "attention_mask" in (read_config(path).model_input_names or ["attention_mask"]):
+        raise BackboneError(  # a CLIP's texts are read at their end, before all that a mask would hide
+            f'{path}: tokenizer_config.json does not say model_input_names = ["input_ids"], so that transformers hides '
+            "what fills short texts up from the text tower, which SigLIP's makers let it read; expected that key, as "
+            "SigLIP's have it: write it in if the model was trained so; else it is not read"
+        )
     return Form(
         f"a folder in transformers' form, {kind}",
         _called(path, model, config),

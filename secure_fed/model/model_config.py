@@ -75,6 +75,11 @@ def check_model_config(config: Any, where: Path | str) -> dict[str, Any]:
     """
     checked(config, _models(), where)
     vision, text = config["vision_cfg"], config["text_cfg"]
+    size = vision.get("image_size")
+    if isinstance(size, list) and size[0] != size[1]:
+        raise BackboneError(
+            f"{where}: images of {size[0]} x {size[1]} pixels; expected a square: towers of another shape are not read"
+        )
     if "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int):
         width, head = vision.get("width") or 768, vision.get("head_width") or 64
         _refuse_heads(where, "vision_cfg", width, head, "a head's width of")
@@ -114,6 +119,7 @@ def _models() -> Any:
         "layers": Layers | Annotated[list[Layers], Field(min_length=4, max_length=4)],
         "head_width": Size,
         "patch_size": Size,
+        "attentional_pool": bool | Literal["parallel", "cascade"],
         "image_size": image | tuple[image, image],
         "patch_dropout": Annotated[float, Field(ge=0, lt=1)],
         "timm_model_name": Annotated[str, Field(pattern=r"^[\w.]+$")],

@@ -20,8 +20,8 @@ from secure_fed.model import transformers_form as theirs
 from secure_fed.model.checkpoint_parts import Tensors, quantised, type_of, without_prefix
 from secure_fed.model.library import offline, open_clip
 from secure_fed.model.model_config import OURS
-from secure_fed.model.pytorch_file import ARCHIVE_SIZES
 from secure_fed.model.tokenizer import Tokens
+from secure_fed.model.torchscript_file import ARCHIVE_SIZES
 from secure_fed.model.weights import read_weights
 
 

@@ -127,6 +127,11 @@ def read_preprocessing(config: Mapping[str, Any], given: Any, where: Path | str)
             )
         return dict(given)
     checked(given, _OpenClips, where)
+    if given.get("mean") == 0:
+        raise BackboneError(
+            f"{where}: mean is the number 0, which open_clip takes for none, and OpenAI's mean instead; expected three "
+            "numbers, [0.0, 0.0, 0.0] if that is meant"
+        )
     merged: dict[str, Any] = merge_preprocess_dict(asdict(PreprocessCfg()), dict(given))
     size = config["vision_cfg"].get("image_size") or 224
     merged["size"] = list(size) if isinstance(size, list | tuple) else [size, size]

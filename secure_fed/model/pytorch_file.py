@@ -1,7 +1,8 @@
-"""PyTorch's files, pickled or zipped, and OpenAI's TorchScript archives: tensors alone, and no code is run."""
+"""PyTorch's files, pickled or zipped, TorchScript's archives among them: tensors alone, and no code is run."""
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 import zipfile
@@ -17,33 +18,7 @@ from torch import Tensor
 from secure_fed.core.errors import BackboneError
 from secure_fed.model.checkpoint_parts import WRAPPERS, Tensors, quantised, tables_in, the_weights, type_of
 from secure_fed.model.given_files import OTHER_FORMATS, megabytes, other_format
-
-_MOST_CODE = 1 << 26
-"""Bytes of a file of code in a TorchScript archive; OpenAI's have less than a hundredth of them."""
-
-ARCHIVE_SIZES = ("input_resolution", "context_length", "vocab_size")
-"""What OpenAI's archives hold beside weights, and files that were made of them."""
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI publishes CLIP."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
-
-
-def is_openais(path: Path) -> bool:
-    """Whether a TorchScript archive is one of OpenAI's, which have QuickGELU and hold their sizes as tensors."""
-    if not is_archive(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            table = next((archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")), b"")
-    except (zipfile.BadZipFile, zlib.error, OSError):  # the load says how it is damaged
-        return False
-    return all(name.encode() in table for name in ARCHIVE_SIZES)
+from secure_fed.model.torchscript_file import ARCHIVE_SIZES, is_archive, read_archive
 
 
 def read_zip(path: Path, size: int, beside: list[str] | None) -> Tensors:
@@ -67,19 +42,15 @@ def read_zip(path: Path, size: int, beside: list[str] | None) -> Tensors:
     _refuse_flipped(path)
     if is_archive(path):
         try:
-            runs = _runs_code(path)
-            if runs is not None:
-                raise BackboneError(
-                    f"{path}: a TorchScript archive with code that runs when it is loaded ({runs}), so that it is not "
-                    "loaded; expected one of tensors alone, as OpenAI's are: save the model's state_dict()"
-                )
             with _in_our_words():
-                state = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+                state = read_archive(path)
         except BackboneError:
             raise
+        except pickle.UnpicklingError as error:
+            raise _holds_code(path, error) from error
         except Exception as error:  # damaged archives raise of every kind
             raise _unreadable(path, error) from error
-        return {name: value.clone() for name, value in state.items() if name not in ARCHIVE_SIZES}
+        return {name: _plain(path, name, state.pop(name)) for name in list(state) if name not in ARCHIVE_SIZES}
     if names and all(name.endswith(".npy") for name in names):
         raise other_format(path, OTHER_FORMATS[".npz"])
     if not any(name.endswith("data.pkl") for name in names):
@@ -114,17 +85,6 @@ def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
     return True
 
 
-def _runs_code(path: Path) -> str | None:
-    """Which file of a TorchScript archive has a method that its loader would call; all others run only when asked."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():  # each by itself: two may bear one name
-            if "/code/" not in entry.filename.lower():  # the loader finds them in either case
-                continue
-            if entry.file_size > _MOST_CODE or b"__setstate__" in archive.read(entry):
-                return entry.filename
-    return None
-
-
 def read_pickle(path: Path, mapped: bool, beside: list[str] | None) -> Tensors:
     """The model's tensors in what ``torch.save`` wrote.
 
@@ -136,7 +96,6 @@ def read_pickle(path: Path, mapped: bool, beside: list[str] | None) -> Tensors:
     Raises:
         BackboneError: it holds none, or more than tensors, or is damaged.
     """
-    import pickle
     import pickletools
 
     scalars = [

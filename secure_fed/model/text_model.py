@@ -73,6 +73,11 @@ def read_text_model(path: Path, text: Path | None, name: str, weights: Path, tol
                     f"{place}: of a quantised text model (quantization_config); expected that of the model before"
                 )
             checked(content, _TextModel, place)
+            if content.get("pad_token_id", 0) is None:
+                raise BackboneError(
+                    f"{place}: pad_token_id is null, so that nothing tells the text model what fills a short text up, "
+                    "and open_clip cannot use it either; expected the token that the model was trained with"
+                )
             return {key: value for key, value in content.items() if key != "auto_map"}
         if content and text is not None:
             raise BackboneError(

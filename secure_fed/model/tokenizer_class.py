@@ -65,6 +65,7 @@ class Config(Foreign):
     split_special_tokens: bool | None = None
     padding_side: str | None = None
     truncation_side: str | None = None
+    model_input_names: list[str] | None = None
     sp_model_kwargs: dict[str, Any] | None = None
     src_lang: str | None = None
     legacy_behaviour: bool | None = None

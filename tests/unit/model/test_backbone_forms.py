@@ -126,7 +126,7 @@ def siglip_folder(folder: Path, act: str = "gelu_pytorch_tanh") -> tuple[Any, An
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    tokenizer = SiglipTokenizer(str(folder / "spiece.model"), model_max_length=16)
+    tokenizer = SiglipTokenizer(str(folder / "spiece.model"), model_max_length=16, model_input_names=["input_ids"])
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = SiglipConfig(
@@ -172,6 +172,28 @@ def taken(path: Path, *options: Any) -> LoadedBackbone:
     loaded = load_backbone(backbone, None)
     assert loaded.id == added.id
     return loaded
+
+
+def test_a_siglip_whose_tokenizer_masks_is_refused_as_transformers_makes_other_features_of_texts(
+    tmp_path: Path, store: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    model, _, _ = siglip_folder(tmp_path / "siglip")
+    stated = json.loads((tmp_path / "siglip/tokenizer_config.json").read_text())
+    del stated["model_input_names"]  # as in a folder that was put together by hand
+    (tmp_path / "siglip/tokenizer_config.json").write_text(json.dumps(stated))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "siglip")
+    given = tokenizer(TEXTS[:3], padding="max_length", truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        masked, plain = (
+            model.get_text_features(**{key: given[key] for key in keys}).pooler_output
+            for keys in (list(given), ["input_ids"])
+        )
+    assert float((masked - plain).abs().max()) > 10 * TOLERANCE
+    with pytest.raises(BackboneError, match=r"expected that key.*write it in if the model was trained so"):
+        add(tmp_path / "siglip", None)
+    assert not list(store.glob("*"))
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -528,6 +550,19 @@ COCA: dict[str, Any] = {
     },
     "custom_text": True,
 }
+
+
+@pytest.mark.parametrize("kind", ["parallel", "cascade"])
+def test_attentional_pools_of_either_kind_are_open_clips_own(kind: str, tmp_path: Path) -> None:
+    config = OWN | {"embed_dim": 32, "vision_cfg": OWN["vision_cfg"] | COCA["vision_cfg"] | {"attentional_pool": kind}}
+    config["vision_cfg"]["output_tokens"] = False
+    configured(tmp_path / "pools", config)
+    network = open_clip.create_model(f"local-dir:{tmp_path / 'pools'}").eval()
+    loaded = add(tmp_path / "pools", None)[1]
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.stack([loaded.prepare(one) for one in pictures()]))
+        expected = network.encode_image(pixels, normalize=True)
+    np.testing.assert_allclose(loaded.encode_images(pictures()), expected.numpy(), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(

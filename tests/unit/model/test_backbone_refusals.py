@@ -28,7 +28,9 @@ from secure_fed.core.errors import BackboneError
 from secure_fed.model import backbone_form, backbone_store, library
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
+from secure_fed.model.library import known_model
 from secure_fed.model.loaded_backbone import LoadedBackbone
+from secure_fed.model.network import make_network
 from secure_fed.model.safetensors_file import write_weights
 from secure_fed.model.weights import read_weights
 from secure_fed.protocol.study_tables import Backbone
@@ -171,6 +173,11 @@ BAD: dict[str, tuple[str, Make, str]] = {
     ),
     "a special word": ("siglip", edit("tokenizer_config.json", pad_token="a"), "'a' is named among the special"),
     "not cut": ("clip", edit(PREPARE, do_center_crop=False), "keep their shape and are not cut"),
+    "a mask of what fills up": (
+        "siglip",
+        edit("tokenizer_config.json", model_input_names=["input_ids", "attention_mask"]),
+        r'does not say model_input_names = \["input_ids"\]',
+    ),
     "code that reads": ("clip", edit("tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"}), "never run"),
     "pad that is a number": ("clip", edit("tokenizer_config.json", pad_token=3), "pad_token"),
     "no vocabulary": ("clip", edit("tokenizer.json", model=None), "model"),
@@ -205,6 +212,14 @@ BAD: dict[str, tuple[str, Make, str]] = {
     "unknown preprocessing": ("bert", inside(OURS, "preprocess_cfg", blur=2), "blur: unknown key"),
     "a colour in words": ("bert", inside(OURS, "preprocess_cfg", fill_color="red"), "fill_color = 'red'"),
     "a deviation of zero": ("bert", inside(OURS, "preprocess_cfg", std=[0.0, 1, 1]), "std"),
+    "a mean of the number 0": ("bert", inside(OURS, "preprocess_cfg", mean=0.0), "mean is the number 0, which"),
+    "images that are no square": (
+        "bert",
+        inside(OURS, "model_cfg", "vision_cfg", image_size=[32, 64]),
+        "images of 32 x 64 pixels; expected a square",
+    ),
+    "a pool in words": ("bert", inside(OURS, "model_cfg", "vision_cfg", attentional_pool="x"), "attentional_pool"),
+    "a pad of null": ("bert", inside("text/config.json", pad_token_id=None), "pad_token_id is null, so that nothing"),
     "one token of context": ("bert", inside(OURS, "model_cfg", "text_cfg", context_length=1), "context_length = 1"),
     "tokens at random": (
         "bert",
@@ -441,26 +456,44 @@ class _RunsWhenLoaded(torch.nn.Module):
         return x + self.weight
 
 
+def _with_code(path: Path, old: str, new: str) -> None:
+    """Change the text of an archive's class."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for entry, content in entries.items():
+            changed = content.decode().replace(old, new).encode() if entry.filename.endswith(".py") else content
+            archive.writestr(entry.filename, changed)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shouted", [False, True])
-def test_an_archive_whose_code_runs_when_it_is_loaded_is_not_loaded(
-    shouted: bool, tmp_path: Path, store: Path, capfd: pytest.CaptureFixture[str]
+def test_no_code_of_an_archive_runs_whatever_torch_would_run_when_it_loads_it(
+    tmp_path: Path, store: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "made.pt"
+    path, written = tmp_path / "made.pt", tmp_path / "written"
     torch.jit.save(torch.jit.script(_RunsWhenLoaded()), path)
-    if shouted:
-        with zipfile.ZipFile(path) as archive:
-            entries = {entry: archive.read(entry) for entry in archive.infolist()}
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for entry, content in entries.items():
-                archive.writestr(entry.filename.replace("/code/", "/CODE/"), content)
     torch.jit.load(path)
     assert "ran" in capfd.readouterr().out
     for model in (None, "ViT-B-32-quickgelu"):
-        with pytest.raises(BackboneError, match="code that runs when it is loaded"):
+        with pytest.raises(BackboneError, match=r"says by code of its own what it holds, which is not run"):
             add(path, model)
     assert capfd.readouterr().out == ""
-    assert not store.exists()
+    network = make_network(known_model("random-small"), empty=False)
+    writes = f'torch.from_file("{written}", True, 64)'
+    for old, new in (
+        (": Tensor) ->", f": Tensor={writes}) ->"),
+        ("  training : bool", f"  evil : Final[Tensor] = {writes}\n  training : bool"),
+    ):
+        inputs = {"encode_image": torch.zeros(1, 3, 96, 96), "encode_text": torch.zeros(1, 77, dtype=torch.int64)}
+        torch.jit.save(torch.jit.trace_module(network, inputs, check_trace=False), path)
+        _with_code(path, old, new)
+        right = torch.jit.load(path).state_dict()
+        assert written.stat().st_size == 256
+        written.unlink()
+        found = read_weights(path)
+        assert found.keys() == right.keys()
+        assert all(torch.equal(found[name], right[name]) for name in right)
+        assert not written.exists()
 
 
 def test_what_lies_beside_a_prefixed_model_is_told(whole: Path, tmp_path: Path) -> None:
