@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,8 @@ def _unwrapped(name: str) -> str:
 
 
 def without_prefix(
-    tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], where: Path | str
-) -> tuple[Tensors, list[str]]:
+    tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], where: Path | str, rest: Collection[str] = ()
+) -> tuple[Tensors, list[str], str | None]:
     """The tensors under the names that their model has, whatever a training program put before them.
 
     Args:
@@ -131,9 +131,11 @@ def without_prefix(
         anchors: names of the model that show where it begins, and their shapes, so that a teacher of another size
             beside it is passed over; None where any shape will do.
         where: the file, for messages.
+        rest: all other names of the model, for one whose towers lie under prefixes of their own.
 
     Returns:
-        The model's tensors, and the names of what lies beside them, equal copies of them apart.
+        The model's tensors, the names of what lies beside them, equal copies of them apart, and where the rest of it
+        lay if that was elsewhere.
 
     Raises:
         BackboneError: the model is in it twice, or a part of it with other values beside the whole.
@@ -166,13 +168,14 @@ def without_prefix(
                 break
     counts = +fitting or counts  # where no shape fits, the load will say so
     if not counts:
-        return plain, []
+        return plain, [], None
     ((prefix, most), *others) = counts.most_common()
     if others and 2 * others[0][1] > most and _differ(plain, prefix, others[0][0]):
         raise _twice(where, "the model", prefix, others[0][0])
+    apart = _fetch_apart(plain, f"{prefix}." if prefix else "", anchors, rest)
     if not prefix:
         copies = _copies(plain)
-        return {name: value for name, value in plain.items() if name not in copies}, []
+        return {name: value for name, value in plain.items() if name not in copies}, [], apart
     model: Tensors = {name[len(prefix) + 1 :]: value for name, value in plain.items() if name.startswith(f"{prefix}.")}
     second: dict[str, list[tuple[Tensor, Tensor]]] = {}
     beside: list[str] = []
@@ -191,7 +194,28 @@ def without_prefix(
             value.ndim and not torch.equal(one, value) for one, value in pairs
         ):
             raise _twice(where, "a part of the model", prefix, other)
-    return model, beside
+    return model, beside, apart
+
+
+def _fetch_apart(tensors: Tensors, prefix: str, anchors: Collection[str], rest: Collection[str]) -> str | None:
+    """Put the rest of a model under its prefix where nothing but its scale is there, and each of it once elsewhere.
+
+    Returns:
+        The prefix under which it lay, unless that is open_clip's other one; None if nothing was moved.
+    """
+    lost = [name for name in rest if prefix + name not in tensors]
+    if not lost or set(rest) - set(lost) - {"logit_scale"}:
+        return None
+    own = {prefix + name for name in anchors}
+    others = [name for name in tensors if name not in own]
+    places = {name: [one for one in others if one == name or one.endswith(f".{name}")] for name in lost}
+    if any(len(found) != 1 for found in places.values()):
+        return None
+    for name, (found,) in places.items():
+        tensors[prefix + name] = tensors.pop(found)
+    longest = max(sorted(lost), key=len)
+    place = places[longest][0].removesuffix(longest)
+    return None if place == f"{prefix}text." else place
 
 
 def _twice(where: Path | str, what: str, prefix: str, other: str) -> BackboneError:

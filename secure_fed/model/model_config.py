@@ -75,6 +75,11 @@ def check_model_config(config: Any, where: Path | str) -> dict[str, Any]:
     """
     checked(config, _models(), where)
     vision, text = config["vision_cfg"], config["text_cfg"]
+    if isinstance(pool := vision.get("attentional_pool"), str):
+        raise BackboneError(
+            f"{where}: attentional_pool = {pool!r}, by which open_clip makes a table of features of an image, which no "
+            "text can be compared with; expected true or false: choose another model"
+        )
     size = vision.get("image_size")
     if isinstance(size, list) and size[0] != size[1]:
         raise BackboneError(

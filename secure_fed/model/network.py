@@ -6,7 +6,7 @@ import copy
 import json
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -345,11 +345,19 @@ def without_text(shapes: Mapping[str, Any]) -> str:
 
 
 def _the_model(
-    form: Form, tensors: Tensors, anchors: Mapping[str, tuple[int, ...] | None], elsewhere: list[str]
+    form: Form,
+    tensors: Tensors,
+    anchors: Mapping[str, tuple[int, ...] | None],
+    elsewhere: list[str],
+    rest: Collection[str] = (),
 ) -> Tensors:
     """The tensors under the model's prefix; what lies beside it is told, as it may have been trained with it."""
-    found, beside = without_prefix(tensors, anchors, form.weights)
+    found, beside, apart = without_prefix(tensors, anchors, form.weights, rest)
     beside += elsewhere
+    if apart is not None:
+        form.told.append(
+            f"that the two towers, which lie under two prefixes ({apart or 'none'} of the text's), are one model"
+        )
     if beside:
         form.told.append(
             f"that what lies beside the model, {len(beside)} tensors ({', '.join(beside[:3])}"
@@ -367,11 +375,11 @@ def _as_open_clip(
     from open_clip.model import convert_to_custom_text_state_dict
 
     anchors = {name: shape for name, shape in expected.items() if name.startswith("visual.")}
-    tensors = _the_model(form, tensors, anchors, elsewhere)
+    tensors = _the_model(form, tensors, anchors, elsewhere, expected.keys() - anchors.keys() - {"logit_bias"})
     tensors = convert_state_dict(network, tensors)
     if "positional_embedding" in tensors and not hasattr(network, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)
-    for name in ("attn_mask", *ARCHIVE_SIZES):
+    for name in ("attn_mask", *ARCHIVE_SIZES, *({"logit_bias"} - expected.keys())):  # a bias is of training alone
         tensors.pop(name, None)
     if "text.transformer.embeddings.position_ids" not in expected:
         tensors.pop("text.transformer.embeddings.position_ids", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -46,6 +47,11 @@ def read_zip(path: Path, size: int, beside: list[str] | None) -> Tensors:
                 state = read_archive(path)
         except BackboneError:
             raise
+        except OSError as error:
+            raise BackboneError(
+                f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({error.strerror or error}); expected room there "
+                "for a copy of it: make some, or name another folder by TMPDIR"
+            ) from error
         except pickle.UnpicklingError as error:
             raise _holds_code(path, error) from error
         except Exception as error:  # damaged archives raise of every kind

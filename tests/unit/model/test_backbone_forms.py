@@ -552,19 +552,6 @@ COCA: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["parallel", "cascade"])
-def test_attentional_pools_of_either_kind_are_open_clips_own(kind: str, tmp_path: Path) -> None:
-    config = OWN | {"embed_dim": 32, "vision_cfg": OWN["vision_cfg"] | COCA["vision_cfg"] | {"attentional_pool": kind}}
-    config["vision_cfg"]["output_tokens"] = False
-    configured(tmp_path / "pools", config)
-    network = open_clip.create_model(f"local-dir:{tmp_path / 'pools'}").eval()
-    loaded = add(tmp_path / "pools", None)[1]
-    with torch.inference_mode():
-        pixels = torch.from_numpy(np.stack([loaded.prepare(one) for one in pictures()]))
-        expected = network.encode_image(pixels, normalize=True)
-    np.testing.assert_allclose(loaded.encode_images(pictures()), expected.numpy(), atol=TOLERANCE)
-
-
 @pytest.mark.parametrize(
     ("config", "table", "change", "tower"),
     [
@@ -756,6 +743,33 @@ def test_the_same_values_have_one_digest_in_any_container(tmp_path: Path) -> Non
         torch.save(content, tmp_path / "clip/pytorch_model.bin")
         kept = load_backbone(Backbone(model="x", weights="file", file=str(tmp_path / "clip")), None)
         assert (kept.digest, kept.id) == (loaded.digest, loaded.id), name
+
+
+def test_a_text_tower_elsewhere_and_a_bias_of_training_are_no_other_model(tmp_path: Path) -> None:
+    make_random_checkpoint("random-small", 0, tmp_path / "small.safetensors")
+    state = safetensors.torch.load_file(tmp_path / "small.safetensors")
+    right = add(tmp_path / "small.safetensors", "random-small")[1]
+    texts = {name: value for name, value in state.items() if not name.startswith(("visual.", "logit_"))}
+    images = {name: value for name, value in state.items() if name not in texts}
+    forms: dict[str, dict[str, Any]] = {
+        "SigLIP's loss": state | {"logit_bias": torch.tensor(-10.0)},
+        "--force-custom-text": {
+            f"module.{name}": value for name, value in (images | {f"text.{n}": v for n, v in texts.items()}).items()
+        },
+        "two prefixes": {f"image_encoder.{name}": value for name, value in images.items()}
+        | {f"text_encoder.{name}": value for name, value in texts.items()},
+        "one prefix": images | {f"text_encoder.{name}": value for name, value in texts.items()},
+    }
+    for form, content in forms.items():
+        torch.save({"state_dict": content}, tmp_path / "made.ckpt")
+        made = add(tmp_path / "made.ckpt", "random-small")[1]
+        assert (made.digest, made.id) == (right.digest, right.id), form
+        told = ["that the two towers, which lie under two prefixes (text_encoder. of the text's), are one model"]
+        assert made.form.told == (told if "prefix" in form else []), form
+    several = forms["two prefixes"] | {f"teacher.{name}": value + 1 for name, value in texts.items()}
+    torch.save({"state_dict": several}, tmp_path / "several.ckpt")
+    with pytest.raises(BackboneError, match="tensors are missing"):
+        add(tmp_path / "several.ckpt", "random-small")
 
 
 def tower(width: int, inner: int, layers: int, heads: int, **more: int) -> dict[str, int]:

@@ -219,6 +219,11 @@ BAD: dict[str, tuple[str, Make, str]] = {
         "images of 32 x 64 pixels; expected a square",
     ),
     "a pool in words": ("bert", inside(OURS, "model_cfg", "vision_cfg", attentional_pool="x"), "attentional_pool"),
+    "two pools": (
+        "bert",
+        inside(OURS, "model_cfg", "vision_cfg", attentional_pool="cascade"),
+        "a table of features of an image",
+    ),
     "a pad of null": ("bert", inside("text/config.json", pad_token_id=None), "pad_token_id is null, so that nothing"),
     "one token of context": ("bert", inside(OURS, "model_cfg", "text_cfg", context_length=1), "context_length = 1"),
     "tokens at random": (
