@@ -49,8 +49,8 @@ def read_zip(path: Path, size: int, beside: list[str] | None) -> Tensors:
             raise
         except OSError as error:
             raise BackboneError(
-                f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({error.strerror or error}); expected room there "
-                "for a copy of it: make some, or name another folder by TMPDIR"
+                f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({error.strerror or error}); expected room "
+                "there for a copy of it: make some, or name another folder by TMPDIR"
             ) from error
         except pickle.UnpicklingError as error:
             raise _holds_code(path, error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import io
 import json
@@ -25,7 +26,7 @@ import torch
 from huggingface_hub import constants
 
 from secure_fed.core.errors import BackboneError
-from secure_fed.model import backbone_form, backbone_store, library
+from secure_fed.model import backbone_form, backbone_store, library, torchscript_file
 from secure_fed.model.backbone import load_backbone, make_random_checkpoint
 from secure_fed.model.backbone_fetch import add
 from secure_fed.model.library import known_model
@@ -499,6 +500,20 @@ def test_no_code_of_an_archive_runs_whatever_torch_would_run_when_it_loads_it(
         assert found.keys() == right.keys()
         assert all(torch.equal(found[name], right[name]) for name in right)
         assert not written.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_archive_for_whose_copy_there_is_no_room_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.jit.save(torch.jit.script(_RunsWhenLoaded()), tmp_path / "made.pt")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torchscript_file, "copyfileobj", full)
+    with pytest.raises(BackboneError, match=r"cannot be unpacked into .* \(No space left on device\).* TMPDIR"):
+        add(tmp_path / "made.pt", "ViT-B-32-quickgelu")
 
 
 def test_what_lies_beside_a_prefixed_model_is_told(whole: Path, tmp_path: Path) -> None:

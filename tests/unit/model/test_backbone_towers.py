@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import tokenizers
 import torch
 
+from secure_fed.core.errors import BackboneError
+from secure_fed.model import network
+from secure_fed.model.backbone import load_given
 from secure_fed.model.backbone_fetch import add
+from secure_fed.model.backbone_form import read_form
+from secure_fed.model.library import known_model, twin
+from secure_fed.model.model_config import check_model_config
 from secure_fed.model.network import make_network
 from tests.conftest import models_as_found
 from tests.unit.model.test_backbone import _Archive
@@ -137,9 +145,9 @@ def test_openais_archive_is_what_open_clip_loads_of_it(tmp_path: Path) -> None:
     (tmp_path / f"{name}.json").write_text(json.dumps(config))
     with models_as_found():
         open_clip.add_model_config(tmp_path / f"{name}.json")
-        network = make_network(config, empty=False)
-        scale_up(network)
-        half = {key: value.half() for key, value in network.state_dict().items()}
+        made = make_network(config, empty=False)
+        scale_up(made)
+        half = {key: value.half() for key, value in made.state_dict().items()}
         sizes = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
         path = tmp_path / "openai.pt"
         archive = _Archive(half | {key: torch.tensor(value) for key, value in sizes.items()})
@@ -154,3 +162,48 @@ def test_openais_archive_is_what_open_clip_loads_of_it(tmp_path: Path) -> None:
         loaded = taken(path, name)
         same(loaded, (pixels.numpy(), tokens.numpy(), images.numpy(), texts.numpy()))
         assert loaded.activation == "quickgelu"
+
+
+@pytest.mark.slow
+def test_each_model_that_open_clip_names_is_read_from_a_checkpoint_or_named_with_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.ones(2)}, path)
+    counts: Counter[str] = Counter()
+    for model in open_clip.list_models():
+        config = known_model(model)
+        check_model_config(config, model)
+        quick = twin(model) and ("quickgelu" if model.endswith("-quickgelu") else "gelu")
+        text, tokenizer = (config["text_cfg"].get(f"hf_{part}_name") for part in ("model", "tokenizer"))
+        lacks = f"the text tower of {model} is {text}" if text else f"its tokenizer, that of {tokenizer}, is not here"
+        if text or tokenizer:
+            with pytest.raises(BackboneError, match=rf"{lacks}.*hf download {text or tokenizer} "):
+                read_form(path, model, None, quick or None)
+        else:
+            assert read_form(path, model, None, quick or None).model == model
+        counts["text tower" if text else "tokenizer" if tokenizer else "nothing"] += 1
+        if not text:
+            assert network._shapes(config), model
+    assert counts["nothing"] > counts["tokenizer"] > counts["text tower"] > 0  # of 3.3.0: 97, 39, 10
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("convnext_tiny", "EVA02-B-16", "MobileCLIP2-S0", "MobileCLIP2-S2", "MobileCLIP-B", "MobileCLIP-S1"),
+        *("PE-Core-T-16-384", "RN50", "RN50-quickgelu", "ViT-B-32", "ViT-B-32-quickgelu", "ViT-M-32-alt", "ViT-S-16"),
+    ],
+)
+def test_a_model_by_its_name_has_open_clips_own_features_in_its_own_size(model: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = open_clip.create_model(model).eval()
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "x.pt")
+    quick = twin(model) and ("quickgelu" if model.endswith("-quickgelu") else "gelu")
+    loaded = load_given(tmp_path / "x.pt", model, quick or None, exact=True)[0]
+    pixels = torch.from_numpy(np.stack([loaded.prepare(one) for one in pictures()[:2]]))
+    with torch.inference_mode():
+        images = theirs.encode_image(pixels, normalize=True).numpy()
+        texts = theirs.encode_text(open_clip.tokenize(TEXTS, theirs.context_length), normalize=True).numpy()
+    np.testing.assert_allclose(loaded.encode_images(pictures()[:2]), images, atol=1e-6)
+    np.testing.assert_allclose(loaded.encode_texts(TEXTS), texts, atol=1e-6)
