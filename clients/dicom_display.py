@@ -91,6 +91,10 @@ class Display:
                 stored = np.rint(stored * (255 / (2**bits - 1))).clip(0, 255).astype(np.uint8)
             return Picture(Image.fromarray(stored), facts)
         notes += [f"{what} passed over" for keyword, what in _UNFOLLOWED.items() if keyword in dataset]
+        if text(dataset, "PresentationIntentType").upper() == "FOR PROCESSING":
+            notes.append(
+                "values as they were measured, not yet processed for the eye (PresentationIntentType (0008,0068))"
+            )
         if "MOSAIC" in texts(dataset, "ImageType"):
             notes.append("a mosaic of many slices (ImageType (0008,0008)), shown as it is stored")
         rescaled = self._rescaling(functional_group(dataset, index, *_RESCALE))

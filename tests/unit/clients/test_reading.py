@@ -18,6 +18,7 @@ from PIL import Image, TiffImagePlugin
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels.processing import apply_modality_lut
 from pydicom.sequence import Sequence
 
 from secure_fed.clients.decoding import decode, decode_all, identities
@@ -646,6 +647,15 @@ def test_what_a_header_says_and_cannot_be_followed_is_told():
     ]
 
 
+def test_what_the_maker_has_not_yet_processed_for_the_eye_is_told():
+    raw = dicom(RAMP, PresentationIntentType="FOR PROCESSING")
+    assert see(open_file(as_bytes(raw)), Place(), Rules()).facts.notes == (
+        "values as they were measured, not yet processed for the eye (PresentationIntentType (0008,0068))",
+    )
+    shown = dicom(RAMP, PresentationIntentType="FOR PRESENTATION")
+    assert see(open_file(as_bytes(shown)), Place(), Rules()).facts.notes == ()
+
+
 def test_a_mosaic_of_slices_is_told():
     mosaic = dicom(RAMP, ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"])
     (notes,) = (see(open_file(as_bytes(mosaic)), Place(), Rules()).facts.notes,)
@@ -758,6 +768,26 @@ def wavelets(values, bits, signed=False, **options):
     height, width = values.shape
     kind = "<i2" if signed else "<u2"
     return encode_buffer(values.astype(kind).tobytes(), width, height, 1, bits, signed, use_mct=False, **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("J2K_pixelrep_mismatch", "693_J2KI", "JPEG2000", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless"),
+        *("JPEGLSNearLossless_08", "JPEGLSNearLossless_16"),
+    ],
+)
+def test_files_that_pydicom_brings_are_shown_by_the_values_that_it_computes(name):
+    """The first, of a computed tomograph, has a sign that its codestream does not know."""
+    path = Path(pydicom.__file__).parent / "data" / "test_files" / f"{name}.dcm"
+    dataset = pydicom.dcmread(path)
+    values = apply_modality_lut(dataset.pixel_array, dataset).astype(float)
+    least, width = values.min(), np.ptp(values)
+    if "WindowWidth" in dataset:
+        width, centre = (np.ravel(dataset[name].value)[0] - 1 for name in ("WindowWidth", "WindowCenter"))
+        least = centre + 0.5 - width / 2
+    expected = 255 * ((values - least) / width).clip(0, 1)
+    assert np.abs(np.asarray(decode(path.read_bytes())).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("bits", "coded"), [(13, 13), (12, 13), (12, 16), (16, 16)])
