@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Never
 
-from secure_fed.clients.dicom_header import NOBODY, Owner, owner
+from secure_fed.clients.dicom_header import HEADER, NOBODY, Owner, is_dicom, owner
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.patients import SETTLED, some
 from secure_fed.clients.reading import IMAGE_ENDINGS, is_meant_as_image
@@ -122,7 +122,9 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
             masks |= masks_of(Path(parent, MANIFEST))
         beside = _masks_beside(names)
         if (apart := _images_apart(folder, Path(parent), stems)) is not None:
-            beside |= {name: of for name in names if (of := _of_masks_folder(name, apart))}
+            # A DICOM file says itself what it is, and scanners name series of images so (t1_fl2d_seg).
+            named = {name: of for name in names if (of := _of_masks_folder(name, apart))}
+            beside |= {name: of for name, of in named.items() if not _is_dicom(Path(parent, name))}
             if apart and (others := [name for name in names if _stem(name) and name not in beside]):
                 notes.told.append(
                     f"{said(parent)}: {len(others)} images in a folder that is named as one of masks, of no image "
@@ -235,6 +237,15 @@ def _of_masks_folder(name: str, images: Sequence[tuple[str, str]]) -> str:
     if match is not None and not match["of"]:
         return images[0][1] if images else ""
     return stem and (_named_after(stem, images) or (_named_after(match["of"], images) if match is not None else ""))
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether a file begins as DICOM does; not, if it cannot be read, which is told where it counts."""
+    try:
+        with path.open("rb") as stream:
+            return is_dicom(stream.read(HEADER))
+    except OSError:
+        return False
 
 
 def _stem(name: str) -> str:

@@ -350,7 +350,7 @@ def test_the_pictures_of_one_file_are_in_one_split(tmp_path):
 def test_masks_beside_their_images_are_left_out_and_counted(tmp_path, names, masks):
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(as_bytes(dicom(RAMP)))
+        (tmp_path / name).write_bytes(b"x" if "." in name else as_bytes(dicom(RAMP)))
     notes = Notes()
     found = {path.relative_to(tmp_path).as_posix() for path in image_files(tmp_path, notes)}
     assert found == {*names} - {*masks}
@@ -376,15 +376,20 @@ def test_patients_that_a_manifest_names_and_a_site_does_not_count_are_told(tmp_p
 
 
 def test_what_lies_in_a_folder_of_masks_and_is_of_no_image_is_told(tmp_path):
-    for name in ("images/a.png", "masks/a.png", "masks/b.png", "masks/c.txt"):
+    for name in ("images/a.png", "images/IM1.dcm", "masks/a.png", "masks/b.png", "masks/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "t1_fl2d_seg").mkdir()  # as scanners name what they took in segments
+    (tmp_path / "t1_fl2d_seg" / "IM1.dcm").write_bytes(as_bytes(dicom(RAMP)))
     (tmp_path / "images" / "round").symlink_to(tmp_path)
     notes = Notes()
-    assert {path.name for path in image_files(tmp_path, notes)} == {"a.png", "b.png"}
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in image_files(tmp_path, notes))
+    assert found == ["images/IM1.dcm", "images/a.png", "masks/b.png", "t1_fl2d_seg/IM1.dcm"]
+    assert notes.left_out == {"mask": 1}
     assert notes.told == [
-        f"{tmp_path}/masks: 1 images in a folder that is named as one of masks, of no image beside it, and are taken "
+        f"{tmp_path}/{name}: 1 images in a folder that is named as one of masks, of no image beside it, and are taken "
         "for images of their own"
+        for name in ("masks", "t1_fl2d_seg")
     ]
 
 
@@ -750,7 +755,7 @@ def test_a_header_that_counts_more_frames_than_the_file_has_bytes_makes_no_rows_
 
 def test_scouts_screenshots_and_segmentations_are_left_out_by_rule_and_counted(tmp_path):
     series(tmp_path / "dark" / "scout", 2, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    series(tmp_path / "dark" / "found", 1, Modality="SEG")
+    series(tmp_path / "dark" / "seg", 1, Modality="SEG")
     series(tmp_path / "dark" / "ct", 3)
     assert len(names(tmp_path)[0]) == 6
     kept, left_out = names(tmp_path, leave_out=("scout", "no picture"))
