@@ -32,10 +32,9 @@ UPLOADS, RECORDS = "/bytes/", "/records/"
 MAX_PART = 4 * 2**20
 """Most bytes of one part."""
 
-CHUNK, LEAST_CHUNK = 256 * 1024, 64 * 1024
-GIVEN = 16 * 2**20
-"""Bytes that are read of a record at a time, for each who takes it: fewer where all together would hold more than
-:data:`GIVEN`, since what a line does not take yet lies in memory, twice under TLS."""
+CHUNK = 32 * 1024
+"""Bytes that are read of a record at a time, for each who takes it: what a line does not take yet lies in memory, and
+OpenSSL's buffer of each connection stays as large as what was once written at a time. Larger ones cost as much time."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})?")
@@ -186,7 +185,6 @@ class ByteStore:
         self._run = run
         self._most = most
         self._open: dict[str, _Open] = {}
-        self._giving = 0
 
     def serves(self, method: str, path: str) -> bool:
         """Whether there may be something at a path."""
@@ -297,14 +295,6 @@ class ByteStore:
         os.replace(upload.path, upload.whole)
         return True
 
-    @contextlib.contextmanager
-    def _one_more(self) -> Iterator[None]:
-        self._giving += 1
-        try:
-            yield
-        finally:
-            self._giving -= 1
-
     async def _give(self, digest: str, asked: bytes, send: Send) -> None:
         path = self._outgoing.find(digest)
         try:
@@ -314,7 +304,7 @@ class ByteStore:
         if stream is None:
             await answer(send, 404)
             return
-        with stream, self._one_more():
+        with stream:
             size = os.fstat(stream.fileno()).st_size
             first, last, status = 0, size - 1, 200
             if asked:
@@ -336,7 +326,7 @@ class ByteStore:
             stream.seek(first)
             left = last - first + 1
             while left:
-                chunk = stream.read(min(CHUNK, max(LEAST_CHUNK, GIVEN // self._giving), left))
+                chunk = stream.read(min(CHUNK, left))
                 left -= len(chunk)
                 if not chunk:
                     return

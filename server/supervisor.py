@@ -100,10 +100,8 @@ def serve(
             "is agreed on by all sites and never changes"
         )
     _begin_if_asked(agreed, folders, key)
-    coordinator = folders.coordinator(agreed)
-    coordinator.hold_in_lobby(lobby)
-    store = ByteStore(*folders.bytes_of(coordinator.run), coordinator.run, lambda site: most_bytes(agreed, site))
-    keys = _flower_keys(coordinator.journal.chain.members)
+    run, keys = _hold(folders.coordinator(agreed), lobby)
+    store = ByteStore(*folders.bytes_of(run), run, lambda site: most_bytes(agreed, site))
     _room_for(agreed.study.max_sites)
     link = SuperLink(ServerState(folders.state).certificates, listen, keys, store)
     study = agreed.study
@@ -174,6 +172,12 @@ def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | Non
                 "or replace its key with: secfacmic keys rotate"
             )
     Coordinator.begin(agreed, folders.state, signing, key_id)
+
+
+def _hold(coordinator: Coordinator, lobby: bool) -> tuple[str, dict[str, str]]:
+    """Its run and its sites' keys. It is not kept here: it has a sum's memory, and another process has its own."""
+    coordinator.hold_in_lobby(lobby)
+    return coordinator.run, _flower_keys(coordinator.journal.chain.members)
 
 
 def _flower_keys(members: Mapping[str, Member]) -> dict[str, str]:
