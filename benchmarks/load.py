@@ -60,7 +60,7 @@ CONNECT_SECONDS = 0.02
 """Between two sites' first calls: all are of one address, of which the server takes 32 strangers at a time."""
 
 SETTLE_SECONDS, IDLE_SECONDS = 5.0, 30.0
-"""After all sites are connected: how long what they begin with may take, and how long their idle time is measured."""
+"""After all sites have said that they are there: how long until their idle time is measured, and how long it is."""
 
 
 class CannedSite:
@@ -239,7 +239,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
                 for name, pid in pids.items():
                     processor[name] = max(processor.get(name, 0.0), busy(pid))
                     memory[name] = max(memory.get(name, 0), peak(pid))
-                if not begun_ms and _connected(folder / "server" / "status.json") == sites:
+                if not begun_ms and _present(folder / "server" / "status.json") == sites:
                     time.sleep(SETTLE_SECONDS)
                     before = sum(busy(pids[name]) for name in ("superlink", "rounds"))
                     time.sleep(IDLE_SECONDS)
@@ -398,10 +398,10 @@ def measure_floor(
     return {"processor_seconds_per_site_and_round": used / len(names) / rounds, "seconds_a_round": seconds / rounds}
 
 
-def _connected(status: Path) -> int:
-    """How many sites the server says are connected."""
+def _present(status: Path) -> int:
+    """How many sites have said that they are there, after which they are asked nothing before the first round."""
     try:
-        return sum(site["connected"] for site in json.loads(status.read_text())["sites"].values())
+        return sum(site["presence"] is not None for site in json.loads(status.read_text())["sites"].values())
     except (OSError, ValueError, KeyError):
         return 0
 
