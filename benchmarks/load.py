@@ -246,7 +246,8 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
                     idle = (sum(busy(pids[name]) for name in ("superlink", "rounds")) - before) / IDLE_SECONDS
                     hold_run(agreed, folder / "server", paused=False)
                     begun_ms = time.time() * 1000
-                if len(list((folder / "server" / "runs").glob("*/journal/*.record"))) <= 2:  # in the first round
+                # The genesis alone: in the first round.
+                if len(list((folder / "server" / "runs").glob("*/journal/*.record"))) == 1:
                     started = sum(processor[name] for name in ("superlink", "rounds") if name in processor)
                 failed = [process for process in processes[1:] if process.poll()]
                 if failed:
