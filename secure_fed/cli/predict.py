@@ -69,12 +69,23 @@ def predict(
     unknown = sum(not image.patient for image in found.images)
     if unknown and unknown < len(found.images):
         console.print(f"{unknown} images are of nobody known, and in no patient's row", highlight=False, soft_wrap=True)
+    if document.get("never_predicted"):
+        names = ", ".join(document["never_predicted"])
+        console.print(
+            f"never predicted, for too few patients in the study's sum: {names}", highlight=False, soft_wrap=True
+        )
     if reports is not None:
         console.print(f"{dicom_sr}: {reports[0]} structured reports", highlight=False, soft_wrap=True)
         if reports[1]:
             console.print(
                 f"no report for {reports[1]} patients: none of their images is DICOM with identifiers and a standard "
                 "class, or their id is none that DICOM can have",
+                soft_wrap=True,
+            )
+        if reports[3]:
+            console.print(
+                f"no report for {reports[3]} patients: all of their images are strangers, of which nothing is claimed",
+                highlight=False,
                 soft_wrap=True,
             )
         if reports[2]:
@@ -114,11 +125,15 @@ def predict(
     if found.local:
         console.print(f"calibrated here: {found.local}", highlight=False, soft_wrap=True)
     if document["coverage"] is not None:
-        strangers = sum(image["stranger"] for image in document["images"])
+        flags = [image["stranger"] for image in document["images"]]
+        strangers = (
+            "no image can be told to be like none of them: they are too few, or lie too far apart"
+            if None in flags
+            else f"{sum(flags)} of {len(flags)} images are like none of them"
+        )
         console.print(
             f"sets hold the class of {100 * document['coverage']['promised']:g} % of patients like the "
-            f"{document['coverage']['calibration_patients']} calibration patients of the study; {strangers} of "
-            f"{len(document['images'])} images are like none of them",
+            f"{document['coverage']['calibration_patients']} calibration patients of the study; {strangers}",
             highlight=False,
             soft_wrap=True,
         )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.initial_state import InitialState
-from secure_fed.protocol.one_sum import Limits
+from secure_fed.protocol.one_sum import NO_LIMIT, Limits
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,18 @@ class Cases:
     Attributes:
         sets: bool [n, K]: the classes that are probable enough, the most probable one always among them. With the
             chance that the study promises, the true one is, for patients like those of the calibration.
-        strangers: bool [n]: whether a case lies farther from all class means than nearly all calibration patients.
+        strangers: bool [n]: whether a case lies farther from all class means than nearly all calibration patients;
+            None where these are too few to say, or lie too far for the histogram.
         patients: calibration patients that both rest on.
     """
 
     sets: NDArray[np.bool_]
-    strangers: NDArray[np.bool_]
+    strangers: NDArray[np.bool_] | None
     patients: float
+
+    def strange(self, place: int) -> bool | None:
+        """Whether a case is a stranger; None if nobody can say."""
+        return None if self.strangers is None else bool(self.strangers[place])
 
 
 def judge(initial: InitialState, parameters: Parameters, x: NDArray[np.float32]) -> Cases | None:
@@ -44,7 +49,8 @@ def judge(initial: InitialState, parameters: Parameters, x: NDArray[np.float32])
     logits = initial.logit_scale * (x.astype(np.float64) @ parameters["weight"].T + parameters["bias"])
     sets = log_odds(logits) >= limits.least
     sets[np.arange(len(x)), logits.argmax(axis=1)] = True
-    return Cases(sets, log_distances(initial, parameters, x) >= limits.farthest, limits.patients)
+    told = limits.farthest < NO_LIMIT
+    return Cases(sets, log_distances(initial, parameters, x) >= limits.farthest if told else None, limits.patients)
 
 
 def log_distances(initial: InitialState, parameters: Parameters, x: NDArray[np.float32]) -> NDArray[np.float64]:

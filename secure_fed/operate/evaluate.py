@@ -71,16 +71,16 @@ class Coverage:
     """What sets hold, of a head of one sum.
 
     Attributes:
-        promised: chance that a set holds the class, for patients like those of the study's validation.
+        promised: chance that a set holds the class, for patients like those of the study's calibration.
         found: share of these images whose set does.
         size: mean number of classes in a set.
-        strangers: share of these images that are like none of the validation.
+        strangers: share of these images that are like none of the calibration; None if nobody can say.
     """
 
     promised: float
     found: Share
     size: float
-    strangers: float
+    strangers: float | None
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,10 @@ def evaluate_folder(
             groups[value] = Scores(**metrics(p[chosen], y[chosen], own))
     coverage = None
     if said.cases is not None and sets is not None and held is not None:
-        strange = said.cases.strangers[known]
+        strange = None if said.cases.strangers is None else float(said.cases.strangers[known].mean())
         whole = _share(draws, held, np.ones(len(y), dtype=bool))
         promised = said.adapter.method.coverage
-        coverage = Coverage(promised, whole, float(sets.sum(axis=1).mean()), float(strange.mean()))
+        coverage = Coverage(promised, whole, float(sets.sum(axis=1).mean()), strange)
     return Evaluation(
         said=said,
         by_patient=by_patient,

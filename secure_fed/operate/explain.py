@@ -180,7 +180,7 @@ def explain(
     cases = []
     for place, image in enumerate(found.images):
         prepared = _prepared(backbone, image, found.rules)
-        strange = found.cases is not None and bool(found.cases.strangers[place])
+        strange = found.cases is not None and found.cases.strange(place) is True
         heat = None if strange else explainer.map(place, prepared, x[place])
         zero_shot, margin, concepts, rest = ({}, None, (), None) if strange else explainer.reasons(x[place])
         similar = () if neighbours is None or strange else neighbours.of(x[place])

@@ -27,7 +27,7 @@ from secure_fed.model.text_tower import TextTower
 from secure_fed.operate.summary import METHODS, StudySummary, read_summary
 from secure_fed.privacy.ledger import Ledger, opened
 from secure_fed.protocol.ledger_heads import NO_LEDGER
-from secure_fed.protocol.one_sum import Limits
+from secure_fed.protocol.one_sum import NO_LIMIT, Limits, never_predicted
 from secure_fed.protocol.records import Chain, Record
 from secure_fed.protocol.study import AgreedStudy, Study, load_study
 
@@ -320,15 +320,20 @@ single patients is not bounded; with one, it holds for the sites that make it.""
 
 def _claims_of_cases(file: AdapterFile) -> str:
     limits = Limits.of(file.initial.adapter)
-    unknown = [name for name, mean in zip(file.classes, file.initial.adapter["means"], strict=True) if not mean.any()]
+    unknown = never_predicted(file.initial.adapter, file.classes)
     left_out = f"Never predicted, for too few patients in the sum: {', '.join(unknown)}. " if unknown else ""
     if limits.patients == 0:
         return left_out + "Nothing is claimed of single cases: no histograms of patients are in the sum."
     return left_out + (
         "`secfacmic predict` gives each image a set of classes, which holds the true one of "
         f"{100 * file.method.coverage:g} % of patients like the {limits.patients:.0f} calibration patients of the "
-        "study, and flags images that lie farther from all class means than 95 % of those. Other patients may fare "
-        "worse: measure."
+        "study"
+        + (
+            ", and flags images that lie farther from all class means than 95 % of those"
+            if limits.farthest < NO_LIMIT
+            else "; it flags no image as a stranger, as these patients are too few, or lie too far apart, for that"
+        )
+        + ". Other patients may fare worse: measure."
     )
 
 

@@ -29,7 +29,7 @@ from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases, judge
 from secure_fed.model.device import Device
 from secure_fed.model.heat import Scale, Window, overlay
-from secure_fed.protocol import memory
+from secure_fed.protocol import memory, one_sum
 from secure_fed.protocol.study import load_study
 from secure_fed.protocol.study_tables import PatientRule
 
@@ -141,6 +141,7 @@ class Probabilities:
             "validation_images": own.images if own is not None and self.calibrated else 0,
             "local": self.local,
             "coverage": coverage,
+            "never_predicted": list(self.never_predicted),
             "images": [
                 {
                     "image": self.name(image),
@@ -154,7 +155,7 @@ class Probabilities:
             ],
             "per_patient": self.adapter.per_patient,
             "patients": [
-                {"patient": owner, "images": len(own)} | _said(classes, row)
+                {"patient": owner, "images": len(own)} | _said(classes, row) | {"strangers": self.strangers(own)}
                 for owner, (own, row) in self.patients().items()
             ],
             "unreadable": self.unreadable,
@@ -162,6 +163,19 @@ class Probabilities:
             "told": list(self.told),
             "doubts": [{"kind": one.kind, "ids": list(one.ids), "text": one.text} for one in self.doubts],
         }
+
+    @property
+    def never_predicted(self) -> tuple[str, ...]:
+        """Classes that a head of one sum leaves out."""
+        if not self.adapter.method.one_sum:
+            return ()
+        return one_sum.never_predicted(self.adapter.initial.adapter, self.adapter.classes)
+
+    def strangers(self, own: Sequence[int]) -> int | None:
+        """How many of some images are strangers; None if nobody can say."""
+        if self.cases is None or self.cases.strangers is None:
+            return None
+        return int(self.cases.strangers[list(own)].sum())
 
     def _scored(self, found: Anomalies) -> dict[str, Any]:
         """As :meth:`document`, of a memory: scores instead of probabilities."""
@@ -201,8 +215,9 @@ class Probabilities:
 
         Columns: ``image``, ``frame`` (empty for the middle or only one), ``axis``, ``patient``, ``images`` (how many a
         row is made of), ``prediction`` and, for each class, ``probability of CLASS``; of a head of one sum that has
-        limits also ``set``, classes with a semicolon between them, and ``stranger``, of images. Of a memory instead
-        ``score`` and ``flagged``, a patient's the largest.
+        limits also ``set``, classes with a semicolon between them, of images, and ``stranger``: ``yes`` or ``no``, of a
+        patient also ``some``; empty if nobody can say. Of a memory instead ``score`` and ``flagged``, a patient's the
+        largest.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -219,15 +234,14 @@ class Probabilities:
         head += [f"probability of {name}" for name in classes]
         writer.writerow(head + ["set", "stranger"] * (self.cases is not None))
         rows: list[tuple[Any, ...]] = [
-            (self.name(image), "" if image.frame is None else image.frame, image.axis, image.patient, 1, row)
-            for image, row in zip(self.images, self.probabilities, strict=True)
+            (self.name(image), "" if image.frame is None else image.frame, image.axis, image.patient, [place], row)
+            for place, (image, row) in enumerate(zip(self.images, self.probabilities, strict=True))
         ]
-        rows += [("", "", "", owner, len(own), row) for owner, (own, row) in self.patients().items()]
-        for place, (*about, row) in enumerate(rows):
-            more = [] if self.cases is None else ["", ""]
-            if self.cases is not None and place < len(self.images):
-                more = ["; ".join(self._set(place)), "yes" if self.cases.strangers[place] else "no"]
-            writer.writerow([*about, classes[int(row.argmax())], *(f"{value:.6f}" for value in row), *more])
+        rows += [("", "", "", owner, own, row) for owner, (own, row) in self.patients().items()]
+        for place, (*about, own, row) in enumerate(rows):
+            more = ["; ".join(self._set(place)) if place < len(self.images) else "", self._flag(own)]
+            cells = [*about, len(own), classes[int(row.argmax())], *(f"{value:.6f}" for value in row)]
+            writer.writerow(cells + more * (self.cases is not None))
         return text.getvalue()
 
     def _set(self, place: int) -> list[str]:
@@ -236,10 +250,16 @@ class Probabilities:
             return []
         return [name for name, within in zip(self.adapter.classes, self.cases.sets[place], strict=True) if within]
 
+    def _flag(self, own: Sequence[int]) -> str:
+        strange = self.strangers(own)
+        if strange is None:
+            return ""
+        return "no" if strange == 0 else "yes" if strange == len(own) else "some"
+
     def _of_case(self, place: int) -> dict[str, Any]:
         if self.cases is None:
             return {"set": None, "stranger": None}
-        return {"set": self._set(place), "stranger": bool(self.cases.strangers[place])}
+        return {"set": self._set(place), "stranger": self.cases.strange(place)}
 
 
 def of_patient(probabilities: NDArray[np.float64], rule: PatientRule) -> NDArray[np.float64]:
@@ -248,17 +268,19 @@ def of_patient(probabilities: NDArray[np.float64], rule: PatientRule) -> NDArray
     return np.asarray(row / row.sum())
 
 
-def write_reports(found: Probabilities, folder: Path) -> tuple[int, int, list[str]]:
+def write_reports(found: Probabilities, folder: Path) -> tuple[int, int, list[str], int]:
     """Write a DICOM structured report for each patient with DICOM images, ``UID.dcm``, readable by the owner alone.
 
-    None for an id that may stand for several persons: it would speak of one by the images of another.
+    None for an id that may stand for several persons: it would speak of one by the images of another. Nor of a patient
+    all of whose images are strangers: nothing is claimed of it.
 
     Args:
         found: what an adapter says.
         folder: made if it is not there.
 
     Returns:
-        How many reports were written, for how many patients there could be none, and the ids that are in doubt.
+        How many reports were written, for how many patients there could be none, the ids that are in doubt, and how
+        many patients are strangers.
 
     Raises:
         StorageError: they cannot be written.
@@ -271,20 +293,25 @@ def write_reports(found: Probabilities, folder: Path) -> tuple[int, int, list[st
             "prediction without --dicom-sr"
         )
     make_folder(folder, 0o700)
-    written = 0
+    written = unlike = 0
     patients = found.patients()
     many = {patient for doubt in found.doubts if doubt.kind in MANY_IN_ONE for patient in doubt.ids} & patients.keys()
     for patient, (own, row) in patients.items():
         if patient in many:
             continue
+        strange = found.strangers(own)
+        if strange == len(own):
+            unlike += 1
+            continue
         files = list(dict.fromkeys(found.images[index].path for index in own))
-        report = report_on(patient, files, row, found.adapter, found.calibrated)
+        warning = f"{strange} of {len(own)} images are like none of the study's" if strange else ""
+        report = report_on(patient, files, row, found.adapter, found.calibrated, warning)
         if report is not None:
             content = io.BytesIO()
             report.save_as(content)
             write_durable(folder / f"{report.SOPInstanceUID}.dcm", content.getvalue(), mode=0o600)
             written += 1
-    return written, len(patients) - len(many) - written, sorted(many)
+    return written, len(patients) - len(many) - unlike - written, sorted(many), unlike
 
 
 def predict_folder(

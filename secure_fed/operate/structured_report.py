@@ -49,7 +49,12 @@ _MEANING = 64  # characters of a code's meaning, at most
 
 
 def report_on(
-    patient: str, files: Sequence[Path], row: NDArray[np.float64], adapter: AdapterFile, calibrated: bool
+    patient: str,
+    files: Sequence[Path],
+    row: NDArray[np.float64],
+    adapter: AdapterFile,
+    calibrated: bool,
+    warning: str = "",
 ) -> Dataset | None:
     """The report of one patient's prediction; None if no file of it is DICOM that a report can point at, or the id is
     none that DICOM can have.
@@ -60,6 +65,7 @@ def report_on(
         row: [classes], the patient's probabilities.
         adapter: that said it.
         calibrated: whether a temperature was fitted.
+        warning: that the report carries; none if empty.
 
     Returns:
         Complete, neither final nor verified: a person has to look at it. It names all images, the class of the largest
@@ -78,6 +84,7 @@ def report_on(
             f"per patient: {adapter.per_patient}",
             "calibrated" if calibrated else "not calibrated",
             "for research, no medical device",
+            *([warning] if warning else []),
         ],
     )
     group = MeasurementsAndQualitativeEvaluations(

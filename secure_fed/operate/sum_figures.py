@@ -71,6 +71,6 @@ def _cases(agreed: AgreedStudy, sites: Sequence[Site]) -> CaseFigures | None:
             if np.any(labels == label)
         },
         set_size=float(found.sets.sum(axis=1).mean()),
-        strangers=float(found.strangers.mean()),
+        strangers=None if found.strangers is None else float(found.strangers.mean()),
         images=len(labels),
     )

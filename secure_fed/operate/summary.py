@@ -142,14 +142,14 @@ class CaseFigures(FileModel):
         coverage: share of images whose set holds their class.
         coverage_by_class: likewise of each class's images.
         set_size: mean number of classes in a set.
-        strangers: share of images that are flagged.
+        strangers: share of images that are flagged; None if no image can be.
         images: tested on.
     """
 
     coverage: Share
     coverage_by_class: dict[str, Share]
     set_size: Amount
-    strangers: Share
+    strangers: Share | None
     images: Count
 
 

@@ -13,7 +13,7 @@ sites get the same bits on any CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -526,6 +526,13 @@ class Limits:
 
 
 NO_LIMITS = Limits(-NO_LIMIT, NO_LIMIT, 0.0)
+
+
+def never_predicted(parameters: Parameters, classes: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes that an adapter's head leaves out, for too few patients in the sum; none while there is no head
+    and the prompts speak for all classes."""
+    known = np.any(parameters["means"] != 0, axis=1)
+    return tuple(name for name, there in zip(classes, known, strict=True) if not there) if known.any() else ()
 
 
 def limits_of(histogram: Histogram, coverage: float) -> Limits:

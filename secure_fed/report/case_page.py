@@ -52,8 +52,16 @@ def _claims(document: dict[str, Any]) -> list[str]:
         found.append(
             f"A set holds the class of {100 * document['coverage']['promised']:g} % of patients like the "
             f"{document['coverage']['calibration_patients']} calibration patients of the study, over all its hospitals "
-            "together; not of each kind of patient by itself."
+            "that count any (one with a privacy budget counts none) together; not of each kind of patient by itself."
         )
+        if any(image["stranger"] is None for image in document["images"]):
+            found.append(
+                "No image is told to be a stranger: the calibration patients are too few, or lie too far apart, to say "
+                "what is unlike them."
+            )
+    if document["never_predicted"]:
+        names = ", ".join(document["never_predicted"])
+        found.append(f"Never predicted, for too few patients in the study's sum: {names}.")
     return found
 
 

@@ -125,12 +125,16 @@ def _coverage(found: Evaluation) -> Section:
     assert coverage is not None, "asked for where there are sets alone"
     rows = [(Cell("all"), *_shared(coverage.found))]
     rows += [(Cell(each.name), *_shared(each.covered)) for each in found.classes]
+    strangers = (
+        "no image can be told to be a stranger"
+        if coverage.strangers is None
+        else f"{100 * coverage.strangers:.1f} % of the images are like none of these patients"
+    )
     return Section(
         "coverage",
         "Sets of classes",
-        f"Sets promise the class of {100 * coverage.promised:g} % of patients like the study's validation patients, "
-        f"and have {coverage.size:.2f} classes on average here; {100 * coverage.strangers:.1f} % of the images "
-        "are like none of these patients.",
+        f"Sets promise the class of {100 * coverage.promised:g} % of patients like the study's calibration patients, "
+        f"and have {coverage.size:.2f} classes on average here; {strangers}.",
         tables=(Table("Images whose set holds their class, %", ("class", "share", "low", "high"), tuple(rows)),),
     )
 

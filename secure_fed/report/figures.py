@@ -718,7 +718,7 @@ def _one_sum(analysis: Analysis) -> Section:
                     cell(100 * found.coverage),
                     Cell(f"{100 * found.coverage_by_class[worst]:.1f} ({worst})", 100 * found.coverage_by_class[worst]),
                     cell(found.set_size, "{:.2f}"),
-                    cell(100 * found.strangers),
+                    cell(None if found.strangers is None else 100 * found.strangers),
                     cell(found.images, "{:.0f}"),
                 )
             )

@@ -826,6 +826,8 @@ def test_an_image_like_none_is_told(study: Federation) -> None:
     whole = judge(study.agreed.initial, everything, noise)
     assert whole is not None
     assert whole.sets.all()
+    assert whole.strangers is None
+    assert whole.strange(0) is None
     assert judge(study.agreed.initial, site.parameters | {"limits": one_sum.NO_LIMITS.values()}, noise) is None
 
 

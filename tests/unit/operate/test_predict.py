@@ -31,12 +31,15 @@ from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter, save_calibration
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import LEAST, MOST, fit_temperature, tempered
+from secure_fed.model.cases import Cases
+from secure_fed.operate.explain import Explained
 from secure_fed.operate.export import export_run
-from secure_fed.operate.predict import of_patient, predict_folder
+from secure_fed.operate.predict import of_patient, predict_folder, write_reports
 from secure_fed.operate.site_results import write_results
 from secure_fed.operate.structured_report import report_on
 from secure_fed.protocol.study import AgreedStudy, load_study
 from secure_fed.protocol.study_tables import Method
+from secure_fed.report.case_page import case_page
 from tests.conftest import CLASSES, TRAINING, Federation, Run, make_template, run_round
 from tests.unit.clients.test_dicom import as_bytes, dicom
 
@@ -535,6 +538,37 @@ def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward
         pointed = {image.referenced_sop_instance_uid for image in group.source_images}
         assert pointed == {uid for uid, patient in sent.items() if patient == entry["patient"]}
     assert all(path.stat().st_mode & 0o077 == 0 for path in (run / "reports").iterdir())
+
+
+def test_a_report_warns_of_strangers_and_there_is_none_of_a_patient_who_is_one(run: Path, ward: Path) -> None:
+    said = predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
+    images = said.patients()["A-1"][0]
+    assert len(images) > 1
+    strangers = np.zeros(len(said.images), dtype=bool)
+    strangers[[images[0], *said.patients()["Müller"][0]]] = True
+    sets = np.ones_like(said.probabilities, dtype=bool)
+    found = replace(said, cases=Cases(sets, strangers, 20.0))
+    assert write_reports(found, run / "reports") == (1, 1, [], 1)
+    (report,) = map(srread, (run / "reports").iterdir())
+    assert report.PatientID == "A-1"
+    texts = [element.value for element in report.iterall() if element.keyword == "TextValue"]
+    assert f"1 of {len(images)} images are like none of the study's" in texts
+    flags = {row["patient"]: row["stranger"] for row in csv.DictReader(io.StringIO(found.csv())) if not row["image"]}
+    assert flags == {"A-1": "some", "Müller": "yes", "C-7": "no"}
+    counted = {entry["patient"]: entry["strangers"] for entry in found.document()["patients"]}
+    assert counted == {"A-1": 1, "Müller": len(said.patients()["Müller"][0]), "C-7": 0}
+
+
+def test_that_nobody_can_tell_strangers_is_no_word_that_there_are_none(run: Path, ward: Path) -> None:
+    said = predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
+    found = replace(said, cases=Cases(np.ones_like(said.probabilities, dtype=bool), None, 12.0))
+    document = found.document()
+    assert {entry["stranger"] for entry in document["images"]} == {None}
+    assert {entry["strangers"] for entry in document["patients"]} == {None}
+    assert {row["stranger"] for row in csv.DictReader(io.StringIO(found.csv()))} == {""}
+    assert write_reports(found, run / "reports")[3] == 0
+    page = case_page(Explained(found, "", ()))
+    assert "No image is told to be a stranger" in page
 
 
 def test_doubts_are_told_and_no_report_is_of_an_id_that_may_be_several_persons(

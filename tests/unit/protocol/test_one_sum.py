@@ -310,6 +310,13 @@ def test_a_head_is_solved_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> 
     assert one_sum.head_of(sums_of(*cases(8, 60, 5)), 0.01, 5) is first
 
 
+def test_a_head_says_which_classes_it_never_predicts_and_prompts_predict_all() -> None:
+    names = ("dark", "light", "striped")
+    head = {"means": np.array([[0.1, 0.0], [0.0, 0.0], [0.0, -0.2]])}
+    assert one_sum.never_predicted(head, names) == ("light",)
+    assert one_sum.never_predicted({"means": np.zeros((3, 2))}, names) == ()
+
+
 # --- histograms ---
 
 
