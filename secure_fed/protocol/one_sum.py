@@ -30,8 +30,6 @@ GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 BINS = 64
 """Of a histogram of scores or distances."""
-SCORE_STEP = 0.25
-"""Width of a bin of scores, which are log odds of a class; the first bin begins at -8, both end bins are open."""
 DISTANCE_STEP = 0.25
 """Width of a bin of distances, which are log2 of the squared Mahalanobis distance to the nearest class mean over k; the
 first begins at -6, both end bins are open."""
@@ -59,7 +57,21 @@ _NEARLY_ALL = 0.98
 """Share of the patients that a shrinkage must be judged by; more than the rounding of counts takes."""
 _TURNS = 60
 """Most turns for one eigenvalue; two do on average."""
-_SCORE_START, _DISTANCE_START = -8.0, -6.0
+_DISTANCE_START = -6.0
+
+
+def _edges() -> Floats:
+    """Of the bins of scores, [BINS + 1], which are log odds of a class: from 0 on each a tenth wider than the one
+    before, 48 of them below, down to -240, as a head of few patients is sure of much, and 16 above, up to 9."""
+    widths = [0.25]
+    while len(widths) < 48:
+        widths.append(1.1 * widths[-1])
+    sums = np.cumsum(widths)
+    return np.concatenate([-sums[::-1], [0.0], sums[: BINS - 48]])
+
+
+SCORE_EDGES = _edges()
+"""Both end bins are open."""
 
 
 # --- what travels ---
@@ -128,7 +140,7 @@ class Histogram:
 
 def score_bin(log_odds: Floats) -> NDArray[np.int64]:
     """The bins of log odds."""
-    return np.clip(np.floor((log_odds - _SCORE_START) / SCORE_STEP), 0, BINS - 1).astype(np.int64)
+    return np.clip(np.searchsorted(SCORE_EDGES, log_odds, side="right") - 1, 0, BINS - 1).astype(np.int64)
 
 
 def distance_bin(log_distance: Floats) -> NDArray[np.int64]:
@@ -539,8 +551,9 @@ def limits_of(histogram: Histogram, coverage: float) -> Limits:
     """Conformal limits: of n patients and a new one, the new one is covered with the study's chance.
 
     The score of a patient is the log odds of its true class. The limit is the score above which (n + 1) times the
-    coverage lie (Lei et al. 2018), those of a bin spread evenly over it; without that many there is none. Distances
-    likewise, from below, with :data:`FAMILIAR`, and up to the edge of a bin.
+    coverage lie (Lei et al. 2018), those of a bin spread evenly over it; without that many there is none. So it is
+    exact up to how the patients of one bin lie in it. Distances likewise, from below, with :data:`FAMILIAR`, and up to
+    the edge of a bin, which is exact.
     """
     patients = histogram.patients
     least, farthest = -NO_LIMIT, NO_LIMIT
@@ -552,7 +565,8 @@ def limits_of(histogram: Histogram, coverage: float) -> Limits:
         there, needed = float(own[place]), coverage * (patients + 1) - above
         if there >= needed:
             share = max(needed, 0.0) / there if there > 0 else 0.0
-            least = _SCORE_START + (place + 1 - share) * SCORE_STEP
+            low, high = SCORE_EDGES[place : place + 2].tolist()
+            least = high - share * (high - low)
             break
         above += there
     below = 0.0

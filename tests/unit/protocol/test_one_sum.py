@@ -366,19 +366,21 @@ def test_the_limit_covers_what_is_promised_of_what_it_was_made_of(seed: int, pat
     own = np.bincount(one_sum.score_bin(scores), minlength=one_sum.BINS).astype(float)
     limits = one_sum.limits_of(histogram(np.diag([float(patients), 0, 0]), own), coverage)
     if limits.least > -one_sum.NO_LIMIT:
-        lower, upper = (np.sum(scores >= limits.least + step * one_sum.SCORE_STEP) for step in (-1, 1))
+        place = int(np.searchsorted(one_sum.SCORE_EDGES, limits.least)) - 1
+        lower, upper = (np.sum(scores >= edge) for edge in one_sum.SCORE_EDGES[place : place + 2])
         assert lower >= coverage * (patients + 1)
-        assert upper <= coverage * (patients + 1) or limits.least >= 7.75
+        assert upper <= coverage * (patients + 1) or place == one_sum.BINS - 1
     else:
-        assert np.sum(scores >= -7.75) < coverage * (patients + 1)
+        assert np.sum(scores >= one_sum.SCORE_EDGES[1]) < coverage * (patients + 1)
     assert limits.patients == patients
 
 
-def test_a_new_patient_is_covered_as_promised() -> None:
+@pytest.mark.parametrize(("mean", "spread"), [(1, 3), (3, 12), (0, 60)])
+def test_a_new_patient_is_covered_as_promised_however_sure_the_head_is_of_itself(mean: float, spread: float) -> None:
     rng = np.random.default_rng(3)
     covered = []
     for _ in range(1000):
-        known, fresh = rng.normal(1, 3, 99), rng.normal(1, 3, 50)
+        known, fresh = rng.normal(mean, spread, 99), rng.normal(mean, spread, 50)
         own = np.bincount(one_sum.score_bin(known), minlength=one_sum.BINS).astype(float)
         least = one_sum.limits_of(histogram(np.diag([99.0, 0, 0]), own), 0.9).least
         covered.append(np.mean(fresh >= least))
