@@ -380,13 +380,8 @@ def _of_stored_bits(dataset: Any, found: NDArray[Any], coded: _Codestream) -> ND
         )
     if bits == allocated:
         return found
-    masked = np.asarray((found << (allocated - bits)) >> (allocated - bits))
-    if syntax in _WITHOUT_SIGN:
-        return masked
-    if syntax not in _LOSSLESS_WAVELETS + _LOSSY_WAVELETS or coded.bits <= bits:
+    if syntax not in _WITHOUT_SIGN and (syntax not in _LOSSLESS_WAVELETS + _LOSSY_WAVELETS or coded.bits <= bits):
         return found
-    if syntax in _LOSSLESS_WAVELETS and coded.bits == whole(dataset, "BitsAllocated") == allocated:
-        return masked
     most = 2**bits >> (found.dtype.kind == "i")
     if syntax in _LOSSY_WAVELETS:
         if not -most * 9 // 8 <= int(found.min()) <= int(found.max()) <= most * 9 // 8:
@@ -395,6 +390,9 @@ def _of_stored_bits(dataset: Any, found: NDArray[Any], coded: _Codestream) -> ND
                 f"{bits} bits (BitsStored (0028,0101)); expected as many as these hold: export it again"
             )
         return found
+    masked = _lowest(found, bits)
+    if syntax in _WITHOUT_SIGN or coded.bits == whole(dataset, "BitsAllocated") == allocated:
+        return masked
     # A codestream of fewer bits than are allocated says how many there are: the header may be wrong.
     if np.array_equal(masked, found):
         return found
@@ -410,6 +408,12 @@ def _of_stored_bits(dataset: Any, found: NDArray[Any], coded: _Codestream) -> ND
     )
 
 
+def _lowest(values: NDArray[Any], bits: int) -> NDArray[Any]:
+    """The lowest bits of values, the highest of them as a sign where values have one."""
+    above = 8 * values.dtype.itemsize - bits
+    return np.asarray((values << above) >> above)
+
+
 def _overlay_planes(dataset: Any) -> set[int]:
     """Places of the bits, from 0, in which a header says that overlays lie beside the values (60xx,0102)."""
     found = (dataset.get((group, 0x0102)) for group in range(0x6000, 0x6020, 2))
@@ -422,17 +426,17 @@ def _unwrapped(found: NDArray[Any], bits: int, coded: _Codestream) -> NDArray[An
     Raises:
         UndecodableError: they lie further beyond, or black and white may have become one another.
     """
-    near, allocated, edge = coded.near, 8 * found.dtype.itemsize, 2 ** (bits - 1)
+    near, edge = coded.near, 2 ** (bits - 1)
     if found.dtype.kind == "u":
         low, high, least, most = int(found.min()), int(found.max()), 0, 2**bits - 1
     else:
         # The encoder knows no sign: where it stands in the codestream's highest bit, or in the stored ones' alone.
-        values = np.asarray((found << (allocated - coded.bits)) >> (allocated - coded.bits))
+        values = _lowest(found, coded.bits)
         low, high, least, most = int(values.min()), int(values.max()), -edge, edge - 1
         if coded.bits > bits and low < 0:
             found = values
         else:
-            patterns = values.astype(np.int64) & (2**coded.bits - 1)
+            patterns = values.view(f"u{values.dtype.itemsize}") & (2**coded.bits - 1)
             if ((patterns >= edge - near) & (patterns < edge + near)).any():
                 raise UndecodableError(
                     f"DICOM of JPEG-LS that may have changed each value by {near}, with values within that of {most} "
@@ -441,7 +445,7 @@ def _unwrapped(found: NDArray[Any], bits: int, coded: _Codestream) -> NDArray[An
                 )
             low = high = 0
             if patterns.max() < 2**bits + near:
-                return np.asarray((found << (allocated - bits)) >> (allocated - bits))
+                return _lowest(found, bits)
             high = int(patterns.max())
     if not least - near <= low <= high <= most + near:
         raise UndecodableError(
