@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -331,7 +332,8 @@ class Learner:
         integers = self._train()
         made_at = np.frombuffer(bytes.fromhex(self.replica.asked_for), np.uint8)
         tensors: dict[str, NDArray[Any]] = {"integers": integers, "state": made_at, "marks": self._marks()}
-        write_durable(path, bytes(safetensors.numpy.save(tensors)), 0o600)
+        whole = np.frombuffer(_digest(tensors), np.uint8)
+        write_durable(path, bytes(safetensors.numpy.save({**tensors, "digest": whole})), 0o600)
         return integers, NO_LEDGER
 
     def _stored(self) -> NDArray[np.int64] | None:
@@ -464,11 +466,20 @@ class _Kept(NamedTuple):
     marks: list[bytes]
 
 
+def _digest(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """SHA-256 over names, types, shapes and bytes: a bit that a disk turns over changes an update, or whom it holds."""
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}\n".encode() + values.tobytes())
+    return digest.digest()
+
+
 def _made_at(path: Path) -> _Kept:
     try:
         kept = safetensors.numpy.load(path.read_bytes())
-        if "integers" not in kept:
-            raise safetensors.SafetensorError("no integers")
+        whole = kept.pop("digest", np.zeros(0, np.uint8)).tobytes()
+        if "integers" not in kept or whole != _digest(kept):
+            raise safetensors.SafetensorError("other values than were stored")
     except (safetensors.SafetensorError, ValueError) as error:
         log.error("%s: damaged, and of no more use (%s); look after this computer's disk", path, error)
         return _Kept("", np.zeros(0, np.int64), [])

@@ -259,12 +259,17 @@ class RunFiles:
         """
         write_bound(self.folder.bound, bound)
 
-    def erase_pads(self, due: RoundPosition) -> None:
+    def erase_pads(self, due: RoundPosition | None) -> None:
         """Forget, durably, the keys and masks of a round that is over: what was sent in it stays closed to who takes
-        this disk later."""
-        bound = self.bound
-        secret = bound.fresh is not None or bound.padded is not None
-        if secret and ((bound.round, bound.head) != (due.round, due.head) or bound.void):
+        this disk later.
+
+        Args:
+            due: where the open round stands; None in a run that another has followed, whose last round never closes.
+        """
+        bound = read_bound(self.folder.bound)
+        if bound is None or (bound.fresh is None and bound.padded is None):
+            return
+        if due is None or (bound.round, bound.head) != (due.round, due.head) or bound.void:
             self.bind(bound.model_copy(update={"fresh": None, "padded": None}))
 
     def erase_updates(self, round_number: int) -> None:
@@ -548,6 +553,7 @@ class Replica:
         self.heads.keep(heads)
         self.files.records.append(record)
         self._apply(record)
+        self.files.erase_pads(self.due)  # whatever stops this site next
         self.files.store(self.state)
         if record.header.kind in ("aggregate", "checkpoint"):
             self.files.erase_updates(record.header.round)
@@ -850,6 +856,10 @@ class Replica:
         self.state = self.files.load(self._agreed, records)
         for record in records[self.state.chain.length :]:
             self._apply(record)
+        self.files.erase_pads(self.due)
+        for folder in self._folder.begun_runs():
+            if folder.name != run:
+                RunFiles(SiteRun(folder)).erase_pads(None)
         self.files.store(self.state)
 
     # --- keys ---

@@ -155,8 +155,6 @@ class Site(Learner):
             self.replica.take(data)
         if self._agreed.study.method.one_sum and before == 0 < self.round:
             one_sum.tell(self._agreed, self.replica.state.tensors)
-        if self.run and self._agreed.study.pads:
-            self.replica.files.erase_pads(self.replica.due)  # whatever stops this site next
         if self._private is not None:
             self._private.drew = False
         frozen = self._snapshot
@@ -444,7 +442,7 @@ class Site(Learner):
                 f"of {self.rounds}, and only training sites give one up"
             )
         bound = self.replica.files.bound.at(due)
-        self.replica.files.bind(bound.model_copy(update={"void": True}))
+        self.replica.files.bind(bound.model_copy(update={"void": True, "fresh": None, "padded": None}))
         return bound.may_have_revealed
 
     def _give_back(self, last: LastSum) -> bool:

@@ -16,6 +16,9 @@ from secure_fed.core.errors import OutputError, StorageError
 LOCK = "lock"
 """Name of the file by which a process holds a folder."""
 
+_UNFINISHED = ".part"
+"""How the names end of files that are being written; they begin with a dot."""
+
 
 def make_folder(path: Path, mode: int = 0o755) -> None:
     """Make a folder and its parents, none open to more people than the folder it is in.
@@ -137,7 +140,7 @@ def _whole(path: Path, mode: int, *, synced: bool) -> Iterator[IO[bytes]]:
             with path.open("wb") as stream:
                 yield stream
             return
-        descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.absolute().parent)
         with os.fdopen(descriptor, "wb") as stream:
             os.fchmod(stream.fileno(), _within(path.absolute().parent, mode))
             yield stream
@@ -157,6 +160,28 @@ def _whole(path: Path, mode: int, *, synced: bool) -> Iterator[IO[bytes]]:
             f"{path}: not written ({error.strerror}); expected a writable place with room for it: free space or choose "
             "another place; what was there before is unchanged"
         ) from error
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What processes that were killed while they wrote have left in a folder and all folders in it: it may hold what
+    was to be erased later under its name. To who does not hold the folder, also what is being written."""
+    return sorted(folder.rglob(f".*{_UNFINISHED}"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove it; only for who holds the folder.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    for path in unfinished(folder):
+        try:
+            path.unlink()
+            sync_folder(path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{path}: left by a write that was cut short, and cannot be removed ({error.strerror}); remove it"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from secure_fed.clients.given_sums import GIVEN
 from secure_fed.core.errors import StudyClosedError, StudyError
 from secure_fed.core.layout import SEALED, RunState, ServerRun, ServerState, SiteRun, SiteState, StateFolder
-from secure_fed.core.storage import exclusive, sync_folder, write_durable
+from secure_fed.core.storage import exclusive, sync_folder, unfinished, write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.signing import Count
@@ -90,6 +90,9 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
             "sealed keys": _erase(folder.keys.glob(SEALED)),
             "integers and envelopes in the outbox": _erase(
                 path for run in folder.run_folders() for path in SiteRun(run).outbox.glob("*")
+            ),
+            "keys and masks of rounds, and words in them": _erase(
+                [*(SiteRun(run).bound for run in folder.run_folders()), *unfinished(folder.runs)]
             ),
             "snapshots of the data of its runs": _erase(
                 path for run in folder.run_folders() if (path := SiteRun(run).snapshot).exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from secure_fed.core.errors import StorageError
 from secure_fed.core.layout import StateFolder
 from secure_fed.core.status import StatusFile, keep_log
-from secure_fed.core.storage import exclusive
+from secure_fed.core.storage import exclusive, remove_unfinished
 from secure_fed.operate.closing import refuse_closed
 
 
@@ -38,6 +38,7 @@ def running(state: Path, role: str) -> Iterator[StatusFile]:
         )
     with exclusive(StateFolder(state).path):
         refuse_closed(state)
+        remove_unfinished(StateFolder(state).runs)
         status = StatusFile(state)
         keep_log(state, role, status)
         yield status

@@ -29,6 +29,7 @@ from secure_fed.core.errors import (
     AdapterMismatchError,
     AggregateRefused,
     EnvelopeError,
+    NotAcceptedError,
     ProtocolError,
     RecordError,
     StorageError,
@@ -624,7 +625,18 @@ def test_a_site_whose_own_envelope_is_damaged_signs_no_check_of_it_and_others_sp
     bring_up(coordinator, sites)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: data[:9] + b"}" + data[10:]])
+def turned_over(data: bytes) -> bytes:
+    """Stored integers of which one is another, within the bounds."""
+    tensors = safetensors.numpy.load(data)
+    tensors["integers"][5] ^= 8
+    return bytes(safetensors.numpy.save(tensors))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: data[:-9], lambda data: data[:9] + b"}" + data[10:], turned_over],
+    ids=["empty", "cut", "header", "one bit of a value"],
+)
 def test_integers_that_are_damaged_are_made_again_while_nobody_was_given_them_and_not_after(
     padded: Make, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1108,6 +1120,65 @@ def test_keys_and_masks_go_with_the_record_also_where_a_site_stops_over_anothers
     assert (kept.padded, kept.fresh) == (None, None)
 
 
+def test_keys_and_masks_go_with_the_record_also_where_the_one_after_it_stops_the_site(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    reveal(coordinator, sites)
+    coordinator.advance()
+    coordinator.journal.append_extension(9)
+    with pytest.raises(NotAcceptedError):
+        exchange(coordinator, sites[0])
+    assert sites[0].round == 1
+    kept = sites[0].replica.files.bound
+    assert (kept.padded, kept.fresh) == (None, None)
+
+
+def test_keys_and_masks_go_when_a_site_starts_that_was_killed_between_its_record_and_their_end(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    reveal(coordinator, sites)
+    coordinator.advance()
+    with mock.patch.object(RunFiles, "erase_pads", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        exchange(coordinator, sites[0])
+    assert sites[0].replica.files.bound.padded is not None
+    again = federation.site("ash")
+    assert again.round == 1
+    kept = again.replica.files.bound
+    assert (kept.padded, kept.fresh) == (None, None)
+
+
+def test_keys_and_masks_of_a_run_that_was_left_in_a_round_go_when_another_begins(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    up_to(federation.begin(sites), sites, Step.REVEAL)
+    bound = [site.replica.files.bound for site in sites]
+    secrets = [text for one in bound if one.padded for text in (one.padded.private, one.padded.seed)]
+    coordinator = federation.begin(sites)
+    pass_step(coordinator, sites)
+    state = everything_in(federation.folder / "sites")
+    assert len(secrets) == 8
+    assert not any(text.encode() in state for text in secrets)
+
+
+def test_keys_and_masks_go_when_a_study_is_closed_in_a_round(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    padded_now = sites[0].replica.files.bound.padded
+    assert padded_now is not None
+    folder = sites[0].replica.files.folder
+    left = folder.bound.with_name(".bound.json.x1.part")  # of a process that was killed while it wrote
+    left.write_bytes(folder.bound.read_bytes())
+    ash = federation.folder / "sites/ash"
+    close_site(ash / "state", ash / "identity", federation.agreed, abandon=True, destroy_identity=False)
+    state = everything_in(ash)
+    assert padded_now.private.encode() not in state
+    assert padded_now.seed.encode() not in state
+
+
 def test_keys_and_masks_go_once_a_sites_people_give_the_round_up_and_not_only_with_the_void(padded: Make) -> None:
     federation = padded(3)
     sites = federation.sites()
@@ -1115,9 +1186,9 @@ def test_keys_and_masks_go_once_a_sites_people_give_the_round_up_and_not_only_wi
     up_to(coordinator, sites, Step.REVEAL)
     assert sites[0].replica.files.bound.padded is not None
     sites[0].void(1)
-    assert exchange(coordinator, sites[0]).code == ReplyCode.VOID
     kept = sites[0].replica.files.bound
     assert (kept.padded, kept.fresh) == (None, None)
+    assert exchange(coordinator, sites[0]).code == ReplyCode.VOID
 
 
 @pytest.mark.parametrize("colluders", [("ash",), ("ash", "dogwood")])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,33 @@ def test_a_state_folder_has_one_process_and_keeps_what_it_says(tmp_path: Path) -
     assert not is_running(tmp_path)
     assert "the disk is old" in (tmp_path / "log" / "server.jsonl").read_text()
     assert StatusFile(tmp_path).read()["last_error"]["text"] == "the disk is old"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from secure_fed.core.storage import durable
+with durable(Path(sys.argv[1])) as stream:
+    stream.write(b"a key that is to be erased later")
+    stream.flush()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_process_had_begun_to_write_is_gone_when_the_next_one_starts(tmp_path: Path) -> None:
+    run = tmp_path / "runs/abc"
+    run.mkdir(parents=True)
+    written = run / "bound.json"
+    written.write_bytes(b"before")
+    (run / ".nfs-of-somebody").write_bytes(b"else")
+    assert subprocess.run([sys.executable, "-P", "-c", KILLED, str(written)], check=False).returncode == -9
+    assert any(b"to be erased" in path.read_bytes() for path in run.iterdir())
+    with running(tmp_path, "site"):
+        pass
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == {
+        "bound.json": b"before",
+        ".nfs-of-somebody": b"else",
+    }
 
 
 def test_a_server_whose_folder_is_not_there_says_what_makes_it(tmp_path: Path) -> None:
