@@ -1,4 +1,5 @@
-"""What pads cost a site: seconds of one thread for keys, pads and mask, shares, and for taking all masks off a sum.
+"""What pads cost a site: seconds of one thread for keys, pads and mask, shares, and for taking all masks off a sum;
+and bytes of a record for each contributor.
 
 ``python benchmarks/pads.py`` prints a row for each number of sites, over 525,312 values.
 """
@@ -7,15 +8,18 @@ from __future__ import annotations
 
 import json
 import time
-from secrets import token_bytes
+from secrets import token_bytes, token_hex
 
 import numpy as np
 
-from secure_fed.protocol.envelope import RoundPosition
+from secure_fed.protocol.envelope import EnvelopeHeader, Hidden, RoundPosition
 from secure_fed.protocol.packing import lane_parameters
 from secure_fed.protocol.pads import PadPlace, SitePads, check_fresh_key, new_private, public_of, without_masks
 from secure_fed.protocol.quorum import quorum
-from secure_fed.protocol.share_frames import Dealt, deal, hand_out, open_handed, take_handed
+from secure_fed.protocol.records import RecordHeader
+from secure_fed.protocol.round_frames import Revealed, SignedWord
+from secure_fed.protocol.share_frames import Dealt, Witnessed, deal, hand_out, open_handed, take_handed
+from secure_fed.protocol.signing import encode_header
 
 VALUES = 525_312
 SIZES = ((4, 9, 4), (16, 9, 3), (64, 16, 2), (256, 12, 2))
@@ -48,7 +52,32 @@ def measure(count: int, bits: int, lanes: int) -> dict[str, float]:
     marks.append(time.process_time())
     steps = ("keys", "pads", "proof", "shares", "opening_shares", "masks_off")
     seconds = {step: after - before for step, before, after in zip(steps, marks, marks[1:], strict=False)}
-    return {"sites": count, "bits": bits, "lanes": lanes, "handed_bytes": handed, **seconds}
+    before, none, one = (record_bytes(names, needed, pads, gone) for pads, gone in ((False, 0), (True, 0), (True, 1)))
+    sizes = {"record_bytes": (none - before) / count, "record_bytes_gone": (one - none) / count}
+    return {"sites": count, "bits": bits, "lanes": lanes, "handed_bytes": handed, **sizes, **seconds}
+
+
+def record_bytes(names: list[str], needed: int, pads: bool, gone: int) -> int:
+    """A record's header: with pads, REVEALs and the words for some that are gone, or without any of these."""
+    position = {name: token_hex(32) for name in ("study", "run", "head", "key", "payload")} | {"size": 0, "version": 2}
+    contributors = []
+    for name in names:
+        hidden = Hidden(token_hex(32), token_hex(32)) if pads else None
+        envelope = EnvelopeHeader(
+            **position, amendment=0, round=1, attempt=1, cohort=token_hex(32), site=name, values=VALUES,
+            seed=token_hex(32), ledger_seq=0, ledger_head="0" * 64, ledger_links=(), hidden=hidden,
+        )  # fmt: skip
+        contributors.append(SignedWord.of(encode_header(envelope), token_bytes(64)))
+    revealed = len(names) - gone if pads else 0
+    words = tuple((name, token_hex(64)) for name in names[:needed])
+    header = RecordHeader(
+        **{name: value for name, value in position.items() if name != "head"},
+        kind="aggregate", seq=1, previous=token_hex(32), round=1, contributors=tuple(contributors), opened_ms=0,
+        closed_ms=0, reveals=tuple(Revealed(token_hex(8), token_hex(8), token_hex(64)) for _ in range(revealed)),
+        masks=tuple(token_hex(32) for _ in names if pads),
+        witnessed=tuple(Witnessed(name, token_hex(8), token_hex(8), words) for name in names[len(names) - gone :]),
+    )  # fmt: skip
+    return len(encode_header(header))
 
 
 def _handed(

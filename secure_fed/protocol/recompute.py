@@ -119,10 +119,10 @@ def recompute(run: RunFolder, agreed: AgreedStudy, store: Payloads, first: int =
             if payload is None:
                 missing.append(header.site)
                 continue
-            if sums.check_words(record.arrived, payload) != checks[header.site]:
-                odd.append(header.site)
             try:
                 total = sums.add(total, payload)
+                if sums.check_words(record.arrived, payload) != checks[header.site]:
+                    odd.append(header.site)
             except EnvelopeError as error:
                 raise RecordError(
                     f"record {record.header.seq}: the envelope of {header.site} is in the sum, but {error}; "

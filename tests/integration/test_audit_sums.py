@@ -33,7 +33,7 @@ from secure_fed.operate.audit_sums import audit_sums, refuse_unshown
 from secure_fed.protocol.journal import find_runs
 from secure_fed.protocol.recompute import recompute
 from secure_fed.protocol.residues import unpack_residues
-from secure_fed.protocol.round_frames import sign_reveal
+from secure_fed.protocol.round_frames import SignedWord, sign_reveal
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.coordinator import Step
 from secure_fed.server.flower_link import SuperLink
@@ -135,6 +135,18 @@ def test_a_server_that_shows_other_bytes_than_were_signed_is_reported(played: Pl
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
     with pytest.raises(NotShownError, match="in round 4"):
         played.audit("cedar")
+
+
+def test_an_envelope_in_a_sum_that_no_server_may_take_is_told_as_the_servers_doing(four_rounds: Path) -> None:
+    class Beyond:
+        """Envelopes whose sites signed residues that are not below Q."""
+
+        def payload(self, contribution: SignedWord, size: int, digest: str) -> bytes | None:
+            return b"\xff" * size
+
+    (run,) = find_runs(four_rounds / "server")
+    with pytest.raises(RecordError, match=r"the envelope of ash is in the sum, but .* the coordinator had to refuse it"):
+        list(recompute(run, Federation(four_rounds).agreed, Beyond()))
 
 
 def test_wrong_checks_that_cancel_are_found_by_whoever_has_the_envelopes(four_rounds: Path, tmp_path: Path) -> None:

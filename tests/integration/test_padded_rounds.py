@@ -45,8 +45,10 @@ from secure_fed.protocol.pads import PadPlace, SitePads, commitment, pad, public
 from secure_fed.protocol.records import read_header, sign_record
 from secure_fed.protocol.residues import pack_residues, unpack_residues
 from secure_fed.protocol.round_frames import (
+    ARRIVED_MAGIC,
     READY_MAGIC,
     ReadyHeader,
+    check_arrived,
     sign_cohort,
     sign_ready,
     sign_reveal,
@@ -54,7 +56,7 @@ from secure_fed.protocol.round_frames import (
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
 from secure_fed.protocol.share_frames import Dealt, deal, sign_checked, sign_gone, sign_witness
-from secure_fed.protocol.signing import parse_header, payload_fields
+from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame
 from secure_fed.protocol.study import load_study, with_fields
 from secure_fed.report.results import study_facts
 from secure_fed.server.coordinator import Coordinator, Step
@@ -691,6 +693,17 @@ def test_a_site_gives_no_share_before_it_has_revealed_after_a_void_or_for_anothe
     other = gone_frame(federation, coordinator, "birch", "5" * 64)
     with pytest.raises(ProtocolError, match="revealed for another ARRIVED"):
         ask(coordinator, sites[0], other, carried)
+    due, digest = coordinator.journal.chain.due, coordinator._arrived.digest  # type: ignore[union-attr]
+    elsewhere = sign_gone(federation.agreed, replace(due, round=2), 1, digest, "birch", federation.signing)
+    with pytest.raises(ProtocolError, match="not of this round"):
+        ask(coordinator, sites[0], elsewhere, carried)
+    kept = sites[0].replica.files.folder.question("arrived")
+    whole = kept.read_bytes()
+    header, _, _ = check_arrived(whole, federation.agreed, coordinator.journal.chain.members, due)
+    kept.write_bytes(sign_frame(ARRIVED_MAGIC, header.model_copy(update={"sum": "5" * 64}), federation.signing, b""))
+    with pytest.raises(ProtocolError, match="not the one it has revealed for"):
+        ask(coordinator, sites[0], question, carried)
+    kept.write_bytes(whole)
     for who in ("ash", "zelkova"):
         with pytest.raises(ProtocolError, match="expected another site of the cohort"):
             ask(coordinator, sites[0], gone_frame(federation, coordinator, who), carried)
@@ -717,7 +730,7 @@ def test_a_site_reveals_only_when_everybody_has_said_checked(padded: Make) -> No
     assert arrived is not None
     swapped = arrived.carried[64:128] + arrived.carried[:64] + arrived.carried[128:]
     flipped = arrived.carried[:-1] + bytes([arrived.carried[-1] ^ 1])
-    for carried in (b"", arrived.carried[:-64], flipped, swapped):
+    for carried in (b"", arrived.carried[:-64], arrived.carried + bytes(64), flipped, swapped):
         with pytest.raises(ProtocolError, match="CHECKED of"):
             ask(coordinator, sites[0], arrived.data, carried)
     assert not sites[0].replica.files.bound.arrived
@@ -794,6 +807,58 @@ def test_copied_replaced_and_weak_fresh_keys_are_refused_by_sites_and_server(pad
         coordinator.receive(RoundReply("birch", ReplyCode.READY, sites[1].run, 1, "", bare))
 
 
+def test_each_attempt_has_a_fresh_key_of_its_own_which_goes_where_its_envelope_is_made(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    ash, keys = sites[0], []
+    for attempt in (1, 2):
+        for site in sites:
+            request = coordinator.request(site.name, site.run, site.position)
+            site.respond(replace(request, attempt=attempt))
+        fresh = ash.replica.files.bound.fresh
+        assert fresh is not None
+        keys.append((fresh.attempt, fresh.private))
+    assert [attempt for attempt, _ in keys] == [1, 2]
+    assert keys[0][1] != keys[1][1]
+    # A COHORT of the attempt before, whose key is gone, is no reason to stop.
+    first = replace(coordinator.request("ash", ash.run, ash.position), attempt=1)
+    for site in sites:
+        exchange(coordinator, site)
+    coordinator.advance()
+    again = replace(first, attempt=2)
+    ash.respond(again)
+    cohort = coordinator._cohort
+    assert cohort is not None
+    with pytest.raises(ProtocolError, match="no fresh key any more"):
+        ask(coordinator, ash, cohort.data)
+    assert ash.replica.files.bound.attempt == 0
+    coordinator.fail([])
+    up_to(coordinator, sites, Step.ENVELOPE)
+    exchange(coordinator, ash)
+    bound = ash.replica.files.bound
+    assert (bound.attempt, bound.fresh) == (2, None)
+    assert bound.padded is not None
+
+
+def test_an_envelope_under_pads_that_does_not_open_to_what_was_stored_does_not_leave(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    pass_step(coordinator, sites)
+    masked = SitePads.masked
+
+    def broken(self: SitePads, residues: Any, seed: bytes, modulus: int) -> Any:
+        wrong = masked(self, residues, seed, modulus)
+        wrong[7] ^= np.uint64(1)
+        return wrong
+
+    with mock.patch.object(SitePads, "masked", broken), pytest.raises(EnvelopeError, match="does not open to the"):
+        exchange(coordinator, sites[0])
+    assert sites[0].replica.files.bound.attempt == 0
+    assert not sites[0].replica.files.folder.envelope(1).exists()
+
+
 # What sites that lie gain
 
 
@@ -852,6 +917,20 @@ def test_who_complains_falsely_again_is_left_out_itself(padded: Make) -> None:
         coordinator.advance()
     assert coordinator.left_out == {"ash", "fir"}
     assert close(coordinator, sites[1:5]).sites == ("birch", "cedar", "dogwood", "elm")
+
+
+def test_who_complains_of_itself_or_of_one_who_is_not_there_is_refused(padded: Make) -> None:
+    federation = padded(4)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.CHECKED)
+    check, birch = coordinator._check, sites[1]
+    assert check is not None
+    for whom in ("birch", "zelkova"):
+        word = sign_checked(federation.agreed, check.digest, "birch", [whom], birch.replica.identity.signing)
+        with pytest.raises(EnvelopeError, match=f"CHECKED of birch over {whom}"):
+            coordinator.receive(RoundReply("birch", ReplyCode.CHECKED, birch.run, birch.position, "", word))
+    assert close(coordinator, sites).sites == NAMES[:4]
 
 
 def test_a_wrong_check_is_named_and_others_speak_for_it(padded: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -1000,6 +1079,9 @@ def test_records_with_other_masks_or_witnesses_are_refused_and_not_decrypted(pad
     (whose,) = header.witnessed
     other = sites[1].replica.identity.signing
     forged_word = sign_witness(federation.agreed, "5" * 64, "birch", "ash", whose.products, other)
+    itself = sites[0].replica.identity.signing
+    arrived = sites[1].replica.state.chain.check(data).arrived
+    own_word = sign_witness(federation.agreed, arrived, "ash", "ash", whose.products, itself)
     changes: dict[str, Any] = {
         "another mask": {"masks": ("11" * 32, *header.masks[1:])},
         "masks swapped": {"masks": (header.masks[1], header.masks[0], *header.masks[2:])},
@@ -1010,6 +1092,9 @@ def test_records_with_other_masks_or_witnesses_are_refused_and_not_decrypted(pad
         "another check": {"witnessed": (whose._replace(first=f"{whose.products[0] ^ 1:016x}"),)},
         "a witness for another ARRIVED": {
             "witnessed": (whose._replace(words=(("birch", forged_word[-64:].hex()), *whose.words[1:])),)
+        },
+        "one who has not revealed": {
+            "witnessed": (whose._replace(words=(("ash", own_word[-64:].hex()), *whose.words[1:])),)
         },
         "nobody witnessed": {"witnessed": ()},
         "witnessed for two": {"witnessed": (whose, whose._replace(site="birch")), "reveals": header.reveals[1:]},

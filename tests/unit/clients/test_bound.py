@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from secure_fed.clients.bound import Bound
-from secure_fed.protocol.envelope import EnvelopeHeader
+from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
+from secure_fed.protocol.records import head_after_void
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
@@ -47,3 +50,39 @@ def test_who_sent_under_a_budget_is_known_by_state_and_once_bare_is_bare() -> No
     assert bound.giving(A, sent(ash=0, birch=4), A).noised == {A: ("birch", "cedar")}
     assert bound.giving(B, [], B).noised == {A: ("ash", "cedar"), B: ()}
     assert bound.giving(B, [], B).given[B] == ()
+
+
+def test_a_site_that_is_behind_its_words_is_so_until_a_round_was_sat_out() -> None:
+    bound = Bound(round=1, head=A, behind=True, retired=True, arrived=B, released=C)
+    after = bound.at(RoundPosition(A, B, C, 0, 2))
+    assert (after.round, after.head, after.arrived) == (2, B, "")
+    assert (after.behind, after.retired, after.released) == (True, True, C)
+
+
+def test_a_word_that_a_round_was_given_up_goes_with_the_round_or_its_void_and_with_nothing_else() -> None:
+    given_up = Bound(round=1, head=A, void=True)
+    assert given_up.at(RoundPosition(A, B, C, 0, 1)).void, "an amendment has moved the head"
+    assert not given_up.at(RoundPosition(A, head_after_void(A), C, 0, 1)).void, "the round begins anew"
+    assert not given_up.at(RoundPosition(A, B, C, 0, 2)).void
+
+
+def test_a_release_is_used_up_by_the_reveal_to_another_cohort_alone() -> None:
+    bound = Bound().giving(A, OF_FIRST, A).model_copy(update={"released": A})
+    assert bound.giving(A, OF_FIRST, A).released == A
+    assert bound.giving(A, OF_SECOND, A).released == ""
+
+
+def test_a_site_knows_what_it_signed_before_what_stands_here_and_nothing_newer() -> None:
+    bound = Bound(round=3, head=A, attempt=2, cohort=B)
+
+    def knows(**changes: Any) -> bool:
+        fields = {"round": 3, "head": A, "attempt": 2, "cohort": B} | changes
+        return bound.knows(EnvelopeHeader.model_construct(**fields))
+
+    assert knows()
+    assert knows(round=2, attempt=9)
+    assert knows(head=C, attempt=9), "of what was given up"
+    assert knows(attempt=1, cohort=C)
+    assert not knows(cohort=C), "a second one of its attempt"
+    assert not knows(attempt=3)
+    assert not knows(round=4, attempt=1)

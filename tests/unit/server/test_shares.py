@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from secure_fed.core.errors import EnvelopeError
+from secure_fed.core.errors import EnvelopeError, ProtocolError
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.pads import PadPlace, SitePads, new_private, public_of
 from secure_fed.protocol.round_frames import SignedWord
-from secure_fed.protocol.share_frames import CheckedHeader, Dealt, deal, open_handed, take_handed
+from secure_fed.protocol.share_frames import CheckedHeader, Dealt, Handed, deal, open_handed, share_digest, take_handed
 from secure_fed.protocol.signing import payload_fields
 from secure_fed.server.shares import Shares, StandIn
 
@@ -72,6 +72,27 @@ def test_what_a_maker_has_not_signed_is_refused_by_its_name_and_nothing_of_it_is
         with pytest.raises(EnvelopeError, match="envelope of birch: "):
             attempt.server.take("birch", entries, good.hidden.shares)
     assert attempt.share("birch", "ash")
+
+
+def test_a_share_that_is_handed_on_otherwise_than_it_was_dealt_is_the_carriers_doing() -> None:
+    attempt = Attempt()
+    handed, roots = attempt.server.handed("elm", "ash"), {"elm": attempt.dealt["elm"].hidden.shares}
+    for place in (0, 47, 48, 79, 80, len(handed) - 1):  # sealed, digest, path
+        data = handed[:place] + bytes([handed[place] ^ 1]) + handed[place + 1 :]
+        with pytest.raises(ProtocolError, match="the share of elm was handed on otherwise"):
+            take_handed(data, NAMES, ["elm"], "ash", roots)
+    for data in (b"", handed[:-1], attempt.server.handed("elm", "birch"), attempt.server.handed("dogwood", "ash")):
+        with pytest.raises(ProtocolError, match="the share of elm was handed on otherwise"):
+            take_handed(data, NAMES, ["elm"], "ash", roots)
+
+
+def test_a_share_that_opens_to_another_than_its_maker_names_is_its_makers_doing() -> None:
+    attempt = Attempt()
+    sealed = attempt.pads["elm"].seal_share(bytes(32), "ash")
+    for digest in (share_digest(bytes(32), "elm", "birch"), share_digest(b"\1" * 32, "elm", "ash")):
+        with pytest.raises(EnvelopeError, match="the share of elm is not the one that it names"):
+            open_handed(attempt.pads["ash"], "elm", Handed(sealed, digest))
+    assert open_handed(attempt.pads["ash"], "elm", Handed(sealed, share_digest(bytes(32), "elm", "ash"))) == bytes(32)
 
 
 def test_with_just_a_quorum_nobody_deals_and_shares_are_refused() -> None:
