@@ -145,7 +145,7 @@ def test_an_envelope_in_a_sum_that_no_server_may_take_is_told_as_the_servers_doi
             return b"\xff" * size
 
     (run,) = find_runs(four_rounds / "server")
-    with pytest.raises(RecordError, match=r"the envelope of ash is in the sum, but .* the coordinator had to refuse it"):
+    with pytest.raises(RecordError, match=r"envelope of ash is in the sum, but .* the coordinator had to refuse it"):
         list(recompute(run, Federation(four_rounds).agreed, Beyond()))
 
 
