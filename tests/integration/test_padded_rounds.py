@@ -584,7 +584,17 @@ def test_a_reveal_that_is_damaged_at_the_server_is_asked_for_again(
     bring_up(again, sites)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"\xff" + data[1:]])
+def another_digit(data: bytes) -> bytes:
+    """The word with one digit of the head at which it was said turned into another one: it seems to be of before."""
+    at = data.index(b'"head":"') + len(b'"head":"')
+    return data[:at] + (b"0" if data[at : at + 1] != b"0" else b"1") + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: data[:-9], lambda data: b"\xff" + data[1:], another_digit],
+    ids=["empty", "cut", "unreadable", "one digit"],
+)
 def test_a_site_whose_own_word_is_damaged_sits_the_round_out_and_says_so(
     padded: Make, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from secure_fed.clients.bound import Bound
+from secure_fed.clients.bound import Bound, read_bound, write_bound
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
 from secure_fed.protocol.records import head_after_void
 
@@ -86,3 +87,18 @@ def test_a_site_knows_what_it_signed_before_what_stands_here_and_nothing_newer()
     assert not knows(cohort=C), "a second one of its attempt"
     assert not knows(attempt=3)
     assert not knows(round=4, attempt=1)
+
+
+def test_a_word_of_which_any_bit_is_another_is_none_and_one_of_before_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "bound.json"
+    bound = Bound(round=1, head=A, attempt=1, arrived=B).giving(A, FIRST, B)
+    write_bound(path, bound)
+    assert read_bound(path) == bound
+    data = path.read_bytes()
+    for place in range(len(data)):
+        for bit in (0, 2, 7):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            assert read_bound(path) is None
+    text, _, _ = data.partition(b"\n")
+    path.write_bytes(text)
+    assert read_bound(path) == bound
