@@ -269,7 +269,7 @@ class RunFiles:
         bound = read_bound(self.folder.bound)
         if bound is None or (bound.fresh is None and bound.padded is None):
             return
-        if due is None or (bound.round, bound.head) != (due.round, due.head) or bound.void:
+        if due is None or (bound.round, bound.head) != (due.round, due.head):
             self.bind(bound.model_copy(update={"fresh": None, "padded": None}))
 
     def erase_updates(self, round_number: int) -> None:
