@@ -91,7 +91,7 @@ def test_a_site_knows_what_it_signed_before_what_stands_here_and_nothing_newer()
 
 def test_a_word_of_which_any_bit_is_another_is_none_and_one_of_before_is_read(tmp_path: Path) -> None:
     path = tmp_path / "bound.json"
-    bound = Bound(round=1, head=A, attempt=1, arrived=B).giving(A, FIRST, B)
+    bound = Bound(round=1, head=A, attempt=1, arrived=B).giving(A, OF_FIRST, B)
     write_bound(path, bound)
     assert read_bound(path) == bound
     data = path.read_bytes()
