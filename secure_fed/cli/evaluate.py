@@ -55,10 +55,6 @@ def evaluate(
             progress=lambda done, total: status.update(f"{done} of {total} images"),
         )
     sections = evaluation_sections(found)
-    if figures is not None:
-        from secure_fed.report.papers import write_papers
-
-        written = write_papers(sections, figures)
     if json_:
         print_json(found.document() | {"local": found.said.local})
     for section in () if json_ else sections:
@@ -74,7 +70,10 @@ def evaluate(
     tell_pictures(found.said)
     if found.unlabelled:
         console.print(f"{found.unlabelled} images without a label count in nothing", highlight=False, soft_wrap=True)
-    if figures is not None:
+    if figures is not None:  # last: what was found is told though its figures have no room
+        from secure_fed.report.papers import write_papers
+
+        written = write_papers(sections, figures)
         console.print(f"{figures}: {len(written)} files", highlight=False, soft_wrap=True)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import make_folder, refuse_foreign, write_durable
 from secure_fed.report.chart import Chart, Matrix, Section, Table
 from secure_fed.report.png import draw
 
@@ -21,34 +22,53 @@ _LATEX = {
 }  # fmt: skip
 
 
+_MADE_BY = "% by secfacmic\n"
+
+
+def _is_ours(head: bytes) -> bool:
+    return head.startswith(_MADE_BY.encode()) or (b"<svg" in head and b"<dc:title>secfacmic</dc:title>" in head)
+
+
 def write_papers(sections: Iterable[Section], folder: Path) -> list[Path]:
     """Write every chart and shaded table as SVG and PDF, and every table as LaTeX (booktabs) and CSV.
 
     Args:
         sections: what is shown.
-        folder: made if it is not there; files are named by section and number.
+        folder: made if it is not there; files are named by section and number. Those of an earlier time are written
+            over, and no others.
 
     Returns:
         What was written.
 
     Raises:
+        OutputError: a file of one of these names is none of ours; nothing was written.
         StorageError: a file cannot be written.
     """
     make_folder(folder)
-    written = []
+    products: list[tuple[Path, Callable[[], bytes]]] = []
     for section in sections:
         panels: tuple[Chart | Matrix, ...] = (*section.charts, *section.matrices)
         for number, panel in enumerate(panels, 1):
-            stem = section.key if len(panels) == 1 else f"{section.key}-{number}"
-            for form in ("svg", "pdf"):
-                written.append(folder / f"{stem}.{form}")
-                write_durable(written[-1], _picture(panel, form))
+            stem = folder / (section.key if len(panels) == 1 else f"{section.key}-{number}")
+            _refuse_others(stem, "svg", "pdf")
+            products += [(stem.with_suffix(f".{form}"), partial(_picture, panel, form)) for form in ("svg", "pdf")]
         for number, table in enumerate(section.tables, 1):
-            stem = section.key if len(section.tables) == 1 else f"{section.key}-{number}"
-            for form, text in (("tex", as_latex(table)), ("csv", as_csv(table))):
-                written.append(folder / f"{stem}.{form}")
-                write_durable(written[-1], text.encode())
-    return written
+            stem = folder / (section.key if len(section.tables) == 1 else f"{section.key}-{number}")
+            _refuse_others(stem, "tex", "csv")
+            products += [
+                (stem.with_suffix(".tex"), (_MADE_BY + as_latex(table)).encode),
+                (stem.with_suffix(".csv"), as_csv(table).encode),
+            ]
+    for path, content in products:
+        write_durable(path, content())
+    return [path for path, _ in products]
+
+
+def _refuse_others(stem: Path, marked: str, beside: str) -> None:
+    """The first file says itself that it is ours; the second is ours if it lies beside such a one."""
+    first, second = (stem.with_suffix(f".{form}") for form in (marked, beside))
+    refuse_foreign(first, _is_ours)
+    refuse_foreign(second, lambda _: first.is_file())
 
 
 def _picture(panel: Chart | Matrix, form: str) -> bytes:
@@ -60,7 +80,8 @@ def _picture(panel: Chart | Matrix, form: str) -> bytes:
         axis = figure.subplots()
         axis.set_title(panel.title, fontsize=10, loc="left", wrap=True)
         draw(axis, panel)
-        bare = {"Date": None} if form == "svg" else {"CreationDate": None, "Producer": None, "Creator": None}
+        ours = {"Creator": "secfacmic"}
+        bare = ours | ({"Date": None} if form == "svg" else {"CreationDate": None, "Producer": None})
         figure.savefig(data, format=form, metadata=bare)
     return data.getvalue()
 

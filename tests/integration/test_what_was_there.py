@@ -166,3 +166,22 @@ def test_what_a_site_hands_on_takes_no_other_files_place(finished_run: Path, tmp
     page = tmp_path / "page.html"
     for _ in range(2):
         assert secfacmic("site", "accept", study, "--site", site, "--html", page).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["calibration.csv", "overall.tex", "calibration.svg", "classes-1.pdf"])
+def test_figures_take_the_place_of_figures_alone_and_what_was_found_is_told(
+    name: str, finished_run: Path, images: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    """A paper's folder has tables and pictures of one's own, under names that are near at hand."""
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / name).write_text("mine")
+    words = ("evaluate", "--adapter", finished_run / "adapter.safetensors", "--images", images / "ash",
+             "--checkpoint", finished_run / "backbone.safetensors", "--figures", figures)  # fmt: skip
+    ended = secfacmic(*words)
+    refused(ended, f"{figures / name}: exists, and this command did not write it")
+    assert "balanced accuracy" in ended.stdout
+    assert held(figures) == {name: b"mine"}
+    (figures / name).unlink()
+    for _ in range(2):
+        assert secfacmic(*words).returncode == 0
