@@ -43,8 +43,8 @@ SHADES = 11
 """Steps from nothing to all in a shaded table."""
 _LIGHT = ("#ffffff", "#79b4ea")
 _DARK = ("#1b1f24", "#1d5a92")
-MARKDOWN = "<!-- report by secfacmic -->\n\n"
-"""By which a report in Markdown is known again; nothing of it is shown."""
+MARKDOWN = "[//]: # (report by secfacmic)\n\n"
+"""By which a report in Markdown is known again: a link's definition, of which nothing is shown."""
 CSV_COLUMNS = ("trial", "origin", "status", "error", "study_id", "method", "mode", "seed", "epsilon")
 """With which a report as CSV begins."""
 LOCAL_WARNING = (
