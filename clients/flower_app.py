@@ -63,8 +63,7 @@ class SiteApp:
         study_id: of its study; the one bundle that is taken is this study's contract.
         after_round: is called after a reply was sent that followed new records.
         note: is called with each reply and its round before it is sent; what it cannot note is not sent.
-        clock: holds replies for which a site with a budget worked on its data, and what it does with them after a
-            round; None without one.
+        clock: holds replies for which a site with a budget worked on its data; None without one.
 
     Attributes:
         failure: why the site cannot go on; its code was sent, its text stays here.
@@ -83,7 +82,6 @@ class SiteApp:
         self._contract = contract(study_id)
         self._after_round = after_round
         self._note = note
-        self._clock = clock
         self._reported = -1
         self._answered_last = False
         self._line: Line | None = None
@@ -95,9 +93,11 @@ class SiteApp:
             assert self._line is not None  # of the answer that is being made
             request = read_request(message.content, self._line.fetch)
             began = None if clock is None else clock.begin()
-            reply = self._respond(request)
-            if clock is not None and began is not None and site.read_data:
-                clock.hold(began)
+            try:
+                reply = self._respond(request)
+            finally:  # a refusal too may come after work: whoever asks may ask for what does not fit
+                if clock is not None and began is not None and site.read_data:
+                    clock.hold(began)
             self._note(reply, request.round)
             self._answered_last = site.finished and not request.more
             return Message(reply_content(reply, self._line.send), reply_to=message)
@@ -165,18 +165,11 @@ class SiteApp:
         return self._rate
 
     def after_reply(self) -> None:
-        """Do what need not delay the reply: results on the site's own disk.
-
-        They are of its images, and the next message is not read before they are there: under a budget this too takes
-        a fixed time, or a multiple.
-        """
+        """Do what need not delay the reply: results on the site's own disk."""
         if self.site.position == self._reported:
             return
         self._reported = self.site.position
-        began = None if self._clock is None else self._clock.begin()
         self._after_round(self.site)
-        if self._clock is not None and began is not None:
-            self._clock.hold(began)
 
     def _fail(self, message: Message, code: ReplyCode) -> Message:
         reply = RoundReply(self.site.name, code, run="", position=0, attestation="", envelope=b"")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import safetensors.numpy
@@ -131,18 +132,28 @@ class Learner:
             frozen = self._snapshot
             if frozen is not None and frozen.exists():
                 self._features = read_snapshot(frozen, snapshot_key(ledger_folder(self._file)))
-                if data_changed(self._file, self._agreed, self._features):
-                    log.warning(
-                        "%s: for its own eyes: the data are not what they were when run %s began; the run goes on with "
-                        "what they were then",
-                        *(self.name, self.run[:16]),
-                    )
             else:
                 self._features = self._read_data(progress)
             left_out = self._features.unreadable
             if left_out:
                 log.warning("%s: left out %d unreadable image%s", self.name, left_out, "s" * (left_out > 1))
         return self._features
+
+    def tell_changes(self) -> None:
+        """Say whether the data are not what they were when the run that goes on began; nothing else depends on it."""
+        frozen = self._snapshot
+        if frozen is not None and frozen.exists() and data_changed(self._file, self._agreed, self.features()):
+            log.warning(
+                "%s: for its own eyes: the data are not what they were when run %s began; the run goes on with what they "
+                "were then",
+                *(self.name, self.run[:16]),
+            )
+
+    def as_it_is(self) -> Self:
+        """Itself as of now, for what is made of its images while it goes on."""
+        still = copy.copy(self)
+        still.replica = copy.copy(self.replica)
+        return still
 
     def _read_data(self, progress: Progress | None) -> SiteFeatures:
         checkpoint = None if self._file.checkpoint is None else Path(self._file.checkpoint)

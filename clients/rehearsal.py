@@ -247,6 +247,7 @@ class _SumRehearsal:
 
         def ask(number: int) -> NDArray[np.int64]:
             position, initial = RoundPosition(RUN, "0" * 64, "0" * 64, 0, number), self._agreed.initial.adapter
+            rounds.given = None  # as a process that was started again
             return rounds.sums(position, f"state {number}", initial, run, lambda: self._features, encode)
 
         first = ask(1)
@@ -397,6 +398,7 @@ class _Rehearsal:
         initial = self._agreed.initial.adapter
 
         def ask() -> NDArray[np.int64]:
+            rounds.given = None  # as a process that was started again
             return rounds.integers(position, "state", initial, initial, run, lambda: self._features, quantise)
 
         first = ask()

@@ -1,9 +1,9 @@
 """When a reply leaves for which a site with a budget worked on its data: at times that do not tell how long it worked.
 
-The one reply that reads data is held until a fixed time after its request, or a multiple of it; and so long does the
-site take for the figures of its own images after a round, before it reads the next message. The time is public, in
-``site.toml``, or follows from what the machine needs for synthetic patients as many and as large as the site declared:
-the same for every data set. Everything else reads no data and leaves at once.
+A reply that reads data or the ledger is held until a fixed time after its request, or a multiple of it; and so is a
+site's coming back in a run, for which it reads both. The time is public, in ``site.toml``, or follows from what the
+machine needs for synthetic patients as many and as large as the site declared: the same for every data set. Everything
+else reads neither and leaves at once.
 """
 
 from __future__ import annotations

@@ -135,8 +135,9 @@ class Site(Learner):
 
     @property
     def read_data(self) -> bool:
-        """Whether the last reply took work on the site's data, under a budget: then it leaves at a fixed time."""
-        return self._private is not None and (self._private.drew or self._froze)
+        """Whether the last reply, or its refusal, took work on the site's data or on the ledger, which knows its patients,
+        under a budget: then it leaves at a fixed time."""
+        return self._private is not None and (self._private.worked or self._froze)
 
     def respond(self, request: RoundRequest) -> RoundReply:
         """Take a request: apply its records, compare adapters, and train if a round is due.
@@ -156,7 +157,7 @@ class Site(Learner):
         if self._agreed.study.method.one_sum and before == 0 < self.round:
             one_sum.tell(self._agreed, self.replica.state.tensors)
         if self._private is not None:
-            self._private.drew = False
+            self._private.worked = False
         frozen = self._snapshot
         self._froze = frozen is not None and not frozen.exists() and self._can_seal
         if frozen is not None and self._froze:

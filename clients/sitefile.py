@@ -98,8 +98,8 @@ class SitePrivacy(FileModel):
         run_epsilon: what one run may cost a patient, at most ``epsilon``; public. If not set, the ledger's life is
             shared by ``runs`` in equal parts of squared mu.
         runs: how many runs the site means to take part in, if ``run_epsilon`` is not set.
-        reply_seconds: after how many seconds, or a multiple, a reply leaves for which data were read; at least twice
-            the worst case that the client measures at its start. If not set, that, rounded up to whole seconds.
+        reply_seconds: after how many seconds, or a multiple, a reply leaves for which data or the ledger were read; at
+            least twice the worst case that the client measures at its start. If not set, that, in whole seconds.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=100, examples=[3.0])]

@@ -15,6 +15,7 @@ import json
 import logging
 import logging.handlers
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class StatusFile:
         self._path = StateFolder(state).status
         self._seen: tuple[int, ...] = ()  # the file whose facts these are
         self._known: Any = {}
+        self._telling = threading.Lock()
 
     def begin(self, role: str, **facts: Any) -> None:
         """Start anew, as a process that now runs.
@@ -51,9 +53,10 @@ class StatusFile:
 
     def tell(self, **facts: Any) -> None:
         """Add or replace facts; nothing is written if nothing changed."""
-        known = self.read()
-        if any(known.get(name) != value for name, value in facts.items()):
-            self._write({**known, **facts})
+        with self._telling:
+            known = self.read()
+            if any(known.get(name) != value for name, value in facts.items()):
+                self._write({**known, **facts})
 
     def error(self, text: str) -> None:
         """Replace the last error."""

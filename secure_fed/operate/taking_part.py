@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
+from typing import Self
 
 from secure_fed.clients.acceptance import require_acceptance
 from secure_fed.clients.budget import has_budget, ledger_folder
@@ -28,9 +32,6 @@ from secure_fed.privacy.ledger import Ledger
 from secure_fed.protocol.study import AgreedStudy, load_study
 
 log = logging.getLogger(__name__)
-
-LOOKING_ON_SECONDS = 5.0
-"""The fixed time of a site with a budget that does not train, if its ``site.toml`` names none."""
 
 
 def take_part(
@@ -63,6 +64,7 @@ def take_part(
         status.begin("site", site=file.site, study=study.name, study_id=study.id, rounds=study.rounds, round=0)
         if metrics is not None:
             serve_metrics(state, metrics)
+        began = monotonic()
         site = Site(file, agreed)
         require_acceptance(file, agreed, site.signing_key)
         status.tell(run=site.run, round=site.round, rounds=site.rounds, finished=site.finished)
@@ -76,54 +78,88 @@ def take_part(
             )
         else:
             log.info("%s: computes on %s", file.site, site.device)
-            features = site.features(progress)
-            log.info("%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y))
+            if site.budgeted or not (has_budget(file) and site.run):  # else in a run, of which nothing waits for them
+                features = site.features(progress)
+                log.info(
+                    "%s: %d images to train on, %d to test", file.site, len(features.train.y), len(features.test.y)
+                )
         sent = SentList(state)
-        clock = _clock(file, agreed, site)
-        if clock is not None:
+        clock = None
+        if site.budgeted and not site.over:
+            clock = ReplyClock(reply_seconds(file, agreed))
             log.info("%s: what reads data takes %g seconds, or a multiple", file.site, clock.seconds)
+            if site.run:
+                clock.hold(began)
 
         def after_round(done: Site) -> None:
-            _leave_results(file, agreed, done)
-            if done.round:
-                log.info("%s: %s", done.name, _round_in_words(file, done, sent))
-            status.tell(run=done.run, round=done.round, rounds=done.rounds, finished=done.finished)
+            still = done.as_it_is()
+            aside.do(lambda: _leave_results(file, agreed, still, sent, status))
 
         app = SiteApp(site, study.id, after_round, sent.add, clock)
-        run_site(
-            app,
-            Way(
-                server.address,
-                Path(server.authority),
-                len(study.sites),
-                server.proxy,
-                server.wait_seconds,
-                study.records_url,
-            ),
+        way = Way(
+            server.address,
+            Path(server.authority),
+            len(study.sites),
+            server.proxy,
+            server.wait_seconds,
+            study.records_url,
         )
+        with _Aside(waits=not has_budget(file)) as aside:
+            if site.budgeted:
+                aside.do(site.as_it_is().tell_changes)
+            run_site(app, way)
         chain = site.replica.state.chain
         chain.refuse_short()
         by = ", ended by its coordinator" if chain.ended else ""
         log.info("%s: the study is over after %d rounds%s", file.site, site.round, by)
 
 
-def _clock(file: SiteFile, agreed: AgreedStudy, site: Site) -> ReplyClock | None:
-    """What hides how long work on the site's data takes, if it has a budget."""
-    if not has_budget(file) or site.over:
-        return None
-    if site.budgeted:
-        return ReplyClock(reply_seconds(file, agreed))
-    # Who only looks on works on its images too, after each round.
-    return ReplyClock((file.privacy and file.privacy.reply_seconds) or LOOKING_ON_SECONDS)
+class _Aside:
+    """Does what is of a site's images and need not delay a reply.
+
+    Under a budget in a thread of its own, one thing after the other, behind whatever else runs: when the next message
+    is read would else tell how many images there are. It is waited for when the site has left the server.
+
+    Args:
+        waits: whether each thing is done at once instead.
+    """
+
+    def __init__(self, *, waits: bool) -> None:
+        self._thread = None if waits else ThreadPoolExecutor(1, "aside", lambda: os.setpriority(os.PRIO_PROCESS, 0, 19))
+        self._done: list[Future[None]] = []
+
+    def do(self, what: Callable[[], None]) -> None:
+        """Do it now, or when all before it is done."""
+        if self._thread is None:
+            what()
+        else:
+            self._done.append(self._thread.submit(what))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        for one in self._done if error is None else ():
+            one.result()
 
 
-def _leave_results(file: SiteFile, agreed: AgreedStudy, site: Site) -> None:
-    """Write a round's results; whether a site with a budget goes on does not depend on what its images are.
+def _leave_results(file: SiteFile, agreed: AgreedStudy, site: Site, sent: SentList, status: StatusFile) -> None:
+    """Write a round's results, and say where the site stands; whether one with a budget goes on does not depend on
+    what its images are.
 
     Raises:
         StorageError: a file cannot be written.
         SecfacmicError: others, without a budget.
     """
+    _write_results(file, agreed, site)
+    if site.round:
+        log.info("%s: %s", site.name, _round_in_words(file, site, sent))
+    status.tell(run=site.run, round=site.round, rounds=site.rounds, finished=site.finished)
+
+
+def _write_results(file: SiteFile, agreed: AgreedStudy, site: Site) -> None:
     try:
         write_results(Path(file.state), agreed, site)
     except StorageError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,16 +20,22 @@ import pytest
 import safetensors.numpy
 import typer
 from click.testing import Result
+from flwr.app import Context, RecordDict
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
+from secure_fed.clients import learner
+from secure_fed.clients import site as site_module
 from secure_fed.clients.acceptance import again_words
 from secure_fed.clients.budget import LOCAL, has_budget, ledger_folder, unpaid
 from secure_fed.clients.flower_app import SiteApp
 from secure_fed.clients.reply_clock import ReplyClock, reply_seconds
-from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
+from secure_fed.clients.site import Site
+from secure_fed.clients.sitefile import SiteFile, SitePrivacy, SiteServer, read_site_file
+from secure_fed.clients.snapshot import read_snapshot, write_snapshot
 from secure_fed.core.errors import (
     BudgetError,
+    DataError,
     LedgerError,
     SiteFileError,
     StudyError,
@@ -43,14 +50,17 @@ from secure_fed.operate.doctor.site import _data as of_images
 from secure_fed.operate.evidence import counted, pack_evidence, verify_evidence
 from secure_fed.operate.live_facts import Place
 from secure_fed.operate.site_results import write_results
+from secure_fed.operate.taking_part import take_part
 from secure_fed.privacy.accounting import Mechanism, epsilon_of, mu_squared_of
 from secure_fed.privacy.chain_file import ChainFile
 from secure_fed.privacy.ledger import Account, Ledger, _derive, opened
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.records import Chain
-from secure_fed.protocol.rounds import ReplyCode
+from secure_fed.protocol.rounds import ReplyCode, RoundRequest
 from secure_fed.protocol.study import AgreedStudy
+from secure_fed.transport.flower_messages import contract, read_reply
 from tests.conftest import TRAINING, Federation, exchange, run_round
+from tests.flower_messages import Shelf, as_message
 from tests.integration.test_dp_site import make_private, set_budget
 from tests.unit.privacy.test_ledger import older_ledger
 
@@ -541,19 +551,114 @@ class _Ticks:
         self.now += seconds
 
 
+def _asked(app: SiteApp, request: RoundRequest, study: str) -> ReplyCode:
+    shelf = Shelf()
+    context = Context(1, 1, {}, RecordDict(), {})
+    answer = app.answer(as_message(request, shelf), context, contract(study), shelf)
+    return read_reply(answer.content, app.site.name, shelf.fetch).code
+
+
 @pytest.mark.parametrize("work", [0.0, 1.0, 4.9])
-def test_figures_of_its_own_images_after_a_round_take_a_site_a_fixed_time(work: float) -> None:
-    """The next message is read when they are there: when it is answered would else tell how many images there are."""
-    ticks, site, seen = _Ticks(), mock.Mock(position=3), []
+def test_a_refusal_after_work_on_the_data_leaves_at_the_fixed_time_too(
+    site: Federation, monkeypatch: pytest.MonkeyPatch, work: float
+) -> None:
+    """A server that asks for a round that does not fit, with a run's first record, times how long its data take."""
+    ticks, ash, coordinator = _Ticks(), site.site("ash"), site.open_run()
 
-    def figures(of: Any) -> None:
-        seen.append(of)
+    def write(path: Path, *rest: Any) -> None:
         ticks.pass_by(work)
+        write_snapshot(path, *rest)
 
-    app = SiteApp(site, "0" * 64, figures, clock=ReplyClock(5.0, ticks, ticks.pass_by))
-    app.after_reply()
-    app.after_reply()  # no new record, and nothing to do
-    assert (seen, ticks.now) == ([site], 5.0)
+    monkeypatch.setattr(site_module, "write_snapshot", write)
+    app = SiteApp(ash, site.agreed.study.id, lambda _: None, clock=ReplyClock(5.0, ticks, ticks.pass_by))
+    request = replace(coordinator.request(ash.name, ash.run, ash.position), round=2)
+    assert _asked(app, request, site.agreed.study.id) == ReplyCode.FAILED_PROTOCOL
+    assert ticks.now == 5.0
+    # What asks for nothing of the data is answered at once.
+    request = replace(coordinator.request(ash.name, ash.run, ash.position), round=2)
+    assert _asked(app, request, site.agreed.study.id) == ReplyCode.FAILED_PROTOCOL
+    assert ticks.now == 5.0
+
+
+def _with_server(federation: Federation, name: str) -> SiteFile:
+    file = read_site_file(federation.folder / "sites" / name / "site.toml")
+    return file.model_copy(update={"server": SiteServer(address="127.0.0.1:1", authority="ca.crt")})
+
+
+@pytest.mark.parametrize("name", ["ash", "dogwood", "birch"])
+def test_under_a_budget_no_message_waits_for_figures_of_the_sites_images(
+    site: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """How long these take is of its test images, one patient's 500 among them. They are there when it has left."""
+    if name == "dogwood":  # which only looks on
+        set_budget(site.folder, name, 8.0)
+    left, seen = threading.Event(), []
+
+    def figures(state: Path, agreed: AgreedStudy, of: Site) -> None:
+        seen.append((of.round, left.wait(30.0 if name != "birch" else 0.0)))
+        write_results(state, agreed, of)
+
+    def both_rounds(app: SiteApp, way: Any) -> None:
+        coordinator = site.open_run()
+        others = [site.site(other) for other in TRAINING if other != name]
+        sites = [*others, app.site] if name in TRAINING else others
+        for _ in range(2):
+            run_round(coordinator, sites)
+            exchange(coordinator, app.site)
+            app.after_reply()
+        left.set()
+
+    monkeypatch.setattr(taking_part, "write_results", figures)
+    monkeypatch.setattr(taking_part, "run_site", both_rounds)
+    monkeypatch.setattr(taking_part, "reply_seconds", lambda *rest: 0.01)
+    with caplog.at_level("INFO"):
+        take_part(_with_server(site, name))
+    assert seen == [(1, name != "birch"), (2, name != "birch")]
+    assert "round 1 of 2 applied" in caplog.text
+    assert (site.folder / "sites" / name / "state/summary.json").is_file()
+
+
+@pytest.mark.parametrize("work", [0.0, 1.0, 6.9])
+def test_a_site_that_starts_again_in_a_run_comes_back_at_the_fixed_time(
+    site: Federation, monkeypatch: pytest.MonkeyPatch, work: float
+) -> None:
+    """Whoever makes it stop, by a message that it cannot take, would else time how long it reads its data."""
+    ash, coordinator = site.site("ash"), site.open_run()
+    ash.respond(coordinator.request(ash.name, ash.run, ash.position))
+    ticks, came, compared = _Ticks(), [], threading.Event()
+
+    def read(*arguments: Any) -> Any:
+        ticks.pass_by(work)
+        return read_snapshot(*arguments)
+
+    def connect(app: SiteApp, way: Any) -> None:
+        came.append(ticks.now)
+        compared.set()
+
+    monkeypatch.setattr(learner, "read_snapshot", read)
+    monkeypatch.setattr(learner, "data_changed", lambda *rest: compared.wait(30.0) and False)  # as long as it takes
+    monkeypatch.setattr(taking_part, "monotonic", ticks)
+    monkeypatch.setattr(taking_part, "ReplyClock", lambda seconds: ReplyClock(seconds, ticks, ticks.pass_by))
+    monkeypatch.setattr(taking_part, "reply_seconds", lambda *rest: 7.0)
+    monkeypatch.setattr(taking_part, "run_site", connect)
+    take_part(_with_server(site, "ash"))
+    assert came == [pytest.approx(7.0)]
+
+
+def test_with_a_budget_and_only_looking_on_a_site_comes_back_whatever_has_become_of_its_data(
+    site: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_budget(site.folder, "dogwood", 8.0)
+    came: list[str] = []
+    monkeypatch.setattr(taking_part, "run_site", lambda app, way: came.append(app.site.name))
+    file = _with_server(site, "dogwood")
+    broken = file.model_copy(update={"data": file.data.model_copy(update={"folder": "/nowhere"})})
+    with pytest.raises(DataError):
+        take_part(broken)  # before a run: settled here, in silence
+    dogwood, coordinator = site.site("dogwood"), site.open_run()
+    dogwood.respond(coordinator.request("dogwood", dogwood.run, dogwood.position))
+    take_part(broken)
+    assert came == ["dogwood"]
 
 
 def test_a_run_is_frozen_in_a_reply_that_leaves_at_the_fixed_time(site: Federation) -> None:
@@ -565,15 +670,3 @@ def test_a_run_is_frozen_in_a_reply_that_leaves_at_the_fixed_time(site: Federati
     request = replace(coordinator.request(ash.name, ash.run, ash.position), attempt=0)
     assert ash.respond(request).code == ReplyCode.APPLIED
     assert not ash.read_data
-
-
-@pytest.mark.parametrize(("name", "budget", "seconds"), [("ash", 8.0, 7), ("dogwood", 8.0, 5), ("birch", None, None)])
-def test_whoever_has_a_budget_has_such_a_time_also_who_only_looks_on(
-    site: Federation, monkeypatch: pytest.MonkeyPatch, name: str, budget: float | None, seconds: float | None
-) -> None:
-    if budget is not None:
-        set_budget(site.folder, name, budget)
-    monkeypatch.setattr(taking_part, "reply_seconds", lambda *rest: 7)
-    file = read_site_file(site.folder / "sites" / name / "site.toml")
-    clock = taking_part._clock(file, site.agreed, site.site(name))
-    assert (None if clock is None else clock.seconds) == seconds

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from secure_fed.clients import learner, private_round
+from secure_fed.clients import site as site_module
 from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.data import Split
 from secure_fed.clients.duplicates import Fingerprints
@@ -35,6 +36,7 @@ from secure_fed.clients.outgoing_log import SentList
 from secure_fed.clients.private_round import PrivateRounds
 from secure_fed.clients.reply_clock import ReplyClock
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
+from secure_fed.clients.snapshot import write_snapshot
 from secure_fed.core.errors import SecfacmicError, TwinsError
 from secure_fed.core.layout import SiteRun
 from secure_fed.core.tomlfile import read_toml, write_toml
@@ -104,7 +106,10 @@ def features_of(world: World, dim: int) -> SiteFeatures:
         )
         for split in SPLITS
     }
-    digests = {name: frozenset({(one.pictures or name).encode()}) for name, one in world.items()}
+    digests = {
+        name: frozenset(f"{one.pictures or name} {number or ''}".strip().encode() for number in range(len(one.images)))
+        for name, one in world.items()
+    }
     return SiteFeatures(
         parts["train"], parts["val"], parts["test"], parts["unlabelled"].x, 0, 0,
         {split: tuple(found) for split, found in owners.items()}, digests,
@@ -224,7 +229,15 @@ def whole_path(
         clock.now += 0.01 * sum(batch.mask.numel() for batch in patients)  # as padded work would
         real(self, adapter, patients, *rest)
 
-    finite = class_statistics.finite_rows
+    def work_on_ledger(self: Ledger, place: Path) -> None:
+        clock.now += 1e-6 * (place / "blocks.jsonl").stat().st_size
+        open_ledger(self, place)
+
+    def work_on_snapshot(path: Path, features: SiteFeatures, key: bytes) -> None:
+        clock.now += 0.001 * len(features.train.y)
+        write_snapshot(path, features, key)
+
+    finite, open_ledger = class_statistics.finite_rows, Ledger.__init__
 
     def work_on_sums(x: Any, owners: Any) -> Any:
         clock.now += 0.01 * len(x)
@@ -235,6 +248,8 @@ def whole_path(
         where(folder, world),
         mock.patch.object(Descent, "run", work),
         mock.patch.object(class_statistics, "finite_rows", work_on_sums),
+        mock.patch.object(Ledger, "__init__", work_on_ledger),
+        mock.patch.object(site_module, "write_snapshot", work_on_snapshot),
     ):
         if before is not None:
             before(folder)
@@ -391,6 +406,8 @@ def test_nothing_that_leaves_depends_on_one_patient_but_integers(
     assert without == with_one
     codes = [message[0] for message in without[0]]
     assert codes == WORDS
+    # What was made for a READY comes from memory, and waits for nothing.
+    assert [time for code, _, _, _, time in without[0] if code == "update"] == [0.0, 0.0]
 
 
 def test_a_new_patient_beside_a_spent_cohort(prepared_worlds: Path, tmp_path: Path) -> None:
