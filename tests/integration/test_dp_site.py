@@ -376,6 +376,7 @@ def test_what_happens_to_the_data_during_a_run_shows_in_nothing(
     set_data_folder(private, "ash", "/nowhere")
     sites[0] = private.site("ash")
     assert exchange(coordinator, sites[0]).code == ReplyCode.READY
+    sites[0].tell_changes()
     assert "the data are not what they were when run" in caplog.text
 
 
