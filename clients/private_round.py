@@ -133,6 +133,7 @@ class PrivateRounds:
     ) -> None:
         self.head: LedgerHead = NO_LEDGER
         self.worked = False
+        self._unfinished = True
         self.given: tuple[tuple[Path, int, int], NDArray[np.int64], LedgerHead] | None = None
         self._file = file
         self._agreed = agreed
@@ -192,7 +193,7 @@ class PrivateRounds:
         known = self._heads.newest(self._file.site)[0]
         if (given := self._given_before((path, position.round, known))) is not None:
             return given
-        self.worked = True
+        self.worked = self._unfinished = True
         with opened(self._folder) as ledger:
             self._confirm(ledger)
             again = path.exists()
@@ -232,7 +233,7 @@ class PrivateRounds:
         known = self._heads.newest(self._file.site)[0]
         if (given := self._given_before((path, position.round, known))) is not None:
             return given
-        self.worked = True
+        self.worked = self._unfinished = True
         with opened(self._folder) as ledger:
             self._confirm(ledger)
             again = path.exists()
@@ -312,10 +313,10 @@ class PrivateRounds:
             )
 
     def finish(self) -> None:
-        """Note after the last round that everything was handed over, once; a later process need not."""
-        if self.given is None:
+        """Note after the last round that everything was handed over, once a process and run."""
+        if not self._unfinished:
             return
-        self.given, self.worked = None, True
+        self._unfinished, self.given, self.worked = False, None, True
         with opened(self._folder) as ledger:
             ledger.mark_sent(still_open=())
 

@@ -85,7 +85,7 @@ def take_part(
                 )
         sent = SentList(state)
         clock = None
-        if site.budgeted and not site.over:
+        if site.budgeted:
             clock = ReplyClock(reply_seconds(file, agreed))
             log.info("%s: what reads data takes %g seconds, or a multiple", file.site, clock.seconds)
             if site.run:
