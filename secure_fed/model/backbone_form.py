@@ -210,8 +210,9 @@ def _licence(folder: Path) -> str | None:
     readme = folder / "README.md"
     if not readme.is_file():
         return None
-    found = re.search(r"^license(?:_name)?:[ ]*([\w.+-]{1,60})[ ]*$", readme.read_text("utf-8", "replace")[:4000], re.M)
-    return found[1] if found else None
+    head = readme.read_text("utf-8", "replace")[:4000]
+    found = dict(re.findall(r"^(license(?:_name)?):[ ]*([\w.+-]{1,60})[ ]*$", head, re.MULTILINE))
+    return found.get("license_name") or found.get("license")  # which is "other" where there is a name
 
 
 def _snapshot(path: Path) -> Path:

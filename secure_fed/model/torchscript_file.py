@@ -2,7 +2,8 @@
 
 TorchScript's own loader runs what an archive says: a ``__setstate__``, the default of an argument and the value of a
 constant, each of which may write files. Here the pickle of its modules goes to torch's safe reader, with its classes
-replaced by empty ones; which of a module's tensors are its parameters and buffers, the text of its class lists.
+replaced by empty ones; which of a module's tensors are its parameters and buffers, the text of its class lists. Where
+it has no such list, as in archives of old, all are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _MOST_CODE = 1 << 26
 _MOST_MODULES = 1 << 16
 """Modules in an archive; one that lies in many, or in itself, is counted each time."""
 
-_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:  __(?:parameters|buffers)__ = \[.*\]\n)+)", re.MULTILINE)
+_CLASS = re.compile(r"^class (\w+)\(Module\):\n((?:  __.*\n)*)", re.MULTILINE)
+_LIST = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
 
 
 def is_archive(path: Path) -> bool:
@@ -65,7 +67,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         copied = Path(folder) / "tensors.pt"
         lists = _copy_tensors(path, archive, copied)
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(copied)
-        classes = {name: _stub(lists.get(name, frozenset())) for name in unknown if name.startswith("__torch__.")}
+        classes = {name: _stub(lists.get(name)) for name in unknown if name.startswith("__torch__.")}
         others = [(_nothing, name) for name in unknown if name.startswith("torch.jit._pickle.")]
         with torch.serialization.safe_globals([*((kind, name) for name, kind in classes.items()), *others]):
             top = torch.load(copied, map_location="cpu", weights_only=True)
@@ -87,8 +89,10 @@ def _copy_tensors(path: Path, archive: zipfile.ZipFile, to: Path) -> dict[str, f
                         "tensors, as OpenAI's are: save the model's state_dict()"
                     )
                 module = inner.removeprefix("code/").removesuffix(".py").replace("/", ".")
-                for name, listed in _CLASS.findall(archive.read(entry).decode("utf-8", "replace")):
-                    lists[f"{module}.{name}"] = frozenset(re.findall(r'"([^"]+)"', listed))
+                for name, head in _CLASS.findall(archive.read(entry).decode("utf-8", "replace")):
+                    listed = dict(_LIST.findall(head))
+                    if "buffers" in listed:
+                        lists[f"{module}.{name}"] = frozenset(re.findall(r'"([^"]+)"', ",".join(listed.values())))
             elif inner in ("data.pkl", "byteorder", "version", ".data/version") or inner.startswith("data/"):
                 if entry.compress_type != zipfile.ZIP_STORED:
                     raise BackboneError(
@@ -103,14 +107,14 @@ def _copy_tensors(path: Path, archive: zipfile.ZipFile, to: Path) -> dict[str, f
 class _Module:
     """What is left of a module: its attributes."""
 
-    listed: frozenset[str] = frozenset()
+    listed: frozenset[str] | None = None
     state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-def _stub(listed: frozenset[str]) -> type[_Module]:
+def _stub(listed: frozenset[str] | None) -> type[_Module]:
     return type("_Module", (_Module,), {"listed": listed})
 
 
@@ -130,7 +134,7 @@ def _tensors_of(path: Path, top: Any) -> Iterator[tuple[str, Tensor]]:
                 "one of tensors alone, as OpenAI's are: save the model's state_dict()"
             )
         for name, value in module.state.items():
-            if isinstance(value, Tensor) and name in module.listed:
+            if isinstance(value, Tensor) and (module.listed is None or name in module.listed):
                 yield f"{prefix}{name}", value
             elif isinstance(value, _Module):
                 waiting.append((f"{prefix}{name}.", value))

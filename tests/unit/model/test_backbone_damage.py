@@ -188,7 +188,7 @@ def test_one_backbone_is_found_under_each_name_that_it_was_added_with(
     clip: Path, tmp_path: Path, secfacmic: Run
 ) -> None:
     other = "hf-hub:other/name"
-    (clip / "README.md").write_text("---\nlicense: mit\n---\n")
+    (clip / "README.md").write_text("---\nlicense: other\nlicense_name: mit\n---\n")
     kept, added = add(clip, NAME)
     (clip / "README.md").unlink()
     clip.rename(tmp_path / "renamed")
