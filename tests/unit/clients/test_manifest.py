@@ -659,7 +659,7 @@ def test_how_many_slices_a_series_has_does_not_decide_which_of_its_echoes_is_see
     for number, path in enumerate(sorted((tmp_path / "dark").glob("*.dcm"))):
         place, echo = divmod(number, echoes) if together else divmod(number, count)[::-1]
         dataset = pydicom.dcmread(path)
-        dataset.ImagePositionPatient = [0, 0, 3 * place + 1e-4 * echo]  # as if computed anew for each
+        dataset.ImagePositionPatient = [0, 0, 3 * place - 1e-4 * echo]  # as if computed anew for each
         dataset.EchoNumbers = echo + 1
         seen[path.name] = (place, echo)
         path.write_bytes(as_bytes(dataset))
