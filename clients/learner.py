@@ -144,8 +144,8 @@ class Learner:
         frozen = self._snapshot
         if frozen is not None and frozen.exists() and data_changed(self._file, self._agreed, self.features()):
             log.warning(
-                "%s: for its own eyes: the data are not what they were when run %s began; the run goes on with what they "
-                "were then",
+                "%s: for its own eyes: the data are not what they were when run %s began; the run goes on with what "
+                "they were then",
                 *(self.name, self.run[:16]),
             )
 

@@ -118,8 +118,8 @@ class PrivateRounds:
     Attributes:
         head: the ledger's entry that committed the last integers, with links to earlier ones; travels with them.
         worked: whether the last answer took work on ledger or data, which takes the longer the more patients there are.
-        given: file, round and newest known head of the integers that this process gave last, these, and their head; None
-            before any.
+        given: file, round and newest known head of the integers that this process gave last, these, and their head;
+            None before any.
     """
 
     def __init__(

@@ -135,8 +135,8 @@ class Site(Learner):
 
     @property
     def read_data(self) -> bool:
-        """Whether the last reply, or its refusal, took work on the site's data or on the ledger, which knows its patients,
-        under a budget: then it leaves at a fixed time."""
+        """Whether the last reply, or its refusal, took work on the site's data or on the ledger, which knows its
+        patients, under a budget: then it leaves at a fixed time."""
         return self._private is not None and (self._private.worked or self._froze)
 
     def respond(self, request: RoundRequest) -> RoundReply:
