@@ -262,7 +262,8 @@ def test_a_siglip_2_with_gemmas_tokenizer_is_transformers_own(tmp_path: Path) ->
     pairs.train_from_iterator([" ".join(WORDS[number:]) for number in range(len(WORDS))], trainer)
     pairs.post_processor = tokenizers.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
     names = {f"{one[1:-1]}_token": one for one in special}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, model_max_length=16, padding_side="right", **names)
+    stated = {"model_max_length": 16, "padding_side": "right", "model_input_names": ["input_ids"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, **stated, **names)
     tokenizer.save_pretrained(tmp_path / "siglip")
     expected = of_transformers(model, tokenizer, processor, 16)
     assert len(np.unique(expected[1])) > 8
