@@ -10,7 +10,7 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -93,7 +93,7 @@ class SiteImage:
         owner: whose it is by the file's own header, whatever a manifest says; not looked at where an image counts as a
             patient.
         mask: a picture of where its finding is, if a manifest names one; not looked at yet.
-        line: of the manifest, where the row is that it is of; 0 if there is none.
+        line: of the manifest, where its row is; 0 if there is none. Rows in another order are no other data.
     """
 
     path: Path
@@ -104,7 +104,7 @@ class SiteImage:
     axis: Axis = "axial"
     owner: Owner = NOBODY
     mask: Path | None = None
-    line: int = 0
+    line: int = field(default=0, compare=False)
 
     @property
     def source(self) -> Source:

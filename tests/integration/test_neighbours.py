@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -689,7 +689,12 @@ def test_nothing_that_leaves_of_a_memory_depends_on_one_patient_but_integers(
 class Outputs(NamedTuple):
     updates: list[NDArray[np.float64]]
     counts: list[tuple[int, int]]
+    sums: list[NDArray[np.float64]]
+    """Of validation patients, before noise; counts are these rounded, half to even."""
     entries: int
+
+
+EXACT_COUNTS = validation.exact_counts
 
 
 def rounds_on(
@@ -703,7 +708,7 @@ def rounds_on(
     places = {"state": str(folder / "state"), "identity": str(folder / "identity"), "privacy": privacy}
     file = file.model_copy(update=places)
     heads = LedgerHeads(folder / "heads")
-    outputs = Outputs([], [], 0)
+    outputs = Outputs([], [], [], 0)
     initial = agreed.initial.adapter
 
     def quantise(update: NDArray[np.float64], draws: NDArray[np.float64], counts: tuple[int, int]) -> NDArray[np.int64]:
@@ -711,7 +716,11 @@ def rounds_on(
         outputs.counts.append(counts)
         return np.zeros(1, dtype=np.int64)
 
-    with unguarded():
+    def exact_counts(right: NDArray[np.bool_], patients: Sequence[str]) -> NDArray[np.float64]:
+        outputs.sums.append(EXACT_COUNTS(right, patients))
+        return outputs.sums[-1]
+
+    with unguarded(), mock.patch.object(validation, "exact_counts", exact_counts):
         for number, world in enumerate(worlds):
             rounds = PrivateRounds(file, agreed, heads, "1" * 64, None, noise)
             features = features_of(world, agreed.initial.prompt_features.shape[1])
@@ -741,9 +750,10 @@ def compare(prepared: Path, folder: Path, without: list[World], with_one: list[W
     assert (first.entries, len(first.updates)) == (second.entries, len(second.updates))
     for one, other in zip(first.updates, second.updates, strict=True):
         assert np.linalg.norm(one - other) <= RATE * CLIP / N_REF * (1 + 1e-9)
-    for (patients, right), (more, righter) in zip(first.counts, second.counts, strict=True):
-        assert abs(patients - more) <= 1
-        assert abs(right - righter) <= 1
+    for exact, moved in zip(first.sums, second.sums, strict=True):
+        assert np.linalg.norm(exact - moved) <= validation.SENSITIVITY * (1 + 1e-9)
+    for counts, others_too in zip(first.counts, second.counts, strict=True):
+        assert max(abs(one - other) for one, other in zip(counts, others_too, strict=True)) <= 2  # 0.5 and 1.5: 0 and 2
 
 
 LABEL = st.integers(0, 2)
@@ -759,6 +769,7 @@ WORLD = st.dictionaries(st.sampled_from([f"q{n}" for n in range(8)]), PATIENT, m
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(WORLD, WORLD, PATIENT, PATIENT, st.booleans())
+@example({"q": patient("val", 0, 0, seed=40)}, {}, patient("train", 0, 0, seed=40), patient("val", 0, seed=40), False)
 def test_random_neighbours_through_two_runs(
     prepared_worlds: Path,
     tmp_path_factory: pytest.TempPathFactory,
