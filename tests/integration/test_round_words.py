@@ -391,10 +391,10 @@ def test_who_gives_an_open_round_up_acknowledges_an_amendment_that_came_meanwhil
     run_round(coordinator, sites)
 
 
-def refused_by_all(coordinator: Coordinator, sites: list[Site]) -> None:
-    """A round whose sum all find out of range."""
-    pass_step(coordinator, sites)
-    close_round(coordinator, sites)
+def refused_by_all(coordinator: Coordinator, sites: list[Site], cohort: list[Site] | None = None) -> None:
+    """A round whose sum, of a cohort or of all, all find out of range."""
+    pass_step(coordinator, cohort or sites)
+    close_round(coordinator, cohort or sites)
     with mock.patch.object(PlainSealer, "open", side_effect=AggregateRefused("refused")):
         for site in sites:
             assert exchange(coordinator, site).code == ReplyCode.REFUSED_AGGREGATE
@@ -688,11 +688,7 @@ def test_a_newcomer_to_the_cohort_needs_the_word_of_all_too(four: Federation, mo
     """It has revealed to nobody; but its update would be the difference of the two sums."""
     sites = four.sites()
     coordinator = begin(four)
-    pass_step(coordinator, sites[:3])
-    close_round(coordinator, sites[:3])
-    with mock.patch.object(PlainSealer, "open", side_effect=AggregateRefused("refused")):
-        for site in sites:
-            exchange(coordinator, site)
+    refused_by_all(coordinator, sites, sites[:3])
     monkeypatch.setattr(Replica, "paused", False)
     for name in TRAINING:
         say(four, name, "release")
@@ -713,11 +709,7 @@ def test_a_newcomers_word_is_for_one_cohort_too(four: Federation, monkeypatch: p
     """It had revealed to nobody, so that its people's word was left over for another sum."""
     sites = four.sites()
     coordinator = begin(four)
-    pass_step(coordinator, sites[:3])
-    close_round(coordinator, sites[:3])
-    with mock.patch.object(PlainSealer, "open", side_effect=AggregateRefused("refused")):
-        for site in sites:
-            exchange(coordinator, site)
+    refused_by_all(coordinator, sites, sites[:3])
     monkeypatch.setattr(Replica, "paused", False)
     for name in NAMES:
         say(four, name, "release")
