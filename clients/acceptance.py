@@ -31,7 +31,7 @@ from secure_fed.protocol.envelope import MAX_HEADER, EnvelopeHeader
 from secure_fed.protocol.packing import wire
 from secure_fed.protocol.records import Chain, RecordFolder
 from secure_fed.protocol.rounds import RoundReply
-from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
+from secure_fed.protocol.sealed_key import read_sealed_file
 from secure_fed.protocol.signing import (
     SIGNATURE_BYTES,
     Count,
@@ -120,7 +120,7 @@ def as_of_key(file: SiteFile, agreed: AgreedStudy) -> dict[str, Any]:
     newest = max(file.state_folder.keys.glob(SEALED), default=None)
     if newest is None:
         return dict.fromkeys(("members_now", "rounds_left", "rounds_now"))
-    header = check_sealed_key(read_sealed_file(newest), agreed)
+    header, _ = read_sealed_file(newest, agreed)
     closed, rounds = header.rounds or (None, None)
     left = None if closed is None or rounds is None else max(0, rounds - closed)
     return {"members_now": list(header.recipients), "rounds_left": left, "rounds_now": rounds}

@@ -47,6 +47,9 @@ Unit = Literal["patient", "image"]
 UNLABELLED: Split = "unlabelled"
 """Name of the split, and of the optional folder, of images without a label."""
 
+BESIDE = ": in no folder of a class"
+"""Ends what is noted of a file that was passed over for that."""
+
 DRAWN_ALONE = (
     "under a privacy budget the splits are drawn anew, each patient's by itself: they are not those of a run without a "
     "budget, and shares hold on average only"
@@ -330,7 +333,7 @@ def _read_folders(folder: Path, classes: Sequence[str], unit: Unit, notes: Notes
                 f"{entry}: not read under this name; expected {MANIFEST}: save it as that, or remove it"
             )
         elif entry.is_dir() or not entry.name.startswith("."):
-            notes.passed_over.append(f"{said(entry)}: in no folder of a class")
+            notes.passed_over.append(f"{said(entry)}{BESIDE}")
     strangers = [name for name in entries if name not in classes and name != UNLABELLED]
     meant = _meant(strangers, classes)
     strangers = [name for name in strangers if name not in meant]
@@ -619,12 +622,8 @@ def _read_manifest(
             f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns)[:500] or 'none'}, expected "
             f"{', '.join(needed)} and split (unless shares are set); patient and frame where they are needed"
         )
-    if "label" in needed and not has_splits and (named := _named_otherwise(table)):
-        raise ManifestError(
-            f"{manifest}: column {named!r} says of which split a row is, and there is no column split; expected it to "
-            "be named split, with train, val, test and unlabelled: rename it split, or remove it; if it is none, "
-            "write its cells as what they are"
-        )
+    if "label" in needed:
+        refuse_other_splits(manifest, table)
     if (
         "label" in needed
         and not has_splits
@@ -679,6 +678,20 @@ def _read_manifest(
     # Two rows for one file are told together with what is wrong in each.
     _refuse(manifest, faults + (_double_faults(rows, has_splits) if faults else []))
     return rows, has_splits
+
+
+def refuse_other_splits(manifest: Path, table: Table) -> None:
+    """Refuse a manifest that says of which split a row is under another name than ``split``.
+
+    Raises:
+        ManifestError: with the column.
+    """
+    if "split" not in table.columns and (named := _named_otherwise(table)):
+        raise ManifestError(
+            f"{manifest}: column {named!r} says of which split a row is, and there is no column split; expected it to "
+            "be named split, with train, val, test and unlabelled: rename it split, or remove it; if it is none, "
+            "write its cells as what they are"
+        )
 
 
 def _named_otherwise(table: Table) -> str:

@@ -126,7 +126,7 @@ def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
         RecordError: the run's journal does not verify.
         StorageError: it cannot be written.
     """
-    folder, chain = _open_run(agreed, state)
+    folder, chain = open_run(agreed, state)
     if paused:
         write_durable(folder.pause, b"")
     else:
@@ -183,13 +183,18 @@ def end_run(agreed: AgreedStudy, state: Path, lost: bool = False) -> int:
         RecordError: the run's journal does not verify.
         StorageError: it cannot be written.
     """
-    folder, chain = _open_run(agreed, state)
+    folder, chain = open_run(agreed, state)
     write_durable(folder.end, LOST if lost else b"")
     return chain.round
 
 
-def _open_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
-    """The current run, which is not over."""
+def open_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
+    """The current run, which is not over, and where it stands.
+
+    Raises:
+        StudyError: no run has begun, or it is over.
+        RecordError: its journal does not verify.
+    """
     folder, chain = _current_run(agreed, state)
     if chain.finished:
         raise StudyError(f"{state}: the run is over after {chain.round} rounds; expected one that goes on")

@@ -20,7 +20,7 @@ from secure_fed.core.layout import ServerState
 from secure_fed.core.processes import settle, start, stop
 from secure_fed.core.status import StatusFile
 from secure_fed.protocol.packing import wire
-from secure_fed.protocol.sealed_key import check_sealed_key, read_sealed_file
+from secure_fed.protocol.sealed_key import read_sealed_file
 from secure_fed.protocol.share_frames import ENTRY
 from secure_fed.protocol.signing import ZERO_DIGEST, load_signing_key
 from secure_fed.protocol.study import AgreedStudy, load_study
@@ -153,7 +153,7 @@ def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | Non
                     f"maker, {agreed.study.key_maker}, makes with: secfacmic keys create"
                 )
             return
-        header = check_sealed_key(read_sealed_file(key), agreed)
+        header, _ = read_sealed_file(key, agreed)
         if header.previous != ZERO_DIGEST:
             raise StudyError(
                 f"{key}: replaces key {header.previous[:16]} in its run, and begins none; expected a key of its own, "

@@ -211,7 +211,7 @@ _GO_ON = ("simulate", "demo", "sweep", "server", "client", "data fetch", "data c
 def interrupted(words: Sequence[str]) -> str:
     """What is told after Ctrl-C: whether the command that was given goes on when it is given again."""
     given = [*words[:2], *(word.partition("=")[0] for word in words[2:])]
-    for command in _GO_ON:
+    for command in () if "--rehearse" in given else _GO_ON:
         name, dashes, option = command.partition(" --")
         if given[: name.count(" ") + 1] == name.split() and (not dashes or f"--{option}" in given):
             return "interrupted; the same command goes on from here"

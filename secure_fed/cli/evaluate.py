@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -23,6 +23,10 @@ def evaluate(
     by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Of the manifest: metrics for each of its values too.")
     ] = None,
+    split: Annotated[
+        Literal["train", "val", "test", "all"] | None,
+        typer.Option(help="Of a manifest with splits, which images; test if not given."),
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Figures as SVG and PDF, tables as LaTeX and CSV, into a folder.")
     ] = None,
@@ -36,7 +40,7 @@ def evaluate(
 ) -> None:
     """All metrics of an adapter on labelled images, with intervals by patient, by class and by a column.
 
-    Images that the adapter was trained on make its figures too good: test on others.
+    Images that the adapter was trained on make its figures too good: of a manifest with splits, those of test count.
     """
     from secure_fed.model.device import choose_device
     from secure_fed.operate.evaluate import evaluate_folder
@@ -53,6 +57,7 @@ def evaluate(
             choice=choice(slices, leave_out),
             device=choose_device(device or "auto"),
             progress=lambda done, total: status.update(f"{done} of {total} images"),
+            split=split,
         )
     sections = evaluation_sections(found)
     if json_:

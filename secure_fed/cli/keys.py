@@ -54,9 +54,8 @@ def accept(
 ) -> None:
     """Take a sealed key at a site, after checking its maker, study and epoch."""
     from secure_fed.operate.study_keys import accept_key
-    from secure_fed.protocol.sealed_key import read_sealed_file
 
-    _tell(accept_key(site, read_sealed_file(sealed)), site)
+    _tell(accept_key(site, sealed), site)
 
 
 @app.command()

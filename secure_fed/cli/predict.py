@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from secure_fed.cli.output import AdapterPath, Checkpoint, Device, Json, SkipUnreadable, console, print_json
 from secure_fed.cli.pictures import LeaveOut, MostPixels, Slices, choice, most, tell_pictures
+
+if TYPE_CHECKING:
+    from secure_fed.clients.data import SiteImage
 
 
 def predict(
@@ -39,7 +42,12 @@ def predict(
     from secure_fed.clients.patients import some
     from secure_fed.core.storage import refuse_foreign, write_durable
     from secure_fed.model.device import choose_device
-    from secure_fed.operate.predict import is_prediction, predict_folder, write_maps, write_reports
+    from secure_fed.operate.predict import is_prediction, predict_folder, refuse_other_maps, write_maps, write_reports
+
+    def among(found: list[SiteImage]) -> list[SiteImage]:
+        if maps is not None:
+            refuse_other_maps(found, images if images.is_dir() else images.parent, maps)
+        return found
 
     if into is not None:
         refuse_foreign(into, is_prediction)
@@ -54,6 +62,7 @@ def predict(
             choice=choice(slices, leave_out),
             device=choose_device(device or "auto"),
             progress=lambda done, total: status.update(f"{done} of {total} images"),
+            among=among,
         )
     document = found.document()
     text = found.csv() if form == "csv" else json.dumps(document, indent=2) + "\n"

@@ -43,11 +43,13 @@ def _show(facts: dict[str, Any]) -> None:
         table = Table("site", "role", "connected", "in this round", "what it does")
         for name, one in sorted(sites.items()):
             table.add_row(
-                name, one["role"], _yes(one["connected"] and facts["running"]), _yes(one["in"]), one.get("doing", "")
+                *(name, one["role"], _yes(one["connected"] and facts["running"]), _yes(one["in"])),
+                one.get("doing", "") if facts["running"] else "",
             )
         out.print(table)
-    if facts.get("waiting"):
-        _say(facts["waiting"])
+    for text in (facts.get("waiting"), *facts["ordered"]):
+        if text:
+            _say(text)
     for name, words in (("last", "last word"), ("last_error", "last error")):
         entry = facts.get(name)
         if entry:

@@ -292,13 +292,13 @@ def amend(
     state: Annotated[Path, typer.Option(help="The server's state folder.")],
 ) -> None:
     """Bring a rotated key into force with the next round, whether the server is running or not."""
-    from secure_fed.protocol.sealed_key import check_sealed_key, exact_warning, read_sealed_file
+    from secure_fed.protocol.sealed_key import exact_warning, read_sealed_file
     from secure_fed.server.orders import amend_run
 
-    agreed, data = load_study(study), read_sealed_file(sealed)
+    agreed = load_study(study)
+    header, data = read_sealed_file(sealed, agreed)
     first, last = amend_run(agreed, state, data)
     out.print(f"in force from round {first} or the next", highlight=False, soft_wrap=True)
-    header = check_sealed_key(data, agreed)
     joining = {site.name for site in header.added}
     asked = ", ".join(name for name in header.recipients if name not in joining and name != header.maker)
     for what, names in (("join", joining), ("leave", header.removed)):
@@ -385,14 +385,15 @@ def end(
     Whether the server is running or not: it tells the sites when it runs, by a signed record. A round whose cohort is
     chosen is closed before; with --lost it is given up, and server and sites end with 70.
     """
-    from secure_fed.server.orders import end_run
+    from secure_fed.server.orders import end_run, open_run
 
     agreed = load_study(study)
+    rounds = open_run(agreed, state)[1].rounds  # before anybody is asked
     if not yes:
         typer.confirm(f"end the run of study {agreed.study.name}, for ever?", abort=True, err=True)
     done = end_run(agreed, state, lost)
     out.print(
-        f"{done} of {agreed.study.rounds} rounds are closed; the run ends after them, "
+        f"{done} of {rounds} rounds are closed; the run ends after them, "
         f"{'without' if lost else 'or after'} the one under way, as soon as the server runs",
         highlight=False,
         soft_wrap=True,

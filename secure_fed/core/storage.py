@@ -105,6 +105,15 @@ def refuse_foreign(path: Path, own: Callable[[bytes], bool]) -> None:
         )
 
 
+DRAWN = {"Software": "secfacmic"}
+"""Metadata of a PNG of ours: by it the next call of the same command knows that it may write over it."""
+
+
+def is_drawn(head: bytes) -> bool:
+    """Whether a file that begins so is a PNG with :data:`DRAWN` in it."""
+    return head.startswith(b"\x89PNG") and b"Software\0" + DRAWN["Software"].encode() in head
+
+
 @contextlib.contextmanager
 def durable(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """A stream whose content becomes the file's once all of it is written.

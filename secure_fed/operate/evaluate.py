@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import EVERYTHING, UNLABELLED, Choice, SiteImage
+from secure_fed.clients.data import EVERYTHING, UNLABELLED, Choice, SiteImage, Split, refuse_other_splits
 from secure_fed.clients.files import MANIFEST
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.rules import MOST_PIXELS
-from secure_fed.core.errors import DataError, LabelError, ManifestError
+from secure_fed.core.errors import DataError, LabelError, ManifestError, fault_lines
 from secure_fed.model.device import Device
 from secure_fed.model.evaluation import CALIBRATION_BINS, RESAMPLES, metrics
 from secure_fed.model.scores import Scores
@@ -24,8 +25,20 @@ from secure_fed.operate.predict import Probabilities, predict_folder
 NO_VALUE = "(none)"
 """Group of the images for which a manifest's column is empty."""
 
+Among = Literal["train", "val", "test", "all"]
+"""Images of which split are tested on."""
+
 _Cell = Callable[[SiteImage], str]
 """What a column says of an image."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a manifest says of images, or a folder's name: label, group and, where there are splits, split."""
+
+    label: _Cell
+    group: _Cell
+    split: _Cell | None
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,8 @@ class Evaluation:
 
     Attributes:
         said: what the adapter says of all images.
+        split: of which all of these images are; ``all`` if of any, None where nothing says which were trained on.
+        left_out: images of other splits, or in no row, which count in nothing.
         by_patient: whether intervals are over patients; else nobody says whose the images are, and each is one.
         unlabelled: images without a label, which count in nothing.
         overall: all metrics, over all labelled images.
@@ -100,6 +115,8 @@ class Evaluation:
     """
 
     said: Probabilities
+    split: Among | None
+    left_out: int
     by_patient: bool
     unlabelled: int
     overall: Scores
@@ -118,6 +135,8 @@ class Evaluation:
             "method": adapter.method.adapter,
             "calibrated": self.said.calibrated,
             "unit": "patient" if self.by_patient else "image",
+            "split": self.split,
+            "left_out": self.left_out,
             "unlabelled": self.unlabelled,
             "unreadable": self.said.unreadable,
             "passed_over": self.said.passed_over,
@@ -141,6 +160,7 @@ def evaluate_folder(
     choice: Choice = EVERYTHING,
     device: Device = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    split: Among | None = None,
 ) -> Evaluation:
     """Compare what an adapter says of a folder of images with their labels.
 
@@ -148,14 +168,27 @@ def evaluate_folder(
         adapter: as for :func:`secure_fed.operate.predict.predict_folder`, as all that is not named here.
         folder: with a ``manifest.csv`` that has columns ``path`` and ``label``, or one folder a class.
         column: of the manifest, for whose values metrics are given too.
+        split: tested on; None for ``test`` where the manifest has splits, and for all images where it has none: what
+            the adapter was trained on would make its figures too good.
 
     Raises:
-        DataError: no image has a label.
+        DataError: no image has a label, or is of that split.
         LabelError: labels that the adapter does not know.
-        ManifestError: there is no such column.
+        ManifestError: there is no such column; or splits are none, of another name, or a patient is in two.
         SecfacmicError: others, as ``predict_folder``.
     """
-    labels, values = _said_of(folder, column)
+    rows = _said_of(folder, column)
+    if rows.split is None and split not in (None, "all"):
+        raise ManifestError(f"{folder}: no {MANIFEST} with a column split, so no split {split}; expected one, or all")
+    wanted = split if rows.split is None else split or "test"
+    left_out = 0
+
+    def among(images: list[SiteImage]) -> list[SiteImage]:
+        nonlocal left_out
+        chosen = images if rows.split is None or wanted is None else _of_split(folder, images, rows.split, wanted)
+        left_out = len(images) - len(chosen)
+        return chosen
+
     said = predict_folder(
         adapter,
         folder,
@@ -166,9 +199,10 @@ def evaluate_folder(
         choice=choice,
         device=device,
         progress=progress,
+        among=among,
     )
     classes = said.adapter.classes
-    named = [labels(image) for image in said.images]
+    named = [rows.label(image) for image in said.images]
     strangers = sorted(set(named) - {"", *classes})
     if strangers:
         if not (folder / MANIFEST).exists():
@@ -195,7 +229,7 @@ def evaluate_folder(
     held = None if sets is None else sets[np.arange(len(y)), y]
     groups: dict[str, Scores] = {}
     if column is not None:
-        of = np.array([values(image) or NO_VALUE for image in images])
+        of = np.array([rows.group(image) or NO_VALUE for image in images])
         for value in sorted(set(of.tolist())):
             chosen = of == value
             own = [patient for patient, inside in zip(patients, chosen, strict=True) if inside]
@@ -208,6 +242,8 @@ def evaluate_folder(
         coverage = Coverage(promised, whole, float(sets.sum(axis=1).mean()), strange)
     return Evaluation(
         said=said,
+        split=None if rows.split is None else wanted,
+        left_out=left_out,
         by_patient=by_patient,
         unlabelled=int((~known).sum()),
         overall=Scores(**metrics(p, y, patients)),
@@ -229,8 +265,8 @@ def evaluate_folder(
     )
 
 
-def _said_of(folder: Path, column: str | None) -> tuple[_Cell, _Cell]:
-    """Label and group of an image, by the row of the manifest that it is of; empty where nobody says.
+def _said_of(folder: Path, column: str | None) -> _Rows:
+    """Label, group and split of an image, by the row of the manifest that it is of; empty where nobody says.
 
     A file may have several rows, one for each of its pictures, and a row may be of all files of a folder.
     """
@@ -243,19 +279,53 @@ def _said_of(folder: Path, column: str | None) -> tuple[_Cell, _Cell]:
             parts = image.path.relative_to(folder).parts
             return parts[0] if len(parts) > 1 and parts[0] != UNLABELLED else ""
 
-        return of_folder, lambda image: ""
+        return _Rows(of_folder, lambda image: "", None)
     table = read_table(manifest, ("path", "label"), ("path", "label"))
     missing = [name for name in ("path", "label", column) if name is not None and name not in table.columns]
     if missing:
         raise ManifestError(
             f"{manifest}: no column {', '.join(missing)}; found {', '.join(table.columns) or 'none'}: name one of these"
         )
+    refuse_other_splits(manifest, table)
     rows = {row.line: row.cells for row in table.rows}
 
     def cell(name: str) -> _Cell:
         return lambda image: rows.get(image.line, {}).get(name, "")
 
-    return cell("label"), cell(column or "")
+    has_splits = "split" in table.columns
+    faults = [
+        f"line {row.line}: split {row.cells['split']!r}; expected one of {', '.join(get_args(Split))}"
+        for row in table.rows
+        if has_splits and row.cells["split"] not in get_args(Split)
+    ]
+    if faults:
+        raise ManifestError(f"{manifest}: {len(faults)} rows are of no split{fault_lines(faults)}")
+    return _Rows(cell("label"), cell(column or ""), cell("split") if has_splits else None)
+
+
+def _of_split(folder: Path, images: list[SiteImage], split: _Cell, wanted: Among) -> list[SiteImage]:
+    """The images of a split.
+
+    Raises:
+        DataError: there is none.
+        ManifestError: a patient is in two, so that nobody can say who was trained on.
+    """
+    found: dict[str, str] = {}
+    for image in images:
+        if image.patient and (own := split(image)) and found.setdefault(image.patient, own) != own:
+            raise ManifestError(
+                f"{folder / MANIFEST}: patient {image.patient!r} is in splits {found[image.patient]} and {own}; "
+                "expected one split a patient"
+            )
+    chosen = [image for image in images if wanted == "all" or split(image) == wanted]
+    if not chosen:
+        counts = Counter(split(image) for image in images)
+        held = ", ".join(f"{counts[name]} of {name}" for name in get_args(Split) if counts[name]) or "none"
+        raise DataError(
+            f"{folder}: no image of split {wanted}, by its {MANIFEST}; found {held}: expected some, or another --split "
+            "(all takes every one)"
+        )
+    return chosen
 
 
 def _draws(patients: list[str]) -> NDArray[np.float64]:

@@ -38,6 +38,7 @@ from secure_fed.operate.predict import Anomalies, Probabilities
 
 CASES = "cases.json"
 PAGE = "cases.html"
+_PICTURES = "case-[0-9][0-9][0-9][0-9]*.png"
 NOT_A_DIAGNOSIS = (
     "This is no diagnosis, and no medical device: it shows what a classifier computed, not what the patient has. A map "
     "shows what moved the computation, which need not be the finding."
@@ -228,8 +229,11 @@ def refuse_cases(folder: Path) -> None:
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not os.access(above, os.W_OK):
         raise StorageError(f"{folder}: cannot be written ({above} is not yours to write to); choose another place")
-    if any((folder / name).exists() for name in (CASES, PAGE)):
-        raise OutputError(f"{folder}: holds explained cases already; expected another folder, or an empty one")
+    held = next((path for form in (CASES, PAGE, _PICTURES) for path in sorted(folder.glob(form))), None)
+    if held is not None:
+        raise OutputError(
+            f"{folder}: holds {held.name}, as explained cases have it; expected another folder, or an empty one"
+        )
 
 
 Reasons = tuple[dict[str, float], float | None, tuple[ConceptShare, ...], float | None]

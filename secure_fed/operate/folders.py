@@ -5,20 +5,20 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-from secure_fed.clients.data import UNLABELLED, SiteImage, Split, Unit, read_data
+from secure_fed.clients.data import BESIDE, UNLABELLED, SiteImage, Split, Unit, read_data
 from secure_fed.clients.dicom_header import patient_id
 from secure_fed.clients.doubts import all_doubts, doubts_of_pictures
 from secure_fed.clients.duplicates import fingerprints
 from secure_fed.clients.features import FeatureCache, Progress
 from secure_fed.clients.files import IN_A_FOLDER, MANIFEST, Notes, class_folders, image_files, no_folder
 from secure_fed.clients.manifest import Row, read_table
-from secure_fed.clients.patients import Doubt, doubts, in_one_form
+from secure_fed.clients.patients import Doubt, doubts, in_one_form, some
 from secure_fed.core.errors import DataError, ManifestError, OutputError
 from secure_fed.core.storage import write_durable
 from secure_fed.operate.overlaps import Held, Overlaps, overlaps
@@ -39,6 +39,7 @@ class Folder:
         has_splits: whether its manifest says what is used for what; else all of it is in ``train``.
         images: all of them, sorted by path; labels are indices into ``classes``.
         notes: what was noticed while they were found.
+        deeper: of folders of classes, by class, the folders with images in it that have names of their own.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Folder:
     has_splits: bool
     images: list[SiteImage]
     notes: Notes
+    deeper: Mapping[str, set[str]]
 
     @property
     def name(self) -> str:
@@ -77,6 +79,7 @@ def look_at(path: Path) -> Folder:
     columns: tuple[str, ...] = ()
     says_whose = False
     rows: list[Row] = []
+    deeper: dict[str, set[str]] = {}
     if manifest.exists():
         table = read_table(manifest, (), ("path", "label"))
         columns, rows = table.columns, table.rows
@@ -84,7 +87,7 @@ def look_at(path: Path) -> Folder:
         labels = {row.cells.get("label", "") for row in rows} - {""}
     else:
         labels = set(class_folders(path)) - {UNLABELLED}
-        refuse_sites(path, labels)
+        deeper = refuse_sites(path, labels)
     if not labels:
         loose = sum(1 for _ in image_files(path))
         raise DataError(
@@ -106,26 +109,46 @@ def look_at(path: Path) -> Folder:
         cells = [row.cells.get("patient", "") for row in rows] or [patient_id(image.path) for image in images]
         named = doubts(Counter(filter(None, map(in_one_form, cells))))
         notes.told += [_told(path, doubt) for doubt in named if doubt.kind != "share"]  # which is of all images
+    notes.told += _levels(path, deeper, notes)
     notes.told += [_told(path, doubt) for doubt in all_doubts(images, unit, notes)]
-    return Folder(path, classes, unit, shares is None, images, notes)
+    return Folder(path, classes, unit, shares is None, images, notes, deeper)
 
 
-def refuse_sites(path: Path, names: set[str]) -> None:
+def refuse_sites(path: Path, names: set[str]) -> dict[str, set[str]]:
     """Refuse a folder of sites' folders, whose names would be taken for classes.
 
+    Returns:
+        The folders with images in those of these names that have any.
+
     Raises:
-        DataError: the folders of these names have the same folders, or a manifest each.
+        DataError: those have the same folders in each, or all of these names a manifest.
     """
-    inner = [set(class_folders(path / name)) - {UNLABELLED} for name in sorted(names)]
-    if len(inner) > 1 and all((path / name / MANIFEST).exists() for name in names):
-        common = {MANIFEST}
+    inner = {name: set(class_folders(path / name)) - {UNLABELLED} for name in sorted(names)}
+    inner = {name: below for name, below in inner.items() if below}
+    if len(names) > 1 and all((path / name / MANIFEST).exists() for name in names):
+        alike, common = set(names), {MANIFEST}
     else:
-        common = set.intersection(*inner) if len(inner) > 1 else set()
+        alike, common = set(inner), set.intersection(*inner.values()) if len(inner) > 1 else set()
     if common:
         raise DataError(
-            f"{path}: its folders {', '.join(sorted(names))} have {', '.join(sorted(common))} in each: they look like "
+            f"{path}: its folders {', '.join(sorted(alike))} have {', '.join(sorted(common))} in each: they look like "
             f"sites, not like classes; expected the folders of the sites: {path}/*"
         )
+    return inner
+
+
+def _levels(path: Path, deeper: Mapping[str, set[str]], notes: Notes) -> list[str]:
+    """How folders within those of the classes, and files beside these, were taken, in words."""
+    told = []
+    if deeper:
+        within = "; ".join(f"in {name}: {some(sorted(below))}" for name, below in deeper.items())
+        told.append(f"{path}: folders within a class' folder are of that class ({within})")
+    beside = [line.removesuffix(BESIDE) for line in notes.passed_over if line.endswith(BESIDE)]
+    if beside:
+        told.append(
+            f"{path}: {len(beside)} files beside the classes' folders are of no class, and not used: {some(beside)}"
+        )
+    return told
 
 
 def names_of(folders: Sequence[Folder]) -> dict[Path, str]:
@@ -236,5 +259,5 @@ def facts(folder: Folder) -> dict[str, Any]:
         "classes": {name: sum(counts[label, split] for split in splits) for label, name in enumerate(folder.classes)},
         "without_label": sum(counts[None, split] for split in splits),
         "told": folder.notes.told,
-        "passed_over": len(folder.notes.passed_over),
+        "passed_over": sum(not line.endswith(BESIDE) for line in folder.notes.passed_over),
     }

@@ -32,7 +32,7 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError, StudyError
 from secure_fed.core.layout import ADAPTER
-from secure_fed.core.storage import exclusive, make_folder, write_durable
+from secure_fed.core.storage import DRAWN, exclusive, is_drawn, make_folder, refuse_foreign, write_durable
 from secure_fed.model.adapter_file import load_adapter
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
 from secure_fed.model.calibration import tempered
@@ -51,6 +51,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_POINTS = 1500
 """Images in a feature map."""
 
+_OF_ANOMALIES = "anomaly_maps"
 _DPI = 150
 _GREY = "#666666"
 _LEAST_POINTS = 10
@@ -108,6 +109,7 @@ def plot_run(folder: Path, out: Path) -> list[Path]:
     Raises:
         StudyError: there is no study in it.
         AdapterFileError: there is no finished run, or its data are patients'.
+        OutputError: a file of one of these names is no such picture; nothing was drawn.
         SecfacmicError: others, as the sites give them.
     """
     if not (folder / "study.toml").is_file():
@@ -115,6 +117,7 @@ def plot_run(folder: Path, out: Path) -> list[Path]:
             f"{folder}: no study in it to draw; expected the folder of a finished simulate or demo, or of a site (what "
             "secfacmic report draws of a sweep is in its page)"
         )
+    _refuse_others(out)
     with exclusive(folder):
         agreed = load_study(folder / "study.toml")
         files = [read_site_file(folder / "sites" / member.name / "site.toml") for member in agreed.study.sites]
@@ -134,8 +137,10 @@ def plot_site(folder: Path, out: Path) -> list[Path]:
 
     Raises:
         AdapterFileError: no round is applied yet.
+        OutputError: as :func:`plot_run`.
         SecfacmicError: others, as the site gives them.
     """
+    _refuse_others(out)
     file = read_site_file(folder)
     with exclusive(file.state_folder.path):
         agreed = load_study(Path(file.study))
@@ -148,16 +153,26 @@ def plot_site(folder: Path, out: Path) -> list[Path]:
         return _draw(Run(agreed, [site], site.parameters, temperature or 1.0), out)
 
 
-def _draw(run: Run, out: Path) -> list[Path]:
-    make_folder(out)
-    drawings: dict[str, Callable[[Run], Figure | None]] = {
+def _drawings() -> dict[str, Callable[[Run], Figure | None]]:
+    return {
         "learning_curves": learning_curves,
         "confusion": confusion,
         "reliability": reliability,
         "feature_map": feature_map,
+        _OF_ANOMALIES: anomaly_maps,
     }
-    if run.agreed.study.task == "anomaly":
-        drawings = {"anomaly_maps": anomaly_maps}
+
+
+def _refuse_others(out: Path) -> None:
+    if out.is_dir():
+        for name in _drawings():
+            refuse_foreign(out / f"{name}.png", is_drawn)
+
+
+def _draw(run: Run, out: Path) -> list[Path]:
+    make_folder(out)
+    anomalies = run.agreed.study.task == "anomaly"
+    drawings = {name: draw for name, draw in _drawings().items() if (name == _OF_ANOMALIES) == anomalies}
     written = []
     for name, draw in drawings.items():
         figure = draw(run)
@@ -166,7 +181,7 @@ def _draw(run: Run, out: Path) -> list[Path]:
         picture = io.BytesIO()
         if any(site.unpaid for site in run.sites):
             figure.text(0.5, 0, LOCAL, ha="center", va="top", fontsize=6, color="red")
-        figure.savefig(picture, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(picture, format="png", dpi=_DPI, bbox_inches="tight", metadata=DRAWN)
         write_durable(out / f"{name}.png", picture.getvalue())
         written.append(out / f"{name}.png")
     return written

@@ -20,10 +20,10 @@ from secure_fed.clients.duplicates import Fingerprint
 from secure_fed.clients.encoding import Patches, encode_all
 from secure_fed.clients.files import MANIFEST, Notes
 from secure_fed.clients.patients import MANY_IN_ONE, SETTLED, Doubt
-from secure_fed.clients.photographs import as_drawn
+from secure_fed.clients.photographs import as_drawn, no_picture
 from secure_fed.clients.rules import MOST_PIXELS, Rules
 from secure_fed.core.errors import AdapterFileError, DataError, UnreadableImageError, fault_lines
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import make_folder, refuse_foreign, write_durable
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases, judge
@@ -325,6 +325,7 @@ def predict_folder(
     choice: Choice = EVERYTHING,
     device: Device = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    among: Callable[[list[SiteImage]], list[SiteImage]] = lambda images: images,
 ) -> Probabilities:
     """Calibrated probabilities for all images of a folder.
 
@@ -341,6 +342,8 @@ def predict_folder(
         choice: which pictures are used, as sites say it in ``site.toml``.
         device: where the backbone computes.
         progress: told how many images are done, of how many.
+        among: told all images that are there, gives those that are predicted; what it raises ends this before any is
+            decoded.
 
     Raises:
         AdapterFileError: the adapter cannot be read, is of another study, or lacks batch norm's statistics.
@@ -374,6 +377,7 @@ def predict_folder(
         others = f" ({len(passed_over)} other files)" if passed_over else ""
         others = f" ({min(passed_over.values())})" if single is not None and passed_over else others
         raise DataError(f"{single or folder}: no image{others}; expected images in it, or in folders below it")
+    images = among(images)
     told = [*notes.told, *(f"left out: {count} of kind {kind}" for kind, count in sorted(notes.left_out.items()))]
     if pseudonyms := renamed(images, notes):
         told.append(f"{folder}: {pseudonyms} patients have another id in the manifest than in their DICOM files")
@@ -422,22 +426,46 @@ def _anomalies(file: AdapterFile, x: NDArray[np.float32], window: Callable[[tupl
     )
 
 
+def _map_of(image: SiteImage, images: Path, folder: Path) -> Path:
+    place = "" if image.frame is None else f".{image.axis}-{image.frame}"
+    return folder / f"{image.path.relative_to(images).as_posix()}{place}.png"
+
+
+def refuse_other_maps(found: list[SiteImage], images: Path, folder: Path) -> None:
+    """Check that heat maps of images can be written, before they are computed.
+
+    Args:
+        found: the images.
+        images: the folder that they lie in.
+        folder: of the maps.
+
+    Raises:
+        OutputError: a file is there that is no such map.
+        StorageError: it cannot be read.
+    """
+    for image in found:
+        path = _map_of(image, images, folder)
+        if path.exists():
+            refuse_foreign(path, lambda head: bool(no_picture(head)))
+
+
 def write_maps(found: Probabilities, folder: Path) -> int:
     """Write a heat map beside its picture for each image, ``PATH.png``, readable by the owner alone; how many.
 
     Args:
         found: what a memory says.
-        folder: made if it is not there.
+        folder: made if it is not there. Earlier maps are written over, and no other file.
 
     Raises:
         AdapterFileError: the adapter is no memory.
+        OutputError: as :func:`refuse_other_maps`; nothing was written.
         StorageError: they cannot be written.
     """
     if found.anomalies is None:
         raise AdapterFileError("heat maps of a folder are those of a memory of normal images; expected such an adapter")
+    refuse_other_maps(list(found.images), found.folder, folder)
     for image, heat in zip(found.images, found.anomalies.maps, strict=True):
-        place = "" if image.frame is None else f".{image.axis}-{image.frame}"
-        path = folder / f"{found.name(image)}{place}.png"
+        path = _map_of(image, found.folder, folder)
         make_folder(path.parent, 0o700)
         picture = decode(image.path.read_bytes(), image.frame, image.axis, found.rules)
         drawn = overlay(picture, found.anomalies.scale.share(heat), found.anomalies.window(picture.size))

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.core.errors import RecordError, StudyError
-from secure_fed.core.layout import RECORDS, RunState, ServerState, StateFolder
+from secure_fed.core.layout import RECORDS, RunState, ServerRun, ServerState, StateFolder
 from secure_fed.core.status import StatusFile, is_running
 from secure_fed.protocol.journal import find_runs, find_study
 from secure_fed.protocol.records import MAGIC, Chain, RecordFolder, RecordHeader
 from secure_fed.protocol.signing import parse_header, split_frame
 from secure_fed.protocol.study import AgreedStudy, load_study
+from secure_fed.server.orders import Orders
 
 
 def place_of(path: Path) -> tuple[Path, Path | None]:
@@ -72,14 +73,16 @@ def is_over(state: Path, agreed: AgreedStudy) -> bool:
 
 def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
     """The status file with whether a process holds the folder, and whether the study was closed there; without one of
-    a process that began, as at a simulated site or where every start was refused, what the journal says.
+    a process that began, as at a simulated site or where every start was refused, what the journal says. What a
+    process waited for is left out once it does not run; what its people ordered is read where they left it.
 
     Args:
         state: the folder.
         study: its study's file; None to look for it near the journal. Without one nothing is known of the study's end.
 
     Returns:
-        A JSON document with at least ``role``, ``running``, ``closed``, ``round`` and ``last_error``.
+        A JSON document with at least ``role``, ``running``, ``closed``, ``round``, ``last_error`` and ``ordered``, in
+        words what the coordinator's people want of a run that is not over.
 
     Raises:
         RecordError: there is neither, or not yet.
@@ -87,7 +90,8 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
     found = StatusFile(state).read()
     now = {"running": is_running(state), "closed": StateFolder(state).closed.exists()}
     if "role" in found:
-        return {**found, **now}
+        facts = {**found, **now, "ordered": [] if found.get("finished") else _ordered(state)}
+        return facts if now["running"] else {name: fact for name, fact in facts.items() if name != "waiting"}
     # A process that was refused before it began leaves why, and nothing else.
     error = found.get("last_error")
     role = "server" if ServerState(state).key.exists() else "site"
@@ -96,7 +100,7 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
     elif not any(StateFolder(state).run_folders()):
         raise RecordError(f"{state}: nothing has run here yet; start the site with: secfacmic client --site SITE")
     if error is not None and not any(StateFolder(state).begun_runs()):
-        return {"role": role, **now, "round": 0, "last_error": error}
+        return {"role": role, **now, "round": 0, "last_error": error, "ordered": []}
     run = next((run for run in find_runs(state) if run.current), None)
     records = 0 if run is None else len(list(run.journal.glob(RECORDS)))
     if run is None or not records:
@@ -108,8 +112,22 @@ def standing(state: Path, study: Path | None = None) -> dict[str, Any]:
         "records": records,
         "round": _closed_rounds(_newest(run.journal)),
         "last_error": error,
+        "ordered": _ordered(state),
         **_study_facts(state, study, run.journal),
     }
+
+
+def _ordered(state: Path) -> list[str]:
+    """What people ordered for the current run of a server, in words; of a site nothing."""
+    folder = StateFolder(state)
+    if folder.closed.exists() or folder.current_run is None:
+        return []
+    orders = Orders(ServerRun(folder.runs / folder.current_run))
+    words = {
+        "paused: no further round begins until secfacmic study resume": orders.paused,
+        "the run is to end before its last round, by secfacmic study end": orders.end,
+    }
+    return [text for text, ordered in words.items() if ordered]
 
 
 def _study_facts(state: Path, path: Path | None, journal: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def draft_study(
     told: list[str] = []
     if len(paths) == 1 and not held_out:
         folder = look_at(paths[0])
+        _refuse_one_class_twice([folder])
         split = _split(folder, partition or "iid", sites, progress)
         names, common, data = list(split), None, folder.path.resolve()
         places: dict[str, tuple[str, Sequence[str]]] = {site: (".", split[site]) for site in names}
@@ -122,6 +124,8 @@ def draft_study(
         folders = [look_at(path) for path in (*paths, *held_out)]
         names = _names(folders)
         places, data = _places(names, folders)
+        _refuse_another_level(names, folders)
+        _refuse_one_class_twice(folders)
         common, unreadable = compare(folders, progress)
         told += [f"cannot be decoded: {line}" for line in unreadable]
         told += [*common.words, *_in_other_words(names, folders)]
@@ -163,6 +167,56 @@ def _in_other_words(names: Sequence[str], folders: Sequence[Folder]) -> list[str
         f"classes that not all sites have: {'; '.join(some)}: a class has one name at all sites; if one of these is "
         "another's name, rename its folder or its labels and draft again"
     ]
+
+
+def _refuse_another_level(names: Sequence[str], folders: Sequence[Folder]) -> None:
+    """Refuse a site whose folder is one level above the others': its classes would be what holds theirs.
+
+    Raises:
+        StudyError: a class of one site has folders that are named as classes of others.
+    """
+    for name, folder in zip(names, folders, strict=True):
+        others = {
+            _as_meant(label): site
+            for site, other in zip(names, folders, strict=True)
+            for label in other.classes
+            if other is not folder
+        }
+        for label, below in folder.deeper.items():
+            alike = sorted(inner for inner in below if _as_meant(inner) in others)
+            if alike and _as_meant(label) not in others:
+                raise StudyError(
+                    f"{folder.path}: its folder {label} is no class of any other site, and holds {', '.join(alike)}, "
+                    f"which is a class at {others[_as_meant(alike[0])]}; expected folders of one level, each with the "
+                    f"classes in it: give {folder.path / label} for {name}, or rename what is in it"
+                )
+
+
+def _refuse_one_class_twice(folders: Sequence[Folder]) -> None:
+    """Refuse classes that differ in writing alone.
+
+    Raises:
+        StudyError: with the folders that write each.
+    """
+    written: defaultdict[str, list[str]] = defaultdict(list)
+    for label in sorted({label for folder in folders for label in folder.classes}):
+        written[_as_meant(label)].append(label)
+    twice = [
+        f"{label!r} ({', '.join(str(folder.path) for folder in folders if label in folder.classes)})"
+        for forms in written.values()
+        for label in forms
+        if len(forms) > 1
+    ]
+    if twice:
+        raise StudyError(
+            f"classes that differ in writing alone: {'; '.join(twice)}; expected one name for a class in all folders: "
+            "rename folders or labels"
+        )
+
+
+def _as_meant(label: str) -> str:
+    """A class's name without case, underscores and Unicode's forms; signs stay, as in HER2+ and HER2-."""
+    return " ".join(unicodedata.normalize("NFKC", label).casefold().replace("_", " ").split())
 
 
 def _slug(text: str) -> str:

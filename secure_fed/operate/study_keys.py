@@ -10,7 +10,7 @@ from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import read_site
 from secure_fed.core.storage import refuse_foreign, write_durable
 from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key, load_identity
-from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader
+from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, read_sealed_file
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.protocol.study_tables import Member
 
@@ -58,7 +58,7 @@ def rotate_key(
     return _keep(here.keys, sealed, into)
 
 
-def accept_key(site: Path, sealed: bytes) -> SealedKeyHeader:
+def accept_key(site: Path, sealed: Path) -> SealedKeyHeader:
     """Take a sealed key at a site, after checking its maker, study and epoch.
 
     Args:
@@ -68,8 +68,8 @@ def accept_key(site: Path, sealed: bytes) -> SealedKeyHeader:
     Raises:
         KeyFileError: refused; what the site held stays.
     """
-    *_, ring = _open(site)
-    return ring.accept(sealed)
+    agreed, _, ring = _open(site)
+    return ring.accept(read_sealed_file(sealed, agreed)[1])
 
 
 def held_keys(site: Path) -> dict[int, SealedKeyHeader]:

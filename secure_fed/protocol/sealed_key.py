@@ -106,16 +106,21 @@ def exact_warning(study: Study, header: SealedKeyHeader) -> str | None:
     )
 
 
-def read_sealed_file(path: Path) -> bytes:
-    """The bytes of a sealed key file, unchecked.
+def read_sealed_file(path: Path, agreed: AgreedStudy) -> tuple[SealedKeyHeader, bytes]:
+    """A sealed key file, checked as by :func:`check_sealed_key`: what it says, and its bytes.
 
     Raises:
-        KeyFileError: it cannot be read.
+        KeyFileError: with the file, what was found and expected.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(MAX_SEALED + 1)
     except OSError as error:
         raise KeyFileError(f"{path}: cannot be read ({error.strerror}); expected a sealed key file") from error
+    try:
+        return check_sealed_key(data, agreed), data
+    except KeyFileError as error:
+        raise KeyFileError(f"{path}: {error}") from error
 
 
 def check_sealed_key(data: bytes, agreed: AgreedStudy) -> SealedKeyHeader:

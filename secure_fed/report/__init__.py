@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from secure_fed.core.storage import refuse_foreign, write_durable
+from secure_fed.core.storage import is_drawn, refuse_foreign, write_durable
 from secure_fed.report.groups import Analysis
 from secure_fed.report.page import CSV_COLUMNS, MARKDOWN, as_csv, as_html, as_markdown, is_page
 from secure_fed.report.results import read_results
@@ -21,10 +21,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 def _is_report(head: bytes) -> bool:
     columns = f"{','.join(CSV_COLUMNS)},".encode()
-    return is_page(head) or head.startswith((MARKDOWN.encode(), columns)) or (head[:4] == b"\x89PNG" and _PNG in head)
-
-
-_PNG = b"secfacmic"
+    return is_page(head) or head.startswith((MARKDOWN.encode(), columns)) or is_drawn(head)
 
 
 def write_report(folders: Sequence[Path], out: Path, form: Format, *, local_metrics: bool = False) -> Analysis:

@@ -38,10 +38,25 @@ def _overall(found: Evaluation) -> Section:
     return Section(
         "overall",
         "Overall",
-        f"{scores.images} labelled images of {scores.patients} {unit}.",
+        f"{scores.images} labelled images of {scores.patients} {unit}{_of_which(found)}.",
         tables=(Table("All metrics, %", ("metric", "value", "low", "high"), rows),),
-        notes=("Low and high: 95 % intervals, by resampling patients.", *_outside([scores])),
+        notes=("Low and high: 95 % intervals, by resampling patients.", *_trained_on(found), *_outside([scores])),
     )
+
+
+def _of_which(found: Evaluation) -> str:
+    if found.split in (None, "all"):
+        return ""
+    return f", of split {found.split} by the manifest; {found.left_out} images of others or of no row count in nothing"
+
+
+def _trained_on(found: Evaluation) -> tuple[str, ...]:
+    """What is to be said where images may be among these that the adapter was trained on."""
+    if found.split is None:
+        return ("Nothing here says which images the adapter was trained on: of those, figures are too good.",)
+    if found.split in ("train", "all"):
+        return ("Images of split train are among these: if the adapter was trained on them, figures are too good.",)
+    return ()
 
 
 def _metric(scores: Scores, name: str) -> tuple[Cell, Cell, Cell]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from secure_fed.core.storage import DRAWN
 from secure_fed.report.chart import Chart, Matrix
 from secure_fed.report.figures import sections
 from secure_fed.report.groups import Analysis
@@ -39,7 +40,7 @@ def as_png(analysis: Analysis) -> bytes:
         )
         draw(axis, panel)
     data = io.BytesIO()
-    figure.savefig(data, format="png", metadata={"Software": "secfacmic"})
+    figure.savefig(data, format="png", metadata=DRAWN)
     return data.getvalue()
 
 

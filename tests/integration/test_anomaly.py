@@ -27,6 +27,7 @@ from secure_fed.core.errors import (
     BackboneError,
     DataError,
     OnnxError,
+    OutputError,
     StudyError,
 )
 from secure_fed.core.tomlfile import write_toml
@@ -164,12 +165,35 @@ def test_predict_gives_scores_flags_and_maps(
         [one["score"] for one in document["images"]], abs=1e-6
     )
     assert write_maps(found, tmp_path / "maps") == 36
+    assert write_maps(found, tmp_path / "maps") == 36  # its own
     maps = sorted((tmp_path / "maps").rglob("*.png"))
     assert len(maps) == 36
     assert Image.open(maps[0]).size == (32, 32)
     assert oct(maps[0].stat().st_mode)[-3:] == "600"
     with pytest.raises(AdapterFileError, match="no probabilities of classes"):
         write_reports(found, tmp_path / "reports")
+
+
+def test_maps_take_the_place_of_maps_alone(
+    finished: tuple[Path, dict[str, Any]],
+    pictures: Path,
+    tmp_path: Path,
+    secfacmic: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Maps may lie in the folder of the images, where ``0.png.png`` may be one."""
+    (tmp_path / "dark").mkdir()
+    shutil.copy(pictures / "dogwood/dark/0.png", tmp_path / "dark/0.png")
+    shutil.copy(pictures / "dogwood/dark/1.png", tmp_path / "dark/0.png.png")
+    before = (tmp_path / "dark/0.png.png").read_bytes()
+    monkeypatch.setattr("secure_fed.operate.predict.load_backbone", lambda *_: pytest.fail("hours of work"))
+    ended = secfacmic(
+        "predict", "--adapter", finished[0] / "adapter.safetensors", "--images", tmp_path, "--maps", tmp_path
+    )
+    assert ended.returncode == OutputError.exit_code
+    assert "0.png.png: exists, and this command did not write it" in ended.stderr
+    assert (tmp_path / "dark/0.png.png").read_bytes() == before
+    assert not list(tmp_path.rglob("0.png.png.png"))
 
 
 def test_maps_lie_on_the_pixels_that_were_seen_and_mean_the_same_in_every_folder(

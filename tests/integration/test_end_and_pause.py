@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from secure_fed.core.errors import NotEnoughSitesError, RecordError, StudyError
+from secure_fed.core.status import StatusFile
 from secure_fed.operate.standing import is_over, standing
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.server.coordinator import Coordinator, Step
@@ -136,6 +137,26 @@ def test_a_paused_run_begins_no_round_and_asks_nobody_until_it_is_resumed(
     assert [entry.header.kind for entry in coordinator.journal.records] == ["genesis", *["aggregate"] * 3]
 
 
+def test_a_server_that_does_not_run_tells_what_was_ordered_and_not_what_it_waited_for(
+    federation: Federation, secfacmic: Run
+) -> None:
+    _begin(federation)
+    state, study = federation.folder / "server", federation.folder / "study.toml"
+    StatusFile(state).begin("server", study="s", study_id="0" * 64, round=1, rounds=3, waiting="round 1: cedar is away")
+    shown = secfacmic("status", state).stdout
+    assert "NOT running" in shown
+    assert "cedar is away" not in shown
+    assert "paused" not in shown
+    hold_run(federation.agreed, state, paused=True)
+    assert "paused: no further round begins until secfacmic study resume" in secfacmic("status", state).stdout
+    StatusFile(state)._path.unlink()  # as where no process of this version began
+    assert "paused: no further round begins" in secfacmic("status", state).stdout
+    assert secfacmic("study", "resume", study, "--state", state).returncode == 0
+    assert "paused" not in secfacmic("status", state).stdout
+    end_run(federation.agreed, state)
+    assert "the run is to end before its last round" in secfacmic("status", state).stdout
+
+
 def _asked(wire: Any) -> int:
     return sum(map(len, wire.pages.values()))
 
@@ -163,6 +184,24 @@ def test_an_end_that_is_not_confirmed_is_none(federation: Federation, secfacmic:
     refused = secfacmic("study", "end", federation.folder / "study.toml", "--state", federation.folder / "server")
     assert refused.returncode != 0
     assert not coordinator.ending
+
+
+def test_nobody_is_asked_about_an_end_where_nothing_can_be_ended(
+    federation: Federation, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, study = federation.folder / "server", federation.folder / "study.toml"
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: pytest.fail("asked"))
+    refused = secfacmic("study", "end", study, "--state", state)
+    assert refused.returncode == StudyError.exit_code
+    assert "no run has begun" in refused.stderr
+
+
+def test_an_end_is_told_of_how_many_rounds_an_extended_run_has(federation: Federation, secfacmic: Run) -> None:
+    coordinator, _, loop = _begin(federation)
+    state, study = federation.folder / "server", federation.folder / "study.toml"
+    extend_run(federation.agreed, state, 7)
+    _steps(loop, lambda: coordinator.journal.chain.rounds == 7)
+    assert "of 7 rounds are closed" in secfacmic("study", "end", study, "--state", state, "--yes").stdout
 
 
 # --- for want of sites ---

@@ -87,7 +87,7 @@ def test_a_folder_becomes_one_page_a_document_and_pictures(
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o600}
     again = secfacmic(*arguments)
     assert again.returncode == OutputError.exit_code
-    assert "holds explained cases already" in again.stderr
+    assert "holds cases.json, as explained cases have it" in again.stderr
 
 
 def test_one_image_is_explained_alone(secfacmic: Run, finished_run: Path, few: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_place_that_can_get_no_cases_is_refused_before_anything_is_computed(
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / CASES).write_text("{}")
-    for name, says in (("file", "a file; expected a folder"), ("full", "holds explained cases already")):
+    for name, says in (("file", "a file; expected a folder"), ("full", "holds cases.json, as explained cases have it")):
         ended = secfacmic("explain-case", "--adapter", tmp_path / "none", "--image", few, "--out", tmp_path / name)
         assert ended.returncode == OutputError.exit_code
         assert says in ended.stderr

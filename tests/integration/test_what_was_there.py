@@ -146,6 +146,31 @@ def test_a_report_takes_the_place_of_a_report_alone(
     assert len(place.read_bytes()) > 1000
 
 
+def test_pictures_of_a_run_take_the_place_of_such_pictures_alone(
+    finished_run: Path, tmp_path: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "plots"
+    place.mkdir()
+    for content in (b"mine", b"\x89PNG\r\n\x1a\n of a camera by secfacmic"):
+        (place / "confusion.png").write_bytes(content)
+        refused(secfacmic("plot", finished_run, "--out", place), "confusion.png: exists, and this command did not")
+        assert held(place) == {"confusion.png": content}
+    (place / "confusion.png").unlink()
+    for slow in ("learning_curves", "reliability", "feature_map"):
+        monkeypatch.setattr(f"secure_fed.operate.plots.{slow}", lambda _: None)
+    for _ in range(2):
+        assert secfacmic("plot", finished_run, "--out", place).returncode == 0
+
+
+def test_explained_cases_take_no_pictures_place(
+    finished_run: Path, images: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    (tmp_path / "case-0001.png").write_bytes(b"mine")
+    words = ("explain-case", "--adapter", finished_run / "adapter.safetensors", "--image", images / "ash/dark/0.png")
+    refused(secfacmic(*words, "--out", tmp_path), "holds case-0001.png")
+    assert held(tmp_path) == {"case-0001.png": b"mine"}
+
+
 def test_what_a_site_hands_on_takes_no_other_files_place(finished_run: Path, tmp_path: Path, secfacmic: Run) -> None:
     shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
     site, other = tmp_path / "run/sites/ash", tmp_path / "run/sites/birch"

@@ -107,6 +107,8 @@ def test_what_a_library_makes_of_ctrl_c_is_told_as_ctrl_c(secfacmic: Run, monkey
         ("evaluate --adapter simulate --images x", False),
         ("predict --images x --adapter y --out demo", False),
         ("phantoms make x", False),
+        ("client --site x", True),
+        ("client --site x --rehearse", False),
         ("", False),
     ],
 )

@@ -73,6 +73,68 @@ def test_patients_classes_and_groups_of_a_manifest(finished_run: Path, labelled:
         assert each.sensitivity.low <= each.sensitivity.value <= (each.sensitivity.high or 0)
 
 
+@pytest.fixture
+def split(labelled: Path) -> Path:
+    """The same with splits: of each class patient 0 in test, patient 1 in val, the others in train."""
+    lines = (labelled / "manifest.csv").read_text().splitlines()
+    splits = {"0": "test", "1": "val"}
+    rows = []
+    for line in lines[1:]:
+        path, patient, label, scanner = line.split(",")
+        own = splits.get(patient[-1], "train") if label else "unlabelled"
+        rows.append(f"{path},{patient if label else 'nobody'},{label},{scanner},{own}")
+    (labelled / "manifest.csv").write_text("\n".join([f"{lines[0]},split", *rows]) + "\n")
+    return labelled
+
+
+def test_of_a_manifest_with_splits_test_images_count_alone_and_that_is_said(
+    finished_run: Path, split: Path, secfacmic: Run
+) -> None:
+    shutil.copy(split / "dark/0.png", split / "dark/in-no-row.png")
+    words = ("evaluate", "--adapter", finished_run / ADAPTER, "--images", split,
+             "--checkpoint", finished_run / RANDOM_CHECKPOINT)  # fmt: skip
+    shown = secfacmic(*words)
+    assert "6 labelled images of 3 patients, of split test by the manifest; 25 images of others" in shown.stdout
+    assert "figures are too good" not in shown.stdout
+    found = json.loads(secfacmic(*words, "--json").stdout)
+    assert (found["split"], found["left_out"], found["overall"]["images"]) == ("test", 25, 6)
+    every = secfacmic(*words, "--split", "all").stdout
+    assert "29 labelled images of 15 patients." in every
+    assert "Images of split train are among these" in every
+
+
+def test_where_nothing_says_what_was_trained_on_that_is_said(finished_run: Path, labelled: Path) -> None:
+    found = evaluated(finished_run, labelled)
+    assert (found.split, found.left_out) == (None, 0)
+    assert "Nothing here says which images" in " ".join(evaluation_sections(found)[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        (("test", "val"), DataError, "no image of split test, by its manifest.csv; found 17 of train, 12 of val, 1 of"),
+        ((",test", ",tests"), ManifestError, "6 rows are of no split"),
+        (("split\n", "Set\n"), ManifestError, "column 'Set' says of which split"),
+        (("dark-2,dark,S0,train", "dark-2,dark,S0,test"), ManifestError, "'dark-2' is in splits"),
+    ],
+    ids=["none", "another word", "another name", "one patient in two"],
+)
+def test_splits_that_do_not_hold_are_refused(
+    change: tuple[str, str], kind: type[Exception], says: str, finished_run: Path, split: Path
+) -> None:
+    text = (split / "manifest.csv").read_text()
+    assert change[0] in text
+    (split / "manifest.csv").write_text(text.replace(*change))
+    with pytest.raises(kind) as refused:
+        evaluated(finished_run, split)
+    assert says in str(refused.value)
+
+
+def test_a_split_where_there_are_none_is_refused(finished_run: Path, labelled: Path) -> None:
+    with pytest.raises(ManifestError, match=r"no manifest\.csv with a column split, so no split test"):
+        evaluate_folder(finished_run / ADAPTER, labelled, None, finished_run / RANDOM_CHECKPOINT, split="test")
+
+
 def test_each_slice_of_a_volume_has_the_label_of_its_own_row(finished_run: Path, tmp_path: Path) -> None:
     """A hospital labels slices, not files: one row's label for all of a file's would be wrong and nobody would see."""
     folder = tmp_path / "volumes"

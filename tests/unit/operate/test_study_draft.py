@@ -165,6 +165,48 @@ def test_folders_that_make_no_study(own: Path, tmp_path: Path) -> None:
         draft_study([tmp_path / "none"], "x")
 
 
+def moved(own: Path, root: Path, **places: str) -> list[Path]:
+    """The sites' folders, with folders of classes elsewhere: ``ash__dark="images/dark"``."""
+    shutil.copytree(own, root)
+    for name, to in places.items():
+        site, label = name.split("__")
+        (root / site / to).parent.mkdir(parents=True, exist_ok=True)
+        (root / site / label).rename(root / site / to)
+    return folders(root)
+
+
+def test_a_folder_one_level_above_the_others_is_refused(own: Path, tmp_path: Path) -> None:
+    deeper = {f"cedar__{label}": f"images/{label}" for label in CLASSES}
+    with pytest.raises(StudyError, match="its folder images is no class of any other site, and holds dark, light, str"):
+        draft_study(moved(own, tmp_path / "a", **deeper), "x")
+    shutil.copytree(own, tmp_path / "b")
+    shutil.copytree(own / "ash/dark", tmp_path / "b/loose")  # beside the sites
+    with pytest.raises(DataError, match="its folders ash, birch, cedar, dogwood have dark, light, striped in each"):
+        draft_study([tmp_path / "b"], "x")
+
+
+def test_classes_that_differ_in_writing_alone_are_refused_and_signs_are_no_writing(own: Path, tmp_path: Path) -> None:
+    for number, other in enumerate(("Dark", "dark ", "ｄａｒｋ")):
+        with pytest.raises(StudyError, match="classes that differ in writing alone") as refused:
+            draft_study(moved(own, tmp_path / str(number), cedar__dark=other), "x")
+        assert str(tmp_path / str(number) / "cedar") in str(refused.value)
+    signs = moved(own, tmp_path / "signs", cedar__dark="HER2+", birch__dark="HER2-")
+    assert {"HER2+", "HER2-"} <= set(draft_study(signs, "x").template.class_names)
+
+
+def test_how_levels_were_taken_is_told(own: Path, tmp_path: Path, secfacmic: Run) -> None:
+    paths = moved(own, tmp_path / "data", ash__dark="deep", birch__striped="light/p1")
+    (tmp_path / "data/ash/deep").rename(tmp_path / "data/ash/dark")
+    shutil.copy(own / "ash/dark/0.png", paths[2] / "stray.png")
+    told = draft_study(paths, "x").told
+    assert any("birch: folders within a class' folder are of that class (in light: p1)" in line for line in told)
+    assert any("cedar: 1 files beside the classes' folders are of no class" in line for line in told)
+    assert sum("of that class" in line or "of no class" in line for line in told) == 2
+    checked = secfacmic("data", "check", paths[2]).stdout
+    assert "are of no class, and not used" in checked
+    assert "as no images" not in checked
+
+
 def test_held_out_folders_are_named(own: Path) -> None:
     ash, birch, cedar, dogwood = folders(own)
     draft = draft_study([birch, cedar, dogwood], "x", held_out=[ash])

@@ -9,7 +9,7 @@ import pytest
 
 from secure_fed.core.errors import KeyFileError, SiteFileError, StorageError
 from secure_fed.operate.study_keys import accept_key, create_key, held_keys, rotate_key
-from tests.conftest import Federation, run_round
+from tests.conftest import Federation, Run, run_round
 
 
 def site(federation: Federation, name: str) -> Path:
@@ -21,7 +21,7 @@ def test_a_key_is_made_at_the_key_maker_and_taken_elsewhere(federation: Federati
     made = create_key(site(federation, "ash"), study, tmp_path / "key")
     assert held_keys(site(federation, "ash")) == {made.epoch: made}
     assert held_keys(site(federation, "birch")) == {}
-    assert accept_key(site(federation, "birch"), (tmp_path / "key").read_bytes()) == made
+    assert accept_key(site(federation, "birch"), tmp_path / "key") == made
     assert held_keys(site(federation, "birch")) == {made.epoch: made}
     with pytest.raises(KeyFileError, match="make the key at ash"):
         create_key(site(federation, "birch"), study, tmp_path / "other")
@@ -31,6 +31,19 @@ def test_a_key_that_could_not_be_written_is_not_held_either(federation: Federati
     with pytest.raises(StorageError):
         create_key(site(federation, "ash"), federation.folder / "study.toml", tmp_path / "none" / "key")
     assert held_keys(site(federation, "ash")) == {}
+
+
+def test_what_is_no_sealed_key_is_refused_by_its_name(federation: Federation, tmp_path: Path, secfacmic: Run) -> None:
+    junk = tmp_path / "junk"
+    junk.write_text("not a key")
+    study, state = federation.folder / "study.toml", federation.folder / "server"
+    for words in (
+        ("keys", "accept", junk, "--site", site(federation, "birch")),
+        ("study", "amend", study, junk, "--state", state),
+    ):
+        ended = secfacmic(*words)
+        assert ended.returncode == KeyFileError.exit_code
+        assert f"{junk}: " in ended.stderr
 
 
 def test_a_key_for_another_study_than_the_sites_is_refused(federation: Federation, tmp_path: Path) -> None:
