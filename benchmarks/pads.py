@@ -18,7 +18,7 @@ from secure_fed.protocol.pads import PadPlace, SitePads, check_fresh_key, new_pr
 from secure_fed.protocol.quorum import quorum
 from secure_fed.protocol.records import RecordHeader
 from secure_fed.protocol.round_frames import Revealed, SignedWord
-from secure_fed.protocol.share_frames import Dealt, Witnessed, deal, hand_out, open_handed, take_handed
+from secure_fed.protocol.share_frames import Dealt, Witness, Witnessed, deal, hand_out, open_handed, places, take_handed
 from secure_fed.protocol.signing import encode_header
 
 VALUES = 525_312
@@ -52,8 +52,11 @@ def measure(count: int, bits: int, lanes: int) -> dict[str, float]:
     marks.append(time.process_time())
     steps = ("keys", "pads", "proof", "shares", "opening_shares", "masks_off")
     seconds = {step: after - before for step, before, after in zip(steps, marks, marks[1:], strict=False)}
-    before, none, one = (record_bytes(names, needed, pads, gone) for pads, gone in ((False, 0), (True, 0), (True, 1)))
-    sizes = {"record_bytes": (none - before) / count, "record_bytes_gone": (one - none) / count}
+    before = record_bytes(names, needed, pads=False, gone=0)
+    sizes = {
+        f"record_bytes_{gone}_gone": (record_bytes(names, needed, pads=True, gone=gone) - before) / count
+        for gone in sorted({0, 1, count - needed})
+    }
     return {"sites": count, "bits": bits, "lanes": lanes, "handed_bytes": handed, **sizes, **seconds}
 
 
@@ -69,13 +72,14 @@ def record_bytes(names: list[str], needed: int, pads: bool, gone: int) -> int:
         )  # fmt: skip
         contributors.append(SignedWord.of(encode_header(envelope), token_bytes(64)))
     revealed = len(names) - gone if pads else 0
-    words = tuple((name, token_hex(64)) for name in names[:needed])
+    absent = names[len(names) - gone :]
+    words = tuple(Witness(name, places(names, absent), token_hex(64)) for name in names[: needed if gone else 0])
     header = RecordHeader(
         **{name: value for name, value in position.items() if name != "head"},
         kind="aggregate", seq=1, previous=token_hex(32), round=1, contributors=tuple(contributors), opened_ms=0,
         closed_ms=0, reveals=tuple(Revealed(token_hex(8), token_hex(8), token_hex(64)) for _ in range(revealed)),
         masks=tuple(token_hex(32) for _ in names if pads),
-        witnessed=tuple(Witnessed(name, token_hex(8), token_hex(8), words) for name in names[len(names) - gone :]),
+        witnessed=tuple(Witnessed(name, token_hex(8), token_hex(8)) for name in absent), witnesses=words,
     )  # fmt: skip
     return len(encode_header(header))
 

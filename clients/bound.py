@@ -18,6 +18,7 @@ from secure_fed.core.storage import write_durable
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.protocol.envelope import EnvelopeHeader, RoundPosition
 from secure_fed.protocol.records import head_after_void
+from secure_fed.protocol.round_frames import Product
 from secure_fed.protocol.signing import Count
 from secure_fed.protocol.study_tables import Hex64, Name
 
@@ -43,7 +44,7 @@ class Padded(FileModel):
         seed: of its own mask, in hex.
         shares: what it dealt, in hex.
         envelope: SHA-256 of the envelope's bytes, which lie beside.
-        shared: for whom it has handed a share out.
+        shared: for whom it has handed a share out, and the check of each one's envelope.
     """
 
     private: Hex64
@@ -51,7 +52,7 @@ class Padded(FileModel):
     seed: Hex64
     shares: str
     envelope: Hex64
-    shared: tuple[Name, ...] = ()
+    shared: dict[Name, tuple[Product, Product]] = Field(default_factory=dict)
 
 
 class Bound(FileModel):

@@ -51,6 +51,7 @@ from secure_fed.protocol.round_frames import (
     SignedWord,
     check_arrived,
     check_cohort,
+    products,
     releasing,
     sign_ready,
     sign_retired,
@@ -568,7 +569,8 @@ class Site(Learner):
         return HeldShares(self._agreed, self.replica.due, self.name, bound, envelopes)
 
     def _stand_for(self, question: bytes, carried: bytes) -> tuple[bytes, bytes]:
-        """WITNESS for a site that is gone after this one has revealed, and the share of its mask that was dealt here.
+        """WITNESS for a site that is gone after this one has revealed, and for those asked for before, in one word, and
+        the share of its mask that was dealt here.
 
         It binds as the REVEAL does, which was given before: what the two open is that one sum.
         """
@@ -584,10 +586,11 @@ class Site(Learner):
             raise ProtocolError("the ARRIVED that this site keeps is not the one it has revealed for")
         payload, share = self._held(bound, envelopes).of_gone(asked.gone, carried)
         check = self.replica.state.chain.wire.check_words(digest, payload)
-        if asked.gone not in bound.padded.shared:
-            shared = (*bound.padded.shared, asked.gone)
+        shared = bound.padded.shared | {asked.gone: products(check)}
+        if shared != bound.padded.shared:
             files.bind(bound.model_copy(update={"padded": bound.padded.model_copy(update={"shared": shared})}))
-        word = sign_witness(self._agreed, digest, self.name, asked.gone, check, self.replica.identity.signing)
+        checks = {name: (int(first, 16), int(second, 16)) for name, (first, second) in shared.items()}
+        word = sign_witness(self._agreed, digest, self.name, bound.names, checks, self.replica.identity.signing)
         return word, share
 
     def _refuse_share(self, bound: Bound, asked: GoneHeader) -> None:

@@ -74,9 +74,11 @@ from secure_fed.protocol.sealed_key import Members
 from secure_fed.protocol.share_frames import (
     CHECKED_MAGIC,
     WITNESS_MAGIC,
+    at_places,
     check_checked,
     check_digest,
     check_witness,
+    checks_digest,
     refuse_unchecked,
     sign_check,
     sign_gone,
@@ -525,7 +527,7 @@ class Coordinator:
         if self._arrived is None and self.leaving:
             return None
         if self._arrived is None:
-            if self._pads and self._shares.deals and not self._all_checked():
+            if self._deals and not self._all_checked():
                 return None
             self._fix_sum()
             return None
@@ -572,7 +574,7 @@ class Coordinator:
         Returns:
             Whether anybody is asked that was not before; not without pads, nor while fewer than a quorum have revealed.
         """
-        if self._arrived is None or self._cohort is None or not self._pads or not self._shares.deals:
+        if self._arrived is None or self._cohort is None or not self._deals:
             return False
         new = (set(gone) & set(self._cohort.names) & self._envelopes.keys()) - set(self.sites_in)
         new -= self._shares.gone.keys()
@@ -583,12 +585,9 @@ class Coordinator:
         return True
 
     def _stand_in(self, name: str, seed: str = "") -> None:
-        assert self._arrived is not None
         hidden = self._envelopes[name].header.hidden
         assert hidden is not None
-        check = self._wire.check_words(self._arrived.digest, self._payload(name))
-        self._true_checks[name] = check
-        self._shares.gone[name] = StandIn(name, hidden.mask, check, seed)
+        self._shares.gone[name] = StandIn(name, hidden.mask, self._true_check(name), seed)
 
     def _all_checked(self) -> bool:
         """Whether everybody has a good share of everybody. Once all have answered, a complaint costs the attempt: the
@@ -694,27 +693,35 @@ class Coordinator:
         checks = stand_ins | {name: kept.products for name, kept in self._reveals.items()}
         if self._wire.check_words(digest, self._sum()) == summed_checks(checks.values(), self._wire.modulus):
             return True
-        right = True
-        for name, check in checks.items():
-            true = self._wire.check_words(digest, self._payload(name))
-            if true != check:
-                right = False
-                log.error(
-                    "%s: its REVEAL of round %d is wrong: it does not fit the envelope that it signed; both are kept "
-                    "in %s; the round waits for its right one, or for people",
-                    *(name, self.round, self._spool.folder),
-                )
-                del self._reveals[name]
-                self._shares.take_no_word_of(name)
-                self._true_checks[name] = true
-                if self._pads and self._shares.deals:
-                    self._stand_in(name, self._masks[name])
-        if right:
+        wrong = [name for name in sorted(self._reveals) if not self._fits(name)]
+        if not wrong:
             raise StorageError(
                 f"round {self.round}: each check fits its envelope, and they do not add up to the sum here; expected "
                 "it: this computer's memory is damaged; start the server again, elsewhere if it comes back"
             )
         return False
+
+    def _fits(self, name: str) -> bool:
+        """Whether a site's REVEAL is its envelope's check; a wrong one is named, and others are to speak for it."""
+        if self._reveals[name].products == self._true_check(name):
+            return True
+        log.error(
+            "%s: its REVEAL of round %d is wrong: it does not fit the envelope that it signed; both are kept "
+            "in %s; the round waits for its right one, or for people",
+            *(name, self.round, self._spool.folder),
+        )
+        del self._reveals[name]
+        self._shares.take_no_word_of(name)
+        if self._deals:
+            self._stand_in(name, self._masks[name])
+        return False
+
+    def _true_check(self, name: str) -> tuple[int, int]:
+        """Of a site's envelope as it came; no REVEAL that says otherwise is taken from then on."""
+        assert self._arrived is not None
+        if name not in self._true_checks:
+            self._true_checks[name] = self._wire.check_words(self._arrived.digest, self._payload(name))
+        return self._true_checks[name]
 
     def _append(self) -> JournalEntry:
         assert self._cohort is not None
@@ -725,7 +732,8 @@ class Coordinator:
         seeds = {name: self._shares.gone[name].seed for name in others} | self._masks
         masks = [seeds[name] for name in self._cohort.names] if self._pads else []
         witnessed = [self._shares.witnessed(name) for name in others]
-        self.journal.append_aggregate(envelopes, reveals, self._sum(), self._opened_ms, masks, witnessed)
+        witnesses = self._shares.witnesses(others)
+        self.journal.append_aggregate(envelopes, reveals, self._sum(), self._opened_ms, masks, witnessed, witnesses)
         self._open_round()
         return self.journal.records[-1]
 
@@ -786,14 +794,25 @@ class Coordinator:
         self._shares.answer(header, word)
 
     def _take_witness(self, data: bytes, site: str, share: bytes) -> None:
-        if self._arrived is None or site not in self._reveals:
+        if self._arrived is None or site not in self._reveals or not self._deals:
             return  # of a round that is over
         word = split_word(WITNESS_MAGIC, data)
         header = check_witness(word, self._agreed, self.journal.chain.members, self._arrived.digest)
-        if header.site != site or header.gone == site or header.gone not in self._arrived.names:
-            raise EnvelopeError(f"a WITNESS of {header.site} for {header.gone} in a reply of {site}")
-        if header.gone in self._shares.gone:  # else it came back while the word was on its way
-            self._shares.witness(site, header.gone, header.products, word.signature, share)
+        names = at_places(header.gone, self._arrived.names)
+        if header.site != site or site in names:
+            raise EnvelopeError(f"a WITNESS of {header.site} for {', '.join(names)} in a reply of {site}")
+        if not set(names) <= self._envelopes.keys():
+            raise EnvelopeError(
+                f"WITNESS of {site} for {', '.join(names)}: one's envelope was damaged here, and is awaited"
+            )
+        if checks_digest(map(self._true_check, names)) != header.checks:
+            raise EnvelopeError(
+                f"WITNESS of {site} for {', '.join(names)}: its checks do not fit the envelopes; it does not count"
+            )
+        for name in names:  # a record has no room for a wrong REVEAL of one that others have spoken for
+            if name in self._reveals:
+                self._fits(name)
+        self._shares.witness(site, names, word.signature, share)
 
     def _give_up(self) -> JournalEntry:
         """The void of what was begun of the round. Its spool goes first: nothing but the void can follow then.
@@ -865,7 +884,7 @@ class Coordinator:
         self._fixed = False  # whether there is or was one, which may be damaged: somebody may have revealed for it
         self._shares = Shares()
         self._masks: dict[str, str] = {}
-        self._true_checks: dict[str, tuple[int, int]] = {}  # of whose REVEAL was wrong, and of those who were gone
+        self._true_checks: dict[str, tuple[int, int]] = {}  # of envelopes that were held against others' words
         self._readies: dict[str, SignedWord] = {}
         self._reveals: dict[str, Revealed] = {}
         self._clear_sum()
@@ -950,6 +969,11 @@ class Coordinator:
     @property
     def _pads(self) -> bool:
         return self._agreed.study.pads
+
+    @property
+    def _deals(self) -> bool:
+        """Whether there are shares, by which others can speak for one who is gone."""
+        return self._pads and self._shares.deals
 
     @property
     def _wire(self) -> Wire:
@@ -1039,8 +1063,7 @@ class Coordinator:
     def _take_arrived(self, arrived: _Question) -> None:
         """Go on with the sum that was fixed, and with who has revealed for it; once more with CHECKED before, where the
         kept ones are damaged and those who have not revealed ask for them."""
-        dealt = self._pads and self._shares.deals
-        carried = self._spool.whole(CHECKED, partial(self._read_checked, arrived=arrived)) if dealt else b""
+        carried = self._spool.whole(CHECKED, partial(self._read_checked, arrived=arrived)) if self._deals else b""
         self._arrived = replace(arrived, carried=carried or b"")
         self._take_reveals()
         if carried is None and len(self._reveals) < self.journal.chain.quorum.needed:

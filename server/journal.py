@@ -14,7 +14,7 @@ from secure_fed.protocol.journal import JournalEntry
 from secure_fed.protocol.records import LOST, Chain, Kind, Record, RecordFolder, new_header, sign_record
 from secure_fed.protocol.round_frames import Revealed, SignedWord
 from secure_fed.protocol.sealed_key import check_sealed_key
-from secure_fed.protocol.share_frames import Witnessed
+from secure_fed.protocol.share_frames import Witness, Witnessed
 from secure_fed.protocol.signing import Frame
 from secure_fed.protocol.study import AgreedStudy
 
@@ -64,6 +64,7 @@ class Journal:
         opened_ms: int,
         masks: Sequence[str] = (),
         witnessed: Sequence[Witnessed] = (),
+        witnesses: Sequence[Witness] = (),
     ) -> None:
         """Append one round's encrypted sum.
 
@@ -73,7 +74,8 @@ class Journal:
             payload: the sum.
             opened_ms: when the round began.
             masks: with pads, the seeds of the sites' masks, in the same order.
-            witnessed: with pads, the words for those who have not revealed.
+            witnessed: with pads, the checks of those who have not revealed.
+            witnesses: the words of others for these.
         """
         signed = [(envelope.header_text, envelope.signature) for envelope in envelopes]
         self._append(
@@ -84,6 +86,7 @@ class Journal:
             reveals,
             masks=masks,
             witnessed=witnessed,
+            witnesses=witnesses,
             opened_ms=opened_ms,
         )
 
@@ -174,6 +177,7 @@ class Journal:
         *,
         masks: Sequence[str] = (),
         witnessed: Sequence[Witnessed] = (),
+        witnesses: Sequence[Witness] = (),
         run: str | None = None,
         key_id: str | None = None,
         opened_ms: int | None = None,
@@ -191,6 +195,7 @@ class Journal:
             reveals=tuple(reveals),
             masks=tuple(masks),
             witnessed=tuple(witnessed),
+            witnesses=tuple(witnesses),
             times_ms=(opened, max(opened, now)),
             payload=payload,
         )

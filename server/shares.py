@@ -7,12 +7,22 @@ it is when something does not fit.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from secure_fed.core.errors import EnvelopeError
 from secure_fed.protocol.pads import commitment
 from secure_fed.protocol.round_frames import SignedWord, products
-from secure_fed.protocol.share_frames import ENTRY, CheckedHeader, Witnessed, hand_out, share_digest, share_points
+from secure_fed.protocol.share_frames import (
+    ENTRY,
+    CheckedHeader,
+    Witness,
+    Witnessed,
+    hand_out,
+    places,
+    share_digest,
+    share_points,
+)
 from secure_fed.protocol.shares import DIGEST_BYTES, combine
 
 log = logging.getLogger(__name__)
@@ -27,7 +37,6 @@ class StandIn:
         committed: to the seed of its mask, by its header.
         check: of its envelope, which the server holds.
         seed: of its mask, once known, in hex.
-        words: signatures over each one's WITNESS, in hex, by name.
         points: the shares that came and fit, by their places.
         broken: whether a quorum of shares fit and do not give what the site committed to.
     """
@@ -36,7 +45,6 @@ class StandIn:
     committed: str
     check: tuple[int, int]
     seed: str = ""
-    words: dict[str, str] = field(default_factory=dict)
     points: dict[int, bytes] = field(default_factory=dict)
     broken: bool = False
 
@@ -53,6 +61,7 @@ class Shares:
         checked: who has a good share of everybody, and its CHECKED.
         complaints: whose share does not open, by who says so.
         gone: what others have said for whom, by name.
+        words: for whom each one that has spoken for others has, and its signature over that WITNESS, in hex, by name.
     """
 
     def __init__(self, names: tuple[str, ...] = (), needed: int = 0) -> None:
@@ -60,6 +69,7 @@ class Shares:
         self.checked: dict[str, SignedWord] = {}
         self.complaints: dict[str, tuple[str, ...]] = {}
         self.gone: dict[str, StandIn] = {}
+        self.words: dict[str, tuple[tuple[str, ...], str]] = {}
         self._names = names
         self._needed = needed
         self._handed: dict[str, list[bytes]] = {}
@@ -100,52 +110,85 @@ class Shares:
     def lacking(self, site: str) -> str | None:
         """Whom this site, which has revealed, has not spoken for yet."""
         for name, stand_in in self.gone.items():
-            if name != site and site not in stand_in.words and not self.complete(stand_in) and not stand_in.broken:
+            said = site in self.speakers(name) and share_points(self._names, name).get(site) in stand_in.points
+            if name != site and not said and not self.complete(stand_in) and not stand_in.broken:
                 return name
         return None
 
+    def speakers(self, gone: str) -> set[str]:
+        """Who has spoken for a site."""
+        return {site for site, (names, _) in self.words.items() if gone in names}
+
     def complete(self, stand_in: StandIn) -> bool:
         """Whether enough have spoken, and the mask is known."""
-        return len(stand_in.words) >= self._needed and bool(stand_in.seed)
+        return len(self.speakers(stand_in.site)) >= self._needed and bool(stand_in.seed)
 
     @property
     def stand_ins(self) -> dict[str, StandIn]:
         """Those for whom enough have spoken."""
         return {name: stand_in for name, stand_in in self.gone.items() if self.complete(stand_in)}
 
-    def witness(self, site: str, gone: str, check: tuple[int, int], signature: str, share: bytes) -> None:
-        """Take one site's word for another, and its share of that one's seed.
+    def witness(self, site: str, names: tuple[str, ...], signature: str, share: bytes) -> None:
+        """Take one site's word for others, whose checks in it are right, and its share of one's seed.
+
+        An earlier word that came again, for fewer, changes nothing.
 
         Raises:
-            EnvelopeError: either does not fit what the gone one signed: the sender's doing.
+            EnvelopeError: the share fits nothing that one of them dealt, or the word leaves out for whom the site has
+                spoken before: the sender's doing.
         """
-        stand_in = self.gone[gone]
-        if check != stand_in.check:
-            raise EnvelopeError(f"WITNESS of {site} for {gone}: its check does not fit the envelope; it does not count")
-        entry = self.handed(gone, site)[:ENTRY]
-        if share_digest(share, gone, site) != entry[-DIGEST_BYTES:]:
-            raise EnvelopeError(f"WITNESS of {site} for {gone}: its share is another than was dealt; it does not count")
-        stand_in.words[site] = signature
-        stand_in.points[share_points(self._names, gone)[site]] = share
+        maker = self._maker(site, names, share)
+        if maker is None:
+            raise EnvelopeError(
+                f"WITNESS of {site} for {', '.join(names)}: its share is another than was dealt; it does not count"
+            )
+        before = set(self.words[site][0]) if site in self.words else set()
+        if not before <= set(names) and not before >= set(names):
+            raise EnvelopeError(
+                f"WITNESS of {site} for {', '.join(names)}: leaves out {', '.join(sorted(before - set(names)))}, for "
+                "whom it has spoken; it does not count"
+            )
+        if before <= set(names):
+            self.words[site] = names, signature
+        if maker in self.gone:  # else it came back while the word was on its way
+            self._combine(self.gone[maker], share_points(self._names, maker)[site], share)
+
+    def _maker(self, site: str, names: tuple[str, ...], share: bytes) -> str | None:
+        """Which of these has dealt a site this share."""
+        for name in names:
+            if share_digest(share, name, site) == self.handed(name, site)[ENTRY - DIGEST_BYTES : ENTRY]:
+                return name
+        return None
+
+    def _combine(self, stand_in: StandIn, point: int, share: bytes) -> None:
+        stand_in.points[point] = share
         if not stand_in.seed and len(stand_in.points) >= self._needed:
             seed = combine(dict(list(stand_in.points.items())[: self._needed]))
-            if commitment(seed, gone) == stand_in.committed:
+            if commitment(seed, stand_in.site) == stand_in.committed:
                 stand_in.seed = seed.hex()
             else:
                 stand_in.broken = True
                 log.error(
                     "%s: the shares it dealt fit and do not give the mask it committed to; the round waits for it, or "
                     "for people",
-                    gone,
+                    stand_in.site,
                 )
 
     def take_no_word_of(self, site: str) -> None:
         """Let a site whose own REVEAL does not count speak for nobody: a record has no room for its words, and others
         are asked in its place. Its shares fit what their makers signed."""
-        for stand_in in self.gone.values():
-            stand_in.words.pop(site, None)
+        self.words.pop(site, None)
 
     def witnessed(self, name: str) -> Witnessed:
-        """What the record keeps of those who speak for a site: as many as it needs."""
-        stand_in = self.gone[name]
-        return Witnessed(name, *products(stand_in.check), tuple(sorted(stand_in.words.items())[: self._needed]))
+        """What the record says of a site for which others speak."""
+        return Witnessed(name, *products(self.gone[name].check))
+
+    def witnesses(self, gone: Collection[str]) -> list[Witness]:
+        """Words that the record keeps for some: by name, those that one of them has too few without."""
+        kept = []
+        lacking = dict.fromkeys(gone, self._needed)
+        for site, (names, signature) in sorted(self.words.items()):
+            if any(lacking.get(name, 0) > 0 for name in names):
+                kept.append(Witness(site, places(self._names, names), signature))
+                lacking = {name: count - (name in names) for name, count in lacking.items()}
+        return kept

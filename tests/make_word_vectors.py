@@ -92,8 +92,9 @@ def _gone(name: str = "ash", at: RoundPosition = DUE, by: str = "-") -> bytes:
     return pad_words.sign_gone(study(), at, ATTEMPT, ARRIVED, name, signing(by))
 
 
-def _witness(name: str = "birch", arrived: str = ARRIVED, by: str = "") -> bytes:
-    return pad_words.sign_witness(study(), arrived, name, "ash", (5, 2**50), signing(by or name))
+def _witness(name: str = "birch", arrived: str = ARRIVED, by: str = "", gone: tuple[str, ...] = ("ash",)) -> bytes:
+    checks = dict.fromkeys(gone, (5, 2**50))
+    return pad_words.sign_witness(study(), arrived, name, NAMES, checks, signing(by or name))
 
 
 Makes = tuple[bytes, bytes, Mapping[str, bytes], str]
@@ -144,7 +145,12 @@ MAKERS: Mapping[str, tuple[Makes, Mapping[str, bytes]]] = {
         {"at another head": _gone(at=SECOND), "signed by a site": _gone(by="birch")},
     ),
     "Witness": (
-        (pad_words.WITNESS_MAGIC, _witness(), {"of another site": _witness("cedar")}, "birch"),
+        (
+            pad_words.WITNESS_MAGIC,
+            _witness(),
+            {"of another site": _witness("cedar"), "for two": _witness(gone=NAMES[2:4])},
+            "birch",
+        ),
         {"for another ARRIVED": _witness(arrived=STUDY), "signed by the one who is gone": _witness(by="ash")},
     ),
 }

@@ -40,7 +40,7 @@ from secure_fed.protocol.round_frames import (
     reveal_word,
 )
 from secure_fed.protocol.sealed_key import MAX_SEALED, Members, SealedKeyHeader, check_amendment, verify_acknowledgement
-from secure_fed.protocol.share_frames import Witnessed, check_witnessed
+from secure_fed.protocol.share_frames import Witness, Witnessed, check_witnesses
 from secure_fed.protocol.signing import (
     ZERO_DIGEST,
     Count,
@@ -89,6 +89,7 @@ class RecordHeader(SignedHeader):
         opened_ms, closed_ms: the server's clock, milliseconds since 1970; for information.
         masks: of an aggregate with pads, the seed of each contributor's mask, in the same order; else none.
         witnessed: of an aggregate with pads, whose check others stand for, by name; else none.
+        witnesses: their words for it, by name; else none.
     """
 
     version: Literal[2]
@@ -105,6 +106,7 @@ class RecordHeader(SignedHeader):
     closed_ms: Count
     masks: tuple[Hex64, ...] = ()
     witnessed: tuple[Witnessed, ...] = ()
+    witnesses: tuple[Witness, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,7 @@ class Chain:
         elif header.kind == "void":
             self._check_voids(header)
             identity = head_after_void(self.head)
-        if header.kind != "aggregate" and (header.reveals or header.masks or header.witnessed):
+        if header.kind != "aggregate" and (header.reveals or header.masks or header.witnessed or header.witnesses):
             raise RecordError(f"record {header.seq}: a {header.kind} with reveals; expected none")
         self._check_size(header)
         check_payload(frame, header, RecordError)
@@ -517,19 +519,17 @@ class Chain:
                     f"{what}: {len(header.reveals)} reveals; expected one of each of {', '.join(revealed)}"
                 )
             masks = self._check_masks(header, contributors)
-            checks = [
-                check_reveal(
-                    reveal_word(self.agreed, arrived, name, kept, masks.get(name)), self.agreed, self.members, arrived
-                ).products
-                for name, kept in zip(revealed, header.reveals, strict=True)
-            ]
-            for entry in header.witnessed:
-                check_witnessed(entry, self.agreed, self.members, arrived, revealed, needed)
-                checks.append(entry.products)
+            said: dict[str, Revealed | Witnessed] = {entry.site: entry for entry in header.witnessed}
+            for name, kept in zip(revealed, header.reveals, strict=True):
+                word = reveal_word(self.agreed, arrived, name, kept, masks.get(name))
+                check_reveal(word, self.agreed, self.members, arrived)
+                said[name] = kept
+            checks = {name: said[name].products for name in names}
+            check_witnesses(header.witnesses, self.agreed, self.members, arrived, checks, witnessed, needed)
             found = self.wire.check_words(arrived, payload)
         except EnvelopeError as error:
             raise RecordError(f"{what}: {error}") from None
-        if found != summed_checks(checks, self.wire.modulus):
+        if found != summed_checks(checks.values(), self.wire.modulus):
             raise RecordError(
                 f"{what}: its sum is not that of the envelopes that its contributors sent (their linear check fails); "
                 "nothing was decrypted; the server bent it: show the record to the other sites"
@@ -691,6 +691,7 @@ def new_header(
     reveals: tuple[Revealed, ...] = (),
     masks: tuple[str, ...] = (),
     witnessed: tuple[Witnessed, ...] = (),
+    witnesses: tuple[Witness, ...] = (),
     times_ms: tuple[int, int],
     payload: bytes,
 ) -> RecordHeader:
@@ -710,5 +711,6 @@ def new_header(
         closed_ms=times_ms[1],
         masks=masks,
         witnessed=witnessed,
+        witnesses=witnesses,
         **payload_fields(payload),
     )

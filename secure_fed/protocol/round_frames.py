@@ -53,7 +53,6 @@ MAX_ATTEMPT = 2**16
 
 HEADER_BASE = 4096
 HEADER_PER_SITE = 4096
-WITNESS_BYTES = 160
 
 Attempt = Annotated[int, Field(ge=1, le=MAX_ATTEMPT)]
 Product = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
@@ -209,9 +208,8 @@ class RetiredHeader(MemberHeader):
 
 
 def max_header(agreed: AgreedStudy) -> int:
-    """Most bytes of a header that has an entry for every site, and with pads of many for each."""
-    sites = agreed.study.max_sites
-    return HEADER_BASE + HEADER_PER_SITE * sites + (WITNESS_BYTES * sites * sites if agreed.study.pads else 0)
+    """Most bytes of a header that has an entry for every site."""
+    return HEADER_BASE + HEADER_PER_SITE * agreed.study.max_sites
 
 
 def place_fields(agreed: AgreedStudy, due: RoundPosition, attempt: int) -> dict[str, object]:

@@ -5,15 +5,17 @@ do without anybody. With CHECK the server hands everybody the shares that are se
 headers; each opens them and answers CHECKED, with the names of those whose share does not open to what its maker's
 header says. ARRIVED goes out only when all of the cohort have said CHECKED of the same headers without a complaint.
 When a site of the cohort is gone after that, or its REVEAL's check is wrong, GONE hands its masked envelope and share
-to those who have revealed; each answers WITNESS, the envelope's check, and hands the share to the server. A quorum of
-them stand for the one who is gone. No share is ever published, and none is given away by a site that has not revealed.
+to those who have revealed; each answers WITNESS, one word for the checks of all that it has spoken for in the attempt,
+which takes the place of the one before, and hands the share to the server. A quorum of them stand for each who is gone.
+A record keeps one word of a site, however many are gone; of those in it who came back, their REVEAL says the same. No
+share is ever published, and none is given away by a site that has not revealed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final, NamedTuple
 
@@ -33,7 +35,6 @@ from secure_fed.protocol.round_frames import (
     check_place,
     check_which_came,
     place_fields,
-    products,
     server_frame,
 )
 from secure_fed.protocol.signing import (
@@ -57,26 +58,43 @@ ENTRY: Final = SEALED_SHARE + shares.DIGEST_BYTES
 """Bytes of a dealt share: sealed, and the digest of what is in it."""
 
 _SHARE: Final = b"secfacmic share 1"
+_CHECKS: Final = b"secfacmic checks 1"
+
+
+Places = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2}){1,512}$")]
+"""Some of a cohort, in hex: a bit for each site, that of the first name the lowest, in as few bytes as hold all."""
 
 
 class Witnessed(NamedTuple):
-    """Whose envelope's check a record has by the words of others, and those words.
+    """Whose envelope's check a record has by the words of others.
 
     Attributes:
         site: whose.
         first, second: the two products.
-        words: who said so, and each one's signature over its WITNESS, in hex.
     """
 
     site: Name
     first: Product
     second: Product
-    words: tuple[tuple[Name, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]], ...]
 
     @property
     def products(self) -> tuple[int, int]:
         """The two as numbers."""
         return int(self.first, 16), int(self.second, 16)
+
+
+class Witness(NamedTuple):
+    """A WITNESS as a record keeps it: the checks in it are the record's.
+
+    Attributes:
+        site: whose word.
+        gone: for whom.
+        signature: over its WITNESS, in hex.
+    """
+
+    site: Name
+    gone: Places
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
 class CheckHeader(PlacedHeader):
@@ -116,22 +134,17 @@ class GoneHeader(PlacedHeader):
 
 
 class WitnessHeader(MemberHeader):
-    """A site's word for the check of another one's envelope.
+    """A site's word for the checks of other ones' envelopes: of all for whom it has spoken in the attempt.
 
     Attributes:
         arrived: digest of the ARRIVED.
-        gone: whose envelope.
-        check: its two products.
+        gone: whose envelopes.
+        checks: their checks (:func:`checks_digest`).
     """
 
     arrived: Hex64
-    gone: Name
-    check: tuple[Product, Product]
-
-    @property
-    def products(self) -> tuple[int, int]:
-        """The check as numbers."""
-        return int(self.check[0], 16), int(self.check[1], 16)
+    gone: Places
+    checks: Hex64
 
 
 # Dealing
@@ -385,27 +398,70 @@ def check_gone(data: bytes, agreed: AgreedStudy, due: RoundPosition) -> GoneHead
     return header
 
 
-def _witness_header(agreed: AgreedStudy, arrived: str, site: str, gone: str, check: tuple[int, int]) -> WitnessHeader:
+def places(names: Sequence[str], chosen: Iterable[str]) -> str:
+    """Which of a cohort these are.
+
+    Args:
+        names: of the cohort, in order.
+        chosen: some of them.
+    """
+    bits = sum(1 << names.index(name) for name in set(chosen))
+    return bits.to_bytes((len(names) + 7) // 8, "big").hex()
+
+
+def at_places(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Whom of a cohort a word names, in order.
+
+    Raises:
+        EnvelopeError: nobody, or places that the cohort does not have.
+    """
+    bits = int(text, 16)
+    found = tuple(name for place, name in enumerate(names) if bits >> place & 1)
+    if not found or places(names, found) != text:
+        raise EnvelopeError(f"places {text}; expected some of {len(names)}, in {(len(names) + 7) // 8} bytes")
+    return found
+
+
+def checks_digest(checks: Iterable[tuple[int, int]]) -> str:
+    """What a WITNESS says of checks, in order of their sites' names: SHA-256 over a label and each one's two products,
+    8 bytes each, big-endian."""
+    said = b"".join(product.to_bytes(8, "big") for check in checks for product in check)
+    return hashlib.sha256(_CHECKS + said).hexdigest()
+
+
+def _witness_header(
+    agreed: AgreedStudy, arrived: str, site: str, names: Sequence[str], checks: Mapping[str, tuple[int, int]]
+) -> WitnessHeader:
     return WitnessHeader(
         version=2,
         study=agreed.study.id,
         arrived=arrived,
         site=site,
-        gone=gone,
-        check=products(check),
+        gone=places(names, checks),
+        checks=checks_digest(checks[name] for name in sorted(checks)),
         **payload_fields(b""),
     )
 
 
 def sign_witness(
-    agreed: AgreedStudy, arrived: str, site: str, gone: str, check: tuple[int, int], key: Ed25519PrivateKey
-) -> bytes:
-    """A site's WITNESS."""
-    return sign_frame(WITNESS_MAGIC, _witness_header(agreed, arrived, site, gone, check), key, b"")
+    agreed: AgreedStudy, arrived: str, site: str, names: Sequence[str], checks: Mapping[str, tuple[int, int]],
+    key: Ed25519PrivateKey,
+) -> bytes:  # fmt: skip
+    """A site's WITNESS for the envelopes of some of a cohort.
+
+    Args:
+        agreed: the study.
+        arrived: digest of the ARRIVED.
+        site: whose word.
+        names: of the cohort, in order.
+        checks: of whom it speaks for, by name.
+        key: the site's.
+    """
+    return sign_frame(WITNESS_MAGIC, _witness_header(agreed, arrived, site, names, checks), key, b"")
 
 
 def check_witness(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, Member], arrived: str) -> WitnessHeader:
-    """Check a WITNESS's signature, and that it is for this ARRIVED; not the check that it carries.
+    """Check a WITNESS's signature, and that it is for this ARRIVED; not the checks that it carries.
 
     Raises:
         EnvelopeError: with what was found and expected.
@@ -418,33 +474,43 @@ def check_witness(word: SignedWord, agreed: AgreedStudy, members: Mapping[str, M
     return header
 
 
-def check_witnessed(
-    kept: Witnessed,
+def check_witnesses(
+    words: Sequence[Witness],
     agreed: AgreedStudy,
     members: Mapping[str, Member],
     arrived: str,
-    revealed: Iterable[str],
+    checks: Mapping[str, tuple[int, int]],
+    gone: Collection[str],
     needed: int,
 ) -> None:
-    """Check that a quorum of those who revealed stand for the check of one who is gone.
+    """Check that a quorum of those who revealed stand for the check of each who is gone.
 
     Args:
-        kept: as the record has it.
+        words: as the record has them.
         agreed: the study.
         members: by name.
         arrived: digest of the ARRIVED.
-        revealed: who revealed for it.
+        checks: the record's, of all of the cohort, in order of names.
+        gone: whose checks are not by their own words.
         needed: the quorum.
 
     Raises:
-        EnvelopeError: too few, one twice, or one that has not revealed.
-    """  # fmt: skip
-    names = [name for name, _ in kept.words]
-    if names != sorted(set(names)) or not set(names) <= set(revealed) or len(names) < needed:
+        EnvelopeError: too few for one, a site twice or for itself, or one that has not revealed.
+    """
+    names = [word.site for word in words]
+    if names != sorted(set(names) & checks.keys() - set(gone)):
+        raise EnvelopeError(f"witnesses {', '.join(names)}; expected such as revealed, each once, sorted by name")
+    speakers = dict.fromkeys(gone, 0)
+    for word in words:
+        spoken = at_places(word.gone, list(checks))
+        if word.site in spoken or speakers.keys().isdisjoint(spoken):
+            raise EnvelopeError(f"WITNESS of {word.site} for {', '.join(spoken)}; expected others, some of them gone")
+        header = _witness_header(agreed, arrived, word.site, list(checks), {name: checks[name] for name in spoken})
+        check_witness(SignedWord(encode_header(header).hex(), word.signature), agreed, members, arrived)
+        for name in speakers.keys() & set(spoken):
+            speakers[name] += 1
+    few = sorted(name for name, count in speakers.items() if count < needed)
+    if few:
         raise EnvelopeError(
-            f"the check of {kept.site} is witnessed by {', '.join(names) or 'nobody'}; expected {needed} of those who "
-            "revealed, each once, sorted by name"
+            f"the checks of {', '.join(few)} have fewer witnesses than a quorum; expected {needed} each"
         )
-    for name, signature in kept.words:
-        header = _witness_header(agreed, arrived, name, kept.site, kept.products)
-        check_witness(SignedWord(encode_header(header).hex(), signature), agreed, members, arrived)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from secure_fed.protocol.packing import lane_parameters
+from secure_fed.protocol.quorum import quorum
 
 WIRE = Path(__file__).parents[2] / "benchmarks" / "wire.py"
 OURS: dict[str, tuple[int, int | None]] = {
@@ -33,6 +35,18 @@ def _run(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     return json.loads(file.read_text()), result.stdout
+
+
+@pytest.mark.parametrize(("sites", "gone"), [(4, 1), (16, 7), (64, 0), (64, 1), (64, 31)])
+def test_a_record_with_pads_grows_by_a_quarter_of_a_kilobyte_a_contributor_whoever_is_gone(
+    sites: int, gone: int
+) -> None:
+    record_bytes = runpy.run_path(str(WIRE.parent / "pads.py"))["record_bytes"]
+    names = [f"site{number:04d}" for number in range(sites)]
+    needed = quorum(sites, 1, 3)
+    assert gone <= sites - needed
+    grown = record_bytes(names, needed, True, gone) - record_bytes(names, needed, False, 0)
+    assert 150 * sites < grown < 250 * sites
 
 
 def test_rows_and_fields(tmp_path: Path) -> None:

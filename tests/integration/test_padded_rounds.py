@@ -55,11 +55,12 @@ from secure_fed.protocol.round_frames import (
     split_word,
 )
 from secure_fed.protocol.rounds import ReplyCode, RoundReply, RoundRequest
-from secure_fed.protocol.share_frames import Dealt, deal, sign_checked, sign_gone, sign_witness
+from secure_fed.protocol.share_frames import Dealt, at_places, deal, places, sign_checked, sign_gone, sign_witness
 from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame
 from secure_fed.protocol.study import load_study, with_fields
 from secure_fed.report.results import study_facts
 from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.spool import REVEAL_OF
 from tests.conftest import (
     CLASSES,
     TRAINING,
@@ -137,7 +138,7 @@ def close(coordinator: Coordinator, sites: list[Site]) -> Any:
     return close_round(coordinator, sites, 10)
 
 
-def test_a_round_with_pads_is_that_without_and_its_record_half_a_kilobyte_a_site_larger(padded: Make) -> None:
+def test_a_round_with_pads_is_that_without_and_its_record_a_quarter_of_a_kilobyte_a_site_larger(padded: Make) -> None:
     digests, sizes = [], []
     for collusion in (1, 0):
         federation = padded(4, collusion)
@@ -155,7 +156,7 @@ def test_a_round_with_pads_is_that_without_and_its_record_half_a_kilobyte_a_site
         checked = [{ReplyCode.CHECKED}] if collusion else []
         assert codes == [{ReplyCode.READY}, {ReplyCode.UPDATE}, *checked, {ReplyCode.REVEALED}]
     assert len(digests[0] | digests[1]) == 1
-    assert 0 < sizes[0] - sizes[1] < 4 * 512
+    assert 0 < sizes[0] - sizes[1] < 4 * 250
 
 
 def bring_up(coordinator: Coordinator, sites: list[Site]) -> None:
@@ -235,6 +236,40 @@ def test_who_comes_back_while_others_speak_for_it_reveals_itself(padded: Make) -
     entry = coordinator.advance()
     assert entry is not None
     assert entry.header.witnessed == ()
+
+
+def test_words_that_speak_also_for_one_who_came_back_hold_and_its_wrong_check_does_not(
+    padded: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A site signs one word for all that it has spoken for, whatever the server has forgotten since, or been told."""
+    federation = padded(4)
+    sites = federation.sites()
+    ash, birch, cedar, _ = sites
+    coordinator = federation.begin(sites)
+    up_to(coordinator, sites, Step.REVEAL)
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.recover(["ash"])
+    exchange(coordinator, birch)
+    coordinator._spool.path(REVEAL_OF + "dogwood").unlink()
+    coordinator = federation.reopen()
+    assert coordinator._arrived is not None
+    key, bound = ash.replica.identity.signing, ash.replica.files.bound.padded
+    assert bound is not None
+    wrong = sign_reveal(federation.agreed, coordinator._arrived.digest, "ash", (1, 2), key, bound.seed)
+    coordinator.receive(RoundReply("ash", ReplyCode.REVEALED, ash.run, 1, "", wrong))
+    assert coordinator.recover(["dogwood"])
+    assert exchange(coordinator, cedar).code == ReplyCode.WITNESSED
+    assert not caplog.records
+    assert exchange(coordinator, birch).code == ReplyCode.WITNESSED
+    assert "ash: its REVEAL of round 1 is wrong" in caplog.text
+    assert coordinator.asked >= {"ash"}
+    entry = close(coordinator, sites[:3])
+    assert [one.site for one in entry.header.witnessed] == ["dogwood"]
+    assert {word.site: at_places(word.gone, NAMES[:4]) for word in entry.header.witnesses} == {
+        "ash": ("dogwood",), "birch": ("ash", "dogwood"), "cedar": ("dogwood",)
+    }  # fmt: skip
+    bring_up(coordinator, sites)
 
 
 def test_a_site_for_which_others_spoke_while_it_was_gone_goes_on_with_the_next_round(
@@ -984,8 +1019,9 @@ def test_who_speaks_for_another_and_sends_a_wrong_check_itself_does_not_count_in
     for site in (elm, *sites[:3]):
         assert exchange(coordinator, site).code == ReplyCode.WITNESSED
     entry = close(coordinator, sites[:4])
-    assert [(one.site, [name for name, _ in one.words]) for one in entry.header.witnessed] == [
-        (name, list(NAMES[:4])) for name in ("elm", "fir")
+    assert [one.site for one in entry.header.witnessed] == ["elm", "fir"]
+    assert [(word.site, at_places(word.gone, NAMES)) for word in entry.header.witnesses] == [
+        (name, ("elm", "fir")) for name in NAMES[:4]
     ]
     bring_up(coordinator, sites)
 
@@ -1036,9 +1072,24 @@ def test_a_wrong_mask_a_wrong_witness_and_a_wrong_share_do_not_count_and_are_nam
     assert coordinator.recover(["ash"])
     birch = sites[1]
     good = birch.respond(coordinator.request("birch", birch.run, birch.position))
-    lie = sign_witness(federation.agreed, arrived.digest, "birch", "ash", (1, 2), birch.replica.identity.signing)
-    with pytest.raises(EnvelopeError, match="WITNESS of birch for ash: its check does not fit"):
-        coordinator.receive(replace(good, envelope=lie))
+
+    def word(arrived: str, **checks: tuple[int, int]) -> RoundReply:
+        key = birch.replica.identity.signing
+        return replace(good, envelope=sign_witness(federation.agreed, arrived, "birch", NAMES[:4], checks, key))
+
+    own, cedar = (coordinator._true_check(name) for name in ("birch", "cedar"))
+    lies = {
+        "WITNESS of birch for ash: its checks do not fit": word(arrived.digest, ash=(1, 2)),
+        "WITNESS of birch for ash, cedar: its checks do not fit": word(arrived.digest, ash=check, cedar=(1, 2)),
+        "WITNESS of birch for ash, cedar: its checks do": word(arrived.digest, ash=cedar, cedar=check),
+        "WITNESS of birch for cedar: its share is another": word(arrived.digest, cedar=cedar),
+        "a WITNESS of birch for ash, birch in a reply of birch": word(arrived.digest, ash=check, birch=own),
+        "WITNESS of birch: for 5555": word("5" * 64, ash=check),
+    }
+    for told, lie in lies.items():
+        with pytest.raises(EnvelopeError, match=told):
+            coordinator.receive(lie)
+        assert not coordinator._shares.words
     with pytest.raises(EnvelopeError, match="WITNESS of birch for ash: its share is another"):
         coordinator.receive(replace(good, carried=bytes(32)))
     with pytest.raises(EnvelopeError, match="in a reply of cedar"):
@@ -1086,27 +1137,31 @@ def test_records_with_other_masks_or_witnesses_are_refused_and_not_decrypted(pad
     close(coordinator, sites[1:])
     data = coordinator.journal.read(1)
     frame, header = read_header(data, federation.agreed)
-    (whose,) = header.witnessed
-    other = sites[1].replica.identity.signing
-    forged_word = sign_witness(federation.agreed, "5" * 64, "birch", "ash", whose.products, other)
-    itself = sites[0].replica.identity.signing
+    (whose,), words = header.witnessed, header.witnesses
     arrived = sites[1].replica.state.chain.check(data).arrived
-    own_word = sign_witness(federation.agreed, arrived, "ash", "ash", whose.products, itself)
+
+    def word(site: Site, arrived: str, **checks: tuple[int, int]) -> Any:
+        frame = sign_witness(federation.agreed, arrived, site.name, NAMES[:4], checks, site.replica.identity.signing)
+        return words[0]._replace(site=site.name, gone=places(NAMES[:4], checks), signature=frame[-64:].hex())
+
+    lie = word(sites[1], arrived, ash=whose.products, cedar=(1, 2))
     changes: dict[str, Any] = {
         "another mask": {"masks": ("11" * 32, *header.masks[1:])},
         "masks swapped": {"masks": (header.masks[1], header.masks[0], *header.masks[2:])},
         "no masks": {"masks": ()},
         "one mask less": {"masks": header.masks[:-1]},
-        "q - 1 witnesses": {"witnessed": (whose._replace(words=whose.words[:-1]),)},
-        "a witness twice": {"witnessed": (whose._replace(words=(whose.words[0], *whose.words[:-1])),)},
+        "q - 1 witnesses": {"witnesses": words[:-1]},
+        "a witness twice": {"witnesses": (words[0], *words[:-1])},
         "another check": {"witnessed": (whose._replace(first=f"{whose.products[0] ^ 1:016x}"),)},
-        "a witness for another ARRIVED": {
-            "witnessed": (whose._replace(words=(("birch", forged_word[-64:].hex()), *whose.words[1:])),)
+        "a witness for another ARRIVED": {"witnesses": (word(sites[1], "5" * 64, ash=whose.products), *words[1:])},
+        "one who has not revealed": {"witnesses": (word(sites[0], arrived, ash=whose.products), *words[1:])},
+        "a word that also says another check than a REVEAL": {"witnesses": (lie, *words[1:])},
+        "a word of somebody who revealed alone": {
+            "witnesses": (*words, word(sites[3], arrived, birch=header.reveals[0].products))
         },
-        "one who has not revealed": {
-            "witnessed": (whose._replace(words=(("ash", own_word[-64:].hex()), *whose.words[1:])),)
-        },
+        "a word for others than its site spoke for": {"witnesses": (words[0]._replace(gone="05"), *words[1:])},
         "nobody witnessed": {"witnessed": ()},
+        "no words": {"witnesses": ()},
         "witnessed for two": {"witnessed": (whose, whose._replace(site="birch")), "reveals": header.reveals[1:]},
     }
     payload = bytes(frame.payload)

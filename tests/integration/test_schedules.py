@@ -64,11 +64,15 @@ from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, check_sealed_k
 from secure_fed.protocol.share_frames import (
     CHECKED_MAGIC,
     WITNESS_MAGIC,
+    Witness,
     Witnessed,
+    at_places,
     check_digest,
+    check_witness,
     deal,
     hand_out,
     open_handed,
+    places,
     share_points,
     sign_check,
     sign_checked,
@@ -108,7 +112,8 @@ class Shown:
     checked: bytes = b""
     masks: dict[str, str] = field(default_factory=dict)
     points: dict[str, dict[int, bytes]] = field(default_factory=dict)
-    witnesses: dict[str, dict[str, SignedWord]] = field(default_factory=dict)
+    witnesses: dict[str, dict[tuple[str, ...], str]] = field(default_factory=dict)
+    """Signatures of each one's words, by whom they are for."""
 
 
 class LyingServer(RuleBasedStateMachine):
@@ -750,16 +755,21 @@ class ServerAndSite(LyingServer):
 
     def close(self, total: Shown) -> str | None:
         chain, missing = self.chains[total.head], [name for name in total.names if name not in total.reveals]
-        if any(name not in total.masks or name not in total.witnesses for name in missing):
+        if any(name not in total.masks for name in missing):
             return None
         witnessed = []
         for name in missing:
             check = chain.wire.check_words(total.digest, total.payloads[name])
-            words = ((one, word.signature) for one, word in sorted(total.witnesses[name].items()))
-            witnessed.append(Witnessed(name, *products(check), tuple(words)))
+            witnessed.append(Witnessed(name, *products(check)))
+        witnesses = []
+        for name, words in sorted(total.witnesses.items()):
+            gone = max(words, key=lambda names: len({*names} & {*missing}))
+            if name in total.reveals and {*gone} & {*missing}:
+                witnesses.append(Witness(name, places(total.names, gone), words[gone]))
         return self.append(
             total.head, "aggregate", tuple(total.words[name] for name in total.names), total,
             masks=tuple(total.masks[name] for name in total.names), witnessed=tuple(witnessed),
+            witnesses=tuple(witnesses),
         )  # fmt: skip
 
     @rule(attempt=st.integers(1, 3), gone=st.sampled_from(NAMES))
@@ -786,19 +796,24 @@ class ServerAndSite(LyingServer):
             return
         chain = self.chains[total.head]
         question = sign_gone(self.agreed, chain.due, total.attempt, total.digest, gone, self.key)
-        check = chain.wire.check_words(total.digest, total.payloads[gone])
         for name in sorted({*total.names} & askers - {gone}):
             if name == FAULTY:
                 handed = take_handed(self.handed(total, gone, name), total.names, [gone], name, self.roots(total))[0]
                 share = open_handed(self.pads(total)[1], gone, handed[gone])
-                word = sign_witness(self.agreed, total.digest, name, gone, check, self.signing(name))
+                before = {gone}.union(*total.witnesses.get(name, {()}))
+                checks = {one: chain.wire.check_words(total.digest, total.payloads[one]) for one in before}
+                word = sign_witness(self.agreed, total.digest, name, total.names, checks, self.signing(name))
             else:
                 carried = self.handed(total, gone, name) + total.payloads[gone]
                 reply = self.ask(name, total.head, total.attempt, question, carried)
                 if reply is None or reply.code != ReplyCode.WITNESSED:
                     continue
                 word, share = reply.envelope, reply.carried
-            total.witnesses.setdefault(gone, {})[name] = split_word(WITNESS_MAGIC, word)
+            said = split_word(WITNESS_MAGIC, word)
+            header = check_witness(said, self.agreed, chain.members, total.digest)
+            spoken = at_places(header.gone, total.names)
+            assert gone in spoken
+            total.witnesses.setdefault(name, {})[spoken] = said.signature
             total.points.setdefault(gone, {})[share_points(total.names, gone)[name]] = share
         points = total.points.get(gone, {})
         if len(points) >= chain.quorum.needed:

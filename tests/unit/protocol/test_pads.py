@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from secure_fed.core.errors import AggregateRefused, EnvelopeError, SecfacmicError
 from secure_fed.privacy.ckks import Cipher, StudySecret
-from secure_fed.protocol import pads, shares
+from secure_fed.protocol import pads, share_frames, shares
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.packing import Binding, CipherWire, Sealed, lane_parameters
 from secure_fed.protocol.quorum import quorum
@@ -393,6 +394,66 @@ def test_words_of_padded_rounds_are_taken_and_refused_as_published(kind: str) ->
             continue
         with pytest.raises(SecfacmicError):
             check(bytes.fromhex(test["frame"]))
+
+
+def test_places_of_a_cohort_have_one_text_and_whatever_else_is_refused() -> None:
+    names = tuple(f"site{number}" for number in range(11))
+    for some in ((0,), (10,), (0, 7, 8), range(11)):
+        chosen = tuple(names[place] for place in some)
+        text = share_frames.places(names, reversed(chosen))
+        assert share_frames.at_places(text, names) == chosen
+        assert len(text) == 4
+    assert share_frames.places(names, ["site0", "site10"]) == "0401"
+    for text in ("0000", "0800", "01", "000401"):
+        with pytest.raises(EnvelopeError, match=f"places {text}; expected some of 11, in 2 bytes"):
+            share_frames.at_places(text, names)
+
+
+def test_words_for_others_hold_for_these_checks_of_a_quorum_that_revealed() -> None:
+    """Of five, two are gone and one came back; every word must be one that its site signed for the record's checks."""
+    names = ("ash", "birch", "cedar", "dogwood", "fir")
+    checks = {name: (number, 2**50 + number) for number, name in enumerate(names)}
+    said = {"ash": ("cedar", "dogwood"), "birch": ("ash", "dogwood", "fir"), "cedar": ("fir", "dogwood")}
+
+    def word(site: str, gone: Sequence[str], **changed: tuple[int, int]) -> share_frames.Witness:
+        of = {name: (checks | changed)[name] for name in gone}
+        key = make_word_vectors.signing(site)
+        frame = share_frames.sign_witness(make_word_vectors.study(), make_word_vectors.ARRIVED, site, names, of, key)
+        return share_frames.Witness(site, share_frames.places(names, gone), frame[-64:].hex())
+
+    def check(
+        words: Sequence[share_frames.Witness], gone: Sequence[str] = ("dogwood",), needed: int = 3, arrived: str = ""
+    ) -> None:
+        share_frames.check_witnesses(
+            *(words, make_word_vectors.study(), make_word_vectors.members()),
+            *(arrived or make_word_vectors.ARRIVED, checks, gone, needed),
+        )
+
+    good = [word(site, gone) for site, gone in said.items()]
+    check(good)
+    check(good, ("dogwood", "fir"), 2)
+    check([], ())
+    refused: dict[str, Callable[[], None]] = {
+        "the checks of dogwood have fewer witnesses than a quorum; expected 4": lambda: check(good, needed=4),
+        "the checks of fir have fewer witnesses than a quorum; expected 3": lambda: check(good, ("dogwood", "fir")),
+        "witnesses ash, birch, birch, cedar": lambda: check([*good[:2], *good[1:]]),
+        "witnesses birch, ash, cedar": lambda: check([good[1], good[0], good[2]]),
+        "witnesses ash, birch, cedar; expected such as revealed": lambda: check(good, ("cedar",), 1),
+        "witnesses fir": lambda: check([word("fir", ["dogwood"])], ("dogwood", "fir"), 0),
+        "WITNESS of ash for ash, dogwood": lambda: check([word("ash", ["ash", "dogwood"]), *good[1:]]),
+        "WITNESS of ash for cedar; expected others, some": lambda: check([word("ash", ["cedar"])], needed=0),
+        "witness of 'elm', which is no site": lambda: share_frames.check_witnesses(
+            [good[0]._replace(site="elm", gone="08")], make_word_vectors.study(), make_word_vectors.members(),
+            make_word_vectors.ARRIVED, checks | {"elm": (1, 2)}, ["dogwood"], 1,
+        ),
+        "not by the key": lambda: check([word("ash", ["cedar", "dogwood"], cedar=(7, 7)), *good[1:]]),
+        "its signature is not": lambda: check([good[0]._replace(gone="08"), *good[1:]]),
+        "signature": lambda: check(good, arrived="9" * 64),
+        "places e8": lambda: check([good[0]._replace(gone="e8"), *good[1:]]),
+    }  # fmt: skip
+    for told, call in refused.items():
+        with pytest.raises(EnvelopeError, match=told):
+            call()
 
 
 def test_the_published_words_are_what_is_signed_today(tmp_path: Path) -> None:

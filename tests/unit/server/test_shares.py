@@ -8,7 +8,16 @@ from secure_fed.core.errors import EnvelopeError, ProtocolError
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.pads import PadPlace, SitePads, new_private, public_of
 from secure_fed.protocol.round_frames import SignedWord
-from secure_fed.protocol.share_frames import CheckedHeader, Dealt, Handed, deal, open_handed, share_digest, take_handed
+from secure_fed.protocol.share_frames import (
+    CheckedHeader,
+    Dealt,
+    Handed,
+    Witness,
+    deal,
+    open_handed,
+    share_digest,
+    take_handed,
+)
 from secure_fed.protocol.signing import payload_fields
 from secure_fed.server.shares import Shares, StandIn
 
@@ -44,8 +53,10 @@ class Attempt:
         self.server.gone[gone] = StandIn(gone, self.dealt[gone].hidden.mask, CHECK)
         return self.server.gone[gone]
 
-    def say(self, helper: str, gone: str) -> None:
-        self.server.witness(helper, gone, CHECK, WORD, self.share(gone, helper))
+    def say(self, helper: str, gone: str, word: str = WORD) -> None:
+        """One word for all that the helper has spoken for, and this one."""
+        before, _ = self.server.words.get(helper, ((), ""))
+        self.server.witness(helper, tuple(sorted({*before, gone})), word, self.share(gone, helper))
 
 
 def checked(site: str, *complaints: str) -> CheckedHeader:
@@ -120,13 +131,13 @@ def test_a_quorum_of_words_and_shares_stand_for_one_who_is_gone_and_no_fewer() -
         attempt.say(helper, "elm")
         assert attempt.server.lacking(helper) is None
         assert attempt.server.lacking("elm") is None, "nobody speaks for itself"
-        assert len(stand_in.words) == number + 1
+        assert len(attempt.server.speakers("elm")) == number + 1
     assert attempt.server.lacking("dogwood") is None, "enough have spoken"
     assert stand_in.seed == attempt.seeds["elm"].hex()
     assert attempt.server.stand_ins == {"elm": stand_in}
     witnessed = attempt.server.witnessed("elm")
     assert (witnessed.site, witnessed.products) == ("elm", CHECK)
-    assert witnessed.words == (("ash", WORD), ("birch", WORD), ("cedar", WORD))
+    assert attempt.server.witnesses(["elm"]) == [Witness(name, "10", WORD) for name in ("ash", "birch", "cedar")]
 
 
 def test_words_are_kept_in_order_of_names_and_those_of_any_quorum_do() -> None:
@@ -135,9 +146,9 @@ def test_words_are_kept_in_order_of_names_and_those_of_any_quorum_do() -> None:
     for helper in ("elm", "ash", "dogwood"):
         attempt.say(helper, "birch")
     assert stand_in.seed == attempt.seeds["birch"].hex()
-    assert [name for name, _ in attempt.server.witnessed("birch").words] == ["ash", "dogwood", "elm"]
+    assert [word.site for word in attempt.server.witnesses(["birch"])] == ["ash", "dogwood", "elm"]
     attempt.say("cedar", "birch")  # was on its way
-    assert [name for name, _ in attempt.server.witnessed("birch").words] == ["ash", "cedar", "dogwood"]
+    assert [word.site for word in attempt.server.witnesses(["birch"])] == ["ash", "cedar", "dogwood"]
 
 
 def test_of_one_whose_mask_is_known_the_words_of_a_quorum_are_needed_all_the_same() -> None:
@@ -160,7 +171,7 @@ def test_who_does_not_count_itself_speaks_for_nobody_and_another_is_asked() -> N
     assert attempt.server.stand_ins == {}
     assert attempt.server.lacking("dogwood") == "elm"
     attempt.say("dogwood", "elm")
-    assert sorted(stand_in.words) == ["ash", "cedar", "dogwood"]
+    assert attempt.server.speakers("elm") == {"ash", "cedar", "dogwood"}
     assert attempt.server.stand_ins == {"elm": stand_in}
 
 
@@ -171,18 +182,61 @@ def test_each_is_asked_for_one_who_is_gone_after_the_other() -> None:
     assert attempt.server.lacking("ash") == "dogwood"
     attempt.say("ash", "dogwood")
     assert attempt.server.lacking("ash") == "elm"
+    attempt.say("ash", "elm", "8" * 128)
+    assert attempt.server.lacking("ash") is None
+    assert attempt.server.words == {"ash": (("dogwood", "elm"), "8" * 128)}, "one word, for both"
+
+
+def test_a_server_that_was_started_again_asks_for_each_share_anew_though_a_word_speaks_for_all() -> None:
+    attempt = Attempt()
+    attempt.miss("dogwood")
+    attempt.miss("elm")
+    for helper in ("ash", "birch", "cedar"):
+        share = attempt.share("elm", helper)
+        attempt.server.witness(helper, ("dogwood", "elm"), WORD, share)  # asked for elm, had spoken for dogwood before
+        assert attempt.server.lacking(helper) == "dogwood"
+    assert list(attempt.server.stand_ins) == ["elm"]
+    for helper in ("ash", "birch", "cedar"):
+        attempt.say(helper, "dogwood")
+    assert list(attempt.server.stand_ins) == ["dogwood", "elm"]
+
+
+def test_an_older_word_that_comes_again_takes_no_newer_ones_place_and_one_that_leaves_somebody_out_is_refused() -> None:
+    attempt = Attempt()
+    for gone in ("birch", "dogwood", "elm"):
+        attempt.miss(gone)
+    attempt.say("ash", "dogwood", "7" * 128)
+    attempt.say("ash", "elm", "8" * 128)
+    attempt.server.witness("ash", ("dogwood",), "7" * 128, attempt.share("dogwood", "ash"))
+    assert attempt.server.words == {"ash": (("dogwood", "elm"), "8" * 128)}
+    with pytest.raises(EnvelopeError, match="WITNESS of ash for birch, elm: leaves out dogwood, for whom it has"):
+        attempt.server.witness("ash", ("birch", "elm"), WORD, attempt.share("birch", "ash"))
+    assert attempt.server.words == {"ash": (("dogwood", "elm"), "8" * 128)}
+    assert not attempt.server.gone["birch"].points
+
+
+def test_a_record_keeps_no_more_words_than_those_who_are_gone_need() -> None:
+    """Those of all for whom others spoke, but for who came back; a word of which each has enough is left out."""
+    names = (*NAMES, "fir", "gorse")
+    server = Shares(names, NEEDED)
+    said = {"ash": "fg", "birch": "f", "cedar": "fg", "dogwood": "g", "elm": "fg"}
+    for site, letters in said.items():
+        server.words[site] = tuple(name for name in ("fir", "gorse") if name[0] in letters), WORD
+    assert [(word.site, word.gone) for word in server.witnesses(["fir", "gorse"])] == [
+        *(("ash", "60"), ("birch", "20"), ("cedar", "60"), ("dogwood", "40"))
+    ]
+    assert [word.site for word in server.witnesses(["fir"])] == ["ash", "birch", "cedar"]
+    assert server.witnesses([]) == []
 
 
 def test_a_word_or_share_that_does_not_fit_names_its_sender_and_counts_for_nothing() -> None:
     attempt = Attempt()
     stand_in = attempt.miss("elm")
     share = attempt.share("elm", "ash")
-    with pytest.raises(EnvelopeError, match="WITNESS of ash for elm: its check"):
-        attempt.server.witness("ash", "elm", (7, 9), WORD, share)
     for wrong in (attempt.share("elm", "birch"), attempt.share("dogwood", "ash"), share[:-1], bytes(32)):
         with pytest.raises(EnvelopeError, match="WITNESS of ash for elm: its share is another"):
-            attempt.server.witness("ash", "elm", CHECK, WORD, wrong)
-    assert (stand_in.words, stand_in.points) == ({}, {})
+            attempt.server.witness("ash", ("elm",), WORD, wrong)
+    assert (attempt.server.words, stand_in.points) == ({}, {})
 
 
 def test_shares_that_fit_and_do_not_rebuild_name_their_maker_and_nobody_is_asked_any_more(
