@@ -83,7 +83,7 @@ class CannedSite:
         """Whether it has the last round's record."""
         return self._due.round > self._agreed.study.rounds
 
-    over = False
+    over = finished
 
     def respond(self, request: RoundRequest) -> RoundReply:
         """Take the records unchecked, and answer the round's questions with the canned update."""

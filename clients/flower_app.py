@@ -83,7 +83,7 @@ class SiteApp:
         self._after_round = after_round
         self._note = note
         self._reported = -1
-        self._answered_last = False
+        self._answers_last = self._told_the_end = False
         self._line: Line | None = None
         self._rate = 0.0
         self._app = ClientApp()
@@ -99,13 +99,13 @@ class SiteApp:
                 if clock is not None and began is not None and site.read_data:
                     clock.hold(began)
             self._note(reply, request.round)
-            self._answered_last = site.finished and not request.more
+            self._answers_last = site.finished and not request.more
             return Message(reply_content(reply, self._line.send), reply_to=message)
 
     @property
     def finished(self) -> bool:
-        """Whether the study is over, for this site and by the server's word."""
-        return self._answered_last
+        """Whether the study is over, for this site and by the server's word, and the server knows that it has it."""
+        return self._told_the_end
 
     def answer(self, message: Message, context: Context, bundle: bytes, line: Line) -> Message:
         """Answer one message; sets :attr:`failure` instead of raising what is wrong at the site.
@@ -120,6 +120,7 @@ class SiteApp:
             Interrupted: the line's; the answer is made again when the server asks again.
         """
         self._line = line
+        self._answers_last = False
         if bundle != self._contract:
             self.failure = BundleError(
                 f"the server's bundle has {len(bundle)} bytes and is not this study's contract; expected the same "
@@ -164,8 +165,13 @@ class SiteApp:
             self._rate = PROBE_BYTES / max(time.monotonic() - began, 1e-3)
         return self._rate
 
-    def after_reply(self) -> None:
-        """Do what need not delay the reply: results on the site's own disk."""
+    def after_reply(self, *, taken: bool) -> None:
+        """Do what need not delay the reply: results on the site's own disk.
+
+        Args:
+            taken: whether the server has the reply; if not, it asks again, also after the last round.
+        """
+        self._told_the_end = taken and self._answers_last
         if self.site.position == self._reported:
             return
         self._reported = self.site.position
@@ -217,9 +223,9 @@ class RehearsalApp(SiteApp):
         self.up_seconds = time.monotonic() - began
         return self.site.present(asked, len(self._data) / max(self.up_seconds, 1e-3), (self._sent, len(self._data)))
 
-    def after_reply(self) -> None:
+    def after_reply(self, *, taken: bool) -> None:
         """Fetch it, as soon as the server gives it."""
-        if not self._sent:
+        if not taken or not self._sent:
             return
         assert self._line is not None  # of the answer that was sent
         end = time.monotonic() + GIVEN_SECONDS

@@ -191,13 +191,14 @@ def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
         pause = fastest
         message, bundle = received
         context = Context(message.metadata.run_id, connection.node.node_id, {}, RecordDict(), {})
-        began = time.monotonic()
+        began, taken = time.monotonic(), False
         with contextlib.suppress(_Stale):
             answer = app.answer(message, context, bundle, connection.line)
             seconds = time.monotonic() - began
             log.debug("round %s: answered in %.2f s", message.metadata.group_id, seconds)
             connection.push(answer, seconds)
-        app.after_reply()
+            taken = True
+        app.after_reply(taken=taken)
         asked = time.monotonic()
     connection.stay(max(FAREWELL_SECONDS, FAREWELL_OF_EACH * way.sites), max(FAREWELL_PAUSE, way.sites / SLOW_CALLS))
 

@@ -174,7 +174,8 @@ class State(InMemoryLinkState):
 
     def may_push(self, request: PushMessagesRequest, parts: list[bytes]) -> bool:
         """Whether a reply may be taken: one, whose head is of the node that sends it (flwr checks only that the node
-        is the caller) and answers what that node was asked, with the parts that it names, few of them."""
+        is the caller) and answers what that node is asked (flwr drops what answers nothing, and says that it was
+        taken), with the parts that it names, few of them."""
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1 or len(parts) > MAX_PARTS:
             return False
         named = itertools.islice(iterate_object_tree(request.message_object_trees[0]), MAX_PARTS + 1)
@@ -201,8 +202,7 @@ class State(InMemoryLinkState):
         with self.lock:
             asked = self.message_ins_store.get(reply.reply_to_message_id)
             known = self.message_ins_id_to_message_res_id.get(reply.reply_to_message_id)
-        # What is not asked any more flwr refuses itself.
-        return asked is None or (asked.metadata.dst_node_id == node and known in (None, reply.message_id))
+        return asked is not None and asked.metadata.dst_node_id == node and known in (None, reply.message_id)
 
 
 class FlowerApi:

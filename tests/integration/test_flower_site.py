@@ -6,11 +6,13 @@ import gc
 import hashlib
 import io
 import math
+import queue
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -69,7 +71,7 @@ from tests.flower_messages import Shelf, as_message
 
 Change = Callable[[PushMessagesRequest, list[bytes]], Any]
 
-HELLO = RoundRequest(1, 1, (), more=True)
+HELLO, LAST = RoundRequest(1, 1, (), more=True), RoundRequest(2, 0, (), more=False)
 STUDY = "a" * 64
 BYTES_RUN = "e" * 64
 
@@ -286,14 +288,23 @@ def test_a_modified_bundle_is_refused_over_the_wire(link: Link) -> None:
 
 def _asked(link: Link) -> tuple[_Grid, str]:
     """Begin a run and ask the first site; where its reply will come, and the message's id."""
+    grid = _begun(link)
+    return grid, _ask(link, grid, HELLO)
+
+
+def _begun(link: Link) -> _Grid:
     token = link.link.start_run(contract(STUDY))
     grid = _Grid(runtime_api_address=link.link.runtime, insecure=True, token=token)
     task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task.task_id, task.run.run_id, 1
     grid.set_run(run_from_proto(task.run))
-    message = Message(request_content(HELLO, Shelf().publish), link.link.nodes["ash"], "train.round", ttl=60.0)
+    return grid
+
+
+def _ask(link: Link, grid: _Grid, request: RoundRequest) -> str:
+    message = Message(request_content(request, Shelf().publish), link.link.nodes["ash"], "train.round", ttl=60.0)
     (identifier,) = grid.push_messages([message])
-    return grid, identifier
+    return identifier
 
 
 def _taken_at(port: int) -> list[socket.socket]:
@@ -573,3 +584,45 @@ def test_a_site_that_expects_another_run_waits_for_it(over: Path, monkeypatch: p
     assert not site.over
     with pytest.raises(RoundFailedError, match="Waits"):
         take_part(read_site_file(over))
+
+
+def test_a_site_whose_last_reply_nobody_takes_answers_when_it_is_asked_again(link: Link) -> None:
+    """It was silent for so long, on a busy machine, that flwr has told the server that it will not answer. If it left
+    now, the server would wait for it for as long as a round may take."""
+    grid, asked = _begun(link), queue.Queue[str]()
+
+    class Silent(OneSite):
+        finished = over = True
+        connection_key = link.key
+
+        def respond(self, request: RoundRequest) -> RoundReply:
+            if not self.asked:
+                node = link.link._state.nodes[link.link.nodes["ash"]]
+                until, node.online_until = node.online_until, 0.0
+                assert _replied(grid, asked.get()).has_error()
+                node.online_until = until
+                asked.put(_ask(link, grid, LAST))
+            return super().respond(request)
+
+    site = Silent()
+    app = SiteApp(site, STUDY, lambda _: None)  # type: ignore[arg-type]
+    taking_part = threading.Thread(target=flower_node.run_site, args=(app, link.way()))
+    taking_part.start()
+    while not list(grid.get_nodes()):
+        time.sleep(0.02)
+    asked.put(_ask(link, grid, LAST))
+    while not site.asked:
+        time.sleep(0.02)
+    assert not _replied(grid, asked.get()).has_error()
+    assert site.asked == 2
+    grid.close()
+    link.link.stop()  # until then it stays
+    taking_part.join(10)
+    assert not taking_part.is_alive()
+
+
+def _replied(grid: _Grid, asked: str) -> Message:
+    end = time.monotonic() + 5
+    while not (found := list(grid.pull_messages([asked]))):
+        assert time.monotonic() < end
+    return found[0]

@@ -42,7 +42,7 @@ def _played(wire: Wire, loop: RoundLoop, caplog: pytest.LogCaptureFixture) -> Pl
         _steps(loop, lambda: "rehearses, and leaves then" in caplog.text or app.failure is not None)
         if app.failure is not None:
             raise app.failure
-        app.after_reply()
+        app.after_reply(taken=True)
         assert app.finished
         wire.apps[number] = before
 

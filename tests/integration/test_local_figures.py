@@ -605,7 +605,7 @@ def test_under_a_budget_no_message_waits_for_figures_of_the_sites_images(
         for _ in range(2):
             run_round(coordinator, sites)
             exchange(coordinator, app.site)
-            app.after_reply()
+            app.after_reply(taken=True)
         left.set()
 
     monkeypatch.setattr(taking_part, "write_results", figures)

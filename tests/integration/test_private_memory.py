@@ -110,7 +110,7 @@ def test_a_mask_that_is_gone_does_not_end_a_run_under_a_budget(
         run_round(coordinator, sites)
         exchange(coordinator, app.site)
         masked.append(app.site.test_sources()[0].path)
-        app.after_reply()
+        app.after_reply(taken=True)
 
     monkeypatch.setattr(taking_part, "run_site", a_round)
     monkeypatch.setattr(taking_part, "reply_seconds", lambda *rest: 0.01)
