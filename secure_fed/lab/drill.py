@@ -142,11 +142,15 @@ class Ground:
     def without_budgets(self) -> Ground:
         """The same sites without their budgets."""
         for site in self.agreed.study.sites:
-            path = self.folder / "sites" / site.name / "site.toml"
-            file = read_toml(path, SiteFile, SiteFileError)
-            write_toml(path, file.model_copy(update={"privacy": None}))
-            shutil.rmtree(ledger_folder(self.file(site.name)), ignore_errors=True)
+            self.without_budget(site.name)
         return self
+
+    def without_budget(self, site: str) -> None:
+        """Take one site's budget away."""
+        path = self.folder / "sites" / site / "site.toml"
+        file = read_toml(path, SiteFile, SiteFileError)
+        write_toml(path, file.model_copy(update={"privacy": None}))
+        shutil.rmtree(ledger_folder(self.file(site)), ignore_errors=True)
 
     def seal_key(self, epoch: int, previous: str = ZERO_DIGEST, **changes: Any) -> bytes:
         """A new key, as the key maker makes it."""
@@ -585,6 +589,33 @@ def _sum_in(ground: Ground, data: bytes, site: Site) -> NDArray[np.int64]:
     return sealer.open(data[len(data) - header.size :], place, [entry.contribution for entry in entries])
 
 
+def _mixed_budgets(ground: Ground) -> Outcome:
+    """Take a sum over all sites, of which one has no budget, and after a void one over the others alone."""
+    victim = next(site.name for site in ground.agreed.study.sites if site.role == "train")
+    ground.without_budget(victim)
+    sites, coordinator = ground.begun()
+    (bare,) = [site for site in sites if site.name == victim]
+    others = [site for site in sites if site is not bare]
+    play_round(coordinator, sites)
+    first = coordinator.journal.read(len(coordinator.journal.records) - 1)
+    for site in others:
+        ask(coordinator, site)  # takes the record
+        site.void(1)
+        ask(coordinator, site)
+    coordinator.advance()
+    coordinator._folder.revealed.unlink()  # an honest server would take the cohort that had revealed, and no other
+    try:
+        play_round(coordinator, others)
+    except SecfacmicError as error:
+        return Outcome(f"a second sum, over the {len(others)} that have a budget: refused ({type(error).__name__})",
+                       True)  # fmt: skip
+    second = coordinator.journal.read(len(coordinator.journal.records) - 1)
+    difference = _sum_in(ground, first, others[0]) - _sum_in(ground, second, others[0])
+    own, _ = bare._integers()
+    return Outcome(f"a second sum, over the {len(others)} that have a budget: went through; the difference is the "
+                   f"update of {victim}: {np.array_equal(difference, own)}", False)  # fmt: skip
+
+
 def _wrong_check(ground: Ground) -> Outcome:
     sites, coordinator = ground.begun()
     for _ in range(2):
@@ -987,6 +1018,7 @@ ATTACKS = (
     Attack("B7.1", "server", "has two records taken back, of which one site has both", _two_records),
     Attack("B7.2", "server", "takes a second sum at one adapter, with one site less or more", _second_sum),
     Attack("B7.3", "one site", "reveals a wrong check of its envelope, so that the sum looks bent", _wrong_check),
+    Attack("B7.4", "server", "takes a sum with a site without a budget, then one of those that have one", _mixed_budgets),
     Attack("B8", "one site", "attests and acknowledges another adapter than it holds", _odd_words),
     Attack("B9", "one site", "sends validation counts that no images give", _impossible_counts),
     Attack("B10", "server", "shows each half of the sites a round of its own", _split_cohort),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,17 @@ def _seals_last(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _any_cohort(patch: pytest.MonkeyPatch, with_budget: bool) -> None:
+    """Sites with a budget, or those without one, reveal to any cohort."""
+    refuse = Site._refuse_another_cohort
+
+    def refuses(site: Site, *asked: Any) -> None:
+        if (site._private is not None) != with_budget:
+            refuse(site, *asked)
+
+    patch.setattr(Site, "_refuse_another_cohort", refuses)
+
+
 MUTATIONS: dict[str, Mutate] = {
     "B1": lambda patch: patch.setattr(Replica, "require_word", lambda *_: None),
     "B2": _seals_last,
@@ -61,8 +73,9 @@ MUTATIONS: dict[str, Mutate] = {
     ),
     "B7": lambda patch: patch.setattr(Replica, "paused", False),
     "B7.1": lambda patch: patch.setattr(Site, "_refuse_taking_back", lambda *_: None),
-    "B7.2": lambda patch: patch.setattr(Site, "_refuse_another_cohort", lambda *_: None),
+    "B7.2": lambda patch: _any_cohort(patch, with_budget=False),
     "B7.3": lambda patch: patch.setattr(Coordinator, "_checks_hold", lambda _: True),
+    "B7.4": lambda patch: _any_cohort(patch, with_budget=True),
     "B8": lambda patch: patch.setattr(acknowledgements, "_adapter", lambda _: ""),
     "B9": lambda patch: patch.setattr(Validation, "clamped", lambda counts, _: counts),
     "B10": lambda patch: patch.setattr(round_frames, "refuse_cohort", lambda *_: None),
