@@ -30,6 +30,7 @@ from secure_fed.lab.simulation import prepare
 from secure_fed.protocol.round_frames import sign_ready, sign_reveal
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.orders import hold_run
 from secure_fed.server.round_loop import RoundLoop
 from secure_fed.transport.flower_messages import contract, read_request
 from tests.conftest import OBSERVER, TRAINING, Federation, make_template, send_envelopes
@@ -476,9 +477,11 @@ def test_one_site_that_refuses_every_attempt_costs_the_others_the_deadline_alone
 
 
 def test_who_had_no_update_in_a_round_that_was_given_up_is_asked_when_it_begins_anew(
-    tmp_path: Path, images: Path
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its attempts begin anew; without the one that was passed over, and another that is lost, there is no quorum."""
+    """Its attempts begin anew; without the one that was passed over, and another that is lost, there is no quorum. The
+    void is taken in a pause, so that nothing but the question for an update is left to ask."""
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
     sites = [{"name": name} for name in (*TRAINING, OBSERVER)]
     federation = _federation(tmp_path / "out", images, sites=sites, rounds=1)
     coordinator, wire, loop = _begin(federation)
@@ -491,7 +494,11 @@ def test_who_had_no_update_in_a_round_that_was_given_up_is_asked_when_it_begins_
     for name in ("ash", "cedar", OBSERVER):
         by_name[name].void(1)
         wire.since[wire.nodes[name]] = "again"
-    _steps(loop, lambda: coordinator.journal.records[-1].header.kind == "void")
+    server = federation.folder / "server"
+    hold_run(federation.agreed, server, paused=True)
+    _steps(loop, lambda: all(by_name[name].position == 2 for name in ("ash", "cedar", OBSERVER)))
+    assert coordinator.journal.records[-1].header.kind == "void"
+    hold_run(federation.agreed, server, paused=False)
     federation.agreed.study.__dict__["round_seconds"] = 0.0
     _steps(loop, lambda: {*coordinator.sites_in} == {"ash", "cedar", OBSERVER} or coordinator.step is not Step.READY)
 
