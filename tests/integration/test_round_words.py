@@ -424,6 +424,12 @@ def test_a_second_sum_at_one_adapter_needs_the_word_of_each_sites_people(
         exchange(coordinator, again[0])  # of its own people's word it knows; the others' is in their READYs
     assert coordinator.fail([])
     pass_step(coordinator, again)
+    files = again[0].replica.files
+    word = files.bound
+    files.bind(word.model_copy(update={"released": ""}))  # its disk of before its people's word is put back
+    with pytest.raises(ProtocolError, match="still to be heard: ash;"):
+        exchange(coordinator, again[0])
+    files.bind(word)
     for site in again:
         assert exchange(coordinator, site).code == ReplyCode.UPDATE
     close_round(coordinator, again)
