@@ -101,7 +101,7 @@ class RoundLoop:
         grid: Flower's.
         nodes: Flower's node ids, by site; the members of the study.
         incoming, outgoing: the large bytes, which travel beside the messages.
-        report: is called with where the study stands, when that has changed.
+        report: is called with where the study stands, about once a second.
     """
 
     coordinator: Coordinator
@@ -119,7 +119,6 @@ class RoundLoop:
     _told: str = field(init=False, default="")
     _looked: float = field(init=False, default=0.0)
     _reported: float = field(init=False, default=0.0)
-    _facts: dict[str, Any] = field(init=False, default_factory=dict)  # last reported
 
     def __post_init__(self) -> None:
         members = self.coordinator.journal.chain.members
@@ -189,9 +188,7 @@ class RoundLoop:
                 (rounds[-1].header.closed_ms - rounds[-1].header.opened_ms) / 1000 if rounds else None
             ),
         }
-        if facts != self._facts:  # the file is read whole to add to it
-            self._facts = facts
-            self.report(facts)
+        self.report(facts)
 
     def _presence(self, site: _Site) -> dict[str, Any] | None:
         """What a site has said of itself before the first round."""
