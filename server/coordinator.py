@@ -374,6 +374,8 @@ class Coordinator:
             self._left_out.add(reply.site)
         elif reply.code == ReplyCode.REFUSED_AGGREGATE and head == self.journal.chain.head:
             self._refusing.add(reply.site)
+            if self.paused:
+                keep_revealed(self._folder, self.journal.chain.sum, ())
 
     # --- the round ---
 
@@ -625,15 +627,20 @@ class Coordinator:
     def _choose(self) -> None:
         """COHORT: who is ready takes part.
 
-        But where a round was given up whose sum some may have revealed for, those of that sum alone, unless all who are
-        ready are free of it: at one adapter the others would refuse any other cohort. Not so where the sum was out of
-        range: the same cohort sends the same integers, whose sum is refused again.
+        But where some may have revealed at this adapter already, they refuse any other cohort than they revealed to,
+        unless the people of all of it let them. So the same cohort is taken again if it is there and its sum was not
+        out of range, which it would be again; else those whose people have said so, where they are a quorum, so that
+        whose have not hold nobody up.
         """
         names = set(self._readies)
         again = revealed_to(self._folder, self.journal.chain.sum)
         headers = [parse_header(word.signed[0], ReadyHeader, EnvelopeError) for word in self._readies.values()]
-        if again and again <= names and not all(header.released for header in headers):
-            names = set(again)
+        released = {header.site for header in headers if header.released}
+        if again is not None and released != names:
+            if again and again <= names:
+                names = set(again)
+            elif len(released) >= self.journal.chain.quorum.needed:
+                names = released
         chosen = [self._readies[name] for name in sorted(names)]
         data = sign_cohort(self._agreed, self.journal.chain.due, self.attempt, chosen, self._key)
         self._spool.begin()

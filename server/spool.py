@@ -107,7 +107,8 @@ def attempts(run: ServerRun, round_number: int) -> list[Spool]:
 
 
 def keep_revealed(run: ServerRun, after: str, names: Sequence[str]) -> None:
-    """Keep for whose sum sites may have revealed at the adapter that follows a sum, in a round that is given up.
+    """Keep for whose sum sites may have revealed at the adapter that follows a sum, in a round that is given up. No
+    names: that sum was out of range, and theirs would be so again.
 
     Raises:
         StorageError: it cannot be written.
@@ -115,11 +116,11 @@ def keep_revealed(run: ServerRun, after: str, names: Sequence[str]) -> None:
     write_durable(run.revealed, "\n".join([after, *names]).encode(), 0o600)
 
 
-def revealed_to(run: ServerRun, after: str) -> frozenset[str]:
-    """These names, if the adapter still is the one that follows this sum; else none."""
+def revealed_to(run: ServerRun, after: str) -> frozenset[str] | None:
+    """These names, if the adapter still is the one that follows this sum; else None."""
     path = run.revealed
     kept = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    return frozenset(kept[1:]) if kept[:1] == [after] else frozenset()
+    return frozenset(kept[1:]) if kept[:1] == [after] else None
 
 
 def erase_round(run: ServerRun, round_number: int) -> None:

@@ -1018,7 +1018,7 @@ ATTACKS = (
     Attack("B7.1", "server", "has two records taken back, of which one site has both", _two_records),
     Attack("B7.2", "server", "takes a second sum at one adapter, with one site less or more", _second_sum),
     Attack("B7.3", "one site", "reveals a wrong check of its envelope, so that the sum looks bent", _wrong_check),
-    Attack("B7.4", "server", "takes a sum with a site without a budget, then one of those that have one", _mixed_budgets),
+    Attack("B7.4", "server", "takes a sum with a site without a budget, then one without it", _mixed_budgets),
     Attack("B8", "one site", "attests and acknowledges another adapter than it holds", _odd_words),
     Attack("B9", "one site", "sends validation counts that no images give", _impossible_counts),
     Attack("B10", "server", "shows each half of the sites a round of its own", _split_cohort),

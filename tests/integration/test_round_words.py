@@ -690,9 +690,26 @@ def test_a_newcomer_without_its_peoples_word_holds_no_round_up_that_was_given_up
     assert close_round(coordinator, trio).sites == TRAINING
 
 
+def test_after_a_refused_sum_whose_people_say_nothing_hold_the_others_up_no_more(
+    four: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quorum's have released; a cohort of all who are ready would be refused for ever for want of one's word."""
+    sites = four.sites()
+    coordinator = begin(four)
+    refused_by_all(coordinator, sites, [sites[0], sites[1], sites[3]])
+    monkeypatch.setattr(Replica, "paused", False)  # as when people have let the study go on
+    for name in TRAINING:
+        say(four, name, "release")
+    coordinator, again = four.reopen(), four.sites()
+    pass_step(coordinator, again)
+    assert close_round(coordinator, again[:3]).sites == TRAINING
+
+
 def test_a_newcomer_to_the_cohort_needs_the_word_of_all_too(four: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has revealed to nobody; but its update would be the difference of the two sums."""
     sites = four.sites()
+    # A server that lies: else it would take those alone whose people have let it.
+    monkeypatch.setattr("secure_fed.server.coordinator.revealed_to", lambda *_: None)
     coordinator = begin(four)
     refused_by_all(coordinator, sites, sites[:3])
     monkeypatch.setattr(Replica, "paused", False)
