@@ -6,12 +6,13 @@ is the next part, not the whole.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import math
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
@@ -210,17 +211,8 @@ class ByteLine:
         return answer
 
     def _fetch_elsewhere(self, url: str, digest: str, length: int) -> bytes | None:
-        data = bytearray()
         try:
-            with (
-                httpx.Client(verify=ssl.create_default_context(), timeout=ELSEWHERE_SECONDS, trust_env=False) as client,
-                client.stream("GET", url) as answer,
-            ):
-                answer.raise_for_status()
-                for chunk in _lively(answer.iter_raw()):
-                    data += chunk
-                    if len(data) > length:
-                        break
+            data = asyncio.run(_read_elsewhere(url, length))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:  # the last of names of hosts
             log.info("%s: %s; the record is fetched from the server", url, type(error).__name__)
             if not isinstance(error, httpx.HTTPStatusError):  # which says that the copy is not there yet
@@ -230,7 +222,7 @@ class ByteLine:
             log.warning("%s: %d bytes of another digest; the record is fetched from the server", url, len(data))
             self._elsewhere_from = time.monotonic() + ELSEWHERE_PAUSE
             return None
-        return bytes(data)
+        return data
 
 
 def _held_of(answer: httpx.Response, total: int) -> int:
@@ -241,12 +233,26 @@ def _held_of(answer: httpx.Response, total: int) -> int:
     return int(text)
 
 
-def _lively(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Chunks, as long as they come at a rate that is worth it."""
-    began, got = time.monotonic(), 0
-    for chunk in chunks:
-        got += len(chunk)
-        seconds = time.monotonic() - began
-        if seconds > ELSEWHERE_SECONDS and got < seconds * ELSEWHERE_RATE:
-            raise TimeoutError
-        yield chunk
+async def _read_elsewhere(url: str, length: int) -> bytes:
+    """What a place gives, as it is, and no more than one chunk beyond so many bytes.
+
+    Its time limit moves with the bytes that come: one for each read of the socket would begin anew with each byte, of a
+    header too.
+    """
+    loop, data = asyncio.get_running_loop(), bytearray()
+    began = loop.time()
+    # No encoding: some web servers pack whatever they give.
+    http = httpx.AsyncClient(
+        verify=ssl.create_default_context(),
+        timeout=ELSEWHERE_SECONDS,
+        trust_env=False,
+        headers={"accept-encoding": "identity"},
+    )
+    async with asyncio.timeout(ELSEWHERE_SECONDS) as limit, http as client, client.stream("GET", url) as answer:
+        answer.raise_for_status()
+        async for chunk in answer.aiter_raw():
+            data += chunk
+            if len(data) > length:
+                break
+            limit.reschedule(began + ELSEWHERE_SECONDS + len(data) / ELSEWHERE_RATE)
+    return bytes(data)

@@ -72,6 +72,11 @@ class _Open:
     def whole(self) -> Path:
         return self.path.with_suffix(".whole")
 
+    @property
+    def there(self) -> bool:
+        """Whether it was not taken yet, or is being checked."""
+        return self.whole.exists() or self.path.exists()
+
 
 class Incoming:
     """What arrived of sites, on the disk: read by the process of the rounds, written by that of the connections.
@@ -221,7 +226,7 @@ class ByteStore:
         """The site's upload of that digest: as it stands, else begun, in place of any other."""
         known = self._open.get(site)
         same = known is not None and (known.digest, known.total) == (digest, total)
-        if known is not None and same and (known.held < total or known.whole.exists()):  # else it was taken
+        if known is not None and same and (known.held < total or known.there):  # else it was taken
             return known
         folder = self._incoming.folder
         part = folder / _name(site, digest, total, "part")
@@ -229,6 +234,8 @@ class ByteStore:
             if path.stem != part.stem:
                 path.unlink(missing_ok=True)
         upload = _Open(part, digest, total, 0)
+        if part.exists() and part.stat().st_size >= total:
+            os.replace(part, upload.whole)  # all had come, and was not checked yet
         if upload.whole.exists() and not _is(upload.whole, digest):
             upload.whole.unlink()  # from before this process began, and lost with the machine's power
         if upload.whole.exists():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import http.server
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def client(line: Line, site: str = "ash", **more: Any) -> ByteLine:
 def put(line: Line, part: bytes, offset: int, site: str = "ash", **other: Any) -> httpx.Response:
     """One part, signed as it is unless something else is said of it."""
     facts = {"method": "PUT", "path": f"/bytes/{WHOLE}", "length": len(part), "run": RUN, "total": len(DATA)}
-    facts |= {"digest": hashlib.sha256(part).hexdigest(), "time": int(1000 * __import__("time").time())} | other
+    facts |= {"digest": hashlib.sha256(part).hexdigest(), "time": int(1000 * time.time())} | other
     request = SignedRequest(site=site, offset=offset, **facts)  # type: ignore[arg-type]
     headers = request.headers(KEYS[site])
     with httpx.Client(transport=line) as http:
@@ -207,6 +209,30 @@ def test_what_lies_whole_from_before_a_start_is_checked_before_it_counts(line: L
     assert line.incoming.take("ash", WHOLE, len(DATA)) == DATA
 
 
+@pytest.mark.parametrize("content", [DATA, bytes(len(DATA)), DATA + b"x"])
+def test_what_had_all_come_when_the_server_was_killed_becomes_whole_or_begins_anew(line: Line, content: bytes) -> None:
+    """Between the last byte and the check of the whole: a site that is told that all is here sends nothing more."""
+    line.incoming.folder.mkdir()
+    (line.incoming.folder / f"ash.{WHOLE}.{len(DATA)}.part").write_bytes(content)
+    right = content == DATA
+    assert held(line) == (len(DATA) if right else 0)
+    assert client(line).send(RUN, DATA) == WHOLE
+    assert line.incoming.take("ash", WHOLE, len(DATA)) == DATA
+    assert line.sent == (0 if right else len(DATA))
+
+
+def test_who_asks_while_the_whole_is_being_checked_does_not_disturb_it(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def meanwhile(check: Callable[..., bool], *arguments: Any) -> bool:
+        assert line.gate._store._of("ash", WHOLE, len(DATA)).held == len(DATA)
+        return check(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", meanwhile)
+    assert [put(line, DATA[at : at + 100_000], at).status_code for at in (0, 100_000)] == [200, 200]
+    assert line.incoming.take("ash", WHOLE, len(DATA)) == DATA
+
+
 # --- the site's end ---
 
 
@@ -307,7 +333,7 @@ def test_records_come_by_their_digest_in_ranges(line: Line) -> None:
 
 
 def now() -> int:
-    return int(1000 * __import__("time").time())
+    return int(1000 * time.time())
 
 
 def test_a_download_goes_on_where_it_was_cut(line: Line) -> None:
@@ -463,9 +489,75 @@ def test_a_place_that_is_slow_or_not_there_is_passed_over(line: Line, monkeypatc
     line.outgoing.publish(DATA)
     for url in ("http://127.0.0.1:1", "http://a..b/x", "http://h:abc", "http://[::1/x", "http://h:99999", "http:///x"):
         assert client(line, elsewhere=url).fetch(WHOLE, len(DATA)) == DATA
-    clock = iter(range(0, 10_000, 3))
-    monkeypatch.setattr(byte_line.time, "monotonic", lambda: float(next(clock)))
-    with pytest.raises(TimeoutError):
-        list(byte_line._lively(iter([b"x"] * 100)))
-    fast = [bytes(100_000)] * 100
-    assert list(byte_line._lively(iter(fast))) == fast
+
+
+@pytest.mark.parametrize(
+    "start", [b"HTTP/1.1 200 OK\r\nx: ", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;"]
+)  # fmt: skip
+def test_a_place_that_gives_a_byte_now_and_then_is_passed_over(
+    line: Line, monkeypatch: pytest.MonkeyPatch, start: bytes
+) -> None:
+    """In its headers too, or between them and its bytes: each byte would begin a new time limit."""
+    monkeypatch.setattr(byte_line, "ELSEWHERE_SECONDS", 0.3)
+    line.outgoing.publish(DATA)
+    with socket.create_server(("127.0.0.1", 0)) as place:
+
+        def trickle() -> None:
+            connection, _ = place.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(start)
+                for _ in range(40):
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        began = time.monotonic()
+        assert client(line, elsewhere=f"http://127.0.0.1:{place.getsockname()[1]}").fetch(WHOLE, len(DATA)) == DATA
+        assert time.monotonic() - began < 3
+        thread.join()
+
+
+def test_a_place_that_gives_enough_is_waited_for(
+    line: Line, elsewhere: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that is: what has come counts."""
+    monkeypatch.setattr(byte_line, "ELSEWHERE_SECONDS", 0.1)
+    monkeypatch.setattr(byte_line, "ELSEWHERE_RATE", 100_000.0)
+    with socket.create_server(("127.0.0.1", 0)) as place:
+
+        def give() -> None:
+            connection, _ = place.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(DATA))
+                for at in range(0, len(DATA), 20_000):
+                    connection.sendall(DATA[at : at + 20_000])
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=give)
+        thread.start()
+        site = client(line, elsewhere=f"http://127.0.0.1:{place.getsockname()[1]}")
+        assert site.fetch(WHOLE, len(DATA)) == DATA
+        assert line.asked == []
+        thread.join()
+
+
+def test_a_place_that_packs_what_it_gives_is_asked_for_the_bytes_as_they_are(line: Line) -> None:
+    class Packs(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            packs = "gzip" in self.headers.get("accept-encoding", "")
+            body = gzip.compress(DATA) if packs else DATA
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.send_header("content-encoding", "gzip" if packs else "identity")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Packs) as place:
+        threading.Thread(target=place.handle_request, daemon=True).start()
+        assert client(line, elsewhere=f"http://127.0.0.1:{place.server_port}").fetch(WHOLE, len(DATA)) == DATA
+    assert line.asked == []
