@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import ipaddress
 import os
+import re
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,11 @@ SOON_DAYS = 30
 
 _FILES = (CA, CA_KEY, SERVER, SERVER_KEY)
 _PEM = serialization.Encoding.PEM
+
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z)(?:{_LABEL}\.)*(?![0-9]+\Z){_LABEL}")
+"""A name that sites can look up; what ends in a number is a wrong address. A renewal keeps every name there is, so that
+none may come in by which nobody can connect."""
 
 
 def create_authority(folder: Path, hosts: Sequence[str]) -> None:
@@ -396,11 +402,11 @@ def _alternatives(hosts: Sequence[str]) -> list[x509.GeneralName]:
 
 
 def _alternative(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    if not host.isascii() or not host.replace("-", "").replace(".", "").isalnum():
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if not address.is_unspecified:  # where a server listens, and nobody connects to
+            return x509.IPAddress(address)
+    if not _HOST.fullmatch(host):
         raise CertificateError(f"host {host!r}: neither a name nor an address; expected fl.example.org or 192.0.2.7")
     return x509.DNSName(host)
 

@@ -106,6 +106,17 @@ def test_a_renewal_needs_the_authoritys_own_key(tls: Path, tmp_path: Path) -> No
         names_held(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "host", ["fl..example.org", "fl.example.org.", "fl-", "192.0.2.300", "0.0.0.0", "::", "x" * 64, "x." * 130 + "y"]
+)
+def test_a_name_that_no_site_can_connect_by_is_not_taken(tls: Path, host: str) -> None:
+    """It would stay: a renewal keeps all names, and a server that sites would refuse by one of them does not start."""
+    before = content(tls)
+    with pytest.raises(CertificateError, match="neither a name nor an address"):
+        renew_certificate(tls, [host])
+    assert content(tls) == before
+
+
 def test_a_hospitals_new_certificate_is_taken_if_sites_would_take_it(tls: Path, tmp_path: Path) -> None:
     create_authority(tmp_path / "hospital", ["fl.example.org"])
     hospital, mine = tmp_path / "hospital", tmp_path / "mine"
