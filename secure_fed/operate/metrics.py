@@ -7,6 +7,7 @@ last said something, which under a privacy budget is for the site's own eyes.
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 import socket
 import socketserver
@@ -22,11 +23,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from secure_fed.core.errors import AddressError
+from secure_fed.core.errors import AddressError, StorageError
 from secure_fed.core.layout import StateFolder
 from secure_fed.core.status import StatusFile
 from secure_fed.core.storage import write_durable
 from secure_fed.protocol.signing import PRIVATE
+
+_TOKEN = re.compile(rb"[ -~]+")
 
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -43,7 +46,7 @@ def serve_metrics(state: Path, listen: tuple[str, int]) -> None:
 
     Raises:
         AddressError: the address cannot be listened on.
-        StorageError: the token cannot be written.
+        StorageError: the token cannot be written, or what lies there is none.
     """
     registry = CollectorRegistry()
     registry.register(_StatusCollector(StatusFile(state)))
@@ -65,7 +68,16 @@ def _token(state: Path) -> str:
     path = StateFolder(state).metrics_token
     if not path.exists():
         write_durable(path, (secrets.token_urlsafe(32) + "\n").encode(), PRIVATE)
-    return path.read_text(encoding="ascii").strip()
+    try:
+        token = path.read_bytes().strip()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); expected the token of --metrics") from error
+    if not _TOKEN.fullmatch(token):
+        raise StorageError(
+            f"{path}: {len(token)} bytes that are no token; expected one line of ASCII: remove the file, and the "
+            "next start makes another"
+        )
+    return token.decode()
 
 
 def _for_bearers(app: Wsgi, token: str) -> Wsgi:
