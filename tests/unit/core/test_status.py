@@ -289,7 +289,7 @@ def test_metrics_of_a_site_say_nothing_but_where_it_stands(tmp_path: Path) -> No
 def test_what_is_no_token_is_not_served_with(tmp_path: Path, found: bytes) -> None:
     """With an empty one nobody would ever be let in, without a word."""
     (tmp_path / "metrics.token").write_bytes(found)
-    with pytest.raises(StorageError, match="metrics.token: .* no token; .* remove the file"):
+    with pytest.raises(StorageError, match=r"metrics\.token: .* no token; .* remove the file"):
         serve_metrics(tmp_path, ("127.0.0.1", 0))
 
 

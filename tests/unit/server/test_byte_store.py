@@ -492,8 +492,13 @@ def test_a_place_that_is_slow_or_not_there_is_passed_over(line: Line, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "start", [b"HTTP/1.1 200 OK\r\nx: ", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;"]
-)  # fmt: skip
+    "start",
+    [
+        b"HTTP/1.1 200 OK\r\nx: ",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;",
+    ],
+)
 def test_a_place_that_gives_a_byte_now_and_then_is_passed_over(
     line: Line, monkeypatch: pytest.MonkeyPatch, start: bytes
 ) -> None:
