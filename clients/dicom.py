@@ -285,6 +285,11 @@ class DicomFile:
         found = _codestream(frame)
         if found is None:
             return None
+        if syntax in _WITHOUT_SIGN and not jpeg.is_ended(frame):  # CharLS would look for it for ever
+            raise UndecodableError(
+                "DICOM whose JPEG-LS codestream ends too early, without an EOI marker; expected it whole: copy or "
+                "export the file again"
+            )
         width, height, samples, bits, signed, _ = found
         expected = whole(dataset, "Columns"), whole(dataset, "Rows"), whole(dataset, "SamplesPerPixel")
         if (width, height, samples) != expected:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from secure_fed.clients import jpeg
 from secure_fed.clients.rules import Picture, Rules, UndecodableError
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
@@ -65,6 +66,8 @@ class PhotographFile:
                 if image.format == "PNG":
                     _refuse_damaged(self._content)
                 _widen_palette(image)
+                if image.format in ("JPEG", "MPO"):
+                    _refuse_filled(image, self._content)
                 image.load()
                 if image.format in ("BMP", "TIFF") and image.mode == "RGBA" and not image.getchannel("A").getbbox():
                     image = image.convert("RGB")  # nobody means a picture of nothing: the fourth byte is unused
@@ -166,6 +169,23 @@ def _refuse_damaged(content: bytes) -> None:
         at = end + 4
 
 
+def _refuse_filled(image: Image.Image, content: bytes) -> None:
+    """Refuse a JPEG in which data are missing: libjpeg makes them up, and says it to nobody.
+
+    Raises:
+        ValueError: they are, or there is no end of it.
+    """
+    # One picture after another, before this one is there itself: two would take too much memory.
+    longer = _numbers(Image.open(io.BytesIO(jpeg.altered(content).longer), formats=("JPEG",)))
+    if _numbers(image) != longer:
+        raise ValueError(jpeg.MISSING)
+
+
+def _numbers(image: Image.Image) -> list[int]:
+    """Of a picture's strips, of which equal pictures have equal ones."""
+    return [hash(image.crop(part).tobytes()) for part in _strips(image)]
+
+
 def _widen_palette(image: Image.Image) -> None:
     """Take a TIFF's colours of 8 bits as that, as libtiff does; Pillow drops the lower 8 of 16."""
     if image.format == "TIFF" and image.mode == "P":
@@ -188,12 +208,17 @@ def _filled(image: Image.Image, rules: Rules) -> Image.Image:
     if image.mode == "La":
         image = image.convert("LA")
     whole = Image.new("RGB", image.size)
-    step = max(1, _BLOCK // image.width)
-    for top in range(0, image.height, step):  # in strips: all at once would take four times the picture's memory
-        part = (0, top, image.width, min(top + step, image.height))
+    for part in _strips(image):  # all at once would take four times the picture's memory
         clear = image.crop(part).convert("RGBA")
         whole.paste(Image.alpha_composite(Image.new("RGBA", clear.size, rules.background), clear).convert("RGB"), part)
     return whole
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of some rows after others."""
+    step = max(1, _BLOCK // image.width)
+    for top in range(0, image.height, step):
+        yield 0, top, image.width, min(top + step, image.height)
 
 
 def as_drawn(picture: Image.Image) -> bytes:

@@ -21,6 +21,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.sequence import Sequence
 
+from secure_fed.clients import dicom as dicom_module
 from secure_fed.clients.decoding import decode, decode_all, identities
 from secure_fed.clients.dicom_header import is_dicom
 from secure_fed.clients.jpeg import segments
@@ -214,6 +215,39 @@ def test_a_jpeg_frame_that_ends_too_early_is_refused_and_never_filled(syntax, op
     for part in (len(stream) // 2, len(stream) - 2):
         with pytest.raises(UndecodableError, match="imagecodecs: it ends too early, without an EOI marker"):
             grey(encapsulated(pixels, syntax, stream[:part], **fields))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "options"),
+    [
+        (uid.JPEGBaseline8Bit, {}),
+        (uid.JPEGExtended12Bit, {"bitspersample": 12}),
+        (uid.JPEGLosslessSV1, {"bitspersample": 12, "lossless": True}),
+        (uid.JPEGLossless, {"bitspersample": 12, "lossless": True, "predictor": 4}),
+    ],
+)
+def test_a_jpeg_frame_of_which_a_part_is_missing_or_zeros_is_refused_and_never_filled(syntax, options):
+    noise = SMOOTH + np.random.default_rng(0).integers(0, 64, SMOOTH.shape).astype(np.uint16)
+    pixels, fields = (noise, TWELVE) if options else ((noise >> 4).astype(np.uint8), {})
+    stream = bytes(imagecodecs.jpeg8_encode(pixels, **options))
+    start = max(place + len(content) for _, place, content in segments(stream))
+    for at in range(start + 20, len(stream) - 300, (len(stream) - start) // 10):
+        for instead in (b"", bytes(200)):
+            with pytest.raises(UndecodableError, match=r"data are missing in it, or others|without an EOI marker"):
+                grey(encapsulated(pixels, syntax, stream[:at] + instead + stream[at + 200 :], **fields))
+
+
+@pytest.mark.parametrize("near", [0, 3])
+def test_jpeg_ls_that_ends_too_early_never_reaches_the_decoder_which_does_not_end(near, monkeypatch):
+    stream = bytes(imagecodecs.jpegls_encode(SMOOTH, level=near))
+    syntax = uid.JPEGLSNearLossless if near else uid.JPEGLSLossless
+    for padding in (b"", b"\0"):
+        assert len(np.unique(grey(encapsulated(SMOOTH, syntax, stream + padding, **TWELVE)))) > 100
+    monkeypatch.setattr(dicom_module, "_decoded", lambda *_: pytest.fail("it would run for ever"))
+    thumbnail = b"\xff\xe1\0\x06\xff\xd9\xff\xd9"  # which has ends of its own
+    for cut in (stream[: len(stream) // 2], stream[:2] + thumbnail + stream[2:-2]):
+        with pytest.raises(UndecodableError, match="JPEG-LS codestream ends too early, without an EOI marker"):
+            grey(encapsulated(SMOOTH, syntax, cut, **TWELVE))
 
 
 def test_a_codestream_of_fewer_bits_than_the_header_is_shown_or_refused():
@@ -1363,6 +1397,35 @@ def test_a_png_whose_pixels_are_damaged_is_refused_though_they_can_be_unpacked()
     forged += zlib.crc32(checked).to_bytes(4, "big") + content[-12:]
     with pytest.raises(UndecodableError, match=r"a PNG that is damaged at byte 33 \(the checksum of its part IDAT"):
         decode(forged)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"subsampling": 0}, {"quality": 30}, {"progressive": True}),
+        *({"restart_marker_blocks": 2}, {"restart_marker_rows": 1}, {"progressive": True, "restart_marker_rows": 1}),
+    ],
+)
+def test_a_jpeg_of_which_a_part_is_missing_is_refused_though_it_can_be_filled(options):
+    random = np.random.default_rng(1)
+    smooth = np.add.outer(np.arange(72), np.arange(90))[..., None] + random.integers(0, 60, (72, 90, 3))
+    for pixels in (smooth[..., 0], smooth):
+        content = saved(Image.fromarray(pixels.astype(np.uint8)), "JPEG", **options)
+        start = max(place + len(segment) for _, place, segment in segments(content))
+        whole = np.asarray(decode(content))
+        # Padding before the end and fill behind the data, as some devices write them; a preview behind the picture.
+        for more in (content[:-2] + bytes(12) + content[-2:], content[:-2] + b"\xff" + content[-2:], content * 2):
+            assert np.array_equal(np.asarray(decode(more)), whole)
+        progressive = "progressive" in options  # of whose later scans a damaged one may be as long
+        end = content.index(b"\xff\xc4" if progressive else b"\xff\xd9", start)
+        part = (end - start) // 5
+        for at in range(start, end - part, part // 2):
+            with pytest.raises(UndecodableError, match="broken image"):
+                decode(content[:at] + content[at + part :])
+        if "restart_marker_blocks" in options:  # and of eight intervals, after which markers have the same numbers
+            first = content.index(b"\xff\xd1", start)
+            with pytest.raises(UndecodableError, match="data are missing in it"):
+                decode(content[:first] + content[content.index(b"\xff\xd1", first + 2) :])
 
 
 def test_a_tiff_of_many_slices_that_calls_them_one_picture_is_refused():
