@@ -63,6 +63,21 @@ _LOOKALIKES = str.maketrans(
 )
 """Letters whose capitals cannot be told from Latin ones, after :meth:`str.casefold`."""
 
+_CALLED = re.compile(
+    r"(?:patient(?:en|in)?|pat|pt|pid|person|p|mrn|id|case|fall|caso|cas|subject|subj|sub|number|nummer|num|nr|no"
+    r"|[\s_.:#/\\-])*+(?=\d)"
+)
+"""What an id, in small letters, may have before its number, as other exports do not."""
+
+_PART = re.compile(
+    r"(?<=\d)(?:[\s_.-]*(?:left|right|links|rechts|lt|rt|le|re|gauche|droite?|izquierd[ao]|derech[ao]|sinist(?:er|ra)"
+    r"|dext(?:er|ra)|o[dsu])"
+    r"|[\s_.-]+(?:[lrg]|(?:copy|kopie|copie|copia|ses(?:sion)?|visite?|visita|besuch|timepoint|time|tp|t|v|scan|exam|study"
+    r"|baseline|bl|follow[\s_-]?up|fup?|pre|post|before|after|day|week|month|year|m|y)(?:[\s_.-]*\d+)?)"
+    r"|\s*\(\d+\))+$"
+)
+"""What an id, in small letters, may have behind its number: a side, a visit, which copy it is."""
+
 Kind = Literal["writings", "placeholder", "spreadsheet", "share", "header", "issuers", "picture", "classes"]
 _WORDS: dict[Kind, str] = {
     "writings": "may be one patient in several writings",
@@ -160,7 +175,7 @@ def by_writing(patients: Iterable[str]) -> list[list[str]]:
     unbroken = {patient for patient in ids if _is_unbroken(patient)}
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for patient in sorted(ids):
-        groups[_separator_free(patient, unbroken)].append(patient)
+        groups[_separator_free(_person(patient), unbroken)].append(patient)
     return sorted(groups.values())
 
 
@@ -169,7 +184,7 @@ def writings(patient: str, sought: bool = False) -> frozenset[str]:
 
     Two ids may be one if forms of the one and ``sought`` ones of the other are equal.
     """
-    forms = {writing_free(patient), _separator_free(patient, ())}
+    forms = {writing_free(patient), _separator_free(patient, ()), _separator_free(_person(patient), ())}
     whole = _whole(patient)
     if _is_unbroken(patient):
         forms.add(f"{'broken' if sought else 'unbroken'} {patient}")
@@ -255,15 +270,20 @@ def writing_free(patient: str) -> str:
     (``^``), zeros before any of their numbers, a plus before the first, or, of an id that is a number, ``.0`` and a
     spreadsheet's thousands.
     """
-    plain = unicodedata.normalize("NFKC", _unmangled(patient)).casefold().translate(_LOOKALIKES)
-    plain = re.sub(r"[\s_'\"=`\u2018\u2019\u201c\u201d\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
-    plain = re.sub(r"[\u2010-\u2015\u2212]", "-", plain)
+    plain = re.sub(r"[\s_]+", "", _signs(patient))
     plain = plain.rstrip("^")  # empty parts of a DICOM name
     plain = re.sub(r"^\+(?=\d)", "", plain)
     plain = re.sub(r"^(\d+)[.,]0+$", r"\1", plain)
     if re.fullmatch(r"\d{1,3}([.,]\d{3})+", plain):  # a spreadsheet's thousands
         plain = re.sub(r"[.,]", "", plain)
     return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", plain)
+
+
+def _signs(patient: str) -> str:
+    """An id in small letters, with one kind of each sign, without quotes and ``=``."""
+    plain = unicodedata.normalize("NFKC", _unmangled(patient)).casefold().translate(_LOOKALIKES)
+    plain = re.sub(r"['\"=`\u2018\u2019\u201c\u201d\u200b-\u200d\u2060\ufeff\u00ad]+", "", plain)
+    return re.sub(r"[\u2010-\u2015\u2212]", "-", plain)
 
 
 def _separator_free(patient: str, unbroken: Collection[str]) -> str:
@@ -276,6 +296,23 @@ def _separator_free(patient: str, unbroken: Collection[str]) -> str:
     plain = writing_free(whole if whole in unbroken else patient)
     plain = re.sub(r"(?<=\d)[-./\\:]+(?=\d)", "-", plain)
     return re.sub(r"(?<=[^\W\d])[-./\\:]+(?=\w)|(?<=\w)[-./\\:]+(?=[^\W\d])", "", plain)
+
+
+def _person(patient: str) -> str:
+    """An id, in small letters, without what may be before and behind its number; of a name the words in any order."""
+    plain = _signs(patient)
+    if not any(sign.isdigit() for sign in plain):
+        return plain if _LOST.search(patient) else " ".join(_words(_unmangled(patient))) or plain
+    kept = plain[called.end() :] if (called := _CALLED.match(plain)) else plain
+    return _PART.sub("", kept)
+
+
+def _words(name: str) -> list[str]:
+    """Those of a name, sorted: without case, accents, and ``ae`` for an umlaut."""
+    plain = unicodedata.normalize("NFKD", name).casefold()
+    plain = "".join(sign for sign in plain if not unicodedata.combining(sign))
+    plain = re.sub(r"([aou])e", r"\1", plain.replace("\u00f8", "o").replace("\u00e6", "a"))
+    return sorted(re.findall(r"[^\W_]+", plain))
 
 
 def _whole(patient: str) -> str:
@@ -301,11 +338,8 @@ def name_free(name: str, patient: str = "") -> str:
     kept = " ".join(alphabet.split("^")[:2]).strip()
     if says_nothing(kept) or _NOBODY.fullmatch(kept) or (patient and writing_free(kept) == writing_free(patient)):
         return ""
-    plain = unicodedata.normalize("NFKD", _unmangled(kept)).casefold()
-    plain = "".join(sign for sign in plain if not unicodedata.combining(sign))
-    plain = re.sub(r"([aou])e", r"\1", plain.replace("\u00f8", "o").replace("\u00e6", "a"))
-    words = re.findall(r"[^\W_]+", plain)
-    return " ".join(sorted([word for word in words if len(word) > 1] or words))
+    words = _words(_unmangled(kept))
+    return " ".join([word for word in words if len(word) > 1] or words)
 
 
 def _unmangled(patient: str) -> str:

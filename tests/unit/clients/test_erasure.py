@@ -300,6 +300,7 @@ def test_the_list_holds_hashes_under_a_key_of_its_own(tmp_path):
         ("12-34", ["1234", "12.34", "12/34"], ["1-234", "123-4", "12345", "1-2-3-4-5"]),
         ("1234", ["12-34", "1-234"], ["1-235", "01-2345"]),
         ("1-2", ["1.2"], ["12", "2-1"]),
+        ("P1_left", ["P1-R", "patient 1", "1"], ["P2_left", "C1_left"]),
     ],
 )
 def test_the_list_knows_ids_by_what_separates_their_parts_as_doubts_do(tmp_path, forgotten, also, others):
