@@ -18,7 +18,7 @@ from secure_fed.clients.reading import Source
 from secure_fed.clients.rules import Rules
 from secure_fed.core.errors import OutputError, StudyError
 from secure_fed.core.layout import ServerState
-from secure_fed.core.storage import made_folder, write_durable
+from secure_fed.core.storage import made_folder, refuse_foreign, write_durable
 from secure_fed.core.tomlfile import parse_table, to_toml, write_toml
 from secure_fed.model.adapters import check_method, initial_parameters, needs_tower, refuse_idle, uses_basis
 from secure_fed.model.backbone import is_here, load_backbone, make_random_checkpoint
@@ -65,13 +65,15 @@ def new_study(
             made; by default those that come with the backbone, if any do.
 
     Raises:
-        OutputError: the folder already holds a study.
+        OutputError: the folder already holds a study, or a ``study.safetensors`` that is no study's.
         StudyError: a member is no site of the template, its method does not hold together, or a prompt is too long.
         BackboneError, BackboneDigestError: the backbone cannot be loaded, or is not the one named.
         StorageError: the files cannot be written.
     """
     if (out / "study.toml").exists():
         raise OutputError(f"{out}: holds a study already, and a study never changes: choose another folder")
+    if out.is_dir():  # what a killed call left of its own is written over
+        refuse_foreign(out / "study.safetensors", lambda head: b'"adapter.' in head and b"__metadata__" not in head)
     keys = {member.name: member.keys for member in members}
     strangers = sorted(set(keys) - {site.name for site in template.sites})
     if strangers:

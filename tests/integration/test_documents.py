@@ -143,6 +143,10 @@ def test_the_glossary_has_each_word_once_in_order() -> None:
     words = re.findall(r"^\| ([^|]+) \| ", texts()[Path("docs/glossary.md")], flags=re.MULTILINE)[1:]
     assert words == sorted(set(words), key=str.lower)
     assert {"adapter", "epsilon", "journal", "ledger", "site", "study", "update"} <= set(words)
+    # The words of a round, which README draws.
+    drawn = set(re.findall(r"\b[A-Z]{5,}\b", texts()[Path("README.md")].partition("## A round")[2].partition("## ")[0]))
+    assert drawn
+    assert drawn <= {part for word in words for part in word.split(", ")}
 
 
 def test_nothing_refers_to_a_file_outside_the_repository() -> None:

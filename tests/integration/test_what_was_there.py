@@ -162,6 +162,18 @@ def test_pictures_of_a_run_take_the_place_of_such_pictures_alone(
         assert secfacmic("plot", finished_run, "--out", place).returncode == 0
 
 
+def test_a_study_takes_no_other_weights_place(finished_run: Path, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    (tmp_path / "small.toml").write_text(tomli_w.dumps(template_table(rounds=1)))
+    place, weights = tmp_path / "fed/study.safetensors", (finished_run / "adapter.safetensors").read_bytes()
+    place.parent.mkdir()
+    place.write_bytes(weights)
+    words = ("study", "new", tmp_path / "small.toml", "--out", place.parent)
+    refused(secfacmic(*words), "study.safetensors: exists, and this command did not write it")
+    assert place.read_bytes() == weights
+    shutil.copyfile(finished_run / "study.safetensors", place)  # as a call that was killed leaves it
+    assert secfacmic(*words).returncode == 0
+
+
 def test_explained_cases_take_no_pictures_place(
     finished_run: Path, images: Path, tmp_path: Path, secfacmic: Run
 ) -> None:
