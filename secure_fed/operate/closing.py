@@ -76,8 +76,8 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
         identity: folder of its private keys.
         agreed: the study.
         abandon: close it though rounds are missing.
-        destroy_identity: erase the private keys too. While they exist, copies of sealed key files that others kept can
-            be opened with them.
+        destroy_identity: erase the private keys too. While they exist, sealed keys of rotations, which stand in the
+            journal, and copies of sealed key files that others kept can be opened with them.
 
     Raises:
         StudyError: rounds are missing.
@@ -104,7 +104,8 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
             folder.adapter: "the adapter, which is the result",
             folder.calibration: "its temperature, fitted to this site's validation images; for use here only",
             folder.summary: "its figures on this site's test images",
-            folder.runs: "the journal: encrypted sums, which nothing here opens any more",
+            folder.runs: "the journal: encrypted sums, and sealed keys of rotations, "
+            + ("which nothing here opens any more" if destroy_identity else "which the site's private keys open"),
             folder.features: "features of the images, as sensitive as the images; delete it when you need it no more",
             folder.ledger: "a privacy ledger of version 0.1; once adopted, its copy in the identity's ledger counts",
             identity / "ledger": "the privacy ledger. Keep it: what was spent on a patient stays spent in every later "
@@ -119,8 +120,8 @@ def close_site(state: Path, identity: Path, agreed: AgreedStudy, *, abandon: boo
         }
         if not destroy_identity:
             remains[identity] = (
-                "the site's private keys. They open sealed key files that others may have kept: erase them with "
-                "--identity unless they serve another study"
+                "the site's private keys. They open sealed keys, those in the journal and those that others may have "
+                "kept: erase them with --identity unless they serve another study"
             )
         return Closed(rounds, erased, _present(remains))
 

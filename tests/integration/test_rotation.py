@@ -15,7 +15,7 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterMismatchError, KeyFileError, ProtocolError, RecordError, SiteFileError
 from secure_fed.privacy.keys import create_identity, load_identity, open_sealed_key
-from secure_fed.protocol.records import RecordHeader, sign_record
+from secure_fed.protocol.records import Chain, RecordHeader, sign_record
 from secure_fed.protocol.rounds import ReplyCode, RoundRequest
 from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, check_sealed_key
 from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
@@ -209,6 +209,23 @@ def test_a_site_that_joins_starts_at_the_checkpoint_and_opens_nothing_earlier(fe
     # Rebuilding from its journal starts at the checkpoint again.
     next((federation.folder / "sites/elm/state/runs").glob("*/adapter.safetensors")).unlink()
     assert federation.site("elm").adapter_digest == joined.adapter_digest
+
+
+def test_the_journal_keeps_the_sealed_keys_of_rotations_for_whoever_has_a_sites_identity(federation: Federation) -> None:
+    """W22 of the threat model: to destroy a key file closes nothing that was sealed to an identity and kept."""
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    rotate(federation, coordinator)
+    for _ in range(2):
+        for site in sites:
+            exchange(coordinator, site)
+        coordinator.advance()
+    newest = sites[0].replica.keys.newest
+    shutil.rmtree(federation.folder / "sites/ash/state/keys")
+    kept = sites[0].replica.files.records.replay(Chain(federation.agreed))
+    (sealed,) = (record.payload for record in kept if record.header.kind == "amendment")
+    open_sealed_key(sealed, federation.agreed, load_identity(federation.folder / "sites/ash/identity", "ash"))
+    assert check_sealed_key(sealed, federation.agreed).key == newest[1]
 
 
 def test_a_site_that_was_away_replays_through_the_rotation(federation: Federation) -> None:
