@@ -211,7 +211,7 @@ def test_a_site_that_joins_starts_at_the_checkpoint_and_opens_nothing_earlier(fe
     assert federation.site("elm").adapter_digest == joined.adapter_digest
 
 
-def test_the_journal_keeps_the_sealed_keys_of_rotations_for_whoever_has_a_sites_identity(federation: Federation) -> None:
+def test_a_sites_identity_opens_the_keys_of_rotations_in_its_journal(federation: Federation) -> None:
     """W22 of the threat model: to destroy a key file closes nothing that was sealed to an identity and kept."""
     sites = federation.sites()
     coordinator = federation.begin(sites)
