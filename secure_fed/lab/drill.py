@@ -648,7 +648,7 @@ def _odd_words(ground: Ground) -> Outcome:
             garbled = mock.patch.object(type(site.replica), "_checkpoint_digest", return_value="6" * 64)
             with garbled if site is liar else nullcontext():
                 reply = answer(coordinator, site)
-            coordinator.receive(replace(reply, attestation="7" * 64) if site is liar else reply)
+            coordinator.receive(replace(reply, attestation="ä" * 64) if site is liar else reply)
         coordinator.advance()
         play_round(coordinator, sites)
     except SecfacmicError as error:

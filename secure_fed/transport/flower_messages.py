@@ -58,10 +58,10 @@ class _RequestFields(FileModel):
     attempt: Count
     more: bool
     after: Hex64 | Literal[""]
-    attested_head: str
+    attested_head: Hex64 | Literal[""]
     sites: tuple[str, ...]
-    attestations: tuple[str, ...]
-    held: str
+    attestations: tuple[Hex64, ...]
+    held: Hex64 | Literal[""]
     digests: tuple[Hex64, ...]
     lengths: tuple[Count, ...]
     question: Hex64 | Literal[""]
@@ -73,9 +73,9 @@ class _RequestFields(FileModel):
 
 class _ReplyFields(FileModel):
     code: ReplyCode
-    run: str
+    run: Hex64 | Literal[""]
     position: Count
-    attestation: str
+    attestation: Hex64 | Literal[""]
     word: Word
     digest: Hex64 | Literal[""]
     length: Count
