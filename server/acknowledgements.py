@@ -43,6 +43,7 @@ class Acknowledgements:
                 frame.header, frame.signature, self._agreed, chain.members, chain.run, chain.head
             )
             check_payload(frame, header, RecordError)
+            chain.check_size("checkpoint", header.size)
         except RecordError as error:
             raise ProtocolError(f"{site}: {error}") from None
         if header.site != site:

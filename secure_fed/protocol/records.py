@@ -302,7 +302,7 @@ class Chain:
             identity = head_after_void(self.head)
         if header.kind != "aggregate" and (header.reveals or header.masks or header.witnessed or header.witnesses):
             raise RecordError(f"record {header.seq}: a {header.kind} with reveals; expected none")
-        self._check_size(header)
+        self.check_size(header.kind, header.size)
         check_payload(frame, header, RecordError)
         amendment, members = None, self.members
         if header.kind == "amendment":
@@ -363,19 +363,24 @@ class Chain:
             self.amendment += header.kind == "amendment"
             self.amended_after = self.round
 
-    def _check_size(self, header: RecordHeader) -> None:
-        if header.kind == "aggregate":
+    def check_size(self, kind: Kind, size: int) -> None:
+        """Check that the next record of a kind can have a payload of so many bytes.
+
+        Raises:
+            RecordError: it cannot.
+        """
+        if kind == "aggregate":
             expected = self.wire.payload_bytes
-            if header.size != expected:
-                raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected {expected}")
+            if size != expected:
+                raise RecordError(f"record {self.length}: a payload of {size} bytes, expected {expected}")
             return
         # A checkpoint is the float64 adapter with its names, and the moments beside it, sealed.
         tensors = aggregation.start(self.agreed)
         state = 8 * sum(value.size for value in tensors.values()) + 256 * (len(tensors) + 16)
         number = len(str(MOST_ROUNDS))
-        most = {"amendment": MAX_SEALED, "checkpoint": state, "extension": number, "end": len(LOST)}.get(header.kind, 0)
-        if header.size > most:
-            raise RecordError(f"record {header.seq}: a payload of {header.size} bytes, expected at most {most}")
+        most = {"amendment": MAX_SEALED, "checkpoint": state, "extension": number, "end": len(LOST)}.get(kind, 0)
+        if size > most:
+            raise RecordError(f"record {self.length}: a payload of {size} bytes, expected at most {most}")
 
     def _check_extension(self, header: RecordHeader, payload: bytes) -> int:
         """How many rounds the run has from now on."""
@@ -407,7 +412,7 @@ class Chain:
             sealed, members = self.amended(payload)
         except KeyFileError as error:
             raise RecordError(f"record {header.seq}: {error}") from None
-        if sealed.key != header.key or header.key == ZERO_DIGEST:
+        if sealed.key != header.key:
             raise RecordError(f"record {header.seq}: names key {header.key[:16]}, but brings {sealed.key[:16]}")
         self._refuse_two_changes(header, members)
         return sealed, members

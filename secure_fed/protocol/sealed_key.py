@@ -16,6 +16,7 @@ from pydantic import Field
 from secure_fed.core.errors import KeyFileError, RecordError
 from secure_fed.protocol.quorum import refuse_quorum
 from secure_fed.protocol.signing import (
+    ZERO_DIGEST,
     Count,
     MemberHeader,
     SignedHeader,
@@ -199,6 +200,8 @@ def check_amendment(
     header = check_sealed_key(data, agreed)
     if header.previous != key:
         raise KeyFileError(f"sealed key: follows key {header.previous[:16]}; the key in force is {key[:16]}")
+    if header.key in (key, ZERO_DIGEST):
+        raise KeyFileError(f"sealed key: brings key {header.key[:16]}, which is in force or none; expected a new one")
     after = members_after(members, header.added, header.removed, agreed)
     if header.recipients != tuple(sorted(after)):
         raise KeyFileError(

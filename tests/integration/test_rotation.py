@@ -18,7 +18,7 @@ from secure_fed.privacy.keys import create_identity, load_identity, open_sealed_
 from secure_fed.protocol.records import Chain, RecordHeader, sign_record
 from secure_fed.protocol.rounds import ReplyCode, RoundRequest
 from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, check_sealed_key
-from secure_fed.protocol.signing import payload_fields, sign_frame, split_frame
+from secure_fed.protocol.signing import ZERO_DIGEST, parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.protocol.study_tables import Member
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import OBSERVER, Federation, close_round, corrupt, exchange, run_round, send_envelopes
@@ -285,6 +285,19 @@ def test_members_change_only_as_the_study_allows(federation: Federation, changes
         rotate(federation, coordinator, added=(twin.model_copy(update={"name": "cedar"}),))
 
 
+def test_an_amendment_brings_a_new_key(federation: Federation) -> None:
+    """One that brings the key in force would follow itself for ever."""
+    coordinator = federation.begin(federation.sites())
+    key = coordinator.journal.chain.key
+    frame = split_frame(KEY_MAGIC, federation.seal_key(2, key), 10**6, KeyFileError)
+    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
+    maker = load_identity(federation.folder / "sites/ash/identity", "ash").signing
+    for same in (key, ZERO_DIGEST):
+        forged = sign_frame(KEY_MAGIC, header.model_copy(update={"key": same}), maker, bytes(frame.payload))
+        with pytest.raises(KeyFileError, match="expected a new one"):
+            coordinator.amend(forged)
+
+
 def test_nobody_joins_without_keys(federation: Federation) -> None:
     sealed = federation.seal_key(2, added=(_join(federation, "elm"),), removed=("cedar",))
     values = cbor2.loads(split_frame(KEY_MAGIC, sealed, 10**6, KeyFileError).header)
@@ -392,6 +405,26 @@ def test_nothing_but_an_honest_checkpoint_follows_an_amendment(federation: Feder
             coordinator.receive(replace(replies[1], envelope=damaged))
     with pytest.raises(ProtocolError, match="in a reply of"):
         coordinator.receive(replace(replies[1], site="cedar"))
+    assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_that_no_record_has_room_for_is_refused_when_it_comes_and_ends_no_server(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    rotate(federation, coordinator)
+    for site in sites:
+        exchange(coordinator, site)
+    coordinator.advance()
+    with monkeypatch.context() as patch:
+        patch.setattr("secure_fed.clients.replica.seal_checkpoint", lambda *_: bytes(2**20))
+        with pytest.raises(ProtocolError, match="a payload of 1048576 bytes"):
+            exchange(coordinator, sites[0])
+    for site in sites[1:]:
+        exchange(coordinator, site)
+    assert coordinator.advance() is None
+    exchange(coordinator, sites[0])
     assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
 
 
