@@ -4,10 +4,11 @@ Each canned site is a thread that speaks the same protocol through the same clie
 (``secure_fed.clients.flower_node``, ``secure_fed.clients.flower_app``): it takes the records, says that it is ready,
 signs an envelope of the true size for the cohort, and reveals its check. The encrypted payload is made once and is
 every site's; headers and signatures are each site's own.
-The server is ``secfacmic server``, unchanged. Before the first round the study rests, and what connected sites cost
-meanwhile is measured. Two floors are measured in the same run: a bare ASGI app under the same uvicorn and TLS, which
-takes and gives the same bytes and does nothing else; and the same one, which digests what it takes, checks and adds its
-residues and writes it down durably, once each.
+The server is ``secfacmic server``, unchanged; what it spends counts from its start to its end, imports included, but for
+the time in which the study rests before the first round, in which is measured what connected sites cost. Two floors are
+measured in the same run: a bare ASGI app under the same uvicorn and TLS, which takes and gives the same bytes and does
+nothing else; and the same one, which digests what it takes, checks and adds its residues and writes it down durably,
+once each.
 
     python benchmarks/load.py [--sites 64] [--rounds 5] [--json FILE]
 """
@@ -225,7 +226,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     shares = [",".join(names[index::NODE_PROCESSES]) for index in range(NODE_PROCESSES)]
     commands = [[sys.executable, "-P", *server], *([*own, share] for share in shares)]
     processor: dict[str, float] = {}
-    started = idle = begun_ms = 0.0
+    started = rested = begun_ms = 0.0
     memory: dict[str, int] = {}
     with (folder / "server.log").open("wb") as log:
         processes = [subprocess.Popen(command, stdout=log, stderr=log, env=environment) for command in commands]
@@ -243,7 +244,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
                     time.sleep(SETTLE_SECONDS)
                     before = sum(busy(pids[name]) for name in ("superlink", "rounds"))
                     time.sleep(IDLE_SECONDS)
-                    idle = (sum(busy(pids[name]) for name in ("superlink", "rounds")) - before) / IDLE_SECONDS
+                    rested = sum(busy(pids[name]) for name in ("superlink", "rounds")) - before
                     hold_run(agreed, folder / "server", paused=False)
                     begun_ms = time.time() * 1000
                 # The genesis alone: in the first round.
@@ -285,9 +286,9 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
         "record_bytes": entries[-1].size,
         "bytes_per_round": entries[-1].bytes_up + entries[-1].size * sites,
         "processor_seconds": processor,
-        "server_processor_seconds_per_site_and_round": served / sites / rounds,
+        "server_processor_seconds_per_site_and_round": (served - rested) / sites / rounds,
         "server_processor_seconds_per_site_and_later_round": late / sites / (rounds - 1) if rounds > 1 else None,
-        "idle_processors": idle,
+        "idle_processors": rested / IDLE_SECONDS,
         "floor": floor,
         "floor_with_work": floor_with_work,
         "peak_memory_mb": {name: kilobytes * 1024 / 1e6 for name, kilobytes in memory.items()},
@@ -429,6 +430,7 @@ def main() -> None:
     if arguments.prepare:
         make_study(arguments.folder, arguments.sites[0], arguments.rounds)
         return
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installation's modules are compiled
     rows = []
     for sites in arguments.sites:
         with tempfile.TemporaryDirectory() as folder:
