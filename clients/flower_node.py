@@ -177,13 +177,14 @@ def open_line(way: Way, site: str, key: ec.EllipticCurvePrivateKey) -> Iterator[
 def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
     fastest, slowest = max(FASTEST, way.sites / FAST_CALLS), max(SLOWEST, way.sites / SLOW_CALLS)
     pause = fastest
-    asked = time.monotonic()
+    asked, taken = time.monotonic(), True
     while app.failure is None and not app.finished:
         received, looked = None, time.monotonic()
         with contextlib.suppress(_Stale):
             received = connection.pull()
         if received is None:
-            connection.end_if_over(asked)
+            if taken:  # else a server that is there asks again, however busy it is
+                connection.end_if_over(asked)
             if not way.wait or time.monotonic() - looked < FASTEST:
                 time.sleep(pause)
                 pause = min(slowest, pause * SLOWING)

@@ -135,6 +135,17 @@ class State(InMemoryLinkState):
                     self.object_store.delete(identifier)
             return activated
 
+    def acknowledge_node_heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
+        """A node gives a sign of life. If it was taken for gone, it is there again as it was, and what it was asked
+        holds; flwr would say that it was activated anew, as one that was started again."""
+        with self.lock:
+            node = self.nodes.get(node_id)
+            activated = None if node is None else node.last_activated_at
+            known = bool(super().acknowledge_node_heartbeat(node_id, heartbeat_interval))
+            if node is not None and activated is not None:
+                node.last_activated_at = activated
+            return known
+
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
         """Replies, or errors in place of those that will not come; a reply counts though its sender has left since."""
         with self.lock:

@@ -586,9 +586,12 @@ def test_a_site_that_expects_another_run_waits_for_it(over: Path, monkeypatch: p
         take_part(read_site_file(over))
 
 
-def test_a_site_whose_last_reply_nobody_takes_answers_when_it_is_asked_again(link: Link) -> None:
+def test_a_site_whose_last_reply_nobody_takes_answers_when_it_is_asked_again(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It was silent for so long, on a busy machine, that flwr has told the server that it will not answer. If it left
-    now, the server would wait for it for as long as a round may take."""
+    now, the server would wait for it for as long as a round may take. It asks again in its own time."""
+    monkeypatch.setattr(flower_node, "OVER_SECONDS", 0.2)
     grid, asked = _begun(link), queue.Queue[str]()
 
     class Silent(OneSite):
@@ -601,7 +604,6 @@ def test_a_site_whose_last_reply_nobody_takes_answers_when_it_is_asked_again(lin
                 until, node.online_until = node.online_until, 0.0
                 assert _replied(grid, asked.get()).has_error()
                 node.online_until = until
-                asked.put(_ask(link, grid, LAST))
             return super().respond(request)
 
     site = Silent()
@@ -613,12 +615,30 @@ def test_a_site_whose_last_reply_nobody_takes_answers_when_it_is_asked_again(lin
     asked.put(_ask(link, grid, LAST))
     while not site.asked:
         time.sleep(0.02)
+    time.sleep(0.8)
+    asked.put(_ask(link, grid, LAST))
     assert not _replied(grid, asked.get()).has_error()
     assert site.asked == 2
     grid.close()
     link.link.stop()  # until then it stays
     taking_part.join(10)
     assert not taking_part.is_alive()
+
+
+def test_who_was_silent_and_is_heard_again_is_the_same_and_who_starts_again_is_not(link: Link) -> None:
+    """What a site was asked is lost with its process, and not with its silence: of a reply that nobody waits for any
+    more the site would hear that it was taken."""
+    grid, ash = _begun(link), link.connect()
+    (first,) = grid.get_nodes()
+    link.link._state.nodes[first.node_id].online_until = 0.0
+    assert list(grid.get_nodes()) == []
+    ash._client.SendNodeHeartbeat(ash._beat_request())
+    assert [node.last_activated_at for node in grid.get_nodes()] == [first.last_activated_at]
+    ash.leave()
+    ash = link.connect()
+    assert [node.last_activated_at for node in grid.get_nodes()] > [first.last_activated_at]
+    ash.leave()
+    grid.close()
 
 
 def _replied(grid: _Grid, asked: str) -> Message:
