@@ -4,8 +4,8 @@ Each canned site is a thread that speaks the same protocol through the same clie
 (``secure_fed.clients.flower_node``, ``secure_fed.clients.flower_app``): it takes the records, says that it is ready,
 signs an envelope of the true size for the cohort, and reveals its check. The encrypted payload is made once and is
 every site's; headers and signatures are each site's own.
-The server is ``secfacmic server``, unchanged; what it spends counts from its start to its end, imports included, but for
-the time in which the study rests before the first round, in which is measured what connected sites cost. Two floors are
+The server is ``secfacmic server``, unchanged. What it spends counts from its start to its end, imports included, but
+for the time in which it rests before the first round, where what connected sites cost is measured. Two floors are
 measured in the same run: a bare ASGI app under the same uvicorn and TLS, which takes and gives the same bytes and does
 nothing else; and the same one, which digests what it takes, checks and adds its residues and writes it down durably,
 once each.
