@@ -101,11 +101,17 @@ def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> tuple[int, int
         The first round in which it can be in force, or the next one, if that is being closed; and the run's last.
 
     Raises:
-        StudyError: no run has begun.
+        StudyError: no run has begun, it was ended, or no round is left in which it could be in force.
         RecordError: the run's journal does not verify.
         KeyFileError: it does not follow the key in force, or the members cannot change so.
     """
     folder, chain = _current_run(agreed, state)
+    _refuse_ended(folder, chain, state)
+    if chain.finished and Orders(folder).rounds <= chain.rounds:
+        raise StudyError(
+            f"{state}: the run is over after {chain.round} rounds; expected one that goes on: let it have more rounds "
+            "first (secfacmic study extend)"
+        )
     store_amendment(folder.path, chain, sealed)
     return chain.round + 1, chain.rounds
 
@@ -116,7 +122,7 @@ def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
     Args:
         agreed: the study.
         state: the server's state folder.
-        paused: whether no round is to begin.
+        paused: whether no round is to begin. If not, a pause is over; without one, the lobby is.
 
     Returns:
         The round that is due.
@@ -129,8 +135,9 @@ def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
     folder, chain = open_run(agreed, state)
     if paused:
         write_durable(folder.pause, b"")
+    elif folder.pause.exists():
+        folder.pause.unlink()
     else:
-        folder.pause.unlink(missing_ok=True)
         folder.lobby.unlink(missing_ok=True)
     return chain.round + 1
 
@@ -157,8 +164,7 @@ def extend_run(agreed: AgreedStudy, state: Path, rounds: int) -> int:
             f"{state}: the rounds of {agreed.study.method.adapter} are its method's, {agreed.study.rounds}; expected a "
             "study that trains: begin another study"
         )
-    if chain.ended or chain.short or folder.end.exists():
-        raise StudyError(f"{state}: the run was ended after {chain.round} rounds; expected one that goes on")
+    _refuse_ended(folder, chain, state)
     if not chain.rounds < rounds <= MOST_ROUNDS:
         raise StudyError(
             f"{state}: {rounds} rounds, and the run has {chain.rounds}; expected more, {MOST_ROUNDS} at most"
@@ -199,6 +205,11 @@ def open_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:
     if chain.finished:
         raise StudyError(f"{state}: the run is over after {chain.round} rounds; expected one that goes on")
     return folder, chain
+
+
+def _refuse_ended(folder: ServerRun, chain: Chain, state: Path) -> None:
+    if chain.ended or chain.short or folder.end.exists():
+        raise StudyError(f"{state}: the run was ended after {chain.round} rounds; expected one that goes on")
 
 
 def _current_run(agreed: AgreedStudy, state: Path) -> tuple[ServerRun, Chain]:

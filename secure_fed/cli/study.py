@@ -340,11 +340,13 @@ def pause(study: Made, state: State) -> None:
 
 @app.command()
 def resume(study: Made, state: State) -> None:
-    """Let rounds begin again after study pause."""
-    from secure_fed.server.orders import hold_run
+    """Let rounds begin again after study pause; without a pause, let round 1 begin though not all are ready."""
+    from secure_fed.server.orders import Orders, hold_run, open_run
 
-    due = hold_run(load_study(study), state, paused=False)
-    out.print(f"round {due} is due", highlight=False)
+    agreed = load_study(study)
+    due = hold_run(agreed, state, paused=False)
+    held = Orders(open_run(agreed, state)[0]).lobby
+    out.print(f"round {due} is due" + (", when all that train are ready" if held else ""), highlight=False)
 
 
 @app.command()

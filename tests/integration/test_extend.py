@@ -13,11 +13,11 @@ from secure_fed.cli import app
 from secure_fed.clients.acceptance import record_acceptance, rounds_accepted
 from secure_fed.clients.keyring import membership
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import NotAcceptedError, RecordError, StudyError
+from secure_fed.core.errors import KeyFileError, NotAcceptedError, RecordError, StudyError
 from secure_fed.operate.standing import is_over, standing
 from secure_fed.protocol.records import MOST_ROUNDS
 from secure_fed.server.coordinator import Coordinator, Step
-from secure_fed.server.orders import end_run, extend_run
+from secure_fed.server.orders import amend_run, end_run, extend_run
 from secure_fed.server.supervisor import ServerFolders
 from tests.conftest import OBSERVER, Federation
 from tests.integration.test_flower_rounds import Wire, _begin, _federation, _identity, _loop, _steps
@@ -75,7 +75,12 @@ def test_a_run_that_has_closed_its_last_round_goes_on_once_it_is_extended(federa
     loop.run()
     assert coordinator.finished
     _all_accept(federation, 4)
-    assert extend_run(federation.agreed, federation.folder / "server", 4) == 3
+    state = federation.folder / "server"
+    with pytest.raises(StudyError, match=r"over after 3 rounds; .* more rounds first"):
+        amend_run(federation.agreed, state, b"")
+    assert extend_run(federation.agreed, state, 4) == 3
+    with pytest.raises(KeyFileError):  # there will be rounds for one that is a key's
+        amend_run(federation.agreed, state, b"")
     again = ServerFolders(federation.folder / "study.toml", federation.folder / "server").coordinator(federation.agreed)
     assert not again.finished
     wire = Wire(federation, federation.sites())  # started anew
@@ -174,6 +179,8 @@ def test_nobody_extends_what_has_not_begun_was_ended_or_has_as_many(federation: 
     end_run(federation.agreed, state)
     with pytest.raises(StudyError, match="the run was ended"):
         extend_run(federation.agreed, state, 4)
+    with pytest.raises(StudyError, match="the run was ended"):
+        amend_run(federation.agreed, state, b"")
 
 
 def test_a_study_of_sums_has_the_rounds_of_its_method(images: Path, tmp_path: Path) -> None:

@@ -90,6 +90,16 @@ def test_people_may_begin_with_those_who_are_ready(federation: Federation) -> No
     assert coordinator.finished
 
 
+def test_a_pause_in_the_lobby_is_taken_back_alone(federation: Federation) -> None:
+    """Whoever pauses and goes on has not said that those who are not ready may be left out."""
+    coordinator, *_ = _in_lobby(federation)
+    state = federation.folder / "server"
+    for paused, held in ((True, True), (False, True), (False, False)):
+        hold_run(federation.agreed, state, paused=paused)
+        assert coordinator.in_lobby == held
+    assert not coordinator.resting
+
+
 def test_a_site_without_the_runs_key_is_told_of_and_goes_on_once_it_has_it(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
