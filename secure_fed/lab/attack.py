@@ -25,7 +25,7 @@ from secure_fed.clients.data import Split
 from secure_fed.clients.features import Labelled, SiteFeatures
 from secure_fed.clients.training import predict, train_round, training_seed
 from secure_fed.core.errors import DataError, PrivateMethodError, SecfacmicError, StudyError
-from secure_fed.core.storage import write_durable
+from secure_fed.core.storage import refuse_foreign, write_durable
 from secure_fed.lab.simulation import open_sites, plan_of, prepare, starting
 from secure_fed.lab.workers import run_locally
 from secure_fed.model.adapters import PRIVATE_HEAD, build_adapter
@@ -49,6 +49,7 @@ from secure_fed.protocol.packing import Binding, CipherWire
 from secure_fed.protocol.study import AgreedStudy, Template
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+REPORT, PICTURE = "attack.json", "attack.svg"
 CAVEAT = (
     "Attacks on public or simulated data, by the attacker described; what they do not find may still be there, and "
     "patients' data may give other figures."
@@ -97,6 +98,10 @@ class _Seen:
     guesses: int
 
 
+def _is_report(head: bytes) -> bool:
+    return head.startswith(b'{\n  "format": 1,\n  "study": ') and b'"data_kind": ' in head
+
+
 def attack(
     template: Template,
     out: Path,
@@ -126,6 +131,7 @@ def attack(
     Raises:
         StudyError: the template cannot be simulated, or is of anomalies.
         DataError: a site has fewer than four labelled patients.
+        OutputError: the folder is another study's, or holds files of these names that are no attack's.
         SecfacmicError: whatever a site refuses, or a repetition fails with.
     """
     if template.task == "anomaly":
@@ -134,6 +140,9 @@ def attack(
             'a memory does not: expected task = "classify". Its sums under a budget: secfacmic audit'
         )
     plan = plan_of(template, out, data)
+    if out.is_dir():
+        refuse_foreign(out / REPORT, _is_report)
+        refuse_foreign(out / PICTURE, lambda _: (out / REPORT).is_file())
     with starting(out) as start:
         agreed = prepare(template, out, data)
         sites = open_sites(agreed, out)
@@ -180,8 +189,8 @@ def attack(
             "notes": notes,
             "caveat": CAVEAT,
         }
-        write_durable(out / "attack.json", (json.dumps(report, indent=2) + "\n").encode())
-        write_durable(out / "attack.svg", _plot(report))
+        write_durable(out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+        write_durable(out / PICTURE, _plot(report))
         return report
 
 

@@ -48,6 +48,7 @@ CAVEAT = (
 )
 RUNNING = "running"
 LOG = "workers.log"
+TRIALS = "trials.jsonl"
 
 _LIBRARIES = (
     "numpy",
@@ -168,13 +169,10 @@ def run_sweep(
     trials = plan_trials(file, study)
     for line in dict.fromkeys(line for trial in trials for line in trial.ignored):
         log.warning("%s", line)
-    if not (out / SWEEP).exists() and any((out / name).exists() for name in ("study.toml", "site.toml")):
-        raise OutputError(
-            f"{out}: holds a study or a site; expected a folder of its own for a sweep: choose another --out"
-        )
+    _refuse_no_sweep(out)
     make_folder(out)
     with exclusive(out):
-        lines = _Lines(out / "trials.jsonl")
+        lines = _Lines(out / TRIALS)
         _refuse_other(out, file, trials, lines.newest)
         facts = _facts(file, study, trials) | {
             "command": shlex.join(["secfacmic", "sweep", str(path), "--out", str(out)])
@@ -240,12 +238,23 @@ def _clear(out: Path) -> None:
     shutil.rmtree(out / RUNNING, ignore_errors=True)
 
 
-def _refuse_other(out: Path, file: SweepFile, trials: Sequence[Trial], newest: Mapping[str, Finished]) -> None:
-    if not (out / SWEEP).exists() and (out / RUNNING).exists():
+def _refuse_no_sweep(out: Path) -> None:
+    """Refuse a folder in which no sweep was begun, but a study, a site, or what a sweep clears or cuts."""
+    if (out / SWEEP).exists():
+        return
+    if any((out / name).exists() for name in ("study.toml", "site.toml")):
         raise OutputError(
-            f"{out}: holds {RUNNING}, where trials would run, and no sweep; expected a new folder or an empty one: "
-            "choose another --out"
+            f"{out}: holds a study or a site; expected a folder of its own for a sweep: choose another --out"
         )
+    found = [name for name in (RUNNING, TRIALS) if (out / name).exists()]
+    if found:
+        raise OutputError(
+            f"{out}: holds {' and '.join(found)}, as a sweep has it, and no sweep; expected a new folder or an empty "
+            "one: choose another --out"
+        )
+
+
+def _refuse_other(out: Path, file: SweepFile, trials: Sequence[Trial], newest: Mapping[str, Finished]) -> None:
     if (out / SWEEP).exists():
         known = _read_facts(out)["name"]
         if known != file.name:
@@ -539,7 +548,7 @@ def read_sweep(folder: Path) -> Sweep:
         SummaryError: a trial's summary is malformed, or of a newer format.
     """
     facts = _read_facts(folder)
-    newest, _ = _read_lines(folder / "trials.jsonl")
+    newest, _ = _read_lines(folder / TRIALS)
     trials, missing = [], []
     for asked in facts["trials"]:
         line = newest.pop(asked["trial"], None)

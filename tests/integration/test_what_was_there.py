@@ -93,6 +93,21 @@ def test_a_sweep_does_not_run_where_something_else_is_named_as_its_trials(tmp_pa
     (tmp_path / "out/running/diary.csv").write_text("5 km")
     refused(secfacmic("sweep", "smoke", "--out", tmp_path / "out"), "holds running")
     assert held(tmp_path / "out")["running/diary.csv"] == b"5 km"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/trials.jsonl").write_text("of a clinic")  # whose last line, without an end, was cut off
+    refused(secfacmic("sweep", "smoke", "--out", tmp_path / "mine"), "holds trials.jsonl")
+    assert held(tmp_path / "mine") == {"trials.jsonl": b"of a clinic"}
+
+
+@pytest.mark.parametrize("name", ["attack.json", "attack.svg"])
+def test_an_attack_takes_no_other_files_place(name: str, images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    (tmp_path / "small.toml").write_text(tomli_w.dumps(template_table(rounds=1)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    refused(
+        secfacmic("attack", tmp_path / "small.toml", "--data", images, "--out", tmp_path / "out"), f"{name}: exists"
+    )
+    assert held(tmp_path / "out") == {name: b"mine"}
 
 
 def test_predictions_take_the_place_of_predictions_alone(
