@@ -588,12 +588,20 @@ class Replica:
         """Go on by a record of the site's own journal.
 
         An amendment's key is taken before anything is read with it, unless a newer one is here already: then this is
-        the past, whose keys are never taken again. Once a checkpoint is confirmed, the keys before its own are of no
-        more use to anybody, and are destroyed.
+        the past, whose keys are never taken again. One that cannot be opened is its maker's deed: this site has no part
+        in what is sealed under it, and can still be opened, and be told of the next one or of the run's end. Once a
+        checkpoint is confirmed, the keys before its own are of no more use to anybody, and are destroyed.
         """
         amendment = record.amendment
         if amendment is not None and self.name in record.members and amendment.epoch >= self.keys.newest[0]:
-            self.keys.accept(record.payload)
+            try:
+                self.keys.accept(record.payload)
+            except KeyFileError as error:
+                log.error(
+                    "%s; %s made it, with an amendment that this site cannot acknowledge therefore: ask it by phone; "
+                    "if it never comes right, the coordinator ends the run (secfacmic study end --lost)",
+                    *(error, amendment.maker),
+                )
             warning = exact_warning(self.state.chain.agreed.study, amendment)
             if warning is not None:
                 log.warning("%s: %s", self.name, warning)

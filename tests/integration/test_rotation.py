@@ -21,6 +21,7 @@ from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, check_sea
 from secure_fed.protocol.signing import ZERO_DIGEST, parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.protocol.study_tables import Member
 from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.orders import end_run
 from tests.conftest import OBSERVER, Federation, close_round, corrupt, exchange, run_round, send_envelopes
 
 
@@ -283,6 +284,34 @@ def test_members_change_only_as_the_study_allows(federation: Federation, changes
         rotate(federation, coordinator, added=(twin,))
     with pytest.raises(KeyFileError, match="a member has that name"):
         rotate(federation, coordinator, added=(twin.model_copy(update={"name": "cedar"}),))
+
+
+def test_a_key_that_nobody_can_open_stops_the_run_and_no_site(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sites can be opened, say what is wrong, and take the end of the run with the adapter that they have."""
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    frame = split_frame(KEY_MAGIC, federation.seal_key(2, coordinator.journal.chain.key), 10**6, KeyFileError)
+    header = parse_header(frame.header, SealedKeyHeader, KeyFileError)
+    maker = load_identity(federation.folder / "sites/ash/identity", "ash").signing
+    rubbish = bytes(frame.payload)[:-1] + b"?"
+    coordinator.amend(sign_frame(KEY_MAGIC, header.model_copy(update=payload_fields(rubbish)), maker, rubbish))
+    for site in sites:
+        exchange(coordinator, site)
+    coordinator.advance()
+    before = sites[1].adapter_digest
+    for birch in (sites[1], federation.site("birch")):
+        with pytest.raises(KeyFileError, match="is not here"):
+            exchange(coordinator, birch)
+        assert birch.position == 2
+    assert "ash made it, with an amendment that this site cannot acknowledge" in caplog.text
+    end_run(federation.agreed, federation.folder / "server", lost=True)
+    assert coordinator.advance().header.kind == "end"  # type: ignore[union-attr]
+    birch = federation.site("birch")
+    assert exchange(coordinator, birch).code == ReplyCode.APPLIED
+    assert birch.over
+    assert federation.site("birch").adapter_digest == before
 
 
 def test_an_amendment_brings_a_new_key(federation: Federation) -> None:
