@@ -194,6 +194,16 @@ def main() -> None:
                 f"{where}{error.strerror or error}; check that the place exists, is yours and has room",
                 StorageError.exit_code,
             )
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "secure_fed"):
+                raise
+            _end(
+                f"this command needs {package}, which is not installed here; expected all of secfacmic, not only what "
+                "a coordinator's machine needs to serve: use a machine where it is, or install it (pip install "
+                "secfacmic)",
+                SecfacmicError.exit_code,
+            )
         except SystemExit as end:
             if end.code != INTERRUPTED:
                 raise

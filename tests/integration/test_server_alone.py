@@ -93,6 +93,10 @@ def test_its_commands_are_there(environment: Path) -> None:
     ):
         found = run(environment, "-m", "secure_fed.cli", *arguments)
         assert found.returncode == 0, (arguments, found.stderr)
+    more = run(environment, "-m", "secure_fed.cli", "client", "--site", "site.toml")
+    assert more.returncode == 3
+    assert "this command needs PIL, which is not installed here" in " ".join(more.stderr.split())
+    assert "Traceback" not in more.stderr
 
 
 @pytest.mark.slow
