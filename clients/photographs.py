@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ _SAMPLE_FORMAT = 339
 _COLOUR_MAP = 320
 _DESCRIPTION = 270
 _DEPTH = 32997
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Of each pixel of a PNG, by its kind of colours."""
+
+_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Of an interlaced PNG: where pixels begin, and how far apart they are, across and down."""
+
 _BLOCK = 2**20
 """So many pixels at once, where more would take memory."""
 
@@ -63,12 +70,16 @@ class PhotographFile:
                 frames = _pictures(image)
                 if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews
                     raise UndecodableError(f"{frames} frames; expected one image a file, DICOM or NIfTI: split it")
+                if image.format == "TIFF":
+                    _refuse_part(image)
                 if image.format == "PNG":
                     _refuse_damaged(self._content)
                 _widen_palette(image)
                 if image.format in ("JPEG", "MPO"):
                     _refuse_filled(image, self._content)
                 image.load()
+                if image.format == "PNG":
+                    _refuse_few_rows(image, self._content)
                 if image.format in ("BMP", "TIFF") and image.mode == "RGBA" and not image.getchannel("A").getbbox():
                     image = image.convert("RGB")  # nobody means a picture of nothing: the fourth byte is unused
                 if image.mode[0] in "IF":
@@ -154,19 +165,38 @@ def _pictures(image: Image.Image) -> int:
     return int(getattr(image, "n_frames", 1))
 
 
+def _refuse_part(image: Image.Image) -> None:
+    """Refuse a TIFF that says itself that more belongs to it than is there: Pillow leaves black what is missing.
+
+    Raises:
+        ValueError: it does.
+    """
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    width, height, planes = tags[256], tags[257], tags.get(277, 1) if tags.get(284) == 2 else 1
+    if 324 in tags:
+        offsets, counts = tags[324], tags.get(325, ())
+        parts = math.ceil(width / tags[322]) * math.ceil(height / tags[323]) * planes
+    else:
+        offsets, counts = tags[273], tags.get(279, ())
+        parts = math.ceil(height / min(height, tags.get(278) or height)) * planes
+    if len(offsets) < parts:
+        raise ValueError(f"{len(offsets)} strips or tiles of {parts}")
+    depths = tags.get(_BITS_PER_SAMPLE, (1,))
+    size = math.ceil(width * sum(depths if len(depths) > 1 else depths * tags.get(277, 1)) / 8) * height
+    plain = tags.get(259, 1) == 1 and tags.get(262) != 6  # of YCbCr, colours may be thinned out
+    if plain and len(counts) > 1 and sum(counts) < size:  # of one alone some writers leave it out
+        raise ValueError(f"{sum(counts):,} bytes of pixels of {size:,}")
+
+
 def _refuse_damaged(content: bytes) -> None:
     """Refuse a PNG whose pixels are others than its writer's: Pillow does not look at their checksums."""
-    at = 8
-    while at + 12 <= len(content):
-        size = int.from_bytes(content[at : at + 4], "big")
-        end = at + 8 + size
-        found = zlib.crc32(memoryview(content)[at + 4 : end])
-        if content[at + 4 : at + 8] == b"IDAT" and content[end : end + 4] != found.to_bytes(4, "big"):
+    for kind, at, end in _chunks(content):
+        found = zlib.crc32(memoryview(content)[at - 4 : end])
+        if kind == b"IDAT" and content[end : end + 4] != found.to_bytes(4, "big"):
             raise UndecodableError(
-                f"a PNG that is damaged at byte {at:,} (the checksum of its part IDAT does not fit); expected it as it "
-                "was written: copy it again"
+                f"a PNG that is damaged at byte {at - 8:,} (the checksum of its part IDAT does not fit); expected it "
+                "as it was written: copy it again"
             )
-        at = end + 4
 
 
 def _refuse_filled(image: Image.Image, content: bytes) -> None:
@@ -184,6 +214,41 @@ def _refuse_filled(image: Image.Image, content: bytes) -> None:
 def _numbers(image: Image.Image) -> list[int]:
     """Of a picture's strips, of which equal pictures have equal ones."""
     return [hash(image.crop(part).tobytes()) for part in _strips(image)]
+
+
+def _refuse_few_rows(image: Image.Image, content: bytes) -> None:
+    """Refuse a PNG of which the last rows are not there: Pillow leaves them black.
+
+    Raises:
+        ValueError: they are not.
+    """
+    last = [
+        image.crop((0, row - 1, image.width, row)) for row in (image.height, image.height - 1)
+    ]  # in turn, of passes
+    if all(row.getbbox(alpha_only=False) is not None for row in last):
+        return
+    bits = content[24] * _SAMPLES[content[25]]
+    size = 0
+    for left, top, across, down in _PASSES if content[28] else ((0, 0, 1, 1),):
+        width, height = math.ceil((image.width - left) / across), math.ceil((image.height - top) / down)
+        size += height * (1 + math.ceil(width * bits / 8)) if width > 0 and height > 0 else 0
+    engine, found = zlib.decompressobj(), 0
+    for kind, at, end in _chunks(content):
+        part = content[at:end] if kind == b"IDAT" else b""
+        while part:
+            found += len(engine.decompress(part, _BLOCK))
+            part = engine.unconsumed_tail
+    if found < size:
+        raise ValueError(f"{found:,} bytes of pixels of {size:,}")
+
+
+def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The parts of a PNG: what each is, where its content begins, and where that ends."""
+    at = 8
+    while at + 12 <= len(content):
+        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
+        yield content[at + 4 : at + 8], at + 8, end
+        at = end + 4
 
 
 def _widen_palette(image: Image.Image) -> None:

@@ -93,7 +93,7 @@ FORMATS = (
         "what each begins with",
         "as every viewer shows it: EXIF orientation obeyed, transparency filled with the study's background",
         "more than 8 bits a channel; values with a sign or fractions; several pictures in a file; a PNG whose "
-        "checksums do not fit, a JPEG in which data are missing; more than `most_pixels`",
+        "checksums do not fit; a PNG, JPEG or TIFF in which data are missing; more than `most_pixels`",
         looks_like_one,
         PhotographFile,
     ),

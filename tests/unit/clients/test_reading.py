@@ -1428,6 +1428,70 @@ def test_a_jpeg_of_which_a_part_is_missing_is_refused_though_it_can_be_filled(op
                 decode(content[:first] + content[content.index(b"\xff\xd1", first + 2) :])
 
 
+def png(width, height, rows, interlaced):
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced)),
+        (b"IDAT", zlib.compress(rows)),
+    ]
+    parts.append((b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in parts
+    )
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_of_fewer_rows_than_its_header_says_is_refused(interlaced):
+    width, height = 24, 30
+    passes = ((3, 4), (3, 4), (6, 4), (6, 8), (12, 7), (12, 15), (24, 15)) if interlaced else ((width, height),)
+    rows = [b"\0" + bytes([120]) * across for across, down in passes for _ in range(down)]
+    assert np.unique(np.asarray(decode(png(width, height, b"".join(rows), interlaced)))).tolist() == [120]
+    for fewer in (1, 2, 3, 12, 20):
+        with pytest.raises(UndecodableError, match=r"broken image \([\d,]+ bytes of pixels of [\d,]+\)|truncated"):
+            decode(png(width, height, b"".join(rows[:-fewer]), interlaced))
+    black = [bytes(len(row)) for row in rows]
+    assert not np.asarray(decode(png(width, height, b"".join(black), interlaced))).any()
+
+
+def strips(height, rows, parts, counts=None, **more):
+    """A TIFF of 8 bits, 16 pixels wide."""
+    offsets = list(itertools.accumulate(map(len, parts), initial=8))[:-1]
+    tags = {256: 16, 257: height, 258: 8, 259: 1, 262: 1, 277: 1, 278: rows, 273: offsets, **more}
+    tags[279] = [len(part) for part in parts] if counts is None else counts
+    table, lists, end = b"", b"", 8 + sum(map(len, parts))
+    for tag, found in sorted(tags.items()):
+        values = found if isinstance(found, list) else [found]
+        packed = struct.pack(f"<{len(values)}I", *values)
+        table += struct.pack("<HHI", tag, 4, len(values))
+        table += packed if len(values) == 1 else struct.pack("<I", end + len(lists))
+        lists += packed if len(values) > 1 else b""
+    pixels = b"".join(parts)
+    return (
+        b"II*\0"
+        + struct.pack("<I", end + len(lists))
+        + pixels
+        + lists
+        + struct.pack("<H", len(tags))
+        + table
+        + bytes(4)
+    )
+
+
+def test_a_tiff_of_which_strips_are_missing_is_refused():
+    parts = [bytes([90 + part]) * 64 for part in range(4)]
+    whole = np.asarray(decode(strips(16, 4, parts)))
+    assert whole[:, 0].tolist() == [90] * 4 + [91] * 4 + [92] * 4 + [93] * 4
+    alone = [b"".join(parts)]
+    for said in (strips(16, 2**32 - 1, alone), strips(16, 16, alone, [0])):  # of one alone the count is left out
+        assert np.array_equal(np.asarray(decode(said)), whole)
+    for damaged, says in (
+        (strips(16, 4, parts[:2]), "2 strips or tiles of 4"),
+        (strips(16, 4, parts, [64, 0, 64, 64]), "192 bytes of pixels of 256"),
+    ):
+        with pytest.raises(UndecodableError, match=says):
+            decode(damaged)
+
+
 def test_a_tiff_of_many_slices_that_calls_them_one_picture_is_refused():
     pixels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     for said, count in (
