@@ -11,7 +11,7 @@ import hashlib
 import logging
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -101,7 +101,9 @@ from secure_fed.server.spool import (
     erase_other_rounds,
     erase_round,
     keep_revealed,
+    keep_told,
     revealed_to,
+    told,
 )
 from secure_fed.server.voids import Voids
 
@@ -221,6 +223,20 @@ class Coordinator:
     def finished(self) -> bool:
         """Whether no round is left, nor any wanted."""
         return self.journal.chain.finished and not self.extending
+
+    @property
+    def told_the_end(self) -> frozenset[str]:
+        """Who has been told that the run ends with the journal's head, before this server was started too."""
+        return told(self._folder, self.journal.chain.head)
+
+    def keep_told(self, names: Sequence[str]) -> None:
+        """Keep who has been told.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if set(names) != self.told_the_end:
+            keep_told(self._folder, self.journal.chain.head, names)
 
     @property
     def resting(self) -> bool:

@@ -119,11 +119,18 @@ class RoundLoop:
     _told: str = field(init=False, default="")
     _looked: float = field(init=False, default=0.0)
     _reported: float = field(init=False, default=0.0)
+    _told_before: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         members = self.coordinator.journal.chain.members
+        self._told_before = self.coordinator.told_the_end
         self._sites = [
-            _Site(site.name, self.nodes[site.name], site.role == "train")
+            _Site(
+                site.name,
+                self.nodes[site.name],
+                site.role == "train",
+                told_the_end=site.name in self._told_before,
+            )
             for site in members.values()
             if site.name in self.nodes
         ]
@@ -283,6 +290,7 @@ class RoundLoop:
             site.since = since
             if since:
                 self._absent.discard(site.name)
+                site.told_the_end = False  # who comes again may have lost that word
             if since and site.asked and site.asked_since != since:
                 site.asked = ""  # what it was asked went with its connection, if it has not answered before
 
@@ -386,6 +394,8 @@ class RoundLoop:
                 self._ask_later(site)
             self.incoming.drop(site.name)
             moved = True
+        if moved and self.coordinator.finished:
+            self.coordinator.keep_told([site.name for site in self._sites if site.told_the_end])
         return moved
 
     def _ask_later(self, site: _Site) -> None:
@@ -746,7 +756,8 @@ class RoundLoop:
             return False
         behind = sorted(site.name for site in self._sites if not site.told_the_end)
         if not behind:
-            return True
+            # Those who were told before this server was started may have lost that word with their connection.
+            return not self._told_before or time.monotonic() - self._opened >= PATIENCE
         if self._late():
             log.warning("%s lack the last rounds; start the server again when they can come", ", ".join(behind))
             return True

@@ -113,14 +113,35 @@ def keep_revealed(run: ServerRun, after: str, names: Sequence[str]) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    write_durable(run.revealed, "\n".join([after, *names]).encode(), 0o600)
+    _keep_names(run.revealed, after, names)
 
 
 def revealed_to(run: ServerRun, after: str) -> frozenset[str] | None:
     """These names, if the adapter still is the one that follows this sum; else None."""
-    path = run.revealed
+    return _kept_names(run.revealed, after)
+
+
+def keep_told(run: ServerRun, head: str, names: Sequence[str]) -> None:
+    """Keep who knows that the run ends with this head, so that a server that is started again does not wait for them.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    _keep_names(run.told, head, names)
+
+
+def told(run: ServerRun, head: str) -> frozenset[str]:
+    """Their names; none if this is another head."""
+    return _kept_names(run.told, head) or frozenset()
+
+
+def _keep_names(path: Path, at: str, names: Sequence[str]) -> None:
+    write_durable(path, "\n".join([at, *names]).encode(), 0o600)
+
+
+def _kept_names(path: Path, at: str) -> frozenset[str] | None:
     kept = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    return frozenset(kept[1:]) if kept[:1] == [after] else None
+    return frozenset(kept[1:]) if kept[:1] == [at] else None
 
 
 def erase_round(run: ServerRun, round_number: int) -> None:

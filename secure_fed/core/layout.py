@@ -57,6 +57,7 @@ At a server:
 | ``runs/RUN/lobby`` | that the first round waits until all are ready | ``server --lobby`` |
 | ``runs/RUN/rounds`` | how many rounds the run is to have | ``study extend`` |
 | ``runs/RUN/revealed`` | the cohort of the last round that was given up after its sum was fixed | coordinator |
+| ``runs/RUN/told`` | who knows that the run is over | the rounds |
 
 ``N`` is a number of eight digits: a record's place in its journal, else a round.
 """
@@ -293,6 +294,11 @@ class ServerRun(RunState):
     def revealed(self) -> Path:
         """Whose sum was fixed in the last round that was given up after that."""
         return self.path / "revealed"
+
+    @property
+    def told(self) -> Path:
+        """Who knows that the run is over."""
+        return self.path / "told"
 
 
 @dataclass(frozen=True)

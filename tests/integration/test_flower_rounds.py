@@ -32,6 +32,7 @@ from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.server.coordinator import Coordinator, Step
 from secure_fed.server.orders import hold_run
 from secure_fed.server.round_loop import RoundLoop
+from secure_fed.server.supervisor import ServerFolders
 from secure_fed.transport.flower_messages import contract, read_request
 from tests.conftest import OBSERVER, TRAINING, Federation, make_template, send_envelopes
 from tests.flower_messages import Shelf
@@ -659,3 +660,32 @@ def test_with_pads_just_a_quorum_begins_no_round_before_the_deadline_though_the_
         federation.agreed.study.__dict__["round_seconds"] = 0.0
     _steps(loop, lambda: coordinator.step is not Step.READY)
     assert coordinator.asked == {"birch", "cedar", OBSERVER}
+
+
+def test_a_server_that_is_started_again_waits_for_nobody_who_knows_the_end(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But a little for those who may have lost that word, and the whole time for who never had it."""
+    coordinator, wire, loop = _begin(federation)
+    _steps(loop, lambda: len(coordinator.rounds) == 1 and coordinator.step is Step.REVEAL)
+    wire.silent.add(OBSERVER)
+    _steps(loop, lambda: coordinator.finished and sum(site.told_the_end for site in loop._sites) == len(TRAINING))
+    folders = ServerFolders(federation.folder / "study.toml", federation.folder / "server")
+    wire.away, wire.silent = set(TRAINING), set()
+    wire.since = dict.fromkeys(wire.apps, "second")
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.0)
+    loop = _loop(federation, folders.coordinator(federation.agreed), wire)
+    assert not loop._over()
+    loop.run()
+    assert "lack the last rounds" not in caplog.text
+    assert {each.site.round for each in wire.apps.values()} == {federation.agreed.study.rounds}
+    # Now all have been told. Who comes again has lost that word.
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 60.0)
+    wire.away = {*TRAINING, OBSERVER} - {"cedar"}
+    loop = _loop(federation, folders.coordinator(federation.agreed), wire)
+    assert not loop._over()
+    loop._look()
+    assert [site.name for site in loop._sites if not site.told_the_end] == ["cedar"]
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.0)
+    loop.run()
+    assert "lack the last rounds" not in caplog.text
