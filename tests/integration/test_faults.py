@@ -109,7 +109,7 @@ def ended(network: Network, seconds: float = 600) -> None:
     started again, as its last word says."""
     end = time.monotonic() + seconds
     while any(process.poll() is None for process in network.processes.values()):
-        if network.processes["server"].poll() == 0:
+        if network.processes["server"].poll() == 0 and "start the server again" in network.log("server")[-300:]:
             network.start("server")
         if time.monotonic() > end:
             break

@@ -20,7 +20,7 @@ from secure_fed.core.errors import SecfacmicError
 from tests.fuzz.mutations import bombs, hostile
 from tests.fuzz.targets import Target, targets
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5"))
 MOST_BYTES = 64 * 2**20
 MOST_SECONDS = 5.0
 TARGETS = targets()
