@@ -29,7 +29,7 @@ from pydantic import StringConstraints
 
 from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import KeyFileError
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import make_folder, refuse_foreign, write_durable
 from secure_fed.core.tomlfile import FileModel, parse_table
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.protocol.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key, members_after
@@ -90,6 +90,10 @@ class Identity:
         return PublicIdentity(format=1, name=self.name, keys=self.keys, signature=signature)
 
 
+_HEADS = (b"-----BEGIN OPENSSH PRIVATE KEY-----", b"AGE-SECRET-KEY-1", b"age-encryption.org/")
+"""How files of connection and recipient keys begin; the last with a passphrase."""
+
+
 def create_identity(folder: Path, name: str, passphrase: str = "") -> Identity:
     """Make a site's keys in a folder of its own (0700; files 0600), and its public file beside them.
 
@@ -99,11 +103,21 @@ def create_identity(folder: Path, name: str, passphrase: str = "") -> Identity:
         passphrase: encrypts the private keys; empty for none.
 
     Raises:
-        KeyFileError: no site can have this name, or the folder already holds an identity; nothing is made.
+        KeyFileError: no site can have this name, or the folder already holds an identity or what is left of one;
+            nothing is made.
+        OutputError: a file of a key's name is no such key; nothing is made.
     """
     parse_table({"name": name}, _Named, KeyFileError, "the site")  # before keys that the right name would find there
     if (folder / "signing.key").exists():
         raise KeyFileError(f"{folder}: holds an identity already; keys are never overwritten: choose another folder")
+    if (folder / f"{name}.pub").exists():  # written last, so that no call that was killed left it
+        raise KeyFileError(
+            f"{folder}: holds {name}.pub and no signing.key: an identity that has lost it; keys are never overwritten: "
+            "restore it from a copy, or choose another folder"
+        )
+    for key in ("flower.key", "recipient.key"):  # what a killed call left is nobody's, and made anew
+        if (folder / key).exists():
+            refuse_foreign(folder / key, lambda head: head.startswith(_HEADS))
     make_folder(folder, 0o700)
     os.chmod(folder, 0o700)
     pem, openssh = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH

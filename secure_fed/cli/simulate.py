@@ -17,7 +17,7 @@ from rich.text import Text
 from secure_fed.cli.output import Delta, Device, Epsilon, Json, Pace, SkipUnreadable, console, out, print_json
 from secure_fed.cli.study import Mode, Seed, StudyPath, template
 from secure_fed.core.layout import ADAPTER, SUMMARY
-from secure_fed.lab.run_log import Log, refuse_missing, write_logs
+from secure_fed.lab.run_log import Log, refuse_logs, write_logs
 from secure_fed.model.scores import SCALARS
 from secure_fed.operate.summary import METHODS, Result, StudySummary, parse_summary
 from secure_fed.protocol.study import Template
@@ -47,7 +47,7 @@ def simulate(
     chosen = template(study, seed, mode)  # before anything that takes long to load
     from secure_fed.lab.simulation import simulate as run
 
-    refuse_missing(logs or ())
+    refuse_logs(logs or (), into)
     budget = budget_of(epsilon, delta)
     chosen = as_played(chosen, budget, data)
     with live() as listener:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from secure_fed.cli.output import Json, console, out, print_json
 from secure_fed.cli.simulate import Logs
-from secure_fed.lab.run_log import refuse_missing, write_logs
+from secure_fed.lab.run_log import refuse_logs, write_logs
 
 
 def sweep(
@@ -32,7 +32,7 @@ def sweep(
     from secure_fed.lab.sweep import SweepListener, run_sweep
     from secure_fed.report.recommendation import compare
 
-    refuse_missing(logs or ())
+    refuse_logs(logs or (), into)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.core.errors import OutputError
-from secure_fed.core.storage import make_folder, write_durable
+from secure_fed.core.storage import make_folder, refuse_foreign, write_durable
 from secure_fed.operate.summary import StudySummary
 
 
@@ -35,12 +35,14 @@ _COLUMNS = ("run", "kind", "key", "value", "step", "timestamp")
 _KEYS = ("sites_in", "bytes_up", "bytes_down", "seconds", "validation")
 
 
-def refuse_missing(logs: Collection[Log]) -> None:
-    """Check before a long run that what it is to be written with is installed.
+def refuse_logs(logs: Collection[Log], folder: Path) -> None:
+    """Check before a long run that what it is to be written with is installed, and that there is a place for it.
 
     Raises:
-        OutputError: it is not.
+        OutputError: it is not, or a file is there that is no earlier log.
     """
+    if Log.MLFLOW in logs and folder.is_dir():
+        refuse_foreign(folder / METRICS, lambda head: head.startswith(",".join(_COLUMNS).encode()))
     if Log.TENSORBOARD in logs and importlib.util.find_spec("tensorboard") is None:
         raise OutputError(
             "--log tensorboard: TensorBoard is not installed; expected it here: pip install 'secfacmic[tensorboard]'"

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from secure_fed.core.errors import OutputError
-from secure_fed.lab.run_log import EVENTS, METRICS, Log, refuse_missing, write_logs
+from secure_fed.lab.run_log import EVENTS, METRICS, Log, refuse_logs, write_logs
 from secure_fed.operate.summary import StudySummary, parse_summary
 from tests.conftest import OBSERVER, TRAINING
 
@@ -52,9 +52,18 @@ def test_rounds_as_events_for_tensorboard_each_once(summary: StudySummary, tmp_p
     assert [event.step for event in read.Scalars("bytes_up")] == [1, 2, 3]
 
 
+def test_a_table_of_something_else_stays_and_is_told_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text("date,weight\n")
+    refuse_logs([], tmp_path)
+    with pytest.raises(OutputError, match="this command did not write it"):
+        refuse_logs([Log.MLFLOW], tmp_path)
+    write_logs([Log.MLFLOW], tmp_path, {})
+    refuse_logs([Log.MLFLOW], tmp_path)
+
+
 def test_without_tensorboard_it_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refuse_missing([Log.MLFLOW])
+    refuse_logs([Log.MLFLOW], tmp_path)
     with pytest.raises(OutputError, match=r"pip install 'secfacmic\[tensorboard\]'"):
-        refuse_missing([Log.TENSORBOARD])
+        refuse_logs([Log.TENSORBOARD], tmp_path)
     shutil.rmtree(tmp_path)

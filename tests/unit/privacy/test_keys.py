@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from secure_fed.core.errors import KeyFileError
+from secure_fed.core.errors import KeyFileError, OutputError
 from secure_fed.privacy import keys
 from secure_fed.privacy.ckks import StudySecret
 from secure_fed.protocol.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader, check_sealed_key
@@ -46,6 +46,28 @@ def test_private_files_are_0600_in_a_0700_folder_and_loose_ones_are_refused(tmp_
         os.chmod(path, 0o600)
     with pytest.raises(KeyFileError, match="never overwritten"):
         keys.create_identity(tmp_path / "id", "ash")
+
+
+@pytest.mark.parametrize("passphrase", ["", "correct horse"])
+def test_what_is_left_of_an_identity_is_not_made_anew(passphrase: str, tmp_path: Path) -> None:
+    """With its recipient key what was sealed to it can still be opened."""
+    folder = tmp_path / "id"
+    keys.create_identity(folder, "ash", passphrase)
+    (folder / "signing.key").unlink()
+    left = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(KeyFileError, match=r"holds ash\.pub and no signing\.key"):
+        keys.create_identity(folder, "ash", passphrase)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == left
+    (folder / "ash.pub").unlink()  # as a call leaves it that was killed before the last key
+    keys.create_identity(folder, "ash", passphrase)
+
+
+@pytest.mark.parametrize("name", ["flower.key", "recipient.key"])
+def test_a_file_of_a_keys_name_that_is_none_stays(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match="this command did not write it"):
+        keys.create_identity(tmp_path, "ash")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_the_public_file_holds_no_private_key_and_is_its_owners(tmp_path: Path) -> None:
