@@ -222,9 +222,8 @@ class DicomFile:
             )
 
     def _refuse_more_pixels(self) -> None:
-        """Refuse uncompressed pixels of more frames than the header counts: of which they are, nothing says.
-
-        A header of too few rows, samples or bits has them too, and would show something that nobody has seen.
+        """Refuse more uncompressed pixels than the header accounts for: one of too few frames, rows, columns, samples
+        or bits has them, and would show something that nobody has seen.
         """
         dataset = self._dataset
         if dataset.file_meta.TransferSyntaxUID.is_encapsulated or self._colour == "YBR_FULL_422":
@@ -235,7 +234,11 @@ class DicomFile:
             )
         bits = math.prod(whole(dataset, name) for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated"))
         found = len(dataset.PixelData)
-        if 8 * found >= max((self.frames + 1) * bits, self.frames * bits + 16):
+        behind = dataset.PixelData[math.ceil(self.frames * bits / 8) :]
+        # A row or a column less of each frame would leave as many bytes as one has; padding has one value.
+        least = bits // max(1, whole(dataset, "Rows"), whole(dataset, "Columns"))
+        odd = 8 * len(behind) >= max(16, least) and behind != behind[:1] * len(behind)
+        if odd or 8 * found >= max((self.frames + 1) * bits, self.frames * bits + 16):
             raise UndecodableError(
                 f"PixelData (7FE0,0010) has {found:,} bytes, and its header accounts for {self.frames * bits // 8:,} "
                 f"(NumberOfFrames {self.frames}, each of {bits // 8:,}); expected as many as that: export it again"
@@ -261,9 +264,14 @@ class DicomFile:
         count = len(places)  # of run lengths, of which a frame is one fragment
         if syntax != RLELossless:
             count = sum(pixels.startswith(_BEGINNINGS, place + 8) for place in places)  # behind an item's tag, length
-        if offsets and count == self.frames == len(places) and set(offsets) != {place - places[0] for place in places}:
-            # The table does not lead to the frames, and each is one fragment: they are found without it.
+        # Tables that do not lead to the frames in their order are passed over where each of these is one fragment.
+        expected = [place - places[0] for place in places]
+        if offsets and count == self.frames == len(places) and offsets != expected:
             self._dataset.PixelData = pixels[:4] + bytes(4) + pixels[places[0] :]
+        extended = bytes(self._dataset.get("ExtendedOffsetTable") or b"")
+        if extended != struct.pack(f"<{len(expected)}Q", *expected):
+            for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):
+                self._dataset.pop(name, None)
         return count
 
     def _compare_codestream(self, index: int) -> _Codestream | None:

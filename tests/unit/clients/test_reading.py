@@ -501,9 +501,11 @@ def with_pixels(dataset, pixels, **fields):
         with_pixels(dicom(np.stack([RAMP] * 3)), 3 * RAMP.tobytes(), NumberOfFrames=2),
         with_pixels(dicom(RAMP), RAMP.tobytes(), BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0),
         with_pixels(dicom(RAMP), RAMP.tobytes(), Rows=4),
+        with_pixels(dicom(RAMP), RAMP.tobytes(), Rows=RAMP.shape[0] - 1),
+        with_pixels(dicom(RAMP), RAMP.tobytes(), Columns=RAMP.shape[1] - 1),
         with_pixels(dicom(np.zeros((4, 4), np.uint8)), bytes(48)),
     ],
-    ids=["frames that are not counted", "a frame too few", "half the bits", "half the rows", "colours without samples"],
+    ids=["frames not counted", "a frame too few", "half the bits", "half the rows", "a row", "a column", "colours"],
 )
 def test_more_pixels_than_the_header_counts_are_refused_as_nothing_says_whose_they_are(dataset):
     with pytest.raises(UndecodableError, match=r"PixelData \(7FE0,0010\) has \d+ bytes, and its header accounts for"):
@@ -520,7 +522,7 @@ def test_pixels_that_are_written_as_numbers_are_refused():
 
 def test_a_few_bytes_behind_the_pixels_do_no_harm():
     odd = np.zeros((3, 3), np.uint8)
-    for extra in (b"", b"\0", b"\0" * 6):
+    for extra in (b"", b"\0", b"\0" * 6, b"\1"):
         assert grey(with_pixels(dicom(odd), odd.tobytes() + extra)).shape == (3, 3)
     one = dicom(np.zeros((1, 1), np.uint8))
     assert grey(with_pixels(one, b"\7\0")).shape == (1, 1)  # the padding of one byte is as long as the picture
@@ -602,7 +604,7 @@ def test_one_compressed_frame_may_be_in_several_fragments():
     assert np.array_equal(grey(whole), grey(parts))
 
 
-@pytest.mark.parametrize("wrong", ["zeros", "without headers", "from the table", "too few"])
+@pytest.mark.parametrize("wrong", ["zeros", "without headers", "from the table", "too few", "in another order"])
 @pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.RLELossless])
 def test_a_table_of_offsets_that_leads_to_no_frame_is_passed_over_where_each_is_one_fragment(wrong, syntax):
     frames = np.stack([np.random.default_rng(seed).integers(0, 256, (16, 16), np.uint8) for seed in range(3)])
@@ -620,11 +622,15 @@ def test_a_table_of_offsets_that_leads_to_no_frame_is_passed_over_where_each_is_
         "without headers": [offset - 8 * place for place, offset in enumerate(right)],
         "from the table": [offset + 20 for offset in right],
         "too few": right[:1],
+        "in another order": [right[1], right[0], right[2]],
     }[wrong]
     rest = dataset.PixelData[20:]
     dataset.PixelData = b"\xfe\xff\0\xe0" + struct.pack(f"<{1 + len(table)}I", 4 * len(table), *table) + rest
-    for frame in range(3):
-        assert np.array_equal(grey(dataset, frame), expected[frame])
+    basic = as_bytes(dataset)
+    dataset.ExtendedOffsetTable = struct.pack(f"<{len(table)}Q", *table)
+    dataset.ExtendedOffsetTableLengths = struct.pack("<3Q", *[len(rest) // 4] * 3)
+    for content in (basic, as_bytes(dataset)):
+        assert all(np.array_equal(np.asarray(decode(content, frame)), expected[frame]) for frame in range(3))
 
 
 def test_frames_of_single_bits_begin_within_a_byte():
