@@ -341,6 +341,11 @@ def test_with_just_a_quorum_no_share_leaves_and_the_round_waits(padded: Make) ->
         exchange(coordinator, site)
     assert not coordinator.recover(["ash"])
     assert coordinator.asked == {"ash"}
+    arrived, birch = coordinator._arrived, sites[1]
+    assert arrived is not None
+    checks = {"ash": coordinator._true_check("ash")}
+    word = sign_witness(federation.agreed, arrived.digest, "birch", NAMES[:3], checks, birch.replica.identity.signing)
+    coordinator.receive(RoundReply("birch", ReplyCode.WITNESSED, birch.run, 1, "", word, bytes(32)))  # of no use
     assert close(coordinator, sites).sites == NAMES[:3]
     bring_up(coordinator, sites)
 
@@ -1092,6 +1097,10 @@ def test_a_wrong_mask_a_wrong_witness_and_a_wrong_share_do_not_count_and_are_nam
         assert not coordinator._shares.words
     with pytest.raises(EnvelopeError, match="WITNESS of birch for ash: its share is another"):
         coordinator.receive(replace(good, carried=bytes(32)))
+    damaged = coordinator._envelopes.pop("ash")
+    with pytest.raises(EnvelopeError, match="birch for ash: one's envelope was damaged here, and is awaited"):
+        coordinator.receive(good)
+    coordinator._envelopes["ash"] = damaged
     with pytest.raises(EnvelopeError, match="in a reply of cedar"):
         coordinator.receive(replace(good, site="cedar"))
     coordinator.receive(good)

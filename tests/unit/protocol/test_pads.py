@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secure_fed.core.errors import AggregateRefused, EnvelopeError, SecfacmicError
+from secure_fed.core.errors import AggregateRefused, EnvelopeError, ProtocolError, SecfacmicError
 from secure_fed.privacy.ckks import Cipher, StudySecret
 from secure_fed.protocol import pads, share_frames, shares
 from secure_fed.protocol.envelope import RoundPosition
@@ -365,14 +365,21 @@ def test_shares_at_wrong_places_are_refused(points: list[int]) -> None:
         shares.share(bytes(32), 2, points)
 
 
+@pytest.mark.parametrize("points", [[], [0, 1], [1, 65_536]])
+def test_a_secret_of_shares_at_wrong_places_is_refused(points: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected some"):
+        shares.combine(dict.fromkeys(points, bytes(32)))
+
+
 @given(st.integers(1, 70), st.data())
 def test_every_leaf_has_a_path_to_the_root_and_no_other_place(count: int, data: Any) -> None:
     leaves = [shares.leaf(bytes([at]), bytes(32)) for at in range(count)]
     root, paths = shares.tree(leaves)
     index = data.draw(st.integers(0, count - 1))
     assert shares.root_by_path(leaves[index], index, count, paths[index]) == root
-    with pytest.raises(EnvelopeError, match="path"):
-        shares.root_by_path(leaves[index], index, count, [*paths[index], bytes(32)])
+    for wrong, path in ((index, [*paths[index], bytes(32)]), (count, paths[-1]), (-1, paths[0])):
+        with pytest.raises(EnvelopeError, match="path"):
+            shares.root_by_path(leaves[index], wrong, count, path)
     if count > 1:
         assert shares.root_by_path(leaves[index ^ 1] if index ^ 1 < count else b"", index, count, paths[index]) != root
 
@@ -394,6 +401,23 @@ def test_words_of_padded_rounds_are_taken_and_refused_as_published(kind: str) ->
             continue
         with pytest.raises(SecfacmicError):
             check(bytes.fromhex(test["frame"]))
+
+
+def test_an_arrived_needs_a_checked_without_complaints_of_each_of_the_cohort() -> None:
+    study, members, digest = make_word_vectors.study(), make_word_vectors.members(), "5" * 64
+    names = ("ash", "birch", "cedar")
+
+    def word(name: str, over: Sequence[str] = (), check: str = digest) -> bytes:
+        return share_frames.sign_checked(study, check, name, over, make_word_vectors.signing(name))[-64:]
+
+    good = [word(name) for name in names]
+    share_frames.refuse_unchecked(b"".join(good), study, members, digest, names)
+    for wrong in ([], good[:2], [*good, good[0]], [b"".join(good)[:-1]]):
+        with pytest.raises(ProtocolError, match="expected a CHECKED of each of ash, birch, cedar"):
+            share_frames.refuse_unchecked(b"".join(wrong), study, members, digest, names)
+    for bad in (good[0], word("birch", ["ash"]), word("birch", check="6" * 64), bytes(64)):
+        with pytest.raises(ProtocolError, match="ARRIVED without a CHECKED of birch"):
+            share_frames.refuse_unchecked(good[0] + bad + good[2], study, members, digest, names)
 
 
 def test_places_of_a_cohort_have_one_text_and_whatever_else_is_refused() -> None:
@@ -447,6 +471,7 @@ def test_words_for_others_hold_for_these_checks_of_a_quorum_that_revealed() -> N
             make_word_vectors.ARRIVED, checks | {"elm": (1, 2)}, ["dogwood"], 1,
         ),
         "not by the key": lambda: check([word("ash", ["cedar", "dogwood"], cedar=(7, 7)), *good[1:]]),
+        "not by the key that": lambda: check([word("ash", ["cedar", "dogwood"], dogwood=(7, 7)), *good[1:]]),
         "its signature is not": lambda: check([good[0]._replace(gone="08"), *good[1:]]),
         "signature": lambda: check(good, arrived="9" * 64),
         "places e8": lambda: check([good[0]._replace(gone="e8"), *good[1:]]),

@@ -112,6 +112,8 @@ def test_with_just_a_quorum_nobody_deals_and_shares_are_refused() -> None:
     assert attempt.dealt["ash"].entries == b""
     with pytest.raises(EnvelopeError, match=r"envelope of ash: .* bytes of shares; expected 0"):
         attempt.server.take("ash", bytes(80), attempt.dealt["ash"].hidden.shares)
+    with pytest.raises(EnvelopeError, match="envelope of ash: its header names shares"):
+        attempt.server.take("ash", b"", "11" * 32)
 
 
 def test_a_complaint_stands_until_its_site_says_otherwise() -> None:
@@ -169,6 +171,7 @@ def test_who_does_not_count_itself_speaks_for_nobody_and_another_is_asked() -> N
         attempt.say(helper, "elm")
     attempt.server.take_no_word_of("birch")
     assert attempt.server.stand_ins == {}
+    assert attempt.server.lacking("birch") == "elm", "once its right REVEAL is in"
     assert attempt.server.lacking("dogwood") == "elm"
     attempt.say("dogwood", "elm")
     assert attempt.server.speakers("elm") == {"ash", "cedar", "dogwood"}
