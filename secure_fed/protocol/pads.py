@@ -13,7 +13,7 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
@@ -95,23 +95,37 @@ def check_fresh_key(public: str, site: str) -> None:
     if int.from_bytes(data, "little") >= _FIELD:
         raise EnvelopeError(f"{what} is not in its one encoding; expected a coordinate below 2^255 - 19")
     try:
-        # Of a small order for one clamped scalar is so for all.
-        X25519PrivateKey.from_private_bytes(bytes(KEY_BYTES)).exchange(X25519PublicKey.from_public_bytes(data))
+        _multiple(public)
     except ValueError:
         raise EnvelopeError(f"{what} is of small order; expected a key that was drawn") from None
 
 
 def refuse_copied_keys(keys: Mapping[str, str]) -> None:
-    """Refuse two sites of a cohort with one fresh key.
+    """Refuse two sites of a cohort with one fresh key, also in disguise: as its sum with a point of small order, which
+    has the same secret with everybody.
+
+    Args:
+        keys: that :func:`check_fresh_key` takes, by site.
 
     Raises:
         EnvelopeError: naming them.
     """
-    seen: dict[str, str] = {}
+    seen: dict[bytes, str] = {}
     for site, key in keys.items():
-        other = seen.setdefault(key, site)
+        other = seen.setdefault(_multiple(key), site)
         if other != site:
             raise EnvelopeError(f"{other} and {site} sent the same fresh key, {key[:16]}; expected one of each its own")
+
+
+@lru_cache(maxsize=4096)
+def _multiple(public: str) -> bytes:
+    """What one clamped scalar makes of a public key: the same of keys that have the same secrets, whatever the scalar.
+
+    Raises:
+        ValueError: the key is of small order, for one clamped scalar as for all.
+    """
+    scalar = X25519PrivateKey.from_private_bytes(bytes(KEY_BYTES))
+    return scalar.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
 
 
 @dataclass(frozen=True)

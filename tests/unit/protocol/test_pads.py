@@ -148,6 +148,15 @@ def test_two_sites_with_one_fresh_key_are_refused_by_name() -> None:
         pads.refuse_copied_keys(keys() | {"cedar": keys()["ash"]})
 
 
+def test_a_copied_key_in_disguise_is_refused_as_the_copy_that_it_is() -> None:
+    """A point and its sum with one of order 2, whose coordinate is 1 / u, have the same secret with everybody."""
+    copied = int.from_bytes(bytes.fromhex(keys()["ash"]), "little")
+    twin = pow(copied, -1, 2**255 - 19).to_bytes(32, "little").hex()
+    pads.check_fresh_key(twin, "cedar")
+    with pytest.raises(EnvelopeError, match="ash and cedar sent the same fresh key"):
+        pads.refuse_copied_keys(keys() | {"cedar": twin})
+
+
 def test_a_site_whose_key_was_replaced_in_the_cohort_computes_no_pad() -> None:
     with pytest.raises(EnvelopeError, match="another fresh key for ash"):
         pads.SitePads(place(), keys(), "ash", privates()["birch"])
