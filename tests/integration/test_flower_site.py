@@ -470,6 +470,26 @@ def test_a_whole_reply_is_taken_though_its_site_has_left(link: Link) -> None:
     grid.close()
 
 
+def test_replies_that_the_rounds_did_not_get_are_given_again(link: Link) -> None:
+    """Their call is repeated after 30 s; what it had taken was lost, and a site that has ended was waited for."""
+    ash = link.connect()
+    grid, first = _asked(link)
+    received = ash.pull()
+    assert received is not None
+    ash.push(_reply(received[0]), 0.1)
+    for _ in range(2):
+        (message,) = grid.pull_messages([first])
+        assert (message.metadata.reply_to_message_id, message.has_error()) == (first, False)
+    second = _ask(link, grid, HELLO)
+    received = ash.pull()
+    assert received is not None
+    ash.push(_reply(received[0]), 0.1)
+    (message,) = grid.pull_messages([second])
+    assert message.metadata.reply_to_message_id == second
+    ash.leave()
+    grid.close()
+
+
 def test_a_site_outside_the_study_cannot_open_it(federation: Federation) -> None:
     path = federation.folder / "sites" / "ash" / "site.toml"
     path.write_text(path.read_text().replace('"ash"', '"elm"', 1))
