@@ -57,7 +57,9 @@ def test_other_countries_and_spreadsheets_tables_are_read_and_told(tmp_path, con
     assert told in " ".join(notes.told)
 
 
-@pytest.mark.parametrize("name", ["Müller", "MUÑOZ", "José d’Évry", "Nº5", "ÅSA-ØRE", "ÄÖ 3", "5µm", "Šiša", "“q”"])
+@pytest.mark.parametrize(
+    "name", ["Müller", "MUÑOZ", "José d’Évry", "Nº5", "ÅSA-ØRE", "ÄÖ 3", "5µm", "Šiša", "“q”", "„q“", "Šá"]
+)
 def test_what_is_not_utf8_is_windows_and_the_line_by_which_it_shows_is_told(tmp_path, name):
     notes = Notes()
     assert found(tmp_path, text().replace("p1", name).encode("cp1252"), notes=notes)[0][1] == name
@@ -73,6 +75,8 @@ def test_what_is_not_utf8_is_windows_and_the_line_by_which_it_shows_is_told(tmp_
         *((name, "iso8859_2") for name in ("Šiša", "Łukasz")),
         *(("Иван", name) for name in ("cp1251", "koi8_r", "gb18030")),
         *(("Νίκος", "cp1253"), ("山田", "shift_jis"), ("Größe", "cp437")),
+        *((name, "shift_jis") for name in ("田中", "鈴木", "田", "ｱｲ")),
+        *(("山田", "euc_jp"), ("王", "gb18030"), ("李", "gb18030"), ("김", "euc_kr"), ("王", "big5"), ("Ли", "cp1251")),
     ],
 )
 def test_a_table_of_another_encoding_is_refused_by_the_name_that_it_would_have(tmp_path, name, encoding):
