@@ -380,7 +380,7 @@ class _Connection:
         """
         pause = RETRY_FIRST
         told = False
-        began = time.monotonic()
+        failing: float | None = None
         while True:
             try:
                 result = call()
@@ -409,7 +409,8 @@ class _Connection:
                 place = f"{self._address}{self._through}"
                 log.info("waiting for the server at %s (%s); it is tried again and again", place, reason)
                 told = True
-            self.end_if_over(began)
+            failing = failing or time.monotonic()  # not from its begin: who is slow is there
+            self.end_if_over(failing)
             if self._left.wait(pause):
                 raise _Stale  # a worker of flwr's, still trying while we end
             pause = min(RETRY_MOST, pause * 1.5)

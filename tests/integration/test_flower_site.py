@@ -645,6 +645,24 @@ def test_a_site_whose_last_reply_nobody_takes_answers_when_it_is_asked_again(
     assert not taking_part.is_alive()
 
 
+def test_a_server_that_was_slow_once_is_called_again_also_after_the_last_round(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_node, "OVER_SECONDS", 0.1)
+    ash = _Connection(link.way(), "ash", link.key, lambda: True)
+    answers: list[Any] = [httpx.ReadTimeout("slow"), "there"]
+
+    def call() -> str:
+        time.sleep(0.15)
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    assert ash._repeat(call) == "there"
+    ash.leave()
+
+
 def test_who_was_silent_and_is_heard_again_is_the_same_and_who_starts_again_is_not(link: Link) -> None:
     """What a site was asked is lost with its process, and not with its silence: of a reply that nobody waits for any
     more the site would hear that it was taken."""
