@@ -110,7 +110,7 @@ def renew_certificate(folder: Path, hosts: Sequence[str], authority_key: Path | 
 
     Args:
         folder: holds ``ca.crt`` and ``server.crt``.
-        hosts: more names and addresses; those of the certificate so far are kept.
+        hosts: more names and addresses; those of the certificate so far are kept, if it can be read.
         authority_key: the authority's key, if it is not in the folder any more.
 
     Returns:
@@ -134,8 +134,7 @@ def renew_certificate(folder: Path, hosts: Sequence[str], authority_key: Path | 
         raise CertificateError(
             f"{path}: not the key of {folder / CA}; expected the one that study ca made with it: sites trust no other"
         )
-    known = names_held(folder)
-    _replace(folder, *_issue(ca, authority, _alternatives([*known, *(host for host in hosts if host not in known)])))
+    _replace(folder, *_issue(ca, authority, _alternatives(_names(folder, hosts))))
     return valid_until(folder)
 
 
@@ -155,10 +154,20 @@ def renew_adopted(folder: Path, hosts: Sequence[str], certificate: Path, key: Pa
         CertificateError: nothing is there to renew, or sites would refuse it.
     """
     _own_authority(folder)
-    known = names_held(folder)
-    _try_out(certificate, key, folder / CA, [*known, *(host for host in hosts if host not in known)])
+    _try_out(certificate, key, folder / CA, _names(folder, hosts))
     _replace(folder, certificate.read_bytes(), key.read_bytes())
     return valid_until(folder)
+
+
+def _names(folder: Path, hosts: Sequence[str]) -> list[str]:
+    """Those of the certificate so far, and more; these alone where that one was lost or damaged."""
+    try:
+        known = names_held(folder)
+    except CertificateError:
+        if not hosts:
+            raise
+        known = []
+    return [*known, *(host for host in hosts if host not in known)]
 
 
 def names_held(folder: Path) -> list[str]:
@@ -173,7 +182,7 @@ def names_held(folder: Path) -> list[str]:
         reason = error.strerror if isinstance(error, OSError) else "not a certificate"
         raise CertificateError(
             f"{folder / SERVER}: {reason}; expected the certificate that is to be renewed: for a first one leave out "
-            "--renew"
+            "--renew; where it was lost, give the names with --host"
         ) from None
 
 
@@ -244,7 +253,7 @@ class ServerCertificate:
             reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
             raise CertificateError(
                 f"{folder}: {SERVER} and {SERVER_KEY} cannot be used ({reason}); make them with: "
-                f"secfacmic study ca --host NAME --out {folder}"
+                f"secfacmic study ca{' --renew' if (folder / CA).exists() else ''} --host NAME --out {folder}"
             ) from error
         for host in names_held(folder):
             fault = None if host.startswith("*") else _fault(context, folder / CA, host)

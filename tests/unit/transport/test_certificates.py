@@ -178,6 +178,27 @@ def test_an_expired_certificate_and_one_that_sites_would_refuse_serve_nobody(tls
         ServerCertificate(tls)
 
 
+@pytest.mark.parametrize("left", [None, b"", b"no certificate"])
+def test_a_certificate_that_was_lost_or_damaged_is_issued_anew_for_the_names_that_are_given(
+    tls: Path, tmp_path: Path, left: bytes | None
+) -> None:
+    """By nothing else: where an authority is, no other is made, and without a name nobody could connect."""
+    (tls / SERVER).unlink() if left is None else (tls / SERVER).write_bytes(left)
+    with pytest.raises(CertificateError, match="ca --renew --host NAME"):
+        ServerCertificate(tls)
+    with pytest.raises(CertificateError, match="give the names with --host"):
+        renew_certificate(tls, [])
+    authority = (tls / CA).read_bytes()
+    new = issue(tls, tmp_path / "new", ["fl.example.org"])
+    renew_adopted(tls, ["fl.example.org"], *new)
+    assert names_held(tls) == ["fl.example.org"]
+    (tls / SERVER).write_bytes(b"")
+    renew_certificate(tls, ["192.0.2.7"])
+    assert names_held(tls) == ["192.0.2.7"]
+    assert ServerCertificate(tls).days > 800
+    assert (tls / CA).read_bytes() == authority
+
+
 def test_nothing_outlives_its_authority(tls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from secure_fed.transport import certificates
 
