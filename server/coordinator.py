@@ -582,6 +582,7 @@ class Coordinator:
         if self._cohort is not None or self.journal.chain.awaits_checkpoint or not few or self._anew >= MOST_ANEW:
             return False
         self._anew += 1
+        self._begun = True  # as those who refuse know
         self._next_attempt()
         return True
 
@@ -1029,7 +1030,10 @@ class Coordinator:
         spools = attempts(self._folder, self.round)
         if not spools:
             return
-        self._begun = any(spool.path(name).is_file() for spool in spools for name in (COHORT, ARRIVED))
+        # Also where only a later attempt is left to go on with: sites have answered one before, as when the journal was
+        # rebuilt.
+        later = spools[-1].attempt > 1
+        self._begun = later or any(spool.path(name).is_file() for spool in spools for name in (COHORT, ARRIVED))
         for spool in spools:
             for path in spool.envelopes():
                 self._hold(path)

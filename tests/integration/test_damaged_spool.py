@@ -20,6 +20,7 @@ from secure_fed.protocol.round_frames import sign_reveal
 from secure_fed.protocol.rounds import ReplyCode, RoundReply
 from secure_fed.protocol.share_frames import sign_checked
 from secure_fed.server.coordinator import Coordinator, Step
+from secure_fed.server.orders import extend_run
 from secure_fed.server.rebuild import rebuild
 from secure_fed.server.spool import ARRIVED, CHECKED, COHORT
 from tests.conftest import (
@@ -268,3 +269,22 @@ def test_where_nothing_of_the_spool_is_left_the_journal_is_rebuilt_and_the_round
     close_round(mended, sites, 5)
     check_sum(four, mended, sites, digest)
     bring_up(mended, sites)
+
+
+def test_a_rebuilt_server_lets_nothing_into_a_round_that_sites_have_begun(four: Federation) -> None:
+    """What its people ordered before lies in the backup; sites that have answered a COHORT refuse it for ever."""
+    sites = four.sites()
+    coordinator = four.begin(sites)
+    up_to(coordinator, sites, Step.ENVELOPE)
+    for site in sites:
+        exchange(coordinator, site)
+    state = four.folder / SERVER
+    shutil.rmtree(coordinator._folder.spool)
+    extend_run(four.agreed, state, 5)
+    rebuild(four.agreed, [four.folder / "sites" / site.name / "state" for site in sites], state)
+    coordinator = four.reopen()
+    assert coordinator.attempt == 2
+    pass_step(coordinator, sites)
+    entry = close_round(coordinator, sites, 5)
+    assert (entry.header.kind, entry.header.round) == ("aggregate", 1)
+    assert coordinator.extends_now
