@@ -177,6 +177,8 @@ class Coordinator:
         if not self.journal.records:
             raise RecordError(f"{self._folder.path}: no genesis; the run was not begun whole: begin a new one")
         self._attestations: dict[str, dict[str, str]] = {}
+        self._anew: int
+        self._begun: bool
         self._cohort: _Question | None
         self._check: _Question | None
         self._arrived: _Question | None
