@@ -107,6 +107,7 @@ class Wire(Grid):  # type: ignore[misc]
             del self.waiting[name]
             context = Context(RUN, message.metadata.dst_node_id, {}, RecordDict(), {})
             replies.append(app.answer(message, context, self.bundle, self.shelf))
+            app.after_reply(taken=True)
         return replies
 
 
