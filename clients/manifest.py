@@ -30,8 +30,8 @@ _NO_NAME = re.compile(
     rf"|[^\W\d_][{_SIGNS}{_MORE_SIGNS}]+[^\W\d_]|(?<!\w)[{_SIGNS}][^\W\d_]"
     # ... words without a Latin letter, ...
     r"|(?<!\w)[\u00c0-\u00ff\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192]{3,}(?!\w)|(?<!\w)[\u00c0-\u00de][\u00e0-\u00ff](?!\w)"
-    # ... signs that are in no name, two of others together or one before a letter, dashes that begin a word, ...
-    r"|[\u00a4\u00a6\u00ac\u00b6\u0192\u02c6\u02dc\u2020-\u2022\u2030\u2039\u203a]|[\u00a1-\u00bf]{2}"
+    # ... signs that are in no name, others before a letter, dashes that begin a word, ...
+    r"|[\u00a4\u00a6\u00ac\u00b6\u0192\u02c6\u02dc\u2020-\u2022\u2030\u2039\u203a]"
     r"|[\u00b1-\u00b3\u00b8\u00b9\u00bb-\u00be][^\W\d_]|(?<!\w)[\u2013\u2014][^\W\d_]"
     # ... and quotes that only begin.
     r"|[\u201a\u201e](?!.*[\u2018\u201c\u201d])|^[^\u201e]*\u201c(?!.*\u201d)"
