@@ -325,7 +325,7 @@ def _stretched(stored: NDArray[Any], padding: NDArray[np.bool_] | None, rescaled
         seen = rescaled(stored[rows] if padding is None else stored[rows][~padding[rows]])
         if seen.size:
             low, high = min(low, float(seen.min())), max(high, float(seen.max()))
-    return lambda values: ((values.astype(np.float64) - low) / max(high - low, 1e-12)).clip(0, 1)
+    return lambda values: ((values.astype(np.float64) - low) / ((high - low) or 1)).clip(0, 1)
 
 
 def _function(centre: float, width: float, function: str) -> Values:

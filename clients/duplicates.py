@@ -25,6 +25,9 @@ HASH_BITS = 256
 NEAR_BITS = 16
 """Two images whose perceptual hashes differ in at most so many of ``HASH_BITS`` bits are near twins."""
 
+FEW_LEVELS = 8
+"""A picture of so few grey levels, but not of one, is told: segmentations are seldom stored as such."""
+
 MOST_TOGETHER = 0.1
 ALWAYS_TOGETHER = 10
 
@@ -83,6 +86,9 @@ def fingerprint(image: Image.Image, facts: Facts = _NO_FACTS) -> Fingerprint:
     digest = digest_of_pixels(colours)
     look = np.packbits(imagehash.phash(grey, hash_size=_SIDE).hash.flatten()).tobytes()
     counts = np.array(grey.histogram()) / (image.width * image.height)
+    if 1 < np.count_nonzero(counts) <= FEW_LEVELS:
+        note = f"at most {FEW_LEVELS} grey levels, as masks, labels and drawings have"
+        facts = facts._replace(notes=(*facts.notes, note))
     mean = float(counts @ _LEVELS)
     contrast = math.sqrt(float(counts @ (_LEVELS - mean) ** 2))
     spread = 0.0

@@ -112,6 +112,11 @@ class NiftiFile:
                 shape = tuple(int(side) for side in self._header.get_data_shape())
                 self._dtype = self._header.get_data_dtype()
                 self._refuse_shape(shape, self._dtype)
+                if (bits := int(self._header["bitpix"])) not in (0, 8 * self._dtype.itemsize):
+                    raise UndecodableError(
+                        f"a NIfTI of datatype {self._dtype} and bitpix {bits}; expected the same size in both: write "
+                        "it anew"
+                    )
                 self._shape = shape[:3] + (1,) * (3 - len(shape[:3]))
                 self._start = int(self._header.get_data_offset())
                 behind = head[kind.sizeof_hdr : kind.sizeof_hdr + 4]
@@ -214,7 +219,7 @@ class NiftiFile:
         else:
             if not (math.isfinite(low) and math.isfinite(high) and high > low):
                 low, high = seen[finite].min(), seen[finite].max()
-            shown = np.asarray((seen - low) / max(high - low, 1e-12)).clip(0, 1)
+            shown = np.asarray((seen - low) / ((high - low) or 1)).clip(0, 1)
         grey = np.rint(255 * np.where(finite, shown, 0)).astype(np.uint8)
         sides = [float(side) for side in self._header.get_zooms()]
         seen_sides = [sides[self._along[place]] for place in kept if self._along[place] < len(sides)]
@@ -268,10 +273,20 @@ class NiftiFile:
                     f"a NIfTI whose vox_offset is {self._start}, inside of its own header; expected at least "
                     f"{self._header.sizeof_hdr + 4}: write it anew"
                 )
-            content = _unpacked(self._content, end) if self._packed else self._content
+            shape = " x ".join(map(str, self._shape))
+            content: bytes | bytearray = self._content
+            behind = content[end : end + _MOST_BEHIND]
+            if self._packed:
+                content, behind = _unpacked(self._content, end)
             if len(content) < end:
-                shape = " x ".join(map(str, self._shape))
                 raise UndecodableError(f"a NIfTI of {shape} values in {len(content):,} bytes; copy it again")
+            # A header of one slice less, along any axis, leaves at least as many; padding has one value.
+            least = size // max(self._shape)
+            if len(behind) >= least and behind != behind[:1] * len(behind):
+                raise UndecodableError(
+                    f"a NIfTI of {shape} values that goes on behind them; expected an end, as its dim may be wrong or "
+                    "it may hold several volumes: write it anew"
+                )
             values = np.frombuffer(content, self._dtype, math.prod(self._shape), self._start)
             self._volume = values.reshape(self._shape, order="F")
             self._content = b""
@@ -283,8 +298,8 @@ def _size(content: bytes) -> int:
     return little if little in _SIZES else int.from_bytes(content[:4], "big")
 
 
-def _unpacked(content: bytes, size: int) -> bytearray:
-    """All of a gzipped file, of which so many bytes are wanted; checked.
+def _unpacked(content: bytes, size: int) -> tuple[bytearray, bytes]:
+    """All of a gzipped file, of which so many bytes are wanted, and what is behind them; checked.
 
     Raises:
         UndecodableError: it is broken, ends too early, or goes on for long behind them.
@@ -294,13 +309,14 @@ def _unpacked(content: bytes, size: int) -> bytearray:
     with _gunzip(content) as stream:
         while filled < size and (count := stream.readinto(memoryview(found)[filled : filled + _BLOCK])):
             filled += count
-        if len(stream.read(_MOST_BEHIND)) == _MOST_BEHIND:  # the checksum comes last
+        behind = stream.read(_MOST_BEHIND)
+        if len(behind) == _MOST_BEHIND:  # the checksum comes last
             raise UndecodableError(
                 f"a gzipped NIfTI that goes on behind the {size:,} bytes of its values; expected an end: write it anew"
             )
     if filled < size:
         raise UndecodableError("a gzipped file that ends too early; copy it again")
-    return found
+    return found, behind
 
 
 @contextmanager

@@ -83,8 +83,8 @@ FORMATS = (
         "the middle axial slice or the one asked for, in canonical orientation, patient's right at the left; the "
         "study's window for `NIFTI`, else `cal_min` and `cal_max`, else least to greatest value",
         "more than three dimensions; colours; segmentations, statistics and vectors, by `intent_code`; header and "
-        "image in two files; a sform and a qform that contradict one another; more than eight bytes for each of "
-        "`most_pixels`",
+        "image in two files; a sform and a qform that contradict one another; more values than the header counts; "
+        "more than eight bytes for each of `most_pixels`",
         is_nifti,
         NiftiFile,
     ),

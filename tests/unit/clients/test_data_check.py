@@ -72,6 +72,14 @@ def test_fingerprints_know_copies_in_any_form_and_near_twins_by_look(tmp_path):
     assert near_twins([None, None]) == near_twins([]) == []
 
 
+def test_a_picture_of_few_grey_levels_is_told_as_masks_have_them_whatever_its_file():
+    levels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for few in (2, 8, 9, 1):
+        notes = fingerprint(Image.fromarray(levels % few * 20), Facts(notes=("first",))).facts.notes
+        assert notes[0] == "first"
+        assert any("as masks, labels and drawings have" in note for note in notes) == (few in (2, 8))
+
+
 def test_files_are_read_once_where_nothing_is_known_of_them_and_decoded_once_where_all_is(tmp_path, monkeypatch):
     images = []
     for number in range(3):

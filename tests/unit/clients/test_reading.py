@@ -1364,6 +1364,28 @@ def test_a_nifti_that_cannot_be_shown_says_why(content, reason):
         decode(content)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_niftis_values_are_as_many_and_as_large_as_its_header_says(packed):
+    plain = nifti(packed=False)
+    whole = np.asarray(decode(plain))
+    for behind in (b"", bytes(5000), b"\1\2"):
+        found = plain + behind
+        assert np.array_equal(np.asarray(decode(gzip.compress(found) if packed else found)), whole)
+    less = plain[:42] + struct.pack("<h", VOLUME.shape[0] - 1) + plain[44:]  # the pictures would be askew
+    for found in (less, plain + VOLUME.tobytes()):
+        with pytest.raises(UndecodableError, match=r"a NIfTI of .* values that goes on behind them; expected an end"):
+            decode(gzip.compress(found) if packed else found)
+    bytes_ = plain[:70] + struct.pack("<h", 2) + plain[72:]
+    with pytest.raises(UndecodableError, match=r"a NIfTI of datatype uint8 and bitpix \d+; expected the same size"):
+        decode(gzip.compress(bytes_) if packed else bytes_)
+
+
+def test_values_of_whatever_unit_go_from_black_to_white():
+    small = nifti(VOLUME.astype(np.float32) * 1e-20, packed=False)
+    assert np.abs(np.asarray(decode(small)).astype(int) - np.asarray(decode(nifti()))).max() <= 1
+    assert np.abs(grey(dicom(RAMP, RescaleSlope="1e-15", RescaleIntercept=0)) - grey(dicom(RAMP))).max() <= 1
+
+
 def saved(image, form, **options):
     stream = io.BytesIO()
     image.save(stream, form, **options)
