@@ -216,6 +216,15 @@ class State(InMemoryLinkState):
         return asked is not None and asked.metadata.dst_node_id == node and known in (None, reply.message_id)
 
 
+@dataclass(frozen=True)
+class _Reply:
+    """A site's reply: its head, how its parts hang together, and these."""
+
+    head: Proto
+    tree: ObjectTree
+    parts: list[bytes]
+
+
 class FlowerApi:
     """Flower's calls, of sites and of the rounds. Used by one event loop.
 
@@ -228,7 +237,7 @@ class FlowerApi:
         self._news: dict[int, asyncio.Event] = {}  # by node; in the loop only
         self._looks: dict[int, object] = {}  # the newest look of each node
         self._replies = asyncio.Event()
-        self._given = frozenset[str](), Answered(200, PROTOBUF, b"")  # what the rounds got last, and of which questions
+        self._given: dict[str, _Reply] = {}  # what the rounds took, by what it answers, until they ask for it no more
 
     # --- sites ---
 
@@ -319,42 +328,47 @@ class FlowerApi:
             request, parts = unpacked(BytesList.FromString(body), PushAppMessagesRequest)
         else:
             request.ParseFromString(body)
-        if isinstance(request, PullAppMessagesRequest) and not self._given[0].isdisjoint(request.message_ids):
-            await answer(send, 200, self._given[1].body, PROTOBUF)
+        if isinstance(request, PullAppMessagesRequest):
+            answered = await self._replies_to(request, lambda: handler(request, self._state, task))
+            await answer(send, answered.status, answered.body, answered.kind)
             return
         answered, response = _call(lambda: handler(request, self._state, task))
-        if isinstance(response, PullAppMessagesResponse):
-            answered = await self._replies_to(request, response, lambda: handler(request, self._state, task))
-        elif isinstance(response, PushAppMessagesResponse):
+        if isinstance(response, PushAppMessagesResponse):
             self._state.keep(task.run_id, response, parts)
             self._wake([message.metadata.dst_node_id for message in request.messages_list])
         await answer(send, answered.status, answered.body, answered.kind)
 
-    async def _replies_to(
-        self, request: PullAppMessagesRequest, response: PullAppMessagesResponse, again: Callable[[], Proto]
-    ) -> Answered:
-        """What has come of the replies that the rounds wait for; waits a moment for one. They are theirs then.
+    async def _replies_to(self, request: PullAppMessagesRequest, take: Callable[[], Proto]) -> Answered:
+        """What has come of the replies that the rounds wait for; waits a moment for one.
 
-        Who asks for them once more has not got them, as where this process was too busy to hand them over in time.
+        Who asks for them once more has not got them, as where this process was too busy to hand them over in time: a
+        call that nobody waits for any more takes them too.
         """
-        while not response.messages_list and request.message_ids:
+        asked = frozenset(request.message_ids)
+        for got in self._given.keys() - asked:
+            del self._given[got]
+        while not self._given:
+            answered, response = _call(take)
+            if response is None:
+                return answered
+            for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+                parts = [self._state.object_store.get(part.object_id) or b"" for part in iterate_object_tree(tree)]
+                self._given[head.metadata.reply_to_message_id] = _Reply(head, tree, parts)
+                for done in (head.metadata.message_id, head.metadata.reply_to_message_id):
+                    self._state.object_store.delete(done)
+            if self._given or not asked:
+                break
             self._replies.clear()
             try:
                 async with asyncio.timeout(REPLY_SECONDS):
                     await self._replies.wait()
             except TimeoutError:
                 break
-            answered, response = _call(again)
-            if response is None:
-                return answered
-        answered = self._with_parts(response, response.message_object_trees)
-        if response.messages_list:
-            given = frozenset(message.metadata.reply_to_message_id for message in response.messages_list)
-            self._given = given, answered
-        for message in response.messages_list:
-            for done in (message.metadata.message_id, message.metadata.reply_to_message_id):
-                self._state.object_store.delete(done)
-        return answered
+        given = list(self._given.values())
+        heads, trees = [one.head for one in given], [one.tree for one in given]
+        response = PullAppMessagesResponse(messages_list=heads, message_object_trees=trees)
+        packed = parcel(response, [part for one in given for part in one.parts])
+        return Answered(200, PROTOBUF, packed.SerializeToString())
 
     def _with_parts(self, response: Proto, trees: Iterable[ObjectTree]) -> Answered:
         parts = {part.object_id for tree in trees for part in iterate_object_tree(tree)}

@@ -484,8 +484,10 @@ def test_replies_that_the_rounds_did_not_get_are_given_again(link: Link) -> None
     received = ash.pull()
     assert received is not None
     ash.push(_reply(received[0]), 0.1)
+    (message,) = grid.pull_messages([first, second])
+    assert message.metadata.reply_to_message_id == first  # which nobody has confirmed
     (message,) = grid.pull_messages([second])
-    assert message.metadata.reply_to_message_id == second
+    assert (message.metadata.reply_to_message_id, message.has_error()) == (second, False)
     ash.leave()
     grid.close()
 
