@@ -130,7 +130,7 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
                     f"{said(parent)}: {len(others)} images in a folder that is named as one of masks, of no image "
                     "beside it, and are taken for images of their own"
                 )
-        for name in names:
+        for name in sorted(names):  # disks list them in different orders
             path = Path(parent, name)
             if name[0] == ".":
                 if name.lower().endswith(IMAGE_ENDINGS):
