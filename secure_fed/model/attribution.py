@@ -5,7 +5,8 @@ ends in a mean over places, and has enough of these, is asked there: by linearit
 class's margin. Another one is asked at early blocks, whose places are small: how much each place's features, as far as
 they differ from those of the blurred image, would move the margin. One such gradient is speckled, and its speckles
 depend on how the strides fall on the image; so it is averaged over shifts of the image, each map moved back, and over
-a little noise (SmoothGrad, arXiv 1706.03825); and a place counts as far as two blocks agree on it.
+a little noise (SmoothGrad, arXiv 1706.03825). A gradient tells of small changes alone; so the place is blurred too, and
+the margin's fall looked at. A place counts as far as two blocks and the fall agree on it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ _FARTHEST = 1 / 20
 
 _BLUR = 0.25
 """Standard deviation of the blur that leaves no finding, in sides of the image."""
+
+_WINDOW = 1 / 12
+"""Standard deviation of the Gaussian window within which a place is blurred, in sides of the image."""
+
+_PLACES = 10
+"""Places a side that are blurred one by one."""
+
+_FINE, _COARSE = 1 / 48, _WINDOW / 2
+"""Standard deviations of what smooths gradients and falls, in sides of the image."""
 
 _EXACT = 7
 """Fewest places a side of a last block whose own map can point at something."""
@@ -81,7 +91,10 @@ class HeatMaps:
             self.kind = f"each place's part of the class's margin, at {self._pooled}"
         else:
             names = " and ".join(self._early)
-            self.kind = f"gradients at {names}, against the blurred image, averaged over {SHIFTS} shifts"
+            self.kind = (
+                f"gradients at {names}, against the blurred image, averaged over {SHIFTS} shifts; times how far the "
+                "class's margin falls when the place is blurred"
+            )
 
     def of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64]:
         """A map [side, side], from 0 to 1, over what the tower sees; large where the reasons for ``margin`` lie.
@@ -95,8 +108,13 @@ class HeatMaps:
             return _scaled(_grad_eclip(self._backbone, self._attention, prepared, margin))
         if self._pooled is not None:
             return _scaled(_grown(class_map(self._backbone, self._pooled, prepared, margin)[None], size)[0])
-        found = [_scaled(one) for one in _early_gradients(self._backbone, self._early, prepared, margin)]
-        return _unit(np.prod(found, axis=0))
+        blurred = ndimage.gaussian_filter(prepared, (0, _BLUR * size[0], _BLUR * size[0]), mode="nearest")
+        found = [
+            _unit(ndimage.gaussian_filter(one, _FINE * size[0]))
+            for one in _early_gradients(self._backbone, self._early, prepared, blurred, margin)
+        ]
+        falls = _grown(margin_falls(self._backbone, prepared, blurred, margin)[None], size)[0]
+        return _unit(np.prod([*found, _unit(ndimage.gaussian_filter(falls, _COARSE * size[0]))], axis=0))
 
 
 def early_blocks(backbone: LoadedBackbone) -> tuple[str, ...]:
@@ -148,7 +166,11 @@ def class_map(
 
 
 def _early_gradients(
-    backbone: LoadedBackbone, blocks: tuple[str, ...], prepared: NDArray[np.float32], margin: Margin
+    backbone: LoadedBackbone,
+    blocks: tuple[str, ...],
+    prepared: NDArray[np.float32],
+    blurred: NDArray[np.float32],
+    margin: Margin,
 ) -> list[NDArray[np.float64]]:
     """Of each block relu(sum_c g_c (a_c - b_c)) at each place, averaged: a its features, b those of the blurred image,
     g the gradient at a. What the blur leaves as it is, as the empty space around a head, has no part in it."""
@@ -156,7 +178,6 @@ def _early_gradients(
     steps = np.linspace(-side * _FARTHEST, side * _FARTHEST, round(SHIFTS**0.5)).round().astype(int)
     shifts = [(int(down), int(right)) for down in steps for right in steps]
     noise = np.random.default_rng(0).normal(0, _NOISE, (len(shifts), *prepared.shape))
-    blurred = ndimage.gaussian_filter(prepared, (0, _BLUR * side, _BLUR * side), mode="nearest")
     sharp, plain = (
         (np.stack([_moved(image, shift) for shift in shifts]) + noise).astype(np.float32)
         for image in (prepared, blurred)
@@ -170,6 +191,30 @@ def _early_gradients(
         back = [_moved(one[None], (-down, -right))[0] for one, (down, right) in zip(whole, shifts, strict=True)]
         found.append(np.asarray(np.mean(back, axis=0)))
     return found
+
+
+def margin_falls(
+    backbone: LoadedBackbone, prepared: NDArray[np.float32], blurred: NDArray[np.float32], margin: Margin
+) -> NDArray[np.float64]:
+    """How far a margin falls, [_PLACES, _PLACES], when one place of the image gives way to the blurred image's; 0 where
+    it rises.
+
+    Args:
+        backbone: its tower.
+        prepared: the image, [3, side, side].
+        blurred: likewise.
+        margin: what is explained.
+    """
+    side = prepared.shape[-1]
+    middles = (np.arange(_PLACES) + 0.5) * side / _PLACES
+    along = np.exp(-(((np.arange(side) + 0.5) - middles[:, None]) ** 2) / 2 / (_WINDOW * side) ** 2)
+    windows = along[:, None, :, None] * along[None, :, None, :]
+    changed = (
+        prepared + (window * (blurred - prepared)).astype(np.float32) for row in windows for window in row[:, None]
+    )
+    with torch.inference_mode():
+        before, *after = margin(torch.from_numpy(backbone.encode_prepared([prepared, *changed]))).tolist()
+    return np.asarray(np.maximum(before - np.reshape(after, (_PLACES, _PLACES)), 0))
 
 
 def _grown(places: NDArray[np.float64], size: tuple[int, ...]) -> NDArray[np.float64]:

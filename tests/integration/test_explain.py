@@ -21,7 +21,7 @@ from secure_fed.clients.rules import UndecodableError
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError, DataError, OutputError, SiteFileError, UnreadableImageError
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter
-from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_of, pooled_block
+from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_falls, margin_of, pooled_block
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases
 from secure_fed.model.loaded_backbone import LoadedBackbone
@@ -382,10 +382,42 @@ def test_the_first_block_and_the_next_with_fewer_places_are_asked(mini: LoadedBa
 def test_what_the_blur_leaves_as_it_is_has_no_part_in_a_map(mini: LoadedBackbone) -> None:
     prepared = np.full((3, 80, 80), -1.0, dtype=np.float32)
     prepared[:, 50:58, 20:28] = 1.5  # the only thing to see; borders of the picture are as plain as its middle
-    vectors = torch.from_numpy(np.random.default_rng(2).normal(size=(mini.dim,)).astype(np.float32))
-    for sign in (1, -1):
-        found = HeatMaps(mini).of(prepared, lambda features, sign=sign: sign * (features @ vectors))  # type: ignore[misc]
-        row, column = np.unravel_index(found.argmax(), found.shape)
-        assert 42 <= row < 66
-        assert 12 <= column < 36
-        assert max(found[0, 0], found[0, -1], found[-1, -1]) < 0.05
+    plain, seen = mini.encode_prepared([np.full_like(prepared, -1.0), prepared])
+    vectors = torch.from_numpy(seen - plain)  # so that it speaks for what is asked
+    found = HeatMaps(mini).of(prepared, lambda features: features @ vectors)
+    row, column = np.unravel_index(found.argmax(), found.shape)
+    assert 42 <= row < 66
+    assert 12 <= column < 36
+    assert max(found[0, 0], found[0, -1], found[-1, -1]) < 0.05
+
+
+def test_a_margin_falls_where_a_place_that_speaks_for_it_is_blurred() -> None:
+    """Of a tower whose feature is the sum of a patch for, less one against: by hand, not by another way to compute."""
+
+    class Tower:
+        def encode_prepared(self, prepared: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+            return np.array(
+                [[one[:, 8:16, 48:56].sum() - one[:, 56:64, 8:16].sum()] for one in prepared], dtype=np.float32
+            )
+
+    prepared = np.ones((3, 80, 80), dtype=np.float32)
+    falls = margin_falls(cast(Any, Tower()), prepared, np.zeros_like(prepared), lambda features: features[:, 0])
+    assert int(falls.argmax()) == 16  # row 1, column 6
+    # The window's mean over that patch, times its values.
+    share = np.exp(-((np.arange(-3.5, 4)) ** 2) / 2 / (80 / 12) ** 2).mean() ** 2
+    assert falls[1, 6] == pytest.approx(3 * 64 * share, rel=1e-5)
+    assert falls[7, 1] == 0  # there it rises
+    assert falls[9, 9] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_place_counts_where_gradients_and_falls_agree(mini: LoadedBackbone) -> None:
+    prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
+    vectors = torch.from_numpy(np.random.default_rng(4).normal(size=(mini.dim,)).astype(np.float32))
+    maps, falls = HeatMaps(mini), np.zeros((10, 10))
+    falls[2, 7] = 1
+    with mock.patch("secure_fed.model.attribution.margin_falls", return_value=falls):
+        found = maps.of(prepared, lambda features: features @ vectors)
+    row, column = np.unravel_index(found.argmax(), found.shape)
+    assert abs(row - 20) < 14
+    assert abs(column - 60) < 14
+    assert found[40:, :30].max() == pytest.approx(0, abs=1e-6)
