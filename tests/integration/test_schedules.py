@@ -27,7 +27,14 @@ from secure_fed.clients.budget import ledger_folder
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy, read_site_file
-from secure_fed.core.errors import AggregateRefused, EnvelopeError, KeyFileError, RecordError, SecfacmicError
+from secure_fed.core.errors import (
+    AggregateRefused,
+    EnvelopeError,
+    KeyFileError,
+    ProtocolError,
+    RecordError,
+    SecfacmicError,
+)
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import prepare
 from secure_fed.privacy.ckks import Cipher
@@ -487,10 +494,17 @@ class OneLiar(RuleBasedStateMachine):
 
     def ask(self, name: str) -> None:
         site = self.sites[name]
-        with contextlib.suppress(SecfacmicError):
+        try:
             reply = site.respond(self.coordinator.request(name, site.run, site.position))
-            if name == FAULTY:
-                self.said.append(reply)
+        except SecfacmicError:
+            return
+        if name == FAULTY:
+            self.said.append(reply)
+        self.take(reply)
+
+    def take(self, reply: RoundReply) -> None:
+        """As the rounds do: any other error would end the server."""
+        with contextlib.suppress(EnvelopeError, ProtocolError, RecordError):
             self.coordinator.receive(reply)
 
     @rule(name=st.sampled_from(NAMES))
@@ -519,8 +533,7 @@ class OneLiar(RuleBasedStateMachine):
             data = bytearray(reply.envelope)
             if data and flip < 8:
                 data[flip * len(data) // 8] ^= 1 << flip
-            with contextlib.suppress(SecfacmicError):
-                self.coordinator.receive(replace(reply, code=code, envelope=bytes(data), attestation="7" * 64))
+            self.take(replace(reply, code=code, envelope=bytes(data), attestation="7" * 64))
 
     @rule(first=st.integers(0, 9))
     def reveal_wrong(self, first: int) -> None:
@@ -528,8 +541,7 @@ class OneLiar(RuleBasedStateMachine):
         if arrived is not None and site.run:
             key = site.replica.identity.signing
             data = sign_reveal(self.federation.agreed, arrived.digest, FAULTY, (first, 1), key)
-            with contextlib.suppress(SecfacmicError):
-                self.coordinator.receive(RoundReply(FAULTY, ReplyCode.REVEALED, site.run, site.position, "", data))
+            self.take(RoundReply(FAULTY, ReplyCode.REVEALED, site.run, site.position, "", data))
 
     @rule(word=st.sampled_from(["void", "retire"]))
     def leave(self, word: str) -> None:
