@@ -638,7 +638,13 @@ class Replica:
         chain, tensors = state.chain, state.tensors
         if state.blind:
             sealed = open_checkpoint(self.keys.secret(chain.key), chain.head, record.payload)
-            tensors = safetensors.numpy.load(sealed)
+            try:
+                tensors = safetensors.numpy.load(sealed)
+            except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+                raise AdapterMismatchError(
+                    f"the key maker's checkpoint after round {chain.round} opens and holds no adapter: the key maker "
+                    "is damaged or lies; compare by phone, and let it rotate again"
+                ) from None
         if not hmac.compare_digest(self._checkpoint_digest(chain, codec.adapter_digest(tensors)), record.checkpoint):
             raise AdapterMismatchError(
                 f"the members acknowledged another adapter than the one here after round {chain.round}; "

@@ -14,7 +14,7 @@ import safetensors.numpy
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterMismatchError, KeyFileError, ProtocolError, RecordError, SiteFileError
-from secure_fed.privacy.keys import create_identity, load_identity, open_sealed_key
+from secure_fed.privacy.keys import create_identity, load_identity, open_sealed_key, seal_checkpoint
 from secure_fed.protocol.records import Chain, RecordHeader, sign_record
 from secure_fed.protocol.rounds import ReplyCode, RoundRequest
 from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, check_sealed_key
@@ -210,6 +210,33 @@ def test_a_site_that_joins_starts_at_the_checkpoint_and_opens_nothing_earlier(fe
     # Rebuilding from its journal starts at the checkpoint again.
     next((federation.folder / "sites/elm/state/runs").glob("*/adapter.safetensors")).unlink()
     assert federation.site("elm").adapter_digest == joined.adapter_digest
+
+
+def test_a_checkpoint_that_holds_no_adapter_is_the_key_makers_doing_and_no_traceback(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elm = _join(federation, "elm")
+    _allow_all(federation)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    run_round(coordinator, sites)
+    sealed = rotate(federation, coordinator, added=(elm,))
+    (federation.folder / "sites/elm/state/keys").mkdir(parents=True, exist_ok=True)
+    (federation.folder / "sites/elm/state/keys/000002.sealed").write_bytes(sealed)
+    for site in sites:
+        exchange(coordinator, site)
+    coordinator.advance()
+    monkeypatch.setattr(
+        "secure_fed.clients.replica.seal_checkpoint",
+        lambda secret, head, _: seal_checkpoint(secret, head, b"no adapter"),
+    )
+    for site in sites:
+        exchange(coordinator, site)
+    assert coordinator.advance().header.kind == "checkpoint"  # type: ignore[union-attr]
+    with pytest.raises(
+        AdapterMismatchError, match="the key maker's checkpoint after round 1 opens and holds no adapter"
+    ):
+        exchange(coordinator, federation.site("elm"))
 
 
 def test_a_sites_identity_opens_the_keys_of_rotations_in_its_journal(federation: Federation) -> None:
