@@ -119,11 +119,11 @@ class RoundLoop:
     _told: str = field(init=False, default="")
     _looked: float = field(init=False, default=0.0)
     _reported: float = field(init=False, default=0.0)
-    _told_before: frozenset[str] = field(init=False)
+    _told_before: set[str] = field(init=False)  # by the server that was here before, and have not come since
 
     def __post_init__(self) -> None:
         members = self.coordinator.journal.chain.members
-        self._told_before = self.coordinator.told_the_end
+        self._told_before = set(self.coordinator.told_the_end)
         self._sites = [
             _Site(
                 site.name,
@@ -290,7 +290,9 @@ class RoundLoop:
             site.since = since
             if since:
                 self._absent.discard(site.name)
-                site.told_the_end = False  # who comes again may have lost that word
+                if site.name in self._told_before:  # who comes again may have lost that word
+                    self._told_before.discard(site.name)
+                    site.told_the_end = False
             if since and site.asked and site.asked_since != since:
                 site.asked = ""  # what it was asked went with its connection, if it has not answered before
 
