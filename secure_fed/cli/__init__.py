@@ -196,6 +196,8 @@ def main() -> None:
             )
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
+            if ctrl_c.pressed:
+                _end(interrupted(sys.argv[1:]), INTERRUPTED)
             if package in ("", "secure_fed"):
                 raise
             _end(

@@ -675,7 +675,7 @@ def test_what_leaves_a_site_is_on_the_allow_list() -> None:
     assert {code.value for code in ReplyCode} >= {"ready", "update", "revealed", "applied", "more", "refused-aggregate"}
     assert set(RecordHeader.model_fields) == {
         *("version", "kind", "seq", "previous", "study", "run", "key", "round", "contributors", "reveals"),
-        *("opened_ms", "closed_ms", "size", "payload", "masks", "witnessed"),
+        *("opened_ms", "closed_ms", "size", "payload", "masks", "witnessed", "witnesses"),
     }
 
 

@@ -257,7 +257,7 @@ def test_undecodable_images_are_named_and_counted_and_the_others_kept(tmp_path, 
         assert "5 of 8 images" in text
         assert "--skip-unreadable" in text
         for line in (
-            "001.jpg: broken image (image file is truncated",
+            "001.jpg: broken image (it ends too early, without an EOI marker)",
             "002.jpg: no image in a format",
             "003.jpg: No such file",
             "004.jpg: pixels of 16 bits a channel",
