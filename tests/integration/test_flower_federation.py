@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -128,6 +129,8 @@ def look(facts: Seen) -> None:
     network = facts.network
     rounds = network.rounds_process()
     pids = {"server": network.processes["server"].pid, "rounds": rounds, "ash": network.processes["ash"].pid}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGSTOP)  # else a fast machine has ended the study meanwhile
     secret = study_secret(network)
     # Any 24 bytes of the middle tell the whole.
     wanted = {"MAC key": secret.mac_key[:24], "secret key": secret.secret_key[1000:1064]}
@@ -135,6 +138,8 @@ def look(facts: Seen) -> None:
     for name, pid in pids.items():
         facts.loaded[name] = loaded_files(pid)
         facts.held[name] = memory_holds(pid, wanted)
+    for pid in pids.values():
+        os.kill(pid, signal.SIGCONT)
     facts.pids = {name: network.processes[name].pid for name in network.processes} | {"rounds": rounds}
 
 
