@@ -25,7 +25,7 @@ from tests.conftest import (
     prepare_sites,
     run_round,
 )
-from tests.integration.test_rotation import _allow_all, _join, rotate
+from tests.integration.test_rotation import _allow_all, _join, come, rotate
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,6 @@ def amend(federation: Federation, coordinator: Coordinator, sites: list[Site], *
     assert entry is not None
     assert entry.header.kind == "checkpoint"
     return sealed
-
-
-def come(federation: Federation, name: str, sealed: bytes) -> Site:
-    """A site that joins, once it has taken the key that lets it."""
-    keys = federation.folder / "sites" / name / "state/keys"
-    keys.mkdir(parents=True, exist_ok=True)
-    (keys / "000002.sealed").write_bytes(sealed)
-    return federation.site(name)
 
 
 def test_a_hospital_that_joined_starts_anew_after_the_key_that_let_it_in_is_gone(five: Federation) -> None:

@@ -176,6 +176,14 @@ def _join(federation: Federation, name: str) -> Member:
     return Member(name=name, keys=create_identity(folder / "identity", name).keys)
 
 
+def come(federation: Federation, name: str, sealed: bytes) -> Site:
+    """A site that joins, once it has taken the key that lets it."""
+    keys = federation.folder / "sites" / name / "state/keys"
+    keys.mkdir(parents=True, exist_ok=True)
+    (keys / "000002.sealed").write_bytes(sealed)
+    return federation.site(name)
+
+
 def _allow_all(federation: Federation) -> None:
     for path in federation.folder.glob("sites/*/site.toml"):
         path.write_text(path.read_text().replace('amendments = "removals"', 'amendments = "all"'))
@@ -194,9 +202,7 @@ def test_a_site_that_joins_starts_at_the_checkpoint_and_opens_nothing_earlier(fe
     for site in sites:
         exchange(coordinator, site)
     coordinator.advance()
-    (federation.folder / "sites/elm/state/keys").mkdir(parents=True, exist_ok=True)
-    (federation.folder / "sites/elm/state/keys/000002.sealed").write_bytes(sealed)  # as keys accept does
-    joined = federation.site("elm")
+    joined = come(federation, "elm", sealed)
     assert not joined.replica.keys.holds(old)
     # It knows no adapter yet, so that it acknowledges nothing.
     assert exchange(coordinator, joined).code == ReplyCode.APPLIED
@@ -221,8 +227,6 @@ def test_a_checkpoint_that_holds_no_adapter_is_the_key_makers_doing_and_no_trace
     coordinator = federation.begin(sites)
     run_round(coordinator, sites)
     sealed = rotate(federation, coordinator, added=(elm,))
-    (federation.folder / "sites/elm/state/keys").mkdir(parents=True, exist_ok=True)
-    (federation.folder / "sites/elm/state/keys/000002.sealed").write_bytes(sealed)
     for site in sites:
         exchange(coordinator, site)
     coordinator.advance()
@@ -236,7 +240,7 @@ def test_a_checkpoint_that_holds_no_adapter_is_the_key_makers_doing_and_no_trace
     with pytest.raises(
         AdapterMismatchError, match="the key maker's checkpoint after round 1 opens and holds no adapter"
     ):
-        exchange(coordinator, federation.site("elm"))
+        exchange(coordinator, come(federation, "elm", sealed))
 
 
 def test_a_sites_identity_opens_the_keys_of_rotations_in_its_journal(federation: Federation) -> None:
