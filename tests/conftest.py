@@ -11,12 +11,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import typer.main
+import typer.testing
 from PIL import Image
 
 from secure_fed import configs
@@ -38,6 +41,9 @@ from secure_fed.server.coordinator import Coordinator
 CLASSES = ("dark", "light", "striped")
 TRAINING = ("ash", "birch", "cedar")
 OBSERVER = "dogwood"
+
+# Typer makes all commands anew, 0.08 s, whenever one is called: here that is hundreds of times in a process.
+typer.testing._get_command = typer.main.get_command = cache(typer.main.get_command)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else no process that a test starts hears Ctrl-C

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import zstandard
@@ -92,14 +93,19 @@ def _json(draw: st.DrawFn, data: bytes) -> bytes | None:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
+@cache
+def sealed_zeros() -> bytes:
+    """As if of SEAL: a few kilobytes that are 256 MiB; made once, since that takes a while."""
+    zeros = zstandard.ZstdCompressor(level=19).compress(bytes(2**28))
+    return struct.pack("<HBBBBHQ", 0xA15E, 16, 4, 3, 2, 0, 16 + len(zeros)) + zeros
+
+
 def bombs(data: bytes) -> list[bytes]:
     """Small bytes that would like to become large, deep or slow."""
-    zeros = zstandard.ZstdCompressor(level=19).compress(bytes(2**28))
-    seal = struct.pack("<HBBBBHQ", 0xA15E, 16, 4, 3, 2, 0, 16 + len(zeros)) + zeros
     deep = b"[" * 2000 + b"]" * 2000
     return [
         b"",
-        seal,
+        sealed_zeros(),
         data + bytes(2**20),
         data[:4] + struct.pack(">I", len(deep)) + deep + bytes(64),
         deep,
