@@ -287,7 +287,7 @@ def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
             "round 2: nothing but zeros, as histograms would cost more budget than they tell"
             if budget
             else "round 2: histograms of how validation patients, and training patients under heads without them, "
-            "fare under each shrinkage; no single image's figures"
+            "fare under each shrinkage; no single image's figures; " + _counted(study)
         )
     if budget and basis.dimensions > _MOST_NOISED:
         lines.append(
@@ -305,6 +305,13 @@ def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
     return lines
 
 
+def _counted(study: Study) -> str:
+    return (
+        "nothing but zeros where sites with a budget, which send such, could leave fewer than "
+        f"{study.min_sites} others in a sum"
+    )
+
+
 def _around_centroids(study: Study, budget: bool) -> list[str]:
     last = study.rounds
     lines = [
@@ -313,7 +320,7 @@ def _around_centroids(study: Study, budget: bool) -> list[str]:
         + ("" if budget else ", and the number of patients"),
         f"round {last}: nothing but zeros, as a histogram would cost more budget than it tells"
         if budget
-        else f"round {last}: a histogram of the largest scores of normal validation patients",
+        else f"round {last}: a histogram of the largest scores of normal validation patients; {_counted(study)}",
     ]
     if not budget:
         lines += [

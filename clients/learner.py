@@ -31,6 +31,7 @@ from secure_fed.clients.images import (
     rules_of,
 )
 from secure_fed.clients.private_round import private_rounds
+from secure_fed.clients.private_sums import nothing
 from secure_fed.clients.rehearsal import rehearse
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.rules import Rules
@@ -399,6 +400,24 @@ class Learner:
                     return True
         return False
 
+    @property
+    def _counted_among_others(self) -> bool:
+        """Whether any cohort that may form has enough sites that count their patients: those with a budget send zeros,
+        behind which nothing hides, so that histograms beside theirs alone would be this site's own figures."""
+        chain, least = self.replica.state.chain, self._agreed.study.min_sites
+        paying = sum(member.role == "train" and name in chain.ledgers for name, member in chain.members.items())
+        counted = chain.quorum.needed - paying
+        if not paying or counted >= least:
+            return True
+        log.warning(
+            "%s: round %d: %d of %d training sites have a budget and count no patients; a cohort may then count those "
+            "of %d sites, of which each could tell another's figures; expected at least min_sites = %d: nothing is "
+            "counted here either, the declared settings hold and nothing is claimed of single cases; ask for more "
+            "sites without a budget, or let all have one",
+            *(self.name, self.replica.due.round, paying, chain.quorum.training, max(counted, 0), least),
+        )
+        return False
+
     def first_integers(self) -> NDArray[np.int64]:
         """The integers of a first round that nobody asks for, and that are not kept: for a rehearsal."""
         return self._train()
@@ -407,6 +426,8 @@ class Learner:
         study = self._agreed.study
         round_number = self.replica.due.round
         features = self.features()
+        if study.method.sums and not study.sums_patients(round_number) and not self._counted_among_others:
+            return self._encode(nothing(self._agreed, round_number))
         if study.task == "anomaly":
             return self._encode(memory.message(self._agreed, round_number, self.parameters, features))
         if study.method.one_sum:

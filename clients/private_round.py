@@ -247,6 +247,7 @@ class PrivateRounds:
                 if plan is None:
                     declared = ledger.account.declare(self._run_epsilon, self._runs)
                     plan = ledger.make_plan(study.id, position.run, declared, sums.planned, 1, sums.sensitivity)
+                sums.refuse(plan.round_mechanism)
                 self._refuse_more(ledger, plan)
                 integers = self._release(ledger, plan, position, path, sums, features(), encode)
             self.head = ledger.travelling(study.id, known)

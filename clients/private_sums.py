@@ -40,6 +40,9 @@ class PrivateSums(Protocol):
     def check(self) -> None:
         """Try on made-up patients that none moves them by more than is paid; raises GuardError."""
 
+    def refuse(self, release: Mechanism) -> None:
+        """Refuse, before anything is spent, noise that others could not tell from patients; raises BudgetError."""
+
     def patients(self, features: SiteFeatures) -> set[str]:
         """Ids of those whom they are made of."""
 
@@ -79,6 +82,9 @@ class _ClassStatistics:
         assert basis is not None, "study new makes one for each method that uses one"
         class_statistics.check_sums(len(self._agreed.study.classes), basis.dimensions)
 
+    def refuse(self, release: Mechanism) -> None:
+        class_statistics.refuse_noise(release)
+
     def patients(self, features: SiteFeatures) -> set[str]:
         return set(features.patients["train"])
 
@@ -108,6 +114,9 @@ class _MemorySums:
 
     def check(self) -> None:
         memory_sums.check_sums(self._parameters)
+
+    def refuse(self, release: Mechanism) -> None:
+        """Never: a centroid's floor is held against noised weights, whose noise nobody needs to know."""
 
     def patients(self, features: SiteFeatures) -> set[str]:
         return set(memory.normal(features, "train")[1])

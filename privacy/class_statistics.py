@@ -13,9 +13,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.core.errors import GuardError
+from secure_fed.core.errors import BudgetError, GuardError
 from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise
-from secure_fed.protocol.one_sum import FIRST, NOISE, PATIENTS, SECOND, Sums
+from secure_fed.protocol.one_sum import FIRST, MOST_NOISE, NOISE, PATIENTS, SECOND, Sums
 
 SCALES = {SECOND: 0.4, FIRST: 1.0, PATIENTS: 0.4}
 """What the blocks are multiplied by before the same noise is added to all: the less, the more noise relative to it."""
@@ -65,6 +65,21 @@ def finite_rows(x: NDArray[np.float64], owners: Sequence[str]) -> list[int]:
     """Rows of patients all of whose features are finite; the others contribute nothing."""
     broken = {owner for owner, row in zip(owners, x, strict=True) if not np.isfinite(row).all()}
     return [row for row, owner in enumerate(owners) if owner not in broken]
+
+
+def refuse_noise(release: Mechanism) -> None:
+    """Refuse a release whose noise is larger than its variance, which travels with it, can say.
+
+    Raises:
+        BudgetError: it is.
+    """
+    deviation, most = release.noise_std / SCALES[PATIENTS], math.sqrt(MOST_NOISE)
+    if deviation > most:
+        raise BudgetError(
+            f"a budget with noise of a deviation {deviation:.0f} in numbers of patients; expected at most {most:.0f}, "
+            "as others' sums would be lost in it: nothing was spent, and this site takes part as an observer; to be in "
+            "the sum, give this site a larger epsilon a run (privacy.epsilon, run_epsilon or fewer runs)"
+        )
 
 
 def noisy_values(sums: Sums, noise_multiplier: float, noise: Noise = gaussian_noise) -> dict[str, NDArray[np.float64]]:

@@ -25,7 +25,7 @@ from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.study_tables import Features
 
 LEAST_IMAGES = 100
-"""Fewest public images that statistics are taken of."""
+"""Fewest public images, no two alike, that statistics are taken of."""
 
 AXES = 256
 """Directions that are kept, those of the most spread."""
@@ -36,6 +36,9 @@ them noise of a release is spread best over what tells classes apart (docs/facmi
 
 RADIUS = 0.85
 """Radius of a basis in root mean square lengths of what it is made of; about a third of the images lie within."""
+
+RESOLVED = 1e-6
+"""Least deviation along a direction, over the largest one, that is not what rounding leaves of none."""
 
 LEAST_SPREAD = 0.1
 """Least that a coordinate of a raw basis is expected to spread, in root mean square spreads of all: in directions in
@@ -60,16 +63,23 @@ class PublicStatistics:
     spread: NDArray[np.float64]
     digest: str = ""
 
+    @property
+    def directions(self) -> int:
+        """In how many directions the images spread: of n images in fewer than n, the rest is rounding."""
+        return int(np.count_nonzero(self.deviations > RESOLVED * self.deviations.max()))
+
     @classmethod
     def of(cls, sources: Sequence[NDArray[np.float32]]) -> PublicStatistics:
         """Of the unit features [n, d] of one or more kinds of images, which count alike however many each has.
 
         Raises:
-            StudyError: too few images.
+            StudyError: too few images that differ.
         """
-        images = min((len(rows) for rows in sources), default=0)
+        images = min((len(np.unique(rows, axis=0)) for rows in sources), default=0)
         if images < LEAST_IMAGES:
-            raise StudyError(f"{images} public images; expected at least {LEAST_IMAGES}, more than dimensions at best")
+            raise StudyError(
+                f"{images} public images that differ; expected at least {LEAST_IMAGES}, more than dimensions at best"
+            )
         rows = [source.astype(np.float64) for source in sources]
         centre = np.mean([source.mean(axis=0) for source in rows], axis=0)
         within = np.mean([np.cov(source.T) for source in rows], axis=0)
@@ -109,7 +119,11 @@ class PublicStatistics:
                 parts = [
                     file.get_tensor(name).astype(np.float64) for name in ("centre", "axes", "deviations", "spread")
                 ]
-        except (OSError, safetensors.SafetensorError) as error:
+            centre, axes, deviations, spread = parts
+            shapes = (axes.shape, spread.shape) == ((len(deviations), len(centre)), centre.shape)
+            if not shapes or not all(np.isfinite(part).all() for part in parts):
+                raise ValueError("shapes that do not fit, or numbers that are none")
+        except (OSError, safetensors.SafetensorError, ValueError, TypeError) as error:
             raise StudyError(
                 f"{path}: no public statistics ({type(error).__name__}); expected a folder of public images, or "
                 "statistics of such"
@@ -124,7 +138,6 @@ class PublicStatistics:
                 f"{path}: statistics of images that were seen by other windows, another background or another release "
                 "than the study's sites will see theirs by; expected the same: give a folder of public images instead"
             )
-        centre, axes, deviations, spread = parts
         return cls(centre, axes, deviations, spread, own)
 
 
@@ -199,10 +212,10 @@ def make_basis(features: Features, width: int, seed: int, statistics: PublicStat
             'features.basis = "public": there are no statistics of public images for this backbone; expected a folder '
             'of such images: give it with --public, or take basis = "random", which needs none'
         )
-    there = int(np.count_nonzero(statistics.deviations > 0))
-    if wanted > there:
+    if wanted > statistics.directions:
         raise StudyError(
-            f"features.dimensions = {wanted}: the public images spread in {there} directions; expected at most that"
+            f"features.dimensions = {wanted}: the public images spread in {statistics.directions} directions; expected "
+            "at most that, or more public images"
         )
     deviations = statistics.deviations[:wanted]
     axes = statistics.axes[:wanted] / deviations[:, None] ** WHITENING

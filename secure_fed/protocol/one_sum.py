@@ -45,7 +45,9 @@ _SLACK = 4.0
 """Bounds of sums in expected magnitudes."""
 _PART = 64
 """Parts of a patient that a count resolves: a patient's images are in several classes or bins."""
-_NOISE_BITS, _MOST_NOISE = 25, 2.0**17
+_NOISE_BITS = 25
+MOST_NOISE = 2.0**17
+"""Most variance of a site's noise that can travel; with more, others would take noise for patients."""
 NO_LIMIT = 1e9
 """Beyond any log odds and distance: adapters hold finite numbers only."""
 _LEFT_OUT = -1e4
@@ -85,7 +87,7 @@ def sums_blocks(classes: int, basis: Basis, most_patients: int, precision: int) 
         _counts(PATIENTS, classes, most_patients),
         Block(FIRST, np.tile(_SLACK * most_patients * basis.spread, classes), precision),
         Block(SECOND, _SLACK * most_patients * second, precision),
-        Block(NOISE, np.array([_MOST_NOISE]), _NOISE_BITS),
+        Block(NOISE, np.array([MOST_NOISE]), _NOISE_BITS),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,12 +14,14 @@ import safetensors.numpy
 
 from secure_fed.clients import acceptance
 from secure_fed.clients.acceptance import terms
+from secure_fed.clients.learner import Learner
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import EnvelopeError, StorageError
 from secure_fed.privacy import class_statistics
 from secure_fed.privacy.accounting import plan_noise
 from secure_fed.protocol import aggregation, codec, one_sum
 from secure_fed.protocol.envelope import MAGIC, MAX_HEADER
+from secure_fed.protocol.quorum import Quorum, quorum
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import split_frame
 from tests.conftest import TRAINING, Federation, copy_of, exchange, pass_step, prepare_sites, run_round
@@ -46,7 +49,9 @@ def stored(site: Any) -> np.ndarray:
     return np.asarray(safetensors.numpy.load(path.read_bytes())["integers"])
 
 
-def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: Federation) -> None:
+def test_one_release_spends_the_budget_once_and_the_second_round_nothing(
+    study: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
     sites = [study.site(name) for name in TRAINING]
     coordinator = begin(study)
     run_round(coordinator, sites)
@@ -70,10 +75,34 @@ def test_one_release_spends_the_budget_once_and_the_second_round_nothing(study: 
     assert [event["purpose"].partition(": ")[2] for event in facts["events"]] == ["class statistics, in one sum"]
     held = sites[1].replica.state.tensors
     assert held[f"{aggregation.MOMENT}noise"][0] == pytest.approx((std / 0.4) ** 2, abs=2**17 / 2**24)
-    # The other two sites' patients choose the shrinkage, and the private site's are not among them.
-    validation = sites[1].replica.state.validation
-    assert validation is not None
-    assert validation.images == 2 * (15 + 6)
+    # Behind zeros nothing hides: of the other two, each would read the other's figures.
+    assert not held[f"{aggregation.MOMENT}{one_sum.HISTOGRAMS}"].any()
+    assert one_sum.Limits.of(sites[1].parameters) == one_sum.NO_LIMITS
+    told = [one.getMessage() for one in caplog.records if "count no patients" in one.getMessage()]
+    assert len(told) == 2
+    assert "birch: round 2: 1 of 3 training sites have a budget" in told[0]
+    assert "a cohort may then count those of 2 sites" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("training", "paying", "least", "counts"),
+    [(3, 0, 3, True), (3, 1, 3, False), (5, 1, 3, True), (5, 2, 3, False), (7, 2, 3, True), (7, 6, 3, False)],
+)
+def test_sites_count_patients_only_among_enough_that_do(training: int, paying: int, least: int, counts: bool) -> None:
+    """Whichever cohort is chosen; an observer's name and a member that left make no difference."""
+    names = [f"site-{number}" for number in range(training)]
+    members = {name: SimpleNamespace(role="train") for name in names} | {"eye": SimpleNamespace(role="observer")}
+    chain = SimpleNamespace(
+        members=members,
+        ledgers=dict.fromkeys([*names[:paying], "gone"], (1, "0" * 64)),
+        quorum=Quorum(training, 1, 0, quorum(training, 1, least)),
+    )
+    site = SimpleNamespace(
+        name=names[-1],
+        replica=SimpleNamespace(state=SimpleNamespace(chain=chain), due=SimpleNamespace(round=2)),
+        _agreed=SimpleNamespace(study=SimpleNamespace(min_sites=least)),
+    )
+    assert Learner._counted_among_others.fget(site) is counts  # type: ignore[attr-defined]
 
 
 def test_a_sum_that_budgets_drown_is_told_to_all_and_the_study_stays_at_zero_shot(
@@ -166,6 +195,20 @@ def test_noise_beyond_the_bounds_is_no_reason_to_change_the_study(
         assert "raise method.most_patients" not in caplog.text
         site._encode(values)
     assert "raise method.most_patients in the next study" in caplog.text
+
+
+def test_noise_that_its_own_variance_cannot_tell_of_is_not_sent(
+    study: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others would hold a class of noise against too small a deviation, and take it for patients."""
+    set_budget(study.folder, "ash", 0.02)
+    site = study.site("ash")
+    coordinator = begin(study)
+    reply = site.respond(coordinator.request(site.name, site.run, site.position))
+    assert reply.code == ReplyCode.APPLIED
+    assert not ledger_of(study).events
+    assert "deviation 379 in numbers of patients; expected at most 362" in caplog.text
+    assert "give this site a larger epsilon a run" in caplog.text
 
 
 def test_a_site_with_a_budget_is_warned_of_a_sum_in_many_dimensions(

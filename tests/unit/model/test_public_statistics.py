@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_sources_count_alike_however_many_images_each_has() -> None:
     assert np.allclose(found.centre, (few.mean(axis=0, dtype=float) + many.mean(axis=0, dtype=float)) / 2)
     assert np.allclose(found.axes @ found.axes.T, np.eye(DIM))
     assert np.all(np.diff(found.deviations) <= 0)
-    with pytest.raises(StudyError, match="99 public images; expected at least 100"):
+    with pytest.raises(StudyError, match="99 public images that differ; expected at least 100"):
         PublicStatistics.of([few[:99], many])
 
 
@@ -81,6 +82,39 @@ def test_a_random_basis_is_the_seeds() -> None:
 def test_what_a_basis_cannot_be_is_named_with_what_would_do(features: Features, statistics: bool, says: str) -> None:
     with pytest.raises(StudyError, match=says):
         make_basis(features, DIM, 0, PublicStatistics.of([images()]) if statistics else None)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_directions_that_only_rounding_spreads_in_are_none(halved: bool, tmp_path: Path) -> None:
+    """Of 100 images there are 99; divided by what rounding leaves in others, every site's image would be noise."""
+    rng = np.random.default_rng(6)
+    rows = rng.standard_normal((100, 160)) + 2
+    statistics = PublicStatistics.of([(rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)])
+    if halved:
+        statistics.save(tmp_path / "public.safetensors", "a" * 64)
+        statistics = PublicStatistics.load(tmp_path / "public.safetensors", "a" * 64)
+    assert make_basis(Features(basis="public", dimensions=99), 160, 0, statistics).dimensions == 99
+    with pytest.raises(StudyError, match=r"dimensions = 100: .* spread in 99 directions; .* or more public images"):
+        make_basis(Features(basis="public", dimensions=100), 160, 0, statistics)
+
+
+def test_a_picture_that_is_there_twice_is_one_public_image() -> None:
+    once = images(100)
+    PublicStatistics.of([np.concatenate([once, once])])
+    for copies in (np.repeat(once[:1], 100, axis=0), np.concatenate([once[:99], once[:99]])):
+        with pytest.raises(StudyError, match=r"(1|99) public images that differ; expected at least 100"):
+            PublicStatistics.of([images(), copies])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("spread", np.full(DIM, np.nan)), ("centre", np.zeros(DIM - 1)), ("deviations", np.zeros(3)), ("axes", np.eye(3))],
+)
+def test_statistics_that_do_not_hold_together_are_refused(name: str, values: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "public.safetensors"
+    replace(PublicStatistics.of([images()]), **{name: values}).save(path, "a" * 64)
+    with pytest.raises(StudyError, match="no public statistics"):
+        PublicStatistics.load(path, "a" * 64)
 
 
 def test_statistics_belong_to_one_backbone(tmp_path: Path) -> None:
