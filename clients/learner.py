@@ -60,7 +60,8 @@ log = logging.getLogger(__name__)
 
 NO_DRAWS = np.zeros(0)
 SATURATION_WARNING = 0.001
-"""Share of saturated coordinates above which the site warns: the value bound is then too small."""
+"""Share of an update's saturated coordinates above which the site warns: the value bound is then too small. Of exact
+sums each is told."""
 
 
 class Learner:
@@ -471,22 +472,28 @@ class Learner:
                 quantised.saturated,
                 quantised.error,
             )
-            if quantised.saturated <= SATURATION_WARNING:
+            sums, cut = self._agreed.study.method.sums, quantised.saturated
+            exact = sums and self._private is None
+            if cut <= (0 if exact else SATURATION_WARNING):
                 continue
-            cut, sums = 100 * quantised.saturated, self._agreed.study.method.sums
-            if sums and self._private is not None:
+            if exact:
+                log.warning(
+                    "round %d, %s: %d of %d values exceed their bounds and are cut; expected none, as one variance "
+                    "that is cut bends the head: raise method.most_patients in the next study",
+                    *(round_number, name, round(cut * quantised.integers.size), quantised.integers.size),
+                )
+            elif sums:
                 log.info(
                     "round %d, %s: %.2f %% of the values lie beyond their bounds by the noise that the budget asks for "
                     "and are cut, which moves no head by anything that shows: nothing is to be done",
-                    *(round_number, name, cut),
+                    *(round_number, name, 100 * cut),
                 )
-                continue
-            log.warning(
-                "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: %s in "
-                "the next study",
-                *(round_number, name, cut, 100 * SATURATION_WARNING),
-                "raise method.most_patients" if sums else "raise encoding.value_bound or lower the learning rate",
-            )
+            else:
+                log.warning(
+                    "round %d, %s: %.2f %% of the values exceed their bounds and are cut; expected at most %.1f %%: "
+                    "raise encoding.value_bound or lower the learning rate in the next study",
+                    *(round_number, name, 100 * cut, 100 * SATURATION_WARNING),
+                )
         return integers
 
 

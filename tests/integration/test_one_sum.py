@@ -244,15 +244,19 @@ def test_more_patients_than_declared_are_refused_before_anything_leaves(images: 
 
 
 def test_statistics_beyond_their_bounds_are_told_with_what_would_do(
-    study: Federation, caplog: pytest.LogCaptureFixture
+    study: Federation, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("secure_fed.clients.learner.SATURATION_WARNING", 0.1)  # of updates, which have more values
     site, agreed = study.site("ash"), study.agreed
     begun = study.begin(study.sites())
     exchange(begun, site)
-    values = one_sum.Sums(np.zeros(3), np.full((3, 16), 1e4), np.zeros((16, 16))).values()
-    site._encode(values)
+    size, wide = 16 * 17 // 2, np.zeros((16, 16))
+    wide[3, 3] = 1e4  # a single variance among many that is cut bends the head
+    site._encode(one_sum.Sums(np.zeros(3), np.full((3, 16), 1e4), wide).values())
     assert agreed.study.method.one_sum
-    assert "round 1, first: 100.00 % of the values exceed their bounds" in caplog.text
+    assert "round 1, first: 48 of 48 values exceed their bounds" in caplog.text
+    assert f"round 1, second: 1 of {size} values exceed their bounds" in caplog.text
+    assert "patients: " not in caplog.text
     assert "raise method.most_patients in the next study" in caplog.text
 
 
