@@ -63,7 +63,7 @@ class Basis:
             width: d, of the backbone's features.
 
         Raises:
-            StudyError: the basis is of features of another width.
+            StudyError: the basis is of features of another width, or its numbers are none that make coordinates.
             KeyError: a part is missing.
         """
         if "basis.centre" not in tensors:
@@ -74,5 +74,11 @@ class Basis:
             raise StudyError(
                 f"the basis is of {centre.size} features, the backbone gives {width}; expected the basis that study "
                 "new made for this backbone: make the study anew"
+            )
+        numbers = (centre, basis.spread, np.array([basis.radius]), *(() if axes is None else (axes,)))
+        if not all(np.isfinite(part).all() for part in numbers) or min(basis.radius, basis.spread.min()) <= 0:
+            raise StudyError(
+                "the basis holds a radius or spread that is not above 0, or numbers that are not finite; expected what "
+                "study new makes: make the study anew, of public images that differ"
             )
         return basis

@@ -252,3 +252,21 @@ def test_a_basis_of_another_backbones_width_is_refused() -> None:
     assert Basis.of(tensors, DIM) is not None
     with pytest.raises(StudyError, match=r"the basis is of 12 features, the backbone gives 16.*make the study anew"):
         Basis.of(tensors, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("radius", np.zeros(1)),
+        ("radius", np.full(1, np.nan)),
+        ("spread", np.array([1.0, 0, 1, 1])),
+        ("spread", -np.ones(4)),
+        ("centre", np.full(DIM, np.inf)),
+        ("axes", np.full((4, DIM), np.nan)),
+    ],
+)
+def test_a_basis_that_makes_no_coordinates_is_refused(name: str, values: np.ndarray) -> None:
+    """Bounds below 0 would turn every statistic into one number, and nobody would say so."""
+    tensors = make_basis(Features(basis="random", dimensions=4), DIM, 0, None).tensors()
+    with pytest.raises(StudyError, match=r"the basis holds a radius or spread .*make the study anew"):
+        Basis.of(tensors | {f"basis.{name}": values}, DIM)
