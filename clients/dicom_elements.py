@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import re
 import struct
+from functools import cache
 from typing import Any
 
 import numpy as np
 from pydicom.multival import MultiValue
+from pydicom.tag import Tag
 
 from secure_fed.clients.rules import UndecodableError
+
+
+_tag = cache(Tag)
+
+
+def _value(dataset: Any, keyword: str) -> Any:
+    """An element's value; None if there is none. By keyword pydicom takes as long again, and raises where it is not."""
+    return dataset[_tag(keyword)].value if _tag(keyword) in dataset else None
 
 
 def text(dataset: Any, keyword: str) -> str:
     """An element as text without blanks around; empty if there is none, or none that can be read."""
     try:
-        value = dataset.get(keyword) if keyword in dataset else None  # else pydicom raises, and catches, an error
+        value = _value(dataset, keyword)
         if isinstance(value, MultiValue):  # an id with a backslash, which separates values
             value = "\\".join(map(str, value))
         return "" if value is None else str(value).replace("\0", "").strip()
@@ -26,7 +36,7 @@ def text(dataset: Any, keyword: str) -> str:
 def texts(dataset: Any, keyword: str) -> list[str]:
     """The parts of an element of several values."""
     try:
-        value = dataset.get(keyword)
+        value = _value(dataset, keyword)
         return [value] if isinstance(value, str) else [str(part) for part in value or ()]
     except Exception:
         return []
@@ -39,7 +49,7 @@ def whole(dataset: Any, keyword: str) -> int:
         UndecodableError: it has none.
     """
     try:
-        return int(dataset.get(keyword))
+        return int(_value(dataset, keyword))
     except Exception:
         raise UndecodableError(f"{keyword} is missing or no number; expected a whole number above 0") from None
 
@@ -67,9 +77,9 @@ def places(dataset: Any, keyword: str, tag: str) -> list[float | None]:
     Raises:
         UndecodableError: one is no number, or might be two.
     """
-    if keyword not in dataset:
+    if _tag(keyword) not in dataset:
         return []
-    element = dataset.get_item(keyword)
+    element = dataset.get_item(_tag(keyword))
     value = element.value
     if isinstance(value, bytes) and (getattr(element, "VR", None) in (None, "DS", "UN", "LO", "SH", "")):
         value = value.decode("ascii", "replace")
@@ -99,7 +109,7 @@ def places(dataset: Any, keyword: str, tag: str) -> list[float | None]:
 def stored_value(dataset: Any, keyword: str, dtype: np.dtype[Any]) -> int | None:
     """An element that is written as pixels are, whatever sign its writer gave it."""
     try:
-        value = dataset.get(keyword)
+        value = _value(dataset, keyword)
         if isinstance(value, bytes):
             value = struct.unpack("<H", value[:2])[0]
         if value is None:
@@ -115,7 +125,7 @@ def functional_group(dataset: Any, index: int, name: str, *elements: str) -> Any
     """The frame's own functional group of that name, else the one shared by all frames, else the whole file: the first
     of them in which one of the elements has a value, as some devices write groups without."""
     for sequence, place in (("PerFrameFunctionalGroupsSequence", index), ("SharedFunctionalGroupsSequence", 0)):
-        groups = dataset.get(sequence)
+        groups = _value(dataset, sequence)
         found = groups[place].get(name) if groups and place < len(groups) else None
         if found and any(_is_filled(found[0], element) for element in elements):
             return found[0]
@@ -124,7 +134,7 @@ def functional_group(dataset: Any, index: int, name: str, *elements: str) -> Any
 
 def _is_filled(dataset: Any, keyword: str) -> bool:
     """Whether an element has a value, even one that cannot be read."""
-    value = dataset.get_item(keyword).value if keyword in dataset else None
+    value = dataset.get_item(_tag(keyword)).value if _tag(keyword) in dataset else None
     if isinstance(value, bytes):
         value = value.strip(b" \0\\")
     return value is not None and (not hasattr(value, "__len__") or len(value) > 0)

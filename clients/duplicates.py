@@ -32,6 +32,7 @@ MOST_TOGETHER = 0.1
 ALWAYS_TOGETHER = 10
 
 _SIDE = 16  # of the hash, squared its bits
+_LOOKED_AT = 4 * _SIDE  # a picture's side, of which the hash is taken
 _BATCH = 256
 _PLAIN = Rules()
 _NO_FACTS = Facts()
@@ -84,7 +85,9 @@ def fingerprint(image: Image.Image, facts: Facts = _NO_FACTS) -> Fingerprint:
     colours = image if image.mode in ("L", "RGB") else image.convert("RGB")
     grey = colours.convert("L")
     digest = digest_of_pixels(colours)
-    look = np.packbits(imagehash.phash(grey, hash_size=_SIDE).hash.flatten()).tobytes()
+    # In two steps, which takes a third of the time: the hash is of lower frequencies than either step changes.
+    small = grey.resize((_LOOKED_AT, _LOOKED_AT), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    look = np.packbits(imagehash.phash(small, hash_size=_SIDE).hash.flatten()).tobytes()
     counts = np.array(grey.histogram()) / (image.width * image.height)
     if 1 < np.count_nonzero(counts) <= FEW_LEVELS:
         note = f"at most {FEW_LEVELS} grey levels, as masks, labels and drawings have"
@@ -93,8 +96,8 @@ def fingerprint(image: Image.Image, facts: Facts = _NO_FACTS) -> Fingerprint:
     contrast = math.sqrt(float(counts @ (_LEVELS - mean) ** 2))
     spread = 0.0
     if colours.mode == "RGB":
-        small = np.asarray(colours.reduce(max(1, min(image.size) // 64)), dtype=np.int16)
-        spread = float((small.max(axis=2) - small.min(axis=2)).mean())
+        coarse = np.asarray(colours.reduce(max(1, min(image.size) // 64)), dtype=np.int16)
+        spread = float((coarse.max(axis=2) - coarse.min(axis=2)).mean())
     return Fingerprint(digest, look, *image.size, mean, contrast, spread, facts)
 
 
