@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import warnings
 from functools import cached_property
@@ -18,6 +19,7 @@ from pydicom.pixels.processing import convert_color_space
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
+    UID,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
@@ -50,6 +52,9 @@ _UNNAMED = {
 
 _FRACTIONS = {"FloatPixelData": "(7FE0,0008)", "DoubleFloatPixelData": "(7FE0,0009)"}
 """Elements that stand in the place of PixelData."""
+
+_LONGER_RUNS = re.compile(r"RLE segment contains non-conformant padding - (\d+) vs\. (\d+) bytes")
+"""Of pydicom's warnings the one of a picture in which something has moved, as data were lost before."""
 
 _BEGINNINGS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP")
 """Of a frame as JPEG or JPEG-LS, JPEG 2000, and that in its own file format; inside of one none of them occurs."""
@@ -261,6 +266,8 @@ class DicomFile:
         with io.BytesIO(pixels) as stream:
             offsets = parse_basic_offsets(stream)
             places = parse_fragments(stream)[1]
+        if places and places[-1] + 8 + int.from_bytes(pixels[places[-1] + 4 : places[-1] + 8], "little") > len(pixels):
+            raise ValueError("its last item says more bytes than are there, so that some are missing in it: copy it")
         count = len(places)  # of run lengths, of which a frame is one fragment
         if syntax != RLELossless:
             count = sum(pixels.startswith(_BEGINNINGS, place + 8) for place in places)  # behind an item's tag, length
@@ -349,7 +356,10 @@ def _give_syntax(dataset: Any) -> None:
     """Files without a meta header: pydicom has found out how they are written."""
     if not hasattr(dataset, "file_meta"):
         dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    if dataset.file_meta.get("TransferSyntaxUID") is None:
+    found = dataset.file_meta.get("TransferSyntaxUID")
+    if found is not None and not isinstance(found, UID):  # several values, or numbers
+        raise ValueError(f"its transfer syntax (0002,0010) is {str(found)[:60]}; expected one identifier")
+    if found is None:
         implicit, little = dataset.original_encoding
         native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
@@ -365,7 +375,12 @@ def _decoded(dataset: Any, index: int, coded: _Codestream | None) -> NDArray[Any
     decoder = base.get_decoder(syntax)
     if syntax.is_encapsulated and samples > 1:
         dataset.PlanarConfiguration = 0  # of what was compressed: decoders hand out pixels, or say what else
-    found, about = decoder.as_array(dataset, index=index, as_rgb=False)  # type: ignore[arg-type]  # one of the options
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found, about = decoder.as_array(dataset, index=index, as_rgb=False)  # type: ignore[arg-type]  # an option
+    for longer in filter(None, (_LONGER_RUNS.search(str(one.message)) for one in told)):
+        if int(longer[1]) > int(longer[2]) + 1:  # one byte makes a segment even
+            raise ValueError(f"a segment of {longer[1]} bytes, unpacked, of {longer[2]}: what it says of some is lost")
     if found.ndim == 3 and (colours := str(about["photometric_interpretation"])).startswith("YBR_FULL"):
         # Here and not in pydicom, which takes the whole picture as floating point numbers.
         for rows in blocks(found, SMALL):

@@ -159,6 +159,8 @@ def inflated(content: bytes) -> bytes:
             f"a deflated DICOM file of more than {_MOST_BYTES:,} bytes; expected at most that (a small file can claim "
             "any size): export it uncompressed"
         )
+    if not engine.eof:
+        raise UndecodableError("a deflated DICOM file that ends too early; copy it again")
     native = ExplicitVRLittleEndian.encode().ljust(len(DeflatedExplicitVRLittleEndian), b"\0")
     return content[:start].replace(DeflatedExplicitVRLittleEndian.encode(), native) + found
 

@@ -25,6 +25,10 @@ _SAMPLE_FORMAT = 339
 _COLOUR_MAP = 320
 _DESCRIPTION = 270
 _DEPTH = 32997
+_DEFLATED = (8, 32946)
+_PROFILED = 124
+"""Of a BMP's header the size from which on a profile of colours may lie behind the pixels."""
+
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Of each pixel of a PNG, by its kind of colours."""
 
@@ -71,7 +75,9 @@ class PhotographFile:
                 if frames != 1 and image.format != "MPO":  # a camera's MPO is one picture and its previews
                     raise UndecodableError(f"{frames} frames; expected one image a file, DICOM or NIfTI: split it")
                 if image.format == "TIFF":
-                    _refuse_part(image)
+                    _refuse_part(image, self._content)
+                if image.format in ("BMP", "PPM"):
+                    _refuse_more(image, self._content)
                 if image.format == "PNG":
                     _refuse_damaged(self._content)
                 _widen_palette(image)
@@ -165,11 +171,46 @@ def _pictures(image: Image.Image) -> int:
     return int(getattr(image, "n_frames", 1))
 
 
-def _refuse_part(image: Image.Image) -> None:
-    """Refuse a TIFF that says itself that more belongs to it than is there: Pillow leaves black what is missing.
+def _refuse_more(image: Image.Image, content: bytes) -> None:
+    """Refuse a BMP or PPM with more pixels than its header says, of which a part would be shown, and that askew.
+
+    Raises:
+        ValueError: it has them; or other pictures behind the first.
+    """
+    decoder, _, start, how = image.tile[0]
+    height = image.height
+    if decoder == "ppm_plain":
+        digits = re.sub(rb"#[^\n\r]*", b" ", content[start:])
+        found = len(digits.translate(None, b" \t\n\r\v\f")) if image.mode == "1" else len(digits.split())
+        size = image.width * height * len(image.getbands())
+        if found > size:
+            raise ValueError(f"{found:,} numbers of {size:,} that its header says")
+        return
+    if decoder == "raw" and image.format == "BMP":
+        row = how[1]
+    elif decoder in ("raw", "ppm") and image.mode[0] not in "IF":
+        row = math.ceil(image.width / 8) if image.mode == "1" else image.width * len(image.getbands())
+    else:  # run lengths say themselves where they end, and fractions are refused as such
+        return
+    if image.format != "BMP" or int.from_bytes(content[14:18], "little") < _PROFILED:
+        _refuse_behind(image, content[start:], row * height)
+
+
+def _refuse_behind(image: Image.Image, pixels: bytes, size: int) -> None:
+    """Refuse pixels that are more than the header of their picture says."""
+    behind = pixels[size:].strip()
+    # A row or a column less leaves at least as much; padding has one value.
+    if len(behind) >= size // max(image.size) and behind != behind[:1] * len(behind):
+        raise ValueError(f"{len(pixels):,} bytes of pixels of {size:,} that its header says")
+
+
+def _refuse_part(image: Image.Image, content: bytes) -> None:
+    """Refuse a TIFF that says itself that more, or less, belongs to it than is there: Pillow leaves black what is
+    missing; and one whose checksums do not fit, at which libtiff does not look.
 
     Raises:
         ValueError: it does.
+        zlib.error: they do not.
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
     width, height, planes = tags[256], tags[257], tags.get(277, 1) if tags.get(284) == 2 else 1
@@ -179,13 +220,20 @@ def _refuse_part(image: Image.Image) -> None:
     else:
         offsets, counts = tags[273], tags.get(279, ())
         parts = math.ceil(height / min(height, tags.get(278) or height)) * planes
-    if len(offsets) < parts:
+    if len(offsets) != parts:
         raise ValueError(f"{len(offsets)} strips or tiles of {parts}")
+    for offset, count in zip(offsets, counts, strict=False) if tags.get(259) in _DEFLATED else ():
+        engine, part = zlib.decompressobj(), content[offset : offset + count]
+        while part and not engine.eof:
+            engine.decompress(part, _BLOCK)
+            part = engine.unconsumed_tail
     depths = tags.get(_BITS_PER_SAMPLE, (1,))
     size = math.ceil(width * sum(depths if len(depths) > 1 else depths * tags.get(277, 1)) / 8) * height
     plain = tags.get(259, 1) == 1 and tags.get(262) != 6  # of YCbCr, colours may be thinned out
     if plain and len(counts) > 1 and sum(counts) < size:  # of one alone some writers leave it out
         raise ValueError(f"{sum(counts):,} bytes of pixels of {size:,}")
+    if plain and len(counts) == 1:
+        _refuse_behind(image, content[offsets[0] : offsets[0] + counts[0]], size)
 
 
 def _refuse_damaged(content: bytes) -> None:
@@ -206,8 +254,11 @@ def _refuse_filled(image: Image.Image, content: bytes) -> None:
         ValueError: they are, or there is no end of it.
     """
     # One picture after another, before this one is there itself: two would take too much memory.
-    longer = _numbers(Image.open(io.BytesIO(jpeg.altered(content).longer), formats=("JPEG",)))
-    if _numbers(image) != longer:
+    longer, otherwise = (
+        _numbers(Image.open(io.BytesIO(one), formats=("JPEG",))) if one else [] for one in jpeg.altered(content)
+    )
+    found = _numbers(image)
+    if found != longer or found == otherwise:
         raise ValueError(jpeg.MISSING)
 
 

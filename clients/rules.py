@@ -14,7 +14,7 @@ from PIL import Image
 from secure_fed.protocol.study import StudyFile
 from secure_fed.protocol.study_tables import Background, Window
 
-VERSION = 12
+VERSION = 13
 """Of the readers: raised whenever one shows a file differently, so that no cached feature is of an older one."""
 
 MOST_PIXELS = 40_000_000

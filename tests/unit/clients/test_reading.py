@@ -17,7 +17,7 @@ from openjpeg.utils import encode_buffer
 from PIL import Image, TiffImagePlugin
 from pydicom import uid
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.sequence import Sequence
 
@@ -235,6 +235,68 @@ def test_a_jpeg_frame_of_which_a_part_is_missing_or_zeros_is_refused_and_never_f
         for instead in (b"", bytes(200)):
             with pytest.raises(UndecodableError, match=r"data are missing in it, or others|without an EOI marker"):
                 grey(encapsulated(pixels, syntax, stream[:at] + instead + stream[at + 200 :], **fields))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode"),
+    [
+        (uid.JPEGBaseline8Bit, lambda x: imagecodecs.jpeg8_encode((x >> 4).astype(np.uint8))),
+        (uid.JPEGLosslessSV1, lambda x: imagecodecs.ljpeg_encode(x, bitspersample=12)),
+        (uid.JPEG2000Lossless, lambda x: j2k(x)),
+        (uid.RLELossless, None),
+    ],
+)
+@pytest.mark.parametrize("lost", [2, 40])
+def test_a_file_in_which_bytes_of_a_frame_are_lost_is_refused(lost, syntax, encode):
+    """The frame's own data may go on as if nothing were: what its item says of their number does not fit."""
+    noise = SMOOTH + np.random.default_rng(0).integers(0, 64, SMOOTH.shape).astype(np.uint16)
+    fields = {} if syntax == uid.JPEGBaseline8Bit else TWELVE
+    if encode is None:
+        dataset = dicom(noise, **fields)
+        dataset.compress(syntax)
+    else:
+        pixels = noise if fields else (noise >> 4).astype(np.uint8)
+        dataset = encapsulated(pixels, syntax, bytes(encode(noise)), **fields)
+    content = as_bytes(dataset)
+    decode(content)
+    for at in range(len(content) // 2, len(content) - 200, len(content) // 10):
+        with pytest.raises(UndecodableError, match="its last item says more bytes than are there"):
+            decode(content[:at] + content[at + lost :])
+
+
+def test_run_lengths_that_go_on_behind_the_picture_are_refused():
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    packed = dicom(noise)
+    packed.compress(uid.RLELossless)
+    frame = get_frame(packed.PixelData, 0)
+    for more, refused in ((b"\0\1", False), (b"\0\1\0\1", True), (b"\xf0\1", True)):
+        longer = encapsulated(noise, uid.RLELossless, frame + more)
+        if refused:
+            with pytest.raises(UndecodableError, match=r"a segment of \d+ bytes, unpacked, of 256"):
+                decode(as_bytes(longer))
+        else:
+            assert np.array_equal(grey(longer), grey(dicom(noise)))
+
+
+def test_a_deflated_file_that_ends_too_early_is_refused_though_its_pixels_are_there():
+    dataset = dicom(RAMP)
+    dataset.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    content = as_bytes(dataset)
+    engine = zlib.compressobj(wbits=-15)
+    start = 144 + struct.unpack("<I", content[140:144])[0]
+    open_ended = content[:start] + engine.compress(zlib.decompress(content[start:], -15)) + engine.flush(zlib.Z_FULL_FLUSH)
+    decode(content)
+    with pytest.raises(UndecodableError, match="a deflated DICOM file that ends too early"):
+        decode(open_ended)
+
+
+def test_a_transfer_syntax_of_two_values_is_none():
+    dataset = dicom(RAMP)
+    content = as_bytes(dataset)
+    known = b"1.2.840.10008.1.2.1\0"
+    for other in (b"1.2.840\\10008.1.2.1\0", b"\\" * 20):
+        with pytest.raises(UndecodableError, match=r"broken DICOM \(its transfer syntax \(0002,0010\) is \["):
+            decode(content.replace(known, other))
 
 
 @pytest.mark.parametrize("near", [0, 3])
@@ -1456,6 +1518,18 @@ def test_a_jpeg_of_which_a_part_is_missing_is_refused_though_it_can_be_filled(op
                 decode(content[:first] + content[content.index(b"\xff\xd1", first + 2) :])
 
 
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"quality": 30, "restart_marker_rows": 1}])
+def test_a_jpeg_whose_header_is_of_fewer_rows_than_its_data_is_refused(options):
+    noise = np.random.default_rng(1).integers(0, 256, (64, 40, 3), dtype=np.uint8)
+    for pixels in (noise[..., 0], noise):
+        content = bytearray(saved(Image.fromarray(pixels), "JPEG", **options))
+        assert decode(bytes(content)).size == (40, 64)
+        rows = content.index(b"\xff\xc0") + 5
+        content[rows : rows + 2] = struct.pack(">H", 32)
+        with pytest.raises(UndecodableError, match="data are missing in it, or others are in their place"):
+            decode(bytes(content))
+
+
 def png(width, height, rows, interlaced):
     parts = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced)),
@@ -1515,9 +1589,54 @@ def test_a_tiff_of_which_strips_are_missing_is_refused():
     for damaged, says in (
         (strips(16, 4, parts[:2]), "2 strips or tiles of 4"),
         (strips(16, 4, parts, [64, 0, 64, 64]), "192 bytes of pixels of 256"),
+        (strips(12, 4, parts), "4 strips or tiles of 3"),
+        (strips(15, 15, [bytes(range(256))]), "256 bytes of pixels of 240 that its header says"),
     ):
         with pytest.raises(UndecodableError, match=says):
             decode(damaged)
+
+
+def test_a_deflated_tiff_whose_checksums_do_not_fit_is_refused():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8))
+    content = saved(noise, "TIFF", compression="tiff_adobe_deflate")
+    assert decode(content).tobytes() == noise.tobytes()
+    at = 8 + 900
+    with pytest.raises(UndecodableError, match="incorrect data check"):
+        decode(content[:at] + bytes(40) + content[at + 40 :])
+
+
+@pytest.mark.parametrize("colours", ["RGB", "L", "1"])
+@pytest.mark.parametrize("form", ["BMP", "PPM"])
+def test_more_pixels_than_the_header_of_a_bmp_or_ppm_says_are_refused(form, colours):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)).convert(colours)
+    content = saved(noise, form)
+    for padding in (b"", b"\0\0", b"\n", bytes(999)):
+        assert decode(content + padding).convert("RGB").tobytes() == noise.convert("RGB").tobytes()
+
+    def says(width, height):
+        if form == "BMP":
+            return content[:18] + struct.pack("<II", width, height) + content[26:]
+        return content.replace(b"24 40", b"%d %d" % (width, height))
+
+    # Of one bit, whole bytes make a row, and words in a BMP.
+    for fewer in (says(24, 39), says(24, 20), *([] if colours == "1" else [says(23 - (form == "BMP") * 3, 40)])):
+        with pytest.raises(UndecodableError, match=r"broken image \([\d,]+ bytes of pixels of [\d,]+ that its header"):
+            decode(fewer)
+
+
+def test_several_pictures_in_a_ppm_are_refused_and_a_profile_behind_a_bmp_is_none():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
+    with pytest.raises(UndecodableError, match="that its header says"):
+        decode(2 * saved(noise, "PPM"))
+    for plain, more in ((b"P2 2 2 255\n0 9 99 255 ", b"4"), (b"P1 2 2\n# P1\n01\n10\n", b"1")):
+        assert decode(plain).size == decode(plain + b"# 7\n").size == (2, 2)
+        with pytest.raises(UndecodableError, match="5 numbers of 4 that its header says"):
+            decode(plain + more)
+    content = saved(noise, "BMP")
+    pixels = int.from_bytes(content[10:14], "little")
+    header = struct.pack("<I", 124) + content[18:54] + bytes(84)
+    profiled = content[:10] + struct.pack("<I", pixels + 84) + header + content[54:] + bytes(range(200))
+    assert decode(profiled).tobytes() == noise.tobytes()
 
 
 def test_a_tiff_of_many_slices_that_calls_them_one_picture_is_refused():
