@@ -198,7 +198,7 @@ def _refuse_more(image: Image.Image, content: bytes) -> None:
 
 def _refuse_behind(image: Image.Image, pixels: bytes, size: int) -> None:
     """Refuse pixels that are more than the header of their picture says."""
-    behind = pixels[size:].strip()
+    behind = pixels[size:]
     # A row or a column less leaves at least as much; padding has one value.
     if len(behind) >= size // max(image.size) and behind != behind[:1] * len(behind):
         raise ValueError(f"{len(pixels):,} bytes of pixels of {size:,} that its header says")
