@@ -13,7 +13,6 @@ from pydicom.tag import Tag
 
 from secure_fed.clients.rules import UndecodableError
 
-
 _tag = cache(Tag)
 
 

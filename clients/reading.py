@@ -93,8 +93,8 @@ FORMATS = (
         "what each begins with",
         "as every viewer shows it: EXIF orientation obeyed, transparency filled with the study's background",
         "more than 8 bits a channel; values with a sign or fractions; several pictures in a file; a PNG or deflated "
-        "TIFF whose checksums do not fit; a PNG, JPEG or TIFF in which data are missing; a BMP, PPM or TIFF with more of "
-        "them than its header says; more than `most_pixels`",
+        "TIFF whose checksums do not fit; a PNG, JPEG or TIFF in which data are missing; a BMP, PPM or TIFF with more "
+        "of them than its header says; more than `most_pixels`",
         looks_like_one,
         PhotographFile,
     ),

@@ -284,7 +284,9 @@ def test_a_deflated_file_that_ends_too_early_is_refused_though_its_pixels_are_th
     content = as_bytes(dataset)
     engine = zlib.compressobj(wbits=-15)
     start = 144 + struct.unpack("<I", content[140:144])[0]
-    open_ended = content[:start] + engine.compress(zlib.decompress(content[start:], -15)) + engine.flush(zlib.Z_FULL_FLUSH)
+    open_ended = (
+        content[:start] + engine.compress(zlib.decompress(content[start:], -15)) + engine.flush(zlib.Z_FULL_FLUSH)
+    )
     decode(content)
     with pytest.raises(UndecodableError, match="a deflated DICOM file that ends too early"):
         decode(open_ended)
