@@ -177,7 +177,7 @@ def _refuse_more(image: Image.Image, content: bytes) -> None:
     Raises:
         ValueError: it has them; or other pictures behind the first.
     """
-    decoder, _, start, how = image.tile[0]
+    decoder, _, start, how = image.tile[0]  # type: ignore[attr-defined]
     height = image.height
     if decoder == "ppm_plain":
         digits = re.sub(rb"#[^\n\r]*", b" ", content[start:])
