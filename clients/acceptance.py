@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints
@@ -521,7 +522,8 @@ def require_acceptance(file: SiteFile, agreed: AgreedStudy, key: str) -> Accepta
     if others:
         raise NotAcceptedError(
             f"study {study.name}, id {study.id}: not accepted at site {file.site}; accepted was {others[-1].stem}: "
-            f"the study was changed. See what changed with: secfacmic study diff {others[-1]} {file.study}; then "
+            f"the study was changed. See what changed with: secfacmic study diff {quote(str(others[-1]))} "
+            f"{quote(str(file.study))}; then "
             f"accept it by hand: {_ACCEPT}"
         )
     raise NotAcceptedError(

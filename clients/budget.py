@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError
@@ -48,7 +49,7 @@ def refuse_unadopted(file: SiteFile) -> None:
     if found.first not in known:
         raise LedgerError(
             f"{older}: a ledger that the ledger of this identity, {folder}, has not taken over; expected every known "
-            f"one to be: secfacmic ledger adopt {file.state} --site site.toml"
+            f"one to be: secfacmic ledger adopt {quote(str(file.state))} --site site.toml"
         )
     if known[found.first] != found.head:
         raise LedgerError(

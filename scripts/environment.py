@@ -25,8 +25,11 @@ LOCK = "requirements-dev.txt"
 LOCKED = ((3, 11), "linux-x86_64", "CPython")
 """What the lock was made for."""
 
-SIZE = "6.8 GB (4.1 GB of it for graphics cards: make TORCH_INDEX=... does without, see README.md)"
-SIZE_WITHOUT_CUDA = "some 2.7 GB"
+GB = 2**30  # as du -h counts
+SIZE, SIZE_WITHOUT_CUDA = 6.8, 2.7
+ADVICE = " (4.1 GB of it for graphics cards: make TORCH_INDEX=... does without, see README.md)"
+SILENCE = 10.0
+"""Seconds after which it is told how much is there: pip writes packages, which takes longest, without a word."""
 
 CODE = (
     *("benchmarks", "clients", "configs", "docs", "examples", "privacy", "scripts"),
@@ -144,10 +147,46 @@ def versions_besides_torch(root: Path) -> list[str]:
 
 
 def run(root: Path, *command: str | Path) -> None:
-    """Run a command in the checkout; end as it does if it fails."""
-    done = subprocess.run(command, cwd=root)
-    if done.returncode:
+    """Run a command in the checkout, telling how far the environment has grown; end as it does if it fails."""
+    started, first = time.monotonic(), size(root / ".venv")
+    before = first
+    with subprocess.Popen(command, cwd=root) as process:
+        try:
+            while True:
+                try:
+                    failed = process.wait(SILENCE)
+                    break
+                except subprocess.TimeoutExpired:
+                    grown = size(root / ".venv")
+                if grown == before:  # pip is downloading, and shows that itself: what is fetched lies elsewhere
+                    started = time.monotonic()
+                else:
+                    print(progress(grown, (grown - first) / (time.monotonic() - started)), flush=True)
+                before = grown
+        except BaseException:
+            process.kill()
+            raise
+    if failed:
         sys.exit(f"{' '.join(map(str, command))} failed; the lines above say why")
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files below a folder, which may be changing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except OSError:  # written and removed again
+                continue
+    return total
+
+
+def progress(there: int, rate: float) -> str:
+    """A line on an environment of so many bytes that grows by so many a second."""
+    expected = SIZE_WITHOUT_CUDA if os.environ.get("TORCH_INDEX") else SIZE
+    left = max(0.0, expected * GB - there) / rate
+    return f".venv: {there / GB:.1f} of some {expected} GB are there, {left:.0f} s left at this rate"
 
 
 def main() -> None:
@@ -161,8 +200,8 @@ def main() -> None:
     why = stale(root, "--this-python" in sys.argv[1:])
     if why:
         torch_index = os.environ.get("TORCH_INDEX") or None
-        size = SIZE_WITHOUT_CUDA if torch_index else SIZE
-        print(f".venv is made anew with Python {HERE}, which takes minutes and {size}: {why}", flush=True)
+        needed = f"{SIZE_WITHOUT_CUDA} GB" if torch_index else f"{SIZE} GB{ADVICE}"
+        print(f".venv is made anew with Python {HERE}, which takes minutes and some {needed}: {why}", flush=True)
         started = time.monotonic()
         make(root, torch_index)
         print(f".venv is ready, after {time.monotonic() - started:.0f} s", flush=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secure_fed.cli.output import SITE_HELP, Delta, Device, Epsilon, Metrics, Pace, console, host_and_port
+from secure_fed.cli.output import SITE_HELP, Delta, Device, Epsilon, Metrics, Pace, command_line, console, host_and_port
 
 if TYPE_CHECKING:
     from secure_fed.clients.sitefile import SiteFile
@@ -81,12 +81,13 @@ def _rehearse(file: SiteFile) -> None:
 def _next_steps(file: SiteFile, site: Path) -> list[str]:
     """Where the result is, and what can be done with it."""
     state = file.state_folder
+    use = command_line("predict", "--adapter", state.adapter, "--images", "DIR", "--out", "FILE")
     return [
         f"the adapter is {state.adapter}, its figures here are in {state.summary}; next:",
-        f"  see its figures      secfacmic report {site if site.is_dir() else site.parent}",
-        f"  use it               secfacmic predict --adapter {state.adapter} --images DIR --out FILE",
-        f"  keep the evidence    secfacmic evidence {site} --out evidence.zip",
-        f"  end it for good      secfacmic study close {file.study} --site {site}",
+        f"  see its figures      {command_line('report', site if site.is_dir() else site.parent)}",
+        f"  use it               {use}",
+        f"  keep the evidence    {command_line('evidence', site, '--out', 'evidence.zip')}",
+        f"  end it for good      {command_line('study', 'close', str(file.study), '--site', site)}",
     ]
 
 

@@ -14,7 +14,7 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
-from secure_fed.cli.output import SITE_HELP, Json, console, out, print_json
+from secure_fed.cli.output import SITE_HELP, Json, command_line, console, out, print_json
 
 app = typer.Typer(help="A site's images.", no_args_is_help=True)
 
@@ -136,7 +136,8 @@ def _check_folders(paths: list[Path], propose: Path | None, json_: bool) -> None
             say(line)
         for path in paths:
             if not (path / "manifest.csv").exists():
-                say(f"{path}: no manifest; to say whose images they are: secfacmic data check {path} --propose FILE")
+                propose_one = command_line("data", "check", path, "--propose", "FILE")
+                say(f"{path}: no manifest; to say whose images they are: {propose_one}")
         if not list(common.words) and len(paths) > 1:
             say("these folders have no picture in common")
     common.refuse_leaks()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secure_fed.cli.output import Delta, Device, Epsilon, Json, out, print_json
+from secure_fed.cli.output import Delta, Device, Epsilon, Json, command_line, out, print_json
 from secure_fed.cli.simulate import as_played, budget_of, live, print_results
 from secure_fed.cli.study import Mode, Seed, template
 from secure_fed.core.layout import ADAPTER, SUMMARY
@@ -53,15 +53,21 @@ def demo(
     if prepare is not None:
         agreed = prepare_federation(chosen, prepare, data, budget=budget)
         commands = [
-            f"secfacmic server --study {prepare}/study.toml --mode {agreed.study.mode} --state {prepare}/server",
-            *(f"secfacmic client --site {prepare}/sites/{site.name}/site.toml" for site in agreed.study.sites),
+            command_line(
+                *("server", "--study", prepare / "study.toml", "--mode", agreed.study.mode),
+                *("--state", prepare / "server"),
+            ),
+            *(
+                command_line("client", "--site", prepare / "sites" / site.name / "site.toml")
+                for site in agreed.study.sites
+            ),
         ]
         if json_:
             print_json({"study_id": agreed.study.id, "commands": commands})
             return
         out.print("each in a terminal of its own:", highlight=False)
-        for command in commands:
-            out.print(f"  {command}", highlight=False, soft_wrap=True)
+        for line in commands:
+            out.print(f"  {line}", highlight=False, soft_wrap=True)
         return
     with live() as listener:
         summary = run_demo(chosen, into, data, listener, budget, device)
@@ -75,12 +81,12 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
-    for line in (
-        "try next:",
-        f"  secfacmic report {into}         a page of what was found",
-        f"  secfacmic page {into}/sites/{found.sites[0]}   where a site stands, in a browser",
-        f"  secfacmic evaluate --adapter {into / ADAPTER} --images DIR",
-        "  secfacmic drill                 attacks on this installation, and what held",
-        "  secfacmic study init DIR...     a study of your own images",
+    out.print("try next:", highlight=False)
+    for what, words in (
+        ("a page of what was found", command_line("report", into)),
+        ("where a site stands, in a browser", command_line("page", into / "sites" / found.sites[0])),
+        ("the adapter on images of yours", command_line("evaluate", "--adapter", into / ADAPTER, "--images", "DIR")),
+        ("attacks on this installation", command_line("drill")),
+        ("a study of your own images", command_line("study", "init", "DIR...", "--out", "FILE")),
     ):
-        out.print(line, highlight=False, soft_wrap=True)
+        out.print(f"  {what:<35}{words}", highlight=False, soft_wrap=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -126,6 +129,15 @@ def host_and_port(text: str, option: str, host: str | None = None) -> tuple[str,
     if (":" in inside) != bracketed:
         raise AddressError(f"{option} {text}: expected an IPv6 address in brackets, and nothing else, as [::1]:8443")
     return inside, int(port)
+
+
+def command_line(*words: str | Path) -> str:
+    """A command line of secfacmic that a shell takes as it is: places quoted, the program as it was called here."""
+    program, called = "secfacmic", Path(sys.argv[0])
+    found = shutil.which(program)
+    if called.name == program and called.exists() and (found is None or not called.samefile(found)):
+        program = str(called)  # of an environment that is not on the path, as make demo's
+    return shlex.join([program, *map(str, words)])
 
 
 def print_json(document: Any) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from secure_fed import configs
 from secure_fed.cli.data import duration, progress
-from secure_fed.cli.output import Json, out, print_json
+from secure_fed.cli.output import Json, command_line, out, print_json
 from secure_fed.core.errors import StudyError
 from secure_fed.protocol.study import Template, load_study, read_study_file, read_template, with_fields
 
@@ -130,11 +130,12 @@ def init(
 ) -> None:
     """Draft a template for folders of public or simulated images, to be reviewed line by line."""
     from secure_fed.core.errors import OutputError
-    from secure_fed.core.storage import write_durable
+    from secure_fed.core.storage import refuse_foreign, write_durable
     from secure_fed.operate.study_draft import draft_study
 
     if into.exists():
         raise OutputError(f"{into}: exists; expected no file there: remove it, or choose another name")
+    refuse_foreign(into, lambda _: False)
     with progress("comparing images") as tell:
         draft = draft_study(
             folders, into.stem, held_out=held_out or (), partition=partition, sites=sites, epsilon=epsilon,
@@ -146,8 +147,8 @@ def init(
     names = ", ".join(f"{site.name}{' (held out)' if site.role == 'observer' else ''}" for site in draft.template.sites)
     for line in (
         f"{into}: sites {names}; classes {', '.join(draft.template.class_names)}",
-        f"review it, the prompts first; then: secfacmic study check {into}",
-        f"and: secfacmic simulate {into} --data {draft.data} --out {into.with_suffix('')}",
+        f"review it, the prompts first; then: {command_line('study', 'check', into)}",
+        f"and: {command_line('simulate', into, '--data', draft.data, '--out', into.with_suffix(''))}",
     ):
         out.print(line, highlight=False, soft_wrap=True)
 
@@ -331,8 +332,8 @@ def pause(study: Made, state: State) -> None:
 
     due = hold_run(load_study(study), state, paused=True)
     out.print(
-        f"round {due} does not begin, or is closed and the next does not; go on with: secfacmic study resume {study} "
-        f"--state {state}",
+        f"round {due} does not begin, or is closed and the next does not; go on with: "
+        f"{command_line('study', 'resume', study, '--state', state)}",
         highlight=False,
         soft_wrap=True,
     )

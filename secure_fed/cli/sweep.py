@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from secure_fed.cli.output import Json, console, out, print_json
+from secure_fed.cli.output import Json, command_line, console, out, print_json
 from secure_fed.cli.simulate import Logs
 from secure_fed.lab.run_log import refuse_logs, write_logs
 
@@ -73,7 +73,8 @@ def sweep(
         if found.outside:
             out.print(f"{len(found.outside)} trials of an earlier version of the sweep file are kept, and not shown")
         out.print(found.facts["caveat"], highlight=False, soft_wrap=True)
-        out.print(f"trials: {into / 'trials.jsonl'}; figures: secfacmic report {into}", highlight=False, soft_wrap=True)
+        figures = command_line("report", into)
+        out.print(f"trials: {into / 'trials.jsonl'}; figures: {figures}", highlight=False, soft_wrap=True)
     if found.failed:
         first = found.failed[0]
         raise TrialFailedError(

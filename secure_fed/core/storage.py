@@ -85,13 +85,17 @@ def refuse_foreign(path: Path, own: Callable[[bytes], bool]) -> None:
 
     Raises:
         OutputError: a file of another kind or a folder is there.
-        StorageError: there is no such folder, or the file cannot be read.
+        StorageError: there is no such folder, it is not writable, or the file cannot be read.
     """
     if path.is_dir():
         raise OutputError(f"{path}: a folder; expected the name of a file, in it or elsewhere")
     if not path.absolute().parent.is_dir():
         raise StorageError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        return
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{path}: nothing can be written into the folder {path.parent}; choose another place")
+    if not path.exists():
         return
     try:
         with path.open("rb") as stream:

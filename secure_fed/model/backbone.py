@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -216,7 +217,7 @@ def _path(backbone: Backbone, checkpoint: Path | None) -> Path | None:
             raise BackboneError(
                 f"{given}: no such file here, and none of that name or digest in {backbone_store.store_folder()}; "
                 f"expected the weights of {backbone.model}: get the file that the study was made with, and add it: "
-                f"secfacmic backbone add {given.name} --model {backbone.model}{which}"
+                f"secfacmic backbone add {quote(given.name)} --model {backbone.model}{which}"
             )
     if path is None:
         path = backbone_store.find(backbone)

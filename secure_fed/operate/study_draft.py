@@ -296,10 +296,10 @@ def _by_column(folder: Folder, column: str) -> dict[str, str]:
     table = read_table(manifest, (), ("path",))
     if column not in table.columns:
         raise StudyError(f"{manifest}: no column {column}; its columns are {', '.join(table.columns)}")
-    said = {row.cells["path"]: row.cells.get(column, "") for row in table.rows}
+    said = {row.line: row.cells.get(column, "") for row in table.rows}
     values: defaultdict[str, set[str]] = defaultdict(set)
     for image in folder.images:
-        values[image.patient].add(said.get(image.path.relative_to(folder.path).as_posix(), ""))
+        values[image.patient].add(said.get(image.line, ""))
     torn = sorted(patient for patient, found in values.items() if len(found) != 1 or found == {""})
     if torn:
         raise StudyError(

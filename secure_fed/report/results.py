@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -319,7 +320,7 @@ def _simulate_command(study: Study, summary: Summary, folder: Path) -> str:
     spent = next(iter(summary.privacy.values()), None)
     if spent is not None:
         words.append(f"--epsilon {spent.epsilon_budget:g} --delta {spent.delta:g}")
-    return " ".join((*words, f"--out {folder.name}"))
+    return " ".join((*words, f"--out {quote(folder.name)}"))
 
 
 def _template(study: StudyFile) -> str:
@@ -380,7 +381,7 @@ def _read_sweep(folder: Path, results: Results) -> None:
     results.title = results.title or about.title or about.name
     results.kinds.add(about.data_kind)
     results.facts[f"Sweep {about.name}"] = _sweep_facts(about, sweep)
-    results.commands.append(about.command or f"secfacmic sweep SWEEP.toml --out {folder.name}")
+    results.commands.append(about.command or f"secfacmic sweep SWEEP.toml --out {quote(folder.name)}")
 
 
 def _sweep_facts(about: _SweepFacts, sweep: Sweep) -> list[tuple[str, str]]:
@@ -484,7 +485,7 @@ def _read_site(path: Path, results: Results, local_metrics: bool) -> None:
         () if results.facts.get("Study") else study_facts(agreed, file.data.kind)
     )
     results.facts[f"Site {file.site}"] = _site_facts(file, role, len(rounds), study, ledger)
-    results.commands.append(f"secfacmic client --site {path.name}")
+    results.commands.append(f"secfacmic client --site {quote(path.name)}")
     if ledger is not None and ledger["claim"]:
         results.claims.append(" ".join(filter(None, (ledger["claim"], study.features.origin))))
     results.local_only |= patients and bool(metrics)
@@ -627,7 +628,7 @@ def _attack_command(found: _Attacks, folder: Path) -> str:
     words += [f"--shadows {found.shadows}"] if found.shadows is not None else []
     words += [f"--epsilon {epsilon:g}" for epsilon in dict.fromkeys(view.epsilon for view in found.views) if epsilon]
     words += [f"--delta {found.delta:g}"] if found.delta is not None else []
-    return " ".join((*words, f"--out {folder.name}"))
+    return " ".join((*words, f"--out {quote(folder.name)}"))
 
 
 def _wrong(where: str, error: ValidationError) -> str:

@@ -10,6 +10,7 @@ import re
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -253,14 +254,15 @@ class ServerCertificate:
             reason = error.strerror if isinstance(error, FileNotFoundError) else "not a certificate and its key"
             raise CertificateError(
                 f"{folder}: {SERVER} and {SERVER_KEY} cannot be used ({reason}); make them with: "
-                f"secfacmic study ca{' --renew' if (folder / CA).exists() else ''} --host NAME --out {folder}"
+                f"secfacmic study ca{' --renew' if (folder / CA).exists() else ''} --host NAME "
+                f"--out {quote(str(folder))}"
             ) from error
         for host in names_held(folder):
             fault = None if host.startswith("*") else _fault(context, folder / CA, host)
             if fault is not None:
                 raise CertificateError(
                     f"{folder / SERVER}: sites would refuse it for {host} ({fault}), valid until {until:%Y-%m-%d}; "
-                    f"renew it with: secfacmic study ca --renew --out {folder}"
+                    f"renew it with: secfacmic study ca --renew --out {quote(str(folder))}"
                 )
         return context, until
 

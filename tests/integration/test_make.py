@@ -184,6 +184,22 @@ def test_make_makes_the_environment_once_and_again_when_it_runs_another_checkout
     assert make(f"PYTHON={sys.executable}") == ""
 
 
+def test_it_is_told_how_far_an_environment_is_while_pip_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "SILENCE", 0.05)
+    monkeypatch.setattr(environment, "GB", 1000)
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "before").write_bytes(bytes(1000))
+    environment.run(tmp_path, "sh", "-c", "sleep 0.12; head -c 2400 /dev/zero > .venv/new; sleep 0.2")
+    assert re.findall(r"\.venv: (.*) are there, \d+ s left at this rate", capsys.readouterr().out) == [
+        "3.4 of some 6.8 GB"
+    ]
+    with pytest.raises(SystemExit, match="sh -c exit 3 failed"):
+        environment.run(tmp_path, "sh", "-c", "exit 3")
+
+
 def tiny_wheel(folder: Path, name: str, version: str) -> None:
     """A package of nothing on an index of files."""
     folder.mkdir(parents=True)

@@ -205,7 +205,8 @@ def _secure(way: _Way, authority: _Authority) -> tuple[ssl.SSLSocket, str]:
         if why is Mistrust.NAME:
             raise Fault(
                 f"{host}: the server's certificate is for {', '.join(names_of(certificate))}",
-                f"connect by one of these names, or have this one added: secfacmic study ca --renew --host {host}",
+                "connect by one of these names, or have this one added: "
+                f"secfacmic study ca --renew --host {host} --out STATE/tls",
             ) from None
         if why is Mistrust.ISSUER:
             raise Fault(
@@ -217,7 +218,7 @@ def _secure(way: _Way, authority: _Authority) -> tuple[ssl.SSLSocket, str]:
         _days_left(certificate, host)
         raise Fault(
             f"{host}: a certificate between the server's and the study's authority is not valid now",
-            "ask the coordinator for a new one: secfacmic study ca --renew",
+            "ask the coordinator for a new one: secfacmic study ca --renew --out STATE/tls",
         ) from None
     days = _days_left(certificate, host)
     return connection, f"for {', '.join(names_of(certificate))}, valid for {days} days, by the study's authority"
@@ -240,7 +241,7 @@ def _presented(way: _Way) -> x509.Certificate:
 
 
 def _days_left(certificate: x509.Certificate, host: str) -> int:
-    mend = "ask the coordinator for a new one: secfacmic study ca --renew"
+    mend = "ask the coordinator for a new one: secfacmic study ca --renew --out STATE/tls"
     return days_left(certificate, f"the certificate of {host}", mend)
 
 

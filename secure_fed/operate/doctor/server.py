@@ -7,6 +7,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from secure_fed.core.layout import ServerState
 from secure_fed.core.status import StatusFile, is_running
@@ -77,7 +78,7 @@ def _study(path: Path) -> tuple[AgreedStudy, str]:
 
 
 def _certificate(folder: Path) -> str:
-    mend = f"make one: secfacmic study ca --host NAME --out {folder}"
+    mend = f"make one: secfacmic study ca --host NAME --out {quote(str(folder))}"
     try:
         server_context(folder / SERVER, folder / SERVER_KEY)
         own = certificates((folder / SERVER).read_bytes())[0]
@@ -86,7 +87,7 @@ def _certificate(folder: Path) -> str:
         raise Fault(f"{error.filename or folder}: not there", mend) from None
     except (ValueError, ssl.SSLError):
         raise Fault(f"{folder}: {SERVER} and {SERVER_KEY} are not a certificate and its key", mend) from None
-    renew = f"renew it, with the server running or not: secfacmic study ca --renew --out {folder}"
+    renew = f"renew it, with the server running or not: secfacmic study ca --renew --out {quote(str(folder))}"
     replace = "make another authority in another folder (secfacmic study ca), and give its ca.crt to every site"
     days = min(
         days_left(one, str(folder / name), mend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import tomllib
 from collections import Counter
@@ -15,7 +16,7 @@ import tomli_w
 from PIL import Image
 
 from secure_fed.clients.data import DRAWN_ALONE
-from secure_fed.core.errors import DataError, DataLeakError, ManifestError, OutputError, StudyError
+from secure_fed.core.errors import DataError, DataLeakError, ManifestError, OutputError, StorageError, StudyError
 from secure_fed.lab.simulation import Budget, prepare, simulate, tell_overlaps
 from secure_fed.operate.folders import compare, look_at, propose_manifest
 from secure_fed.operate.new_study import check_study
@@ -51,8 +52,11 @@ def listed(root: Path, site: str, splits: dict[str, str]) -> None:
 
 
 def test_a_draft_of_four_folders_is_a_template_that_runs(own: Path, tmp_path: Path, secfacmic: Run) -> None:
-    done = secfacmic("study", "init", *folders(own), "--out", "mine.toml", cwd=tmp_path)
+    done = secfacmic("study", "init", *folders(own), "--out", "my own.toml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    last = shlex.split(done.stdout.splitlines()[-1])  # a shell takes it as it stands
+    assert last[2:] == ["simulate", "my own.toml", "--data", str(own), "--out", "my own"]
+    (tmp_path / "my own.toml").rename(tmp_path / "mine.toml")
     assert "dogwood (held out)" in done.stdout
     found = check_study(tmp_path / "mine.toml")
     assert [(site.name, site.role) for site in found.sites] == [
@@ -68,6 +72,8 @@ def test_a_draft_of_four_folders_is_a_template_that_runs(own: Path, tmp_path: Pa
     assert len(summary["rounds"]) == 1
     again = secfacmic("study", "init", *folders(own), "--out", "mine.toml", cwd=tmp_path)
     assert again.returncode == OutputError.exit_code
+    nowhere = secfacmic("study", "init", "no such folder", "--out", "nowhere/mine.toml", cwd=tmp_path)
+    assert nowhere.returncode == StorageError.exit_code  # told before folders are looked at
 
 
 def test_the_method_hangs_on_sizes_and_budget(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,12 +131,15 @@ def test_a_column_of_the_manifest_may_say_the_site(own: Path, tmp_path: Path) ->
     assert [site.name for site in draft.template.sites] == ["ward-0", "ward-1", "ward-2"]
     assert draft.template.plan.unit == "patient"
     assert draft_study([folder], "x", partition="column:ward", sites=3).text == draft.text
+    manifest = (folder / "manifest.csv").read_text()
+    (folder / "manifest.csv").write_text(manifest.replace("/", "\\"))  # which can mean one file only, and is taken
+    assert draft_study([folder], "x", partition="column:ward").text == draft.text
+    (folder / "manifest.csv").write_text(manifest)
     with pytest.raises(StudyError, match="column ward says 3 sites; expected --sites 3 or none"):
         draft_study([folder], "x", partition="column:ward", sites=4)
     for said, match in (("column:floor", "no column floor"), ("column:path", "several, in column path")):
         with pytest.raises(StudyError, match=match):
             draft_study([folder], "x", partition=said)
-    manifest = (folder / "manifest.csv").read_text()
     (folder / "manifest.csv").write_text(manifest.replace("Ward 0", "Лор").replace("Ward 1", "Ухо"))
     with pytest.raises(StudyError, match="'Лор' and 'Ухо' of column ward would be one site, site"):
         draft_study([folder], "x", partition="column:ward")
