@@ -10,6 +10,7 @@ import asyncio
 import asyncio.sslproto
 import contextlib
 import logging
+import secrets
 import socket
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ STRANGER_SECONDS = 10.0
 """From a connection's first byte to its first signed request: handshake and headers."""
 
 STRANGERS, STRANGERS_AT_ADDRESS = 64, 32
-"""Most connections that have not signed anything yet, in all and of one address; the oldest make room."""
+"""Most connections that have not signed anything yet, in all and of one address."""
 
 MEMBER_CONNECTIONS = 8
 """Most connections of one member; a site needs three at a time."""
@@ -74,13 +75,16 @@ class Callers:
         return len(self._all)
 
     def come(self, peer: tuple[str, int]) -> Caller:
-        """Take a connection; strangers that are too many make room, first those of the address that has most."""
-        here = [caller for caller in self._strangers if caller.peer[0] == peer[0]]
-        if len(here) >= STRANGERS_AT_ADDRESS:
-            self._drop(here[0])
-        elif len(self._strangers) >= STRANGERS:
-            ((most, _),) = Counter(caller.peer[0] for caller in self._strangers).most_common(1)
-            self._drop(next(caller for caller in self._strangers if caller.peer[0] == most))
+        """Take a connection; strangers that are too many make room, first those of the address that has most.
+
+        Any of them, not the oldest, which of many that come at once is the one that has nearly proven itself: where more
+        come than can be served, as all sites after a fault of the line, none would ever be.
+        """
+        held = Counter(caller.peer[0] for caller in self._strangers)
+        full = held[peer[0]] >= STRANGERS_AT_ADDRESS
+        if full or held.total() >= STRANGERS:
+            address = peer[0] if full else held.most_common(1)[0][0]
+            self._drop(secrets.choice([caller for caller in self._strangers if caller.peer[0] == address]))
         caller = self._all[peer] = Caller(peer)
         self._strangers[caller] = None
         return caller
@@ -204,6 +208,7 @@ class Listener(uvicorn.Server):
                 await asyncio.sleep(0.1)
                 continue
             caller = self._callers.come((str(address[0]), int(address[1])))
+            caller.hang_up = connection.close  # until its task runs, which others may come before
             self._keep(loop.create_task(self._serve_one(connection, caller)))
 
     async def _serve_one(self, connection: socket.socket, caller: Caller) -> None:

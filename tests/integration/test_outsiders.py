@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,35 @@ def test_strangers_make_room_and_members_do_not() -> None:
         come("10.0.0.1", port)
         callers.prove(("10.0.0.1", port), b"ash")
     assert sum(address == "10.0.0.1" for address, _ in gone) == 19 - MEMBER_CONNECTIONS
+
+
+def test_of_more_than_can_be_served_at_once_some_are() -> None:
+    """All sites of one address come again at once, each as soon as it was dropped, and a proof takes as long as more
+    than there is room for take to come."""
+    callers, dropped, proven = Callers(), set[int](), 0
+    for port in range(3000):
+        callers.come(("10.0.0.1", port)).hang_up = partial(dropped.add, port)
+        served = port - STRANGERS_AT_ADDRESS - 8
+        if served >= 0 and served not in dropped:
+            callers.prove(("10.0.0.1", served), str(served).encode())
+            proven += 1
+    assert proven > 3000 / 10
+
+
+def test_a_connection_that_makes_room_before_it_is_served_is_closed(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = link.server._keep  # type: ignore[attr-defined]
+
+    def dropped(task: object) -> None:  # before its first step
+        link.link.callers.drop_strangers()
+        keep(task)
+
+    monkeypatch.setattr(link.server, "_keep", dropped)
+    with socket.create_connection(("127.0.0.1", link.port)) as connection:
+        connection.settimeout(3)
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(1) == b""
 
 
 def test_failed_accepts_are_told_once_a_minute(
