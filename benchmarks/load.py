@@ -5,10 +5,10 @@ Each canned site is a thread that speaks the same protocol through the same clie
 signs an envelope of the true size for the cohort, and reveals its check. The encrypted payload is made once and is
 every site's; headers and signatures are each site's own.
 The server is ``secfacmic server``, unchanged. What it spends counts from its start to its end, imports included, but
-for the time in which it rests before the first round, where what connected sites cost is measured. Two floors are
+for the time in which it rests before the first round, where what connected sites cost is measured. Three floors are
 measured in the same run: a bare ASGI app under the same uvicorn and TLS, which takes and gives the same bytes and does
-nothing else; and the same one, which digests what it takes, checks and adds its residues and writes it down durably,
-once each.
+nothing else; the same one, which digests what it takes, checks and adds its residues and writes it down durably, once
+each; and the bare one, called as often as the server is: a round has three questions to each site.
 
     python benchmarks/load.py [--sites 64] [--rounds 5] [--json FILE]
 """
@@ -59,6 +59,10 @@ NODE_PROCESSES = 2
 PAYLOAD = "payload"
 CONNECT_SECONDS = 0.02
 """Between two sites' first calls: all are of one address, of which the server takes 32 strangers at a time."""
+
+CALLS, QUESTIONS, QUESTION_BYTES = 6, 2, 330
+"""What a site asks the server for in a round, beside its envelope and the record: READY, COHORT and ARRIVED are a look
+and a reply each, with words of about a kilobyte, and two of them name a question with a signed word of each site."""
 
 SETTLE_SECONDS, IDLE_SECONDS = 5.0, 30.0
 """After all sites have said that they are there: how long until their idle time is measured, and how long it is."""
@@ -275,6 +279,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
     each = int(entries[-1].bytes_up / sites), entries[-1].size
     floor = measure_floor(folder, names, rounds, *each)
     floor_with_work = measure_floor(folder, names, rounds, *each, work=True)
+    floor_with_calls = measure_floor(folder, names, rounds, *each, calls=True)
     late = served - started
     return {
         "sites": sites,
@@ -291,6 +296,7 @@ def measure(folder: Path, sites: int, rounds: int) -> dict[str, Any]:
         "idle_processors": rested / IDLE_SECONDS,
         "floor": floor,
         "floor_with_work": floor_with_work,
+        "floor_with_calls": floor_with_calls,
         "peak_memory_mb": {name: kilobytes * 1024 / 1e6 for name, kilobytes in memory.items()},
     }
 
@@ -299,13 +305,13 @@ FLOOR = """
 import hashlib, itertools, sys
 from pathlib import Path
 import uvicorn
-record, work = bytes(int(sys.argv[4])), None
-if len(sys.argv) > 5:
+record, question, work = bytes(int(sys.argv[4])), bytes(int(sys.argv[5])), None
+if len(sys.argv) > 6:
     from secure_fed.core.storage import write_durable
     from secure_fed.protocol.packing import wire
     from secure_fed.protocol.study import load_study
-    agreed = load_study(Path(sys.argv[5]))
-    added, spool, number = wire("he", agreed.lanes), Path(sys.argv[5]).parent, itertools.count()
+    agreed = load_study(Path(sys.argv[6]))
+    added, spool, number = wire("he", agreed.lanes), Path(sys.argv[6]).parent, itertools.count()
     total = added.zero()
     def work(taken):
         global total
@@ -325,7 +331,7 @@ async def app(scope, receive, send):
             parts.append(event.get("body", b""))
     if parts and scope["method"] == "PUT":
         work(b"".join(parts))
-    body = record if scope["method"] == "GET" else b""
+    body = b"" if scope["method"] != "GET" else question if scope["path"] == "/question" else record
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     for start in range(0, len(body) or 1, 262144):
@@ -339,14 +345,18 @@ of HTTP and the event loop are those of ``secfacmic server``."""
 
 FLOOR_SITES = """
 import sys, threading, httpx, ssl
-base, authority, sites, rounds, up = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+base, authority, sites, rounds, up, calls, questions = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 trust = ssl.create_default_context(cafile=authority)
-data = bytes(up)
+data, word = bytes(up), bytes(1024)
 def site():
     with httpx.Client(verify=trust, timeout=600, trust_env=False) as client:
         for _ in range(rounds):
             client.put(base, content=data).raise_for_status()
             client.get(base).raise_for_status()
+            for _ in range(calls):
+                client.post(base, content=word).raise_for_status()
+            for _ in range(questions):
+                client.get(base + "question").raise_for_status()
 print("ready", flush=True)
 sys.stdin.readline()
 threads = [threading.Thread(target=site) for _ in range(sites)]
@@ -358,9 +368,10 @@ for thread in threads:
 
 
 def measure_floor(
-    folder: Path, names: list[str], rounds: int, up: int, down: int, work: bool = False
+    folder: Path, names: list[str], rounds: int, up: int, down: int, *, work: bool = False, calls: bool = False
 ) -> dict[str, float]:
-    """What the same bytes cost a server that does nothing with them, or what must be done with them once."""
+    """What the same bytes cost a server that does nothing with them, or what must be done with them once, or is called
+    as often as ours is."""
     from secure_fed.lab.demo import _free_port
     from tests.network import busy
 
@@ -374,6 +385,7 @@ def measure_floor(
         str(tls / "server.crt"),
         str(tls / "server.key"),
         str(down),
+        str(QUESTION_BYTES * len(names)),
         *([str(folder / "study.toml")] if work else []),
     ]
     with subprocess.Popen(command) as server:
@@ -384,7 +396,8 @@ def measure_floor(
             base, authority = f"https://127.0.0.1:{port}/", str(tls / "ca.crt")
             own = [sys.executable, "-P", "-c", FLOOR_SITES, base, authority]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            sites = [subprocess.Popen([*own, str(share), str(rounds), str(up)], **pipes) for share in shares if share]
+            each = [str(count) for count in (rounds, up, *([CALLS, QUESTIONS] if calls else [0, 0]))]
+            sites = [subprocess.Popen([*own, str(share), *each], **pipes) for share in shares if share]
             for process in sites:
                 process.stdout.readline()
             before, began = busy(server.pid), time.monotonic()

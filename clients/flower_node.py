@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import secrets
 import ssl
 import threading
 import time
@@ -81,6 +82,10 @@ REJOIN_SECONDS = 60.0
 
 CALL_SECONDS = 60.0
 """How long the next bytes of one of Flower's calls may take; all of them are small."""
+
+KEPT_SECONDS = 5.0
+"""A connection over which nothing goes is kept for so much longer than a look may wait: else another handshake is made
+for each heartbeat of a busy computer, and for whatever is done beside a look."""
 
 OVER_SECONDS = 15.0
 """How long a site whose study is over here waits for a server that may still ask for its last word."""
@@ -270,7 +275,10 @@ class _Connection:
         )
         # flwr's own would follow redirects, and takes no proxy but the environment's.
         self._client._client.close()
-        http = httpx.Client(verify=trusting(authority), timeout=CALL_SECONDS, proxy=proxy, trust_env=False)
+        limits = httpx.Limits(keepalive_expiry=way.wait + KEPT_SECONDS)
+        http = httpx.Client(
+            verify=trusting(authority), timeout=CALL_SECONDS, limits=limits, proxy=proxy, trust_env=False
+        )
         self._client._client = http
         self.line = ByteLine(http, f"https://{way.address}", site, key, self._call, way.records)
         self.bare_line = ByteLine(http, f"https://{way.address}", site, key, self._repeat)
@@ -411,7 +419,8 @@ class _Connection:
                 told = True
             failing = failing or time.monotonic()  # not from its begin: who is slow is there
             self.end_if_over(failing)
-            if self._left.wait(pause):
+            # Not all sites at once, after a fault that all of them have seen.
+            if self._left.wait(pause * (0.5 + secrets.randbelow(512) / 1024)):
                 raise _Stale  # a worker of flwr's, still trying while we end
             pause = min(RETRY_MOST, pause * 1.5)
 

@@ -70,6 +70,10 @@ CERTIFICATE_SECONDS, WARN_SECONDS = 5.0, 86_400.0
 """How often the certificate is looked at, and how often it is told that its time will soon be over."""
 
 
+KEPT_SECONDS = 60
+"""A connection over which nothing goes is kept so long: longer than by a site, lest it is closed while it is used."""
+
+
 class SuperLink:
     """The SuperLink with its two listeners.
 
@@ -109,6 +113,7 @@ class SuperLink:
         # Idle connections of sites must not hold up the end.
         common |= {"timeout_graceful_shutdown": 1, "interface": "asgi3", "proxy_headers": False, "server_header": False}
         gate = Gate(self._members, FLEET_PATHS, api.fleet, store)
+        common |= {"timeout_keep_alive": KEPT_SECONDS}
         public, private = (uvicorn.Config(app, **common) for app in (gate, api.runtime))
         listener = Listener(public, outside, self._certificate, self.callers)
         self._servers = [(listener, outside), (uvicorn.Server(private), inside)]

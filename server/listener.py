@@ -77,8 +77,8 @@ class Callers:
     def come(self, peer: tuple[str, int]) -> Caller:
         """Take a connection; strangers that are too many make room, first those of the address that has most.
 
-        Any of them, not the oldest, which of many that come at once is the one that has nearly proven itself: where more
-        come than can be served, as all sites after a fault of the line, none would ever be.
+        Any of them, not the oldest, which of many that come at once is the one that has nearly proven itself: where
+        more come than can be served, as all sites after a fault of the line, none would ever be.
         """
         held = Counter(caller.peer[0] for caller in self._strangers)
         full = held[peer[0]] >= STRANGERS_AT_ADDRESS
