@@ -146,6 +146,13 @@ class State(InMemoryLinkState):
                 node.last_activated_at = activated
             return known
 
+    def bytes_moved(self, key: bytes) -> None:
+        """The large bytes of a node move: it stays where it is, if it is there."""
+        with self.lock:
+            node = self.get_node_id_by_public_key(key)
+            if node is not None and (self.nodes[node].online_until or 0.0) > time.time():
+                self.acknowledge_node_heartbeat(node, HEARTBEAT_SECONDS)
+
     def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
         """Replies, or errors in place of those that will not come; a reply counts though its sender has left since."""
         with self.lock:

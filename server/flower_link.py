@@ -112,7 +112,7 @@ class SuperLink:
         common: dict[str, Any] = {"lifespan": "off", "log_config": None, "access_log": False, "ws": "none"}
         # Idle connections of sites must not hold up the end.
         common |= {"timeout_graceful_shutdown": 1, "interface": "asgi3", "proxy_headers": False, "server_header": False}
-        gate = Gate(self._members, FLEET_PATHS, api.fleet, store)
+        gate = Gate(self._members, FLEET_PATHS, api.fleet, store, self._state.bytes_moved)
         common |= {"timeout_keep_alive": KEPT_SECONDS}
         public, private = (uvicorn.Config(app, **common) for app in (gate, api.runtime))
         listener = Listener(public, outside, self._certificate, self.callers)

@@ -12,9 +12,9 @@ import binascii
 import contextlib
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -31,6 +31,12 @@ MAX_BODY = 512 * 1024
 
 BODY_SECONDS = 60.0
 """How long a body's next bytes may take, up to half as long again."""
+
+
+ALIVE_SECONDS = 4.0
+"""How often bytes that move count as a sign of life."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,18 @@ class Gate:
         fleet: answers one: path, public key, body, seconds that it may wait, whether who asked is
             gone.
         store: the large bytes.
+        alive: is told the public key of a member whose bytes move, every few seconds.
     """
 
-    def __init__(self, members: Members, paths: Collection[str], fleet: Fleet, store: ByteStore) -> None:
+    def __init__(
+        self,
+        members: Members,
+        paths: Collection[str],
+        fleet: Fleet,
+        store: ByteStore,
+        alive: Callable[[bytes], None] = lambda key: None,
+    ) -> None:
+        self._alive = alive
         self._members = members
         self._paths = paths
         self._fleet = fleet
@@ -125,7 +140,8 @@ class Gate:
                 if flower:
                     await self._answer_flower(request, key, _seconds(headers), paced, receive, send)
                 else:
-                    await self._store.answer(request, headers, paced, send)
+                    moved = self._moved(key)
+                    await self._store.answer(request, headers, _after(paced, moved), _after(send, moved))
         except TimeoutError:
             await answer(send, 408)
         except StorageError as error:
@@ -134,6 +150,19 @@ class Gate:
         except OSError as error:
             log.error("%s: its bytes cannot be kept (%s)", member.name, error.strerror)
             await answer(send, 503)
+
+    def _moved(self, key: bytes) -> Callable[[], None]:
+        """To be called as bytes of a member move, which are signs of life: on a line that they fill, and in a process
+        that has hundreds of them to hand over, heartbeats come late."""
+        loop, due = asyncio.get_running_loop(), 0.0
+
+        def moved() -> None:
+            nonlocal due
+            if (now := loop.time()) >= due:
+                due = now + ALIVE_SECONDS
+                self._alive(key)
+
+        return moved
 
     async def _answer_flower(
         self, request: SignedRequest, key: bytes, wait: float, paced: Receive, receive: Receive, send: Send
@@ -183,6 +212,15 @@ def _claimed_key(headers: Mapping[bytes, bytes]) -> bytes:
 def _seconds(headers: Mapping[bytes, bytes]) -> float:
     text = headers.get(WAIT.encode(), b"0")
     return min(float(text), MOST_WAIT) if text.isdigit() and len(text) < 4 else 0.0
+
+
+def _after(channel: Callable[..., Awaitable[T]], then: Callable[[], None]) -> Callable[..., Awaitable[T]]:
+    async def both(*event: MutableMapping[str, Any]) -> T:
+        found = await channel(*event)
+        then()
+        return found
+
+    return both
 
 
 def _paced(receive: Receive, limit: asyncio.Timeout) -> Receive:

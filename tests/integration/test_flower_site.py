@@ -192,6 +192,18 @@ def link(tmp_path: Path) -> Iterator[Link]:
     made.link.stop()
 
 
+def test_bytes_that_move_are_signs_of_life_of_who_is_there(link: Link) -> None:
+    ash, node = link.connect(), link.link._state.nodes[link.link.nodes["ash"]]
+    digest = link.outgoing.publish(bytes(200_000))
+    for moves in (lambda: ash.line.send(BYTES_RUN, bytes(100_000)), lambda: ash.line.fetch(digest, 200_000)):
+        node.online_until = time.time() + 5
+        moves()
+        assert node.online_until > time.time() + 10
+    ash.leave()
+    ash.line.fetch(digest, 200_000)
+    assert node.online_until <= time.time()
+
+
 def test_a_registered_site_joins_leaves_and_joins_again(link: Link) -> None:
     connection = link.connect()
     assert connection.node.node_id == link.link.nodes["ash"]
