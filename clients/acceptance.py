@@ -50,7 +50,10 @@ from secure_fed.protocol.study_tables import Hex64, Name
 MAGIC = b"SFP2"
 MAX_ACCEPTANCE_HEADER = 2048
 
-Person = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,120}$")]
+LETTERS = 120
+"""Of the name of who accepts, at most."""
+
+Person = Annotated[str, StringConstraints(pattern=rf"^[^\x00-\x1f]{{1,{LETTERS}}}$")]
 
 REPLY_WORDS = {
     "site": "its name, by the key that opens the connection",
@@ -356,13 +359,19 @@ def record_acceptance(
         Where the note lies.
 
     Raises:
-        NotAcceptedError: nobody is named; or ``again`` before there was a run; or a note before is damaged.
+        NotAcceptedError: nobody is named, or by what is no name; or ``again`` before there was a run; or a note before
+            is damaged.
         StorageError: it cannot be written.
     """
     if not by:
         raise NotAcceptedError(
             f"study {agreed.study.name}: not accepted, and nothing was recorded; to accept what is shown above, give "
             "the name of who does: --by NAME"
+        )
+    if len(by) > LETTERS or not by.isprintable():
+        raise NotAcceptedError(
+            f"study {agreed.study.name}: not accepted, and nothing was recorded; the name of who accepts has {len(by)} "
+            f"letters, or some that cannot be printed; expected up to {LETTERS} in one line"
         )
     begun = len(list(file.state_folder.begun_runs()))
     if again and not begun:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from secure_fed.clients.private_round import PrivateRounds
 from secure_fed.clients.sitefile import SiteFile, SitePrivacy
 from secure_fed.core.errors import GuardError
 from secure_fed.core.layout import SiteRun
+from secure_fed.core.storage import scratch_folder
 from secure_fed.model.adapters import Adapter, build_adapter
 from secure_fed.privacy import class_means, class_statistics, memory_sums, validation
 from secure_fed.privacy.accounting import Mechanism, Noise, gaussian_noise, mu_squared_of
@@ -130,9 +130,9 @@ def run_on(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures, rounds: 
         rounds: their numbers.
     """
     messages = []
-    with TemporaryDirectory(prefix="secfacmic-rehearsal-") as name:
-        apart, private = _apart(file, agreed, Path(name), gaussian_noise)
-        place, run = ledger_folder(apart), SiteRun(Path(name) / "throw-away")
+    with scratch_folder() as folder:
+        apart, private = _apart(file, agreed, folder, gaussian_noise)
+        place, run = ledger_folder(apart), SiteRun(folder / "throw-away")
         with opened(place) as ledger:
             ledger.register({owner: (owner.encode(),) for found in features.patients.values() for owner in found})
         for number in rounds:
@@ -231,8 +231,8 @@ class _SumRehearsal:
         self._features = _synthetic(agreed)
 
     def check(self) -> None:
-        with TemporaryDirectory(prefix="secfacmic-rehearsal-") as name:
-            self._check(Path(name))
+        with scratch_folder() as folder:
+            self._check(folder)
 
     def _check(self, folder: Path) -> None:
         recorder = Recorder()
@@ -376,8 +376,8 @@ class _Rehearsal:
         self._features = _synthetic(agreed)
 
     def check(self, *, exactly: bool) -> None:
-        with TemporaryDirectory(prefix="secfacmic-rehearsal-") as name:
-            self._check(Path(name), exactly)
+        with scratch_folder() as folder:
+            self._check(folder, exactly)
 
     def _check(self, folder: Path, exactly: bool) -> None:
         recorder = Recorder()

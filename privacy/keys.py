@@ -97,19 +97,22 @@ _HEADS = (b"-----BEGIN OPENSSH PRIVATE KEY-----", b"AGE-SECRET-KEY-1", b"age-enc
 def create_identity(folder: Path, name: str, passphrase: str = "") -> Identity:
     """Make a site's keys in a folder of its own (0700; files 0600), and its public file beside them.
 
+    What was made once stays: keys that are there are the site's, and of them only the public file is made if it is
+    missing, as after a call that was killed.
+
     Args:
         folder: where the private keys stay.
         name: the site's name in the study.
-        passphrase: encrypts the private keys; empty for none.
+        passphrase: encrypts the private keys; empty for none, or to be asked for where there are keys that have one.
 
     Raises:
-        KeyFileError: no site can have this name, or the folder already holds an identity or what is left of one;
-            nothing is made.
+        KeyFileError: no site can have this name, or the folder holds what is left of an identity, or keys that are
+            another site's or not encrypted as asked; nothing is made.
         OutputError: a file of a key's name is no such key; nothing is made.
     """
     parse_table({"name": name}, _Named, KeyFileError, "the site")  # before keys that the right name would find there
-    if (folder / "signing.key").exists():
-        raise KeyFileError(f"{folder}: holds an identity already; keys are never overwritten: choose another folder")
+    if (folder / "signing.key").exists():  # written last of the keys
+        return _kept(folder, name, passphrase)
     if (folder / f"{name}.pub").exists():  # written last, so that no call that was killed left it
         raise KeyFileError(
             f"{folder}: holds {name}.pub and no signing.key: an identity that has lost it; keys are never overwritten: "
@@ -127,12 +130,47 @@ def create_identity(folder: Path, name: str, passphrase: str = "") -> Identity:
         "recipient": f"{pyrage.x25519.Identity.generate()}\n".encode(),
         "signing": Ed25519PrivateKey.generate().private_bytes(pem, pkcs8, bare),
     }
-    for kind, text in texts.items():  # signing.key last: its presence marks the identity as whole
+    for kind, text in texts.items():
         locked = pyrage.passphrase.encrypt(text, passphrase) if passphrase else text
         write_durable(folder / f"{kind}.key", locked, PRIVATE)
-    identity = load_identity(folder, name, lambda: passphrase)
-    public = json.dumps(identity.public.model_dump(mode="json"), indent=2) + "\n"
-    write_durable(folder / f"{name}.pub", public.encode())
+    return _with_public_file(folder, load_identity(folder, name, lambda: passphrase))
+
+
+def _kept(folder: Path, name: str, passphrase: str) -> Identity:
+    if passphrase and not read_private(folder / "signing.key").startswith(_LOCKED):
+        raise KeyFileError(
+            f"{folder}: holds keys without a passphrase, and keys are never overwritten; expected none with "
+            "--passphrase: choose another folder, or leave it out"
+        )
+    identity = load_identity(folder, name, (lambda: passphrase) if passphrase else None)
+    for path in sorted(folder.glob("*.pub")):
+        found = _public_in(path)
+        if found is None or found.keys.signing != identity.keys.signing:
+            if path.stem == name:
+                raise KeyFileError(
+                    f"{path}: is not of the keys beside it; expected the public file of these: choose another folder, "
+                    "or remove it and give the same command again"
+                )
+        elif found.name != name:
+            raise KeyFileError(
+                f"{folder}: holds the keys of site {found.name}, and keys are never overwritten; expected those of "
+                f"{name}, or none: choose another folder"
+            )
+    return _with_public_file(folder, identity)
+
+
+def _public_in(path: Path) -> PublicIdentity | None:
+    try:
+        return read_public_identity(path)
+    except KeyFileError:
+        return None
+
+
+def _with_public_file(folder: Path, identity: Identity) -> Identity:
+    path = folder / f"{identity.name}.pub"
+    if not path.exists():
+        public = json.dumps(identity.public.model_dump(mode="json"), indent=2) + "\n"
+        write_durable(path, public.encode())
     return identity
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -109,12 +110,32 @@ def command() -> click.Command:
     return whole
 
 
+NOT_UTF_8 = "is no UTF-8 text, as our files hold names; expected such a name: rename what it stands for"
+
+
+def _is_text(value: str) -> bool:
+    """Whether it is UTF-8; what else a shell gives comes as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 class _Place(typer.models.TyperPath):
-    """A path that is not empty, as a shell's variable is that nobody set: it would mean the current folder."""
+    """A path that is not empty, as a shell's variable is that nobody set: it would mean the current folder; and that
+    can be written down, with the folders it is in."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value).strip():
             self.fail("is empty; expected the name of a file or folder, or . for the current one", param, ctx)
+        if not _is_text(os.path.abspath(value)):
+            self.fail(NOT_UTF_8, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _Text(click.types.StringParamType):
+    """Text that can be written down."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _is_text(str(value)):
+            self.fail(NOT_UTF_8, param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -159,6 +180,8 @@ def _named(kind: click.ParamType[Any]) -> click.ParamType[Any]:
             return _Whole()
         case click.types.FloatParamType():
             return _Real()
+        case click.types.StringParamType():
+            return _Text()
     return kind
 
 

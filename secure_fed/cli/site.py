@@ -28,13 +28,19 @@ def init(
     server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the server will be, if known.")] = None,
     kind: Annotated[Literal["patients", "public", "simulated"], typer.Option(help="Of the data.")] = "patients",
 ) -> None:
-    """Make the site's keys, the public file to send to the coordinator and, with --data, its site.toml."""
+    """Make the site's keys, the public file to send to the coordinator and, with --data, its site.toml.
+
+    Keys that are there are kept.
+    """
     from secure_fed.clients.sitefile import new_site_file
     from secure_fed.privacy.keys import create_identity
 
     site_file = None if data is None else new_site_file(Path("site.toml"), name, folder, data, kind, server)
     chosen = typer.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True) if passphrase else ""
+    kept = (folder / "signing.key").exists()
     create_identity(folder, name, chosen)
+    if kept:
+        _say(f"{folder}: the keys of {name} were there, and are kept")
     if site_file is not None:
         from secure_fed.core.storage import write_durable
         from secure_fed.core.tomlfile import explained_toml

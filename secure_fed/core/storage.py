@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -15,6 +16,9 @@ from secure_fed.core.errors import OutputError, StorageError
 
 LOCK = "lock"
 """Name of the file by which a process holds a folder."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Of an :class:`OSError`: a disk, or somebody's share of it, is full."""
 
 _UNFINISHED = ".part"
 """How the names end of files that are being written; they begin with a dot."""
@@ -57,6 +61,30 @@ def made_folder(path: Path, mode: int = 0o755) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 parent.rmdir()  # unless somebody else writes there by now
         raise
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for what nobody needs afterwards, where this machine keeps temporary files; in the end it is gone.
+
+    Raises:
+        StorageError: something within cannot be written; what is beyond it is raised as it is.
+    """
+    with tempfile.TemporaryDirectory(prefix="secfacmic-") as name:
+        try:
+            yield Path(name)
+        except (OSError, StorageError) as error:
+            nameless = isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None
+            if name not in str(error) and not nameless:
+                raise
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            why = "an incomplete copy" if isinstance(cause, shutil.Error) else getattr(cause, "strerror", None) or cause
+            raise StorageError(
+                f"{Path(name).parent}: has no room for temporary files ({why}); expected some: free space there, or "
+                "name another folder by TMPDIR; nothing that is kept was changed"
+            ) from error
 
 
 def write_durable(path: Path, data: bytes, mode: int = 0o644) -> None:

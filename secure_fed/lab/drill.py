@@ -11,7 +11,6 @@ import secrets
 import shutil
 import socket
 import ssl
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -39,9 +38,11 @@ from secure_fed.core.errors import (
     RecordError,
     SecfacmicError,
     SiteFileError,
+    StorageError,
     StudyError,
 )
 from secure_fed.core.layout import ServerState
+from secure_fed.core.storage import scratch_folder
 from secure_fed.core.tomlfile import parse_table, read_toml, write_toml
 from secure_fed.lab.simulation import Budget, accept_another_run, open_run, open_sites, prepare
 from secure_fed.operate.new_study import SERVER
@@ -227,16 +228,18 @@ def drill(tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
         ``{"version", "attacks": [{"id", "attacker", "tried", "seen", "held"}]}``.
 
     Raises:
+        StorageError: this machine lacks room; no attack is taken for one that was held off for it.
         SecfacmicError: the federation itself cannot be made.
     """
     rows = []
-    with tempfile.TemporaryDirectory(prefix="secfacmic-drill-") as name:
+    with scratch_folder() as folder:
         tell("preparing")
-        grounds = {pads: Ground.prepare(Path(name) / f"ground-{int(pads)}", pads)
+        grounds = {pads: Ground.prepare(folder / f"ground-{int(pads)}", pads)
                    for pads in {attack.pads for attack in ATTACKS}}  # fmt: skip
         for attack in ATTACKS:
             tell(attack.id)
-            outcome = attack.carry_out(grounds[attack.pads].copy(Path(name) / attack.id))
+            outcome = attack.carry_out(grounds[attack.pads].copy(folder / attack.id))
+            shutil.rmtree(folder / attack.id)
             facts = {"id": attack.id, "attacker": attack.attacker, "tried": attack.tried}
             rows.append({**facts, "seen": outcome.seen, "held": outcome.held})
     return {"version": version("secfacmic"), "attacks": rows}
@@ -257,6 +260,17 @@ def _template(pads: bool) -> Template:
     return parse_table(content, Template, StudyError, "the drill's study")
 
 
+def _told(error: SecfacmicError) -> str:
+    """A refusal in words.
+
+    Raises:
+        StorageError: it is none: the attack ended for want of room, as it would have without any defence.
+    """
+    if isinstance(error, StorageError):
+        raise error
+    return f"refused ({type(error).__name__})"
+
+
 def _refused(tries: dict[str, Callable[[], object]]) -> Outcome:
     """Carry out several tries, each of which has to be refused."""
     seen = {}
@@ -264,7 +278,7 @@ def _refused(tries: dict[str, Callable[[], object]]) -> Outcome:
         try:
             carry_out()
         except SecfacmicError as error:
-            seen[what] = f"refused ({type(error).__name__})"
+            seen[what] = _told(error)
         else:
             seen[what] = "went through"
     held = all(text.startswith("refused") for text in seen.values())
@@ -300,7 +314,7 @@ def _bogus_key(ground: Ground) -> Outcome:
     try:
         sites[0].respond(ground.another_run(secrets.token_hex(32)).request(sites[0].name, "", 0))
     except SecfacmicError as error:
-        told = f"refused ({type(error).__name__})"
+        told = _told(error)
     after = Ledger(ledger).summary()["epsilon_spent"]
     return Outcome(f"{told}; epsilon spent {before:.3f} before, {after:.3f} after", after == before)
 
@@ -372,7 +386,7 @@ def _older_disk(ground: Ground) -> Outcome:
         try:
             code = _second_reveal(ground, coordinator, older)
         except SecfacmicError as error:
-            code = f"refused ({type(error).__name__})"
+            code = _told(error)
         seen.append((what, code))
     coordinator.advance()
     goes_on = ask(coordinator, older).code == ReplyCode.READY
@@ -607,7 +621,7 @@ def _mixed_budgets(ground: Ground) -> Outcome:
     try:
         play_round(coordinator, others)
     except SecfacmicError as error:
-        return Outcome(f"a second sum, over the {len(others)} that have a budget: refused ({type(error).__name__})",
+        return Outcome(f"a second sum, over the {len(others)} that have a budget: {_told(error)}",
                        True)  # fmt: skip
     second = coordinator.journal.read(len(coordinator.journal.records) - 1)
     difference = _sum_in(ground, first, others[0]) - _sum_in(ground, second, others[0])

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -21,7 +20,7 @@ from secure_fed.clients.flower_node import Way, run_site
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteData, SiteFile
 from secure_fed.core.errors import AggregateRefused, EnvelopeError
-from secure_fed.core.storage import exclusive
+from secure_fed.core.storage import exclusive, scratch_folder
 from secure_fed.lab.phantoms import CLASSES, draw_facts, render_slice, scanner_of
 from secure_fed.privacy.ckks import Cipher, StudySecret
 from secure_fed.protocol.packing import Binding, PlainSealer, Sealer
@@ -98,12 +97,12 @@ def _throw_away_sealer(agreed: AgreedStudy) -> Sealer:
 
 def _train(file: SiteFile, agreed: AgreedStudy) -> tuple[Site, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
     """The site, as it would be with phantoms for its data and nothing in its state, and the integers of round 1."""
-    with TemporaryDirectory() as folder:
-        images = Path(folder) / "phantoms"
+    with scratch_folder() as folder:
+        images = folder / "phantoms"
         _draw(images, agreed.study.class_names)
         shares = Shares(train=0.5, val=0.2, test=0.1, unlabelled=0.2)
         data = SiteData(folder=str(images), kind="simulated", unit="image", shares=shares)
-        changes = {"data": data, "state": str(Path(folder) / "state"), "features": None}
+        changes = {"data": data, "state": str(folder / "state"), "features": None}
         site = Site(file.model_copy(update={**changes, "privacy": None, "max_epsilon": None}), agreed)
         return site, site.first_integers()
 

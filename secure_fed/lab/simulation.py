@@ -539,7 +539,7 @@ def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:
 
 def _identity(out: Path, name: str) -> Identity:
     folder = out / "sites" / name / "identity"
-    return load_identity(folder, name) if (folder / "signing.key").exists() else create_identity(folder, name)
+    return create_identity(folder, name)
 
 
 def _write_site_files(agreed: AgreedStudy, plan: Simulation, out: Path, data: Path, server: SiteServer | None) -> None:

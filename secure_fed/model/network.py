@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from secure_fed.core.errors import BackboneError
+from secure_fed.core.storage import scratch_folder
 from secure_fed.model import transformers_form as theirs
 from secure_fed.model.checkpoint_parts import Tensors, quantised, type_of, without_prefix
 from secure_fed.model.library import offline, open_clip
@@ -173,13 +173,13 @@ def _construct(
     library, given = open_clip(), copy.deepcopy(dict(settings))
     custom = given.pop("custom_text", False) or hugging
     kind = library.CoCa if custom and "multimodal_cfg" in given else library.CustomTextCLIP
-    with tempfile.TemporaryDirectory(prefix="secfacmic-") as name, offline():
+    with scratch_folder() as scratch, offline():
         if hugging:
             if text is None:
                 raise BackboneError("the text model's configuration is not here")
             # transformers takes a configuration from a folder, and open_clip only by the name of one.
-            (Path(name) / "config.json").write_text(json.dumps(text), encoding="utf-8")
-            given["text_cfg"]["hf_model_name"] = name
+            (scratch / "config.json").write_text(json.dumps(text), encoding="utf-8")
+            given["text_cfg"]["hf_model_name"] = str(scratch)
         network: Any = (kind if custom else library.CLIP)(**given)
         if "trunk" in ours.get("vision", {}):
             network.visual.trunk = _trunk(ours["vision"]["trunk"])

@@ -22,7 +22,6 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -39,7 +38,7 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.canonical import canonical_json
 from secure_fed.core.errors import EvidenceError, RecordError
 from secure_fed.core.layout import RECORDS, SiteState
-from secure_fed.core.storage import durable, exclusive, refuse_foreign
+from secure_fed.core.storage import NO_ROOM, durable, exclusive, refuse_foreign, scratch_folder
 from secure_fed.core.tomlfile import FileModel
 from secure_fed.privacy.accounting import Mechanism, epsilon_spent
 from secure_fed.privacy.keys import Identity, load_identity
@@ -142,8 +141,8 @@ def pack_evidence(folder: Path, into: Path, page: Callable[[dict[str, Any]], str
         if state.drill.exists():
             parts["attacks.json"] = state.drill
         if page is not None:
-            with tempfile.TemporaryDirectory() as scratch:
-                bare = Path(scratch) / "evidence.zip"
+            with scratch_folder() as scratch:
+                bare = scratch / "evidence.zip"
                 _seal(bare, dict(parts), agreed.study.id, file.site, identity)
                 parts["index.html"] = page(verify_evidence(bare)).encode()
         return _seal(into, parts, agreed.study.id, file.site, identity)
@@ -270,8 +269,7 @@ def verify_evidence(path: Path, page: Callable[[dict[str, Any]], str] | None = N
         EvidenceError: the first thing that does not hold.
         StudyError, RecordError, NotAcceptedError: likewise, of the parts.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         frame, header, manifest = _unpack(path, folder)
         agreed = load_study(folder / "study" / "study.toml")
         if (agreed.study.id, agreed.study.id) != (manifest.study, header.study) or manifest.site != header.site:
@@ -456,6 +454,8 @@ def _unpack(path: Path, folder: Path) -> tuple[Any, _ManifestHeader, _Manifest]:
     except ValidationError:
         raise EvidenceError(f"{path}: its manifest is malformed; expected a file made by secfacmic evidence") from None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise  # of where it is taken apart: no word against the archive
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise EvidenceError(f"{path}: cannot be read ({reason}); expected a file made by secfacmic evidence") from None
     return frame, header, manifest

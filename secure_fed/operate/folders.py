@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from secure_fed.clients.data import BESIDE, UNLABELLED, SiteImage, Split, Unit, read_data
@@ -20,7 +19,7 @@ from secure_fed.clients.files import IN_A_FOLDER, MANIFEST, Notes, class_folders
 from secure_fed.clients.manifest import Row, read_table
 from secure_fed.clients.patients import Doubt, doubts, in_one_form, some
 from secure_fed.core.errors import DataError, ManifestError, OutputError
-from secure_fed.core.storage import write_durable
+from secure_fed.core.storage import scratch_folder, write_durable
 from secure_fed.operate.overlaps import Held, Overlaps, overlaps
 from secure_fed.protocol.simulation_table import Shares
 
@@ -179,7 +178,7 @@ def compare(folders: Sequence[Folder], progress: Progress | None = None) -> tupl
     held, unreadable = [], []
     total = sum(len(folder.images) for folder in folders)
     before = 0
-    with TemporaryDirectory() as scratch, FeatureCache(Path(scratch) / "looks.sqlite") as cache:
+    with scratch_folder() as scratch, FeatureCache(scratch / "looks.sqlite") as cache:
         for folder in folders:
 
             def tell(done: int, of: int, before: int = before) -> None:

@@ -217,7 +217,8 @@ class Place:
             )
         identity = membership(file, agreed).identity
         file.refuse_study(agreed.study)
-        record_acceptance(file, agreed, identity, str(given.get("by") or "").strip())
+        by = given.get("by")
+        record_acceptance(file, agreed, identity, by.strip() if isinstance(by, str) else "")
         header = require_acceptance(file, agreed, identity.keys.signing)
         return f"accepted by {header.by} at {when(header.accepted_ms)}; recorded and signed"
 

@@ -92,10 +92,10 @@ class LivePage:
         host = headers.get_all("Host") or []
         if len(host) != 1 or host[0] not in own:
             return HTTPStatus.MISDIRECTED_REQUEST
-        origin = headers.get("Origin")
-        if (origin is not None or pressing) and origin != f"http://{host[0]}":
+        origins, own_origin = headers.get_all("Origin") or [], [f"http://{host[0]}"]
+        if origins != own_origin and (origins or pressing):
             return HTTPStatus.FORBIDDEN
-        if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        if not {"none", "same-origin"}.issuperset(headers.get_all("Sec-Fetch-Site") or ()):
             return HTTPStatus.FORBIDDEN
         token = path.split("/")[1] if path.startswith("/") else ""
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):

@@ -307,9 +307,11 @@ def write_reports(found: Probabilities, folder: Path) -> tuple[int, int, list[st
         warning = f"{strange} of {len(own)} images are like none of the study's" if strange else ""
         report = report_on(patient, files, row, found.adapter, found.calibrated, warning)
         if report is not None:
-            content = io.BytesIO()
-            report.save_as(content)
-            write_durable(folder / f"{report.SOPInstanceUID}.dcm", content.getvalue(), mode=0o600)
+            place = folder / f"{report.SOPInstanceUID}.dcm"
+            if not place.exists():  # else of an earlier call, which said the same
+                content = io.BytesIO()
+                report.save_as(content)
+                write_durable(place, content.getvalue(), mode=0o600)
             written += 1
     return written, len(patients) - len(many) - unlike - written, sorted(many), unlike
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,15 +70,23 @@ def report_on(
 
     Returns:
         Complete, neither final nor verified: a person has to look at it. It names all images, the class of the largest
-        probability, each class's probability, and the adapter's digest.
+        probability, each class's probability, and the adapter's digest. Its UIDs follow from what it says: who says the
+        same again says it in no second report.
     """
     evidence = [header for path in files if (header := _header(path, patient)) is not None]
     if not evidence or not _PATIENT_ID.fullmatch(patient):
         return None
     evidence.sort(key=lambda header: str(header.StudyDate), reverse=True)
+    version = importlib.metadata.version("secfacmic")
+    images = [[str(header.SOPInstanceUID), str(header.StudyInstanceUID)] for header in evidence]
+    said = [version, adapter.digest, adapter.per_patient, calibrated, warning, patient, images, [*map(float, row)]]
+
+    def uid(of: str) -> UID:
+        return UID(generate_uid(entropy_srcs=[json.dumps([of, *said])]))
+
     algorithm = AlgorithmIdentification(
         "secfacmic",
-        importlib.metadata.version("secfacmic"),
+        version,
         [
             f"adapter {adapter.digest}",
             f"study {adapter.study}",
@@ -88,7 +97,7 @@ def report_on(
         ],
     )
     group = MeasurementsAndQualitativeEvaluations(
-        TrackingIdentifier(uid=generate_uid(), identifier="classification"),
+        TrackingIdentifier(uid=uid("tracking"), identifier="classification"),
         algorithm_id=algorithm,
         measurements=[
             Measurement(_code(f"P{index}", f"Probability of {name}"), float(value), codes.UCUM.NoUnits)
@@ -104,7 +113,7 @@ def report_on(
             SourceImageForMeasurementGroup(header.SOPClassUID, header.SOPInstanceUID) for header in evidence
         ],
     )
-    device = DeviceObserverIdentifyingAttributes(generate_uid(), name="secfacmic", model_name=adapter.digest[:16])
+    device = DeviceObserverIdentifyingAttributes(uid("device"), name="secfacmic", model_name=adapter.digest[:16])
     context = ObservationContext(observer_device_context=ObserverContext(codes.DCM.Device, device))
     report = MeasurementReport(
         context,
@@ -118,9 +127,9 @@ def report_on(
             return Comprehensive3DSR(
                 evidence=[first, *(header for header in evidence if header is not first)],
                 content=report,
-                series_instance_uid=generate_uid(),
+                series_instance_uid=uid("series"),
                 series_number=9999,
-                sop_instance_uid=generate_uid(),
+                sop_instance_uid=uid("report"),
                 instance_number=1,
                 manufacturer="secfacmic",
                 is_complete=True,

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import tomli_w
@@ -20,6 +19,7 @@ from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.files import MANIFEST
 from secure_fed.clients.manifest import read_table
 from secure_fed.core.errors import StudyError
+from secure_fed.core.storage import scratch_folder
 from secure_fed.core.tomlfile import parse_toml
 from secure_fed.model.public_statistics import has_packaged_statistics
 from secure_fed.operate.advice import advise, smallest
@@ -321,7 +321,7 @@ def _drawn(
     folder: Folder, alpha: float | None, count: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, str]:
     """The site of each patient, drawn class by class with seed 0; who has one another's images stays together."""
-    with TemporaryDirectory() as scratch, FeatureCache(Path(scratch) / "looks.sqlite") as cache:
+    with scratch_folder() as scratch, FeatureCache(scratch / "looks.sqlite") as cache:
         looks = fingerprints(folder.images, cache, progress).found
     leader = {image.patient: image.patient for image in folder.images}
     for group in inseparable(folder.images, looks):

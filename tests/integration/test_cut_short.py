@@ -7,17 +7,24 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
 import tomli_w
 from PIL import Image
 
 from secure_fed.core import errors
+from secure_fed.lab.simulation import simulate
 from tests.conftest import Result, Run, template_table
 from tests.disks import PAGE, enlarge, mounted, used
+from tests.integration.test_anomaly import template as memory_template
+from tests.integration.test_beginners import held
+from tests.unit.clients.test_dicom import as_bytes, dicom
+from tests.unit.operate.test_fetch import Archive, instance, serve
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +60,25 @@ def _commands(done: Path, images: Path, tmp: Path) -> dict[str, Words]:
         "backbone": lambda to: ("backbone", "random", "random-small", "--seed", 1, "--out", to / "w.safetensors"),
         "study init": lambda to: ("study", "init", images / "ash", images / "birch", images / "cedar", "--out",
                                   to / "mine.toml"),
+        "attack": lambda to: ("attack", _template(tmp), "--data", images, "--out", to / "out", "--shadows", 8),
+        "data check --html": lambda to: ("data", "check", "--site", site, "--html", to / "page.html"),
+        "data check --propose": lambda to: ("data", "check", images / "ash", "--propose", to / "manifest.csv"),
+        "predict --dicom-sr": lambda to: ("predict", "--adapter", adapter, "--images", _scans(tmp),
+                                          "--checkpoint", weights, "--out", to / "rows.csv", "--dicom-sr", to / "sr"),
         "study new": lambda to: ("study", "new", _template(tmp), "--out", to / "study"),
     }  # fmt: skip
+
+
+def _scans(tmp: Path) -> Path:
+    """DICOM files of eight patients."""
+    folder = tmp / "scans"
+    folder.mkdir(exist_ok=True)
+    for number in range(8):
+        ids = {name: f"1.2.{number}.{name.count('e')}" for name in ("StudyInstanceUID", "SeriesInstanceUID")}
+        pixels = np.arange(64, dtype=np.int16).reshape(8, 8) * (number + 1)
+        scan = dicom(pixels, PatientID=f"P{number}", SOPInstanceUID=f"1.2.{number}.9", **ids)
+        (folder / f"{number}.dcm").write_bytes(as_bytes(scan))
+    return folder
 
 
 NAMES = list(_commands(Path(), Path(), Path()))
@@ -103,6 +127,74 @@ def test_a_disk_that_fills_half_way(
         enlarge(small, ROOM)
         again = secfacmic(*words(small))
         assert again.returncode == 0, again.stderr
+
+
+def test_maps_whose_disk_fills_half_way(images: Path, tmp_path: Path, secfacmic: Run) -> None:
+    run, small = tmp_path / "run", tmp_path / "small"
+    simulate(memory_template(method={"block": "transformer.resblocks.1"}), run, images)
+    words = ("predict", "--adapter", run / "adapter.safetensors", "--images", images / "ash", "--checkpoint",
+             run / "backbone.safetensors", "--out", small / "rows.csv", "--maps", small / "maps")  # fmt: skip
+    with mounted(small, 16 * PAGE):
+        _cut_short(secfacmic(*words), errors.StorageError.exit_code, small)
+        assert 0 < len(list((small / "maps").rglob("*.png"))) < 30
+        enlarge(small, ROOM)
+        assert secfacmic(*words).returncode == 0
+        assert len(list((small / "maps").rglob("*.png"))) == 30
+
+
+@pytest.fixture
+def nine() -> Iterator[Archive]:
+    """An archive of nine images."""
+    found = Archive([instance(f"P{study}", study, 1, number) for study in (1, 2, 3) for number in (1, 2, 3)])
+    server = serve(found)
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_fetch_whose_disk_fills_half_way(nine: Archive, tmp_path: Path, secfacmic: Run) -> None:
+    small = tmp_path / "small"
+    words = ("data", "fetch", "--dicomweb", nine.url, "--query", "StudyDate=2024*", "--out", small / "data")
+    with mounted(small, 7 * PAGE):
+        _cut_short(secfacmic(*words), errors.StorageError.exit_code, small)
+        assert not (small / "data/manifest.csv").exists()
+        before = len(nine.asked)
+        enlarge(small, ROOM)
+        assert secfacmic(*words).returncode == 0
+        fetched = [path for path, _ in nine.asked[before:] if "/instances/" in path]
+        assert 0 < len(fetched) < 9  # the others were there
+        assert len((small / "data/manifest.csv").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("pages", [1, 8])
+@pytest.mark.parametrize("name", ["audit", "data check", "study init", "evidence", "evidence verify", "drill"])
+def test_a_full_disk_under_temporary_files(
+    name: str, pages: int, finished_run: Path, images: Path, tmp_path: Path, secfacmic: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    site, archive, small = tmp_path / "ash/site.toml", tmp_path / "evidence.zip", tmp_path / "small"
+    shutil.copytree(finished_run / "sites/ash", site.parent, symlinks=True)
+    shutil.copy(finished_run / "study.toml", tmp_path)
+    shutil.copy(finished_run / "study.safetensors", tmp_path)
+    site.write_text(site.read_text().replace("../../study.toml", "../study.toml") + "\n[privacy]\nepsilon = 3.0\n")
+    assert secfacmic("evidence", finished_run / "sites/ash", "--out", archive).returncode == 0
+    words: dict[str, tuple[object, ...]] = {
+        "audit": ("audit", "--site", site, "--canaries", 50, "--guesses", 20),
+        "data check": ("data", "check", images / "ash", images / "birch"),
+        "study init": ("study", "init", images / "ash", images / "birch", images / "cedar", "--out", tmp_path / "n"),
+        "evidence": ("evidence", finished_run / "sites/ash", "--out", tmp_path / "other.zip"),
+        "evidence verify": ("evidence", "verify", archive),
+        "drill": ("drill",),
+    }
+    before = held(tmp_path)
+    with mounted(small, pages * PAGE):
+        (small / "other").write_bytes(b"x" * PAGE)
+        monkeypatch.setattr(tempfile, "tempdir", str(small))
+        ended = secfacmic(*words[name])
+        _cut_short(ended, errors.StorageError.exit_code, small)
+        assert "name another folder by TMPDIR" in ended.stderr
+        assert [path.name for path in small.iterdir()] == ["other"]
+    assert held(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -13,7 +17,7 @@ from secure_fed.clients import acceptance
 from secure_fed.clients.keyring import KeyRing
 from secure_fed.clients.replica import Replica, RunFiles, Validation
 from secure_fed.clients.site import Site
-from secure_fed.core.errors import DrillError, KeyFileError
+from secure_fed.core.errors import DrillError, KeyFileError, StorageError
 from secure_fed.lab import drill
 from secure_fed.lab.drill import ATTACKS, Ground
 from secure_fed.protocol import pads, round_frames
@@ -109,6 +113,36 @@ def test_all_defences_hold(secfacmic: Run, grounds: dict[bool, Ground], monkeypa
     assert [row["id"] for row in found["attacks"]] == [attack.id for attack in ATTACKS]
     assert all(set(row) == {"id", "attacker", "tried", "seen", "held"} for row in found["attacks"])
     assert [row["id"] for row in found["attacks"] if not row["held"]] == []
+
+
+def test_a_full_disk_has_held_nothing_off() -> None:
+    """The attack would have been refused by no defence; taken for one, it would have been seen to hold."""
+    full = mock.Mock(side_effect=StorageError("no room"))
+    with pytest.raises(StorageError, match="no room"):
+        drill._refused({"an attack": full})
+    assert drill._refused({"an attack": mock.Mock(side_effect=KeyFileError("no key"))}).held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", [0, 4, 12])
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)
+def test_an_attack_that_a_full_disk_ends_is_not_held_off(
+    attack: drill.Attack, writes: int, grounds: dict[bool, Ground], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, done = os.replace, itertools.count()
+
+    def full(*names: Any) -> None:
+        if next(done) >= writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true(*names)
+
+    ground = grounds[attack.pads].copy(tmp_path / attack.id)
+    monkeypatch.setattr(os, "replace", full)
+    try:
+        attack.carry_out(ground)
+    except StorageError:
+        return
+    assert next(done) <= writes  # it had all that it needed
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.id)

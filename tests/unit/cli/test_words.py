@@ -167,3 +167,32 @@ def test_a_site_is_named_by_its_folder_or_its_file(
         options: list[object] = [places.get(word, word) for word in words.split()]
         ended = secfacmic(*options, *([] if named in options else [named]))
         assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("simulate", "demo", "--data", "images\udcff", "--out", "o"), ("report", "run\udcff"), ("status", "\udcfc/ash"),
+     ("site", "accept", "study.toml", "--site", "ash", "--by", "M\udcfcller"),
+     ("data", "fetch", "--dicomweb", "http://127.0.0.1:1", "--out", "o", "--query", "PatientName=M\udcfcller")],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_name_that_is_no_utf_8_is_refused_before_anything_is_done(
+    words: tuple[str, ...], tmp_path: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a share of a machine with another alphabet: site.toml and journals are UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    ended = secfacmic(*words)
+    assert ended.returncode == 2
+    assert "is no UTF-8 text, as our files hold names; expected such a name: rename what it stands for" in " ".join(
+        ended.stderr.split()
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_working_directory_whose_name_is_no_utf_8_is_refused_too(
+    tmp_path: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "klinik\udcfc"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert "is no UTF-8 text" in secfacmic("simulate", "demo", "--data", "images", "--out", "o").stderr

@@ -338,6 +338,13 @@ def test_a_new_site_has_a_site_toml_that_fits_the_page(tmp_path: Path, monkeypat
     before = Path("site.toml").read_bytes()
     assert CliRunner().invoke(app, [*arguments]).exit_code != 0
     assert Path("site.toml").read_bytes() == before
+    for lost in ("site.toml", "identity/ash.pub"):  # as after a call that was killed
+        Path("site.toml").unlink()
+        Path(lost).unlink(missing_ok=True)
+        code, text = call(*arguments)
+        assert (code, "the keys of ash were there, and are kept" in text) == (0, True)
+        assert Path("site.toml").read_bytes() == before
+        assert Path("identity/ash.pub").exists()
 
 
 def test_an_amendment_needs_no_new_acceptance(federation: Federation) -> None:

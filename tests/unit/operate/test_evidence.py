@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -84,6 +86,15 @@ def archive(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("archive") / "evidence.zip"
     pack_evidence(run / "sites" / "ash", path)
     return path
+
+
+def test_a_reviewer_without_room_is_told_nothing_against_the_archive(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(shutil, "copyfileobj", mock.Mock(side_effect=full))
+    with pytest.raises(StorageError, match=r"has no room for temporary files .*name another folder by TMPDIR"):
+        verify_evidence(archive)
 
 
 def test_a_reviewer_without_anything_else_checks_it(archive: Path, tmp_path: Path) -> None:

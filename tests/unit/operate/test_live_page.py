@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,14 @@ def test_a_stranger_is_refused(folder: Path, opened: Open, path: str) -> None:
     assert ask(page, path, body=body, **good, Sec_Fetch_Site="same-site")[0] == 403
     if body:
         assert ask(page, path, body=body)[0] == 403  # a form of another page may send no origin
+    for name, (first, second) in {
+        "Origin": (own(page)["Origin"], "http://evil.example"),
+        "Sec-Fetch-Site": ("none", "cross-site"),
+    }.items():
+        twice = Message()
+        for header, value in (("Host", f"127.0.0.1:{page.port}"), (name, first), (name, second)):
+            twice[header] = value
+        assert page.refusal(page.url.partition(f":{page.port}")[2] + path, twice, pressing=False) == 403
     assert "Mallory" not in str(Place(folder / "sites/ash").facts())
 
 
@@ -257,6 +266,10 @@ def test_who_accepts_on_the_page_accepts_as_on_the_command_line(folder: Path, op
         ({"by": "", "study_id": agreed.study.id}, "nothing was recorded"),
         ({"by": "Dr. Beech", "study_id": "0" * 64}, "read the terms again"),
         ({"by": "Dr. Beech"}, "read the terms again"),
+        *(
+            ({"by": by, "study_id": agreed.study.id}, "nothing was recorded")
+            for by in (7, ["Beech"], "\ud800", "Dr.\x1b[31m", "Dr.\nBeech", "Dr.\u202eBeech", "B" * 121)
+        ),
     ):
         status, text, _ = ask(page, "do/accept", body=body, **own(page))
         assert status == 409

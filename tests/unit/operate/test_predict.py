@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, ge
 from secure_fed.clients.data import read_data
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.clients.training import predict
-from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, UnreadableImageError
+from secure_fed.core.errors import AdapterFileError, DataError, ManifestError, StorageError, UnreadableImageError
 from secure_fed.core.layout import CALIBRATION
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter, save_calibration
@@ -538,6 +540,32 @@ def test_structured_reports_are_read_back_as_they_were_predicted(run: Path, ward
         pointed = {image.referenced_sop_instance_uid for image in group.source_images}
         assert pointed == {uid for uid, patient in sent.items() if patient == entry["patient"]}
     assert all(path.stat().st_mode & 0o077 == 0 for path in (run / "reports").iterdir())
+
+
+def test_reports_that_a_full_disk_cut_short_are_completed_and_no_patient_gets_two(
+    run: Path, ward: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
+    folder, true = run / "reports", os.replace
+
+    def full(source: str, target: Path) -> None:
+        if any(folder.glob("*.dcm")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(StorageError):
+            write_reports(found, folder)
+    (first,) = folder.iterdir()
+    content = first.read_bytes()
+    for _ in range(2):
+        assert write_reports(found, folder)[0] == 2
+        assert sorted(srread(path).PatientID for path in folder.iterdir()) == ["A-1", "Müller"]
+    assert first.read_bytes() == content  # one UID, one content
+    other = replace(found, probabilities=np.roll(found.probabilities, 1, axis=1))
+    write_reports(other, folder)
+    assert len(list(folder.iterdir())) == 4  # which say something else
 
 
 def test_a_report_warns_of_strangers_and_there_is_none_of_a_patient_who_is_one(run: Path, ward: Path) -> None:

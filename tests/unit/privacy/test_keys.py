@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -44,8 +45,6 @@ def test_private_files_are_0600_in_a_0700_folder_and_loose_ones_are_refused(tmp_
         with pytest.raises(KeyFileError, match=r"mode 0640.*chmod 600"):
             keys.load_identity(tmp_path / "id", "ash")
         os.chmod(path, 0o600)
-    with pytest.raises(KeyFileError, match="never overwritten"):
-        keys.create_identity(tmp_path / "id", "ash")
 
 
 @pytest.mark.parametrize("passphrase", ["", "correct horse"])
@@ -60,6 +59,37 @@ def test_what_is_left_of_an_identity_is_not_made_anew(passphrase: str, tmp_path:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == left
     (folder / "ash.pub").unlink()  # as a call leaves it that was killed before the last key
     keys.create_identity(folder, "ash", passphrase)
+
+
+@pytest.mark.parametrize("passphrase", ["", "correct horse"])
+def test_keys_are_kept_and_their_public_file_is_made_if_it_is_missing(passphrase: str, tmp_path: Path) -> None:
+    """As after a call that was killed before it, which told nobody what to send to the coordinator."""
+    folder = tmp_path / "id"
+    made = keys.create_identity(folder, "ash", passphrase)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for missing in (False, True):
+        if missing:
+            (folder / "ash.pub").unlink()
+        assert keys.create_identity(folder, "ash", passphrase).keys == made.keys
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_keys_of_another_site_or_with_another_lock_are_no_ones_to_go_on_with(tmp_path: Path) -> None:
+    folder = tmp_path / "id"
+    keys.create_identity(folder, "ash")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(KeyFileError, match=r"holds the keys of site ash.*never overwritten.*expected those of birch"):
+        keys.create_identity(folder, "birch")
+    with pytest.raises(KeyFileError, match=r"holds keys without a passphrase.*never overwritten"):
+        keys.create_identity(folder, "ash", "correct horse")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    keys.create_identity(tmp_path / "other", "ash")
+    shutil.copyfile(tmp_path / "other/ash.pub", folder / "ash.pub")
+    with pytest.raises(KeyFileError, match=r"ash\.pub: is not of the keys beside it"):
+        keys.create_identity(folder, "ash")
+    keys.create_identity(tmp_path / "locked", "ash", "correct horse")
+    with pytest.raises(KeyFileError, match="the passphrase is wrong"):
+        keys.create_identity(tmp_path / "locked", "ash", "wrong")
 
 
 @pytest.mark.parametrize("name", ["flower.key", "recipient.key"])
