@@ -140,8 +140,8 @@ def why_no_threshold(histogram: Floats, false_alarms: float) -> str:
     patients = round(float(np.maximum(histogram, 0.0).sum()))
     if patients == 0:
         return (
-            "no site sent scores of normal validation patients; with a privacy budget none does, and without one there "
-            "were none"
+            "no site sent scores of normal validation patients: those with a privacy budget never do, nor those among "
+            "too many of such, or there were none"
         )
     needed = math.ceil(1 / false_alarms - 1 - 1e-9)
     return (

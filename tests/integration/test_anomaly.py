@@ -248,7 +248,7 @@ def test_a_prediction_without_a_threshold_says_why(finished: tuple[Path, dict[st
     found = predict_folder(finished[0] / "adapter.safetensors", image, checkpoint=weights)
     few = np.zeros(memory.BINS)
     few[100] = 3.0
-    for histogram, says in ((few * 0, "with a privacy budget none does"), (few, "3 normal patients .* 4 are needed")):
+    for histogram, says in ((few * 0, "a privacy budget never do"), (few, "3 normal patients .* 4 are needed")):
         initial = replace(found.adapter.initial, adapter=found.adapter.initial.adapter | {memory.HISTOGRAM: histogram})
         assert found.anomalies is not None
         silent = replace(
