@@ -40,7 +40,7 @@ def predict(
     import json
 
     from secure_fed.clients.patients import some
-    from secure_fed.core.storage import refuse_foreign, write_durable
+    from secure_fed.core.storage import make_folder, refuse_foreign, write_durable
     from secure_fed.model.device import choose_device
     from secure_fed.operate.predict import is_prediction, predict_folder, refuse_other_maps, write_maps, write_reports
 
@@ -51,6 +51,8 @@ def predict(
 
     if into is not None:
         refuse_foreign(into, is_prediction)
+    if dicom_sr is not None:  # what cannot be one is known before any image is encoded
+        make_folder(dicom_sr, 0o700)
     with console.status("loading the backbone") as status:
         found = predict_folder(
             adapter,
@@ -66,10 +68,10 @@ def predict(
         )
     document = found.document()
     text = found.csv() if form == "csv" else json.dumps(document, indent=2) + "\n"
-    if into is not None:
-        write_durable(into, text.encode())
     drawn = None if maps is None else write_maps(found, maps)
     reports = None if dicom_sr is None else write_reports(found, dicom_sr)
+    if into is not None:
+        write_durable(into, text.encode())
     if json_:
         print_json(document)
     elif into is None:

@@ -44,7 +44,7 @@ TIMEOUT = (10.0, 120.0)
 """Seconds to connect, and between two pieces of an answer."""
 
 MOST_FOUND = 2**27
-"""Bytes of the answer to one search."""
+"""Bytes of the answer to one search, on all its pages."""
 
 MOST_BESIDE = 2**26
 """Bytes that an image's file may have beside twice what its pixels were announced to take."""
@@ -55,7 +55,7 @@ MOST_UNANNOUNCED = 2**31
 _PIECE = 2**20
 _ATTEMPTS = 3
 _BUSY = (429, 503, 504)
-_UID = re.compile(r"[0-9.]{1,64}")
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _RANGE = re.compile(r"(\d*)-(\d*)")
 
 Tell = Callable[[int, int], None]
@@ -382,9 +382,11 @@ class Pacs:
                         "file of the size that Rows, Columns and NumberOfFrames say: ask the archive's operators"
                     )
                 raise PacsError(
-                    f"{self.url}: the answer to a search has more than {self._most:,} bytes; expected fewer: narrow "
+                    f"{self.url}: the answers to a search have more than {MOST_FOUND:,} bytes; expected fewer: narrow "
                     "the query (StudyDate, Modality)"
                 )
+        if not image:  # the next page has what is left
+            self._most -= size
         response._content = b"".join(pieces)  # where requests itself keeps what it has read
 
     @contextmanager
@@ -523,9 +525,9 @@ def _text(result: Mapping[str, Any], keyword: str) -> str:
 def _uid(result: Mapping[str, Any], keyword: str) -> str:
     """An identifier, which becomes a part of a file's name."""
     uid = _text(result, keyword)
-    if _UID.fullmatch(uid) is None or not uid.strip("."):
+    if _UID.fullmatch(uid) is None:
         raise PacsError(
-            f"a result of the archive has {keyword} {uid[:70]!r}; expected digits and dots: ask the archive's operators"
+            f"a result of the archive has {keyword} {uid[:70]!r}; expected digits and dots between: ask the archive's operators"
         )
     return uid
 

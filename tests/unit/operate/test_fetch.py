@@ -425,6 +425,9 @@ def test_a_wrong_address_is_told(archive, tmp_path):
         ((200, {"Content-Type": "application/json"}, b"[" * 100_000), "no JSON"),
         ((200, {"Content-Type": "application/json"}, b'["a"]'), "no list of results"),
         ((200, {"Content-Type": "application/json"}, b'[{"0020000D": {"Value": ["../../etc"]}}]'), "digits and dots"),
+        # A hidden name, which would be taken for what a killed process left.
+        ((200, {"Content-Type": "application/json"}, b'[{"0020000D": {"Value": [".1.2"]}}]'), "digits and dots"),
+        ((200, {"Content-Type": "application/json"}, b'[{"0020000D": {"Value": ["1..2"]}}]'), "digits and dots"),
         ((200, {"Content-Type": "application/json", "Content-Length": "900"}, b"[]"), "broken off"),
     ],
 )
@@ -433,6 +436,19 @@ def test_what_is_no_answer_to_a_search_is_told(archive, tmp_path, answer, text):
     with pytest.raises(PacsError, match=text):
         run(archive, tmp_path / "data", "PatientID=P1")
     assert not (tmp_path / "data").exists()
+
+
+def test_an_archive_whose_pages_never_end_is_not_read_for_ever(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(dicomweb, "MOST_FOUND", 5000)
+
+    def answer(path: str, number: int) -> Any:
+        page = [{"0020000D": {"Value": [f"1.{number}"]}}] if number < 500 else []
+        return 200, {"Content-Type": "application/json"}, json.dumps(page).encode()
+
+    archive.answer = answer
+    with pytest.raises(PacsError, match=r"answers to a search have more than 5,000 bytes; expected fewer"):
+        run(archive, tmp_path / "data", "PatientID=P1")
+    assert 50 < len(archive.asked) < 200
 
 
 @pytest.mark.parametrize(
@@ -501,7 +517,7 @@ def test_an_archive_that_sends_more_than_it_announced_is_stopped(archive, tmp_pa
     long = b"[" + b" " * 1_000_000 + b"]"
     about = {"Content-Type": "application/dicom+json"} | ({"Content-Encoding": "gzip"} if packed else {})
     archive.answer = lambda path, number: (200, about, gzip.compress(long) if packed else long)
-    with pytest.raises(PacsError, match=r"the answer to a search has more than 50,000 bytes; .* narrow the query"):
+    with pytest.raises(PacsError, match=r"the answers to a search have more than 50,000 bytes; .* narrow the query"):
         run(archive, tmp_path / "search", "StudyDate=20240101-20240131")
     assert not (tmp_path / "search").exists()
 

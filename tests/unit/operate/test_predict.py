@@ -568,6 +568,16 @@ def test_reports_that_a_full_disk_cut_short_are_completed_and_no_patient_gets_tw
     assert len(list(folder.iterdir())) == 4  # which say something else
 
 
+def test_reports_that_have_no_folder_are_refused_before_any_image_is_encoded(
+    run: Path, ward: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secure_fed.operate.predict.encode_all", lambda *_, **__: pytest.fail("encoded"))
+    said = ("predict", "--adapter", run / "adapter.safetensors", "--checkpoint", run / "backbone.safetensors")
+    result = secfacmic(*said, "--images", ward, "--dicom-sr", ward / "known.png", "--out", run / "found.csv")
+    assert (result.returncode, (run / "found.csv").exists()) == (60, False)
+    assert "known.png: the folder cannot be made" in result.stderr
+
+
 def test_a_report_warns_of_strangers_and_there_is_none_of_a_patient_who_is_one(run: Path, ward: Path) -> None:
     said = predict_folder(run / "adapter.safetensors", ward, checkpoint=run / "backbone.safetensors")
     images = said.patients()["A-1"][0]
