@@ -17,7 +17,7 @@ from secure_fed.clients.files import MANIFEST, Notes
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.masks import check_masks
-from secure_fed.clients.patients import SETTLED, Doubt, in_one_form
+from secure_fed.clients.patients import SETTLED, Doubt, by_year, in_one_form
 from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import ManifestError, PatientError, SecfacmicError, fault_lines
@@ -110,6 +110,11 @@ def _found(
     if others := renamed(images, notes):
         notes.told.append(
             f"{file.data.folder}: {others} patients have another id in the manifest than in their DICOM files"
+        )
+    if file.data.unit == "patient" and (years := by_year({image.patient for image in images}, notes.settled)):
+        notes.told.append(
+            f"{file.data.folder}: {years} ids differ from others by a year at their end alone, as P1_2019 and P1_2021 "
+            f"do; if these are one patient's visits, say so in {SETTLED}, or they lie in several splits"
         )
     return Found(images, notes, all_doubts(images, file.data.unit, notes, agreed.study.class_names, looks))
 

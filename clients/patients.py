@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -77,6 +77,9 @@ _PART = re.compile(
     r"|\s*\(\d+\))+$"
 )
 """What an id, in small letters, may have behind its number: a side, a visit, which copy it is."""
+
+_YEAR = re.compile(r"(?<=\d)[\s_.-]+(19|20)\d\d$")
+"""What may be the year of a visit, and as well a number."""
 
 Kind = Literal["writings", "placeholder", "spreadsheet", "share", "header", "issuers", "picture", "classes"]
 _WORDS: dict[Kind, str] = {
@@ -177,6 +180,16 @@ def by_writing(patients: Iterable[str]) -> list[list[str]]:
     for patient in sorted(ids):
         groups[_separator_free(_person(patient), unbroken)].append(patient)
     return sorted(groups.values())
+
+
+def by_year(patients: Iterable[str], settled: Collection[str] = ()) -> int:
+    """How many ids differ from another one by a year at their end alone, and are not settled.
+
+    No doubt, as numbers may look like years: where they are counted on, every id would be in one.
+    """
+    open_ = {patient for patient in patients if patient not in settled and _YEAR.search(patient)}
+    stems = Counter(writing_free(_YEAR.sub("", patient)) for patient in open_)
+    return sum(count for count in stems.values() if count > 1)
 
 
 def writings(patient: str, sought: bool = False) -> frozenset[str]:

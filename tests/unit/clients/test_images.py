@@ -55,6 +55,10 @@ def with_privacy(file):
     return file.model_copy(update={"privacy": SitePrivacy(epsilon=8.0)})
 
 
+def image_unit(file):
+    return file.model_copy(update={"data": file.data.model_copy(update={"unit": "image"})})
+
+
 def splits(images):
     return {image.patient: image.split for image in images}
 
@@ -139,3 +143,18 @@ def test_doubtful_ids_stop_a_start_under_a_budget_until_they_are_settled(file, f
     (tmp_path / "hospital" / "patients.csv").write_text("id,same_as\nP01,p01\nnan,\n")
     refuse_doubts(private, find_images(private, federation.agreed))
     assert "P01" not in splits(find_images(private, federation.agreed).images)
+
+
+def test_ids_that_differ_by_a_year_alone_are_asked_for_and_stop_nobody(file, federation, tmp_path):
+    names = ("P1_2019", "P1_2021", "P2_2019", "P1_3", "2019_4", "P5-1999", "p05 2001")
+    rows = [f"{number:02}.png,{name},dark" for number, name in enumerate(names)]
+    (tmp_path / "hospital/manifest.csv").write_text("\n".join(["path,patient,label", *rows]) + "\n")
+    asked = with_privacy(file)
+    found = find_images(asked, federation.agreed)
+    (told,) = (line for line in found.notes.told if "by a year" in line)
+    assert "4 ids differ from others by a year at their end alone" in told
+    assert "P5" not in told  # no id: it goes into logs
+    refuse_doubts(asked, found)
+    (tmp_path / "hospital/patients.csv").write_text("id,same_as\nP1_2021,P1_2019\np05 2001,\n")
+    assert not any("by a year" in line for line in find_images(asked, federation.agreed).notes.told)
+    assert not any("by a year" in line for line in find_images(image_unit(asked), federation.agreed).notes.told)
