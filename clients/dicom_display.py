@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import ExplicitVRBigEndian
 
 from secure_fed.clients.dicom_elements import (
@@ -232,19 +231,12 @@ class Display:
             entries, _, depth = _descriptor(dataset.get(f"{name}Descriptor"), f"{name}Descriptor (0028,110{place})")
             entries = entries % 2**16 or 2**16
             size = len(dataset.get(f"{name}Data") or b"")
-            segmented = not size and dataset.get(f"Segmented{name}Data")
+            segmented = not size and bool(dataset.get(f"Segmented{name}Data"))
             if depth not in (8, 16) or not (segmented or size in (entries, entries + entries % 2, 2 * entries)):
                 raise UndecodableError(
                     f"{name}Data (0028,120{place}) has {size} bytes, for {entries} entries of {depth} bits; expected "
                     "one or two bytes for each, of 8 or 16 bits: export it again"
                 )
-        if segmented:
-            written = _descriptor(dataset.RedPaletteColorLookupTableDescriptor, "RedPaletteColorLookupTable")[1]
-            sign = written - _first(written, dataset.get("PixelRepresentation") == 1)  # pydicom takes it as written
-            parts = [apply_color_lut(stored[rows].astype(np.int32) + sign, dataset) for rows in blocks(stored)]
-            if any(part.dtype.itemsize > 1 and part.max() > 255 for part in parts):
-                parts = [part >> 8 for part in parts]
-            return Image.fromarray(np.concatenate([part.astype(np.uint8) for part in parts]))
         tables = [self._colours(colour) for colour in ("Red", "Green", "Blue")]
         down = 8 if max(int(table.max()) for table, _ in tables) > 255 else 0  # some devices write 8 bits as 16
         shown = np.empty((*stored.shape, 3), dtype=np.uint8)
@@ -259,12 +251,58 @@ class Display:
         name = f"{colour}PaletteColorLookupTable"
         entries, first, depth = _descriptor(self._dataset.get(f"{name}Descriptor"), name)
         entries = entries % 2**16 or 2**16
-        data = bytes(self._dataset.get(f"{name}Data"))
-        if self._dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian and len(data) % 2 == 0:
-            data = np.frombuffer(data, dtype=">u2").astype("<u2").tobytes()
-        small = len(data) < 2 * entries or (entries == 1 and depth == 8)  # of which an odd number is padded
-        table = np.frombuffer(data, dtype=np.uint8 if small else "<u2")[:entries]
+        data = self._dataset.get(f"{name}Data")
+        content = bytes(data or self._dataset.get(f"Segmented{name}Data"))
+        if self._dataset.file_meta.TransferSyntaxUID == ExplicitVRBigEndian and len(content) % 2 == 0:
+            content = np.frombuffer(content, dtype=">u2").astype("<u2").tobytes()
+        # Of one byte an odd number is padded.
+        small = len(content) < 2 * entries or (entries == 1 and depth == 8) if data else depth == 8
+        table = np.frombuffer(content, dtype=np.uint8 if small else "<u2")
+        try:
+            table = table[:entries] if data else _unfolded(table, entries)
+        except ValueError as error:
+            raise UndecodableError(f"Segmented{name}Data {error}: export it again") from None
         return table, _first(first, self._dataset.get("PixelRepresentation") == 1)
+
+
+def _unfolded(words: NDArray[Any], entries: int) -> NDArray[Any]:
+    """A table that is written as segments (PS3.3, C.7.9.2): values, lines between two, and what was there before.
+
+    Args:
+        words: as they are stored.
+        entries: how many the table has.
+
+    Raises:
+        ValueError: it has others, or is none.
+    """
+    found: list[int] = []
+    offset = 4 // words.dtype.itemsize  # of a segment that is taken again, in words; it is in bytes itself
+
+    def take(at: int, most: float, again: bool) -> None:
+        while most > 0 and at + 1 < len(words) and (words[at] or words[at + 1]):  # behind the last one is padding
+            kind, count = int(words[at]), int(words[at + 1])
+            at, most = at + 2, most - 1
+            needed = {0: count, 1: 1, 2: offset}.get(kind, len(words))
+            # What was taken again is not taken again within that: it might never end.
+            if not count or at + needed > len(words) or (kind and not found) or (kind == 2 and again):
+                raise ValueError("is not in segments of kinds 0, 1 and 2")
+            if kind == 0:
+                found.extend(words[at : at + count].tolist())
+            elif kind == 1:
+                found.extend(np.rint(np.linspace(found[-1], int(words[at]), count + 1)).astype(int).tolist()[1:])
+            else:
+                take(offset * int.from_bytes(words[at : at + offset].tobytes(), "little") // 4, count, True)
+            at += needed
+            if len(found) > entries:
+                return
+
+    take(0, math.inf, False)
+    if len(found) != entries:
+        raise ValueError(
+            f"unfolds to {'more' if len(found) > entries else len(found)} entries, and its descriptor says {entries}; "
+            "expected as many"
+        )
+    return np.array(found, dtype=words.dtype)
 
 
 def _descriptor(value: Any, name: str) -> tuple[int, int, int]:

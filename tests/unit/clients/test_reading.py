@@ -1598,6 +1598,59 @@ def test_a_tiff_of_which_strips_are_missing_is_refused():
             decode(damaged)
 
 
+def segmented(words, entries=256, bits=16, first=0, pixels=None):
+    dataset = dicom(np.arange(256, dtype=np.uint8).reshape(16, 16) if pixels is None else pixels, "PALETTE COLOR")
+    for name in ("Red", "Green", "Blue"):
+        setattr(dataset, f"{name}PaletteColorLookupTableDescriptor", [entries % 2**16, first, bits])
+        dataset[f"{name}PaletteColorLookupTableDescriptor"].VR = "US"
+        content = np.array(words, f"<u{bits // 8}").tobytes()
+        setattr(dataset, f"Segmented{name}PaletteColorLookupTableData", content + b"\0" * (len(content) % 2))
+    return as_bytes(dataset)
+
+
+RISE = [0, 1, 0, 1, 127, 127]
+"""Of segments: one value, and a line to another."""
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_palettes_in_segments_are_unfolded(bits):
+    """Values, lines, and segments that are taken again, whose offset is in bytes."""
+    down = 257 if bits == 16 else 1
+    rise = [value * down if place in (2, 5) else value for place, value in enumerate(RISE)]
+    half = list(range(128))
+    for words, expected in (
+        ([*rise, 1, 128, 255 * down], [*half, *(np.rint(np.linspace(127, 255, 129)).astype(int)[1:])]),
+        ([*rise, 0, 128, *(one * down for one in range(127, -1, -1))], [*half, *half[::-1]]),
+        ([*rise, 2, 2, 0, 0, *([0, 0] if bits == 8 else [])], half * 2),
+        ([*rise, 0, 1, 9 * down, 2, 1, 3 * bits // 8, 0, *([0, 0] if bits == 8 else [])], [*half, 9, *[None] * 127]),
+    ):
+        found = np.asarray(decode(segmented(words, bits=bits)))
+        expected = [
+            round(9 + (127 - 9) * (place - 128) / 127) if one is None else one for place, one in enumerate(expected)
+        ]
+        assert np.abs(found.reshape(256, 3).T.astype(int) - expected).max() <= 1
+    wide = np.array([[0, 5, 300, 70]], np.uint16)  # beyond the last entry: that one
+    shown = np.asarray(decode(segmented([*rise, 1, 128, 255 * down], bits=bits, first=5, pixels=wide)))
+    assert shown[0, :, 0].tolist() == [0, 0, 255, 65]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (RISE, "unfolds to 128 entries, and its descriptor says 256; expected as many"),
+        ([*RISE, 1, 200, 255], "unfolds to more entries"),
+        ([1, 256, 255], "is not in segments of kinds 0, 1 and 2"),
+        ([0, 256, 1, 2], "is not in segments"),
+        ([0, 1, 0, 9, 255, 1], "is not in segments"),
+        ([0, 1, 0, 2, 1, 6, 0], "is not in segments"),  # itself
+        ([*RISE, 2, 1, 60_000, 0], "unfolds to 128 entries"),
+    ],
+)
+def test_palettes_in_segments_that_unfold_to_others_than_they_say_are_refused(words, says):
+    with pytest.raises(UndecodableError, match=f"SegmentedRedPaletteColorLookupTableData {says}.*: export it again"):
+        decode(segmented(words))
+
+
 def test_a_deflated_tiff_whose_checksums_do_not_fit_is_refused():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8))
     content = saved(noise, "TIFF", compression="tiff_adobe_deflate")
