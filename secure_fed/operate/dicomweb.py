@@ -527,7 +527,8 @@ def _uid(result: Mapping[str, Any], keyword: str) -> str:
     uid = _text(result, keyword)
     if _UID.fullmatch(uid) is None:
         raise PacsError(
-            f"a result of the archive has {keyword} {uid[:70]!r}; expected digits and dots between: ask the archive's operators"
+            f"a result of the archive has {keyword} {uid[:70]!r}; expected digits and dots between: ask the "
+            "archive's operators"
         )
     return uid
 
