@@ -312,7 +312,7 @@ def _statistics(agreed: AgreedStudy, budget: bool) -> list[str]:
 def _counted(study: Study) -> str:
     return (
         "nothing but zeros where sites with a budget, which send such, could leave fewer than "
-        f"{study.min_sites} others in a sum"
+        f"{study.min_sites} without one in a sum"
     )
 
 
