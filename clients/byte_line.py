@@ -13,6 +13,7 @@ import math
 import ssl
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import httpx
@@ -113,6 +114,9 @@ class ByteLine:
             sent, parts = sent + len(part), parts + 1
             try:
                 answer = self._put(run, path, part, held, len(data))
+                if answer.status_code == 503:  # as when its disk is full, which is mended there
+                    put = partial(self._put, run, path, part, held, len(data))
+                    answer = self._call(lambda put=put: _unless_503(put()))  # type: ignore[misc]
             except httpx.TransportError:
                 # It may have arrived all the same.
                 self._part = max(LEAST_PART, self._part // 2)
@@ -180,7 +184,7 @@ class ByteLine:
         patience = PATIENCE_SECONDS + PATIENCE_PARTS * expected
         request.extensions["timeout"] = httpx.Timeout(patience, connect=PATIENCE_SECONDS).as_dict()
         answer = self._client.send(request)
-        if answer.status_code in (502, 503, 504):
+        if answer.status_code in (502, 504):
             raise httpx.ReadError(f"a proxy answers {answer.status_code}")
         return answer
 
@@ -223,6 +227,10 @@ class ByteLine:
             self._elsewhere_from = time.monotonic() + ELSEWHERE_PAUSE
             return None
         return data
+
+
+def _unless_503(answer: httpx.Response) -> httpx.Response:
+    return answer.raise_for_status() if answer.status_code == 503 else answer
 
 
 def _held_of(answer: httpx.Response, total: int) -> int:

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import io
 import math
+import os
 import queue
 import shutil
 import socket
@@ -202,6 +203,23 @@ def test_bytes_that_move_are_signs_of_life_of_who_is_there(link: Link) -> None:
     ash.leave()
     ash.line.fetch(digest, 200_000)
     assert node.online_until <= time.time()
+
+
+def test_a_site_waits_for_a_server_whose_disk_is_full(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hears so, though it has sent more than what lies between them."""
+    ash, pwrite, full = link.connect(), os.pwrite, iter(range(2))
+
+    def write(*arguments: Any) -> int:
+        if next(full, None) is not None:
+            raise OSError(28, "No space left on device")
+        return pwrite(*arguments)
+
+    ash.line._part = 3_000_000
+    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(ash.line, "_held", lambda *arguments: 0)  # asked once, and not as after a broken line
+    ash.line.send(BYTES_RUN, bytes(3_000_000))
+    assert ash.line._part > 1_500_000
+    ash.leave()
 
 
 def test_a_registered_site_joins_leaves_and_joins_again(link: Link) -> None:

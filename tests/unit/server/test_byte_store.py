@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import hashlib
 import http.server
+import os
 import random
 import socket
 import threading
@@ -306,6 +307,26 @@ def test_a_server_that_takes_nothing_is_given_up(line: Line) -> None:
     with pytest.raises(ProtocolError, match="takes no more"):
         client(line).send(RUN, DATA)
     assert line.asked.count("PUT") == FAULTS
+
+
+def test_a_server_whose_disk_is_full_is_waited_for(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The site has done nothing wrong, and must not say that it was asked for what does not fit."""
+    full, pwrite = iter(range(3 * FAULTS)), os.pwrite
+
+    def write(*arguments: Any) -> int:
+        if next(full, None) is not None:
+            raise OSError(28, "No space left on device")
+        return pwrite(*arguments)
+
+    def call(ask: Callable[[], httpx.Response]) -> httpx.Response:
+        while True:
+            with contextlib.suppress(httpx.HTTPStatusError):
+                return ask()
+
+    monkeypatch.setattr(os, "pwrite", write)
+    site = ByteLine(httpx.Client(transport=line), "https://server", "ash", KEYS["ash"], call)
+    assert site.send(RUN, DATA) == WHOLE
+    assert line.incoming.take("ash", WHOLE, len(DATA)) == DATA
 
 
 # --- down ---
