@@ -10,6 +10,8 @@ from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.records import LOST, MOST_ROUNDS, Chain, RecordFolder
 from secure_fed.protocol.study import AgreedStudy
 
+_LEFT = b"left"
+
 
 class Orders:
     """Those that lie in a run's folder.
@@ -29,18 +31,19 @@ class Orders:
     @property
     def lobby(self) -> bool:
         """Whether the first round waits until all are ready."""
-        return self._folder.lobby.exists()
+        return self._folder.lobby.exists() and not self._folder.lobby.stat().st_size
 
     def hold_in_lobby(self, held: bool) -> None:
-        """Let the first round wait until all are ready, or no longer.
+        """Let the first round wait until all are ready, or no longer. What was left is not entered again: a server
+        that is started again with the same words would take back what people have said since.
 
         Raises:
             StorageError: it cannot be written.
         """
-        if held:
+        if held and not self._folder.lobby.exists():
             write_durable(self._folder.lobby, b"")
-        else:
-            self._folder.lobby.unlink(missing_ok=True)
+        elif not held and self.lobby:
+            write_durable(self._folder.lobby, _LEFT)
 
     @property
     def end(self) -> bool:
@@ -138,7 +141,7 @@ def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:
     elif folder.pause.exists():
         folder.pause.unlink()
     else:
-        folder.lobby.unlink(missing_ok=True)
+        Orders(folder).hold_in_lobby(False)
     return chain.round + 1
 
 

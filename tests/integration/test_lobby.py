@@ -100,6 +100,17 @@ def test_a_pause_in_the_lobby_is_taken_back_alone(federation: Federation) -> Non
     assert not coordinator.resting
 
 
+def test_a_lobby_that_was_left_is_not_entered_again(federation: Federation) -> None:
+    """A service is started again with the same words, ``--lobby`` among them, also before round 1 has its cohort."""
+    coordinator, *_ = _in_lobby(federation)
+    coordinator.hold_in_lobby(True)
+    assert coordinator.in_lobby
+    hold_run(federation.agreed, federation.folder / "server", paused=False)
+    again = federation.reopen()
+    again.hold_in_lobby(True)
+    assert not again.in_lobby
+
+
 def test_a_site_without_the_runs_key_is_told_of_and_goes_on_once_it_has_it(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
