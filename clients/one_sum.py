@@ -75,9 +75,9 @@ def tell(agreed: AgreedStudy, state: aggregation.State) -> None:
     for name, there, count in zip(agreed.study.class_names, known, together.patients, strict=True):
         if not there:
             log.warning(
-                "class %s has %.0f patients in the sum of all sites; expected at least %d%s: it is left out of the "
+                "class %s has %g patients in the sum of all sites; expected at least %d%s: it is left out of the "
                 "head and never predicted; ask for sites that have some, or lower method.min_patients in a new study",
-                *(name, max(0.0, float(count)), math.ceil(least + together.doubtful), noise),
+                *(name, math.floor(100 * max(0.0, float(count))) / 100, math.ceil(least + together.doubtful), noise),
             )
 
 

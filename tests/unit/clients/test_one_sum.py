@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from secure_fed.clients import one_sum as at_site
 from secure_fed.clients.one_sum import _Eigen, _left_out
 from secure_fed.privacy.class_statistics import exact_sums, shares
-from secure_fed.protocol import one_sum
+from secure_fed.protocol import aggregation, one_sum
 from secure_fed.protocol.one_sum import GRID
 
 CLASSES = 3
@@ -96,3 +98,16 @@ def test_fewer_patients_than_dimensions_are_judged_under_every_shrinkage_that_ou
     truly = _left_out(_Eigen.of(exact, known), x, x, labels, owners)
     place = GRID.index(0.3)
     assert np.abs(found.logits[place] - truly.logits[place]).max() < 0.1 * np.abs(truly.logits[place]).max()
+
+
+def test_a_class_that_is_a_part_of_a_patient_short_is_not_told_as_having_enough(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A patient with images of two classes counts in both, in parts."""
+    method = SimpleNamespace(min_patients=5)
+    agreed = SimpleNamespace(study=SimpleNamespace(method=method, class_names=("a", "b", "c")))
+    sums = one_sum.Sums(np.array([9.0, 4.75, 8.0]), np.ones((3, 2)), np.eye(2))
+    state = {f"{aggregation.MOMENT}{name}": value for name, value in sums.values().items()}
+    at_site.tell(agreed, state)  # type: ignore[arg-type]
+    assert "class b has 4.75 patients in the sum of all sites; expected at least 5" in caplog.text
+    assert caplog.text.count("left out of the head") == 1
