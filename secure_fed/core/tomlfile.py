@@ -198,22 +198,19 @@ def _validated(content: dict[str, Any], model: type[Model]) -> Model:
 def _hidden(content: dict[str, Any], model: type[Model], error: ValidationError) -> Iterator[str]:
     """Lines for the errors that others hide: what is compared with a value is not looked at while that is wrong itself.
 
-    Found by reading the file again without the wrong values, names in a form that would do. What is missing then, or
-    wrong in the same place, is no news.
+    Found by reading the file again without the wrong values, names in a form that would do, and of few possible values
+    the one with which most is right. What is missing then, or wrong in the same place, is no news.
     """
     content = json.loads(json.dumps(content, default=str))
     told = {entry["loc"] for entry in error.errors()}
     for _ in range(_DEPTH):
-        for entry in error.errors():
-            _mend(content, entry)
-        try:
-            _validated(content, model)
+        for entry in sorted(error.errors(), key=lambda entry: entry["type"] == "literal_error"):
+            _mend(content, entry, model)
+        again = _refused(content, model)
+        if again is None:
             return
-        except ValidationError as again:
-            error = again
+        error = again
         news = [entry for entry in error.errors() if entry["type"] != "missing" and not _is_at(entry["loc"], told)]
-        if not news:
-            return
         told |= {entry["loc"] for entry in news}
         yield from (_line(entry, model) for entry in news)
 
@@ -223,15 +220,31 @@ def _is_at(location: tuple[int | str, ...], told: set[tuple[int | str, ...]]) ->
     return any(location[: len(other)] == other for other in told)
 
 
-def _mend(content: Any, entry: Any) -> None:
-    """Take a wrong value out, or bring a name into a form that would do; nothing if it is not there any more."""
+def _refused(content: Any, model: type[Model]) -> ValidationError | None:
+    try:
+        _validated(content, model)
+    except ValidationError as error:
+        return error
+    return None
+
+
+def _mend(content: Any, entry: Any, model: type[FileModel]) -> None:
+    """Take a wrong value out, or put in what would do; a table that lacks a key goes. Nothing if it is gone already."""
     *parents, last = entry["loc"] or ("",)
     try:
-        at = content
+        above = at = content
         for part in parents:
-            at = at[part]
+            above, at = at, at[part]
         if entry["type"] == "string_pattern_mismatch":
             at[last] = re.sub(r"[^a-z0-9_-]", "-", str(at[last]).lower()).strip("-_") or "x"
+        elif options := _schema_at(model, entry["loc"]).get("enum", ()) if entry["type"] == "literal_error" else ():
+            faults = {}
+            for at[last] in options:
+                refusal = _refused(content, model)
+                faults[at[last]] = refusal.error_count() if refusal else 0
+            at[last] = min(faults, key=lambda option: faults[option])
+        elif entry["type"] == "missing" and parents and isinstance(above, dict):
+            del above[parents[-1]]
         elif isinstance(at, dict):
             del at[last]
     except (KeyError, IndexError, TypeError):

@@ -417,7 +417,7 @@ def _text(
         "# Names as the folders or manifests have them. REVIEW the prompts: say what is seen, not what it is called.",
     ]
     for label in classes:
-        words = re.sub(r"[_-]+", " ", label).strip()
+        words = re.sub(r"_+|(?<=\w)-+(?=\w)", " ", label).strip()  # not the sign of HER2-
         lines += ["[[classes]]", *_pairs(name=label, prompts=[f"an image of {words}"]), ""]
     lines += [
         "# The small CLIP that comes with secfacmic. For photographs or radiographs take a larger one: secfacmic study",

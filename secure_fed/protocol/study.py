@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -471,6 +471,16 @@ class StudyFile(FileModel):
 
 class Template(StudyFile):
     """What a person writes, to be changed, simulated, or made a study of: ``study new`` fills in what is missing."""
+
+    @field_validator("classes")
+    @classmethod
+    def _told_apart(cls, classes: tuple[StudyClass, ...]) -> tuple[StudyClass, ...]:
+        same: defaultdict[frozenset[str], list[str]] = defaultdict(list)
+        for entry in classes:
+            same[frozenset(entry.prompts)].append(entry.name)
+        if alike := [", ".join(names) for names in same.values() if len(names) > 1]:
+            raise ValueError(f"one and the same prompts for {'; and for '.join(alike)}; expected others for each class")
+        return classes
 
     @classmethod
     def read(cls, path: Path | str) -> Template:

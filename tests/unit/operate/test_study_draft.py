@@ -200,7 +200,9 @@ def test_classes_that_differ_in_writing_alone_are_refused_and_signs_are_no_writi
             draft_study(moved(own, tmp_path / str(number), cedar__dark=other), "x")
         assert str(tmp_path / str(number) / "cedar") in str(refused.value)
     signs = moved(own, tmp_path / "signs", cedar__dark="HER2+", birch__dark="HER2-")
-    assert {"HER2+", "HER2-"} <= set(draft_study(signs, "x").template.class_names)
+    drafted = draft_study(signs, "x").template
+    assert {"HER2+", "HER2-"} <= set(drafted.class_names)
+    assert {"an image of HER2+", "an image of HER2-"} <= {text for one in drafted.classes for text in one.prompts}
 
 
 def test_how_levels_were_taken_is_told(own: Path, tmp_path: Path, secfacmic: Run) -> None:

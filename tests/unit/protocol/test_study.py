@@ -226,6 +226,19 @@ def test_no_error_hides_behind_another(tmp_path: Path) -> None:
     assert not [line for line in lines if line == "x"]
 
 
+def test_no_error_hides_behind_a_wrong_choice_or_a_table_that_is_wrong_itself(tmp_path: Path) -> None:
+    for change in ({"kind": "patients"}, {"unit": "person"}, {"shares": {"train": 0.6}}, {"shares": {"train": 7}}):
+        table = _changed(lambda t, change=change: (t["simulation"].update(change), t["simulation"]["sites"].pop()))
+        with pytest.raises(StudyError, match="expected exactly the study's"):
+            read_study_file(_write(tmp_path / "study.toml", table))
+
+
+def test_two_classes_that_nothing_tells_apart_are_refused(tmp_path: Path) -> None:
+    table = _changed(lambda t: t["classes"][1].update(prompts=t["classes"][0]["prompts"]))
+    with pytest.raises(StudyError, match=r"one and the same prompts for .*; expected others for each class"):
+        read_study_file(_write(tmp_path / "study.toml", table))
+
+
 def test_of_a_hidden_error_nothing_is_made_up(tmp_path: Path) -> None:
     """What is missing only because a wrong value was taken out for the second reading is not told."""
     table = _changed(lambda t: (t.update(rounds="ten", min_sites=0), t["training"].update(steps=-1)))
