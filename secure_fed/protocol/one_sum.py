@@ -554,8 +554,9 @@ def limits_of(histogram: Histogram, coverage: float) -> Limits:
 
     The score of a patient is the log odds of its true class. The limit is the score above which (n + 1) times the
     coverage lie (Lei et al. 2018), those of a bin spread evenly over it; without that many there is none. So it is
-    exact up to how the patients of one bin lie in it. Distances likewise, from below, with :data:`FAMILIAR`, and up to
-    the edge of a bin, which is exact.
+    exact up to how the patients of one bin lie in it; of a bin with more of them than may be missed it is the lower
+    edge, as all could lie there. Distances likewise, from below, with :data:`FAMILIAR`, and up to the edge of a bin,
+    which is exact.
     """
     patients = histogram.patients
     least, farthest = -NO_LIMIT, NO_LIMIT
@@ -568,7 +569,7 @@ def limits_of(histogram: Histogram, coverage: float) -> Limits:
         if there >= needed:
             share = max(needed, 0.0) / there if there > 0 else 0.0
             low, high = SCORE_EDGES[place : place + 2].tolist()
-            least = high - share * (high - low)
+            least = low if there > (1.0 - coverage) * patients else high - share * (high - low)
             break
         above += there
     below = 0.0

@@ -366,7 +366,7 @@ def test_the_limit_covers_what_is_promised_of_what_it_was_made_of(seed: int, pat
     own = np.bincount(one_sum.score_bin(scores), minlength=one_sum.BINS).astype(float)
     limits = one_sum.limits_of(histogram(np.diag([float(patients), 0, 0]), own), coverage)
     if limits.least > -one_sum.NO_LIMIT:
-        place = int(np.searchsorted(one_sum.SCORE_EDGES, limits.least)) - 1
+        place = int(np.searchsorted(one_sum.SCORE_EDGES, limits.least, side="right")) - 1
         lower, upper = (np.sum(scores >= edge) for edge in one_sum.SCORE_EDGES[place : place + 2])
         assert lower >= coverage * (patients + 1)
         assert upper <= coverage * (patients + 1) or place == one_sum.BINS - 1
@@ -385,6 +385,17 @@ def test_a_new_patient_is_covered_as_promised_however_sure_the_head_is_of_itself
         least = one_sum.limits_of(histogram(np.diag([99.0, 0, 0]), own), 0.9).least
         covered.append(np.mean(fresh >= least))
     assert 0.896 <= np.mean(covered) <= 0.91
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.05])
+def test_patients_of_whom_a_head_says_next_to_the_same_are_covered_wherever_their_bin_begins(spread: float) -> None:
+    """As of a head that knows nothing, whose log odds are all near -log(K - 1)."""
+    rng = np.random.default_rng(4)
+    for mean in np.linspace(-9, 1, 400):
+        known, fresh = rng.normal(mean, spread, (2, 200))
+        own = np.bincount(one_sum.score_bin(known), minlength=one_sum.BINS).astype(float)
+        least = one_sum.limits_of(histogram(np.diag([200.0, 0, 0]), own), 0.9).least
+        assert np.mean(fresh >= least) >= 0.8
 
 
 def test_limits_of_histograms_that_no_patients_give_are_finite() -> None:
