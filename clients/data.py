@@ -631,7 +631,7 @@ def _read_manifest(
     ):
         notes.told.append(f"{manifest}: column {folds[0]!r} looks like folds; splits are drawn without regard to it")
     if free := [name for name in table.columns if name and name not in KNOWN_COLUMNS]:
-        notes.told.append(f"{manifest}: columns that mean nothing here: {', '.join(free)[:500]}")
+        notes.told.append(f"{manifest}: columns that no training looks at: {', '.join(free)[:500]}")
     has_splits = has_splits and "label" in needed
     if unit == "image" and "patient" in table.columns:
         known = Counter(patient for row in table.rows if (patient := in_one_form(row.cells["patient"])))

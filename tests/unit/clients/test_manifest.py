@@ -241,7 +241,7 @@ def test_columns_that_mean_nothing_are_told(tmp_path):
     notes = Notes()
     rows = b"path,label,patient,splits\na.png,dark,p1,few\nb.png,light,p2,many\n"
     assert len(found(tmp_path, rows, notes=notes)) == 2
-    assert "columns that mean nothing here: splits" in notes.told[0]
+    assert "columns that no training looks at: splits" in notes.told[0]
 
 
 @pytest.mark.parametrize("cells", [("test", "train"), ("Validation", "Training"), ("", "dev")])
