@@ -61,20 +61,26 @@ def test_no_table_loses_a_letter_however_narrow_the_terminal(
             assert "…" not in ended.stdout, (words, width)
 
 
-def test_ctrl_c_while_the_command_still_loads_is_one_line() -> None:
-    """Pressed by somebody who saw at once that it was the wrong command."""
-    program = """
+@pytest.mark.parametrize("made_of_it", ["raise", "raise RuntimeError", "pass"])
+def test_ctrl_c_while_the_command_still_loads_is_one_line(made_of_it: str, tmp_path: Path) -> None:
+    """Pressed by somebody who saw at once that it was the wrong command; a class in the making makes another error of
+    it, and who tries an import nothing at all."""
+    program = f"""
 import os, runpy, signal, sys
 class Press:
     def find_spec(self, name, path=None, target=None):
         if name == "typer":
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                {made_of_it}
 sys.meta_path.insert(0, Press())
 sys.argv = ["secfacmic", "study", "new", "hospitals", "--out", "x"]
 runpy.run_module("secfacmic", run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "secfacmic: interrupted before it began\n"
 
