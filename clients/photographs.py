@@ -219,7 +219,7 @@ def _refuse_part(image: Image.Image, content: bytes) -> None:
         parts = math.ceil(width / tags[322]) * math.ceil(height / tags[323]) * planes
     else:
         offsets, counts = tags[273], tags.get(279, ())
-        parts = math.ceil(height / min(height, tags.get(278) or height)) * planes
+        parts = math.ceil(height / (tags.get(278) or height)) * planes
     if len(offsets) != parts:
         raise ValueError(f"{len(offsets)} strips or tiles of {parts}")
     for offset, count in zip(offsets, counts, strict=False) if tags.get(259) in _DEFLATED else ():

@@ -157,4 +157,8 @@ def test_ids_that_differ_by_a_year_alone_are_asked_for_and_stop_nobody(file, fed
     refuse_doubts(asked, found)
     (tmp_path / "hospital/patients.csv").write_text("id,same_as\nP1_2021,P1_2019\np05 2001,\n")
     assert not any("by a year" in line for line in find_images(asked, federation.agreed).notes.told)
+    for year in (2019, 2021):
+        picture(year).save(tmp_path / f"hospital/i1_{year}", "PNG")
+    (tmp_path / "hospital/manifest.csv").write_text("path,label\ni1_2019,dark\ni1_2021,dark\n")
+    (tmp_path / "hospital/patients.csv").unlink()
     assert not any("by a year" in line for line in find_images(image_unit(asked), federation.agreed).notes.told)

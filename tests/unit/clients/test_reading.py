@@ -3,6 +3,7 @@
 import gzip
 import io
 import itertools
+import re
 import struct
 import time
 import zlib
@@ -1544,10 +1545,11 @@ def png(width, height, rows, interlaced):
     )
 
 
-@pytest.mark.parametrize("interlaced", [False, True])
-def test_a_png_of_fewer_rows_than_its_header_says_is_refused(interlaced):
-    width, height = 24, 30
-    passes = ((3, 4), (3, 4), (6, 4), (6, 8), (12, 7), (12, 15), (24, 15)) if interlaced else ((width, height),)
+@pytest.mark.parametrize(("interlaced", "height"), [(False, 30), (True, 30), (True, 31)])
+def test_a_png_of_fewer_rows_than_its_header_says_is_refused(interlaced, height):
+    width, more = 24, height - 30  # every other row, and of 31 not the last, comes in the last pass
+    passes = ((3, 4), (3, 4), (6, 4), (6, 8), (12, 7 + more), (12, 15 + more), (24, 15))
+    passes = passes if interlaced else ((width, height),)
     rows = [b"\0" + bytes([120]) * across for across, down in passes for _ in range(down)]
     assert np.unique(np.asarray(decode(png(width, height, b"".join(rows), interlaced)))).tolist() == [120]
     for fewer in (1, 2, 3, 12, 20):
@@ -1560,7 +1562,7 @@ def test_a_png_of_fewer_rows_than_its_header_says_is_refused(interlaced):
 def strips(height, rows, parts, counts=None, **more):
     """A TIFF of 8 bits, 16 pixels wide."""
     offsets = list(itertools.accumulate(map(len, parts), initial=8))[:-1]
-    tags = {256: 16, 257: height, 258: 8, 259: 1, 262: 1, 277: 1, 278: rows, 273: offsets, **more}
+    tags = {256: 16, 257: height, 258: 8, 259: 1, 262: 1, 277: 1, 273: offsets, **({278: rows} if rows else {}), **more}
     tags[279] = [len(part) for part in parts] if counts is None else counts
     table, lists, end = b"", b"", 8 + sum(map(len, parts))
     for tag, found in sorted(tags.items()):
@@ -1586,7 +1588,11 @@ def test_a_tiff_of_which_strips_are_missing_is_refused():
     whole = np.asarray(decode(strips(16, 4, parts)))
     assert whole[:, 0].tolist() == [90] * 4 + [91] * 4 + [92] * 4 + [93] * 4
     alone = [b"".join(parts)]
-    for said in (strips(16, 2**32 - 1, alone), strips(16, 16, alone, [0])):  # of one alone the count is left out
+    for said in (
+        strips(16, 2**32 - 1, alone),
+        strips(16, 16, alone, [0]),
+        strips(16, 0, alone),
+    ):  # of one alone the count is left out
         assert np.array_equal(np.asarray(decode(said)), whole)
     for damaged, says in (
         (strips(16, 4, parts[:2]), "2 strips or tiles of 4"),
@@ -1644,11 +1650,30 @@ def test_palettes_in_segments_are_unfolded(bits):
         ([0, 1, 0, 9, 255, 1], "is not in segments"),
         ([0, 1, 0, 2, 1, 6, 0], "is not in segments"),  # itself
         ([*RISE, 2, 1, 60_000, 0], "unfolds to 128 entries"),
+        ([0, 1, 0, 1, 0, 9, 1, 255, 255], "is not in segments"),  # none of a line's entries
     ],
 )
 def test_palettes_in_segments_that_unfold_to_others_than_they_say_are_refused(words, says):
     with pytest.raises(UndecodableError, match=f"SegmentedRedPaletteColorLookupTableData {says}.*: export it again"):
         decode(segmented(words))
+
+
+def test_a_palette_of_few_segments_that_would_be_large_is_not_unfolded():
+    begun = time.process_time()
+    with pytest.raises(UndecodableError, match="unfolds to more entries, and its descriptor says 256"):
+        decode(segmented([*RISE, *[1, 65_535, 1] * 200]))
+    assert time.process_time() - begun < 0.5
+
+
+def test_a_progressive_jpeg_of_which_eight_intervals_are_missing_is_refused():
+    """After them markers have the same numbers again; of luminance alone there are more intervals than of all."""
+    noise = np.random.default_rng(1).integers(0, 256, (72, 90, 3), dtype=np.uint8)
+    content = saved(Image.fromarray(noise), "JPEG", progressive=True, restart_marker_blocks=2)
+    assert decode(content).size == (90, 72)
+    for scan in [found.start() for found in re.finditer(b"\xff\xda", content)][1:]:
+        first = content.index(b"\xff\xd0", scan)
+        with pytest.raises(UndecodableError, match="data are missing in it"):
+            decode(content[:first] + content[content.index(b"\xff\xd0", first + 2) :])
 
 
 def test_a_deflated_tiff_whose_checksums_do_not_fit_is_refused():
