@@ -1448,7 +1448,7 @@ def test_a_niftis_values_are_as_many_and_as_large_as_its_header_says(packed):
 def test_values_of_whatever_unit_go_from_black_to_white():
     small = nifti(VOLUME.astype(np.float32) * 1e-20, packed=False)
     assert np.abs(np.asarray(decode(small)).astype(int) - np.asarray(decode(nifti()))).max() <= 1
-    assert np.abs(grey(dicom(RAMP, RescaleSlope="1e-15", RescaleIntercept=0)) - grey(dicom(RAMP))).max() <= 1
+    assert np.abs(grey(dicom(RAMP, RescaleSlope="1e-18", RescaleIntercept=0)) - grey(dicom(RAMP))).max() <= 1
 
 
 def saved(image, form, **options):
@@ -1661,7 +1661,7 @@ def test_palettes_in_segments_that_unfold_to_others_than_they_say_are_refused(wo
 def test_a_palette_of_few_segments_that_would_be_large_is_not_unfolded():
     begun = time.process_time()
     with pytest.raises(UndecodableError, match="unfolds to more entries, and its descriptor says 256"):
-        decode(segmented([*RISE, *[1, 65_535, 1] * 200]))
+        decode(segmented([*RISE, *[1, 65_535, 1] * 1000]))
     assert time.process_time() - begun < 0.5
 
 
