@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,11 +134,7 @@ def _order(summary: StudySummary, measure: str) -> list[str]:
             known = [share for share in shares if share is not None]
             if len(known) == len(shares):
                 found.append((sum(known) / len(known), label))
-    lines = [
-        f"{place}: " + " > ".join(f"{label} {100 * share:.1f}" for share, label in sorted(found, reverse=True))
-        for place, found in places.items()
-        if found
-    ]
+    lines = [f"{place}: {ranked(found)}" for place, found in places.items() if found]
     return [*lines, "as measured here, once, with one seed: a few points are chance (summary.json has the intervals)"]
 
 
@@ -184,3 +180,13 @@ def live() -> Iterator[Any]:
             )
         finally:
             status.plain = ""
+
+
+def ranked(found: Iterable[tuple[float, str]]) -> str:
+    """Shares with their labels from best to worst, in percent; none beats one that is shown with the same figure."""
+    words, above = "", ""
+    for share, label in sorted(found, key=lambda entry: -entry[0]):
+        figure = f"{100 * share:.1f}"
+        words += ("" if not words else " = " if figure == above else " > ") + f"{label} {figure}"
+        above = figure
+    return words
