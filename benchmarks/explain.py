@@ -113,7 +113,8 @@ def judged(adapter: str, work: Path, seed: int, most: int) -> dict[str, Any]:
         if file.classes[k] != label:
             continue
         heat = maps.of(prepared, margin_of(file.build(), k))
-        hits[label].append((bool(mask.flat[heat.argmax()]), bool(mask.flat[places[label]])))
+        heat = np.zeros(mask.shape) if heat is None else heat
+        hits[label].append((bool(heat.any() and mask.flat[heat.argmax()]), bool(mask.flat[places[label]])))
         if len(areas) < most:
             cells = np.add.reduceat(heat, np.arange(0, side, side // GRID), axis=0)
             cells = np.add.reduceat(cells, np.arange(0, side, side // GRID), axis=1)

@@ -5,13 +5,15 @@ ends in a mean over places, and has enough of these, is asked there: by linearit
 class's margin. Another one is asked at early blocks, whose places are small: how much each place's features, as far as
 they differ from those of the blurred image, would move the margin. One such gradient is speckled, and its speckles
 depend on how the strides fall on the image; so it is averaged over shifts of the image, each map moved back, and over
-a little noise (SmoothGrad, arXiv 1706.03825). A gradient tells of small changes alone; so the place is blurred too, and
-the margin's fall looked at. A place counts as far as two blocks and the fall agree on it.
+a little noise (SmoothGrad, arXiv 1706.03825). A strong blur leaves no finding, but changes what is large besides, as
+grey and white matter; the first block's small places are held against a slight one too. A gradient tells of small
+changes alone; so the place is taken out too, and the margin's fall looked at: blurred, and filled in from around it,
+which leaves no smear at edges. A place counts as far as two blocks and the falls agree on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,17 +35,21 @@ _NOISE = 0.5
 _FARTHEST = 1 / 20
 """Of the shifts up, down, left and right, in sides of the image."""
 
-_BLUR = 0.25
-"""Standard deviation of the blur that leaves no finding, in sides of the image."""
+_BLUR, _SLIGHT = 0.25, 0.06
+"""Standard deviations of the blur that leaves no finding, and of the one that leaves no small one, in sides of the
+image."""
 
 _WINDOW = 1 / 12
 """Standard deviation of the Gaussian window within which a place is blurred, in sides of the image."""
 
-_PLACES = 10
-"""Places a side that are blurred one by one."""
+_DISC = 3 / 16
+"""Radius of the disc that is filled in from around it, in sides of the image."""
 
-_FINE, _COARSE = 1 / 48, _WINDOW / 2
-"""Standard deviations of what smooths gradients and falls, in sides of the image."""
+_PLACES = 10
+"""Places a side that are taken out one by one."""
+
+_FINE = 1 / 48
+"""Standard deviation of what smooths gradients, in sides of the image."""
 
 _EXACT = 7
 """Fewest places a side of a last block whose own map can point at something."""
@@ -93,28 +99,40 @@ class HeatMaps:
             names = " and ".join(self._early)
             self.kind = (
                 f"gradients at {names}, against the blurred image, averaged over {SHIFTS} shifts; times how far the "
-                "class's margin falls when the place is blurred"
+                "class's margin falls when the place is blurred, or filled in from around it"
             )
 
-    def of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64]:
+    def of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64] | None:
         """A map [side, side], from 0 to 1, over what the tower sees; large where the reasons for ``margin`` lie.
+
+        None where no place speaks for it: a map of nothing would show an image as if it were looked at in vain.
 
         Args:
             prepared: of one image, [3, side, side].
             margin: what is explained.
         """
+        found = self._of(prepared, margin)
+        return found if found.any() else None
+
+    def _of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64]:
         size = prepared.shape[1:]
         if self._attention is not None:
             return _scaled(_grad_eclip(self._backbone, self._attention, prepared, margin))
         if self._pooled is not None:
             return _scaled(_grown(class_map(self._backbone, self._pooled, prepared, margin)[None], size)[0])
-        blurred = ndimage.gaussian_filter(prepared, (0, _BLUR * size[0], _BLUR * size[0]), mode="nearest")
-        found = [
-            _unit(ndimage.gaussian_filter(one, _FINE * size[0]))
-            for one in _early_gradients(self._backbone, self._early, prepared, blurred, margin)
+        strong, slight = (
+            ndimage.gaussian_filter(prepared, (0, sigma * size[0], sigma * size[0]), mode="nearest")
+            for sigma in (_BLUR, _SLIGHT)
+        )
+        first, *coarser = self._early
+        held = [(first, strong), (first, slight), *((block, strong) for block in coarser)]
+        at_strong, at_slight, *others = _early_gradients(self._backbone, held, prepared, margin)
+        maps = [_smoothed(one, _FINE) for one in (_unit(at_strong) + _unit(at_slight), *others)]
+        falls = [
+            _smoothed(_grown(margin_falls(self._backbone, prepared, changed, margin)[None], size)[0], width / 2)
+            for changed, width in ((blurred_away(prepared, strong), _WINDOW), (filled_in(prepared), 2 / 3 * _DISC))
         ]
-        falls = _grown(margin_falls(self._backbone, prepared, blurred, margin)[None], size)[0]
-        return _unit(np.prod([*found, _unit(ndimage.gaussian_filter(falls, _COARSE * size[0]))], axis=0))
+        return _unit(np.prod([*maps, sum(falls)], axis=0))
 
 
 def early_blocks(backbone: LoadedBackbone) -> tuple[str, ...]:
@@ -167,25 +185,25 @@ def class_map(
 
 def _early_gradients(
     backbone: LoadedBackbone,
-    blocks: tuple[str, ...],
+    held: Sequence[tuple[str, NDArray[np.float32]]],
     prepared: NDArray[np.float32],
-    blurred: NDArray[np.float32],
     margin: Margin,
 ) -> list[NDArray[np.float64]]:
-    """Of each block relu(sum_c g_c (a_c - b_c)) at each place, averaged: a its features, b those of the blurred image,
-    g the gradient at a. What the blur leaves as it is, as the empty space around a head, has no part in it."""
+    """Of each block and blurred image relu(sum_c g_c (a_c - b_c)) at each place, averaged: a the block's features, b
+    those of the blurred image, g the gradient at a. What the blur leaves as it is, as empty space, has no part."""
     side = prepared.shape[-1]
     steps = np.linspace(-side * _FARTHEST, side * _FARTHEST, round(SHIFTS**0.5)).round().astype(int)
     shifts = [(int(down), int(right)) for down in steps for right in steps]
     noise = np.random.default_rng(0).normal(0, _NOISE, (len(shifts), *prepared.shape))
-    sharp, plain = (
-        (np.stack([_moved(image, shift) for shift in shifts]) + noise).astype(np.float32)
-        for image in (prepared, blurred)
-    )
+
+    def copies(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(np.stack([_moved(image, shift) for shift in shifts]) + noise, dtype=np.float32)
+
+    blocks = list(dict.fromkeys(block for block, _ in held))
+    asked = dict(zip(blocks, backbone.gradients(copies(prepared), blocks, margin), strict=True))
     found = []
-    for block, (seen, gradient), before in zip(
-        blocks, backbone.gradients(sharp, blocks, margin), backbone.activations(plain, blocks), strict=True
-    ):
+    for block, blurred in held:
+        (before,), (seen, gradient) = backbone.activations(copies(blurred), [block]), asked[block]
         places = torch.relu(_places(gradient * (seen - before), backbone.grid(block)[:2]).sum(dim=1))
         whole = _grown(places.double().numpy(), (side, side))
         back = [_moved(one[None], (-down, -right))[0] for one, (down, right) in zip(whole, shifts, strict=True)]
@@ -194,27 +212,47 @@ def _early_gradients(
 
 
 def margin_falls(
-    backbone: LoadedBackbone, prepared: NDArray[np.float32], blurred: NDArray[np.float32], margin: Margin
+    backbone: LoadedBackbone,
+    prepared: NDArray[np.float32],
+    changed: Iterable[NDArray[np.float32]],
+    margin: Margin,
 ) -> NDArray[np.float64]:
-    """How far a margin falls, [_PLACES, _PLACES], when one place of the image gives way to the blurred image's; 0 where
-    it rises.
+    """How far a margin falls, [_PLACES, _PLACES], when one place of the image is taken out; 0 where it rises.
 
     Args:
         backbone: its tower.
         prepared: the image, [3, side, side].
-        blurred: likewise.
+        changed: the image without each of its places, by :func:`blurred_away` or :func:`filled_in`.
         margin: what is explained.
     """
-    side = prepared.shape[-1]
-    middles = (np.arange(_PLACES) + 0.5) * side / _PLACES
-    along = np.exp(-(((np.arange(side) + 0.5) - middles[:, None]) ** 2) / 2 / (_WINDOW * side) ** 2)
-    windows = along[:, None, :, None] * along[None, :, None, :]
-    changed = (
-        prepared + (window * (blurred - prepared)).astype(np.float32) for row in windows for window in row[:, None]
-    )
     with torch.inference_mode():
         before, *after = margin(torch.from_numpy(backbone.encode_prepared([prepared, *changed]))).tolist()
     return np.asarray(np.maximum(before - np.reshape(after, (_PLACES, _PLACES)), 0))
+
+
+def blurred_away(prepared: NDArray[np.float32], blurred: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """An image [3, side, side], in which each place by turns gives way to the blurred image's."""
+    for distance in _distances(prepared.shape[-1]):
+        window = np.exp(-((distance / _WINDOW) ** 2) / 2)
+        yield prepared + (window * (blurred - prepared)).astype(np.float32)
+
+
+def filled_in(prepared: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """An image [3, side, side], in which each place by turns is filled in from around it: by means of the pixels
+    outside of the disc, weighted by a Gaussian of half its radius."""
+    side = prepared.shape[-1]
+    sigma = _DISC * side / 2
+    for distance in _distances(side):
+        disc = np.clip((_DISC - distance) * side / 2 + 0.5, 0, 1)
+        known = ndimage.gaussian_filter(1 - disc, sigma)
+        around = ndimage.gaussian_filter(prepared * (1 - disc), (0, sigma, sigma)) / np.maximum(known, 1e-6)
+        yield (prepared + disc * (around - prepared)).astype(np.float32)
+
+
+def _distances(side: int) -> Iterator[NDArray[np.float64]]:
+    """Of each pixel from the middle of each place in turn, [side, side], in sides of the image."""
+    pixels, middles = (np.arange(side) + 0.5) / side, (np.arange(_PLACES) + 0.5) / _PLACES
+    return (np.hypot(pixels[:, None] - row, pixels - column) for row in middles for column in middles)
 
 
 def _grown(places: NDArray[np.float64], size: tuple[int, ...]) -> NDArray[np.float64]:
@@ -226,6 +264,11 @@ def _grown(places: NDArray[np.float64], size: tuple[int, ...]) -> NDArray[np.flo
 def _scaled(found: NDArray[np.float64]) -> NDArray[np.float64]:
     """A map, smoothed, from 0 to 1."""
     return _unit(upsampled(found[None], (found.shape[0], found.shape[1]))[0])
+
+
+def _smoothed(found: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+    """A map [side, side], smoothed by a Gaussian of ``sigma`` sides of the image, from 0 to 1."""
+    return _unit(ndimage.gaussian_filter(found, sigma * len(found)))
 
 
 def _unit(found: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -97,7 +97,7 @@ class Explanation:
         rest: the part of the margin that no concept explains.
         similar: of the site's own training patients, the nearest first; none for a stranger.
         picture: what the image tower saw, with the map over it if there is one, as PNG.
-        has_map: whether there is; a stranger has none.
+        has_map: whether there is; a stranger has none, nor an image no place of which speaks for the class.
     """
 
     said: dict[str, Any]
@@ -248,8 +248,8 @@ class _Classifier:
         self._maps = HeatMaps(backbone)
         self.kind = self._maps.kind
 
-    def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Of the margin of the predicted class."""
+    def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64] | None:
+        """Of the margin of the predicted class; None where no place speaks for it."""
         return self._maps.of(prepared, margin_of(self._adapter, self._label(x)))
 
     def reasons(self, x: NDArray[np.float32]) -> Reasons:

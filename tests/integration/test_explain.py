@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -21,7 +22,16 @@ from secure_fed.clients.rules import UndecodableError
 from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.errors import AdapterFileError, DataError, OutputError, SiteFileError, UnreadableImageError
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter
-from secure_fed.model.attribution import HeatMaps, class_map, early_blocks, margin_falls, margin_of, pooled_block
+from secure_fed.model.attribution import (
+    HeatMaps,
+    blurred_away,
+    class_map,
+    early_blocks,
+    filled_in,
+    margin_falls,
+    margin_of,
+    pooled_block,
+)
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.cases import Cases
 from secure_fed.model.loaded_backbone import LoadedBackbone
@@ -313,10 +323,14 @@ def test_a_map_lies_over_what_the_tower_sees(finished_run: Path, tower: str) -> 
     unasked = "gradients" if tower == "transformer, token" else "attention_gradients"
     with mock.patch.object(LoadedBackbone, unasked, side_effect=AssertionError("the map is said to be made otherwise")):
         found = HeatMaps(backbone).of(prepared, lambda features: features @ vectors)
+    assert found is not None
     assert found.shape == (backbone.side, backbone.side)
     assert (found.min(), found.max()) == (0, 1)
-    np.testing.assert_array_equal(found, HeatMaps(backbone).of(prepared, lambda features: features @ vectors))
+    again = HeatMaps(backbone).of(prepared, lambda features: features @ vectors)
+    assert again is not None
+    np.testing.assert_array_equal(found, again)
     other = HeatMaps(backbone).of(prepared, lambda features: features @ vectors.flip(0))
+    assert other is not None
     assert not np.allclose(found, other)
     assert margin_of(file.build(), 0)(torch.zeros(2, file.initial.prompt_features.shape[1]) + 0.1).shape == (2,)
 
@@ -359,6 +373,7 @@ def test_the_exact_maps_places_add_up_to_the_margin(mini: LoadedBackbone) -> Non
     assert parts.shape == (7, 7)
     assert parts.sum() == pytest.approx(float(backbone.encode_prepared([prepared])[0] @ vectors.numpy()), rel=1e-3)
     whole = HeatMaps(backbone).of(prepared, lambda features: features @ vectors)
+    assert whole is not None
     assert np.corrcoef(parts.ravel(), whole[16::32, 16::32].ravel())[0, 1] > 0.8
 
 
@@ -385,6 +400,7 @@ def test_what_the_blur_leaves_as_it_is_has_no_part_in_a_map(mini: LoadedBackbone
     plain, seen = mini.encode_prepared([np.full_like(prepared, -1.0), prepared])
     vectors = torch.from_numpy(seen - plain)  # so that it speaks for what is asked
     found = HeatMaps(mini).of(prepared, lambda features: features @ vectors)
+    assert found is not None
     row, column = np.unravel_index(found.argmax(), found.shape)
     assert 42 <= row < 66
     assert 12 <= column < 36
@@ -401,7 +417,8 @@ def test_a_margin_falls_where_a_place_that_speaks_for_it_is_blurred() -> None:
             )
 
     prepared = np.ones((3, 80, 80), dtype=np.float32)
-    falls = margin_falls(cast(Any, Tower()), prepared, np.zeros_like(prepared), lambda features: features[:, 0])
+    changed = blurred_away(prepared, np.zeros_like(prepared))
+    falls = margin_falls(cast(Any, Tower()), prepared, changed, lambda features: features[:, 0])
     assert int(falls.argmax()) == 16  # row 1, column 6
     # The window's mean over that patch, times its values.
     share = np.exp(-((np.arange(-3.5, 4)) ** 2) / 2 / (80 / 12) ** 2).mean() ** 2
@@ -410,14 +427,45 @@ def test_a_margin_falls_where_a_place_that_speaks_for_it_is_blurred() -> None:
     assert falls[9, 9] == pytest.approx(0, abs=1e-3)
 
 
+def test_a_place_is_filled_in_from_around_it() -> None:
+    prepared = np.full((3, 80, 80), -1.0, dtype=np.float32)
+    prepared[:, 24:32, 40:48] = 2.0  # in the middle of row 3, column 5
+    prepared[:, :, :10] = 0.5
+    (without,) = itertools.islice(filled_in(prepared), 35, 36)
+    np.testing.assert_allclose(without[:, 12:44, 28:60], -1, atol=0.01)  # the thing is gone, and no smear of it is left
+    np.testing.assert_array_equal(without[:, :, :10], prepared[:, :, :10])
+    assert np.abs(without - prepared).max() == pytest.approx(3, abs=0.01)
+    (away,) = itertools.islice(filled_in(prepared), 99, None)
+    np.testing.assert_array_equal(away[:, :60, :60], prepared[:, :60, :60])
+
+
 def test_a_place_counts_where_gradients_and_falls_agree(mini: LoadedBackbone) -> None:
     prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
     vectors = torch.from_numpy(np.random.default_rng(4).normal(size=(mini.dim,)).astype(np.float32))
     maps, falls = HeatMaps(mini), np.zeros((10, 10))
     falls[2, 7] = 1
-    with mock.patch("secure_fed.model.attribution.margin_falls", return_value=falls):
-        found = maps.of(prepared, lambda features: features @ vectors)
-    row, column = np.unravel_index(found.argmax(), found.shape)
-    assert abs(row - 20) < 14
-    assert abs(column - 60) < 14
-    assert found[40:, :30].max() == pytest.approx(0, abs=1e-6)
+    for ways in ([falls, 0 * falls], [0 * falls, falls]):  # either way of taking a place out counts
+        with mock.patch("secure_fed.model.attribution.margin_falls", side_effect=ways):
+            found = maps.of(prepared, lambda features: features @ vectors)
+        assert found is not None
+        row, column = np.unravel_index(found.argmax(), found.shape)
+        assert abs(row - 20) < 14
+        assert abs(column - 60) < 14
+        assert found[45:, :25].max() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_image_of_which_no_place_speaks_for_the_class_gets_no_map(
+    finished_run: Path, mini: LoadedBackbone, said: Probabilities
+) -> None:
+    prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
+    vectors = torch.from_numpy(np.random.default_rng(4).normal(size=(mini.dim,)).astype(np.float32))
+    with mock.patch("secure_fed.model.attribution.margin_falls", return_value=np.zeros((10, 10))):
+        assert HeatMaps(mini).of(prepared, lambda features: features @ vectors) is None
+    with mock.patch.object(HeatMaps, "of", return_value=None):
+        explained = explain(said, finished_run / "backbone.safetensors")
+    assert not any(case.has_map for case in explained.cases)
+    assert not any(case["has_map"] for case in explained.document()["images"])
+    page = case_page(explained)
+    assert page.count("no map, for no place by itself speaks for this class") == len(explained.cases)
+    assert "red:" not in page
+    assert all(case.said["prediction"] for case in explained.cases)  # all else is said of it
