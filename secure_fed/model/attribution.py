@@ -132,7 +132,7 @@ class HeatMaps:
             _smoothed(_grown(margin_falls(self._backbone, prepared, changed, margin)[None], size)[0], width / 2)
             for changed, width in ((blurred_away(prepared, strong), _WINDOW), (filled_in(prepared), 2 / 3 * _DISC))
         ]
-        return _unit(np.prod([*maps, sum(falls)], axis=0))
+        return _unit(np.prod([*maps, np.sum(falls, axis=0)], axis=0))
 
 
 def early_blocks(backbone: LoadedBackbone) -> tuple[str, ...]:
