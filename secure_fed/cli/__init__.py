@@ -125,7 +125,11 @@ class _Place(typer.models.TyperPath):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value).strip():
             self.fail("is empty; expected the name of a file or folder, or . for the current one", param, ctx)
-        if not _is_text(os.path.abspath(value)):
+        try:
+            whole = os.path.abspath(value)
+        except FileNotFoundError:
+            self.fail("is in the current folder, which is gone; expected one that is there: cd to it", param, ctx)
+        if not _is_text(whole):
             self.fail(NOT_UTF_8, param, ctx)
         return super().convert(value, param, ctx)
 

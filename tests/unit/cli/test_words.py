@@ -202,3 +202,14 @@ def test_a_working_directory_whose_name_is_no_utf_8_is_refused_too(
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert "is no UTF-8 text" in secfacmic("simulate", "demo", "--data", "images", "--out", "o").stderr
+
+
+def test_a_working_directory_that_is_gone_is_told(
+    tmp_path: Path, secfacmic: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ended = secfacmic("study", "check", "mine.toml")
+    assert ended.returncode == 2
+    assert "is in the current folder, which is gone" in ended.stderr
