@@ -469,3 +469,25 @@ def test_an_image_of_which_no_place_speaks_for_the_class_gets_no_map(
     assert page.count("no map, for no place by itself speaks for this class") == len(explained.cases)
     assert "red:" not in page
     assert all(case.said["prediction"] for case in explained.cases)  # all else is said of it
+
+
+@pytest.mark.parametrize("blur", [0, 1])
+def test_the_first_blocks_places_count_at_either_blur(mini: LoadedBackbone, blur: int) -> None:
+    prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
+    falls = np.ones((10, 10))
+    gradients = [np.zeros((80, 80)), np.zeros((80, 80)), np.ones((80, 80))]
+    falls[9, 0] = gradients[2][79, 0] = 0  # elsewhere all places are alike to both
+    gradients[blur][20, 60] = 1
+    with (
+        mock.patch("secure_fed.model.attribution.margin_falls", return_value=falls),
+        mock.patch("secure_fed.model.attribution._early_gradients", return_value=gradients) as asked,
+    ):
+        found = HeatMaps(mini).of(prepared, lambda features: features[:, 0])
+    assert found is not None
+    row, column = np.unravel_index(found.argmax(), found.shape)
+    assert abs(row - 20) < 5
+    assert abs(column - 60) < 5
+    held = asked.call_args.args[1]
+    assert [block for block, _ in held] == ["trunk.stem", "trunk.stem", "trunk.s1"]
+    strong, slight, coarse = (np.abs(np.diff(blurred)).mean() for _, blurred in held)
+    assert strong == coarse < slight / 4
