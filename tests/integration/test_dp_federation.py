@@ -32,7 +32,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[Network]:
-    """A study of three rounds, in which ash is killed after the first and comes back with less, and with other data."""
+    """A study of three rounds, in which ash is killed in the first and comes back with less, and with other data."""
     settings = {"rounds": ROUNDS, "round_seconds": 240, "method": {"adapter": "text_head"}}
     template = make_template(privacy={"steps": 2, "validation_rounds": 1}, **settings)
     folder = tmp_path_factory.mktemp("budget")
@@ -43,7 +43,7 @@ def network(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[
         network.start("server")
         network.wait_until(lambda: "listening" in network.log("server"), 120)
         network.start(*network.names)
-        network.wait_until(lambda: "round 1 of 3 applied" in network.log("ash"), 240)
+        network.wait_until(lambda: "epsilon spent" in network.log("ash"), 240)  # what it says later waits for figures
         network.kill("ash")
         pictures = sorted((folder / "images" / "ash").rglob("*.png"))
         pictures[0].unlink()
