@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import imagecodecs
 import numpy as np
+from numpy.typing import NDArray
 from pydicom.pixels.decoders import base
 from pydicom.uid import (
     JPEG2000,
@@ -172,14 +173,14 @@ def decode_frame(src: bytes, runner: Any) -> bytes:
         frame = content if is_frame(marker) else frame
     # Named alike on both sides, nothing converts three samples: that is for the header, or the codestream, to say.
     colour = "RGB" if runner.samples_per_pixel == 3 else None
-    other = altered(src)
-    pixels, *others = (
-        np.asarray(imagecodecs.jpeg8_decode(one, colorspace=colour, outcolorspace=colour))
-        for one in (src, *other)
-        if one
-    )
-    if [np.array_equal(pixels, one) for one in others] != [True, False][: len(others)]:
-        raise ValueError(MISSING)
+
+    def decoded(coded: bytes) -> NDArray[Any]:
+        return np.asarray(imagecodecs.jpeg8_decode(coded, colorspace=colour, outcolorspace=colour))
+
+    other, pixels = altered(src), decoded(src)
+    for coded, alike in ((other.longer, True), (other.otherwise, False)):  # one by one: a frame may take 100 MB
+        if coded and np.array_equal(pixels, decoded(coded)) != alike:
+            raise ValueError(MISSING)
     bits = 8 * pixels.dtype.itemsize
     runner.set_option("bits_allocated", bits)
     if colour and runner.transfer_syntax not in _LOSSLESS and not found.get(_JFIF, b"").startswith(b"JFIF"):
@@ -188,7 +189,7 @@ def decode_frame(src: bytes, runner: Any) -> bytes:
             runner.set_option("photometric_interpretation", _ADOBES[adobe[11]])
         elif _is_thinned(frame):
             runner.set_option("photometric_interpretation", "YBR_FULL")
-    return pixels.astype(f"<u{bits // 8}").tobytes()
+    return pixels.astype(f"<u{bits // 8}", copy=False).tobytes()
 
 
 def register() -> None:
