@@ -462,6 +462,7 @@ def test_a_line_of_64_kbit_with_losses_finishes_its_round_and_sends_each_byte_on
     spread = Spread(own_hosts, tmp_path / "out", make_template(**SLOW), images)
     lan.slow(own_hosts["birch"], "64kbit")
     spread.start("server", *spread.names)
+    spread.until("listening on", "server")  # which has said its status by then
     seen = set()
     end = time.monotonic() + 900
     while spread.processes["server"].poll() is None:
