@@ -164,7 +164,8 @@ def test_a_server_with_a_lobby_begins_once_all_that_train_are_ready(seen: Seen) 
     ready = log.index("all 3 sites that train are ready")
     said = [log.index(f"{name}: ready: acceptance ") for name in ("ash", "birch", "cedar")]
     assert waiting < min(said) < max(said) < ready < log.index(f"round 1 of {ROUNDS}: 3 sites in")
-    assert not list((seen.network.folder / "server").rglob("lobby"))
+    (lobby,) = (seen.network.folder / "server").rglob("lobby")
+    assert lobby.read_bytes() == b"left"
 
 
 def test_it_ends_with_the_adapter_of_a_simulation(seen: Seen, images: Path, tmp_path: Path) -> None:
