@@ -47,7 +47,11 @@ def test_private_files_are_0600_in_a_0700_folder_and_loose_ones_are_refused(tmp_
         os.chmod(path, 0o600)
 
 
-@pytest.mark.parametrize("passphrase", ["", "correct horse"])
+SLOWLY_LOCKED = pytest.param("correct horse", marks=pytest.mark.slow)
+"""A passphrase costs a second a key, which is meant."""
+
+
+@pytest.mark.parametrize("passphrase", ["", SLOWLY_LOCKED])
 def test_what_is_left_of_an_identity_is_not_made_anew(passphrase: str, tmp_path: Path) -> None:
     """With its recipient key what was sealed to it can still be opened."""
     folder = tmp_path / "id"
@@ -61,7 +65,7 @@ def test_what_is_left_of_an_identity_is_not_made_anew(passphrase: str, tmp_path:
     keys.create_identity(folder, "ash", passphrase)
 
 
-@pytest.mark.parametrize("passphrase", ["", "correct horse"])
+@pytest.mark.parametrize("passphrase", ["", SLOWLY_LOCKED])
 def test_keys_are_kept_and_their_public_file_is_made_if_it_is_missing(passphrase: str, tmp_path: Path) -> None:
     """As after a call that was killed before it, which told nobody what to send to the coordinator."""
     folder = tmp_path / "id"
