@@ -143,35 +143,42 @@ def named_patients(file: SiteFile) -> set[str]:
 
 
 def by_patient(
-    images: Sequence[SiteImage], looks: Fingerprints, unit: str
+    file: SiteFile, agreed: AgreedStudy, images: Sequence[SiteImage], looks: Fingerprints
 ) -> tuple[list[SiteImage], dict[str, frozenset[bytes]]]:
     """The pictures of each patient, by digest of their pixels, and the images with whom each is of.
 
-    Where an image counts as one patient, the picture is the patient: a copy of it under another path is the same one.
+    Digests of both what the study shows of a file and what any other may: the ledger knows the patients of all.
+    Where an image counts as one patient, the picture is the patient: a copy of it under another path is the same one,
+    whatever a study shows of it.
 
     Args:
+        file: the site's.
+        agreed: its study.
         images: of the site.
-        looks: their fingerprints, in the same order.
-        unit: what counts as one patient.
+        looks: their fingerprints as the study shows them, in the same order.
     """
     found: dict[str, set[bytes]] = {}
-    named = []
-    for image, look in zip(images, looks.found, strict=True):
-        if unit == "image" and look is not None:
-            image = replace(image, patient=look.pixels.hex())
+    named, plain = [], looks
+    if rules_of(file, agreed).digest != Rules().digest:
+        plain = _plain_looks(file, images)
+    for image, look, bare in zip(images, looks.found, plain.found, strict=True):
+        if file.data.unit == "image" and bare is not None:
+            image = replace(image, patient=bare.pixels.hex())
         named.append(image)
-        pictures = found.setdefault(image.patient, set())
-        if look is not None:
-            pictures.add(look.pixels)
+        found.setdefault(image.patient, set()).update(one.pixels for one in (look, bare) if one is not None)
     return named, {patient: frozenset(pictures) for patient, pictures in found.items()}
 
 
 def pixels_of(file: SiteFile, images: Sequence[SiteImage]) -> list[bytes]:
     """Digests of the pixels of images, whatever file, name or frame they are read from and whatever a study shows of
     them; of those that can be decoded."""
+    return [look.pixels for look in _plain_looks(file, images).found if look is not None]
+
+
+def _plain_looks(file: SiteFile, images: Sequence[SiteImage]) -> Fingerprints:
+    """Fingerprints of images as their files have them, without any study's rules."""
     with FeatureCache(file.feature_cache) as cache:
-        looks = fingerprints(images, cache, None, Rules(most_pixels=file.data.most_pixels))
-    return [look.pixels for look in looks.found if look is not None]
+        return fingerprints(images, cache, None, Rules(most_pixels=file.data.most_pixels))
 
 
 def data_changed(file: SiteFile, agreed: AgreedStudy, features: SiteFeatures) -> bool:

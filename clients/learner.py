@@ -172,7 +172,7 @@ class Learner:
             )
         images = found.images
         if self._private is not None:
-            images, pictures = by_patient(images, looks, self._file.data.unit)
+            images, pictures = by_patient(self._file, self._agreed, images, looks)
         with FeatureCache(self._file.feature_cache) as cache:
             features = load_features(
                 images,
@@ -185,7 +185,7 @@ class Learner:
                 rules_of(self._file, self._agreed),
             )
         if self._private is not None:
-            self._private.settle(pictures, features.digests)
+            self._private.settle(pictures, features.digests, found.notes.same)
         aligns = self._agreed.study.method.aligns
         if aligns != "none" and self.replica.member.role == "train" and not len(features.unlabelled):
             log.warning(

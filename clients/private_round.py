@@ -18,6 +18,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ from secure_fed.clients.budget import has_budget, ledger_folder, refuse_unadopte
 from secure_fed.clients.data import Split
 from secure_fed.clients.features import SiteFeatures
 from secure_fed.clients.outbox import drawn_in
+from secure_fed.clients.patients import SETTLED
 from secure_fed.clients.private_lmmd import PublicTerm, Side, attraction, released_each_round, released_once, witness
 from secure_fed.clients.private_sums import PrivateSums, nothing, private_sums
 from secure_fed.clients.sitefile import SiteFile
@@ -57,6 +59,7 @@ from secure_fed.privacy.dp_training import (
     to_double,
 )
 from secure_fed.privacy.guard import check_training
+from secure_fed.privacy.histories import Twins
 from secure_fed.privacy.ledger import CLOSED, NO_MEANS, Account, Event, Ledger, MeanReleases, Plan, opened
 from secure_fed.protocol import codec
 from secure_fed.protocol.codec import Parameters
@@ -71,6 +74,8 @@ _unheard.setLevel(logging.CRITICAL)
 
 People = Mapping[Split, Sequence[str]]
 """Whose each row is, by split: persons of the ledger."""
+
+NOBODY_ELSE: Mapping[str, str] = MappingProxyType({})
 
 _LISTED = 20
 
@@ -290,27 +295,39 @@ class PrivateRounds:
         )
         return integers
 
-    def settle(self, pictures: Mapping[str, Collection[bytes]], files: Mapping[str, Collection[bytes]]) -> None:
-        """Register who is in the data, and refuse to start while equal pictures stand under two ids.
+    def settle(
+        self,
+        pictures: Mapping[str, Collection[bytes]],
+        files: Mapping[str, Collection[bytes]],
+        same: Mapping[str, str] = NOBODY_ELSE,
+    ) -> None:
+        """Register who is in the data, and refuse to start while one patient may have two histories.
 
         Args:
             pictures: digests of each patient's pictures, by id.
-            files: digests of each patient's files, by which ledgers of version 0.1 knew them.
+            files: digests of each patient's files, by which they are known again whatever is shown of a file.
+            same: ids that people have said to be another one, by whose name their pictures go.
 
         Raises:
-            TwinsError: nobody has said whether two ids are one patient.
+            TwinsError: nobody has said whether two ids are one patient, or that two histories are one.
             LedgerError, StorageError: the ledger cannot be used.
         """
+        both = {patient: {*found, *files.get(patient, ())} for patient, found in pictures.items()}
+        here = {patient: other for patient, other in same.items() if other in pictures}
         with opened(self._folder) as ledger:
-            ledger.register(pictures, files)
-            twins = ledger.unsettled(pictures)
+            ledger.register(both, files)
+            twins, halves = ledger.unsettled(both), ledger.halves(here)
+        if halves:
+            raise TwinsError(
+                f"{len(halves)} patient ids are taken for another one ({SETTLED}), and the ledger knows what was spent "
+                "on each alone; expected their histories to be added: secfacmic ledger link A B; until then this site "
+                f"does not start:{_pairs(halves)}"
+            )
         if twins:
-            shown = "".join(f"\n  {one.patient}  {one.other}" for one in twins[:_LISTED])
-            more = f"\n  and {len(twins) - _LISTED} more" if len(twins) > _LISTED else ""
             raise TwinsError(
                 f"{len(twins)} pairs of patient ids have an equal picture; expected to know of each whether it is one "
                 "patient: secfacmic ledger link A B (their histories add), or secfacmic ledger distinct A B; until "
-                f"then this site does not start:{shown}{more}"
+                f"then this site does not start:{_pairs(twins)}"
             )
 
     def finish(self) -> None:
@@ -575,8 +592,10 @@ class PrivateRounds:
         if plan.lmmd_noise_multiplier is None or mine:
             return None  # off, or a crash came between paying and storing: they are not paid for twice
         release = class_means.mechanism(constants, plan.lmmd_noise_multiplier)
-        paying = {side: ledger.able(set(people[_split(side)]), release.mu_squared) for side in sides}
-        events = [ledger.reserve(release, purposes[side], plan.run, paying[side]) for side in sides]
+        paying, events = {}, []
+        for side in sides:  # one after the other: whose images are on both may be able to pay for one alone
+            paying[side] = ledger.able(set(people[_split(side)]), release.mu_squared)
+            events.append(ledger.reserve(release, purposes[side], plan.run, paying[side]))
         sums: dict[str, NDArray[np.float64]] = {
             side: self._noisy_sum(features, people, side, paying[side], plan.lmmd_noise_multiplier) for side in sides
         }
@@ -647,6 +666,12 @@ class PrivateRounds:
             "sides": list(released_once(study.method, study.privacy)),
         }
         return self._folder / f"means-{hashlib.sha256(canonical_json(content)).hexdigest()[:16]}.safetensors"
+
+
+def _pairs(twins: Sequence[Twins]) -> str:
+    """The first pairs of ids, a line each."""
+    more = f"\n  and {len(twins) - _LISTED} more" if len(twins) > _LISTED else ""
+    return "".join(f"\n  {one.patient}  {one.other}" for one in twins[:_LISTED]) + more
 
 
 def _image_term(agreed: AgreedStudy, source: ClassMeans, target: ClassMeans) -> ImageTerm | None:

@@ -458,6 +458,19 @@ class Ledger:
         """Pairs of ids with an equal picture of which nobody has said whether they are one patient."""
         return self._histories.unsettled(pictures)
 
+    def halves(self, same: Mapping[str, str]) -> list[Twins]:
+        """Ids that are taken for another one, each with that one, of whom something was spent that it has not paid.
+
+        Args:
+            same: by id, the one that it is taken for.
+        """
+        spent = {block for block, cost in self.costs().items() if cost}
+        return [
+            Twins(patient, other)
+            for patient, other in sorted(same.items())
+            if self._histories.block_of(self.person(patient)) in spent and self.person(patient) != self.person(other)
+        ]
+
     def register(
         self, pictures: Mapping[str, Collection[bytes]], files: Mapping[str, Collection[bytes]] | None = None
     ) -> None:

@@ -153,25 +153,21 @@ def why_no_threshold(histogram: Floats, false_alarms: float) -> str:
 def distances(bank: Floats, features: NDArray[np.float32]) -> tuple[NDArray[np.int64], Floats]:
     """Nearest centroid of each feature, and how far it is.
 
-    For a site's own use: by BLAS, whose bits may differ from those of another machine.
+    For a site's own use: by BLAS, whose bits may differ from those of another machine. One image after the other: among
+    more of them the last bit of an image may be another one, and decide between two centroids as near.
 
     Args:
         bank: centroids [M, d].
-        features: [..., d].
+        features: of images, [..., patches, d].
     """
-    rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
     squares = np.square(bank).sum(axis=1)
-    nearest, far = np.empty(len(rows), dtype=np.int64), np.empty(len(rows))
-    for start in range(0, len(rows), _ROWS):
-        part = rows[start : start + _ROWS]
-        squared = np.square(part).sum(axis=1)[:, None] - 2 * part @ bank.T + squares
-        nearest[start : start + _ROWS] = squared.argmin(axis=1)
-        far[start : start + _ROWS] = np.sqrt(np.maximum(squared.min(axis=1), 0))
-    shape = features.shape[:-1]
-    return nearest.reshape(shape), far.reshape(shape)
-
-
-_ROWS = 2048
+    nearest, far = np.empty(features.shape[:-1], dtype=np.int64), np.empty(features.shape[:-1])
+    for image in np.ndindex(features.shape[:-2]):
+        rows = features[image].astype(np.float64)
+        squared = np.square(rows).sum(axis=1)[:, None] - 2 * rows @ bank.T + squares
+        nearest[image] = squared.argmin(axis=1)
+        far[image] = np.sqrt(np.maximum(squared.min(axis=1), 0))
+    return nearest, far
 
 
 def scores(adapter: Mapping[str, Floats], x: NDArray[np.float32], top: float) -> Floats:

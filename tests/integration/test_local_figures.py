@@ -490,6 +490,30 @@ def test_equal_pictures_under_two_ids_stop_the_start_until_they_are_settled(site
     ash._private.settle({"a": {b"same"}, "b": {b"same", b"own"}}, {})
 
 
+def test_ids_that_patients_csv_takes_for_another_stop_the_start_until_their_histories_are_one(site: Federation) -> None:
+    ash = site.site("ash")
+    assert ash._private is not None
+    with opened(ledger(site)) as book:
+        book.register({"b": {b"old"}})
+        book.reserve(Mechanism(1.0, 10.0, 1), "before", "", {book.person("b")})
+    new, same = {"a": {b"new"}}, {"b": "a", "elsewhere": "nobody here"}
+    with pytest.raises(TwinsError, match=r"1 patient ids are taken for another one \(patients\.csv\)[\s\S]*  b  a$"):
+        ash._private.settle(new, {}, same)
+    assert run("ledger", "link", "b", "a", "--site", site.folder / "sites/ash/site.toml").exit_code == 0
+    ash._private.settle(new, {}, same)
+    with opened(ledger(site)) as book:
+        assert book.epsilon_spent == pytest.approx(epsilon_of(0.01, 1e-5))
+
+
+def test_files_are_known_again_whatever_is_shown_of_them(site: Federation) -> None:
+    """A newer reader, say, shows their pictures otherwise."""
+    ash = site.site("ash")
+    assert ash._private is not None
+    ash._private.settle({"a": {b"as it was shown"}}, {"a": {b"the file"}})
+    with pytest.raises(TwinsError, match=r"  x  #"):
+        ash._private.settle({"x": {b"as it is shown"}}, {"x": {b"the file"}})
+
+
 def test_public_statistics_of_another_backbone_than_the_studys(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(120, 8)).astype(np.float32)

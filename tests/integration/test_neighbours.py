@@ -41,18 +41,19 @@ from secure_fed.core.errors import SecfacmicError, TwinsError
 from secure_fed.core.layout import SiteRun
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import prepare
+from secure_fed.model.adapters import initial_parameters
 from secure_fed.operate import evidence
 from secure_fed.operate.evidence import pack_evidence
 from secure_fed.privacy import class_statistics, memory_sums, validation
-from secure_fed.privacy.accounting import Noise
+from secure_fed.privacy.accounting import Mechanism, Noise, mu_squared_of
 from secure_fed.privacy.dp_training import Descent
 from secure_fed.privacy.guard import check_training
-from secure_fed.privacy.ledger import Ledger, opened
+from secure_fed.privacy.ledger import LMMD_SHARE, Ledger, opened
 from secure_fed.protocol import codec, memory
 from secure_fed.protocol.envelope import RoundPosition
 from secure_fed.protocol.ledger_heads import LedgerHeads
 from secure_fed.protocol.rounds import ReplyCode
-from secure_fed.protocol.study import Template
+from secure_fed.protocol.study import AgreedStudy, Template
 from tests.conftest import CLASSES, TRAINING, Federation, exchange, make_template
 from tests.integration.test_anomaly import template as anomaly_template
 from tests.unit.clients.test_dicom import as_bytes, dicom
@@ -327,8 +328,6 @@ def spend_all(*names: str) -> Callable[[Path], None]:
     def before(folder: Path) -> None:
         with opened(ledger_folder(read_site_file(folder / "sites/ash/site.toml"))) as ledger:
             ledger.register({name: (name.encode(),) for name in names})
-            from secure_fed.privacy.accounting import Mechanism
-
             ledger.reserve(Mechanism(1.0, 0.601, 1), "before", "", {ledger.person(name) for name in names})
 
     def all_before(folder: Path) -> None:
@@ -844,6 +843,53 @@ def test_counts_are_of_the_adapter_in_use_and_not_of_that_at_which_a_round_begin
             )
     assert counted[0] == (3, 3)
     assert counted[1][1] < 3
+
+
+def test_who_can_pay_for_one_of_two_means_is_left_out_of_the_other_in_silence(
+    prepared_worlds: Path, tmp_path: Path
+) -> None:
+    """A patient with labelled and unlabelled images, whose budget ends between the two: nobody else may notice."""
+    agreed = Federation(prepared_worlds).agreed
+    changes = {"adapter": "low_rank", "rank": 2, "lmmd_weight": 1.0}
+    study = agreed.study.model_copy(
+        update={
+            "method": agreed.study.method.model_copy(update=changes),
+            "privacy": agreed.study.privacy.model_copy(update={"lmmd_use": "synthesis"}),
+        }
+    )
+    prompts = agreed.initial.prompt_features
+    initial = initial_parameters(study.method, prompts.shape[1], prompts, 1)
+    everything, releases = mu_squared_of(8.0, 1e-5), []
+    for place, left in enumerate([1.0, 1.5 * LMMD_SHARE, 0.5 * LMMD_SHARE]):
+        folder = tmp_path / str(place)
+        (folder / "identity").mkdir(parents=True)
+        privacy = SitePrivacy(epsilon=8.0, n_ref=100_000)  # so many that means are worth their cost
+        places = {"state": str(folder / "state"), "identity": str(folder / "identity"), "privacy": privacy}
+        file = read_site_file(prepared_worlds / "sites/ash/site.toml").model_copy(update=places)
+        world = {**others(), "p": patient("train", 1, seed=99), "q": patient("unlabelled", 1, seed=98)}
+        features = features_of(world, prompts.shape[1])
+        rounds = PrivateRounds(
+            file, AgreedStudy(study, agreed.initial), LedgerHeads(folder / "heads"), "1" * 64, None, no_noise
+        )
+        rounds.settle(features.digests, features.digests)
+        with opened(ledger_folder(file)) as ledger:
+            ledger.link("p", "q")
+            person = ledger.person("p")
+            before = Mechanism(1.0, ((1 - left) * everything + 1e-9) ** -0.5, 1)
+            ledger.reserve(before, "before", "", {person})
+        with unguarded():
+            rounds.integers(
+                *(RoundPosition("5" * 64, "0" * 64, "0" * 64, 0, 1), "state", initial, initial),
+                *(SiteRun(folder / "run"), lambda found=features: found),
+                lambda update, draws, counts: np.zeros(1, dtype=np.int64),
+            )  # type: ignore[misc]
+        found = Ledger(ledger_folder(file))
+        own = found._histories.block_of(person)
+        assert own is not None
+        history = found._histories.history(own, found._own)[1]
+        releases.append([event.seq in history for event in found.of_run("5" * 64)])
+    # Labelled means, unlabelled means, the round's training and its validation counts: four entries each time.
+    assert releases == [[True, True, True, False], [True, False, False, False], [False] * 4]
 
 
 def test_the_harness_sees_a_patient_at_all(prepared_worlds: Path, tmp_path: Path) -> None:

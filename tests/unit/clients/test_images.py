@@ -1,13 +1,18 @@
 """Which images a site has: the same answer for training, checks and doctor, and the forgotten in none of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from secure_fed.clients.data import SiteImage
 from secure_fed.clients.data_check import check_data
-from secure_fed.clients.duplicates import fingerprint
+from secure_fed.clients.duplicates import fingerprint, fingerprints
+from secure_fed.clients.features import FeatureCache
 from secure_fed.clients.forgotten import Forgotten
 from secure_fed.clients.images import (
+    by_patient,
     compared_images,
     every_image,
     find_images,
@@ -16,9 +21,13 @@ from secure_fed.clients.images import (
     site_images,
 )
 from secure_fed.clients.reading import identity
+from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SitePrivacy, read_site_file
 from secure_fed.core.errors import ForgottenError, PatientError
 from secure_fed.protocol.simulation_table import Shares
+from secure_fed.protocol.study import AgreedStudy
+from secure_fed.protocol.study_tables import Window
+from tests.unit.clients.test_dicom import as_bytes, dicom
 
 SHARES = Shares(train=0.5, val=0.2, test=0.2, unlabelled=0.1)
 
@@ -162,3 +171,28 @@ def test_ids_that_differ_by_a_year_alone_are_asked_for_and_stop_nobody(file, fed
     (tmp_path / "hospital/manifest.csv").write_text("path,label\ni1_2019,dark\ni1_2021,dark\n")
     (tmp_path / "hospital/patients.csv").unlink()
     assert not any("by a year" in line for line in find_images(image_unit(asked), federation.agreed).notes.told)
+
+
+@pytest.mark.parametrize("unit", ["patient", "image"])
+def test_a_patient_of_two_studies_is_known_again_whatever_each_shows(file, federation, unit):
+    """Under a new pseudonym in another study: to the ledger of both it is a picture that it has seen."""
+    data = file.data.model_copy(update={"unit": unit})
+    file = with_privacy(file.model_copy(update={"data": data}))
+    known = []
+    for width in (400, 800):
+        window = Window(modality="MR", centre=100, width=width, unit="rescaled")
+        study = federation.agreed.study.model_copy(update={"windows": (window,)})
+        agreed = AgreedStudy(study, federation.agreed.initial)
+        path = Path(file.data.folder) / "shot.dcm"
+        shot = dicom(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8), PatientID=f"p{width}")
+        path.write_bytes(as_bytes(shot))
+        image = SiteImage(path, f"p{width}", 0, "train")
+        with FeatureCache(file.feature_cache) as cache:
+            looks = fingerprints([image], cache, None, Rules.of(study))
+        ((named,), pictures) = by_patient(file, agreed, [image], looks)
+        known.append((named.patient, looks.found[0].pixels, pictures[named.patient]))
+    (first, shown, own), (second, shown_there, own_there) = known
+    assert shown != shown_there
+    assert shown in own
+    assert own & own_there
+    assert (first == second) == (unit == "image")

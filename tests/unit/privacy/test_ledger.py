@@ -211,6 +211,18 @@ def test_equal_pictures_under_two_ids_are_told_until_they_are_settled(folder: Pa
         ledger.link("c", "nobody")
 
 
+def test_ids_that_are_taken_for_another_one_are_told_while_what_was_spent_on_them_is_not_added(folder: Path) -> None:
+    """Their new pictures go by another's name, who has not paid what they have."""
+    ledger = Ledger(folder)
+    ledger.register(patients("a", "b", "c"))
+    ledger.reserve(ROUND, "under its own name", RUN, people(ledger, "b"))
+    ledger.distinct("a", "b")  # that was said before it was known better
+    ledger = Ledger(folder)
+    assert ledger.halves({"b": "a", "c": "a", "never seen": "a"}) == [("b", "a")]
+    ledger.link("b", "a")
+    assert Ledger(folder).halves({"b": "a", "c": "a", "never seen": "a"}) == []
+
+
 def test_who_was_in_one_release_under_two_ids_has_spent_four_times_its_cost(folder: Path) -> None:
     """It moved the sum by twice as much as anybody else."""
     ledger = spend(folder)

@@ -46,6 +46,19 @@ def test_no_patient_moves_the_scaled_sums_by_more_than_the_sensitivity(
         assert moved(bank, x, owners, left_out) <= sensitivity(bank) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("count", [2, 257])
+def test_nobody_decides_for_others_between_two_centroids_as_near(count: int) -> None:
+    """By BLAS an image among more of them may have other last bits, which are all that tells equal centroids apart."""
+    rng = np.random.default_rng(2)
+    bank = rng.normal(size=(count, 512))
+    bank[-1] = bank[0]
+    x = (bank[0] + 0.05 * rng.normal(size=(12, 4, 512))).astype(np.float32).reshape(12, -1)
+    found = {"grids": np.array([[2, 2, 512]], dtype=np.float64), "score_centroids": bank}
+    owners = [f"p{number}" for number in range(12)]
+    for left_out in owners:
+        assert moved(found, x, owners, left_out) <= sensitivity(found) * (1 + 1e-9)
+
+
 def test_the_sensitivity_is_reached_and_not_guessed() -> None:
     bank = adapter(0, 4)
     x = np.tile(np.float32([1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 1]), (2, 1))  # the same everywhere
