@@ -38,7 +38,7 @@ from secure_fed.clients.rules import Rules
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.clients.snapshot import read_snapshot
 from secure_fed.clients.training import predict, train_alone, train_round, training_seed, zero_shot
-from secure_fed.core.errors import EnvelopeError
+from secure_fed.core.errors import DataError, EnvelopeError
 from secure_fed.core.layout import RECORDS, SiteRun
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.model.adapters import PRIVATE_HEAD, check_method
@@ -429,14 +429,17 @@ class Learner:
         features = self.features()
         if study.method.sums and not study.sums_patients(round_number) and not self._counted_among_others:
             return self._encode(nothing(self._agreed, round_number))
-        if study.task == "anomaly":
-            return self._encode(memory.message(self._agreed, round_number, self.parameters, features))
-        if study.method.one_sum:
-            return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
-        seed = training_seed(study.seed, self.run, self.name, round_number)
-        iterate = self.replica.state.iterate
-        start = self.personal(iterate, round_number - 1)
-        trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
+        try:
+            if study.task == "anomaly":
+                return self._encode(memory.message(self._agreed, round_number, self.parameters, features))
+            if study.method.one_sum:
+                return self._encode(one_sum.message(self._agreed, round_number, self.replica.state.tensors, features))
+            seed = training_seed(study.seed, self.run, self.name, round_number)
+            iterate = self.replica.state.iterate
+            start = self.personal(iterate, round_number - 1)
+            trained = train_round(self._agreed, start, features, seed, self.tower, self.device)
+        except DataError as error:
+            raise DataError(f"site {self.name}: {error}") from error  # of many that are simulated it is this one
         if PRIVATE_HEAD in trained:
             head = {PRIVATE_HEAD: trained.pop(PRIVATE_HEAD)}
             if self.run:

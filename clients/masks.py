@@ -16,6 +16,7 @@ from secure_fed.clients.decoding import decode
 from secure_fed.clients.photographs import FORMATS
 from secure_fed.clients.rules import Rules, UndecodableError
 from secure_fed.core.errors import DataError, fault_lines
+from secure_fed.protocol.study_tables import NORMAL
 
 _LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000")
 
@@ -30,13 +31,23 @@ def check_masks(images: Sequence[SiteImage], rules: Rules) -> None:
         rules: how they are seen.
 
     Raises:
-        DataError: masks are missing, cannot be read, are of another size than their images, or of several; all are
-            named.
+        DataError: masks are missing, cannot be read, are of another size than their images, or of several; they mark
+            every pixel, or a finding in a normal image; all are named.
     """
     faults = []
     for image in images:
         try:
-            lesion_of(image, rules)
+            lesion = lesion_of(image, rules)
+            if lesion is not None and lesion.all():
+                faults.append(
+                    f"{image.mask}: every pixel is marked, and what a map finds could not be told from what it does "
+                    "not; expected the finding alone, in white on black"
+                )
+            elif lesion is not None and lesion.any() and image.label == NORMAL:
+                faults.append(
+                    f"{image.mask}: marks a finding, but {image.path} is labelled as normal, and would be learnt as "
+                    "that; expected one or the other: mend the label, or the mask"
+                )
         except DataError as error:
             faults.append(str(error))
         except (UndecodableError, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from secure_fed.protocol import memory, one_sum
 from secure_fed.protocol.codec import Parameters
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.protocol.study_tables import NORMAL
+
+log = logging.getLogger(__name__)
 
 Values = dict[str, NDArray[np.float64]]
 
@@ -48,6 +51,26 @@ def message(agreed: AgreedStudy, round_number: int, adapter: Parameters, feature
             "study as an observer"
         )
     return exact_sums(adapter, x, owners)
+
+
+def tell(agreed: AgreedStudy, adapter: Parameters) -> None:
+    """Say so if the sum of all sites has moved nothing: nor will those after it, which are of the same images.
+
+    Args:
+        agreed: the study.
+        adapter: after the round of the first sum.
+    """
+    method = agreed.study.method
+    for name in memory.memories(adapter):
+        centroids = memory.centroids(name)
+        if np.array_equal(adapter[centroids], agreed.initial.adapter[centroids]):
+            log.warning(
+                "none of %d centroids has %d patients (method.min_patients) near it in the sum of all sites, so that "
+                "all stay where they started and nothing is learnt; expected at least one: a new study with lower "
+                "min_patients or fewer centroids, or more normal images",
+                len(adapter[centroids]),
+                method.min_patients,
+            )
 
 
 def histogram(adapter: Parameters, x: NDArray[np.float32], owners: list[str], top: float) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from secure_fed.clients import one_sum
+from secure_fed.clients import memory, one_sum
 from secure_fed.clients.acceptance import acceptance_digest
 from secure_fed.clients.bound import Bound, Fresh
 from secure_fed.clients.budget import ledger_folder
@@ -155,8 +155,9 @@ class Site(Learner):
         before = self.round
         for data in request.records:
             self.replica.take(data)
-        if self._agreed.study.method.one_sum and before == 0 < self.round:
-            one_sum.tell(self._agreed, self.replica.state.tensors)
+        if self._agreed.study.method.sums and before == 0 < self.round:
+            what = one_sum if self._agreed.study.method.one_sum else memory
+            what.tell(self._agreed, self.replica.state.tensors)
         if self._private is not None:
             self._private.worked = False
         frozen = self._snapshot

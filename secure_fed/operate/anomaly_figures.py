@@ -109,15 +109,21 @@ def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], s
             mask = lesion_of(image, site.rules)
             if mask is not None and mask.any():
                 picture = decode(image.path.read_bytes(), image.frame, image.axis, site.rules)
-                masks.append(mask)
-                pictures.append(np.asarray(picture.convert("L")))
-                found.append(placed(heat[row : row + 1], site.window(picture.size), mask.shape)[0])
+                size = _judged(mask.shape)
+                across, down = size[1] / picture.width, size[0] / picture.height
+                left, top, right, bottom = site.window(picture.size)
+                window = (left * across, top * down, right * across, bottom * down)
+                masks.append(resized(mask, size))
+                pictures.append(resized(np.asarray(picture.convert("L")), size))
+                found.append(placed(heat[row : row + 1], window, size)[0])
     if not masks:
         return None
     size = Counter(mask.shape for mask in masks).most_common(1)[0][0]  # all are judged in one
-    masks, pictures = [resized(mask, size) for mask in masks], [resized(picture, size) for picture in pictures]
-    heat = np.stack([resized(one, size) for one in found])
-    lesions = np.stack(masks)
+    lesions, heads, heat = (np.stack([resized(one, size) for one in each]) for each in (masks, pictures, found))
+    kept = lesions.any(axis=(1, 2)) & ~lesions.all(axis=(1, 2))  # of a few pixels nothing may be left in that size
+    if not kept.any():
+        return None
+    lesions, heads, heat = lesions[kept], heads[kept], heat[kept]
     learned = [
         resized(mask, size)
         for site in training
@@ -132,9 +138,18 @@ def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], s
         pixel_auroc=float(roc_auc_score(lesions.ravel(), heat.ravel())),
         pro=per_region_overlap(lesions, heat),
         constant_pixel_auroc=constant,
-        equal_place_auroc=equal_place(lesions, heat, np.stack(pictures) > _DARK),
-        images=len(masks),
+        equal_place_auroc=equal_place(lesions, heat, heads > _DARK),
+        images=len(lesions),
     )
+
+
+def _judged(size: tuple[int, ...]) -> tuple[int, ...]:
+    """The size in which a picture's map is judged, height and width: its own, of a large one's a smaller one."""
+    return tuple(max(1, round(side * min(1.0, _MOST_SIDE / max(size)))) for side in size)
+
+
+_MOST_SIDE = 256
+"""In pixels: maps are smooth over more than that, and all pixels of all test images are sorted by their values."""
 
 
 def resized(pixels: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
@@ -156,10 +171,12 @@ def per_region_overlap(lesions: NDArray[np.bool_], heat: NDArray[np.float64]) ->
     """
     healthy = np.sort(heat[~lesions])[::-1]
     rates = np.linspace(0, _MOST_FALSE, 101)
-    found = []
-    for rate in rates:
-        above = heat > healthy[min(int(rate * len(healthy)), len(healthy) - 1)]
-        found.append(np.mean([one[lesion].mean() for one, lesion in zip(above, lesions, strict=True)]))
+    limits = healthy[np.minimum((rates * len(healthy)).astype(int), len(healthy) - 1)]
+    above = []
+    for one, lesion in zip(heat, lesions, strict=True):
+        values = np.sort(one[lesion])
+        above.append(1 - np.searchsorted(values, limits, "right") / len(values))
+    found = np.mean(above, axis=0)
     return float(np.trapezoid(found, rates) / _MOST_FALSE)
 
 

@@ -224,9 +224,10 @@ def refuse_cases(folder: Path) -> None:
         OutputError: it holds cases already, or is a file.
         StorageError: nobody may write there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: a file; expected a folder for the cases, which is made if it is not there")
-    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not above.is_dir():
+        what = "a link to nowhere" if above.is_symlink() and not above.exists() else "a file"
+        raise OutputError(f"{above}: {what}; expected a folder for the cases, which is made if it is not there")
     if not os.access(above, os.W_OK):
         raise StorageError(f"{folder}: cannot be written ({above} is not yours to write to); choose another place")
     held = next((path for form in (CASES, PAGE, _PICTURES) for path in sorted(folder.glob(form))), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,7 @@ def _make(
     template: Template, keys: Mapping[str, SiteKeys | None], out: Path, checkpoint: Path | None, public: Path | None
 ) -> tuple[StudyFile, LoadedBackbone]:
     refuse_idle(template)
+    _refuse_alike_concepts(template)
     if template.backbone.seed is not None and checkpoint is None:  # then the weights are random, and only then
         checkpoint = out / RANDOM_CHECKPOINT
         if not checkpoint.exists():
@@ -116,6 +118,7 @@ def _make(
         template,
         format=2,
         collusion=template.colluders,
+        method=_method(template.method),
         backbone=template.backbone.model_dump(mode="json", exclude_none=True)
         | {"activation": backbone.activation, "digest": backbone.digest, "id": backbone.id},
         encoding=_encoding(template, statistics),
@@ -129,6 +132,12 @@ def _make(
     write_durable(out / "study.safetensors", tensors)
     write_durable(out / "study.toml", to_toml(study).encode())
     return study, backbone
+
+
+def _method(method: Method) -> dict[str, Any]:
+    """The study's ``[method]``, with the weight of what aligns written down."""
+    found = method.model_dump(mode="json", exclude_none=True)
+    return found | ({"adversarial_weight": method.domain_weight} if method.aligns == "adversarial" else {})
 
 
 def _encoding(template: Template, statistics: PublicStatistics | None) -> dict[str, Any]:
@@ -279,7 +288,12 @@ def check_study(path: Path) -> StudyFile:
     except StudyError as error:
         faults = _method_faults(path)
         raise (StudyError("\n  ".join([str(error), *faults])) if faults else error) from None
-    checks = (lambda: check_method(study.method), lambda: uses_basis(study), lambda: refuse_idle(study))
+    checks = (
+        lambda: check_method(study.method),
+        lambda: uses_basis(study),
+        lambda: refuse_idle(study),
+        lambda: _refuse_alike_concepts(study),
+    )
     faults = [fault for check in checks for fault in _refused(check)]
     if study.missing() and is_here(study.backbone):
         faults += _refused(lambda: _refuse_long_prompts(study, load_backbone(study.backbone, None)))
@@ -356,10 +370,21 @@ def prompt_features(template: Template, backbone: LoadedBackbone) -> NDArray[np.
     return np.stack(rows).astype(np.float32)
 
 
+def _refuse_alike_concepts(template: StudyFile) -> None:
+    """Refuse concepts that nothing tells apart: what one of them explains would be shared out among both."""
+    alike: defaultdict[Any, list[str]] = defaultdict(list)
+    for concept in template.concepts:
+        alike[" ".join(concept.name.casefold().split())].append(concept.name)
+        alike[frozenset(concept.prompts)].append(concept.name)
+    if said := [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]:
+        raise StudyError(f"concepts {'; '.join(said)}: one name, or one and the same prompts; expected others for each")
+
+
 def _refuse_long_prompts(template: StudyFile, backbone: LoadedBackbone) -> None:
     long = [
-        f"{text!r} of class {entry.name!r} has {count}"
-        for entry in template.classes
+        f"{text!r} of {what} {entry.name!r} has {count}"
+        for what, entries in (("class", template.classes), ("concept", template.concepts))
+        for entry in entries
         for text in entry.prompts
         if (count := backbone.count_tokens(text)) > backbone.context
     ]

@@ -219,6 +219,8 @@ class ScoresAt(FileModel):
 class Places(FileModel):
     """How heat maps find lesions whose masks are there, over all pixels of test images that show one.
 
+    Pictures of more than 256 pixels a side are judged at that size.
+
     Attributes:
         pixel_auroc: lesion against all other pixels.
         pro: area under the mean share of a lesion that is found, over false positive rates up to 0.3, scaled to 1.

@@ -212,6 +212,11 @@ class StudyFile(FileModel):
                     f'{len(classes)} classes, but task = "anomaly" takes one, that of normal images; expected 1: every '
                     "other label at a site counts as an anomaly, leave those classes out"
                 )
+            if classes[0].name.strip().casefold() == ANOMALY:
+                raise ValueError(
+                    f"{classes[0].name!r}, but in a study of anomalies that is what all other labels are called; "
+                    "expected the class of normal images"
+                )
         elif len(classes) < 2:
             raise ValueError(f"{len(classes)} classes; expected at least 2")
         _refuse_duplicates("class", [entry.name for entry in classes])

@@ -186,7 +186,7 @@ class Method(FileModel):
             differential privacy.
         loss: ``class_prompt`` (logit-adjusted cross-entropy) or the paper's in-batch ``contrastive``.
         lmmd_weight: weight of LMMD.
-        adversarial_weight: weight of ``adversarial``.
+        adversarial_weight: weight of ``adversarial``; 0.5, FAA-CLIP's, if not given.
         adaptation: what aligns labelled features with those of the site's own unlabelled images: ``lmmd`` (FACMIC's,
             by ``lmmd_weight``), ``adversarial`` (FAA-CLIP's private discriminator, by ``adversarial_weight``; not under
             differential privacy) or ``none``, whatever the weights are. If it is not said: ``lmmd`` where
@@ -216,7 +216,7 @@ class Method(FileModel):
     private_head: bool = False
     loss: Literal["class_prompt", "contrastive"] = "class_prompt"
     lmmd_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    adversarial_weight: Annotated[float, Field(gt=0, le=1000)] = 0.5
+    adversarial_weight: Annotated[float, Field(gt=0, le=1000)] | None = None
     adaptation: Literal["lmmd", "adversarial", "none"] | None = None
     shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.01
     min_patients: Annotated[int, Field(ge=1, le=10**6)] = 5
@@ -255,7 +255,8 @@ class Method(FileModel):
     @property
     def domain_weight(self) -> float:
         """Weight of what aligns; 0 if nothing does."""
-        return {"lmmd": self.lmmd_weight, "adversarial": self.adversarial_weight, "none": 0.0}[self.aligns]
+        adversarial = _FAA_CLIP if self.adversarial_weight is None else self.adversarial_weight
+        return {"lmmd": self.lmmd_weight, "adversarial": adversarial, "none": 0.0}[self.aligns]
 
     @property
     def domain_term(self) -> str:
@@ -285,6 +286,10 @@ class Method(FileModel):
         if adapter not in ADAPTERS:
             raise ValueError(f"no such adapter; expected one of {', '.join(ADAPTERS)}")
         return adapter
+
+
+_FAA_CLIP = 0.5
+"""Its weight of the discriminator's loss."""
 
 
 class Training(FileModel):

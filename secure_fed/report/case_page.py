@@ -26,6 +26,7 @@ def case_page(explained: Explained) -> str:
         study=document["study_id"][:16],
         claims=_claims(document),
         local=explained.found.local,
+        doubts=[f"{doubt.text}: {doubt.remedy}." for doubt in explained.found.doubts],
         cases=[_shown(case, document) for case in explained.cases],
         left_out=sorted(document["unreadable"].items()),
     )

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import Template
 from secure_fed.report.case_page import case_page
-from tests.conftest import CLASSES, Federation, Run, make_images, make_template
+from tests.conftest import CLASSES, Federation, Run, copy_of, make_images, make_template, run_round
 from tests.unit.clients.test_dicom import as_bytes, dicom
 
 METHOD = {
@@ -281,6 +282,8 @@ def test_only_normal_images_train(finished: tuple[Path, dict[str, Any]]) -> None
         ({"method": {"lmmd_weight": 1.0}}, "moves no image feature"),
         ({"method": {"start": "public"}}, "folder of them with --public"),
         ({"method": {"neighbourhood": 2}}, "neighbourhood"),
+        ({"method": {"adaptation": "adversarial"}}, 'adaptation = "adversarial": memory moves no image feature'),
+        ({"classes": [{"name": "Anomaly", "prompts": ["x"]}]}, "what all other labels are called.*class of normal"),
         (
             {"concepts": [{"name": "stripes", "prompts": ["stripes"]}]},
             r"no margin between classes.*leave \[\[concepts\]\] out",
@@ -319,6 +322,37 @@ def test_a_site_without_normal_images_is_told(finished: tuple[Path, dict[str, An
     adapter = federation.agreed.initial.adapter
     with pytest.raises(DataError, match="no normal training image; expected at least one of 'dark'"):
         at_site.message(federation.agreed, 1, adapter, features)
+    site = federation.site("ash")
+    site._features = features
+    with pytest.raises(DataError, match=r"^site ash: no normal training image"):  # of those of a simulation it is this
+        site.first_integers()
+
+
+def test_a_memory_that_no_sum_moves_is_told(
+    finished: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    agreed = Federation(finished[0]).agreed
+    start = agreed.initial.adapter
+    moved = {name: value + name.endswith("centroids") for name, value in start.items()}
+    at_site.tell(agreed, moved)
+    assert not caplog.messages
+    at_site.tell(agreed, moved | {"score_centroids": start["score_centroids"]})
+    (line,) = caplog.messages
+    assert "none of 12 centroids has 2 patients (method.min_patients) near it" in line
+    assert "nothing is learnt" in line
+
+
+def test_a_site_is_told_after_the_first_sum(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(at_site, "tell", lambda agreed, adapter: told.append(1))
+    federation = copy_of(finished[0], tmp_path)
+    sites = federation.sites()
+    coordinator = federation.begin(sites)
+    for _ in range(2):
+        run_round(coordinator, sites)
+    assert len(told) == len(sites)
 
 
 def test_public_images_start_the_centroids(pictures: Path, tmp_path: Path, block: str) -> None:
@@ -406,6 +440,41 @@ def test_a_study_whose_training_masks_have_two_sizes_gets_its_figures(
     assert found is not None
     assert found.images == 2
     assert found.constant_pixel_auroc == 1.0
+
+
+def judged(tmp_path: Path, sides: Sequence[int], marked: Sequence[tuple[slice, slice]]) -> Any:
+    """Maps that are hot below, of square pictures with these places marked."""
+    site = mock.Mock(**{"test_images.return_value": (np.zeros((len(sides), 1)), None, None)})
+    found = []
+    for number, (side, place) in enumerate(zip(sides, marked, strict=True)):
+        picture, mask = tmp_path / f"{number}.png", tmp_path / f"mask-{number}.png"
+        Image.fromarray(np.full((side, side), 99, dtype=np.uint8)).save(picture)
+        lesion = np.zeros((side, side), dtype=np.uint8)
+        lesion[place] = 255
+        Image.fromarray(lesion).save(mask)
+        found.append(SiteImage(picture, "p", 1, "test", mask=mask))
+    site.test_sources.return_value = site.train_sources.return_value = found
+    site.rules, site.window = Rules(), lambda size: (0.0, 0.0, *size)
+    maps = np.broadcast_to(np.array([[0.0], [1.0]]), (len(sides), 2, 1)).copy()
+    with mock.patch("secure_fed.operate.anomaly_figures.memory.maps", return_value=maps):
+        return places_of({}, [site], [site])
+
+
+def test_a_large_picture_is_judged_as_a_smaller_one_of_it(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    small = judged(tmp_path, [200], [(slice(90, 150), slice(0, 50))])
+    with mock.patch("secure_fed.operate.anomaly_figures.per_region_overlap", return_value=0.5) as overlap:
+        large = judged(tmp_path / "large", [800], [(slice(360, 600), slice(0, 200))])
+    assert overlap.call_args.args[0].shape == (1, 256, 256)
+    assert large.pixel_auroc == pytest.approx(small.pixel_auroc, abs=0.01)
+    assert large.equal_place_auroc is small.equal_place_auroc is None
+
+
+def test_a_lesion_of_which_no_pixel_is_left_in_the_size_of_all_is_not_judged(tmp_path: Path) -> None:
+    one = (slice(1, 2), slice(1, 2))
+    half = (slice(0, 4), slice(0, 8))
+    assert judged(tmp_path, [8, 8, 16], [half, half, one]).images == 2
+    assert judged(tmp_path, [8], [(slice(0, 8), slice(0, 8))]) is None
 
 
 def test_a_map_is_judged_as_defined() -> None:

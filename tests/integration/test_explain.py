@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import itertools
 import json
 import re
@@ -18,9 +19,17 @@ import pytest
 import torch
 from PIL import Image
 
+from secure_fed.clients.patients import Doubt
 from secure_fed.clients.rules import UndecodableError
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import AdapterFileError, DataError, OutputError, SiteFileError, UnreadableImageError
+from secure_fed.core.errors import (
+    AdapterFileError,
+    DataError,
+    OutputError,
+    SiteFileError,
+    StudyError,
+    UnreadableImageError,
+)
 from secure_fed.model.adapter_file import Calibration, load_adapter, save_adapter
 from secure_fed.model.attribution import (
     HeatMaps,
@@ -39,6 +48,7 @@ from secure_fed.model.preparing import preparer
 from secure_fed.operate.evidence import pack_evidence
 from secure_fed.operate.explain import CASES, NOT_A_DIAGNOSIS, PAGE, Explained, _Neighbours, explain, write_cases
 from secure_fed.operate.export import export_site
+from secure_fed.operate.new_study import new_study
 from secure_fed.operate.predict import Probabilities, predict_folder
 from secure_fed.protocol.study import with_fields
 from secure_fed.protocol.study_tables import Concept
@@ -173,13 +183,27 @@ def test_concepts_and_a_rest_make_up_the_margin(explained: Explained) -> None:
     assert "stripes" in case_page(explained)
 
 
+def test_the_page_says_whose_images_are_in_doubt(explained: Explained) -> None:
+    doubt = Doubt("writings", ("P 1", "p1"), 3)
+    doubted = replace(explained, found=replace(explained.found, doubts=(doubt,)))
+    assert "in doubt" not in case_page(explained)
+    assert f"<li>{html.escape(doubt.text, quote=False)}".replace("'", "&#39;") in case_page(doubted)
+    assert doubted.document()["doubts"][0]["text"] == doubt.text
+
+
 def test_a_place_that_can_get_no_cases_is_refused_before_anything_is_computed(
     secfacmic: Run, finished_run: Path, few: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / CASES).write_text("{}")
-    for name, says in (("file", "a file; expected a folder"), ("full", "holds cases.json, as explained cases have it")):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, says in (
+        ("file", "a file; expected a folder"),
+        ("file/below", "file: a file; expected a folder"),
+        ("link", "link: a link to nowhere; expected a folder"),
+        ("full", "holds cases.json, as explained cases have it"),
+    ):
         ended = secfacmic("explain-case", "--adapter", tmp_path / "none", "--image", few, "--out", tmp_path / name)
         assert ended.returncode == OutputError.exit_code
         assert says in ended.stderr
@@ -208,6 +232,22 @@ def test_concepts_travel_with_the_adapter(finished_run: Path, tmp_path: Path) ->
     agreed = replace(federation.agreed, study=with_fields(federation.agreed.study, concepts=table))
     save_adapter(tmp_path / "adapter.safetensors", agreed, federation.agreed.initial.adapter)
     assert load_adapter(tmp_path / "adapter.safetensors").concepts == CONCEPTS
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ({"name": "lines", "prompts": ["an image with stripes"]}, "concepts 'stripes' and 'lines': one name, or one"),
+        ({"name": "Stripes ", "prompts": ["lines"]}, "concepts 'stripes' and 'Stripes ': one name, or one"),
+        ({"name": "lines", "prompts": ["a " * 90]}, "prompts longer than .* of concept 'lines' has"),
+    ],
+)
+def test_concepts_that_nothing_tells_apart_or_that_would_be_cut_are_refused(
+    tmp_path: Path, second: dict[str, Any], says: str
+) -> None:
+    first = {"name": "stripes", "prompts": ["an image with stripes"]}
+    with pytest.raises(StudyError, match=says):
+        new_study(make_template(concepts=[first, second]), [], tmp_path)
 
 
 def test_a_concept_without_prompts_is_refused() -> None:
@@ -288,8 +328,9 @@ def test_a_patient_is_shown_once_by_its_nearest_image() -> None:
 
 
 def test_exports_and_evidence_hold_no_explanation(finished_run: Path, explained: Explained, tmp_path: Path) -> None:
-    with_cases = [tmp_path / "sites/ash", tmp_path / "sites/ash/state"]
     shutil.copytree(finished_run, tmp_path, symlinks=True, dirs_exist_ok=True)
+    with_cases = [path for path in (tmp_path / "sites/ash", *(tmp_path / "sites/ash").rglob("*")) if path.is_dir()]
+    assert tmp_path / "sites/ash/state/accepted" in with_cases
     for folder in with_cases:
         write_cases(explained, case_page(explained), folder)
     written = [path for folder in with_cases for path in (folder / PAGE, folder / CASES, *folder.glob("case-*.png"))]

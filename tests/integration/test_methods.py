@@ -146,6 +146,7 @@ def test_a_site_without_unlabelled_images_says_that_nothing_aligns_it(
         caplog.clear()
         plan = template.simulation.model_copy(update={"shares": shares})
         agreed = prepare(template.model_copy(update={"simulation": plan}), tmp_path / name, images)
+        assert agreed.study.method.adversarial_weight == 0.5  # which the template left to us
         for site in open_sites(agreed, tmp_path / name):
             site.features()
         lines = [text for text in caplog.messages if 'no unlabelled images for adaptation = "adversarial"' in text]

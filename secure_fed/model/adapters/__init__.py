@@ -68,7 +68,7 @@ def ignored(study: StudyFile) -> dict[str, Any]:
         found["method.lmmd_weight"] = 0.0
     if study.features.basis != "raw" and not kind.uses_basis:
         found["features"] = {"basis": "raw"}
-    return found | {path: usual for path, (_, usual) in _idle(study).items()}
+    return found | {path: usual for path, (_, usual, _) in _idle(study).items()}
 
 
 def refuse_idle(study: StudyFile) -> None:
@@ -77,25 +77,26 @@ def refuse_idle(study: StudyFile) -> None:
     Raises:
         StudyError: naming each.
     """
-    idle = _idle(study)
-    if idle:
-        lines = [
-            f"{path} = {_said(value)} makes no difference with {study.method.adapter}; expected {_said(usual)}: leave "
-            "it out, since sites send no validation counts beside sums"
-            for path, (value, usual) in idle.items()
-        ]
+    lines = [f"{path} = {_said(value)} makes no difference {mend}" for path, (value, _, mend) in _idle(study).items()]
+    if lines:
         raise StudyError("; ".join(lines))
 
 
-def _idle(study: StudyFile) -> dict[str, tuple[Any, Any]]:
-    """By dotted path what is set though it makes no difference, and what it would be if nobody had set it."""
-    if not study.method.sums:
-        return {}
+def _idle(study: StudyFile) -> dict[str, tuple[Any, Any, str]]:
+    """By dotted path what is set though it makes no difference, what it is if nobody sets it, and what to do."""
+    method = study.method
+    if not method.sums:
+        # What study new once wrote of its own accord is no person's wish.
+        if method.adversarial_weight is None or method.adaptation is not None or study.initial is not None:
+            return {}
+        mend = 'without adaptation = "adversarial"; expected both, or neither: set that, or leave it out'
+        return {"method.adversarial_weight": (method.adversarial_weight, None, mend)}
     pairs = {
         "encoding.share_validation": (study.encoding.share_validation, True),
         "privacy.validation_rounds": (study.privacy.validation_rounds, 0),
     }
-    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+    mend = f"with {method.adapter}; expected {{}}: leave it out, since sites send no validation counts beside sums"
+    return {path: (value, usual, mend.format(_said(usual))) for path, (value, usual) in pairs.items() if value != usual}
 
 
 def _said(value: Any) -> str:

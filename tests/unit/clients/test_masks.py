@@ -99,6 +99,25 @@ def test_masks_that_do_not_fit_are_named_together(tmp_path: Path) -> None:
     check_masks(images[4:5], RULES)
 
 
+def test_a_mask_that_says_nothing_or_something_else_than_the_label_is_refused(tmp_path: Path) -> None:
+    one_pixel("L", 0, 255).save(tmp_path / "lesion.png")
+    Image.new("L", (8, 6), 255).save(tmp_path / "all.png")
+    Image.new("L", (8, 6), 0).save(tmp_path / "none.png")
+    image = image_with(tmp_path, "none.png")
+
+    def check(label: int | None, mask: str) -> None:
+        check_masks([SiteImage(image.path, "p", label, "train", mask=tmp_path / mask)], RULES)
+
+    for label in (0, 1, None):
+        check(label, "none.png")
+        with pytest.raises(DataError, match=r"all.png: every pixel is marked"):
+            check(label, "all.png")
+    check(1, "lesion.png")
+    check(None, "lesion.png")
+    with pytest.raises(DataError, match=r"lesion.png: marks a finding, but .*image.png is labelled as normal"):
+        check(0, "lesion.png")
+
+
 def test_a_damaged_mask_is_refused_whatever_the_damage(tmp_path: Path) -> None:
     image = image_with(tmp_path, "bad.png")
     Image.new("L", (8, 6), 1).save(tmp_path / "good.png")

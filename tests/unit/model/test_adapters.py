@@ -13,7 +13,9 @@ from secure_fed.model.adapters import (
     build_adapter,
     class_prompt_loss,
     contrastive_loss,
+    ignored,
     initial_parameters,
+    refuse_idle,
 )
 from secure_fed.privacy.dp_training import (
     class_prompt_patient_loss,
@@ -24,6 +26,7 @@ from secure_fed.privacy.dp_training import (
 )
 from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.study_tables import Method
+from tests.conftest import make_template
 
 METHODS = [
     Method(),
@@ -188,6 +191,17 @@ def test_a_domain_term_needs_features_that_move(adapter):
         build_adapter(method, PROMPTS, SCALE, {"offsets": PROMPTS.astype(float)})
     with pytest.raises(StudyError, match=r'adaptation = "adversarial": .* moves no image feature.*expected "none"'):
         initial_parameters(Method(adapter=adapter, adaptation="adversarial"), DIM, PROMPTS, 0)
+
+
+def test_a_weight_of_what_nobody_asked_for_is_refused_in_a_template():
+    """Its domain term would silently be none; a study that is made already says what it says."""
+    alone = make_template(method={"adapter": "facmic", "adversarial_weight": 0.5})
+    with pytest.raises(StudyError, match=r'adversarial_weight = 0.5 makes no difference without adaptation = "advers'):
+        refuse_idle(alone)
+    assert ignored(alone) == {"method.adversarial_weight": None}
+    refuse_idle(alone.model_copy(update={"initial": "0" * 64}))
+    for said in ("adversarial", "none"):
+        refuse_idle(make_template(method={"adapter": "facmic", "adversarial_weight": 0.5, "adaptation": said}))
 
 
 def test_private_head_adds_to_the_logits_and_is_not_shared():

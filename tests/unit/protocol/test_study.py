@@ -314,6 +314,7 @@ def test_new_fields_and_other_defaults_leave_old_ids_alone(tmp_path: Path, monke
         ({"lmmd_weight": 0.3, "adaptation": "lmmd"}, "lmmd", 0.3),
         ({"lmmd_weight": 0.3, "adaptation": "none"}, "none", 0.0),
         ({"lmmd_weight": 0.3, "adaptation": "adversarial"}, "adversarial", 0.5),
+        ({"adaptation": "adversarial", "adversarial_weight": 2.0}, "adversarial", 2.0),
     ],
 )
 def test_one_field_says_what_aligns_and_studies_of_before_keep_lmmd(table: Any, aligns: str, weight: float) -> None:
