@@ -102,23 +102,24 @@ def _mean_map(heat: NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
 
 
 def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], sites: Sequence[Site]) -> Places | None:
-    masks, pictures, found = [], [], []
+    masks, pictures, found, sizes = [], [], [], []
     for site in sites:
         heat = memory.maps(adapter, site.test_images()[0])
         for row, image in enumerate(site.test_sources()):
             mask = lesion_of(image, site.rules)
             if mask is not None and mask.any():
                 picture = decode(image.path.read_bytes(), image.frame, image.axis, site.rules)
-                size = _judged(mask.shape)
+                size = _judged(picture.height, picture.width)
                 across, down = size[1] / picture.width, size[0] / picture.height
                 left, top, right, bottom = site.window(picture.size)
                 window = (left * across, top * down, right * across, bottom * down)
+                sizes.append(size)
                 masks.append(resized(mask, size))
                 pictures.append(resized(np.asarray(picture.convert("L")), size))
                 found.append(placed(heat[row : row + 1], window, size)[0])
     if not masks:
         return None
-    size = Counter(mask.shape for mask in masks).most_common(1)[0][0]  # all are judged in one
+    size = Counter(sizes).most_common(1)[0][0]  # all are judged in one
     lesions, heads, heat = (np.stack([resized(one, size) for one in each]) for each in (masks, pictures, found))
     kept = lesions.any(axis=(1, 2)) & ~lesions.all(axis=(1, 2))  # of a few pixels nothing may be left in that size
     if not kept.any():
@@ -143,9 +144,10 @@ def _places(adapter: dict[str, NDArray[np.float64]], training: Sequence[Site], s
     )
 
 
-def _judged(size: tuple[int, ...]) -> tuple[int, ...]:
+def _judged(height: int, width: int) -> tuple[int, int]:
     """The size in which a picture's map is judged, height and width: its own, of a large one's a smaller one."""
-    return tuple(max(1, round(side * min(1.0, _MOST_SIDE / max(size)))) for side in size)
+    share = min(1.0, _MOST_SIDE / max(height, width))
+    return max(1, round(height * share)), max(1, round(width * share))
 
 
 _MOST_SIDE = 256
