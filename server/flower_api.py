@@ -124,6 +124,12 @@ class State(InMemoryLinkState):
             found = [one for one in found if run_id is None or one.metadata.run_id == run_id]
             return found[:limit]
 
+    def asks(self, node_id: int) -> bool:
+        """Whether there is anything that a node has not answered: without what a look for it costs."""
+        with self.lock:
+            known = self._for_node.get(node_id, ())
+            return any(one not in self.message_ins_id_to_message_res_id for one in known)
+
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
         """A node is there, and knows nothing of what it was asked before: it is asked anew."""
         with self.lock:
@@ -300,13 +306,14 @@ class FlowerApi:
             left = end - loop.time()
             if news.is_set():  # else it is a sign of life and nothing more: hundreds of sites wait
                 news.clear()
-                answered, response = _call(
-                    lambda: fleet_handlers.pull_messages(request, self._state, self._state.object_store)
-                )
-                if response is None:
-                    return answered
-                if response.messages_list:
-                    return self._with_parts(response, response.message_object_trees)
+                if self._state.asks(node):
+                    answered, response = _call(
+                        lambda: fleet_handlers.pull_messages(request, self._state, self._state.object_store)
+                    )
+                    if response is None:
+                        return answered
+                    if response.messages_list:
+                        return self._with_parts(response, response.message_object_trees)
             if left <= 0:
                 return Answered(200, PROTOBUF, b"")
             with contextlib.suppress(TimeoutError):

@@ -122,7 +122,7 @@ class Gate:
         if not flower and not self._store.serves(method, path):
             await answer(send, 404)
             return
-        headers = {name.lower(): value for name, value in scope["headers"]}
+        headers = dict(scope["headers"])
         key = _claimed_key(headers)
         member = self._members.keys.get(key)
         if member is None:

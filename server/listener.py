@@ -12,6 +12,7 @@ import contextlib
 import logging
 import secrets
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,8 +25,11 @@ from secure_fed.transport.certificates import ServerCertificate
 
 log = logging.getLogger(__name__)
 
-STRANGER_SECONDS = 10.0
+STRANGER_SECONDS = 10
 """From a connection's first byte to its first signed request: handshake and headers."""
+
+SHUTDOWN_SECONDS = 2
+"""How long whoever hangs up may take to say so."""
 
 STRANGERS, STRANGERS_AT_ADDRESS = 64, 32
 """Most connections that have not signed anything yet, in all and of one address."""
@@ -40,9 +44,12 @@ WRITE_BUFFER = 64 * 1024
 """What a line has not taken yet lies in memory beyond this only as far as one chunk goes. asyncio's own for TLS is 512
 KiB of each connection, in a buffer of OpenSSL's that never shrinks."""
 
-TLS_BUFFER = 32 * 1024
-"""What asyncio reads of one connection at a time, a TLS record being 16 KiB at most. Its own 256 KiB, held from before
-the handshake until the garbage collector comes, made 500 connections cost 130 MB."""
+TLS_RECORD = 16 * 1024
+"""Most bytes of one TLS record, which is what OpenSSL gives at a time."""
+
+READ_BYTES = 64 * 1024
+"""Most bytes that are read of a connection at a time: as much as uvicorn takes before it lets a connection wait."""
+
 TELL_SECONDS = 60.0
 """At most one line in so many seconds about connections that cannot be taken."""
 
@@ -126,6 +133,39 @@ class Callers:
         caller.hang_up()
 
 
+class _Tls(asyncio.sslproto.SSLProtocol):
+    """asyncio's TLS at a server, which reads into a buffer that all connections of one event loop have together.
+
+    It gives OpenSSL at once what it has read. asyncio's own buffers are of 256 KiB each, held from before the handshake
+    until the garbage collector comes: 500 connections cost 130 MB.
+
+    Args:
+        loop: the connections'.
+        buffer: theirs.
+        protocol: what is spoken over it.
+        context: the server's.
+        waiter: is told once the handshake is over.
+    """
+
+    max_size = TLS_RECORD
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        buffer: bytearray,
+        protocol: asyncio.Protocol,
+        context: ssl.SSLContext,
+        waiter: asyncio.Future[None],
+    ) -> None:
+        super().__init__(
+            *(loop, protocol, context, waiter),
+            server_side=True,
+            ssl_handshake_timeout=STRANGER_SECONDS,
+            ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        self._ssl_buffer, self._ssl_buffer_view = buffer, memoryview(buffer)
+
+
 class _Protocol(HttpToolsProtocol):
     """uvicorn's, with a limit for headers and for what waits to be written; says when it ends."""
 
@@ -179,11 +219,11 @@ class Listener(uvicorn.Server):
         self._tasks: set[asyncio.Task[None]] = set()
         self._told = -TELL_SECONDS
         self._failed = 0
+        self._buffer = bytearray(READ_BYTES)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to take connections."""
         await self.lifespan.startup()
-        asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER  # there is no parameter for it
         self.servers = []
         self._keep(asyncio.get_running_loop().create_task(self._accept()))
         self.started = True
@@ -217,22 +257,19 @@ class Listener(uvicorn.Server):
         assert this is not None  # it runs
         caller.hang_up = this.cancel
 
-        def made() -> _Protocol:
-            protocol = _Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-            protocol.ended = lambda: self._callers.go(caller)
-            return protocol
-
+        protocol = _Protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        protocol.ended = lambda: self._callers.go(caller)
+        shaken = loop.create_future()
+        tls = _Tls(loop, self._buffer, protocol, self._certificate.context, shaken)
         expiry = loop.call_later(STRANGER_SECONDS, self._callers.expire, caller)
+        transport: asyncio.Transport | None = None
         try:
-            transport, _ = await loop.connect_accepted_socket(
-                made,
-                connection,
-                ssl=self._certificate.context,
-                ssl_handshake_timeout=STRANGER_SECONDS,
-                ssl_shutdown_timeout=2.0,
-            )
+            transport, _ = await loop.connect_accepted_socket(lambda: tls, connection)
+            await shaken
         except (OSError, asyncio.CancelledError):
             expiry.cancel()
+            if transport is not None:
+                transport.abort()
             connection.close()
             self._callers.go(caller)
             return

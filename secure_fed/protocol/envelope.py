@@ -121,12 +121,12 @@ class EnvelopeHeader(MemberHeader):
 
 @dataclass(frozen=True)
 class Envelope:
-    """A checked envelope."""
+    """A checked envelope; its payload is where it came in."""
 
     header: EnvelopeHeader
     header_text: bytes
     signature: bytes
-    payload: bytes
+    payload: bytes | memoryview
     size: int
 
 
@@ -187,7 +187,7 @@ def open_envelope(data: bytes, agreed: AgreedStudy, members: Mapping[str, Member
     if header.size != payload_bytes:
         raise EnvelopeError(f"envelope: a payload of {header.size} bytes; the study's parameters give {payload_bytes}")
     check_payload(frame, header, EnvelopeError)
-    return Envelope(header, frame.header, frame.signature, bytes(frame.payload), len(data))
+    return Envelope(header, frame.header, frame.signature, frame.payload, len(data))
 
 
 def verify_contribution(

@@ -314,7 +314,7 @@ class Wire(Protocol):
         """Make an empty total for ``add``."""
         ...
 
-    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> npt.NDArray[np.generic]:
+    def add(self, total: npt.NDArray[np.generic], payload: bytes | memoryview) -> npt.NDArray[np.generic]:
         """Check an envelope's payload as far as that goes without a key, and add it.
 
         Args:
@@ -378,7 +378,7 @@ class CipherWire:
         """Make an empty total."""
         return np.zeros(self._parameters.coefficients, np.uint64)
 
-    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> npt.NDArray[np.generic]:
+    def add(self, total: npt.NDArray[np.generic], payload: bytes | memoryview) -> npt.NDArray[np.generic]:
         """Check an envelope's residues and add them modulo Q, in one pass; see ``Wire.add``."""
         _check_length("payload", len(payload), self.payload_bytes)
         return sum_with_packed(self._checked(total), payload, self._parameters.modulus_bits)
@@ -430,7 +430,7 @@ class PlainWire:
         """Make an empty total."""
         return np.zeros(self._parameters.values, np.int64)
 
-    def add(self, total: npt.NDArray[np.generic], payload: bytes) -> npt.NDArray[np.generic]:
+    def add(self, total: npt.NDArray[np.generic], payload: bytes | memoryview) -> npt.NDArray[np.generic]:
         """Check an envelope's integers and add them; see ``Wire.add``."""
         return self._checked(total) + self.integers(payload, 1)
 
@@ -443,7 +443,7 @@ class PlainWire:
             raise LanesError(f"a total beyond {bound}, the most that {sites} envelopes can sum to")
         return sums.astype("<i4").tobytes()
 
-    def integers(self, payload: bytes, contributors: int) -> Integers:
+    def integers(self, payload: bytes | memoryview, contributors: int) -> Integers:
         """Read an envelope (``contributors`` = 1) or a record.
 
         Returns:

@@ -17,8 +17,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypedDict, TypeVar
 
@@ -63,6 +64,11 @@ SiteHeader = TypeVar("SiteHeader", bound="MemberHeader")
 
 _HEX: Final = re.compile(r"([0-9a-f]{2}){8,}")
 _MOST_DEPTH: Final = 8
+
+_KEPT_WORDS: Final = 1024
+_KEPT_BYTES: Final = 1024
+# Of a round each word of a site comes up to four times: by itself, in the questions to all, and in the record. What was
+# found of so many of the last short ones is kept: it follows from their bytes alone.
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,9 @@ def parse_header(text: bytes, model: type[Header], refusal: type[SecfacmicError]
     return header
 
 
+_parse_once: Callable[..., Any] = lru_cache(_KEPT_WORDS)(parse_header)
+
+
 def _decode(text: bytes, names: list[str], least: int) -> dict[str, Any]:
     try:
         values = cbor2.loads(
@@ -186,10 +195,18 @@ def verify_signature(magic: bytes, header: bytes, signature: bytes, key: str, re
     Raises:
         SecfacmicError: of class ``refusal``.
     """
+    verify = _verify if len(header) > _KEPT_BYTES else _verify_once
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, magic + header)
+        verify(magic, header, signature, key)
     except (InvalidSignature, ValueError):
         raise refusal("its signature is not by the key that the study names") from None
+
+
+def _verify(magic: bytes, header: bytes, signature: bytes, key: str) -> None:
+    Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, magic + header)
+
+
+_verify_once = lru_cache(_KEPT_WORDS)(_verify)  # only what holds is kept: what does not is raised
 
 
 def verify_member(
@@ -220,7 +237,8 @@ def verify_member(
     what = model.__name__.removesuffix("Header").lower()
     if len(text) > most:
         raise refusal(f"{what} header: {len(text)} bytes; expected at most {most}")
-    header = parse_header(text, model, refusal)
+    read = parse_header if len(text) > _KEPT_BYTES else _parse_once
+    header: SiteHeader = read(text, model, refusal)
     member = members.get(header.site)
     if member is None:
         raise refusal(f"{what} of {header.site!r}, which is no site of the study")

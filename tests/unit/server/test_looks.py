@@ -26,6 +26,10 @@ class _State:
 
     object_store = None
     beats = 0
+    waiting = True
+
+    def asks(self, node: int) -> bool:
+        return self.waiting
 
     def acknowledge_node_heartbeat(self, node: int, seconds: float) -> bool:
         self.beats += 1
@@ -52,6 +56,13 @@ def test_a_look_that_waits_is_a_sign_of_life_and_is_looked_up_once(looks: list[f
     assert asyncio.run(api._look(ASKED, 0.5, lambda: False)).body == b""
     assert state.beats >= 5
     assert len(looks) == 1
+
+
+def test_a_look_for_nothing_costs_no_call_of_flowers(looks: list[float]) -> None:
+    state = _State()
+    state.waiting = False
+    assert asyncio.run(FlowerApi(state)._look(ASKED, 0.05, lambda: False)).body == b""  # type: ignore[arg-type]
+    assert not looks
 
 
 def test_a_look_is_looked_up_again_when_something_comes_and_ends_when_a_newer_one_is_there(looks: list[float]) -> None:
