@@ -30,6 +30,7 @@ from secure_fed.clients.files import (
     is_number,
     is_passed_over,
     masks_of,
+    named_as_masks,
     no_folder,
     said,
 )
@@ -246,7 +247,7 @@ def read_data(
         strangers = Counter({label: count for label, count in strangers.items() if label not in meant})
     if strangers and others is not None:
         where = manifest if manifest.exists() else folder
-        _refuse_unclear(where, strangers, classes, others)
+        refuse_unclear(where, strangers, classes, others)
         rows = [replace(row, label=others) if row.label in strangers else row for row in rows]
         notes.told.append(f"{where}: taken as {others!r}: {_counted(strangers, 'images')}")
     elif strangers:
@@ -788,21 +789,36 @@ def _refuse_labels(where: Path, found: Counter[str], what: str, allowed: Sequenc
     )
 
 
-def _refuse_unclear(where: Path, found: Counter[str], classes: Sequence[str], others: str) -> None:
-    """Where every other label is of one class, refuse those that may be meant for another one, or say nothing."""
+def refuse_unclear(where: Path, found: Counter[str], classes: Sequence[str], others: str) -> None:
+    """Where every other label is of one class, refuse those that may be meant for another one, say nothing, or are of
+    masks and no images.
+
+    Args:
+        where: the labels are.
+        found: how many images have each label outside ``classes``.
+        classes: the study's.
+        others: the one that all these labels are of.
+
+    Raises:
+        LabelError: there are such labels.
+    """
     known = {plain_form(name) for name in (*classes, UNLABELLED, "unlabeled") if name != others}
     unclear = Counter(
         {
             label: count
             for label, count in found.items()
-            if plain_form(label) in known or says_nothing(label) or label.casefold() in _SPLIT_WORDS
+            if plain_form(label) in known
+            or says_nothing(label)
+            or label.casefold() in _SPLIT_WORDS
+            or named_as_masks(label)
         }
     )
     if unclear:
         raise LabelError(
             f"{where}: labels that may be of another class than {others!r}, or of none: {_counted(unclear, 'images')}; "
             f"expected {', '.join(map(repr, classes))}, spelled exactly so, none (or a folder {UNLABELLED!r}) where it "
-            f"is not known, or the name of a finding, which counts as {others!r}: rename or remove them"
+            f"is not known, or the name of a finding, which counts as {others!r}: rename or remove them; masks are "
+            f"named in a {MANIFEST}, or lie elsewhere"
         )
 
 

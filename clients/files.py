@@ -162,6 +162,11 @@ def image_files(folder: Path, notes: Notes | None = None) -> Iterator[Path]:
                 stop(error)
 
 
+def named_as_masks(name: str) -> bool:
+    """Whether a folder is named as those of masks are."""
+    return _MASKS.fullmatch(name.lower()) is not None
+
+
 def masks_of(manifest: Path) -> set[str]:
     """Where the files are that a manifest names as masks; none if it cannot be read, which is told where it counts."""
     try:
@@ -210,7 +215,7 @@ def _images_apart(folder: Path, parent: Path, stems: dict[Path, list[tuple[str, 
         stems: of what was asked before; added to.
     """
     parts = parent.relative_to(folder).parts
-    place = next((place for place, part in enumerate(parts) if _MASKS.fullmatch(part.lower())), None)
+    place = next((place for place, part in enumerate(parts) if named_as_masks(part)), None)
     if place is None:
         return None
     above = folder.joinpath(*parts[:place])
@@ -219,7 +224,7 @@ def _images_apart(folder: Path, parent: Path, stems: dict[Path, list[tuple[str, 
         seen: set[tuple[int, int]] = set()
         for at, folders, names in os.walk(above, followlinks=True):
             state = os.stat(at)
-            folders[:] = [name for name in folders if not is_passed_over(name) and not _MASKS.fullmatch(name.lower())]
+            folders[:] = [name for name in folders if not is_passed_over(name) and not named_as_masks(name)]
             if (state.st_dev, state.st_ino) in seen:
                 folders[:] = []
                 continue

@@ -41,8 +41,16 @@ def predict(
 
     from secure_fed.clients.patients import some
     from secure_fed.core.storage import make_folder, refuse_foreign, write_durable
+    from secure_fed.model.adapter_file import load_adapter
     from secure_fed.model.device import choose_device
-    from secure_fed.operate.predict import is_prediction, predict_folder, refuse_other_maps, write_maps, write_reports
+    from secure_fed.operate.predict import (
+        is_prediction,
+        predict_folder,
+        refuse_other_maps,
+        refuse_products,
+        write_maps,
+        write_reports,
+    )
 
     def among(found: list[SiteImage]) -> list[SiteImage]:
         if maps is not None:
@@ -51,7 +59,9 @@ def predict(
 
     if into is not None:
         refuse_foreign(into, is_prediction)
-    if dicom_sr is not None:  # what cannot be one is known before any image is encoded
+    # What cannot be made is known before any image is encoded.
+    refuse_products(load_adapter(adapter), maps=maps is not None, reports=dicom_sr is not None)
+    if dicom_sr is not None:
         make_folder(dicom_sr, 0o700)
     with console.status("loading the backbone") as status:
         found = predict_folder(

@@ -512,19 +512,11 @@ def _scored(
 
     def found(several: Sequence[Site]) -> Scores:
         pooled = pool([predicted(site) for site in several])
-        return ranking_alone(Scores(**metrics(*pooled, positive=agreed.study.positive)))
+        return Scores(**metrics(*pooled, positive=agreed.study.positive)).ranking_alone()
 
     training, observers = groups
     per_site = {site.name: found([site]) for site in training}
     return Result(per_site=per_site, held_out=found(observers) if observers else Scores())
-
-
-def ranking_alone(scores: Scores) -> Scores:
-    """The figures that need no threshold: AUROC and sensitivity at 95 % specificity."""
-    known = scores.model_dump()
-    kept = ("auroc", "sensitivity_at_95_specificity", "images", "patients")
-    intervals = {name: known["intervals"][name] for name in kept[:2]} if known["intervals"] else None
-    return Scores(**{name: known[name] for name in kept}, intervals=intervals)
 
 
 def _with_method(agreed: AgreedStudy, method: Method) -> AgreedStudy:

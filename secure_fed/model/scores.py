@@ -46,6 +46,17 @@ class Scores(FileModel):
             raise ValueError("expected as many columns as rows, one a class")
         return rows
 
+    def ranking_alone(self) -> Scores:
+        """The figures that need no threshold: AUROC and sensitivity at 95 % specificity."""
+        kept = ("auroc", "sensitivity_at_95_specificity")
+        intervals = None if self.intervals is None else {name: self.intervals[name] for name in kept}
+        return Scores(
+            **{name: getattr(self, name) for name in kept},
+            intervals=intervals,
+            images=self.images,
+            patients=self.patients,
+        )
+
 
 SCALARS = {name: field.title for name, field in Scores.model_fields.items() if field.title}
 """Metrics in [0, 1] that have an interval, with what people call them."""

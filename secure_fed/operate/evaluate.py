@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from secure_fed.clients.data import EVERYTHING, UNLABELLED, Choice, SiteImage, Split, refuse_other_splits
+from secure_fed.clients.data import (
+    EVERYTHING,
+    UNLABELLED,
+    Choice,
+    SiteImage,
+    Split,
+    refuse_other_splits,
+    refuse_unclear,
+)
 from secure_fed.clients.files import MANIFEST
 from secure_fed.clients.manifest import read_table
 from secure_fed.clients.rules import MOST_PIXELS
@@ -21,6 +29,7 @@ from secure_fed.model.evaluation import CALIBRATION_BINS, RESAMPLES, metrics
 from secure_fed.model.scores import Scores
 from secure_fed.operate.folders import refuse_sites
 from secure_fed.operate.predict import Probabilities, predict_folder
+from secure_fed.protocol.study_tables import ANOMALY
 
 NO_VALUE = "(none)"
 """Group of the images for which a manifest's column is empty."""
@@ -110,7 +119,7 @@ class Evaluation:
         classes: each class by itself, in the study's order.
         column: of the manifest, by which groups are made; empty without.
         groups: the metrics of each of its values.
-        bins: the reliability diagram.
+        bins: the reliability diagram; empty of a memory, whose scores are no probabilities.
         coverage: None where the adapter gives no sets.
     """
 
@@ -166,7 +175,8 @@ def evaluate_folder(
 
     Args:
         adapter: as for :func:`secure_fed.operate.predict.predict_folder`, as all that is not named here.
-        folder: with a ``manifest.csv`` that has columns ``path`` and ``label``, or one folder a class.
+        folder: with a ``manifest.csv`` that has columns ``path`` and ``label``, or one folder a class. Of a memory of
+            normal images, as at a site, every other label is an anomaly's.
         column: of the manifest, for whose values metrics are given too.
         split: tested on; None for ``test`` where the manifest has splits, and for all images where it has none: what
             the adapter was trained on would make its figures too good.
@@ -203,12 +213,15 @@ def evaluate_folder(
     )
     classes = said.adapter.classes
     named = [rows.label(image) for image in said.images]
-    strangers = sorted(set(named) - {"", *classes})
-    if strangers:
-        if not (folder / MANIFEST).exists():
-            refuse_sites(folder, set(strangers))
+    strangers = Counter(name for name in named if name and name not in classes)
+    if strangers and not (folder / MANIFEST).exists():
+        refuse_sites(folder, set(strangers))
+    if strangers and said.anomalies is not None:
+        refuse_unclear(folder, strangers, classes, ANOMALY)
+        named = [ANOMALY if name in strangers else name for name in named]
+    elif strangers:
         raise LabelError(
-            f"{folder}: labels that the adapter does not know: {', '.join(map(repr, strangers))}; expected "
+            f"{folder}: labels that the adapter does not know: {', '.join(map(repr, sorted(strangers)))}; expected "
             f"{', '.join(map(repr, classes))}, spelled exactly so"
         )
     known = np.array([bool(name) for name in named], dtype=bool)
@@ -225,15 +238,21 @@ def evaluate_folder(
     patients = owners if by_patient else [said.name(image) for image in images]
     draws = _draws(patients)
     right = p.argmax(axis=1) == y
+    flags = said.anomalies is None or said.anomalies.limit is not None
+    positive = None if said.anomalies is None else classes.index(ANOMALY)
+
+    def scores(chosen: NDArray[np.bool_]) -> Scores:
+        own = [patient for patient, inside in zip(patients, chosen, strict=True) if inside]
+        found = Scores(**metrics(p[chosen], y[chosen], own, positive))
+        return found if flags else found.ranking_alone()
+
     sets = None if said.cases is None else said.cases.sets[known]
     held = None if sets is None else sets[np.arange(len(y)), y]
     groups: dict[str, Scores] = {}
     if column is not None:
         of = np.array([rows.group(image) or NO_VALUE for image in images])
         for value in sorted(set(of.tolist())):
-            chosen = of == value
-            own = [patient for patient, inside in zip(patients, chosen, strict=True) if inside]
-            groups[value] = Scores(**metrics(p[chosen], y[chosen], own))
+            groups[value] = scores(of == value)
     coverage = None
     if said.cases is not None and sets is not None and held is not None:
         strange = None if said.cases.strangers is None else float(said.cases.strangers[known].mean())
@@ -246,21 +265,21 @@ def evaluate_folder(
         left_out=left_out,
         by_patient=by_patient,
         unlabelled=int((~known).sum()),
-        overall=Scores(**metrics(p, y, patients)),
+        overall=scores(np.ones(len(y), dtype=bool)),
         classes=tuple(
             OfClass(
                 name=name,
                 images=int((y == label).sum()),
                 patients=len({patients[place] for place in np.flatnonzero(y == label)}),
-                sensitivity=_share(draws, right, y == label),
-                precision=_share(draws, right, p.argmax(axis=1) == label),
+                sensitivity=_share(draws, right, (y == label) & flags),
+                precision=_share(draws, right, (p.argmax(axis=1) == label) & flags),
                 covered=None if held is None else _share(draws, held, y == label),
             )
             for label, name in enumerate(classes)
         ),
         column=column or "",
         groups=groups,
-        bins=_bins(p, right),
+        bins=_bins(p, right) if said.anomalies is None else (),
         coverage=coverage,
     )
 

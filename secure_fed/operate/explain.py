@@ -205,16 +205,18 @@ def write_cases(explained: Explained, page: str, folder: Path) -> list[Path]:
         StorageError: they cannot be written.
     """
     refuse_cases(folder)
-    written = []
+    text = json.dumps(explained.document(), indent=2) + "\n"
+    parts = [*zip(explained.pictures(), (case.picture for case in explained.cases), strict=True)]
+    parts += [(CASES, text.encode()), (PAGE, page.encode())]
     with made_folder(folder, 0o700):
-        for name, case in zip(explained.pictures(), explained.cases, strict=True):
-            write_durable(folder / name, case.picture, 0o600)
-            written.append(folder / name)
-        text = json.dumps(explained.document(), indent=2) + "\n"
-        for name, content in ((CASES, text), (PAGE, page)):
-            write_durable(folder / name, content.encode(), 0o600)
-            written.append(folder / name)
-    return written
+        try:
+            for name, content in parts:
+                write_durable(folder / name, content, 0o600)
+        except BaseException:
+            for name, _ in parts:  # none of which was there before: a page that lacks pictures is none
+                (folder / name).unlink(missing_ok=True)
+            raise
+    return [folder / name for name, _ in parts]
 
 
 def refuse_cases(folder: Path) -> None:

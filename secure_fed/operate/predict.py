@@ -268,6 +268,25 @@ def of_patient(probabilities: NDArray[np.float64], rule: PatientRule) -> NDArray
     return np.asarray(row / row.sum())
 
 
+def refuse_products(adapter: AdapterFile, *, maps: bool = False, reports: bool = False) -> None:
+    """Check that an adapter gives what is asked for, before any image is encoded.
+
+    Raises:
+        AdapterFileError: heat maps of a folder are asked of a classifier, or reports of a memory.
+    """
+    scores = adapter.method.adapter == "memory"
+    if maps and not scores:
+        raise AdapterFileError(
+            "heat maps of a folder are those of a memory of normal images; expected such an adapter, or no --maps: "
+            "secfacmic explain-case shows a classifier's"
+        )
+    if reports and scores:
+        raise AdapterFileError(
+            "a memory of normal images gives scores, no probabilities of classes, and reports are of those; expected a "
+            "prediction without --dicom-sr"
+        )
+
+
 def write_reports(found: Probabilities, folder: Path) -> tuple[int, int, list[str], int]:
     """Write a DICOM structured report for each patient with DICOM images, ``UID.dcm``, readable by the owner alone.
 
@@ -287,11 +306,7 @@ def write_reports(found: Probabilities, folder: Path) -> tuple[int, int, list[st
     """
     from secure_fed.operate.structured_report import report_on
 
-    if found.anomalies is not None:
-        raise AdapterFileError(
-            "a memory of normal images gives scores, no probabilities of classes, and reports are of those; expected a "
-            "prediction without --dicom-sr"
-        )
+    refuse_products(found.adapter, reports=True)
     make_folder(folder, 0o700)
     written = unlike = 0
     patients = found.patients()
@@ -463,8 +478,8 @@ def write_maps(found: Probabilities, folder: Path) -> int:
         OutputError: as :func:`refuse_other_maps`; nothing was written.
         StorageError: they cannot be written.
     """
-    if found.anomalies is None:
-        raise AdapterFileError("heat maps of a folder are those of a memory of normal images; expected such an adapter")
+    refuse_products(found.adapter, maps=True)
+    assert found.anomalies is not None, "a memory's"
     refuse_other_maps(list(found.images), found.folder, folder)
     for image, heat in zip(found.images, found.anomalies.maps, strict=True):
         path = _map_of(image, found.folder, folder)

@@ -23,7 +23,9 @@ from secure_fed.report.chart import (
 
 def evaluation_sections(found: Evaluation) -> list[Section]:
     """What was found: overall, by class, calibration, and sets and groups where there are any."""
-    sections = [_overall(found), _classes(found), _calibration(found)]
+    sections = [_overall(found), _classes(found)]
+    if found.said.anomalies is None:
+        sections.append(_calibration(found))
     if found.coverage is not None:
         sections.append(_coverage(found))
     if found.groups:
@@ -40,8 +42,23 @@ def _overall(found: Evaluation) -> Section:
         "Overall",
         f"{scores.images} labelled images of {scores.patients} {unit}{_of_which(found)}.",
         tables=(Table("All metrics, %", ("metric", "value", "low", "high"), rows),),
-        notes=("Low and high: 95 % intervals, by resampling patients.", *_trained_on(found), *_outside([scores])),
+        notes=(
+            "Low and high: 95 % intervals, by resampling patients.",
+            *_flagged(found),
+            *_trained_on(found),
+            *_outside([scores]),
+        ),
     )
+
+
+def _flagged(found: Evaluation) -> tuple[str, ...]:
+    """What a memory of normal images takes for an anomaly."""
+    if found.said.anomalies is None:
+        return ()
+    said = found.said.document()
+    if said["threshold"] is None:
+        return (f"Nothing is flagged, so there is no figure of what would be: {said['why_no_threshold']}.",)
+    return (f"Images that score {said['threshold']:.3f} or more are taken for anomalies, the others for normal.",)
 
 
 def _of_which(found: Evaluation) -> str:

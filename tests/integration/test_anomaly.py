@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from secure_fed.clients import memory as at_site
 from secure_fed.clients.data import SiteImage, read_data
@@ -46,14 +47,16 @@ from secure_fed.operate.anomaly_figures import (
     per_region_overlap,
     resized,
 )
+from secure_fed.operate.evaluate import evaluate_folder
 from secure_fed.operate.explain import explain
 from secure_fed.operate.new_study import new_study
 from secure_fed.operate.plots import plot_run, plot_site
-from secure_fed.operate.predict import predict_folder, write_maps, write_reports
+from secure_fed.operate.predict import predict_folder, refuse_products, write_maps, write_reports
 from secure_fed.privacy.memory_sums import exact_sums
 from secure_fed.protocol import memory
 from secure_fed.protocol.study import Template
 from secure_fed.report.case_page import case_page
+from secure_fed.report.evaluation import evaluation_sections
 from tests.conftest import CLASSES, Federation, Run, copy_of, make_images, make_template, run_round
 from tests.unit.clients.test_dicom import as_bytes, dicom
 
@@ -257,6 +260,46 @@ def test_a_prediction_without_a_threshold_says_why(finished: tuple[Path, dict[st
         )
         assert re.search(says, silent.document()["why_no_threshold"])
         assert re.search(says, case_page(explain(silent, weights)))
+
+
+def test_what_an_adapter_does_not_give_is_refused_before_anything_is_encoded(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path, secfacmic: Run
+) -> None:
+    adapter, maps = finished[0] / "adapter.safetensors", tmp_path / "maps"
+    with mock.patch("secure_fed.operate.predict.load_backbone", side_effect=AssertionError("hours of work")):
+        asked = ("predict", "--adapter", adapter, "--images", pictures, "--dicom-sr", tmp_path / "sr", "--maps", maps)
+        ended = secfacmic(*asked)
+        assert ended.returncode == AdapterFileError.exit_code
+        assert "reports are of those; expected a prediction without --dicom-sr" in ended.stderr
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AdapterFileError, match="secfacmic explain-case shows a classifier's"):
+        refuse_products(mock.Mock(**{"method.adapter": "facmic"}), maps=True)
+
+
+def test_an_evaluation_takes_every_other_label_for_an_anomaly(
+    finished: tuple[Path, dict[str, Any]], pictures: Path
+) -> None:
+    adapter, weights, folder = finished[0] / "adapter.safetensors", finished[0] / "backbone.safetensors", "dogwood"
+    found = evaluate_folder(adapter, pictures / folder, checkpoint=weights)
+    said = found.said.document()["images"]
+    wrong = np.array([not one["image"].startswith("dark/") for one in said])
+    score = np.array([one["score"] for one in said])
+    assert found.overall.auroc == pytest.approx(roc_auc_score(wrong, score))
+    assert found.overall.expected_calibration_error is None  # a score is no probability
+    assert found.document()["reliability"] == []
+    normal, anomaly = found.classes
+    assert (normal.images, anomaly.name, anomaly.images) == (12, "anomaly", 24)
+    assert anomaly.sensitivity.value == pytest.approx(np.mean([one["flagged"] for one in said], where=wrong))
+    assert [section.key for section in evaluation_sections(found)] == ["overall", "classes"]
+    assert any("or more are taken for anomalies" in note for note in evaluation_sections(found)[0].notes)
+    assert found.said.anomalies is not None
+    silent = replace(found.said, anomalies=replace(found.said.anomalies, limit=None))
+    with mock.patch("secure_fed.operate.evaluate.predict_folder", return_value=silent):
+        ranked = evaluate_folder(adapter, pictures / folder, checkpoint=weights)
+    assert ranked.overall == found.overall.ranking_alone()
+    assert {(one.sensitivity.value, one.precision.value) for one in ranked.classes} == {(None, None)}
+    (note,) = [note for note in evaluation_sections(ranked)[0].notes if "Nothing is flagged" in note]
+    assert "there is no figure of what would be" in note
 
 
 def test_a_memory_is_refused_where_it_says_nothing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from secure_fed.core.errors import (
     DataError,
     OutputError,
     SiteFileError,
+    StorageError,
     StudyError,
     UnreadableImageError,
 )
@@ -108,6 +109,26 @@ def test_a_folder_becomes_one_page_a_document_and_pictures(
     again = secfacmic(*arguments)
     assert again.returncode == OutputError.exit_code
     assert "holds cases.json, as explained cases have it" in again.stderr
+
+
+def test_a_full_disk_leaves_a_folder_as_it_was(
+    explained: Explained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("a person's")
+    left = [1, 1]
+
+    def write(path: Path, data: bytes, mode: int) -> None:
+        if not left:
+            raise StorageError("no room")
+        path.write_bytes(data)
+        left.pop()
+
+    monkeypatch.setattr("secure_fed.operate.explain.write_durable", write)
+    for folder in (tmp_path, tmp_path / "new"):
+        left[:] = [1, 1]
+        with pytest.raises(StorageError, match="no room"):
+            write_cases(explained, "", folder)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_one_image_is_explained_alone(secfacmic: Run, finished_run: Path, few: Path, tmp_path: Path) -> None:

@@ -393,6 +393,7 @@ ANOMALIES = ("unauffällig", "anomaly")
         "unknown",
         "?",
         "Unlabelled",
+        "mask",
     ],
 )
 def test_where_every_other_label_is_an_anomaly_none_becomes_one_that_says_nothing_or_is_nearly_another(tmp_path, label):
@@ -401,7 +402,9 @@ def test_where_every_other_label_is_an_anomaly_none_becomes_one_that_says_nothin
         read_data(tmp_path, ANOMALIES, "patient", SHARES, 0, others="anomaly")
 
 
-@pytest.mark.parametrize("name", ["Unauffällig", "Unlabelled", "unlabeled", "test", "Training"])
+@pytest.mark.parametrize(
+    "name", ["Unauffällig", "Unlabelled", "unlabeled", "test", "Training", "masks", "Ground_Truth", "tumor_masks"]
+)
 def test_folders_are_no_anomalies_that_say_nothing_or_are_nearly_another_class(tmp_path, name):
     folders(tmp_path, {name: 1, "glioma": 1})
     with pytest.raises(LabelError, match=f"or of none: '{name}'"):
