@@ -19,6 +19,7 @@ from typing import TypeVar
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from secure_fed.clients.flower_app import Interrupted
 from secure_fed.core.errors import ProtocolError
 from secure_fed.transport.connection import OFFSET, SignedRequest
 
@@ -36,7 +37,7 @@ PATIENCE_SECONDS, PATIENCE_PARTS = 60.0, 20.0
 """A part's answer is waited for so long, and so many times the time that it should take at the rate so far."""
 
 FAULTS = 5
-"""So many parts in a row that do not get any further: something is wrong that repeating does not mend."""
+"""After so many parts in a row that do not get any further the site looks what it is asked for now."""
 
 TOLD_SECONDS = 10.0
 """What took longer to go up is told."""
@@ -45,12 +46,19 @@ ELSEWHERE_SECONDS = 10.0
 ELSEWHERE_RATE = 20_000.0
 """A place of copies that gives nothing for so many seconds, or fewer bytes a second than that, is not waited for."""
 
+ELSEWHERE_PROMPT = 2.0
+"""A place that says within so many seconds that a copy is not there is asked for the next one."""
+
 ELSEWHERE_PAUSE = 600.0
 """For so many seconds a place that was silent, slow or wrong is not asked again: each question and record of a round
 would wait for it."""
 
 T = TypeVar("T")
 Call = Callable[[Callable[[], httpx.Response]], httpx.Response]
+
+
+class Stuck(Interrupted):
+    """The server is there and takes none of the bytes; nothing is wrong with what it asks for."""
 
 
 class ByteLine:
@@ -96,7 +104,8 @@ class ByteLine:
             Their SHA-256, hex, by which a message names them.
 
         Raises:
-            ProtocolError: the server does not take them, however often they are sent.
+            Stuck: the server does not take them, however often they are sent.
+            ProtocolError: it says that it holds what it cannot.
         """
         digest = hashlib.sha256(data).hexdigest()
         path = f"/bytes/{digest}"
@@ -106,10 +115,13 @@ class ByteLine:
         sent, parts, first = -(len(data) - held), 0, time.monotonic()
         while held < len(data):
             if faults == FAULTS:
-                raise ProtocolError(
-                    f"the server holds {held} of {len(data)} bytes and takes no more; expected each part to be taken: "
-                    "look at the server's disk and log"
+                log.warning(
+                    "the server holds %d of %d bytes and has taken none of the last %d parts; expected each to be "
+                    "taken: look at what lies on the line (proxy, firewall), and at the server's disk and log; it is "
+                    "tried again and again",
+                    *(held, len(data), FAULTS),
                 )
+                raise Stuck
             part, began = data[held : held + self._part], time.monotonic()
             sent, parts = sent + len(part), parts + 1
             try:
@@ -215,11 +227,13 @@ class ByteLine:
         return answer
 
     def _fetch_elsewhere(self, url: str, digest: str, length: int) -> bytes | None:
+        began = time.monotonic()
         try:
             data = asyncio.run(_read_elsewhere(url, length))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:  # the last of names of hosts
             log.info("%s: %s; the record is fetched from the server", url, type(error).__name__)
-            if not isinstance(error, httpx.HTTPStatusError):  # which says that the copy is not there yet
+            prompt = time.monotonic() - began < ELSEWHERE_PROMPT
+            if not (prompt and isinstance(error, httpx.HTTPStatusError)):  # which says that the copy is not there yet
                 self._elsewhere_from = time.monotonic() + ELSEWHERE_PAUSE
             return None
         if hashlib.sha256(data).hexdigest() != digest:

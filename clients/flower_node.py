@@ -39,7 +39,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from secure_fed.clients.byte_line import ByteLine
+from secure_fed.clients.byte_line import ByteLine, Stuck
 from secure_fed.clients.flower_app import Interrupted
 from secure_fed.core.errors import CertificateError, ClockError, NotAdmittedError, ProtocolError
 from secure_fed.transport.certificates import read_authority
@@ -75,6 +75,9 @@ FAST_CALLS, SLOW_CALLS = 100.0, 20.0
 
 SLOWING = 1.2
 """How much longer each pause is than the one before."""
+
+STUCK_SECONDS = 10.0
+"""How long a site whose bytes the server does not take waits before it looks what it is asked for now."""
 
 RETRY_FIRST, RETRY_MOST = 0.2, 5.0
 REJOIN_SECONDS = 60.0
@@ -194,16 +197,20 @@ def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
                 time.sleep(pause)
                 pause = min(slowest, pause * SLOWING)
             continue
-        pause = fastest
         message, bundle = received
         context = Context(message.metadata.run_id, connection.node.node_id, {}, RecordDict(), {})
         began, taken = time.monotonic(), False
-        with contextlib.suppress(_Stale):
+        try:
             answer = app.answer(message, context, bundle, connection.line)
             seconds = time.monotonic() - began
             log.debug("round %s: answered in %.2f s", message.metadata.group_id, seconds)
             connection.push(answer, seconds)
-            taken = True
+            taken, pause = True, fastest
+        except _Stale:  # the server gives the same message at once, if it still waits for its answer
+            time.sleep(pause)
+            pause = min(slowest, pause * SLOWING)
+        except Stuck:
+            time.sleep(STUCK_SECONDS)
         app.after_reply(taken=taken)
         asked = time.monotonic()
     connection.stay(max(FAREWELL_SECONDS, FAREWELL_OF_EACH * way.sites), max(FAREWELL_PAUSE, way.sites / SLOW_CALLS))

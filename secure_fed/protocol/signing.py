@@ -266,7 +266,7 @@ def create_signing_key(path: Path) -> Ed25519PrivateKey:
     Raises:
         KeyFileError: the file exists.
     """
-    if path.exists():
+    if os.path.lexists(path):  # a link counts though nothing is behind it now, as where a stick is not plugged in
         raise KeyFileError(f"{path}: exists; keys are never overwritten: choose another place")
     key = Ed25519PrivateKey.generate()
     text = key.private_bytes(

@@ -215,6 +215,7 @@ class ServerCertificate:
         self._folder = folder
         self._seen = self._stamp()
         self.context, self.until = self._load()
+        self._authority = certificates(read_authority(folder / CA))
 
     def look(self) -> bool:
         """Take what lies in the folder now, if it changed.
@@ -223,12 +224,19 @@ class ServerCertificate:
             Whether a new one was taken.
 
         Raises:
-            CertificateError: it changed, and cannot be used; the one so far stays.
+            CertificateError: it changed, and cannot be used, or the authority did, whom sites trust alone; the one so
+                far stays.
         """
         stamp = self._stamp()
         if stamp == self._seen:
             return False
         self._seen = stamp
+        if certificates(read_authority(self._folder / CA)) != self._authority:
+            raise CertificateError(
+                f"{self._folder / CA}: another authority than this server was started with, which sites trust alone; "
+                "expected a certificate that it has issued: put its ca.crt back and use study ca --renew; if every "
+                "site has the new ca.crt, start the server again"
+            )
         self.context, self.until = self._load()
         return True
 
@@ -341,7 +349,8 @@ def read_authority(path: Path) -> bytes:
 
 
 def _refuse_held(folder: Path) -> None:
-    held = [name for name in _FILES if (folder / name).exists()]
+    # A link counts though nothing is behind it now: to a stick with keys, say, that is not plugged in.
+    held = [name for name in _FILES if os.path.lexists(folder / name)]
     if held:
         raise CertificateError(
             f"{folder}: holds {', '.join(held)} already; keys and certificates are never overwritten: issue the "

@@ -21,7 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from secure_fed.clients import byte_line
-from secure_fed.clients.byte_line import FAULTS, LEAST_PART, MOST_PART, ByteLine
+from secure_fed.clients.byte_line import FAULTS, LEAST_PART, MOST_PART, ByteLine, Stuck
 from secure_fed.core.errors import ProtocolError
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.gate import Gate, Member, Members
@@ -302,11 +302,15 @@ def test_a_broken_line_costs_a_part_at_most(line: Line, arrives: bool) -> None:
     assert line.sent <= 1.2 * len(DATA)
 
 
-def test_a_server_that_takes_nothing_is_given_up(line: Line) -> None:
+def test_a_server_that_takes_nothing_was_not_asking_for_what_does_not_fit(
+    line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That would be said as failed-protocol, which the server takes for a refusal of the round."""
     line.breaks = lambda request: b"" if request.method == "PUT" else None
-    with pytest.raises(ProtocolError, match="takes no more"):
+    with pytest.raises(Stuck):
         client(line).send(RUN, DATA)
     assert line.asked.count("PUT") == FAULTS
+    assert f"holds 0 of {len(DATA)} bytes" in caplog.text
 
 
 def test_a_server_whose_disk_is_full_is_waited_for(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,6 +509,21 @@ def test_a_copy_that_is_not_there_yet_is_looked_for_again_and_a_wrong_one_is_not
         line.asked.clear()
         assert site.fetch(WHOLE, len(DATA)) == DATA
         assert len(line.asked) == asked
+
+
+def test_a_place_that_takes_its_time_to_say_that_it_has_no_copy_is_not_asked_again(
+    line: Line, elsewhere: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question and record of a round would wait for it."""
+    monkeypatch.setattr(byte_line, "ELSEWHERE_PROMPT", 0.0)
+    folder, url = elsewhere
+    site = client(line, elsewhere=url)
+    line.outgoing.publish(DATA)
+    assert site.fetch(WHOLE, len(DATA)) == DATA
+    (folder / WHOLE).write_bytes(DATA)
+    line.asked.clear()
+    assert site.fetch(WHOLE, len(DATA)) == DATA
+    assert line.asked == ["GET"]
 
 
 def test_a_place_that_is_slow_or_not_there_is_passed_over(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:

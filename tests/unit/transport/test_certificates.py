@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from typer.testing import CliRunner
 
 from secure_fed.cli import app
-from secure_fed.core.errors import CertificateError
+from secure_fed.core.errors import CertificateError, KeyFileError
+from secure_fed.protocol.signing import create_signing_key
 from secure_fed.transport.certificates import (
     CA,
     CA_KEY,
@@ -76,6 +77,33 @@ def test_no_certificate_is_made_where_one_of_the_four_files_lies(tls: Path, held
     with pytest.raises(CertificateError, match="never overwritten"):
         adopt_certificate(tls, ["fl.example.org"], certificate, key, tmp_path / "hospital" / CA)
     assert content(tls) == before
+
+
+@pytest.mark.parametrize("held", FILES)
+def test_a_link_to_where_nothing_is_now_is_not_overwritten(held: str, tmp_path: Path) -> None:
+    (tmp_path / held).symlink_to(tmp_path / "stick" / held)  # not plugged in
+    with pytest.raises(CertificateError, match=f"holds {held} already"):
+        create_authority(tmp_path, ["127.0.0.1"])
+    assert [path.name for path in tmp_path.iterdir()] == [held]
+    with pytest.raises(KeyFileError, match="never overwritten"):
+        create_signing_key(tmp_path / held)
+
+
+def test_a_running_server_takes_no_other_authority(tls: Path, tmp_path: Path) -> None:
+    """Each file goes with the others, and no site would connect any more."""
+    server = ServerCertificate(tls)
+    before, own = server.context, content(tls)
+    create_authority(tmp_path / "new", ["127.0.0.1", "fl.example.org"])
+    for name in FILES:
+        (tls / name).write_bytes((tmp_path / "new" / name).read_bytes())
+    with pytest.raises(CertificateError, match=r"another authority.*sites trust alone"):
+        server.look()
+    assert server.context is before
+    ServerCertificate(tls)  # as it begins
+    (tls / CA).write_bytes(b"# in words\n" + own[CA])
+    for name in (SERVER, SERVER_KEY):
+        (tls / name).write_bytes(own[name])
+    assert server.look()
 
 
 def test_a_renewal_keeps_authority_and_names_and_adds_some(tls: Path, tmp_path: Path) -> None:
