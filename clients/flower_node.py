@@ -202,9 +202,8 @@ def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
         began, taken = time.monotonic(), False
         try:
             answer = app.answer(message, context, bundle, connection.line)
-            seconds = time.monotonic() - began
-            log.debug("round %s: answered in %.2f s", message.metadata.group_id, seconds)
-            connection.push(answer, seconds)
+            log.debug("round %s: answered in %.2f s", message.metadata.group_id, time.monotonic() - began)
+            connection.push(answer)
             taken, pause = True, fastest
         except _Stale:  # the server gives the same message at once, if it still waits for its answer
             time.sleep(pause)
@@ -353,16 +352,14 @@ class _Connection:
         message = delivered(packed)
         return message, self._bundle(message.metadata.run_id)
 
-    def push(self, message: Message, seconds: float) -> None:
-        """Send an answer; the same again until the server has it.
+    def push(self, message: Message) -> None:
+        """Send an answer; the same again until the server has it. Not how long it took, as Flower's own nodes do.
 
         Raises:
             _Stale: nobody waits for it any more.
         """
         heads, trees, parts = taken_apart([message])
-        request = PushMessagesRequest(
-            node=self.node, messages_list=heads, message_object_trees=trees, clientapp_runtime_list=[seconds]
-        )
+        request = PushMessagesRequest(node=self.node, messages_list=heads, message_object_trees=trees)
         packed = parcel(request, parts)
         self._call(lambda: self._client.push(packed))
 

@@ -66,7 +66,7 @@ from secure_fed.server.flower_link import SuperLink, _Grid
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
 from secure_fed.transport.certificates import create_authority, renew_certificate
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, contract, read_reply, reply_content, request_content
-from secure_fed.transport.flower_parcels import parcel, taken_apart
+from secure_fed.transport.flower_parcels import parcel, taken_apart, unpacked
 from tests.conftest import Federation, Run
 from tests.flower_messages import Shelf, as_message
 
@@ -376,7 +376,10 @@ def test_a_reply_in_the_name_of_another_site_is_refused(link: Link) -> None:
         with pytest.raises(httpx.HTTPStatusError, match="409"):
             stolen._client.push(_push(stolen, _reply(received[0], ReplyCode.FAILED)))
         assert list(grid.pull_messages([identifier])) == []
-        ash.push(_reply(received[0]), 0.1)
+        with mock.patch.object(ash._client, "push", wraps=ash._client.push) as given:
+            ash.push(_reply(received[0]))
+        call, _ = unpacked(given.call_args.args[0], PushMessagesRequest)
+        assert list(call.clientapp_runtime_list) == []  # how long it worked would tell of its images
         (message,) = grid.pull_messages([identifier])
         assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
     finally:
@@ -418,7 +421,7 @@ def test_a_reply_that_is_not_whole_is_refused_and_nothing_of_it_is_kept(link: Li
         ash._client.push(_push(ash, _reply(received[0]), change))
     assert list(grid.pull_messages([identifier])) == []
     assert len(link.link._state.object_store) == kept
-    ash.push(_reply(received[0]), 0.1)
+    ash.push(_reply(received[0]))
     (message,) = grid.pull_messages([identifier])
     assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
     assert len(link.link._state.object_store) == 0
@@ -491,7 +494,7 @@ def test_a_whole_reply_is_taken_though_its_site_has_left(link: Link) -> None:
     grid, identifier = _asked(link)
     received = ash.pull()
     assert received is not None
-    ash.push(_reply(received[0]), 0.1)
+    ash.push(_reply(received[0]))
     ash.leave()
     (message,) = grid.pull_messages([identifier])
     assert not message.has_error()
@@ -506,14 +509,14 @@ def test_replies_that_the_rounds_did_not_get_are_given_again(link: Link) -> None
     grid, first = _asked(link)
     received = ash.pull()
     assert received is not None
-    ash.push(_reply(received[0]), 0.1)
+    ash.push(_reply(received[0]))
     for _ in range(2):
         (message,) = grid.pull_messages([first])
         assert (message.metadata.reply_to_message_id, message.has_error()) == (first, False)
     second = _ask(link, grid, HELLO)
     received = ash.pull()
     assert received is not None
-    ash.push(_reply(received[0]), 0.1)
+    ash.push(_reply(received[0]))
     (message,) = grid.pull_messages([first, second])
     assert message.metadata.reply_to_message_id == first  # which nobody has confirmed
     (message,) = grid.pull_messages([second])

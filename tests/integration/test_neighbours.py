@@ -14,11 +14,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -890,6 +892,24 @@ def test_who_can_pay_for_one_of_two_means_is_left_out_of_the_other_in_silence(
         releases.append([event.seq in history for event in found.of_run("5" * 64)])
     # Labelled means, unlabelled means, the round's training and its validation counts: four entries each time.
     assert releases == [[True, True, True, False], [True, False, False, False], [False] * 4]
+
+
+def test_no_image_is_judged_beside_another_one() -> None:
+    """In a batch one image more may move the last bit of another's logits, and turn what is right into wrong."""
+    x, y = np.eye(4, dtype=np.float32), np.zeros(4, dtype=np.int64)
+
+    def adapter(images: torch.Tensor) -> torch.Tensor:
+        return torch.eye(2, dtype=torch.float64)[[int(len(images) > 1)] * len(images)]
+
+    none = Labelled(x[:0], y[:0])
+    features = SiteFeatures(none, Labelled(x, y), none, x[:0], 0, 0, {"val": tuple("abcd")})
+    site = SimpleNamespace(
+        _adapter=lambda used: adapter,
+        _agreed=SimpleNamespace(study=SimpleNamespace(classes=range(2))),
+        _noise=no_noise,
+    )
+    plan, people = SimpleNamespace(validation_noise_multiplier=1.0), {"val": "abcd"}
+    assert PrivateRounds._noisy_counts(site, plan, {}, features, people, {"a", "b", "d"}) == (3, 3)  # type: ignore[arg-type]
 
 
 def test_the_harness_sees_a_patient_at_all(prepared_worlds: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from secure_fed.clients import acceptance
 from secure_fed.clients.acceptance import terms
 from secure_fed.clients.learner import Learner
 from secure_fed.clients.sitefile import read_site_file
-from secure_fed.core.errors import EnvelopeError, StorageError
+from secure_fed.core.errors import EnvelopeError, GuardError, LedgerRollbackError, StorageError
 from secure_fed.privacy import class_statistics
 from secure_fed.privacy.accounting import plan_noise
 from secure_fed.protocol import aggregation, codec, one_sum
@@ -150,6 +150,30 @@ def test_a_crash_after_the_reservation_pays_and_the_site_retires(study: Federati
     reply = again.respond(study.reopen().request(again.name, again.run, again.position))
     assert reply.code == ReplyCode.RETIRED
     assert ledger_of(study).epsilon_spent <= EPSILON
+
+
+def test_an_older_ledger_that_was_put_back_is_refused_also_where_nothing_is_released(study: Federation) -> None:
+    sites = [study.site(name) for name in TRAINING]
+    folder = study.folder / "sites/ash/identity/ledger"
+    shutil.copytree(folder, study.folder / "old")
+    coordinator = begin(study)
+    run_round(coordinator, sites)
+    shutil.rmtree(folder)
+    shutil.copytree(study.folder / "old", folder)
+    site = study.site("ash")
+    with pytest.raises(LedgerRollbackError, match="an older copy was put back"):
+        exchange(coordinator, site)
+
+
+def test_sums_that_fail_their_check_spend_nothing(study: Federation) -> None:
+    site, coordinator = study.site("ash"), begin(study)
+    with (
+        mock.patch.object(class_statistics, "check_sums", side_effect=GuardError("as if a patient weighed twice")),
+        mock.patch("secure_fed.clients.learner.rehearse"),
+        pytest.raises(GuardError, match="weighed twice"),
+    ):
+        site.respond(coordinator.request(site.name, site.run, site.position))
+    assert not ledger_of(study).events
 
 
 def test_a_second_run_finds_nothing_left_and_reads_no_data(study: Federation) -> None:
