@@ -536,12 +536,16 @@ class PrivateRounds:
     ) -> set[str] | None:
         """Pay for the round's validation counts; the patients to count, or None if the plan has none in this round.
 
-        Only who does not train is counted. The noise comes also over nobody: that there is none would else be seen.
+        Only who neither trains nor is in means that the run releases is counted, as counts cost all that was declared.
+        The noise comes also over nobody: that there is none would else be seen.
         """
         if plan.validation_noise_multiplier is None or round_number not in plan.validation_rounds:
             return None
         release = validation.mechanism(plan.validation_noise_multiplier)
-        counted = ledger.able(set(people["val"]) - set(people["train"]), release.mu_squared)
+        pays = set(people["train"])
+        if plan.lmmd_noise_multiplier is not None:
+            pays.update(people["unlabelled"])
+        counted = ledger.able(set(people["val"]) - pays, release.mu_squared)
         events.append(ledger.reserve(release, purpose, plan.run, counted))
         return counted
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secure_fed.clients.budget import ledger_folder
+from secure_fed.clients.patients import in_one_form
 from secure_fed.clients.sitefile import SiteFile
 from secure_fed.core.errors import LedgerError
 from secure_fed.core.layout import SiteState
@@ -156,7 +157,7 @@ def link_patients(file: SiteFile, first: str, second: str) -> tuple[float, float
         LedgerError: there is no ledger, or an id is unknown.
     """
     with _own(file) as ledger:
-        return ledger.link(first, second), ledger.account.epsilon
+        return ledger.link(in_one_form(first), in_one_form(second)), ledger.account.epsilon
 
 
 def tell_apart(file: SiteFile, first: str, second: str) -> None:
@@ -166,7 +167,7 @@ def tell_apart(file: SiteFile, first: str, second: str) -> None:
         LedgerError: there is no ledger, or an id is unknown.
     """
     with _own(file) as ledger:
-        ledger.distinct(first, second)
+        ledger.distinct(in_one_form(first), in_one_form(second))
 
 
 @contextmanager

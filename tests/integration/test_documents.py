@@ -125,6 +125,12 @@ def test_a_page_says_first_what_it_needs_and_how_long_it_takes(path: Path) -> No
     assert abs(int(said[1]) - minutes) <= max(1.0, minutes / 5)
 
 
+def test_the_page_for_the_officer_is_short_and_has_no_formula() -> None:
+    page = (ROOT / "docs/data-protection.md").read_text(encoding="utf-8")
+    assert len(page.split()) <= 600
+    assert not set("=^\u03b5\u03b4\u03c3\u00b5") & set(page)
+
+
 def test_the_first_page_leads_each_of_the_four_to_pages_and_every_command_of_it_is_one() -> None:
     from secure_fed.cli import command
 

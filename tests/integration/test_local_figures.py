@@ -488,6 +488,12 @@ def test_equal_pictures_under_two_ids_stop_the_start_until_they_are_settled(site
         ash._private.settle({"a": {b"same"}, "b": {b"same", b"own"}}, {})
     assert run("ledger", "distinct", "a", "b", "--site", site.folder / "sites/ash/site.toml").exit_code == 0
     ash._private.settle({"a": {b"same"}, "b": {b"same", b"own"}}, {})
+    # Ids are known in one form, in whichever they are typed.
+    composed, typed = "M\u00fcller", "Mu\u0308ller "
+    with pytest.raises(TwinsError, match=composed):
+        ash._private.settle({"c": {b"third"}, composed: {b"third"}}, {})
+    assert run("ledger", "link", "c", typed, "--site", site.folder / "sites/ash/site.toml").exit_code == 0
+    ash._private.settle({"c": {b"third"}, composed: {b"third"}}, {})
 
 
 def test_ids_that_patients_csv_takes_for_another_stop_the_start_until_their_histories_are_one(site: Federation) -> None:

@@ -869,6 +869,7 @@ def test_who_can_pay_for_one_of_two_means_is_left_out_of_the_other_in_silence(
         places = {"state": str(folder / "state"), "identity": str(folder / "identity"), "privacy": privacy}
         file = read_site_file(prepared_worlds / "sites/ash/site.toml").model_copy(update=places)
         world = {**others(), "p": patient("train", 1, seed=99), "q": patient("unlabelled", 1, seed=98)}
+        world |= {"r": patient("val", 1, seed=97), "s": patient("unlabelled", 1, seed=96)}
         features = features_of(world, prompts.shape[1])
         rounds = PrivateRounds(
             file, AgreedStudy(study, agreed.initial), LedgerHeads(folder / "heads"), "1" * 64, None, no_noise
@@ -876,7 +877,8 @@ def test_who_can_pay_for_one_of_two_means_is_left_out_of_the_other_in_silence(
         rounds.settle(features.digests, features.digests)
         with opened(ledger_folder(file)) as ledger:
             ledger.link("p", "q")
-            person = ledger.person("p")
+            ledger.link("r", "s")
+            person, another = ledger.person("p"), ledger.person("r")
             before = Mechanism(1.0, ((1 - left) * everything + 1e-9) ** -0.5, 1)
             ledger.reserve(before, "before", "", {person})
         with unguarded():
@@ -886,12 +888,15 @@ def test_who_can_pay_for_one_of_two_means_is_left_out_of_the_other_in_silence(
                 lambda update, draws, counts: np.zeros(1, dtype=np.int64),
             )  # type: ignore[misc]
         found = Ledger(ledger_folder(file))
-        own = found._histories.block_of(person)
-        assert own is not None
-        history = found._histories.history(own, found._own)[1]
-        releases.append([event.seq in history for event in found.of_run("5" * 64)])
+        for one in (person, another):
+            own = found._histories.block_of(one)
+            assert own is not None
+            history = found._histories.history(own, found._own)[1]
+            releases.append([event.seq in history for event in found.of_run("5" * 64)])
     # Labelled means, unlabelled means, the round's training and its validation counts: four entries each time.
-    assert releases == [[True, True, True, False], [True, False, False, False], [False] * 4]
+    assert releases[::2] == [[True, True, True, False], [True, False, False, False], [False] * 4]
+    # Counts cost all that was declared for the run, so that whoever is in its means is not counted as well.
+    assert releases[1::2] == [[False, True, False, False]] * 3
 
 
 def test_no_image_is_judged_beside_another_one() -> None:

@@ -110,7 +110,7 @@ def exchange(link: Link) -> None:
     grid, identifier = _asked(link)
     received = ash.pull()
     assert received is not None
-    ash.push(_reply(received[0]), 0.1)
+    ash.push(_reply(received[0]))
     (message,) = grid.pull_messages([identifier])
     assert read_reply(message.content, "ash", Shelf().fetch).code == ReplyCode.MORE
     ash.leave()
