@@ -112,7 +112,9 @@ def judged(adapter: str, work: Path, seed: int, most: int) -> dict[str, Any]:
         k = int(file.predict(backbone.encode_prepared([prepared])).argmax())
         if file.classes[k] != label:
             continue
-        heat = maps.of(prepared, margin_of(file.build(), k))
+        against = file.held_against(label)
+        margin = margin_of(file.build(), k, None if against is None else file.classes.index(against))
+        heat = maps.of(prepared, margin)
         heat = np.zeros(mask.shape) if heat is None else heat
         hits[label].append((bool(heat.any() and mask.flat[heat.argmax()]), bool(mask.flat[places[label]])))
         if len(areas) < most:

@@ -99,6 +99,7 @@ class AdapterFile:
         windows: the study's, by modality: whoever predicts shows the backbone what training showed it.
         background: the study's, behind what is transparent.
         concepts: the study's, by which predictions are explained.
+        without_finding: the study's class without a finding, if it names one.
     """
 
     study: str
@@ -111,6 +112,7 @@ class AdapterFile:
     windows: tuple[Window, ...] = ()
     background: Background = "black"
     concepts: tuple[Concept, ...] = ()
+    without_finding: str | None = None
 
     @property
     def digest(self) -> str:
@@ -121,6 +123,11 @@ class AdapterFile:
     def temperature(self) -> float:
         """Of the softmax; 1 if it was not fitted."""
         return 1.0 if self.calibration is None else self.calibration.temperature or 1.0
+
+    def held_against(self, predicted: str) -> str | None:
+        """The class that a prediction's reasons are asked against: the one without a finding; None for the mean of all
+        others, if there is none or it is the predicted one."""
+        return None if predicted == self.without_finding else self.without_finding
 
     def require_statistics(self) -> None:
         """Refuse an adapter with batch norm whose statistics are not here.
@@ -202,6 +209,7 @@ def save_adapter(
         "windows": _WINDOWS.dump_json(study.windows).decode(),
         "background": study.background,
         "concepts": _CONCEPTS.dump_json(study.concepts).decode(),
+        "without_finding": json.dumps(study.without_finding),
         "adapter_digest": adapter_digest(parameters),
     }
     if card is not None:
@@ -242,10 +250,11 @@ def load_adapter(path: Path) -> AdapterFile:
             tensors.get("prompt_tokens"),
             Basis.of(tensors, tensors["prompt_features"].shape[1]),
         )
+        classes = tuple(json.loads(metadata["classes"]))
         found = AdapterFile(
             metadata["study"],
             Backbone.model_validate_json(metadata["backbone"]),
-            tuple(json.loads(metadata["classes"])),
+            classes,
             Method.model_validate_json(metadata["method"]),
             initial,
             Calibration.of(tensors),
@@ -253,6 +262,7 @@ def load_adapter(path: Path) -> AdapterFile:
             _WINDOWS.validate_json(metadata.get("windows", "[]")),
             _BACKGROUNDS[metadata.get("background", "black")],
             _CONCEPTS.validate_json(metadata.get("concepts", "[]")),
+            _named(metadata.get("without_finding", "null"), classes),
         )
     except (KeyError, ValueError, IndexError, RecursionError) as error:
         raise AdapterFileError(_malformed(path, error)) from error
@@ -275,6 +285,14 @@ def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterFileError(_malformed(path, error)) from error
+
+
+def _named(text: str, classes: tuple[str, ...]) -> str | None:
+    """The class that a file names in JSON, or none."""
+    name = json.loads(text)
+    if name is None or name in classes:
+        return None if name is None else str(name)
+    raise ValueError(f"without_finding is {name!r}, which is none of its classes")
 
 
 def _malformed(path: Path, error: Exception) -> str:

@@ -7,8 +7,8 @@ they differ from those of the blurred image, would move the margin. One such gra
 depend on how the strides fall on the image; so it is averaged over shifts of the image, each map moved back, and over
 a little noise (SmoothGrad, arXiv 1706.03825). A strong blur leaves no finding, but changes what is large besides, as
 grey and white matter; the first block's small places are held against a slight one too. A gradient tells of small
-changes alone; so the place is taken out too, and the margin's fall looked at: blurred, and filled in from around it,
-which leaves no smear at edges. A place counts as far as two blocks and the falls agree on it.
+changes alone; so each place is taken out too, blurred, and filled in from around it, which leaves no smear at edges,
+and has its part of what the margin loses. A place counts as far as two blocks and these parts agree on it.
 """
 
 from __future__ import annotations
@@ -61,13 +61,18 @@ Margin = Callable[[Tensor], Tensor]
 """Of unit features [n, d], differentiable, what is to be explained, [n]."""
 
 
-def margin_of(adapter: Adapter, label: int) -> Margin:
-    """The logit of a class over the mean of the others', of unit features; a class that is left out counts for none."""
+def margin_of(adapter: Adapter, label: int, against: int | None = None) -> Margin:
+    """The logit of a class over another's, or over the mean of all others', of unit features.
+
+    A class that is left out of the head counts for none in the mean.
+    """
 
     def margin(features: Tensor) -> Tensor:
         logits = adapter.logits(features)
         others = logits.detach() > logits.detach().amax(dim=1, keepdim=True) - _NO_CHANCE
         others[:, label] = False
+        if against is not None and bool(others[:, against].all()):
+            return logits[:, label] - logits[:, against]
         rest = torch.where(others, logits, torch.zeros_like(logits)).sum(dim=1)
         return logits[:, label] - rest / others.sum(dim=1).clamp_min(1)
 
@@ -98,8 +103,8 @@ class HeatMaps:
         else:
             names = " and ".join(self._early)
             self.kind = (
-                f"gradients at {names}, against the blurred image, averaged over {SHIFTS} shifts; times how far the "
-                "class's margin falls when the place is blurred, or filled in from around it"
+                f"gradients at {names}, against the blurred image, averaged over {SHIFTS} shifts; times the place's "
+                "part of what the class's margin loses when places are blurred, or filled in from around them"
             )
 
     def of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64] | None:
@@ -128,11 +133,10 @@ class HeatMaps:
         held = [(first, strong), (first, slight), *((block, strong) for block in coarser)]
         at_strong, at_slight, *others = _early_gradients(self._backbone, held, prepared, margin)
         maps = [_smoothed(one, _FINE) for one in (_unit(at_strong) + _unit(at_slight), *others)]
-        falls = [
-            _smoothed(_grown(margin_falls(self._backbone, prepared, changed, margin)[None], size)[0], width / 2)
-            for changed, width in ((blurred_away(prepared, strong), _WINDOW), (filled_in(prepared), 2 / 3 * _DISC))
-        ]
-        return _unit(np.prod([*maps, np.sum(falls, axis=0)], axis=0))
+        ways = blurred_away(prepared, strong), filled_in(prepared)
+        parts = _grown(parts_of_places(self._backbone, prepared, ways, margin), size)
+        taken = [_smoothed(one, width / 2) for one, width in zip(parts, (_WINDOW, 2 / 3 * _DISC), strict=True)]
+        return _unit(np.prod([*maps, np.sum(taken, axis=0)], axis=0))
 
 
 def early_blocks(backbone: LoadedBackbone) -> tuple[str, ...]:
@@ -211,23 +215,31 @@ def _early_gradients(
     return found
 
 
-def margin_falls(
+def parts_of_places(
     backbone: LoadedBackbone,
     prepared: NDArray[np.float32],
-    changed: Iterable[NDArray[np.float32]],
+    ways: Sequence[Iterable[NDArray[np.float32]]],
     margin: Margin,
 ) -> NDArray[np.float64]:
-    """How far a margin falls, [_PLACES, _PLACES], when one place of the image is taken out; 0 where it rises.
+    """How much of what a margin loses when places are taken out each place has, [ways, _PLACES, _PLACES].
+
+    Taking place i out moves the feature by d_i and lowers the margin by m_i. A weight that is large where features
+    spread little makes m_i of one place uncertain; but the places of one image move its feature alike, as far as they
+    show one thing. So a place's part is d_i . u, u = sum_j relu(m_j) d_j over places and ways; 0 where it is below.
 
     Args:
         backbone: its tower.
         prepared: the image, [3, side, side].
-        changed: the image without each of its places, by :func:`blurred_away` or :func:`filled_in`.
+        ways: of each, the image without each of its places, by :func:`blurred_away` or :func:`filled_in`.
         margin: what is explained.
     """
+    found = [backbone.encode_prepared([prepared, *changed]) for changed in ways]
+    features = torch.from_numpy(np.concatenate([one[1:] for one in found]))
     with torch.inference_mode():
-        before, *after = margin(torch.from_numpy(backbone.encode_prepared([prepared, *changed]))).tolist()
-    return np.asarray(np.maximum(before - np.reshape(after, (_PLACES, _PLACES)), 0))
+        falls = margin(torch.from_numpy(found[0][:1])) - margin(features)
+    moved = found[0][:1].astype(np.float64) - features.double().numpy()
+    parts = moved @ (torch.relu(falls).double().numpy() @ moved)
+    return np.asarray(np.maximum(parts.reshape(len(ways), _PLACES, _PLACES), 0))
 
 
 def blurred_away(prepared: NDArray[np.float32], blurred: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:

@@ -29,7 +29,7 @@ from secure_fed.clients.sitefile import read_site
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError, StorageError
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile
-from secure_fed.model.attribution import HeatMaps, margin_of
+from secure_fed.model.attribution import HeatMaps, Margin, margin_of
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.device import Device
 from secure_fed.model.heat import overlay
@@ -93,6 +93,7 @@ class Explanation:
         said: as :meth:`Probabilities.document` has it, of this image; of a stranger no class and no probabilities.
         zero_shot: probabilities by class without any training; empty for a memory, and for a stranger.
         margin: of the predicted class; None for a memory, and for a stranger.
+        against: the class that it is over, the study's without a finding; None for the mean of all others.
         concepts: what the study's concepts contribute; empty if it has none, and for a stranger.
         rest: the part of the margin that no concept explains.
         similar: of the site's own training patients, the nearest first; none for a stranger.
@@ -103,6 +104,7 @@ class Explanation:
     said: dict[str, Any]
     zero_shot: dict[str, float]
     margin: float | None
+    against: str | None
     concepts: tuple[ConceptShare, ...]
     rest: float | None
     similar: tuple[Similar, ...]
@@ -115,6 +117,7 @@ class Explanation:
         return self.said | {
             "zero_shot": self.zero_shot or None,
             "margin": self.margin,
+            "against": self.against,
             "concepts": shares,
             "rest": self.rest,
             "similar_training_patients": [vars(one) for one in self.similar],
@@ -187,7 +190,8 @@ def explain(
         similar = () if neighbours is None or strange else neighbours.of(x[place])
         picture = _drawn(backbone, prepared, heat)
         said = dict(images[place]) | (_NOTHING if strange else {})
-        cases.append(Explanation(said, zero_shot, margin, concepts, rest, similar, picture, heat is not None))
+        against = None if margin is None else file.held_against(said["prediction"])
+        cases.append(Explanation(said, zero_shot, margin, against, concepts, rest, similar, picture, heat is not None))
         progress(place + 1, len(found.images))
     return Explained(found, explainer.kind, tuple(cases))
 
@@ -253,7 +257,7 @@ class _Classifier:
 
     def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64] | None:
         """Of the margin of the predicted class; None where no place speaks for it."""
-        return self._maps.of(prepared, margin_of(self._adapter, self._label(x)))
+        return self._maps.of(prepared, self._margin(x))
 
     def reasons(self, x: NDArray[np.float32]) -> Reasons:
         """Zero-shot, and what the concepts contribute to the margin.
@@ -267,7 +271,7 @@ class _Classifier:
         p = np.exp(logits - logits.max())
         zero_shot = {name: float(value) for name, value in zip(file.classes, p / p.sum(), strict=True)}
         features = torch.from_numpy(x[None].copy()).requires_grad_(True)
-        margin = margin_of(self._adapter, self._label(x))(features)
+        margin = self._margin(x)(features)
         (gradient,) = torch.autograd.grad(margin.sum(), features)
         value = float(margin.item())
         if not file.concepts:
@@ -285,9 +289,12 @@ class _Classifier:
         )
         return zero_shot, value, found, value - float(shares.sum())
 
-    def _label(self, x: NDArray[np.float32]) -> int:
+    def _margin(self, x: NDArray[np.float32]) -> Margin:
+        """What is explained: the predicted class over the one without a finding, or over the others."""
         with torch.inference_mode():
-            return int(self._adapter.logits(torch.from_numpy(x[None])).argmax())
+            label = int(self._adapter.logits(torch.from_numpy(x[None])).argmax())
+        against = self._file.held_against(self._file.classes[label])
+        return margin_of(self._adapter, label, None if against is None else self._file.classes.index(against))
 
 
 class _Memory:

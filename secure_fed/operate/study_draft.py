@@ -42,6 +42,9 @@ BACKBONE = "mini-clip"
 ROUNDS = 10
 USUAL_BOUND = 0.5
 
+_WITHOUT_FINDING = re.compile(r"(no|without|normal|healthy|control|controls)\b", re.IGNORECASE)
+"""How a class without a finding is called, at the start of its name in words."""
+
 SITES = 4
 """Sites that one folder is split into, unless told otherwise: three train, one is held out."""
 
@@ -416,9 +419,13 @@ def _text(
         "",
         "# Names as the folders or manifests have them. REVIEW the prompts: say what is seen, not what it is called.",
     ]
+    words = {label: re.sub(r"_+|(?<=\w)-+(?=\w)", " ", label).strip() for label in classes}  # not the sign of HER2-
+    without = [label for label in classes if _WITHOUT_FINDING.match(words[label])]
     for label in classes:
-        words = re.sub(r"_+|(?<=\w)-+(?=\w)", " ", label).strip()  # not the sign of HER2-
-        lines += ["[[classes]]", *_pairs(name=label, prompts=[f"an image of {words}"]), ""]
+        lines += ["[[classes]]", *_pairs(name=label, prompts=[f"an image of {words[label]}"])]
+        if without == [label]:
+            lines += ["# By its name. Explanations of the other classes are held against this one.", "finding = false"]
+        lines.append("")
     lines += [
         "# The small CLIP that comes with secfacmic. For photographs or radiographs take a larger one: secfacmic study",
         "# list names templates with such, docs/backbones.md says how to get their weights.",

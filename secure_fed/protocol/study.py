@@ -220,6 +220,12 @@ class StudyFile(FileModel):
         elif len(classes) < 2:
             raise ValueError(f"{len(classes)} classes; expected at least 2")
         _refuse_duplicates("class", [entry.name for entry in classes])
+        without = [entry.name for entry in classes if not entry.finding]
+        if len(without) > 1:
+            raise ValueError(
+                f"finding = false for {' and '.join(without)}; expected it for one class at most: what a finding is "
+                "held against"
+            )
         return classes
 
     @field_validator("privacy")
@@ -456,6 +462,11 @@ class StudyFile(FileModel):
         """Names of the classes; a class id is an index into them."""
         names = tuple(entry.name for entry in self.classes)
         return names if self.task == "classify" else (*names, ANOMALY)
+
+    @property
+    def without_finding(self) -> str | None:
+        """The class whose images show no finding, if one is named so."""
+        return next((entry.name for entry in self.classes if not entry.finding), None)
 
     @property
     def positive(self) -> int | None:

@@ -52,10 +52,13 @@ class StudyClass(FileModel):
     Attributes:
         name: as a folder or a manifest's label has it at the sites.
         prompts: texts that describe its images, reviewed by people; the class's feature is the mean of theirs.
+        finding: whether its images show a finding. Of a class that says no, explanations ask why it is another one
+            and not that: where the tumour lies, and not what all tumours' slices have in common.
     """
 
     name: Text
     prompts: Prompts
+    finding: bool = True
 
 
 class Concept(FileModel):

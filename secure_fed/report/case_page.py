@@ -108,6 +108,7 @@ def _shown(case: Explanation, document: dict[str, Any]) -> dict[str, Any]:
             for one in sorted(case.concepts, key=lambda one: -abs(one.contribution))
         ],
         "rest": None if case.rest is None else f"{case.rest:+z.2f}",
+        "against": case.against,
         "margin": None if case.margin is None else f"{case.margin:+z.2f}",
         "similar": [(f"patient {one.number}", one.label, f"{one.cosine:z.3f}") for one in case.similar],
         "uri": "data:image/png;base64," + base64.b64encode(case.picture).decode(),

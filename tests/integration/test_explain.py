@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from secure_fed.clients.patients import Doubt
 from secure_fed.clients.rules import UndecodableError
@@ -38,8 +41,8 @@ from secure_fed.model.attribution import (
     class_map,
     early_blocks,
     filled_in,
-    margin_falls,
     margin_of,
+    parts_of_places,
     pooled_block,
 )
 from secure_fed.model.backbone import load_backbone
@@ -247,12 +250,54 @@ def test_zero_shot_stands_at_the_temperature_of_what_it_is_compared_with(
     np.testing.assert_allclose(seen[1], cooler / cooler.sum(axis=1, keepdims=True), rtol=1e-9)
 
 
-def test_concepts_travel_with_the_adapter(finished_run: Path, tmp_path: Path) -> None:
+def test_concepts_and_the_class_without_a_finding_travel_with_the_adapter(finished_run: Path, tmp_path: Path) -> None:
     federation = Federation(finished_run)
     table = [concept.model_dump(mode="json") for concept in CONCEPTS]
-    agreed = replace(federation.agreed, study=with_fields(federation.agreed.study, concepts=table))
+    classes = [entry.model_dump(mode="json") for entry in federation.agreed.study.classes]
+    classes[1]["finding"] = False
+    agreed = replace(federation.agreed, study=with_fields(federation.agreed.study, concepts=table, classes=classes))
     save_adapter(tmp_path / "adapter.safetensors", agreed, federation.agreed.initial.adapter)
-    assert load_adapter(tmp_path / "adapter.safetensors").concepts == CONCEPTS
+    found = load_adapter(tmp_path / "adapter.safetensors")
+    assert (found.concepts, found.without_finding) == (CONCEPTS, classes[1]["name"])
+    with safe_open(tmp_path / "adapter.safetensors", "np") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file}, file.metadata()
+    save_file(tensors, tmp_path / "other.safetensors", metadata | {"without_finding": '"none of them"'})
+    with pytest.raises(AdapterFileError, match="none of its classes"):
+        load_adapter(tmp_path / "other.safetensors")
+
+
+def test_reasons_are_asked_against_the_class_without_a_finding(
+    finished_run: Path, said: Probabilities, explained: Explained
+) -> None:
+    predicted = {case.said["prediction"] for case in explained.cases}
+    assert all(case.against is None for case in explained.cases)  # the study names none
+    assert said.features is not None
+    logits = said.adapter.build().logits(torch.from_numpy(said.features)).detach().double()
+    for number, name in enumerate(said.adapter.classes):
+        asked = replace(said, adapter=replace(said.adapter, concepts=CONCEPTS, without_finding=name))
+        with mock.patch.object(HeatMaps, "of", return_value=None) as mapped:
+            found = explain(asked, finished_run / "backbone.safetensors")
+        for case, row, call, plain in zip(found.cases, logits, mapped.call_args_list, explained.cases, strict=True):
+            if case.said["prediction"] == name:
+                assert (case.against, case.margin) == (None, pytest.approx(plain.margin))
+                continue
+            assert case.against == name
+            margin = float(row.max() - row[number])
+            assert case.margin == pytest.approx(margin, rel=1e-4)
+            assert float(call.args[1](torch.from_numpy(said.features))[found.cases.index(case)]) == pytest.approx(
+                margin, rel=1e-4
+            )
+        page = case_page(found)
+        assert (f"margin over {name}," in page) == (predicted != {name})
+        assert ("margin over the others," in page) == (name in predicted)
+    study = with_fields(
+        make_template(), classes=[{"name": name, "prompts": [name], "finding": name != "b"} for name in "abc"]
+    )
+    assert study.without_finding == "b"
+    with pytest.raises(StudyError, match="finding = false for a and b; expected it for one class at most"):
+        with_fields(
+            make_template(), classes=[{"name": name, "prompts": [name], "finding": name == "c"} for name in "abc"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -469,7 +514,7 @@ def test_what_the_blur_leaves_as_it_is_has_no_part_in_a_map(mini: LoadedBackbone
     assert max(found[0, 0], found[0, -1], found[-1, -1]) < 0.05
 
 
-def test_a_margin_falls_where_a_place_that_speaks_for_it_is_blurred() -> None:
+def test_a_place_has_its_part_of_what_the_margin_loses_when_it_is_blurred() -> None:
     """Of a tower whose feature is the sum of a patch for, less one against: by hand, not by another way to compute."""
 
     class Tower:
@@ -480,13 +525,36 @@ def test_a_margin_falls_where_a_place_that_speaks_for_it_is_blurred() -> None:
 
     prepared = np.ones((3, 80, 80), dtype=np.float32)
     changed = blurred_away(prepared, np.zeros_like(prepared))
-    falls = margin_falls(cast(Any, Tower()), prepared, changed, lambda features: features[:, 0])
-    assert int(falls.argmax()) == 16  # row 1, column 6
-    # The window's mean over that patch, times its values.
-    share = np.exp(-((np.arange(-3.5, 4)) ** 2) / 2 / (80 / 12) ** 2).mean() ** 2
-    assert falls[1, 6] == pytest.approx(3 * 64 * share, rel=1e-5)
-    assert falls[7, 1] == 0  # there it rises
-    assert falls[9, 9] == pytest.approx(0, abs=1e-3)
+    (parts,) = parts_of_places(cast(Any, Tower()), prepared, [changed], lambda features: 2 * features[:, 0])
+    assert int(parts.argmax()) == 16  # row 1, column 6
+    places = np.arange(10)[:, None, None] - np.array([[1], [6], [7]])  # how far rows and columns lie from the patches'
+    shares = np.exp(-((np.arange(-3.5, 4) - 8 * places) ** 2) / 2 / (80 / 12) ** 2).mean(axis=-1)
+    at_1, at_6, at_7 = shares.T  # the window's mean over a patch there
+    moves = 3 * 64 * (np.outer(at_1, at_6) - np.outer(at_7, at_1))
+    expected = np.maximum(moves * (2 * np.maximum(moves, 0) * moves).sum(), 0)
+    np.testing.assert_allclose(parts, expected, rtol=1e-3, atol=1e-3 * expected.max())
+    assert parts[7, 1] == 0  # there it rises
+
+
+def test_a_place_has_a_part_by_how_the_feature_moves_not_by_the_margin_at_that_place_alone() -> None:
+    """Two places move the feature alike; a third moves it elsewhere, where the margin's weight is large by chance."""
+    features = np.zeros((101, 3), dtype=np.float32)
+    features[0] = 1, 1, 0.3
+    features[1:] = features[0]
+    features[[12, 13, 14], 0] = 0  # rows of the places 11, 12 and 13
+    features[78, 2] = 0
+    tower = SimpleNamespace(encode_prepared=lambda prepared: features)
+    (parts,) = parts_of_places(cast(Any, tower), np.zeros((3, 8, 8)), [[]], lambda x: x @ torch.tensor([1.0, 0.0, 4.0]))
+    assert parts.ravel()[[11, 12, 13]] == pytest.approx(3.0)
+    assert parts.ravel()[77] == pytest.approx(1.2 * 0.3 * 0.3)
+
+
+def test_a_margin_is_held_against_one_class_or_the_mean_of_the_others() -> None:
+    rows = torch.tensor([[5.0, 1.0, 3.0], [5.0, -1e6, 3.0]])
+    head = SimpleNamespace(logits=lambda features: features)
+    assert margin_of(cast(Any, head), 0)(rows).tolist() == [3.0, 2.0]
+    assert margin_of(cast(Any, head), 0, 1)(rows[:1]).tolist() == [4.0]
+    assert margin_of(cast(Any, head), 0, 1)(rows[1:]).tolist() == [2.0]  # it was left out of the head
 
 
 def test_a_place_is_filled_in_from_around_it() -> None:
@@ -504,10 +572,10 @@ def test_a_place_is_filled_in_from_around_it() -> None:
 def test_a_place_counts_where_gradients_and_falls_agree(mini: LoadedBackbone) -> None:
     prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
     vectors = torch.from_numpy(np.random.default_rng(4).normal(size=(mini.dim,)).astype(np.float32))
-    maps, falls = HeatMaps(mini), np.zeros((10, 10))
-    falls[2, 7] = 1
-    for ways in ([falls, 0 * falls], [0 * falls, falls]):  # either way of taking a place out counts
-        with mock.patch("secure_fed.model.attribution.margin_falls", side_effect=ways):
+    maps, parts = HeatMaps(mini), np.zeros((10, 10))
+    parts[2, 7] = 1
+    for ways in ([parts, 0 * parts], [0 * parts, parts]):  # either way of taking a place out counts
+        with mock.patch("secure_fed.model.attribution.parts_of_places", return_value=np.stack(ways)):
             found = maps.of(prepared, lambda features: features @ vectors)
         assert found is not None
         row, column = np.unravel_index(found.argmax(), found.shape)
@@ -521,7 +589,7 @@ def test_an_image_of_which_no_place_speaks_for_the_class_gets_no_map(
 ) -> None:
     prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
     vectors = torch.from_numpy(np.random.default_rng(4).normal(size=(mini.dim,)).astype(np.float32))
-    with mock.patch("secure_fed.model.attribution.margin_falls", return_value=np.zeros((10, 10))):
+    with mock.patch("secure_fed.model.attribution.parts_of_places", return_value=np.zeros((2, 10, 10))):
         assert HeatMaps(mini).of(prepared, lambda features: features @ vectors) is None
     with mock.patch.object(HeatMaps, "of", return_value=None):
         explained = explain(said, finished_run / "backbone.safetensors")
@@ -536,12 +604,12 @@ def test_an_image_of_which_no_place_speaks_for_the_class_gets_no_map(
 @pytest.mark.parametrize("blur", [0, 1])
 def test_the_first_blocks_places_count_at_either_blur(mini: LoadedBackbone, blur: int) -> None:
     prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
-    falls = np.ones((10, 10))
+    parts = np.ones((2, 10, 10))
     gradients = [np.zeros((80, 80)), np.zeros((80, 80)), np.ones((80, 80))]
-    falls[9, 0] = gradients[2][79, 0] = 0  # elsewhere all places are alike to both
+    parts[:, 9, 0] = gradients[2][79, 0] = 0  # elsewhere all places are alike to both
     gradients[blur][20, 60] = 1
     with (
-        mock.patch("secure_fed.model.attribution.margin_falls", return_value=falls),
+        mock.patch("secure_fed.model.attribution.parts_of_places", return_value=parts),
         mock.patch("secure_fed.model.attribution._early_gradients", return_value=gradients) as asked,
     ):
         found = HeatMaps(mini).of(prepared, lambda features: features[:, 0])

@@ -76,6 +76,23 @@ def test_a_draft_of_four_folders_is_a_template_that_runs(own: Path, tmp_path: Pa
     assert nowhere.returncode == StorageError.exit_code  # told before folders are looked at
 
 
+@pytest.mark.parametrize(
+    ("called", "without"),
+    [("no_tumour", True), ("Normal", True), ("healthy-controls", True), ("nodule", False), ("normalised", False)],
+)
+def test_a_class_that_is_called_so_is_drafted_as_the_one_without_a_finding(
+    own: Path, tmp_path: Path, called: str, without: bool
+) -> None:
+    shutil.copytree(own, tmp_path / "own")
+    for folder in folders(tmp_path / "own"):
+        (folder / CLASSES[0]).rename(folder / called)
+    draft = draft_study(folders(tmp_path / "own"), "mine")
+    assert [entry.name for entry in draft.template.classes if not entry.finding] == [called] * without
+    (tmp_path / "own" / "ash" / CLASSES[1]).rename(tmp_path / "own" / "ash" / "no other")
+    two = draft_study(folders(tmp_path / "own"), "mine")
+    assert [entry.name for entry in two.template.classes if not entry.finding] == ["no other"] * (not without)
+
+
 def test_the_method_hangs_on_sizes_and_budget(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     least = "secure_fed.operate.study_draft.LEAST_SUMMED"
     monkeypatch.setattr(least, 19)
