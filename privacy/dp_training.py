@@ -393,12 +393,18 @@ def _check_uses(uses: Sequence[_Use], formed: Sequence[dict[str, Tensor] | None]
 
 
 def _ghost_square(use: _Use, output: Tensor) -> Tensor:
-    """Squared gradient norm of each patient [n] for a linear layer's weight and bias."""
+    """Squared gradient norm of each patient [n] for a linear layer's weight and bias, never too small.
+
+    Where a patient's images cancel, what is left of the products may be their rounding alone, so that its bound is
+    added: (m + o + I^2) eps (sum_i |a_i||b_i|)^2 for I images, m inputs and o outputs.
+    """
+    norms: Tensor = torch.linalg.vector_norm(output, dim=2) * torch.linalg.vector_norm(use.inputs, dim=2)
     if output.shape[1] == 1:
-        norms: Tensor = torch.linalg.vector_norm(output, dim=(1, 2)) * torch.linalg.vector_norm(use.inputs, dim=(1, 2))
-        square = norms.square()
+        square = norms.square().sum(1)
     else:
-        square = ((output @ output.mT) * (use.inputs @ use.inputs.mT)).sum((1, 2)).clamp_min(0)
+        terms = use.inputs.shape[2] + output.shape[2] + output.shape[1] ** 2
+        products = (output @ output.mT) * (use.inputs @ use.inputs.mT)
+        square = products.sum((1, 2)).clamp_min(0) + terms * torch.finfo(torch.float64).eps * norms.sum(1).square()
     return square if use.bias is None else square + output.sum(1).square().sum(1)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from secure_fed.core.errors import PrivateMethodError
-from secure_fed.model.adapters import Adapter, class_prompt_loss
+from secure_fed.model.adapters import Adapter, build_adapter, class_prompt_loss
 from secure_fed.model.adapters.text_head import TextHead
 from secure_fed.privacy import dp_training
 from secure_fed.privacy.dp_training import (
@@ -24,7 +24,9 @@ from secure_fed.privacy.dp_training import (
     gather_patients,
     public_log_prior,
     refuse_method,
+    to_double,
 )
+from secure_fed.protocol.basis import Basis
 from secure_fed.protocol.study_tables import Method, PrivateTraining
 from tests.private_setup import ADAPTERS, flat, make_adapter, make_batch, make_loss, patient_gradients, unit_rows
 
@@ -65,6 +67,26 @@ def test_a_patient_with_a_broken_image_counts_nothing(kind: str, broken: float) 
     expected = flat(clipped_sum(adapter, batch.choose(torch.tensor([0, 1, 2, 4, 5])), make_loss(), 1.0))
     batch.features[3, 0, 2] = broken
     assert torch.allclose(flat(clipped_sum(adapter, batch, make_loss(), 1.0)), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e30])
+def test_a_patient_whose_images_cancel_is_clipped_all_the_same(size: float) -> None:
+    """What is left of huge images is less than the rounding of the products that its length is found by."""
+    rng, dim, classes, clip = np.random.default_rng(0), 64, 3, 4.0
+    prompts = unit_rows(rng, classes, dim)
+    axes = np.linalg.qr(rng.normal(size=(dim, 32)))[0].T.copy()
+    basis = Basis(np.zeros(dim), axes, 1.0, np.ones(32))
+    start = {"offsets": np.zeros((classes, 32))}
+    adapter = to_double(build_adapter(Method(adapter="text_head"), prompts, 30.0, start, basis=basis))
+    differences = (prompts[1:] - prompts[0]).astype(np.float64)
+    for _ in range(100):
+        drawn = rng.normal(size=dim)
+        drawn -= np.linalg.lstsq(differences.T, drawn, rcond=None)[0] @ differences
+        towards = 3 * 10.0 ** -rng.uniform(6, 9) * prompts[1]
+        whole = [sign * length * drawn + towards for length in rng.uniform(0.5, 1, 4) for sign in (1, -1)]
+        images = torch.from_numpy(np.float32(size * np.array(whole))).double()[None]
+        batch = PatientBatch(images, torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, 8, dtype=torch.bool))
+        assert float(flat(clipped_sum(adapter, batch, make_loss(classes), clip)).norm()) <= clip * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
