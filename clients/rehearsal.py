@@ -205,6 +205,25 @@ def _unchanged(
         raise GuardError("asked again at one adapter state, the round was paid again; expected nothing to be spent")
 
 
+def _check_payers(place: Path, features: SiteFeatures, paid_by: Mapping[int, set[str]]) -> None:
+    """Who is in a release has paid for it, once, and nobody else has.
+
+    Args:
+        place: of the ledger.
+        features: of all synthetic patients.
+        paid_by: whom each event is to be charged to, by its number.
+    """
+    ledger = Ledger(place)
+    for name in sorted({owner for owners in features.patients.values() for owner in owners}):
+        charged = {seq: times for seq, times in ledger.taken_part(name).items() if seq in paid_by}
+        expected = {seq: 1 for seq, names in paid_by.items() if name in names}
+        if charged != expected:
+            raise GuardError(
+                f"a synthetic patient was charged for events {charged} (number, times), and is in {expected}; expected "
+                "whoever is in a release to pay for it, and nobody else"
+            )
+
+
 class _SumRehearsal:
     """The first release of a study of sums, held against sums that are added up patient by patient.
 
@@ -271,6 +290,7 @@ class _SumRehearsal:
                 f"{self.after - 1} at least"
             )
         self._check_values(seen[0], mechanism, recorder.draws)
+        _check_payers(place, self._features, {events[0].seq: self._payers()})
         sent = np.concatenate([np.rint(seen[0][name] * 2.0**30) for name in sorted(seen[0])]).astype(np.int64)
         if not np.array_equal(first, sent):
             raise GuardError("the stored integers are not those of the noised sums; expected them so")
@@ -306,6 +326,10 @@ class _SumRehearsal:
         others |= {name for name, held in self.free.items() if held is not None and np.any(values[name] != held)}
         if left or others:
             raise GuardError(f"{len(left)} draws and blocks {sorted(others)} too many; expected what was paid alone")
+
+    def _payers(self) -> set[str]:
+        """Whom the release is of."""
+        return {name for name, _ in self._paying()}
 
     def _paying(self) -> list[tuple[str, NDArray[np.int64]]]:
         """The synthetic patients who train and can pay, each with the rows of its images, mirrored views included."""
@@ -349,6 +373,9 @@ class _AroundCentroids(_SumRehearsal):
         self.free = {f"{name}_patients": 0.0 for name in names}
         self.sensitivity = math.sqrt(len(names) * (1 + memory_sums.WEIGHT_SCALE**2))
         self.after = agreed.study.rounds
+
+    def _payers(self) -> set[str]:
+        return {name for name, rows in self._paying() if (self._features.train.y[rows] == NORMAL).any()}
 
     def _exact(self) -> dict[str, NDArray[np.float64]]:
         adapter = self._agreed.initial.adapter
@@ -409,6 +436,7 @@ class _Rehearsal:
             raise GuardError("the round was trained without a plan in the ledger; expected one before any noise")
         self._check_plan(plan, found.account.declare(self._budget.run_epsilon, self._budget.runs).mu_squared)
         self._check_noise(events, draws)
+        _check_payers(place, self._features, {event.seq: self._payers(event) for event in events})
         ((update, counts),) = seen
         if exactly:
             self._check_update(update, events, draws)
@@ -505,6 +533,13 @@ class _Rehearsal:
                 f"clipped to {event.mechanism.sensitivity:g}, with the noise that the ledger paid for, give; expected "
                 f"at most {TOLERANCE:g}: something else of the patients is in it"
             )
+
+    def _payers(self, event: Event) -> set[str]:
+        """Whom a release is of."""
+        patients = {split: set(owners).difference(SPENT) for split, owners in self._features.patients.items()}
+        if event.purpose.startswith("validation"):
+            return patients["val"] - patients["train"]
+        return patients["unlabelled" if event.purpose.startswith("class means of the unlabelled") else "train"]
 
     def _paying(self) -> list[PatientBatch]:
         """The synthetic patients who train and can pay, each alone."""

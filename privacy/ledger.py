@@ -454,6 +454,11 @@ class Ledger:
         """The person whose id this is; two ids that were linked are one."""
         return self._histories.person(patient)
 
+    def taken_part(self, patient: str) -> dict[int, int]:
+        """How often a patient was in each event, by the event's number."""
+        block = self._histories.block_of(self.person(patient))
+        return {} if block is None else self._histories.history(block, self._own)[1]
+
     def unsettled(self, pictures: Mapping[str, Collection[bytes]]) -> list[Twins]:
         """Pairs of ids with an equal picture of which nobody has said whether they are one patient."""
         return self._histories.unsettled(pictures)

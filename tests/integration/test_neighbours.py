@@ -878,9 +878,8 @@ def test_who_can_pay_for_one_of_two_means_is_left_out_of_the_other_in_silence(
         with opened(ledger_folder(file)) as ledger:
             ledger.link("p", "q")
             ledger.link("r", "s")
-            person, another = ledger.person("p"), ledger.person("r")
             before = Mechanism(1.0, ((1 - left) * everything + 1e-9) ** -0.5, 1)
-            ledger.reserve(before, "before", "", {person})
+            ledger.reserve(before, "before", "", {ledger.person("p")})
         with unguarded():
             rounds.integers(
                 *(RoundPosition("5" * 64, "0" * 64, "0" * 64, 0, 1), "state", initial, initial),
@@ -888,11 +887,8 @@ def test_who_can_pay_for_one_of_two_means_is_left_out_of_the_other_in_silence(
                 lambda update, draws, counts: np.zeros(1, dtype=np.int64),
             )  # type: ignore[misc]
         found = Ledger(ledger_folder(file))
-        for one in (person, another):
-            own = found._histories.block_of(one)
-            assert own is not None
-            history = found._histories.history(own, found._own)[1]
-            releases.append([event.seq in history for event in found.of_run("5" * 64)])
+        for one in ("p", "r"):
+            releases.append([event.seq in found.taken_part(one) for event in found.of_run("5" * 64)])
     # Labelled means, unlabelled means, the round's training and its validation counts: four entries each time.
     assert releases[::2] == [[True, True, True, False], [True, False, False, False], [False] * 4]
     # Counts cost all that was declared for the run, so that whoever is in its means is not counted as well.

@@ -150,6 +150,19 @@ def nobody_is_left_out() -> Iterator[None]:
 
 
 @contextmanager
+def nobody_is_charged() -> Iterator[None]:
+    """Who takes part has paid nothing, and can pay again for ever."""
+    with patched(
+        Ledger,
+        "reserve",
+        lambda real, self, mechanism, purpose, run, persons: real(
+            self, mechanism, purpose, run, () if run else persons
+        ),
+    ):
+        yield
+
+
+@contextmanager
 def patched(owner: Any, name: str, change: Callable[..., Any]) -> Iterator[None]:
     """One function changed, which is given the real one as well."""
     real = getattr(owner, name)
@@ -164,6 +177,7 @@ SEEDED: dict[str, Callable[[], Any]] = {
     "an extra step without noise": an_extra_step_without_noise,
     "divided by the true number": another_divisor,
     "who cannot pay takes part": nobody_is_left_out,
+    "nobody is charged": nobody_is_charged,
     "the plan forgets the round in reserve": lambda: patched(
         ledger, "_noise", lambda real, mu_squared, steps: real(mu_squared, steps * 2 // 3)
     ),
@@ -237,6 +251,7 @@ ONE_SUM: dict[str, Callable[[], Any]] = {
         class_statistics, "capped", lambda real, owners, paying, most: real(owners, paying, most + 1)
     ),
     "who cannot pay takes part": nobody_is_left_out,
+    "nobody is charged": nobody_is_charged,
     "histograms in the second round": lambda: patched(
         private_round,
         "nothing",
@@ -278,6 +293,7 @@ CENTROIDS: dict[str, Callable[[], Any]] = {
         lambda real, self, study, run, declared, rounds, *rest: real(self, study, run, declared, 0, *rest),
     ),
     "who cannot pay takes part": nobody_is_left_out,
+    "nobody is charged": nobody_is_charged,
     "a histogram in the last round": lambda: patched(
         private_round, "nothing", lambda real, *rest: {name: value + 1 for name, value in real(*rest).items()}
     ),

@@ -159,8 +159,10 @@ def test_a_patients_history_is_its_own(folder: Path) -> None:
     ledger.register(patients("a", "d"))
     ledger.reserve(ROUND, "one of them and a new one", RUN, people(ledger, "a", "d"))
     ledger = Ledger(folder)
+    ledger.reserve(ROUND, "who was left behind", RUN, people(ledger, "c"))
     times = {name: round(spent_by(ledger, name) / ROUND.mu_squared, 9) for name in "abcd"}
-    assert times == {"a": 3, "b": 2, "c": 1, "d": 1}
+    assert times == {"a": 3, "b": 2, "c": 2, "d": 1}
+    assert [len(ledger.taken_part(name)) for name in "abcd"] == [3, 2, 2, 1]
     limit = 0.5171 - 2.5 * ROUND.mu_squared
     assert ledger.able(people(ledger, *"abcd"), limit) == people(ledger, *"bcd")
     with pytest.raises(BudgetError, match="1 patients cannot pay"):
