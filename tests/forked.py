@@ -20,8 +20,20 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNET = 0x40000000
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.forked_imports"])
+AUDIT = """
+import os, sys
+file = os.open(os.environ["SOCKET_AUDIT"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.bind", "socket.sendto"):
+        os.write(file, f"{os.getpid()} {event} {arguments[-1]!r}\\n".encode())
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        os.write(file, f"{os.getpid()} {event} {arguments[0]!r}\\n".encode())
+sys.addaudithook(hook)
+"""
+"""A process that has run it notes in a file whom it calls."""
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.forked_imports"])
 
 
 class Forked:
@@ -32,7 +44,7 @@ class Forked:
         log: where its output goes.
         fault: what is wrong in it (:mod:`tests.fault_hooks`).
         space: network namespace that it enters first.
-        environment: changes of its environment.
+        environment: changes of its environment; with ``SOCKET_AUDIT`` it notes in that file whom it calls.
     """
 
     def __init__(
@@ -44,7 +56,7 @@ class Forked:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         given = (arguments, str(log), fault or {}, space, dict(environment or {}))
-        self._process = _context.Process(target=_run, args=given, daemon=True)
+        self._process = CONTEXT.Process(target=_run, args=given, daemon=True)
         self._process.start()
 
     @property
@@ -84,9 +96,12 @@ def _run(arguments: list[str], log: str, fault: dict[str, Any], space: str | Non
         if library.setns(entrance, _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "setns", space)
     os.environ.update(environment)
+    if "SOCKET_AUDIT" in environment:
+        exec(AUDIT, {})
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children
     from secure_fed.cli import main
     from tests.fault_hooks import install
 

@@ -20,19 +20,7 @@ from secure_fed.core.processes import PARENT
 from secure_fed.lab.demo import prepare_federation
 from secure_fed.protocol.study import Template, load_study
 from tests import fault_hooks
-from tests.forked import Forked
-
-AUDIT = """
-import os, sys
-file = os.open(os.environ["SOCKET_AUDIT"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-def hook(event, arguments):
-    if event in ("socket.connect", "socket.bind", "socket.sendto"):
-        os.write(file, f"{os.getpid()} {event} {arguments[-1]!r}\\n".encode())
-    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        os.write(file, f"{os.getpid()} {event} {arguments[0]!r}\\n".encode())
-sys.addaudithook(hook)
-"""
-"""Written as ``sitecustomize.py``: every process notes whom it calls, from its first line on."""
+from tests.forked import AUDIT, Forked
 
 
 class Network:
@@ -75,7 +63,8 @@ class Network:
                 arguments = ["client", "--site", str(self.site_folder(name) / "site.toml")]
             arguments += self.options.get(name, [])
             if self.forked and name != "server":
-                self.processes[name] = Forked(arguments, self.log_file(name), fault)
+                environment = {"SOCKET_AUDIT": str(self.audit_file)}
+                self.processes[name] = Forked(arguments, self.log_file(name), fault, environment=environment)
                 continue
             with self.log_file(name).open("ab") as log:
                 self.processes[name] = subprocess.Popen(

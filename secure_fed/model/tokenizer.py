@@ -12,7 +12,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -65,11 +65,11 @@ class ClipTokens:
     """open_clip's own byte pairs of English, which come with it."""
 
     def __init__(self, context: int, options: dict[str, Any] | None = None) -> None:
-        from open_clip.tokenizer import SimpleTokenizer, default_bpe
+        from open_clip.tokenizer import default_bpe
 
         self.context = context
         self._options = options or {}
-        self._tokenizer = SimpleTokenizer(context_length=context, **self._options)
+        self._tokenizer = _clip_byte_pairs(**self._options)
         self._vocabulary = Path(default_bpe())
 
     @property
@@ -84,12 +84,20 @@ class ClipTokens:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Tokens, int64 [n, context]."""
-        tokens: Tensor = self._tokenizer(list(texts))
+        tokens: Tensor = self._tokenizer(list(texts), self.context)
         return tokens
 
     def count(self, text: str) -> int:
         """Tokens that a text takes, start and end included."""
         return len(self._tokenizer.encode(text)) + 2
+
+
+@cache
+def _clip_byte_pairs(**options: Any) -> Any:
+    """open_clip's tokenizer with these options; to read its vocabulary takes as long as to build a small network."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(**options)
 
 
 class FileTokens:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import multiprocessing
 import re
 import shutil
 import signal
@@ -63,6 +62,7 @@ from tests.conftest import (
     run_round,
     send_envelopes,
 )
+from tests.forked import CONTEXT
 from tests.integration.test_simulation import Heard
 from tests.private_worker import serve
 
@@ -782,9 +782,6 @@ def test_a_restored_ledger_stays_closed_without_a_head_to_compare_or_with_a_newe
 
 # --- crashes, in real processes ---
 
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.private_worker"])
-
 
 class Worker:
     """The site ash in a process of its own."""
@@ -792,9 +789,9 @@ class Worker:
     name = "ash"
 
     def __init__(self, federation: Federation, **fault: Any) -> None:
-        self._pipe, other = FORKSERVER.Pipe()
+        self._pipe, other = CONTEXT.Pipe()
         path = federation.folder / "sites" / "ash" / "site.toml"
-        self.process = FORKSERVER.Process(target=serve, args=(other, str(path), fault))
+        self.process = CONTEXT.Process(target=serve, args=(other, str(path), fault))
         self.process.start()
         other.close()
         self.run, self.position = self._receive()
