@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +39,7 @@ from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, load_study
 from secure_fed.server.coordinator import Coordinator
+from tests.forked import CONTEXT
 
 CLASSES = ("dark", "light", "striped")
 TRAINING = ("ash", "birch", "cedar")
@@ -287,6 +290,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path
     out = tmp_path_factory.mktemp("finished") / "out"
     simulate(make_template(), out, images)
     return out
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of sweeps that this process hands to workers run in forked ones, which need not import torch anew."""
+    forkserver.ensure_running()  # not from within the environment of a worker
+    monkeypatch.setattr("secure_fed.lab.workers.multiprocessing", SimpleNamespace(get_context=lambda _: CONTEXT))
 
 
 class Result(NamedTuple):

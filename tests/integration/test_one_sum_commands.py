@@ -57,6 +57,7 @@ def test_a_reviewer_checks_a_site_of_one_sum(simulated: Path, tmp_path: Path) ->
     assert found["records"] == 3
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_tries_basis_and_dimensions_of_one_sum(images: Path, tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text(tomli_w.dumps(template_table(**TABLE, mode="plain")))
     sweep = {"format": 1, "name": "sums", "study": "study.toml", "data": str(images)}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,8 @@ from secure_fed.lab.simulation import Listener, RoundFacts, simulate
 from secure_fed.model.scores import SCALARS
 from secure_fed.protocol import codec
 from secure_fed.protocol.study import load_study
-from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, make_template, template_table
+from tests.conftest import CLASSES, OBSERVER, TRAINING, Federation, Run, make_template, template_table
+from tests.forked import Forked
 from tests.workers import run_on_workers
 
 
@@ -243,34 +241,26 @@ def test_every_method_runs_encrypted(images: Path, tmp_path: Path, change: dict[
     }  # no discriminator, for one
 
 
-def _start(out: Path, images: Path, template: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "secure_fed.cli", "simulate", str(template), "--data", str(images)]
-    return subprocess.Popen(
-        [*command, "--out", str(out), "--json", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def test_a_killed_simulation_goes_on_where_it_was(
-    finished: tuple[Path, dict[str, Any], Heard], images: Path, tmp_path: Path
+    finished: tuple[Path, dict[str, Any], Heard], images: Path, tmp_path: Path, secfacmic: Run
 ) -> None:
     template = tmp_path / "template.toml"
     template.write_text(tomli_w.dumps(template_table()))
     out = tmp_path / "out"
-    process = _start(out, images, template)
+    command = ["simulate", str(template), "--data", str(images), "--out", str(out), "--json"]
+    process = Forked(command, tmp_path / "log")
     deadline = time.monotonic() + 120
     while not list(out.glob("server/runs/*/journal/00000001.record")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    process.communicate()
     run = (out / "server/run").read_text()
     assert not list(out.glob("server/runs/*/journal/00000003.record"))
-    again = _start(out, images, template)
-    text, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors
-    summary = json.loads(text)
+    again = secfacmic(*command)
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
     assert (out / "server/run").read_text() == run
     assert summary["adapter_digest"] == finished[1]["adapter_digest"]
     assert len(summary["rounds"]) == 3

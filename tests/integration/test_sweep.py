@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -43,9 +39,8 @@ from secure_fed.model.scores import Scores
 from secure_fed.operate.summary import Result, Round, StudySummary, parse_summary
 from secure_fed.report.recommendation import Compared, Score, compare, recommend
 from tests import report_folders
-from tests.conftest import template_table
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import Run, template_table
+from tests.forked import Forked
 
 
 def write(folder: Path, table: dict[str, Any] | None = None, **sweep: Any) -> Path:
@@ -181,6 +176,7 @@ def test_trials_whose_sites_share_a_folder_fail_before_anything_is_made(tmp_path
     assert [trial.error for trial in shared] == [None]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_over_sites_that_share_images_is_refused_as_a_whole(images: Path, tmp_path: Path) -> None:
     data = tmp_path / "images"
     shutil.copytree(images, data)
@@ -349,33 +345,25 @@ def test_a_first_trial_that_cannot_be_prepared_fails_alone(
     assert [line.error for line in found.trials] == ["no room"] * 2 + ["was not asked for"] * 2
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-P", "-m", "secure_fed.cli", "sweep", *map(str, arguments)]
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def test_a_sweep_is_killed_and_goes_on(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("forked_workers")
+def test_a_sweep_is_killed_and_goes_on(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secfacmic: Run
+) -> None:
     out = tmp_path / "out"
-    first = subprocess.Popen(command(small, "--out", out, "--jobs", 1), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    # Its worker is of the kind that all have but those of this process below: started by command.
+    first = Forked(["sweep", str(small), "--out", str(out), "--jobs", "1"], tmp_path / "log")
     deadline = time.monotonic() + 900
     lines = out / "trials.jsonl"
     while not (lines.exists() and b"\n" in lines.read_bytes()) and time.monotonic() < deadline:
         assert first.poll() is None
         time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
+    first.kill()
     first.wait()
     before = lines.read_bytes()
     assert "features" in {path.name for path in out.iterdir()}
     features = {path: path.stat().st_mtime_ns for path in (out / "features").iterdir()}
 
-    second = subprocess.run(
-        command(small, "--out", out, "--jobs", 1, "--json", "--log", "tensorboard", "--log", "mlflow"),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    second = secfacmic("sweep", small, "--out", out, "--jobs", 1, "--json", "--log", "tensorboard", "--log", "mlflow")
     assert second.returncode == 71, second.stderr
     assert "the same command tries the failed ones again" in second.stderr
     assert "method.loss = contrastive" in second.stderr
