@@ -39,6 +39,7 @@ from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, load_study
 from secure_fed.server.coordinator import Coordinator
+from secure_fed.server.flower_link import SuperLink
 from tests.forked import CONTEXT
 
 CLASSES = ("dark", "light", "striped")
@@ -290,6 +291,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path
     out = tmp_path_factory.mktemp("finished") / "out"
     simulate(make_template(), out, images)
     return out
+
+
+def stop_at_once(link: SuperLink) -> None:
+    """Stop a server that shares this process, whose connections nobody closes: it would wait a second for them."""
+    for listener, _ in link._servers:
+        listener.force_exit = True
+    link.stop()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ A fault is a dictionary with one key:
 ``reorder``    the first update is sent after the next one, over a new connection
 ``slow``       seconds that training takes longer
 ``only``       with ``slow``: in these rounds only
+``most``       bytes that a file may grow to
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -49,6 +51,8 @@ def install(fault: dict[str, Any]) -> None:
         _install_writes(fault)
     if {"upload", "hold", "duplicate", "reorder"} & set(fault):
         _install_push(fault)
+    if "most" in fault:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["most"], fault["most"]))
     if "slow" in fault:
         _install_slow(fault)
 

@@ -45,6 +45,7 @@ class Forked:
         fault: what is wrong in it (:mod:`tests.fault_hooks`).
         space: network namespace that it enters first.
         environment: changes of its environment; with ``SOCKET_AUDIT`` it notes in that file whom it calls.
+        out: where what it prints goes, if not into the log.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Forked:
         fault: dict[str, Any] | None = None,
         space: str | None = None,
         environment: Mapping[str, str] | None = None,
+        out: Path | None = None,
     ) -> None:
-        given = (arguments, str(log), fault or {}, space, dict(environment or {}))
+        given = (arguments, str(log), fault or {}, space, dict(environment or {}), str(out or log))
         self._process = CONTEXT.Process(target=_run, args=given, daemon=True)
         self._process.start()
 
@@ -88,7 +90,9 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(arguments: list[str], log: str, fault: dict[str, Any], space: str | None, environment: dict[str, str]) -> None:
+def _run(
+    arguments: list[str], log: str, fault: dict[str, Any], space: str | None, environment: dict[str, str], out: str
+) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the fork server, which dies with the test
     if space is not None:
@@ -98,9 +102,8 @@ def _run(arguments: list[str], log: str, fault: dict[str, Any], space: str | Non
     os.environ.update(environment)
     if "SOCKET_AUDIT" in environment:
         exec(AUDIT, {})
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for place, number in ((out, 1), (log, 2)):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), number)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children
     from secure_fed.cli import main
     from tests.fault_hooks import install

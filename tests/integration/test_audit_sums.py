@@ -38,7 +38,7 @@ from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.coordinator import Step
 from secure_fed.server.flower_link import SuperLink
 from secure_fed.transport.certificates import create_authority
-from tests.conftest import OBSERVER, TRAINING, Federation, close_round, exchange, make_template, pass_step
+from tests.conftest import OBSERVER, TRAINING, Federation, close_round, exchange, make_template, pass_step, stop_at_once
 
 RUNNER = CliRunner()
 
@@ -99,7 +99,7 @@ def played(four_rounds: Path, tmp_path: Path) -> Iterator[Played]:
     shutil.copytree(four_rounds, tmp_path / "out", symlinks=True)
     made = Played(tmp_path / "out")
     yield made
-    made.link.stop()
+    stop_at_once(made.link)
 
 
 def test_every_site_adds_the_last_rounds_again_and_finds_them_the_same(played: Played) -> None:
@@ -205,7 +205,7 @@ def test_outsiders_and_unsigned_requests_get_nothing(played: Played) -> None:
 
 def test_a_server_that_is_not_there_is_no_accusation(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flower_node, "OVER_SECONDS", 0.3)
-    played.link.stop()
+    stop_at_once(played.link)
     with pytest.raises(ProtocolError, match="nobody answers"):
         played.audit("ash")
 

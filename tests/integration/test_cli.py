@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from secure_fed.core import errors
 from secure_fed.protocol.codec import Parameters
 from secure_fed.server.coordinator import Coordinator
 from tests.conftest import Federation, Result, Run, exchange, run_round, template_table
+from tests.forked import Forked
 
 
 def refused(result: Result, kind: type[errors.SecfacmicError], *says: str) -> None:
@@ -140,18 +138,12 @@ def test_prompts_that_would_be_cut_off_are_told_before_a_study_is_made(secfacmic
 
 def test_a_full_disk_leaves_no_half_written_file(secfacmic: Run, template: Path, images: Path, tmp_path: Path) -> None:
     limit = 100_000  # bytes a file may grow to: an envelope of the small study still fits, its record does not
-    command = [sys.executable, "-P", "-m", "secure_fed.cli", "simulate", str(template), "--data", str(images)]
-    ended = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    refused(Result(ended.returncode, ended.stdout, ended.stderr), errors.StorageError, "")
+    arguments = ("simulate", str(template), "--data", str(images), "--out", str(tmp_path / "out"))
+    log, printed = tmp_path / "log", tmp_path / "printed"
+    ended = Forked([*arguments], log, {"most": limit}, out=printed).wait(180)
+    refused(Result(ended, printed.read_text(), log.read_text()), errors.StorageError, "")
     assert not [path for path in (tmp_path / "out").rglob(".*") if path.is_file()]
-    again = secfacmic("simulate", template, "--data", images, "--out", tmp_path / "out", "--json")
+    again = secfacmic(*arguments, "--json")
     assert again.returncode == 0, again.stderr
 
 

@@ -560,9 +560,10 @@ def test_a_round_that_is_given_up_begins_anew_with_all_who_are_there(federation:
 
 
 def test_a_site_whose_older_disk_was_put_back_sits_the_round_out_and_trains_on(
-    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over messages as they travel: its own envelope, which the server hands back, tells it."""
+    monkeypatch.setattr("secure_fed.server.round_loop.PATIENCE", 0.05)
     training = [{"name": name} for name in (*TRAINING, OBSERVER)]
     federation = _federation(tmp_path / "out", images, rounds=2, mode="plain", sites=training)
     state = federation.folder / "sites" / "ash" / "state"

@@ -67,7 +67,7 @@ from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
 from secure_fed.transport.certificates import create_authority, renew_certificate
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, contract, read_reply, reply_content, request_content
 from secure_fed.transport.flower_parcels import parcel, taken_apart, unpacked
-from tests.conftest import Federation, Run
+from tests.conftest import Federation, Run, stop_at_once
 from tests.flower_messages import Shelf, as_message
 
 Change = Callable[[PushMessagesRequest, list[bytes]], Any]
@@ -190,7 +190,7 @@ class Link:
 def link(tmp_path: Path) -> Iterator[Link]:
     made = Link(tmp_path, ["127.0.0.1"])
     yield made
-    made.link.stop()
+    stop_at_once(made.link)
 
 
 def test_bytes_that_move_are_signs_of_life_of_who_is_there(link: Link) -> None:
@@ -263,7 +263,7 @@ def test_a_name_that_the_certificate_lacks_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CertificateError, match="another name"):
             link.connect()
     finally:
-        link.link.stop()
+        stop_at_once(link.link)
 
 
 def test_a_port_in_use_is_named(link: Link) -> None:

@@ -43,7 +43,7 @@ from secure_fed.transport.connection import (
     SignedRequest,
 )
 from secure_fed.transport.flower_messages import contract, read_reply
-from tests.conftest import TRAINING, Federation
+from tests.conftest import TRAINING, Federation, stop_at_once
 from tests.flower_messages import Shelf
 from tests.integration.test_flower_site import Link, _asked, _push, _reply
 
@@ -92,7 +92,7 @@ for thread in threads:
 def link(tmp_path: Path) -> Iterator[Link]:
     made = Link(tmp_path, ["127.0.0.1"])
     yield made
-    made.link.stop()
+    stop_at_once(made.link)
 
 
 def public_key(link: Link) -> str:
@@ -179,7 +179,7 @@ def test_members_finish_encrypted_rounds_meanwhile(
         if outsider is not None:
             outsider.kill()
             outsider.communicate()
-        link.stop()
+        stop_at_once(link)
     assert held <= 64 + 8 * len(sites), "members have theirs beside those of all others"
     assert [app.failure for app in apps] == [None] * len(apps)
     assert [entry.sites for entry in coordinator.rounds] == [TRAINING] * agreed.study.rounds
