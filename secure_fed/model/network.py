@@ -102,7 +102,8 @@ def build(form: Form) -> nn.Module:
     for name in list(tensors):  # one after the other, so that no second copy of all is held
         value = tensors.pop(name)
         value = value.float() if value.is_floating_point() else value
-        network.load_state_dict({name: value}, strict=False, assign=True)
+        owner, _, own = name.rpartition(".")
+        network.get_submodule(owner).load_state_dict({own: value}, strict=False, assign=True)
     return network.float().eval().requires_grad_(False)
 
 
