@@ -63,7 +63,7 @@ class Network:
                 arguments = ["client", "--site", str(self.site_folder(name) / "site.toml")]
             arguments += self.options.get(name, [])
             if self.forked and name != "server":
-                environment = {"SOCKET_AUDIT": str(self.audit_file)}
+                environment = os.environ | {"SOCKET_AUDIT": str(self.audit_file)}
                 self.processes[name] = Forked(arguments, self.log_file(name), fault, environment=environment)
                 continue
             with self.log_file(name).open("ab") as log:
