@@ -144,15 +144,15 @@ def _install_push(fault: dict[str, Any]) -> None:
             die()  # the bytes are there, and nothing names them
         return digest
 
-    def push(self: Any, message: Any, seconds: float) -> None:
+    def push(self: Any, message: Any) -> None:
         if fault.get("duplicate"):
-            true_push(self, message, seconds)
-            true_push(self, message, seconds)
+            true_push(self, message)
+            true_push(self, message)
             message.metadata.__dict__["_created_at"] += 0.001
-            true_push(self, message, seconds)
+            true_push(self, message)
             return
         if not is_update(message):
-            true_push(self, message, seconds)
+            true_push(self, message)
             return
         first = not done
         done.append(message)
@@ -163,11 +163,11 @@ def _install_push(fault: dict[str, Any]) -> None:
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
             self.join()
             return
-        true_push(self, message, seconds)
+        true_push(self, message)
         if first and fault.get("upload") == "after":
             die()
         if fault.get("reorder") and len(done) == 2:
-            true_push(self, done[0], seconds)
+            true_push(self, done[0])
 
     _Connection.push = push  # type: ignore[method-assign]
     ByteLine.send = send  # type: ignore[method-assign]

@@ -268,7 +268,7 @@ def test_a_client_encodes_its_images_and_calls_nobody_but_its_server(form: str, 
     add(path, name)
     content = table({"adapter": "facmic"}, backbone)
     template = parse_table(content, Template, ValueError, "template")  # type: ignore[type-var]
-    network = Network(tmp_path / "out", template, images, forked=form != "clip")  # one is heard while it imports too
+    network = Network(tmp_path / "out", template, images)
     for cache in (tmp_path / "out/sites/ash").rglob("features.sqlite*"):
         cache.unlink()
     with socket.create_server(("127.0.0.1", network.port)) as server:
