@@ -128,8 +128,7 @@ def pack_evidence(folder: Path, into: Path, page: Callable[[dict[str, Any]], str
         }
         # By their names, as all else: whatever a person has put beside them stays.
         for path in sorted(state.accepted.glob(f"{agreed.study.id}.*")):
-            if re.fullmatch(r"[0-9]+\.signed|toml", path.name.partition(".")[2]):
-                parts[f"accepted/{path.name}"] = path
+            parts[f"accepted/{path.name}"] = path
         for run in find_runs(state.path) if state.current_run is not None else []:
             for path in sorted(run.journal.glob(RECORDS)):
                 parts[f"journal/{run.folder.name}/{path.name}"] = path

@@ -35,6 +35,7 @@ from secure_fed.model.device import Device
 from secure_fed.model.heat import overlay
 from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.operate.predict import Anomalies, Probabilities
+from secure_fed.protocol.study_tables import NORMAL
 
 CASES = "cases.json"
 PAGE = "cases.html"
@@ -168,7 +169,7 @@ def explain(
         progress: told how many images are done, of how many.
 
     Raises:
-        SiteFileError: the site file cannot be read, or does not allow to show its patients.
+        SiteFileError: the site file cannot be read, does not allow to show its patients, or the site trains on none.
         AdapterFileError: the site is of another study than the adapter.
         SecfacmicError: others, of the site's data and the backbone.
     """
@@ -326,6 +327,11 @@ class _Neighbours:
                 f"{site}: a site of study {agreed.study.id[:16]}, but the adapter is of study {adapter.study[:16]}; "
                 "expected both of one study"
             )
+        if agreed.study.site(file.site).role != "train":
+            raise SiteFileError(
+                f"{site}: {file.site} is an observer, which trains on no patient, so that there is none to show beside "
+                "a case; expected a training site: leave --site out"
+            )
         checkpoint = None if file.checkpoint is None else Path(file.checkpoint)
         with FeatureCache(file.feature_cache) as cache:
             features: SiteFeatures = load_features(
@@ -334,8 +340,11 @@ class _Neighbours:
                 rules=rules_of(file, agreed),
             )
         # Mirrored rows follow the plain ones; a patient is as near as the nearest of its images.
-        self._x, self._y = features.train
-        self._patients = features.patients["train"]
+        taught = np.ones(len(features.train.y), dtype=bool)
+        if agreed.study.task == "anomaly":
+            taught = features.train.y == NORMAL
+        self._x, self._y = features.train.x[taught], features.train.y[taught]
+        self._patients = [owner for owner, own in zip(features.patients["train"], taught, strict=True) if own]
         self._classes, self._count = adapter.classes, file.similar_cases
         self._numbers: dict[str, int] = {}
 

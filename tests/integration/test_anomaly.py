@@ -152,6 +152,17 @@ def test_a_page_of_cases_shows_scores_and_the_memorys_own_maps(
     assert f"Score {case['score']:.3f}" in case_page(explained)
 
 
+def test_only_patients_that_a_memory_was_made_of_are_shown_beside_a_case(
+    finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path
+) -> None:
+    path = copy_of(finished[0], tmp_path).folder / "sites/ash/site.toml"
+    path.write_text(path.read_text().replace("similar_cases = 0", "similar_cases = 20"))
+    weights, light = finished[0] / "backbone.safetensors", next((pictures / "ash/light").iterdir())
+    found = predict_folder(finished[0] / "adapter.safetensors", light, checkpoint=weights)
+    (case,) = explain(found, weights, path).cases
+    assert {one.label for one in case.similar} == {"dark"}  # though others of its training split are nearer
+
+
 def test_predict_gives_scores_flags_and_maps(
     finished: tuple[Path, dict[str, Any]], pictures: Path, tmp_path: Path
 ) -> None:
@@ -486,7 +497,7 @@ def test_a_study_whose_training_masks_have_two_sizes_gets_its_figures(
 
 
 def judged(tmp_path: Path, sides: Sequence[int], marked: Sequence[tuple[slice, slice]]) -> Any:
-    """Maps that are hot below, of square pictures with these places marked."""
+    """Maps that are hot in the middle, of square pictures with these places marked."""
     site = mock.Mock(**{"test_images.return_value": (np.zeros((len(sides), 1)), None, None)})
     found = []
     for number, (side, place) in enumerate(zip(sides, marked, strict=True)):
@@ -498,7 +509,7 @@ def judged(tmp_path: Path, sides: Sequence[int], marked: Sequence[tuple[slice, s
         found.append(SiteImage(picture, "p", 1, "test", mask=mask))
     site.test_sources.return_value = site.train_sources.return_value = found
     site.rules, site.window = Rules(), lambda size: (0.0, 0.0, *size)
-    maps = np.broadcast_to(np.array([[0.0], [1.0]]), (len(sides), 2, 1)).copy()
+    maps = np.broadcast_to(np.array([[0.0], [1.0], [0.0]]), (len(sides), 3, 1)).copy()
     with mock.patch("secure_fed.operate.anomaly_figures.memory.maps", return_value=maps):
         return places_of({}, [site], [site])
 
@@ -529,6 +540,7 @@ def test_a_map_is_judged_as_defined() -> None:
     constant = np.broadcast_to(rng.random((8, 8)), lesions.shape)
     assert equal_place(lesions, constant, heads) == 0.5
     assert equal_place(lesions, lesions.astype(float), heads) == 1.0
+    assert per_region_overlap(lesions, np.ones(lesions.shape)) == 0.0  # nothing is above what healthy places have
     assert per_region_overlap(lesions, lesions + 0.1 * rng.random(lesions.shape)) == 1.0
     heat = rng.random(lesions.shape)
     wins = pairs = 0.0

@@ -383,6 +383,14 @@ def test_own_patients_are_shown_only_where_the_site_allows_it_and_by_numbers(
     assert not [owner for owner in owners if f'"{owner}"' in text or f">{owner}<" in text]
 
 
+def test_an_observer_has_no_training_patients_to_show(federation: Federation, said: Probabilities) -> None:
+    path = federation.folder / "sites/dogwood/site.toml"
+    path.write_text(path.read_text().replace("similar_cases = 0", "similar_cases = 2"))
+    adapter = replace(said.adapter, study=federation.agreed.study.id)
+    with pytest.raises(SiteFileError, match="dogwood is an observer, which trains on no patient"):
+        _Neighbours(path, adapter, "cpu")
+
+
 def test_a_patient_is_shown_once_by_its_nearest_image() -> None:
     neighbours = object.__new__(_Neighbours)
     neighbours._x = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.5, 0.5]], dtype=np.float32)
