@@ -6,6 +6,7 @@ last said something, which under a privacy budget is for the site's own eyes.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import re
 import secrets
@@ -28,6 +29,9 @@ from secure_fed.core.layout import StateFolder
 from secure_fed.core.status import StatusFile
 from secure_fed.core.storage import write_durable
 from secure_fed.protocol.signing import PRIVATE
+
+MOST_CALLERS = 16
+"""Most connections at a time."""
 
 _TOKEN = re.compile(rb"[ -~]+")
 
@@ -94,7 +98,33 @@ def _for_bearers(app: Wsgi, token: str) -> Wsgi:
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """Each caller has a thread; of more than a few the oldest makes room, as whoever only holds connections open would
+    else use up threads and files, which the rounds need."""
+
     daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: dict[Any, None] = {}
+        self._changing = threading.Lock()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a caller, in place of the oldest if they are too many."""
+        with self._changing:
+            while len(self._open) >= MOST_CALLERS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):  # who has gone by itself
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection."""
+        with self._changing:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def server_bind(self) -> None:
         """Bind, without asking the network for a name of the address."""

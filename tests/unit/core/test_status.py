@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from secure_fed.core.layout import StateFolder
 from secure_fed.core.status import StatusFile, is_running, keep_log
 from secure_fed.core.storage import exclusive
 from secure_fed.operate.live_facts import Place
-from secure_fed.operate.metrics import serve_metrics
+from secure_fed.operate.metrics import MOST_CALLERS, serve_metrics
 from tests.conftest import Federation, exchange, run_round
 
 
@@ -222,6 +223,20 @@ def test_a_check_for_a_health_probe_fails_only_where_a_process_is_missing(tmp_pa
         assert code("--check") == 0
     status.tell(finished=True)
     assert code("--check") == 0
+
+
+def test_who_holds_connections_open_uses_up_neither_threads_nor_the_place_of_who_has_the_token(tmp_path: Path) -> None:
+    StatusFile(tmp_path).begin("site", study="small", rounds=3)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    before = threading.active_count()
+    serve_metrics(tmp_path, ("127.0.0.1", port))
+    with contextlib.ExitStack() as held:
+        for _ in range(4 * MOST_CALLERS):
+            one = held.enter_context(socket.create_connection(("127.0.0.1", port)))
+            one.sendall(b"GET /metrics HTTP/1.1\r\nx: ")
+        assert "\nsecfacmic_rounds 3.0\n" in fetch(port, (tmp_path / "metrics.token").read_text().strip())
+        assert threading.active_count() <= before + MOST_CALLERS + 2
 
 
 def test_metrics_for_who_has_the_token(tmp_path: Path) -> None:
