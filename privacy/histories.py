@@ -7,7 +7,7 @@ release takes some of them, they leave the block for a new one, which keeps what
 ``blocks.jsonl`` holds lines of five kinds:
 
 ``cohort``    persons that form a new block, which blocks they come from, how far the ledger had come, and what adopted
-              ledgers told of their ids by then
+              ledgers told of their ids by then: in which of their blocks these were, and what was spent
 ``images``    digests of pictures that a person was seen with, so that it is known again under another id
 ``link``      two ids are one person; their histories add
 ``distinct``  two ids with equal pictures are two persons all the same
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -71,12 +72,15 @@ class Histories:
         self._chain = chain
         self._hash_key = hash_key
         self._roots: dict[str, str] = {}  # of linked ids
+        self._ids: dict[str, set[str]] = {}  # the other way round, itself among them
         self._block: dict[str, int] = {}  # by person
         self._owners: defaultdict[str, set[str]] = defaultdict(set)  # ids, by picture
         self._pictures: defaultdict[str, set[str]] = defaultdict(set)  # the other way round
         self._apart: set[frozenset[str]] = set()
         self._adopted: list[dict[str, Any]] = []
         self._taken_over: dict[str, float] = {}  # squared mu of adopted ledgers, by id
+        self._old: defaultdict[str, set[tuple[int, str]]] = defaultdict(set)  # in which of their blocks it was, by id
+        self._together: dict[str, float] = {}  # squared mu more, as ids of one person were in one release, by person
         self.blocks: dict[int, Block] = {}
         for line in chain.lines:
             try:
@@ -179,7 +183,9 @@ class Histories:
         missing: defaultdict[tuple[int | None, float], list[str]] = defaultdict(list)
         more: defaultdict[str, dict[str, float]] = defaultdict(dict)
         for patient in sorted(pictures):
-            unit, carried = self._unit(patient), self._carried(patient, files.get(patient, ()))
+            unit = self._unit(patient)
+            self._old[unit] |= self._blocks_of_old(patient, files.get(patient, ()))
+            carried = sum(self._adopted[place]["blocks"][block] for place, block in self._old[unit])
             of_person = more[self._root(unit)]
             if carried > self._taken_over.get(unit, 0.0):
                 of_person[unit] = carried
@@ -187,7 +193,7 @@ class Histories:
             block = self._block.get(person)
             if block is None or units:
                 added = sum(carried - self._taken_over.get(unit, 0.0) for unit, carried in units.items())
-                missing[block, added].append(person)
+                missing[block, added + self._more_together(person)].append(person)
         for (block, carried), persons in missing.items():
             told = {unit: total for person in persons for unit, total in more[person].items()}
             self._cohort(persons, () if block is None else (block,), seen, carried, told)
@@ -230,7 +236,9 @@ class Histories:
         parents = [self._block[root] for root in (self._root(one), self._root(other)) if root in self._block]
         # The line is the link and the new block in one: a crash between two would forget a history.
         number = self._next
-        self._append({"kind": "link", "units": [one, other], "block": number, "parents": parents, "seen": seen})
+        carried = self._more_together(self._root(one), self._root(other))
+        line = {"kind": "link", "units": [one, other], "block": number, "parents": parents, "seen": seen}
+        self._append({**line, "carried": carried})
 
     def distinct(self, first: str, second: str) -> None:
         """Two ids with equal pictures are two patients all the same.
@@ -251,7 +259,8 @@ class Histories:
             ledger: id of its first entry.
             head: id of its last entry.
             hash_key: of its hashes.
-            spent: ``units`` and ``images``, by hash the block, and ``blocks``, by block (as text) the squared mu.
+            spent: ``units`` and ``images``, by hash the block, ``blocks``, by block (as text) the squared mu, and
+                ``events``, of each its squared mu and its blocks (as text).
 
         Raises:
             LedgerError: it was adopted before.
@@ -277,6 +286,9 @@ class Histories:
             self._block.update((person, fields["block"]) for person in fields["persons"])
             before = {person: self._taken_over.get(person, 0.0) + fields["carried"] for person in fields["persons"]}
             self._taken_over.update(fields.get("units", before))  # the line of an older release names no ids
+            for unit, places in fields.get("old", {}).items():
+                self._old[unit].update((place, block) for place, block in places)
+            self._together.update(fields.get("together", {}))
         elif kind == "images":
             for unit, pictures in fields["images"].items():
                 self._pictures[unit].update(pictures)
@@ -285,8 +297,11 @@ class Histories:
         elif kind == "link":
             one, other = (self._root(unit) for unit in fields["units"])
             self._roots[other] = one
+            self._ids[one] = self._ids.pop(one, {one}) | self._ids.pop(other, {other})
             self._block.pop(other, None)
-            self.blocks[fields["block"]] = Block(tuple(fields["parents"]), fields["seen"], 0.0)
+            carried = fields.get("carried", 0.0)  # an older release knew of none
+            self._together[one] = self._together.get(one, 0.0) + self._together.pop(other, 0.0) + carried
+            self.blocks[fields["block"]] = Block(tuple(fields["parents"]), fields["seen"], carried)
             self._block[one] = fields["block"]
         elif kind == "distinct":
             self._apart.add(frozenset(fields["units"]))
@@ -308,6 +323,12 @@ class Histories:
                 "carried": carried,
                 "persons": sorted(persons),
                 "units": dict(sorted(units.items())),
+                "old": {unit: sorted(self._old[unit]) for unit in sorted(units)},
+                "together": {
+                    person: self._together.get(person, 0.0) + more
+                    for person in sorted(persons)
+                    if units and (more := self._more_together(person))
+                },
             }
         )
         return number
@@ -316,15 +337,37 @@ class Histories:
     def _next(self) -> int:
         return max(self.blocks, default=0) + 1
 
-    def _carried(self, patient: str, files: Collection[bytes]) -> float:
-        """Squared mu that the adopted ledgers tell of a patient: of each block that its id or any file is in."""
-        total = 0.0
-        for old in self._adopted:
+    def _blocks_of_old(self, patient: str, files: Collection[bytes]) -> set[tuple[int, str]]:
+        """The blocks of adopted ledgers, by their place and the block, that a patient's id or any file is in."""
+        found: set[tuple[int, str]] = set()
+        for place, old in enumerate(self._adopted):
             key = bytes.fromhex(old["key"])
             known = [old["units"].get(keyed_hash(key, "unit", patient.encode()))]
             known += [old["images"].get(keyed_hash(key, "image", digest)) for digest in files]
-            total += sum(old["blocks"][str(block)] for block in {one for one in known if one is not None})
-        return total
+            found.update((place, str(block)) for block in known if block is not None)
+        return found
+
+    def _more_together(self, *persons: str) -> float:
+        """Squared mu that some persons, if they are one, owe beside what was spent on each block that they were in.
+
+        Who was n times in one release moved it by n times as much. Of an older adoption nobody knows which blocks were
+        in one: of all, then, as that is the most.
+        """
+        units = [unit for person in persons for unit in self._ids.get(person, {person})]
+        times = Counter(at for unit in units for at in self._old.get(unit, ()))
+        owed = 0.0
+        if times.total() < 2:
+            return owed
+        for place, old in enumerate(self._adopted):
+            mine = {block: count for (at, block), count in times.items() if at == place}
+            if "events" in old:
+                for cost, blocks in old["events"]:
+                    count = sum(mine.get(block, 0) for block in blocks)
+                    owed += cost * (count * count - count)
+            else:
+                roots = sum(count * math.sqrt(old["blocks"][block]) for block, count in mine.items())
+                owed += roots * roots - sum(count * old["blocks"][block] for block, count in mine.items())
+        return max(0.0, owed - sum(self._together.get(person, 0.0) for person in persons))
 
     def _root(self, unit: str) -> str:
         while unit in self._roots:

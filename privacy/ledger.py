@@ -886,7 +886,8 @@ class OlderLedger:
         first, head: ids of its first and its last entry.
         site, unit, delta: that it was opened with.
         hash_key: of its hashes.
-        spent: ``units`` and ``images``, by hash the block, and ``blocks``, by block (as text) the squared mu.
+        spent: ``units`` and ``images``, by hash the block, ``blocks``, by block (as text) the squared mu, and
+            ``events``, of each its squared mu and its blocks (as text).
     """
 
     first: str
@@ -925,12 +926,14 @@ def read_older(folder: Path) -> OlderLedger:
             blocks[str(block)] += 0.0
             units.update(dict.fromkeys(line.fields["units"], block))
             images.update(dict.fromkeys(line.fields["images"], block))
+        events: list[tuple[float, list[str]]] = []
         for line in entries.lines:
             if line.fields["kind"] == "reserve":
                 # Of a sampled mechanism this is an upper bound.
                 cost = Mechanism(line.fields["sensitivity"], line.fields["noise_std"], line.fields["steps"]).mu_squared
-                for block in line.fields["blocks"]:
-                    blocks[str(block)] += cost
+                events.append((cost, [str(block) for block in line.fields["blocks"]]))
+                for block in events[-1][1]:
+                    blocks[block] += cost
         return OlderLedger(
             entries.lines[0].id,
             entries.head[1],
@@ -938,7 +941,7 @@ def read_older(folder: Path) -> OlderLedger:
             str(opening["unit"]),
             float(opening["delta"]),
             _derive(secret, "hash"),
-            {"units": units, "images": images, "blocks": dict(blocks)},
+            {"units": units, "images": images, "blocks": dict(blocks), "events": events},
         )
     except (LookupError, TypeError, ValueError):
         raise LedgerError(f"{folder}: no ledger of version 0.1; expected one: nothing was adopted") from None

@@ -242,8 +242,8 @@ def test_a_link_that_exceeds_the_budget_puts_the_patient_out(folder: Path) -> No
     assert ledger.able(people(ledger, "a", "b"), 0.0) == set()
 
 
-def older_ledger(folder: Path, spent: dict[str, float], **changes: Any) -> None:
-    """A ledger as version 0.1 left it: blocks of patients, one event for each."""
+def older_ledger(folder: Path, spent: dict[str, float], together: float = 0.0, **changes: Any) -> None:
+    """A ledger as version 0.1 left it: blocks of patients, one event for each, and perhaps one of all."""
     from secure_fed.privacy.chain_file import ChainFile
     from secure_fed.privacy.histories import keyed_hash
     from secure_fed.privacy.ledger import _derive
@@ -262,6 +262,9 @@ def older_ledger(folder: Path, spent: dict[str, float], **changes: Any) -> None:
         registry.append({"block": block, "units": units, "images": images, "trains": True})
         event = {"blocks": [block], "mechanism": "gaussian", "purpose": "round", "sensitivity": 1.0}
         event |= {"noise_std": mu_squared**-0.5, "steps": 1, "sampling_rate": 1.0}
+        entries.append({"kind": "reserve", **event, "registry": list(registry.head)})
+    if together:
+        event |= {"blocks": list(range(1, len(spent) + 1)), "noise_std": together**-0.5}
         entries.append({"kind": "reserve", **event, "registry": list(registry.head)})
 
 
@@ -294,6 +297,41 @@ def test_a_ledger_that_is_adopted_late_adds_to_linked_ids_of_whom_one_is_gone(fo
         ledger = Ledger(folder)
         ledger.register({present: {b"pictures " + present.encode()}})
         assert spent_by(ledger, "a") == spent_by(Ledger(folder), "b") == pytest.approx(total)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("events", [True, False])
+def test_who_was_in_one_release_of_an_adopted_ledger_under_two_ids_has_spent_four_times_its_cost(
+    folder: Path, tmp_path: Path, late: bool, events: bool
+) -> None:
+    """As in the ledger's own releases; of an adoption by an older release at most, as it noted blocks alone."""
+    older_ledger(tmp_path / "one", {"a": 0.1, "b": 0.2}, together=0.3)
+    older = read_older(tmp_path / "one")
+    if not events:
+        del older.spent["events"]
+    ledger = Ledger(folder)
+    if not late:
+        ledger.adopt(older)
+    ledger.register({"a": {b"pa"}, "b": {b"pb"}})
+    ledger.link("a", "b")
+    if late:
+        ledger.adopt(older)
+    ledger.register({"a": {b"pa"}, "b": {b"pb"}})
+    ledger = Ledger(folder)
+    ledger.register({"b": {b"pb"}})
+    total = 0.1 + 0.2 + 4 * 0.3 if events else (0.4**0.5 + 0.5**0.5) ** 2
+    assert spent_by(ledger, "a") == spent_by(Ledger(folder), "b") == pytest.approx(total)
+
+
+def test_what_files_of_several_old_blocks_tell_of_one_patient_is_not_forgotten_with_the_files(
+    folder: Path, tmp_path: Path
+) -> None:
+    older_ledger(tmp_path / "one", {"a": 0.1, "b": 0.2})
+    ledger = Ledger(folder)
+    ledger.adopt(read_older(tmp_path / "one"))
+    for file, total in ((b"file a", 0.1), (b"file b", 0.3), (b"file a", 0.3)):
+        ledger.register({"x": {b"picture"}}, {"x": {file}})
+        assert spent_by(Ledger(folder), "x") == pytest.approx(total)
 
 
 @pytest.mark.parametrize(("field", "value"), [("site", "birch"), ("unit", "image"), ("delta", 1e-6)])
