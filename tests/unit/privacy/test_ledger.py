@@ -321,6 +321,11 @@ def test_who_was_in_one_release_of_an_adopted_ledger_under_two_ids_has_spent_fou
     ledger.register({"b": {b"pb"}})
     total = 0.1 + 0.2 + 4 * 0.3 if events else (0.4**0.5 + 0.5**0.5) ** 2
     assert spent_by(ledger, "a") == spent_by(Ledger(folder), "b") == pytest.approx(total)
+    # Once only, whatever comes later.
+    older_ledger(tmp_path / "two", {"a": 0.05})
+    ledger.adopt(read_older(tmp_path / "two"))
+    ledger.register({"a": {b"pa"}})
+    assert spent_by(Ledger(folder), "a") == pytest.approx(total + 0.05)
 
 
 def test_what_files_of_several_old_blocks_tell_of_one_patient_is_not_forgotten_with_the_files(
@@ -330,7 +335,7 @@ def test_what_files_of_several_old_blocks_tell_of_one_patient_is_not_forgotten_w
     ledger = Ledger(folder)
     ledger.adopt(read_older(tmp_path / "one"))
     for file, total in ((b"file a", 0.1), (b"file b", 0.3), (b"file a", 0.3)):
-        ledger.register({"x": {b"picture"}}, {"x": {file}})
+        Ledger(folder).register({"x": {b"picture"}}, {"x": {file}})
         assert spent_by(Ledger(folder), "x") == pytest.approx(total)
 
 
