@@ -103,7 +103,7 @@ def rehearse(file: SiteFile, agreed: AgreedStudy) -> None:
         return
     bare = own.model_copy(update={"method": method.model_copy(update={"lmmd_weight": 0.0})})
     _Rehearsal(file, AgreedStudy(bare, agreed.initial)).check(exactly=True)
-    if method.lmmd_weight:
+    if method.domain_weight:
         _Rehearsal(file, agreed).check(exactly=False)
 
 

@@ -74,6 +74,18 @@ def test_the_real_rounds_pass(rounds: Made, one_sum: Made, centroids: Made, capl
     assert not [entry for entry in caplog.records if entry.name.startswith("secure_fed")]
 
 
+def test_without_a_domain_term_a_round_is_tried_once_whatever_the_weights_are(
+    rounds: Made,
+) -> None:
+    file, agreed = rounds
+    for adaptation, tried in (("none", [True]), ("lmmd", [True, False])):
+        method = agreed.study.method.model_copy(update={"lmmd_weight": 1.0, "adaptation": adaptation})
+        study = agreed.study.model_copy(update={"method": method})
+        with mock.patch("secure_fed.clients.rehearsal._Rehearsal") as rehearsal:
+            rehearse(file, AgreedStudy(study, agreed.initial))
+        assert rehearsal.return_value.check.call_args_list == [mock.call(exactly=each) for each in tried]
+
+
 @contextmanager
 def run_of_descent(change: Callable[..., None]) -> Iterator[None]:
     """Another ``Descent.run``, which is given the real one as well."""
