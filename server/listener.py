@@ -165,6 +165,14 @@ class _Tls(asyncio.sslproto.SSLProtocol):
         )
         self._ssl_buffer, self._ssl_buffer_view = buffer, memoryview(buffer)
 
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what was read; OpenSSL's own buffer stays as large as what it is once given."""
+        whole = self._ssl_buffer_view
+        for first in range(0, nbytes, TLS_RECORD):
+            self._ssl_buffer_view = whole[first:]
+            super().buffer_updated(min(TLS_RECORD, nbytes - first))
+        self._ssl_buffer_view = whole
+
 
 class _Protocol(HttpToolsProtocol):
     """uvicorn's, with a limit for headers and for what waits to be written; says when it ends."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -406,6 +407,13 @@ def test_all_connections_of_a_loop_read_into_one_buffer() -> None:
         buffer = bytearray(listener.READ_BYTES)
         both = [listener._Tls(loop, buffer, asyncio.Protocol(), context, loop.create_future()) for _ in range(2)]
         assert all(one.get_buffer(-1).obj is buffer and len(one.get_buffer(-1)) == len(buffer) for one in both)
+        given: list[bytes] = []
+        both[0]._incoming = SimpleNamespace(write=lambda data: given.append(bytes(data)))
+        buffer[:40_000] = came = os.urandom(40_000)
+        both[0].buffer_updated(40_000)
+        assert b"".join(given) == came
+        assert max(map(len, given)) == listener.TLS_RECORD  # OpenSSL's own buffer never shrinks
+        assert len(both[0].get_buffer(-1)) == len(buffer)
     finally:
         loop.close()
 
