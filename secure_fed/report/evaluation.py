@@ -23,7 +23,9 @@ from secure_fed.report.chart import (
 
 def evaluation_sections(found: Evaluation) -> list[Section]:
     """What was found: overall, by class, calibration, and sets and groups where there are any."""
-    sections = [_overall(found), _classes(found)]
+    sections = [_overall(found)]
+    if found.overall.confusion_matrix is not None:  # else nothing is told from anything: a memory without a threshold
+        sections.append(_classes(found))
     if found.said.anomalies is None:
         sections.append(_calibration(found))
     if found.coverage is not None:
