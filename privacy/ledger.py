@@ -22,7 +22,7 @@ import math
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -794,10 +794,17 @@ def opened(folder: Path) -> Iterator[Ledger]:
     """The ledger, held for this process alone and checked anew.
 
     Raises:
-        StorageError: another process holds it.
+        StorageError: another process holds it, or it cannot be written.
         LedgerError, KeyFileError: as :class:`Ledger`.
     """
-    with exclusive(folder):
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(folder))
+        except OSError as error:
+            raise StorageError(
+                f"{folder}: cannot be held ({error.strerror}); expected a folder that this user can write, as what is "
+                "spent is noted there first: nothing was spent"
+            ) from error
         yield Ledger(folder)
 
 

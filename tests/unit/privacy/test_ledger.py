@@ -710,6 +710,16 @@ def test_two_processes_cannot_hold_a_ledger(folder: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_written_is_told_as_that(folder: Path) -> None:
+    read_only = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    with (
+        mock.patch("secure_fed.core.storage.open", side_effect=read_only, create=True),
+        pytest.raises(StorageError, match=r"cannot be held \(Read-only file system\)"),
+        opened(folder),
+    ):
+        pass
+
+
 def test_a_full_disk_spends_nothing_and_changes_nothing(folder: Path) -> None:
     ledger = spend(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
