@@ -23,13 +23,15 @@ MEMORY := $(shell [ "$$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt
 	&& ! grep -q ' /dev/shm .*noexec' /proc/mounts && echo /dev/shm)
 test test-unit: export TMPDIR := $(or $(TMPDIR),$(MEMORY),/tmp)
 
-# Two files at a time: most of the time goes into waiting and into one thread.
+# Two files at a time, the small ones of the rooms last, so that none is left over for one process: most of the time goes
+# into waiting and into one thread.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 test: environment
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile
+	$(BIN)/python -P -m pytest $(SHARED)
 
 # Room by room, without processes and networks.
 test-unit: environment
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -P -m pytest $(SHARED) tests/unit
 
 # The site, with a reference made of the models and the command line, into build/docs; a warning is an error.
 docs: environment
@@ -37,7 +39,7 @@ docs: environment
 
 # Of statements and branches, in other processes too. TESTS: fewer tests, as in TESTS=tests/unit.
 coverage: environment
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered $(TESTS)
+	$(BIN)/python -P -m pytest $(SHARED) --cov --cov-report=term:skip-covered $(TESTS)
 
 # Known vulnerabilities in what requirements-dev.txt pins; what cannot be looked up is a failure.
 audit: environment

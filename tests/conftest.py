@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import signal
@@ -24,6 +25,8 @@ import typer.main
 import typer.testing
 from PIL import Image
 
+import secure_fed.clients.features
+import secure_fed.operate.new_study
 from secure_fed import configs
 from secure_fed.cli import main
 from secure_fed.clients.site import Site
@@ -31,13 +34,17 @@ from secure_fed.clients.sitefile import read_site_file
 from secure_fed.core.layout import ServerState
 from secure_fed.core.tomlfile import parse_table
 from secure_fed.lab.simulation import accept_another_run, prepare, run_id, simulate
+from secure_fed.model import backbone as loading
 from secure_fed.model import backbone_store
+from secure_fed.model.device import Device
+from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.operate.new_study import SERVER
 from secure_fed.privacy.keys import create_sealed_key, load_identity
 from secure_fed.protocol import codec
 from secure_fed.protocol.rounds import ReplyCode
 from secure_fed.protocol.signing import load_signing_key
 from secure_fed.protocol.study import AgreedStudy, Template, load_study
+from secure_fed.protocol.study_tables import Backbone
 from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.flower_link import SuperLink
 from tests.forked import CONTEXT
@@ -48,6 +55,28 @@ OBSERVER = "dogwood"
 
 # Typer makes all commands anew, 0.08 s, whenever one is called: here that is hundreds of times in a process.
 typer.testing._get_command = typer.main.get_command = cache(typer.main.get_command)
+_loaded: dict[object, LoadedBackbone] = {}
+
+
+def load_again(backbone: Backbone, checkpoint: Path | None, device: Device = "cpu") -> LoadedBackbone:
+    """As the true function, but what was loaded lately from a file of the same bytes is not loaded anew.
+
+    Every site of every small study would take 0.1 s for it.
+    """
+    path = loading._path(backbone, checkpoint)
+    if path is None or not path.is_file() or path.stat().st_size > 2**26:
+        return loading.load_backbone(backbone, checkpoint, device)
+    content = hashlib.sha256(path.read_bytes()).digest()
+    key = (backbone.model_dump_json(), path.name, checkpoint is None, device, content)
+    _loaded[key] = _loaded.pop(key, None) or loading.load_backbone(backbone, checkpoint, device)
+    if len(_loaded) > 4:
+        del _loaded[next(iter(_loaded))]
+    return _loaded[key]
+
+
+# Where a study is made, and where its sites encode their images; what else is done with a backbone loads it.
+for _module in (secure_fed.operate.new_study, secure_fed.clients.features):
+    _module.load_backbone = load_again  # type: ignore[attr-defined]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else no process that a test starts hears Ctrl-C
