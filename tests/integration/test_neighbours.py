@@ -149,18 +149,18 @@ def template_of_worlds(**changes: Any) -> Template:
     return make_template(
         mode="plain",
         rounds=2,
-        method={"adapter": "text_head"},
+        method=changes.pop("method", {"adapter": "text_head"}),
         privacy={"steps": 1, "validation_rounds": 2, "images_per_patient": 3, "clip": CLIP, "learning_rate": RATE},
         encoding={"bits": 16, "lanes": 2, "value_bound": 10.0},
         **changes,
     )
 
 
-def set_budget(folder: Path) -> None:
+def set_budget(folder: Path, n_ref: int = N_REF) -> None:
     path = folder / "sites" / "ash" / "site.toml"
     file = read_toml(path, SiteFile, ValueError)  # type: ignore[type-var]
     data = file.data.model_copy(update={"kind": "simulated", "unit": "patient"})
-    write_toml(path, file.model_copy(update={"privacy": SitePrivacy(epsilon=8.0, n_ref=N_REF), "data": data}))
+    write_toml(path, file.model_copy(update={"privacy": SitePrivacy(epsilon=8.0, n_ref=n_ref), "data": data}))
 
 
 WORDS = ["ready", "update", "revealed", "ready", "update", "revealed", "applied"]
@@ -682,6 +682,70 @@ def test_nothing_that_leaves_of_a_memory_depends_on_one_patient_but_integers(
     for sent in (*first, *second):
         assert not any(sent[name].any() for name in sent if name.endswith("_patients"))
     assert not any(value.any() for sent in (first[-1], second[-1]) for value in sent.values())
+
+
+# --- released means, for each use of them ---
+
+USES: dict[str, dict[str, Any]] = {
+    "synthesis": {"adapter": "low_rank", "rank": 2, "lmmd_weight": 1.0},
+    "witness": {"adapter": "facmic", "lmmd_weight": 1.0},
+    "attraction": {"adapter": "facmic", "lmmd_weight": 1.0},
+}
+
+
+@pytest.fixture(scope="module", params=USES)
+def prepared_means(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / "out"
+    template = template_of_worlds(method=USES[request.param])
+    private = template.privacy.model_copy(update={"lmmd_use": request.param})
+    prepare(template.model_copy(update={"privacy": private}), folder, images)
+    for name in TRAINING[1:]:
+        Federation(folder).site(name).features()
+    set_budget(folder, 100_000)  # so many that means are worth their cost
+    return folder
+
+
+def left_with(share: float, *names: str) -> Callable[[Path], None]:
+    """Ids that the operator has said are one patient, who has this share of the budget left after another study."""
+
+    def before(folder: Path) -> None:
+        Federation(folder).site("ash")
+        everything = mu_squared_of(8.0, 1e-5)
+        with opened(ledger_folder(read_site_file(folder / "sites/ash/site.toml"))) as ledger:
+            ledger.register({name: (name.encode(),) for name in names})
+            for name in names[1:]:
+                ledger.link(names[0], name)
+            spent = Mechanism(1.0, ((1 - share) * everything + 1e-9) ** -0.5, 1)
+            ledger.reserve(spent, "before", "", {ledger.person(names[0])})
+
+    return before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.06, 0.18, 0.3, 0.45, 0.8, 1.0])
+def test_with_class_means_nothing_depends_on_one_patient_in_three_splits(
+    prepared_means: Path, tmp_path: Path, share: float
+) -> None:
+    one = {
+        "p": patient("train", 1, 2, seed=99),
+        "q": patient("unlabelled", 0, seed=98),
+        "r": patient("val", 0, seed=97),
+    }
+    before = left_with(share, *one)
+    without = whole_path(prepared_means, tmp_path / "without", others(), before)
+    assert without == whole_path(prepared_means, tmp_path / "with", {**others(), **one}, before)
+    assert [message[0] for message in without[0]] == WORDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.0, 1e30, float("nan")])
+def test_with_class_means_nothing_depends_on_one_patient_without_labels(
+    prepared_means: Path, tmp_path: Path, scale: float
+) -> None:
+    one = patient("unlabelled", *[0] * 500, seed=99, scale=scale)
+    without = whole_path(prepared_means, tmp_path / "without", others())
+    assert without == whole_path(prepared_means, tmp_path / "with", {**others(), "p": one})
+    assert [message[0] for message in without[0]] == WORDS
 
 
 # --- the integers, by how much ---
