@@ -30,7 +30,7 @@ from rich.console import Console
 from secure_fed.clients.decoding import decode
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
-from secure_fed.model.attribution import HeatMaps, margin_of, occluded
+from secure_fed.model.attribution import HeatMaps, margin_of, occluded, pattern_of
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.protocol.study import read_template, with_fields
@@ -113,8 +113,9 @@ def judged(adapter: str, work: Path, seed: int, most: int) -> dict[str, Any]:
         if file.classes[k] != label:
             continue
         against = file.held_against(label)
-        margin = margin_of(file.build(), k, None if against is None else file.classes.index(against))
-        heat = maps.of(prepared, margin)
+        built = file.build()
+        margin = margin_of(built, k, None if against is None else file.classes.index(against))
+        heat = maps.of(prepared, margin, pattern_of(built, margin, k))
         heat = np.zeros(mask.shape) if heat is None else heat
         hits[label].append((bool(heat.any() and mask.flat[heat.argmax()]), bool(mask.flat[places[label]])))
         if len(areas) < most:

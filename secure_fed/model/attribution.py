@@ -79,6 +79,27 @@ def margin_of(adapter: Adapter, label: int, against: int | None = None) -> Margi
     return margin
 
 
+def pattern_of(adapter: Adapter, margin: Margin, label: int) -> Margin | None:
+    """What a margin that divides by a covariance looks for, as its weights do not show it: Sigma w times the feature.
+
+    Such weights w are large where features spread little, whatever a class looks like; Sigma w, Sigma the covariance
+    within classes, is how features move with the class (Haufe et al. 2014, doi 10.1016/j.neuroimage.2013.10.067, eq.
+    6). Features have length 1, so that of w what lies along the class's own mean moves nothing and is left out.
+
+    None of an adapter that knows no covariance.
+    """
+    found = adapter.within_class(label)
+    if found is None:
+        return None
+    mean, covariance = found
+    unit = torch.from_numpy(mean / np.linalg.norm(mean))[None].requires_grad_(True)
+    (gradient,) = torch.autograd.grad(margin(unit).sum(), unit)
+    weights, along = gradient[0].numpy(), unit[0].detach().numpy()
+    pattern = torch.from_numpy(covariance @ (weights - along * (along @ weights)))
+    length = float(pattern.norm())
+    return (lambda features: features @ (pattern / length).to(features.dtype)) if length > 0 else None
+
+
 class HeatMaps:
     """Maps by one tower.
 
@@ -107,7 +128,9 @@ class HeatMaps:
                 "part of what the class's margin loses when places are blurred, or filled in from around them"
             )
 
-    def of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64] | None:
+    def of(
+        self, prepared: NDArray[np.float32], margin: Margin, pattern: Margin | None = None
+    ) -> NDArray[np.float64] | None:
         """A map [side, side], from 0 to 1, over what the tower sees; large where the reasons for ``margin`` lie.
 
         None where no place speaks for it: a map of nothing would show an image as if it were looked at in vain.
@@ -115,11 +138,12 @@ class HeatMaps:
         Args:
             prepared: of one image, [3, side, side].
             margin: what is explained.
+            pattern: of :func:`pattern_of`, whose gradients count as much; those at early blocks alone are so unsure.
         """
-        found = self._of(prepared, margin)
+        found = self._of(prepared, margin, pattern)
         return found if found.any() else None
 
-    def _of(self, prepared: NDArray[np.float32], margin: Margin) -> NDArray[np.float64]:
+    def _of(self, prepared: NDArray[np.float32], margin: Margin, pattern: Margin | None) -> NDArray[np.float64]:
         size = prepared.shape[1:]
         if self._attention is not None:
             return _scaled(_grad_eclip(self._backbone, self._attention, prepared, margin))
@@ -131,12 +155,15 @@ class HeatMaps:
         )
         first, *coarser = self._early
         held = [(first, strong), (first, slight), *((block, strong) for block in coarser)]
-        at_strong, at_slight, *others = _early_gradients(self._backbone, held, prepared, margin)
-        maps = [_smoothed(one, _FINE) for one in (_unit(at_strong) + _unit(at_slight), *others)]
+        asked, maps = [margin] if pattern is None else [margin, pattern], []
+        for one in asked:
+            at_strong, at_slight, *others = _early_gradients(self._backbone, held, prepared, one)
+            maps += [_smoothed(part, _FINE) for part in (_unit(at_strong) + _unit(at_slight), *others)]
         ways = blurred_away(prepared, strong), filled_in(prepared)
         parts = _grown(parts_of_places(self._backbone, prepared, ways, margin), size)
         taken = [_smoothed(one, width / 2) for one, width in zip(parts, (_WINDOW, 2 / 3 * _DISC), strict=True)]
-        return _unit(np.prod([*maps, np.sum(taken, axis=0)], axis=0))
+        gradients = np.prod(maps, axis=0) ** (1 / len(asked))
+        return _unit(gradients * np.sum(taken, axis=0))
 
 
 def early_blocks(backbone: LoadedBackbone) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ from secure_fed.model.attribution import (
     filled_in,
     margin_of,
     parts_of_places,
+    pattern_of,
     pooled_block,
 )
 from secure_fed.model.backbone import load_backbone
@@ -577,6 +578,42 @@ def test_a_place_is_filled_in_from_around_it() -> None:
     assert np.abs(without - prepared).max() == pytest.approx(3, abs=0.01)
     (away,) = itertools.islice(filled_in(prepared), 99, None)
     np.testing.assert_array_equal(away[:, :60, :60], prepared[:, :60, :60])
+
+
+def test_a_pattern_is_the_covariance_times_what_of_the_weights_moves_a_unit_feature() -> None:
+    weights, spread = torch.tensor([3.0, 4.0, 1.0], dtype=torch.float64), np.diag([1.0, 0.5, 9.0])
+    known = (np.array([2.0, 0.0, 0.0]), spread)
+    for found, pattern in (
+        (None, None),
+        (known, np.array([0.0, 2.0, 9.0]) / np.sqrt(85)),
+        ((known[0], np.zeros((3, 3))), None),  # no direction: no pattern
+    ):
+        head = SimpleNamespace(within_class=mock.Mock(return_value=found))
+        asked = pattern_of(cast(Any, head), lambda x: x @ weights, 1)
+        head.within_class.assert_called_once_with(1)
+        assert (asked is None) == (pattern is None)
+        if asked is not None:
+            np.testing.assert_allclose(asked(torch.eye(3)).numpy(), pattern, rtol=1e-6)
+
+
+def test_a_place_counts_where_the_gradients_of_margin_and_pattern_agree(mini: LoadedBackbone) -> None:
+    prepared = np.random.default_rng(3).normal(size=(3, 80, 80)).astype(np.float32)
+    ofs = []
+    for places in ([(20, 20), (60, 60)], [(60, 60), (20, 60)]):
+        one = np.zeros((80, 80))
+        for place in places:
+            one[place] = 1
+        ofs.append([one, one, one])
+    with (
+        mock.patch("secure_fed.model.attribution.parts_of_places", return_value=np.ones((2, 10, 10)) - np.eye(10)[9]),
+        mock.patch("secure_fed.model.attribution._early_gradients", side_effect=ofs) as asked,
+    ):
+        first, second = (lambda features: features[:, 0]), (lambda features: features[:, 1])
+        found = HeatMaps(mini).of(prepared, first, second)
+    assert found is not None
+    assert found.argmax() == 60 * 80 + 60
+    assert found[20, 20] == found[20, 60] == 0
+    assert [call.args[3] for call in asked.call_args_list] == [first, second]
 
 
 def test_a_place_counts_where_gradients_and_falls_agree(mini: LoadedBackbone) -> None:

@@ -67,6 +67,7 @@ class Adapter(nn.Module, ABC):
     Attributes:
         method: which adapter, and with which settings.
         tower: the frozen text tower, for adapters that ask for it; else None.
+        basis: the study's, if it has one.
         shows_adapted: whether ``forward`` appends the adapted features, for a loss that needs them.
         moves_features: whether image features are moved; if not, the domain term has nothing to align.
         needs_tower: whether the frozen text tower takes part in training.
@@ -95,6 +96,7 @@ class Adapter(nn.Module, ABC):
         self.prompts = torch.tensor(prompt_features, dtype=torch.float32)
         self.logit_scale = logit_scale
         self.tower = tower
+        self.basis = basis
         self.shows_adapted = False
         for name in sorted(parameters):
             value = torch.tensor(parameters[name], dtype=self.precision)
@@ -108,6 +110,11 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def adapt(self, features: Tensor) -> Tensor:
         """Adapted unit features, [..., d], of unit features [..., d]."""
+
+    def within_class(self, label: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Where a class's features lie, [d], and how features of one class spread, a covariance [d, d], both in the
+        backbone's coordinates; None of a method that does not know it."""
+        return None
 
     def class_vectors(self) -> Tensor:
         """The unit vector of each class, [K, d]."""

@@ -48,6 +48,17 @@ class GaussianHead(Adapter):
         """The features as they are."""
         return features
 
+    def within_class(self, label: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """As in :class:`Adapter`, from the moments in the study's basis; in other directions features do not spread."""
+        basis, factor = self.basis, self.factor.detach().numpy()
+        if basis is None:
+            return None
+        back = np.eye(len(factor)) if basis.axes is None else np.linalg.pinv(basis.axes)
+        back = basis.radius * back
+        mean = basis.centre + back @ self.means[label].detach().numpy()
+        spread = back @ factor
+        return mean, spread @ spread.T
+
     def class_vectors(self) -> Tensor:
         """The weights, [K, d]; no unit rows."""
         return self.weight

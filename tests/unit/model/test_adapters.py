@@ -280,3 +280,29 @@ def test_contrastive_loss_of_a_perfect_classifier_is_log_of_its_classes_images()
     labels = torch.arange(4).repeat(8)
     loss = contrastive_loss(prompts[labels], labels, prompts, 100.0).mean()
     assert loss.item() == pytest.approx(math.log(8), abs=1e-3)
+
+
+def test_a_head_of_moments_knows_where_a_class_lies_and_how_it_spreads_in_the_backbones_coordinates() -> None:
+    rng = np.random.default_rng(2)
+    method = Method(adapter="gaussian_head", shrinkage=0.1)
+    factor, means = np.tril(rng.normal(size=(3, 3))), rng.normal(size=(4, 3))
+    basis = Basis(rng.normal(size=8), rng.normal(size=(3, 8)), 0.7, np.ones(3))
+    prompts = rng.normal(size=(4, 8)).astype(np.float32)
+    parameters = {"weight": np.zeros((4, 8)), "bias": np.zeros(4), "factor": factor, "means": means}
+    parameters["limits"] = np.zeros(3)
+    found = build_adapter(method, prompts, SCALE, parameters, basis=basis).within_class(2)
+    assert found is not None
+    mean, spread = found
+    assert basis.axes is not None
+    into = basis.axes / basis.radius
+    np.testing.assert_allclose(basis.linear(mean[None])[0], means[2], rtol=1e-9)
+    np.testing.assert_allclose(into @ spread @ into.T, factor @ factor.T, rtol=1e-9)
+    assert np.linalg.matrix_rank(spread) == 3
+    whole = build_adapter(method, prompts, SCALE, parameters, basis=Basis(np.zeros(3), None, 2.0, np.ones(3)))
+    mean, spread = whole.within_class(0) or (None, None)
+    np.testing.assert_allclose(mean, 2 * means[0])
+    np.testing.assert_allclose(spread, 4 * factor @ factor.T)
+    assert build_adapter(method, prompts, SCALE, parameters).within_class(0) is None
+    assert (
+        build_adapter(Method(), PROMPTS, SCALE, initial_parameters(Method(), 512, PROMPTS, 3)).within_class(0) is None
+    )
