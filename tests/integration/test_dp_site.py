@@ -38,6 +38,7 @@ from secure_fed.core.errors import (
 )
 from secure_fed.core.tomlfile import read_toml, write_toml
 from secure_fed.lab.simulation import Budget, accept_another_run, prepare, simulate
+from secure_fed.model.backbone import load_backbone
 from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.privacy import class_means
 from secure_fed.privacy.accounting import Mechanism, epsilon_of, mu_squared_of, uniforms
@@ -511,6 +512,7 @@ def test_a_backbone_with_one_nan_spends_nothing(place: str, private: Federation)
         return whole(self, features * np.nan if place == "one image" and len(calls) > 2 else features, what)
 
     with (
+        mock.patch("secure_fed.clients.features.load_backbone", load_backbone),  # which tries it, in two calls
         mock.patch.object(LoadedBackbone, "_unit", overflowing),
         pytest.raises(BackboneError, match="not finite"),
     ):
