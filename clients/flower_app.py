@@ -107,6 +107,11 @@ class SiteApp:
         """Whether the study is over, for this site and by the server's word, and the server knows that it has it."""
         return self._told_the_end
 
+    @property
+    def authority(self) -> str | None:
+        """SHA-256 of the certificate of the authority that an amendment named, which alone is trusted; else None."""
+        return self.site.authority
+
     def answer(self, message: Message, context: Context, bundle: bytes, line: Line) -> Message:
         """Answer one message; sets :attr:`failure` instead of raising what is wrong at the site.
 

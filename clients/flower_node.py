@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -42,7 +42,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from secure_fed.clients.byte_line import ByteLine, Stuck
 from secure_fed.clients.flower_app import Interrupted
 from secure_fed.core.errors import CertificateError, ClockError, NotAdmittedError, ProtocolError
-from secure_fed.transport.certificates import read_authority
+from secure_fed.transport.certificates import certificates, read_authority
 from secure_fed.transport.connection import (
     AHEAD_SECONDS,
     BEHIND_SECONDS,
@@ -119,7 +119,7 @@ class Way:
 
     Attributes:
         address: host and port of the server.
-        authority: certificate of the study's authority.
+        authority: file of the certificate of the study's authority; of two, while an amendment changes it.
         sites: how many there are in the study; the more, the less often each looks, if its looks do not wait.
         proxy: URL of an HTTP proxy through which the server is reached (by CONNECT, so that TLS ends at the server);
             without one, the one that ``HTTPS_PROXY`` names, unless ``NO_PROXY`` excepts the server.
@@ -148,10 +148,17 @@ def run_site(app: SiteApp, way: Way) -> None:
         NotAdmittedError: the server does not know this site.
         SecfacmicError: why the site itself cannot go on.
     """
-    connection = _Connection(way, app.site.name, app.site.connection_key, lambda: app.site.over)
+
+    def connect() -> _Connection:
+        return _Connection(way, app.site.name, app.site.connection_key, lambda: app.site.over, app.authority)
+
+    connection = connect()
     try:
         with contextlib.suppress(_Over):
             while not app.finished and app.failure is None:
+                if connection.authority != app.authority:  # by an amendment: the one before convinces nobody here
+                    connection.leave()
+                    connection = connect()
                 connection.join()
                 with contextlib.suppress(_Forgotten):
                     _answer_messages(app, connection, way)
@@ -162,8 +169,14 @@ def run_site(app: SiteApp, way: Way) -> None:
 
 
 @contextlib.contextmanager
-def open_line(way: Way, site: str, key: ec.EllipticCurvePrivateKey) -> Iterator[ByteLine]:
+def open_line(way: Way, site: str, key: ec.EllipticCurvePrivateKey, authority: str | None = None) -> Iterator[ByteLine]:
     """The large bytes alone, beside a client that may be running; nothing is joined.
+
+    Args:
+        way: to the server.
+        site: the site's name.
+        key: its connection key.
+        authority: as for a :class:`_Connection`.
 
     Raises:
         CertificateError: the server does not prove to be the one that the study means.
@@ -171,7 +184,7 @@ def open_line(way: Way, site: str, key: ec.EllipticCurvePrivateKey) -> Iterator[
         NotAdmittedError: the server does not know this site.
         ProtocolError: nobody is there, or it answers something else.
     """
-    connection = _Connection(way, site, key, lambda: True)
+    connection = _Connection(way, site, key, lambda: True, authority)
     try:
         yield connection.bare_line
     except _Over:
@@ -186,7 +199,7 @@ def _answer_messages(app: SiteApp, connection: _Connection, way: Way) -> None:
     fastest, slowest = max(FASTEST, way.sites / FAST_CALLS), max(SLOWEST, way.sites / SLOW_CALLS)
     pause = fastest
     asked, taken = time.monotonic(), True
-    while app.failure is None and not app.finished:
+    while app.failure is None and not app.finished and app.authority == connection.authority:
         received, looked = None, time.monotonic()
         with contextlib.suppress(_Stale):
             received = connection.pull()
@@ -257,34 +270,44 @@ class _Connection:
         site: the site's name.
         key: its connection key.
         over: whether the study is over here, so that the server is not needed any more.
+        authority: fingerprint of the authority that an amendment named, which alone is trusted then; else None.
+
+    Raises:
+        CertificateError: the way's file lacks the certificate that is trusted.
 
     Attributes:
+        authority: as given.
         line: the large bytes beside it.
         bare_line: the same, where a refusal means that something is not there.
     """
 
     def __init__(
-        self, way: Way, site: str, key: ec.EllipticCurvePrivateKey, over: Callable[[], bool] = lambda: False
+        self,
+        way: Way,
+        site: str,
+        key: ec.EllipticCurvePrivateKey,
+        over: Callable[[], bool] = lambda: False,
+        authority: str | None = None,
     ) -> None:
+        self.authority = authority
         self.node = Node()
         self._over = over
         self._address = way.address
-        authority, proxy = read_authority(way.authority), proxy_to(way.address, way.proxy)
+        trusted, proxy = read_authority(way.authority, authority), proxy_to(way.address, way.proxy)
+        self._superseded = authority is not None and len(certificates(read_authority(way.authority))) > 1
         # For messages: without user and password.
         self._through = "" if proxy is None else f" through the proxy {without_password(proxy)}"
         self._public = public_key_to_bytes(key.public_key())
         self._client = _FleetClient.from_server_address(
             way.address,
             insecure=False,
-            root_certificates=authority,
+            root_certificates=trusted,
             interceptors=[_RequestSignature(site, key, way.wait)],
         )
         # flwr's own would follow redirects, and takes no proxy but the environment's.
         self._client._client.close()
         limits = httpx.Limits(keepalive_expiry=way.wait + KEPT_SECONDS)
-        http = httpx.Client(
-            verify=trusting(authority), timeout=CALL_SECONDS, limits=limits, proxy=proxy, trust_env=False
-        )
+        http = httpx.Client(verify=trusting(trusted), timeout=CALL_SECONDS, limits=limits, proxy=proxy, trust_env=False)
         self._client._client = http
         self.line = ByteLine(http, f"https://{way.address}", site, key, self._call, way.records)
         self.bare_line = ByteLine(http, f"https://{way.address}", site, key, self._repeat)
@@ -409,8 +432,7 @@ class _Connection:
                     raise
                 reason = f"it answers {status}"
             except httpx.TransportError as error:
-                _check_certificate(error, f"{self._address}{self._through}")
-                reason = _reason(error)
+                reason = self._reason(error)
             except ValueError:  # flwr's, of an answer that it cannot parse
                 raise ProtocolError(f"{self._address}: the server's answer is none to what was asked") from None
             else:
@@ -427,6 +449,24 @@ class _Connection:
             if self._left.wait(pause * (0.5 + secrets.randbelow(512) / 1024)):
                 raise _Stale  # a worker of flwr's, still trying while we end
             pause = min(RETRY_MOST, pause * 1.5)
+
+    def _reason(self, error: httpx.TransportError) -> str:
+        """Why the server is not there.
+
+        Raises:
+            CertificateError: it is, and does not prove to be the one that the study means; unless people here still
+                keep the certificate that an amendment has replaced: then it may be a server that was not yet started
+                again, which they need not come back for.
+        """
+        cause = _mistrusted(error)
+        if cause is None:
+            return _reason(error)
+        if not self._superseded or mistrust(cause) is not Mistrust.ISSUER:
+            _refuse_certificate(cause, f"{self._address}{self._through}")
+        return (
+            f"its certificate is not by authority {self.authority}, which alone an amendment lets in: the coordinator "
+            "starts it again with the new one"
+        )
 
     def end_if_over(self, since: float) -> None:
         """Once the study is over here, do not wait for a server for longer than it could take to ask.
@@ -463,12 +503,15 @@ def _check_clock(response: httpx.Response) -> None:
         ) from None
 
 
-def _check_certificate(error: BaseException, address: str) -> None:
+def _mistrusted(error: BaseException) -> ssl.SSLCertVerificationError | None:
+    """The failed verification behind an error, if that is what it is."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return
+    return cause
+
+
+def _refuse_certificate(cause: ssl.SSLCertVerificationError, address: str) -> NoReturn:
     why = mistrust(cause)
     if why is Mistrust.NAME:
         help_text = (

@@ -49,6 +49,7 @@ from secure_fed.protocol.round_frames import VoidHeader
 from secure_fed.protocol.sealed_key import ACKNOWLEDGEMENT_MAGIC, AcknowledgementHeader, SealedKeyHeader, exact_warning
 from secure_fed.protocol.signing import Frame, check_payload, parse_header, payload_fields, sign_frame
 from secure_fed.protocol.study import AgreedStudy
+from secure_fed.transport.certificates import read_authority
 
 log = logging.getLogger(__name__)
 
@@ -462,6 +463,7 @@ class Replica:
         Raises:
             RecordError, LedgerRollbackError: it is refused; all is as it was, but for evidence.
             SiteFileError: an amendment that this site's policy leaves to its people.
+            CertificateError: an amendment's authority, whose certificate is not here yet.
             NotAcceptedError: a further run of the study, which nobody here has accepted.
             AdapterMismatchError: the members hold another adapter.
             KeyFileError: an amendment's key is refused, or a genesis names one that is not here.
@@ -663,16 +665,21 @@ class Replica:
             )
 
     def _check_policy(self, amendment: SealedKeyHeader) -> None:
-        """Apply unasked only those amendments that this site's own file allows."""
-        allowed = self._file.amendments
-        unasked = allowed == "all" or (allowed == "removals" and not amendment.added)
+        """Apply unasked only those amendments that this site's own file allows, and none after which it could not
+        reach its server."""
+        allowed, authority = self._file.amendments, amendment.authority
+        unasked = allowed == "all" or (allowed == "removals" and not amendment.added and authority is None)
         if not unasked and not self.keys.holds(amendment.key):
             joining = ", ".join(site.name for site in amendment.added) or "nobody"
             leaving = ", ".join(amendment.removed) or "nobody"
+            trusting = "" if authority is None else f", and the server be trusted by authority {authority} alone"
             raise SiteFileError(
-                f"an amendment with key {amendment.key[:16]}: {joining} would join, {leaving} leave; site.toml says "
-                f'amendments = "{allowed}"; accept this one by hand (secfacmic keys accept) or change site.toml'
+                f"an amendment with key {amendment.key[:16]}: {joining} would join, {leaving} leave{trusting}; "
+                f'site.toml says amendments = "{allowed}"; accept this one by hand (secfacmic keys accept) or change '
+                "site.toml"
             )
+        if authority is not None and self._file.server is not None:
+            read_authority(Path(self._file.server.authority), authority)
 
     # --- what a site asks ---
 

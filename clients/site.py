@@ -110,6 +110,11 @@ class Site(Learner):
         return self.replica.state.chain.rounds
 
     @property
+    def authority(self) -> str | None:
+        """SHA-256 of the certificate of the authority that an amendment named, which alone is trusted; else None."""
+        return self.replica.state.chain.authority
+
+    @property
     def over(self) -> bool:
         """Whether nothing is left to do here: every round is applied, and no further run was accepted."""
         return self.finished and not self.replica.awaits_run

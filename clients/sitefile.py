@@ -60,7 +60,8 @@ class SiteServer(FileModel):
 
     Attributes:
         address: ``host:port``; the host must be one of the names in the server's certificate.
-        authority: certificate of the study's authority, ``ca.crt``; no other is trusted.
+        authority: certificate of the study's authority, ``ca.crt``; no other is trusted. Before an amendment changes
+            it, the new one is appended to the file.
         proxy: HTTP proxy on the way, ``http://proxy.example.org:3128``; the environment's ``HTTPS_PROXY`` if not set.
         wait_seconds: how long a look for messages may wait at the server for something to come; fewer where a proxy or
             firewall cuts silent connections, 0 to look again and again.
@@ -128,8 +129,8 @@ class SiteFile(FileModel):
         min_sites: fewest contributors this site asks of an aggregate; a study that asks for less is refused.
         max_epsilon: this site trains under differential privacy only, with at most this epsilon.
         studies: names or ids of the only studies it takes part in; any if empty.
-        amendments: which rotations of the study's key are applied unasked: all, those by which no site joins, or
-            none; others are accepted by hand.
+        amendments: which rotations of the study's key are applied unasked: all, those by which no site joins and
+            no authority changes, or none; others are accepted by hand.
         threads: CPU threads of training; other counts give other rounding.
         device: where images are encoded and the adapter is trained: ``auto`` takes a CUDA card if there is one,
             ``cuda:1`` the card of that number. Training under differential privacy, in double

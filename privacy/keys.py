@@ -249,6 +249,7 @@ def create_sealed_key(
     added: tuple[Member, ...] = (),
     removed: tuple[str, ...] = (),
     rounds: tuple[int, int] | None = None,
+    authority: str | None = None,
 ) -> bytes:
     """Make a new CKKS secret and MAC key for a study and seal them to all its members.
 
@@ -261,6 +262,7 @@ def create_sealed_key(
         added: sites that join with the new key.
         removed: sites that leave with it, and can open nothing later.
         rounds: rounds of the run that are closed, and all that it has, for whoever joins.
+        authority: SHA-256 of the certificate of the authority that sites trust from then on, if it changes.
 
     Returns:
         The sealed key file, which may travel over the server.
@@ -289,6 +291,7 @@ def create_sealed_key(
         removed=removed,
         created_ms=time.time_ns() // 1_000_000,
         rounds=rounds,
+        authority=authority,
         **payload_fields(sealed),
     )
     return sign_frame(KEY_MAGIC, header, maker.signing, sealed)

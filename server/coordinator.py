@@ -535,6 +535,12 @@ class Coordinator:
             enough = len(set(self._readies) | self._refusing) >= needed
             if waiting is not None and not self._begun and enough and self._may_amend(waiting):
                 self.journal.append_amendment(waiting)
+                if self.journal.chain.authority != chain.authority:
+                    log.warning(
+                        "authority %s is in force: sites that have the amendment speak to no server of another; unless "
+                        "this one was started with it already, start it again with its files",
+                        self.journal.chain.authority,
+                    )
                 self._acknowledged = Acknowledgements(self._agreed)
                 self._head_moved()
                 self._refusing.clear()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from secure_fed.core.errors import KeyFileError, StudyError
+from secure_fed.core.errors import CertificateError, KeyFileError, StudyError
 from secure_fed.core.layout import ServerRun, ServerState
 from secure_fed.core.storage import make_folder, write_durable
 from secure_fed.protocol.records import LOST, MOST_ROUNDS, Chain, RecordFolder
 from secure_fed.protocol.study import AgreedStudy
+from secure_fed.transport.certificates import CA, SERVER, SERVER_KEY, certificates, fingerprint_of, read_authority
 
 _LEFT = b"left"
 
@@ -117,6 +119,42 @@ def amend_run(agreed: AgreedStudy, state: Path, sealed: bytes) -> tuple[int, int
         )
     store_amendment(folder.path, chain, sealed)
     return chain.round + 1, chain.rounds
+
+
+def refuse_other_authority(run_folder: Path, chain: Chain, folder: Path) -> None:
+    """Check that the server's authority is the one that a run's sites trust, before it listens.
+
+    That is the one that an amendment in force names, else the one with which the run was first served, which is noted
+    here then; or already the one of an amendment that waits: the sites' files hold both then, and where the one before
+    has ended nobody could get the amendment otherwise.
+
+    Args:
+        run_folder: of the run.
+        chain: its journal's.
+        folder: of the server's certificates.
+
+    Raises:
+        CertificateError: it is another, or missing.
+        StorageError: it cannot be noted.
+    """
+    run = ServerRun(run_folder)
+    held = "\n".join(map(fingerprint_of, certificates(read_authority(folder / CA))))
+    if chain.authority is None and not run.authority.exists():
+        write_durable(run.authority, held.encode())
+        return
+    expected = chain.authority or run.authority.read_text(encoding="ascii", errors="replace")
+    if held == expected:
+        return
+    waiting = Orders(run).amendment(chain.key)
+    with contextlib.suppress(KeyFileError):  # one that cannot take force any more is told of later
+        if waiting is not None and chain.amended(waiting)[0].authority == held:
+            return
+    named = "an amendment in force names" if chain.authority else "the run began with"
+    raise CertificateError(
+        f"{folder / CA}: authority {held}; expected {expected}, which {named}, and which sites trust alone: put its "
+        f"{CA}, {SERVER} and {SERVER_KEY} into {folder}; a change of authority is an amendment: secfacmic keys rotate "
+        "--authority at the key maker, then study amend"
+    )
 
 
 def hold_run(agreed: AgreedStudy, state: Path, *, paused: bool) -> int:

@@ -28,6 +28,7 @@ from secure_fed.protocol.study_tables import Member
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.flower_link import SuperLink
+from secure_fed.server.orders import refuse_other_authority
 from secure_fed.transport.flower_messages import contract
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def serve(
 
     Raises:
         StudyError: the study has another mode, or no run was begun.
-        CertificateError, AddressError: the listener cannot be set up.
+        CertificateError, AddressError: the listener cannot be set up; or the authority is another than the run's.
         ServerAppError: the rounds' process ends again and again.
         SecfacmicError: others, of the rounds.
     """
@@ -100,7 +101,7 @@ def serve(
             "is agreed on by all sites and never changes"
         )
     _begin_if_asked(agreed, folders, key)
-    run, keys = _hold(folders.coordinator(agreed), lobby)
+    run, keys = _hold(folders, agreed, lobby)
     store = ByteStore(*folders.bytes_of(run), run, lambda site: most_bytes(agreed, site))
     _room_for(agreed.study.max_sites)
     link = SuperLink(ServerState(folders.state).certificates, listen, keys, store)
@@ -174,8 +175,10 @@ def _begin_if_asked(agreed: AgreedStudy, folders: ServerFolders, key: Path | Non
     Coordinator.begin(agreed, folders.state, signing, key_id)
 
 
-def _hold(coordinator: Coordinator, lobby: bool) -> tuple[str, dict[str, str]]:
-    """Its run and its sites' keys. It is not kept here: it has a sum's memory, and another process has its own."""
+def _hold(folders: ServerFolders, agreed: AgreedStudy, lobby: bool) -> tuple[str, dict[str, str]]:
+    """Run and sites' keys. The coordinator is not kept here: it has a sum's memory, and another process has its own."""
+    coordinator, state = folders.coordinator(agreed), ServerState(folders.state)
+    refuse_other_authority(state.run(coordinator.run).path, coordinator.journal.chain, state.certificates)
     coordinator.hold_in_lobby(lobby)
     return coordinator.run, _flower_keys(coordinator.journal.chain.members)
 

@@ -36,6 +36,9 @@ def rotate(
     into: OutFile,
     remove: Annotated[list[str] | None, typer.Option(help="A site that leaves.")] = None,
     add: Annotated[list[Path] | None, typer.Option(metavar="NAME.pub", help="A site that joins to train.")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(metavar="ca.crt", help="The authority that sites trust alone from then on.")
+    ] = None,
 ) -> None:
     """Make the key that replaces the one of the current run; at the study's key maker only.
 
@@ -45,7 +48,7 @@ def rotate(
     from secure_fed.privacy.keys import read_public_identity
 
     joining = [read_public_identity(path) for path in add or []]
-    _tell_sealed(rotate_key(site, study, into, joining, remove or ()), into, site)
+    _tell_sealed(rotate_key(site, study, into, joining, remove or (), authority), into, site)
 
 
 @app.command()
@@ -72,6 +75,7 @@ def show(site: SitePath, json_: Json = False) -> None:
                     "key": header.key,
                     "previous": header.previous,
                     "sites": list(header.recipients),
+                    "authority": header.authority,
                     "made": _made(header),
                 }
                 for epoch, header in held.items()
@@ -104,6 +108,14 @@ def _tell(header: SealedKeyHeader, site: Path) -> None:
 
     out.print(f"epoch {header.epoch}, fingerprint {fingerprint(header.key)}", highlight=False, soft_wrap=True)
     out.print("compare the fingerprint with the other sites by phone", highlight=False, soft_wrap=True)
+    if header.authority is not None:
+        out.print(
+            f"from this key on the server is trusted by the certificate of one authority alone, SHA-256 "
+            f"{header.authority}: compare it with the new ca.crt, and append that to the file that {site} names as "
+            "authority, before the key is in force",
+            highlight=False,
+            soft_wrap=True,
+        )
     warning = exact_warning(read_site(site, None)[1].study, header)
     if warning is not None:
         out.print(warning, highlight=False, soft_wrap=True)

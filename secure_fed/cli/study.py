@@ -302,9 +302,10 @@ def amend(
     out.print(f"in force from round {first} or the next", highlight=False, soft_wrap=True)
     joining = {site.name for site in header.added}
     asked = ", ".join(name for name in header.recipients if name not in joining and name != header.maker)
-    for what, names in (("join", joining), ("leave", header.removed)):
+    trusted = () if header.authority is None else (f"the authority {header.authority}",)
+    for what, names in (("join", joining), ("leave", header.removed), ("becomes the server's", trusted)):
         if names:
-            allowed = '"all"' if what == "join" else '"all" or "removals"'
+            allowed = '"all" or "removals"' if what == "leave" else '"all"'
             out.print(
                 f"{', '.join(sorted(names))} {what}: {asked} must have said yes before, each by its site.toml "
                 f"(amendments = {allowed}) or by hand (secfacmic keys accept {sealed.name}); whose people have "
@@ -313,6 +314,13 @@ def amend(
                 highlight=False,
                 soft_wrap=True,
             )
+    if header.authority is not None:
+        out.print(
+            "every site must have the new ca.crt before, appended to the file that its site.toml names as authority; "
+            f"now put the new ca.crt, server.crt and server.key into {state / 'tls'}, and start the server again",
+            highlight=False,
+            soft_wrap=True,
+        )
     warning = exact_warning(agreed.study, header)
     if warning is not None:
         out.print(warning, highlight=False, soft_wrap=True)

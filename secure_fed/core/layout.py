@@ -286,6 +286,11 @@ class ServerRun(RunState):
         return self.path / "end"
 
     @property
+    def authority(self) -> Path:
+        """Fingerprints of the authority with which the run was first served."""
+        return self.path / "authority"
+
+    @property
     def rounds(self) -> Path:
         """How many rounds the run is to have, once the coordinator's people want more than the study's."""
         return self.path / "rounds"

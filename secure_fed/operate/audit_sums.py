@@ -80,7 +80,7 @@ def audit_sums(file: SiteFile, agreed: AgreedStudy, rounds: int | None = None) -
     server = file.known_server
     key = load_identity(Path(file.identity), file.site).flower
     way = Way(server.address, Path(server.authority), len(study.sites), server.proxy)
-    with open_line(way, file.site, key) as line:
+    with open_line(way, file.site, key, chain.authority) as line:
         return list(recompute(run, agreed, _Asked(line), chain.round + 1 - (rounds or study.keep_rounds)))
 
 

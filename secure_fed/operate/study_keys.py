@@ -13,6 +13,7 @@ from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key,
 from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, read_sealed_file
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.protocol.study_tables import Member
+from secure_fed.transport.certificates import root_fingerprint
 
 
 def create_key(site: Path, study: Path, into: Path) -> SealedKeyHeader:
@@ -34,7 +35,12 @@ def create_key(site: Path, study: Path, into: Path) -> SealedKeyHeader:
 
 
 def rotate_key(
-    site: Path, study: Path, into: Path, add: Sequence[PublicIdentity] = (), remove: Sequence[str] = ()
+    site: Path,
+    study: Path,
+    into: Path,
+    add: Sequence[PublicIdentity] = (),
+    remove: Sequence[str] = (),
+    authority: Path | None = None,
 ) -> SealedKeyHeader:
     """Make the key that replaces the one of the current run; at the study's key maker only.
 
@@ -42,9 +48,11 @@ def rotate_key(
         site, study, into: as for :func:`create_key`.
         add: sites that join, to train; one that the study lists and that has left comes back with its weight there.
         remove: names of sites that leave.
+        authority: certificate of the authority that sites trust alone from then on, if it changes.
 
     Raises:
         KeyFileError: also if the members cannot change so.
+        CertificateError: ``authority`` is not one root's, or not valid now.
         SiteFileError, OutputError, StorageError: as for :func:`create_key`.
     """
     file, agreed = read_site(site, study)
@@ -53,7 +61,10 @@ def rotate_key(
     weights = {site.name: site.weight for site in agreed.study.sites}
     joining = tuple(Member(name=each.name, keys=each.keys, weight=weights.get(each.name, 1.0)) for each in add)
     epoch, rounds = here.keys.newest[0] + 1, (chain.round, chain.rounds)
-    sealed = create_sealed_key(agreed, here.identity, epoch, chain.key, chain.members, joining, tuple(remove), rounds)
+    trusted = None if authority is None else root_fingerprint(authority)
+    sealed = create_sealed_key(
+        *(agreed, here.identity, epoch, chain.key, chain.members, joining, tuple(remove), rounds, trusted)
+    )
     chain.amended(sealed)  # as everybody will; here before anybody holds it
     return _keep(here.keys, sealed, into)
 

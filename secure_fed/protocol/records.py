@@ -181,6 +181,7 @@ class Chain:
         amended_after: the last round before the last amendment or retirement; -1 before the first.
         changed_after: the same of the last with which a training site joined or left.
         retired: public signing keys of those who have retired in the run.
+        authority: SHA-256 of the certificate of the authority that the last amendment of it named; None before one.
         awaits_checkpoint: whether the last record is an amendment, which nothing but its checkpoint follows, or the end
             of a run whose sites are lost.
         sum: id of the last aggregate; zeros before the first.
@@ -210,6 +211,7 @@ class Chain:
         self.amended_after = -1
         self.changed_after = -1
         self.retired: frozenset[str] = frozenset()
+        self.authority: str | None = None
 
     @property
     def due(self) -> RoundPosition:
@@ -362,6 +364,8 @@ class Chain:
         elif header.kind in ("amendment", "retired"):
             self.amendment += header.kind == "amendment"
             self.amended_after = self.round
+        if record.amendment is not None and record.amendment.authority is not None:
+            self.authority = record.amendment.authority
 
     def check_size(self, kind: Kind, size: int) -> None:
         """Check that the next record of a kind can have a payload of so many bytes.

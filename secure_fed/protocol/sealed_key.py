@@ -1,8 +1,9 @@
 """Sealed key files and checkpoints, as far as everybody can check them: no key opens anything here.
 
 A sealed key file holds a study's CKKS secret and MAC key, sealed to its members and signed by the key maker. One with
-a predecessor is an *amendment*: it may name sites that join or leave, and takes force when the coordinator appends it
-to the journal. Members then *acknowledge* it, and the key maker adds a checkpoint for those who come later.
+a predecessor is an *amendment*: it may name sites that join or leave, or another certificate authority, and takes force
+when the coordinator appends it to the journal. Members then *acknowledge* it, and the key maker adds a checkpoint for
+those who come later.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class SealedKeyHeader(SignedHeader):
         created_ms: the key maker's clock, milliseconds since 1970; for information.
         rounds: of a key that replaces another in a run, how many rounds were closed when it was made, and how many the
             run has; what whoever joins with it is told.
+        authority: SHA-256 of the certificate (DER) of the authority that sites trust alone from the amendment on; the
+            one so far if None.
     """
 
     version: Literal[2]
@@ -65,6 +68,7 @@ class SealedKeyHeader(SignedHeader):
     removed: tuple[Name, ...]
     created_ms: Count
     rounds: tuple[Count, Count] | None = None
+    authority: Hex64 | None = None
 
 
 class AcknowledgementHeader(MemberHeader):

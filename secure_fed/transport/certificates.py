@@ -13,6 +13,7 @@ from pathlib import Path
 from shlex import quote
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -30,7 +31,7 @@ DAYS = 825
 """Validity of the server's certificate, which is renewed (:func:`renew_certificate`)."""
 
 AUTHORITY_DAYS = 3650
-"""Validity of the authority: sites trust it for as long as a study may last, since replacing it is a matter for all."""
+"""Validity of the authority: sites trust it for as long as a study may last, since replacing it is an amendment."""
 
 SOON_DAYS = 30
 """A certificate that ends sooner is told of: it would end in the middle of a study."""
@@ -234,8 +235,9 @@ class ServerCertificate:
         if certificates(read_authority(self._folder / CA)) != self._authority:
             raise CertificateError(
                 f"{self._folder / CA}: another authority than this server was started with, which sites trust alone; "
-                "expected a certificate that it has issued: put its ca.crt back and use study ca --renew; if every "
-                "site has the new ca.crt, start the server again"
+                "expected a certificate that it has issued: put its ca.crt back and use study ca --renew; another "
+                "authority is an amendment (secfacmic keys rotate --authority, then study amend), after which the "
+                "server is started again"
             )
         self.context, self.until = self._load()
         return True
@@ -330,22 +332,72 @@ def _fault(context: ssl.SSLContext, authority: Path, host: str) -> str | None:
     return None
 
 
-def read_authority(path: Path) -> bytes:
-    """The authority's certificate, which a site trusts alone.
+def read_authority(path: Path, fingerprint: str | None = None) -> bytes:
+    """The certificate of the study's authority, which a site trusts alone; PEM.
+
+    A file may hold more: the authority so far and the one that an amendment brings.
+
+    Args:
+        path: of the file.
+        fingerprint: of the one that an amendment in force names: that one alone. Without one, all of the file.
 
     Raises:
-        CertificateError: missing or not a certificate.
+        CertificateError: missing or not a certificate, or none with that fingerprint.
     """
     try:
         data = path.read_bytes()
-        x509.load_pem_x509_certificate(data)
+        held = certificates(data)
     except OSError as error:
         raise CertificateError(
             f"{path}: cannot be read ({error.strerror}); expected the study's {CA}: ask the coordinator for it"
         ) from error
     except ValueError as error:
         raise CertificateError(f"{path}: not a certificate; expected the study's {CA}") from error
-    return data
+    if fingerprint is None:
+        return data
+    for one in held:
+        if fingerprint_of(one) == fingerprint:
+            return one.public_bytes(_PEM)
+    raise CertificateError(
+        f"{path}: the certificate of authority {', '.join(map(fingerprint_of, held))}; expected that of {fingerprint}, "
+        f"which an amendment of the study names: ask the coordinator for the new {CA}, compare this fingerprint by "
+        "phone, and append it to the file"
+    )
+
+
+def fingerprint_of(certificate: x509.Certificate) -> str:
+    """SHA-256 of a certificate (DER), 64 hex digits: what ``openssl x509 -fingerprint -sha256`` shows."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def root_fingerprint(path: Path) -> str:
+    """Fingerprint of the authority that an amendment is to name.
+
+    Raises:
+        CertificateError: the file holds another than one certificate, or one that is no root, or not valid now. Sites
+            would trust it alone, and nobody could connect.
+    """
+    held = certificates(read_authority(path))
+    if len(held) != 1:
+        raise CertificateError(f"{path}: {len(held)} certificates; expected the new authority's alone")
+    (found,) = held
+    try:
+        root = found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        found.verify_directly_issued_by(found)
+    except (x509.ExtensionNotFound, ValueError, TypeError, InvalidSignature):
+        root = False
+    if not root:
+        raise CertificateError(
+            f"{path}: not the certificate of a root authority, signed by itself; expected the {CA} of study ca, or the "
+            "root of the hospital's own authority"
+        )
+    begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
+    if not begins <= datetime.datetime.now(datetime.UTC) < ends:
+        raise CertificateError(
+            f"{path}: valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}; expected one that is valid now: make another "
+            "authority (secfacmic study ca), or look at this computer's clock"
+        )
+    return fingerprint_of(found)
 
 
 def _refuse_held(folder: Path) -> None:
@@ -364,7 +416,8 @@ def _own_authority(folder: Path) -> x509.Certificate:
     if found.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
         raise CertificateError(
             f"{folder / CA}: the authority's time was over on {found.not_valid_after_utc:%Y-%m-%d}; nothing under it "
-            "convinces a site: make another authority in another folder, and give its ca.crt to every site"
+            "convinces a site: make another authority in another folder; it is an amendment once a run has begun "
+            "(secfacmic keys rotate --authority)"
         )
     return found
 

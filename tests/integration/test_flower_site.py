@@ -37,7 +37,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from secure_fed.clients import flower_node
 from secure_fed.clients.flower_app import SiteApp
-from secure_fed.clients.flower_node import Way, _Connection
+from secure_fed.clients.flower_node import Way, _Connection, _Over
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteFile, SiteServer, read_site_file
 from secure_fed.core.errors import (
@@ -64,7 +64,7 @@ from secure_fed.protocol.signing import ZERO_DIGEST
 from secure_fed.server.byte_store import ByteStore, Incoming, Outgoing
 from secure_fed.server.flower_link import SuperLink, _Grid
 from secure_fed.server.supervisor import ServerFolders, _begin_if_asked, serve
-from secure_fed.transport.certificates import create_authority, renew_certificate
+from secure_fed.transport.certificates import create_authority, renew_certificate, root_fingerprint, server_context
 from secure_fed.transport.flower_messages import ROUND_MESSAGE, contract, read_reply, reply_content, request_content
 from secure_fed.transport.flower_parcels import parcel, taken_apart, unpacked
 from tests.conftest import Federation, Run, stop_at_once
@@ -178,7 +178,7 @@ class Link:
         self.authority = folder / "tls" / "ca.crt"
 
     def way(self, **changes: Any) -> Way:
-        return Way(f"127.0.0.1:{self.port}", self.authority, 1, **{"wait": 0} | changes)
+        return Way(f"127.0.0.1:{self.port}", **{"authority": self.authority, "sites": 1, "wait": 0} | changes)
 
     def connect(self, **changes: Any) -> _Connection:
         connection = _Connection(self.way(**changes), "ash", self.key)
@@ -289,6 +289,35 @@ def test_a_renewed_certificate_is_taken_while_the_server_runs(link: Link, caplog
     assert before.pull() is None
     before.leave()
     link.connect().leave()
+
+
+def test_a_site_that_has_an_amendment_waits_for_the_server_under_the_authority_it_names(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gives no message to one under the authority before, which may be stolen, and need not be started again."""
+    caplog.set_level("INFO", "secure_fed")
+    new, file = tmp_path / "new", tmp_path / "both.crt"
+    create_authority(new, ["127.0.0.1"])
+    file.write_bytes(link.authority.read_bytes() + (new / "ca.crt").read_bytes())
+    monkeypatch.setattr(flower_node, "OVER_SECONDS", 0.3)
+    monkeypatch.setattr(flower_node, "RETRY_FIRST", 0.01)
+
+    def site(authority: Path) -> _Connection:
+        return _Connection(
+            link.way(authority=authority), "ash", link.key, lambda: True, root_fingerprint(new / "ca.crt")
+        )
+
+    link.connect(authority=file).leave()  # one that was away has not got it yet
+    waiting = site(file)
+    with pytest.raises(_Over):
+        waiting.join()
+    assert "which alone an amendment lets in" in caplog.text
+    with pytest.raises(CertificateError, match="not issued by the study's authority"):
+        site(new / "ca.crt").join()
+    link.link._certificate.context = server_context(new / "server.crt", new / "server.key")
+    waiting.join()
+    waiting.leave()
+    link.connect(authority=file).leave()
 
 
 def test_a_server_warns_before_its_certificate_ends(link: Link, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,8 @@ from cryptography import x509
 
 from secure_fed.operate.doctor.finding import Fault, Finding, attempt, check
 from secure_fed.operate.doctor.machine import days_left
-from secure_fed.transport.certificates import CA, certificates, names_of
+from secure_fed.protocol.records import Chain, RecordFolder
+from secure_fed.transport.certificates import CA, certificates, names_of, read_authority
 from secure_fed.transport.connection import (
     AHEAD_SECONDS,
     BEHIND_SECONDS,
@@ -32,22 +33,24 @@ from secure_fed.transport.connection import (
 
 if TYPE_CHECKING:
     from secure_fed.clients.sitefile import SiteFile
+    from secure_fed.protocol.study import AgreedStudy
 
 SECONDS = 10.0
 
 
-def examine_way(file: SiteFile) -> Iterator[Finding]:
+def examine_way(file: SiteFile, agreed: AgreedStudy | None = None) -> Iterator[Finding]:
     """Look at a site's way to its server, as far as it goes.
 
     Args:
         file: the site's.
+        agreed: the study, if it can be read: its journal here may name the authority.
     """
     server = file.server
     if server is None:
         mend = 'add address = "HOST:8443" and authority = "study/ca.crt"'
         yield Finding("server", False, "no [server] table in site.toml", mend)
         return
-    found, authority = attempt("authority", lambda: _authority(Path(server.authority)))
+    found, authority = attempt("authority", lambda: _authority(Path(server.authority), _named(file, agreed)))
     yield found
     if authority is None:
         return
@@ -86,16 +89,31 @@ class _Authority(NamedTuple):
     subject: str
 
 
-def _authority(path: Path) -> tuple[_Authority, str]:
+def _named(file: SiteFile, agreed: AgreedStudy | None) -> str | None:
+    """Fingerprint of the authority that an amendment here names; None without one."""
+    run = file.state_folder.current_run
+    if agreed is None or run is None:
+        return None
+    chain = Chain(agreed)
+    for _ in RecordFolder(file.state_folder.run(run).journal).replay(chain):
+        pass
+    return chain.authority
+
+
+def _authority(path: Path, named: str | None) -> tuple[_Authority, str]:
     try:
         pem = path.read_bytes()
-        trusted = certificates(pem)
+        held = certificates(pem)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a certificate"
         raise Fault(f"{path}: {reason}", f"ask the coordinator for the study's {CA}") from None
+    if named is not None:
+        pem = read_authority(path, named)
+    trusted = certificates(pem)
     mend = "ask the coordinator for a new authority and certificate"
     days = min(days_left(one, str(path), mend) for one in trusted)
-    return _Authority(path, pem, trusted[0].subject.rfc4514_string()), f"{path}: valid for {days} days"
+    more = "; take the one before out of the file" if len(held) > len(trusted) else ""
+    return _Authority(path, pem, trusted[0].subject.rfc4514_string()), f"{path}: valid for {days} days{more}"
 
 
 @dataclass(frozen=True)
@@ -213,7 +231,8 @@ def _secure(way: _Way, authority: _Authority) -> tuple[ssl.SSLSocket, str]:
                 f"{host}:{port}: its certificate was issued by {certificate.issuer.rfc4514_string()}, not by the "
                 f"study's authority ({authority.subject}): something on the way opens TLS, or it is another server",
                 f"ask whoever runs firewall and proxy for an exception from TLS inspection for {host}:{port}; if there "
-                f"is no inspection, compare {authority.path.name} with the coordinator's",
+                f"is no inspection, compare {authority.path.name} with the coordinator's; where an amendment has "
+                "changed the authority, the server is started again with its files",
             ) from None
         _days_left(certificate, host)
         raise Fault(

@@ -45,7 +45,7 @@ def examine_site(path: Path) -> Iterator[Finding]:
     yield check("memory", lambda: memory(MEMORY))
     yield check("image formats", _formats)
     yield check("ledger", lambda: _ledger(file))
-    yield from examine_way(file)
+    yield from examine_way(file, agreed)
     if agreed is None:
         return
     yield check("membership", lambda: _membership(file, agreed))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import ssl
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,15 @@ from secure_fed.transport.certificates import (
     SERVER,
     SERVER_KEY,
     ServerCertificate,
+    _fault,
     adopt_certificate,
     create_authority,
     names_held,
+    read_authority,
     renew_adopted,
     renew_certificate,
+    root_fingerprint,
+    server_context,
 )
 
 FILES = (CA, CA_KEY, SERVER, SERVER_KEY)
@@ -244,3 +250,72 @@ def test_the_command_renews_and_refuses_what_does_not_go_together(tls: Path) -> 
         assert run.invoke(app, ["study", "ca", "--out", str(tls), *wrong]).exit_code == 2
     again = run.invoke(app, ["study", "ca", "--host", "fl.example.org", "--out", str(tls)])
     assert isinstance(again.exception, CertificateError)
+
+
+# --- another authority, by an amendment ---
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Path:
+    create_authority(tmp_path / "new", ["127.0.0.1", "fl.example.org"])
+    return tmp_path / "new"
+
+
+def both(tls: Path, new: Path, into: Path) -> Path:
+    """What a site has while an amendment changes the authority."""
+    into.write_bytes((tls / CA).read_bytes() + (new / CA).read_bytes())
+    return into
+
+
+def convinces(server: Path, trusted: bytes, into: Path) -> bool:
+    """Whether a server's certificate convinces who trusts this."""
+    into.write_bytes(trusted)
+    return _fault(server_context(server / SERVER, server / SERVER_KEY), into, "fl.example.org") is None
+
+
+def test_a_stolen_key_of_the_authority_before_convinces_no_site_that_has_the_amendment(
+    tls: Path, new: Path, tmp_path: Path
+) -> None:
+    file, fingerprint = both(tls, new, tmp_path / "both.crt"), root_fingerprint(new / CA)
+    before, after = read_authority(file), read_authority(file, fingerprint)
+    forged = tmp_path / "forged"
+    forged.mkdir()
+    for name in (CA, CA_KEY):
+        (forged / name).write_bytes((tls / name).read_bytes())
+    certificate, key = issue(forged, tmp_path / "issued", ["fl.example.org"])
+    certificate.rename(forged / SERVER)
+    key.rename(forged / SERVER_KEY)
+    for server, then in ((tls, False), (forged, False), (new, True)):
+        assert convinces(server, before, tmp_path / "trusted")  # a site that was away meanwhile comes back to both
+        assert convinces(server, after, tmp_path / "trusted") == then
+
+
+def test_a_file_without_the_amendments_authority_is_told_with_both_fingerprints(tls: Path, new: Path) -> None:
+    held, wanted = root_fingerprint(tls / CA), root_fingerprint(new / CA)
+    with pytest.raises(CertificateError, match=rf"{held}; expected that of {wanted}.*append it"):
+        read_authority(tls / CA, wanted)
+
+
+def test_an_amendment_names_one_root_that_is_valid_now(tls: Path, new: Path, tmp_path: Path) -> None:
+    """Else nobody could connect once it is in force."""
+    assert root_fingerprint(new / CA) == hashlib.sha256(ssl.PEM_cert_to_DER_cert((new / CA).read_text())).hexdigest()
+    with pytest.raises(CertificateError, match=r"2 certificates; expected .* alone"):
+        root_fingerprint(both(tls, new, tmp_path / "both.crt"))
+    with pytest.raises(CertificateError, match="not the certificate of a root authority"):
+        root_fingerprint(new / SERVER)
+    certificate, _ = issue(new, tmp_path / "issued", ["fl.example.org"])  # without a word on what it is for
+    with pytest.raises(CertificateError, match="not the certificate of a root authority"):
+        root_fingerprint(certificate)
+    now = datetime.datetime.now(datetime.UTC)
+    for begins, ends in ((-9, -1), (1, 9)):
+        key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+        made = (
+            x509.CertificateBuilder(name, name, key.public_key(), 1)
+            .not_valid_before(now + datetime.timedelta(days=begins))
+            .not_valid_after(now + datetime.timedelta(days=ends))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        (tmp_path / "root.crt").write_bytes(made.public_bytes(Encoding.PEM))
+        with pytest.raises(CertificateError, match="expected one that is valid now"):
+            root_fingerprint(tmp_path / "root.crt")
