@@ -293,6 +293,7 @@ def amend(
     state: Annotated[Path, typer.Option(help="The server's state folder.")],
 ) -> None:
     """Bring a rotated key into force with the next round, whether the server is running or not."""
+    from secure_fed.core.layout import ServerState
     from secure_fed.protocol.sealed_key import exact_warning, read_sealed_file
     from secure_fed.server.orders import amend_run
 
@@ -317,7 +318,8 @@ def amend(
     if header.authority is not None:
         out.print(
             "every site must have the new ca.crt before, appended to the file that its site.toml names as authority; "
-            f"now put the new ca.crt, server.crt and server.key into {state / 'tls'}, and start the server again",
+            f"now put the new ca.crt, server.crt and server.key into {ServerState(state).certificates}, and start the "
+            "server again",
             highlight=False,
             soft_wrap=True,
         )

@@ -51,7 +51,7 @@ def test_a_site_whose_answer_is_not_taken_says_nothing_waits_and_looks_what_it_i
     slept, pushed, was_taken = list[float](), list[str](), list[bool]()
 
     class App:
-        failure = None
+        failure = authority = None
         finished = False
         tries = 0
 
@@ -68,9 +68,10 @@ def test_a_site_whose_answer_is_not_taken_says_nothing_waits_and_looks_what_it_i
     message = SimpleNamespace(metadata=SimpleNamespace(run_id=1, group_id="1"))
     connection = SimpleNamespace(
         pull=lambda: (message, b""),
-        push=lambda answer, seconds: pushed.append(answer),
+        push=pushed.append,
         node=SimpleNamespace(node_id=1),
         line=None,
+        authority=None,
         stay=lambda *arguments: None,
     )
     monkeypatch.setattr(flower_node.time, "sleep", slept.append)
