@@ -316,7 +316,7 @@ def test_other_hostile_envelopes_are_refused(envelope: tuple[Federation, Coordin
     honest = open_envelope(
         reply.envelope, federation.agreed, coordinator.journal.chain.members, coordinator._wire.payload_bytes
     )
-    too_big = honest.payload[:-8] + b"\xff" * 8  # a residue above q
+    too_big = bytes(honest.payload[:-8]) + b"\xff" * 8  # a residue above q
     hostile = {
         "less than the modulus": _resigned(federation, reply.envelope, payload=too_big),
         "payload of": _resigned(federation, reply.envelope, payload=honest.payload[:-1]),

@@ -44,7 +44,7 @@ SHARED = {"prompt_features", "logit_scale"} | {
     for name in ("first_weight", "first_bias", "norm_weight", "norm_bias", "second_weight", "second_bias")
 }
 METADATA = {"study", "backbone", "classes", "prompts", "method", "per_patient", "adapter_digest", "model_card"}
-METADATA |= {"windows", "background", "concepts"}
+METADATA |= {"windows", "background", "concepts", "without_finding"}
 FIGURE = re.compile(r"\| (federated|zero-shot), |Temperature \d|validation images, ?is in")
 
 
