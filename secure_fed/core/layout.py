@@ -55,6 +55,7 @@ At a server:
 | ``runs/RUN/amendments/KEY.sealed`` | an amendment that waits, after that key | ``study amend`` |
 | ``runs/RUN/pause``, ``runs/RUN/end`` | that no round begins; that the run ends | ``study pause``, ``study end`` |
 | ``runs/RUN/lobby`` | that the first round waits until all are ready | ``server --lobby`` |
+| ``runs/RUN/authority`` | the authority under which the run was first served | ``server`` |
 | ``runs/RUN/rounds`` | how many rounds the run is to have | ``study extend`` |
 | ``runs/RUN/revealed`` | the cohort of the last round that was given up after its sum was fixed | coordinator |
 | ``runs/RUN/told`` | who knows that the run is over | the rounds |

@@ -3,11 +3,12 @@ alone, and nobody is cut off on the way."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from secure_fed.clients import flower_node
 from secure_fed.clients.flower_node import Way, _Connection, run_site
 from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteServer
@@ -19,6 +20,7 @@ from secure_fed.protocol.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyH
 from secure_fed.protocol.signing import parse_header, payload_fields, sign_frame, split_frame
 from secure_fed.server.coordinator import Coordinator
 from secure_fed.server.orders import refuse_other_authority
+from secure_fed.server.supervisor import ServerFolders, _hold, serve
 from secure_fed.transport.certificates import CA, create_authority, root_fingerprint
 from tests.conftest import Federation, Run, exchange, pass_step
 
@@ -168,6 +170,18 @@ def test_the_commands_name_the_authority_and_who_must_agree(
     assert f"server.key into {federation.folder / 'server' / 'tls'}, and start the server again" in said
 
 
+def test_a_server_that_is_started_under_another_authority_does_not_listen(
+    federation: Federation, coordinator: Coordinator, tls: Path
+) -> None:
+    folders = ServerFolders(federation.folder / "study.toml", federation.folder / "server")
+    certificates = ServerState(folders.state).certificates
+    shutil.copytree(tls / "old", certificates)
+    _hold(folders, federation.agreed, lobby=False)
+    shutil.copytree(tls / "new", certificates, dirs_exist_ok=True)
+    with pytest.raises(CertificateError, match="which the run began with"):
+        serve(folders, "he", ("127.0.0.1", 0))
+
+
 class App:
     """What of a site's app the node looks at."""
 
@@ -175,22 +189,41 @@ class App:
     finished = False
     authority: str | None = None
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, wanted: str) -> None:
         self.site = site
+        self.wanted = wanted
+        self.answered = 0
+
+    def answer(self, *arguments: object) -> str:
+        """The amendment is among what comes with the first message."""
+        assert not self.answered
+        self.answered += 1
+        self.authority = self.wanted
+        return "acknowledged"
+
+    def after_reply(self, *, taken: bool) -> None:
+        """Nothing of it matters here."""
 
 
 def test_a_running_site_leaves_a_server_whose_authority_it_trusts_no_more(
     sites: list[Site], tls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app, wanted = App(sites[0]), root_fingerprint(tls / "new" / CA)
-    steps: list[object] = []
+    """With the answer to the message that brought the amendment, and before it asks for another."""
+    app, steps = App(sites[0], root_fingerprint(tls / "new" / CA)), list[object]()
+    message = SimpleNamespace(metadata=SimpleNamespace(run_id=1, group_id="1"))
 
-    def answer(app: App, connection: _Connection, way: Way) -> None:
+    def left(connection: _Connection) -> None:
+        connection._left.set()
+        steps.append("left")
+
+    def joined(connection: _Connection) -> None:
         steps.append(connection.authority)
-        app.authority, app.finished = wanted, connection.authority == wanted
+        app.finished = connection.authority == app.wanted
 
-    monkeypatch.setattr(_Connection, "join", lambda self: None)
-    monkeypatch.setattr(_Connection, "leave", lambda self: (self._left.set(), steps.append("left")))
-    monkeypatch.setattr(flower_node, "_answer_messages", answer)
+    monkeypatch.setattr(_Connection, "join", joined)
+    monkeypatch.setattr(_Connection, "leave", left)
+    monkeypatch.setattr(_Connection, "pull", lambda self: (message, b""))
+    monkeypatch.setattr(_Connection, "push", lambda self, answer: steps.append(answer))
+    monkeypatch.setattr(_Connection, "stay", lambda *arguments: None)
     run_site(app, Way("127.0.0.1:9", tls / "both.crt", 4))  # type: ignore[arg-type]
-    assert steps == [None, "left", wanted, "left"]
+    assert steps == [None, "acknowledged", "left", app.wanted, "left"]
