@@ -14,6 +14,7 @@ from secure_fed.clients.site import Site
 from secure_fed.clients.sitefile import SiteServer
 from secure_fed.core.errors import CertificateError, KeyFileError, RecordError, SiteFileError
 from secure_fed.core.layout import ServerState
+from secure_fed.operate.doctor.network import examine_way
 from secure_fed.operate.study_keys import accept_key, rotate_key
 from secure_fed.protocol.records import RecordHeader, sign_record
 from secure_fed.protocol.sealed_key import KEY_MAGIC, MAX_KEY_HEADER, SealedKeyHeader
@@ -85,6 +86,10 @@ def test_a_site_takes_no_authority_that_its_people_have_not_agreed_to_or_whose_c
     exchange(coordinator, trusts(birch, tls / "both.crt"))
     assert birch.authority == wanted
     assert federation.site("birch").authority == wanted  # as a new process finds it
+    found = next(examine_way(birch.replica._file, federation.agreed))
+    assert (found.ok, found.found.endswith("take the one before out of the file")) == (True, True)
+    found = next(examine_way(trusts(birch, tls / "old" / CA).replica._file, federation.agreed))
+    assert (found.ok, f"expected that of {wanted}" in found.found) == (False, True)
 
 
 def test_nobody_but_the_key_maker_names_an_authority_and_no_amendment_comes_twice(

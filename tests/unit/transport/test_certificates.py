@@ -307,15 +307,20 @@ def test_an_amendment_names_one_root_that_is_valid_now(tls: Path, new: Path, tmp
     with pytest.raises(CertificateError, match="not the certificate of a root authority"):
         root_fingerprint(certificate)
     now = datetime.datetime.now(datetime.UTC)
-    for begins, ends in ((-9, -1), (1, 9)):
+    signer = load_pem_private_key((new / CA_KEY).read_bytes(), None)
+    for begins, ends, above, fault in (
+        (-9, -1, None, "expected one that is valid now"),
+        (1, 9, None, "expected one that is valid now"),
+        (-1, 9, signer, "not the certificate of a root authority"),  # an intermediate one
+    ):
         key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
         made = (
             x509.CertificateBuilder(name, name, key.public_key(), 1)
             .not_valid_before(now + datetime.timedelta(days=begins))
             .not_valid_after(now + datetime.timedelta(days=ends))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .sign(key, hashes.SHA256())
+            .sign(above or key, hashes.SHA256())  # type: ignore[arg-type]
         )
         (tmp_path / "root.crt").write_bytes(made.public_bytes(Encoding.PEM))
-        with pytest.raises(CertificateError, match="expected one that is valid now"):
+        with pytest.raises(CertificateError, match=fault):
             root_fingerprint(tmp_path / "root.crt")
