@@ -112,6 +112,7 @@ class CannedSite:
         return self._due.round > self._agreed.study.rounds
 
     over = finished
+    authority = None
 
     def respond(self, request: RoundRequest) -> RoundReply:
         """Take the records unchecked, and answer the round's questions with the canned update."""

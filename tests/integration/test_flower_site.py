@@ -84,6 +84,7 @@ class OneSite:
     position = 0
     finished = False
     round = 0
+    authority = None
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
