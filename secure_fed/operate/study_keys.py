@@ -8,9 +8,11 @@ from pathlib import Path
 from secure_fed.clients.keyring import KeyRing
 from secure_fed.clients.replica import Replica
 from secure_fed.clients.sitefile import read_site
+from secure_fed.core.errors import KeyFileError
 from secure_fed.core.storage import refuse_foreign, write_durable
 from secure_fed.privacy.keys import Identity, PublicIdentity, create_sealed_key, load_identity
 from secure_fed.protocol.sealed_key import KEY_MAGIC, SealedKeyHeader, read_sealed_file
+from secure_fed.protocol.signing import ZERO_DIGEST
 from secure_fed.protocol.study import AgreedStudy
 from secure_fed.protocol.study_tables import Member
 from secure_fed.transport.certificates import root_fingerprint
@@ -51,13 +53,19 @@ def rotate_key(
         authority: certificate of the authority that sites trust alone from then on, if it changes.
 
     Raises:
-        KeyFileError: also if the members cannot change so.
+        KeyFileError: also if the members cannot change so, or this site has no record of the run yet.
         CertificateError: ``authority`` is not one root's, or not valid now.
         SiteFileError, OutputError, StorageError: as for :func:`create_key`.
     """
     file, agreed = read_site(site, study)
     here = Replica(file, agreed)
     chain = here.state.chain
+    if chain.run == ZERO_DIGEST:
+        raise KeyFileError(
+            f"{file.state}: no record of a run yet, so that nobody could take a key of it; expected the run's first one, "
+            "which secfacmic client fetches when it connects: rotate then (a run that has not begun takes secfacmic keys "
+            "create)"
+        )
     weights = {site.name: site.weight for site in agreed.study.sites}
     joining = tuple(Member(name=each.name, keys=each.keys, weight=weights.get(each.name, 1.0)) for each in add)
     epoch, rounds = here.keys.newest[0] + 1, (chain.round, chain.rounds)
