@@ -62,9 +62,8 @@ def rotate_key(
     chain = here.state.chain
     if chain.run == ZERO_DIGEST:
         raise KeyFileError(
-            f"{file.state}: no record of a run yet, so that nobody could take a key of it; expected the run's first one, "
-            "which secfacmic client fetches when it connects: rotate then (a run that has not begun takes secfacmic keys "
-            "create)"
+            f"{file.state}: no record of a run yet, so that no key of it can be replaced; expected its first, "
+            "which secfacmic client fetches when it connects: rotate then; before a run: secfacmic keys create"
         )
     weights = {site.name: site.weight for site in agreed.study.sites}
     joining = tuple(Member(name=each.name, keys=each.keys, weight=weights.get(each.name, 1.0)) for each in add)

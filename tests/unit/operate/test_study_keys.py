@@ -59,7 +59,7 @@ def test_a_key_for_another_study_than_the_sites_is_refused(federation: Federatio
 
 
 def test_a_rotated_key_follows_the_one_in_force_without_who_leaves(federation: Federation, tmp_path: Path) -> None:
-    with pytest.raises(KeyFileError, match="no record of a run yet.*rotate then"):
+    with pytest.raises(KeyFileError, match=r"no record of a run yet.*rotate then"):
         rotate_key(site(federation, "ash"), federation.folder / "study.toml", tmp_path / "key")
     assert not (tmp_path / "key").exists()
     sites = federation.sites()
