@@ -30,7 +30,7 @@ from rich.console import Console
 from secure_fed.clients.decoding import decode
 from secure_fed.lab.simulation import simulate
 from secure_fed.model.adapter_file import AdapterFile, load_adapter
-from secure_fed.model.attribution import HeatMaps, margin_of, occluded, pattern_of
+from secure_fed.model.attribution import HeatMaps, Margin, occluded, question
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.loaded_backbone import LoadedBackbone
 from secure_fed.protocol.study import read_template, with_fields
@@ -103,6 +103,7 @@ def judged(adapter: str, work: Path, seed: int, most: int) -> dict[str, Any]:
     test = rows(data, "test")
     hits: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
     areas: list[tuple[float, float, float, float]] = []
+    asked: dict[int, tuple[Margin, Margin | None]] = {}
     for place in rng.permutation(len(test)):
         path, mask_path, label = test[place]
         mask = mask_of(mask_path, side)
@@ -112,10 +113,9 @@ def judged(adapter: str, work: Path, seed: int, most: int) -> dict[str, Any]:
         k = int(file.predict(backbone.encode_prepared([prepared])).argmax())
         if file.classes[k] != label:
             continue
-        against = file.held_against(label)
-        built = file.build()
-        margin = margin_of(built, k, None if against is None else file.classes.index(against))
-        heat = maps.of(prepared, margin, pattern_of(built, margin, k))
+        if k not in asked:
+            asked[k] = question(file, file.build(), k)
+        heat = maps.of(prepared, *asked[k])
         heat = np.zeros(mask.shape) if heat is None else heat
         hits[label].append((bool(heat.any() and mask.flat[heat.argmax()]), bool(mask.flat[places[label]])))
         if len(areas) < most:

@@ -22,6 +22,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from secure_fed.core.errors import BackboneError
+from secure_fed.model.adapter_file import AdapterFile
 from secure_fed.model.adapters import Adapter
 from secure_fed.model.heat import upsampled
 from secure_fed.model.loaded_backbone import LoadedBackbone
@@ -98,6 +99,19 @@ def pattern_of(adapter: Adapter, margin: Margin, label: int) -> Margin | None:
     pattern = torch.from_numpy(covariance @ (weights - along * (along @ weights)))
     length = float(pattern.norm())
     return (lambda features: features @ (pattern / length).to(features.dtype)) if length > 0 else None
+
+
+def question(file: AdapterFile, adapter: Adapter, label: int) -> tuple[Margin, Margin | None]:
+    """What is asked of a prediction: its margin, over the class that the file names for that, and its pattern.
+
+    Args:
+        file: of the adapter.
+        adapter: as the file builds it.
+        label: the predicted class.
+    """
+    against = file.held_against(file.classes[label])
+    margin = margin_of(adapter, label, None if against is None else file.classes.index(against))
+    return margin, pattern_of(adapter, margin, label)
 
 
 class HeatMaps:

@@ -29,7 +29,7 @@ from secure_fed.clients.sitefile import read_site
 from secure_fed.core.errors import AdapterFileError, OutputError, SiteFileError, StorageError
 from secure_fed.core.storage import made_folder, write_durable
 from secure_fed.model.adapter_file import AdapterFile
-from secure_fed.model.attribution import HeatMaps, Margin, margin_of, pattern_of
+from secure_fed.model.attribution import HeatMaps, Margin, question
 from secure_fed.model.backbone import load_backbone
 from secure_fed.model.device import Device
 from secure_fed.model.heat import overlay
@@ -254,12 +254,12 @@ class _Classifier:
         self._adapter = file.build(None if tokens is None else backbone.text_tower(tokens))
         self._concepts = _text_features(backbone, file)
         self._maps = HeatMaps(backbone)
+        self._asked: dict[int, tuple[Margin, Margin | None]] = {}
         self.kind = self._maps.kind
 
     def map(self, place: int, prepared: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float64] | None:
         """Of the margin of the predicted class; None where no place speaks for it."""
-        label, margin = self._margin(x)
-        return self._maps.of(prepared, margin, pattern_of(self._adapter, margin, label))
+        return self._maps.of(prepared, *self._question(x))
 
     def reasons(self, x: NDArray[np.float32]) -> Reasons:
         """Zero-shot, and what the concepts contribute to the margin.
@@ -273,7 +273,7 @@ class _Classifier:
         p = np.exp(logits - logits.max())
         zero_shot = {name: float(value) for name, value in zip(file.classes, p / p.sum(), strict=True)}
         features = torch.from_numpy(x[None].copy()).requires_grad_(True)
-        margin = self._margin(x)[1](features)
+        margin = self._question(x)[0](features)
         (gradient,) = torch.autograd.grad(margin.sum(), features)
         value = float(margin.item())
         if not file.concepts:
@@ -291,12 +291,13 @@ class _Classifier:
         )
         return zero_shot, value, found, value - float(shares.sum())
 
-    def _margin(self, x: NDArray[np.float32]) -> tuple[int, Margin]:
-        """The predicted class, and what is explained: it over the one without a finding, or over the others."""
+    def _question(self, x: NDArray[np.float32]) -> tuple[Margin, Margin | None]:
+        """What is asked of the predicted class, made once for each: a pattern inverts the study's axes."""
         with torch.inference_mode():
             label = int(self._adapter.logits(torch.from_numpy(x[None])).argmax())
-        against = self._file.held_against(self._file.classes[label])
-        return label, margin_of(self._adapter, label, None if against is None else self._file.classes.index(against))
+        if label not in self._asked:
+            self._asked[label] = question(self._file, self._adapter, label)
+        return self._asked[label]
 
 
 class _Memory:
